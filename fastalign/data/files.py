@@ -1,0 +1,77 @@
+"""Files written whole or not at all: beside the target, flushed to disk, then renamed over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastalign.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
+
+    On an error or an interrupt the temporary is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        _sync(beside)
+        if beside.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+        _sync_one(path.parent)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinities are refused: JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with atomic_write(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, *, kind: str | None = None) -> Any:
+    """Read a JSON file; with `kind`, it must be an object whose "kind" is that.
+
+    Raises FileNotFoundError or UserError with one line that names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    if kind is not None and not (isinstance(value, dict) and value.get("kind") == kind):
+        came = value.get("kind") if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{path}: must be a fastalign {kind} file, got kind {came!r}")
+    return value
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for child in path.rglob("*"):
+            if child.is_file():
+                _sync_one(child)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
