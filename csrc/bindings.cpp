@@ -1,0 +1,104 @@
+// The only file that knows Python. Tensors arrive as raw pointers, sizes and strides, already checked by
+// fastalign/ops; the GIL is released around every kernel. No torch header, so one build serves every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "isa.h"
+#include "token_logprobs.h"
+
+namespace py = pybind11;
+using namespace fastalign;
+
+namespace {
+
+template <typename T = void> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float64") return DType::float64;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float16") return DType::float16;
+  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " + name);
+}
+
+size_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// (data, dtype, count, inner, outer_stride, inner_stride, vocab), as fastalign/ops/_rows.py makes it
+Rows rows_of(const py::tuple& t) {
+  return {ptr(t[0].cast<uintptr_t>()), dtype_of(t[1].cast<std::string>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>()};
+}
+
+// A fresh output of many megabytes costs more in page faults than in arithmetic; huge pages make them few.
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t(4095);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(4095);
+  if (bytes >= 2 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// The first position whose label is neither ignored nor within [0, vocab), or -1.
+int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (labels[i] != ignore_index && (labels[i] < 0 || labels[i] >= vocab)) return i;
+  }
+  return -1;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastalign's CPU engine; called by fastalign.ops, which checks the arguments";
+
+  m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+      if (isa_available(isa)) names.push_back(isa_name(isa));
+    }
+    return names;
+  });
+
+  m.def("first_bad_label", [](uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
+    py::gil_scoped_release release;
+    return first_bad_label(ptr<const int64_t>(labels), count, vocab, ignore_index);
+  });
+
+  m.def("token_logprobs_forward",
+        [](uintptr_t log_probs, uintptr_t max, uintptr_t sum, uintptr_t entropy, uintptr_t mean_logits,
+           uintptr_t log_sum_sq_probs, uintptr_t is_top1, const py::tuple& logits, uintptr_t labels,
+           int64_t ignore_index, double temperature, double softcap, int threads) {
+          const Rows rows = rows_of(logits);
+          const LogprobOutputs out = {ptr(log_probs), ptr(max), ptr(sum), ptr(entropy), ptr(mean_logits),
+                                      ptr(log_sum_sq_probs), ptr<bool>(is_top1)};
+          const Transform transform = {temperature, softcap};
+          py::gil_scoped_release release;
+          FASTALIGN_CALL(token_logprobs_forward, out, rows, ptr<const int64_t>(labels), ignore_index, transform, threads);
+        });
+
+  m.def("token_logprobs_backward",
+        [](uintptr_t grad_logits, uintptr_t grad_log_probs, uintptr_t grad_entropy, uintptr_t max, uintptr_t sum,
+           uintptr_t entropy, const py::tuple& logits, uintptr_t labels, int64_t ignore_index, double temperature,
+           double softcap, int threads) {
+          const Rows rows = rows_of(logits);
+          const LogprobGradients grads = {ptr(grad_log_probs), ptr(grad_entropy), ptr(max), ptr(sum), ptr(entropy)};
+          const Transform transform = {temperature, softcap};
+          py::gil_scoped_release release;
+          advise_huge_pages(ptr(grad_logits), size_t(rows.count) * size_t(rows.vocab) * size_of(rows.dtype));
+          FASTALIGN_CALL(token_logprobs_backward, ptr(grad_logits), grads, rows, ptr<const int64_t>(labels),
+                         ignore_index, transform, threads);
+        });
+}

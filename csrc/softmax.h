@@ -1,0 +1,148 @@
+// One pass over a row of logits: its maximum, the sum of exponentials and, if asked for, the other statistics.
+// Included only by the per-level files.
+#pragma once
+
+#include "rows.h"
+#include "simd.h"
+
+namespace fastalign::FASTALIGN_LEVEL {
+
+constexpr int64_t kBlock = 1024;  // of the compute type: a block stays in the first-level cache between its two readings
+
+// The transform with its constants in the compute type.
+template <typename C> struct RowTransform {
+  C softcap, inv_softcap, inv_temperature;
+  bool identity;
+
+  explicit RowTransform(const Transform& t)
+      : softcap(C(t.softcap)), inv_softcap(t.softcap != 0 ? C(1 / t.softcap) : C(0)),
+        inv_temperature(C(1 / t.temperature)), identity(t.softcap == 0 && t.temperature == 1) {}
+
+  vec<C> operator()(vec<C> x) const {
+    if (softcap != 0) x = softcap * tanh<C>(x * inv_softcap);
+    return x * inv_temperature;
+  }
+};
+
+// The transformed logits of row[0:n], n <= kBlock, padded to whole groups of four vectors with -inf.
+// Returns where they are: in `buffer`, or the row itself where nothing is to be done to it.
+template <typename S, typename C>
+inline const C* transformed_block(const S* row, int64_t n, const RowTransform<C>& transform, C* buffer) {
+  constexpr int64_t L = lanes<C>;
+  if constexpr (sizeof(S) == sizeof(C)) {
+    if (transform.identity && n % (4 * L) == 0) return reinterpret_cast<const C*>(row);
+  }
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store<C>(buffer + i, transform(Storage<S>::load_wide(row + i)));
+  if (i < n) {
+    vec<C> last = splat<C>(C(-__builtin_inf()));
+    for (int64_t k = i; k < n; ++k) last[k - i] = Storage<S>::widen(row[k]);
+    last = transform(last);
+    for (int64_t k = n - i; k < L; ++k) last[k] = C(-__builtin_inf());  // a softcap makes -inf finite
+    store<C>(buffer + i, last);
+    i += L;
+  }
+  for (; i % (4 * L) != 0; i += L) store<C>(buffer + i, splat<C>(C(-__builtin_inf())));
+  return buffer;
+}
+
+template <typename C> inline C block_max(const C* z, int64_t n) {
+  constexpr int64_t L = lanes<C>;
+  vec<C> m0 = splat<C>(C(-__builtin_inf())), m1 = m0, m2 = m0, m3 = m0;
+  for (int64_t i = 0; i < n; i += 4 * L) {
+    m0 = max<C>(m0, load<C>(z + i));
+    m1 = max<C>(m1, load<C>(z + i + L));
+    m2 = max<C>(m2, load<C>(z + i + 2 * L));
+    m3 = max<C>(m3, load<C>(z + i + 3 * L));
+  }
+  return reduce_max<C>(max<C>(max<C>(m0, m1), max<C>(m2, m3)));
+}
+
+template <typename C> inline C block_sum_exp(const C* z, int64_t n, C shift) {
+  constexpr int64_t L = lanes<C>;
+  vec<C> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  for (int64_t i = 0; i < n; i += 4 * L) {
+    s0 += exp(load<C>(z + i) - shift);
+    s1 += exp(load<C>(z + i + L) - shift);
+    s2 += exp(load<C>(z + i + 2 * L) - shift);
+    s3 += exp(load<C>(z + i + 3 * L) - shift);
+  }
+  return reduce_add<C>((s0 + s1) + (s2 + s3));
+}
+
+inline int64_t padded(int64_t n, int64_t group) { return (n + group - 1) / group * group; }
+template <typename C> inline bool is_neg_inf(C x) { return x == C(-__builtin_inf()); }
+
+template <typename C> struct SoftmaxStats {
+  C max = C(-__builtin_inf());
+  C sum = 0;         // of exp(z - max); 0 where every logit is -inf
+  C label_logit = 0; // z at the label
+  // Only with kAll:
+  C weighted = 0;    // sum of exp(z - max) (z - max)
+  C squares = 0;     // sum of exp(2 (z - max))
+  C total = 0;       // sum of z
+  C max_before_label = C(-__builtin_inf());
+};
+
+// label < 0: none.
+template <bool kAll, typename S, typename C = typename Storage<S>::C>
+SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const RowTransform<C>& transform) {
+  constexpr int64_t L = lanes<C>;
+  alignas(64) C buffer[kBlock];
+  SoftmaxStats<C> stats;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock, full = padded(n, 4 * L);
+    const C* z = transformed_block(row + start, n, transform, buffer);
+    const C top = block_max<C>(z, full);
+    const bool holds_label = label >= start && label < start + n;
+    if (holds_label) stats.label_logit = z[label - start];
+    if constexpr (kAll) {
+      if (holds_label) {
+        C before = stats.max;
+        for (int64_t k = 0; k < label - start; ++k) before = z[k] > before ? z[k] : before;
+        stats.max_before_label = before;
+      }
+    }
+    if (top > stats.max) {
+      const C drop = stats.max - top;  // rescale what was summed against the smaller maximum
+      const C scale = is_neg_inf(stats.max) ? C(stats.sum == stats.sum ? 0 : stats.sum) : exp(drop);
+      if constexpr (kAll) {
+        if (!is_neg_inf(stats.max)) stats.weighted = scale * (stats.weighted + drop * stats.sum);
+        stats.squares *= scale * scale;
+      }
+      stats.sum *= scale;
+      stats.max = top;
+    }
+    const C shift = is_neg_inf(stats.max) ? C(0) : stats.max;
+    if constexpr (!kAll) {
+      stats.sum += block_sum_exp<C>(z, full, shift);
+    } else {
+      vec<C> sum = {}, weighted = {}, squares = {}, total = {};
+      constexpr C kLow = sizeof(C) == 4 ? C(-100) : C(-800);  // exp is 0 there, and 0 * kLow is not NaN
+      for (int64_t i = 0; i < full; i += L) {
+        const vec<C> x = load<C>(z + i);
+        vec<C> d = x - shift;
+        d = d < kLow ? splat<C>(kLow) : d;
+        const vec<C> e = exp(d);
+        sum += e;
+        weighted += e * d;
+        squares += e * e;
+        if (i + L <= n) total += x;
+      }
+      stats.sum += reduce_add<C>(sum);
+      stats.weighted += reduce_add<C>(weighted);
+      stats.squares += reduce_add<C>(squares);
+      stats.total += reduce_add<C>(total);
+      for (int64_t k = n / L * L; k < n; ++k) stats.total += z[k];
+    }
+  }
+  return stats;
+}
+
+// log p of the label: exactly 0 where the whole row is -inf (a fully masked vocabulary).
+template <typename C> inline C label_logprob(const SoftmaxStats<C>& stats) {
+  if (stats.sum == 0 && is_neg_inf(stats.max)) return 0;
+  return (stats.label_logit - stats.max) - C(__builtin_log(double(stats.sum)));
+}
+
+}  // namespace fastalign::FASTALIGN_LEVEL

@@ -1,0 +1,113 @@
+// token_logprobs: one read of each row forward, one read and one write backward. Built once per level.
+#include "token_logprobs.h"
+
+#include "softmax.h"
+
+namespace fastalign::FASTALIGN_LEVEL {
+
+template <bool kAll, typename S>
+static void forward(const LogprobOutputs& out, const Rows& logits, const int64_t* labels, int64_t ignore_index,
+                    const Transform& t, int threads) {
+  using C = typename Storage<S>::C;
+  const RowTransform<C> transform(t);
+  C *log_probs = static_cast<C*>(out.log_probs), *max = static_cast<C*>(out.max), *sum = static_cast<C*>(out.sum);
+  C *entropy = static_cast<C*>(out.entropy), *mean = static_cast<C*>(out.mean_logits);
+  C* log_squares = static_cast<C*>(out.log_sum_sq_probs);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < logits.count; ++r) {
+    if (labels[r] == ignore_index) {
+      log_probs[r] = max[r] = sum[r] = 0;
+      if constexpr (kAll) {
+        entropy[r] = mean[r] = log_squares[r] = 0;
+        out.is_top1[r] = false;
+      }
+      continue;
+    }
+    const SoftmaxStats<C> stats = softmax_stats<kAll>(logits.row<S>(r), logits.vocab, labels[r], transform);
+    log_probs[r] = label_logprob(stats);
+    max[r] = stats.max;
+    sum[r] = stats.sum;
+    if constexpr (kAll) {
+      const bool empty = stats.sum == 0 && is_neg_inf(stats.max);
+      const C log_sum = C(__builtin_log(double(stats.sum)));
+      entropy[r] = empty ? C(0) : log_sum - stats.weighted / stats.sum;
+      mean[r] = stats.total / C(logits.vocab);
+      log_squares[r] = empty ? C(0) : C(__builtin_log(double(stats.squares))) - 2 * log_sum;
+      out.is_top1[r] = !empty && stats.label_logit >= stats.max && stats.label_logit > stats.max_before_label;
+    }
+  }
+}
+
+void token_logprobs_forward(const LogprobOutputs& out, const Rows& logits, const int64_t* labels,
+                            int64_t ignore_index, const Transform& t, int threads) {
+  FASTALIGN_SWITCH(logits.dtype, S,
+    out.entropy != nullptr ? forward<true, S>(out, logits, labels, ignore_index, t, threads)
+                           : forward<false, S>(out, logits, labels, ignore_index, t, threads))
+}
+
+// d log p_l / dz = 1[l] - p;  d H / dz = -p (log p + H);  times dz/dx = (1 - tanh^2(x / softcap)) / temperature.
+template <bool kEntropy, bool kSoftcap, typename S, typename C = typename Storage<S>::C>
+static void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, C g, C g_entropy, C max, C sum,
+                         C entropy, const RowTransform<C>& transform) {
+  constexpr int64_t L = lanes<C>;
+  const C shift = is_neg_inf(max) ? C(0) : max, inv_sum = sum == 0 ? C(0) : C(1) / sum;
+  const C log_sum = kEntropy && sum != 0 ? C(__builtin_log(double(sum))) : C(0);
+  const auto of = [&](vec<C> x, vec<C> hit) {
+    vec<C> slope = splat<C>(transform.inv_temperature);
+    if constexpr (kSoftcap) {
+      const vec<C> t = tanh<C>(x * transform.inv_softcap);
+      x = t * transform.softcap;
+      slope *= C(1) - t * t;
+    }
+    vec<C> d = x * transform.inv_temperature - shift;
+    const vec<C> p = exp(d) * inv_sum;
+    vec<C> z_grad = g * (hit - p);
+    if constexpr (kEntropy) {
+      constexpr C kLow = sizeof(C) == 4 ? C(-100) : C(-800);
+      d = d < kLow ? splat<C>(kLow) : d;
+      z_grad -= g_entropy * p * (d - log_sum + entropy);
+    }
+    return z_grad * slope;
+  };
+  int64_t i = 0;
+  for (; i + L <= vocab; i += L) Storage<S>::store_narrow(grad + i, of(Storage<S>::load_wide(row + i), vec<C>{}));
+  const auto one = [&](int64_t k, C hit) {
+    grad[k] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[k])), splat<C>(hit))[0]);
+  };
+  for (; i < vocab; ++i) one(i, C(0));
+  if (sum != 0) one(label, C(1));
+}
+
+template <typename S>
+static void backward(S* grad_logits, const LogprobGradients& grads, const Rows& logits, const int64_t* labels,
+                     int64_t ignore_index, const Transform& t, int threads) {
+  using C = typename Storage<S>::C;
+  const RowTransform<C> transform(t);
+  const C *g = static_cast<const C*>(grads.grad_log_probs), *g_entropy = static_cast<const C*>(grads.grad_entropy);
+  const C *max = static_cast<const C*>(grads.max), *sum = static_cast<const C*>(grads.sum);
+  const C* entropy = static_cast<const C*>(grads.entropy);
+  const bool softcap = t.softcap != 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < logits.count; ++r) {
+    S* grad = grad_logits + r * logits.vocab;
+    const S* row = logits.row<S>(r);
+    const C gh = g_entropy != nullptr ? g_entropy[r] : C(0);
+    if (labels[r] == ignore_index || (g[r] == 0 && gh == 0)) {
+      __builtin_memset(static_cast<void*>(grad), 0, size_t(logits.vocab) * sizeof(S));
+    } else if (gh != 0) {
+      softcap ? gradient_row<true, true>(grad, row, logits.vocab, labels[r], g[r], gh, max[r], sum[r], entropy[r], transform)
+              : gradient_row<true, false>(grad, row, logits.vocab, labels[r], g[r], gh, max[r], sum[r], entropy[r], transform);
+    } else {
+      softcap ? gradient_row<false, true>(grad, row, logits.vocab, labels[r], g[r], gh, max[r], sum[r], C(0), transform)
+              : gradient_row<false, false>(grad, row, logits.vocab, labels[r], g[r], gh, max[r], sum[r], C(0), transform);
+    }
+  }
+}
+
+void token_logprobs_backward(void* grad_logits, const LogprobGradients& grads, const Rows& logits,
+                             const int64_t* labels, int64_t ignore_index, const Transform& t, int threads) {
+  FASTALIGN_SWITCH(logits.dtype, S,
+    backward<S>(static_cast<S*>(grad_logits), grads, logits, labels, ignore_index, t, threads))
+}
+
+}  // namespace fastalign::FASTALIGN_LEVEL

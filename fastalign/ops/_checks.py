@@ -1,0 +1,50 @@
+"""Checks that several ops share. Each message states the rule, then what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.ops._rows import DTYPES
+
+
+def logits(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise UserError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
+
+
+def labels(logits_name: str, x: Tensor, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != x.shape[:-1]:
+        raise UserError(
+            f"labels.shape must equal {logits_name}.shape[:-1], got {tuple(labels.shape)} and {tuple(x.shape[:-1])}"
+        )
+    if labels.device != x.device:
+        raise UserError(f"labels must be on {logits_name}'s device, got {labels.device} and {x.device}")
+
+
+def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """For backends that do not check as they read."""
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(bad.any()):
+        bad_label(labels, int(bad.flatten().nonzero()[0]), vocab, ignore_index)
+
+
+def bad_label(labels: Tensor, position: int, vocab: int, ignore_index: int) -> None:
+    value = labels.flatten()[position].item()
+    raise UserError(f"labels must be in [0, {vocab}) or ignore_index {ignore_index}, got {value} at position {position}")
+
+
+def positive(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+        raise UserError(f"{name} must be a positive finite number, got {value!r}")

@@ -1,0 +1,167 @@
+"""token_logprobs: the log-probability of each label, and statistics of the softmax it came from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._library import define, threads
+from fastalign.ops._rows import compute_dtype, describe
+
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
+
+
+class TokenLogprobs(NamedTuple):
+    """What `token_logprobs` returns when more than `log_probs` is asked for; None where not asked."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> Tensor | TokenLogprobs:
+    """log softmax(z)[label] with z = softcap · tanh(logits / softcap) / temperature, in one read of the logits.
+
+    Equals `logits.div(temperature).log_softmax(-1).gather(-1, labels[..., None])` without its (..., V) temporaries.
+
+    Args:
+        logits: (..., V) float32, float64, bfloat16 or float16, any strides (a slice such as `logits[:, :-1]` is
+            read in place). -inf masks a vocabulary entry; a row that is all -inf gives 0 and no gradient.
+        labels: (...) int64 in [0, V), or `ignore_index`.
+        temperature: divides the logits; positive.
+        softcap: logits are softcapped first (Gemma 2); None for none.
+        ignore_index: positions with this label give 0 in every output and no gradient.
+        outputs: any of "log_probs", "entropy" (nats), "mean_logits" (mean of z), "log_sum_sq_probs" (log Σ p²) and
+            "is_top1" (bool: the label is the first largest logit). log_probs and entropy carry gradients.
+
+    Returns:
+        log_probs (...) float32 (float64 for float64 logits) where only that is asked for, else a `TokenLogprobs`.
+
+    Raises:
+        UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
+    """
+    _checks.logits("logits", logits)
+    _checks.labels("logits", logits, labels)
+    _checks.positive("temperature", temperature)
+    if softcap is not None:
+        _checks.positive("softcap", softcap)
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs:
+        raise UserError(f"outputs must be some of {', '.join(OUTPUTS)}, got {tuple(outputs)!r}")
+    if backend.choose(logits.device) == "reference":
+        _checks.labels_in_range(labels, logits.shape[-1], ignore_index)
+        found = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
+    else:
+        statistics = tuple(outputs) != ("log_probs",)
+        log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1 = _TokenLogprobs.apply(
+            logits, labels, float(temperature), float(softcap or 0.0), ignore_index, statistics
+        )
+        found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
+    if tuple(outputs) == ("log_probs",):
+        return found["log_probs"]
+    return TokenLogprobs(**{name: found[name] for name in outputs})
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, labels, temperature, softcap, ignore_index, statistics):
+        return forward_op(logits, labels, temperature, softcap, ignore_index, statistics)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, labels, *ctx.options, ctx.statistics = inputs
+        _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = output
+        ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1)
+        ctx.save_for_backward(logits, labels, row_max, row_sum, entropy)
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
+        logits, labels, row_max, row_sum, entropy = ctx.saved_tensors
+        grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
+        grad = backward_op(
+            grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, labels, *ctx.options, ctx.statistics
+        )
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("token_logprobs has no forward-mode derivative")
+
+
+def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):
+    rows, kept = describe(logits)
+    labels = labels.contiguous()
+    bad = backend.engine.first_bad_label(labels.data_ptr(), labels.numel(), logits.shape[-1], ignore_index)
+    if bad >= 0:
+        _checks.bad_label(labels, bad, logits.shape[-1], ignore_index)
+    out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
+    addresses = [x.data_ptr() if x.shape == labels.shape else 0 for x in out]
+    backend.engine.token_logprobs_forward(
+        *addresses, rows, labels.data_ptr(), ignore_index, temperature, softcap, threads()
+    )
+    del kept
+    return out
+
+
+def _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics):
+    dtype = compute_dtype(logits.dtype)
+    always = [logits.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
+    shape = labels.shape if statistics else (*labels.shape, 0)
+    asked = [logits.new_empty(shape, dtype=dtype) for _ in range(3)]
+    return (*always, *asked, logits.new_empty(shape, dtype=torch.bool))
+
+
+def _backward_cpu(
+    grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, labels, temperature, softcap, ignore_index, statistics
+):
+    rows, kept = describe(logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    small = [grad_log_probs, grad_entropy, row_max, row_sum, entropy]
+    small = [x.to(compute_dtype(logits.dtype)).contiguous() for x in small]
+    labels = labels.contiguous()
+    addresses = [x.data_ptr() for x in small]
+    if not statistics:
+        addresses[1] = addresses[4] = 0
+    backend.engine.token_logprobs_backward(
+        grad.data_ptr(), *addresses, rows, labels.data_ptr(), ignore_index, temperature, softcap, threads()
+    )
+    del kept
+    return grad
+
+
+def _backward_fake(
+    grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, labels, temperature, softcap, ignore_index, statistics
+):
+    return logits.new_empty(logits.shape)
+
+
+forward_op = define(
+    "token_logprobs_forward(Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
+    "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_cpu,
+    _forward_fake,
+)
+backward_op = define(
+    "token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
+    "Tensor entropy, Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
+    "bool statistics) -> Tensor",
+    _backward_cpu,
+    _backward_fake,
+)

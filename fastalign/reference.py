@@ -1,0 +1,63 @@
+"""Every op in plain torch, in any floating dtype: the definition that the compiled backends answer to.
+
+Nothing here is clever. In float64 these are the truth that the tests compare with; they are also what runs where
+no compiled backend can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def _compute(x: Tensor) -> Tensor:
+    """float32 for narrow inputs, float64 kept: the precision that all backends accumulate in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def transform_logits(logits: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
+    """z = softcap · tanh(x / softcap) / temperature (softcapping as in Gemma 2, arXiv 2408.00118)."""
+    z = _compute(logits)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100
+) -> dict[str, Tensor]:
+    """log softmax(z) at the label, and statistics of the softmax. logits (..., V), labels (...) -> each (...).
+
+    entropy = -Σ p log p;  mean_logits = Σ z / V;  log_sum_sq_probs = log Σ p² (WPO, arXiv 2406.11827);
+    is_top1: the label is the first largest logit. Ignored positions and rows that are all -inf give 0.
+    """
+    z = transform_logits(logits, temperature, softcap)
+    ignored = labels == ignore_index
+    empty = (z == NEG_INF).all(-1)
+    skip = ignored | empty
+    # Skipped rows are replaced before the softmax, so that no NaN of theirs reaches a gradient.
+    safe = torch.where(skip.unsqueeze(-1), torch.zeros_like(z), z)
+    logp = torch.log_softmax(safe, -1)
+    picked = logp.gather(-1, labels.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    p = logp.exp()
+    plogp = torch.where(p == 0, torch.zeros_like(p), p * torch.where(p == 0, torch.zeros_like(logp), logp))
+    outputs = {
+        "log_probs": picked,
+        "entropy": -plogp.sum(-1),
+        "log_sum_sq_probs": torch.logsumexp(2 * logp.detach(), -1),
+    }
+    outputs = {name: x.masked_fill(skip, 0) for name, x in outputs.items()}
+    outputs["mean_logits"] = z.detach().mean(-1).masked_fill(ignored, 0)
+    outputs["is_top1"] = (z.argmax(-1) == labels) & ~skip & ~z.isnan().any(-1)
+    return outputs
+
+
+def token_logratios(
+    policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    """log p(label) - log p0(label) per token: the implicit reward of DPO over beta (arXiv 2305.18290, eq. 5)."""
+    policy = token_logprobs(policy_logits, labels, temperature, None, ignore_index)["log_probs"]
+    ref = token_logprobs(ref_logits, labels, temperature, None, ignore_index)["log_probs"]
+    return policy - ref

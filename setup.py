@@ -1,0 +1,85 @@
+"""Builds fastalign._C from csrc/: each op once per instruction set, everything else for the oldest processor.
+
+Metadata lies in pyproject.toml. A machine with no C++ compiler gets the package with its reference backend, and
+a line that says so.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+OPS = ["token_logprobs"]
+COMMON = ["bindings", "isa"]
+
+LEVELS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c",
+                        "-mprefer-vector-width=512"]  # fmt: skip
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# -Wno-psabi: wide vectors never cross a function that another file calls.
+FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized",
+         "-Wno-unknown-pragmas", *OPENMP]  # fmt: skip
+
+
+class BuildPerLevel(build_ext):
+    """Compiles what changed, in parallel, into build/objects/<level>, and links one module."""
+
+    def run(self):
+        compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
+        if shutil.which(compiler.split()[0]) is None:
+            print(
+                f"fastalign: no C++ compiler found ({compiler}): installing without the compiled CPU engine. "
+                "Install g++ and run `pip install -e .` (or reinstall) for the fast path.",
+                file=sys.stderr,
+            )
+            self.extensions = []
+            return
+        self.cxx = compiler.split()
+        super().run()
+
+    def build_extension(self, ext):
+        import pybind11
+
+        includes = [f"-I{path}" for path in (*self.include_dirs, *ext.include_dirs, pybind11.get_include())]
+        jobs = [(CSRC / f"{name}.cpp", "common", []) for name in COMMON]
+        jobs += [
+            (CSRC / f"{name}.cpp", level, [*flags, f"-DFASTALIGN_LEVEL={level}"])
+            for name in OPS
+            for level, flags in LEVELS.items()
+        ]
+        tag = f"{sys.implementation.cache_tag}-{platform.machine()}"
+        newest_header = max(path.stat().st_mtime for path in [*CSRC.glob("*.h"), Path(__file__)])
+
+        def compile_one(job):
+            source, level, flags = job
+            target = Path("build/objects") / tag / level / f"{source.stem}.o"
+            if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime, newest_header):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                beside = target.with_suffix(f".{os.getpid()}.o")
+                self.call([*self.cxx, *FLAGS, *flags, "-fPIC", *includes, "-c", str(source), "-o", str(beside)])
+                os.replace(beside, target)
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs))
+        module = Path(self.get_ext_fullpath(ext.name))
+        module.parent.mkdir(parents=True, exist_ok=True)
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        self.call([*self.cxx, "-shared", *OPENMP, *undefined, *objects, "-o", str(module), "-s"])
+
+    @staticmethod
+    def call(command):
+        subprocess.run(command, check=True, cwd=ROOT)
+
+
+setup(ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": BuildPerLevel})
