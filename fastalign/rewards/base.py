@@ -1,0 +1,112 @@
+"""What a reward is, and the base that checks, removes repeats and remembers scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from fastalign.errors import UserError
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Anything with a `name` that maps n prompts and n responses to n scores: float32 (n,), higher is better."""
+
+    name: str
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray: ...
+
+
+def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Raise TypeError or UserError unless both are lists of str of one length. Empty strings are legal."""
+    for argument, texts in (("prompts", prompts), ("responses", responses)):
+        if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+            raise TypeError(f"{argument} must be a list of str, got {type(texts).__name__}")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"{argument}[{index}] must be a str, got {type(text).__name__}")
+    if len(prompts) != len(responses):
+        raise UserError(
+            f"prompts and responses must have one length, got {len(prompts)} prompts and {len(responses)} responses"
+        )
+
+
+def as_scores(name: str, values, count: int) -> np.ndarray:
+    """What a reward returned as float32 (count,); TypeError or UserError, naming the reward, if it is not that."""
+    try:
+        scores = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(f"reward {name!r} must return {count} numbers, got {type(values).__name__}") from None
+    if scores.shape != (count,):
+        raise UserError(f"reward {name!r} must return shape ({count},), got {scores.shape}")
+    return scores
+
+
+class CachedReward:
+    """Base of the rewards that come with fastalign: a subclass writes `_score`, this gives `__call__`.
+
+    Each distinct (prompt, response) is scored once per call, and the last `cache_size` of them are remembered
+    between calls (0: nothing is). A model whose weights change needs `cache_size=0` or `clear_cache()`.
+    """
+
+    uses_prompt = True  # False: the score is a function of the response alone
+
+    def __init__(self, name: str, *, cache_size: int = 65536):
+        if cache_size < 0:
+            raise UserError(f"cache_size must be >= 0, got {cache_size}")
+        self.name = name
+        self.cache_size = cache_size
+        self._cache: dict[tuple[str, str], float] = {}  # oldest use first
+
+    def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """Yield (indices, scores) batch by batch until every index has its score."""
+        raise NotImplementedError
+
+    def clear_cache(self) -> None:
+        self._cache.clear()
+
+    def __call__(
+        self, prompts: list[str], responses: list[str], *, advance: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Scores of n (prompt, response) pairs, float32 (n,); `advance(k)` is told of each k pairs done."""
+        check_texts(prompts, responses)
+        advance = advance or (lambda count: None)
+        keys = list(zip(prompts if self.uses_prompt else [""] * len(responses), responses, strict=True))
+        scores = {}  # this call's own, so that a cache smaller than the call loses nothing
+        for key in dict.fromkeys(keys):
+            if key in self._cache:
+                scores[key] = self._remember(key, self._cache.pop(key))
+        # Sorted, so that batches (and with them the last bits of a model's scores) do not depend on the order.
+        missing = sorted(set(keys) - scores.keys())
+        advance(len(keys) - len(missing))
+        if missing:
+            for indices, values in self._score(
+                [prompt for prompt, _ in missing], [text for _, text in missing]
+            ):
+                for index, value in zip(indices, values, strict=True):
+                    scores[missing[index]] = self._remember(missing[index], float(value))
+                advance(len(indices))
+        return np.fromiter((scores[key] for key in keys), dtype=np.float32, count=len(keys))
+
+    def _remember(self, key: tuple[str, str], value: float) -> float:
+        if self.cache_size:
+            self._cache[key] = value
+            if len(self._cache) > self.cache_size:
+                del self._cache[next(iter(self._cache))]
+        return value
+
+
+class PerTextReward(CachedReward):
+    """A reward computed one response at a time, with no model and no prompt: a subclass writes `value`."""
+
+    uses_prompt = False
+
+    def value(self, response: str) -> float:
+        raise NotImplementedError
+
+    def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        for start in range(0, len(responses), 256):
+            indices = range(start, min(start + 256, len(responses)))
+            yield indices, np.array([self.value(responses[index]) for index in indices])

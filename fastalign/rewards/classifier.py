@@ -1,0 +1,189 @@
+"""Rewards from transformers models that score a sequence: classifiers and pairwise reward models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastalign.errors import UserError
+from fastalign.rewards.base import CachedReward
+from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
+
+if TYPE_CHECKING:
+    import torch
+
+TextForm = str | Callable[[str, str], str | tuple[str, str]]
+_FORMS = ("auto", "response", "pair", "chat")
+
+
+def from_classifier(
+    model,
+    label: str | int,
+    tokenizer=None,
+    *,
+    name: str | None = None,
+    text: TextForm = "response",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    cache_size: int = 65536,
+) -> SequenceReward:
+    """r(x, y) = log p(label | x, y) in nats from any transformers sequence classifier (MAP, arXiv 2410.19198).
+
+    model: a sequence classifier, or the hub name or folder of one; `tokenizer` may be left out for a name or folder.
+    label: a name in the model's `id2label` (in any case), or the index of an output.
+    text: what the model reads: "response"; "pair" (prompt and response as the tokenizer's two segments); "chat" (both
+        in the tokenizer's chat template); "auto" ("chat" where there is a template, else "pair"); or a function of
+        (prompt, response) that returns the text, or a tuple of two segments.
+    name: of the reward; "classifier:<label>" unless given.
+    The softmax over the labels is used, or the sigmoid of the label's own output where the model's configuration says
+    `multi_label_classification`. Texts beyond the context (or `max_length`) are cut by the tokenizer, on its own
+    `truncation_side`. A model whose configuration has no pad token is run one row at a time. Weights that change need
+    `cache_size=0`. Raises UserError, in one line, for a label that is not there and for a model of one output.
+    """
+    from torch.nn.functional import logsigmoid
+
+    model, tokenizer = _open(model, tokenizer)
+    outputs = model.config.num_labels
+    if outputs < 2:
+        raise UserError(
+            f"model must have at least 2 labels, got {outputs}; a single score is for from_pairwise"
+        )
+    index = _label_index(model.config.id2label, outputs, label)
+    multi_label = model.config.problem_type == "multi_label_classification"
+
+    def read(logits: torch.Tensor) -> torch.Tensor:
+        return logsigmoid(logits[:, index]) if multi_label else logits.log_softmax(dim=-1)[:, index]
+
+    name = name or f"classifier:{label}"
+    return SequenceReward(name, model, tokenizer, read, text, batch_size, max_length, cache_size)
+
+
+def from_pairwise(
+    model,
+    tokenizer=None,
+    *,
+    name: str = "pairwise",
+    text: TextForm = "auto",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    cache_size: int = 65536,
+) -> SequenceReward:
+    """The raw score of any reward model with one output, such as one trained on preference pairs (Bradley–Terry).
+
+    Arguments as in `from_classifier`; the model reads prompt and response ("auto": through the chat template where
+    its tokenizer has one). Raises UserError, in one line, for a model that has not exactly one output.
+    """
+    model, tokenizer = _open(model, tokenizer)
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"model must have 1 output, got {model.config.num_labels}; labels are for from_classifier"
+        )
+    return SequenceReward(
+        name, model, tokenizer, lambda logits: logits[:, 0], text, batch_size, max_length, cache_size
+    )
+
+
+class SequenceReward(CachedReward):
+    """A sequence classifier as a reward; made by `from_classifier` and `from_pairwise`."""
+
+    def __init__(
+        self,
+        name,
+        model,
+        tokenizer,
+        read,
+        text: TextForm,
+        batch_size: int,
+        max_length: int | None,
+        cache_size,
+    ):
+        super().__init__(name, cache_size=cache_size)
+        if not callable(text) and text not in _FORMS:
+            raise UserError(f"text must be one of {', '.join(map(repr, _FORMS))} or a function, got {text!r}")
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if text == "chat" and not has_template:
+            raise UserError("text='chat' needs a chat template, and the tokenizer has none")
+        if text == "auto":
+            text = "chat" if has_template else "pair"
+        self.model, self.tokenizer = model, tokenizer
+        self.uses_prompt = text != "response"
+        self.text = text
+        self.batch_size = check_count("batch_size", batch_size)
+        self.max_length = context_length(model.config, tokenizer)
+        if max_length is not None:
+            self.max_length = check_count("max_length", max_length)
+        self._read = read
+
+    def _segments(self, prompt: str, response: str) -> str | tuple[str, str]:
+        if self.text == "response":
+            return response
+        if self.text == "pair":
+            return prompt, response
+        if self.text == "chat":
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return self.text(prompt, response)
+
+    def _encode(self, segments: str | tuple[str, str]) -> tuple[list[int], list[int] | None]:
+        """Token ids of one text, never empty, and its segment ids where the model takes them."""
+        options = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
+        first, second = (segments, None) if isinstance(segments, str) else segments
+        # The template wrote the special tokens already.
+        encoded = self.tokenizer(first, second, add_special_tokens=self.text != "chat", **options)
+        fallback = self.tokenizer.eos_token_id or 0
+        return list(encoded["input_ids"]) or [fallback], encoded.get("token_type_ids")
+
+    def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        rows = [self._encode(self._segments(*pair)) for pair in zip(prompts, responses, strict=True)]
+        pad_id = self.model.config.get_text_config().pad_token_id
+        device = self.model.device
+        for indices in length_batches(
+            [len(ids) for ids, _ in rows], 1 if pad_id is None else self.batch_size
+        ):
+            ids = [rows[index][0] for index in indices]
+            inputs = {
+                "input_ids": pad(ids, pad_id or 0, device),
+                "attention_mask": pad([[1] * len(row) for row in ids], 0, device),
+            }
+            if rows[indices[0]][1]:
+                inputs["token_type_ids"] = pad([rows[index][1] for index in indices], 0, device)
+            with evaluating(self.model):
+                yield indices, self._read(self.model(**inputs).logits.float()).cpu().numpy()
+
+
+def _open(model, tokenizer):
+    """The model and its tokenizer, loaded (safetensors only, none of the checkpoint's own code) where named."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from fastalign.integrations.transformers import one_line_errors, quiet_unless_terminal, resolve
+
+    if not isinstance(model, (str, os.PathLike)):
+        if tokenizer is None:
+            raise UserError("tokenizer must be given with a model object, got None")
+        return model, tokenizer
+    folder = resolve(model)
+    with quiet_unless_terminal(), one_line_errors(model):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return (
+            AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False
+            ),
+            tokenizer,
+        )
+
+
+def _label_index(id2label: dict[int, str], outputs: int, label: str | int) -> int:
+    if isinstance(label, int) and not isinstance(label, bool):
+        if not 0 <= label < outputs:
+            raise UserError(f"label must be an index in [0, {outputs}), got {label}")
+        return label
+    matches = [index for index, known in id2label.items() if str(known).lower() == str(label).lower()]
+    if len(matches) != 1:
+        raise UserError(
+            f"label must be one of {', '.join(map(repr, id2label.values()))} or an index, got {label!r}"
+        )
+    return matches[0]

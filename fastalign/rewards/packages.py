@@ -1,0 +1,19 @@
+"""Import of an optional package, with one clear line where it is missing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from fastalign.errors import UserError
+
+
+def require(module: str, distribution: str, reward: str) -> ModuleType:
+    """Import `module` (from `distribution`) for `reward`; UserError with the install command if it is not there."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = "" if error.name == module.partition(".")[0] else f" ({error.name} is missing)"
+        raise UserError(
+            f"reward {reward!r} needs the package {distribution}{missing}: pip install fastalign[demo]"
+        ) from None

