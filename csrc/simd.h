@@ -208,6 +208,28 @@ inline vec<double> exp(vec<double> x) {
   return tiny ? vec<double>{} : (huge ? splat<double>(__builtin_inf()) : scaled);
 }
 
+// exp for x <= 0 (or NaN), as a softmax needs it: no overflow to guard, one step of scaling.
+inline vec<float> exp_nonpositive(vec<float> x) {
+  typedef Vec<float>::bits bits;
+  constexpr float kLow = -87.3365f;
+  const bits tiny = x < kLow;
+  const vec<float> clamped = tiny ? splat<float>(kLow) : x, shift = splat<float>(0x1.8p23f);
+  const vec<float> shifted = clamped * 1.44269504f + shift;
+  const vec<float> n = shifted - shift;
+  vec<float> r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vec<float> p = splat<float>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vec<float> scale = (vec<float>)(((bits)shifted - (bits)shift + 127) << 23);
+  return (vec<float>)((bits)(p * scale) & ~tiny);
+}
+inline vec<double> exp_nonpositive(vec<double> x) { return exp(x); }
+
 inline float exp(float x) { return exp(splat<float>(x))[0]; }
 inline double exp(double x) { return exp(splat<double>(x))[0]; }
 

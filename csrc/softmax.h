@@ -62,10 +62,10 @@ template <typename C> inline C block_sum_exp(const C* z, int64_t n, C shift) {
   constexpr int64_t L = lanes<C>;
   vec<C> s0 = {}, s1 = {}, s2 = {}, s3 = {};
   for (int64_t i = 0; i < n; i += 4 * L) {
-    s0 += exp(load<C>(z + i) - shift);
-    s1 += exp(load<C>(z + i + L) - shift);
-    s2 += exp(load<C>(z + i + 2 * L) - shift);
-    s3 += exp(load<C>(z + i + 3 * L) - shift);
+    s0 += exp_nonpositive(load<C>(z + i) - shift);
+    s1 += exp_nonpositive(load<C>(z + i + L) - shift);
+    s2 += exp_nonpositive(load<C>(z + i + 2 * L) - shift);
+    s3 += exp_nonpositive(load<C>(z + i + 3 * L) - shift);
   }
   return reduce_add<C>((s0 + s1) + (s2 + s3));
 }
@@ -123,7 +123,7 @@ SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const 
         const vec<C> x = load<C>(z + i);
         vec<C> d = x - shift;
         d = d < kLow ? splat<C>(kLow) : d;
-        const vec<C> e = exp(d);
+        const vec<C> e = exp_nonpositive(d);
         sum += e;
         weighted += e * d;
         squares += e * e;

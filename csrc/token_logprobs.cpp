@@ -60,7 +60,7 @@ static void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, C 
       slope *= C(1) - t * t;
     }
     vec<C> d = x * transform.inv_temperature - shift;
-    const vec<C> p = exp(d) * inv_sum;
+    const vec<C> p = exp_nonpositive(d) * inv_sum;
     vec<C> z_grad = g * (hit - p);
     if constexpr (kEntropy) {
       constexpr C kLow = sizeof(C) == 4 ? C(-100) : C(-800);
