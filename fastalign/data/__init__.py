@@ -1,0 +1,1 @@
+"""Prompts and files: what goes in and what comes out."""

@@ -1,0 +1,234 @@
+"""The candidates of a set of prompts, N each, with tokens, log-probs and rewards; and their Parquet files.
+
+One row per candidate. Three kinds of file, each a superset of the one before:
+    candidates  prompt_id, candidate_id, prompt, text, token_ids, logprobs
+    scored      + one float32 column "reward:<name>" per reward
+    selected    only the rows picked; candidate_id is the one picked, + draw (0..k-1)
+The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign.data.files import atomic_write
+from fastalign.errors import UserError
+
+KINDS = ("candidates", "scored", "selected")
+_REWARD = "reward:"
+
+
+@dataclass
+class Candidates:
+    """P prompts with N candidates each.
+
+    prompts: P strings. texts, token_ids, logprobs: [P][N] strings, lists of int, lists of float (per token,
+    natural log, under the distribution the token was drawn from). rewards: name -> (P, N) float32.
+    settings: how they were made (JSON values). prompt_ids: (P,) int64, the prompts' places in the whole set,
+    0..P-1 unless this is a part. picked: None, or (P, N) int64 candidate numbers where this holds N draws
+    from a larger set (see `take`).
+    """
+
+    prompts: list[str]
+    texts: list[list[str]]
+    token_ids: list[list[list[int]]]
+    logprobs: list[list[list[float]]]
+    rewards: dict[str, np.ndarray] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    prompt_ids: np.ndarray | None = None
+    picked: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts)
+        for name in ("texts", "token_ids", "logprobs"):
+            came = [len(row) for row in getattr(self, name)]
+            if len(came) != count or len(set(came)) > 1 or (came and came[0] != self.n):
+                rule = f"{name} must hold {count} rows of {self.n} candidates"
+                raise UserError(f"{rule}, got {len(came)} rows of {sorted(set(came))}")
+        if self.prompt_ids is None:
+            self.prompt_ids = np.arange(count, dtype=np.int64)
+        self.rewards = {name: np.asarray(values, dtype=np.float32) for name, values in self.rewards.items()}
+        for name, values in self.rewards.items():
+            if values.shape != (count, self.n):
+                raise UserError(f"rewards[{name!r}] must have shape {(count, self.n)}, got {values.shape}")
+
+    @property
+    def n(self) -> int:
+        """Candidates per prompt."""
+        return len(self.texts[0]) if self.texts else 0
+
+    @property
+    def kind(self) -> str:
+        return "selected" if self.picked is not None else "scored" if self.rewards else "candidates"
+
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """(prompts, responses), P * N strings each, prompt by prompt: what `rewards.score` takes."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
+        return prompts, [text for row in self.texts for text in row]
+
+    def with_rewards(self, names: Sequence[str], values: np.ndarray) -> Candidates:
+        """A copy that also carries these rewards; values (P * N, m), in the order of `pairs()`."""
+        values = np.asarray(values)
+        if values.shape != (len(self.prompts) * self.n, len(names)):
+            rule = f"({len(self.prompts) * self.n}, {len(names)})"
+            raise UserError(f"values must have shape {rule}: candidates by rewards, got {values.shape}")
+        columns = {name: values[:, j].reshape(-1, self.n) for j, name in enumerate(names)}
+        return replace(self, rewards={**self.rewards, **columns})
+
+    def reward_array(self, names: Sequence[str] | None = None) -> np.ndarray:
+        """(P, N, m) float32 of the named rewards (default: all, in the file's order)."""
+        names = list(self.rewards) if names is None else list(names)
+        missing = [name for name in names if name not in self.rewards]
+        if missing or not names:
+            have = ", ".join(self.rewards) or "none; run `fastalign score` first"
+            wanted = ", ".join(missing) or "one at least"
+            raise UserError(f"rewards asked for: {wanted}; the candidates carry: {have}")
+        return np.stack([self.rewards[name] for name in names], axis=-1)
+
+    def take(self, indices: np.ndarray) -> Candidates:
+        """The candidates at indices (P, k) int, k draws per prompt, as `select` gives them."""
+        indices = np.asarray(indices)
+        if indices.ndim != 2 or len(indices) != len(self.prompts):
+            raise UserError(f"indices must have shape ({len(self.prompts)}, k), got {indices.shape}")
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.n:
+            raise UserError(f"indices must lie in 0..{self.n - 1}, got {indices.min()}..{indices.max()}")
+
+        def pick(rows: list) -> list:
+            return [[row[i] for i in chosen] for row, chosen in zip(rows, indices.tolist(), strict=True)]
+
+        return replace(
+            self,
+            texts=pick(self.texts),
+            token_ids=pick(self.token_ids),
+            logprobs=pick(self.logprobs),
+            rewards={name: np.take_along_axis(grid, indices, axis=1) for name, grid in self.rewards.items()},
+            picked=indices if self.picked is None else np.take_along_axis(self.picked, indices, axis=1),
+        )
+
+    @staticmethod
+    def concat(parts: Iterable[Candidates]) -> Candidates:
+        """One set from parts (batches of prompts), in the order of their prompt_ids."""
+        parts = list(parts)
+        if not parts:
+            raise UserError("parts must hold at least one batch of candidates, got none")
+        ids = np.concatenate([part.prompt_ids for part in parts])
+        order = np.argsort(ids, kind="stable")
+        if len(np.unique(ids)) != len(ids):
+            raise UserError("parts must hold each prompt once, got a prompt_id twice")
+
+        def merged(name: str) -> list:
+            rows = [row for part in parts for row in getattr(part, name)]
+            return [rows[i] for i in order]
+
+        names = list(parts[0].rewards)
+        return Candidates(
+            *(merged(name) for name in ("prompts", "texts", "token_ids", "logprobs")),
+            rewards={name: np.concatenate([part.rewards[name] for part in parts])[order] for name in names},
+            settings=parts[0].settings,
+            prompt_ids=ids[order],
+        )
+
+    def to_parquet(self, path: str | os.PathLike) -> None:
+        """Write the file of this `kind`, whole or not at all."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        count, n = len(self.prompts), self.n
+        numbers = np.tile(np.arange(n, dtype=np.int32), count)
+        origin = numbers if self.picked is None else self.picked.reshape(-1).astype(np.int32)
+        columns = {
+            "prompt_id": pa.array(np.repeat(self.prompt_ids, n).astype(np.int32)),
+            "candidate_id": pa.array(origin),
+            "prompt": pa.array(self.pairs()[0], pa.string()),
+            "text": pa.array(self.pairs()[1], pa.string()),
+            "token_ids": pa.array([ids for row in self.token_ids for ids in row], pa.list_(pa.int32())),
+            "logprobs": pa.array([values for row in self.logprobs for values in row], pa.list_(pa.float32())),
+        }
+        if self.picked is not None:
+            columns["draw"] = pa.array(numbers)
+        for name, values in self.rewards.items():
+            columns[_REWARD + name] = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
+        metadata = json.dumps({**self.settings, "kind": self.kind}, ensure_ascii=False)
+        table = pa.table(columns).replace_schema_metadata({b"fastalign": metadata.encode()})
+        with atomic_write(path) as beside:
+            pq.write_table(table, beside, compression="zstd")
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike, *, kind: str | Sequence[str] | None = None) -> Candidates:
+        """Read any of the three kinds; with `kind`, the file must be of it (or one of them).
+
+        Raises FileNotFoundError or UserError: one line that names the file and what is wrong with it.
+        """
+        table, settings = _read_table(Path(path))
+        came = settings.pop("kind", None)
+        wanted = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
+        if came not in wanted:
+            raise UserError(f"{path}: must be a fastalign {' or '.join(wanted)} file, got kind {came!r}")
+        names = [name for name in table.column_names if name.startswith(_REWARD)]
+        needed = ["prompt_id", "candidate_id", "prompt", "text", "token_ids", "logprobs"]
+        needed += ["draw"] * (came == "selected")
+        missing = [name for name in needed if name not in table.column_names]
+        missing += [_REWARD + "<name>"] * (came == "scored" and not names)
+        if missing:
+            raise UserError(f"{path}: lacks the column {missing[0]!r} of a {came} file")
+        if any(table[name].null_count for name in (*needed, *names)):
+            raise UserError(f"{path}: has empty cells (nulls) in its columns")
+
+        prompt_id = table["prompt_id"].to_numpy()
+        ids, inverse, counts = np.unique(prompt_id, return_inverse=True, return_counts=True)
+        if len(set(counts.tolist())) > 1:
+            came = f"{counts.min()} to {counts.max()}"
+            raise UserError(f"{path}: must hold as many candidates for every prompt, got {came}")
+        candidate_id = table["candidate_id"].to_numpy()
+        within = table["draw"].to_numpy() if came == "selected" else candidate_id
+        order = np.lexsort((within, inverse))
+        shape = (len(ids), int(counts[0]) if len(ids) else 0)
+        if not np.array_equal(within[order].reshape(shape), np.tile(np.arange(shape[1]), (shape[0], 1))):
+            raise UserError(f"{path}: must number every prompt's candidates 0..{shape[1] - 1}, once each")
+        table = table.take(order)
+
+        def grid(name: str) -> list[list]:
+            flat = table[name].to_pylist()
+            return [flat[i : i + shape[1]] for i in range(0, len(flat), shape[1])]
+
+        prompts = grid("prompt")
+        mixed = [int(i) for i, row in zip(ids, prompts, strict=True) if len(set(row)) > 1]
+        if mixed:
+            raise UserError(f"{path}: prompt_id {mixed[0]} stands for more than one prompt")
+        return cls(
+            [row[0] for row in prompts],
+            grid("text"),
+            grid("token_ids"),
+            grid("logprobs"),
+            rewards={name[len(_REWARD) :]: table[name].to_numpy().reshape(shape) for name in names},
+            settings=settings,
+            prompt_ids=ids.astype(np.int64),
+            picked=candidate_id[order].reshape(shape).astype(np.int64) if came == "selected" else None,
+        )
+
+
+def _read_table(path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
+    try:
+        settings = json.loads((table.schema.metadata or {}).get(b"fastalign", b"null"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: was not written by fastalign (its schema carries no 'fastalign' metadata)")
+    return table, settings

