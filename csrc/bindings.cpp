@@ -12,6 +12,7 @@
 
 #include "isa.h"
 #include "token_logprobs.h"
+#include "token_logratios.h"
 
 namespace py = pybind11;
 using namespace fastalign;
@@ -87,6 +88,18 @@ PYBIND11_MODULE(_C, m) {
           const Transform transform = {temperature, softcap};
           py::gil_scoped_release release;
           FASTALIGN_CALL(token_logprobs_forward, out, rows, ptr<const int64_t>(labels), ignore_index, transform, threads);
+        });
+
+  m.def("token_logratios_forward",
+        [](uintptr_t log_ratios, uintptr_t policy_max, uintptr_t policy_sum, uintptr_t ref_max, uintptr_t ref_sum,
+           const py::tuple& policy, const py::tuple& ref, uintptr_t labels, int64_t ignore_index, double temperature,
+           int threads) {
+          const Rows policy_rows = rows_of(policy), ref_rows = rows_of(ref);
+          const LogratioOutputs out = {ptr(log_ratios), ptr(policy_max), ptr(policy_sum), ptr(ref_max), ptr(ref_sum)};
+          const Transform transform = {temperature, 0.0};
+          py::gil_scoped_release release;
+          FASTALIGN_CALL(token_logratios_forward, out, policy_rows, ref_rows, ptr<const int64_t>(labels), ignore_index,
+                         transform, threads);
         });
 
   m.def("token_logprobs_backward",

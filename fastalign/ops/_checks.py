@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.ops._rows import DTYPES
 
@@ -34,15 +35,18 @@ def labels(logits_name: str, x: Tensor, labels: Tensor) -> None:
 
 
 def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """For backends that do not check as they read."""
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-    if bool(bad.any()):
-        bad_label(labels, int(bad.flatten().nonzero()[0]), vocab, ignore_index)
-
-
-def bad_label(labels: Tensor, position: int, vocab: int, ignore_index: int) -> None:
-    value = labels.flatten()[position].item()
-    raise UserError(f"labels must be in [0, {vocab}) or ignore_index {ignore_index}, got {value} at position {position}")
+    """Reads the labels, so it runs where they are data: in an op's implementation, not while it is traced."""
+    if backend.engine is not None and labels.device.type == "cpu":
+        labels = labels.contiguous()
+        position = backend.engine.first_bad_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
+    else:
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        position = int(bad.flatten().nonzero()[0]) if bool(bad.any()) else -1
+    if position >= 0:
+        raise UserError(
+            f"labels must be in [0, {vocab}) or ignore_index {ignore_index}, "
+            f"got {labels.flatten()[position].item()} at position {position}"
+        )
 
 
 def positive(name: str, value: float) -> None:

@@ -108,9 +108,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):
     rows, kept = describe(logits)
     labels = labels.contiguous()
-    bad = backend.engine.first_bad_label(labels.data_ptr(), labels.numel(), logits.shape[-1], ignore_index)
-    if bad >= 0:
-        _checks.bad_label(labels, bad, logits.shape[-1], ignore_index)
+    _checks.labels_in_range(labels, logits.shape[-1], ignore_index)
     out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
     addresses = [x.data_ptr() if x.shape == labels.shape else 0 for x in out]
     backend.engine.token_logprobs_forward(

@@ -1,0 +1,106 @@
+"""token_logratios: log p / p0 of each label from the logits of a policy and of its reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._library import define, threads
+from fastalign.ops._rows import compute_dtype, describe
+from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
+
+
+def token_logratios(
+    policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, *, temperature: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    """log softmax(policy / T)[label] - log softmax(ref / T)[label] per token, both read once.
+
+    The implicit reward of DPO before beta (arXiv 2305.18290, eq. 5) and the log-ratio of PPO.
+
+    Args:
+        policy_logits, ref_logits: (..., V), the same shape, dtype and device; float32, float64, bfloat16 or float16.
+            Gradients flow to whichever asks for them.
+        labels: (...) int64 in [0, V), or `ignore_index`.
+        temperature: divides both; positive.
+        ignore_index: positions with this label give 0 and no gradient.
+
+    Returns:
+        (...) float32, float64 for float64 logits.
+
+    Raises:
+        UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
+    """
+    _checks.logits("policy_logits", policy_logits)
+    _checks.logits("ref_logits", ref_logits)
+    for what in ("shape", "dtype", "device"):
+        policy, ref = getattr(policy_logits, what), getattr(ref_logits, what)
+        if policy != ref:
+            policy, ref = (tuple(policy), tuple(ref)) if what == "shape" else (policy, ref)
+            raise UserError(f"ref_logits.{what} must equal policy_logits.{what}, got {ref} and {policy}")
+    _checks.labels("policy_logits", policy_logits, labels)
+    _checks.positive("temperature", temperature)
+    if backend.choose(policy_logits.device) == "reference":
+        _checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
+        return reference.token_logratios(policy_logits, ref_logits, labels, temperature, ignore_index)
+    return _TokenLogratios.apply(policy_logits, ref_logits, labels, float(temperature), ignore_index)[0]
+
+
+class _TokenLogratios(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(policy_logits, ref_logits, labels, temperature, ignore_index):
+        return forward_op(policy_logits, ref_logits, labels, temperature, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        policy_logits, ref_logits, labels, ctx.temperature, ctx.ignore_index = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(policy_logits, ref_logits, labels, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad, *_stats):
+        policy_logits, ref_logits, labels, policy_max, policy_sum, ref_max, ref_sum = ctx.saved_tensors
+
+        def side(grad, logits, row_max, row_sum):
+            none = torch.zeros_like(grad)
+            return token_logprobs_backward(
+                grad, none, row_max, row_sum, none, logits, labels, ctx.temperature, 0.0, ctx.ignore_index, False
+            )
+
+        policy_grad = side(grad, policy_logits, policy_max, policy_sum) if ctx.needs_input_grad[0] else None
+        ref_grad = side(-grad, ref_logits, ref_max, ref_sum) if ctx.needs_input_grad[1] else None
+        return policy_grad, ref_grad, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("token_logratios has no forward-mode derivative")
+
+
+def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
+    policy, policy_kept = describe(policy_logits)
+    ref, ref_kept = describe(ref_logits)
+    labels = labels.contiguous()
+    _checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
+    out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
+    backend.engine.token_logratios_forward(
+        *(x.data_ptr() for x in out), policy, ref, labels.data_ptr(), ignore_index, temperature, threads()
+    )
+    del policy_kept, ref_kept
+    return out
+
+
+def _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index):
+    dtype = compute_dtype(policy_logits.dtype)
+    return tuple(policy_logits.new_empty(labels.shape, dtype=dtype) for _ in range(5))
+
+
+forward_op = define(
+    "token_logratios_forward(Tensor policy_logits, Tensor ref_logits, Tensor labels, float temperature, "
+    "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_cpu,
+    _forward_fake,
+)
