@@ -1,1 +1,5 @@
-"""Prompts and files: what goes in and what comes out."""
+"""Prompts and files: what goes in, and how results are written."""
+
+from fastalign.data import prompts
+
+__all__ = ["prompts"]

@@ -1,0 +1,134 @@
+"""Prompts: the bundled set, every file format, and one clear line for each thing that can be wrong."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastalign.data import prompts
+from fastalign.errors import UserError
+
+TWO = ["Hello, you.", 'She said "hi" – twice\u2028over']
+
+
+def test_bundled_are_64_distinct_short_lines():
+    every = prompts.bundled()
+    assert len(every) == len(set(every)) == 64
+    assert all(prompt == prompt.strip() and "\n" not in prompt and 5 < len(prompt) < 120 for prompt in every)
+    assert prompts.load("bundled") == every
+
+
+@pytest.mark.parametrize("k", [1, 8, 16, 64])
+def test_bundled_subset_covers_the_kinds(k):
+    path = prompts._BUNDLED
+    kind = {row["prompt"]: row["kind"] for row in map(json.loads, path.read_text().splitlines())}
+    counts = [0] * 8
+    for prompt in prompts.bundled(k):
+        counts[sorted(set(kind.values())).index(kind[prompt])] += 1
+    assert sum(counts) == k and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("k", [0, -1, 65])
+def test_bundled_subset_size_is_checked(k):
+    with pytest.raises(UserError, match="1..64"):
+        prompts.bundled(k)
+
+
+def write(path, rows, column):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"other": ["x"] * len(rows), column: rows}), path)
+    elif path.suffix == ".csv":
+        cells = "".join('x,"' + row.replace('"', '""') + '"\n' for row in rows)
+        path.write_text(f"other,{column}\n{cells}", encoding="utf-8")
+    elif path.suffix == ".txt":
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    else:
+        objects = [{"other": 1, column: row} for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) for row in objects]
+        text = json.dumps(objects) if path.suffix == ".json" else "\n\n".join(lines)
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", prompts.SUFFIXES)
+@pytest.mark.parametrize("column", ["prompt", "text", "question"])
+def test_every_format(tmp_path, suffix, column):
+    path = write(tmp_path / f"p{suffix}", TWO, column)
+    assert prompts.load(path, column=None if column != "question" else column) == TWO
+
+
+@pytest.mark.parametrize("suffix", [s for s in prompts.SUFFIXES if s != ".txt"])
+def test_missing_column_names_those_there(tmp_path, suffix):
+    path = write(tmp_path / f"p{suffix}", TWO, "question")
+    with pytest.raises(UserError, match=r"must have a column 'prompt' or 'text', got other, question"):
+        prompts.load(path)
+
+
+@pytest.mark.parametrize("suffix", prompts.SUFFIXES)
+def test_blank_prompt_is_named(tmp_path, suffix):
+    path = write(tmp_path / f"p{suffix}", [TWO[0], "  ", TWO[1]], "prompt")
+    with pytest.raises(UserError, match=r"prompt 1 must be a string that is not blank") as caught:
+        prompts.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [s for s in prompts.SUFFIXES if s != ".parquet"])
+def test_empty_file(tmp_path, suffix):
+    (tmp_path / f"p{suffix}").write_text("")
+    with pytest.raises(UserError, match="holds no prompts"):
+        prompts.load(tmp_path / f"p{suffix}")
+
+
+def test_json_lists_of_strings(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(TWO))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, TWO)))
+    assert prompts.load(tmp_path / "a.json") == prompts.load(tmp_path / "a.jsonl") == TWO
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n{oops', "line 2 is not JSON"),
+        ("a.json", b'{"prompt": "x"}', "must hold a list, got dict"),
+        ("a.jsonl", b"3\n", "entry 0 must be a string or an object, got int"),
+        ("a.jsonl", b'{"prompt": 3}', "prompt 0 must be a string"),
+        ("a.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("a.parquet", b"PAR1 nonsense", "not a Parquet file"),
+        ("a.docx", b"x", "must be a .jsonl"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        prompts.load(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nope.jsonl", "./nope", "/nope/at/all"])
+def test_missing_file(name):
+    with pytest.raises(FileNotFoundError, match="no such prompt file"):
+        prompts.load(name)
+
+
+def test_a_folder_is_no_prompt_file(tmp_path):
+    with pytest.raises(UserError, match="this is a folder"):
+        prompts.load(tmp_path)
+
+
+def test_hub_name_that_cannot_be_had(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(name, split):
+        raise ConnectionError(f"Couldn't reach {name!r}\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="not to be had from the hub: Couldn't reach 'some/set'$"):
+        prompts.load("some/set")
+
+
+def test_hub_name(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"id": [1, 2], "text": TWO})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table if split == "test" else None)
+    assert prompts.load("some/set", split="test") == TWO
