@@ -11,6 +11,7 @@
 #endif
 
 #include "isa.h"
+#include "map_statistics.h"
 #include "token_logprobs.h"
 #include "token_logratios.h"
 
@@ -114,4 +115,16 @@ PYBIND11_MODULE(_C, m) {
           FASTALIGN_CALL(token_logprobs_backward, ptr(grad_logits), grads, rows, ptr<const int64_t>(labels),
                          ignore_index, transform, threads);
         });
+
+  // rewards: (data, dtype, n, m, row_stride, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py
+  // makes it
+  m.def("map_statistics", [](uintptr_t out, const py::tuple& rewards, uintptr_t lambda, int64_t count, int threads) {
+    const auto number = [&](int i) { return rewards[i].cast<int64_t>(); };
+    const auto address = [&](int i) { return rewards[i].cast<uintptr_t>(); };
+    const MapInput in = {ptr(address(0)), dtype_of(rewards[1].cast<std::string>()), number(2), number(3), number(4),
+                         ptr<const double>(address(5)), ptr<const double>(address(6)), ptr<const int64_t>(address(7)),
+                         ptr<const int64_t>(address(8)), number(9)};
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(map_statistics, ptr<double>(out), in, ptr<const double>(lambda), count, threads);
+  });
 }

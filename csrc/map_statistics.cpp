@@ -12,7 +12,7 @@ typedef vec<double> vecd;
 constexpr int64_t kLanes = lanes<double>;
 constexpr double kInf = __builtin_inf();
 // Rows of the units whose partial sums are merged in order; it fixes the rounding, so it depends on nothing.
-constexpr int64_t kChunkRows = 8192;
+constexpr int64_t kChunkRows = 4096;
 
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t triangle(int64_t m) { return (m + 1) * (m + 2) / 2; }
@@ -87,18 +87,20 @@ inline quad widen4(const float* p) {
 
 // Four rows and four columns at a time: a strided store for every element would cost more than all the arithmetic.
 template <typename S>
-inline void transpose_4x4(double* columns, int64_t width, const S* const rows[4], const double* center) {
+inline void transpose_4x4(double* columns, int64_t width, const S* const rows[4], quad c, int64_t kept) {
   typedef int64_t pick __attribute__((vector_size(32)));
-  const quad c = widen4(center);
   quad r[4];
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) r[k] = widen4(rows[k]) - c;
   const quad even01 = __builtin_shuffle(r[0], r[1], pick{0, 4, 2, 6}), odd01 = __builtin_shuffle(r[0], r[1], pick{1, 5, 3, 7});
   const quad even23 = __builtin_shuffle(r[2], r[3], pick{0, 4, 2, 6}), odd23 = __builtin_shuffle(r[2], r[3], pick{1, 5, 3, 7});
-  *reinterpret_cast<quad_at*>(columns) = __builtin_shuffle(even01, even23, pick{0, 1, 4, 5});
-  *reinterpret_cast<quad_at*>(columns + width) = __builtin_shuffle(odd01, odd23, pick{0, 1, 4, 5});
-  *reinterpret_cast<quad_at*>(columns + 2 * width) = __builtin_shuffle(even01, even23, pick{2, 3, 6, 7});
-  *reinterpret_cast<quad_at*>(columns + 3 * width) = __builtin_shuffle(odd01, odd23, pick{2, 3, 6, 7});
+  const auto put = [&](int64_t j, quad x) {
+    if (j < kept) *reinterpret_cast<quad_at*>(columns + j * width) = x;
+  };
+  put(0, __builtin_shuffle(even01, even23, pick{0, 1, 4, 5}));
+  put(1, __builtin_shuffle(odd01, odd23, pick{0, 1, 4, 5}));
+  put(2, __builtin_shuffle(even01, even23, pick{2, 3, 6, 7}));
+  put(3, __builtin_shuffle(odd01, odd23, pick{2, 3, 6, 7}));
 }
 
 template <typename S> static void load_tile(Tile& tile, const MapInput& in, int64_t begin, int64_t end) {
@@ -106,16 +108,27 @@ template <typename S> static void load_tile(Tile& tile, const MapInput& in, int6
   tile.padded = (tile.rows + kLanes - 1) / kLanes * kLanes;
   const int64_t width = tile.width, m = in.m;
   double* columns = tile.columns + width;
+  // Of fewer than four columns, what is read beyond a row lies in the rows after it: not so for the last ones.
+  const bool narrow = m < 4;
+  quad narrow_center = {};
+  for (int64_t j = 0; narrow && j < m; ++j) narrow_center[j] = in.center[j];
   int64_t i = 0;
-  if (m >= 4) {
-    for (; i + 4 <= tile.rows; i += 4) {
-      const S* rows[4];
-      for (int k = 0; k < 4; ++k) rows[k] = row_of<S>(in, begin + i + k);
-      for (int64_t j = 0;; j = at_most(j + 4, m - 4)) {  // the last block overlaps the one before
-        const S* const at[4] = {rows[0] + j, rows[1] + j, rows[2] + j, rows[3] + j};
-        transpose_4x4<S>(columns + j * width + i, width, at, in.center + j);
-        if (j == m - 4) break;
-      }
+  for (; i + 4 <= tile.rows; i += 4) {
+    const S* rows[4];
+    for (int k = 0; k < 4; ++k) rows[k] = row_of<S>(in, begin + i + k);
+    // The next tile, while this one is computed with; past the end, or with an order, a prefetch does no harm.
+    __builtin_prefetch(rows[0] + width * in.row_stride);
+    __builtin_prefetch(rows[2] + width * in.row_stride);
+    if (narrow) {
+      const S* last = static_cast<const S*>(in.rewards) + (in.n - 4) * in.row_stride;
+      if (in.row_stride < m || rows[0] > last || rows[1] > last || rows[2] > last || rows[3] > last) break;
+      transpose_4x4<S>(columns + i, width, rows, narrow_center, m);
+      continue;
+    }
+    for (int64_t j = 0;; j = at_most(j + 4, m - 4)) {  // the last block overlaps the one before
+      const S* const at[4] = {rows[0] + j, rows[1] + j, rows[2] + j, rows[3] + j};
+      transpose_4x4<S>(columns + j * width + i, width, at, widen4(in.center + j), 4);
+      if (j == m - 4) break;
     }
   }
   for (; i < tile.rows; ++i) {
@@ -190,8 +203,7 @@ template <int M> static void score_tile(vecd& best, vecd& top, Tile& tile, const
     if (tile.weighted) {
       const vecd w = load<double>(tile.log_weights + i);
       top = max<double>(top, w > -kInf ? s : splat<double>(-kInf));
-      // A row of no weight counts as absent even where its score is infinite; a NaN stays.
-      s = w > -kInf ? s + w : (s == s ? w : s);
+      s = w > -kInf ? s + w : splat<double>(-kInf);
     }
     store<double>(scores + i, s);
     best = max<double>(best, s);
@@ -235,7 +247,7 @@ static void add_tile(const Partial& sums, Tile& tile, const double* lambda, int6
   const double shift = *sums.shift == -kInf ? 0.0 : *sums.shift;
   vecd squares = load<double>(sums.squares);
   for (int64_t i = 0; i < tile.padded; i += kLanes) {
-    const vecd e = exp(load<double>(scores + i) - shift);
+    const vecd e = exp_nonpositive(load<double>(scores + i) - shift);
     squares += e * e;
     store<double>(scores + i, e);
   }
@@ -286,7 +298,7 @@ static void add_moments(double* out, const Total& sums, int64_t m) {
   const double total = sums.gram[0];
   out[0] += (*sums.shift == -kInf ? 0.0 : *sums.shift) + __builtin_log(total);
   out[1] += total * total / *sums.squares;
-  out[2] += *sums.top;
+  out[2] += total == total ? *sums.top : total;
   double *mean = out + 3, *cov = mean + m;
   const double* second = sums.gram + m + 1;
   for (int64_t j = 0; j < m; ++j) mean[j] += sums.gram[j + 1] / total;
@@ -315,6 +327,7 @@ template <typename S>
 static void joint(double* out, const MapInput& in, const double* lambda, int64_t count, int threads) {
   const int64_t m = in.m, size = Total::size(m), chunks = (in.n + kChunkRows - 1) / kChunkRows;
   double* totals = Workspace::allocate(chunks * count * size);
+  threads = int(at_most(threads, chunks));
 #pragma omp parallel num_threads(threads)
   {
     Workspace work(in, count);
@@ -338,6 +351,7 @@ static void grouped(double* out, const MapInput& in, const double* lambda, int64
   const int64_t per_chunk = at_most(in.groups, kChunkRows * in.groups / in.n + 1);
   const int64_t chunks = (in.groups + per_chunk - 1) / per_chunk;
   double* partial = Workspace::allocate(chunks * count * moments);
+  threads = int(at_most(threads, chunks));
 #pragma omp parallel num_threads(threads)
   {
     Workspace work(in, count);

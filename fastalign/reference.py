@@ -61,3 +61,36 @@ def token_logratios(
     policy = token_logprobs(policy_logits, labels, temperature, None, ignore_index)["log_probs"]
     ref = token_logprobs(ref_logits, labels, temperature, None, ignore_index)["log_probs"]
     return policy - ref
+
+
+def map_statistics(
+    rewards: Tensor,
+    lam: Tensor,
+    center: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Moments of R - center under p_i ∝ w_i e^{lam·(R_i - center)}; the mean of each over the groups, if any.
+
+    rewards (n, m), lam (m,) or (K, m) -> log_z (), mean (m,), cov (m, m), ess (), max_score (), float64, K leading.
+    log_z and its derivatives mean and cov: the dual of MAP, arXiv 2410.19198.
+    """
+    x = rewards.double() if center is None else rewards.double() - center.double()
+    log_w = x.new_zeros(len(x)) if log_weights is None else log_weights.double()
+    members = [torch.arange(len(x), device=x.device)]
+    if groups is not None:
+        members = [(groups == g).nonzero().flatten() for g in groups.unique()]
+    found: dict[str, list[Tensor]] = {"log_z": [], "mean": [], "cov": [], "ess": [], "max_score": []}
+    for rows in members:
+        part, log_part = x[rows], log_w[rows]
+        s = lam.double() @ part.T
+        log_p = torch.where(log_part == NEG_INF, log_part, s + log_part)
+        p = torch.softmax(log_p, -1)
+        mean = p @ part
+        found["log_z"].append(torch.logsumexp(log_p, -1) - torch.logsumexp(log_part, -1))
+        found["mean"].append(mean)
+        apart = part - mean.unsqueeze(-2)
+        found["cov"].append((p.unsqueeze(-1) * apart).mT @ apart)
+        found["ess"].append(1 / p.square().sum(-1))
+        found["max_score"].append(s.masked_fill(log_part == NEG_INF, NEG_INF).amax(-1))
+    return {name: torch.stack(each).mean(0) for name, each in found.items()}

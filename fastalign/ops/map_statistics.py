@@ -1,0 +1,175 @@
+"""map_statistics: the moments of the rewards under a tilted law, which are all that a solver for λ needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops._library import define, threads
+
+
+class MapStatistics(NamedTuple):
+    """What `map_statistics` returns; every field float64, with a leading K where lam is (K, m)."""
+
+    log_z: Any  # () log Σ w e^s / Σ w
+    mean: Any  # (m,) of R - center under the tilted law
+    cov: Any  # (m, m)
+    ess: Any  # () (Σ w e^s)² / Σ (w e^s)²
+    max_score: Any  # () the largest s of a row with positive weight
+
+
+def map_statistics(
+    rewards: Tensor,
+    lam: Tensor,
+    *,
+    center: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> MapStatistics:
+    """Moments of R - center under p_i ∝ w_i exp(s_i), s_i = lam·(R_i - center), from one read of the rewards.
+
+    log_z is the value of MAP's dual, mean its gradient and cov its Hessian (arXiv 2410.19198). Sums are float64 about
+    a running maximum, so no score overflows, and come out the same bits at any number of threads.
+
+    Args:
+        rewards: (n, m) float32 or float64, n, m >= 1; read in place where its rows are contiguous.
+        lam: (m,), or (K, m): K laws from the same read.
+        center: (m,), subtracted from the rewards; moments keep their digits when it lies amid them. None: 0.
+        log_weights: (n,), log w_i; -inf leaves a row out. None: 0.
+        groups: (n,) integers. Each field is then the mean over the groups of that group's own.
+
+    Returns:
+        MapStatistics of float64 tensors, without gradients. A NaN in rewards or lam gives NaN.
+
+    Raises:
+        UserError, TypeError: a shape or dtype that breaks these rules; no row with positive weight in some group.
+    """
+    _check(rewards, lam, center, log_weights, groups)
+    if backend.choose(rewards.device) == "reference":
+        return MapStatistics(**reference.map_statistics(rewards, lam, center, log_weights, groups))
+    rewards, lam, center, log_weights = (
+        x if x is None else x.detach() for x in (rewards, lam, center, log_weights)
+    )
+    return MapStatistics(*statistics_op(rewards, lam, center, log_weights, groups))
+
+
+class MapPass:
+    """The same pass for numpy arrays, set up once and called at many λ: `run(lam (K, m)) -> MapStatistics`, K leading.
+
+    rewards: (n, m) float32 or float64, rows contiguous. center (m,) and log_weights (n,) float64; groups (n,) integers.
+    """
+
+    def __init__(self, rewards: np.ndarray, *, center=None, log_weights=None, groups=None):
+        n, m = rewards.shape
+        self.rewards, self.log_weights, self.groups = rewards, log_weights, groups
+        self.center = np.zeros(m) if center is None else np.ascontiguousarray(center, dtype=np.float64)
+        self.order, self.offsets = (None, None) if groups is None else rows_by_group(groups)
+        self.log_norm = self._log_norm()
+        self.on_engine = backend.choose(torch.device("cpu")) == "cpu"
+        count = 0 if groups is None else len(self.offsets) - 1
+        self.description = (
+            rewards.ctypes.data, str(rewards.dtype), n, m, rewards.strides[0] // rewards.itemsize, self.center.ctypes.data,
+            _address(log_weights), _address(self.order), _address(self.offsets), count,
+        )  # fmt: skip
+
+    def __call__(self, lam: np.ndarray) -> MapStatistics:
+        if not self.on_engine:
+            return self._reference(lam)
+        lam = np.ascontiguousarray(lam, dtype=np.float64)
+        count, m = lam.shape
+        out = np.empty((count, 3 + m + m * m))
+        backend.engine.map_statistics(out.ctypes.data, self.description, lam.ctypes.data, count, threads())
+        mean, cov = out[:, 3 : 3 + m], out[:, 3 + m :].reshape(count, m, m)
+        return MapStatistics(out[:, 0] - self.log_norm, mean, cov, out[:, 1], out[:, 2])
+
+    def _reference(self, lam: np.ndarray) -> MapStatistics:
+        given = (self.rewards, lam, self.center, self.log_weights, self.groups)
+        found = reference.map_statistics(*(None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given))
+        return MapStatistics(**{name: x.numpy() for name, x in found.items()})
+
+    def _log_norm(self) -> float:
+        """log Σ w, with groups its mean over them."""
+        n = len(self.rewards)
+        if self.log_weights is None:
+            return float(np.log(n) if self.groups is None else np.log(np.diff(self.offsets)).mean())
+        starts = [0] if self.groups is None else self.offsets[:-1]
+        ordered = self.log_weights if self.order is None else self.log_weights[self.order]
+        largest = np.maximum.reduceat(ordered, starts)
+        if not (largest > -np.inf).all():
+            what = "" if self.groups is None else " in every group"
+            raise UserError(f"weights must be positive in at least one row{what}, got none")
+        sizes = np.diff(np.append(starts, n))
+        return float((largest + np.log(np.add.reduceat(np.exp(ordered - np.repeat(largest, sizes)), starts))).mean())
+
+
+def rows_by_group(groups: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """Row numbers sorted by group, None where they are so already; and the offset of each group in them, then n."""
+    order = None
+    if (groups[1:] < groups[:-1]).any():
+        order = np.argsort(groups, kind="stable").astype(np.int64, copy=False)
+        groups = groups[order]
+    bounds = np.flatnonzero(groups[1:] != groups[:-1]) + 1
+    return order, np.concatenate(([0], bounds, [len(groups)])).astype(np.int64)
+
+
+def _address(x: np.ndarray | None) -> int:
+    return 0 if x is None else x.ctypes.data
+
+
+def _statistics_cpu(rewards, lam, center, log_weights, groups):
+    if rewards.stride(1) != 1:
+        rewards = rewards.contiguous()
+    run = MapPass(
+        rewards.numpy(),
+        center=None if center is None else center.double().numpy(),
+        log_weights=None if log_weights is None else log_weights.double().contiguous().numpy(),
+        groups=None if groups is None else groups.numpy(),
+    )
+    found = run(lam.double().reshape(-1, rewards.shape[1]).numpy())
+    leading = lam.shape[:-1]
+    return tuple(torch.from_numpy(np.array(x)).reshape(*leading, *x.shape[1:]) for x in found)
+
+
+def _statistics_fake(rewards, lam, center, log_weights, groups):
+    leading, m = lam.shape[:-1], rewards.shape[1]
+    shapes = (leading, (*leading, m), (*leading, m, m), leading, leading)
+    return tuple(rewards.new_empty(shape, dtype=torch.float64) for shape in shapes)
+
+
+statistics_op = define(
+    "map_statistics(Tensor rewards, Tensor lam, Tensor? center, Tensor? log_weights, Tensor? groups) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _statistics_cpu,
+    _statistics_fake,
+)
+
+
+def _check(rewards, lam, center, log_weights, groups) -> None:
+    named = {"rewards": rewards, "lam": lam, "center": center, "log_weights": log_weights, "groups": groups}
+    for name, x in named.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if name == "groups":
+            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+                raise TypeError(f"groups must be integers, got {x.dtype}")
+        elif x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
+        if x.device != rewards.device:
+            raise UserError(f"{name} must be on rewards' device, got {x.device} and {rewards.device}")
+    if rewards.ndim != 2 or 0 in rewards.shape:
+        raise UserError(f"rewards must have shape (n, m) with n, m >= 1, got {tuple(rewards.shape)}")
+    n, m = rewards.shape
+    if lam.ndim not in (1, 2) or lam.shape[-1] != m or lam.numel() == 0:
+        raise UserError(f"lam must have shape ({m},) or (K, {m}), got {tuple(lam.shape)}")
+    for name, size in (("center", m), ("log_weights", n), ("groups", n)):
+        if named[name] is not None and named[name].shape != (size,):
+            raise UserError(f"{name} must have shape ({size},), got {tuple(named[name].shape)}")
+    if log_weights is not None and not bool((log_weights < float("inf")).all()):
+        raise UserError("log_weights must be below infinity and not NaN")
