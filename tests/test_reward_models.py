@@ -61,6 +61,15 @@ def llama(kind="sequence", **options):
     return (LlamaForSequenceClassification if kind == "sequence" else LlamaForCausalLM)(config)
 
 
+def gpt2():
+    """A causal model with learned absolute positions, which left padding would shift if it were done wrongly."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_positions=48, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
+    return GPT2LMHeadModel(config)
+
+
 LABELS = {"id2label": {0: "Clean", 1: "toxic", 2: "other"}, "label2id": {"Clean": 0, "toxic": 1, "other": 2}}
 
 
@@ -235,9 +244,10 @@ def mean_logprob(model, context, target):
     return sum(logits[row, token].item() for row, token in zip(rows, target, strict=True)) / len(target)
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_perplexity_is_the_mean_logprob_of_the_response(template):
-    model, tok = llama("causal"), tokenizer(template)
+@pytest.mark.parametrize("make", [lambda: llama("causal"), gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
+def test_perplexity_is_the_mean_logprob_of_the_response(make, template):
+    model, tok = make(), tokenizer(template)
     values = rewards.Perplexity(model=model, tokenizer=tok, batch_size=4)(PROMPTS, RESPONSES)
     for prompt, response, value in zip(PROMPTS, RESPONSES, values, strict=True):
         target = tok(response, add_special_tokens=False)["input_ids"]
