@@ -100,10 +100,6 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         return grad, None, None, None, None, None
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("token_logprobs has no forward-mode derivative")
-
 
 def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):
     rows, kept = describe(logits)
@@ -155,6 +151,7 @@ forward_op = define(
     "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
+    leading_dims=True,
 )
 backward_op = define(
     "token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
@@ -162,4 +159,5 @@ backward_op = define(
     "bool statistics) -> Tensor",
     _backward_cpu,
     _backward_fake,
+    leading_dims=True,
 )

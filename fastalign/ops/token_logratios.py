@@ -75,10 +75,6 @@ class _TokenLogratios(torch.autograd.Function):
         ref_grad = side(-grad, ref_logits, ref_max, ref_sum) if ctx.needs_input_grad[1] else None
         return policy_grad, ref_grad, None, None, None
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("token_logratios has no forward-mode derivative")
-
 
 def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     policy, policy_kept = describe(policy_logits)
@@ -103,4 +99,5 @@ forward_op = define(
     "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
+    leading_dims=True,
 )

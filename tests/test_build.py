@@ -1,0 +1,105 @@
+"""What the build promises: levels that agree, no libtorch, nothing that answers to `import kernels`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastalign.backend
+from fastalign import kernels
+
+ROOT = Path(__file__).parent.parent
+engine = fastalign.backend.engine
+
+SUMS = """
+import sys, torch, fastalign.backend
+from fastalign.ops import token_logprobs
+torch.manual_seed(0)
+out = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    x = (torch.randn(5, 1500, dtype=torch.float64) * 4).to(dtype).requires_grad_()
+    found = token_logprobs(x, torch.arange(5) * 300, softcap=9.0, outputs=("log_probs", "entropy"))
+    (found.log_probs.sum() + found.entropy.sum()).backward()
+    out += [found.log_probs.sum().item(), found.entropy.sum().item(), x.grad.double().abs().sum().item()]
+print(fastalign.backend.engine.active_isa(), *out)
+"""
+
+
+def run(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(engine is None, reason="the engine is not built")
+def test_every_level_this_processor_has_gives_the_same_numbers():
+    rows = []
+    for isa in engine.available_isas():
+        code, out, err = run(SUMS, FASTALIGN_ISA=isa)
+        assert code == 0, err
+        name, *numbers = out.split()
+        assert name == isa
+        rows.append([float(x) for x in numbers])
+    for row in rows[1:]:
+        assert row == pytest.approx(rows[0], rel=2e-5)
+
+
+@pytest.mark.skipif(engine is None, reason="the engine is not built")
+def test_an_unknown_level_is_refused():
+    code, _, err = run("import fastalign.backend as b; b.engine.active_isa()", FASTALIGN_ISA="mmx")
+    assert code != 0 and "FASTALIGN_ISA must be baseline, avx2 or avx512, got mmx" in err
+
+
+@pytest.mark.skipif(engine is None or shutil.which("readelf") is None, reason="needs the engine and readelf")
+def test_the_engine_links_no_libtorch_and_the_plain_openmp():
+    listing = subprocess.run(["readelf", "-d", engine.__file__], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", listing)
+    assert not [name for name in needed if "torch" in name or "c10" in name]
+    assert "libgomp.so.1" in needed
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_no_code_for_a_newer_processor_is_shared_with_an_older_one():
+    objects = [path for level in ("avx2", "avx512") for path in (ROOT / "build/objects").glob(f"*/{level}/*.o")]
+    if not objects:
+        pytest.skip("no object files beside the sources")
+    for path in objects:
+        listing = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+        weak = [line.split(" ", 2)[2] for line in listing.splitlines() if line.split(" ")[1] in "WVu"]
+        shared = [name for name in weak if f"fastalign::{path.parent.name}::" not in name and "DW.ref" not in name]
+        assert not shared, f"{path.name}: the linker may use these on any processor: {shared[:3]}"
+
+
+def test_nothing_here_answers_to_import_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code, _, err = run("import transformers.integrations.hub_kernels, fastalign.kernels", PYTHONPATH=str(ROOT))
+    assert code == 0, err
+    assert kernels.names() == sorted(kernels.names())
+
+
+def test_import_is_light():
+    code, out, err = run(
+        "import sys, fastalign; print(*(m for m in ('transformers', 'trl', 'matplotlib', 'ray', 'triton', 'sklearn',"
+        " 'scipy', 'pyarrow', 'datasets', 'typer', 'rich') if m in sys.modules))"
+    )
+    assert code == 0, err
+    assert out.split() == []
+
+
+def test_without_the_engine_the_reference_runs_and_says_so():
+    code, _, err = run(
+        "import sys; sys.modules['fastalign._C'] = None\n"
+        "import torch, fastalign\n"
+        "x = fastalign.ops.token_logprobs(torch.zeros(2, 4), torch.tensor([0, 1]))\n"
+        "assert torch.allclose(x, torch.tensor(4.0).log().neg().expand(2))\n"
+        "fastalign.ops.token_logprobs(torch.zeros(2, 4), torch.tensor([0, 1]))\n"
+    )
+    assert code == 0, err
+    assert err.count("fastalign's CPU engine is not built") == 1 and "pip install -e ." in err
+    code, _, err = run("import sys; sys.modules['fastalign._C'] = None; import fastalign", FASTALIGN_BACKEND="cpu")
+    assert code != 0 and "FASTALIGN_BACKEND 'cpu' needs the compiled engine" in err
