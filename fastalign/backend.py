@@ -66,9 +66,8 @@ def _check(name: str, argument: str) -> None:
         raise UserError(f"{argument} 'cpu' needs the compiled engine, which is not built: {BUILD_COMMAND}")
 
 
-@torch.compiler.disable
 def _warn_once(key: str, message: str) -> None:
-    if key not in _warned:
+    if key not in _warned and not torch.compiler.is_compiling():
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
