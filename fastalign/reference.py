@@ -6,6 +6,8 @@ no compiled backend can.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,3 +96,96 @@ def map_statistics(
         found["ess"].append(1 / p.square().sum(-1))
         found["max_score"].append(s.masked_fill(log_part == NEG_INF, NEG_INF).amax(-1))
     return {name: torch.stack(each).mean(0) for name, each in found.items()}
+
+
+def philox(seed: int, row: Tensor, offset: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011, Random123) of broadcast int64 row and offset -> (..., 4) words in int64.
+
+    key = (seed low, seed high), counter = (row low, row high, offset low, offset high), 32 bits each.
+    """
+    low = 0xFFFFFFFF
+    row, offset = torch.broadcast_tensors(row, offset)
+    c0, c1, c2, c3 = row & low, (row >> 32) & low, offset & low, (offset >> 32) & low
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        high0, low0 = _wide_product(0xD2511F53, c0)
+        high1, low1 = _wide_product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 by 32 bit product, in halves so that no signed 64-bit number overflows."""
+    small = (a & 0xFFFF) * b
+    rest = (a >> 16) * b + (small >> 16)
+    return rest >> 16, ((rest & 0xFFFF) << 16) | (small & 0xFFFF)
+
+
+def uniform(seed: int, row: Tensor, offset: Tensor) -> Tensor:
+    """53 bits of Philox's first two words as a float64 in (0, 1): a multiple of 2^-53, at least one."""
+    words = philox(seed, row, offset)
+    bits = ((words[..., 0] >> 5) << 26) | (words[..., 1] >> 6)
+    return bits.clamp_min(1).double() * 2.0**-53
+
+
+# Mass is compared with top_p as exact numbers would be: p = 0.9 keeps nine of ten equal tokens.
+TOP_P_SLACK = 1 - 1e-12
+
+
+def survivors(
+    x: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Which tokens may be drawn, bool (B, V), for logits x (B, V) without NaN, filtered in transformers' order.
+
+    top_k keeps every tie of the k-th. top_p (Holtzman et al., arXiv 1904.09751) keeps the most likely tokens, the
+    higher index first among ties, while the mass of those before is under top_p. min_p: arXiv 2407.01082.
+    """
+    d = _below_top(x, temperature)
+    keep = x > NEG_INF
+    if top_k > 0:
+        keep &= x >= x.topk(min(top_k, x.shape[-1])).values[:, -1:]
+    if top_p < 1:
+        order = x.masked_fill(~keep, NEG_INF).sort(-1, stable=True).indices.flip(-1)
+        weights = (d.double().exp() * keep).gather(-1, order)
+        mass = weights.cumsum(-1)
+        kept = mass - weights < top_p * TOP_P_SLACK * mass[:, -1:]
+        kept[:, 0] = True
+        keep &= torch.zeros_like(keep).scatter(-1, order, kept)
+    if min_p > 0:
+        keep &= d >= math.log(min_p)
+    return keep
+
+
+def _below_top(x: Tensor, temperature: float) -> Tensor:
+    """(x - max x) / temperature: the maximum goes first, so that no temperature overflows."""
+    limits = torch.finfo(x.dtype)
+    return (x - x.amax(-1, keepdim=True)) * min(max(1 / temperature, limits.tiny), limits.max)
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token per row by the inverse of its cumulative sum in index order. logits (B, V) -> ids, log_probs (B,)."""
+    x = _compute(logits)
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    bad = (x.isnan() | (x == -NEG_INF)).any(-1) | (x == NEG_INF).all(-1)
+    x = x.masked_fill(bad[:, None], 0)
+    if temperature == 0:
+        index = torch.arange(x.shape[-1], device=x.device)
+        ids = torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1]).amin(-1)
+        log_probs = torch.zeros_like(x[:, 0])
+    else:
+        d = _below_top(x, temperature)
+        mass = (d.double().exp() * survivors(x, temperature, top_k, top_p, min_p)).cumsum(-1)
+        target = uniform(seed, rows, torch.full_like(rows, offset))[:, None] * mass[:, -1:]
+        ids = (mass <= target).sum(-1)
+        log_probs = (d.gather(-1, ids[:, None]).double() - mass[:, -1:].log()).to(x.dtype)[:, 0]
+    return ids.masked_fill(bad, -1), log_probs.masked_fill(bad, float("nan"))

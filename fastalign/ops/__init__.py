@@ -1,7 +1,16 @@
 """The ops: one file each, compiled on the CPU, differentiable where that means something."""
 
 from fastalign.ops.map_statistics import MapStatistics, map_statistics
+from fastalign.ops.sample_tokens import SampledTokens, sample_tokens
 from fastalign.ops.token_logprobs import TokenLogprobs, token_logprobs
 from fastalign.ops.token_logratios import token_logratios
 
-__all__ = ["MapStatistics", "map_statistics", "TokenLogprobs", "token_logprobs", "token_logratios"]
+__all__ = [
+    "MapStatistics",
+    "SampledTokens",
+    "TokenLogprobs",
+    "map_statistics",
+    "sample_tokens",
+    "token_logprobs",
+    "token_logratios",
+]

@@ -52,3 +52,13 @@ def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
 def positive(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
         raise UserError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def seed(value: int) -> None:
+    if not (isinstance(value, int) and 0 <= value < 2**64):
+        raise UserError(f"seed must be an integer in [0, 2^64), got {value!r}")
+
+
+def as_signed(value: int) -> int:
+    """The int64 with the bits of a number in [0, 2^64), since an op's schema knows no larger integer."""
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,115 @@
+"""sample_tokens: one token per row of logits, by a counter-based generator, with its log-probability."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._library import define, threads
+from fastalign.ops._rows import compute_dtype, describe
+
+MAX_VOCAB = 2**31 - 1
+
+
+class SampledTokens(NamedTuple):
+    """What `sample_tokens` returns, for B rows."""
+
+    ids: Tensor  # (B,) int64; -1 in a row with nothing to draw
+    log_probs: Tensor  # (B,) float32, float64 for float64 logits; NaN there
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int,
+    offset: int = 0,
+    rows: Tensor | None = None,
+) -> SampledTokens:
+    """Draw one token per row from softmax(logits / temperature), truncated as transformers does, without its copies.
+
+    The filters apply in the order temperature, top_k, top_p, min_p, each to what the one before left. The draw is the
+    first token, in index order, whose cumulative probability exceeds a uniform number. That number is a function of
+    (seed, rows[i], offset) alone: Philox4x32-10 (Salmon et al. 2011) with key seed and that counter, the same on every
+    backend and at any number of threads.
+
+    Args:
+        logits: (B, V) float32, float64, bfloat16 or float16, any strides. -inf masks a token.
+        temperature: at least 0; 0 takes the largest logit (the lowest index among ties, log-probability 0).
+        top_k: keep the k largest and all ties of the k-th; 0 for off.
+        top_p: keep the most likely tokens until their mass reaches top_p, at least one (nucleus sampling, arXiv
+            1904.09751); among ties at the border the higher indices stay. 1 for off.
+        min_p: keep tokens at least min_p times as likely as the likeliest (arXiv 2407.01082); 0 for off.
+        seed: in [0, 2^64).
+        offset: the step number; a new one draws afresh for the same rows. In [0, 2^63).
+        rows: (B,) int64, the stream of each row, so that a draw does not hang on how rows were batched. None: 0..B-1.
+
+    Returns:
+        SampledTokens, without gradients. log_probs are under the truncated, renormalised law that was drawn from. A row
+        that holds NaN or +inf, or no finite logit, gives id -1 and log-probability NaN.
+
+    Raises:
+        UserError, TypeError: a shape, dtype, device or option that breaks these rules.
+    """
+    _check(logits, temperature, top_k, top_p, min_p, offset, rows)
+    _checks.seed(seed)
+    options = (float(temperature), min(top_k, MAX_VOCAB), float(top_p), float(min_p), _checks.as_signed(seed), offset, rows)
+    if backend.choose(logits.device) == "reference":
+        return SampledTokens(*reference.sample_tokens(logits.detach(), *options))
+    return SampledTokens(*sample_op(logits.detach(), *options))
+
+
+def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
+    _checks.logits("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] > MAX_VOCAB:
+        raise UserError(f"logits must have shape (B, V) with V below 2^31, got {tuple(logits.shape)}")
+    if not (isinstance(temperature, int | float) and temperature >= 0 and math.isfinite(temperature)):
+        raise UserError(f"temperature must be a finite number, at least 0, got {temperature!r}")
+    if not (isinstance(top_k, int) and top_k >= 0):
+        raise UserError(f"top_k must be an integer, at least 0, got {top_k!r}")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise UserError(f"{name} must be in [0, 1], got {value!r}")
+    if not (isinstance(offset, int) and 0 <= offset < 2**63):
+        raise UserError(f"offset must be an integer in [0, 2^63), got {offset!r}")
+    if rows is not None:
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+            raise TypeError(f"rows must be an int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
+        if rows.shape != logits.shape[:1]:
+            raise UserError(f"rows.shape must equal logits.shape[:1], got {tuple(rows.shape)} and {tuple(logits.shape[:1])}")
+        if rows.device != logits.device:
+            raise UserError(f"rows must be on logits' device, got {rows.device} and {logits.device}")
+
+
+def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
+    described, kept = describe(logits)
+    rows = None if rows is None else rows.contiguous()
+    ids, log_probs = _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
+    backend.engine.sample_tokens(
+        ids.data_ptr(), log_probs.data_ptr(), described, temperature, top_k, top_p, min_p, seed, offset,
+        0 if rows is None else rows.data_ptr(), threads(),
+    )  # fmt: skip
+    del kept
+    return ids, log_probs
+
+
+def _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
+    ids = logits.new_empty(logits.shape[:1], dtype=torch.int64)
+    return ids, logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
+
+
+sample_op = define(
+    "sample_tokens(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int offset, "
+    "Tensor? rows) -> (Tensor, Tensor)",
+    _sample_cpu,
+    _sample_fake,
+)
