@@ -89,7 +89,8 @@ class MapPass:
 
     def _reference(self, lam: np.ndarray) -> MapStatistics:
         given = (self.rewards, lam, self.center, self.log_weights, self.groups)
-        found = reference.map_statistics(*(None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given))
+        tensors = (None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given)
+        found = reference.map_statistics(*tensors)
         return MapStatistics(**{name: x.numpy() for name, x in found.items()})
 
     def _log_norm(self) -> float:
@@ -103,8 +104,8 @@ class MapPass:
         if not (largest > -np.inf).all():
             what = "" if self.groups is None else " in every group"
             raise UserError(f"weights must be positive in at least one row{what}, got none")
-        sizes = np.diff(np.append(starts, n))
-        return float((largest + np.log(np.add.reduceat(np.exp(ordered - np.repeat(largest, sizes)), starts))).mean())
+        apart = np.exp(ordered - np.repeat(largest, np.diff(np.append(starts, n))))
+        return float((largest + np.log(np.add.reduceat(apart, starts))).mean())
 
 
 def rows_by_group(groups: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:

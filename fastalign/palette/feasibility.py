@@ -59,5 +59,5 @@ def nearest_reachable(run, palette: np.ndarray, scale: np.ndarray, direction: np
         if score + distance**2 <= 1e-15 * (1.0 + size) * distance or distance >= shortest:
             break
         shortest = distance
-        points = [p for p, w in zip(points, weights) if w > 0.0] + [point]
+        points = [p for p, w in zip(points, weights, strict=True) if w > 0.0] + [point]
     return palette + np.minimum(nearest, 0.0) * scale, d / scale / np.abs(d / scale).max(), distance

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.ops.map_statistics import MapPass
+from fastalign.palette._inputs import checked, reject_nonfinite
 from fastalign.palette.feasibility import nearest_reachable
 
 MAX_PASSES = 200
@@ -34,7 +35,7 @@ class PaletteSolution:
     feasible: whether the palette can be reached at all by reweighting these samples.
     kkt_residual: max_j |μ_j − clip(μ_j − γ_j, 0, bound)| with μ_j = λ_j σ_j, γ_j = (E_λ[R_j] − c_j) / σ_j and σ_j the
         standard deviation of reward j under p0; that is, how far the levels miss, in standard deviations.
-    iterations: passes over all rewards. nearest: (m,) the reachable palette closest to an infeasible one (Euclidean
+    iterations: passes over all rewards that Newton took. nearest: (m,) the reachable palette closest to an infeasible one (Euclidean
         distance in units of σ); None where the palette is feasible (NaN rows in the (K, m) form, None if all are).
     certificate: (m,) d ≥ 0 with max_i d·R_i < d·c, the proof that an infeasible palette is so; else as `nearest`.
     """
@@ -50,7 +51,9 @@ class PaletteSolution:
     certificate: np.ndarray | None
 
 
-def solve(rewards, palette, *, groups=None, weights=None, tol: float = 1e-9, lam_max: float | None = None) -> PaletteSolution:
+def solve(
+    rewards, palette, *, groups=None, weights=None, tol: float = 1e-9, lam_max: float | None = None
+) -> PaletteSolution:
     """Weights λ ≥ 0 of the policy p_λ ∝ p0 exp(λ·R) with E_λ[R] ≥ palette at the least KL from p0.
 
     rewards: (n, m), rewards of n samples of p0; numpy array or torch tensor of any device; float32 and float64 are
@@ -65,15 +68,14 @@ def solve(rewards, palette, *, groups=None, weights=None, tol: float = 1e-9, lam
     edge of what is reachable λ grows without limit; there the returned λ is the first to come within tol or, if
     none does at finite precision, the last one tried, and kkt_residual tells how far off it is.
 
-    Raises ValueError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights
+    Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights
     that are negative or sum to nothing (in any group).
     """
-    rewards, palettes, log_weights, groups = _checked(rewards, palette, groups, weights, tol, lam_max)
+    rewards, palettes, log_weights, groups = checked(rewards, palette, groups, weights, tol, lam_max)
     run = MapPass(rewards, center=_rough_mean(rewards), log_weights=log_weights, groups=groups)
     problem = _Problem(run, palettes, tol, np.inf if lam_max is None else lam_max)
-    problem.reject_nonfinite(rewards)
-    states = problem.minimise(_warm_start(problem, rewards, log_weights, groups))
-    results = [problem.conclude(k, state, lam_max) for k, state in enumerate(states)]
+    states = problem.minimise(_warm_start(problem))
+    results = [problem.conclude(k, state) for k, state in enumerate(states)]
     return _assemble(results, single=np.ndim(palette) == 1)
 
 
@@ -84,6 +86,8 @@ class _Problem:
         self.run, self.palettes, self.tol = run, palettes, tol
         m = palettes.shape[1]
         self.at_zero = run(np.zeros((1, m)))
+        if not (np.isfinite(self.at_zero.mean).all() and np.isfinite(self.at_zero.cov).all()):
+            reject_nonfinite(run.rewards)
         mean, deviation = self.at_zero.mean[0], np.sqrt(np.maximum(np.diagonal(self.at_zero.cov[0]), 0))
         value = np.abs(run.center + mean)
         # A constant reward has no deviation to measure by (what is left is rounding): its own size serves instead.
@@ -96,16 +100,6 @@ class _Problem:
         self.upper = np.where(self.constant, 0.0, lam_max * self.scale)
         self.lam_max = lam_max
 
-    def reject_nonfinite(self, rewards: np.ndarray) -> None:
-        """Non-finite rewards show in the moments at λ = 0, so that finite data is never searched."""
-        if np.isfinite(self.at_zero.mean).all() and np.isfinite(self.at_zero.cov).all():
-            return
-        bad = np.argwhere(~np.isfinite(rewards))
-        if len(bad):
-            i, j = bad[0]
-            raise ValueError(f"rewards must be finite, got {rewards[i, j]} in row {i}, column {j}")
-        raise ValueError(f"rewards must be of a size whose square is finite, got {np.abs(rewards).max():.3g}")
-
     def view(self, k: int, mu: np.ndarray, stats, row: int) -> _Point:
         """The k-th palette's dual at μ, from row `row` of a pass's statistics."""
         lam = mu / self.scale
@@ -113,33 +107,34 @@ class _Problem:
         gradient = (stats.mean[row] + self.offset[k]) / self.scale
         gradient[self.constant] = 0.0
         hessian = stats.cov[row] / (self.scale * self.scale[:, None])
-        return _Point(mu, stats.log_z[row] + shift, gradient, hessian, stats.max_score[row] + shift, stats.ess[row])
+        return _Point(
+            mu, stats.log_z[row] + shift, gradient, hessian, stats.max_score[row] + shift, stats.ess[row]
+        )
 
     def minimise(self, starts: np.ndarray | None = None) -> list[_State]:
         """All palettes' Newton iterations in step: a pass serves every palette that is still at work."""
         count, m = self.palettes.shape
         zero = np.zeros(m)
-        states = []
-        for k in range(count):
-            steps = _newton(self.view(k, zero, self.at_zero, 0), self.upper, self.tol, np.isfinite(self.lam_max),
-                            None if starts is None else starts[k])
-            states.append(_State(steps))
+        starts = [None] * count if starts is None else starts
+        origins = [self.view(k, zero, self.at_zero, 0) for k in range(count)]
+        states = [_State(_newton(*both, self.upper, self.tol)) for both in zip(origins, starts, strict=True)]
         active = [k for k in range(count) if not self.short[k].any() and states[k].begin()]
         while active:
             lams = np.array([states[k].trial for k in active]) / self.scale
             stats = self.run(lams)
-            active = [k for row, k in enumerate(active)
-                      if states[k].advance(self.view(k, states[k].trial, stats, row))]
+            active = [
+                k
+                for row, k in enumerate(active)
+                if states[k].advance(self.view(k, states[k].trial, stats, row))
+            ]
         for k in np.flatnonzero(self.short.any(axis=1)):
-            states[k].point = self.view(k, zero, self.at_zero, 0)
+            states[k].point = origins[k]
         return states
 
-    def conclude(self, k: int, state: _State, lam_max: float | None) -> dict:
+    def conclude(self, k: int, state: _State) -> dict:
         """The verdict, and the solution in the rewards' own units."""
         palette, point = self.palettes[k], state.point
-        lam = np.where(point.mu <= self.tol, 0.0, point.mu) / self.scale
-        if lam_max is not None:
-            lam = np.minimum(lam, lam_max)
+        lam = np.minimum(np.where(point.mu <= self.tol, 0.0, point.mu) / self.scale, self.lam_max)
         residual = _residual(point, self.upper)
         reached = residual <= self.tol and (point.gradient >= -self.tol).all()
         feasible, nearest, certificate = True, None, None
@@ -153,10 +148,20 @@ class _Problem:
         levels[self.constant] = (self.run.center + self.at_zero.mean[0])[self.constant]
         kl = max(0.0, float(point.mu @ point.gradient - point.value))
         ess = float(point.ess)
-        if not feasible and lam_max is None:
-            lam, levels, kl, ess, residual = np.full_like(lam, np.nan), np.full_like(lam, np.nan), np.nan, np.nan, np.nan
-        return dict(lam=lam, levels=levels, kl=kl, ess=ess, feasible=bool(feasible), kkt_residual=float(residual),
-                    iterations=1 + state.passes, nearest=nearest, certificate=certificate)
+        if not feasible and np.isinf(self.lam_max):  # the dual has no minimum
+            lam, levels = np.full_like(lam, np.nan), np.full_like(lam, np.nan)
+            kl = ess = residual = np.nan
+        return dict(
+            lam=lam,
+            levels=levels,
+            kl=kl,
+            ess=ess,
+            feasible=bool(feasible),
+            kkt_residual=float(residual),
+            iterations=1 + state.passes,
+            nearest=nearest,
+            certificate=certificate,
+        )
 
 
 @dataclass
@@ -199,11 +204,13 @@ def _residual(point: _Point, upper: np.ndarray) -> float:
     return float(np.abs(mu - np.minimum(np.maximum(mu - point.gradient, 0.0), upper)).max())
 
 
-def _newton(point: _Point, upper: np.ndarray, tol: float, bounded: bool, start: np.ndarray | None):
+def _newton(point: _Point, start: np.ndarray | None, upper: np.ndarray, tol: float):
     """Generator: yields the μ to evaluate, is sent its _Point; returns (last point, certificate or None).
 
-    `bounded`: with finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
+    Begins at `point`, which is μ = 0, or at `start` if g is lower there.
     """
+    # With finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
+    bounded = bool(np.isfinite(upper[upper > 0.0]).all())
     certificate = None
     if start is not None and start.any():
         warm = yield start
@@ -232,7 +239,8 @@ def _newton(point: _Point, upper: np.ndarray, tol: float, bounded: bool, start: 
             trial = yield np.minimum(point.mu + t * step, upper)
             # Near the minimum g stands still at its last bits; there the residual is what must fall.
             if trial.value <= point.value + 1e-4 * t * slope or (
-                trial.value <= point.value + 1e-12 * (1.0 + abs(point.value)) and _residual(trial, upper) < 0.5 * residual
+                trial.value <= point.value + 1e-12 * (1.0 + abs(point.value))
+                and _residual(trial, upper) < 0.5 * residual
             ):
                 break
             if certificate is None and trial.top < -tol * np.sqrt(trial.mu @ trial.mu):
@@ -291,25 +299,29 @@ def _model_minimum(hessian: np.ndarray, gradient: np.ndarray, x: np.ndarray, upp
     return z
 
 
-def _warm_start(problem: _Problem, rewards: np.ndarray, log_weights: np.ndarray | None,
-                groups: np.ndarray | None) -> np.ndarray | None:
+def _warm_start(problem: _Problem) -> np.ndarray | None:
     """(K, m) μ solved on about WARM_START_ROWS of the rows; None where there are not many times as many."""
-    n = len(rewards)
-    stride = n // WARM_START_ROWS
+    run = problem.run
+    stride = len(run.rewards) // WARM_START_ROWS
     if stride < 8:
         return None
-    if groups is None:
+    if run.groups is None:
         rows = slice(None, None, stride)
-    else:
-        ids = np.unique(groups)
-        if len(ids) < 64 * stride:
+    else:  # whole groups
+        sizes = np.diff(run.offsets)
+        if len(sizes) < 64 * stride:
             return None
-        rows = np.flatnonzero(np.isin(groups, ids[::stride]))
-    part_weights = None if log_weights is None else np.ascontiguousarray(log_weights[rows])
-    if part_weights is not None and groups is None and not (part_weights > -np.inf).any():
+        rows = np.repeat(np.arange(len(sizes)) % stride == 0, sizes).nonzero()[0]
+        rows = rows if run.order is None else run.order[rows]
+    log_weights = None if run.log_weights is None else np.ascontiguousarray(run.log_weights[rows])
+    if log_weights is not None and run.groups is None and not (log_weights > -np.inf).any():
         return None
-    run = MapPass(rewards[rows], center=problem.run.center, log_weights=part_weights,
-                  groups=None if groups is None else groups[rows])
+    run = MapPass(
+        run.rewards[rows],
+        center=run.center,
+        log_weights=log_weights,
+        groups=None if run.groups is None else run.groups[rows],
+    )
     part = _Problem(run, problem.palettes, 1e-3, problem.lam_max)
     if part.constant.any() or part.short.any():
         return None
@@ -323,73 +335,24 @@ def _warm_start(problem: _Problem, rewards: np.ndarray, log_weights: np.ndarray 
 def _rough_mean(rewards: np.ndarray) -> np.ndarray:
     """A point amid the data; moments are taken about it, so that an offset costs no digits."""
     stride = max(1, len(rewards) // 256)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
         return rewards[::stride].mean(axis=0, dtype=np.float64)
 
 
 def _assemble(results: list[dict], single: bool) -> PaletteSolution:
     if single:
         return PaletteSolution(**results[0])
-    fields = {name: np.array([r[name] for r in results]) for name in results[0] if name not in ("nearest", "certificate")}
+    fields = {
+        name: np.array([r[name] for r in results])
+        for name in results[0]
+        if name not in ("nearest", "certificate")
+    }
     m = fields["lam"].shape[1]
     for name in ("nearest", "certificate"):
         rows = [r[name] for r in results]
-        fields[name] = None if all(r is None for r in rows) else np.array([np.full(m, np.nan) if r is None else r for r in rows])
+        fields[name] = (
+            None
+            if all(r is None for r in rows)
+            else np.array([np.full(m, np.nan) if r is None else r for r in rows])
+        )
     return PaletteSolution(**fields)
-
-
-def _checked(rewards, palette, groups, weights, tol, lam_max):
-    rewards = as_rewards(rewards)
-    n, m = rewards.shape
-    palettes = np.asarray(to_numpy(palette), dtype=np.float64)
-    if palettes.ndim not in (1, 2) or palettes.shape[-1] != m or palettes.size == 0:
-        got = f"{palettes.shape[-1]}" if palettes.ndim in (1, 2) else f"shape {palettes.shape}"
-        raise ValueError(f"palette must have one level for each of the {m} rewards, got {got}")
-    if not np.isfinite(palettes).all():
-        raise ValueError(f"palette must be finite, got {palettes[~np.isfinite(palettes)][0]}")
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must lie between 0 and 1, got {tol}")
-    if lam_max is not None and not lam_max > 0:
-        raise ValueError(f"lam_max must be positive, got {lam_max}")
-    if groups is not None:
-        groups = np.asarray(to_numpy(groups))
-        if groups.shape != (n,):
-            raise ValueError(f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}")
-        if groups.dtype.kind not in "iu":
-            raise TypeError(f"groups must be integers, got {groups.dtype}")
-    log_weights = None
-    if weights is not None:
-        weights = np.asarray(to_numpy(weights), dtype=np.float64)
-        if weights.shape != (n,):
-            raise ValueError(f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}")
-        bad = ~((weights >= 0) & (weights < np.inf))
-        if bad.any():
-            i = int(bad.argmax())
-            raise ValueError(f"weights must be finite and not negative, got {weights[i]} in row {i}")
-        with np.errstate(divide="ignore"):
-            log_weights = np.log(weights)
-    return rewards, np.atleast_2d(palettes), log_weights, groups
-
-
-def to_numpy(x) -> np.ndarray:
-    """A numpy array of a tensor on any device, or of anything that numpy takes; no copy where none is needed."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        if x.is_floating_point() and x.element_size() < 4:
-            x = x.float()
-        return x.numpy()
-    return np.asarray(x)
-
-
-def as_rewards(rewards) -> np.ndarray:
-    """rewards as (n, m) float32 or float64 with contiguous rows, n and m at least 1."""
-    rewards = to_numpy(rewards)
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must have shape (n, m), got {rewards.shape}")
-    if 0 in rewards.shape:
-        raise ValueError(f"rewards must hold at least one sample and one reward, got shape {rewards.shape}")
-    if rewards.dtype.kind not in "fiub":
-        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
-    if rewards.dtype == np.float32 or rewards.dtype == np.float64:
-        return rewards if rewards.strides[1] == rewards.itemsize else np.ascontiguousarray(rewards)
-    return rewards.astype(np.float32 if rewards.dtype == np.float16 else np.float64)

@@ -1,0 +1,78 @@
+"""What a user passes, as the arrays that the solver reads; each mistake is one clear line."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastalign.errors import UserError
+
+
+def to_numpy(x) -> np.ndarray:
+    """A numpy array of a tensor on any device, or of anything that numpy takes; no copy where none is needed."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        if x.is_floating_point() and x.element_size() < 4:
+            x = x.float()
+        return x.numpy()
+    return np.asarray(x)
+
+
+def as_rewards(rewards) -> np.ndarray:
+    """rewards as (n, m) float32 or float64 with contiguous rows, n and m at least 1."""
+    rewards = to_numpy(rewards)
+    if rewards.ndim != 2:
+        raise UserError(f"rewards must have shape (n, m), got {rewards.shape}")
+    if 0 in rewards.shape:
+        raise UserError(f"rewards must hold at least one sample and one reward, got shape {rewards.shape}")
+    if rewards.dtype.kind not in "fiub":
+        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
+    if rewards.dtype == np.float32 or rewards.dtype == np.float64:
+        return rewards if rewards.strides[1] == rewards.itemsize else np.ascontiguousarray(rewards)
+    return rewards.astype(np.float32 if rewards.dtype == np.float16 else np.float64)
+
+
+def checked(rewards, palette, groups, weights, tol, lam_max):
+    """The arguments of `solve` as rewards (n, m), palettes (K, m), log weights (n,) or None, groups (n,) or None."""
+    rewards = as_rewards(rewards)
+    n, m = rewards.shape
+    palettes = np.asarray(to_numpy(palette), dtype=np.float64)
+    if palettes.ndim not in (1, 2) or palettes.shape[-1] != m or palettes.size == 0:
+        got = f"{palettes.shape[-1]}" if palettes.ndim in (1, 2) else f"shape {palettes.shape}"
+        raise UserError(f"palette must have one level for each of the {m} rewards, got {got}")
+    if not np.isfinite(palettes).all():
+        raise UserError(f"palette must be finite, got {palettes[~np.isfinite(palettes)][0]}")
+    if not 0 < tol < 1:
+        raise UserError(f"tol must lie between 0 and 1, got {tol}")
+    if lam_max is not None and not lam_max > 0:
+        raise UserError(f"lam_max must be positive, got {lam_max}")
+    if groups is not None:
+        groups = np.asarray(to_numpy(groups))
+        if groups.shape != (n,):
+            raise UserError(
+                f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}"
+            )
+        if groups.dtype.kind not in "iu":
+            raise TypeError(f"groups must be integers, got {groups.dtype}")
+    log_weights = None
+    if weights is not None:
+        weights = np.asarray(to_numpy(weights), dtype=np.float64)
+        if weights.shape != (n,):
+            raise UserError(
+                f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}"
+            )
+        bad = ~((weights >= 0) & (weights < np.inf))
+        if bad.any():
+            i = int(bad.argmax())
+            raise UserError(f"weights must be finite and not negative, got {weights[i]} in row {i}")
+        with np.errstate(divide="ignore"):
+            log_weights = np.log(weights)
+    return rewards, np.atleast_2d(palettes), log_weights, groups
+
+
+def reject_nonfinite(rewards: np.ndarray) -> None:
+    """Names the first NaN or infinite reward. It reads everything: call it once moments have shown that there is one."""
+    bad = np.argwhere(~np.isfinite(rewards))
+    if len(bad):
+        i, j = bad[0]
+        raise UserError(f"rewards must be finite, got {rewards[i, j]} in row {i}, column {j}")
+    raise UserError(f"rewards must have finite squares in float64, got up to {np.abs(rewards).max():.3g}")
