@@ -5,25 +5,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
-BUILT  := $(VENV)/.fastalign-built
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench lint clean
 
-demo: $(BUILT)
+demo: $(VENV)/.demo
 	$(BIN)/fastalign demo --out out/demo $(ARGS)
 
-test: $(BUILT)
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(BUILT)
+bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
 
-lint: $(BUILT)
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff . > /dev/null || (echo "run: $(BIN)/ruff format ." && false)
-
-build: $(BUILT)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,8 +30,9 @@ $(VENV)/.torch: $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "numpy>=1.26"
 	touch $@
 
-$(BUILT): $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+# One rule for both sets of packages; each also builds the engine (only what changed is compiled again).
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
 	touch $@
 
 clean:
