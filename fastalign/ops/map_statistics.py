@@ -133,7 +133,7 @@ def _statistics_cpu(rewards, lam, center, log_weights, groups):
     )
     found = run(lam.double().reshape(-1, rewards.shape[1]).numpy())
     leading = lam.shape[:-1]
-    return tuple(torch.from_numpy(np.array(x)).reshape(*leading, *x.shape[1:]) for x in found)
+    return tuple(torch.from_numpy(np.array(x)).reshape((*leading, *x.shape[1:])) for x in found)
 
 
 def _statistics_fake(rewards, lam, center, log_weights, groups):
