@@ -48,18 +48,14 @@ def checked(rewards, palette, groups, weights, tol, lam_max):
     if groups is not None:
         groups = np.asarray(to_numpy(groups))
         if groups.shape != (n,):
-            raise UserError(
-                f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}"
-            )
+            raise UserError(f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}")
         if groups.dtype.kind not in "iu":
             raise TypeError(f"groups must be integers, got {groups.dtype}")
     log_weights = None
     if weights is not None:
         weights = np.asarray(to_numpy(weights), dtype=np.float64)
         if weights.shape != (n,):
-            raise UserError(
-                f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}"
-            )
+            raise UserError(f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}")
         bad = ~((weights >= 0) & (weights < np.inf))
         if bad.any():
             i = int(bad.argmax())

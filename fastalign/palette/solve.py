@@ -34,7 +34,8 @@ class PaletteSolution:
         groups). ess: effective sample size (Σ w)² / Σ w² of the reweighted samples (with groups: mean per group).
     feasible: whether the palette can be reached at all by reweighting these samples.
     kkt_residual: max_j |μ_j − clip(μ_j − γ_j, 0, bound)| with μ_j = λ_j σ_j, γ_j = (E_λ[R_j] − c_j) / σ_j and σ_j the
-        standard deviation of reward j under p0; that is, how far the levels miss, in standard deviations.
+        standard deviation of reward j under p0 (with groups: within them, in the root mean square); that is, how far
+        the levels miss, in standard deviations. A constant reward is measured by its own size.
     iterations: passes over all rewards that Newton took. nearest: (m,) the reachable palette closest to an infeasible one (Euclidean
         distance in units of σ); None where the palette is feasible (NaN rows in the (K, m) form, None if all are).
     certificate: (m,) d ≥ 0 with max_i d·R_i < d·c, the proof that an infeasible palette is so; else as `nearest`.
@@ -107,9 +108,7 @@ class _Problem:
         gradient = (stats.mean[row] + self.offset[k]) / self.scale
         gradient[self.constant] = 0.0
         hessian = stats.cov[row] / (self.scale * self.scale[:, None])
-        return _Point(
-            mu, stats.log_z[row] + shift, gradient, hessian, stats.max_score[row] + shift, stats.ess[row]
-        )
+        return _Point(mu, stats.log_z[row] + shift, gradient, hessian, stats.max_score[row] + shift, stats.ess[row])
 
     def minimise(self, starts: np.ndarray | None = None) -> list[_State]:
         """All palettes' Newton iterations in step: a pass serves every palette that is still at work."""
@@ -122,11 +121,7 @@ class _Problem:
         while active:
             lams = np.array([states[k].trial for k in active]) / self.scale
             stats = self.run(lams)
-            active = [
-                k
-                for row, k in enumerate(active)
-                if states[k].advance(self.view(k, states[k].trial, stats, row))
-            ]
+            active = [k for row, k in enumerate(active) if states[k].advance(self.view(k, states[k].trial, stats, row))]
         for k in np.flatnonzero(self.short.any(axis=1)):
             states[k].point = origins[k]
         return states
@@ -343,16 +338,12 @@ def _assemble(results: list[dict], single: bool) -> PaletteSolution:
     if single:
         return PaletteSolution(**results[0])
     fields = {
-        name: np.array([r[name] for r in results])
-        for name in results[0]
-        if name not in ("nearest", "certificate")
+        name: np.array([r[name] for r in results]) for name in results[0] if name not in ("nearest", "certificate")
     }
     m = fields["lam"].shape[1]
     for name in ("nearest", "certificate"):
         rows = [r[name] for r in results]
         fields[name] = (
-            None
-            if all(r is None for r in rows)
-            else np.array([np.full(m, np.nan) if r is None else r for r in rows])
+            None if all(r is None for r in rows) else np.array([np.full(m, np.nan) if r is None else r for r in rows])
         )
     return PaletteSolution(**fields)
