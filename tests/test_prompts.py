@@ -31,7 +31,7 @@ def test_bundled_subset_covers_the_kinds(k):
 
 @pytest.mark.parametrize("k", [0, -1, 65])
 def test_bundled_subset_size_is_checked(k):
-    with pytest.raises(UserError, match="1..64"):
+    with pytest.raises(UserError, match=r"1\.\.64"):
         prompts.bundled(k)
 
 
@@ -123,7 +123,7 @@ def test_hub_name_that_cannot_be_had(monkeypatch):
         raise ConnectionError(f"Couldn't reach {name!r}\nmore lines")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match="not to be had from the hub: Couldn't reach 'some/set'$"):
+    with pytest.raises(UserError, match=r"not to be had from the hub: Couldn't reach 'some/set'$"):
         prompts.load("some/set")
 
 

