@@ -25,6 +25,8 @@ from fastalign.errors import UserError
 ROWS_AT_ONCE = 128  # on the CPU more rows gain little speed; each batch is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
 
+_INTEGERS = (("n", 1, 2**63 - 1), ("max_new_tokens", 1, 2**63 - 1), ("top_k", 0, 2**63 - 1), ("seed", 0, 2**64 - 1))
+
 
 @dataclass
 class Settings:
@@ -40,10 +42,12 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+        for name, least, most in _INTEGERS:
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
-                raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if not isinstance(value, Integral) or not least <= value <= most:
+                limit = f"at least {least}" if most == 2**63 - 1 else f"in {least}..2^64-1"
+                raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
+            setattr(self, name, int(value))
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
         if not 0 < self.top_p <= 1:
