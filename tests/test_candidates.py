@@ -128,9 +128,7 @@ def test_parts_are_joined_in_prompt_order(tmp_path):
     whole = make(4, 2, rewards=("positive",))
 
     def part(*ids):
-        rows = [
-            [getattr(whole, name)[i] for i in ids] for name in ("prompts", "texts", "token_ids", "logprobs")
-        ]
+        rows = [[getattr(whole, name)[i] for i in ids] for name in ("prompts", "texts", "token_ids", "logprobs")]
         rewards = {"positive": whole.rewards["positive"][list(ids)]}
         return Candidates(*rows, rewards=rewards, settings=whole.settings, prompt_ids=np.array(ids))
 
@@ -138,9 +136,7 @@ def test_parts_are_joined_in_prompt_order(tmp_path):
     assert_same(Candidates.concat(parts), whole)
     for i, piece in enumerate(parts):
         piece.to_parquet(tmp_path / f"{i}.parquet")
-    assert_same(
-        Candidates.concat(Candidates.from_parquet(tmp_path / f"{i}.parquet") for i in range(3)), whole
-    )
+    assert_same(Candidates.concat(Candidates.from_parquet(tmp_path / f"{i}.parquet") for i in range(3)), whole)
     with pytest.raises(UserError, match="a prompt_id twice"):
         Candidates.concat([part(0), part(0, 1)])
     with pytest.raises(UserError, match="at least one"):

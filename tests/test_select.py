@@ -103,9 +103,7 @@ def sampler():
 
 
 LENGTH = rewards.from_function(lambda prompts, responses: [len(text) for text in responses], "length")
-VOWELS = rewards.from_function(
-    lambda prompts, responses: [sum(map(t.count, "aeiou")) for t in responses], "vowels"
-)
+VOWELS = rewards.from_function(lambda prompts, responses: [sum(map(t.count, "aeiou")) for t in responses], "vowels")
 JOB = {"n": 16, "max_new_tokens": 8, "seed": 4}
 
 

@@ -37,9 +37,7 @@ def tiny_tokenizer(*, chat: bool = False):
     return tokenizer
 
 
-def tiny_causal_lm(
-    tokenizer=None, *, kind: str = "llama", dtype=torch.float64, seed: int = 0, scale: float = 20.0
-):
+def tiny_causal_lm(tokenizer=None, *, kind: str = "llama", dtype=torch.float64, seed: int = 0, scale: float = 20.0):
     """A two-layer "llama" (rotary, grouped heads), "gpt2" (learned positions) or "mistral" (window of 8) in eval mode.
 
     scale multiplies the head's weights, so that the next-token distributions are far from uniform.

@@ -36,9 +36,9 @@ def bundled(k: int | None = None) -> list[str]:
 def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: str = "train") -> list[str]:
     """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
 
-    column: where the prompts are; by default "prompt", else "text". A .txt file has one prompt a line, a .json file
-    a list of strings or of objects. split: of a hub data set.
-    Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt (with its place).
+    column: where the prompts are; by default "prompt", else "text". A .txt file has one prompt a line, a .json
+    file a list of strings or of objects. split: of a hub data set.
+    Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt and its place.
     """
     name = os.fspath(name_or_path)
     if name == "bundled":

