@@ -293,12 +293,17 @@ static void merge(const Total& into, const Total& from, int64_t m) {
   for (int64_t i = 0; i < triangle(m); ++i) into.gram[i] += from.gram[i] * factor;
 }
 
-// out += the moments that the sums stand for
-static void add_moments(double* out, const Total& sums, int64_t m) {
+// out += the moments that the sums stand for, about `moved` less than their own center (null: nothing less)
+static void add_moments(double* out, const Total& sums, int64_t m, const double* moved, const double* lambda) {
   const double total = sums.gram[0];
-  out[0] += (*sums.shift == -kInf ? 0.0 : *sums.shift) + __builtin_log(total);
+  double score = 0;
+  for (int64_t j = 0; moved != nullptr && j < m; ++j) {
+    score += lambda[j] * moved[j];
+    out[3 + j] += moved[j];
+  }
+  out[0] += (*sums.shift == -kInf ? 0.0 : *sums.shift) + __builtin_log(total) + score;
   out[1] += total * total / *sums.squares;
-  out[2] += total == total ? *sums.top : total;
+  out[2] += total == total ? *sums.top + score : total;
   double *mean = out + 3, *cov = mean + m;
   const double* second = sums.gram + m + 1;
   for (int64_t j = 0; j < m; ++j) mean[j] += sums.gram[j + 1] / total;
@@ -340,7 +345,7 @@ static void joint(double* out, const MapInput& in, const double* lambda, int64_t
   for (int64_t k = 0; k < count; ++k) {
     const Total total(totals + k * size);
     for (int64_t c = 1; c < chunks; ++c) merge(total, Total(totals + (c * count + k) * size), m);
-    add_moments(out + k * (3 + m + m * m), total, m);
+    add_moments(out + k * (3 + m + m * m), total, m, nullptr, nullptr);
   }
   std::free(totals);
 }
@@ -356,15 +361,26 @@ static void grouped(double* out, const MapInput& in, const double* lambda, int64
   {
     Workspace work(in, count);
     double* totals = work.totals(m, count);
+    // Each group is summed about its own first row: within a prompt rewards may differ by far less than between
+    // prompts, and would lose those digits about a center that is common to all.
+    double *first = Workspace::allocate(2 * m), *moved = first + m;
+    MapInput own = in;
+    own.center = first;
 #pragma omp for schedule(dynamic)
     for (int64_t c = 0; c < chunks; ++c) {
       for (int64_t g = c * per_chunk; g < at_most((c + 1) * per_chunk, in.groups); ++g) {
-        sum_rows<S>(totals, work.partials, work.tile, in, in.offsets[g], in.offsets[g + 1], lambda, count);
+        const S* row = row_of<S>(in, in.offsets[g]);
+        for (int64_t j = 0; j < m; ++j) {
+          first[j] = double(row[j]);
+          moved[j] = first[j] - in.center[j];
+        }
+        sum_rows<S>(totals, work.partials, work.tile, own, in.offsets[g], in.offsets[g + 1], lambda, count);
         for (int64_t k = 0; k < count; ++k) {
-          add_moments(partial + (c * count + k) * moments, Total(totals + k * Total::size(m)), m);
+          add_moments(partial + (c * count + k) * moments, Total(totals + k * Total::size(m)), m, moved, lambda + k * m);
         }
       }
     }
+    std::free(first);
   }
   for (int64_t c = 0; c < chunks; ++c) {
     for (int64_t i = 0; i < count * moments; ++i) out[i] += partial[c * count * moments + i];

@@ -185,6 +185,28 @@ def test_degenerate_rewards(case):
         np.testing.assert_allclose(too_much.nearest[still], mean[still], rtol=1e-12)
 
 
+def test_a_reward_that_only_the_prompt_decides():
+    """Within each group it is constant, so no λ moves it; between groups it varies by much."""
+    rewards, groups = samples(300, 3), np.arange(300) // 10
+    rewards[:, 1] = np.cos(groups) * 1e3
+    palette = rewards.mean(axis=0) + [0.3, 0, 0.1]
+    found = solve(rewards, palette, groups=groups)
+    assert found.feasible and found.lam[1] == 0 and found.kkt_residual <= 1e-9
+    alone = solve(rewards[:, [0, 2]], palette[[0, 2]], groups=groups)
+    np.testing.assert_allclose(found.lam[[0, 2]], alone.lam, rtol=1e-8)
+    assert not solve(rewards, palette + [0, 1, 0], groups=groups).feasible
+    # a hair of spread within the groups is enough to be moved by, and keeps its digits beside the groups' offsets
+    hair = 1e-6 * samples(300, 1, 5)[:, 0]
+    rewards[:, 1] += hair
+    palette[1] = np.mean(np.cos(groups) * 1e3) + hair.mean() + 3e-7
+    moved = solve(rewards, palette, groups=groups)
+    assert moved.feasible and moved.kkt_residual <= 1e-6
+    without = solve(
+        np.c_[rewards[:, 0], hair, rewards[:, 2]], [palette[0], hair.mean() + 3e-7, palette[2]], groups=groups
+    )
+    np.testing.assert_allclose(moved.lam, without.lam, rtol=1e-5)
+
+
 def test_a_constant_in_float32_meets_its_own_value():
     rewards = np.full((50, 2), 0.7, dtype=np.float32)
     rewards[:, 1] = np.arange(50)

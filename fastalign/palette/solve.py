@@ -73,7 +73,7 @@ def solve(
     that are negative or sum to nothing (in any group).
     """
     rewards, palettes, log_weights, groups = checked(rewards, palette, groups, weights, tol, lam_max)
-    run = MapPass(rewards, center=_rough_mean(rewards), log_weights=log_weights, groups=groups)
+    run = MapPass(rewards, center=_rough(rewards)[0], log_weights=log_weights, groups=groups)
     problem = _Problem(run, palettes, tol, np.inf if lam_max is None else lam_max)
     states = problem.minimise(_warm_start(problem))
     results = [problem.conclude(k, state) for k, state in enumerate(states)]
@@ -90,10 +90,10 @@ class _Problem:
         if not (np.isfinite(self.at_zero.mean).all() and np.isfinite(self.at_zero.cov).all()):
             reject_nonfinite(run.rewards)
         mean, deviation = self.at_zero.mean[0], np.sqrt(np.maximum(np.diagonal(self.at_zero.cov[0]), 0))
-        value = np.abs(run.center + mean)
+        size = np.maximum(_rough(run.rewards)[1], np.abs(run.center + mean))
         # A constant reward has no deviation to measure by (what is left is rounding): its own size serves instead.
-        self.constant = ~(deviation > 1e-14 * value)
-        self.scale = np.where(self.constant, np.where(value > 0, value, 1.0), deviation)
+        self.constant = ~(deviation > 1e-14 * size)
+        self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
         self.offset = run.center - palettes
         # A constant reward cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
         slack = 4 * np.finfo(run.rewards.dtype).eps + tol
@@ -327,11 +327,14 @@ def _warm_start(problem: _Problem) -> np.ndarray | None:
     return starts
 
 
-def _rough_mean(rewards: np.ndarray) -> np.ndarray:
-    """A point amid the data; moments are taken about it, so that an offset costs no digits."""
-    stride = max(1, len(rewards) // 256)
+def _rough(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each reward's mean and root mean square over some of the rows.
+
+    The mean lies amid the data; moments are taken about it, so that an offset costs no digits.
+    """
+    some = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
     with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
-        return rewards[::stride].mean(axis=0, dtype=np.float64)
+        return some.mean(axis=0), np.sqrt((some * some).mean(axis=0))
 
 
 def _assemble(results: list[dict], single: bool) -> PaletteSolution:
