@@ -1,0 +1,410 @@
+"""The report of the MAP job: each value before, asked for, predicted by the dual, and realised by the texts chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign.data.files import atomic_write
+from fastalign.errors import UserError
+
+__all__ = ["Example", "Report", "Value", "build"]
+
+# So few effective candidates per prompt that a few texts stand for the whole policy.
+LOW_ESS = 2.0
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value's row. Levels are means over prompts, in the reward's own units.
+
+    before: mean over all candidates; spread: their standard deviation. asked: the palette's level. predicted: the
+    level that the dual says p_λ reaches. realised: mean over the texts chosen. rao_blackwell: mean over prompts of
+    the softmax(λ·R)-weighted mean of all N candidates, which is what the realised mean is around.
+
+    se: the standard error of `realised` given the candidates, sqrt(Σ_x Var_λ,x / k) / P, with Var_λ,x the reward's
+    variance under prompt x's weights, P prompts and k draws each. Draws of different prompts are independent but not
+    alike: a prompt's own level is no error, as every prompt gets its k draws, so only the variance within prompts
+    counts. This is the error against the dual's prediction; that other candidates or other prompts would have given
+    other levels is not in it. Exact for "resample"; at most that for the stratified methods in the usual case.
+
+    score: (realised - predicted) / se; None where se is 0 and they differ. agrees: within 3 standard errors.
+    verdict: "met", "within error" (below by no more than 3 SE of what the policy meets) or "short".
+    short_by: asked - realised where that is positive, else 0. reason: why it is short, "" if met.
+    """
+
+    name: str
+    lam: float
+    before: float
+    spread: float
+    asked: float
+    predicted: float
+    realised: float
+    se: float
+    rao_blackwell: float
+    score: float | None
+    agrees: bool
+    verdict: str
+    short_by: float
+    reason: str
+    nearest: float | None
+
+    @property
+    def decimals(self) -> int:
+        """Digits after the point that show a hundredth of the spread, two to six."""
+        if not self.spread > 0:
+            return 3
+        return min(6, max(2, 2 - math.floor(math.log10(self.spread))))
+
+    def show(self, level: float, sign: str = "") -> str:
+        """A level as the report prints it."""
+        text = f"{level:{sign}.{self.decimals}f}"
+        return text.lstrip("-") if not text.strip("-0.") else text
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its first candidate and its first chosen text, and the rewards (m,) of both."""
+
+    prompt: str
+    before: str
+    after: str
+    rewards_before: list[float]
+    rewards_after: list[float]
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `build` found. `to_json()` holds every number; the arrays are what the figures draw."""
+
+    values: list[Value]
+    kl: float
+    ess: float
+    ess_per_prompt: np.ndarray = field(repr=False)
+    feasible: bool
+    dual: str
+    method: str
+    prompts: int
+    candidates: int
+    draws: int
+    examples: list[Example] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    rewards: np.ndarray = field(repr=False)
+    realised_rewards: np.ndarray = field(repr=False)
+    weights: np.ndarray = field(repr=False)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every value's realised mean is within 3 standard errors of the prediction."""
+        return all(value.agrees for value in self.values)
+
+    @property
+    def headline(self) -> str:
+        """One sentence: do the texts realise what the dual predicts?"""
+        against = "the dual's prediction"
+        if not self.is_draw:
+            against += f" (texts were picked by {self.method!r}, which are not draws from p_λ)"
+        off = [value for value in self.values if not value.agrees]
+        if not off:
+            every = "All values agree" if len(self.values) > 1 else f"{self.values[0].name} agrees"
+            return f"{every} with {against} within 3 standard errors."
+        far = [f"{v.name} (off by {v.show(v.realised - v.predicted, '+')}{_errors(v)})" for v in off]
+        return f"Not within 3 standard errors of {against}: {', '.join(far)}."
+
+    @property
+    def is_draw(self) -> bool:
+        """Whether the texts' mean is an unbiased estimate of the policy's (so not of the best, nor without replacement)."""
+        return self.method != "best" and not (self.method == "gumbel_top_k" and self.draws > 1)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before trusting the numbers: infeasible, joint dual, few effective candidates."""
+        notes = []
+        if not self.feasible:
+            notes.append(
+                "The palette is infeasible: no reweighting of these candidates reaches it. "
+                "λ is for a reachable palette near it, and the prediction is of that."
+            )
+        if self.dual == "joint":
+            notes.append(
+                "λ is from the joint dual, which also reweights the prompts. Drawing within each prompt keeps every "
+                "prompt, so the realised levels follow the per-prompt mean instead of the prediction."
+            )
+        if self.candidates > 1 and float(np.median(self.ess_per_prompt)) < LOW_ESS:
+            notes.append(
+                f"The effective sample size is low, {np.median(self.ess_per_prompt):.1f} of {self.candidates} candidates for half the "
+                "prompts or more: the levels hold for these candidates, and fresh ones would likely come out lower."
+            )
+        return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number of the report as plain data: no NaN, no numpy."""
+        names = ("name", "before", "spread", "asked", "predicted", "realised", "se", "rao_blackwell", "score", "agrees",
+                 "verdict", "short_by", "reason", "nearest")  # fmt: skip
+        return _plain({
+            "kind": "report",
+            "version": 1,
+            "headline": self.headline,
+            "agrees": self.agrees,
+            "notes": self.notes,
+            "values": [{**{name: getattr(v, name) for name in names}, "lambda": v.lam} for v in self.values],
+            "kl": self.kl,
+            "ess": self.ess,
+            "ess_per_prompt": {"min": self.ess_per_prompt.min(), "median": np.median(self.ess_per_prompt), "mean": self.ess_per_prompt.mean()},
+            "feasible": self.feasible,
+            "dual": self.dual,
+            "method": self.method,
+            "prompts": self.prompts,
+            "candidates": self.candidates,
+            "draws": self.draws,
+            "examples": [vars(example) for example in self.examples],
+            "settings": self.settings,
+        })  # fmt: skip
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page, one file that asks for nothing else, whole or not at all. Raises UserError without matplotlib."""
+        from fastalign.report.html import page
+
+        text = page(self)
+        with atomic_write(path) as beside:
+            beside.write_text(text, encoding="utf-8")
+
+    def print(self, console) -> None:
+        """The table and a few texts before and after on a rich console, within 100 columns."""
+        from fastalign.report.terminal import show
+
+        show(self, console)
+
+    def figures(self) -> dict[str, Any]:
+        """The page's matplotlib figures by name: levels, histograms, radar (from three values on), pareto."""
+        from fastalign.palette import plots
+        from fastalign.report.tradeoff import Tradeoff
+
+        names = [value.name for value in self.values]
+        columns = ("before", "spread", "asked", "predicted", "realised", "se", "lam")
+        before, spread, asked, predicted, realised, se, lam = (np.array([getattr(v, c) for v in self.values]) for c in columns)
+        m = len(names)
+        figures = {
+            "levels": plots.levels(names, before=before, spread=spread, palette=asked, predicted=predicted, realised=realised, se=se),
+            "histograms": plots.histograms(
+                self.rewards.reshape(-1, m), self.realised_rewards.reshape(-1, m), names,
+                weights=self.weights.reshape(-1), palette=asked,
+            ),
+        }  # fmt: skip
+        if m > 2:
+            series = {"before": before, "asked for": asked, "predicted": predicted, "realised": realised}
+            figures["radar"] = plots.radar(names, series, before=before, spread=spread)
+        tradeoff = Tradeoff(self.rewards)
+        # The policy's own KL over the prompts; with the joint dual `kl` is that of the prompts' tilt too.
+        kl = float(tradeoff.at((lam * tradeoff.spread)[None])[1][0])
+        reach = 2.5 * float(np.linalg.norm(lam * tradeoff.spread)) or 3.0
+        cloud = tradeoff.cloud(reach)
+        pairs = plots.pairs(cloud[0])
+        figures["pareto"] = plots.pareto(
+            names, before=before, cloud=cloud, kl=kl, palette=asked, predicted=predicted, realised=realised, se=se,
+            fronts={pair: tradeoff.front(*pair, kl) for pair in pairs} if kl > 0 else None,
+            limits={pair: tradeoff.limit(*pair) for pair in pairs},
+        )  # fmt: skip
+        return figures
+
+
+def build(
+    *,
+    values: Sequence[str],
+    rewards: np.ndarray,
+    selected: np.ndarray,
+    palette: Mapping[str, Any],
+    prompts: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Hold the chosen texts against the palette.
+
+    values: m names. rewards: (P, N, m), finite, every candidate's. selected: (P, k) integers in 0..N-1, the candidates
+    chosen. palette: what `fastalign map` writes: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible", and if
+    known "nearest" (m,) or None and "dual". prompts: P. texts: P x N. settings: anything worth printing; its "method"
+    is how the texts were chosen (default "resample"). seed: of the examples drawn at random.
+
+    Raises UserError, in one line, where shapes do not match, a number is not finite or an index is out of range.
+    """
+    settings = dict(settings or {})
+    rewards, selected, solution = _checked(values, rewards, selected, palette, prompts, texts)
+    p, n, m = rewards.shape
+    k = selected.shape[1]
+    exact = rewards.astype(np.float64)
+    lam = solution["lambda"]
+    scores = exact @ lam
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    realised_rewards = np.take_along_axis(exact, selected[:, :, None], axis=1)
+
+    flat = exact.reshape(-1, m)
+    spread = flat.std(axis=0)
+    # A constant reward's spread is rounding.
+    spread[spread <= 1e-14 * np.abs(flat).max(axis=0)] = 0.0
+    tilted = np.einsum("pn,pnm->pm", weights, exact)
+    variance = np.einsum("pn,pnm->pm", weights, (exact - tilted[:, None]) ** 2)
+    columns = {
+        "lam": lam,
+        "before": flat.mean(axis=0),
+        "spread": spread,
+        "asked": solution["palette"],
+        "predicted": solution["levels"],
+        "realised": realised_rewards.mean(axis=(0, 1)),
+        "se": np.sqrt(variance.sum(axis=0) / k) / p,
+        "rao_blackwell": tilted.mean(axis=0),
+    }
+    ess = 1.0 / (weights**2).sum(axis=1)
+    frame = {
+        "dual": str(palette.get("dual", "per_prompt")),
+        "method": str(settings.get("method", "resample")),
+        "feasible": bool(palette["feasible"]),
+        "prompts": p, "candidates": n, "draws": k,
+    }  # fmt: skip
+    nearest = solution["nearest"]
+    rows = []
+    for j, name in enumerate(values):
+        row = {column: float(x[j]) for column, x in columns.items()}
+        rows.append(_judged(str(name), row, None if nearest is None else float(nearest[j]), ess, frame))
+    return Report(
+        values=rows,
+        kl=solution["kl"],
+        ess=solution["ess"],
+        ess_per_prompt=ess,
+        examples=_examples(prompts, texts, exact, selected, lam, seed),
+        settings=settings,
+        rewards=rewards,
+        realised_rewards=realised_rewards,
+        weights=weights,
+        **frame,
+    )
+
+
+def _judged(name: str, row: dict[str, float], nearest: float | None, ess: np.ndarray, frame: dict) -> Value:
+    """The verdict on one value."""
+    # What rounding in the rewards and the solver's tolerance may leave.
+    slack = 1e-6 * row["spread"] + 1e-9 * abs(row["before"])
+    gap = row["realised"] - row["predicted"]
+    score = gap / row["se"] if row["se"] > 0 else (0.0 if abs(gap) <= slack else None)
+    agrees = abs(gap) <= 3 * row["se"] + slack
+    short_by = max(0.0, row["asked"] - row["realised"])
+    verdict, reasons = "met", []
+    if short_by <= slack:
+        short_by = 0.0
+    else:
+        policy = min(row["rao_blackwell"], row["predicted"])
+        verdict = "within error" if policy >= row["asked"] - slack and short_by <= 3 * row["se"] + slack else "short"
+        if not frame["feasible"]:
+            reasons.append("the palette is infeasible" + (f", the nearest reachable level is {nearest:.4g}" if nearest is not None else ""))
+        elif row["predicted"] < row["asked"] - slack:
+            reasons.append(f"λ reaches only {row['predicted']:.4g} (it is bounded, or the palette lies on the edge)")
+        elif row["rao_blackwell"] < row["asked"] - slack:
+            if frame["dual"] == "joint":
+                why = "the joint dual counts on other weights of the prompts"
+            else:
+                why = "λ was solved for other candidates"
+            reasons.append(f"{why}; within these prompts it reaches {row['rao_blackwell']:.4g}")
+        elif frame["method"] == "best":
+            reasons.append("texts were picked as the best, not drawn from p_λ")
+        elif verdict == "within error":
+            count = frame["prompts"] * frame["draws"]
+            reasons.append(f"sampling error of {count} draw{'s' * (count > 1)} ({short_by / row['se']:.1f} standard errors)")
+        else:
+            reasons.append("the draws miss the policy's mean by more than 3 standard errors")
+        if np.median(ess) < LOW_ESS and frame["candidates"] > 1:
+            reasons.append(f"effective sample size {np.median(ess):.1f} of {frame['candidates']}")
+    return Value(name=name, score=score, agrees=agrees, verdict=verdict, short_by=short_by, reason="; ".join(reasons), nearest=nearest, **row)
+
+
+def _examples(prompts, texts, rewards, selected, lam, seed: int, rose: int = 3, random: int = 3) -> list[Example]:
+    """The prompts where λ·R rose the most from the first candidate to the first chosen, and others at random."""
+    rows = np.arange(len(rewards))
+    gain = (rewards[rows, selected[:, 0]] - rewards[:, 0]) @ lam
+    order = np.argsort(-gain, kind="stable")
+    largest = [i for i in order[:rose] if gain[i] > 0]
+    rest = np.setdiff1d(rows, largest)
+    drawn = np.random.default_rng(seed).permutation(rest)[:random]
+    examples = []
+    for why, chosen in (("largest rise of λ·R", largest), ("drawn at random", drawn)):
+        for i in chosen:
+            j = selected[i, 0]
+            examples.append(Example(clean(prompts[i]), clean(texts[i][0]), clean(texts[i][j]),
+                                    rewards[i, 0].tolist(), rewards[i, j].tolist(), why))  # fmt: skip
+    return examples
+
+
+def clean(text: str) -> str:
+    """Without control characters (a terminal obeys them, HTML forbids them) and halves of surrogate pairs."""
+    text = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160)).strip()
+
+
+def _errors(value: Value) -> str:
+    return "" if value.score is None else f", {abs(value.score):.1f} SE"
+
+
+def _checked(values, rewards, selected, palette, prompts, texts):
+    rewards, selected = np.asarray(rewards), np.asarray(selected)
+    if rewards.ndim != 3 or 0 in rewards.shape:
+        raise UserError(f"rewards must be (prompts, candidates, values), none 0, got shape {rewards.shape}")
+    p, n, m = rewards.shape
+    if rewards.dtype.kind not in "fiub":
+        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
+    if rewards.dtype not in (np.float32, np.float64):
+        rewards = rewards.astype(np.float64)
+    if not np.isfinite(rewards).all():
+        prompt, candidate, value = np.argwhere(~np.isfinite(rewards))[0].tolist()
+        raise UserError(f"rewards must be finite, got {rewards[prompt, candidate, value]} at prompt {prompt}, candidate {candidate}, value {value}")
+    if len(values) != m:
+        raise UserError(f"values must name the {m} rewards, got {len(values)}")
+    if len(prompts) != p:
+        raise UserError(f"prompts must be {p}, one for each row of rewards, got {len(prompts)}")
+    if len(texts) != p or any(len(row) != n for row in texts):
+        raise UserError(f"texts must be {p} x {n}, one for each candidate")
+    if selected.ndim != 2 or len(selected) != p or selected.shape[1] == 0 or selected.dtype.kind not in "iu":
+        raise UserError(f"selected must be integers ({p}, k), k at least 1, got {selected.dtype} of shape {selected.shape}")
+    if selected.min() < 0 or selected.max() >= n:
+        wrong = selected[(selected < 0) | (selected >= n)][0]
+        raise UserError(f"selected must lie in 0..{n - 1}, got {wrong}")
+    missing = [name for name in ("palette", "lambda", "levels", "kl", "ess", "feasible") if palette.get(name) is None]
+    if missing:
+        raise UserError(f"palette must have {', '.join(missing)}, got {', '.join(palette) or 'nothing'}")
+    solution: dict[str, Any] = {}
+    for name in ("palette", "lambda", "levels", "nearest"):
+        x = palette.get(name)
+        if x is None and name == "nearest":
+            solution[name] = None
+            continue
+        x = np.asarray(x, dtype=np.float64)
+        if x.shape != (m,):
+            raise UserError(f"palette's {name!r} must have {m} numbers, got shape {x.shape}")
+        if not np.isfinite(x).all():
+            raise UserError(f"palette's {name!r} must be finite, got {x.tolist()}: solve for a palette that can be reached")
+        solution[name] = x
+    for name in ("kl", "ess"):
+        solution[name] = float(palette[name])
+        if not math.isfinite(solution[name]):
+            raise UserError(f"palette's {name!r} must be finite, got {solution[name]}")
+    return rewards, selected.astype(np.int64), solution
+
+
+def _plain(x: Any) -> Any:
+    """x as JSON has it: numpy to Python, NaN and infinities to None, anything else to its text."""
+    if isinstance(x, Mapping):
+        return {str(key): _plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple, set)):
+        return [_plain(value) for value in x]
+    if isinstance(x, np.ndarray):
+        return _plain(x.tolist())
+    if isinstance(x, np.generic):
+        return _plain(x.item())
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return clean(x) if isinstance(x, str) else x if x is None or isinstance(x, (bool, int)) else clean(str(x))

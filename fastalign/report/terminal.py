@@ -1,0 +1,60 @@
+"""The report on a terminal: the table, why a value is short, and a few texts side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fastalign.report import Example, Report, clean
+
+WIDTH = 100
+LONGEST = 360
+_STYLES = {"met": "green", "within error": "green", "short": "yellow"}
+
+
+def show(report: Report, console: Console, *, examples: int = 3) -> None:
+    """Print within 100 columns."""
+    width = min(WIDTH, console.width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("value", max_width=18, no_wrap=True)
+    for name in ("before", "asked for", "predicted", "realised ± SE"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for v in report.values:
+        verdict = {"met": "met", "within error": "met within error"}.get(v.verdict, f"short by {v.show(v.short_by)}")
+        realised = Text.assemble((v.show(v.realised), "bold"), (f" ± {v.show(v.se)}", "dim"))
+        table.add_row(Text(clean(v.name)), v.show(v.before), v.show(v.asked), v.show(v.predicted), realised, Text(verdict, _STYLES[v.verdict]))
+    console.print(table, width=width)
+    console.print(Text(report.headline, "bold green" if report.agrees else "bold yellow"), width=width)
+    of = report.candidates * report.prompts if report.dual == "joint" else report.candidates
+    ess = report.ess_per_prompt
+    console.print(
+        Text(f"KL {report.kl:.3f} nats; effective sample size {report.ess:,.1f} of {of:,}, "
+             f"over prompts median {np.median(ess):,.1f}, least {ess.min():,.1f}"), width=width,
+    )  # fmt: skip
+    for v in report.values:
+        if v.reason:
+            console.print(Text(f"{clean(v.name)} short by {v.show(v.short_by)}: {clean(v.reason)}.", "yellow"), width=width)
+    for note in report.notes:
+        console.print(Text(note, "yellow"), width=width)
+    if report.examples:
+        console.print(_sides(report.examples[:examples], width), width=width)
+
+
+def _sides(examples: list[Example], width: int) -> Panel:
+    sides = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True, show_lines=True, header_style="bold")
+    sides.add_column("before", ratio=1)
+    sides.add_column("after", ratio=1)
+    for example in examples:
+        prompt = Text(_cut(example.prompt, 120) + "\n", "cyan")
+        sides.add_row(Text.assemble(prompt, _cut(example.before)), Text.assemble(prompt, _cut(example.after)))
+    return Panel(sides, title="before and after", title_align="left", border_style="dim", width=width, padding=(0, 1))
+
+
+def _cut(text: str, longest: int = LONGEST) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
