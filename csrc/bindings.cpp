@@ -12,6 +12,7 @@
 
 #include "isa.h"
 #include "map_statistics.h"
+#include "sample_tokens.h"
 #include "token_logprobs.h"
 #include "token_logratios.h"
 
@@ -126,5 +127,14 @@ PYBIND11_MODULE(_C, m) {
                          ptr<const int64_t>(address(8)), number(9)};
     py::gil_scoped_release release;
     FASTALIGN_CALL(map_statistics, ptr<double>(out), in, ptr<const double>(lambda), count, threads);
+  });
+
+  m.def("sample_tokens", [](uintptr_t ids, uintptr_t log_probs, const py::tuple& logits, double temperature, int64_t top_k,
+                            double top_p, double min_p, int64_t seed, int64_t offset, uintptr_t streams, int threads) {
+    const Rows rows = rows_of(logits);
+    const SampleOptions options = {temperature, top_k, top_p, min_p, uint64_t(seed), uint64_t(offset),
+                                   ptr<const int64_t>(streams)};
+    py::gil_scoped_release release;
+    if (!FASTALIGN_CALL(sample_tokens, ptr<int64_t>(ids), ptr(log_probs), rows, options, threads)) throw std::bad_alloc();
   });
 }

@@ -146,7 +146,7 @@ def survivors(
     if top_k > 0:
         keep &= x >= x.topk(min(top_k, x.shape[-1])).values[:, -1:]
     if top_p < 1:
-        order = x.masked_fill(~keep, NEG_INF).sort(-1, stable=True).indices.flip(-1)
+        order = x.masked_fill(~keep, NEG_INF).sort(dim=-1, stable=True).indices.flip(-1)
         weights = (d.double().exp() * keep).gather(-1, order)
         mass = weights.cumsum(-1)
         kept = mass - weights < top_p * TOP_P_SLACK * mass[:, -1:]
