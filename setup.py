@@ -27,7 +27,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
                         "-mprefer-vector-width=512"]  # fmt: skip
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # -Wno-psabi: wide vectors never cross a function that another file calls.
-FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized",
+FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
          "-Wno-unknown-pragmas", *OPENMP]  # fmt: skip
 
 

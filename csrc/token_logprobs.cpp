@@ -52,30 +52,29 @@ static void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, C 
   constexpr int64_t L = lanes<C>;
   const C shift = is_neg_inf(max) ? C(0) : max, inv_sum = sum == 0 ? C(0) : C(1) / sum;
   const C log_sum = kEntropy && sum != 0 ? C(__builtin_log(double(sum))) : C(0);
-  const auto of = [&](vec<C> x, vec<C> hit) {
-    vec<C> slope = splat<C>(transform.inv_temperature);
+  const C to_z = kSoftcap ? transform.softcap * transform.inv_temperature : transform.inv_temperature;
+  const C scale = -g * inv_sum * transform.inv_temperature;  // of exp(z - max), in the gradient without `hit`
+  const C entropy_scale = -g_entropy * inv_sum * transform.inv_temperature;
+  const auto of = [&](vec<C> x, C hit) {
+    vec<C> slope = {};
     if constexpr (kSoftcap) {
-      const vec<C> t = tanh<C>(x * transform.inv_softcap);
-      x = t * transform.softcap;
-      slope *= C(1) - t * t;
+      x = tanh<C>(x * transform.inv_softcap);
+      slope = C(1) - x * x;
     }
-    vec<C> d = x * transform.inv_temperature - shift;
-    const vec<C> p = exp_nonpositive(d) * inv_sum;
-    vec<C> z_grad = g * (hit - p);
+    const vec<C> d = x * to_z - shift;
+    const vec<C> e = exp_nonpositive(d);
+    vec<C> out = e * scale + hit * g * transform.inv_temperature;
     if constexpr (kEntropy) {
-      constexpr C kLow = sizeof(C) == 4 ? C(-100) : C(-800);
-      d = d < kLow ? splat<C>(kLow) : d;
-      z_grad -= g_entropy * p * (d - log_sum + entropy);
+      constexpr C kLow = sizeof(C) == 4 ? C(-100) : C(-800);  // e is 0 there, and 0 * kLow is not NaN
+      out += e * entropy_scale * (at_least<C>(kLow, d) - log_sum + entropy);
     }
-    return z_grad * slope;
+    if constexpr (kSoftcap) out *= slope;
+    return out;
   };
   int64_t i = 0;
-  for (; i + L <= vocab; i += L) Storage<S>::store_narrow(grad + i, of(Storage<S>::load_wide(row + i), vec<C>{}));
-  const auto one = [&](int64_t k, C hit) {
-    grad[k] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[k])), splat<C>(hit))[0]);
-  };
-  for (; i < vocab; ++i) one(i, C(0));
-  if (sum != 0) one(label, C(1));
+  for (; i + L <= vocab; i += L) Storage<S>::store_narrow(grad + i, of(Storage<S>::load_wide(row + i), C(0)));
+  for (; i < vocab; ++i) grad[i] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[i])), C(0))[0]);
+  if (sum != 0) grad[label] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[label])), C(1))[0]);
 }
 
 template <typename S>
