@@ -117,25 +117,17 @@ def histograms(
     rows = -(-m // columns)
     with _figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
+        cut = False
         for axes, j in zip(grid.flat, range(m), strict=False):
-            edges = _bins(np.concatenate([before[:, j], after[:, j]]))
-            axes.hist(
-                before[:, j],
-                edges,
-                weights=np.full(len(before), 100 / len(before)),
-                color=BEFORE,
-                alpha=0.32,
-                linewidth=0,
-            )
+            low, high = _body(before[:, j], after[:, j])
+            cut |= bool(before[:, j].min() < low or before[:, j].max() > high)
+            inside = np.clip(before[:, j], low, high)
+            edges = _bins(np.concatenate([inside, after[:, j]]))
+            all_alike = np.full(len(before), 100 / len(before))
+            axes.hist(inside, edges, weights=all_alike, color=BEFORE, alpha=0.32, linewidth=0)
             if weights is not None:
-                axes.hist(
-                    before[:, j],
-                    edges,
-                    weights=100 * weights / weights.sum(),
-                    histtype="step",
-                    color=PREDICTED,
-                    linewidth=1.6,
-                )
+                share = 100 * weights / weights.sum()
+                axes.hist(inside, edges, weights=share, histtype="step", color=PREDICTED, linewidth=1.6)
             share = np.full(len(after), 100 / len(after))
             if len(after) >= 100 or weights is None:
                 axes.hist(after[:, j], edges, weights=share, histtype="step", color=REALISED, linewidth=1.6)
@@ -157,6 +149,8 @@ def histograms(
                 axes.set_ylabel("texts, %")
         for axes in grid.flat[m:]:
             axes.set_visible(False)
+        if cut:
+            figure.supxlabel("candidates beyond an axis are counted in its end bins", fontsize=9, color=MUTED)
         handles = [_patch("all candidates", BEFORE), _line("their mean", MUTED)]
         if weights is not None:
             handles.append(_line("under the policy", PREDICTED))
@@ -208,16 +202,11 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
                 look = dict(_MARKERS["before"], color=BEFORE if name == "before" else next(others))
             else:
                 look = _MARKERS[name]
-            dashes = (0, (4, 2.5)) if name == "asked for" else "solid"
-            axes.plot(
-                np.append(angles, angles[0]),
-                np.append(height, height[0]),
-                linewidth=1.8,
-                linestyle=dashes,
-                label=name,
-                zorder=3,
-                **look,
-            )
+            around = (np.append(angles, angles[0]), np.append(height, height[0]))
+            if name == "asked for":  # a broad band, to be seen also where the policy is exactly on it
+                axes.plot(*around, color=ASKED, linewidth=6, alpha=0.35, label=name, zorder=2)
+                continue
+            axes.plot(*around, linewidth=0 if name == "before" else 1.8, label=name, zorder=3, **look)
             if name == "realised" and m > 2:
                 axes.fill(angles, height, color=REALISED, alpha=0.1, linewidth=0, zorder=2)
         axes.set_ylim(low, high)
@@ -225,9 +214,9 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
         axes.set_yticks([])
         # Between two spokes, so that the numbers stand on no line that is drawn.
         for ring in rings:
-            text = "0" if abs(ring) < step / 9 else f"{ring:+.2g}σ"
+            text = "0" if abs(ring) < step / 9 else f"{ring:+.3g} σ"
             axes.text(np.pi / max(m, 2), ring, text, fontsize=8, color=MUTED, ha="center", va="center",
-                      bbox=dict(facecolor=PAPER, linewidth=0, pad=0.8), zorder=2)  # fmt: skip
+                      bbox=dict(facecolor=PAPER, linewidth=0, pad=0.8, alpha=0.8), zorder=4)  # fmt: skip
         axes.set_xticks(angles, [_short(v, 16) for v in values], color=INK, fontsize=10.5)
         axes.tick_params(axis="x", pad=10)
         figure.legend(loc="outside upper center", ncols=4, columnspacing=1.4, handletextpad=0.5)
@@ -252,9 +241,9 @@ def pareto(
     if m == 1:
         return _level_by_kl(values[0], before, points, cost, kl, palette, predicted, realised, se)
     shown = pairs(points)
-    columns = min(3, len(shown))
+    columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
-    size = 5.2 if columns == 1 else 3.55
+    size = {1: 5.2, 5: 2.35}.get(columns, 3.55)
     with _figure(size * columns, size * 0.95 * rows + 0.7) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, (i, j) in zip(grid.flat, shown, strict=False):
@@ -292,7 +281,7 @@ def pareto(
             axes.plot(realised[i], realised[j], linestyle="none", zorder=6, **_MARKERS["realised"])
             axes.set_xlabel(_short(values[i], 30))
             axes.set_ylabel(_short(values[j], 30))
-            axes.locator_params(nbins=5)
+            axes.locator_params(nbins=3 if columns == 5 else 5)
             axes.margins(0.07)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
@@ -371,6 +360,14 @@ def pairs(points: np.ndarray) -> list[tuple[int, int]]:
 
 def _in_spreads(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return np.where(spread > 0, (level - before) / np.where(spread > 0, spread, 1), 0.0)
+
+
+def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """The range to draw: all of it, or what holds 99 % and all of `after` where a few outliers would squeeze the rest."""
+    low, high = np.percentile(before, [0.5, 99.5])
+    if np.ptp(before) < 1.8 * (high - low) or low == high:
+        return float(before.min()), float(before.max())
+    return float(min(low, after.min())), float(max(high, after.max()))
 
 
 def _bins(x: np.ndarray) -> np.ndarray:

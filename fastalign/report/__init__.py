@@ -188,7 +188,9 @@ class Report:
 
         names = [value.name for value in self.values]
         columns = ("before", "spread", "asked", "predicted", "realised", "se", "lam")
-        before, spread, asked, predicted, realised, se, lam = (np.array([getattr(v, c) for v in self.values]) for c in columns)
+        before, spread, asked, predicted, realised, se, lam = (
+            np.array([getattr(v, c) for v in self.values]) for c in columns
+        )
         m = len(names)
         figures = {
             "levels": plots.levels(names, before=before, spread=spread, palette=asked, predicted=predicted, realised=realised, se=se),
@@ -302,7 +304,10 @@ def _judged(name: str, row: dict[str, float], nearest: float | None, ess: np.nda
         policy = min(row["rao_blackwell"], row["predicted"])
         verdict = "within error" if policy >= row["asked"] - slack and short_by <= 3 * row["se"] + slack else "short"
         if not frame["feasible"]:
-            reasons.append("the palette is infeasible" + (f", the nearest reachable level is {nearest:.4g}" if nearest is not None else ""))
+            reasons.append(
+                "the palette is infeasible"
+                + (f", the nearest reachable level is {nearest:.4g}" if nearest is not None else "")
+            )
         elif row["predicted"] < row["asked"] - slack:
             reasons.append(f"λ reaches only {row['predicted']:.4g} (it is bounded, or the palette lies on the edge)")
         elif row["rao_blackwell"] < row["asked"] - slack:
@@ -315,12 +320,23 @@ def _judged(name: str, row: dict[str, float], nearest: float | None, ess: np.nda
             reasons.append("texts were picked as the best, not drawn from p_λ")
         elif verdict == "within error":
             count = frame["prompts"] * frame["draws"]
-            reasons.append(f"sampling error of {count} draw{'s' * (count > 1)} ({short_by / row['se']:.1f} standard errors)")
+            reasons.append(
+                f"sampling error of {count} draw{'s' * (count > 1)} ({short_by / row['se']:.1f} standard errors)"
+            )
         else:
             reasons.append("the draws miss the policy's mean by more than 3 standard errors")
         if np.median(ess) < LOW_ESS and frame["candidates"] > 1:
             reasons.append(f"effective sample size {np.median(ess):.1f} of {frame['candidates']}")
-    return Value(name=name, score=score, agrees=agrees, verdict=verdict, short_by=short_by, reason="; ".join(reasons), nearest=nearest, **row)
+    return Value(
+        name=name,
+        score=score,
+        agrees=agrees,
+        verdict=verdict,
+        short_by=short_by,
+        reason="; ".join(reasons),
+        nearest=nearest,
+        **row,
+    )
 
 
 def _examples(prompts, texts, rewards, selected, lam, seed: int, rose: int = 3, random: int = 3) -> list[Example]:
@@ -361,7 +377,9 @@ def _checked(values, rewards, selected, palette, prompts, texts):
         rewards = rewards.astype(np.float64)
     if not np.isfinite(rewards).all():
         prompt, candidate, value = np.argwhere(~np.isfinite(rewards))[0].tolist()
-        raise UserError(f"rewards must be finite, got {rewards[prompt, candidate, value]} at prompt {prompt}, candidate {candidate}, value {value}")
+        raise UserError(
+            f"rewards must be finite, got {rewards[prompt, candidate, value]} at prompt {prompt}, candidate {candidate}, value {value}"
+        )
     if len(values) != m:
         raise UserError(f"values must name the {m} rewards, got {len(values)}")
     if len(prompts) != p:
@@ -369,7 +387,9 @@ def _checked(values, rewards, selected, palette, prompts, texts):
     if len(texts) != p or any(len(row) != n for row in texts):
         raise UserError(f"texts must be {p} x {n}, one for each candidate")
     if selected.ndim != 2 or len(selected) != p or selected.shape[1] == 0 or selected.dtype.kind not in "iu":
-        raise UserError(f"selected must be integers ({p}, k), k at least 1, got {selected.dtype} of shape {selected.shape}")
+        raise UserError(
+            f"selected must be integers ({p}, k), k at least 1, got {selected.dtype} of shape {selected.shape}"
+        )
     if selected.min() < 0 or selected.max() >= n:
         wrong = selected[(selected < 0) | (selected >= n)][0]
         raise UserError(f"selected must lie in 0..{n - 1}, got {wrong}")
@@ -386,7 +406,9 @@ def _checked(values, rewards, selected, palette, prompts, texts):
         if x.shape != (m,):
             raise UserError(f"palette's {name!r} must have {m} numbers, got shape {x.shape}")
         if not np.isfinite(x).all():
-            raise UserError(f"palette's {name!r} must be finite, got {x.tolist()}: solve for a palette that can be reached")
+            raise UserError(
+                f"palette's {name!r} must be finite, got {x.tolist()}: solve for a palette that can be reached"
+            )
         solution[name] = x
     for name in ("kl", "ess"):
         solution[name] = float(palette[name])

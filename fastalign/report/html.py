@@ -57,10 +57,10 @@ td:first-child { font-weight: 600 }
 .verdict { display: inline-block; padding: 0 .55em; border-radius: 1em; border: 1.5px solid var(--realised); color: var(--realised); font-size: .84rem; font-weight: 600 }
 .verdict.within { border-style: dashed } .verdict.short { border-color: var(--asked); color: var(--asked) }
 ul { margin: .8rem 0 0; padding-left: 1.15rem; font-size: .93rem } li { margin: .2rem 0 }
-.facts { display: flex; flex-wrap: wrap; gap: .9rem 2.6rem; margin: 1.3rem 0 .6rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .9rem 1.5rem; margin: 1.4rem 0 .4rem }
 .facts div { font-size: .84rem; color: var(--muted) } .facts b { display: block; font-size: 1.18rem; font-weight: 620; color: var(--ink); font-variant-numeric: tabular-nums }
 figure { margin: 1.2rem 0 0 } figure svg { display: block; max-width: 100%%; height: auto; margin: 0 auto }
-figure svg text { font-family: inherit !important } figcaption { max-width: 46rem; margin: .6rem auto 0; text-align: center }
+figure svg text { font-family: inherit !important } figcaption { max-width: 50rem; margin: .5rem auto 0; text-align: center; text-wrap: balance }
 .pair { break-inside: avoid; margin: 1.1rem 0 1.7rem } .pair h3 { font-size: 1rem; font-weight: 600; margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere }
 .pair h3 .why { font-weight: 400; margin-left: .6em } .two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
 .text { background: var(--card); border-top: 3px solid var(--before); border-radius: 3px; padding: .7rem .95rem .8rem; font-size: .93rem }
@@ -69,7 +69,7 @@ figure svg text { font-family: inherit !important } figcaption { max-width: 46re
 .scores span { white-space: nowrap; margin-right: 1em } .label { font-size: .78rem; font-weight: 600; color: var(--muted) }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; font-size: .9rem; padding: .28rem .7rem } .settings td:first-child { width: 15rem; font-weight: 400; color: var(--muted) }
 @media (max-width: 44rem) { .two { grid-template-columns: 1fr } main { padding: 1.4rem 1rem 3rem } }
-@media print { main { padding: 0; max-width: none } body { font-size: 10.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
+@media print { html { font-size: 9.5pt } main { padding: 0; max-width: none } .scroll { overflow: visible } th, td { padding-left: .4rem; padding-right: .4rem } body { font-size: 9.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
 
 
@@ -79,9 +79,13 @@ def page(report: Report) -> str:
     m = len(report.values)
     style = _STYLE % {"light": _variables(_LIGHT), "dark": _variables(_DARK)}
     model = report.settings.get("model")
-    title = f"Text aligned with a palette of {m} values" if m > 1 else f"Text aligned with a level of {report.values[0].name}"
+    title = (
+        f"Text aligned with a palette of {m} values"
+        if m > 1
+        else f"Text aligned with a level of {report.values[0].name}"
+    )
     source = f" from <b>{escape(clean(str(model)))}</b>" if model else ""
-    sub = (f"{report.prompts:,} prompts × {report.candidates:,} candidates{source}, {report.draws:,} chosen for each prompt"
+    sub = (f"{_count(report.prompts, 'prompt')} × {_count(report.candidates, 'candidate')}{source}, {report.draws:,} chosen for each prompt"
            f" ({escape(clean(report.method))})")  # fmt: skip
     body = [
         f"<h1>{escape(title)}</h1><p class='sub'>{sub}</p>",
@@ -133,7 +137,9 @@ def _table(report: Report) -> str:
 
 def _reasons(report: Report) -> str:
     items = [
-        f"<b>{escape(clean(v.name))}</b> short by {v.show(v.short_by)}: {escape(clean(v.reason))}." for v in report.values if v.reason
+        f"<b>{escape(clean(v.name))}</b> short by {v.show(v.short_by)}: {escape(clean(v.reason))}."
+        for v in report.values
+        if v.reason
     ] + [escape(note) for note in report.notes]
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
 
@@ -143,9 +149,9 @@ def _facts(report: Report) -> str:
     facts = [
         (f"{report.kl:.3f} nats", "KL to the model, per prompt" if report.dual != "joint" else "KL to the model, joint"),
         (f"{report.ess:,.1f} of {report.candidates * (report.prompts if report.dual == 'joint' else 1):,}",
-         "effective sample size, mean of the prompts" if report.dual != "joint" else "effective sample size, joint"),
-        (f"{_median(per):,.1f} / {per.min():,.1f}", "its median / minimum over prompts"),
-        ("feasible" if report.feasible else "infeasible", "the palette, for these candidates"),
+         "effective sample size, mean" if report.dual != "joint" else "effective sample size, joint"),
+        (f"{_median(per):,.1f} / {per.min():,.1f}", "its median / minimum by prompt"),
+        ("feasible" if report.feasible else "infeasible", "palette, for these candidates"),
     ]  # fmt: skip
     return "<div class='facts'>" + "".join(f"<div><b>{value}</b>{label}</div>" for value, label in facts) + "</div>"
 
@@ -154,16 +160,22 @@ def _figure(name: str, figures: Mapping[str, str], caption: str) -> str:
     return f"<figure>{figures[name]}<figcaption>{caption}</figcaption></figure>"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _draws(report: Report) -> str:
     count = report.prompts * report.draws
     if count >= 100:
         return f"The {count:,} texts chosen are outlined."
-    return f"The {count} text{'s' * (count > 1)} chosen {'are the ticks' if count > 1 else 'is the tick'} below the axis."
+    return f"The {_count(count, 'text')} chosen {'are the ticks' if count > 1 else 'is the tick'} below the axis."
 
 
 def _pair(example: Example, values: list[Value]) -> str:
     def side(kind: str, text: str, rewards: list[float]) -> str:
-        scores = "".join(f"<span>{escape(clean(v.name))} {v.show(r)}</span>" for v, r in zip(values, rewards, strict=True))
+        scores = "".join(
+            f"<span>{escape(clean(v.name))} {v.show(r)}</span>" for v, r in zip(values, rewards, strict=True)
+        )
         shown = escape(text) if text else "<i>(empty)</i>"
         return f"<div class='text {kind}'><div class='label'>{kind}</div><p>{shown}</p><div class='scores'>{scores}</div></div>"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +27,14 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     for v in report.values:
         verdict = {"met": "met", "within error": "met within error"}.get(v.verdict, f"short by {v.show(v.short_by)}")
         realised = Text.assemble((v.show(v.realised), "bold"), (f" ± {v.show(v.se)}", "dim"))
-        table.add_row(Text(clean(v.name)), v.show(v.before), v.show(v.asked), v.show(v.predicted), realised, Text(verdict, _STYLES[v.verdict]))
+        table.add_row(
+            Text(clean(v.name)),
+            v.show(v.before),
+            v.show(v.asked),
+            v.show(v.predicted),
+            realised,
+            Text(verdict, _STYLES[v.verdict]),
+        )
     console.print(table, width=width)
     console.print(Text(report.headline, "bold green" if report.agrees else "bold yellow"), width=width)
     of = report.candidates * report.prompts if report.dual == "joint" else report.candidates
@@ -38,21 +45,34 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     )  # fmt: skip
     for v in report.values:
         if v.reason:
-            console.print(Text(f"{clean(v.name)} short by {v.show(v.short_by)}: {clean(v.reason)}.", "yellow"), width=width)
+            console.print(
+                Text(f"{clean(v.name)} short by {v.show(v.short_by)}: {clean(v.reason)}.", "yellow"), width=width
+            )
     for note in report.notes:
         console.print(Text(note, "yellow"), width=width)
     if report.examples:
-        console.print(_sides(report.examples[:examples], width), width=width)
+        # The last ones are prompts drawn at random: of those one at least.
+        chosen = report.examples[: examples - 1] + report.examples[examples - 1 :][-1:]
+        console.print(_sides(chosen, width), width=width)
 
 
 def _sides(examples: list[Example], width: int) -> Panel:
-    sides = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True, show_lines=True, header_style="bold")
-    sides.add_column("before", ratio=1)
-    sides.add_column("after", ratio=1)
+    parts = []
     for example in examples:
-        prompt = Text(_cut(example.prompt, 120) + "\n", "cyan")
-        sides.add_row(Text.assemble(prompt, _cut(example.before)), Text.assemble(prompt, _cut(example.after)))
-    return Panel(sides, title="before and after", title_align="left", border_style="dim", width=width, padding=(0, 1))
+        sides = Table.grid(expand=True, padding=(0, 2))
+        sides.add_column(ratio=1)
+        sides.add_column(ratio=1)
+        sides.add_row(Text("before", "dim"), Text("after", "dim"))
+        sides.add_row(Text(_cut(example.before)), Text(_cut(example.after)))
+        parts += [Text(_cut(example.prompt, 180), "bold cyan"), sides, Text()]
+    return Panel(
+        Group(*parts[:-1]),
+        title="before and after",
+        title_align="left",
+        border_style="dim",
+        width=width,
+        padding=(1, 2),
+    )
 
 
 def _cut(text: str, longest: int = LONGEST) -> str:
