@@ -150,7 +150,9 @@ def test_stop_strings_cut_the_text_and_end_the_row(llama):
     free = llama.sample(PROMPTS, n=8, max_new_tokens=24, seed=7)
     everything = "".join(map("".join, free.texts))
     common = max(string.ascii_letters, key=everything.count)
-    longer = next(everything[i - 1 : i + 2] for i, c in enumerate(everything) if c == common and i > 200)
+    rows = [ids for row in free.token_ids for ids in row]
+    threes = [llama.tokenizer.decode(ids[i : i + 3]) for ids in rows for i in range(8, 20)]
+    longer = next(text for text in threes if text.isascii() and text.isprintable())  # ends with a third token
     for stop in ([common], [longer, common], [longer]):
         cut = llama.sample(PROMPTS, n=8, max_new_tokens=24, seed=7, stop=stop)
         stopped = 0
@@ -175,6 +177,17 @@ def test_chat_template(tokenizer):
     assert by_template.token_ids == by_hand.token_ids and by_template.prompts == ["the cat"]
     raw = Sampler(model, chatty).sample(["the cat"], chat=False, **SHORT)
     assert raw.token_ids == Sampler(model, tokenizer).sample(["the cat"], **SHORT).token_ids != by_template.token_ids
+
+
+def test_a_chat_template_gets_no_second_start_token():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(chat=True)
+    plain = tokenizer("<s>user why</s><s>assistant ")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    sampler = Sampler(tiny_causal_lm(tokenizer), tokenizer)
+    assert sampler._encode(["why"], "auto", 1) == [plain]
+    assert sampler._encode(["why"], False, 1)[0][0] == 1
 
 
 def test_batches_can_be_skipped_and_joined(llama):
