@@ -332,7 +332,6 @@ template <typename S>
 static void joint(double* out, const MapInput& in, const double* lambda, int64_t count, int threads) {
   const int64_t m = in.m, size = Total::size(m), chunks = (in.n + kChunkRows - 1) / kChunkRows;
   double* totals = Workspace::allocate(chunks * count * size);
-  threads = int(at_most(threads, chunks));
 #pragma omp parallel num_threads(threads)
   {
     Workspace work(in, count);
@@ -356,7 +355,6 @@ static void grouped(double* out, const MapInput& in, const double* lambda, int64
   const int64_t per_chunk = at_most(in.groups, kChunkRows * in.groups / in.n + 1);
   const int64_t chunks = (in.groups + per_chunk - 1) / per_chunk;
   double* partial = Workspace::allocate(chunks * count * moments);
-  threads = int(at_most(threads, chunks));
 #pragma omp parallel num_threads(threads)
   {
     Workspace work(in, count);
@@ -394,6 +392,8 @@ void map_statistics(double* out, const MapInput& in, const double* lambda, int64
   for (int64_t i = 0; i < count * moments; ++i) out[i] = 0;
   // So many lambdas a read that what they sum up fits in a few caches, whatever K is.
   const int64_t chunks = (in.n + kChunkRows - 1) / kChunkRows, most = (int64_t(1) << 22) / ((chunks + kLanes) * moments) + 1;
+  // A thread is woken only for a tenth of a millisecond's work or more.
+  threads = int(at_most(at_most(threads, chunks), 1 + ((in.n * (in.m + 4) * (in.m + 4) * count) >> 21)));
   const bool wide = in.dtype == DType::float64, by_group = in.offsets != nullptr;
   const auto run = by_group ? (wide ? grouped<double> : grouped<float>) : (wide ? joint<double> : joint<float>);
   for (int64_t k = 0; k < count; k += most) {
