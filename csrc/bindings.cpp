@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #if defined(__linux__)
@@ -12,6 +13,7 @@
 
 #include "isa.h"
 #include "map_statistics.h"
+#include "resample.h"
 #include "sample_tokens.h"
 #include "token_logprobs.h"
 #include "token_logratios.h"
@@ -136,5 +138,13 @@ PYBIND11_MODULE(_C, m) {
                                    ptr<const int64_t>(streams)};
     py::gil_scoped_release release;
     if (!FASTALIGN_CALL(sample_tokens, ptr<int64_t>(ids), ptr(log_probs), rows, options, threads)) throw std::bad_alloc();
+  });
+
+  m.def("resample", [](uintptr_t ids, const py::tuple& log_weights, int64_t k, int method, uintptr_t mask, int64_t seed,
+                       int threads) {
+    const Rows rows = rows_of(log_weights);
+    const ResampleOptions options = {k, ResampleMethod(method), ptr<const bool>(mask), uint64_t(seed)};
+    py::gil_scoped_release release;
+    if (!FASTALIGN_CALL(resample, ptr<int64_t>(ids), rows, options, threads)) throw std::bad_alloc();
   });
 }

@@ -189,3 +189,52 @@ def sample_tokens(
         ids = (mass <= target).sum(-1)
         log_probs = (d.gather(-1, ids[:, None]).double() - mass[:, -1:].log()).to(x.dtype)[:, 0]
     return ids.masked_fill(bad, -1), log_probs.masked_fill(bad, float("nan"))
+
+
+# Sets resample's draws apart from those of sample_tokens, whose offsets are below 2^63: one seed serves both.
+RESAMPLE_DOMAIN = -(2**63)
+# A share that is whole but for rounding is whole.
+SHARE_SLACK = 1 + 1e-12
+
+
+def resample(log_weights: Tensor, k: int, method: str, mask: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Draw k candidates per row. log_weights (P, N), mask (P, N) bool, True = valid -> indices (P, k) int64.
+
+    Multinomial, residual, stratified and systematic resampling as in Douc, Cappé and Moulines (arXiv cs/0507025);
+    gumbel_top_k as in Kool, van Hoof and Welling (arXiv 1903.06059).
+    """
+    x = log_weights.double()
+    if mask is not None:
+        x = x.masked_fill(~mask, NEG_INF)
+    bad = (x.isnan() | (x == -NEG_INF)).any(-1, keepdim=True) | (x == NEG_INF).all(-1, keepdim=True)
+    x = x.masked_fill(bad, 0)
+    x = x - x.amax(-1, keepdim=True)
+    row = torch.arange(len(x), device=x.device)[:, None]
+
+    def draws(count):
+        return uniform(seed, row, torch.arange(count, device=x.device) + RESAMPLE_DOMAIN)
+
+    if method in ("best", "gumbel_top_k"):
+        keys = x - (-draws(x.shape[1]).log()).log() if method == "gumbel_top_k" else x
+        keys, ids = keys.sort(dim=-1, descending=True, stable=True)
+        ids = torch.nn.functional.pad(ids.masked_fill(keys == NEG_INF, -1), (0, max(k - x.shape[1], 0)), value=-1)[:, :k]
+    elif method == "residual":
+        shares = x.exp() * (k / x.exp().cumsum(-1)[:, -1:])
+        copies = (shares * SHARE_SLACK).floor()
+        ids = _search((shares - copies).clamp_min(0), draws(k))
+        for p, count in enumerate(copies.long()):
+            whole = torch.arange(x.shape[1], device=x.device).repeat_interleave(count)
+            ids[p] = torch.cat([whole, ids[p]])[:k]
+    else:
+        u = draws(k)
+        if method != "multinomial":
+            u = (torch.arange(k, device=x.device) + (u if method == "stratified" else u[:, :1])) / k
+        ids = _search(x.exp(), u)
+    return ids.masked_fill(bad, -1)
+
+
+def _search(weights: Tensor, shares: Tensor) -> Tensor:
+    """The first index whose cumulative weight exceeds that share of the total. (P, N), (P, k) -> (P, k)."""
+    mass = weights.cumsum(-1)
+    ids = torch.searchsorted(mass, shares.clamp_max(1 - 2.0**-53) * mass[:, -1:], right=True)
+    return ids.clamp_max(weights.shape[1] - 1)

@@ -1,6 +1,7 @@
 """The ops: one file each, compiled on the CPU, differentiable where that means something."""
 
 from fastalign.ops.map_statistics import MapStatistics, map_statistics
+from fastalign.ops.resample import resample
 from fastalign.ops.sample_tokens import SampledTokens, sample_tokens
 from fastalign.ops.token_logprobs import TokenLogprobs, token_logprobs
 from fastalign.ops.token_logratios import token_logratios
@@ -10,6 +11,7 @@ __all__ = [
     "SampledTokens",
     "TokenLogprobs",
     "map_statistics",
+    "resample",
     "sample_tokens",
     "token_logprobs",
     "token_logratios",

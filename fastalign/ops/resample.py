@@ -1,0 +1,90 @@
+"""resample: candidates drawn from each prompt's log-weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._library import define, threads
+from fastalign.ops._rows import describe
+
+METHODS = ("multinomial", "systematic", "stratified", "residual", "gumbel_top_k", "best")  # the order of csrc/resample.h
+
+
+def resample(
+    log_weights: Tensor, k: int = 1, *, method: str = "multinomial", mask: Tensor | None = None, seed: int
+) -> Tensor:
+    """Draw k of the N candidates of each of P prompts, with probability proportional to exp(log_weights).
+
+    With replacement, each candidate drawn k times its probability on average (Douc, Cappé, Moulines,
+    arXiv cs/0507025): "multinomial", k independent draws in the order drawn; "stratified" and "systematic", one draw from
+    each kth part of the cumulative sum, with a uniform number each or one for all, in index order; "residual",
+    floor(k p) copies of each candidate in index order, then multinomial draws from what is left. Without replacement:
+    "gumbel_top_k" (arXiv 1903.06059), in the order drawn. "best": the k largest, largest first, the lowest index first
+    among ties.
+
+    Random numbers come from Philox4x32-10 with key seed and a counter of prompt and draw (for gumbel_top_k, candidate):
+    the same on every backend and at any number of threads, and apart from those of `sample_tokens` with the same seed.
+
+    Args:
+        log_weights: (P, N) float32 or float64, any strides, not normalised; -inf for weight 0.
+        k: at least 1.
+        mask: (P, N) bool, True = valid; the others have weight 0, whatever they hold. None: all valid.
+        seed: in [0, 2^64).
+
+    Returns:
+        Indices (P, k) int64. -1 throughout a row that holds NaN or +inf or has no positive weight; with fewer than k
+        candidates of positive weight gumbel_top_k and best give -1 in the places left over.
+
+    Raises:
+        UserError, TypeError: a shape, dtype, device or option that breaks these rules.
+    """
+    _check(log_weights, k, method, mask)
+    _checks.seed(seed)
+    log_weights, seed = log_weights.detach(), _checks.as_signed(seed)
+    if backend.choose(log_weights.device) == "reference":
+        return reference.resample(log_weights, k, method, mask, seed)
+    return resample_op(log_weights, k, METHODS.index(method), mask, seed)
+
+
+def _check(log_weights, k, method, mask) -> None:
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(f"log_weights must be a torch.Tensor, got {type(log_weights).__name__}")
+    if log_weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"log_weights must be float32 or float64, got {log_weights.dtype}")
+    if log_weights.ndim != 2 or log_weights.shape[1] == 0:
+        raise UserError(f"log_weights must have shape (P, N) with N >= 1, got {tuple(log_weights.shape)}")
+    if not (isinstance(k, int) and k >= 1):
+        raise UserError(f"k must be an integer, at least 1, got {k!r}")
+    if method not in METHODS:
+        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != log_weights.shape:
+            raise UserError(
+                f"mask.shape must equal log_weights.shape, got {tuple(mask.shape)} and {tuple(log_weights.shape)}"
+            )
+        if mask.device != log_weights.device:
+            raise UserError(f"mask must be on log_weights' device, got {mask.device} and {log_weights.device}")
+
+
+def _resample_cpu(log_weights, k, method, mask, seed):
+    rows, kept = describe(log_weights)
+    mask = None if mask is None else mask.contiguous()
+    ids = _resample_fake(log_weights, k, method, mask, seed)
+    backend.engine.resample(ids.data_ptr(), rows, k, method, 0 if mask is None else mask.data_ptr(), seed, threads())
+    del kept
+    return ids
+
+
+def _resample_fake(log_weights, k, method, mask, seed):
+    return log_weights.new_empty((log_weights.shape[0], k), dtype=torch.int64)
+
+
+resample_op = define(
+    "resample(Tensor log_weights, int k, int method, Tensor? mask, int seed) -> Tensor", _resample_cpu, _resample_fake
+)
