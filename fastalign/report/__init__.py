@@ -266,7 +266,7 @@ def build(
     ess = 1.0 / (weights**2).sum(axis=1)
     frame = {
         "dual": str(palette.get("dual", "per_prompt")),
-        "method": str(settings.get("method", "resample")),
+        "method": clean(settings.get("method", "resample")),
         "feasible": bool(palette["feasible"]),
         "prompts": p, "candidates": n, "draws": k,
     }  # fmt: skip
@@ -274,7 +274,7 @@ def build(
     rows = []
     for j, name in enumerate(values):
         row = {column: float(x[j]) for column, x in columns.items()}
-        rows.append(_judged(str(name), row, None if nearest is None else float(nearest[j]), ess, frame))
+        rows.append(_judged(clean(name), row, None if nearest is None else float(nearest[j]), ess, frame))
     return Report(
         values=rows,
         kl=solution["kl"],
@@ -420,7 +420,7 @@ def _checked(values, rewards, selected, palette, prompts, texts):
 def _plain(x: Any) -> Any:
     """x as JSON has it: numpy to Python, NaN and infinities to None, anything else to its text."""
     if isinstance(x, Mapping):
-        return {str(key): _plain(value) for key, value in x.items()}
+        return {clean(str(key)): _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple, set)):
         return [_plain(value) for value in x]
     if isinstance(x, np.ndarray):

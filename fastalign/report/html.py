@@ -69,7 +69,7 @@ figure svg text { font-family: inherit !important } figcaption { max-width: 50re
 .scores span { white-space: nowrap; margin-right: 1em } .label { font-size: .78rem; font-weight: 600; color: var(--muted) }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; font-size: .9rem; padding: .28rem .7rem } .settings td:first-child { width: 15rem; font-weight: 400; color: var(--muted) }
 @media (max-width: 44rem) { .two { grid-template-columns: 1fr } main { padding: 1.4rem 1rem 3rem } }
-@media print { html { font-size: 9.5pt } main { padding: 0; max-width: none } .scroll { overflow: visible } th, td { padding-left: .4rem; padding-right: .4rem } body { font-size: 9.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
+@media print { html { font-size: 9.5pt } main { padding: 0; max-width: none } .scroll { overflow: visible } th, td { padding-left: .4rem; padding-right: .4rem } body { font-size: 9.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact } figure svg { max-height: 10.5cm } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
 
 
@@ -86,7 +86,7 @@ def page(report: Report) -> str:
     )
     source = f" from <b>{escape(clean(str(model)))}</b>" if model else ""
     sub = (f"{_count(report.prompts, 'prompt')} × {_count(report.candidates, 'candidate')}{source}, {report.draws:,} chosen for each prompt"
-           f" ({escape(clean(report.method))})")  # fmt: skip
+           f" ({escape(report.method)})")  # fmt: skip
     body = [
         f"<h1>{escape(title)}</h1><p class='sub'>{sub}</p>",
         f"<p class='headline{'' if report.agrees else ' off'}'>{escape(report.headline)}</p>",
@@ -127,7 +127,7 @@ def _table(report: Report) -> str:
                               ("Realised ± SE", "realised"), ("All reweighted", ""), ("Verdict", ""))
     )  # fmt: skip
     rows = "".join(
-        f"<tr><td>{escape(clean(v.name))}</td><td>{v.lam:.3g}</td><td>{v.show(v.before)}</td><td>{v.show(v.asked)}</td>"
+        f"<tr><td>{escape(v.name)}</td><td>{v.lam:.3g}</td><td>{v.show(v.before)}</td><td>{v.show(v.asked)}</td>"
         f"<td>{v.show(v.predicted)}</td><td class='realised'>{v.show(v.realised)} <span class='se'>± {v.show(v.se)}</span></td>"
         f"<td>{v.show(v.rao_blackwell)}</td><td><span class='verdict {v.verdict.split()[0]}'>{_VERDICTS[v.verdict]}</span></td></tr>"
         for v in report.values
@@ -137,9 +137,7 @@ def _table(report: Report) -> str:
 
 def _reasons(report: Report) -> str:
     items = [
-        f"<b>{escape(clean(v.name))}</b> short by {v.show(v.short_by)}: {escape(clean(v.reason))}."
-        for v in report.values
-        if v.reason
+        f"<b>{escape(v.name)}</b> short by {v.show(v.short_by)}: {escape(v.reason)}." for v in report.values if v.reason
     ] + [escape(note) for note in report.notes]
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
 
@@ -173,9 +171,7 @@ def _draws(report: Report) -> str:
 
 def _pair(example: Example, values: list[Value]) -> str:
     def side(kind: str, text: str, rewards: list[float]) -> str:
-        scores = "".join(
-            f"<span>{escape(clean(v.name))} {v.show(r)}</span>" for v, r in zip(values, rewards, strict=True)
-        )
+        scores = "".join(f"<span>{escape(v.name)} {v.show(r)}</span>" for v, r in zip(values, rewards, strict=True))
         shown = escape(text) if text else "<i>(empty)</i>"
         return f"<div class='text {kind}'><div class='label'>{kind}</div><p>{shown}</p><div class='scores'>{scores}</div></div>"
 

@@ -28,7 +28,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
         verdict = {"met": "met", "within error": "met within error"}.get(v.verdict, f"short by {v.show(v.short_by)}")
         realised = Text.assemble((v.show(v.realised), "bold"), (f" ± {v.show(v.se)}", "dim"))
         table.add_row(
-            Text(clean(v.name)),
+            Text(v.name),
             v.show(v.before),
             v.show(v.asked),
             v.show(v.predicted),
@@ -45,9 +45,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     )  # fmt: skip
     for v in report.values:
         if v.reason:
-            console.print(
-                Text(f"{clean(v.name)} short by {v.show(v.short_by)}: {clean(v.reason)}.", "yellow"), width=width
-            )
+            console.print(Text(f"{v.name} short by {v.show(v.short_by)}: {v.reason}.", "yellow"), width=width)
     for note in report.notes:
         console.print(Text(note, "yellow"), width=width)
     if report.examples:
