@@ -89,7 +89,7 @@ def test_shapes_are_checked(array, lam, message):
         select(array, lam, seed=0)
 
 
-@pytest.mark.parametrize("k, method", [(0, "resample"), (8, "best"), (1, "no such method")])
+@pytest.mark.parametrize("k, method", [(0, "resample"), (8, "best"), (8, "gumbel_top_k"), (1, "no such method")])
 def test_bad_k_and_method(k, method):
     with pytest.raises(ValueError) as caught:
         select(REWARDS, LAM, k=k, method=method, seed=0)

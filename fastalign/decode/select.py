@@ -22,6 +22,9 @@ def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "r
     from fastalign import ops
 
     weights = torch.from_numpy(np.atleast_2d(_log_weights(rewards, lam)))
+    if method in ("best", "gumbel_top_k") and k > weights.shape[1]:
+        rule = f"k must be at most {weights.shape[1]}, the candidates per prompt"
+        raise UserError(f"{rule}, for method {method!r}, which picks each once; got {k}")
     method = "multinomial" if method == "resample" else method
     return ops.resample(weights, k, method=method, seed=seed).numpy()
 
