@@ -148,7 +148,7 @@ def _facts(report: Report) -> str:
         (f"{report.kl:.3f} nats", "KL to the model, per prompt" if report.dual != "joint" else "KL to the model, joint"),
         (f"{report.ess:,.1f} of {report.candidates * (report.prompts if report.dual == 'joint' else 1):,}",
          "effective sample size, mean" if report.dual != "joint" else "effective sample size, joint"),
-        (f"{_median(per):,.1f} / {per.min():,.1f}", "its median / minimum by prompt"),
+        (f"{_median(per):,.1f} / {per.min():,.1f}", "median / minimum by prompt"),
         ("feasible" if report.feasible else "infeasible", "palette, for these candidates"),
     ]  # fmt: skip
     return "<div class='facts'>" + "".join(f"<div><b>{value}</b>{label}</div>" for value, label in facts) + "</div>"
@@ -165,7 +165,7 @@ def _count(number: int, noun: str) -> str:
 def _draws(report: Report) -> str:
     count = report.prompts * report.draws
     if count >= 100:
-        return f"The {count:,} texts chosen are outlined."
+        return f"The {count:,} texts chosen are outlined in green."
     return f"The {_count(count, 'text')} chosen {'are the ticks' if count > 1 else 'is the tick'} below the axis."
 
 

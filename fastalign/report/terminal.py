@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastalign.report import Example, Report, clean
+from fastalign.report import Example, Report
 
 WIDTH = 100
 LONGEST = 360

@@ -7,8 +7,8 @@ import torch
 
 from fastalign.ops import map_statistics
 
-# Curves are a picture: beyond this many candidates every so-manieth prompt is enough for them.
-MAX_ROWS = 50_000
+# Curves are a picture: beyond this many candidates evenly spaced prompts are enough for them.
+MAX_ROWS = 20_000
 
 
 class Tradeoff:
