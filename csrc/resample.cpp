@@ -4,12 +4,13 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "lane_mask.h"
 #include "philox.h"
-#include "simd.h"
 #include "softmax.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
 
+constexpr int64_t kSumBlock = 64;  // weights under one cumulative sum
 constexpr double kMinusInfinity = -__builtin_inf();
 // Sets these draws apart from those of sample_tokens, whose offsets are below 2^63: one seed serves both.
 constexpr uint64_t kDomain = uint64_t(1) << 63;
@@ -26,13 +27,15 @@ struct LargestFirst {
   }
 };
 
-// Memory of one thread for rows of n: values in whole vectors and, for the methods that sort, candidates.
+// Memory of one thread for rows of n: values and their sums by blocks or, for the methods that sort, candidates.
 struct Scratch {
-  double* values;
+  double *values, *sums;
   Candidate* candidates;
   int64_t room;
   Scratch(int64_t n, const ResampleOptions& o) : candidates(nullptr), room(0) {
-    values = static_cast<double*>(std::malloc(size_t(padded(n, lanes<double>)) * sizeof(double)));
+    const int64_t full = padded(n, kSumBlock);
+    values = static_cast<double*>(std::malloc(size_t(full + full / kSumBlock) * sizeof(double)));
+    sums = values + full;
     if (o.method != ResampleMethod::gumbel_top_k && o.method != ResampleMethod::best) return;
     const int64_t wanted = o.k < n ? o.k : n;
     room = 2 * wanted + 1024;
@@ -46,75 +49,100 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-// The log-weights as doubles, -inf where masked, into out[0:n]. The largest; NaN where one that is not masked is NaN.
+// The log-weights as doubles, -inf where masked, padded to whole blocks. The largest; NaN where one not masked is NaN.
 template <typename S> static double load_row(double* out, const S* row, const bool* mask, int64_t n) {
-  double top = kMinusInfinity;
-  bool nan = false;
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = mask == nullptr || mask[i] ? double(row[i]) : kMinusInfinity;
-    out[i] = x;
-    nan |= x != x;
-    top = x > top ? x : top;
-  }
-  return nan ? __builtin_nan("") : top;
-}
-
-// values[0:n] <- exp(values - top)
-static void to_weights(double* values, int64_t n, double top) {
   constexpr int64_t L = lanes<double>;
-  for (int64_t i = n; i < padded(n, L); ++i) values[i] = kMinusInfinity;
-  for (int64_t i = 0; i < n; i += L) store<double>(values + i, exp_nonpositive(load<double>(values + i) - top));
-}
-
-static double cumulate(double* values, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) values[i] = sum += values[i];
-  return sum;
-}
-
-// The first position from `low` on whose cumulative sum exceeds share * total.
-static int64_t search(const double* cumulative, int64_t low, int64_t n, double share, double total) {
-  const double below_one = 1 - 0x1p-53, target = (share < below_one ? share : below_one) * total;
-  int64_t high = n - 1;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (cumulative[middle] > target) high = middle;
-    else low = middle + 1;
+  vec<double> top = splat<double>(kMinusInfinity);
+  Vec<double>::bits nan = {};
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = start + kBlock < n ? start + kBlock : n, full = padded(end, kSumBlock);
+    for (int64_t i = start; i < end; ++i) out[i] = double(row[i]);
+    if (mask != nullptr) {
+      for (int64_t i = start; i < end; ++i) out[i] = mask[i] ? out[i] : kMinusInfinity;
+    }
+    for (int64_t i = end; i < full; ++i) out[i] = kMinusInfinity;
+    for (int64_t i = start; i < full; i += L) {
+      const vec<double> x = load<double>(out + i);
+      nan |= x != x;
+      top = max<double>(top, x);
+    }
   }
-  return low;
+  return lane_mask(nan) != 0 ? __builtin_nan("") : reduce_max<double>(top);
 }
 
-static void draw_independent(int64_t* ids, int64_t count, const double* cumulative, int64_t n, double total, uint64_t seed,
-                             uint64_t row) {
-  for (int64_t j = 0; j < count; ++j) {
-    ids[j] = search(cumulative, 0, n, philox_uniform(seed, row, kDomain | uint64_t(j)), total);
+// Weights in whole blocks, and the cumulative sums of the blocks.
+struct Mass {
+  double *weights, *cumulative;
+  int64_t blocks;
+  double total() const { return cumulative[blocks - 1]; }
+
+  void cumulate() {
+    constexpr int64_t L = lanes<double>;
+    double before = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      vec<double> sum = {};
+      for (int64_t i = b * kSumBlock; i < (b + 1) * kSumBlock; i += L) sum += load<double>(weights + i);
+      cumulative[b] = before += reduce_add<double>(sum);
+    }
   }
+
+  // The first position whose cumulative sum exceeds share * total.
+  int64_t find(double share) const {
+    const double below_one = 1 - 0x1p-53, target = (share < below_one ? share : below_one) * total();
+    int64_t low = 0, high = blocks - 1;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (cumulative[middle] > target) high = middle;
+      else low = middle + 1;
+    }
+    double before = low > 0 ? cumulative[low - 1] : 0;
+    int64_t last = low * kSumBlock;  // with any weight, should rounding let none exceed the target
+    for (int64_t i = low * kSumBlock; i < (low + 1) * kSumBlock; ++i) {
+      before += weights[i];
+      if (weights[i] > 0) {
+        last = i;
+        if (before > target) break;
+      }
+    }
+    return last;
+  }
+};
+
+// The weights exp(values - top) of values[0:n], in their place.
+static Mass weigh(int64_t n, double top, const Scratch& work) {
+  constexpr int64_t L = lanes<double>;
+  Mass mass = {work.values, work.sums, (n + kSumBlock - 1) / kSumBlock};
+  for (int64_t i = 0; i < mass.blocks * kSumBlock; i += L) {
+    store<double>(mass.weights + i, exp_nonpositive(load<double>(mass.weights + i) - top));
+  }
+  mass.cumulate();
+  return mass;
 }
 
-static void draw_comb(int64_t* ids, const ResampleOptions& o, const double* cumulative, int64_t n, double total,
-                      uint64_t row) {
+static void draw_independent(int64_t* ids, int64_t count, const Mass& mass, uint64_t seed, uint64_t row) {
+  for (int64_t j = 0; j < count; ++j) ids[j] = mass.find(philox_uniform(seed, row, kDomain | uint64_t(j)));
+}
+
+static void draw_comb(int64_t* ids, const ResampleOptions& o, const Mass& mass, uint64_t row) {
   const bool own = o.method == ResampleMethod::stratified;
   double u = philox_uniform(o.seed, row, kDomain);
-  int64_t at = 0;
   for (int64_t j = 0; j < o.k; ++j) {
     if (own) u = philox_uniform(o.seed, row, kDomain | uint64_t(j));
-    ids[j] = at = search(cumulative, at, n, (double(j) + u) / double(o.k), total);
+    ids[j] = mass.find((double(j) + u) / double(o.k));
   }
 }
 
-static void draw_residual(int64_t* ids, const ResampleOptions& o, double* weights, int64_t n, uint64_t row) {
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += weights[i];
-  const double per_weight = double(o.k) / total;
+static void draw_residual(int64_t* ids, const ResampleOptions& o, Mass mass, uint64_t row) {
+  const double per_weight = double(o.k) / mass.total();
   int64_t used = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double share = weights[i] * per_weight, copies = __builtin_floor(share * kShareSlack);
-    for (int64_t c = 0; c < int64_t(copies) && used < o.k; ++c) ids[used++] = i;
-    weights[i] = share > copies ? share - copies : 0;
+  for (int64_t i = 0; i < mass.blocks * kSumBlock; ++i) {
+    const double share = mass.weights[i] * per_weight;
+    const int64_t copies = int64_t(share * kShareSlack);
+    mass.weights[i] = share > double(copies) ? share - double(copies) : 0;
+    for (int64_t c = 0; c < copies && used < o.k; ++c) ids[used++] = i;
   }
-  if (used == o.k) return;
-  const double rest = cumulate(weights, n);
-  draw_independent(ids + used, o.k - used, weights, n, rest, o.seed, row);
+  mass.cumulate();
+  draw_independent(ids + used, o.k - used, mass, o.seed, row);
 }
 
 // ids <- the k largest keys, largest first, the lower index first among ties; -1 after the last finite one.
@@ -122,16 +150,23 @@ static void draw_largest(int64_t* ids, const ResampleOptions& o, int64_t n, doub
   const bool perturbed = o.method == ResampleMethod::gumbel_top_k;
   double least = kMinusInfinity;  // a key must exceed it to be among the k: at a tie the earlier index is there already
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    double key = work.values[i] - top;
-    if (key == kMinusInfinity) continue;
-    if (perturbed) key -= __builtin_log(-__builtin_log(philox_uniform(o.seed, row, kDomain | uint64_t(i))));
-    if (!(key > least)) continue;
+  const auto take = [&](int64_t i, double key) {
     work.candidates[count++] = {key, i};
     if (count == work.room) {
       std::nth_element(work.candidates, work.candidates + o.k - 1, work.candidates + count, LargestFirst());
       count = o.k;
       least = work.candidates[o.k - 1].key;
+    }
+  };
+  for (int64_t i = 0; i < n; i += lanes<double>) {
+    const vec<double> d = load<double>(work.values + i) - top;
+    // A perturbation is at most -log(-log(1 - 2^-53)) < 37.
+    const auto above = d + (perturbed ? 37.0 : 0.0) > least;
+    for (uint32_t mask = lane_mask(above); mask != 0; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      double key = d[lane];
+      if (perturbed) key -= __builtin_log(-__builtin_log(philox_uniform(o.seed, row, kDomain | uint64_t(i + lane))));
+      if (key > least) take(i + lane, key);
     }
   }
   const int64_t found = count < o.k ? count : o.k;
@@ -151,11 +186,12 @@ static void resample_row(int64_t* ids, const S* row, const bool* mask, int64_t n
     return;
   }
   if (work.room > 0) return draw_largest(ids, o, n, top, r, work);
-  to_weights(work.values, n, top);
-  if (o.method == ResampleMethod::residual) return draw_residual(ids, o, work.values, n, r);
-  const double total = cumulate(work.values, n);
-  if (o.method == ResampleMethod::multinomial) return draw_independent(ids, o.k, work.values, n, total, o.seed, r);
-  draw_comb(ids, o, work.values, n, total, r);
+  const Mass mass = weigh(n, top, work);
+  switch (o.method) {
+    case ResampleMethod::residual: return draw_residual(ids, o, mass, r);
+    case ResampleMethod::multinomial: return draw_independent(ids, o.k, mass, o.seed, r);
+    default: return draw_comb(ids, o, mass, r);
+  }
 }
 
 template <typename S>
