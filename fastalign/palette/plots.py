@@ -288,7 +288,7 @@ def pareto(
         handles = [_handle("before"), _handle("asked for"), _handle("predicted"), _handle("realised", "realised ± 3 SE"),
                    _dot("policies of random λ")]  # fmt: skip
         if fronts:
-            handles.append(_line(f"front at KL {kl:.2g}", PREDICTED, linewidth=1.8))
+            handles.append(_line(f"front at KL {kl:.2f}", PREDICTED, linewidth=1.8))
         if limits:
             handles.append(_line("limit of these candidates", MUTED, linewidth=1.2, linestyle=(0, (1.5, 2))))
         _legend(figure, handles)
@@ -363,11 +363,14 @@ def _in_spreads(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np
 
 
 def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """The range to draw: all of it, or what holds 99 % and all of `after` where a few outliers would squeeze the rest."""
-    low, high = np.percentile(before, [0.5, 99.5])
-    if np.ptp(before) < 1.8 * (high - low) or low == high:
-        return float(before.min()), float(before.max())
-    return float(min(low, after.min())), float(max(high, after.max()))
+    """The range to draw: all of it, or the middle 95 % and half as much on each side, and all of `after`,
+    where a few outliers would squeeze the rest."""
+    least, most = float(before.min()), float(before.max())
+    low, high = np.percentile(before, [2.5, 97.5])
+    if most - least < 2.2 * (high - low) or low == high:
+        return least, most
+    margin = 0.5 * (high - low)
+    return max(least, min(low - margin, after.min())), min(most, max(high + margin, after.max()))
 
 
 def _bins(x: np.ndarray) -> np.ndarray:
