@@ -363,11 +363,11 @@ def _in_spreads(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np
 
 
 def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """The range to draw: all of it, or the middle 95 % and half as much on each side, and all of `after`,
+    """The range to draw: all of it, or the middle 90 % and half as much on each side, and all of `after`,
     where a few outliers would squeeze the rest."""
     least, most = float(before.min()), float(before.max())
-    low, high = np.percentile(before, [2.5, 97.5])
-    if most - least < 2.2 * (high - low) or low == high:
+    low, high = np.percentile(before, [5, 95])
+    if most - least < 2.6 * (high - low) or low == high:
         return least, most
     margin = 0.5 * (high - low)
     return max(least, min(low - margin, after.min())), min(most, max(high + margin, after.max()))
