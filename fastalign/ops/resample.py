@@ -11,7 +11,14 @@ from fastalign.ops import _checks
 from fastalign.ops._library import define, threads
 from fastalign.ops._rows import describe
 
-METHODS = ("multinomial", "systematic", "stratified", "residual", "gumbel_top_k", "best")  # the order of csrc/resample.h
+METHODS = (
+    "multinomial",
+    "systematic",
+    "stratified",
+    "residual",
+    "gumbel_top_k",
+    "best",
+)  # the order of csrc/resample.h
 
 
 def resample(

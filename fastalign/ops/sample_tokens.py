@@ -62,7 +62,15 @@ def sample_tokens(
     """
     _check(logits, temperature, top_k, top_p, min_p, offset, rows)
     _checks.seed(seed)
-    options = (float(temperature), min(top_k, MAX_VOCAB), float(top_p), float(min_p), _checks.as_signed(seed), offset, rows)
+    options = (
+        float(temperature),
+        min(top_k, MAX_VOCAB),
+        float(top_p),
+        float(min_p),
+        _checks.as_signed(seed),
+        offset,
+        rows,
+    )
     if backend.choose(logits.device) == "reference":
         return SampledTokens(*reference.sample_tokens(logits.detach(), *options))
     return SampledTokens(*sample_op(logits.detach(), *options))
@@ -85,7 +93,9 @@ def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
             raise TypeError(f"rows must be an int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
         if rows.shape != logits.shape[:1]:
-            raise UserError(f"rows.shape must equal logits.shape[:1], got {tuple(rows.shape)} and {tuple(logits.shape[:1])}")
+            raise UserError(
+                f"rows.shape must equal logits.shape[:1], got {tuple(rows.shape)} and {tuple(logits.shape[:1])}"
+            )
         if rows.device != logits.device:
             raise UserError(f"rows must be on logits' device, got {rows.device} and {logits.device}")
 
