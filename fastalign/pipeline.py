@@ -192,9 +192,18 @@ def select(
 
 
 def evaluate(
-    scored: str | Path, selected: str | Path, palette: str | Path, out: str | Path, *, html: str | Path | None = None
+    scored: str | Path,
+    selected: str | Path,
+    palette: str | Path,
+    out: str | Path,
+    *,
+    html: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
 ):
-    """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report."""
+    """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report.
+
+    settings: more lines for the report's table of settings.
+    """
     from fastalign import report
 
     whole = Candidates.from_parquet(scored, kind="scored")
@@ -209,7 +218,7 @@ def evaluate(
         palette=solution,
         prompts=whole.prompts,
         texts=whole.texts,
-        settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {})},
+        settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {}), **(settings or {})},
     )
     write_json(out, found.to_json())
     if html is not None:

@@ -24,7 +24,7 @@ def describe(x: Tensor) -> tuple[tuple, Tensor]:
     Copies only if the last dimension is not contiguous or the leading ones cannot be walked with two strides.
     """
     rows = _two_strides(x)
-    if x.stride(-1) != 1 and x.shape[-1] > 1 or rows is None:
+    if (x.stride(-1) != 1 and x.shape[-1] > 1) or rows is None:
         x = x.contiguous()
         rows = _two_strides(x)
     outer_stride, inner, inner_stride = rows

@@ -1,0 +1,193 @@
+"""The commands as a user types them: the whole chain, resumption, and one line for each mistake."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny import tiny_folder
+from typer.testing import CliRunner
+
+from fastalign.cli import app
+from fastalign.data import files
+from fastalign.decode import Candidates, Sampler
+
+
+def fastalign(*arguments):
+    """Run a command in this process -> (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*arguments):
+    """The one line that a mistake gives."""
+    code, _, err = fastalign(*arguments)
+    assert code == 1, err
+    assert err.startswith("fastalign: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt number {i} of some words\n" for i in range(6)))
+    return path
+
+
+@pytest.fixture
+def sampling(model, prompts, tmp_path):
+    settings = ["--model", model, "--prompts", prompts, "-n", 8, "--max-new-tokens", 12, "--batch-size", 16]
+    return ["sample", *settings, "--out", tmp_path / "candidates.parquet"]
+
+
+@pytest.fixture
+def scored(sampling, tmp_path):
+    assert fastalign(*sampling)[0] == 0
+    path = tmp_path / "scored.parquet"
+    assert fastalign("score", tmp_path / "candidates.parquet", "--rewards", "diversity,readability", "--out", path)[0] == 0
+    return path
+
+
+def test_the_whole_chain(scored, tmp_path):
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates.parquet", "prompts.txt", "scored.parquet"]
+    whole = Candidates.from_parquet(scored)
+    levels = whole.reward_array().reshape(-1, 2).mean(0) + 0.1 * whole.reward_array().reshape(-1, 2).std(0)
+    text = f"diversity={levels[0]},readability={levels[1]}"
+    code, out, _ = fastalign("map", scored, "--palette", text, "--out", tmp_path / "palette.json")
+    assert code == 0 and "KKT residual" in out
+    solution = json.loads((tmp_path / "palette.json").read_text())
+    assert solution["feasible"] and solution["kind"] == "palette"
+    assert (np.array(solution["levels"]) >= levels - 1e-6).all() and (np.array(solution["lambda"]) >= 0).all()
+    chosen = ["select", scored, "--palette", tmp_path / "palette.json", "--k", 3]
+    assert fastalign(*chosen, "--out", tmp_path / "selected.parquet")[0] == 0
+    assert fastalign(*chosen, "--out", tmp_path / "again.parquet")[0] == 0
+    picked = Candidates.from_parquet(tmp_path / "selected.parquet", kind="selected")
+    assert picked.texts == Candidates.from_parquet(tmp_path / "again.parquet").texts  # a seed reproduces
+    assert all(text in row for row, texts in zip(whole.texts, picked.texts, strict=True) for text in texts)
+    evaluated = ["eval", scored, "--selected", tmp_path / "selected.parquet", "--palette", tmp_path / "palette.json"]
+    code, out, _ = fastalign(*evaluated, "--out", tmp_path / "eval.json", "--html", tmp_path / "report.html")
+    assert code == 0 and "realised" in out
+    assert json.loads((tmp_path / "eval.json").read_text())
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_an_infeasible_palette_is_told_and_the_nearest_solved_for(scored, tmp_path):
+    code, out, _ = fastalign("map", scored, "--palette", "0.99,5.0", "--out", tmp_path / "palette.json")
+    solution = json.loads((tmp_path / "palette.json").read_text())
+    assert code == 0 and "infeasible" in out and not solution["feasible"]
+    assert solution["nearest"][1] < 5.0 and np.isfinite(solution["lambda"]).all()
+    np.testing.assert_array_less(np.array(solution["solved_for"]) - 1e-6, np.array(solution["levels"]))
+
+
+def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampling, tmp_path, monkeypatch):
+    fastalign(*sampling)
+    out = tmp_path / "candidates.parquet"
+    expected = Candidates.from_parquet(out)
+    out.unlink()
+    drawn, draw = [], Sampler._draw
+
+    def interrupted(self, encoded, indices, *rest):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(indices)
+        return draw(self, encoded, indices, *rest)
+
+    monkeypatch.setattr(Sampler, "_draw", interrupted)
+    code, _, err = fastalign(*sampling)
+    assert code == 130 and "--resume" in err and err.count("\n") == 1
+    assert not out.exists() and len(list((tmp_path / "candidates.parquet.parts").glob("part-*"))) == 2
+    assert "go on with --resume" in refused(*sampling)
+    assert "was made with seed=0, this run asks for 1" in refused(*sampling, "--resume", "--seed", 1)
+    monkeypatch.setattr(Sampler, "_draw", lambda *args: drawn.append(args[2]) or draw(*args))
+    assert fastalign(*sampling, "--resume")[0] == 0
+    assert len(drawn) == 3  # the two finished batches were not drawn again
+    found = Candidates.from_parquet(out)
+    assert found.texts == expected.texts and found.logprobs == expected.logprobs
+    assert not (tmp_path / "candidates.parquet.parts").exists()
+    monkeypatch.setattr(Sampler, "_draw", interrupted)
+    assert fastalign(*sampling, "--resume")[0] == 0  # finished: nothing is drawn
+
+
+def test_a_real_interrupt_signal(model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a prompt, the {i}th\n" for i in range(400)))
+    out = tmp_path / "c.parquet"
+    command = [sys.executable, "-m", "fastalign.cli", "sample", "--model", model, "--prompts", prompts]
+    command += ["-n", "8", "--max-new-tokens", "24", "--batch-size", "8", "--out", out]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "c.parquet.parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("part-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "interrupted" in err
+    assert len(list(parts.glob("part-*.parquet"))) >= 2 and not list(parts.glob(".*partial")) and not out.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(scored, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "_sync", full)
+    assert "No space left on device" in refused("map", scored, "--quantile", 0.5, "--out", tmp_path / "palette.json")
+    assert not list(tmp_path.glob("*palette*")) and not list(tmp_path.glob(".*partial"))
+
+
+def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    out = ["--out", tmp_path / "x"]
+    asked = ["sample", "--model", model, "--prompts"]
+    assert "holds no prompts" in refused(*asked, empty, *out)
+    assert "no such prompt file" in refused(*asked, tmp_path / "none.txt", *out)
+    assert "no such model folder" in refused("sample", "--model", tmp_path / "none", "--prompts", "bundled", *out)
+    assert "n must be an integer, at least 1, got 0" in refused(*sampling[:-2], *out, "-n", 0)
+    assert "no such file" in refused("score", tmp_path / "none.parquet", "--rewards", "positive", *out)
+    assert "elephant" in refused("score", tmp_path / "candidates.parquet", "--rewards", "elephant", *out)
+    assert "palette must have 2 levels (diversity, readability), got 3" in refused("map", scored, "--palette", "1,2,3", *out)
+    assert "must name each of" in refused("map", scored, "--palette", "diversity=1,humor=2", *out)
+    assert "palette must be numbers" in refused("map", scored, "--palette", "diversity=high,readability=1", *out)
+    assert "either a palette or a quantile" in refused("map", scored, *out)
+    assert "q must lie between 0 and 1" in refused("map", scored, "--quantile", 1.5, *out)
+    assert "the candidates carry" in refused("map", scored, "--quantile", 0.5, "--values", "humor", *out)
+    assert "must be a fastalign scored file" in refused("map", tmp_path / "candidates.parquet", "--quantile", 0.5, *out)
+    assert "not a Parquet file" in refused("map", empty, "--quantile", 0.5, *out)
+    assert "must be a fastalign palette file" in refused("select", scored, "--palette", _json(tmp_path), *out)
+    whole = Candidates.from_parquet(scored)
+    whole.rewards["diversity"] = np.full_like(whole.rewards["diversity"], np.nan)
+    whole.to_parquet(tmp_path / "nan.parquet")
+    assert "rewards must be finite, got nan" in refused("map", tmp_path / "nan.parquet", "--quantile", 0.5, *out)
+    assert not (tmp_path / "x").exists()
+
+
+def _json(folder):
+    path = folder / "other.json"
+    path.write_text('{"kind": "report"}')
+    return path
+
+
+@pytest.mark.parametrize("command", ["demo", "sample", "score", "map", "select", "eval", "info"])
+def test_help_has_an_example(command):
+    code, out, _ = fastalign(command, "--help")
+    assert code == 0 and f"Example: fastalign {command}" in out
+
+
+def test_info_tells_what_runs():
+    code, out, _ = fastalign("info")
+    assert code == 0
+    for word in ("CPU backend", "token_logprobs", "map_statistics", "vaderSentiment", "positive"):
+        assert word in out
