@@ -38,7 +38,7 @@ struct Scratch {
     sums = values + full;
     if (o.method != ResampleMethod::gumbel_top_k && o.method != ResampleMethod::best) return;
     const int64_t wanted = o.k < n ? o.k : n;
-    room = 2 * wanted + 1024;
+    room = 2 * wanted + 32;
     candidates = static_cast<Candidate*>(std::malloc(size_t(room) * sizeof(Candidate)));
   }
   bool enough() const { return values != nullptr && (room == 0 || candidates != nullptr); }
@@ -160,12 +160,21 @@ static void draw_largest(int64_t* ids, const ResampleOptions& o, int64_t n, doub
   };
   for (int64_t i = 0; i < n; i += lanes<double>) {
     const vec<double> d = load<double>(work.values + i) - top;
-    // A perturbation is at most -log(-log(1 - 2^-53)) < 37.
-    const auto above = d + (perturbed ? 37.0 : 0.0) > least;
-    for (uint32_t mask = lane_mask(above); mask != 0; mask &= mask - 1) {
+    if (!perturbed) {
+      for (uint32_t mask = lane_mask(d > least); mask != 0; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        if (d[lane] > least) take(i + lane, d[lane]);
+      }
+      continue;
+    }
+    // d - log(-log u) > least needs u > exp(-y), y = exp(d - least), and so u > 1 - y: two logarithms saved for most.
+    vec<double> enough = {};
+    if (least > kMinusInfinity) enough = 1.0 - exp(d - least) * (1 + 1e-6) - 1e-15;
+    for (uint32_t mask = lane_mask(d > kMinusInfinity); mask != 0; mask &= mask - 1) {
       const int lane = __builtin_ctz(mask);
-      double key = d[lane];
-      if (perturbed) key -= __builtin_log(-__builtin_log(philox_uniform(o.seed, row, kDomain | uint64_t(i + lane))));
+      const double u = philox_uniform(o.seed, row, kDomain | uint64_t(i + lane));
+      if (u <= enough[lane]) continue;
+      const double key = d[lane] - __builtin_log(-__builtin_log(u));
       if (key > least) take(i + lane, key);
     }
   }

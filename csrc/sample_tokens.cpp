@@ -213,11 +213,50 @@ struct Descending {
   template <typename T> bool operator()(T a, T b) const { return a > b; }
 };
 
+// The bin of each of x[0:n] (whole vectors), 0 for the top, by (top - x) * scale * per_bin but at most kBins.
+template <typename C>
+static void bins_below(const C* x, int64_t n, C top, C scale, C per_bin, const Scratch<C>& work) {
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    vec<C> q = (top - load<C>(x + i)) * scale * per_bin;
+    q = q < C(kBins) ? q : splat<C>(C(kBins));
+    const auto bin = __builtin_convertvector(q, typename Vec<C>::bits);
+    std::memcpy(work.bin + i, &bin, sizeof(bin));
+  }
+}
+
+// The k-th largest of work.e[0:n], which is left in disorder: the bin that holds it, its bin in turn, then a partition.
+template <typename C> static C kth_largest(int64_t n, int64_t k, const Scratch<C>& work) {
+  constexpr int64_t L = lanes<C>, kFew = 1024;
+  while (n > kFew) {
+    C top = work.e[0], bottom = work.e[0];
+    for (int64_t i = 1; i < n; ++i) {
+      top = work.e[i] > top ? work.e[i] : top;
+      bottom = work.e[i] < bottom ? work.e[i] : bottom;
+    }
+    const C range = top - bottom;
+    if (range == 0) return top;
+    if (!(range > C(1e-30) && range <= kLargest<C>)) break;  // no finite number of bins per unit
+    int32_t counts[kBins + 1] = {};
+    for (int64_t i = n; i < padded(n, L); ++i) work.e[i] = top;  // not counted
+    bins_below<C>(work.e, n, top, C(1), C(kBins) / range, work);
+    for (int64_t i = 0; i < n; ++i) ++counts[work.bin[i]];
+    int64_t border = 0;
+    while (counts[border] < k) k -= counts[border++];
+    int64_t members = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      work.e[members] = work.e[i];
+      members += work.bin[i] == border;
+    }
+    n = members;
+  }
+  std::nth_element(work.e, work.e + k - 1, work.e + n, Descending());
+  return work.e[k - 1];
+}
+
 // Keeps the k largest of work.x[0:n] and all ties of the k-th, in order; returns how many, and the k-th.
 template <typename C> static int64_t shrink(int64_t n, int64_t k, const Scratch<C>& work, C* kth) {
   std::memcpy(work.e, work.x, size_t(n) * sizeof(C));
-  std::nth_element(work.e, work.e + k - 1, work.e + n, Descending());
-  const C least = *kth = work.e[k - 1];
+  const C least = *kth = kth_largest<C>(n, k, work);
   int64_t kept = 0;
   for (int64_t i = 0; i < n; ++i) {
     work.x[kept] = work.x[i];
@@ -277,12 +316,7 @@ static C nucleus_border(int64_t n, C top, C bottom, C scale, double top_p, const
   range = range < cut ? range : cut;
   const C per_bin = C(kBins / (range > 1e-30 ? range : 1e-30));
   for (int64_t b = 0; b <= kBins; ++b) work.histogram[b] = 0;
-  for (int64_t i = 0; i < n; i += L) {
-    vec<C> q = (top - load<C>(work.x + i)) * scale * per_bin;
-    q = q < C(kBins) ? q : splat<C>(C(kBins));
-    const auto bin = __builtin_convertvector(q, typename Vec<C>::bits);
-    std::memcpy(work.bin + i, &bin, sizeof(bin));
-  }
+  bins_below<C>(work.x, n, top, scale, per_bin, work);
   for (int64_t i = 0; i < n; ++i) work.histogram[work.bin[i]] += double(work.e[i]);
   double total = 0;  // in the order of the search below, so that it reaches the target
   for (int64_t b = 0; b <= kBins; ++b) total += work.histogram[b];

@@ -278,6 +278,19 @@ def test_top_k_of_any_size_keeps_exactly_the_ties(vocab, k, seed):
     assert found.log_probs.item() == pytest.approx(kept.item(), abs=2e-5)
 
 
+@pytest.mark.parametrize("k", [1, 1100, 3000, 4999])
+def test_top_k_with_outliers(k):
+    """Of a wide range most logits share a bin of the search; of an infinite one there are no bins."""
+    torch.manual_seed(0)
+    for odd in ([-3.4e38], [1e30, -1e30], [3.4e38, -3.4e38], [NEG_INF]):
+        logits = torch.randn(3, 5000)
+        logits[:, torch.randperm(5000)[: 40 * len(odd)]] = torch.tensor(odd * 40)
+        found = assert_same(logits, top_k=k, seed=1, temperature=3.0)
+        kth = logits.topk(k).values[:, -1:]
+        truth = (logits.double() / 3).masked_fill(logits < kth, NEG_INF).log_softmax(-1).gather(1, found.ids[:, None])
+        torch.testing.assert_close(found.log_probs, truth[:, 0].float(), rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows():
     found = sample_tokens(torch.zeros(0, 5), top_p=0.5, seed=0)
     assert found.ids.shape == found.log_probs.shape == (0,)

@@ -13,7 +13,7 @@ from fastalign.errors import UserError
 
 COLUMNS = ("prompt", "text")
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
-_BUNDLED = Path(__file__).parent / "bundled" / "prompts.jsonl"
+_BUNDLED = Path(__file__).parent / "prompts.jsonl"
 
 
 def bundled(k: int | None = None) -> list[str]:
