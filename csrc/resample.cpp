@@ -38,7 +38,7 @@ struct Scratch {
     sums = values + full;
     if (o.method != ResampleMethod::gumbel_top_k && o.method != ResampleMethod::best) return;
     const int64_t wanted = o.k < n ? o.k : n;
-    room = 2 * wanted + 32;
+    room = 2 * wanted + 6;
     candidates = static_cast<Candidate*>(std::malloc(size_t(room) * sizeof(Candidate)));
   }
   bool enough() const { return values != nullptr && (room == 0 || candidates != nullptr); }
