@@ -210,11 +210,12 @@ def eval_(
     palette: Annotated[Path, typer.Option(help="The palette file that it was selected with.")],
     out: Annotated[Path, typer.Option(help="Where the numbers go (JSON).")],
     html: Annotated[Path | None, typer.Option(help="Write a page with figures, one self-contained file.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write each figure into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Hold the selected texts against the palette: before, asked for, predicted, realised."""
     from fastalign import pipeline
 
-    pipeline.evaluate(scored, selected, palette, out, html=html).print(_console())
+    pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures).print(_console())
 
 
 @command("fastalign info")

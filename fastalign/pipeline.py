@@ -198,10 +198,12 @@ def evaluate(
     out: str | Path,
     *,
     html: str | Path | None = None,
+    figures: str | Path | None = None,
     settings: dict[str, Any] | None = None,
 ):
     """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report.
 
+    figures: a folder for each figure as SVG and PNG.
     settings: more lines for the report's table of settings.
     """
     from fastalign import report
@@ -223,4 +225,10 @@ def evaluate(
     write_json(out, found.to_json())
     if html is not None:
         found.to_html(html)
+    if figures is not None:
+        from fastalign.palette import plots
+
+        for name, figure in found.figures().items():
+            for suffix in ("svg", "png"):
+                plots.save(figure, Path(figures) / f"{name}.{suffix}")
     return found
