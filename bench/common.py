@@ -25,6 +25,8 @@ import fastalign
 from fastalign import backend
 
 MIN_SECONDS = 0.02  # a shorter call is repeated until one measurement lasts so long
+# The BLAS under numpy keeps its threads spinning for some 20 ms after a call: they must not take the next one's core.
+REST_SECONDS = 0.1
 
 
 @dataclass
@@ -111,6 +113,7 @@ def read_bandwidth() -> float:
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
     gc.collect()
+    time.sleep(REST_SECONDS)
     began = time.perf_counter()
     for _ in range(repeats):
         call()

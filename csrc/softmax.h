@@ -33,6 +33,11 @@ inline const C* transformed_block(const S* row, int64_t n, const RowTransform<C>
     if (transform.identity && n % (4 * L) == 0) return reinterpret_cast<const C*>(row);
   }
   int64_t i = 0;
+  if (transform.identity) {
+    for (; i + 4 * L <= n; i += 4 * L) {
+      for (int64_t k = 0; k < 4 * L; k += L) store<C>(buffer + i + k, Storage<S>::load_wide(row + i + k));
+    }
+  }
   for (; i + L <= n; i += L) store<C>(buffer + i, transform(Storage<S>::load_wide(row + i)));
   if (i < n) {
     vec<C> last = splat<C>(C(-__builtin_inf()));

@@ -72,7 +72,10 @@ static void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, C 
     return out;
   };
   int64_t i = 0;
-  for (; i + L <= vocab; i += L) Storage<S>::store_narrow(grad + i, of(Storage<S>::load_wide(row + i), C(0)));
+  for (; i + L <= vocab; i += L) {
+    __builtin_prefetch(row + i + kBlock);
+    Storage<S>::store_narrow(grad + i, of(Storage<S>::load_wide(row + i), C(0)));
+  }
   for (; i < vocab; ++i) grad[i] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[i])), C(0))[0]);
   if (sum != 0) grad[label] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[label])), C(1))[0]);
 }
