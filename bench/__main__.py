@@ -71,7 +71,10 @@ def _line(title: str, result: dict) -> str:
 
 def write_table() -> None:
     """Every result as a row of README's table: the ratio, and what it was measured against."""
-    lines = ["| op | case | against | faster by (p20–p80) | time | peak memory, theirs → ours |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| op | case | against | faster by (p20–p80) | time | peak memory, theirs → ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     machines = []
     for path in sorted(RESULTS.glob("*.json")):
         found = json.loads(path.read_text())

@@ -55,7 +55,9 @@ def choose(device: torch.device) -> str:
             return "cpu"
         _warn_once("engine", f"fastalign's CPU engine is not built; the slow reference runs instead ({BUILD_COMMAND})")
     else:
-        _warn_once(device.type, f"fastalign has no compiled kernel for {device.type} yet; the torch reference runs instead")
+        _warn_once(
+            device.type, f"fastalign has no compiled kernel for {device.type} yet; the torch reference runs instead"
+        )
     return "reference"
 
 

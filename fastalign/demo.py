@@ -36,7 +36,9 @@ def run(out: Path, *, quick: bool, resume: bool, seed: int, console) -> None:
     files = {name: out / name for name in ("candidates.parquet", "scored.parquet", "palette.json", "selected.parquet")}
     candidates, scored, palette, selected = files.values()
     chosen = prompts.bundled(size["prompts"])
-    with step("sample", f"{len(chosen)} prompts × {size['n']} candidates of {size['max_new_tokens']} tokens from {MODEL}"):
+    with step(
+        "sample", f"{len(chosen)} prompts × {size['n']} candidates of {size['max_new_tokens']} tokens from {MODEL}"
+    ):
         drawn = pipeline.sample(
             MODEL,
             chosen,
@@ -61,4 +63,6 @@ def run(out: Path, *, quick: bool, resume: bool, seed: int, console) -> None:
     found.print(console)
     tokens = sum(len(ids) for row in drawn.token_ids for ids in row)
     total = sum(seconds.values())
-    console.print(f"\n{tokens:,} tokens in {seconds['sample']:.0f} s, {total:.0f} s in all. Look at [bold]{out / 'report.html'}[/bold]")
+    console.print(
+        f"\n{tokens:,} tokens in {seconds['sample']:.0f} s, {total:.0f} s in all. Look at [bold]{out / 'report.html'}[/bold]"
+    )

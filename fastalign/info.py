@@ -37,7 +37,9 @@ def show(console) -> None:
     if engine is None:
         table.add_row("CPU backend", f"reference: the compiled engine is not built ({backend.BUILD_COMMAND})")
     else:
-        table.add_row("CPU backend", f"compiled, {engine.active_isa()} (available: {', '.join(engine.available_isas())})")
+        table.add_row(
+            "CPU backend", f"compiled, {engine.active_isa()} (available: {', '.join(engine.available_isas())})"
+        )
         ops = sorted({name.removesuffix("_forward") for name in dir(engine)} & set(fastalign.ops.__all__))
         table.add_row("CPU kernels", ", ".join(ops))
     table.add_row("GPU backend", _gpu())
@@ -58,7 +60,11 @@ def show(console) -> None:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
-    return f"reference on {torch.cuda.get_device_name()}" if not kernels.names() else f"triton on {torch.cuda.get_device_name()}"
+    return (
+        f"reference on {torch.cuda.get_device_name()}"
+        if not kernels.names()
+        else f"triton on {torch.cuda.get_device_name()}"
+    )
 
 
 def _version(name: str) -> str | None:

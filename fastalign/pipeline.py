@@ -68,7 +68,13 @@ def sample(
     if len(finished) < len(prompts):
         sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
         batches = sampler.iter_batches(
-            prompts, n=n, max_new_tokens=max_new_tokens, seed=seed, skip=finished, show_progress=show_progress, **sampling
+            prompts,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            skip=finished,
+            show_progress=show_progress,
+            **sampling,
         )
         for indices, part in batches:
             part.to_parquet(parts / f"part-{min(indices):08d}.parquet")
@@ -118,7 +124,9 @@ def read_palette(text: str, names: Sequence[str]) -> list[float]:
             raise
         raise UserError(f"palette must be numbers or name=number, comma-separated, got {text!r}") from None
     if len(by_name) != len(fields) or set(by_name) != set(names):
-        raise UserError(f"palette must name each of {', '.join(names)} once, got {', '.join(name for name, *_ in named)}")
+        raise UserError(
+            f"palette must name each of {', '.join(names)} once, got {', '.join(name for name, *_ in named)}"
+        )
     return [by_name[name] for name in names]
 
 
@@ -186,7 +194,12 @@ def select(
     solution = read_json(palette, kind="palette")
     picks = select(whole.reward_array(solution["values"]), np.array(solution["lambda"]), k=k, method=method, seed=seed)
     picked = whole.take(picks)
-    picked.settings["selection"] = {"method": method, "seed": seed, "values": solution["values"], "lambda": solution["lambda"]}
+    picked.settings["selection"] = {
+        "method": method,
+        "seed": seed,
+        "values": solution["values"],
+        "lambda": solution["lambda"],
+    }
     picked.to_parquet(out)
     return picked
 

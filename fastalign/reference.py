@@ -133,9 +133,7 @@ def uniform(seed: int, row: Tensor, offset: Tensor) -> Tensor:
 TOP_P_SLACK = 1 - 1e-12
 
 
-def survivors(
-    x: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
+def survivors(x: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """Which tokens may be drawn, bool (B, V), for logits x (B, V) without NaN, filtered in transformers' order.
 
     top_k keeps every tie of the k-th. top_p (Holtzman et al., arXiv 1904.09751) keeps the most likely tokens, the
@@ -217,7 +215,9 @@ def resample(log_weights: Tensor, k: int, method: str, mask: Tensor | None = Non
     if method in ("best", "gumbel_top_k"):
         keys = x - (-draws(x.shape[1]).log()).log() if method == "gumbel_top_k" else x
         keys, ids = keys.sort(dim=-1, descending=True, stable=True)
-        ids = torch.nn.functional.pad(ids.masked_fill(keys == NEG_INF, -1), (0, max(k - x.shape[1], 0)), value=-1)[:, :k]
+        ids = torch.nn.functional.pad(ids.masked_fill(keys == NEG_INF, -1), (0, max(k - x.shape[1], 0)), value=-1)[
+            :, :k
+        ]
     elif method == "residual":
         shares = x.exp() * (k / x.exp().cumsum(-1)[:, -1:])
         copies = (shares * SHARE_SLACK).floor()

@@ -69,7 +69,9 @@ def test_no_code_for_a_newer_processor_is_shared_with_an_older_one():
     if not objects:
         pytest.skip("no object files beside the sources")
     for path in objects:
-        listing = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True
+        ).stdout
         weak = [line.split(" ", 2)[2] for line in listing.splitlines() if line.split(" ")[1] in "WVu"]
         shared = [name for name in weak if f"fastalign::{path.parent.name}::" not in name and "DW.ref" not in name]
         assert not shared, f"{path.name}: the linker may use these on any processor: {shared[:3]}"

@@ -56,7 +56,9 @@ def sampling(model, prompts, tmp_path):
 def scored(sampling, tmp_path):
     assert fastalign(*sampling)[0] == 0
     path = tmp_path / "scored.parquet"
-    assert fastalign("score", tmp_path / "candidates.parquet", "--rewards", "diversity,readability", "--out", path)[0] == 0
+    assert (
+        fastalign("score", tmp_path / "candidates.parquet", "--rewards", "diversity,readability", "--out", path)[0] == 0
+    )
     return path
 
 
@@ -80,7 +82,11 @@ def test_the_whole_chain(scored, tmp_path):
     code, out, _ = fastalign(*evaluated, "--out", tmp_path / "eval.json", "--html", tmp_path / "report.html",
                              "--figures", tmp_path / "figures")  # fmt: skip
     assert code == 0 and "realised" in out
-    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"histograms.svg", "histograms.png", "pareto.svg"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {
+        "histograms.svg",
+        "histograms.png",
+        "pareto.svg",
+    }
     assert json.loads((tmp_path / "eval.json").read_text())
     assert "<html" in (tmp_path / "report.html").read_text()
 
@@ -160,7 +166,9 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     assert "n must be an integer, at least 1, got 0" in refused(*sampling[:-2], *out, "-n", 0)
     assert "no such file" in refused("score", tmp_path / "none.parquet", "--rewards", "positive", *out)
     assert "elephant" in refused("score", tmp_path / "candidates.parquet", "--rewards", "elephant", *out)
-    assert "palette must have 2 levels (diversity, readability), got 3" in refused("map", scored, "--palette", "1,2,3", *out)
+    assert "palette must have 2 levels (diversity, readability), got 3" in refused(
+        "map", scored, "--palette", "1,2,3", *out
+    )
     assert "must name each of" in refused("map", scored, "--palette", "diversity=1,humor=2", *out)
     assert "palette must be numbers" in refused("map", scored, "--palette", "diversity=high,readability=1", *out)
     assert "either a palette or a quantile" in refused("map", scored, *out)

@@ -46,9 +46,7 @@ def bert(**options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=20, max_position_embeddings=48, initializer_range=0.5, **sizes, **options)
-    return BertForSequenceClassification(
-        config
-    )  # in training mode: a reward must switch dropout off by itself
+    return BertForSequenceClassification(config)  # in training mode: a reward must switch dropout off by itself
 
 
 def llama(kind="sequence", **options):
@@ -269,8 +267,7 @@ def test_perplexity_with_no_prompt_at_all_starts_from_the_end_token():
 def test_perplexity_does_not_depend_on_batch_size():
     model, tok = llama("causal"), tokenizer(TEMPLATE)
     values = [
-        rewards.Perplexity(model=model, tokenizer=tok, batch_size=size)(PROMPTS, RESPONSES)
-        for size in (1, 2, 16)
+        rewards.Perplexity(model=model, tokenizer=tok, batch_size=size)(PROMPTS, RESPONSES) for size in (1, 2, 16)
     ]
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
     np.testing.assert_allclose(values[0], values[2], atol=1e-5)

@@ -196,9 +196,7 @@ def test_register(monkeypatch):
     assert rewards.available()["length"] == ("characters", None, True)
     with pytest.raises(UserError, match="'length' is already"):
         rewards.register("length", Length)
-    rewards.register(
-        "length", lambda: rewards.from_function(lambda p, r: [0.0] * len(p), "zero"), replace=True
-    )
+    rewards.register("length", lambda: rewards.from_function(lambda p, r: [0.0] * len(p), "zero"), replace=True)
     assert rewards.score(["length"], ["p"], ["four"])[0, 0] == 0
 
 
@@ -221,10 +219,7 @@ def test_missing_package_is_one_line(monkeypatch):
 def test_import_is_light():
     code = "import sys, fastalign.rewards; print([m for m in ('transformers', 'sklearn', 'scipy') if m in sys.modules])"
     assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
 
 
@@ -279,9 +274,7 @@ def test_advance_counts_every_pair_once():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_score_names_the_reward_and_index_that_are_not_finite(bad):
     broken = rewards.from_function(lambda prompts, responses: [0.0, bad, bad], "broken")
-    with pytest.raises(
-        UserError, match=r"'broken' must return finite scores, got -?(nan|inf) at index 1 \(2 of 3"
-    ):
+    with pytest.raises(UserError, match=r"'broken' must return finite scores, got -?(nan|inf) at index 1 \(2 of 3"):
         rewards.score(["diversity", broken], ["p"] * 3, ["r"] * 3)
 
 

@@ -73,7 +73,9 @@ def test_equals_what_torch_and_trl_compute():
     labels = labels.clamp(min=0)
     plain = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(token_logprobs(logits, labels), plain, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(token_logprobs(logits, labels), selective_log_softmax(logits, labels), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(
+        token_logprobs(logits, labels), selective_log_softmax(logits, labels), rtol=1e-6, atol=2e-6
+    )
 
 
 def test_statistics_equal_trls_chunked_head():
@@ -87,7 +89,9 @@ def test_statistics_equal_trls_chunked_head():
     theirs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 0.8, 128, 3.0, 1.0, asked)
     ours = token_logprobs(logits, labels, temperature=0.8, softcap=3.0, outputs=OUTPUTS)
     for name, value in zip(("log_probs", *asked), theirs, strict=True):
-        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            getattr(ours, name), value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_a_slice_is_read_in_place(each_backend):
@@ -206,9 +210,17 @@ def test_opcheck(statistics):
         ({"logits": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "logits must be float32, float64"),
         ({"logits": [[0.0]]}, TypeError, "logits must be a torch.Tensor, got list"),
         ({"logits": torch.zeros(2, 0)}, UserError, "V >= 1, got (2, 0)"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, UserError, "labels.shape must equal logits.shape[:-1], got (3,) and (2,)"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            UserError,
+            "labels.shape must equal logits.shape[:-1], got (3,) and (2,)",
+        ),
         ({"labels": torch.zeros(2)}, TypeError, "labels must be int64, got torch.float32"),
-        ({"labels": torch.tensor([0, 4])}, UserError, "labels must be in [0, 4) or ignore_index -100, got 4 at position 1"),
+        (
+            {"labels": torch.tensor([0, 4])},
+            UserError,
+            "labels must be in [0, 4) or ignore_index -100, got 4 at position 1",
+        ),
         ({"labels": torch.tensor([-1, 0])}, UserError, "got -1 at position 0"),
         ({"temperature": 0.0}, UserError, "temperature must be a positive finite number, got 0.0"),
         ({"softcap": -1.0}, UserError, "softcap must be a positive finite number, got -1.0"),

@@ -52,9 +52,7 @@ def map_statistics(
     _check(rewards, lam, center, log_weights, groups)
     if backend.choose(rewards.device) == "reference":
         return MapStatistics(**reference.map_statistics(rewards, lam, center, log_weights, groups))
-    rewards, lam, center, log_weights = (
-        x if x is None else x.detach() for x in (rewards, lam, center, log_weights)
-    )
+    rewards, lam, center, log_weights = (x if x is None else x.detach() for x in (rewards, lam, center, log_weights))
     return MapStatistics(*statistics_op(rewards, lam, center, log_weights, groups))
 
 

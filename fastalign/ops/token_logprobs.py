@@ -123,7 +123,17 @@ def _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics
 
 
 def _backward_cpu(
-    grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, labels, temperature, softcap, ignore_index, statistics
+    grad_log_probs,
+    grad_entropy,
+    row_max,
+    row_sum,
+    entropy,
+    logits,
+    labels,
+    temperature,
+    softcap,
+    ignore_index,
+    statistics,
 ):
     rows, kept = describe(logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype)
@@ -141,7 +151,17 @@ def _backward_cpu(
 
 
 def _backward_fake(
-    grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, labels, temperature, softcap, ignore_index, statistics
+    grad_log_probs,
+    grad_entropy,
+    row_max,
+    row_sum,
+    entropy,
+    logits,
+    labels,
+    temperature,
+    softcap,
+    ignore_index,
+    statistics,
 ):
     return logits.new_empty(logits.shape)
 

@@ -82,9 +82,7 @@ class CachedReward:
         missing = sorted(set(keys) - scores.keys())
         advance(len(keys) - len(missing))
         if missing:
-            for indices, values in self._score(
-                [prompt for prompt, _ in missing], [text for _, text in missing]
-            ):
+            for indices, values in self._score([prompt for prompt, _ in missing], [text for _, text in missing]):
                 for index, value in zip(indices, values, strict=True):
                     scores[missing[index]] = self._remember(missing[index], float(value))
                 advance(len(indices))

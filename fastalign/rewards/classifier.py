@@ -48,9 +48,7 @@ def from_classifier(
     model, tokenizer = _open(model, tokenizer)
     outputs = model.config.num_labels
     if outputs < 2:
-        raise UserError(
-            f"model must have at least 2 labels, got {outputs}; a single score is for from_pairwise"
-        )
+        raise UserError(f"model must have at least 2 labels, got {outputs}; a single score is for from_pairwise")
     index = _label_index(model.config.id2label, outputs, label)
     multi_label = model.config.problem_type == "multi_label_classification"
 
@@ -78,12 +76,8 @@ def from_pairwise(
     """
     model, tokenizer = _open(model, tokenizer)
     if model.config.num_labels != 1:
-        raise UserError(
-            f"model must have 1 output, got {model.config.num_labels}; labels are for from_classifier"
-        )
-    return SequenceReward(
-        name, model, tokenizer, lambda logits: logits[:, 0], text, batch_size, max_length, cache_size
-    )
+        raise UserError(f"model must have 1 output, got {model.config.num_labels}; labels are for from_classifier")
+    return SequenceReward(name, model, tokenizer, lambda logits: logits[:, 0], text, batch_size, max_length, cache_size)
 
 
 class SequenceReward(CachedReward):
@@ -140,9 +134,7 @@ class SequenceReward(CachedReward):
         rows = [self._encode(self._segments(*pair)) for pair in zip(prompts, responses, strict=True)]
         pad_id = self.model.config.get_text_config().pad_token_id
         device = self.model.device
-        for indices in length_batches(
-            [len(ids) for ids, _ in rows], 1 if pad_id is None else self.batch_size
-        ):
+        for indices in length_batches([len(ids) for ids, _ in rows], 1 if pad_id is None else self.batch_size):
             ids = [rows[index][0] for index in indices]
             inputs = {
                 "input_ids": pad(ids, pad_id or 0, device),
@@ -169,9 +161,7 @@ def _open(model, tokenizer):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return (
-            AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False
-            ),
+            AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False),
             tokenizer,
         )
 
@@ -183,7 +173,5 @@ def _label_index(id2label: dict[int, str], outputs: int, label: str | int) -> in
         return label
     matches = [index for index, known in id2label.items() if str(known).lower() == str(label).lower()]
     if len(matches) != 1:
-        raise UserError(
-            f"label must be one of {', '.join(map(repr, id2label.values()))} or an index, got {label!r}"
-        )
+        raise UserError(f"label must be one of {', '.join(map(repr, id2label.values()))} or an index, got {label!r}")
     return matches[0]

@@ -22,9 +22,7 @@ class Coherence(CachedReward):
     A blank prompt or response means nothing, so its cosine is defined as 0. `device="auto"`: CUDA where there is one.
     """
 
-    def __init__(
-        self, name: str = "coherence", *, device: str = "auto", batch_size: int = 64, cache_size: int = 65536
-    ):
+    def __init__(self, name: str = "coherence", *, device: str = "auto", batch_size: int = 64, cache_size: int = 65536):
         super().__init__(name, cache_size=cache_size)
         self.device = device
         self.batch_size = check_count("batch_size", batch_size)
@@ -44,9 +42,7 @@ class Coherence(CachedReward):
         folder = package.get_model_path()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with quiet_unless_terminal():
-            model = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         return model.to(device).eval(), tokenizer
 
     def _embed(self, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -65,9 +61,7 @@ class Coherence(CachedReward):
                 yield indices, (total / total.norm(dim=1, keepdim=True)).cpu().numpy()
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        full = [
-            index for index in range(len(responses)) if prompts[index].strip() and responses[index].strip()
-        ]
+        full = [index for index in range(len(responses)) if prompts[index].strip() and responses[index].strip()]
         if len(full) < len(responses):
             blank = sorted(set(range(len(responses))) - set(full))
             yield blank, np.zeros(len(blank))

@@ -19,9 +19,7 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int
         yield order[start : start + batch_size]
 
 
-def pad(
-    rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left: bool = False
-) -> torch.Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left: bool = False) -> torch.Tensor:
     """int64 (len(rows), longest row), filled up with `value` on the right (or left); width at least 1."""
     import torch
 
@@ -36,9 +34,7 @@ def pad(
 def context_length(config, tokenizer) -> int | None:
     """Most tokens that the model takes, by its tokenizer or its configuration; None where neither says."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
-    limits = [
-        limit for limit in limits if limit and 0 < limit < 1_000_000_000
-    ]  # tokenizers write "none" as 1e30
+    limits = [limit for limit in limits if limit and 0 < limit < 1_000_000_000]  # tokenizers write "none" as 1e30
     return min(limits, default=None)
 
 

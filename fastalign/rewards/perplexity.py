@@ -59,9 +59,7 @@ class Perplexity(CachedReward):
         templated = self.chat is True or (self.chat == "auto" and tokenizer.chat_template is not None)
         if templated:
             if tokenizer.chat_template is None:
-                raise UserError(
-                    f"chat=True needs a chat template, and the tokenizer of reward {self.name!r} has none"
-                )
+                raise UserError(f"chat=True needs a chat template, and the tokenizer of reward {self.name!r} has none")
             prompts = [
                 tokenizer.apply_chat_template(
                     [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
@@ -80,16 +78,12 @@ class Perplexity(CachedReward):
         parameters = inspect.signature(model.forward).parameters
         distinct = sorted(set(prompts))
         of_prompt = dict(zip(distinct, self._prompt_ids(distinct, tokenizer), strict=True))
-        targets = [
-            row[: limit and limit - 1] for row in tokenizer(responses, add_special_tokens=False)["input_ids"]
-        ]
+        targets = [row[: limit and limit - 1] for row in tokenizer(responses, add_special_tokens=False)["input_ids"]]
         empty = [index for index, row in enumerate(targets) if not row]
         if empty:
             yield empty, np.full(len(empty), -math.log(model.config.get_text_config().vocab_size))
         full = [index for index, row in enumerate(targets) if row]
-        contexts = [
-            of_prompt[prompts[index]][-(limit - len(targets[index])) if limit else 0 :] for index in full
-        ]
+        contexts = [of_prompt[prompts[index]][-(limit - len(targets[index])) if limit else 0 :] for index in full]
         rows = [context + targets[index] for context, index in zip(contexts, full, strict=True)]
         for batch in length_batches([len(row) for row in rows], self.batch_size):
             indices = [full[index] for index in batch]

@@ -19,9 +19,7 @@ class Positive(PerTextReward):
 
     @cached_property
     def _analyzer(self):
-        return require(
-            "vaderSentiment.vaderSentiment", "vaderSentiment", self.name
-        ).SentimentIntensityAnalyzer()
+        return require("vaderSentiment.vaderSentiment", "vaderSentiment", self.name).SentimentIntensityAnalyzer()
 
     def value(self, response: str) -> float:
         return self._analyzer.polarity_scores(response)["compound"]

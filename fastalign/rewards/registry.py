@@ -99,9 +99,7 @@ def score(
     rewards = [_resolve(index, item) for index, item in enumerate(names)]
     matrix = np.empty((len(prompts), len(rewards)), dtype=np.float32)
     for column, reward in enumerate(rewards):
-        with progress.bar(
-            f"scoring {reward.name}", total=len(prompts), unit="texts", show=show_progress
-        ) as advance:
+        with progress.bar(f"scoring {reward.name}", total=len(prompts), unit="texts", show=show_progress) as advance:
             if isinstance(reward, CachedReward):
                 values = reward(prompts, responses, advance=advance)
             else:
