@@ -20,7 +20,7 @@ bench: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --diff . > /dev/null || (echo "run: $(BIN)/ruff format ." && false)
+	$(BIN)/ruff format --check --quiet .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
