@@ -148,7 +148,8 @@ static void draw_residual(int64_t* ids, const ResampleOptions& o, Mass mass, uin
 // ids <- the k largest keys, largest first, the lower index first among ties; -1 after the last finite one.
 static void draw_largest(int64_t* ids, const ResampleOptions& o, int64_t n, double top, uint64_t row, const Scratch& work) {
   const bool perturbed = o.method == ResampleMethod::gumbel_top_k;
-  double least = kMinusInfinity;  // a key must exceed it to be among the k: at a tie the earlier index is there already
+  // A key must exceed `least` to be among the k: at a tie the earlier index is there already. The one best is known.
+  double least = !perturbed && o.k == 1 ? -0x1p-1074 : kMinusInfinity;
   int64_t count = 0;
   const auto take = [&](int64_t i, double key) {
     work.candidates[count++] = {key, i};
@@ -212,7 +213,7 @@ static bool resample_rows(int64_t* ids, const Rows& log_weights, const ResampleO
   {
     const Scratch work(n, o);
     enough = work.enough();
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t r = 0; r < log_weights.count; ++r) {
       if (!enough) continue;
       const bool* mask = o.mask != nullptr ? o.mask + r * n : nullptr;
