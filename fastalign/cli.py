@@ -249,7 +249,8 @@ def info() -> None:
 
 
 def main() -> None:
-    # A hub's own progress bars and warnings are not ours to show unless they were asked for.
+    # What a hub logs while it tries again is not the one line that a user needs.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
 
