@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "gae.h"
 #include "isa.h"
 #include "map_statistics.h"
 #include "resample.h"
@@ -138,6 +139,13 @@ PYBIND11_MODULE(_C, m) {
                                    ptr<const int64_t>(streams)};
     py::gil_scoped_release release;
     if (!FASTALIGN_CALL(sample_tokens, ptr<int64_t>(ids), ptr(log_probs), rows, options, threads)) throw std::bad_alloc();
+  });
+
+  m.def("gae", [](uintptr_t advantages, uintptr_t returns, const py::tuple& rewards, const py::tuple& values, uintptr_t mask,
+                  double gamma, double lambda, int threads) {
+    const GaeInput in = {rows_of(rewards), rows_of(values), ptr<const bool>(mask), gamma, lambda};
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(gae, ptr(advantages), ptr(returns), in, threads);
   });
 
   m.def("resample", [](uintptr_t ids, const py::tuple& log_weights, int64_t k, int method, uintptr_t mask, int64_t seed,

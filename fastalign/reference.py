@@ -98,6 +98,25 @@ def map_statistics(
     return {name: torch.stack(each).mean(0) for name, each in found.items()}
 
 
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """A_t = δ_t + γλ A_{t'}, δ_t = r_t + γ V_{t'} - V_t, with t' the next valid place (arXiv 1506.02438, eq. 16).
+
+    (..., T) each, mask bool -> advantages, and returns A + V; 0 where the mask is False, V and A 0 past the end.
+    """
+    rewards, values = (_compute(x).masked_fill(~mask, 0) for x in (rewards, values))
+    next_value = next_advantage = torch.zeros_like(values[..., 0])
+    advantages = []
+    for t in reversed(range(values.shape[-1])):
+        valid = mask[..., t]
+        delta = rewards[..., t] + gamma * next_value - values[..., t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages.append(advantage.masked_fill(~valid, 0))
+        next_advantage = torch.where(valid, advantage, next_advantage)
+        next_value = torch.where(valid, values[..., t], next_value)
+    found = torch.stack(advantages[::-1], -1)
+    return found, found + values
+
+
 def philox(seed: int, row: Tensor, offset: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al. 2011, Random123) of broadcast int64 row and offset -> (..., 4) words in int64.
 

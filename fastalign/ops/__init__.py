@@ -1,5 +1,6 @@
 """The ops: one file each, compiled on the CPU, differentiable where that means something."""
 
+from fastalign.ops.gae import gae
 from fastalign.ops.map_statistics import MapStatistics, map_statistics
 from fastalign.ops.resample import resample
 from fastalign.ops.sample_tokens import SampledTokens, sample_tokens
@@ -10,6 +11,7 @@ __all__ = [
     "MapStatistics",
     "SampledTokens",
     "TokenLogprobs",
+    "gae",
     "map_statistics",
     "resample",
     "sample_tokens",

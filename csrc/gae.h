@@ -1,0 +1,20 @@
+// Generalised advantage estimation: a scan from each row's end.
+#pragma once
+
+#include "isa.h"
+#include "rows.h"
+
+namespace fastalign {
+
+struct GaeInput {
+  Rows rewards, values;  // float32 or float64, both alike
+  const bool* mask;      // (rows, length) contiguous, true = valid
+  double gamma, lambda;
+};
+
+}  // namespace fastalign
+
+FASTALIGN_DECLARE(
+  // advantages, returns (rows, length) contiguous, in the dtype of rewards
+  void gae(void* advantages, void* returns, const GaeInput& in, int threads);
+)

@@ -1,0 +1,76 @@
+"""gae: generalised advantage estimates and value targets from rewards and values per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._library import define, threads
+from fastalign.ops._rows import compute_dtype, describe
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Advantages A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} - V_t, and returns A + V (arXiv 1506.02438, eq. 16).
+
+    Places where the mask is 0 do not exist: t + 1 is the next valid place, so that left padding, right padding and
+    holes (tool output between a model's turns) all give what the valid places alone would. V is 0 past the last one:
+    an episode ends there. What stands at masked places, NaN too, is never used.
+
+    Args:
+        rewards: (..., T) float32, float64, bfloat16 or float16, T >= 1.
+        values: the same shape and device, its dtype its own; slices such as `values[:, :-1]` are read in place.
+        mask: the same shape, bool or 0/1 numbers; 1 = valid.
+        gamma: discount, in [0, 1].
+        lam: λ in [0, 1]: 0 gives the one-step residual δ, 1 the discounted reward to go less V.
+
+    Returns:
+        advantages, returns: (..., T) float32, float64 where rewards or values are; 0 where masked. They are targets:
+        no gradient flows through them. A NaN at a valid place reaches that place and those before it in its row.
+
+    Raises:
+        UserError, TypeError: a shape, dtype, device or option that breaks these rules.
+    """
+    _checks.logits("rewards", rewards)
+    _checks.logits("values", values)
+    for name, x in (("values", values), ("mask", mask)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.shape != rewards.shape:
+            raise UserError(f"{name}.shape must equal rewards.shape, got {tuple(x.shape)} and {tuple(rewards.shape)}")
+        if x.device != rewards.device:
+            raise UserError(f"{name} must be on rewards' device, got {x.device} and {rewards.device}")
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        if not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise UserError(f"{name} must be a number in [0, 1], got {value!r}")
+    dtype = compute_dtype(torch.promote_types(rewards.dtype, values.dtype))
+    rewards, values, mask = rewards.detach().to(dtype), values.detach().to(dtype), mask.detach().bool()
+    if backend.choose(rewards.device) == "reference":
+        return reference.gae(rewards, values, mask, gamma, lam)
+    return gae_op(rewards, values, mask, float(gamma), float(lam))
+
+
+def _gae_cpu(rewards, values, mask, gamma, lam):
+    out = _gae_fake(rewards, values, mask, gamma, lam)
+    reward_rows, rewards_kept = describe(rewards)
+    value_rows, values_kept = describe(values)
+    mask = mask.contiguous()
+    backend.engine.gae(*(x.data_ptr() for x in out), reward_rows, value_rows, mask.data_ptr(), gamma, lam, threads())
+    del rewards_kept, values_kept
+    return out
+
+
+def _gae_fake(rewards, values, mask, gamma, lam):
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+gae_op = define(
+    "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
+    _gae_cpu,
+    _gae_fake,
+    leading_dims=True,
+)
