@@ -83,13 +83,27 @@ template <typename C> inline C reduce_max(vec<C> x) {
 
 typedef uint16_t half_lanes __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef Vec<float>::bits bits32;
+typedef int32_t unaligned_bits32 __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+typedef uint32_t unsigned32 __attribute__((vector_size(kVectorBytes)));
 
 inline float bits_to_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 
 template <typename S> struct Storage;  // S -> compute type C
 
-template <> struct Storage<float> {
+// Two neighbouring vectors in whatever order is cheap, the same for both: Storage<bfloat16> has its own.
+template <typename S, typename C> struct InOrder {
+  static void load_pair(const S* p, vec<C>& a, vec<C>& b) {
+    a = Storage<S>::load_wide(p);
+    b = Storage<S>::load_wide(p + lanes<C>);
+  }
+  static void store_pair(S* p, vec<C> a, vec<C> b) {
+    Storage<S>::store_narrow(p, a);
+    Storage<S>::store_narrow(p + lanes<C>, b);
+  }
+};
+
+template <> struct Storage<float> : InOrder<float, float> {
   typedef float C;
   static float widen(float x) { return x; }
   static vec<float> load_wide(const float* p) { return load<float>(p); }
@@ -97,7 +111,7 @@ template <> struct Storage<float> {
   static float narrow(float x) { return x; }
 };
 
-template <> struct Storage<double> {
+template <> struct Storage<double> : InOrder<double, double> {
   typedef double C;
   static double widen(double x) { return x; }
   static vec<double> load_wide(const double* p) { return load<double>(p); }
@@ -124,9 +138,21 @@ template <> struct Storage<bfloat16> {
     const bits32 result = (x == x) ? rounded : quiet_nan;
     *reinterpret_cast<half_lanes*>(p) = __builtin_convertvector(result, half_lanes);
   }
+  // Two vectors at once, the even elements and the odd ones: half the steps of doing them in order. A NaN to be
+  // stored must have its 16 low bits clear, as every NaN has that arithmetic made of bfloat16 numbers.
+  static void load_pair(const bfloat16* p, vec<float>& even, vec<float>& odd) {
+    const bits32 u = *reinterpret_cast<const unaligned_bits32*>(p);
+    even = (vec<float>)(u << 16);
+    odd = (vec<float>)(u & int32_t(0xffff0000));
+  }
+  static void store_pair(bfloat16* p, vec<float> even, vec<float> odd) {
+    const unsigned32 a = (unsigned32)even, b = (unsigned32)odd;
+    const unsigned32 low = (a + 0x7fff + ((a >> 16) & 1)) >> 16, high = (b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u;
+    *reinterpret_cast<unaligned_bits32*>(p) = (bits32)(low | high);
+  }
 };
 
-template <> struct Storage<float16> {
+template <> struct Storage<float16> : InOrder<float16, float> {
   typedef float C;
   static float widen(float16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;

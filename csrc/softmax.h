@@ -25,17 +25,21 @@ template <typename C> struct RowTransform {
 };
 
 // The transformed logits of row[0:n], n <= kBlock, padded to whole groups of four vectors with -inf.
-// Returns where they are: in `buffer`, or the row itself where nothing is to be done to it.
-template <typename S, typename C>
+// Returns where they are: in `buffer`, or the row itself where nothing is to be done to it. Unless kOrdered, pairs of
+// vectors may have their elements mixed.
+template <bool kOrdered = true, typename S, typename C>
 inline const C* transformed_block(const S* row, int64_t n, const RowTransform<C>& transform, C* buffer) {
   constexpr int64_t L = lanes<C>;
   if constexpr (sizeof(S) == sizeof(C)) {
     if (transform.identity && n % (4 * L) == 0) return reinterpret_cast<const C*>(row);
   }
   int64_t i = 0;
-  if (transform.identity) {
-    for (; i + 4 * L <= n; i += 4 * L) {
-      for (int64_t k = 0; k < 4 * L; k += L) store<C>(buffer + i + k, Storage<S>::load_wide(row + i + k));
+  if (!kOrdered && transform.identity) {
+    for (; i + 2 * L <= n; i += 2 * L) {
+      vec<C> a, b;
+      Storage<S>::load_pair(row + i, a, b);
+      store<C>(buffer + i, a);
+      store<C>(buffer + i + L, b);
     }
   }
   for (; i + L <= n; i += L) store<C>(buffer + i, transform(Storage<S>::load_wide(row + i)));
@@ -100,14 +104,13 @@ SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const 
   constexpr int64_t L = lanes<C>;
   alignas(64) C buffer[kBlock];
   SoftmaxStats<C> stats;
+  if (label >= 0) stats.label_logit = transform(splat<C>(Storage<S>::widen(row[label])))[0];
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock, full = padded(n, 4 * L);
-    const C* z = transformed_block(row + start, n, transform, buffer);
+    const C* z = transformed_block<kAll>(row + start, n, transform, buffer);
     const C top = block_max<C>(z, full);
-    const bool holds_label = label >= start && label < start + n;
-    if (holds_label) stats.label_logit = z[label - start];
     if constexpr (kAll) {
-      if (holds_label) {
+      if (label >= start && label < start + n) {
         C before = stats.max;
         for (int64_t k = 0; k < label - start; ++k) before = z[k] > before ? z[k] : before;
         stats.max_before_label = before;

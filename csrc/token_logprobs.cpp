@@ -50,6 +50,7 @@ template <bool kEntropy, bool kSoftcap, typename S, typename C = typename Storag
 static void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, C g, C g_entropy, C max, C sum,
                          C entropy, const RowTransform<C>& transform) {
   constexpr int64_t L = lanes<C>;
+  if (g != g) g = C(__builtin_nan(""));  // see Storage<bfloat16>::store_pair
   const C shift = is_neg_inf(max) ? C(0) : max, inv_sum = sum == 0 ? C(0) : C(1) / sum;
   const C log_sum = kEntropy && sum != 0 ? C(__builtin_log(double(sum))) : C(0);
   const C to_z = kSoftcap ? transform.softcap * transform.inv_temperature : transform.inv_temperature;
@@ -72,9 +73,12 @@ static void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, C 
     return out;
   };
   int64_t i = 0;
-  for (; i + L <= vocab; i += L) {
-    __builtin_prefetch(row + i + kBlock);
-    Storage<S>::store_narrow(grad + i, of(Storage<S>::load_wide(row + i), C(0)));
+  for (; i + 2 * L <= vocab; i += 2 * L) {
+    const char* ahead = reinterpret_cast<const char*>(row + i + kBlock);
+    for (int64_t byte = 0; byte < int64_t(2 * L * sizeof(S)); byte += 64) __builtin_prefetch(ahead + byte);
+    vec<C> a, b;
+    Storage<S>::load_pair(row + i, a, b);
+    Storage<S>::store_pair(grad + i, of(a, C(0)), of(b, C(0)));
   }
   for (; i < vocab; ++i) grad[i] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[i])), C(0))[0]);
   if (sum != 0) grad[label] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[label])), C(1))[0]);

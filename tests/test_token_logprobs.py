@@ -125,6 +125,20 @@ def test_masked_vocabulary_masked_rows_and_nan(each_backend):
     assert (logits.grad[0, 5:] == 0).all() and logits.grad[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nan_stays_nan_in_narrow_types(each_backend, dtype):
+    logits, labels = problem((4, 130), dtype)
+    labels = labels.clamp(min=0)
+    logits[2, 5] = float("nan")
+    logits.requires_grad_()
+    found = token_logprobs(logits, labels)
+    weird = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    weird[1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a NaN that rounding could overflow
+    found.backward(weird)
+    assert found[2].isnan() and found[[0, 1, 3]].isfinite().all()
+    assert logits.grad[2].isnan().all() and logits.grad[1].isnan().all() and logits.grad[[0, 3]].isfinite().all()
+
+
 def test_one_word_vocabulary_is_certain(each_backend):
     x = torch.tensor([[1e30], [-5.0]], requires_grad=True)
     found = token_logprobs(x, torch.tensor([0, 0]), outputs=OUTPUTS)
