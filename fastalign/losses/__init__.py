@@ -1,5 +1,25 @@
 """Losses: as functions of log-probabilities, and as modules that take hidden states and an lm_head's weight."""
 
+from fastalign.losses.linear import (
+    LinearCPOLoss,
+    LinearDPOLoss,
+    LinearKTOLoss,
+    LinearORPOLoss,
+    LinearSimPOLoss,
+    shift_labels,
+)
+from fastalign.losses.policy import (
+    PolicyLoss,
+    ValueLoss,
+    group_advantages,
+    grpo_loss,
+    kl_penalty,
+    ppo_loss,
+    rloo_advantages,
+    rloo_loss,
+    value_loss,
+    whiten,
+)
 from fastalign.losses.preference import (
     KTOLoss,
     OddsRatioLoss,
@@ -16,14 +36,30 @@ from fastalign.losses.preference import (
 
 __all__ = [
     "KTOLoss",
+    "LinearCPOLoss",
+    "LinearDPOLoss",
+    "LinearKTOLoss",
+    "LinearORPOLoss",
+    "LinearSimPOLoss",
     "OddsRatioLoss",
+    "PolicyLoss",
     "PreferenceLoss",
+    "ValueLoss",
     "cpo_loss",
     "dpo_loss",
+    "group_advantages",
+    "grpo_loss",
+    "kl_penalty",
     "kto_kl",
     "kto_loss",
     "orpo_loss",
+    "ppo_loss",
+    "rloo_advantages",
+    "rloo_loss",
     "sequence_logps",
+    "shift_labels",
     "simpo_loss",
+    "value_loss",
+    "whiten",
     "wpo_weights",
 ]

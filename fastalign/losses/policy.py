@@ -1,0 +1,468 @@
+"""Policy-gradient losses from per-token log-probabilities: PPO, GRPO and its variants, RLOO; what they are built of.
+
+All arithmetic is in float32 (float64 for float64 inputs). Old and reference log-probabilities, advantages and returns
+are constants: no gradient flows to them. Masked places are never read, NaN or not, and rows without a valid place add
+0 and no gradient. Ratios are clipped before they are exponentiated, so that a log-ratio of 10^4 gives the loss's limit
+and a gradient that is no NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.losses._tokens import aggregate, beside, masked_mean, tokens, valid, wide
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+GRPO_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo")
+# TRL's: keeps a group of equal rewards from dividing by 0.
+STD_FLOOR = 1e-4
+
+
+class PolicyLoss(NamedTuple):
+    """What the policy losses return. `loss` alone carries a gradient; all are 0-dimensional."""
+
+    loss: Tensor  # policy_loss + kl_coef · the KL term - entropy_coef · entropy
+    policy_loss: Tensor
+    kl: Tensor | None  # to the reference, mean over tokens; None without ref_logprobs
+    entropy: Tensor | None  # mean over tokens; None where not given
+    approx_kl: Tensor  # KL(old, new) by k3, mean over tokens
+    ratio: Tensor  # mean of the importance ratio
+    clip_low: Tensor  # share of ratios under the clip range with a negative advantage
+    clip_high: Tensor  # share of ratios over it with a positive one
+
+
+class ValueLoss(NamedTuple):
+    """What `value_loss` returns, 0-dimensional; `clip_fraction` is the share of places where the clipped error counts."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """An estimate of KL(policy, reference) at each token drawn from the policy, with d = log p - log p_ref.
+
+    k1 = d: unbiased. k2 = d²/2: biased, and its gradient is the KL's. k3 = e^{-d} - 1 + d: unbiased, at least 0, as in
+    GRPO (arXiv 2402.03300, eq. 4). After J. Schulman, "Approximating KL divergence", 2020.
+
+    Args:
+        logprobs, ref_logprobs: (...) of one shape. The reference is a constant.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        (...) float32, float64 for float64 logprobs.
+
+    Raises:
+        UserError: another estimator, or shapes that differ.
+    """
+    if estimator not in KL_ESTIMATORS:
+        raise UserError(f"estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
+    if logprobs.shape != ref_logprobs.shape:
+        raise UserError(
+            f"ref_logprobs.shape must equal logprobs.shape, got {tuple(ref_logprobs.shape)} and {tuple(logprobs.shape)}"
+        )
+    d = wide(logprobs)
+    d = d - ref_logprobs.detach().to(d.dtype)
+    if estimator == "k1":
+        return d
+    return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """x over the standard deviation (unbiased, + 1e-8 under the root) of its valid places, 0 elsewhere.
+
+    Args:
+        x: (B, T) or any shape; mask: the same, bool or 0/1.
+        shift_mean: False keeps the mean where it was.
+
+    Returns:
+        Like x, float32 or float64. One valid place, or equal ones, have no deviation: 0 (the mean where it is kept).
+    """
+    x = wide(x)
+    mask = valid(mask, x, "x")
+    count = mask.sum().clamp(min=1)
+    mean = x.masked_fill(~mask, 0).sum() / count
+    apart = (x - mean).masked_fill(~mask, 0)
+    variance = apart.square().sum() / (count - 1).clamp(min=1)
+    whitened = apart * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0)
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group") -> Tensor:
+    """GRPO's advantages: each reward less its group's mean, over a standard deviation (arXiv 2402.03300, 4.1.2).
+
+    Args:
+        rewards: (P · group_size,), the completions of one prompt next to each other. NaN: not scored; such a
+            completion has no part in its group's statistics and gets 0.
+        group_size: completions per prompt.
+        scale: "group": over the group's deviation (unbiased) + 1e-4; "batch": over that of all rewards (arXiv
+            2508.08221); "none": not at all (Dr. GRPO, arXiv 2503.20783).
+
+    Returns:
+        (P · group_size,) advantages.
+
+    Raises:
+        UserError: another scale, or rewards that do not fill their groups.
+    """
+    if scale not in ("group", "batch", "none"):
+        raise UserError(f"scale must be group, batch or none, got {scale!r}")
+    grouped = _grouped(rewards, group_size)
+    advantages = grouped - grouped.nanmean(-1, keepdim=True)
+    if scale != "none":
+        over = grouped if scale == "group" else grouped.reshape(1, -1)
+        advantages = advantages / (_nan_std(over) + STD_FLOOR)
+    return advantages.nan_to_num(nan=0.0).flatten()
+
+
+def rloo_advantages(rewards: Tensor, group_size: int, *, normalize: bool = False) -> Tensor:
+    """RLOO's advantages: each reward less the mean of its group's others (arXiv 2402.14740, section 3.3).
+
+    rewards and group_size as in `group_advantages`; normalize: to mean 0 and deviation 1 over the batch. A completion
+    without another scored one in its group gets 0.
+    """
+    grouped = _grouped(rewards, group_size)
+    scored = ~grouped.isnan()
+    others = (scored.sum(-1, keepdim=True) - 1).clamp(min=0)
+    baseline = (grouped.nansum(-1, keepdim=True) - grouped) / others
+    advantages = (grouped - baseline).masked_fill(others == 0, float("nan"))
+    if group_size == 1:
+        return torch.zeros_like(advantages).flatten()
+    if normalize:
+        every = advantages.reshape(1, -1)
+        advantages = (advantages - every.nanmean()) / (_nan_std(every) + STD_FLOOR)
+    return advantages.nan_to_num(nan=0.0).flatten()
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    aggregation: str = "token_mean",
+    normalizer: Tensor | float | None = None,
+) -> PolicyLoss:
+    """PPO's clipped objective, -min(r A, clip(r, 1 - clip_range, 1 + clip_range_high) A) per token (arXiv 1707.06347,
+    eq. 7), with r = p_new / p_old.
+
+    Args:
+        logprobs: (B, T) of the tokens under the policy, with a gradient.
+        old_logprobs: (B, T) under the policy that drew them; None: `logprobs` itself, the first step after sampling.
+        advantages: (B, T), or (B,) one a sequence. A weight >= 0 per token (importance correction of another
+            sampler, a mask of some tokens) may be multiplied into them.
+        mask: (B, T) bool or 0/1, 1 on completion tokens.
+        clip_range, clip_range_high: how far r may fall and rise; None: the same (DAPO's clip-higher, arXiv
+            2503.14476, takes 0.28).
+        dual_clip: c > 1 + clip_range_high: under a negative advantage r counts at most c (arXiv 1912.09729).
+        ref_logprobs, kl_coef, kl_estimator: adds kl_coef times `kl_penalty`, aggregated like the objective.
+        entropy, entropy_coef: (B, T); takes entropy_coef times its mean over tokens off the loss.
+        aggregation: "token_mean", "seq_mean_token_mean" (mean over rows of each row's mean; rows without tokens count
+            as 0) or "seq_mean_token_sum".
+        normalizer: divides the sum over tokens in place of their number, under "token_mean".
+
+    Returns:
+        PolicyLoss.
+
+    Raises:
+        UserError, TypeError: a shape or option that breaks these rules.
+    """
+    batch = _Batch(logprobs, old_logprobs, advantages, mask)
+    high = clip_range if clip_range_high is None else clip_range_high
+    losses = batch.clipped(batch.log_ratio, clip_range, high, dual_clip)
+    extras = _Extras(ref_logprobs, kl_coef, kl_estimator, False, entropy, entropy_coef)
+    return batch.finish(losses, batch.log_ratio, (clip_range, high), extras, aggregation, normalizer)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "dapo",
+    importance: str | None = None,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_bias_correction: bool = False,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    normalizer: Tensor | float | None = None,
+    max_length: int | None = None,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo_positive: tuple[float, float] = (2.0, 3.0),
+    vespo_negative: tuple[float, float] = (3.0, 2.0),
+) -> PolicyLoss:
+    """GRPO (arXiv 2402.03300, eq. 3) and its variants, equal to TRL's GRPOTrainer.
+
+    loss_type, with r the importance ratio and A the advantage (`group_advantages`):
+        "grpo": PPO's clipped term, mean over rows of each row's mean.
+        "bnpo": the same, mean over the batch's tokens.
+        "dapo": the same over `normalizer` tokens, those of the whole batch that a step accumulates (arXiv 2503.14476).
+        "dr_grpo": the same over B · max_length (arXiv 2503.20783).
+        "gspo": "grpo" with one ratio a sequence, r = exp(mean log-ratio) (arXiv 2507.18071, eq. 7).
+        "luspo": "gspo" with each row's term times its length (arXiv 2602.05261).
+        "cispo": -min(r, clip_range_high) A log p, the weight a constant (arXiv 2506.13585); over `normalizer`.
+        "sapo": -4/τ sigmoid(τ (r - 1)) A, τ = sapo_temperatures for A > 0 and the rest (arXiv 2511.20347); as "grpo".
+        "vespo": -φ(w) A log p, φ(w) = w^k exp(λ (1 - w)) a constant, w the sequence's whole ratio, (k, λ) =
+            vespo_positive for A >= 0, else vespo_negative (arXiv 2602.10693); over `normalizer`.
+
+    Args:
+        logprobs, old_logprobs, advantages, mask, entropy, entropy_coef: as in `ppo_loss`. "vespo" takes advantages
+            (B,), and no weights in them.
+        importance: "token" or "sequence": r of each token, or of the sequence as in GSPO. None: "sequence" for
+            "gspo" and "luspo", else "token".
+        clip_range, clip_range_high, dual_clip: as in `ppo_loss` (TRL's epsilon, epsilon_high, delta). "cispo" must be
+            given clip_range_high, the largest ratio itself.
+        ref_logprobs, kl_coef, kl_estimator: as in `ppo_loss` (TRL's beta with k3).
+        kl_bias_correction: multiplies the KL estimate by r (arXiv 2512.02556).
+        normalizer: tokens of the whole batch for "dapo", "cispo" and "vespo"; None: those of this call.
+        max_length: the longest completion that may be drawn, for "dr_grpo".
+
+    Returns:
+        PolicyLoss.
+
+    Raises:
+        UserError, TypeError: a shape or option that breaks these rules.
+    """
+    if loss_type not in GRPO_LOSS_TYPES:
+        raise UserError(f"loss_type must be one of {', '.join(GRPO_LOSS_TYPES)}, got {loss_type!r}")
+    importance = importance or ("sequence" if loss_type in ("gspo", "luspo") else "token")
+    if importance not in ("token", "sequence"):
+        raise UserError(f"importance must be token or sequence, got {importance!r}")
+    if normalizer is not None and loss_type not in ("dapo", "cispo", "vespo"):
+        raise UserError(f"normalizer must be None unless loss_type is dapo, cispo or vespo, got {loss_type!r}")
+    if loss_type == "dr_grpo" and not (isinstance(max_length, int) and max_length >= 1):
+        raise UserError(f"max_length must be a positive integer for loss_type 'dr_grpo', got {max_length!r}")
+    if loss_type == "cispo" and clip_range_high is None:
+        raise UserError("clip_range_high must be given for loss_type 'cispo': the largest ratio itself, such as 5.0")
+    batch = _Batch(logprobs, old_logprobs, advantages, mask)
+    high = clip_range if clip_range_high is None else clip_range_high
+    log_ratio = batch.log_ratio if importance == "token" else batch.mean_log_ratio()
+    bounds = (clip_range, high)
+    if loss_type == "cispo":
+        weight = log_ratio.detach().clamp(max=_log(high)).exp()
+        losses, bounds = -weight * batch.advantages * batch.logprobs, (math.inf, high - 1)
+    elif loss_type == "sapo":
+        losses, bounds = batch.softly_gated(log_ratio, *sapo_temperatures), None
+    elif loss_type == "vespo":
+        if advantages.ndim == 2 and advantages.shape[1] != 1:
+            raise UserError(f"advantages must have shape (B,) for loss_type 'vespo', got {tuple(advantages.shape)}")
+        weight = batch.gamma_weight(vespo_positive, vespo_negative)
+        losses, bounds = -weight * batch.advantages * batch.logprobs, None
+    else:
+        losses = batch.clipped(log_ratio, clip_range, high, dual_clip)
+    extras = _Extras(ref_logprobs, kl_coef, kl_estimator, kl_bias_correction, entropy, entropy_coef)
+    how = {"grpo": "seq_mean_token_mean", "gspo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean",
+           "luspo": "seq_mean_token_sum"}.get(loss_type, "token_mean")  # fmt: skip
+    if loss_type == "dr_grpo":
+        normalizer = max(len(logprobs), 1) * max_length
+    return batch.finish(losses, log_ratio, bounds, extras, how, normalizer)
+
+
+def rloo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+) -> PolicyLoss:
+    """RLOO's loss (arXiv 2402.14740, eq. 8) with PPO's clip on the ratio of whole sequences, as TRL's RLOOTrainer.
+
+    The completion is one action: r = exp(Σ_t log-ratio), -min(r A, clip(r) A), mean over rows. Its KL penalty goes
+    into the rewards. Arguments as in `ppo_loss`, advantages (B,) from `rloo_advantages`.
+    """
+    batch = _Batch(logprobs, old_logprobs, advantages, mask)
+    if batch.advantages.shape[1] != 1:
+        raise UserError(f"advantages must have shape (B,), got {tuple(advantages.shape)}")
+    high = clip_range if clip_range_high is None else clip_range_high
+    log_ratio = batch.log_ratio.sum(-1, keepdim=True)
+    losses = batch.clipped(log_ratio, clip_range, high, None)
+    extras = _Extras(None, 0.0, "k1", False, None, 0.0)
+    return batch.finish(losses, log_ratio, (clip_range, high), extras, "seq_mean_token_mean", None)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float | None = 0.2,
+    aggregation: str = "token_mean",
+) -> ValueLoss:
+    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, app. A.2).
+
+    Args:
+        values: (B, T) with a gradient; old_values: (B, T) when the advantages were made, a constant.
+        returns: (B, T), as `ops.gae` gives them.
+        mask: (B, T) bool or 0/1.
+        clip_range: None: ½ (V - R)², and old_values may be None.
+        aggregation: as in `ppo_loss`.
+
+    Returns:
+        ValueLoss.
+
+    Raises:
+        UserError, TypeError: a shape or option that breaks these rules.
+    """
+    values = tokens("values", values)
+    mask = valid(mask, values, "values")
+    values = values.masked_fill(~mask, 0)
+    returns = beside("returns", returns.detach(), values, mask, "values")
+    errors = (values - returns).square()
+    over = torch.zeros_like(errors)
+    if clip_range is not None:
+        if not clip_range > 0:
+            raise UserError(f"clip_range must be positive or None, got {clip_range!r}")
+        if old_values is None:
+            raise UserError("old_values must be given unless clip_range is None")
+        old = beside("old_values", old_values.detach(), values, mask, "values")
+        clipped = (torch.minimum(torch.maximum(values, old - clip_range), old + clip_range) - returns).square()
+        over = (clipped > errors).to(errors.dtype)
+        errors = torch.maximum(errors, clipped)
+    return ValueLoss(aggregate(errors / 2, mask, aggregation), masked_mean(over, mask))
+
+
+class _Extras(NamedTuple):
+    """What is added to the objective."""
+
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl_estimator: str
+    kl_bias_correction: bool
+    entropy: Tensor | None
+    entropy_coef: float
+
+
+class _Batch:
+    """Checked tensors of one loss, masked places 0, and the terms that losses are made of."""
+
+    def __init__(self, logprobs, old_logprobs, advantages, mask):
+        logprobs = tokens("logprobs", logprobs)
+        self.mask = valid(mask, logprobs, "logprobs")
+        self.logprobs = logprobs.masked_fill(~self.mask, 0)
+        old = self.logprobs if old_logprobs is None else beside("old_logprobs", old_logprobs, logprobs, self.mask)
+        self.log_ratio = self.logprobs - old.detach()
+        self.advantages = self._advantages(advantages)
+
+    def _advantages(self, x: Tensor) -> Tensor:
+        """(B, 1) or (B, T), 0 where nothing is valid."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"advantages must be a torch.Tensor, got {type(x).__name__}")
+        rows, length = self.mask.shape
+        if x.shape not in ((rows,), (rows, 1), (rows, length)):
+            raise UserError(f"advantages must have shape ({rows},) or ({rows}, {length}), got {tuple(x.shape)}")
+        x = x.detach().to(self.logprobs.dtype)
+        x = x if x.ndim == 2 else x.unsqueeze(1)
+        return x.masked_fill(~(self.mask if x.shape == self.mask.shape else self.mask.any(-1, keepdim=True)), 0)
+
+    def mean_log_ratio(self) -> Tensor:
+        return self.log_ratio.sum(-1, keepdim=True) / self.mask.sum(-1, keepdim=True).clamp(min=1)
+
+    def clipped(self, log_ratio, low, high, cap) -> Tensor:
+        """-min(r A, clip(r) A): under A >= 0, r counts at most 1 + high; under A < 0, at least 1 - low, at most cap."""
+        for name, x in (("clip_range", low), ("clip_range_high", high)):
+            if not x > 0:
+                raise UserError(f"{name} must be positive, got {x!r}")
+        if cap is not None and not cap > 1 + high:
+            raise UserError(f"dual_clip must be above 1 + clip_range_high = {1 + high:g}, got {cap!r}")
+        gain = log_ratio.clamp(max=math.log1p(high))
+        cost = log_ratio.clamp(min=_log(1 - low), max=math.inf if cap is None else math.log(cap))
+        return -torch.where(self.advantages >= 0, gain, cost).exp() * self.advantages
+
+    def softly_gated(self, log_ratio, positive, negative) -> Tensor:
+        for x in (positive, negative):
+            if not x > 0:
+                raise UserError(f"sapo_temperatures must be positive, got {(positive, negative)!r}")
+        temperature = self.by_sign(self.advantages > 0, positive, negative)
+        # The gate is 1 long before e^40, and its gradient there is 0 and not 0 · inf.
+        ratio = log_ratio.clamp(max=40).exp()
+        return -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * self.advantages
+
+    def by_sign(self, up: Tensor, positive: float, negative: float) -> Tensor:
+        # Not torch.where of two numbers, which is float32 whatever the rest is.
+        return torch.full_like(self.advantages, negative).masked_fill(up, positive)
+
+    def gamma_weight(self, positive, negative) -> Tensor:
+        """φ(w) (B, 1), with TRL's bounds on the logarithms."""
+        log_w = self.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
+        up = self.advantages >= 0
+        k, rate = (self.by_sign(up, p, n) for p, n in zip(positive, negative, strict=True))
+        rate = rate.clamp(min=1e-4)
+        return (rate + k * log_w - rate * log_w.exp()).exp()
+
+    def finish(self, losses, log_ratio, bounds, extras: _Extras, how, normalizer) -> PolicyLoss:
+        """The scalar loss and the figures to watch. bounds: (low, high) that the ratio is held to; None: nothing is."""
+        policy_loss = aggregate(losses, self.mask, how, normalizer)
+        loss, kl, entropy = policy_loss, None, None
+        if extras.ref_logprobs is not None:
+            ref = beside("ref_logprobs", extras.ref_logprobs, self.logprobs, self.mask)
+            kl = kl_penalty(self.logprobs, ref, extras.kl_estimator)
+            if extras.kl_bias_correction:
+                kl = kl * log_ratio.exp()
+            if extras.kl_coef != 0:
+                loss = loss + extras.kl_coef * aggregate(kl, self.mask, how, normalizer)
+            kl = masked_mean(kl.detach(), self.mask)
+        elif extras.kl_coef != 0:
+            raise UserError(f"ref_logprobs must be given where kl_coef is not 0, got None and {extras.kl_coef!r}")
+        if extras.entropy is not None:
+            entropy = masked_mean(beside("entropy", extras.entropy, self.logprobs, self.mask), self.mask)
+            if extras.entropy_coef != 0:
+                loss = loss - extras.entropy_coef * entropy
+            entropy = entropy.detach()
+        elif extras.entropy_coef != 0:
+            raise UserError(f"entropy must be given where entropy_coef is not 0, got None and {extras.entropy_coef!r}")
+        apart, log_ratio = self.log_ratio.detach(), log_ratio.detach()
+        low = high = torch.zeros_like(log_ratio)
+        if bounds is not None:
+            low = ((log_ratio < _log(1 - bounds[0])) & (self.advantages < 0)).to(apart.dtype)
+            high = ((log_ratio > math.log1p(bounds[1])) & (self.advantages > 0)).to(apart.dtype)
+        return PolicyLoss(
+            loss,
+            policy_loss.detach(),
+            kl,
+            entropy,
+            approx_kl=masked_mean(torch.expm1(apart) - apart, self.mask),
+            ratio=masked_mean(log_ratio.exp(), self.mask),
+            clip_low=masked_mean(low, self.mask),
+            clip_high=masked_mean(high, self.mask),
+        )
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def _grouped(rewards: Tensor, group_size: int) -> Tensor:
+    if not isinstance(rewards, Tensor) or rewards.ndim != 1:
+        raise UserError(
+            f"rewards must be a tensor of shape (n,), got {getattr(rewards, 'shape', type(rewards).__name__)}"
+        )
+    if not (isinstance(group_size, int) and group_size >= 1 and rewards.shape[0] % group_size == 0):
+        raise UserError(f"group_size must be a positive divisor of {rewards.shape[0]}, the rewards, got {group_size!r}")
+    return wide(rewards.detach()).reshape(-1, group_size)
+
+
+def _nan_std(x: Tensor) -> Tensor:
+    """Unbiased over the last dimension, of what is not NaN; 0 for a single number."""
+    count = (~x.isnan()).sum(-1, keepdim=True)
+    apart = x - x.nanmean(-1, keepdim=True)
+    return (apart.square().nansum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
