@@ -37,7 +37,7 @@ def dpo_trainer():
                 bf16=False,
                 report_to=[],
                 gradient_checkpointing=False,
-                loss_type="sft",
+                use_weighting=True,  # so that its head makes all statistics
             ),
             train_dataset=Dataset.from_list(ROWS),
             processing_class=tokenizer,

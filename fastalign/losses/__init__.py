@@ -1,5 +1,13 @@
 """Losses: as functions of log-probabilities, and as modules that take hidden states and an lm_head's weight."""
 
+from fastalign.losses.linear import (
+    LinearCPOLoss,
+    LinearDPOLoss,
+    LinearKTOLoss,
+    LinearORPOLoss,
+    LinearSimPOLoss,
+    shift_labels,
+)
 from fastalign.losses.policy import (
     PolicyLoss,
     ValueLoss,
@@ -28,6 +36,11 @@ from fastalign.losses.preference import (
 
 __all__ = [
     "KTOLoss",
+    "LinearCPOLoss",
+    "LinearDPOLoss",
+    "LinearKTOLoss",
+    "LinearORPOLoss",
+    "LinearSimPOLoss",
     "OddsRatioLoss",
     "PolicyLoss",
     "PreferenceLoss",
@@ -44,6 +57,7 @@ __all__ = [
     "rloo_advantages",
     "rloo_loss",
     "sequence_logps",
+    "shift_labels",
     "simpo_loss",
     "value_loss",
     "whiten",

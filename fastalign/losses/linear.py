@@ -1,0 +1,425 @@
+"""Preference losses from hidden states and an lm_head's weight: the (tokens, vocabulary) logits are never held.
+
+Each module stores its options; `forward` takes tensors and returns the mean loss and a dict of metrics named as TRL's
+trainers log them, 0-dimensional and without gradient.
+
+Labels stand beside the hidden state that predicts them: labels[:, t] is the token that hidden[:, t] must predict, or
+`ignore_index` on prompts and padding, which are never projected. `shift_labels` makes them from input ids. Pairs come
+as one batch of 2B rows, the B chosen first, then the B rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.errors import UserError
+from fastalign.losses._head import linear_token_logprobs
+from fastalign.losses.preference import (
+    cpo_loss,
+    dpo_loss,
+    kto_kl,
+    kto_loss,
+    orpo_loss,
+    sequence_logps,
+    wpo_weights,
+)
+from fastalign.ops.token_logprobs import TokenLogprobs
+
+Adapter = tuple[Tensor, Tensor, float]
+STATISTICS = ("entropy", "mean_logits", "is_top1")
+
+
+def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Labels for the hidden states of `input_ids`: position t gets token t + 1 where that belongs to the completion.
+
+    input_ids, completion_mask (R, T) -> (R, T) int64; the last position, which predicts nothing, is ignored.
+    """
+    if input_ids.shape != completion_mask.shape or input_ids.ndim != 2:
+        raise UserError(
+            "input_ids and completion_mask must have one shape (rows, tokens), "
+            f"got {tuple(input_ids.shape)} and {tuple(completion_mask.shape)}"
+        )
+    labels = input_ids.masked_fill(completion_mask == 0, ignore_index)
+    return torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)), 1)
+
+
+class _LinearLoss(nn.Module):
+    """The head's options and what all losses do with it."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        token_metrics: bool = False,
+    ):
+        """The options of `ops.linear_token_logprobs`, and token_metrics: entropy, mean logits and accuracy too."""
+        super().__init__()
+        self.head = {
+            "temperature": temperature,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "ignore_index": ignore_index,
+        }
+        self.grad_filter = grad_filter
+        self.token_metrics = token_metrics
+
+    def _project(self, hidden, weight, labels, bias, adapter, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+        """log_probs, `outputs`, and the statistics where token metrics are wanted, each (R, T)."""
+        if hidden.ndim != 3 or labels.shape != hidden.shape[:-1]:
+            raise UserError(
+                "hidden must be (rows, tokens, H) and labels (rows, tokens), "
+                f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+            )
+        asked = ("log_probs", *outputs, *(STATISTICS if self.token_metrics else ()))
+        more = {"bias": bias, "adapter": adapter, "grad_filter": self.grad_filter, "outputs": asked}
+        found = linear_token_logprobs(hidden, weight, labels, **more, **self.head)
+        return found if isinstance(found, TokenLogprobs) else TokenLogprobs(log_probs=found)
+
+    def _reference(self, labels, ref_hidden, ref_weight, ref_bias) -> Tensor | None:
+        """The reference model's log_probs (R, T) from its own hidden states and head, or None where it has none."""
+        if ref_hidden is None:
+            return None
+        if ref_weight is None:
+            raise UserError("ref_weight must be given with ref_hidden: the reference model's own lm_head, got None")
+        inputs = (x if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
+        ref_hidden, ref_weight, ref_bias = inputs
+        return linear_token_logprobs(ref_hidden, ref_weight, labels, bias=ref_bias, **self.head)
+
+    def _mask(self, labels: Tensor) -> Tensor:
+        return labels != self.head["ignore_index"]
+
+    def _token_metrics(self, found: TokenLogprobs, mask: Tensor, is_chosen: Tensor) -> dict[str, Tensor]:
+        """Means over completion tokens; is_chosen (R,) says which rows are the chosen ones."""
+        if not self.token_metrics:
+            return {}
+        chosen, rejected = mask & is_chosen.unsqueeze(-1), mask & ~is_chosen.unsqueeze(-1)
+        return {
+            "entropy": _mean_over(found.entropy, mask),
+            "logits/chosen": _mean_over(found.mean_logits, chosen),
+            "logits/rejected": _mean_over(found.mean_logits, rejected),
+            "mean_token_accuracy": _mean_over(found.is_top1, chosen),
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
+
+
+class _LinearPairLoss(_LinearLoss):
+    """What the losses over [chosen; rejected] rows share."""
+
+    def _project_pairs(self, hidden, weight, labels, bias, adapter, outputs=()) -> TokenLogprobs:
+        if labels.shape[0] % 2:
+            raise UserError(f"hidden must have an even number of rows, chosen then rejected, got {labels.shape[0]}")
+        return self._project(hidden, weight, labels, bias, adapter, outputs)
+
+    def _pair_metrics(self, found, mask, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+        is_chosen = torch.arange(len(mask), device=mask.device) < len(mask) // 2
+        return {
+            "rewards/chosen": chosen_rewards.mean(),
+            "rewards/rejected": rejected_rewards.mean(),
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype).mean(),
+            "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
+            "logps/chosen": chosen_logps.detach().mean(),
+            "logps/rejected": rejected_logps.detach().mean(),
+            **self._token_metrics(found, mask, is_chosen),
+        }
+
+
+class LinearDPOLoss(_LinearPairLoss):
+    """`dpo_loss` on hidden states: every loss type, f-divergence and mixture, LD-DPO, WPO weights.
+
+    Args:
+        beta, loss_type, loss_weights, label_smoothing, f_divergence_type, f_alpha_divergence_coef, discopop_tau: as
+            in `dpo_loss`.
+        ld_alpha: as in `sequence_logps`.
+        use_weighting: WPO's weights (`wpo_weights`).
+        head: options of the head, as in `ops.linear_token_logprobs`: temperature, softcap, logit_scale, ignore_index,
+            grad_filter; and token_metrics=True for "entropy", "logits/*" and "mean_token_accuracy" too.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        discopop_tau: float = 0.05,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        **head: Any,
+    ):
+        super().__init__(**head)
+        self.options = {
+            "beta": beta,
+            "loss_type": loss_type,
+            "loss_weights": loss_weights,
+            "label_smoothing": label_smoothing,
+            "f_divergence_type": f_divergence_type,
+            "f_alpha_divergence_coef": f_alpha_divergence_coef,
+            "discopop_tau": discopop_tau,
+        }
+        self.ld_alpha = ld_alpha
+        self.use_weighting = use_weighting
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        ref_logps: tuple[Tensor, Tensor] | None = None,
+        adapter: Adapter | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over pairs and its metrics.
+
+        Args:
+            hidden: (2B, T, H), rows [chosen; rejected]; weight: (V, H); bias: (V,).
+            labels: (2B, T) int64, aligned with hidden, `ignore_index` outside completions.
+            ref_hidden, ref_weight, ref_bias: the reference model's hidden states (2B, T, H') and head.
+            ref_logps: the reference's sequence log-probabilities (chosen (B,), rejected (B,)) in its place, made with
+                the same ld_alpha. With neither, the loss is reference-free.
+            adapter: (A (r, H), B (V, r), scale), a LoRA on the policy's head.
+
+        Raises:
+            UserError, TypeError: a shape or option that breaks these rules.
+        """
+        if ref_hidden is not None and ref_logps is not None:
+            raise UserError("ref_hidden and ref_logps must not both be given")
+        outputs = ("log_sum_sq_probs",) if self.use_weighting else ()
+        found = self._project_pairs(hidden, weight, labels, bias, adapter, outputs)
+        mask = self._mask(labels)
+        chosen, rejected = sequence_logps(found.log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+        ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
+        if ref_log_probs is not None:
+            ref_logps = sequence_logps(ref_log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+        chosen_lengths, rejected_lengths = mask.sum(-1).chunk(2)
+        half = len(labels) // 2
+        plain = None if self.ld_alpha is None else sequence_logps(found.log_probs[:half], mask[:half])
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            chosen,
+            rejected,
+            *(ref_logps or (None, None)),
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            sft_logps=plain,
+            weights=wpo_weights(found.log_probs, found.log_sum_sq_probs, mask) if self.use_weighting else None,
+            **self.options,
+        )
+        return losses.mean(), self._pair_metrics(found, mask, chosen_rewards, rejected_rewards, chosen, rejected)
+
+
+class LinearCPOLoss(_LinearPairLoss):
+    """`cpo_loss` on hidden states, with the chosen completions' likelihood term, cpo_alpha times.
+
+    loss_type "alphapo" is "simpo" without the likelihood term, as in TRL. Other arguments as in `cpo_loss`; head as in
+    `LinearDPOLoss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        simpo_gamma: float = 0.5,
+        alpha: float = 0.0,
+        cpo_alpha: float = 1.0,
+        **head: Any,
+    ):
+        super().__init__(**head)
+        if loss_type == "alphapo":
+            loss_type, cpo_alpha = "simpo", 0.0
+        self.options = {
+            "beta": beta,
+            "loss_type": loss_type,
+            "label_smoothing": label_smoothing,
+            "simpo_gamma": simpo_gamma,
+            "alpha": alpha,
+            "cpo_alpha": cpo_alpha,
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Arguments as in `LinearDPOLoss`, without a reference; metrics also "nll_loss" where it is used."""
+        found = self._project_pairs(hidden, weight, labels, bias, adapter)
+        mask = self._mask(labels)
+        average = self.options["loss_type"] in ("ipo", "simpo")
+        chosen, rejected = sequence_logps(found.log_probs, mask, average=average).chunk(2)
+        half = len(labels) // 2
+        nll = None if self.options["cpo_alpha"] == 0 else -_mean_over(found.log_probs[:half], mask[:half], grad=True)
+        losses, *rewards = cpo_loss(chosen, rejected, chosen_nll=nll, **self.options)
+        metrics = self._pair_metrics(found, mask, *rewards, chosen, rejected)
+        return losses.mean(), metrics if nll is None else metrics | {"nll_loss": nll.detach()}
+
+
+class LinearSimPOLoss(LinearCPOLoss):
+    """`simpo_loss` on hidden states: no reference and no likelihood term. Arguments as there and in `LinearDPOLoss`."""
+
+    def __init__(
+        self,
+        *,
+        beta: float = 2.0,
+        gamma: float = 1.0,
+        label_smoothing: float = 0.0,
+        alpha: float = 0.0,
+        **head: Any,
+    ):
+        simpo = {"loss_type": "simpo", "simpo_gamma": gamma, "cpo_alpha": 0.0}
+        super().__init__(beta=beta, label_smoothing=label_smoothing, alpha=alpha, **simpo, **head)
+
+
+class LinearORPOLoss(_LinearPairLoss):
+    """`orpo_loss` on hidden states, with the chosen rows' likelihood term. head as in `LinearDPOLoss`."""
+
+    def __init__(self, *, beta: float = 0.1, **head: Any):
+        super().__init__(**head)
+        self.beta = beta
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        adapter: Adapter | None = None,
+        nll_labels: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Arguments as in `LinearDPOLoss`, without a reference; metrics also nll_loss, log_odds_ratio, log_odds_chosen.
+
+        nll_labels: (B, T) labels of the chosen rows for the likelihood term, equal to `labels` on the completion; give
+        the prompt's labels too for TRL's and the authors' loss. None: the completion alone.
+        """
+        half = len(labels) // 2
+        projected = labels
+        if nll_labels is not None:
+            if nll_labels.shape != labels[:half].shape:
+                raise UserError(
+                    f"nll_labels must have shape {tuple(labels[:half].shape)}, got {tuple(nll_labels.shape)}"
+                )
+            projected = torch.cat((nll_labels, labels[half:]))
+        found = self._project_pairs(hidden, weight, projected, bias, adapter)
+        mask = self._mask(labels)
+        chosen, rejected = sequence_logps(found.log_probs, mask, average=True).chunk(2)
+        nll = -_mean_over(found.log_probs[:half], self._mask(projected)[:half], grad=True)
+        losses, *rewards, log_odds = orpo_loss(chosen, rejected, beta=self.beta, chosen_nll=nll)
+        metrics = self._pair_metrics(found, mask, *rewards, chosen, rejected)
+        metrics |= {
+            "nll_loss": nll.detach(),
+            "log_odds_ratio": nn.functional.logsigmoid(log_odds).mean(),
+            "log_odds_chosen": log_odds.mean(),
+        }
+        return losses.mean(), metrics
+
+
+class LinearKTOLoss(_LinearLoss):
+    """`kto_loss` on hidden states. beta, weights and loss_type as there; head as in `LinearDPOLoss`."""
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        loss_type: str = "kto",
+        **head: Any,
+    ):
+        super().__init__(**head)
+        self.options = {
+            "beta": beta,
+            "desirable_weight": desirable_weight,
+            "undesirable_weight": undesirable_weight,
+            "loss_type": loss_type,
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        kl: Tensor | float | None = None,
+        kl_hidden: Tensor | None = None,
+        kl_labels: Tensor | None = None,
+        ref_kl_hidden: Tensor | None = None,
+        adapter: Adapter | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over rows and its metrics, those of a side without rows being NaN.
+
+        Args:
+            hidden: (B, T, H); weight: (V, H); bias: (V,); labels: (B, T) int64, aligned with hidden.
+            desirable: (B,) bool.
+            ref_hidden, ref_weight, ref_bias, ref_logps: the reference, (B,) for the last, as in `LinearDPOLoss`.
+            kl: the reference point, a number or a tensor (); or in its place, for `kto_kl`:
+            kl_hidden, kl_labels, ref_kl_hidden: (B', T', H) hidden states of policy and reference on completions
+                paired with others' prompts. loss_type "apo_zero_unpaired" needs none of these.
+            adapter: (A (r, H), B (V, r), scale), a LoRA on the policy's head.
+
+        Raises:
+            UserError, TypeError: a shape or option that breaks these rules.
+        """
+        if ref_hidden is not None and ref_logps is not None:
+            raise UserError("ref_hidden and ref_logps must not both be given")
+        found = self._project(hidden, weight, labels, bias, adapter)
+        mask = self._mask(labels)
+        logps = sequence_logps(found.log_probs, mask)
+        ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
+        if ref_log_probs is not None:
+            ref_logps = sequence_logps(ref_log_probs, mask)
+        if self.options["loss_type"] != "kto":
+            kl = 0.0
+        elif kl is None:
+            kl = self._kl(kl_hidden, kl_labels, ref_kl_hidden, weight, bias, adapter, ref_weight, ref_bias)
+        losses, rewards = kto_loss(logps, ref_logps, desirable, kl, **self.options)
+        metrics = {"kl": torch.as_tensor(kl, dtype=rewards.dtype, device=rewards.device).detach()}
+        for name, rows in (("chosen", desirable), ("rejected", ~desirable)):
+            metrics[f"rewards/{name}"] = torch.where(rows, rewards, 0).sum() / rows.sum()
+            metrics[f"logps/{name}"] = torch.where(rows, logps.detach(), 0).sum() / rows.sum()
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        token_metrics = self._token_metrics(found, mask, desirable)
+        token_metrics.pop("mean_token_accuracy", None)
+        return losses.mean(), metrics | token_metrics
+
+    def _kl(self, kl_hidden, kl_labels, ref_kl_hidden, weight, bias, adapter, ref_weight, ref_bias) -> Tensor:
+        if kl_hidden is None or kl_labels is None or ref_kl_hidden is None:
+            raise UserError("kl, or kl_hidden with kl_labels and ref_kl_hidden, must be given for loss_type 'kto'")
+        mask = self._mask(kl_labels)
+        with torch.no_grad():
+            policy = linear_token_logprobs(kl_hidden, weight, kl_labels, bias=bias, adapter=adapter, **self.head)
+            ref = self._reference(kl_labels, ref_kl_hidden, ref_weight, ref_bias)
+            return kto_kl(sequence_logps(policy, mask), sequence_logps(ref, mask))
+
+
+def _mean_over(x: Tensor, mask: Tensor, *, grad: bool = False) -> Tensor:
+    """Mean of x where mask, 0 where it is empty."""
+    x = x if grad else x.detach()
+    x = x if x.is_floating_point() else x.float()
+    return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
