@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
+from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
 
 # value types of the metadata: fixed sizes in bytes; 8 is a string and 9 an array
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -71,8 +72,6 @@ def convert(path: str | Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fastalign.integrations.transformers import one_line_errors, quiet_unless_terminal
 
     with quiet_unless_terminal(), one_line_errors(path):
         source = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

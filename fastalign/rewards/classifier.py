@@ -150,7 +150,8 @@ def _open(model, tokenizer):
     """The model and its tokenizer, loaded (safetensors only, none of the checkpoint's own code) where named."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fastalign.integrations.transformers import one_line_errors, quiet_unless_terminal, resolve
+    from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
+    from fastalign.integrations.transformers import resolve
 
     if not isinstance(model, (str, os.PathLike)):
         if tokenizer is None:

@@ -34,7 +34,7 @@ class Coherence(CachedReward):
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        from fastalign.integrations.transformers import quiet_unless_terminal
+        from fastalign.integrations._loading import quiet_unless_terminal
 
         device = self.device
         if device == "auto":
