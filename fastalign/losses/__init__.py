@@ -33,8 +33,15 @@ from fastalign.losses.preference import (
     simpo_loss,
     wpo_weights,
 )
+from fastalign.losses.reward import (
+    BradleyTerryScores,
+    bradley_terry_loss,
+    bradley_terry_scores,
+    plackett_luce_loss,
+)
 
 __all__ = [
+    "BradleyTerryScores",
     "KTOLoss",
     "LinearCPOLoss",
     "LinearDPOLoss",
@@ -45,6 +52,8 @@ __all__ = [
     "PolicyLoss",
     "PreferenceLoss",
     "ValueLoss",
+    "bradley_terry_loss",
+    "bradley_terry_scores",
     "cpo_loss",
     "dpo_loss",
     "group_advantages",
@@ -53,6 +62,7 @@ __all__ = [
     "kto_kl",
     "kto_loss",
     "orpo_loss",
+    "plackett_luce_loss",
     "ppo_loss",
     "rloo_advantages",
     "rloo_loss",

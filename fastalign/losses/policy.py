@@ -119,7 +119,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group") 
 
 
 def rloo_advantages(rewards: Tensor, group_size: int, *, normalize: bool = False) -> Tensor:
-    """RLOO's advantages: each reward less the mean of its group's others (arXiv 2402.14740, section 3.3).
+    """RLOO's advantages: each reward less the mean of its group's others (arXiv 2402.14740).
 
     rewards and group_size as in `group_advantages`; normalize: to mean 0 and deviation 1 over the batch. A completion
     without another scored one in its group gets 0.
@@ -284,7 +284,7 @@ def rloo_loss(
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
 ) -> PolicyLoss:
-    """RLOO's loss (arXiv 2402.14740, eq. 8) with PPO's clip on the ratio of whole sequences, as TRL's RLOOTrainer.
+    """RLOO's loss (arXiv 2402.14740) with PPO's clip on the ratio of whole sequences, as TRL's RLOOTrainer.
 
     The completion is one action: r = exp(Σ_t log-ratio), -min(r A, clip(r) A), mean over rows. Its KL penalty goes
     into the rewards. Arguments as in `ppo_loss`, advantages (B,) from `rloo_advantages`.
@@ -308,7 +308,7 @@ def value_loss(
     clip_range: float | None = 0.2,
     aggregation: str = "token_mean",
 ) -> ValueLoss:
-    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, app. A.2).
+    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, 3).
 
     Args:
         values: (B, T) with a gradient; old_values: (B, T) when the advantages were made, a constant.
