@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
-OPS = ["gae", "map_statistics", "resample", "sample_tokens", "token_logprobs", "token_logratios"]
+OPS = ["gae", "linear_logprobs", "map_statistics", "resample", "sample_tokens", "token_logprobs", "token_logratios"]
 COMMON = ["bindings", "isa"]
 
 LEVELS = {"baseline": []}

@@ -13,6 +13,7 @@
 
 #include "gae.h"
 #include "isa.h"
+#include "linear_logprobs.h"
 #include "map_statistics.h"
 #include "resample.h"
 #include "sample_tokens.h"
@@ -42,6 +43,12 @@ size_t size_of(DType dtype) {
 Rows rows_of(const py::tuple& t) {
   return {ptr(t[0].cast<uintptr_t>()), dtype_of(t[1].cast<std::string>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
           t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>()};
+}
+
+HeadTile head_tile_of(const py::tuple& t) {
+  return {ptr(t[0].cast<uintptr_t>()), dtype_of(t[1].cast<std::string>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
+          ptr<const int64_t>(t[4].cast<uintptr_t>()), t[5].cast<int64_t>(),
+          Transform{t[6].cast<double>(), t[7].cast<double>(), t[8].cast<double>()}};
 }
 
 // A fresh output of many megabytes costs more in page faults than in arithmetic; huge pages make them few.
@@ -119,6 +126,24 @@ PYBIND11_MODULE(_C, m) {
           FASTALIGN_CALL(token_logprobs_backward, ptr(grad_logits), grads, rows, ptr<const int64_t>(labels),
                          ignore_index, transform, threads);
         });
+
+  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(ptr(data), bytes); });
+
+  // tile: (data, dtype, rows, cols, labels, first, temperature, softcap, logit_scale), as
+  // fastalign/ops/linear_token_logprobs.py makes it
+  m.def("head_forward", [](const py::tuple& tile, uintptr_t bias, uintptr_t stats, int64_t stats_stride, bool all,
+                           uintptr_t rescale, int threads) {
+    const HeadTile in = head_tile_of(tile);
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(head_forward, in, ptr(bias), ptr(stats), stats_stride, all, ptr(rescale), threads);
+  });
+
+  m.def("head_backward", [](const py::tuple& tile, uintptr_t logits, uintptr_t bias, uintptr_t rows, int64_t rows_stride,
+                            double filter, uintptr_t kept, int threads) {
+    const HeadTile in = head_tile_of(tile);
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(head_backward, in, ptr(logits), ptr(bias), ptr(rows), rows_stride, filter, ptr<bool>(kept), threads);
+  });
 
   // rewards: (data, dtype, n, m, row_stride, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py
   // makes it

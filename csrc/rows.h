@@ -19,10 +19,11 @@ struct Rows {
   }
 };
 
-// z = softcap * tanh(x / softcap) / temperature; softcap 0 means none.
+// z = softcap * tanh(s x / softcap) / temperature with s = logit_scale; softcap 0 means none.
 struct Transform {
   double temperature = 1.0;
   double softcap = 0.0;
+  double logit_scale = 1.0;
 };
 
 }  // namespace fastalign

@@ -11,16 +11,19 @@ constexpr int64_t kBlock = 1024;  // of the compute type: a block stays in the f
 
 // The transform with its constants in the compute type.
 template <typename C> struct RowTransform {
-  C softcap, inv_softcap, inv_temperature;
+  C softcap, to_cap;  // the softcap, and what x is multiplied by before tanh
+  C to_z;             // what x, or the capped x, is multiplied by
+  C slope;            // dz/dx without a softcap; with one, at x = 0
   bool identity;
 
   explicit RowTransform(const Transform& t)
-      : softcap(C(t.softcap)), inv_softcap(t.softcap != 0 ? C(1 / t.softcap) : C(0)),
-        inv_temperature(C(1 / t.temperature)), identity(t.softcap == 0 && t.temperature == 1) {}
+      : softcap(C(t.softcap)), to_cap(t.softcap != 0 ? C(t.logit_scale / t.softcap) : C(0)),
+        to_z(C((t.softcap != 0 ? 1 : t.logit_scale) / t.temperature)), slope(C(t.logit_scale / t.temperature)),
+        identity(t.softcap == 0 && t.temperature == 1 && t.logit_scale == 1) {}
 
   vec<C> operator()(vec<C> x) const {
-    if (softcap != 0) x = softcap * tanh<C>(x * inv_softcap);
-    return x * inv_temperature;
+    if (softcap != 0) x = softcap * tanh<C>(x * to_cap);
+    return x * to_z;
   }
 };
 
@@ -98,13 +101,12 @@ template <typename C> struct SoftmaxStats {
   C max_before_label = C(-__builtin_inf());
 };
 
-// label < 0: none.
+// Adds row[0:vocab], which follows what `stats` has seen. label: where in it the label lies; outside, it is not here.
 template <bool kAll, typename S, typename C = typename Storage<S>::C>
-SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const RowTransform<C>& transform) {
+void softmax_add(SoftmaxStats<C>& stats, const S* row, int64_t vocab, int64_t label, const RowTransform<C>& transform) {
   constexpr int64_t L = lanes<C>;
   alignas(64) C buffer[kBlock];
-  SoftmaxStats<C> stats;
-  if (label >= 0) stats.label_logit = transform(splat<C>(Storage<S>::widen(row[label])))[0];
+  if (label >= 0 && label < vocab) stats.label_logit = transform(splat<C>(Storage<S>::widen(row[label])))[0];
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock, full = padded(n, 4 * L);
     const C* z = transformed_block<kAll>(row + start, n, transform, buffer);
@@ -149,7 +151,79 @@ SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const 
       for (int64_t k = n / L * L; k < n; ++k) stats.total += z[k];
     }
   }
+}
+
+// label < 0: none.
+template <bool kAll, typename S, typename C = typename Storage<S>::C>
+SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const RowTransform<C>& transform) {
+  SoftmaxStats<C> stats;
+  softmax_add<kAll>(stats, row, vocab, label, transform);
   return stats;
+}
+
+// What the gradient of one row is made of: the incoming gradients, and what the forward pass found.
+template <typename C> struct SoftmaxGradient {
+  C g, g_entropy, max, sum, entropy;
+  C filter = 0;  // entries with p below it count as 0, the label's excepted
+};
+
+// d log p_l / dz = 1[l] - p;  d H / dz = -p (log p + H);  times dz/dx = (1 - tanh^2(s x / softcap)) s / temperature.
+// grad may be row itself. A label outside [0, vocab) is not in this part of the row.
+template <bool kEntropy, bool kSoftcap, bool kFilter, typename S, typename C>
+void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, const SoftmaxGradient<C>& in,
+                  const RowTransform<C>& transform) {
+  constexpr int64_t L = lanes<C>;
+  const C g = in.g == in.g ? in.g : C(__builtin_nan(""));  // see Storage<bfloat16>::store_pair
+  const C shift = is_neg_inf(in.max) ? C(0) : in.max, inv_sum = in.sum == 0 ? C(0) : C(1) / in.sum;
+  const C log_sum = kEntropy && in.sum != 0 ? C(__builtin_log(double(in.sum))) : C(0);
+  const C to_z = kSoftcap ? transform.softcap * transform.to_z : transform.to_z;
+  const C scale = -g * inv_sum * transform.slope;  // of exp(z - max), in the gradient without `hit`
+  const C entropy_scale = -in.g_entropy * inv_sum * transform.slope;
+  const C too_small = in.filter * in.sum;
+  const auto of = [&](vec<C> x, C hit) {
+    vec<C> slope = {};
+    if constexpr (kSoftcap) {
+      x = tanh<C>(x * transform.to_cap);
+      slope = C(1) - x * x;
+    }
+    const vec<C> d = x * to_z - shift;
+    const vec<C> e = exp_nonpositive(d);
+    vec<C> out = e * scale + hit * g * transform.slope;
+    if constexpr (kEntropy) {
+      constexpr C kLow = sizeof(C) == 4 ? C(-100) : C(-800);  // e is 0 there, and 0 * kLow is not NaN
+      out += e * entropy_scale * (at_least<C>(kLow, d) - log_sum + in.entropy);
+    }
+    if constexpr (kSoftcap) out *= slope;
+    if constexpr (kFilter) {
+      if (hit == 0) out = e < too_small ? vec<C>{} : out;
+    }
+    return out;
+  };
+  const bool has_label = label >= 0 && label < vocab && in.sum != 0;
+  const C label_logit = has_label ? C(Storage<S>::widen(row[label])) : C(0);
+  int64_t i = 0;
+  for (; i + 2 * L <= vocab; i += 2 * L) {
+    const char* ahead = reinterpret_cast<const char*>(row + i + kBlock);
+    for (int64_t byte = 0; byte < int64_t(2 * L * sizeof(S)); byte += 64) __builtin_prefetch(ahead + byte);
+    vec<C> a, b;
+    Storage<S>::load_pair(row + i, a, b);
+    Storage<S>::store_pair(grad + i, of(a, C(0)), of(b, C(0)));
+  }
+  for (; i < vocab; ++i) grad[i] = Storage<S>::narrow(of(splat<C>(Storage<S>::widen(row[i])), C(0))[0]);
+  if (has_label) grad[label] = Storage<S>::narrow(of(splat<C>(label_logit), C(1))[0]);
+}
+
+template <bool kFilter = false, typename S, typename C>
+void softmax_gradient(S* grad, const S* row, int64_t vocab, int64_t label, const SoftmaxGradient<C>& in,
+                      const RowTransform<C>& transform) {
+  const bool softcap = transform.softcap != 0;
+  if (in.g_entropy != 0) {
+    softcap ? gradient_row<true, true, kFilter>(grad, row, vocab, label, in, transform)
+            : gradient_row<true, false, kFilter>(grad, row, vocab, label, in, transform);
+  } else {
+    softcap ? gradient_row<false, true, kFilter>(grad, row, vocab, label, in, transform)
+            : gradient_row<false, false, kFilter>(grad, row, vocab, label, in, transform);
+  }
 }
 
 // log p of the label: exactly 0 where the whole row is -inf (a fully masked vocabulary).

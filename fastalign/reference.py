@@ -56,6 +56,32 @@ def token_logprobs(
     return outputs
 
 
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    adapter: tuple[Tensor, Tensor, float] | None = None,
+) -> dict[str, Tensor]:
+    """token_logprobs of logit_scale · (hidden Wᵀ + bias). hidden (..., H), weight (V, H), labels (...) -> each (...).
+
+    adapter (A (r, H), B (V, r), scale): W + scale · B A stands for W (LoRA, arXiv 2106.09685).
+    """
+    # An ignored position's hidden state is replaced, so that no NaN of its reaches a gradient.
+    h = _compute(hidden).masked_fill((labels == ignore_index).unsqueeze(-1), 0)
+    logits = h @ _compute(weight).T
+    if adapter is not None:
+        a, b, scale = adapter
+        logits = logits + scale * (h @ _compute(a).T) @ _compute(b).T
+    if bias is not None:
+        logits = logits + _compute(bias)
+    return token_logprobs(logits * logit_scale, labels, temperature, softcap, ignore_index)
+
+
 def token_logratios(
     policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, temperature: float = 1.0, ignore_index: int = -100
 ) -> Tensor:

@@ -1,6 +1,7 @@
 """The ops: one file each, compiled on the CPU, differentiable where that means something."""
 
 from fastalign.ops.gae import gae
+from fastalign.ops.linear_token_logprobs import linear_token_logprobs
 from fastalign.ops.map_statistics import MapStatistics, map_statistics
 from fastalign.ops.resample import resample
 from fastalign.ops.sample_tokens import SampledTokens, sample_tokens
@@ -12,6 +13,7 @@ __all__ = [
     "SampledTokens",
     "TokenLogprobs",
     "gae",
+    "linear_token_logprobs",
     "map_statistics",
     "resample",
     "sample_tokens",

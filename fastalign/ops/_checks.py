@@ -12,13 +12,13 @@ from fastalign.errors import UserError
 from fastalign.ops._rows import DTYPES
 
 
-def logits(name: str, x: Tensor) -> None:
+def logits(name: str, x: Tensor, last: str = "V") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise UserError(f"{name} must have shape (..., V) with V >= 1, got {tuple(x.shape)}")
+        raise UserError(f"{name} must have shape (..., {last}) with {last} >= 1, got {tuple(x.shape)}")
 
 
 def labels(logits_name: str, x: Tensor, labels: Tensor) -> None:
@@ -47,6 +47,11 @@ def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
             f"labels must be in [0, {vocab}) or ignore_index {ignore_index}, "
             f"got {labels.flatten()[position].item()} at position {position}"
         )
+
+
+def outputs(asked: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not asked or any(name not in known for name in asked):
+        raise UserError(f"outputs must be some of {', '.join(known)}, got {tuple(asked)!r}")
 
 
 def positive(name: str, value: float) -> None:

@@ -13,10 +13,13 @@ import torch
 _library = torch.library.Library("fastalign", "DEF")
 
 
-def define(schema: str, cpu: Callable, fake: Callable, *, leading_dims: bool = False) -> Callable:
+def define(
+    schema: str, cpu: Callable, fake: Callable, *, leading_dims: bool = False, vmap_in_turn: bool = False
+) -> Callable:
     """Define `fastalign::<schema>` with its CPU implementation and its shapes; returns the callable op.
 
-    `leading_dims`: its tensors take any leading dimensions, so that vmap is one more of them.
+    `leading_dims`: its tensors take any leading dimensions, so that vmap is one more of them. `vmap_in_turn`: they do
+    not, and vmap calls the op (which returns several tensors) once per example.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
@@ -25,6 +28,8 @@ def define(schema: str, cpu: Callable, fake: Callable, *, leading_dims: bool = F
     op = getattr(torch.ops.fastalign, name).default
     if leading_dims:
         torch.library.register_vmap(f"fastalign::{name}", _one_more_dimension(op), lib=_library)
+    if vmap_in_turn:
+        torch.library.register_vmap(f"fastalign::{name}", _each_in_turn(op), lib=_library)
     return op
 
 
@@ -37,6 +42,20 @@ def _one_more_dimension(op: Callable) -> Callable:
 
         out = op(*(leading(x, dim) for x, dim in zip(args, in_dims, strict=True)))
         return out, (0,) * len(out) if isinstance(out, tuple) else 0
+
+    return batched
+
+
+def _each_in_turn(op: Callable) -> Callable:
+    def batched(info, in_dims, *args):
+        def example(x, dim, i):
+            return x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x
+
+        found = [
+            op(*(example(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
+        ]
+        out = tuple(torch.stack(each) for each in zip(*found, strict=True))
+        return out, (0,) * len(out)
 
     return batched
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
-from fastalign.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._library import define, threads
 from fastalign.ops._rows import compute_dtype, describe
@@ -60,9 +59,7 @@ def token_logprobs(
     _checks.positive("temperature", temperature)
     if softcap is not None:
         _checks.positive("softcap", softcap)
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown or not outputs:
-        raise UserError(f"outputs must be some of {', '.join(OUTPUTS)}, got {tuple(outputs)!r}")
+    _checks.outputs(outputs, OUTPUTS)
     if backend.choose(logits.device) == "reference":
         _checks.labels_in_range(labels, logits.shape[-1], ignore_index)
         found = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)

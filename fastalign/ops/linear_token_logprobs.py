@@ -1,0 +1,485 @@
+"""linear_token_logprobs: log-probabilities of labels from hidden states and the head's weight, without the logits.
+
+Tiles of logits (tokens × part of the vocabulary) are made by torch's matrix product, read once by the engine, and
+overwritten by the next. The backward pass makes each tile again, turns it into its gradient in place, and adds the
+two products with it: four products in all. Two spare one: a frozen head, whose hidden gradient is made going forward
+(it is linear in the gradient of each log-probability, so it only wants scaling), and tiles kept from the forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._library import define, threads
+from fastalign.ops._rows import DTYPES, compute_dtype
+from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
+
+TOKENS = 1024  # of a tile
+VOCAB = 4096
+NARROW_BYTES = 32 << 20  # for a tile's widened weight and its gradient: wide models with narrow weights get less VOCAB
+NEG_INF = float("-inf")
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("log_probs",),
+    grad_filter: float | None = None,
+    adapter: tuple[Tensor, Tensor, float] | None = None,
+    memory_budget: int = 0,
+) -> Tensor | TokenLogprobs:
+    """`token_logprobs` of logit_scale · (hidden Wᵀ + bias), a language model's head, without holding the logits.
+
+    Only positions whose label is not ignored are projected. Products and sums are float32 (float64 for float64) in
+    every dtype and under autocast; bfloat16 and float16 weights are widened a tile at a time.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16 or float64, any strides.
+        weight: (V, H), of these dtypes; float64 goes with float64 only.
+        labels: (...) int64 in [0, V), or `ignore_index`.
+        bias: (V,), or None. -inf masks a vocabulary entry.
+        temperature, softcap, ignore_index, outputs: as in `token_logprobs`.
+        logit_scale: multiplies the logits before the softcap; positive.
+        grad_filter: entries of the softmax below it count as 0 in the gradient (the label's excepted), and vocabulary
+            entries that so fall out for 1,024 tokens in turn are left out of the backward products. Not exact:
+            see `GRAD_FILTER_ERROR` below this function for what was measured. None for the exact gradient.
+        adapter: (A (r, H), B (V, r), scale): a LoRA on the head. Its logits are those of W + scale · B A, which is
+            not formed; A and B get gradients.
+        memory_budget: bytes for tiles kept for the backward pass, which then need not be made again (each spares one
+            product of four). Without effect on results, and where neither the weight, bias nor B needs a gradient.
+
+    Returns:
+        log_probs (...) float32 (float64 for float64) where only that is asked for, else a `TokenLogprobs`. Extra memory
+        is one tile (16 MB), hidden and its gradient in float32 and, for narrow weights, up to 32 MB.
+
+    Raises:
+        UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
+    """
+    _check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget)
+    _checks.outputs(outputs, OUTPUTS)
+    if backend.choose(hidden.device) == "reference":
+        _checks.labels_in_range(labels, weight.shape[0], ignore_index)
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = reference.linear_token_logprobs(
+                hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, adapter
+            )
+    else:
+        a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
+        inputs = (hidden, weight, bias, a, b)
+        learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+        head_learns = learns[1] or learns[2] or learns[3] or learns[4]
+        log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
+            *inputs, labels, float(adapter_scale), float(temperature), float(softcap or 0.0), float(logit_scale),
+            ignore_index, tuple(outputs) != ("log_probs",), learns[0] and not head_learns,
+            memory_budget if head_learns else 0, float(grad_filter or 0.0),
+        )  # fmt: skip
+        found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
+    if tuple(outputs) == ("log_probs",):
+        return found["log_probs"]
+    return TokenLogprobs(**{name: found[name] for name in outputs})
+
+
+def _check(
+    hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget
+) -> None:
+    _checks.logits("hidden", hidden, last="H")
+    _checks.labels("hidden", hidden, labels)
+    _head("weight", weight, hidden, 2, "(V, H)")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise UserError(f"hidden.shape[-1] must equal weight.shape[1], got {hidden.shape[-1]} and {weight.shape[1]}")
+    if bias is not None:
+        _head("bias", bias, hidden, 1, "(V,)")
+        if bias.shape[0] != weight.shape[0]:
+            raise UserError(f"bias.shape[0] must equal weight.shape[0], got {bias.shape[0]} and {weight.shape[0]}")
+    if adapter is not None:
+        if not (isinstance(adapter, tuple | list) and len(adapter) == 3 and isinstance(adapter[2], int | float)):
+            raise TypeError(f"adapter must be (A, B, scale) with a number as scale, got {type(adapter).__name__}")
+        a, b, _ = adapter
+        _head("adapter's A", a, hidden, 2, "(r, H)")
+        _head("adapter's B", b, hidden, 2, "(V, r)")
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+            raise UserError(
+                f"adapter's A (r, H) and B (V, r) must fit weight (V, H), "
+                f"got {tuple(a.shape)}, {tuple(b.shape)} and {tuple(weight.shape)}"
+            )
+    _checks.positive("temperature", temperature)
+    _checks.positive("logit_scale", logit_scale)
+    if softcap is not None:
+        _checks.positive("softcap", softcap)
+    if grad_filter is not None and not (isinstance(grad_filter, int | float) and 0 < grad_filter < 1):
+        raise UserError(f"grad_filter must be a number between 0 and 1, or None, got {grad_filter!r}")
+    if not (isinstance(memory_budget, int) and memory_budget >= 0):
+        raise UserError(f"memory_budget must be a number of bytes, at least 0, got {memory_budget!r}")
+
+
+def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES or compute_dtype(x.dtype) != compute_dtype(hidden.dtype):
+        kinds = "float64" if hidden.dtype == torch.float64 else "float32, bfloat16 or float16"
+        raise TypeError(f"{name} must be {kinds} where hidden is {hidden.dtype}, got {x.dtype}")
+    if x.device != hidden.device:
+        raise UserError(f"{name} must be on hidden's device, got {x.device} and {hidden.device}")
+    if x.ndim != ndim or 0 in x.shape:
+        raise UserError(f"{name} must have shape {rule} with no size 0, got {tuple(x.shape)}")
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
+        unit, memory_budget, grad_filter,
+    ):  # fmt: skip
+        return forward_op(
+            hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index,
+            statistics, unit, memory_budget,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, (ctx.statistics, _, _, ctx.grad_filter) = inputs[6:11], inputs[11:]
+        _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept, unit = output
+        ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept, unit)
+        ctx.save_for_backward(row_max, row_sum, entropy, kept, unit, *inputs[:6])
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
+        grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
+        needs = list(ctx.needs_input_grad[:5])
+        grads = backward_op(grad_log_probs, grad_entropy, *ctx.saved_tensors, *ctx.options, ctx.grad_filter, needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (*grads, *[None] * 10)
+
+
+class _Tiles:
+    """The scored rows of `hidden`, and the tiles of logits that they make with the head, in the compute type."""
+
+    def __init__(self, hidden, weight, bias, a, b, labels, adapter_scale, transform, index):
+        self.dtype = compute_dtype(hidden.dtype)
+        self.weight, self.b, self.transform = weight, b, transform
+        self.hidden = _rows(hidden, index).to(self.dtype).contiguous()
+        labels = labels.reshape(-1)
+        self.labels = labels.contiguous() if index is None else labels.index_select(0, index)
+        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
+        self.low = None if a is None else adapter_scale * (self.hidden @ a.to(self.dtype).T)
+        self.count, self.vocab, self.width = len(self.labels), weight.shape[0], tile_width(weight)
+        self._tile = _room(min(self.count, TOKENS) * min(self.width, self.vocab), self.dtype)
+        self._wide = _room(self.width * weight.shape[1], self.dtype) if weight.dtype != self.dtype else None
+
+    def columns(self):
+        """(begin, end, weight[begin:end], B[begin:end]) over the vocabulary; a widened weight lives one step."""
+        for begin in range(0, self.vocab, self.width):
+            end = min(begin + self.width, self.vocab)
+            w = self.weight[begin:end]
+            if self._wide is not None:
+                w = self._wide[: w.numel()].view(w.shape).copy_(w)
+            yield begin, end, w, None if self.b is None else self.b[begin:end].to(self.dtype)
+
+    def rows(self):
+        for begin in range(0, self.count, TOKENS):
+            yield slice(begin, min(begin + TOKENS, self.count))
+
+    def empty(self, rows: slice, columns: int, store: Tensor | None = None) -> Tensor:
+        """Room for a tile: its part of `store`, which has room for all rows, or the one that all tiles share."""
+        count = rows.stop - rows.start
+        room = self._tile if store is None else store.view(-1)[rows.start * columns :]
+        return room[: count * columns].view(count, columns)
+
+    def project(self, tile: Tensor, rows: slice, w: Tensor, b: Tensor | None) -> None:
+        torch.mm(self.hidden[rows], w.t(), out=tile)
+        if b is not None:
+            tile.addmm_(self.low[rows], b.t())
+
+    def describe(self, tile: Tensor, rows: slice, first: int) -> tuple:
+        labels = self.labels[rows.start :].data_ptr()
+        return (tile.data_ptr(), DTYPES[self.dtype], *tile.shape, labels, first, *self.transform)
+
+    def bias_at(self, first: int) -> int:
+        return 0 if self.bias is None else self.bias[first:].data_ptr()
+
+
+def tile_width(weight: Tensor) -> int:
+    """How much of the vocabulary a tile spans: less for wide models whose weight must be widened."""
+    width = VOCAB
+    if weight.dtype not in (torch.float32, torch.float64):
+        while width > 512 and 2 * width * weight.shape[1] * 4 > NARROW_BYTES:
+            width //= 2
+    return width
+
+
+def _kept_shape(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(tiles, tokens, width). Counts all tokens, so that the shape does not hang on the labels' values."""
+    if memory_budget == 0:
+        return 0, 0, 0
+    width, tokens = min(tile_width(weight), weight.shape[0]), labels.numel()
+    tiles = memory_budget // (width * dtype.itemsize * tokens) if tokens else 0
+    return min(tiles, -(-weight.shape[0] // width)), tokens, width
+
+
+def _room(count: int, dtype: torch.dtype) -> Tensor:
+    x = torch.empty(count, dtype=dtype)
+    backend.engine.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    """x (..., H) as (rows, H), those of `index` alone if given; a view where it can be."""
+    if x.ndim < 3 or x.is_contiguous() or index is None:
+        x = x.reshape(-1, x.shape[-1])
+        return x if index is None else x.index_select(0, index)
+    return x[torch.unravel_index(index, x.shape[:-1])]
+
+
+def _spread(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
+    """The inverse of `_rows`, with zeros where `index` leaves some out."""
+    if index is None:
+        return x.view(shape)
+    out = x.new_zeros(shape)
+    out.view(-1, *x.shape[1:]).index_copy_(0, index, x)
+    return out
+
+
+def _index(mask: Tensor) -> Tensor | None:
+    """Where `mask` is true, or None where that is everywhere."""
+    return None if bool(mask.all()) else mask.nonzero().flatten()
+
+
+def _plain(implementation):
+    """Without the caller's autocast, which would round the products, and without a tape."""
+
+    def run(*args):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return implementation(*args)
+
+    return run
+
+
+@_plain
+def _forward_cpu(
+    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
+    unit, memory_budget,
+):  # fmt: skip
+    _checks.labels_in_range(labels, weight.shape[0], ignore_index)
+    index = _index(labels.reshape(-1) != ignore_index)
+    tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
+    kept = _room(math.prod(shape := _kept_shape(weight, labels, memory_budget, tiles.dtype)), tiles.dtype).view(shape)
+    stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
+    stats[0] = stats[6] = NEG_INF
+    unit = _UnitGradient(tiles, a, adapter_scale) if unit else None
+    for step, (first, end, w, b_part) in enumerate(tiles.columns()):
+        for rows in tiles.rows():
+            tile = tiles.empty(rows, end - first, kept[step] if step < len(kept) else None)
+            tiles.project(tile, rows, w, b_part)
+            backend.engine.head_forward(
+                tiles.describe(tile, rows, first), tiles.bias_at(first), stats[:, rows.start :].data_ptr(),
+                tiles.count, statistics, unit.rescale.data_ptr() if unit else 0, threads(),
+            )  # fmt: skip
+            if unit:
+                unit.add(tile, rows, w, b_part)
+    row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
+    log_sum = row_sum.double().log().to(tiles.dtype)
+    empty = (row_sum == 0) & (row_max == NEG_INF)
+    found = [((label_logit - row_max) - log_sum).masked_fill(empty, 0), row_max.clone(), row_sum.clone()]
+    if statistics:
+        found += [
+            (log_sum - weighted / row_sum).masked_fill(empty, 0),
+            total / weight.shape[0],
+            (squares.double().log().to(tiles.dtype) - 2 * log_sum).masked_fill(empty, 0),
+            (label_logit >= row_max) & (label_logit > before) & ~empty & ~row_sum.isnan(),
+        ]
+    found = [_spread(x, index, labels.shape) for x in found]
+    if not statistics:
+        nothing = found[0].new_empty(*labels.shape, 0)
+        found += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
+    if unit:
+        unit = _spread(unit.finish(stats, empty), index, hidden.shape)
+    return (*found, kept, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
+
+
+class _UnitGradient:
+    """d log p(label) / d hidden, by the online softmax: dz/dx of the label times its weight, less the mean over p."""
+
+    def __init__(self, tiles, a, adapter_scale):
+        self.tiles, self.a, self.adapter_scale = tiles, a, adapter_scale
+        self.total = torch.zeros(tiles.count, tiles.weight.shape[1], dtype=tiles.dtype)
+        self.low = None if a is None else torch.zeros(tiles.count, a.shape[0], dtype=tiles.dtype)
+        self.rescale = torch.empty(TOKENS, dtype=tiles.dtype)
+
+    def add(self, tile, rows, w, b):
+        rescale = self.rescale[: len(tile), None]
+        self.total[rows].mul_(rescale).addmm_(tile, w)
+        if b is not None:
+            self.low[rows].mul_(rescale).addmm_(tile, b)
+
+    def finish(self, stats, empty):
+        temperature, softcap, logit_scale = self.tiles.transform
+        row_sum, label_logit = stats[1], stats[2]
+        slope = 1 - (label_logit * (temperature / softcap)).square() if softcap else torch.ones_like(label_logit)
+        for rows in self.tiles.rows():
+            labels = self.tiles.labels[rows]
+            for total, of in ((self.total, self.tiles.weight), (self.low, self.tiles.b)):
+                if of is not None:
+                    total[rows].div_(-row_sum[rows, None])
+                    total[rows].addcmul_(of.index_select(0, labels).to(total.dtype), slope[rows, None])
+            if self.low is not None:
+                self.total[rows].addmm_(self.low[rows], self.a.to(self.low.dtype), alpha=self.adapter_scale)
+        return self.total.mul_(logit_scale / temperature).masked_fill_(empty[:, None], 0)
+
+
+def _forward_fake(
+    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
+    unit, memory_budget,
+):  # fmt: skip
+    dtype = compute_dtype(hidden.dtype)
+    always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
+    shape = labels.shape if statistics else (*labels.shape, 0)
+    asked = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
+    kept = hidden.new_empty(_kept_shape(weight, labels, memory_budget, dtype), dtype=dtype)
+    unit = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
+    return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, unit)
+
+
+@_plain
+def _backward_cpu(
+    grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
+    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
+):  # fmt: skip
+    dtype = compute_dtype(hidden.dtype)
+    if entropy.shape != labels.shape:  # not asked for
+        entropy = grad_entropy = torch.zeros_like(row_max)
+    small = torch.stack([x.reshape(-1).to(dtype) for x in (grad_log_probs, grad_entropy, row_max, row_sum, entropy)])
+    scored = labels.reshape(-1) != ignore_index
+    if unit.numel() and not any(needs[1:]) and not bool((small[1] * scored != 0).any()):
+        g = grad_log_probs.to(dtype).unsqueeze(-1)
+        return (g * unit).masked_fill_(g == 0, 0).to(hidden.dtype), *(hidden.new_empty(0) for _ in range(4))
+    if not kept.numel():  # those hold every scored row
+        scored &= (small[0] != 0) | (small[1] != 0)
+    index = _index(scored)
+    tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
+    small = small if index is None else small.index_select(1, index)
+    dead = (small[0] == 0) & (small[1] == 0)
+    if bool(dead.any()):  # among the kept rows: 0 times a NaN of theirs is to be 0
+        tiles.hidden = tiles.hidden.masked_fill(dead[:, None], 0)
+        tiles.low = None if a is None else tiles.low.masked_fill(dead[:, None], 0)
+    grads = _gradients(tiles, small, kept, a, adapter_scale, grad_filter, needs)
+    if needs[0]:
+        grads[0] = _spread(grads[0].to(hidden.dtype), index, hidden.shape)
+    pairs = zip(grads, (hidden, weight, bias, a, b), strict=True)
+    return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
+
+
+def _gradients(tiles, small, kept, a, adapter_scale, grad_filter, needs) -> list[Tensor | None]:
+    """Of the scored rows of hidden, of weight, bias, A and B; None where not needed."""
+    to_hidden, to_weight, to_bias, to_a, to_b = needs
+    dtype, count, filtered = tiles.dtype, tiles.count, grad_filter > 0
+    d_hidden = torch.zeros(count, tiles.weight.shape[1], dtype=dtype) if to_hidden else None
+    d_low = torch.zeros(count, a.shape[0], dtype=dtype) if to_a or (to_hidden and a is not None) else None
+    d_weight = _HeadGradient(tiles, tiles.weight) if to_weight else None
+    d_b = _HeadGradient(tiles, tiles.b) if to_b else None
+    d_bias = torch.zeros(tiles.vocab, dtype=dtype) if to_bias else None
+    for step, (first, end, w, b_part) in enumerate(tiles.columns()):
+        for rows in tiles.rows():
+            tile, source, columns = tiles.empty(rows, end - first), 0, None
+            if step < len(kept):
+                source = tiles.empty(rows, end - first, kept[step]).data_ptr()
+            else:
+                tiles.project(tile, rows, w, b_part)
+            seen = torch.zeros(threads(), end - first if filtered else 0, dtype=torch.bool)
+            backend.engine.head_backward(
+                tiles.describe(tile, rows, first), source, tiles.bias_at(first), small[:, rows.start :].data_ptr(), count,
+                grad_filter, seen.data_ptr(), threads(),
+            )  # fmt: skip
+            if filtered:
+                columns = seen.any(0).nonzero().flatten()
+                columns = columns if 2 * len(columns) <= end - first else None  # else the copies cost what they save
+                tile = tile if columns is None else tile.index_select(1, columns)
+            for total, head in ((d_hidden, w), (d_low, b_part)):
+                if total is not None:
+                    total[rows].addmm_(tile, head if columns is None else head.index_select(0, columns))
+            for total, x in ((d_weight, tiles.hidden), (d_b, tiles.low)):
+                if total is not None:
+                    total.add(tile, x[rows], columns, first, end, fresh=rows.start == 0)
+            if d_bias is not None:
+                part, sums = d_bias[first:end], tile.sum(0)
+                part.add_(sums) if columns is None else part.index_add_(0, columns, sums)
+        for total in (d_weight, d_b):
+            if total is not None:
+                total.close(first, end)
+    d_a = None
+    if d_low is not None:
+        d_low *= adapter_scale
+        if to_hidden:
+            d_hidden.addmm_(d_low, a.to(dtype))
+        if to_a:
+            d_a = d_low.T @ tiles.hidden
+    return [d_hidden, d_weight and d_weight.grad, d_bias, d_a, d_b and d_b.grad]
+
+
+class _HeadGradient:
+    """The gradient of weight or of B: summed in the compute type over all rows, then rounded once."""
+
+    def __init__(self, tiles, of):
+        rows = min(tiles.width, tiles.vocab)
+        self.grad = _room(of.numel(), of.dtype).view(of.shape)
+        self._wide = None if of.dtype == tiles.dtype else _room(rows * of.shape[1], tiles.dtype).view(rows, -1)
+        if tiles.count == 0:
+            self.grad.zero_()
+            self._wide = None
+
+    def _part(self, first, end):
+        return self.grad[first:end] if self._wide is None else self._wide[: end - first]
+
+    def add(self, tile, x, columns, first, end, fresh):
+        part = self._part(first, end)
+        if columns is None:
+            part.addmm_(tile.t(), x, beta=0 if fresh else 1)
+        else:
+            part = part.zero_() if fresh else part
+            part.index_add_(0, columns, tile.t() @ x)
+
+    def close(self, first, end):
+        if self._wide is not None:
+            self.grad[first:end].copy_(self._wide[: end - first])
+
+
+def _backward_fake(
+    grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
+    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
+):  # fmt: skip
+    pairs = zip((hidden, weight, bias, a, b), needs, strict=True)
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in pairs)
+
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor labels"
+_OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_scale, int ignore_index"
+
+forward_op = define(
+    f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_cpu,
+    _forward_fake,
+    vmap_in_turn=True,
+)
+backward_op = define(
+    "linear_token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
+    f"Tensor entropy, Tensor kept, Tensor unit, {_TENSORS}, {_OPTIONS}, float grad_filter, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_cpu,
+    _backward_fake,
+    vmap_in_turn=True,
+)

@@ -1,0 +1,554 @@
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import HAIR, assert_as_good_as_torch
+from torch.utils.checkpoint import checkpoint
+
+from fastalign import UserError, reference
+from fastalign.ops import linear_token_logprobs, token_logprobs
+from fastalign.ops.linear_token_logprobs import backward_op, forward_op
+from fastalign.ops.token_logprobs import OUTPUTS
+
+head = sys.modules["fastalign.ops.linear_token_logprobs"]
+NEG_INF = float("-inf")
+SHAPES = [((8,), 64, 1024), ((5,), 33, 1023), ((2, 7), 17, 301), ((3,), 5, 1), ((), 4, 9), ((1,), 1, 2)]
+OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 0.3}, {"softcap": 5.0, "temperature": 1.3, "logit_scale": 2.0}]
+ids = lambda shape: "x".join(map(str, (*shape[0], *shape[1:])))  # noqa: E731
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that a few rows span many of them, with odd ends in both directions."""
+    monkeypatch.setattr(head, "TOKENS", 3)
+    monkeypatch.setattr(head, "VOCAB", 37)
+
+
+def problem(shape, dtype=torch.float32, scale=1.0, seed=0, weight_dtype=None):
+    lead, width, vocab = shape
+    torch.manual_seed(seed)
+    hidden = torch.randn(*lead, width, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(vocab, width, dtype=torch.float64) * scale * width**-0.5).to(weight_dtype or dtype)
+    bias = torch.randn(vocab, dtype=torch.float64).to(weight_dtype or dtype)
+    labels = torch.randint(0, vocab, lead)
+    if labels.numel() > 2:
+        labels.view(-1)[1] = -100
+    return hidden, weight, bias, labels
+
+
+def leaves(*tensors, dtype=None):
+    return [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in tensors]
+
+
+def plain(hidden, weight, bias, labels, temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100):
+    """What torch does in the tensors' own dtype: the product there, the softmax in float32."""
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    return reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", HAIR, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_values_and_gradients(each_backend, small_tiles, shape, dtype, options):
+    *tensors, labels = problem(shape, dtype, 3.0)
+    a, b, c = leaves(*tensors, dtype=torch.float64), leaves(*tensors), leaves(*tensors)
+    truth, theirs = plain(*a, labels, **options), plain(*b, labels, **options)
+    ours = linear_token_logprobs(c[0], c[1], labels, bias=c[2], outputs=OUTPUTS, **options)
+    hair = HAIR[torch.float64] if dtype == torch.float64 else HAIR[torch.float32]
+    for name in OUTPUTS[:4]:
+        assert_as_good_as_torch(getattr(ours, name).detach(), theirs[name].detach(), truth[name].detach(), hair, name)
+    assert torch.equal(ours.is_top1, truth["is_top1"])
+    weights = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for found in (truth, theirs, ours._asdict()):
+        (found["log_probs"].double() * weights + 0.3 * found["entropy"].double()).sum().backward()
+    for name, x, y, z in zip(("hidden", "weight", "bias"), c, b, a, strict=True):
+        assert x.grad.dtype == dtype
+        assert_as_good_as_torch(x.grad, y.grad, z.grad, HAIR[dtype], name)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", HAIR, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_frozen_head_makes_its_gradient_going_forward(small_tiles, shape, dtype, options):
+    hidden, weight, bias, labels = problem(shape, dtype, 3.0)
+    (a,), (b,), (c,) = leaves(hidden, dtype=torch.float64), leaves(hidden), leaves(hidden)
+    weights = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    truth = plain(a, weight.double(), bias.double(), labels, **options)["log_probs"]
+    theirs = plain(b, weight, bias, labels, **options)["log_probs"]
+    ours = linear_token_logprobs(c, weight, labels, bias=bias, **options)
+    for found in (truth, theirs, ours):
+        (found.double() * weights).sum().backward()
+    assert_as_good_as_torch(c.grad, b.grad, a.grad, HAIR[dtype], "hidden")
+
+
+@pytest.mark.parametrize("shape", [((1030,), 16, 9000), ((4, 300), 16, 4097)], ids=ids)
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 20 << 20}, {"memory_budget": 1 << 30}], ids=str)
+def test_real_tiles_and_kept_ones(shape, options):
+    hidden, weight, bias, labels = problem(shape, scale=4.0)
+    a, b = leaves(hidden, weight, bias, dtype=torch.float64), leaves(hidden, weight, bias)
+    truth = plain(*a, labels)
+    ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=("log_probs", "entropy"), **options)
+    assert (ours.log_probs - truth["log_probs"]).abs().max() < 1e-5
+    for found in (truth, ours._asdict()):
+        total = found["log_probs"].sum() + found["entropy"].sum()
+        total.backward(retain_graph=True)
+        total.backward()  # the kept tiles are not used up
+    for x, y in zip(b, a, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_tiles_spare_the_products(monkeypatch):
+    made = []
+    project = head._Tiles.project
+    monkeypatch.setattr(head._Tiles, "project", lambda self, *a: (made.append(1), project(self, *a))[1])
+    hidden, weight, _, labels = problem(((40,), 8, 10_000))
+    counts = []
+    for budget in (0, 40 * 4096 * 4, 1 << 30):
+        made.clear()
+        a, b = leaves(hidden, weight)
+        linear_token_logprobs(a, b, labels, memory_budget=budget).sum().backward()
+        counts.append(len(made))
+    assert counts == [6, 5, 3]
+    made.clear()
+    (a,) = leaves(hidden)
+    linear_token_logprobs(a, weight, labels).sum().backward()
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradcheck_in_float64(each_backend, small_tiles, frozen):
+    hidden, weight, bias, labels = problem(((3, 5), 4, 50), torch.float64)
+    a, b = torch.randn(2, 4, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
+    options = {"temperature": 0.7, "softcap": 4.0, "logit_scale": 1.5}
+
+    def everything(hidden, weight, bias, a, b):
+        found = linear_token_logprobs(
+            hidden, weight, labels, bias=bias, adapter=(a, b, 0.5), outputs=("log_probs", "entropy"), **options
+        )
+        return found.log_probs, found.entropy
+
+    if frozen:
+        one = lambda x: linear_token_logprobs(x, weight, labels, bias=bias, adapter=(a, b, 0.5), **options)  # noqa: E731
+        assert torch.autograd.gradcheck(one, leaves(hidden))
+        assert torch.autograd.gradcheck(lambda x: everything(x, weight, bias, a, b), leaves(hidden))
+    else:
+        assert torch.autograd.gradcheck(everything, leaves(hidden, weight, bias, a, b))
+
+
+def test_only_requested_gradients_are_made(small_tiles):
+    hidden, weight, bias, labels = problem(((7,), 6, 90))
+    a, b = torch.randn(2, 6), torch.randn(90, 2)
+    tensors = [hidden, weight, bias, a, b]
+
+    def run(tensors):
+        return linear_token_logprobs(*tensors[:2], labels, bias=tensors[2], adapter=(*tensors[3:], 0.5))
+
+    everything = leaves(*tensors)
+    run(everything).sum().backward()
+    for i in range(5):
+        alone = [x.detach().clone().requires_grad_(i == j) for j, x in enumerate(tensors)]
+        run(alone).sum().backward()
+        assert [x.grad is not None for x in alone] == [i == j for j in range(5)]
+        torch.testing.assert_close(alone[i].grad, everything[i].grad, rtol=1e-5, atol=1e-5)
+    log_probs, row_max, row_sum, entropy, *_, kept, unit = forward_op(
+        *tensors, labels, 0.5, 1.0, 0.0, 1.0, -100, False, False, 0
+    )
+    needs = [False, False, True, False, False]
+    found = backward_op(
+        log_probs,
+        log_probs,
+        row_max,
+        row_sum,
+        entropy,
+        kept,
+        unit,
+        *tensors,
+        labels,
+        0.5,
+        1.0,
+        0.0,
+        1.0,
+        -100,
+        0.0,
+        needs,
+    )
+    assert [x.numel() for x in found] == [0, 0, 90, 0, 0]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mixed_dtypes_are_widened(each_backend, small_tiles, dtype, weight_dtype):
+    *tensors, labels = problem(((9,), 12, 100), dtype, weight_dtype=weight_dtype)
+    a, b = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
+    truth = plain(*a, labels)["log_probs"]
+    ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2])
+    assert ours.dtype == torch.float32 and (ours - truth).abs().max() < 1e-5
+    truth.sum().backward()
+    ours.sum().backward()
+    for x, y in zip(b, a, strict=True):
+        torch.testing.assert_close(x.grad, y.grad.to(x.dtype), rtol=2 * HAIR[x.dtype], atol=2 * HAIR[x.dtype])
+
+
+def test_the_weight_gradient_is_summed_in_float32(small_tiles):
+    hidden, weight, _, _ = problem(((600,), 4, 3), torch.bfloat16)
+    labels = torch.zeros(600, dtype=torch.int64)
+    a, b = leaves(hidden, weight)
+    truth = leaves(hidden, weight, dtype=torch.float64)
+    linear_token_logprobs(a, b, labels).sum().backward()
+    plain(*truth, None, labels)["log_probs"].sum().backward()
+    torch.testing.assert_close(b.grad, truth[1].grad.bfloat16(), rtol=2**-8, atol=0)  # one rounding, not 200
+
+
+def test_ignored_positions_are_not_looked_at(each_backend, small_tiles):
+    hidden, weight, bias, labels = problem(((3, 7), 8, 60))
+    labels[:, :4] = -100
+    hidden[:, :4] = float("nan")
+    a, b, c = leaves(hidden, weight, bias)
+    adapter = leaves(torch.randn(2, 8), torch.randn(60, 2))
+    found = linear_token_logprobs(a, b, labels, bias=c, adapter=(*adapter, 1.0), outputs=OUTPUTS)
+    (found.log_probs.sum() + found.entropy.sum()).backward()
+    for name in OUTPUTS:
+        assert (getattr(found, name)[:, :4] == 0).all()
+    assert (a.grad[:, :4] == 0).all() and (a.grad[:, 4:] != 0).any()
+    assert all(x.grad.isfinite().all() for x in (a, b, c, *adapter))
+    (d,) = leaves(hidden)
+    linear_token_logprobs(d, weight, labels, bias=bias).sum().backward()
+    assert (d.grad[:, :4] == 0).all() and d.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.full((2, 3), -100), torch.zeros(0, 3, dtype=torch.int64)], ids=["ignored", "none"]
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_to_score(each_backend, labels, frozen):
+    hidden, weight, _, _ = problem((tuple(labels.shape), 4, 9))
+    a, b = leaves(hidden, weight)
+    b.requires_grad_(not frozen)
+    found = linear_token_logprobs(a, b, labels, outputs=OUTPUTS, memory_budget=1 << 20)
+    (found.log_probs.sum() + found.entropy.sum()).backward()
+    assert found.log_probs.shape == labels.shape and not found.log_probs.any() and not found.is_top1.any()
+    assert a.grad.shape == hidden.shape and not a.grad.any()
+    assert frozen or (b.grad.shape == weight.shape and not b.grad.any())
+
+
+def test_another_ignore_index(each_backend):
+    hidden, weight, _, labels = problem(((6,), 4, 9))
+    labels[1] = labels[2] = 0
+    found = linear_token_logprobs(hidden, weight, labels, ignore_index=0)
+    assert found[1] == 0 and found[2] == 0
+    torch.testing.assert_close(found, token_logprobs(hidden @ weight.T, labels, ignore_index=0))
+
+
+def test_strided_hidden_and_weight(each_backend, small_tiles):
+    hidden, weight, _, _ = problem(((3, 6, 2), 8, 50))
+    for ignored in (False, True):
+        labels = torch.randint(0, 50, (3, 5, 2))
+        if ignored:
+            labels[1, 2:] = -100
+        for view in (hidden[:, :-1], hidden.transpose(0, 1)[:-1].transpose(0, 1), hidden[:1, :-1].expand(3, 5, 2, 8)):
+            a, b = leaves(view.contiguous(), weight)
+            whole, w = view.detach().requires_grad_(), weight.T.contiguous().T.requires_grad_()
+            expected, found = linear_token_logprobs(a, b, labels), linear_token_logprobs(whole, w, labels)
+            torch.testing.assert_close(found, expected)
+            for x, y in zip(
+                torch.autograd.grad(found.sum(), (whole, w)), torch.autograd.grad(expected.sum(), (a, b)), strict=True
+            ):
+                torch.testing.assert_close(x, y)
+    label = torch.tensor(3)
+    torch.testing.assert_close(
+        linear_token_logprobs(torch.stack([hidden[0, 0, 0]] * 2, -1)[:, 0], weight, label),
+        linear_token_logprobs(hidden[:1, 0, 0], weight, label[None])[0],
+    )
+
+
+def test_adapter_equals_the_merged_weight(each_backend, small_tiles):
+    hidden, weight, bias, labels = problem(((4, 5), 8, 100))
+    a, b = torch.randn(3, 8), torch.randn(100, 3)
+    h, w, a, b = leaves(hidden, weight, a, b)
+    options = {"bias": bias, "softcap": 6.0, "outputs": ("log_probs", "entropy")}
+    merged = linear_token_logprobs(h, w + 0.7 * b @ a, labels, **options)
+    ours = linear_token_logprobs(h, w, labels, adapter=(a, b, 0.7), **options)
+    for x, y in zip(merged[:2], ours[:2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    loss = lambda found: (found.log_probs * 0.5 + found.entropy).sum()  # noqa: E731
+    expected, found = (torch.autograd.grad(loss(x), (h, w, a, b), retain_graph=True) for x in (merged, ours))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    (frozen,) = leaves(hidden)
+    linear_token_logprobs(frozen, weight, labels, adapter=(a.detach(), b.detach(), 0.7)).sum().backward()
+    (expected,) = torch.autograd.grad(linear_token_logprobs(h, weight + 0.7 * b @ a, labels).sum(), (h,))
+    torch.testing.assert_close(frozen.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_a_gradient_are_skipped(small_tiles):
+    hidden, weight, _, labels = problem(((9,), 8, 100))
+    weights = torch.tensor([1.0, 0, 0, 2, 0, 0, 0, 1, 0])
+    a, b = leaves(hidden, weight)
+    (linear_token_logprobs(a, b, labels) * weights).sum().backward()
+    c, d = leaves(hidden, weight)
+    (token_logprobs(c @ d.T, labels) * weights).sum().backward()
+    torch.testing.assert_close(a.grad, c.grad)
+    torch.testing.assert_close(b.grad, d.grad)
+    assert (a.grad[weights == 0] == 0).all()
+    hidden[2] = float("nan")  # its loss has no weight: neither has its NaN
+    for memory_budget in (0, 1 << 20):
+        a, b = leaves(hidden, weight)
+        (linear_token_logprobs(a, b, labels, memory_budget=memory_budget)[[0, 3, 7]]).sum().backward()
+        assert a.grad.isfinite().all() and b.grad.isfinite().all()
+
+
+def test_masked_vocabulary_and_nan_stay_in_their_row(each_backend, small_tiles):
+    hidden, weight, bias, labels = problem(((5,), 8, 100))
+    labels[:] = torch.tensor([2, 3, 90, 1, 4])
+    bias[50:90] = NEG_INF
+    hidden[3] = float("nan")
+    for frozen in (False, True):
+        (a,) = leaves(hidden)
+        (b,) = leaves(weight)
+        found = linear_token_logprobs(a, weight if frozen else b, labels, bias=bias)
+        found.sum().backward()
+        expected = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        assert found[3].isnan() and a.grad[3].isnan().all() and a.grad[[0, 1, 2, 4]].isfinite().all()
+    (a,) = leaves(hidden)
+    everything = linear_token_logprobs(a, weight, labels, bias=torch.full((100,), NEG_INF))
+    everything[:3].sum().backward()
+    assert (everything[:3] == 0).all() and (a.grad[:3] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.8}, {"logit_scale": 0.25}], ids=str)
+def test_equals_trls_chunked_head(options):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    hidden, weight, bias, labels = problem(((9,), 16, 301), scale=3.0)
+    labels = labels.clamp(min=0)
+    a, b = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    asked = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    theirs = ChunkedLogProbFunction.apply(
+        *a, labels, options.get("temperature", 1.0), 128, options.get("softcap"), options.get("logit_scale", 1.0), asked
+    )
+    ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=OUTPUTS, **options)
+    for name, value in zip(("log_probs", *asked), theirs, strict=True):
+        torch.testing.assert_close(
+            getattr(ours, name), value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    (theirs[0].sum() + 0.2 * theirs[1].sum()).backward()
+    (ours.log_probs.sum() + 0.2 * ours.entropy.sum()).backward()
+    for x, y in zip(b, a, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    tokens=st.integers(0, 9), width=st.integers(1, 40), vocab=st.integers(1, 300), seed=st.integers(0, 2**16),
+    scale=st.sampled_from([1e-10, 1.0, 30.0, 1e3]), ignored=st.floats(0, 1), rows=st.integers(1, 10), columns=st.integers(1, 300),
+)  # fmt: skip
+@settings(max_examples=80)
+def test_any_shape_tile_and_scale(tokens, width, vocab, seed, scale, ignored, rows, columns):
+    hidden, weight, bias, labels = problem(((tokens,), width, vocab), scale=scale, seed=seed)
+    labels[torch.rand(tokens) < ignored] = -100
+    before = head.TOKENS, head.VOCAB
+    head.TOKENS, head.VOCAB = rows, columns
+    try:
+        for learns in ((True, True, True), (True, False, False)):
+            a, b, c = (
+                leaves(hidden, weight, bias, dtype=torch.float64),
+                leaves(hidden, weight, bias),
+                leaves(hidden, weight, bias),
+            )
+            for group in (a, b, c):
+                for x, learn in zip(group, learns, strict=True):
+                    x.requires_grad_(learn)
+            truth, theirs = plain(*a, labels)["log_probs"], plain(*b, labels)["log_probs"]
+            ours = linear_token_logprobs(c[0], c[1], labels, bias=c[2])
+            assert_as_good_as_torch(ours.detach(), theirs.detach(), truth.detach(), 3e-6)
+            for found in (truth, theirs, ours):
+                found.sum().backward()
+            for x, y, z, learn in zip(c, b, a, learns, strict=True):
+                if learn:
+                    assert_as_good_as_torch(x.grad, y.grad, z.grad, 5e-6 * max(1.0, scale))
+    finally:
+        head.TOKENS, head.VOCAB = before
+
+
+def test_grad_filter_drops_what_is_small():
+    """Against the definition: entries with p below the filter are 0, save the label's; and columns are left out."""
+    hidden, weight, bias, labels = problem(((40,), 8, 3000), scale=6.0)
+    eps = 2.0**-8
+    for chosen in (bias, torch.arange(3000) * -0.02):  # the second: half the vocabulary falls out whole
+        logits = hidden @ weight.T + chosen
+        p = logits.softmax(-1)
+        scored = (labels != -100).float()[:, None]
+        d = F.one_hot(labels.clamp(min=0), 3000) - p
+        d = d * ((p >= eps) | (F.one_hot(labels.clamp(min=0), 3000) == 1)) * scored
+        a, b, c = leaves(hidden, weight, chosen)
+        exact = linear_token_logprobs(a, b, labels, bias=c)
+        found = linear_token_logprobs(a, b, labels, bias=c, grad_filter=eps)
+        assert torch.equal(found, exact)
+        grads = torch.autograd.grad(found.sum(), (a, b, c))
+        for x, y in zip(grads, (d @ weight, d.T @ hidden, d.sum(0)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert (grads[1][2500:].abs().sum(-1) == 0).float().mean() > 0.9
+    tiny = torch.autograd.grad(linear_token_logprobs(a, b, labels, bias=c, grad_filter=1e-30).sum(), (a, b, c))
+    for x, y in zip(tiny, torch.autograd.grad(exact.sum(), (a, b, c)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_same_bits_again_and_near_ones_at_any_thread_count():
+    hidden, weight, _, labels = problem(((70,), 24, 5000), scale=3.0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            a, b = leaves(hidden, weight)
+            out = linear_token_logprobs(a, b, labels)
+            out.sum().backward()
+            found.append((out.detach(), a.grad, b.grad))
+    finally:
+        torch.set_num_threads(before)
+    for i, j in ((0, 1), (2, 3)):
+        assert all(torch.equal(x, y) for x, y in zip(found[i], found[j], strict=True))
+    for other in found[2:]:  # the engine gives the same bits; torch's products may not
+        for x, y in zip(other, found[0], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_func_grad_vmap_and_compile(frozen):
+    hidden, weight, _, labels = problem(((4, 6), 8, 31))
+    labels = labels.clamp(min=0)
+    loss = lambda x, w, y: linear_token_logprobs(x, w, y).sum()  # noqa: E731
+    wanted = 0 if frozen else (0, 1)
+    a, b = leaves(hidden, weight)
+    expected = torch.autograd.grad(token_logprobs(a @ b.T, labels).sum(), (a, b))
+    found = torch.func.grad(loss, argnums=wanted)(hidden, weight, labels)
+    found = (found,) if frozen else found
+    for x, y in zip(found, expected, strict=False):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    found = torch.func.vmap(torch.func.grad(loss, argnums=wanted), in_dims=(0, None, 0))(hidden, weight, labels)
+    found = (found,) if frozen else (found[0], found[1].sum(0))
+    for x, y in zip(found, expected, strict=False):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    a, b = leaves(hidden, weight)
+    b.requires_grad_(not frozen)
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(a, b, labels).backward()
+    torch.testing.assert_close(a.grad, expected[0], atol=1e-5, rtol=1e-5)
+    if not frozen:
+        torch.testing.assert_close(b.grad, expected[1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError):  # never a silent zero
+        torch.func.jvp(lambda x: loss(x, weight, labels), (hidden,), (hidden,))
+
+
+def test_compiles_with_every_option():
+    hidden, weight, bias, labels = problem(((4, 6), 8, 31))
+    a, b = torch.randn(2, 8), torch.randn(31, 2)
+
+    def run(hidden, weight, bias, a, b, labels):
+        return linear_token_logprobs(
+            hidden, weight, labels, bias=bias, adapter=(a, b, 0.5), temperature=0.9, softcap=5.0, logit_scale=1.1,
+            outputs=OUTPUTS, memory_budget=1 << 20, grad_filter=1e-6,
+        )  # fmt: skip
+
+    one, two = leaves(hidden, weight, bias, a, b), leaves(hidden, weight, bias, a, b)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    expected, found = run(*one, labels), compiled(*two, labels)
+    for x, y in zip(expected, found, strict=True):
+        torch.testing.assert_close(x, y)
+    for out in (expected, found):
+        (out.log_probs.sum() + out.entropy.sum()).backward()
+    for x, y in zip(one, two, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck(statistics, unit):
+    hidden, weight, bias, labels = problem(((3, 2), 8, 17))
+    a, b = torch.randn(2, 8), torch.randn(17, 2)
+    checks = ("test_schema", "test_faketensor")
+    tensors, options = (hidden, weight, bias, a, b, labels), (0.5, 0.9, 0.0, 1.0, -100)
+    forward = (*tensors, *options, statistics, unit, 0 if unit else 1 << 16)
+    torch.library.opcheck(forward_op, forward, test_utils=checks)
+    log_probs, row_max, row_sum, entropy, *_, kept, unit_gradient = forward_op(*forward)
+    for needs in ([True] * 5, [True] + [False] * 4):
+        backward = (
+            log_probs, torch.zeros_like(log_probs), row_max, row_sum, entropy, kept, unit_gradient, *tensors, *options, 0.0,
+            needs,
+        )  # fmt: skip
+        torch.library.opcheck(backward_op, backward, test_utils=checks)
+
+
+def test_autocast_changes_nothing(each_backend):
+    hidden, weight, _, labels = problem(((6,), 64, 100), scale=3.0)
+    results = []
+    for enabled in (False, True):
+        a, b, c, d = leaves(hidden, weight, torch.ones(2, 64), torch.ones(100, 2))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = linear_token_logprobs(a, b, labels, adapter=(c, d, 0.1))
+        out.sum().backward()
+        results.append((out.detach(), a.grad, b.grad, c.grad, d.grad))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # what a model hands on under it
+        mixed = linear_token_logprobs(hidden.bfloat16(), weight, labels)
+    assert mixed.dtype == torch.float32 and (mixed - results[0][0]).abs().max() < 20
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_checkpointing(reentrant, frozen):
+    hidden, weight, _, labels = problem(((6,), 8, 100))
+    grads = []
+    for saved in (False, True):
+        a, b = leaves(hidden, weight)
+        b.requires_grad_(not frozen)
+        step = lambda x, b=b: linear_token_logprobs(torch.tanh(x), b, labels)  # noqa: E731
+        out = checkpoint(step, a, use_reentrant=reentrant) if saved else step(a)
+        out.sum().backward()
+        grads.append((a.grad, b.grad))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert frozen or torch.equal(grads[0][1], grads[1][1])
+
+
+def test_entropy_that_is_only_looked_at_costs_no_exactness():
+    hidden, weight, _, labels = problem(((6,), 8, 100))
+    (a,), (b,) = leaves(hidden), leaves(hidden)
+    linear_token_logprobs(a, weight, labels).sum().backward()
+    linear_token_logprobs(b, weight, labels, outputs=OUTPUTS).log_probs.sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    (c,), (d,) = leaves(hidden), leaves(hidden)
+    linear_token_logprobs(c, weight, labels, outputs=("entropy",)).entropy.sum().backward()
+    token_logprobs(d @ weight.T, labels, outputs=("entropy",)).entropy.sum().backward()
+    torch.testing.assert_close(c.grad, d.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"hidden": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "hidden must be float32, float64"),
+        ({"hidden": torch.zeros(2, 0)}, UserError, "hidden must have shape (..., H) with H >= 1, got (2, 0)"),
+        ({"hidden": torch.zeros(2, 5)}, UserError, "hidden.shape[-1] must equal weight.shape[1], got 5 and 3"),
+        ({"hidden": torch.zeros(2, 3).double()}, TypeError, "weight must be float64 where hidden is torch.float64, got torch.float32"),
+        ({"weight": torch.zeros(4, 3).double()}, TypeError, "weight must be float32, bfloat16 or float16 where hidden is torch.float32"),
+        ({"weight": torch.zeros(3)}, UserError, "weight must have shape (V, H) with no size 0, got (3,)"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, UserError, "labels.shape must equal hidden.shape[:-1], got (3,) and (2,)"),
+        ({"labels": torch.zeros(2)}, TypeError, "labels must be int64, got torch.float32"),
+        ({"labels": torch.tensor([0, 4])}, UserError, "labels must be in [0, 4) or ignore_index -100, got 4 at position 1"),
+        ({"bias": torch.zeros(5)}, UserError, "bias.shape[0] must equal weight.shape[0], got 5 and 4"),
+        ({"adapter": torch.zeros(5)}, TypeError, "adapter must be (A, B, scale) with a number as scale, got Tensor"),
+        ({"adapter": (torch.zeros(2, 3), torch.zeros(5, 2), 1.0)}, UserError, "must fit weight (V, H), got (2, 3), (5, 2) and (4, 3)"),
+        ({"temperature": 0.0}, UserError, "temperature must be a positive finite number, got 0.0"),
+        ({"logit_scale": -1.0}, UserError, "logit_scale must be a positive finite number, got -1.0"),
+        ({"softcap": -1.0}, UserError, "softcap must be a positive finite number, got -1.0"),
+        ({"outputs": ("logprobs",)}, UserError, "outputs must be some of log_probs, entropy"),
+        ({"grad_filter": 1.5}, UserError, "grad_filter must be a number between 0 and 1, or None, got 1.5"),
+        ({"memory_budget": -1}, UserError, "memory_budget must be a number of bytes, at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
+    arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(4, 3), "labels": torch.tensor([0, 3])} | change
+    with pytest.raises(error) as raised:
+        linear_token_logprobs(**arguments)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
