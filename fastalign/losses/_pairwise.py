@@ -109,8 +109,10 @@ def _apo_down(c, r, margin, o):
 
 def _discopop(c, r, margin, o):
     """(1 - s) · logistic(x) + s · exp(-x) with s = sigmoid(x / tau); s · exp(-x) is one exponential, not 0 · inf."""
-    x = (o.beta * margin).clamp(min=-1e30)
-    return (-x / o.discopop_tau).sigmoid() * logistic(x) + torch.exp(F.logsigmoid(x / o.discopop_tau) - x)
+    x = o.beta * margin
+    bounded = x.clamp(min=-1e30)  # -inf less -inf is no number
+    s = bounded / o.discopop_tau
+    return (-s).sigmoid() * logistic(x) + torch.exp(F.logsigmoid(s) - bounded)
 
 
 TABLE: dict[str, PairwiseLoss] = {
