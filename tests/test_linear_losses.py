@@ -126,6 +126,21 @@ def test_head_options_bias_and_adapter():
     torch.testing.assert_close(capped, dpo_loss(*sequence_logps(log_probs, mask).chunk(2), None, None).losses.mean())
 
 
+def test_a_frozen_head_and_kept_tiles_change_nothing(each_backend):
+    hidden, weight, labels = problem()
+    hidden.requires_grad_()
+    learned = weight.clone().requires_grad_()
+    found = [
+        LinearDPOLoss(loss_type=["sigmoid", "sft"], **options)(hidden, w, labels)[0]
+        for options, w in (({}, learned), ({}, weight), ({"memory_budget": 1 << 20}, learned))
+    ]
+    grads = [gradient(loss, hidden)[0] for loss in found]
+    for loss, grad in zip(found[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, found[0])
+        torch.testing.assert_close(grad, grads[0])
+    torch.testing.assert_close(*(gradient(found[i], learned)[0] for i in (0, 2)))
+
+
 def test_gradcheck_in_float64():
     hidden, weight, labels = problem()
     hidden.requires_grad_()

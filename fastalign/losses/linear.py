@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError
-from fastalign.losses._head import linear_token_logprobs
 from fastalign.losses.preference import (
     cpo_loss,
     dpo_loss,
@@ -27,7 +26,7 @@ from fastalign.losses.preference import (
     sequence_logps,
     wpo_weights,
 )
-from fastalign.ops.token_logprobs import TokenLogprobs
+from fastalign.ops import TokenLogprobs, linear_token_logprobs
 
 Adapter = tuple[Tensor, Tensor, float]
 STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -58,6 +57,7 @@ class _LinearLoss(nn.Module):
         logit_scale: float = 1.0,
         ignore_index: int = -100,
         grad_filter: float | None = None,
+        memory_budget: int = 0,
         token_metrics: bool = False,
     ):
         """The options of `ops.linear_token_logprobs`, and token_metrics: entropy, mean logits and accuracy too."""
@@ -68,7 +68,7 @@ class _LinearLoss(nn.Module):
             "logit_scale": logit_scale,
             "ignore_index": ignore_index,
         }
-        self.grad_filter = grad_filter
+        self.backward_options = {"grad_filter": grad_filter, "memory_budget": memory_budget}
         self.token_metrics = token_metrics
 
     def _project(self, hidden, weight, labels, bias, adapter, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
@@ -79,8 +79,8 @@ class _LinearLoss(nn.Module):
                 f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
             )
         asked = ("log_probs", *outputs, *(STATISTICS if self.token_metrics else ()))
-        more = {"bias": bias, "adapter": adapter, "grad_filter": self.grad_filter, "outputs": asked}
-        found = linear_token_logprobs(hidden, weight, labels, **more, **self.head)
+        options = self.head | self.backward_options
+        found = linear_token_logprobs(hidden, weight, labels, bias=bias, adapter=adapter, outputs=asked, **options)
         return found if isinstance(found, TokenLogprobs) else TokenLogprobs(log_probs=found)
 
     def _reference(self, labels, ref_hidden, ref_weight, ref_bias) -> Tensor | None:
@@ -142,7 +142,7 @@ class LinearDPOLoss(_LinearPairLoss):
         ld_alpha: as in `sequence_logps`.
         use_weighting: WPO's weights (`wpo_weights`).
         head: options of the head, as in `ops.linear_token_logprobs`: temperature, softcap, logit_scale, ignore_index,
-            grad_filter; and token_metrics=True for "entropy", "logits/*" and "mean_token_accuracy" too.
+            grad_filter, memory_budget; and token_metrics=True for "entropy", "logits/*" and "mean_token_accuracy" too.
     """
 
     def __init__(
