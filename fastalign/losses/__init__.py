@@ -8,6 +8,7 @@ from fastalign.losses.linear import (
     LinearSimPOLoss,
     shift_labels,
 )
+from fastalign.losses.linear_policy import LinearGRPOLoss, LinearPPOLoss
 from fastalign.losses.policy import (
     PolicyLoss,
     ValueLoss,
@@ -45,8 +46,10 @@ __all__ = [
     "KTOLoss",
     "LinearCPOLoss",
     "LinearDPOLoss",
+    "LinearGRPOLoss",
     "LinearKTOLoss",
     "LinearORPOLoss",
+    "LinearPPOLoss",
     "LinearSimPOLoss",
     "OddsRatioLoss",
     "PolicyLoss",

@@ -308,7 +308,7 @@ def value_loss(
     clip_range: float | None = 0.2,
     aggregation: str = "token_mean",
 ) -> ValueLoss:
-    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, 3).
+    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, section 3).
 
     Args:
         values: (B, T) with a gradient; old_values: (B, T) when the advantages were made, a constant.

@@ -2,6 +2,7 @@
 
 from fastalign.ops.gae import gae
 from fastalign.ops.linear_token_logprobs import linear_token_logprobs
+from fastalign.ops.linear_token_logratios import linear_token_logratios
 from fastalign.ops.map_statistics import MapStatistics, map_statistics
 from fastalign.ops.resample import resample
 from fastalign.ops.sample_tokens import SampledTokens, sample_tokens
@@ -14,6 +15,7 @@ __all__ = [
     "TokenLogprobs",
     "gae",
     "linear_token_logprobs",
+    "linear_token_logratios",
     "map_statistics",
     "resample",
     "sample_tokens",
