@@ -1,0 +1,133 @@
+"""TRL's own trainers on fastalign's head: `fastalign.integrations.trl.install()` in an unchanged script.
+
+TRL keeps its loss mathematics; fastalign only gives it the per-token log-probabilities. Two seams, on the CPU alone
+(tensors on other devices go to TRL's own code):
+    trl.trainer.utils._ChunkedLogProbFunction, under `add_fused_lm_head` (DPO, KTO, GRPO, RLOO, SFT), together with the
+        test that decides whether prompt and padding positions are left out of the projection: now they are;
+    trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fastalign.errors import UserError
+
+# What `_ChunkedLogProbFunction.forward` must take after ctx: the contract this adapter was written against.
+_SIGNATURE = (
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
+)  # fmt: skip
+_OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+_originals: dict[str, Any] = {}  # name in trl.trainer.utils -> what stood there
+_replacements: dict[str, Any] = {}
+
+
+def install() -> None:
+    """Run TRL's trainers on fastalign's head from now on, in this process. Calling it again changes nothing.
+
+    Raises:
+        UserError: TRL is not installed, or is a version whose seams are not the known ones; nothing is changed then.
+    """
+    if _originals:
+        return
+    try:
+        from trl.trainer import utils
+    except ImportError:
+        raise UserError("integrations.trl.install() needs trl: pip install fastalign[trl]") from None
+    _check(utils)
+    replacements = {
+        "_ChunkedLogProbFunction": _head(utils._ChunkedLogProbFunction),
+        "_use_triton": _compacts(utils._use_triton),
+        "selective_log_softmax": _selective_log_softmax(utils.selective_log_softmax),
+    }
+    for name, replacement in replacements.items():
+        original = getattr(utils, name)
+        _originals[name], _replacements[name] = original, replacement
+        _replace(name, original, replacement)
+
+
+def uninstall() -> None:
+    """Put back everything that `install` replaced."""
+    for name, original in _originals.items():
+        _replace(name, _replacements[name], original)
+    _originals.clear()
+    _replacements.clear()
+
+
+def _replace(name: str, old: Any, new: Any) -> None:
+    """In trl.trainer.utils, and for the public function in every trl module that imported it by name."""
+    everywhere = not name.startswith("_")
+    for module_name, module in list(sys.modules.items()):
+        ours = module_name == "trl.trainer.utils" or (everywhere and module_name.split(".")[0] == "trl")
+        if ours and module is not None and vars(module).get(name) is old:
+            setattr(module, name, new)
+
+
+def _check(utils: Any) -> None:
+    version = importlib.metadata.version("trl")
+    missing = [n for n in ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax") if not hasattr(utils, n)]
+    if missing:
+        raise UserError(f"integrations.trl supports trl 1.16; trl {version} has no trl.trainer.utils.{missing[0]}")
+    came = tuple(inspect.signature(utils._ChunkedLogProbFunction.forward).parameters)[1:]
+    if came != _SIGNATURE:
+        raise UserError(
+            f"integrations.trl supports trl 1.16; in trl {version} _ChunkedLogProbFunction takes ({', '.join(came)})"
+        )
+
+
+def _head(original: Any) -> Any:
+    class ChunkedLogProbFunction:
+        """Stands where TRL's autograd function stood: `apply` with the same arguments and results."""
+
+        @staticmethod
+        def apply(
+            hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=_OPTIONAL
+        ):
+            if hidden.device.type != "cpu":
+                return original.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+                )
+            from fastalign.ops import linear_token_logprobs
+
+            found = linear_token_logprobs(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                outputs=("log_probs", *outputs) if "log_probs" not in outputs else tuple(outputs),
+            )
+            if not isinstance(found, tuple):  # a single output comes as a tensor
+                return found, None, None, None, None
+            return (found.log_probs, *(getattr(found, name) for name in _OPTIONAL))
+
+    return ChunkedLogProbFunction
+
+
+def _compacts(original: Callable) -> Callable:
+    def use_triton(device) -> bool:
+        """Whether only positions with a label are projected: TRL asks for Triton, fastalign's CPU head does it too."""
+        return device.type == "cpu" or original(device)
+
+    return use_triton
+
+
+def _selective_log_softmax(original: Callable) -> Callable:
+    def selective_log_softmax(logits, index, temperature: float = 1.0, row_mask=None):
+        from fastalign.ops import token_logprobs
+        from fastalign.ops._rows import DTYPES
+
+        ours = logits.device.type == "cpu" and logits.dtype in DTYPES and index.shape == logits.shape[:-1]
+        if not ours or temperature <= 0:
+            return original(logits, index, temperature, row_mask)
+        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+        return token_logprobs(logits, labels, temperature=temperature).to(logits.dtype)
+
+    return selective_log_softmax

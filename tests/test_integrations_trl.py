@@ -1,0 +1,160 @@
+"""TRL's own trainers run on fastalign's head and give TRL's own numbers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
+
+from fastalign import UserError, integrations
+from fastalign.integrations import trl as adapter
+
+trl = pytest.importorskip("trl")
+from trl.trainer import utils  # noqa: E402
+
+ORIGINALS = {name: getattr(utils, name) for name in ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax")}
+
+
+@pytest.fixture
+def installed():
+    integrations.trl.install()
+    yield
+    integrations.trl.uninstall()
+
+
+def test_install_and_uninstall_leave_no_trace():
+    adapter.install()
+    adapter.install()
+    assert all(getattr(utils, name) is not original for name, original in ORIGINALS.items())
+    adapter.uninstall()
+    adapter.uninstall()
+    assert all(getattr(utils, name) is original for name, original in ORIGINALS.items())
+
+
+def test_an_unknown_trl_is_refused(monkeypatch):
+    class Other:
+        @staticmethod
+        def forward(ctx, hidden, weight, targets): ...
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Other)
+    with pytest.raises(UserError, match=r"supports trl 1.16; in trl .* takes \(hidden, weight, targets\)"):
+        adapter.install()
+    monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
+    with pytest.raises(UserError, match="has no trl.trainer.utils._ChunkedLogProbFunction"):
+        adapter.install()
+    assert utils.selective_log_softmax is ORIGINALS["selective_log_softmax"]
+
+
+OPTIONS = [(), ("entropy",), ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")]
+
+
+@pytest.mark.parametrize("outputs", OPTIONS, ids=len)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "all masked"])
+def test_the_head_gives_trls_output_and_gradients(outputs, bias, masked):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (3, 11))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[2] = -100
+    if masked:
+        labels[:] = -100
+    found = {}
+    for name in ("trl", "fastalign"):
+        if name == "fastalign":
+            adapter.install()
+        try:
+            model = tiny_causal_lm(tokenizer, dtype=torch.float32)
+            if bias:
+                model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
+            model.config.final_logit_softcapping = 9.0
+            utils.add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", *outputs))
+            out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+            (out.loss + (0 if out.entropy is None else out.entropy.sum())).backward()
+            found[name] = (out, {n: p.grad for n, p in model.named_parameters()})
+        finally:
+            adapter.uninstall()
+    (theirs, their_grads), (ours, our_grads) = found["trl"], found["fastalign"]
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=2e-5, atol=2e-5, msg=key)
+    for name, gradient in their_grads.items():
+        if gradient is not None:
+            torch.testing.assert_close(our_grads[name], gradient, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def test_only_labelled_positions_are_projected(installed, monkeypatch):
+    from fastalign import ops
+
+    seen = []
+    real = ops.linear_token_logprobs
+    monkeypatch.setattr(
+        ops, "linear_token_logprobs", lambda hidden, *a, **k: seen.append(len(hidden)) or real(hidden, *a, **k)
+    )
+    model = tiny_causal_lm(tiny_tokenizer(), dtype=torch.float32)
+    utils.add_fused_lm_head(model)
+    ids = torch.randint(3, 300, (2, 20))
+    labels = ids.clone()
+    labels[:, :15] = -100
+    model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert seen == [10]
+
+
+def test_selective_log_softmax(installed):
+    torch.manual_seed(0)
+    logits, index = torch.randn(3, 5, 50), torch.randint(0, 50, (3, 5))
+    original = ORIGINALS["selective_log_softmax"]
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs, ours = (f(logits.to(dtype), index, 0.7) for f in (original, utils.selective_log_softmax))
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    mask = torch.tensor([[1, 1, 0, 0, 1]] * 3)
+    torch.testing.assert_close(
+        utils.selective_log_softmax(logits, index, row_mask=mask), original(logits, index, row_mask=mask)
+    )
+    several = torch.randint(0, 50, (3, 5, 4))
+    torch.testing.assert_close(utils.selective_log_softmax(logits, several), original(logits, several))
+
+
+SCRIPT = """
+{install}
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import {trainer}Config, {trainer}Trainer
+model, tokenizer = {model!r}, AutoTokenizer.from_pretrained({model!r})
+words = "the quick brown fox jumps over a lazy dog near some quiet river bank".split()
+text = lambda i, n: " ".join(words[(i * 7 + j * 3) % len(words)] for j in range(n))
+{body}
+trainer.train()
+for row in trainer.state.log_history:
+    if "loss" in row:
+        print("LOSS", row["loss"])
+"""
+COMMON = "report_to=[], max_steps=20, logging_steps=1, per_device_train_batch_size={size}, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, output_dir={out!r}, save_strategy='no', seed=0, disable_tqdm=True"
+BODIES = {
+    "DPO": """
+rows = [dict(prompt=text(i, 6), chosen=" " + text(i + 1, 5), rejected=" " + text(i + 2, 7)) for i in range(40)]
+trainer = DPOTrainer(model, args=DPOConfig({common}), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+""",
+    "GRPO": """
+rows = [dict(prompt=text(i, 6)) for i in range(40)]
+reward = lambda completions, **_: [float(len(set(c))) / 10 for c in completions]
+trainer = GRPOTrainer(model, reward_funcs=reward, args=GRPOConfig({common}, num_generations=4, max_completion_length=8, beta=0.04, temperature=1.0), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+""",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_trl_script_gives_the_same_loss_curve_but_for_the_install_line(name, tmp_path):
+    curves, model = {}, str(tiny_folder(tmp_path / "model", scale=3.0))
+    for install in ("", "import fastalign; fastalign.integrations.trl.install()"):
+        common = COMMON.format(out=str(tmp_path / "out"), size=4)
+        script = SCRIPT.format(model=model, install=install, trainer=name, body=BODIES[name].format(common=common))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves[install] = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("LOSS")]
+    before, after = curves.values()
+    assert len(before) == len(after) == 20 and len(set(before)) > 1
+    assert after == pytest.approx(before, abs=1e-4)
