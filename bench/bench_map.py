@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from fastalign.bench.common import Case
 
-from bench.common import Case
 from fastalign.ops import map_statistics
 from fastalign.palette import quantile_palette, solve
 

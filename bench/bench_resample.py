@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from fastalign.bench.common import Case
 
-from bench.common import Case
 from fastalign.ops import resample
 
 

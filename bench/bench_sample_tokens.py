@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from fastalign.bench.common import Case
 
-from bench.common import Case
 from fastalign import reference
 from fastalign.ops import sample_tokens
 

@@ -240,6 +240,27 @@ def eval_(
     pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures).print(_console())
 
 
+@command("fastalign bench losses --out bench-results")
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="losses, sampling, map, or parts of names; default all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results (JSON) and their table (Markdown).")] = Path(
+        "bench-results"
+    ),
+) -> None:
+    """Measure fastalign against what people use today, in one process, in turn. Needs the peers installed."""
+    from fastalign.bench import runner
+    from fastalign.data.files import atomic_write
+
+    console = _console()
+    out.mkdir(parents=True, exist_ok=True)
+    runner.run(names or [], out, say=lambda line: console.print(line, soft_wrap=True))
+    with atomic_write(out / "table.md") as beside:
+        beside.write_text("\n".join(runner.table(out)) + "\n", encoding="utf-8")
+    console.print(f"{out / 'table.md'}")
+
+
 @command("fastalign info")
 def info() -> None:
     """Version, backend, instruction set, compiled kernels, optional packages, rewards."""

@@ -190,10 +190,21 @@ def _json(folder):
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "sample", "score", "map", "select", "eval", "info"])
+@pytest.mark.parametrize("command", ["demo", "sample", "score", "map", "select", "eval", "bench", "info"])
 def test_help_has_an_example(command):
     code, out, _ = fastalign(command, "--help")
     assert code == 0 and f"Example: fastalign {command}" in out
+
+
+def test_bench_writes_results_and_a_table(tmp_path):
+    code, out, _ = fastalign("bench", "systematic, 4,096", "--out", tmp_path)
+    assert code == 0 and "× numpy" in out
+    (result,) = json.loads((tmp_path / "resample.json").read_text())["results"]
+    assert (
+        result["ms"]["fastalign"]["p50"] > 0
+        and f"{result['ratio']['numpy']['p50']:.1f} ×" in (tmp_path / "table.md").read_text()
+    )
+    assert "benchmarks must be among losses, sampling, map" in refused("bench", "elephant", "--out", tmp_path)
 
 
 def test_info_tells_what_runs():
