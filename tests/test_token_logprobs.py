@@ -191,6 +191,12 @@ def test_the_same_bits_at_any_thread_count():
     assert all(torch.equal(a, found[0][0]) and torch.equal(g, found[0][1]) for a, g in found)
 
 
+def test_compile_in_one_graph(each_backend):
+    logits, labels = problem((3, 40), torch.float32)
+    compiled = torch.compile(lambda x: token_logprobs(x, labels).sum(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), token_logprobs(logits, labels).sum())
+
+
 def test_func_grad_vmap_and_compile():
     logits, labels = problem((4, 6, 31), torch.float32)
     labels = labels.clamp(min=0)
