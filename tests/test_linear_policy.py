@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from fastalign import UserError, reference
 from fastalign.losses import LinearGRPOLoss, LinearPPOLoss, grpo_loss, ppo_loss
@@ -145,6 +146,22 @@ def test_narrow_weights_and_a_frozen_head():
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hidden.grad.float(), wide.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_under_autocast_and_gradient_checkpointing():
+    p = problem(torch.float32)
+    module = LinearGRPOLoss(kl_coef=0.1, entropy_coef=0.01)
+    arguments = (p["weight"], p["labels"], p["advantages"], p["noise"] - 3)
+    reference = {"ref_hidden": p["ref_hidden"], "ref_weight": p["ref_weight"]}
+    hidden = p["hidden"].clone().requires_grad_()
+    expected, _ = module(hidden, *arguments, **reference)
+    (grad,) = torch.autograd.grad(expected, hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = module(hidden, *arguments, **reference)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], grad)
+    loss, _ = torch.utils.checkpoint.checkpoint(module, hidden, *arguments, use_reentrant=False, **reference)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], grad)
 
 
 def test_mistakes_and_repr():
