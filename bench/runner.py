@@ -13,7 +13,7 @@ from fastalign.data.files import atomic_write, write_json
 from fastalign.errors import UserError
 
 GROUPS = {
-    "losses": ("token_logprobs", "gae"),
+    "losses": ("linear_token_logprobs", "token_logprobs", "gae"),
     "sampling": ("sample_tokens", "resample"),
     "map": ("map",),
 }
