@@ -63,6 +63,17 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Gives the whole pages among these bytes back to the system; what they held is lost.
+void release_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t(4095);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(4095);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // The first position whose label is neither ignored nor within [0, vocab), or -1.
 int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
   for (int64_t i = 0; i < count; ++i) {
@@ -128,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
         });
 
   m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(ptr(data), bytes); });
+  m.def("release_pages", [](uintptr_t data, size_t bytes) { release_pages(ptr(data), bytes); });
 
   // tile: (data, dtype, rows, cols, labels, first, temperature, softcap, logit_scale), as
   // fastalign/ops/linear_token_logprobs.py makes it

@@ -85,12 +85,12 @@ def test_frozen_head_makes_its_gradient_going_forward(small_tiles, shape, dtype,
 
 
 @pytest.mark.parametrize("shape", [((1030,), 16, 9000), ((4, 300), 16, 4097)], ids=ids)
-@pytest.mark.parametrize("options", [{}, {"memory_budget": 20 << 20}, {"memory_budget": 1 << 30}], ids=str)
-def test_real_tiles_and_kept_ones(shape, options):
+@pytest.mark.parametrize("budget", [None, 0, 20 << 20, 1 << 30])
+def test_real_tiles_and_kept_ones(shape, budget):
     hidden, weight, bias, labels = problem(shape, scale=4.0)
     a, b = leaves(hidden, weight, bias, dtype=torch.float64), leaves(hidden, weight, bias)
     truth = plain(*a, labels)
-    ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=("log_probs", "entropy"), **options)
+    ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=("log_probs", "entropy"), memory_budget=budget)
     assert (ours.log_probs - truth["log_probs"]).abs().max() < 1e-5
     for found in (truth, ours._asdict()):
         total = found["log_probs"].sum() + found["entropy"].sum()
@@ -106,16 +106,40 @@ def test_kept_tiles_spare_the_products(monkeypatch):
     monkeypatch.setattr(head._Tiles, "project", lambda self, *a: (made.append(1), project(self, *a))[1])
     hidden, weight, _, labels = problem(((40,), 8, 10_000))
     counts = []
-    for budget in (0, 40 * 4096 * 4, 1 << 30):
+    for budget in (0, 39 * 4096 * 4, 1 << 30, None):  # one of the 40 labels is ignored
         made.clear()
         a, b = leaves(hidden, weight)
-        linear_token_logprobs(a, b, labels, memory_budget=budget).sum().backward()
-        counts.append(len(made))
-    assert counts == [6, 5, 3]
+        out = linear_token_logprobs(a, b, labels, memory_budget=budget).sum()
+        out.backward(retain_graph=True)
+        once, grads = len(made), (a.grad.clone(), b.grad.clone())
+        out.backward()  # the tiles are given up: they are made again, and give the same
+        counts.append((once, len(made) - once))
+        assert torch.equal(a.grad, 2 * grads[0]) and torch.equal(b.grad, 2 * grads[1])
+    assert counts == [(6, 3), (5, 3), (3, 3), (3, 3)]
     made.clear()
     (a,) = leaves(hidden)
     linear_token_logprobs(a, weight, labels).sum().backward()
     assert len(made) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_beyond_the_gradients_is_bounded():
+    def kilobytes(field):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+    hidden, weight = torch.randn(1024, 192), torch.randn(40_000, 192)  # gradients 31 MB, logits 164 MB
+    labels = torch.randint(0, 40_000, (1024,))
+    for frozen in (False, True):
+        for _attempt in range(2):  # the first brings the libraries' own buffers
+            a, b = leaves(hidden, weight)
+            b.requires_grad_(not frozen)
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+            before = kilobytes("VmRSS")
+            linear_token_logprobs(a, b, labels).sum().backward()
+            grown = (kilobytes("VmHWM") - before) / 1024
+        assert grown < 64 + (0 if frozen else 31), (frozen, grown)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -469,7 +493,7 @@ def test_opcheck(statistics, unit):
     a, b = torch.randn(2, 8), torch.randn(17, 2)
     checks = ("test_schema", "test_faketensor")
     tensors, options = (hidden, weight, bias, a, b, labels), (0.5, 0.9, 0.0, 1.0, -100)
-    forward = (*tensors, *options, statistics, unit, 0 if unit else 1 << 16)
+    forward = (*tensors, *options, statistics, unit, 0)  # kept tiles are given up, which a schema cannot say
     torch.library.opcheck(forward_op, forward, test_utils=checks)
     log_probs, row_max, row_sum, entropy, *_, kept, unit_gradient = forward_op(*forward)
     for needs in ([True] * 5, [True] + [False] * 4):
@@ -544,7 +568,7 @@ def test_entropy_that_is_only_looked_at_costs_no_exactness():
         ({"softcap": -1.0}, UserError, "softcap must be a positive finite number, got -1.0"),
         ({"outputs": ("logprobs",)}, UserError, "outputs must be some of log_probs, entropy"),
         ({"grad_filter": 1.5}, UserError, "grad_filter must be a number between 0 and 1, or None, got 1.5"),
-        ({"memory_budget": -1}, UserError, "memory_budget must be a number of bytes, at least 0, got -1"),
+        ({"memory_budget": -1}, UserError, "memory_budget must be a number of bytes, at least 0, or None, got -1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(each_backend, change, error, says):

@@ -2,13 +2,12 @@
 
 Tiles of logits (tokens × part of the vocabulary) are made by torch's matrix product, read once by the engine, and
 overwritten by the next. The backward pass makes each tile again, turns it into its gradient in place, and adds the
-two products with it: four products in all. Two spare one: a frozen head, whose hidden gradient is made going forward
-(it is linear in the gradient of each log-probability, so it only wants scaling), and tiles kept from the forward pass.
+two products with it: four products in all. Tiles kept from the forward pass spare one, as far as they lie where the
+weight's gradient will lie (they go as it comes, so the peak stays). A frozen head takes two: its hidden gradient is
+made going forward, since it is linear in the gradient of each log-probability and so only wants scaling.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
 TOKENS = 1024  # of a tile
 VOCAB = 4096
 NARROW_BYTES = 32 << 20  # for a tile's widened weight and its gradient: wide models with narrow weights get less VOCAB
+KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient
 NEG_INF = float("-inf")
 
 
@@ -39,7 +39,7 @@ def linear_token_logprobs(
     outputs: tuple[str, ...] = ("log_probs",),
     grad_filter: float | None = None,
     adapter: tuple[Tensor, Tensor, float] | None = None,
-    memory_budget: int = 0,
+    memory_budget: int | None = None,
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of logit_scale · (hidden Wᵀ + bias), a language model's head, without holding the logits.
 
@@ -58,12 +58,14 @@ def linear_token_logprobs(
             see `GRAD_FILTER_ERROR` below this function for what was measured. None for the exact gradient.
         adapter: (A (r, H), B (V, r), scale): a LoRA on the head. Its logits are those of W + scale · B A, which is
             not formed; A and B get gradients.
-        memory_budget: bytes for tiles kept for the backward pass, which then need not be made again (each spares one
-            product of four). Without effect on results, and where neither the weight, bias nor B needs a gradient.
+        memory_budget: bytes for tiles of logits that the backward pass then need not make again; each spares one
+            product of four, and results are the same. Without effect where weight, bias, A and B need no gradient.
+            None: the size of the weight's gradient, as the tiles are given up while it is made, and 40 MB (float64:
+            0). Set 0 where several calls wait for their backward pass and memory is short.
 
     Returns:
-        log_probs (...) float32 (float64 for float64) where only that is asked for, else a `TokenLogprobs`. Extra memory
-        is one tile (16 MB), hidden and its gradient in float32 and, for narrow weights, up to 32 MB.
+        log_probs (...) float32 (float64 for float64) where only that is asked for, else a `TokenLogprobs`. Memory
+        beyond the gradients: at most 64 MB and, where hidden is narrow or partly ignored, its scored rows in float32.
 
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
@@ -84,7 +86,7 @@ def linear_token_logprobs(
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
             *inputs, labels, float(adapter_scale), float(temperature), float(softcap or 0.0), float(logit_scale),
             ignore_index, tuple(outputs) != ("log_probs",), learns[0] and not head_learns,
-            memory_budget if head_learns else 0, float(grad_filter or 0.0),
+            _budget(memory_budget, weight, learns[1]) if head_learns else 0, float(grad_filter or 0.0),
         )  # fmt: skip
         found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
     if tuple(outputs) == ("log_probs",):
@@ -121,8 +123,8 @@ def _check(
         _checks.positive("softcap", softcap)
     if grad_filter is not None and not (isinstance(grad_filter, int | float) and 0 < grad_filter < 1):
         raise UserError(f"grad_filter must be a number between 0 and 1, or None, got {grad_filter!r}")
-    if not (isinstance(memory_budget, int) and memory_budget >= 0):
-        raise UserError(f"memory_budget must be a number of bytes, at least 0, got {memory_budget!r}")
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 0):
+        raise UserError(f"memory_budget must be a number of bytes, at least 0, or None, got {memory_budget!r}")
 
 
 def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
@@ -135,6 +137,14 @@ def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
         raise UserError(f"{name} must be on hidden's device, got {x.device} and {hidden.device}")
     if x.ndim != ndim or 0 in x.shape:
         raise UserError(f"{name} must have shape {rule} with no size 0, got {tuple(x.shape)}")
+
+
+def _budget(memory_budget: int | None, weight: Tensor, learns: bool) -> int:
+    if memory_budget is not None:
+        return memory_budget
+    if weight.dtype == torch.float64:  # for checking, where a second backward pass is to give the same bits
+        return 0
+    return KEPT_BYTES + (weight.numel() * weight.dtype.itemsize if learns else 0)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -152,6 +162,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
         ctx.options, (ctx.statistics, _, _, ctx.grad_filter) = inputs[6:11], inputs[11:]
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept, unit = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept, unit)
@@ -159,9 +170,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
-        grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
+        if grad_log_probs is None and grad_entropy is None:
+            return (None,) * 15
+        saved = ctx.saved_tensors
+        grad_log_probs = torch.zeros_like(saved[0]) if grad_log_probs is None else grad_log_probs
+        grad_entropy = torch.zeros_like(saved[0]) if grad_entropy is None or not ctx.statistics else grad_entropy
         needs = list(ctx.needs_input_grad[:5])
-        grads = backward_op(grad_log_probs, grad_entropy, *ctx.saved_tensors, *ctx.options, ctx.grad_filter, needs)
+        grads = backward_op(grad_log_probs, grad_entropy, *saved, *ctx.options, ctx.grad_filter, needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*grads, *[None] * 10)
 
@@ -194,11 +209,10 @@ class _Tiles:
         for begin in range(0, self.count, TOKENS):
             yield slice(begin, min(begin + TOKENS, self.count))
 
-    def empty(self, rows: slice, columns: int, store: Tensor | None = None) -> Tensor:
-        """Room for a tile: its part of `store`, which has room for all rows, or the one that all tiles share."""
+    def room(self, rows: slice, columns: int) -> Tensor:
+        """For one tile, where all tiles that are not kept lie."""
         count = rows.stop - rows.start
-        room = self._tile if store is None else store.view(-1)[rows.start * columns :]
-        return room[: count * columns].view(count, columns)
+        return self._tile[: count * columns].view(count, columns)
 
     def project(self, tile: Tensor, rows: slice, w: Tensor, b: Tensor | None) -> None:
         torch.mm(self.hidden[rows], w.t(), out=tile)
@@ -222,13 +236,38 @@ def tile_width(weight: Tensor) -> int:
     return width
 
 
-def _kept_shape(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(tiles, tokens, width). Counts all tokens, so that the shape does not hang on the labels' values."""
-    if memory_budget == 0:
-        return 0, 0, 0
-    width, tokens = min(tile_width(weight), weight.shape[0]), labels.numel()
-    tiles = memory_budget // (width * dtype.itemsize * tokens) if tokens else 0
-    return min(tiles, -(-weight.shape[0] // width)), tokens, width
+class _Kept:
+    """Tiles of the forward pass, all rows of each, in one tensor; behind them a mark for each that is there."""
+
+    def __init__(self, store: Tensor, count: int, weight: Tensor):
+        self.width, self.vocab, self.count = tile_width(weight), weight.shape[0], count
+        steps = -(-self.vocab // self.width) if store.numel() else 0
+        # `take` changes what the backward pass may find again, and never what it computes: no version is counted.
+        store = store.data
+        self.tiles, self.marks = store[: store.numel() - steps], store[store.numel() - steps :]
+
+    @staticmethod
+    def size(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.dtype) -> int:
+        """Of `store`. Counts all labels: it may not hang on how many are ignored, for the sake of a compiler."""
+        if memory_budget == 0:
+            return 0
+        steps = -(-weight.shape[0] // tile_width(weight))
+        return min(memory_budget // dtype.itemsize, labels.numel() * weight.shape[0]) + steps
+
+    def place(self, step: int) -> Tensor | None:
+        """Where the tile of that step is kept, (count, its columns); None where the store has no room for it."""
+        begin, columns = step * self.width * self.count, min(self.width, self.vocab - step * self.width)
+        if begin + columns * self.count > len(self.tiles) or not self.count:
+            return None
+        return self.tiles[begin : begin + columns * self.count].view(self.count, columns)
+
+    def take(self, step: int) -> Tensor | None:
+        """The tile, which from now on is the caller's: a second backward pass through one graph makes it again."""
+        tile = self.place(step)
+        if tile is None or not self.marks[step]:
+            return None
+        self.marks[step] = 0
+        return tile
 
 
 def _room(count: int, dtype: torch.dtype) -> Tensor:
@@ -277,13 +316,16 @@ def _forward_cpu(
     _checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
     tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
-    kept = _room(math.prod(shape := _kept_shape(weight, labels, memory_budget, tiles.dtype)), tiles.dtype).view(shape)
+    store = _room(_Kept.size(weight, labels, memory_budget, tiles.dtype), tiles.dtype)
+    kept = _Kept(store, tiles.count, weight)
     stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
     stats[0] = stats[6] = NEG_INF
     unit = _UnitGradient(tiles, a, adapter_scale) if unit else None
     for step, (first, end, w, b_part) in enumerate(tiles.columns()):
+        place = kept.place(step)
+        kept.marks[step : step + 1] = 0 if place is None else 1
         for rows in tiles.rows():
-            tile = tiles.empty(rows, end - first, kept[step] if step < len(kept) else None)
+            tile = tiles.room(rows, end - first) if place is None else place[rows]
             tiles.project(tile, rows, w, b_part)
             backend.engine.head_forward(
                 tiles.describe(tile, rows, first), tiles.bias_at(first), stats[:, rows.start :].data_ptr(),
@@ -308,7 +350,7 @@ def _forward_cpu(
         found += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
     if unit:
         unit = _spread(unit.finish(stats, empty), index, hidden.shape)
-    return (*found, kept, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
+    return (*found, store, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
 
 
 class _UnitGradient:
@@ -349,7 +391,7 @@ def _forward_fake(
     always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
     asked = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
-    kept = hidden.new_empty(_kept_shape(weight, labels, memory_budget, dtype), dtype=dtype)
+    kept = hidden.new_empty(_Kept.size(weight, labels, memory_budget, dtype), dtype=dtype)
     unit = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
     return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, unit)
 
@@ -367,23 +409,20 @@ def _backward_cpu(
     if unit.numel() and not any(needs[1:]) and not bool((small[1] * scored != 0).any()):
         g = grad_log_probs.to(dtype).unsqueeze(-1)
         return (g * unit).masked_fill_(g == 0, 0).to(hidden.dtype), *(hidden.new_empty(0) for _ in range(4))
-    if not kept.numel():  # those hold every scored row
-        scored &= (small[0] != 0) | (small[1] != 0)
-    index = _index(scored)
+    alive = scored & ((small[0] != 0) | (small[1] != 0))
+    index = _index(alive)
     tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
     small = small if index is None else small.index_select(1, index)
-    dead = (small[0] == 0) & (small[1] == 0)
-    if bool(dead.any()):  # among the kept rows: 0 times a NaN of theirs is to be 0
-        tiles.hidden = tiles.hidden.masked_fill(dead[:, None], 0)
-        tiles.low = None if a is None else tiles.low.masked_fill(dead[:, None], 0)
-    grads = _gradients(tiles, small, kept, a, adapter_scale, grad_filter, needs)
+    kept = _Kept(kept, int(scored.sum()), weight)
+    among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the kept rows that count
+    grads = _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs)
     if needs[0]:
         grads[0] = _spread(grads[0].to(hidden.dtype), index, hidden.shape)
     pairs = zip(grads, (hidden, weight, bias, a, b), strict=True)
     return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
 
 
-def _gradients(tiles, small, kept, a, adapter_scale, grad_filter, needs) -> list[Tensor | None]:
+def _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs) -> list[Tensor | None]:
     """Of the scored rows of hidden, of weight, bias, A and B; None where not needed."""
     to_hidden, to_weight, to_bias, to_a, to_b = needs
     dtype, count, filtered = tiles.dtype, tiles.count, grad_filter > 0
@@ -393,15 +432,17 @@ def _gradients(tiles, small, kept, a, adapter_scale, grad_filter, needs) -> list
     d_b = _HeadGradient(tiles, tiles.b) if to_b else None
     d_bias = torch.zeros(tiles.vocab, dtype=dtype) if to_bias else None
     for step, (first, end, w, b_part) in enumerate(tiles.columns()):
+        taken = kept.take(step)
         for rows in tiles.rows():
-            tile, source, columns = tiles.empty(rows, end - first), 0, None
-            if step < len(kept):
-                source = tiles.empty(rows, end - first, kept[step]).data_ptr()
-            else:
+            tile, logits, columns = tiles.room(rows, end - first), 0, None
+            if taken is None:
                 tiles.project(tile, rows, w, b_part)
+            else:
+                tile = taken[rows] if among is None else torch.index_select(taken, 0, among[rows], out=tile)
+                logits = tile.data_ptr()  # with their bias
             seen = torch.zeros(threads(), end - first if filtered else 0, dtype=torch.bool)
             backend.engine.head_backward(
-                tiles.describe(tile, rows, first), source, tiles.bias_at(first), small[:, rows.start :].data_ptr(), count,
+                tiles.describe(tile, rows, first), logits, tiles.bias_at(first), small[:, rows.start :].data_ptr(), count,
                 grad_filter, seen.data_ptr(), threads(),
             )  # fmt: skip
             if filtered:
@@ -417,6 +458,8 @@ def _gradients(tiles, small, kept, a, adapter_scale, grad_filter, needs) -> list
             if d_bias is not None:
                 part, sums = d_bias[first:end], tile.sum(0)
                 part.add_(sums) if columns is None else part.index_add_(0, columns, sums)
+        if taken is not None:
+            backend.engine.release_pages(taken.data_ptr(), taken.nbytes)
         for total in (d_weight, d_b):
             if total is not None:
                 total.close(first, end)
