@@ -41,7 +41,7 @@ def test_an_unknown_trl_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"supports trl 1.16; in trl .* takes \(hidden, weight, targets\)"):
         adapter.install()
     monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
-    with pytest.raises(UserError, match="has no trl.trainer.utils._ChunkedLogProbFunction"):
+    with pytest.raises(UserError, match=r"has no trl\.trainer\.utils\._ChunkedLogProbFunction"):
         adapter.install()
     assert utils.selective_log_softmax is ORIGINALS["selective_log_softmax"]
 
