@@ -1,7 +1,7 @@
 """The fused head against TRL's chunked head, F.linear + cross_entropy, and torch.compile of the plain form.
 
 The floor is the matrix products that the pass consists of, in the tiles of the op, timed in the same turn: four with
-a head that learns (the logits twice, two gradients), two with a frozen one.
+a head that learns (the logits twice, but for the tiles that are kept, and two gradients), two with a frozen one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastalign.bench.common import Case
 
 from fastalign.ops import linear_token_logprobs
+from fastalign.ops.linear_token_logprobs import KEPT_BYTES
 
 TRL, PLAIN, COMPILED = "TRL chunked head", "F.linear + cross_entropy", "torch.compile(F.linear + cross_entropy)"
 TILE = 4096
@@ -62,20 +63,25 @@ def head(name, tokens, width, vocab, *, dtype=torch.float32, frozen=False, promp
     peers = {TRL: both(trl), PLAIN: both(plain)}
     if compiled:
         peers[COMPILED] = both(torch.compile(plain))
-    products = floor(hidden.detach()[keep].float(), weight.detach().float(), 2 if frozen else 4)
+    budget = KEPT_BYTES + weight.numel() * weight.dtype.itemsize
+    kept = None if frozen else budget // (int(keep.sum()) * TILE * 4)
+    products = floor(hidden.detach()[keep].float(), weight.detach().float(), kept)
     return Case(name, both(ours), peers, {TRL: bar}, floor=products, check=check, rounds=3)
 
 
-def floor(hidden, weight, count: int):
-    """`count` products of the pass, tile by tile: logits (twice if 4), hidden gradient, weight gradient if 4."""
+def floor(hidden, weight, kept: int | None):
+    """The products of the pass, tile by tile: logits (again, but for `kept` tiles), gradients of hidden and of weight.
+
+    None: of a frozen head, whose logits are made once and whose gradient is not.
+    """
     tile, grad = torch.empty(len(hidden), TILE), torch.zeros_like(hidden)
-    grad_weight = torch.zeros_like(weight) if count == 4 else None
+    grad_weight = torch.zeros_like(weight) if kept is not None else None
 
     def run():
-        for begin in range(0, len(weight), TILE):
+        for step, begin in enumerate(range(0, len(weight), TILE)):
             part = weight[begin : begin + TILE]
             logits = tile[:, : len(part)]
-            for _ in range(1 if count == 2 else 2):
+            for _ in range(1 if kept is None or step < kept else 2):
                 torch.mm(hidden, part.T, out=logits)
             grad.addmm_(logits, part)
             if grad_weight is not None:

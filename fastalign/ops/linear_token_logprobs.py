@@ -54,8 +54,10 @@ def linear_token_logprobs(
         temperature, softcap, ignore_index, outputs: as in `token_logprobs`.
         logit_scale: multiplies the logits before the softcap; positive.
         grad_filter: entries of the softmax below it count as 0 in the gradient (the label's excepted), and vocabulary
-            entries that so fall out for 1,024 tokens in turn are left out of the backward products. Not exact:
-            see `GRAD_FILTER_ERROR` below this function for what was measured. None for the exact gradient.
+            entries that so fall out for 1,024 tokens in turn are left out of the two backward products. Not exact.
+            Measured on 800 tokens that SmolLM2-135M sampled: 2^-12 drops 4 % of the probability and changes the
+            gradient of hidden by 5 % and of weight by 0.9 % (relative norm); 2^-16 by 1.4 % and 0.16 %; 2^-20 by
+            0.3 % and 0.02 %. None for the exact gradient, as a frozen head's always is.
         adapter: (A (r, H), B (V, r), scale): a LoRA on the head. Its logits are those of W + scale · B A, which is
             not formed; A and B get gradients.
         memory_budget: bytes for tiles of logits that the backward pass then need not make again; each spares one
