@@ -138,7 +138,6 @@ PYBIND11_MODULE(_C, m) {
                          ignore_index, transform, threads);
         });
 
-  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(ptr(data), bytes); });
   m.def("release_pages", [](uintptr_t data, size_t bytes) { release_pages(ptr(data), bytes); });
 
   // tile: (data, dtype, rows, cols, labels, first, temperature, softcap, logit_scale), as

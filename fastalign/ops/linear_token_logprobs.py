@@ -195,8 +195,8 @@ class _Tiles:
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.low = None if a is None else adapter_scale * (self.hidden @ a.to(self.dtype).T)
         self.count, self.vocab, self.width = len(self.labels), weight.shape[0], tile_width(weight)
-        self._tile = _room(min(self.count, TOKENS) * min(self.width, self.vocab), self.dtype)
-        self._wide = _room(self.width * weight.shape[1], self.dtype) if weight.dtype != self.dtype else None
+        self._tile = torch.empty(min(self.count, TOKENS) * min(self.width, self.vocab), dtype=self.dtype)
+        self._wide = torch.empty(self.width * weight.shape[1], dtype=self.dtype) if weight.dtype != self.dtype else None
 
     def columns(self):
         """(begin, end, weight[begin:end], B[begin:end]) over the vocabulary; a widened weight lives one step."""
@@ -272,12 +272,6 @@ class _Kept:
         return tile
 
 
-def _room(count: int, dtype: torch.dtype) -> Tensor:
-    x = torch.empty(count, dtype=dtype)
-    backend.engine.advise_huge_pages(x.data_ptr(), x.nbytes)
-    return x
-
-
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:
     """x (..., H) as (rows, H), those of `index` alone if given; a view where it can be."""
     if x.ndim < 3 or x.is_contiguous() or index is None:
@@ -318,7 +312,7 @@ def _forward_cpu(
     _checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
     tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
-    store = _room(_Kept.size(weight, labels, memory_budget, tiles.dtype), tiles.dtype)
+    store = torch.empty(_Kept.size(weight, labels, memory_budget, tiles.dtype), dtype=tiles.dtype)
     kept = _Kept(store, tiles.count, weight)
     stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
     stats[0] = stats[6] = NEG_INF
@@ -480,8 +474,8 @@ class _HeadGradient:
 
     def __init__(self, tiles, of):
         rows = min(tiles.width, tiles.vocab)
-        self.grad = _room(of.numel(), of.dtype).view(of.shape)
-        self._wide = None if of.dtype == tiles.dtype else _room(rows * of.shape[1], tiles.dtype).view(rows, -1)
+        self.grad = torch.empty(of.shape, dtype=of.dtype)
+        self._wide = None if of.dtype == tiles.dtype else torch.empty(rows, of.shape[1], dtype=tiles.dtype)
         if tiles.count == 0:
             self.grad.zero_()
             self._wide = None
