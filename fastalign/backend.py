@@ -2,11 +2,13 @@
 
 A CPU tensor goes to the engine and a CUDA or ROCm tensor to Triton; `use_backend` or the environment variable
 FASTALIGN_BACKEND overrides. A backend that was asked for by name and is not there raises; one that was only the
-default falls back to the reference with a warning, once.
+default falls back to the reference with a warning, once. With TRITON_INTERPRET=1 set before the first kernel runs,
+backend "triton" also takes CPU tensors and runs its kernels in Triton's interpreter: slow, for tests.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ try:
 except ImportError:
     engine = None
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 BUILD_COMMAND = "pip install -e ."
 
 _forced = os.environ.get("FASTALIGN_BACKEND", "auto")
@@ -30,10 +32,10 @@ _warned: set[str] = set()
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run ops on `name` ("auto", "cpu" or "reference") inside the block, in the whole process.
+    """Run ops on `name` ("auto", "cpu", "triton" or "reference") inside the block, in the whole process.
 
     Raises:
-        UserError: an unknown name, or "cpu" where the extension is not built.
+        UserError: an unknown name; "cpu" where the extension is not built, "triton" where Triton is not installed.
     """
     global _forced
     _check(name, "backend")
@@ -45,20 +47,40 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(device: torch.device) -> str:
-    """The backend for tensors on `device`: "cpu" or "reference"."""
+    """The backend for tensors on `device`: "cpu", "triton" or "reference"."""
     if _forced == "reference":
         return "reference"
     if _forced == "cpu" and device.type != "cpu":
         raise UserError(f"backend 'cpu' takes CPU tensors, got one on {device}")
-    if device.type == "cpu":
+    if _forced == "triton" or device.type == "cuda":
+        if _forced == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            raise UserError(f"backend 'triton' takes GPU tensors (others with TRITON_INTERPRET=1), got one on {device}")
+        if has_triton():
+            return "triton"
+        _warn_once(
+            "triton", "fastalign's GPU kernels need Triton (pip install triton); the slow reference runs instead"
+        )
+    elif device.type == "cpu":
         if engine is not None:
             return "cpu"
         _warn_once("engine", f"fastalign's CPU engine is not built; the slow reference runs instead ({BUILD_COMMAND})")
     else:
-        _warn_once(
-            device.type, f"fastalign has no compiled kernel for {device.type} yet; the torch reference runs instead"
-        )
+        _warn_once(device.type, f"fastalign has no compiled kernel for {device.type}; the torch reference runs instead")
     return "reference"
+
+
+def forced() -> str:
+    """What `use_backend` or the environment asks for; "auto" for nothing."""
+    return _forced
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def _check(name: str, argument: str) -> None:
@@ -66,6 +88,8 @@ def _check(name: str, argument: str) -> None:
         raise UserError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpu" and engine is None:
         raise UserError(f"{argument} 'cpu' needs the compiled engine, which is not built: {BUILD_COMMAND}")
+    if name == "triton" and not has_triton():
+        raise UserError(f"{argument} 'triton' needs Triton, which is not installed: pip install triton")
 
 
 def _warn_once(key: str, message: str) -> None:

@@ -256,5 +256,5 @@ def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
 
 
 def test_backends_are_named_exactly():
-    with pytest.raises(UserError, match="backend must be one of auto, cpu, reference, got 'cuda'"), use_backend("cuda"):
+    with pytest.raises(UserError, match="backend must be one of auto, cpu, triton, reference, got 'cuda'"), use_backend("cuda"):
         pass

@@ -6,24 +6,43 @@ outside them. That form works under func.grad, vmap, gradcheck and fullgraph com
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
+
+from fastalign import backend
 
 _library = torch.library.Library("fastalign", "DEF")
 
 
 def define(
-    schema: str, cpu: Callable, fake: Callable, *, leading_dims: bool = False, vmap_in_turn: bool = False
+    schema: str,
+    cpu: Callable,
+    fake: Callable,
+    *,
+    triton: str,
+    leading_dims: bool = False,
+    vmap_in_turn: bool = False,
 ) -> Callable:
     """Define `fastalign::<schema>` with its CPU implementation and its shapes; returns the callable op.
 
+    `triton`: "file.function" in fastalign.kernels, the launcher that takes the same arguments on GPU tensors.
     `leading_dims`: its tensors take any leading dimensions, so that vmap is one more of them. `vmap_in_turn`: they do
     not, and vmap calls the op (which returns several tensors) once per example.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
-    _library.impl(name, cpu, "CPU")
+
+    def launch(*args):
+        file, function = triton.split(".")
+        return getattr(importlib.import_module(f"fastalign.kernels.{file}"), function)(*args)
+
+    def on_cpu(*args):
+        return launch(*args) if backend.forced() == "triton" else cpu(*args)
+
+    _library.impl(name, on_cpu, "CPU")
+    _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"fastalign::{name}", fake, lib=_library)
     op = getattr(torch.ops.fastalign, name).default
     if leading_dims:

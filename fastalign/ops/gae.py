@@ -72,5 +72,6 @@ gae_op = define(
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
     _gae_cpu,
     _gae_fake,
+    triton="gae.gae",
     leading_dims=True,
 )

@@ -512,6 +512,7 @@ forward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
+    triton="linear_token_logprobs.forward",
     vmap_in_turn=True,
 )
 backward_op = define(
@@ -520,5 +521,6 @@ backward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,
+    triton="linear_token_logprobs.backward",
     vmap_in_turn=True,
 )

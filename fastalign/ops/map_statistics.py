@@ -145,6 +145,7 @@ statistics_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _statistics_cpu,
     _statistics_fake,
+    triton="map_statistics.statistics",
 )
 
 

@@ -93,5 +93,8 @@ def _resample_fake(log_weights, k, method, mask, seed):
 
 
 resample_op = define(
-    "resample(Tensor log_weights, int k, int method, Tensor? mask, int seed) -> Tensor", _resample_cpu, _resample_fake
+    "resample(Tensor log_weights, int k, int method, Tensor? mask, int seed) -> Tensor",
+    _resample_cpu,
+    _resample_fake,
+    triton="resample.resample",
 )

@@ -122,4 +122,5 @@ sample_op = define(
     "Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,
     _sample_fake,
+    triton="sample_tokens.sample",
 )

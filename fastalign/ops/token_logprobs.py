@@ -168,6 +168,7 @@ forward_op = define(
     "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
+    triton="token_logprobs.forward",
     leading_dims=True,
 )
 backward_op = define(
@@ -176,5 +177,6 @@ backward_op = define(
     "bool statistics) -> Tensor",
     _backward_cpu,
     _backward_fake,
+    triton="token_logprobs.backward",
     leading_dims=True,
 )

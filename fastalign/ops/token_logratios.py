@@ -99,5 +99,6 @@ forward_op = define(
     "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
+    triton="token_logratios.forward",
     leading_dims=True,
 )
