@@ -24,8 +24,8 @@ def cases() -> Iterator[Case]:
     yield head("1,024 × 576 × 49,152 float32, frozen head", 1024, 576, 49_152, frozen=True, bar=4)
     yield head("1,024 × 576 × 49,152 bfloat16", 1024, 576, 49_152, dtype=torch.bfloat16, bar=5)
     yield head("1,024 × 576 × 49,152 float32, half of it prompt", 1024, 576, 49_152, prompt=0.5, bar=4)
-    yield head("256 × 896 × 151,936 float32", 256, 896, 151_936, bar=2.5)
-    yield head("256 × 2,048 × 128,256 float32", 256, 2048, 128_256, bar=2.5)
+    yield head("1,024 × 896 × 151,936 float32", 1024, 896, 151_936, bar=2.5)
+    yield head("1,024 × 2,048 × 128,256 float32", 1024, 2048, 128_256, bar=2.5)
 
 
 def head(name, tokens, width, vocab, *, dtype=torch.float32, frozen=False, prompt=0.0, bar, compiled=False) -> Case:

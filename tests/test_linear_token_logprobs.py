@@ -13,7 +13,7 @@ from fastalign.ops import linear_token_logprobs, token_logprobs
 from fastalign.ops.linear_token_logprobs import backward_op, forward_op
 from fastalign.ops.token_logprobs import OUTPUTS
 
-head = sys.modules["fastalign.ops.linear_token_logprobs"]
+head = sys.modules["fastalign.ops._linear_cpu"]
 NEG_INF = float("-inf")
 SHAPES = [((8,), 64, 1024), ((5,), 33, 1023), ((2, 7), 17, 301), ((3,), 5, 1), ((), 4, 9), ((1,), 1, 2)]
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 0.3}, {"softcap": 5.0, "temperature": 1.3, "logit_scale": 2.0}]

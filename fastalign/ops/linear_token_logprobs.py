@@ -14,16 +14,13 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.errors import UserError
-from fastalign.ops import _checks
-from fastalign.ops._library import define, threads
+from fastalign.ops import _checks, _linear_cpu
+from fastalign.ops._library import define
+from fastalign.ops._linear_cpu import kept_size
 from fastalign.ops._rows import DTYPES, compute_dtype
 from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
 
-TOKENS = 1024  # of a tile
-VOCAB = 4096
-NARROW_BYTES = 32 << 20  # for a tile's widened weight and its gradient: wide models with narrow weights get less VOCAB
 KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient
-NEG_INF = float("-inf")
 
 
 def linear_token_logprobs(
@@ -74,7 +71,8 @@ def linear_token_logprobs(
     """
     _check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget)
     _checks.outputs(outputs, OUTPUTS)
-    if backend.choose(hidden.device) == "reference":
+    chosen = backend.choose(hidden.device)
+    if chosen == "reference":
         _checks.labels_in_range(labels, weight.shape[0], ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
             found = reference.linear_token_logprobs(
@@ -88,7 +86,7 @@ def linear_token_logprobs(
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
             *inputs, labels, float(adapter_scale), float(temperature), float(softcap or 0.0), float(logit_scale),
             ignore_index, tuple(outputs) != ("log_probs",), learns[0] and not head_learns,
-            _budget(memory_budget, weight, learns[1]) if head_learns else 0, float(grad_filter or 0.0),
+            _budget(memory_budget, weight, learns[1]) if head_learns and chosen == "cpu" else 0, float(grad_filter or 0.0),
         )  # fmt: skip
         found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
     if tuple(outputs) == ("log_probs",):
@@ -183,202 +181,6 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return (*grads, *[None] * 10)
 
 
-class _Tiles:
-    """The scored rows of `hidden`, and the tiles of logits that they make with the head, in the compute type."""
-
-    def __init__(self, hidden, weight, bias, a, b, labels, adapter_scale, transform, index):
-        self.dtype = compute_dtype(hidden.dtype)
-        self.weight, self.b, self.transform = weight, b, transform
-        self.hidden = _rows(hidden, index).to(self.dtype).contiguous()
-        labels = labels.reshape(-1)
-        self.labels = labels.contiguous() if index is None else labels.index_select(0, index)
-        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        self.low = None if a is None else adapter_scale * (self.hidden @ a.to(self.dtype).T)
-        self.count, self.vocab, self.width = len(self.labels), weight.shape[0], tile_width(weight)
-        self._tile = torch.empty(min(self.count, TOKENS) * min(self.width, self.vocab), dtype=self.dtype)
-        self._wide = torch.empty(self.width * weight.shape[1], dtype=self.dtype) if weight.dtype != self.dtype else None
-
-    def columns(self):
-        """(begin, end, weight[begin:end], B[begin:end]) over the vocabulary; a widened weight lives one step."""
-        for begin in range(0, self.vocab, self.width):
-            end = min(begin + self.width, self.vocab)
-            w = self.weight[begin:end]
-            if self._wide is not None:
-                w = self._wide[: w.numel()].view(w.shape).copy_(w)
-            yield begin, end, w, None if self.b is None else self.b[begin:end].to(self.dtype)
-
-    def rows(self):
-        for begin in range(0, self.count, TOKENS):
-            yield slice(begin, min(begin + TOKENS, self.count))
-
-    def room(self, rows: slice, columns: int) -> Tensor:
-        """For one tile, where all tiles that are not kept lie."""
-        count = rows.stop - rows.start
-        return self._tile[: count * columns].view(count, columns)
-
-    def project(self, tile: Tensor, rows: slice, w: Tensor, b: Tensor | None) -> None:
-        torch.mm(self.hidden[rows], w.t(), out=tile)
-        if b is not None:
-            tile.addmm_(self.low[rows], b.t())
-
-    def describe(self, tile: Tensor, rows: slice, first: int) -> tuple:
-        labels = self.labels[rows.start :].data_ptr()
-        return (tile.data_ptr(), DTYPES[self.dtype], *tile.shape, labels, first, *self.transform)
-
-    def bias_at(self, first: int) -> int:
-        return 0 if self.bias is None else self.bias[first:].data_ptr()
-
-
-def tile_width(weight: Tensor) -> int:
-    """How much of the vocabulary a tile spans: less for wide models whose weight must be widened."""
-    width = VOCAB
-    if weight.dtype not in (torch.float32, torch.float64):
-        while width > 512 and 2 * width * weight.shape[1] * 4 > NARROW_BYTES:
-            width //= 2
-    return width
-
-
-class _Kept:
-    """Tiles of the forward pass, all rows of each, in one tensor; behind them a mark for each that is there."""
-
-    def __init__(self, store: Tensor, count: int, weight: Tensor):
-        self.width, self.vocab, self.count = tile_width(weight), weight.shape[0], count
-        steps = -(-self.vocab // self.width) if store.numel() else 0
-        # `take` changes what the backward pass may find again, and never what it computes: no version is counted.
-        store = store.data
-        self.tiles, self.marks = store[: store.numel() - steps], store[store.numel() - steps :]
-
-    @staticmethod
-    def size(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.dtype) -> int:
-        """Of `store`. Counts all labels: it may not hang on how many are ignored, for the sake of a compiler."""
-        if memory_budget == 0:
-            return 0
-        steps = -(-weight.shape[0] // tile_width(weight))
-        return min(memory_budget // dtype.itemsize, labels.numel() * weight.shape[0]) + steps
-
-    def place(self, step: int) -> Tensor | None:
-        """Where the tile of that step is kept, (count, its columns); None where the store has no room for it."""
-        begin, columns = step * self.width * self.count, min(self.width, self.vocab - step * self.width)
-        if begin + columns * self.count > len(self.tiles) or not self.count:
-            return None
-        return self.tiles[begin : begin + columns * self.count].view(self.count, columns)
-
-    def take(self, step: int) -> Tensor | None:
-        """The tile, which from now on is the caller's: a second backward pass through one graph makes it again."""
-        tile = self.place(step)
-        if tile is None or not self.marks[step]:
-            return None
-        self.marks[step] = 0
-        return tile
-
-
-def _rows(x: Tensor, index: Tensor | None) -> Tensor:
-    """x (..., H) as (rows, H), those of `index` alone if given; a view where it can be."""
-    if x.ndim < 3 or x.is_contiguous() or index is None:
-        x = x.reshape(-1, x.shape[-1])
-        return x if index is None else x.index_select(0, index)
-    return x[torch.unravel_index(index, x.shape[:-1])]
-
-
-def _spread(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
-    """The inverse of `_rows`, with zeros where `index` leaves some out."""
-    if index is None:
-        return x.view(shape)
-    out = x.new_zeros(shape)
-    out.view(-1, *x.shape[1:]).index_copy_(0, index, x)
-    return out
-
-
-def _index(mask: Tensor) -> Tensor | None:
-    """Where `mask` is true, or None where that is everywhere."""
-    return None if bool(mask.all()) else mask.nonzero().flatten()
-
-
-def _plain(implementation):
-    """Without the caller's autocast, which would round the products, and without a tape."""
-
-    def run(*args):
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return implementation(*args)
-
-    return run
-
-
-@_plain
-def _forward_cpu(
-    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-    unit, memory_budget,
-):  # fmt: skip
-    _checks.labels_in_range(labels, weight.shape[0], ignore_index)
-    index = _index(labels.reshape(-1) != ignore_index)
-    tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
-    store = torch.empty(_Kept.size(weight, labels, memory_budget, tiles.dtype), dtype=tiles.dtype)
-    kept = _Kept(store, tiles.count, weight)
-    stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
-    stats[0] = stats[6] = NEG_INF
-    unit = _UnitGradient(tiles, a, adapter_scale) if unit else None
-    for step, (first, end, w, b_part) in enumerate(tiles.columns()):
-        place = kept.place(step)
-        kept.marks[step : step + 1] = 0 if place is None else 1
-        for rows in tiles.rows():
-            tile = tiles.room(rows, end - first) if place is None else place[rows]
-            tiles.project(tile, rows, w, b_part)
-            backend.engine.head_forward(
-                tiles.describe(tile, rows, first), tiles.bias_at(first), stats[:, rows.start :].data_ptr(),
-                tiles.count, statistics, unit.rescale.data_ptr() if unit else 0, threads(),
-            )  # fmt: skip
-            if unit:
-                unit.add(tile, rows, w, b_part)
-    row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
-    log_sum = row_sum.double().log().to(tiles.dtype)
-    empty = (row_sum == 0) & (row_max == NEG_INF)
-    found = [((label_logit - row_max) - log_sum).masked_fill(empty, 0), row_max.clone(), row_sum.clone()]
-    if statistics:
-        found += [
-            (log_sum - weighted / row_sum).masked_fill(empty, 0),
-            total / weight.shape[0],
-            (squares.double().log().to(tiles.dtype) - 2 * log_sum).masked_fill(empty, 0),
-            (label_logit >= row_max) & (label_logit > before) & ~empty & ~row_sum.isnan(),
-        ]
-    found = [_spread(x, index, labels.shape) for x in found]
-    if not statistics:
-        nothing = found[0].new_empty(*labels.shape, 0)
-        found += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
-    if unit:
-        unit = _spread(unit.finish(stats, empty), index, hidden.shape)
-    return (*found, store, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
-
-
-class _UnitGradient:
-    """d log p(label) / d hidden, by the online softmax: dz/dx of the label times its weight, less the mean over p."""
-
-    def __init__(self, tiles, a, adapter_scale):
-        self.tiles, self.a, self.adapter_scale = tiles, a, adapter_scale
-        self.total = torch.zeros(tiles.count, tiles.weight.shape[1], dtype=tiles.dtype)
-        self.low = None if a is None else torch.zeros(tiles.count, a.shape[0], dtype=tiles.dtype)
-        self.rescale = torch.empty(TOKENS, dtype=tiles.dtype)
-
-    def add(self, tile, rows, w, b):
-        rescale = self.rescale[: len(tile), None]
-        self.total[rows].mul_(rescale).addmm_(tile, w)
-        if b is not None:
-            self.low[rows].mul_(rescale).addmm_(tile, b)
-
-    def finish(self, stats, empty):
-        temperature, softcap, logit_scale = self.tiles.transform
-        row_sum, label_logit = stats[1], stats[2]
-        slope = 1 - (label_logit * (temperature / softcap)).square() if softcap else torch.ones_like(label_logit)
-        for rows in self.tiles.rows():
-            labels = self.tiles.labels[rows]
-            for total, of in ((self.total, self.tiles.weight), (self.low, self.tiles.b)):
-                if of is not None:
-                    total[rows].div_(-row_sum[rows, None])
-                    total[rows].addcmul_(of.index_select(0, labels).to(total.dtype), slope[rows, None])
-            if self.low is not None:
-                self.total[rows].addmm_(self.low[rows], self.a.to(self.low.dtype), alpha=self.adapter_scale)
-        return self.total.mul_(logit_scale / temperature).masked_fill_(empty[:, None], 0)
-
-
 def _forward_fake(
     hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
     unit, memory_budget,
@@ -387,113 +189,9 @@ def _forward_fake(
     always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
     asked = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
-    kept = hidden.new_empty(_Kept.size(weight, labels, memory_budget, dtype), dtype=dtype)
+    kept = hidden.new_empty(kept_size(weight, labels, memory_budget, dtype), dtype=dtype)
     unit = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
     return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, unit)
-
-
-@_plain
-def _backward_cpu(
-    grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
-    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
-):  # fmt: skip
-    dtype = compute_dtype(hidden.dtype)
-    if entropy.shape != labels.shape:  # not asked for
-        entropy = grad_entropy = torch.zeros_like(row_max)
-    small = torch.stack([x.reshape(-1).to(dtype) for x in (grad_log_probs, grad_entropy, row_max, row_sum, entropy)])
-    scored = labels.reshape(-1) != ignore_index
-    if unit.numel() and not any(needs[1:]) and not bool((small[1] * scored != 0).any()):
-        g = grad_log_probs.to(dtype).unsqueeze(-1)
-        return (g * unit).masked_fill_(g == 0, 0).to(hidden.dtype), *(hidden.new_empty(0) for _ in range(4))
-    alive = scored & ((small[0] != 0) | (small[1] != 0))
-    index = _index(alive)
-    tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
-    small = small if index is None else small.index_select(1, index)
-    kept = _Kept(kept, int(scored.sum()), weight)
-    among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the kept rows that count
-    grads = _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs)
-    if needs[0]:
-        grads[0] = _spread(grads[0].to(hidden.dtype), index, hidden.shape)
-    pairs = zip(grads, (hidden, weight, bias, a, b), strict=True)
-    return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
-
-
-def _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs) -> list[Tensor | None]:
-    """Of the scored rows of hidden, of weight, bias, A and B; None where not needed."""
-    to_hidden, to_weight, to_bias, to_a, to_b = needs
-    dtype, count, filtered = tiles.dtype, tiles.count, grad_filter > 0
-    d_hidden = torch.zeros(count, tiles.weight.shape[1], dtype=dtype) if to_hidden else None
-    d_low = torch.zeros(count, a.shape[0], dtype=dtype) if to_a or (to_hidden and a is not None) else None
-    d_weight = _HeadGradient(tiles, tiles.weight) if to_weight else None
-    d_b = _HeadGradient(tiles, tiles.b) if to_b else None
-    d_bias = torch.zeros(tiles.vocab, dtype=dtype) if to_bias else None
-    for step, (first, end, w, b_part) in enumerate(tiles.columns()):
-        taken = kept.take(step)
-        for rows in tiles.rows():
-            tile, logits, columns = tiles.room(rows, end - first), 0, None
-            if taken is None:
-                tiles.project(tile, rows, w, b_part)
-            else:
-                tile = taken[rows] if among is None else torch.index_select(taken, 0, among[rows], out=tile)
-                logits = tile.data_ptr()  # with their bias
-            seen = torch.zeros(threads(), end - first if filtered else 0, dtype=torch.bool)
-            backend.engine.head_backward(
-                tiles.describe(tile, rows, first), logits, tiles.bias_at(first), small[:, rows.start :].data_ptr(), count,
-                grad_filter, seen.data_ptr(), threads(),
-            )  # fmt: skip
-            if filtered:
-                columns = seen.any(0).nonzero().flatten()
-                columns = columns if 2 * len(columns) <= end - first else None  # else the copies cost what they save
-                tile = tile if columns is None else tile.index_select(1, columns)
-            for total, head in ((d_hidden, w), (d_low, b_part)):
-                if total is not None:
-                    total[rows].addmm_(tile, head if columns is None else head.index_select(0, columns))
-            for total, x in ((d_weight, tiles.hidden), (d_b, tiles.low)):
-                if total is not None:
-                    total.add(tile, x[rows], columns, first, end, fresh=rows.start == 0)
-            if d_bias is not None:
-                part, sums = d_bias[first:end], tile.sum(0)
-                part.add_(sums) if columns is None else part.index_add_(0, columns, sums)
-        if taken is not None:
-            backend.engine.release_pages(taken.data_ptr(), taken.nbytes)
-        for total in (d_weight, d_b):
-            if total is not None:
-                total.close(first, end)
-    d_a = None
-    if d_low is not None:
-        d_low *= adapter_scale
-        if to_hidden:
-            d_hidden.addmm_(d_low, a.to(dtype))
-        if to_a:
-            d_a = d_low.T @ tiles.hidden
-    return [d_hidden, d_weight and d_weight.grad, d_bias, d_a, d_b and d_b.grad]
-
-
-class _HeadGradient:
-    """The gradient of weight or of B: summed in the compute type over all rows, then rounded once."""
-
-    def __init__(self, tiles, of):
-        rows = min(tiles.width, tiles.vocab)
-        self.grad = torch.empty(of.shape, dtype=of.dtype)
-        self._wide = None if of.dtype == tiles.dtype else torch.empty(rows, of.shape[1], dtype=tiles.dtype)
-        if tiles.count == 0:
-            self.grad.zero_()
-            self._wide = None
-
-    def _part(self, first, end):
-        return self.grad[first:end] if self._wide is None else self._wide[: end - first]
-
-    def add(self, tile, x, columns, first, end, fresh):
-        part = self._part(first, end)
-        if columns is None:
-            part.addmm_(tile.t(), x, beta=0 if fresh else 1)
-        else:
-            part = part.zero_() if fresh else part
-            part.index_add_(0, columns, tile.t() @ x)
-
-    def close(self, first, end):
-        if self._wide is not None:
-            self.grad[first:end].copy_(self._wide[: end - first])
 
 
 def _backward_fake(
@@ -510,7 +208,7 @@ _OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_s
 forward_op = define(
     f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_cpu,
+    _linear_cpu.forward,
     _forward_fake,
     triton="linear_token_logprobs.forward",
     vmap_in_turn=True,
@@ -519,7 +217,7 @@ backward_op = define(
     "linear_token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
     f"Tensor entropy, Tensor kept, Tensor unit, {_TENSORS}, {_OPTIONS}, float grad_filter, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_cpu,
+    _linear_cpu.backward,
     _backward_fake,
     triton="linear_token_logprobs.backward",
     vmap_in_turn=True,

@@ -1,0 +1,213 @@
+"""Compiles every Triton kernel at its shipped configurations, for GPUs that are not here, and reads what came out.
+
+    python tools/compile_gate.py [OP ...] [--target sm_90 ...] [--table FILE]
+
+A kernel is launched on "meta" tensors against a driver that only names the target, so that what is compiled is what the
+launcher would have launched: the same specialisation, block sizes, warps and stages. Fails, naming the kernel, on
+    a register spill, in the SASS (a store to or load from local memory) or in AMD's metadata;
+    shared memory beyond what one block of the device may have.
+The table holds registers, shared memory, tensor-core instructions and the widest global load of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before any kernel is imported
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastalign.data.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU to compile for; `shared` bytes are the most that one block can have."""
+
+    target: GPUTarget
+    shared: int
+
+
+DEVICES = {
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel uses. Spills: bytes (NVIDIA: of local memory, AMD: registers times 4)."""
+
+    op: str
+    case: str
+    kernel: str
+    device: str
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: str
+    load_bits: int
+    warps: int
+
+    def faults(self) -> list[str]:
+        where = f"{self.op}: {self.kernel} ({self.case}) on {self.device}"
+        found = []
+        if self.spills:
+            found.append(f"{where} spills {self.spills} bytes of registers")
+        if self.shared > DEVICES[self.device].shared:
+            found.append(f"{where} wants {self.shared:,} bytes of shared memory, {DEVICES[self.device].shared:,} is all")
+        return found
+
+
+class _Driver:
+    """Stands where the GPU's driver would: it knows the target and nothing else."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def get_current_target(self) -> GPUTarget:
+        return DEVICES[self.device].target
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def launched(run: Callable[[], object], device: str) -> list:
+    """The kernels that `run` launches, compiled for `device` and not run."""
+    found = []
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        found.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+        return found[-1]
+
+    JITFunction.run = compile_only
+    driver.set_active(_Driver(device))
+    try:
+        run()
+    finally:
+        JITFunction.run = launch
+    return found
+
+
+def inspect(op: str, case: str, kernel, device: str) -> Report:
+    """Read the compiled kernel."""
+    read = _nvidia if DEVICES[device].target.backend == "cuda" else _amd
+    metadata = kernel.metadata
+    return Report(op, case, metadata.name, device, shared=metadata.shared, warps=metadata.num_warps, **read(kernel))
+
+
+def _nvidia(kernel) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("cuobjdump", "--dump-sass", file.name)
+    widths = [int(bits or 32) for bits in re.findall(r"\bLDG(?:\.\w+)*?(?:\.(64|128|256))?(?:\.\w+)* ", sass)]
+    copies = [int(bits or 32) for bits in re.findall(r"\bLDGSTS(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* ", sass)]
+    bulk = 1024 if re.search(r"\bUTMALDG|\bUBLKCP", sass) else 0
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        # Spills are what the assembler itself moves to local memory.
+        "spills": 4 * len(re.findall(r"\bSTL\b|\bSTL\.", sass)),
+        "tensor_core": ", ".join(
+            name for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "IMMA", "DMMA") if re.search(rf"\b{name}\b", sass)
+        ),
+        "load_bits": max([*widths, *copies, bulk], default=0),
+    }
+
+
+def _amd(kernel) -> dict:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    loads = re.findall(r"\b(?:global_load|buffer_load)_(?:dwordx(\d)|dword|u?short|u?byte)", text)
+    return {
+        "registers": field("vgpr_count"),
+        "spills": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
+        "tensor_core": "MFMA" if "v_mfma" in text else "",
+        "load_bits": max((32 * int(width or 1) for width in loads), default=0),
+    }
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(nvidia.__file__).parent / "bin" / name
+    return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
+
+
+def reports(cases, devices: list[str]) -> Iterator[Report]:
+    """Every kernel of every case on every device, each distinct compilation once."""
+    for device in devices:
+        seen = set()
+        for op, case in cases:
+            for kernel in launched(case.build("meta", False).run, device):
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    yield inspect(op, case.name, kernel, device)
+
+
+def table(found: list[Report]) -> str:
+    """Markdown, one line a kernel."""
+    lines = [
+        "| op | kernel | case | device | warps | registers | spills | shared memory | tensor cores | widest load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in found:
+        load = "bulk" if r.load_bits > 256 else f"{r.load_bits} bits"
+        lines.append(
+            f"| {r.op} | {r.kernel} | {r.case} | {r.device} | {r.warps} | {r.registers} | {r.spills} | "
+            f"{r.shared:,} | {r.tensor_core or '-'} | {load} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to compile; all by default")
+    parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES))
+    parser.add_argument("--table", type=Path, help="write the Markdown table there")
+    options = parser.parse_args(argv)
+    from fastalign.bench.gpu_common import cases
+
+    wanted = [(op, case) for op, case in cases() if not options.ops or op in options.ops]
+    if not wanted:
+        parser.error(f"no kernel is named {', '.join(options.ops)}")
+    found, faults = [], []
+    for report in reports(wanted, options.target):
+        found.append(report)
+        faults += report.faults()
+        print(
+            f"{report.device:8} {report.kernel:40} {report.registers:4} registers {report.shared:8,} shared "
+            f"{report.tensor_core or '-':8} {report.load_bits:4} bits{'  SPILLS' if report.spills else ''}  {report.case}",
+            flush=True,
+        )
+    if options.table:
+        with atomic_write(options.table) as path:
+            path.write_text(table(found))
+    print(f"{len(found)} kernels compiled with Triton {triton.__version__}, {len(faults)} faults")
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
