@@ -69,7 +69,9 @@ class Report:
         if self.spills:
             found.append(f"{where} spills {self.spills} bytes of registers")
         if self.shared > DEVICES[self.device].shared:
-            found.append(f"{where} wants {self.shared:,} bytes of shared memory, {DEVICES[self.device].shared:,} is all")
+            found.append(
+                f"{where} wants {self.shared:,} bytes of shared memory, {DEVICES[self.device].shared:,} is all"
+            )
         return found
 
 
@@ -120,8 +122,8 @@ def _nvidia(kernel) -> dict:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = _tool("cuobjdump", "--dump-sass", file.name)
-    widths = [int(bits or 32) for bits in re.findall(r"\bLDG(?:\.\w+)*?(?:\.(64|128|256))?(?:\.\w+)* ", sass)]
-    copies = [int(bits or 32) for bits in re.findall(r"\bLDGSTS(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* ", sass)]
+    loads = re.findall(r"\b(?:LDG|LDGSTS)((?:\.\w+)+)", sass)
+    widths = [int((re.search(r"\.(64|128|256)\b", suffix) or [0, 32])[1]) for suffix in loads]
     bulk = 1024 if re.search(r"\bUTMALDG|\bUBLKCP", sass) else 0
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -130,7 +132,7 @@ def _nvidia(kernel) -> dict:
         "tensor_core": ", ".join(
             name for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "IMMA", "DMMA") if re.search(rf"\b{name}\b", sass)
         ),
-        "load_bits": max([*widths, *copies, bulk], default=0),
+        "load_bits": max([*widths, bulk], default=0),
     }
 
 

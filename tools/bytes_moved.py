@@ -1,0 +1,125 @@
+"""Counts the bytes that every Triton kernel loads and stores, in the interpreter, against the least it could.
+
+    python tools/bytes_moved.py [OP ...] [--table FILE]
+
+The least is each input read once and each output written once. A kernel that only streams may move 1.05 of that; one
+that multiplies matrices reads its operands once per block of rows and is reported, not judged. Within one load or store
+an address counts once, masked places not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder
+
+from fastalign.data.files import atomic_write
+
+LIMIT = 1.05
+
+
+@dataclass
+class Tally:
+    """Bytes of global memory."""
+
+    loaded: int = 0
+    stored: int = 0
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one case moved against the least."""
+
+    op: str
+    case: str
+    tally: Tally
+    least: int
+    streaming: bool
+
+    @property
+    def ratio(self) -> float:
+        return (self.tally.loaded + self.tally.stored) / self.least
+
+    @property
+    def fault(self) -> bool:
+        return self.streaming and self.ratio > LIMIT
+
+
+@contextmanager
+def counted() -> Iterator[Tally]:
+    """Tally every load and store of the interpreter inside the block."""
+    tally = Tally()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def size(pointers, mask) -> int:
+        active = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+        return len(np.unique(active)) * max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+
+    def counted_load(self, ptrs, mask, *args):
+        tally.loaded += size(ptrs, mask)
+        return load(self, ptrs, mask, *args)
+
+    def counted_store(self, ptrs, value, mask, *args):
+        tally.stored += size(ptrs, mask)
+        return store(self, ptrs, value, mask, *args)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    try:
+        yield tally
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+def measure(op: str, case) -> Moved:
+    """Run one case, small, and count."""
+    work = case.build("cpu", True)
+    with counted() as tally:
+        work.run()
+    return Moved(op, case.name, tally, work.bytes, case.streaming)
+
+
+def table(found: list[Moved]) -> str:
+    """Markdown, one line a case."""
+    lines = ["| op | case | loaded | stored | least | ratio |", "| --- | --- | --- | --- | --- | --- |"]
+    for m in found:
+        ratio = f"{m.ratio:.3f}" if m.streaming else f"{m.ratio:.1f} (products)"
+        lines.append(f"| {m.op} | {m.case} | {m.tally.loaded:,} | {m.tally.stored:,} | {m.least:,} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to run; all by default")
+    parser.add_argument("--table", type=Path, help="write the Markdown table there")
+    options = parser.parse_args(argv)
+    from fastalign.bench.gpu_common import cases
+
+    wanted = [(op, case) for op, case in cases() if not options.ops or op in options.ops]
+    if not wanted:
+        parser.error(f"no kernel is named {', '.join(options.ops)}")
+    found = []
+    for op, case in wanted:
+        found.append(measure(op, case))
+        print(
+            f"{op}: {case.name}: {found[-1].ratio:.3f} of the least{'  TOO MUCH' if found[-1].fault else ''}",
+            flush=True,
+        )
+    if options.table:
+        with atomic_write(options.table) as path:
+            path.write_text(table(found))
+    faults = [m for m in found if m.fault]
+    print(f"{len(found)} cases, {len(faults)} over {LIMIT} of the least")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
