@@ -1,0 +1,207 @@
+"""The GPU kernels on a real GPU: are they right, how fast, how near the hardware, against what people use today.
+
+    python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N]
+
+First every case is checked against the float64 reference, then ours and the peers that are installed are timed in turn
+with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md, which name the
+device, driver and versions. Without a GPU it says so and exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastalign.bench.gpu_common import KernelCase, cases
+
+import fastalign
+from fastalign.data.files import atomic_write, write_json
+
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "flashinfer-python")
+CACHE_BYTES = 256 << 20  # more than any second-level cache: what one call leaves there helps no other
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to measure; all by default")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder of the results")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each, in turn")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no GPU here (torch.cuda.is_available() is False): nothing measured")
+        return 0
+    wanted = [(op, case) for op, case in cases() if not options.ops or op in options.ops]
+    if not wanted:
+        parser.error(f"no kernel is named {', '.join(options.ops)}")
+    ceilings = {"bytes_per_s": copy_rate(), "flops_per_s": product_rate()}
+    found, wrong = [], []
+    for op, case in wanted:
+        result = {"op": op, **measure(case, options.rounds, ceilings)}
+        found.append(result)
+        if result["error"]:
+            wrong.append(f"{op}: {case.name}: {result['error']}")
+        print(line(result), flush=True)
+    everything = {"machine": machine(), "ceilings": ceilings, "results": found}
+    write_json(options.out / "gpu.json", everything)
+    with atomic_write(options.out / "gpu.md") as path:
+        path.write_text(table(everything))
+    print(f"{options.out / 'gpu.md'}: {len(found)} cases, {len(wrong)} wrong")
+    for text in wrong:
+        print(text, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Check one case, then time it and its peers in turn; a JSON value. A case that fails says why and is not timed."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    result: dict[str, Any] = {"name": case.name, "published": case.published, "error": "", "ms": {}, "peak_mb": {}}
+    try:
+        work = case.build("cuda", False)
+        if work.check:
+            work.check()
+        calls = {"fastalign": work.run}
+        for name, peer in work.peers.items():
+            try:
+                peer()
+                calls[name] = peer
+            except Exception as error:  # another package's failure is a line in the table
+                result.setdefault("peers_failed", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        for _ in range(3):
+            for call in calls.values():
+                call()
+        flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                times[name].append(milliseconds(call, flush))
+        result["ms"] = {name: spread(ts) for name, ts in times.items()}
+        result["peak_mb"] = {name: peak_mb(call) for name, call in calls.items()}
+        seconds = result["ms"]["fastalign"]["p50"] / 1e3
+        result["bandwidth"] = work.bytes / seconds / ceilings["bytes_per_s"]
+        result["flop_rate"] = work.flops / seconds / ceilings["flops_per_s"]
+    except Exception as error:  # one broken kernel must not hide the others
+        result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return result
+
+
+def milliseconds(call: Callable[[], Any], flush: torch.Tensor) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    began.record()
+    call()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended)
+
+
+def peak_mb(call: Callable[[], Any]) -> float:
+    """What one call takes beyond what lay there before it."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target, flush = torch.empty_like(source), torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    return 2 * source.numel() / (min(milliseconds(lambda: target.copy_(source), flush) for _ in range(10)) / 1e3)
+
+
+def product_rate() -> float:
+    """Floating operations a second of a bfloat16 product 8,192 × 8,192 × 8,192."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    return 2 * 8192**3 / (min(milliseconds(lambda: a @ b, flush) for _ in range(10)) / 1e3)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = f"ROCm {torch.version.hip}" if torch.version.hip else "unknown"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "fastalign": fastalign.__version__,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    title = f"{result['op']}: {result['name']}"
+    if result["error"]:
+        return f"{title}: WRONG, {result['error']}"
+    ours = result["ms"]["fastalign"]["p50"]
+    parts = [f"{ours:.3f} ms, {result['bandwidth']:.0%} of copy, {result['flop_rate']:.0%} of GEMM"]
+    parts += [f"{t['p50'] / ours:.2f} × {name}" for name, t in result["ms"].items() if name != "fastalign"]
+    return f"{title}: {', '.join(parts)}" + (f" (published: {result['published']})" if result["published"] else "")
+
+
+def table(everything: dict[str, Any]) -> str:
+    """Markdown: each case against each peer that ran, and under it what it ran on."""
+    lines = [
+        "| op | case | time (p20–p80) | of copy rate | of GEMM rate | against | faster by | peak memory, theirs → ours | published |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in everything["results"]:
+        if r["error"]:
+            lines.append(f"| {r['op']} | {r['name']} | WRONG: {r['error']} | | | | | | {r['published']} |")
+            continue
+        ours, mine = r["ms"]["fastalign"], r["peak_mb"]["fastalign"]
+        start = (
+            f"| {r['op']} | {r['name']} | {ours['p50']:.3f} ms ({ours['p20']:.3f}–{ours['p80']:.3f}) | "
+            f"{r['bandwidth']:.0%} | {r['flop_rate']:.0%} |"
+        )
+        peers = [name for name in r["ms"] if name != "fastalign"]
+        if not peers:
+            lines.append(f"{start} | | {mine:,.0f} MB | {r['published']} |")
+        for name in peers:
+            lines.append(
+                f"{start} {name} | **{r['ms'][name]['p50'] / ours['p50']:.2f} ×** | "
+                f"{r['peak_mb'][name]:,.0f} → {mine:,.0f} MB | {r['published']} |"
+            )
+        for name, why in r.get("peers_failed", {}).items():
+            lines.append(f"| {r['op']} | {r['name']} | | | | {name} | failed: {why} | | |")
+    where, ceilings = everything["machine"], everything["ceilings"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines += [
+        "",
+        f"{where['device']}, driver {where['driver']}, CUDA {where['cuda']}, fastalign {where['fastalign']}, {versions}, "
+        f"{where['date']}. Copy {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 GEMM "
+        f"{ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s, measured in the same run.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
