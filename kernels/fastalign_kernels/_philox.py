@@ -1,0 +1,33 @@
+"""Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011): the random numbers of csrc/philox.h, bit for bit."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox_uniform(seed, row, offset):
+    """A float64 in (0, 1), a function of three integers of 64 bits, blocks that broadcast or scalars.
+
+    The key is the seed, the counter (row, offset). 53 of the 128 bits, times 2^-53, and at least that.
+    """
+    c0, c1 = _halves(row)
+    c2, c3 = _halves(offset)
+    k0, k1 = _halves(seed)
+    A: tl.constexpr = 0xD2511F53
+    B: tl.constexpr = 0xCD9E8D57
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, A), c0 * A
+        high1, low1 = tl.umulhi(c2, B), c2 * B
+        c0, c1 = high1 ^ c1 ^ k0, low1
+        c2, c3 = high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    bits = ((c0 >> 5).to(tl.int64) << 26) | (c1 >> 6).to(tl.int64)
+    return tl.maximum(bits, 1).to(tl.float64) * (1.0 / (1 << 53))
+
+
+@triton.jit
+def _halves(x):
+    """The low and high 32 bits of an integer."""
+    x = tl.zeros((), tl.int64) + x  # no cast: Triton's interpreter keeps an argument of [2^31, 2^32) in 32 bits
+    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
