@@ -8,6 +8,7 @@ from fastalign.ops.resample import resample
 from fastalign.ops.sample_tokens import SampledTokens, sample_tokens
 from fastalign.ops.token_logprobs import TokenLogprobs, token_logprobs
 from fastalign.ops.token_logratios import token_logratios
+from fastalign.ops.vocab_parallel import vocab_parallel_linear_token_logprobs, vocab_parallel_token_logprobs
 
 __all__ = [
     "MapStatistics",
@@ -21,4 +22,6 @@ __all__ = [
     "sample_tokens",
     "token_logprobs",
     "token_logratios",
+    "vocab_parallel_linear_token_logprobs",
+    "vocab_parallel_token_logprobs",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.errors import UserError
-from fastalign.ops import _checks, _linear_cpu
+from fastalign.ops import _checks, _dtensor, _linear_cpu
 from fastalign.ops._library import define
 from fastalign.ops._linear_cpu import kept_size
 from fastalign.ops._rows import DTYPES, compute_dtype
@@ -62,6 +62,13 @@ def linear_token_logprobs(
             None: the size of the weight's gradient, as the tiles are given up while it is made, and 40 MB (float64:
             0). Set 0 where several calls wait for their backward pass and memory is short.
 
+    DTensors: a plain hidden is taken for this process's own rows, as under FSDP. A weight (bias, adapter) that is a
+    DTensor is then gathered, and its gradient averaged over the mesh, as FSDP averages those of all other weights;
+    that is right also where all processes have the same rows. A hidden that is a DTensor, Replicate() on its mesh,
+    says that they do: a weight that is Shard(0) over one dimension of the mesh then stays where it is, and
+    `vocab_parallel_linear_token_logprobs` runs. Results are plain tensors either way. (Within the forward pass of a
+    module that owns the weight, FSDP2 itself hands out a plain one.)
+
     Returns:
         log_probs (...) float32 (float64 for float64) where only that is asked for, else a `TokenLogprobs`. Memory
         beyond the gradients: at most 64 MB and, where hidden is narrow or partly ignored, its scored rows in float32.
@@ -69,6 +76,12 @@ def linear_token_logprobs(
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
     """
+    if _dtensor.among(hidden, weight, bias, adapter):
+        return _dtensor.linear_token_logprobs(
+            hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            ignore_index=ignore_index, outputs=outputs, grad_filter=grad_filter, adapter=adapter,
+            memory_budget=memory_budget,
+        )  # fmt: skip
     _check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget)
     _checks.outputs(outputs, OUTPUTS)
     chosen = backend.choose(hidden.device)

@@ -1,0 +1,95 @@
+"""The fused head where its weight is a DTensor: the placements say which products each process owes.
+
+torch.distributed.tensor is imported where one has come, as it takes half a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+
+
+def is_dtensor(x: Any) -> bool:
+    return hasattr(x, "full_tensor")
+
+
+def among(*inputs: Any) -> bool:
+    return any(is_dtensor(x) or (isinstance(x, tuple | list) and among(*x)) for x in inputs)
+
+
+def linear_token_logprobs(hidden, weight, labels, *, bias, adapter, **options):
+    """See `ops.linear_token_logprobs` on DTensors."""
+    from fastalign.ops.linear_token_logprobs import linear_token_logprobs
+    from fastalign.ops.vocab_parallel import vocab_parallel_linear_token_logprobs
+
+    a, b, scale = (None, None, 1.0) if adapter is None else adapter
+    slices = None
+    if is_dtensor(hidden):
+        slices = _slices(hidden, weight, {"bias": bias, "adapter's B": b})
+        hidden, a = _local(hidden, "hidden"), _local(a, "adapter's A")
+    if slices is None:
+        weight, bias, a, b = (_Whole.apply(x) if is_dtensor(x) else x for x in (weight, bias, a, b))
+        function = linear_token_logprobs
+    else:
+        weight, bias, b = (x if x is None else x.to_local() for x in (weight, bias, b))
+        function, options = vocab_parallel_linear_token_logprobs, {**options, **slices}
+    return function(hidden, weight, _local(labels, "labels"), bias=bias, adapter=adapter and (a, b, scale), **options)
+
+
+def _local(x: Any, name: str) -> Any:
+    """The whole tensor that every process has, as a plain one."""
+    if not is_dtensor(x):
+        return x
+    if not all(placement.is_replicate() for placement in x.placements):
+        raise UserError(
+            f"{name} as a DTensor must be Replicate() on its mesh (or each process's own rows, by to_local()), "
+            f"got {x.placements}"
+        )
+    return x.to_local()
+
+
+def _slices(hidden: Tensor, weight: Any, alike: dict[str, Any]) -> dict[str, Any] | None:
+    """The group over which the head's rows are split, and the split; None where they are not split over one."""
+    from torch.distributed.tensor import Shard
+
+    if not is_dtensor(weight):
+        return None
+    along = [dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if len(along) != 1 or type(weight.placements[along[0]]) is not Shard or weight.placements[along[0]].dim != 0:
+        return None
+    mesh = weight.device_mesh
+    if hidden.device_mesh != mesh:
+        raise UserError(f"hidden and weight must lie on one mesh, got {hidden.device_mesh} and {mesh}")
+    for name, x in alike.items():
+        if x is not None and not (is_dtensor(x) and x.device_mesh == mesh and x.placements == weight.placements):
+            raise UserError(f"{name} must be a DTensor placed as weight is, {weight.placements}")
+    vocab, world = weight.shape[0], mesh.size(along[0])
+    chunk = -(-vocab // world)  # as torch.chunk splits, and so Shard
+    sizes = [min(max(vocab - rank * chunk, 0), chunk) for rank in range(world)]
+    return {"group": mesh.get_group(along[0]), "sizes": sizes}
+
+
+class _Whole(torch.autograd.Function):
+    """The whole head on each process, for rows of its own; its gradient is the mean over the processes', as FSDP's is.
+
+    Where all processes have the same rows, the mean is each one's own.
+    """
+
+    @staticmethod
+    def forward(x):
+        return x.full_tensor()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mesh, ctx.placements = inputs[0].device_mesh, inputs[0].placements
+
+    @staticmethod
+    def backward(ctx, grad):
+        from torch.distributed.tensor import DTensor, Partial
+
+        grad = DTensor.from_local(grad, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return grad.redistribute(placements=ctx.placements) / ctx.mesh.size()

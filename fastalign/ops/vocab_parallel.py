@@ -1,0 +1,375 @@
+"""Vocabulary-parallel log-probabilities: each process holds a slice of the vocabulary, and none holds a whole row.
+
+The ops of `token_logprobs` and `linear_token_logprobs` run on the slice. What they find is put together by the chain
+rule of probability, log p(label) = log p(label | its slice) + log p(its slice), with two small reductions: the
+maximum, then one packed sum. The backward ops take the whole row's maximum and sum in place of the slice's, so a
+slice of the weight gets its gradient without a word to the others; only the gradient of `hidden`, to which all slices
+add, is summed over the processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastalign import backend, reference
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._rows import compute_dtype
+from fastalign.ops.linear_token_logprobs import _budget, _check
+from fastalign.ops.linear_token_logprobs import backward_op as head_backward
+from fastalign.ops.linear_token_logprobs import forward_op as head_forward
+from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
+from fastalign.ops.token_logprobs import backward_op as rows_backward
+from fastalign.ops.token_logprobs import forward_op as rows_forward
+
+NEG_INF = float("-inf")
+IGNORED, ELSEWHERE = -1, -2  # labels within a slice: skipped by the ops; scored, but no entry of this slice
+
+
+def vocab_parallel_token_logprobs(
+    logits_shard: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> Tensor | TokenLogprobs:
+    """`token_logprobs` of logits whose vocabulary is split over the processes of `group`, in the order of their ranks.
+
+    Every process calls it with the same labels and options and gets the same results; the loss made of them must be
+    the same everywhere too, for each process's gradient is the one of its own slice.
+
+    Args:
+        logits_shard: (..., V_r), this process's slice; the slices may differ in size, and have none.
+        labels: (...) int64 in [0, Σ V_r), or `ignore_index`; counted over the whole vocabulary.
+        group: the processes; None for all of them.
+        sizes: the V_r of all ranks, if known; otherwise they are asked for, which waits for the device. Then also the
+            shapes are compared, and where one process refuses its arguments all of them raise.
+        temperature, softcap, ignore_index, outputs: as in `token_logprobs`.
+
+    Returns:
+        As `token_logprobs`. A label out of range raises on the CPU and gives NaN elsewhere.
+
+    Raises:
+        UserError, TypeError: torch.distributed is not initialised, or an argument breaks these rules.
+    """
+
+    def check():
+        _checks.logits("logits_shard", _some(logits_shard), last="V_r")
+        _checks.labels("logits_shard", logits_shard, labels)
+        _checks.positive("temperature", temperature)
+        if softcap is not None:
+            _checks.positive("softcap", softcap)
+        _checks.outputs(outputs, OUTPUTS)
+        return {"size": logits_shard.shape[-1], "labels.numel()": labels.numel()}
+
+    part = _agree(check, logits_shard, group, sizes)
+    if backend.choose(logits_shard.device) == "reference":
+        _checks.labels_in_range(labels, part.vocab, ignore_index)
+        found = reference.token_logprobs(_whole(logits_shard, part, -1), labels, temperature, softcap, ignore_index)
+    else:
+        found = _named(
+            *_VocabParallelTokens.apply(
+                logits_shard, labels, float(temperature), float(softcap or 0.0), ignore_index,
+                tuple(outputs) != ("log_probs",), part,
+            )
+        )  # fmt: skip
+    return _asked(found, outputs)
+
+
+def vocab_parallel_linear_token_logprobs(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("log_probs",),
+    grad_filter: float | None = None,
+    adapter: tuple[Tensor, Tensor, float] | None = None,
+    memory_budget: int | None = None,
+) -> Tensor | TokenLogprobs:
+    """`linear_token_logprobs` with a head whose rows are split over the processes of `group`, as in tensor parallelism.
+
+    Every process calls it with the same hidden, labels and options and gets the same results; the loss made of them
+    must be the same everywhere too. Each then finds in `hidden.grad` the whole gradient, summed over the processes,
+    and in its slice of the head that slice's. Where the processes hold different rows of hidden (data parallelism),
+    this is the wrong function: each needs the whole head.
+
+    Args:
+        hidden: (..., H), the same on every process.
+        weight_shard: (V_r, H), this process's slice; the slices may differ in size, and have none.
+        labels: (...) int64 in [0, Σ V_r), or `ignore_index`; counted over the whole vocabulary.
+        group, sizes: as in `vocab_parallel_token_logprobs`.
+        bias: (V_r,), or None.
+        adapter: (A (r, H), the same on every process; B (V_r, r); scale): a LoRA on the head.
+        temperature, softcap, logit_scale, ignore_index, outputs, grad_filter, memory_budget: as in
+            `linear_token_logprobs`. A frozen head is not treated apart: three products, not two.
+
+    Returns:
+        As `linear_token_logprobs`. A label out of range raises on the CPU and gives NaN elsewhere.
+
+    Raises:
+        UserError, TypeError: torch.distributed is not initialised, or an argument breaks these rules.
+    """
+
+    def check():
+        lora = tuple(_some(x, 0) for x in adapter) if isinstance(adapter, tuple | list) else adapter
+        _check(
+            hidden, _some(weight_shard, 0), labels, _some(bias, 0), temperature, softcap, logit_scale, grad_filter,
+            lora, memory_budget,
+        )  # fmt: skip
+        for name, x in (("bias", bias), ("adapter's B", adapter and adapter[1])):
+            if x is not None and len(x) != len(weight_shard):
+                raise UserError(f"{name} must have weight_shard's rows, got {len(x)} and {len(weight_shard)}")
+        _checks.outputs(outputs, OUTPUTS)
+        return {"size": len(weight_shard), "labels.numel()": labels.numel(), "hidden.shape[-1]": hidden.shape[-1]}
+
+    part = _agree(check, hidden, group, sizes)
+    chosen = backend.choose(hidden.device)
+    a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
+    if chosen == "reference":
+        _checks.labels_in_range(labels, part.vocab, ignore_index)
+        with torch.autocast(hidden.device.type, enabled=False):
+            whole_b = None if b is None else _whole(b, part, 0)
+            found = reference.linear_token_logprobs(
+                hidden, _whole(weight_shard, part, 0), labels, None if bias is None else _whole(bias, part, 0),
+                temperature, softcap, logit_scale, ignore_index, adapter and (a, whole_b, adapter_scale),
+            )  # fmt: skip
+    else:
+        learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
+        budget = _budget(memory_budget, weight_shard, learns[0]) if any(learns) and chosen == "cpu" else 0
+        *found, _ = _VocabParallelLinear.apply(
+            hidden, weight_shard, bias, a, b, labels, float(adapter_scale), float(temperature), float(softcap or 0.0),
+            float(logit_scale), ignore_index, tuple(outputs) != ("log_probs",), budget, float(grad_filter or 0.0), part,
+        )  # fmt: skip
+        found = _named(*found)
+    return _asked(found, outputs)
+
+
+class _Part(NamedTuple):
+    """This process's slice of the vocabulary."""
+
+    group: Any
+    rank: int
+    sizes: list[int]  # of every rank
+
+    @property
+    def size(self) -> int:
+        return self.sizes[self.rank]
+
+    @property
+    def first(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def vocab(self) -> int:
+        return sum(self.sizes)
+
+    def within(self, labels: Tensor, ignore_index: int, elsewhere: int) -> tuple[Tensor, Tensor]:
+        """labels as the slice counts them, and whether they are entries of it."""
+        ignored = labels == ignore_index
+        inside = (labels >= self.first) & (labels < self.first + self.size) & ~ignored
+        return (labels - self.first).masked_fill(~inside, elsewhere).masked_fill(ignored, IGNORED), inside
+
+
+def _agree(check: Callable[[], dict[str, int]], x: Tensor, group: Any, sizes: Sequence[int] | None) -> _Part:
+    """Run `check`, which says what this process brings, and find what the others do.
+
+    A process that went away with an error would leave the others waiting for it; so its refusal is told to them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise UserError("vocabulary-parallel ops need torch.distributed.init_process_group() first")
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise UserError("this process must belong to group, and does not")
+    if sizes is not None:
+        size = check()["size"]
+        if len(sizes) != world or sizes[rank] != size:
+            raise UserError(f"sizes must hold the slice of each of {world} ranks, here {size}, got {list(sizes)}")
+        return _Part(group, rank, list(sizes))
+    brings, refused = {}, None
+    try:
+        brings = check()
+    except (UserError, TypeError) as error:
+        refused = error
+    mine = torch.tensor(list(brings.values()) + [-1] * (3 - len(brings)), device=getattr(x, "device", "cpu"))
+    everyones = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(everyones, mine, group=group)
+    everyones = torch.stack(everyones).tolist()
+    if refused is not None:
+        raise refused
+    for other, theirs in enumerate(everyones):
+        if theirs[0] < 0:
+            raise UserError(f"rank {other}'s arguments were refused there")
+    for (name, _), *each in list(zip(brings.items(), *everyones, strict=False))[1:]:
+        if len(set(each)) > 1:
+            raise UserError(f"{name} must be the same on every rank, got {each}")
+    return _Part(group, rank, [theirs[0] for theirs in everyones])
+
+
+def _some(x: Any, dim: int = -1) -> Any:
+    """x, or one entry in place of none, for checks that refuse size 0."""
+    if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[dim]:
+        return x
+    shape = list(x.shape)
+    shape[dim] = 1
+    return x.new_empty(shape)
+
+
+def _combine(found: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, part: _Part, dtype, statistics):
+    """From what each process found in its slice to the same of the whole row; float64, as the rows are few."""
+    if labels.device.type == "cpu":  # elsewhere it would wait for the device
+        _checks.labels_in_range(labels, part.vocab, ignore_index)
+    ignored, (_, inside) = labels == ignore_index, part.within(labels, ignore_index, ELSEWHERE)
+    if found is None:
+        nothing = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
+        found = (nothing, nothing + NEG_INF, *[nothing] * 4, inside)
+    log_probs, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = found
+    top = row_max.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=part.group)
+    shift = top.double().masked_fill(top == NEG_INF, 0)
+    log_mass = (row_max.double() - shift) + row_sum.double().log()  # of the slice, up to the row's sum
+    mass = log_mass.exp()
+    terms = [mass, (log_probs.double() + log_mass).masked_fill(~inside, 0)]
+    if statistics:
+        first = inside & is_top1 & (row_max >= top)
+        before = (labels >= part.first + part.size) & (row_max >= top)  # of two largest, the first counts
+        terms += [
+            (mass * (entropy.double() - log_mass)).masked_fill(mass == 0, 0),
+            mean_logits.double() * part.size,
+            (2 * log_mass + log_sum_sq_probs.double()).exp(),
+            (before | (inside & ~first)).double(),
+        ]
+    terms = torch.stack(terms)
+    dist.all_reduce(terms, group=part.group)
+    row_sum, label_logit, *rest = terms.unbind()
+    log_sum = row_sum.log()
+    skip = ignored | (row_sum == 0)
+    nowhere = ((labels < 0) | (labels >= part.vocab)) & ~ignored
+    out = [(label_logit - log_sum).masked_fill(nowhere, float("nan")).masked_fill(skip, 0), top, row_sum]
+    if not statistics:
+        empty = out[0].new_empty(*labels.shape, 0)
+        return *(x.to(dtype) for x in (*out, empty, empty.clone(), empty.clone())), empty.bool()
+    weighted, total, squares, beaten = rest
+    out += [
+        (log_sum + weighted / row_sum).masked_fill(skip, 0),
+        (total / part.vocab).masked_fill(ignored, 0),
+        (squares.log() - 2 * log_sum).masked_fill(skip, 0),
+    ]
+    return *(x.to(dtype) for x in out), (beaten == 0) & ~skip & ~nowhere & ~row_sum.isnan()
+
+
+class _VocabParallelTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, labels, temperature, softcap, ignore_index, statistics, part):
+        local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
+        found = rows_forward(logits, local, temperature, softcap, IGNORED, statistics) if part.size else None
+        return _combine(found, labels, ignore_index, part, compute_dtype(logits.dtype), statistics)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, labels, *ctx.options, ctx.ignore_index, ctx.statistics, ctx.part = inputs
+        _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = output
+        ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1)
+        ctx.save_for_backward(logits, labels, row_max, row_sum, entropy)
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
+        logits, labels, row_max, row_sum, entropy = ctx.saved_tensors
+        if not ctx.part.size:
+            return torch.zeros_like(logits), *[None] * 6
+        local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
+        grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
+        grad = rows_backward(
+            grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, local, *ctx.options, IGNORED,
+            ctx.statistics,
+        )  # fmt: skip
+        return grad, *[None] * 6
+
+
+class _VocabParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
+        memory_budget, grad_filter, part,
+    ):  # fmt: skip
+        dtype = compute_dtype(hidden.dtype)
+        found, kept = None, hidden.new_empty(0, dtype=dtype)
+        if part.size:
+            local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
+            *found, kept, _ = head_forward(
+                hidden, weight, bias, a, b, local, adapter_scale, temperature, softcap, logit_scale, IGNORED,
+                statistics, False, memory_budget,
+            )  # fmt: skip
+        return *_combine(found, labels, ignore_index, part, dtype, statistics), kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
+        ctx.options, (ctx.ignore_index, ctx.statistics, _, ctx.grad_filter, ctx.part) = inputs[6:10], inputs[10:]
+        _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept = output
+        ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept)
+        ctx.save_for_backward(row_max, row_sum, entropy, kept, *inputs[:6])
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
+        if grad_log_probs is None and grad_entropy is None:
+            return (None,) * 15
+        row_max, row_sum, entropy, kept, *inputs, labels = ctx.saved_tensors
+        grad_log_probs = torch.zeros_like(row_max) if grad_log_probs is None else grad_log_probs
+        grad_entropy = torch.zeros_like(row_max) if grad_entropy is None or not ctx.statistics else grad_entropy
+        needs = list(ctx.needs_input_grad[:5])
+        if ctx.part.size:
+            local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
+            grads = head_backward(
+                grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, row_max.new_empty(0), *inputs, local,
+                *ctx.options, IGNORED, ctx.grad_filter, needs,
+            )  # fmt: skip
+        else:
+            grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        for i in (0, 3):  # hidden and A, to whose gradients every slice adds
+            if needs[i]:
+                grads[i] = _summed(grads[i], ctx.part)
+        return *grads, *[None] * 10
+
+
+def _summed(grad: Tensor, part: _Part) -> Tensor:
+    total = grad.to(compute_dtype(grad.dtype)).contiguous()
+    dist.all_reduce(total, group=part.group)
+    return total.to(grad.dtype)
+
+
+def _whole(x: Tensor, part: _Part, dim: int) -> Tensor:
+    """All slices side by side, for the reference: this process's carries its gradient, the others' are constants."""
+    mine = x.detach().movedim(dim, 0)
+    padded = torch.cat([mine, mine.new_zeros(max(part.sizes) - part.size, *mine.shape[1:])])
+    everyones = [torch.empty_like(padded) for _ in part.sizes]
+    dist.all_gather(everyones, padded, group=part.group)
+    slices = [each[:size].movedim(0, dim) for each, size in zip(everyones, part.sizes, strict=True)]
+    slices[part.rank] = x
+    return torch.cat(slices, dim)
+
+
+def _named(log_probs, _row_max, _row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1) -> dict[str, Tensor]:
+    return dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
+
+
+def _asked(found: dict[str, Tensor], outputs: tuple[str, ...]) -> Tensor | TokenLogprobs:
+    if tuple(outputs) == ("log_probs",):
+        return found["log_probs"]
+    return TokenLogprobs(**{name: found[name] for name in outputs})
