@@ -1,5 +1,5 @@
-"""Prompts and files: what goes in, and how results are written."""
+"""Prompts, preference pairs and files: what goes in, and how results are written."""
 
-from fastalign.data import prompts
+from fastalign.data import hub, preferences, prompts
 
-__all__ = ["prompts"]
+__all__ = ["hub", "preferences", "prompts"]

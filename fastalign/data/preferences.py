@@ -1,0 +1,391 @@
+"""Preference pairs (prompt, chosen, rejected): read from files and hubs, made from scored candidates, or bundled.
+
+A pair is an object with "prompt", "chosen" and "rejected", all strings or all lists of messages
+({"role": ..., "content": ...}), and any other columns that its source had ("margin", "value", ...).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign.data import rows as sources
+from fastalign.data.files import atomic_write
+from fastalign.data.hub import ASSISTANT, HH_RLHF, hub_name, split_dialogues
+from fastalign.errors import UserError
+
+COLUMNS = ("prompt", "chosen", "rejected")
+METHODS = ("best_worst", "sampled")
+
+
+@dataclass
+class PreferencePairs:
+    """Pairs, what was left out on the way (reason -> how many), and how they were made (JSON values)."""
+
+    rows: list[dict[str, Any]]
+    dropped: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.rows[i]
+
+    @property
+    def lost(self) -> str:
+        """What was left out, in words; "" where nothing was."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
+
+    def to_dataset(self, *, chat: bool = False):
+        """A `datasets.Dataset`. chat: prompts and completions of plain text become messages of a user and an assistant."""
+        from datasets import Dataset
+
+        return Dataset.from_list([as_chat(row) for row in self._even()] if chat else self._even())
+
+    def to_parquet(self, path: str | os.PathLike) -> None:
+        """Write the pairs, whole or not at all; `load` reads them back."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        metadata = json.dumps({**self.settings, "kind": "pairs", "dropped": self.dropped}, ensure_ascii=False)
+        table = pa.Table.from_pylist(self._even()).replace_schema_metadata({b"fastalign": metadata.encode()})
+        with atomic_write(path) as beside:
+            pq.write_table(table, beside, compression="zstd")
+
+    def _even(self) -> list[dict[str, Any]]:
+        """The rows, each with every column that any of them has."""
+        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        return [{column: row.get(column) for column in columns} for row in self.rows]
+
+    def split(self, fraction: float, *, seed: int) -> tuple[PreferencePairs, PreferencePairs]:
+        """(training, held-out) pairs: `fraction` of the prompts, drawn by `seed`, with all their pairs are held out."""
+        if not 0 < fraction < 1:
+            raise UserError(f"fraction must lie between 0 and 1, got {fraction}")
+        keys = [json.dumps(row["prompt"], sort_keys=True) for row in self.rows]
+        distinct = sorted(set(keys))
+        if len(distinct) < 2:
+            raise UserError("pairs must have at least 2 different prompts to hold some out, got 1")
+        count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+        held = set(random.Random(seed).sample(distinct, count))
+        parts = (
+            [row for row, key in zip(self.rows, keys, strict=True) if (key in held) == out] for out in (False, True)
+        )
+        train, test = (PreferencePairs(part, settings=self.settings) for part in parts)
+        return train, test
+
+
+def load(name_or_path: str | os.PathLike, *, split: str = "train", on_bad: str | None = None) -> PreferencePairs:
+    """Pairs from "bundled", a .jsonl, .json, .csv or .parquet file, or a data set's hub name.
+
+    Rows have columns prompt, chosen and rejected. Without a prompt column both completions are whole conversations of
+    one beginning: lists of messages, or the text of hh-rlhf ("\\n\\nHuman: ... \\n\\nAssistant: ..."; hub names
+    "hh-rlhf" and "Anthropic/hh-rlhf").
+    on_bad: "raise" a UserError for the first row that is no pair, or "drop" such rows, with a warning that counts them;
+        None: drop for a hub's data set, which nobody here can mend, raise for a file.
+    Raises FileNotFoundError or UserError: one line with the row's number (from 0) and what is wrong with it.
+    """
+    name = os.fspath(name_or_path)
+    if on_bad not in (None, "raise", "drop"):
+        raise UserError(f"on_bad must be 'raise', 'drop' or None, got {on_bad!r}")
+    if name == "bundled":
+        return bundled()
+    full = hub_name(name)
+    raw = sources.read(full, split=split, what="pairs")
+    drop = on_bad == "drop" or (on_bad is None and not Path(name).expanduser().is_file())
+    missing = [column for column in ("chosen", "rejected") if column not in raw[0]]
+    if missing:
+        have = ", ".join(map(str, raw[0])) or "none"
+        raise UserError(f"{name}: must have columns prompt, chosen and rejected, lacks {missing[0]!r}, got {have}")
+    found, bad, first = [], 0, ""
+    for i, row in enumerate(raw):
+        try:
+            pair = check(_with_prompt(row, name in HH_RLHF))
+            if found and type(pair["prompt"]) is not type(found[0]["prompt"]):
+                raise UserError("rows must all be text or all be messages, this one is not what came before it")
+            found.append(pair)
+        except UserError as error:
+            if not drop:
+                raise UserError(f"{name}: row {i}: {error}") from None
+            bad, first = bad + 1, first or f"row {i}: {error}"
+    if not found:
+        raise UserError(f"{name}: no row is a preference pair ({first})")
+    if bad:
+        warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
+    return PreferencePairs(found, {"rows that are no pair": bad} if bad else {}, _settings(Path(name).expanduser()))
+
+
+def check(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, if its prompt, chosen and rejected make a pair; else UserError: what must be, and what came."""
+    for column in COLUMNS:
+        if column not in row:
+            raise UserError(f"must have a {column!r}, got {', '.join(map(str, row)) or 'none'}")
+    kinds = {column: _kind(column, row[column]) for column in COLUMNS}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{column} {kind}" for column, kind in kinds.items())
+        raise UserError(f"prompt, chosen and rejected must be of one kind, got {told}")
+    if row["chosen"] == row["rejected"]:
+        raise UserError("chosen and rejected must differ, got the same text twice")
+    row = dict(row)
+    if row.get("margin") is not None:
+        try:
+            row["margin"] = float(row["margin"])
+        except (TypeError, ValueError):
+            raise UserError(f"margin must be a number, got {row['margin']!r}") from None
+    return row
+
+
+def check_lengths(pairs: Sequence[Mapping[str, Any]], tokenizer, max_length: int, source: str = "pairs") -> None:
+    """Raise UserError for the first pair whose prompt alone, tokenized, fills `max_length` tokens."""
+    if max_length < 2:
+        raise UserError(f"max_length must be at least 2, one token of prompt and one of completion, got {max_length}")
+    known: dict[str, int] = {}
+    for i, row in enumerate(pairs):
+        prompt = row["prompt"]
+        key = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        if key not in known:
+            known[key] = len(_prompt_ids(prompt, tokenizer))
+        if known[key] >= max_length:
+            rule = f"a prompt must be shorter than max_length, {max_length} tokens"
+            raise UserError(f"{source}: row {i}: {rule}, got {known[key]} tokens")
+
+
+def as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair of plain text as messages: the prompt a user's, both completions an assistant's."""
+    if not isinstance(row["prompt"], str):
+        return dict(row)
+    message = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {**row, **{column: [{"role": role, "content": row[column]}] for column, role in message.items()}}
+
+
+def preference_pairs(
+    scored, *, lam: Sequence[float] | Mapping[str, float], how: str = "best_worst", pairs_per_prompt: int = 1, seed: int
+) -> PreferencePairs:
+    """Pairs from scored candidates: which of two candidates of one prompt p_lambda(y|x) prefers.
+
+    Args:
+        scored: a scored file as `fastalign score` writes it, or its Candidates.
+        lam: a weight per reward, by name, or in the order of the file's rewards. At lam = what `fastalign map` found,
+            a policy trained on the pairs moves towards the palette.
+        how: "best_worst": the candidate of the i-th largest lam · R against that of the i-th smallest, i up to
+            `pairs_per_prompt` and at most N // 2. "sampled": chosen drawn from p_lambda (`ops.resample` on lam · R),
+            rejected from p0 (every candidate alike); what is drawn stands, so chosen may have the lower lam · R.
+        pairs_per_prompt: at most so many of each prompt.
+        seed: of the draws.
+
+    Returns:
+        PreferencePairs with columns prompt, chosen, rejected, and chosen_score and rejected_score, their lam · R.
+        dropped counts "ties" (pairs of equal lam · R or of the same text), "pairs with an empty text" and "prompts with
+        one candidate".
+
+    Raises:
+        UserError: another kind of file, lam that does not fit it, or no pair left.
+    """
+    from fastalign.decode import Candidates
+
+    if how not in METHODS:
+        raise UserError(f"how must be one of {', '.join(METHODS)}, got {how!r}")
+    if not (isinstance(pairs_per_prompt, int) and pairs_per_prompt >= 1):
+        raise UserError(f"pairs_per_prompt must be an integer, at least 1, got {pairs_per_prompt!r}")
+    whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
+    names, weights = _weights(lam, list(whole.rewards))
+    grid = whole.reward_array(names).astype(np.float64)
+    if not np.isfinite(grid).all():
+        raise UserError("rewards must be finite to make pairs of, got NaN or infinity")
+    scores = grid @ weights  # (P, N)
+    chosen, rejected = _pick(scores, how, pairs_per_prompt, seed)
+    found, ties, empty = [], 0, 0
+    for p, prompt in enumerate(whole.prompts if whole.n > 1 else ()):
+        for better, worse in zip(chosen[p], rejected[p], strict=True):
+            texts = whole.texts[p][better], whole.texts[p][worse]
+            if scores[p, better] == scores[p, worse] or texts[0] == texts[1]:
+                ties += 1
+                continue
+            if not all(map(str.strip, texts)):
+                empty += 1
+                continue
+            found.append({
+                "prompt": prompt, "chosen": texts[0], "rejected": texts[1],
+                "chosen_score": float(scores[p, better]), "rejected_score": float(scores[p, worse]),
+            })  # fmt: skip
+    alone = len(whole.prompts) if whole.n == 1 else 0
+    if not found:
+        why = f"{ties} ties, {empty} of empty texts" if ties or empty else "a prompt needs at least 2 candidates, got 1"
+        raise UserError(
+            f"no preference pairs: {why} (lam {', '.join(f'{n}={w:g}' for n, w in zip(names, weights, strict=True))})"
+        )
+    settings = {
+        "pairs": {"values": names, "lambda": weights.tolist(), "how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed},
+        "sampling": whole.settings.get("sampling", {}),
+    }  # fmt: skip
+    return PreferencePairs(
+        found, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
+    )
+
+
+def bundled(n: int = 512, *, rule: str = "positive", seed: int = 0) -> PreferencePairs:
+    """n pairs of the bundled prompts and composed replies, of which a known rule says which is better.
+
+    rule: a reward by name ("positive" is VADER's sentiment), or "length", the longer reply. Replies are two or three
+    plain sentences of opinion. The same n, rule and seed give the same pairs; no pair is a tie.
+    """
+    from fastalign import rewards
+    from fastalign.data import prompts
+
+    if not (isinstance(n, int) and n >= 1):
+        raise UserError(f"n must be an integer, at least 1, got {n!r}")
+    rng = random.Random(seed)
+    questions = prompts.bundled()
+    found: list[dict[str, Any]] = []
+    while len(found) < n:
+        count = 2 * (n - len(found)) + 8
+        asked = [questions[(len(found) + i) % len(questions)] for i in range(count)]
+        first, second = [_reply(rng) for _ in asked], [_reply(rng) for _ in asked]
+        if rule == "length":
+            scores = np.array([[len(text) for text in side] for side in (first, second)], dtype=np.float64)
+        else:
+            scores = np.stack([rewards.score(rule, asked, side)[:, 0] for side in (first, second)])
+        if (scores[0] == scores[1]).all():
+            raise UserError(f"rule must tell replies apart, {rule!r} scores all alike")
+        for i, prompt in enumerate(asked):
+            if scores[0, i] != scores[1, i]:
+                better, worse = (first, second) if scores[0, i] > scores[1, i] else (second, first)
+                found.append({"prompt": prompt, "chosen": better[i], "rejected": worse[i]})
+    return PreferencePairs(found[:n], settings={"bundled": {"rule": rule, "seed": seed}})
+
+
+_THINGS = "the food,the room,the story,my visit,the staff,the price,the music,the view,the plan,the answer,this idea,the weather".split(
+    ","
+)
+_GOOD = "good,great,lovely,excellent,wonderful,pleasant,kind,happy,beautiful,perfect,fun,helpful".split(",")
+_BAD = "bad,awful,terrible,horrible,sad,ugly,rude,boring,painful,poor,nasty,dirty".split(",")
+_PLAIN = "small,red,long,early,round,new,wooden,quiet,local,usual,short,wide".split(",")
+
+
+def _reply(rng: random.Random) -> str:
+    sentences = []
+    for _ in range(rng.randint(2, 3)):
+        thing, word = rng.choice(_THINGS), rng.choice(rng.choice((_GOOD, _BAD, _PLAIN)))
+        form = rng.choice(("{} was {}", "I found {} {}", "everyone said {} was {}", "in the end {} was {}"))
+        sentence = form.format(thing, word)
+        sentences.append(sentence[0].upper() + sentence[1:] + ".")
+    return " ".join(sentences)
+
+
+def _pick(scores: np.ndarray, how: str, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Candidate numbers (P, k') of chosen and rejected."""
+    import torch
+
+    from fastalign import ops
+
+    count, n = scores.shape
+    if how == "best_worst":
+        order = np.argsort(-scores, axis=1, kind="stable")
+        k = min(k, n // 2)
+        return order[:, :k], order[:, ::-1][:, :k]
+    seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)  # two streams that never meet
+    weights = torch.from_numpy(np.ascontiguousarray(scores))
+    chosen = ops.resample(weights, k, seed=int(seeds[0])).numpy()
+    rejected = ops.resample(torch.zeros(count, n, dtype=torch.float64), k, seed=int(seeds[1])).numpy()
+    return chosen, rejected
+
+
+def _weights(lam, names: list[str]) -> tuple[list[str], np.ndarray]:
+    if isinstance(lam, Mapping):
+        unknown = [name for name in lam if name not in names]
+        if unknown or not lam:
+            raise UserError(
+                f"lam must weigh rewards that the file carries ({', '.join(names)}), got {unknown or 'none'}"
+            )
+        names, lam = list(lam), list(lam.values())
+    try:
+        weights = np.asarray(lam, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"lam must be numbers, got {lam!r}") from None
+    if weights.shape != (len(names),):
+        raise UserError(
+            f"lam must have one weight per reward, {len(names)} ({', '.join(names)}), got shape {weights.shape}"
+        )
+    if not np.isfinite(weights).all():
+        raise UserError(f"lam must be finite, got {weights.tolist()}")
+    return names, weights
+
+
+def _with_prompt(row: Mapping[str, Any], dialogue: bool) -> dict[str, Any]:
+    """The row with a prompt: its own, or what both whole conversations begin with."""
+    if "prompt" in row and not dialogue:
+        return dict(row)
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if ASSISTANT not in chosen:
+            raise UserError(
+                f"must have a 'prompt', or dialogues with turns {ASSISTANT!r}, got {', '.join(map(str, row))}"
+            )
+        prompt, chosen, rejected = split_dialogues(chosen, rejected)
+    else:
+        for column in ("chosen", "rejected"):
+            _kind(column, row[column])
+        shared = 0
+        limit = min(len(chosen), len(rejected)) - 1  # each keeps a message of its own
+        while shared < limit and chosen[shared] == rejected[shared]:
+            shared += 1
+        if not shared:
+            raise UserError("must have a 'prompt', or chosen and rejected that begin with the same messages")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _kind(column: str, value: Any) -> str:
+    """ "text" or "messages"; UserError for anything else, and for what is blank."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{column} must not be empty, got {value!r}")
+        return "text"
+    if not isinstance(value, list):
+        raise UserError(
+            f"{column} must be a string or a list of messages, got {'nothing' if value is None else type(value).__name__}"
+        )
+    if not value:
+        raise UserError(f"{column} must not be empty, got no messages")
+    for j, message in enumerate(value):
+        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
+            raise UserError(f"{column}[{j}] must be a message with role and content, got {message!r}")
+        if not message["content"].strip() and column != "prompt":
+            raise UserError(f"{column} must not be empty, got {message['content']!r} in message {j}")
+    return "messages"
+
+
+def _prompt_ids(prompt: str | list[dict[str, str]], tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise UserError("messages need a tokenizer with a chat template, and this one has none")
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a Parquet file of pairs that fastalign wrote says of how they were made."""
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return {}
+    import pyarrow.parquet as pq
+
+    try:
+        told = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
+    except ValueError:
+        return {}
+    return (
+        {key: value for key, value in told.items() if key not in ("kind", "dropped")} if isinstance(told, dict) else {}
+    )

@@ -1,0 +1,247 @@
+"""Preference pairs: read from files of each form, made from scored candidates, bundled; and one line for each mistake."""
+
+import csv
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import tiny_tokenizer
+
+from fastalign.data import hub, preferences
+from fastalign.decode import Candidates
+from fastalign.errors import UserError
+
+ROWS = [
+    {"prompt": "Who is there?", "chosen": "A cat.", "rejected": "No one."},
+    {"prompt": 'Ünïcode, "quotes"\nand lines', "chosen": "yes", "rejected": "no", "margin": 0.5},
+]
+CHAT = {
+    "prompt": [{"role": "user", "content": "Who?"}],
+    "chosen": [{"role": "assistant", "content": "A cat."}],
+    "rejected": [{"role": "assistant", "content": "No one."}],
+}
+HH = [
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: So long",
+     "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Go"},
+    # Parts before the last turn: split where both still agree.
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+     "rejected": "\n\nHuman: Hi\n\nAssistant: Hey\n\nHuman: what\n\nAssistant: nothing"},
+]  # fmt: skip
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            out = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            out.writeheader()
+            out.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_reads_every_kind_of_file(tmp_path, suffix):
+    rows = [{**row, "margin": row.get("margin", 0.25)} for row in ROWS]
+    found = preferences.load(write(tmp_path / f"pairs.{suffix}", rows))
+    assert list(found) == rows and found.lost == ""
+
+
+def test_reads_messages_with_and_without_a_prompt(tmp_path):
+    whole = {"chosen": CHAT["prompt"] + CHAT["chosen"], "rejected": CHAT["prompt"] + CHAT["rejected"]}
+    for row in (CHAT, whole):
+        assert preferences.load(write(tmp_path / "pairs.jsonl", [row]))[0] == CHAT
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_reads_dialogues(tmp_path, suffix):
+    first, second = preferences.load(write(tmp_path / f"hh.{suffix}", HH))
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    assert first == {"prompt": start + " Hello\n\nHuman: Bye\n\nAssistant:", "chosen": " So long", "rejected": " Go"}
+    assert second["prompt"] == start and second["chosen"] == " Hello"
+    assert second["rejected"] == " Hey\n\nHuman: what\n\nAssistant: nothing"
+
+
+def test_hub_names_and_rows_that_are_no_pair(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        empty = {"chosen": HH[0]["chosen"], "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"}
+        return datasets.Dataset.from_list([HH[0], empty, HH[1]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.warns(UserWarning, match="1 of 3 rows dropped, the first row 1: rejected must not be empty"):
+        found = preferences.load("Anthropic/hh-rlhf", split="test")
+    assert len(found) == 2 and found.dropped == {"rows that are no pair": 1}
+    assert asked == [("Anthropic/hh-rlhf", "test")]
+    with pytest.raises(UserError, match="row 1: rejected must not be empty"):
+        preferences.load("hh-rlhf", on_bad="raise")
+    prompts = hub.load_prompts("Anthropic/hh-rlhf")
+    assert prompts == ["\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"]
+
+
+def test_prompts_of_film_reviews(monkeypatch, tmp_path):
+    rows = [{"text": "One two  three<br /><br />four five six seven eight nine", "label": 0}] * 2
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    assert hub.load_prompts("imdb") == ["One two three four five six seven eight"]
+    local = write(tmp_path / "reviews.csv", rows)
+    assert hub.load_prompts(local, words=4) == ["One two three four"]
+    assert hub.load_prompts(local)[0].endswith("nine")
+    assert hub.load_prompts(write(tmp_path / "hh.jsonl", HH))[1] == "\n\nHuman: Hi\n\nAssistant:"
+    assert len(hub.load_prompts("bundled")) == 64
+    with pytest.raises(UserError, match="words must be left out for dialogues"):
+        hub.load_prompts(tmp_path / "hh.jsonl", words=3)
+    with pytest.raises(UserError, match="row 0: chosen must hold a turn"):
+        hub.load_prompts(write(tmp_path / "no.jsonl", [{"chosen": "hello", "rejected": "x"}]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], "lacks 'rejected', got prompt, chosen"),
+        ([ROWS[0], {**ROWS[0], "rejected": " "}], "row 1: rejected must not be empty"),
+        ([ROWS[0], {**ROWS[0], "prompt": None}], "row 1: prompt must be a string or a list of messages, got nothing"),
+        ([{"chosen": "b", "rejected": "c"}], "row 0: must have a 'prompt', or dialogues"),
+        ([{**ROWS[0], "rejected": "A cat."}], "row 0: chosen and rejected must differ"),
+        ([{**CHAT, "prompt": "text"}], "row 0: prompt, chosen and rejected must be of one kind"),
+        ([{**CHAT, "chosen": [{"role": "assistant"}]}], "row 0: chosen\\[0\\] must be a message with role and content"),
+        ([{**CHAT, "chosen": [{"role": "assistant", "content": ""}]}], "row 0: chosen must not be empty"),
+        ([CHAT, ROWS[0]], "row 1: rows must all be text or all be messages"),
+        ([{**ROWS[0], "margin": "wide"}], "row 0: margin must be a number, got 'wide'"),
+        ([HH[0], {"chosen": HH[0]["chosen"], "rejected": "\n\nHuman: Other\n\nAssistant: x"}], "same turns"),
+        ([], "holds no pairs"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_row(tmp_path, rows, said):
+    path = write(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(UserError, match=said) as told:
+        preferences.load(path)
+    assert str(told.value).startswith(str(path)) and "\n" not in str(told.value)
+
+
+def test_mistakes_in_the_file(tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "ragged.csv").write_text("prompt,chosen,rejected\na,b,c,d\n")
+    (tmp_path / "pairs.txt").write_text("a")
+    (tmp_path / "pairs.parquet").write_text("a")
+    for name, said in [("broken.jsonl", "line 1 is not JSON"), ("ragged.csv", "row 0 has more cells"),
+                       ("pairs.txt", "must be a .jsonl"), ("pairs.parquet", "not a Parquet file"), ("", "is a folder")]:  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            preferences.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such file of pairs"):
+        preferences.load(tmp_path / "none.csv")
+
+
+def test_a_prompt_that_fills_the_context():
+    tokenizer = tiny_tokenizer(chat=True)
+    long = {**ROWS[0], "prompt": "hello world " * 40}
+    preferences.check_lengths([long], tokenizer, 500)
+    with pytest.raises(
+        UserError, match=r"x: row 1: a prompt must be shorter than max_length, 16 tokens, got \d+ tokens"
+    ):
+        preferences.check_lengths([ROWS[0], long], tokenizer, 16, "x")
+    with pytest.raises(UserError, match="row 0: a prompt must be shorter"):
+        preferences.check_lengths([preferences.as_chat(long)], tokenizer, 16)
+
+
+@pytest.fixture
+def scored():
+    texts = [["a", "b", "c", "d"], ["e", "e", "f", "g"], ["h", "i", "j", "k"]]
+    rewards = {"one": np.array([[0, 1, 2, 3], [5, 5, 5, 5], [1, 0, 0, 1.0]]), "two": np.array([[3, 2, 1, 0]] * 3)}
+    empty = [[[] for _ in row] for row in texts]
+    return Candidates(["p", "q", "r"], texts, empty, empty, rewards=rewards, settings={"sampling": {"seed": 3}})
+
+
+def test_best_against_worst(scored, tmp_path):
+    found = preferences.preference_pairs(scored, lam={"one": 2.0}, seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in found] == [("d", "a"), ("h", "j")]  # q's candidates tie
+    assert (found[0]["chosen_score"], found[0]["rejected_score"]) == (6.0, 0.0)
+    assert found.dropped == {"ties": 1, "pairs with an empty text": 0, "prompts with one candidate": 0}
+    assert found.lost == "1 ties"
+    more = preferences.preference_pairs(scored, lam=[2.0, 0.0], pairs_per_prompt=9, seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in more] == [("d", "a"), ("c", "b"), ("h", "j"), ("k", "i")]
+    other = preferences.preference_pairs(scored, lam=[0.0, 1.0], seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in other] == [("a", "d"), ("e", "g"), ("h", "k")]
+    found.to_parquet(tmp_path / "pairs.parquet")
+    again = preferences.load(tmp_path / "pairs.parquet")
+    assert list(again) == list(found) and again.settings["pairs"]["lambda"] == [2.0]
+    assert again.settings["sampling"] == {"seed": 3}
+    assert found.to_dataset().column_names == ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"]
+    assert found.to_dataset(chat=True)[0]["chosen"] == [{"role": "assistant", "content": "d"}]
+
+
+def test_drawn_pairs_follow_their_distributions():
+    """chosen ~ softmax(lam R), rejected ~ uniform, independently; equal ones are dropped."""
+    n, count = 4, 4000
+    scores = np.array([0.0, 0.5, 1.0, 2.0])
+    texts = [[f"t{j}" for j in range(n)] for _ in range(count)]
+    empty = [[[] for _ in row] for row in texts]
+    whole = Candidates([f"p{i}" for i in range(count)], texts, empty, empty, rewards={"r": np.tile(scores, (count, 1))})
+    found = preferences.preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
+    p = np.exp(1.5 * scores) / np.exp(1.5 * scores).sum()
+    joint = np.outer(p, np.full(n, 1 / n))
+    np.fill_diagonal(joint, 0)
+    assert found.dropped["ties"] == count - len(found)
+    assert abs(len(found) / count - joint.sum()) < 4 * np.sqrt(0.25 / count)
+    counts = np.zeros((n, n))
+    for row in found:
+        counts[int(row["chosen"][1]), int(row["rejected"][1])] += 1
+    expected = joint / joint.sum() * len(found)
+    off = ~np.eye(n, dtype=bool)
+    chi2 = ((counts - expected)[off] ** 2 / expected[off]).sum()
+    assert chi2 < 32.9  # 11 degrees of freedom, p = 5e-4
+    again = preferences.preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
+    assert list(again) == list(found)
+    assert list(preferences.preference_pairs(whole, lam=[1.5], how="sampled", seed=2)) != list(found)
+
+
+def test_mistakes_in_making_pairs(scored, tmp_path):
+    for options, said in [
+        ({"lam": [0.0, 0.0]}, "no preference pairs: 3 ties"),
+        ({"lam": [1.0]}, "one weight per reward, 2 \\(one, two\\)"),
+        ({"lam": {"three": 1.0}}, "rewards that the file carries \\(one, two\\)"),
+        ({"lam": [1.0, np.inf]}, "lam must be finite"),
+        ({"lam": [1.0, 1.0], "how": "worst"}, "how must be one of best_worst, sampled"),
+        ({"lam": [1.0, 1.0], "pairs_per_prompt": 0}, "pairs_per_prompt must be an integer"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            preferences.preference_pairs(scored, seed=0, **options)
+    single = scored.take(np.zeros((3, 1), dtype=np.int64))
+    with pytest.raises(UserError, match="at least 2 candidates"):
+        preferences.preference_pairs(single, lam=[1.0, 1.0], seed=0)
+    with pytest.raises(FileNotFoundError):
+        preferences.preference_pairs(tmp_path / "none.parquet", lam=[1.0], seed=0)
+
+
+@pytest.mark.parametrize("rule", ["length", "positive"])
+def test_bundled_pairs_keep_their_rule(rule):
+    if rule == "positive":
+        pytest.importorskip("vaderSentiment")
+    from fastalign import rewards
+
+    found = preferences.bundled(100, rule=rule, seed=3)
+    assert len(found) == 100 and list(found) == list(preferences.bundled(100, rule=rule, seed=3))
+    assert len({row["prompt"] for row in found}) >= 60  # ties are left out
+    for row in found:
+        if rule == "length":
+            assert len(row["chosen"]) > len(row["rejected"])
+        else:
+            better, worse = rewards.score("positive", [""] * 2, [row["chosen"], row["rejected"]])[:, 0]
+            assert better > worse
+
+
+def test_holding_out_keeps_prompts_apart():
+    train, test = preferences.bundled(200, rule="length").split(0.25, seed=0)
+    assert len(train) + len(test) == 200
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert len({row["prompt"] for row in test}) == 16
+    with pytest.raises(UserError, match="fraction must lie between 0 and 1"):
+        train.split(1.0, seed=0)
