@@ -170,18 +170,8 @@ def attention(
                 mask = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
             found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
         else:
-            found.append(
-                F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=mask,
-                    dropout_p=dropout,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )  # fmt: skip
-            )
+            options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+            found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options))
     return torch.cat(found, 2).transpose(1, 2), None
 
 

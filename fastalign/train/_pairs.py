@@ -1,0 +1,90 @@
+"""The forward pass of a preference trainer: per-token log-probabilities of a batch of pairs, packed where it can be."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.integrations.head import head_of
+from fastalign.integrations.packing import Pack, packed_hidden
+from fastalign.ops import TokenLogprobs, linear_token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PairBatch(NamedTuple):
+    """2B rows, the B chosen first, then the B rejected."""
+
+    input_ids: Tensor  # (2B, T)
+    attention_mask: Tensor  # (2B, T)
+    labels: Tensor  # (2B, T): the ids of completion tokens, -100 elsewhere
+    pack: Pack | None  # the same batch as one row, or None where the model cannot run that
+
+
+def add_pair_forward(model: PreTrainedModel) -> None:
+    """Let `model(pairs=PairBatch, outputs=...)` score pairs; without `pairs` its forward is what it was.
+
+    In the model's forward, and not beside it, so that what wraps the model (DDP, FSDP, autocast) sees the call.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, pairs: PairBatch | None = None, outputs: tuple[str, ...] = ("log_probs",), **kwargs):
+        if pairs is None:
+            return original(*args, **kwargs)
+        return _score(self, pairs, outputs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _score(model: PreTrainedModel, pairs: PairBatch, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+    """Each output (2B, T - 1): at t, of token t + 1, 0 outside completions. A dict, which autocast's wrapper can walk."""
+    labels = pairs.labels[:, 1:]
+    scored = labels != -100
+    if pairs.pack is not None:
+        hidden = packed_hidden(model, pairs.pack)
+        rows = hidden.index_select(0, pairs.pack.place[:, :-1][scored])
+    else:
+        inputs = {"input_ids": pairs.input_ids, "attention_mask": pairs.attention_mask}
+        rows = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][scored]
+    head = head_of(model)
+    found = linear_token_logprobs(
+        rows, head.weight, labels[scored], bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
+        adapter=head.adapter, outputs=outputs,
+    )  # fmt: skip
+    if not isinstance(found, TokenLogprobs):
+        found = TokenLogprobs(log_probs=found)
+    return {
+        name: x.new_zeros(scored.shape).masked_scatter(scored, x)
+        for name, x in found._asdict().items()
+        if x is not None
+    }
+
+
+def split(pairs: int, tokens: Tensor, limit: int | None) -> list[slice]:
+    """Neighbouring pairs in groups of at most `limit` tokens (pairs alone may have more); tokens (B,) of each pair."""
+    if limit is None:
+        return [slice(0, pairs)]
+    groups, begin, total = [], 0, 0
+    for b, n in enumerate(tokens.tolist()):
+        if b > begin and total + n > limit:
+            groups.append(slice(begin, b))
+            begin, total = b, 0
+        total += n
+    return [*groups, slice(begin, pairs)]
+
+
+def take(inputs: dict, pairs: int, group: slice) -> dict:
+    """The pairs of `group` from a collated batch: rows (2B, ...) by halves, (B, ...) as they are."""
+    found = {}
+    for name, x in inputs.items():
+        if isinstance(x, Tensor) and len(x) == 2 * pairs:
+            found[name] = torch.cat((x[:pairs][group], x[pairs:][group]))
+        else:
+            found[name] = x[group] if isinstance(x, Tensor) and len(x) == pairs else x
+    return found

@@ -1,0 +1,274 @@
+"""DPOTrainer: TRL's, with its constructor and its logs, on packed pairs and the fused head.
+
+A pair's prompt is run once, no padding is run at all, and only completion tokens meet the head. A batch larger than
+`max_packed_tokens` is taken in parts whose gradients add up to the batch's, so that memory is bounded by the part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trl
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
+
+from fastalign.data.files import atomic_write
+from fastalign.errors import UserError
+from fastalign.integrations.gguf import cache_dir
+from fastalign.integrations.packing import can_pack, enable, pack_pairs
+from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
+from fastalign.train import _checks
+from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
+
+COUPLED = {"aot", "aot_unpaired", "sft"}  # whose value for a batch is not the mean of its pairs' own
+CPU_TOKENS = 512  # enough rows for the products' full rate
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's DPOConfig, and:
+
+    share_prompt: run each pair's common beginning once and no padding. Results are the same.
+    max_packed_tokens: tokens run at once; larger batches go in parts. None: 512 on a CPU, elsewhere the whole batch.
+    modpo_weight: MODPO (arXiv 2310.03708, eq. 9): the weight w of the value that the pairs express, in (0, 1]. A
+        dataset column "margin" holds the other values' part, their weighted rewards of chosen less rejected. The
+        reward difference of a pair becomes (beta · difference - margin) / w.
+    A dataset column "weight" multiplies each pair's loss: several values' pairs in one dataset, scalarised linearly.
+    label_smoothing counts for loss types sigmoid and sigmoid_norm too (cDPO), where TRL ignores it.
+    """
+
+    share_prompt: bool = field(default=True, metadata={"help": "Run each pair's common beginning once, no padding."})
+    max_packed_tokens: int | None = field(default=None, metadata={"help": "Tokens run at once. Default 512 on a CPU."})
+    modpo_weight: float = field(default=1.0, metadata={"help": "MODPO's weight of the pairs' own value, in (0, 1]."})
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """TRL's, and the columns "margin" and "weight" as (B,) tensors."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        extra = {
+            name: torch.tensor([float(example[name]) for example in examples])
+            for name in ("margin", "weight")
+            if name in examples[0]
+        }
+        return super().torch_call(examples) | extra
+
+
+class DPOTrainer(trl.DPOTrainer):
+    """TRL 1.16's DPOTrainer, same arguments (and `tokenizer=` for `processing_class=`), same losses and logs, faster.
+
+    Also logs "tokens_per_second" (tokens as TRL counts them: the padded batch's attention mask). Models that cannot
+    take packed rows (`integrations.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
+    models with an auxiliary loss run on TRL's own path.
+
+    Reference log-probabilities under precompute_ref_log_probs are kept in the cache folder by content: the reference's
+    weights, the tokens and what is summed; a second run on the same reads them.
+
+    Raises:
+        UserError: columns that lack, empty completions, prompts that leave no room, vocabularies that differ.
+    """
+
+    def __init__(self, model=None, ref_model=None, args=None, *positional, tokenizer=None, **kwargs):
+        if tokenizer is not None:
+            if kwargs.get("processing_class") is not None:
+                raise UserError("tokenizer and processing_class are the same argument: give one")
+            kwargs["processing_class"] = tokenizer
+        for name in ("train_dataset", "eval_dataset"):
+            _checks.pairs(name, kwargs.get(name))
+        _checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
+        if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
+            raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")
+        self._ready = False
+        super().__init__(model, ref_model, args, *positional, **kwargs)
+        self._prepare()
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Comes after the models are there and before any of their passes."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        _checks.room(dataset_name, dataset, prepared, args.max_length)
+        return prepared
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "margin" not in self._signature_columns:
+            self._signature_columns += ["margin", "weight"]
+
+    def _prepare(self) -> None:
+        """Once, before the first pass: what needs the models that TRL's constructor made."""
+        if self._ready:
+            return
+        self._ready = True
+        if type(self.data_collator) is DataCollatorForPreference:
+            self.data_collator = PairCollator(**vars(self.data_collator))
+        self._elsewhere = self._is_vision_dataset or self.aux_loss_enabled  # on TRL's own path
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
+        self._packs = getattr(self.args, "share_prompt", True) and all(can_pack(m) for m in models)
+        self._limit = getattr(self.args, "max_packed_tokens", None)
+        if self._limit is None and self.accelerator.device.type == "cpu":
+            self._limit = CPU_TOKENS
+        if COUPLED & set(self.loss_types) or self.is_deepspeed_enabled:
+            self._limit = None
+        for m in models:
+            if self._packs and not self._elsewhere:
+                enable(m)
+            add_pair_forward(m.get_base_model() if hasattr(m, "peft_config") else m)
+        self._outputs = (*OUTPUTS, "log_sum_sq_probs") if self.use_weighting else OUTPUTS
+        self._share, self._sums, self._began = 1.0, None, time.perf_counter()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._prepare()
+        if self._elsewhere:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        pairs = len(inputs["input_ids"]) // 2
+        tokens = inputs["attention_mask"].sum(-1).view(2, -1).sum(0)
+        groups, total = split(pairs, tokens, self._limit), 0.0
+        for group in groups:
+            self._share = (group.stop - group.start) / pairs
+            last = group is groups[-1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, take(inputs, pairs, group), num_items_in_batch)
+        self._share = 1.0
+        self._flush("train")
+        return total
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._prepare()
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not self._elsewhere:
+            self._flush("eval")
+        return found
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        self._prepare()
+        if self._elsewhere or return_outputs:  # logits are asked for
+            return super()._compute_loss(model, inputs, return_outputs)
+        batch = self._batch(inputs)
+        found = model(pairs=batch, outputs=self._outputs)
+        mask = inputs["completion_mask"][:, 1:].bool()
+        chosen, rejected = sequence_logps(found["log_probs"], mask, ld_alpha=self.ld_alpha).chunk(2)
+        if self.precompute_ref_logps:
+            ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            ref_chosen, ref_rejected = self._reference(self.ref_model or self.model, batch, mask)
+        loss = self._loss(found, mask, chosen, rejected, ref_chosen, ref_rejected, inputs)
+        with torch.no_grad():
+            self._add(inputs, found, mask, chosen, rejected, chosen - ref_chosen, rejected - ref_rejected)
+        return loss * self._share
+
+    def compute_ref_log_probs(self, model, inputs):
+        """The reference's sequence log-probabilities (chosen (B,), rejected (B,)) of one collated batch."""
+        self._prepare()
+        if self._elsewhere:
+            return super().compute_ref_log_probs(model, inputs)
+        return self._reference(model, self._batch(inputs), inputs["completion_mask"][:, 1:].bool())
+
+    def _batch(self, inputs) -> PairBatch:
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
+        return PairBatch(ids, attention, labels, pack_pairs(ids, attention) if self._packs else None)
+
+    def _reference(self, model, batch: PairBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and hasattr(inner := self.accelerator.unwrap_model(self.model), "peft_config"):
+            adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            log_probs = model(pairs=batch)["log_probs"]
+        return sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+
+    def _loss(self, found, mask, chosen, rejected, ref_chosen, ref_rejected, inputs) -> Tensor:
+        half = len(mask) // 2
+        # Lengths as TRL counts them, a completion's first token too where nothing comes before it.
+        chosen_lengths, rejected_lengths = inputs["completion_mask"].sum(-1).chunk(2)
+        weight, margin = getattr(self.args, "modpo_weight", 1.0), inputs.get("margin")
+        if weight != 1 or margin is not None:
+            chosen, rejected, ref_chosen, ref_rejected = (
+                x / weight for x in (chosen, rejected, ref_chosen, ref_rejected)
+            )
+            ref_chosen = ref_chosen if margin is None else ref_chosen + margin / (self.beta * weight)
+        factors = inputs.get("weight")
+        if self.use_weighting:
+            wpo = wpo_weights(found["log_probs"], found["log_sum_sq_probs"], mask)
+            factors = wpo if factors is None else factors * wpo
+        losses = dpo_loss(
+            chosen, rejected, ref_chosen, ref_rejected,
+            beta=self.beta, loss_type=self.loss_types, loss_weights=self.loss_weights,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type, f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=getattr(self.args, "discopop_tau", 0.05),
+            chosen_lengths=mask[:half].sum(-1) if "sft" in self.loss_types else chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            sft_logps=sequence_logps(found["log_probs"][:half], mask[:half]) if "sft" in self.loss_types else None,
+            weights=factors,
+        ).losses  # fmt: skip
+        return losses.mean()
+
+    def _add(self, inputs, found, mask, chosen, rejected, chosen_ratios, rejected_ratios) -> None:
+        """Add this part's sums to the step's: TRL's metrics are ratios of them."""
+        half = len(mask) // 2
+        is_chosen, is_rejected = mask[:half], mask[half:]
+        rewards, other = self.beta * chosen_ratios, self.beta * rejected_ratios
+        sums = [
+            mask.sum(), is_chosen.sum(), is_rejected.sum(), rewards.new_tensor(half), inputs["attention_mask"].sum(),
+            (found["entropy"] * mask).sum(), (found["is_top1"][:half] & is_chosen).sum(),
+            (found["mean_logits"][:half] * is_chosen).sum(), (found["mean_logits"][half:] * is_rejected).sum(),
+            rewards.sum(), other.sum(), (rewards > other).sum(), (rewards - other).sum(), chosen.sum(), rejected.sum(),
+        ]  # fmt: skip
+        sums = torch.stack([x.double() for x in sums])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _flush(self, mode: str) -> None:
+        """The step's sums over all processes, as TRL's metrics."""
+        if self._sums is None:
+            return
+        sums = self.accelerator.reduce(self._sums.float() if self.accelerator.device.type == "mps" else self._sums)
+        self._sums = None
+        tokens, chosen, rejected, pairs, attended, *rest = sums.tolist()
+        of = [tokens, chosen, chosen, rejected, *[pairs] * 6]
+        names = (
+            "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "rewards/chosen", "rewards/rejected",
+            "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+        )  # fmt: skip
+        for name, total, count in zip(names, rest, of, strict=True):
+            self._metrics[mode][name].append(total / count if count else 0.0)
+        if mode == "train":
+            self._total_train_tokens += int(attended) // self._tp_size
+            seconds = time.perf_counter() - self._began
+            self._metrics[mode]["tokens_per_second"] = [self._total_train_tokens / seconds]
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        key = self._content(dataset)
+        path = cache_dir() / "ref_logps" / f"{key}.safetensors"
+        if not path.is_file():
+            found = super()._precompute_ref_logps(dataset, name, batch_size).with_format("torch")
+            if self.accelerator.is_main_process:
+                kept = {column: found[column][:].float() for column in ("ref_chosen_logps", "ref_rejected_logps")}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as beside:
+                    save_file({column: x.contiguous() for column, x in kept.items()}, str(beside))
+            self.accelerator.wait_for_everyone()
+        for column, values in load_file(str(path)).items():
+            dataset = dataset.add_column(column, values.tolist())
+        return dataset
+
+    def _content(self, dataset) -> str:
+        """A hash of everything that the reference's log-probabilities depend on."""
+        digest = hashlib.sha256(self._precompute_model_hash.encode())
+        settings = (self.ld_alpha, self.args.max_length, self.args.truncation_mode, str(self.args.bf16))
+        digest.update(repr(settings).encode())
+        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            for ids in dataset.with_format("numpy")[column]:
+                digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
+        return digest.hexdigest()[:32]
