@@ -55,7 +55,7 @@ def test_dtypes_of_the_result(each_backend, dtype):
 
 
 def test_gradcheck_in_float64(each_backend):
-    logits, labels = problem((3, 5, 11), torch.float64)
+    logits, labels = problem((2, 2, 5), torch.float64)
     logits.requires_grad_()
 
     def f(x):
@@ -256,5 +256,82 @@ def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
 
 
 def test_backends_are_named_exactly():
-    with pytest.raises(UserError, match="backend must be one of auto, cpu, triton, reference, got 'cuda'"), use_backend("cuda"):
+    with (
+        pytest.raises(UserError, match="backend must be one of auto, cpu, triton, reference, got 'cuda'"),
+        use_backend("cuda"),
+    ):
         pass
+
+
+@pytest.fixture
+def in_small_blocks(monkeypatch):
+    """The Triton kernels in the interpreter, a row being many blocks and the last of them odd."""
+    monkeypatch.setattr(pytest.importorskip("fastalign.kernels._rows"), "THREADS", 4)
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", HAIR, ids=str)
+@pytest.mark.parametrize("vocab", [64, 129, 300])
+def test_rows_of_many_blocks(in_small_blocks, vocab, dtype, softcap):
+    logits, labels = problem((7, vocab), dtype)
+    top = logits.argmax(-1)
+    labels[[0, 3]] = top[[0, 3]]
+    labels[5] = top[5]
+    logits[5, [0, -1]] = logits[5].max().item()  # not the first of the largest any more
+    logits[6, : vocab // 2] = NEG_INF
+    logits[2] = NEG_INF
+    a, b, c = (logits.to(t, copy=True).requires_grad_() for t in (torch.float64, dtype, dtype))
+    truth, theirs = (reference.token_logprobs(x, labels, 1.0, softcap) for x in (a, b))
+    ours = token_logprobs(c, labels, softcap=softcap, outputs=OUTPUTS)._asdict()
+    for name in OUTPUTS[:4]:
+        hair = HAIR[torch.float64 if dtype == torch.float64 else torch.float32]
+        assert_as_good_as_torch(ours[name].detach(), theirs[name].detach(), truth[name].detach(), hair, name)
+    assert torch.equal(ours["is_top1"], theirs["is_top1"]) and ours["is_top1"].any()
+    torch.testing.assert_close(token_logprobs(c, labels, softcap=softcap), ours["log_probs"])
+    for found in (truth, theirs, ours):
+        alive = truth["log_probs"].isfinite()
+        (found["log_probs"][alive].sum() + 0.3 * found["entropy"].sum()).backward()
+    assert_as_good_as_torch(c.grad, b.grad, a.grad, HAIR[dtype], "gradient")
+
+
+def test_lowest_logit_of_all_can_be_the_first(in_small_blocks):
+    logits = torch.full((2, 200), NEG_INF)
+    logits[:, 100:] = torch.finfo(torch.float32).min
+    found = token_logprobs(logits, torch.tensor([100, 101]), outputs=OUTPUTS)
+    assert found.is_top1.tolist() == [True, False]
+    torch.testing.assert_close(found.entropy, torch.full((2,), 100.0).log())
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_gradient_in_the_logits_place(in_small_blocks, statistics):
+    from fastalign.kernels import token_logprobs as kernel
+
+    logits, labels = problem((3, 4, 301), torch.bfloat16)
+    options = (1.3, 0.0, -100, statistics)
+    log_probs, row_max, row_sum, entropy, *_ = kernel.forward(logits, labels, *options)
+    small = (log_probs, 0.1 * log_probs, row_max, row_sum, entropy)
+    expected = kernel.backward(*small, logits, labels, *options)
+    wide = torch.stack([logits, logits], -1)[:, 1:, :, 0]  # any strides
+    part = [x[:, 1:] for x in (*small, labels)]
+    assert kernel.backward(*part[:5], wide, part[5], *options, out=wide) is wide
+    assert torch.equal(wide, expected[:, 1:])
+    assert kernel.backward(*small, logits, labels, *options, out=logits) is logits
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 40, 2**40])
+def test_an_unknown_label_is_nan_where_nobody_waits(monkeypatch, bad):
+    """A GPU cannot raise without the host waiting for it."""
+    pytest.importorskip("triton")
+    from fastalign.ops import _checks
+
+    monkeypatch.setattr(_checks, "labels_in_range", lambda *_: None)
+    logits = torch.randn(3, 40, requires_grad=True)
+    with use_backend("triton"):
+        found = token_logprobs(logits, torch.tensor([3, bad, -100]), outputs=OUTPUTS)
+        (found.log_probs.sum() + found.entropy.sum()).backward()
+    assert found.log_probs[1].isnan() and found.entropy[1].isnan() and not found.is_top1[1]
+    assert logits.grad[1].isnan().all()
+    assert logits.grad[[0, 2]].isfinite().all() and found.log_probs[[0, 2]].isfinite().all()

@@ -23,17 +23,18 @@ def describe(x: Tensor) -> tuple[tuple, Tensor]:
 
     Copies only if the last dimension is not contiguous or the leading ones cannot be walked with two strides.
     """
-    rows = _two_strides(x)
+    rows = two_strides(x)
     if (x.stride(-1) != 1 and x.shape[-1] > 1) or rows is None:
         x = x.contiguous()
-        rows = _two_strides(x)
+        rows = two_strides(x)
     outer_stride, inner, inner_stride = rows
     vocab = x.shape[-1]
     count = x.numel() // vocab
     return (x.data_ptr(), DTYPES[x.dtype], count, inner, outer_stride, inner_stride, vocab), x
 
 
-def _two_strides(x: Tensor) -> tuple[int, int, int] | None:
+def two_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(outer stride, inner size, inner stride) that walk the leading dimensions as one; None where two do not do."""
     dims: list[list[int]] = []  # [size, stride] of the leading dimensions, neighbours merged where one stride serves
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:

@@ -41,7 +41,8 @@ def token_logprobs(
     Args:
         logits: (..., V) float32, float64, bfloat16 or float16, any strides (a slice such as `logits[:, :-1]` is
             read in place). -inf masks a vocabulary entry; a row that is all -inf gives 0 and no gradient.
-        labels: (...) int64 in [0, V), or `ignore_index`.
+        labels: (...) int64 in [0, V), or `ignore_index`. On a GPU any other gives NaN in its row, since to raise
+            the host would have to wait.
         temperature: divides the logits; positive.
         softcap: logits are softcapped first (Gemma 2); None for none.
         ignore_index: positions with this label give 0 in every output and no gradient.

@@ -26,7 +26,7 @@ def transform_factors(
 ) -> tuple[float, float, float]:
     """to_cap, to_z and slope: z = to_z · x, or to_z · tanh(to_cap · x) with a softcap; slope is dz/dx, with one at 0.
 
-    For kernel arguments annotated "fp64" (a plain float would lose digits on its way to a float64 kernel), each made
+    For kernel arguments annotated tl.float64 (a plain float would lose digits on its way to a float64 kernel), each made
     COMPUTE by `tl.full((), factor, COMPUTE)`.
     """
     slope = logit_scale / temperature

@@ -1,0 +1,168 @@
+"""GPU cases of token_logprobs: forward and backward apart, each dtype and each path of the code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from fastalign.bench.gpu_common import KernelCase, Work
+from fastalign.kernels import token_logprobs as kernel
+from torch import Tensor
+
+from fastalign import reference
+from fastalign.ops.token_logprobs import OUTPUTS, _forward_fake
+
+TOKENS = 8192
+IGNORED = -100
+
+
+def cases() -> Iterator[KernelCase]:
+    b16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    for vocab, dtype, softcap, statistics in (
+        (151_936, b16, 0.0, False),
+        (151_936, b16, 0.0, True),
+        (248_320, b16, 0.0, False),
+        (128_256, f16, 0.0, False),
+        (128_256, f16, 0.0, True),
+        (49_152, f32, 0.0, False),
+        (49_152, f32, 0.0, True),
+        (128_256, b16, 30.0, False),
+        (128_256, b16, 30.0, True),
+        (50_257, b16, 0.0, False),  # no row but the first begins at a multiple of 16 bytes
+        (50_257, b16, 0.0, True),
+    ):
+        name = f"V {vocab:,} {str(dtype)[6:]}{' softcap' * (softcap != 0)}{' statistics' * statistics}"
+        options = (vocab, dtype, softcap, statistics)
+        yield KernelCase(f"forward {name}", partial(_forward, *options))
+        yield KernelCase(f"backward {name}", partial(_backward, *options))
+    yield KernelCase(
+        "backward in place V 151,936 bfloat16", partial(_backward, 151_936, b16, 0.0, False, in_place=True)
+    )
+
+
+def _inputs(vocab: int, dtype: torch.dtype, device: str, small: bool) -> tuple[Tensor, Tensor]:
+    rows, vocab = (3, vocab // 16 + 5) if small else (TOKENS, vocab)
+    logits = torch.empty(rows, vocab, dtype=dtype, device=device)
+    labels = torch.empty(rows, dtype=torch.int64, device=device)
+    if device != "meta":
+        logits.normal_(0, 3)
+        labels.random_(0, vocab)
+    return logits, labels
+
+
+def _forward(vocab: int, dtype: torch.dtype, softcap: float, statistics: bool, device: str, small: bool) -> Work:
+    logits, labels = _inputs(vocab, dtype, device, small)
+
+    def run():
+        return kernel.forward(logits, labels, 1.0, softcap, IGNORED, statistics)
+
+    def check():
+        log_probs, _, _, *rest = run()
+        found = (log_probs, *rest) if statistics else (log_probs,)
+        for rows in _chunks(logits):
+            truth = reference.token_logprobs(logits[rows].double(), labels[rows], 1.0, softcap or None)
+            for name, ours in zip(OUTPUTS, found, strict=False):
+                torch.testing.assert_close(ours[rows].to(truth[name].dtype), truth[name], rtol=1e-5, atol=1e-5)
+
+    per_row = 8 + 3 * 4 + statistics * (3 * 4 + 1)
+    return Work(
+        run, _size(logits) + len(labels) * per_row, check=check, peers=_peers(logits, labels, softcap, statistics)
+    )
+
+
+def _backward(
+    vocab: int, dtype: torch.dtype, softcap: float, statistics: bool, device: str, small: bool, in_place: bool = False
+) -> Work:
+    logits, labels = _inputs(vocab, dtype, device, small)
+    grad = torch.empty(len(labels), dtype=torch.float32, device=device)
+    if device != "meta":
+        grad.normal_()
+    forward = _forward_fake if device == "meta" else kernel.forward
+    _, row_max, row_sum, entropy, *_ = forward(logits, labels, 1.0, softcap, IGNORED, statistics)
+    grad_entropy = 0.1 * grad
+    small_ones = (grad, grad_entropy, row_max, row_sum, entropy)
+
+    def run(out: Tensor | None = logits if in_place else None):
+        return kernel.backward(*small_ones, logits, labels, 1.0, softcap, IGNORED, statistics, out=out)
+
+    def check():
+        given = logits.clone()
+        found = run()
+        for rows in _chunks(given):
+            x = given[rows].double().requires_grad_()
+            truth = reference.token_logprobs(x, labels[rows], 1.0, softcap or None)
+            loss = truth["log_probs"] @ grad[rows].double()
+            if statistics:
+                loss = loss + truth["entropy"] @ grad_entropy[rows].double()
+            loss.backward()
+            torch.testing.assert_close(found[rows].double(), x.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+    per_row = 8 + 3 * 4 + statistics * 2 * 4
+    peers = {} if in_place else _backward_peers(logits, labels, grad, grad_entropy, softcap, statistics)
+    return Work(run, 2 * _size(logits) + len(labels) * per_row, check=check, peers=peers)
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    for start in range(0, len(logits), 256):
+        yield slice(start, start + 256)
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _peers(logits: Tensor, labels: Tensor, softcap: float, statistics: bool) -> dict[str, Callable]:
+    """Others' way to the log-probabilities, and with `statistics` to the entropy: as callables that take the logits."""
+    if not logits.is_cuda or softcap:
+        return {}
+
+    def plain(x):
+        log_p = torch.log_softmax(x.float(), -1)
+        picked = log_p.gather(-1, labels[:, None])[:, 0]
+        return (picked, -(log_p.exp() * log_p).sum(-1)) if statistics else picked
+
+    found = {"torch": plain, "torch.compile": torch.compile(plain)}
+    if find_spec("trl"):
+        from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
+
+        score = selective_log_softmax_and_entropy if statistics else selective_log_softmax
+        found["TRL"] = lambda x: score(x, labels)
+    if find_spec("flash_attn") and not statistics:
+        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+        found["Flash-Attention"] = lambda x: -cross_entropy_loss(x, labels)[0]
+    if find_spec("liger_kernel") and not statistics:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        # It makes the gradient in the same launch, over the logits: so it is given a copy of its own.
+        own = logits.clone()
+        found["Liger-Kernel (with gradient)"] = lambda x: -liger_cross_entropy(own, labels, reduction="none")
+    return {name: partial(call, logits) for name, call in found.items()}
+
+
+def _backward_peers(
+    logits: Tensor, labels: Tensor, grad: Tensor, grad_entropy: Tensor, softcap: float, statistics: bool
+) -> dict[str, Callable]:
+    """Others' backward pass alone: their forward pass runs here, and its graph is kept."""
+    asked = logits.detach().requires_grad_() if logits.is_cuda else logits
+    found = {}
+    for name, call in _peers(asked, labels, softcap, statistics).items():
+        if "Liger" not in name:
+            found[name] = _Later(call, asked, (grad, grad_entropy) if statistics else (grad,))
+    return found
+
+
+class _Later:
+    """The forward pass at the first call, the backward pass at each: its memory is not taken before it is its turn."""
+
+    def __init__(self, call: Callable, logits: Tensor, grads: tuple[Tensor, ...]):
+        self.call, self.logits, self.grads, self.outputs = call, logits, grads, None
+
+    def __call__(self):
+        if self.outputs is None:
+            self.outputs = self.call()
+        outputs = self.outputs if isinstance(self.outputs, tuple) else (self.outputs,)
+        grads = [g.to(x.dtype) for g, x in zip(self.grads, outputs, strict=True)]
+        return torch.autograd.grad(outputs, self.logits, grads, retain_graph=True)
