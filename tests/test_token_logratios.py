@@ -2,7 +2,7 @@ import pytest
 import torch
 from numerics import HAIR, assert_as_good_as_torch
 
-from fastalign import UserError, reference
+from fastalign import UserError, reference, use_backend
 from fastalign.ops import token_logprobs, token_logratios
 from fastalign.ops.token_logratios import forward_op
 
@@ -67,3 +67,23 @@ def test_mistakes_are_told_in_one_line(each_backend):
         token_logratios(a, a.double(), y)
     with pytest.raises(UserError, match=r"labels must be in \[0, 4\)"):
         token_logratios(a, a, torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_many_blocks_and_two_strides(monkeypatch, dtype):
+    monkeypatch.setattr(pytest.importorskip("fastalign.kernels._rows"), "THREADS", 4)
+    policy, ref, labels = problem((3, 5, 301), dtype)
+    policy[1, 2] = float("-inf")
+    ref[2, 1, 7] = float("nan")
+    labels[2, 1] = 3
+    wide = torch.stack([ref.transpose(0, 1)] * 2, -1)[..., 0]  # other strides than the policy's, the last one 2
+    pair = [policy[:, 1:].requires_grad_(), wide.transpose(0, 1)[:, 1:].requires_grad_()]
+    truth_in = [x.detach().double().requires_grad_() for x in pair]
+    with use_backend("triton"):
+        ours = token_logratios(*pair, labels[:, 1:])
+        ours[:2].sum().backward()
+    truth = reference.token_logratios(*truth_in, labels[:, 1:])
+    truth[:2].sum().backward()
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for x, y in zip(pair, truth_in, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-2, atol=HAIR[dtype], equal_nan=True)

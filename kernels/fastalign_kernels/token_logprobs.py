@@ -53,20 +53,14 @@ def _add_tile(
 
 
 @triton.jit
-def _forward(
-    logits, labels, log_probs, maxima, totals, entropies, means, log_squares, top1,
-    vocab, inner, outer_stride, inner_stride, column_stride, ignore_index, to_cap: tl.float64, to_z: tl.float64,
+def row_state(
+    logits, label, ignored, vocab, column_stride, to_cap, to_z,
     SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    to_cap, to_z = tl.full((), to_cap, COMPUTE), tl.full((), to_z, COMPUTE)
-    logits += row_start(row, inner, outer_stride, inner_stride)
-    label = tl.load(labels + row)
-    ignored = label == ignore_index
+    """The label's logit and the softmax's state of the row at `logits`, and the largest logit before the label."""
     known = (label >= 0) & (label < vocab)
     label_x = tl.load(logits + label * column_stride, mask=known & ~ignored, other=0.0).to(COMPUTE)
     label_z = softmax.transform(label_x, to_cap, to_z, SOFTCAP)
-
     total = tl.zeros((LANES,), COMPUTE)
     largest = total + softmax.lowest(COMPUTE)
     weighted, squares, plain, before = total, total, total, tl.full((), float("-inf"), COMPUTE)
@@ -82,16 +76,38 @@ def _forward(
             largest, total, weighted, squares, plain, before, logits, start, vocab, column_stride, label, to_cap, to_z,
             SOFTCAP, STATISTICS, COMPUTE, 1, LANES, True,
         )  # fmt: skip
-
     if STATISTICS:
         largest, total, weighted, squares, plain = softmax.merge_statistics(largest, total, weighted, squares, plain, 0)
     else:
         largest, total = softmax.merge(largest, total, 0)
     # An unknown label makes the row NaN: to raise, the host would have to wait.
     total = tl.where(known | ignored, total, float("nan"))
-    tl.store(log_probs + row, softmax.log_prob(label_z, largest, total))
+    return label_z, largest, total, weighted, squares, plain, before
+
+
+@triton.jit
+def store_state(maxima, totals, row, largest, total, ignored):
+    """Leave for the backward pass what it needs of the row: -inf and 0 where all is -inf, 0 and 0 where ignored."""
     tl.store(maxima + row, tl.where(total == 0, tl.where(ignored, 0.0, float("-inf")), largest))
     tl.store(totals + row, total)
+
+
+@triton.jit
+def _forward(
+    logits, labels, log_probs, maxima, totals, entropies, means, log_squares, top1,
+    vocab, inner, outer_stride, inner_stride, column_stride, ignore_index, to_cap: tl.float64, to_z: tl.float64,
+    SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    to_cap, to_z = tl.full((), to_cap, COMPUTE), tl.full((), to_z, COMPUTE)
+    label = tl.load(labels + row)
+    ignored = label == ignore_index
+    label_z, largest, total, weighted, squares, plain, before = row_state(
+        logits + row_start(row, inner, outer_stride, inner_stride), label, ignored, vocab, column_stride, to_cap, to_z,
+        SOFTCAP, STATISTICS, COMPUTE, TILES, LANES,
+    )  # fmt: skip
+    tl.store(log_probs + row, softmax.log_prob(label_z, largest, total))
+    store_state(maxima, totals, row, largest, total, ignored)
     if STATISTICS:
         tl.store(entropies + row, softmax.entropy_of(total, weighted))
         tl.store(means + row, plain / vocab)
