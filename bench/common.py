@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,13 @@ from fastalign import backend
 MIN_SECONDS = 0.02  # a shorter call is repeated until one measurement lasts so long
 # The BLAS under numpy keeps its threads spinning for some 20 ms after a call: they must not take the next one's core.
 REST_SECONDS = 0.1
+
+
+class Apart(NamedTuple):
+    """What a call returns that did its work in a process of its own and measured itself there."""
+
+    seconds: float
+    peak_mb: float
 
 
 @dataclass
@@ -43,6 +50,7 @@ class Case:
     check: Callable[[], None] | None = None
     rounds: int = 7
     note: Callable[[], str] | None = None
+    apart: bool = False  # ours and peers return `Apart`
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -50,6 +58,8 @@ def measure(case: Case) -> dict[str, Any]:
     if case.check:
         case.check()
     calls = {"fastalign": case.ours, **case.peers} | ({"floor": case.floor} if case.floor else {})
+    if case.apart:
+        return _measure_apart(case, calls)
     repeats = {}
     for name, call in calls.items():
         once = _seconds(call, 1)  # also warms up
@@ -76,6 +86,27 @@ def measure(case: Case) -> dict[str, Any]:
     if case.note:
         result["note"] = case.note()
     return result
+
+
+def _measure_apart(case: Case, calls: dict[str, Callable[[], Apart]]) -> dict[str, Any]:
+    found: dict[str, list[Apart]] = {name: [] for name in calls}
+    for _ in range(case.rounds):
+        for name, call in calls.items():
+            found[name].append(call())
+    result = {
+        "name": case.name,
+        "ms": {name: _spread([1e3 * x.seconds for x in xs]) for name, xs in found.items()},
+        "ratio": {
+            name: _spread(
+                [peer.seconds / ours.seconds for peer, ours in zip(found[name], found["fastalign"], strict=True)]
+            )
+            for name in case.peers
+        },
+        "bars": case.bars,
+        "peak_mb": {name: max(x.peak_mb for x in xs) for name, xs in found.items()},
+        "rounds": case.rounds,
+    }
+    return result | ({"note": case.note()} if case.note else {})
 
 
 def machine() -> dict[str, Any]:

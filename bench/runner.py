@@ -16,6 +16,7 @@ GROUPS = {
     "losses": ("linear_token_logprobs", "token_logprobs", "gae"),
     "sampling": ("sample_tokens", "resample"),
     "map": ("map",),
+    "training": ("dpo",),
 }
 BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end -->"
 

@@ -243,7 +243,7 @@ def eval_(
 @command("fastalign bench losses --out bench-results")
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="losses, sampling, map, or parts of names; default all.")
+        list[str] | None, typer.Argument(help="losses, sampling, map, training, or parts of names; default all.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results (JSON) and their table (Markdown).")] = Path(
         "bench-results"
