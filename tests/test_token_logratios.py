@@ -86,4 +86,4 @@ def test_rows_of_many_blocks_and_two_strides(monkeypatch, dtype):
     truth[:2].sum().backward()
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
     for x, y in zip(pair, truth_in, strict=True):
-        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-2, atol=HAIR[dtype], equal_nan=True)
+        torch.testing.assert_close(x.grad[:2].double(), y.grad[:2], rtol=1e-2, atol=HAIR[dtype])
