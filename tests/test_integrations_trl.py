@@ -8,12 +8,13 @@ import torch
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign import UserError, integrations
+from fastalign import ops as fastalign_ops
 from fastalign.integrations import trl as adapter
 
 trl = pytest.importorskip("trl")
 from trl.trainer import utils  # noqa: E402
 
-ORIGINALS = {name: getattr(utils, name) for name in ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax")}
+ORIGINALS = {name: getattr(utils, name) for name in adapter._NAMES}
 
 
 @pytest.fixture
@@ -83,6 +84,51 @@ def test_the_head_gives_trls_output_and_gradients(outputs, bias, masked):
     for name, gradient in their_grads.items():
         if gradient is not None:
             torch.testing.assert_close(our_grads[name], gradient, rtol=2e-4, atol=2e-5, msg=name)
+
+
+FAMILIES = {
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "Cohere": {"logit_scale": 0.3},  # and a tied head
+    "Granite": {"logits_scaling": 4.0},
+    "Mixtral": {"num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_softcapped_scaled_and_mixture_models(family):
+    import transformers
+
+    torch.manual_seed(0)
+    ids = torch.randint(3, 97, (3, 11))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**common, **FAMILIES[family])
+    found = {}
+    for name in ("trl", "fastalign"):
+        torch.manual_seed(1)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(20)  # far from uniform, so that a missed scale or softcap shows
+        if name == "fastalign":
+            adapter.install()
+        try:
+            utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+            out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+            (out.loss + out.entropy.mean()).backward()
+            found[name] = (out, {n: p.grad for n, p in model.named_parameters()})
+        finally:
+            adapter.uninstall()
+    (theirs, their_grads), (ours, our_grads) = found["trl"], found["fastalign"]
+    assert ours.keys() == theirs.keys()
+    assert (family == "Mixtral") == (theirs.aux_loss is not None)
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=2e-5, atol=2e-5, msg=key)
+    for name, gradient in their_grads.items():
+        torch.testing.assert_close(our_grads[name], gradient, rtol=2e-4, atol=2e-5, msg=name)
 
 
 def test_only_labelled_positions_are_projected(installed, monkeypatch):
@@ -158,3 +204,60 @@ def test_a_trl_script_gives_the_same_loss_curve_but_for_the_install_line(name, t
     before, after = curves.values()
     assert len(before) == len(after) == 20 and len(set(before)) > 1
     assert after == pytest.approx(before, abs=1e-4)
+
+
+def text(i, n):
+    words = "the quick brown fox jumps over a lazy dog near some quiet river bank".split()
+    return " ".join(words[(i * 7 + j * 3) % len(words)] for j in range(n))
+
+
+# name -> (module of trl.experimental, class, options, whether it takes its log-probabilities from a seam of ours)
+EXPERIMENTAL = {
+    "CPO": ("cpo", "CPO", {}, True),
+    "SimPO": ("cpo", "CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}, True),
+    "ORPO": ("orpo", "ORPO", {}, True),
+    "OnlineDPO": ("online_dpo", "OnlineDPO", {"max_new_tokens": 6}, False),  # writes log_softmax in a method of its own
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", EXPERIMENTAL)
+def test_the_experimental_trainers_give_the_same_losses(name, tmp_path, monkeypatch):
+    import importlib
+
+    from datasets import Dataset
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    module, family, options, seam = EXPERIMENTAL[name]
+    package = importlib.import_module(f"trl.experimental.{module}")
+    config, trainer_class = getattr(package, f"{family}Config"), getattr(package, f"{family}Trainer")
+    rows = [{"prompt": text(i, 6), "chosen": " " + text(i + 1, 5), "rejected": " " + text(i + 2, 7)} for i in range(8)]
+    more = {}
+    if name == "OnlineDPO":
+        rows = [{"prompt": row["prompt"]} for row in rows]
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(c))) / 10 for c in completions]
+    calls, real = [], fastalign_ops.token_logprobs
+    monkeypatch.setattr(fastalign_ops, "token_logprobs", lambda *a, **k: calls.append(1) or real(*a, **k))
+    curves = {False: [], True: []}
+    for install, losses in curves.items():
+        args = config(
+            output_dir=str(tmp_path / name), max_steps=3, logging_steps=1, per_device_train_batch_size=2, seed=0,
+            learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+            save_strategy="no", disable_tqdm=True, **options,
+        )  # fmt: skip
+        if install:
+            adapter.install()
+        try:
+            tokenizer = tiny_tokenizer()
+            model = tiny_causal_lm(tokenizer, dtype=torch.float32, scale=3.0)
+            data = Dataset.from_list(rows)
+            trainer = trainer_class(model, args=args, train_dataset=data, processing_class=tokenizer, **more)
+            step = trainer.training_step  # what is logged is rounded
+            trainer.training_step = lambda *a, step=step, losses=losses: losses.append(step(*a)) or losses[-1]
+            trainer.train()
+        finally:
+            adapter.uninstall()
+        assert bool(calls) == (install and seam)
+    before, after = ([float(loss) for loss in losses] for losses in curves.values())
+    assert len(before) == len(after) == 3 and len(set(before)) > 1
+    assert after == pytest.approx(before, abs=1e-5)

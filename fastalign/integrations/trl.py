@@ -4,7 +4,10 @@ TRL keeps its loss mathematics; fastalign only gives it the per-token log-probab
 (tensors on other devices go to TRL's own code):
     trl.trainer.utils._ChunkedLogProbFunction, under `add_fused_lm_head` (DPO, KTO, GRPO, RLOO, SFT), together with the
         test that decides whether prompt and padding positions are left out of the projection: now they are;
-    trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...).
+    trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...; OnlineDPO
+        writes its log-softmax inside a method and runs as it did).
+A head that FSDP2 shards as a unit of its own comes to the first as a DTensor, on every device: TRL 1.16 gathers it with
+`full_tensor()`, whose gradient is not reduced over the processes; here it is averaged, as FSDP's are.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from fastalign.errors import UserError
 _SIGNATURE = (
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
 )  # fmt: skip
+_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax", "DTensor")
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _originals: dict[str, Any] = {}  # name in trl.trainer.utils -> what stood there
@@ -44,6 +48,7 @@ def install() -> None:
         "_ChunkedLogProbFunction": _head(utils._ChunkedLogProbFunction),
         "_use_triton": _compacts(utils._use_triton),
         "selective_log_softmax": _selective_log_softmax(utils.selective_log_softmax),
+        "DTensor": _NoDTensor,
     }
     for name, replacement in replacements.items():
         original = getattr(utils, name)
@@ -61,7 +66,7 @@ def uninstall() -> None:
 
 def _replace(name: str, old: Any, new: Any) -> None:
     """In trl.trainer.utils, and for the public function in every trl module that imported it by name."""
-    everywhere = not name.startswith("_")
+    everywhere = name == "selective_log_softmax"
     for module_name, module in list(sys.modules.items()):
         ours = module_name == "trl.trainer.utils" or (everywhere and module_name.split(".")[0] == "trl")
         if ours and module is not None and vars(module).get(name) is old:
@@ -70,7 +75,7 @@ def _replace(name: str, old: Any, new: Any) -> None:
 
 def _check(utils: Any) -> None:
     version = importlib.metadata.version("trl")
-    missing = [n for n in ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax") if not hasattr(utils, n)]
+    missing = [name for name in _NAMES if not hasattr(utils, name)]
     if missing:
         raise UserError(f"integrations.trl supports trl 1.16; trl {version} has no trl.trainer.utils.{missing[0]}")
     came = tuple(inspect.signature(utils._ChunkedLogProbFunction.forward).parameters)[1:]
@@ -78,6 +83,10 @@ def _check(utils: Any) -> None:
         raise UserError(
             f"integrations.trl supports trl 1.16; in trl {version} _ChunkedLogProbFunction takes ({', '.join(came)})"
         )
+
+
+class _NoDTensor:
+    """What TRL then asks a weight to be before it gathers it; none is, and the head below gathers."""
 
 
 def _head(original: Any) -> Any:
@@ -88,6 +97,9 @@ def _head(original: Any) -> Any:
         def apply(
             hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=_OPTIONAL
         ):
+            from fastalign.ops import _dtensor
+
+            weight, bias = _dtensor.gathered(weight), _dtensor.gathered(bias)
             if hidden.device.type != "cpu":
                 return original.apply(
                     hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs

@@ -21,6 +21,11 @@ def among(*inputs: Any) -> bool:
     return any(is_dtensor(x) or (isinstance(x, tuple | list) and among(*x)) for x in inputs)
 
 
+def gathered(x: Any) -> Any:
+    """The whole of a DTensor on each process, for rows of its own; anything else as it is."""
+    return _Whole.apply(x) if is_dtensor(x) else x
+
+
 def linear_token_logprobs(hidden, weight, labels, *, bias, adapter, **options):
     """See `ops.linear_token_logprobs` on DTensors."""
     from fastalign.ops.linear_token_logprobs import linear_token_logprobs
@@ -32,7 +37,7 @@ def linear_token_logprobs(hidden, weight, labels, *, bias, adapter, **options):
         slices = _slices(hidden, weight, {"bias": bias, "adapter's B": b})
         hidden, a = _local(hidden, "hidden"), _local(a, "adapter's A")
     if slices is None:
-        weight, bias, a, b = (_Whole.apply(x) if is_dtensor(x) else x for x in (weight, bias, a, b))
+        weight, bias, a, b = (gathered(x) for x in (weight, bias, a, b))
         function = linear_token_logprobs
     else:
         weight, bias, b = (x if x is None else x.to_local() for x in (weight, bias, b))
@@ -74,10 +79,7 @@ def _slices(hidden: Tensor, weight: Any, alike: dict[str, Any]) -> dict[str, Any
 
 
 class _Whole(torch.autograd.Function):
-    """The whole head on each process, for rows of its own; its gradient is the mean over the processes', as FSDP's is.
-
-    Where all processes have the same rows, the mean is each one's own.
-    """
+    """Its gradient is the mean over the processes', as FSDP's is; where all have the same rows, each one's own."""
 
     @staticmethod
     def forward(x):
