@@ -4,7 +4,7 @@
 """
 
 from fastalign.rewards.base import Reward
-from fastalign.rewards.classifier import from_classifier, from_pairwise
+from fastalign.rewards.classifier import from_classifier, from_heads, from_pairwise
 from fastalign.rewards.coherence import Coherence
 from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
@@ -24,6 +24,7 @@ __all__ = [
     "available",
     "from_classifier",
     "from_function",
+    "from_heads",
     "from_pairwise",
     "get",
     "register",

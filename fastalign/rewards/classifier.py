@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 TextForm = str | Callable[[str, str], str | tuple[str, str]]
-_FORMS = ("auto", "response", "pair", "chat")
+# The entry of a model's configuration where RewardTrainer notes how its texts were made: {"text": a form, "values": [...]}.
+NOTE = "fastalign_reward"
+_FORMS = ("auto", "response", "pair", "chat", "plain")
 
 
 def from_classifier(
@@ -35,8 +37,9 @@ def from_classifier(
     model: a sequence classifier, or the hub name or folder of one; `tokenizer` may be left out for a name or folder.
     label: a name in the model's `id2label` (in any case), or the index of an output.
     text: what the model reads: "response"; "pair" (prompt and response as the tokenizer's two segments); "chat" (both
-        in the tokenizer's chat template); "auto" ("chat" where there is a template, else "pair"); or a function of
-        (prompt, response) that returns the text, or a tuple of two segments.
+        in the tokenizer's chat template); "plain" (both as one text that the tokenizer's eos token ends); "auto" (what
+        `train.RewardTrainer` noted in the model's configuration, else "chat" where there is a template, else "pair");
+        or a function of (prompt, response) that returns the text, or a tuple of two segments.
     name: of the reward; "classifier:<label>" unless given.
     The softmax over the labels is used, or the sigmoid of the label's own output where the model's configuration says
     `multi_label_classification`. Texts beyond the context (or `max_length`) are cut by the tokenizer, on its own
@@ -71,13 +74,43 @@ def from_pairwise(
 ) -> SequenceReward:
     """The raw score of any reward model with one output, such as one trained on preference pairs (Bradley–Terry).
 
-    Arguments as in `from_classifier`; the model reads prompt and response ("auto": through the chat template where
-    its tokenizer has one). Raises UserError, in one line, for a model that has not exactly one output.
+    Arguments as in `from_classifier`; the model reads prompt and response ("auto": as `train.RewardTrainer` noted,
+    else through the chat template where its tokenizer has one). Raises UserError, in one line, for a model that has
+    not exactly one output.
     """
     model, tokenizer = _open(model, tokenizer)
-    if model.config.num_labels != 1:
-        raise UserError(f"model must have 1 output, got {model.config.num_labels}; labels are for from_classifier")
+    if (count := model.config.num_labels) != 1:
+        other = "for one of several heads there is from_heads, for labels from_classifier"
+        raise UserError(f"model must have 1 output, got {count}; {other}")
     return SequenceReward(name, model, tokenizer, lambda logits: logits[:, 0], text, batch_size, max_length, cache_size)
+
+
+def from_heads(
+    model,
+    tokenizer=None,
+    *,
+    names: Sequence[str] | None = None,
+    text: TextForm = "auto",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    cache_size: int = 65536,
+) -> list[SequenceReward]:
+    """One reward per output of a reward model of m heads; `rewards.score(from_heads(model), ...)` gives (n, m).
+
+    names: of the rewards, one per output; by default the values that `train.RewardTrainer` noted in the model's
+    configuration (its `id2label`). Other arguments as in `from_pairwise`. The heads share the model and what it computes:
+    a text that one head has read is known to the others, as far as `cache_size` reaches.
+    """
+    model, tokenizer = _open(model, tokenizer)
+    outputs = model.config.num_labels
+    names = [str(model.config.id2label[i]) for i in range(outputs)] if names is None else list(names)
+    if len(names) != outputs or len(set(names)) != outputs:
+        raise UserError(f"names must name each of the model's {outputs} outputs once, got {', '.join(names)}")
+    heads: list[SequenceReward] = []
+    for name in names:
+        heads.append(_Head(name, model, tokenizer, lambda logits: logits, text, batch_size, max_length, cache_size))
+        heads[-1].heads = heads
+    return heads
 
 
 class SequenceReward(CachedReward):
@@ -101,7 +134,8 @@ class SequenceReward(CachedReward):
         if text == "chat" and not has_template:
             raise UserError("text='chat' needs a chat template, and the tokenizer has none")
         if text == "auto":
-            text = "chat" if has_template else "pair"
+            noted = (getattr(model.config, NOTE, None) or {}).get("text")
+            text = noted if noted in _FORMS else "chat" if has_template else "pair"
         self.model, self.tokenizer = model, tokenizer
         self.uses_prompt = text != "response"
         self.text = text
@@ -116,6 +150,8 @@ class SequenceReward(CachedReward):
             return response
         if self.text == "pair":
             return prompt, response
+        if self.text == "plain":
+            return plain_text(prompt + response, self.tokenizer)
         if self.text == "chat":
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             return self.tokenizer.apply_chat_template(turns, tokenize=False)
@@ -144,6 +180,27 @@ class SequenceReward(CachedReward):
                 inputs["token_type_ids"] = pad([rows[index][1] for index in indices], 0, device)
             with evaluating(self.model):
                 yield indices, self._read(self.model(**inputs).logits.float()).cpu().numpy()
+
+
+class _Head(SequenceReward):
+    """One column of a model of several outputs; what it computes of the others it tells them."""
+
+    heads: list[SequenceReward]
+
+    def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        own = self.heads.index(self)
+        for indices, scores in super()._score(prompts, responses):
+            for column, head in enumerate(self.heads):
+                if column != own:
+                    for index, value in zip(indices, scores[:, column], strict=True):
+                        head._remember((prompts[index], responses[index]), float(value))
+            yield indices, scores[:, own]
+
+
+def plain_text(text: str, tokenizer) -> str:
+    """A text as reward models of plain text are trained on it: with the tokenizer's eos token at its end."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
 
 
 def _open(model, tokenizer):

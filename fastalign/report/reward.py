@@ -1,0 +1,244 @@
+"""The report of a reward model on held-out pairs: how often it is right, how well it knows it, how its scores lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign.data.files import atomic_write
+from fastalign.errors import UserError
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Pairs whose confidence lies in [low, high): how sure the model is of them, and how often it is right."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """One value's row.
+
+    pairs: how many speak of it. accuracy: the share whose better text scores higher, ties by half; se its standard
+    error, sqrt(a (1 - a) / pairs). margin: the mean of better less worse. calibration_error: the expected calibration
+    error of sigmoid(margin) (arXiv 1706.04599, eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of
+    the confidence max(p, 1 - p) in [0.5, 1]. log_loss: the mean of -log sigmoid(margin), nats. All of them 0 where
+    there are no pairs.
+    """
+
+    name: str
+    pairs: int
+    accuracy: float
+    se: float
+    margin: float
+    calibration_error: float
+    log_loss: float
+    reliability: list[Reliability]
+    better: np.ndarray = field(repr=False)
+    worse: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    heads: list[Head]
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("name", "pairs", "accuracy", "se", "margin", "calibration_error", "log_loss")
+        rows = [
+            {**{n: getattr(head, n) for n in names}, "reliability": [vars(row) for row in head.reliability]}
+            for head in self.heads
+        ]
+        return {"kind": "reward_report", "version": 1, "values": rows, "settings": self.settings}
+
+    def figures(self) -> dict[str, Any]:
+        """matplotlib figures by name: "scores", each value's scores of better and worse texts, and "reliability"."""
+        return {"scores": _scores(self.heads), "reliability": _reliability(self.heads)}
+
+    def write(self, path: str | Path) -> None:
+        """Write the page, one self-contained .html, or the two figures as one .png or .svg each (<stem>-<name>.<suffix>)."""
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix == ".html":
+            text = self._page()
+            with atomic_write(path) as beside:
+                beside.write_text(text, encoding="utf-8")
+        elif suffix in (".png", ".svg"):
+            from fastalign.palette import plots
+
+            for name, figure in self.figures().items():
+                plots.save(figure, path.with_name(f"{path.stem}-{name}{path.suffix}"))
+        else:
+            raise UserError(f"a reward report's path must end in .html, .png or .svg, got {str(path)!r}")
+
+    def _page(self) -> str:
+        from fastalign.report import html
+
+        figures = {name: html._svg(figure, name) for name, figure in self.figures().items()}
+        style = html._STYLE % {"light": html._variables(html._LIGHT), "dark": html._variables(html._DARK)}
+        names = ("Value", "Pairs", "Accuracy ± SE", "Calibration error", "Log loss", "Mean margin")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        rows = "".join(
+            f"<tr><td>{escape(h.name)}</td><td>{h.pairs:,}</td>"
+            f"<td class='realised'>{h.accuracy:.3f} <span class='se'>± {h.se:.3f}</span></td>"
+            f"<td>{h.calibration_error:.3f}</td><td>{h.log_loss:.3f}</td><td>{h.margin:.3f}</td></tr>"
+            for h in self.heads
+        )
+        tables = "".join(_bins_table(h) for h in self.heads)
+        settings = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in html.flat(self.settings)
+        )
+        data = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+        return (
+            "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
+            "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
+            f"<title>Reward model on held-out pairs</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
+            "<h1>Reward model on held-out pairs</h1>\n"
+            f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
+            "<h2>Scores of the better and the worse text</h2>\n"
+            f"<figure>{figures['scores']}<figcaption>Score of each text, by its side of the pair.</figcaption></figure>\n"
+            "<h2>Is it as often right as it is sure?</h2>\n"
+            f"<figure>{figures['reliability']}<figcaption>On the line a text that the model prefers with probability p is the "
+            "better one in a share p of the pairs. Below it the model is too sure. Circles grow with the number of pairs."
+            "</figcaption></figure>\n"
+            f"{tables}\n<h2>Settings</h2>\n<table class='settings'><tbody>{settings}</tbody></table>\n</main>\n"
+            f"<script type='application/json' id='report'>{data}</script>\n</body>\n</html>\n"
+        )
+
+
+def build(
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    values: Sequence[str],
+    *,
+    preference: np.ndarray | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> RewardReport:
+    """Measure a reward model of m heads on n pairs.
+
+    chosen, rejected: (n, m) scores of the two texts. preference: (n, m), above 0 where chosen is the better one in
+    that value, below 0 where rejected is, 0 where the pair does not say; None: chosen, always.
+    Raises UserError for shapes that do not match and scores that are not finite.
+    """
+    chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    preference = np.ones_like(chosen) if preference is None else np.asarray(preference)
+    shape = (len(chosen), len(values))
+    for name, x in (("chosen", chosen), ("rejected", rejected), ("preference", preference)):
+        if x.shape != shape:
+            raise UserError(f"{name} must have shape {shape}, pairs by values, got {x.shape}")
+        if not np.isfinite(x).all():
+            raise UserError(f"{name} must be finite, got {x[~np.isfinite(x)][0]}")
+    heads = []
+    for j, name in enumerate(values):
+        said = preference[:, j] != 0
+        up = preference[said, j] > 0
+        first, second = chosen[said, j], rejected[said, j]
+        heads.append(_measure(str(name), np.where(up, first, second), np.where(up, second, first)))
+    return RewardReport(heads, dict(settings or {}))
+
+
+def _measure(name: str, better: np.ndarray, worse: np.ndarray) -> Head:
+    n = len(better)
+    if not n:
+        return Head(name, 0, 0.0, 0.0, 0.0, 0.0, 0.0, [], better, worse)
+    margin = better - worse
+    right = np.where(margin == 0, 0.5, margin > 0)
+    confidence = np.exp(-np.logaddexp(0, -np.abs(margin)))
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    rows = []
+    for b in range(BINS):
+        inside = place == b
+        if inside.any():
+            low, high = 0.5 + b / (2 * BINS), 0.5 + (b + 1) / (2 * BINS)
+            mean = float(confidence[inside].mean()), float(right[inside].mean())
+            rows.append(Reliability(round(low, 10), round(high, 10), int(inside.sum()), *mean))
+    accuracy = float(right.mean())
+    return Head(
+        name=name,
+        pairs=n,
+        accuracy=accuracy,
+        se=float(np.sqrt(accuracy * (1 - accuracy) / n)),
+        margin=float(margin.mean()),
+        calibration_error=sum(row.count * abs(row.accuracy - row.confidence) for row in rows) / n,
+        log_loss=float(np.logaddexp(0, -margin).mean()),
+        reliability=rows,
+        better=better,
+        worse=worse,
+    )
+
+
+def _bins_table(head: Head) -> str:
+    rows = "".join(
+        f"<tr><td>{r.low:.2f}–{r.high:.2f}</td><td>{r.count:,}</td><td>{r.confidence:.3f}</td><td>{r.accuracy:.3f}</td></tr>"
+        for r in head.reliability
+    )
+    names = (escape(head.name), "Pairs", "Confidence", "Accuracy")
+    columns = "".join(f"<th>{name}</th>" for name in names)
+    return f"<div class='scroll'><table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def _scores(heads: Sequence[Head]):
+    from fastalign.palette import plots
+
+    columns = min(3, len(heads))
+    rows = -(-len(heads) // columns)
+    with plots._figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(heads) :]:
+            axes.set_visible(False)
+        for axes, head in zip(grid.flat, heads, strict=False):
+            axes.set_title(plots._short(head.name, 30))
+            axes.set_xlabel("score")
+            if not head.pairs:
+                continue
+            edges = plots._bins(np.concatenate([head.better, head.worse]))
+            share = np.full(head.pairs, 100 / head.pairs)
+            axes.hist(head.worse, edges, weights=share, color=plots.BEFORE, alpha=0.32, linewidth=0)
+            axes.hist(head.better, edges, weights=share, histtype="step", color=plots.REALISED, linewidth=1.6)
+            axes.grid(axis="y")
+        grid[0, 0].set_ylabel("texts, %")
+        plots._legend(
+            figure,
+            [plots._patch("worse text", plots.BEFORE), plots._line("better text", plots.REALISED, linewidth=1.6)],
+        )
+    return figure
+
+
+def _reliability(heads: Sequence[Head]):
+    from fastalign.palette import plots
+
+    columns = min(3, len(heads))
+    rows = -(-len(heads) // columns)
+    with plots._figure(max(4.2, 3.0 * columns), 0.5 + 3.0 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(heads) :]:
+            axes.set_visible(False)
+        for axes, head in zip(grid.flat, heads, strict=False):
+            axes.plot([0.5, 1], [0.5, 1], color=plots.MUTED, linewidth=1.1)
+            if head.pairs:
+                share = np.array([row.count for row in head.reliability]) / head.pairs
+                x = [row.confidence for row in head.reliability]
+                y = [row.accuracy for row in head.reliability]
+                axes.plot(x, y, color=plots.PREDICTED, linewidth=1.2)
+                axes.scatter(x, y, s=18 + 260 * share, color=plots.PREDICTED, alpha=0.85, linewidth=0, zorder=3)
+            axes.set_title(f"{plots._short(head.name)}  (error {head.calibration_error:.3f})")
+            axes.set_xlabel("confidence")
+            axes.set_xlim(0.48, 1.02)
+            axes.set_ylim(-0.03, 1.03)
+            axes.grid(True)
+        grid[0, 0].set_ylabel("share that is right")
+    return figure
