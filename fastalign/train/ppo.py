@@ -1,0 +1,586 @@
+"""PPOTrainer: proximal policy optimisation of a language model, with the interface that TRL had up to 0.11.
+
+One step: old log-probabilities and values of the rollouts, the reference's log-probabilities, a reward per token
+(-kl_coef · KL, the score at the last token), GAE, whitened advantages, then passes of clipped policy and value losses
+(arXiv 1707.06347; for language models arXiv 1909.08593). The (tokens, vocabulary) logits are never held, and only
+response tokens are projected.
+
+Unlike TRL 0.11, whose means run over a mini batch of one process: every mean and every whitening runs over all tokens
+that it is about, those of an optimiser step or of the global batch. So neither mini_batch_size nor the number of
+processes changes a gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.integrations.head import Head
+from fastalign.losses import ppo_loss, value_loss, whiten
+from fastalign.ops import gae
+from fastalign.train import ppo_batch, ppo_checkpoint, ppo_rollout, ppo_stats
+from fastalign.train._kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
+from fastalign.train.ppo_config import PPOConfig
+from fastalign.train.ppo_data import PromptLoader, lists, used_columns
+from fastalign.train.value_head import AutoModelForCausalLMWithValueHead, create_reference_model, upload
+
+__all__ = ["PPOConfig", "PPOTrainer"]
+
+
+class PPOTrainer:
+    """Trains a model with a value head on scores of its own responses.
+
+    >>> for batch in trainer.dataloader:
+    ...     responses = trainer.generate(batch["input_ids"], return_prompt=False, do_sample=True, max_new_tokens=24)
+    ...     scores = [reward(tokenizer.decode(response)) for response in responses]
+    ...     stats = trainer.step(batch["input_ids"], responses, scores)
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | None = None,
+        model: AutoModelForCausalLMWithValueHead | None = None,
+        ref_model: Any = None,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Callable | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: Any = None,
+        training_data_collator: Any = None,
+        *,
+        processing_class: Any = None,
+    ):
+        """Set up one process of the run.
+
+        Args:
+            config: a PPOConfig.
+            model: the policy with its value head.
+            ref_model: what the KL is measured to, with or without a value head; None: the policy without its
+                adapters where it has some, else a frozen copy of it.
+            tokenizer: of the model (processing_class is its newer name).
+            dataset: for `dataloader`: of 🤗 datasets, or anything with a length and indices.
+            optimizer: over the policy's parameters; None: Adam with config.learning_rate.
+            data_collator: a list of rows -> a batch; None: a dict of lists.
+            num_shared_layers: of the frozen copy, see `create_reference_model`.
+            lr_scheduler: of `optimizer`, stepped once a step.
+
+        Raises:
+            UserError, TypeError: in one line, what does not fit.
+        """
+        from accelerate import Accelerator
+        from accelerate.utils import ProjectConfiguration, set_seed
+
+        self.config = config = PPOConfig() if config is None else config
+        self.tokenizer = processing_class if tokenizer is None else tokenizer
+        _check(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
+        try:
+            self.accelerator = Accelerator(
+                log_with=config.log_with,
+                project_config=ProjectConfiguration(**config.project_kwargs),
+                **config.accelerator_kwargs,
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"log_with or accelerator_kwargs: {str(error).splitlines()[0]}") from None
+        processes = self.accelerator.num_processes
+        # The first process draws what a single one would; the others must not draw the same.
+        set_seed(config.seed + self.accelerator.process_index)
+        config.world_size, config.is_encoder_decoder = processes, False
+        config.global_batch_size = config.batch_size * processes
+        config.global_backward_batch_size = config.backward_batch_size * processes
+        self.is_encoder_decoder, self.is_distributed = False, processes > 1
+        self.is_peft_model = config.is_peft_model = model.is_peft_model
+
+        self.pad = _pad_token(self.tokenizer)
+        if ref_model is None and not self.is_peft_model:
+            ref_model = create_reference_model(model, num_shared_layers)
+        elif num_shared_layers is not None:
+            warnings.warn("num_shared_layers has no effect: the reference is not made here", stacklevel=2)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.is_peft_model and hasattr(model.causal_lm, "enable_input_require_grads"):
+                model.causal_lm.enable_input_require_grads()
+        if config.disable_dropout:
+            _disable_dropout(model)
+        if optimizer is None:
+            optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+        self.model, self.optimizer = self._prepare(model, optimizer)
+        self.policy: AutoModelForCausalLMWithValueHead = self.accelerator.unwrap_model(self.model)
+        self.ref_model = None if ref_model is None else self._prepare_reference(ref_model)
+        self.lr_scheduler = lr_scheduler  # not prepared: accelerate would step it once per process
+        self.data_collator = lists if data_collator is None else data_collator
+        self.dataset = None
+        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        controller = AdaptiveKLController if config.adap_kl_ctrl else FixedKLController
+        options = (config.target, config.horizon) if config.adap_kl_ctrl else ()
+        self.kl_ctl = controller(config.init_kl_coef, *options)
+        self.running = ppo_stats.RunningMoments()
+        self.current_step = 0
+        if config.log_with is not None:
+            told = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers(config.tracker_project_name, config=told, init_kwargs=config.tracker_kwargs)
+
+    @property
+    def current_device(self) -> torch.device:
+        return self.accelerator.device
+
+    def prepare_dataloader(self, dataset: Any, data_collator: Callable | None = None) -> PromptLoader:
+        """This process's batches of `dataset`, shuffled anew each epoch; see `PromptLoader`."""
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise UserError(f"dataset must have a length and indices, got {type(dataset).__name__}")
+        if self.config.remove_unused_columns:
+            dataset = used_columns(dataset, inspect.signature(self.policy.causal_lm.forward).parameters)
+        self.dataset = dataset
+        return PromptLoader(
+            dataset, self.config.batch_size, data_collator or lists, seed=self.config.seed,
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes, device=self.current_device,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int | None = None,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        *,
+        remove_padding: bool = True,
+        **generation_config: Any,
+    ) -> Any:
+        """Responses of the policy to a list of queries, a tensor each; see `ppo_rollout.generate`.
+
+        A single query (tokens,) gives one tensor (1, tokens). With generate_ref_response: (responses, those of the
+        reference).
+        """
+        single = isinstance(query_tensor, Tensor)
+        if single and query_tensor.ndim != 1:
+            raise UserError(
+                f"query_tensor must be a tensor (tokens,) or a list of such, got {tuple(query_tensor.shape)}"
+            )
+        options = {"length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt}
+        options |= {"remove_padding": remove_padding and not single, **generation_config}
+
+        def draw(wrapped: Any, model: Any) -> Any:
+            queries = [query_tensor] if single else list(query_tensor)
+            with _whole_layers(wrapped):
+                found = ppo_rollout.generate(model, self.tokenizer, queries, **options)
+            return found[0].unsqueeze(0) if single else found
+
+        self.policy.eval()
+        found = _inside(self.model, self.policy, lambda: draw(self.model, self.policy.causal_lm))
+        if not generate_ref_response:
+            return found
+        with self._reference() as (wrapped, reference):
+            return found, _inside(wrapped, reference, lambda: draw(wrapped, getattr(reference, "causal_lm", reference)))
+
+    def step(
+        self,
+        queries: list[Tensor],
+        responses: list[Tensor],
+        scores: list[Tensor],
+        response_masks: list[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """One PPO step on batch_size rollouts of this process; returns statistics of the global batch.
+
+        Args:
+            queries, responses: tensors (tokens,) of ids, at least one each.
+            scores: a number a response, higher is better.
+            response_masks: tensors of 0/1 per response token; where 0 the token has no part in rewards and losses
+                (the response goes on behind it).
+
+        Returns:
+            Statistics by TRL's names: floats, and numpy arrays where it has one entry per sample or token.
+
+        Raises:
+            UserError: lists of another length than batch_size, empty or out-of-range tokens, scores that are no
+                finite scalars; nothing has changed then.
+        """
+        config, times = self.config, _Stopwatch()
+        vocabulary = self.policy.config.get_text_config().vocab_size
+        scores = ppo_batch.scalars(scores, config.batch_size, self.current_device)
+        rollouts = ppo_batch.rollouts(
+            queries, responses, response_masks, config.batch_size, vocabulary, self.pad, self.current_device
+        )
+        self._empty_cache()
+        with times("forward_pass"):
+            logprobs, values, ref_logprobs, kl = self._look(rollouts)
+        with times("compute_rewards"):
+            # Few numbers a token: every process holds those of all, so that one definition serves any number of them.
+            every = self._gather(
+                logprobs=logprobs, values=values, ref_logprobs=ref_logprobs, kl=kl, mask=rollouts.labels != -100,
+                scores=scores, queries_lengths=rollouts.query_lengths, responses_lengths=rollouts.response_lengths,
+            )  # fmt: skip
+            every["scores"] = self._scaled(every["scores"])
+            rewards = self.compute_rewards(every["scores"], every["kl"], every["mask"])
+        with times("compute_advantages"):
+            advantages, every["returns"] = self.compute_advantages(every["values"], rewards, every["mask"])
+            every["advantages"] = advantages
+        mine = self._mine(rollouts, advantages=advantages, returns=every["returns"])
+        old = {"logprobs": logprobs, "values": values, **mine}
+        with times("optimize_step"):
+            means, ratios = self._optimize(rollouts, old)
+        with times("calc_stats"):
+            stats = ppo_stats.objective(every, self.kl_ctl.value) | ppo_stats.training(every, means, ratios)
+        if stats["objective/kl"] < -1:
+            warnings.warn(
+                f"the KL to the reference is {stats['objective/kl']:.2f}: responses are not drawn from the policy as it "
+                "is trained (another temperature, top_k, top_p?)", stacklevel=2,
+            )  # fmt: skip
+        self.kl_ctl.update(stats["objective/kl"], config.global_batch_size)
+        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.current_step += 1
+        self._empty_cache()
+        return stats | times.seconds()
+
+    def compute_rewards(self, scores: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
+        """-kl_coef · kl per token, and the score (B,) on top at each row's last token; (B, T), 0 where masked."""
+        rewards = (-self.kl_ctl.value * kl).masked_fill(~mask, 0)
+        places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        last = places.masked_fill(~mask, -1).amax(-1, keepdim=True)
+        return rewards.scatter_add(1, last, scores.to(rewards.dtype).unsqueeze(1))
+
+    def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened advantages and returns (B, T) by generalised advantage estimation."""
+        if self.config.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask, gamma=self.config.gamma, lam=self.config.lam)
+        return whiten(advantages, mask), returns
+
+    def log_stats(
+        self,
+        stats: dict[str, Any],
+        batch: dict[str, Any],
+        rewards: Any,
+        columns_to_log: Iterable[str] = ("query", "response"),
+    ) -> None:
+        """Send a step's statistics and the rewards to the trackers named by log_with; every process calls it.
+
+        batch: with a list under each of columns_to_log, which Weights & Biases shows as a table.
+        """
+        if self.config.log_with is None:
+            return
+        rewards = ppo_batch.scalars(rewards, len(rewards), self.current_device)
+        rewards = self.accelerator.gather(rewards).float()
+        logs = {k: v for k, v in stats.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        logs["env/reward_mean"] = float(rewards.mean())
+        logs["env/reward_std"] = float(rewards.std()) if len(rewards) > 1 else 0.0
+        if self.config.log_with == "wandb":
+            logs |= {k: v for k, v in stats.items() if isinstance(v, np.ndarray)}
+            logs["env/reward_dist"] = rewards.cpu().numpy()
+            columns = list(columns_to_log)
+            missing = [name for name in columns if name not in batch]
+            if missing:
+                raise UserError(f"batch must have the columns {', '.join(columns)}, lacks {', '.join(missing)}")
+            if self.accelerator.is_main_process:
+                import wandb
+
+                rows = [list(row) for row in zip(*(batch[c] for c in columns), rewards.tolist(), strict=False)]
+                logs["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=rows)
+        self.accelerator.log(logs, step=self.current_step)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """Write model, value head and tokenizer, for `from_pretrained` here and in transformers. Every process calls it."""
+        weights = None
+        if _sharded(self.policy):
+            weights = {name: ppo_checkpoint._whole(p) for name, p in self.policy.state_dict().items()}
+        if self.accelerator.is_main_process:
+            self.policy.save_pretrained(save_directory, weights=weights, **options)
+            self.tokenizer.save_pretrained(save_directory)
+        self.accelerator.wait_for_everyone()
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> None:
+        """Upload what `save_pretrained` writes. UserError, one line, without a hub. Every process calls it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if self.accelerator.is_main_process:
+                upload(folder, repo_id, **options)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self, path: str | os.PathLike) -> None:
+        """Keep all that the run needs to go on as if it had not stopped, see `ppo_checkpoint`. Every process calls it."""
+        state = {
+            "kl_coef": self.kl_ctl.value,
+            "running": vars(self.running),
+            "dataloader": None if self.dataloader is None else self.dataloader.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else _plain(self.lr_scheduler.state_dict()),
+        }
+        ppo_checkpoint.save(path, self.current_step, self.policy, self._raw_optimizer, state, self.accelerator)
+
+    def load_checkpoint(self, path: str | os.PathLike) -> None:
+        """Go on from the newest checkpoint in `path`, in a trainer built as the one that saved it.
+
+        `current_step` says how many steps are done; `dataloader` first gives the rest of the interrupted epoch.
+        """
+        state = ppo_checkpoint.load(path, self.policy, self._raw_optimizer, self.accelerator)
+        self.current_step, self.kl_ctl.value = state["step"], state["kl_coef"]
+        vars(self.running).update(state["running"])
+        if self.dataloader is not None and state["dataloader"] is not None:
+            self.dataloader.load_state_dict(state["dataloader"])
+        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+
+    @property
+    def _raw_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
+        if _sharded(model):  # by the user's own fully_shard
+            return model, optimizer
+        return self.accelerator.prepare(model, optimizer)
+
+    def _prepare_reference(self, reference: Any) -> Any:
+        reference = _with_head(reference).requires_grad_(False).eval()
+        if _sharded(reference):
+            return reference
+        if getattr(self.accelerator, "is_fsdp2", False):
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, reference)
+        return reference.to(self.current_device)
+
+    @contextmanager
+    def _reference(self):
+        """(what is called, the model with a value head inside it) of the reference."""
+        if self.ref_model is not None:
+            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model)
+            return
+        with self.policy.pretrained_model.disable_adapter():
+            yield self.model, self.policy
+
+    @torch.no_grad()
+    def _look(self, rollouts: ppo_batch.Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs and values of the policy, log-probs of the reference, KL penalty; each (B, T - 1), no gradient."""
+        self.policy.eval()
+        exact = self.config.kl_penalty == "full"
+        found = []
+        for indices in torch.arange(self.config.batch_size).split(self.config.mini_batch_size):
+            ids, labels = rollouts.rows(indices)
+            options = {"score_labels": labels, "return_hidden": exact}
+            mine = self.model(ids, **options)
+            head = _whole_head(self.policy) if exact else None
+            with self._reference() as (wrapped, reference):
+                theirs = wrapped(ids, **options)
+                if exact:
+                    at, per_token = labels != -100, exact_kl(mine.hidden, head, theirs.hidden, _whole_head(reference))
+                    kl = per_token.new_zeros(at.shape).masked_scatter(at, per_token)
+                else:
+                    kl = token_penalty(mine.log_probs, theirs.log_probs, self.config.kl_penalty)
+            width = rollouts.labels.shape[1] - labels.shape[1]
+            parts = (mine.log_probs, mine.values, theirs.log_probs, kl)
+            found.append([torch.nn.functional.pad(x, (0, width)) for x in parts])
+        return tuple(torch.cat(x) for x in zip(*found, strict=True))
+
+    def _optimize(self, rollouts: ppo_batch.Rollouts, old: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """ppo_epochs passes of optimiser steps. Means of each, and the ratios of all tokens."""
+        config, means, ratios = self.config, [], []
+        self.policy.train(config.gradient_checkpointing or not config.disable_dropout)
+        self.optimizer.zero_grad()
+        for _ in range(config.ppo_epochs):
+            for indices in torch.randperm(config.batch_size).split(config.backward_batch_size):
+                sums, ratio = self._optimizer_step(rollouts, old, indices)
+                means.append(sums)
+                ratios.append(ratio)
+            if config.early_stopping and means[-1][_POLICY_KL] > 1.5 * config.target_kl:
+                break
+        self.policy.eval()
+        return np.stack(means), np.concatenate(ratios)
+
+    def _optimizer_step(self, rollouts, old, indices: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        processes = self.accelerator.num_processes
+        tokens = (rollouts.labels[indices] != -100).sum()
+        every = float(self.accelerator.reduce(tokens.clone(), "sum") if processes > 1 else tokens)
+        sums, ratios = 0, []
+        parts = indices.split(self.config.mini_batch_size)
+        for number, part in enumerate(parts):
+            last = number + 1 == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, found, ratio = self.train_minibatch(rollouts, old, part)
+                count = float((rollouts.labels[part] != -100).sum())
+                # A mean over its tokens, weighed so that all mini batches of all processes make one mean over theirs;
+                # gradients are averaged over processes, hence their number.
+                self.accelerator.backward(loss * (count * processes / every))
+            sums = sums + found
+            ratios.append(ratio)
+        if self.config.max_grad_norm is not None:
+            trained = [p for p in self.policy.parameters() if p.requires_grad]
+            self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        sums = self.accelerator.reduce(sums, "sum") if processes > 1 else sums
+        return (sums / every).cpu().numpy(), np.concatenate(ratios)
+
+    def train_minibatch(self, rollouts, old: dict[str, Tensor], indices: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+        """The loss of some rows, the statistics' sums over their tokens, and their ratios."""
+        config = self.config
+        ids, labels = rollouts.rows(indices)
+        new = self.model(ids, score_labels=labels)
+        mask = labels != -100
+        before = {name: x[indices, : labels.shape[1]] for name, x in old.items()}
+        policy = ppo_loss(new.log_probs, before["logprobs"], before["advantages"], mask, clip_range=config.cliprange)
+        value = value_loss(new.values, before["values"], before["returns"], mask, clip_range=config.cliprange_value)
+        loss = policy.loss + config.vf_coef * value.loss
+        sums = ppo_stats.minibatch_sums(
+            policy, value, loss, new, before["logprobs"], before["advantages"], before["returns"], mask
+        )
+        if not float(policy.ratio) <= config.ratio_threshold:
+            warnings.warn(
+                f"a mini batch is skipped: its mean ratio {float(policy.ratio):.2f} exceeds {config.ratio_threshold:g}",
+                stacklevel=4,
+            )
+            loss = (new.log_probs.sum() + new.values.sum()).nan_to_num(0, 0, 0) * 0
+        ratios = (new.log_probs.detach() - before["logprobs"])[mask].exp().cpu().numpy()
+        return loss, sums, ratios
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        config = self.config
+        if config.use_score_scaling:
+            self.running.update(scores)
+            centre = self.running.mean if config.use_score_norm else 0.0
+            scores = (scores - centre) / (self.running.std + torch.finfo(scores.dtype).eps)
+        return scores if config.score_clip is None else scores.clamp(-config.score_clip, config.score_clip)
+
+    def _gather(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Rows of all processes, those of the first one first; (B, T) padded to one T."""
+        if self.accelerator.num_processes == 1:
+            return tensors
+        found = {}
+        for name, x in tensors.items():
+            x = x.to(self.current_device)
+            kind, x = x.dtype, x.to(torch.uint8) if x.dtype == torch.bool else x
+            if x.ndim == 2:
+                x = self.accelerator.pad_across_processes(x, dim=1)
+            found[name] = self.accelerator.gather(x.contiguous()).to(kind)
+        return found
+
+    def _mine(self, rollouts: ppo_batch.Rollouts, **tensors: Tensor) -> dict[str, Tensor]:
+        rows, first = self.config.batch_size, self.accelerator.process_index * self.config.batch_size
+        return {name: x[first : first + rows, : rollouts.labels.shape[1]] for name, x in tensors.items()}
+
+    def _empty_cache(self) -> None:
+        if self.config.optimize_device_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+_POLICY_KL = ppo_stats.MEANS.index("policy/policykl")
+
+
+class _Stopwatch:
+    """Seconds by part of a step, under TRL's names."""
+
+    def __init__(self) -> None:
+        self.began, self.parts = time.perf_counter(), {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        began = time.perf_counter()
+        yield
+        self.parts[f"time/ppo/{name}"] = time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        return self.parts | {"time/ppo/total": time.perf_counter() - self.began}
+
+
+def _check(config, model, ref_model, tokenizer, lr_scheduler, optimizer, training_data_collator) -> None:
+    if not isinstance(config, PPOConfig):
+        raise TypeError(f"config must be a PPOConfig, got {type(config).__name__}")
+    if not isinstance(model, AutoModelForCausalLMWithValueHead):
+        raise TypeError(f"model must be an AutoModelForCausalLMWithValueHead, got {type(model).__name__}")
+    if ref_model is not None and not (
+        isinstance(ref_model, AutoModelForCausalLMWithValueHead) or hasattr(ref_model, "get_output_embeddings")
+    ):
+        raise TypeError(f"ref_model must be a causal model or None, got {type(ref_model).__name__}")
+    if tokenizer is None or not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"tokenizer must be the model's tokenizer, got {type(tokenizer).__name__}")
+    if lr_scheduler is not None and optimizer is None:
+        raise UserError("lr_scheduler needs the optimizer that it steers, got None")
+    if training_data_collator is not None:
+        raise UserError("training_data_collator must be None: step pads what it is given itself")
+    size = _entries(model)
+    if ref_model is not None and _entries(ref_model) != size:
+        raise UserError(f"ref_model must have the model's vocabulary, got {_entries(ref_model):,} and {size:,} entries")
+    if len(tokenizer) > size:
+        raise UserError(f"tokenizer has {len(tokenizer):,} tokens, the model's embedding only {size:,}")
+
+
+def _entries(model: Any) -> int:
+    return getattr(model, "causal_lm", model).get_input_embeddings().weight.shape[0]
+
+
+def _pad_token(tokenizer: Any) -> int:
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer must have a pad token or an end token, it has neither")
+    warnings.warn(f"tokenizer has no pad token: its end token {tokenizer.eos_token!r} pads", stacklevel=3)
+    return tokenizer.eos_token_id
+
+
+def _with_head(reference: Any) -> Any:
+    """Any causal model as one with a value head, whose values nobody reads."""
+    if isinstance(reference, AutoModelForCausalLMWithValueHead):
+        return reference
+    return AutoModelForCausalLMWithValueHead(reference)
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _inside(wrapped: Any, model: Any, call: Callable) -> Any:
+    """call(), within the model's forward pass where FSDP2 gives its weights only there."""
+    return wrapped(call=call) if _sharded(model) else call()
+
+
+def _sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+@contextmanager
+def _whole_layers(model: Any):
+    """Layers that FSDP2 has cut stay whole from one forward pass to the next, so that no process waits for another."""
+    from torch.distributed.fsdp import FSDPModule
+
+    with ExitStack() as undo:
+        for part in model.modules():
+            if isinstance(part, FSDPModule) and part is not model:
+                part.set_reshard_after_forward(False, recurse=False)
+                undo.callback(part.set_reshard_after_forward, True, recurse=False)
+                part.unshard()
+                undo.callback(part.reshard)
+        yield
+
+
+def _whole_head(model: AutoModelForCausalLMWithValueHead) -> Head:
+    """The head that the last forward pass had, as plain tensors without gradient."""
+
+    def whole(x: Tensor | None) -> Tensor | None:
+        return x if x is None else (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()
+
+    head = model.head
+    adapter = head.adapter and (whole(head.adapter[0]), whole(head.adapter[1]), head.adapter[2])
+    return head._replace(weight=whole(head.weight), bias=whole(head.bias), adapter=adapter)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    import json
+
+    try:
+        return json.loads(json.dumps(state))
+    except TypeError as error:
+        raise UserError(f"lr_scheduler keeps what a checkpoint cannot hold: {error}") from None

