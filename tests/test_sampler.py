@@ -25,14 +25,28 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
+def in_batches(sampler):
+    """Without the shared-prompt engine, as a model runs that it cannot take."""
+    assert sampler._shares
+    sampler._shares = False
+    return sampler
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral", "llama in batches", "mistral in batches"])
 def sampler(request, tokenizer):
-    return Sampler(tiny_causal_lm(tokenizer, kind=request.param), tokenizer)
+    kind, _, batches = request.param.partition(" ")
+    found = Sampler(tiny_causal_lm(tokenizer, kind=kind), tokenizer)
+    return in_batches(found) if batches else found
 
 
 @pytest.fixture(scope="module")
 def llama(tokenizer):
     return Sampler(tiny_causal_lm(tokenizer), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer):
+    return in_batches(Sampler(tiny_causal_lm(tokenizer), tokenizer))
 
 
 def common_tokens(model, tokenizer, k):
@@ -136,7 +150,7 @@ def test_special_tokens_stay_out_of_the_text(tokenizer):
 
 
 def test_finished_rows_leave_the_batch(ending, monkeypatch):
-    rows, forward = [], ending.model.forward
+    rows, forward = [], in_batches(ending).model.forward
     monkeypatch.setattr(
         ending.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
     )
@@ -190,36 +204,36 @@ def test_a_chat_template_gets_no_second_start_token():
     assert sampler._encode(["why"], False, 1)[0][0] == 1
 
 
-def test_batches_can_be_skipped_and_joined(llama):
+def test_batches_can_be_skipped_and_joined(plain):
     options = {**SHORT, "batch_size": 8}  # two prompts a batch
-    batches = list(llama.iter_batches(PROMPTS, **options))
+    batches = list(plain.iter_batches(PROMPTS, **options))
     assert [len(indices) for indices, _ in batches] == [2, 2]
     assert all(part.prompt_ids.tolist() == indices for indices, part in batches)
     whole = Candidates.concat(part for _, part in batches)
-    assert whole.prompts == PROMPTS and whole.token_ids == llama.sample(PROMPTS, **options).token_ids
-    rest = list(llama.iter_batches(PROMPTS, skip=batches[0][0], **options))
+    assert whole.prompts == PROMPTS and whole.token_ids == plain.sample(PROMPTS, **options).token_ids
+    rest = list(plain.iter_batches(PROMPTS, skip=batches[0][0], **options))
     assert [indices for indices, _ in rest] == [batches[1][0]]
     assert rest[0][1].logprobs == batches[1][1].logprobs  # the same bits
     one = batches[1][0][0]
-    rest = list(llama.iter_batches(PROMPTS, skip={*batches[0][0], one}, **options))
+    rest = list(plain.iter_batches(PROMPTS, skip={*batches[0][0], one}, **options))
     assert [indices for indices, _ in rest] == [[i for i in batches[1][0] if i != one]]
 
 
-def test_an_interrupt_leaves_finished_batches(llama, monkeypatch):
+def test_an_interrupt_leaves_finished_batches(plain, monkeypatch):
     finished = []
     with pytest.raises(KeyboardInterrupt):
-        for _, part in llama.iter_batches(PROMPTS, batch_size=4, **SHORT):
+        for _, part in plain.iter_batches(PROMPTS, batch_size=4, **SHORT):
             finished.append(part)
             if len(finished) == 2:
 
                 def interrupt(*_):
                     raise KeyboardInterrupt
 
-                monkeypatch.setattr(llama, "_forward", interrupt)
+                monkeypatch.setattr(plain, "_forward", interrupt)
     monkeypatch.undo()
     done = {int(i) for part in finished for i in part.prompt_ids}
-    rest = [part for _, part in llama.iter_batches(PROMPTS, batch_size=4, skip=done, **SHORT)]
-    joined, whole = Candidates.concat(finished + rest), llama.sample(PROMPTS, batch_size=4, **SHORT)
+    rest = [part for _, part in plain.iter_batches(PROMPTS, batch_size=4, skip=done, **SHORT)]
+    joined, whole = Candidates.concat(finished + rest), plain.sample(PROMPTS, batch_size=4, **SHORT)
     assert joined.token_ids == whole.token_ids and joined.logprobs == whole.logprobs
 
 

@@ -1,8 +1,9 @@
 """Draw N candidates per prompt from a causal language model.
 
-Each prompt is prefilled once and its key-value cache is then repeated for its candidates; several prompts
-share a batch by left padding. Tokens come from `ops.sample_tokens`, whose random numbers are a function of
-(seed, candidate, step) alone: they do not depend on how the candidates were batched.
+Models that transformers' attention interface reaches run on `decode.engine`: a prompt's keys and values are held once for
+all of its candidates. Others run batch by batch, the prompt's cache repeated for them. Tokens come from
+`ops.sample_tokens`, whose random numbers are a function of (seed, candidate, step) alone: they do not depend on how
+the candidates were batched.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from fastalign.backend import use_backend
 from fastalign.decode.candidates import Candidates
+from fastalign.decode.engine import Engine, Job, draw, supports
 from fastalign.errors import UserError
 
 ROWS_AT_ONCE = 128  # on the CPU more rows gain little speed; each batch is also what an interrupt can lose
@@ -74,6 +76,7 @@ class Sampler:
         self._ends = torch.tensor(sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}))
         config = model.config.get_text_config()
         self._context = getattr(config, "max_position_embeddings", None)
+        self._shares = supports(model)
 
     @classmethod
     def from_pretrained(
@@ -130,7 +133,61 @@ class Sampler:
         batches = [order[i : i + width] for i in range(0, len(order), width)]
         batches = [batch for batch in batches if not set(batch) <= set(skip)]
         record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows}
+        if self._shares:
+            wanted = [i for batch in batches for i in batch if i not in set(skip)]
+            return self._shared(wanted, prompts, encoded, settings, rows, record, show_progress)
         return self._batches(batches, prompts, encoded, settings, rows, record, set(skip), show_progress)
+
+    def _shared(self, wanted, prompts, encoded, settings, rows, record, show_progress):
+        """Each prompt on the engine, told as soon as its last candidate ends."""
+        from fastalign import progress
+
+        n, limit = settings.n, settings.max_new_tokens
+        found = {i: ([[] for _ in range(n)], [[] for _ in range(n)], [n]) for i in wanted}
+        done: list[int] = []
+        ends = set(self._ends.tolist())
+
+        def pick(logits, jobs, steps):
+            ids = torch.empty(len(jobs), dtype=torch.int64)
+            logprobs = torch.empty(len(jobs))
+            streams = torch.tensor([job.prompt * n + job.candidate for job in jobs])
+            at = torch.tensor(steps)
+            for step in sorted(set(steps)):
+                rows = slice(None) if len(set(steps)) == 1 else (at == step).nonzero().squeeze(1)
+                drawn = self._sample(logits[rows], streams[rows], step, settings)
+                ids[rows], logprobs[rows] = drawn.ids.cpu(), drawn.log_probs.float().cpu()
+                if (ids[rows] < 0).any():
+                    raise UserError(f"{self.name}: the logits of new token {step} are NaN, or all of them -inf")
+            return ids, logprobs
+
+        with progress.bar("sampling", total=len(wanted) * n * limit, unit="tok", show=show_progress) as advance:
+
+            def took(jobs, ids, logprobs):
+                over = []
+                for job, token, logprob in zip(jobs, ids, logprobs, strict=True):
+                    all_ids, all_logprobs, left = found[job.prompt]
+                    own = all_ids[job.candidate]
+                    own.append(token)
+                    all_logprobs[job.candidate].append(logprob)
+                    end = len(own) == limit or token in ends or self._stops(own, settings.stop)
+                    advance(limit - len(own) + 1 if end else 1)
+                    over.append(end)
+                    if end:
+                        left[0] -= 1
+                        if left[0] == 0:
+                            done.append(job.prompt)
+                return over
+
+            jobs = (Job(i, j) for i in wanted for j in range(n))
+            engine = Engine(self.model, min(rows, len(wanted) * n))
+            for _ in draw(engine, {i: encoded[i] for i in wanted}, jobs, dict.fromkeys(wanted, n), pick, took):
+                while done:
+                    i = done.pop(0)
+                    ids, logprobs, _ = found.pop(i)
+                    texts = [self._text(row, settings.stop) for row in ids]
+                    part = Candidates([prompts[i]], [texts], [ids], [logprobs], settings=record)
+                    part.prompt_ids = np.array([i], dtype=np.int64)
+                    yield [i], part
 
     def _batches(self, batches, prompts, encoded, settings, rows, record, skip, show_progress):
         from fastalign import progress
@@ -263,16 +320,23 @@ class Sampler:
             )
 
     def _stopped(self, ids: torch.Tensor, alive: torch.Tensor, stop: list[str]) -> torch.Tensor:
-        """Which rows' texts hold a stop string now, (B,) bool; looks at the tail a new token can complete."""
+        """Which rows' texts hold a stop string now, (B,) bool."""
         found = torch.zeros(len(ids), dtype=torch.bool)
         if stop:
-            window = max(len(text.encode()) for text in stop) + 4  # a token has at least one byte; some slack
-            rows = alive.nonzero().squeeze(1).tolist()
-            for row, tail in zip(rows, ids[rows, -window:].tolist(), strict=True):
-                if any(text in self._text(tail) for text in stop):
-                    whole = self._text(ids[row].tolist())
-                    found[row] = any(text in whole for text in stop)
+            for row in alive.nonzero().squeeze(1).tolist():
+                found[row] = self._stops(ids[row].tolist(), stop)
         return found
+
+    def _stops(self, ids: list[int], stop: list[str]) -> bool:
+        """Whether their text holds a stop string; looks first at the tail that the last token can complete."""
+        if not stop:
+            return False
+        window = max(len(text.encode()) for text in stop) + 4  # a token has at least one byte; some slack
+        tail = self._text(ids[-window:])
+        if not any(text in tail for text in stop):
+            return False
+        whole = self._text(ids)
+        return any(text in whole for text in stop)
 
     def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,339 @@
+"""Decoding many candidates of a prompt whose keys and values are held once.
+
+Attention over the prompt is one matrix product for all of its candidates; each candidate's own tokens are attended apart, and
+the two parts are merged by their log-sum-exp. A candidate that ends leaves its place to the next one in line at
+once, of the same prompt or of another, so that every row of every product is a live one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.integrations.head import Head, head_of
+from fastalign.integrations.packing import can_pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "fastalign_shared_prompt"
+GROW = 32  # tokens by which the room for own keys and values grows
+
+
+class Job(NamedTuple):
+    """One candidate to draw."""
+
+    prompt: int
+    candidate: int
+
+
+@dataclass
+class Prefix:
+    """A prompt's keys and values, per layer (kv heads, P, d), and its last hidden state (H,)."""
+
+    length: int
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+
+def supports(model: PreTrainedModel) -> bool:
+    """Whether the engine can run the model: transformers' attention interface, and a head that it knows."""
+    if not can_pack(model) or getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return False
+    try:
+        head_of(model)
+    except UserError:
+        return False
+    return True
+
+
+class Engine:
+    """The rows in flight and their keys and values. Not thread-safe; one job at a time on a model.
+
+    rows: most candidates in flight. Memory beyond the model: `row_bytes` of each in flight, and each live prompt once.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int):
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        self.model, self.rows = model, rows
+        self.head: Head = head_of(model)
+        self.prefixes: dict[int, Prefix] = {}
+        self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
+        self.lengths = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
+        self.last = torch.zeros(rows, dtype=torch.int64)  # the token drawn last, whose keys are not
+        self.keys: dict[int, Tensor] = {}  # layer -> (rows, kv heads, room, d)
+        self.values: dict[int, Tensor] = {}
+
+    @staticmethod
+    def row_bytes(model: PreTrainedModel, tokens: int) -> int:
+        """Of the keys and values of that many tokens."""
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * size * tokens * model.dtype.itemsize
+
+    @torch.inference_mode()
+    def prefill(self, prompt: int, ids: Sequence[int]) -> None:
+        """Run a prompt and keep its keys and values."""
+        prefix = Prefix(len(ids))
+        hidden = self._run(torch.tensor([ids]), torch.arange(len(ids))[None], _Prefill(prefix))
+        prefix.hidden = hidden[0, -1].clone()
+        self.prefixes[prompt] = prefix
+
+    def forget(self, prompt: int) -> None:
+        del self.prefixes[prompt]
+
+    @property
+    def free(self) -> int:
+        return self.rows - len(self.jobs)
+
+    @torch.inference_mode()
+    def admit(self, jobs: Sequence[Job]) -> Tensor:
+        """Put new candidates of prefilled prompts in flight; the logits (jobs, V) of their first token."""
+        first = len(self.jobs)
+        self.jobs += jobs
+        self.lengths[first : len(self.jobs)] = 0
+        hidden = torch.stack([self.prefixes[job.prompt].hidden for job in jobs])
+        return self._logits(hidden)
+
+    def place(self, first: int, ids: Tensor) -> None:
+        """The tokens that the rows from `first` on drew."""
+        self.last[first : first + len(ids)] = ids
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """Run the last token of every row in flight; the logits (rows in flight, V) of the next."""
+        count = len(self.jobs)
+        lengths = self.lengths[:count]
+        starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
+        step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
+        hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step)
+        self.lengths[:count] += 1
+        return self._logits(hidden[:, 0])
+
+    @torch.inference_mode()
+    def drop(self, rows: Sequence[int]) -> None:
+        """Take these rows out of flight; the last rows move into their places."""
+        count = len(self.jobs)
+        gone = set(rows)
+        keep = count - len(gone)
+        holes = sorted(row for row in gone if row < keep)
+        movers = [row for row in range(keep, count) if row not in gone]
+        if holes:
+            to, of = torch.tensor(holes), torch.tensor(movers)
+            self.lengths[to], self.last[to] = self.lengths[of], self.last[of]
+            to, of = to.to(self.device), of.to(self.device)
+            for cache in (*self.keys.values(), *self.values.values()):
+                cache.index_copy_(0, to, cache.index_select(0, of))
+            for hole, mover in zip(holes, movers, strict=True):
+                self.jobs[hole] = self.jobs[mover]
+        del self.jobs[keep:]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def _run(self, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
+        """The last hidden states, with `plan` deciding what attention does."""
+        config = self.model.config
+        before = config._attn_implementation
+        self.model.set_attn_implementation(NAME)
+        try:
+            found = self.model.base_model(
+                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, plan=plan,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
+            ).last_hidden_state  # fmt: skip
+        finally:
+            self.model.set_attn_implementation(before)
+        if not plan.calls:
+            raise UserError(f"{type(self.model).__name__} keeps arguments from its attention")
+        return found
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.head
+        logits = F.linear(hidden, head.weight, head.bias)
+        if head.adapter is not None:
+            a, b, scale = head.adapter
+            logits = logits + scale * (hidden @ a.T) @ b.T
+        if head.logit_scale != 1:
+            logits = logits * head.logit_scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+class _Prefill:
+    """Plain causal attention that keeps what it saw."""
+
+    def __init__(self, prefix: Prefix):
+        self.prefix, self.calls = prefix, 0
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
+    ) -> Tensor:
+        """(1, heads, P, d) from q of that shape and k, v (1, kv heads, P, d)."""
+        self.calls += 1
+        self.prefix.keys[layer], self.prefix.values[layer] = k[0].contiguous(), v[0].contiguous()
+        length = q.shape[2]
+        mask = None
+        if (window is not None and length > window) or softcap is not None:
+            apart = torch.arange(length, device=q.device)
+            apart = apart[:, None] - apart[None, :]
+            mask = (apart >= 0) if window is None else (apart >= 0) & (apart < window)
+        if softcap is None:
+            options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+            return F.scaled_dot_product_attention(q, k, v, scale=scaling, **options)
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        out, _ = _part(grouped, k[:, :, None], v[:, :, None], scaling, softcap, mask)
+        return out.flatten(1, 2)
+
+
+class _Step:
+    """One new token of each row: its prompt's part once per prompt, its own part row by row."""
+
+    def __init__(self, engine: Engine, count: int, longest: int, lengths: Tensor, positions: Tensor):
+        self.engine, self.count, self.longest, self.calls = engine, count, longest, 0
+        self.lengths, self.positions = lengths, positions
+        self.rows = torch.arange(count, device=lengths.device)
+        # -inf behind each row's own tokens, the new one included
+        behind = torch.arange(longest, device=lengths.device)[None] > lengths[:, None]
+        self.behind = torch.zeros(count, longest, device=lengths.device).masked_fill_(behind, float("-inf"))
+        by_prompt: dict[int, list[int]] = {}
+        for row, job in enumerate(engine.jobs):
+            by_prompt.setdefault(job.prompt, []).append(row)
+        self.groups = [(engine.prefixes[p], self._index(rows)) for p, rows in by_prompt.items()]
+
+    def _index(self, rows: list[int]) -> Tensor | slice:
+        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        return slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=self.rows.device)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
+    ) -> Tensor:
+        """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d)."""
+        self.calls += 1
+        keys, values = self._room(layer, k)
+        keys[self.rows, :, self.lengths] = k[:, :, 0]
+        values[self.rows, :, self.lengths] = v[:, :, 0]
+        kv = k.shape[1]
+        q = q[:, :, 0].unflatten(1, (kv, -1))  # (rows, kv, group, d)
+        own_mask = self.behind
+        if window is not None and self.longest > window:
+            far = torch.arange(self.longest, device=q.device)[None] <= self.lengths[:, None] - window
+            own_mask = own_mask.masked_fill(far, float("-inf"))
+        used = slice(0, self.longest)
+        mine, mine_lse = _part(
+            q, keys[: self.count, :, used], values[: self.count, :, used], scaling, softcap, own_mask[:, None, None].to(q.dtype)
+        )  # fmt: skip
+        out = torch.empty_like(mine)
+        for prefix, rows in self.groups:
+            some = q[rows]
+            n, _, group, d = some.shape
+            together = some.transpose(0, 1).reshape(kv, n * group, d)
+            mask = None
+            if window is not None:
+                near = torch.arange(prefix.length, device=q.device)[None] > self.positions[rows][:, None] - window
+                mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill_(~near, float("-inf"))
+                mask = mask.repeat_interleave(group, 0)[None]
+            theirs, lse = _part(together, prefix.keys[layer], prefix.values[layer], scaling, softcap, mask)
+            theirs = theirs.view(kv, n, group, d).transpose(0, 1)
+            lse = lse.view(kv, n, group).transpose(0, 1)
+            share = torch.sigmoid(mine_lse[rows] - lse).unsqueeze(-1).to(q.dtype)
+            out[rows] = theirs + (mine[rows] - theirs) * share
+        return out.flatten(1, 2).unsqueeze(2)
+
+    def _room(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        engine = self.engine
+        if layer not in engine.keys or engine.keys[layer].shape[2] < self.longest:
+            room = -(-self.longest // GROW) * GROW
+            for caches in (engine.keys, engine.values):
+                grown = k.new_empty(engine.rows, k.shape[1], room, k.shape[3])
+                grown.zero_()  # what stands behind a row's tokens is weighed by 0, and must be a number
+                if layer in caches:
+                    grown[:, :, : caches[layer].shape[2]] = caches[layer]
+                caches[layer] = grown
+        return engine.keys[layer], engine.values[layer]
+
+
+def _part(q, k, v, scaling: float, softcap: float | None, mask) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ scaling) v and the log-sum-exp of the scores, float32; q (..., n, d), k and v (..., T, d)."""
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    lse = scores.logsumexp(-1)
+    # A part that sees nothing has weight 0 in the merge: its value is 0, not NaN.
+    p = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
+    return torch.matmul(p.to(v.dtype), v), lse
+
+
+def attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, plan, sliding_window=None, softcap=None, **kwargs
+):  # fmt: skip
+    """transformers' attention interface, `plan` being the engine's: -> (rows, tokens, heads, d)."""
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise UserError("attention sinks and position biases cannot run on the shared-prompt engine")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = plan.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap)
+    return out.transpose(1, 2), None
+
+
+def draw(
+    engine: Engine,
+    prompts: Mapping[int, Sequence[int]],
+    jobs: Iterator[Job],
+    counts: Mapping[int, int],
+    pick: Callable[[Tensor, list[Job], list[int]], tuple[Tensor, Tensor]],
+    took: Callable[[list[Job], list[int], list[float]], list[bool]],
+) -> Iterator[None]:
+    """Draw every job to its end, as many in flight as the engine takes; yields after every step.
+
+    prompts: token ids; counts: candidates of each prompt, after which it is forgotten.
+    pick(logits (rows, V), jobs, steps): the rows' next tokens and their log-probabilities, (rows,) each on the CPU;
+    steps: how many tokens each has drawn. took(jobs, ids, logprobs): told what was drawn, says which end with it.
+    """
+    left = dict(counts)
+    steps: dict[Job, int] = {}
+    waiting = next(jobs, None)
+    while waiting is not None or engine.jobs:
+        new: list[Job] = []
+        while waiting is not None and len(new) < engine.free:
+            if waiting.prompt not in engine.prefixes:
+                engine.prefill(waiting.prompt, prompts[waiting.prompt])
+            new.append(waiting)
+            waiting = next(jobs, None)
+        over: list[int] = []
+        for begin, logits in _runs(engine, new):
+            now = engine.jobs[begin:]
+            ids, logprobs = pick(logits, now, [steps.get(job, 0) for job in now])
+            engine.place(begin, ids)
+            for job in now:
+                steps[job] = steps.get(job, 0) + 1
+            ended = took(now, ids.tolist(), logprobs.tolist())
+            over += [begin + row for row, end in enumerate(ended) if end]
+        for row in over:
+            job = engine.jobs[row]
+            del steps[job]
+            left[job.prompt] -= 1
+            if left[job.prompt] == 0:
+                engine.forget(job.prompt)
+        engine.drop(over)
+        yield
+
+
+def _runs(engine: Engine, new: list[Job]) -> Iterator[tuple[int, Tensor]]:
+    """(first row, logits of the rows from there on): those in flight, then the new ones, which join them."""
+    if engine.jobs:
+        yield 0, engine.step()
+    if new:
+        yield len(engine.jobs), engine.admit(new)
