@@ -1,7 +1,9 @@
 """DPOTrainer against TRL's: the same losses, metrics and weights; what it adds; what it refuses."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,7 +184,7 @@ print("LOSSES", *[row["loss"] for row in logs(t)])
 
 def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     def run(out, kill=False, resume=False):
-        tests = str(__import__("pathlib").Path(__file__).parent)
+        tests = str(Path(__file__).parent)
         script = RESUMES.format(tests=tests, folder=folder, out=str(tmp_path / out), kill=kill, resume=resume)
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
         found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LOSSES")]
@@ -222,3 +224,28 @@ def test_tokenizer_goes_by_its_old_name(folder, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny_tokenizer()
     t = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows(4)), tokenizer=tokenizer)
     assert t.processing_class is tokenizer
+
+
+RANKS = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_dpo_trainer import *
+t = trainer(DPOTrainer, {folder!r}, {out!r}, max_steps=3, per_device_train_batch_size={size}, ddp_backend="gloo", max_packed_tokens=30)
+t.train()
+if t.is_world_process_zero():
+    print("LOSSES", *[row["loss"] for row in logs(t)], *[row["rewards/margins"] for row in logs(t)], *[row["grad_norm"] for row in logs(t)])
+"""
+
+
+def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, tmp_path):
+    tests, found = str(Path(__file__).parent), []
+    for ranks, size in ((1, 4), (2, 2)):
+        script = tmp_path / f"run{ranks}.py"
+        script.write_text(RANKS.format(tests=tests, folder=folder, out=str(tmp_path / "out"), size=size))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
+        done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(
+            [float(x) for line in done.stdout.splitlines() if line.startswith("LOSSES") for x in line.split()[1:]]
+        )
+    assert len(found[0]) == 9 and found[1] == pytest.approx(found[0], abs=1e-4)
