@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._philox import philox_uniform
 
 from fastalign import backend, reference
-from fastalign.kernels._philox import philox_uniform
 
 pytestmark = pytest.mark.skipif(not backend.interpreted(), reason="CPU tensors need Triton's interpreter")
 

@@ -10,9 +10,11 @@ def philox_uniform(seed, row, offset):
 
     The key is the seed, the counter (row, offset). 53 of the 128 bits, times 2^-53, and at least that.
     """
-    c0, c1 = _halves(row)
-    c2, c3 = _halves(offset)
-    k0, k1 = _halves(seed)
+    zero = tl.zeros((), tl.int64)  # added, not cast: Triton's interpreter keeps an argument of [2^31, 2^32) in 32 bits
+    row, offset, seed = zero + row, zero + offset, zero + seed
+    c0, c1 = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     A: tl.constexpr = 0xD2511F53
     B: tl.constexpr = 0xCD9E8D57
     for _ in tl.static_range(10):
@@ -24,10 +26,3 @@ def philox_uniform(seed, row, offset):
         k1 += 0xBB67AE85
     bits = ((c0 >> 5).to(tl.int64) << 26) | (c1 >> 6).to(tl.int64)
     return tl.maximum(bits, 1).to(tl.float64) * (1.0 / (1 << 53))
-
-
-@triton.jit
-def _halves(x):
-    """The low and high 32 bits of an integer."""
-    x = tl.zeros((), tl.int64) + x  # no cast: Triton's interpreter keeps an argument of [2^31, 2^32) in 32 bits
-    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
