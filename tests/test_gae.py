@@ -14,7 +14,7 @@ from fastalign.ops import gae
 from fastalign.ops.gae import gae_op
 
 NAN = float("nan")
-SHAPES = [(1, 1), (3, 7), (4, 16), (5, 33), (2, 3, 129), (7, 1000), (6,), (0, 5)]
+SHAPES = [(1, 1), (3, 7), (4, 16), (5, 33), (2, 3, 129), (3, 300), (6,), (0, 5)]
 
 
 def masks(shape, seed=0):
@@ -111,6 +111,22 @@ def test_masked_places_are_never_used(each_backend):
         assert torch.equal(a, b)
     packed = gae(rewards[1, mask[1]], values[1, mask[1]], mask[1][mask[1]])
     torch.testing.assert_close(expected[0][1, mask[1]], packed[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["full", "holes", "sparse"])
+@pytest.mark.parametrize("length", [16, 32, 57])
+def test_rows_of_many_blocks(monkeypatch, length, kind):
+    """The Triton kernel in the interpreter, what is carried from one block to the one before it."""
+    monkeypatch.setattr(pytest.importorskip("fastalign.kernels.gae"), "BLOCK", 16)
+    rewards, values = problem((3, length))
+    mask = masks((3, length))[kind]
+    mask[1, length // 2 - 8 : length // 2 + 16] = False  # a whole block
+    rewards[2, length // 3] = NAN
+    mask[2, length // 3] = True
+    with use_backend("triton"):
+        found = gae(rewards, values.T.contiguous().T, mask.T.contiguous().T, gamma=0.9, lam=0.8)
+    for ours, truth in zip(found, reference.gae(rewards, values, mask, 0.9, 0.8), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_a_nan_stays_in_its_row_and_goes_only_back(each_backend):
