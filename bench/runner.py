@@ -17,6 +17,7 @@ GROUPS = {
     "sampling": ("sample_tokens", "resample"),
     "map": ("map",),
     "training": ("dpo",),
+    "decode": ("decode",),
 }
 BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end -->"
 

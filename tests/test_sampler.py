@@ -237,6 +237,30 @@ def test_an_interrupt_leaves_finished_batches(plain, monkeypatch):
     assert joined.token_ids == whole.token_ids and joined.logprobs == whole.logprobs
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_memory_limit_bounds_the_keys_and_values_and_changes_no_token(tokenizer, monkeypatch, shares):
+    from fastalign.decode.engine import Engine
+
+    sampler = Sampler(tiny_causal_lm(tokenizer), tokenizer)
+    sampler._shares = shares
+    whole = sampler.sample(PROMPTS, **SHORT)
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    held, step = [], Engine.step
+
+    def watched(engine):
+        prompts = sum(x.nbytes for p in engine.prefixes.values() for x in (*p.keys.values(), *p.values.values()))
+        held.append(prompts + len(engine.jobs) * Engine.row_bytes(sampler.model, 32))
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", watched)
+    limit = 5 * Engine.row_bytes(sampler.model, longest) + 3 * Engine.row_bytes(sampler.model, 32)
+    again = sampler.sample(PROMPTS, memory_limit=limit, **SHORT)
+    assert again.token_ids == whole.token_ids
+    assert not shares or 0 < max(held) <= limit
+    with pytest.raises(UserError, match="memory_limit must hold one candidate"):
+        sampler.sample(PROMPTS, memory_limit="1kB", **SHORT)
+
+
 def test_progress_counts_every_token(ending, monkeypatch):
     from contextlib import contextmanager
 

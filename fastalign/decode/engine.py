@@ -57,16 +57,17 @@ def supports(model: PreTrainedModel) -> bool:
 class Engine:
     """The rows in flight and their keys and values. Not thread-safe; one job at a time on a model.
 
-    rows: most candidates in flight. Memory beyond the model: `row_bytes` of each in flight, and each live prompt once.
+    rows: most candidates in flight; prompts: most prompts, None for any number. Memory beyond the model: `row_bytes` of
+    the new tokens of each candidate in flight, and of each such prompt once.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int):
+    def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.prompts = model, rows, prompts or rows
         self.head: Head = head_of(model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
@@ -309,6 +310,8 @@ def draw(
         new: list[Job] = []
         while waiting is not None and len(new) < engine.free:
             if waiting.prompt not in engine.prefixes:
+                if len(engine.prefixes) >= engine.prompts:
+                    break
                 engine.prefill(waiting.prompt, prompts[waiting.prompt])
             new.append(waiting)
             waiting = next(jobs, None)

@@ -21,10 +21,11 @@ import torch
 
 from fastalign.backend import use_backend
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.engine import Engine, Job, draw, supports
+from fastalign.decode.engine import GROW, Engine, Job, draw, supports
 from fastalign.errors import UserError
+from fastalign.units import parse_bytes
 
-ROWS_AT_ONCE = 128  # on the CPU more rows gain little speed; each batch is also what an interrupt can lose
+ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
 
 _ANY = 2**63 - 1
@@ -108,6 +109,7 @@ class Sampler:
         seed: int,
         chat: bool | str = "auto",
         batch_size: int | None = None,
+        memory_limit: int | str | None = None,
         skip: Collection[int] = (),
         show_progress: bool = False,
     ) -> Iterator[tuple[list[int], Candidates]]:
@@ -116,9 +118,9 @@ class Sampler:
         temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers.
         stop: a text is cut before the first of these strings; token_ids and logprobs keep all that was drawn,
         an end token included. chat: "auto" uses the tokenizer's chat template where it has one; False sends
-        prompts as they are. batch_size: candidates at once. skip: indices of prompts done before; with the
-        same arguments the batches are cut the same way whatever is skipped, so a resumed job gives what an
-        uninterrupted one gives.
+        prompts as they are. batch_size: candidates at once. memory_limit: of the keys and values, in bytes or as "4GB":
+        fewer candidates are in the model at once then, and n is bounded by time alone. skip: indices of prompts done
+        before: a resumed job draws for the others what an uninterrupted one draws.
         Raises UserError, one line, before any work on a bad argument or prompt.
         """
         stop = [stop] if isinstance(stop, str) else list(stop or ())
@@ -127,6 +129,9 @@ class Sampler:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         encoded = self._encode(prompts, chat, max_new_tokens)
         rows = batch_size or ROWS_AT_ONCE
+        if memory_limit is not None:
+            limit = parse_bytes("memory_limit", memory_limit)
+            rows = min(rows, self._fitting(limit, max(map(len, encoded)), n, max_new_tokens))
         # prompts of like length share a batch, so that little is padding
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
         width = max(1, rows // n)
@@ -137,6 +142,14 @@ class Sampler:
             wanted = [i for batch in batches for i in batch if i not in set(skip)]
             return self._shared(wanted, prompts, encoded, settings, rows, record, show_progress)
         return self._batches(batches, prompts, encoded, settings, rows, record, set(skip), show_progress)
+
+    def _fitting(self, limit: int, longest: int, n: int, new: int) -> int:
+        """How many candidates' keys and values fit in `limit` bytes, with those of the prompts in flight."""
+        row, prompt = (Engine.row_bytes(self.model, tokens) for tokens in (-(-new // GROW) * GROW, longest))
+        fit = int((limit - 2 * prompt) / (row + prompt / n)) if self._shares else limit // (row + prompt)
+        if fit < 1:
+            raise UserError(f"memory_limit must hold one candidate, {row + 3 * prompt:,} bytes, got {limit:,}")
+        return fit
 
     def _shared(self, wanted, prompts, encoded, settings, rows, record, show_progress):
         """Each prompt on the engine, told as soon as its last candidate ends."""
@@ -179,7 +192,7 @@ class Sampler:
                 return over
 
             jobs = (Job(i, j) for i in wanted for j in range(n))
-            engine = Engine(self.model, min(rows, len(wanted) * n))
+            engine = Engine(self.model, min(rows, len(wanted) * n), prompts=-(-rows // n) + 1)
             for _ in draw(engine, {i: encoded[i] for i in wanted}, jobs, dict.fromkeys(wanted, n), pick, took):
                 while done:
                     i = done.pop(0)

