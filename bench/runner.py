@@ -31,26 +31,27 @@ def run(names: Sequence[str], results: Path, *, say: Callable[[str], None]) -> N
     parts = [name for name in names if name not in GROUPS]
     ran = False
     for op in (op for ops in GROUPS.values() for op in ops):
-        found = []
+        found, whole = [], True
         for case in importlib.import_module(f"fastalign.bench.bench_{op}").cases():
             title = f"{op}: {case.name}"
             if names and op not in grouped and not any(part in title for part in parts):
+                whole = False
                 continue
             result = measure(case)
             found.append(result)
             say(_line(title, result))
         if found:
-            _merge(results / f"{op}.json", found)
+            _merge(results / f"{op}.json", found, whole)
             ran = True
     if not ran:
         raise UserError(f"benchmarks must be among {', '.join(GROUPS)} or parts of their names, got {', '.join(names)}")
 
 
-def _merge(path: Path, results: list[dict]) -> None:
+def _merge(path: Path, results: list[dict], whole: bool) -> None:
     """A partial run replaces its own cases, if those that stay come from the same machine; else all are replaced."""
     kept: dict[str, dict] = {}
     here = machine()
-    if path.exists():
+    if path.exists() and not whole:
         old = json.loads(path.read_text())
         if all(old["machine"][key] == here[key] for key in ("cpu", "threads", "isa")):
             kept = {result["name"]: result for result in old["results"]}
@@ -71,8 +72,11 @@ def _line(title: str, result: dict) -> str:
     return ", ".join(parts)
 
 
-def table(results: Path) -> list[str]:
-    """Every result as a row of a Markdown table: the ratio, and what it was measured against."""
+def table(results: Path, *, headline: bool = False) -> list[str]:
+    """Every result as a row of a Markdown table: the ratio, and what it was measured against.
+
+    headline: only the comparisons that have a bar to reach, with the bar.
+    """
     lines = [
         "| op | case | against | faster by (p20–p80) | time | floor | peak memory, theirs → ours |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -86,23 +90,34 @@ def table(results: Path) -> list[str]:
             machines.append(told)
         for result in found["results"]:
             ours = result["ms"]["fastalign"]["p50"]
-            floor = f"{result['floor_ms']:.3g} ms" if "floor_ms" in result else ""
+            floor = f"{_figures(result['floor_ms'])} ms" if "floor_ms" in result else ""
             for peer, ratio in result["ratio"].items():
+                if headline and peer not in result["bars"]:
+                    continue
                 memory = [result["peak_mb"].get(name) for name in (peer, "fastalign")]
                 memory = "" if None in memory else f"{memory[0]:,.0f} → {memory[1]:,.0f} MB"
-                speed = f"**{ratio['p50']:.1f} ×** ({ratio['p20']:.1f}–{ratio['p80']:.1f})"
+                bar = f", bar {result['bars'][peer]:g}" if headline else ""
+                speed = f"**{ratio['p50']:.1f} ×** ({ratio['p20']:.1f}–{ratio['p80']:.1f}{bar})"
                 lines.append(
-                    f"| {path.stem} | {result['name']} | {peer} | {speed} | {ours:.3g} ms | {floor} | {memory} |"
+                    f"| {path.stem} | {result['name']} | {peer} | {speed} | {_figures(ours)} ms | {floor} | {memory} |"
                 )
     return [*lines, "", f"Measured in one run each, ours and theirs in turn, on {'; '.join(machines)}."]
 
 
+def _figures(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def write_into(readme: Path, results: Path) -> None:
-    """Put the table between its two marks in a Markdown file."""
+    """Put the headline table between its two marks in a Markdown file, and every row in RESULTS.md beside the results."""
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(f"{readme} lacks the lines {BEGIN} and {END}")
     head, rest = text.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
     with atomic_write(readme) as beside:
-        beside.write_text("\n".join([head + BEGIN, "", *table(results), "", END + tail]), encoding="utf-8")
+        lines = [head + BEGIN, "", *table(results, headline=True), "", END + tail]
+        beside.write_text("\n".join(lines), encoding="utf-8")
+    with atomic_write(results.parent / "RESULTS.md") as beside:
+        lines = ["# Every comparison", "", "Written by `make bench`; do not edit.", "", *table(results), ""]
+        beside.write_text("\n".join(lines), encoding="utf-8")
