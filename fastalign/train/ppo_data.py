@@ -26,7 +26,8 @@ class PromptLoader(DataLoader):
             )
         self.order = _Order(len(dataset), batch_size, seed, rank, world)
         self.to = device
-        super().__init__(dataset, batch_sampler=self.order, collate_fn=collate)
+        # A generator of its own: DataLoader draws a seed per iteration, which a resumed run would draw once more.
+        super().__init__(dataset, batch_sampler=self.order, collate_fn=collate, generator=torch.Generator())
 
     def __iter__(self) -> Iterator[Any]:
         from accelerate.utils import send_to_device

@@ -82,6 +82,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         elif v_head_init_strategy not in (None, "random"):
             raise UserError(f"v_head_init_strategy must be None, 'random' or 'normal', got {v_head_init_strategy!r}")
         self.v_head.to(weight.device)
+        self.train(self.causal_lm.training)
         self._register_state_dict_hook(_shorten)
         self.register_load_state_dict_pre_hook(_lengthen)
 
@@ -253,7 +254,8 @@ def create_reference_model(
 ) -> AutoModelForCausalLMWithValueHead:
     """A frozen copy of the model, in evaluation mode.
 
-    num_shared_layers: the embeddings and the first so many layers are one in both models, and frozen in `model` too.
+    num_shared_layers: the embeddings (a head tied to them too) and the first so many layers are one in both models,
+        and frozen in `model`.
     pattern: the name of the list of layers where it is not found, such as "transformer.h".
     """
     if any(_is_dtensor(p) for p in model.parameters()):
@@ -380,9 +382,7 @@ def _shared(model: AutoModelForCausalLMWithValueHead, count: int, pattern: str |
         )
     if not (isinstance(count, int) and 0 < count <= len(layers)):
         raise UserError(f"num_shared_layers must lie in 1..{len(layers)}, got {count!r}")
-    # Tied embeddings are the head too, which is to be trained: they are copied.
-    head = causal_lm.get_output_embeddings().weight
-    embeddings = [p for p in causal_lm.get_input_embeddings().parameters() if p is not head]
+    embeddings = list(causal_lm.get_input_embeddings().parameters())
     return embeddings + [p for layer in layers[:count] for p in layer.parameters()]
 
 
