@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-import traceback
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import fastalign
+from fastalign import cli_train
+from fastalign._command import console as _console
+from fastalign._command import names as _names
+from fastalign._command import registrar
 from fastalign.errors import UserError
 
 app = typer.Typer(
     name="fastalign",
-    help="Align language models to several human values: sample, score, solve for a palette, select, look.",
+    help="Align language models to several human values: sample, score, solve for a palette, select, train, look.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,54 +25,10 @@ app = typer.Typer(
 )
 
 
-def command(example: str) -> Callable[[Callable], Callable]:
-    """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback."""
-
-    def register(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def guarded(*args, **kwargs):
-            try:
-                return function(*args, **kwargs)
-            except KeyboardInterrupt:
-                _fail("interrupted; finished batches are kept, and sample goes on from them with --resume", 130)
-            except (UserError, OSError, ValueError, TypeError, ImportError) as error:
-                if not _is_users(error):
-                    raise
-                _fail(_one_line(error))
-
-        name = function.__name__.rstrip("_")
-        return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
-
-    return register
-
-
-def _is_users(error: BaseException) -> bool:
-    """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
-    if isinstance(error, UserError | OSError):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(fastalign.__file__).parent)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _fail(message: str, code: int = 1) -> None:
-    print(f"fastalign: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+app.add_typer(cli_train.app, name="train")
+command = registrar(
+    app, interrupted="interrupted; finished batches are kept, and sample goes on from them with --resume"
+)
 
 
 class Method(str, Enum):
@@ -122,6 +77,9 @@ def sample(
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
     column: Annotated[str | None, typer.Option(help="The prompts' column; default prompt, else text.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Candidates in the model at once.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="For keys and values, such as 4GB; N is bounded by time.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     chat: Annotated[
@@ -141,6 +99,7 @@ def sample(
     found = pipeline.sample(
         model, texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
+        memory_limit=memory_limit,
         chat="auto" if chat else False, resume=resume, show_progress=True,
     )  # fmt: skip
     tokens = sum(len(ids) for row in found.token_ids for ids in row)
@@ -243,7 +202,8 @@ def eval_(
 @command("fastalign bench losses --out bench-results")
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="losses, sampling, map, training, or parts of names; default all.")
+        list[str] | None,
+        typer.Argument(help="losses, sampling, map, training, decode, or parts of names; default all."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results (JSON) and their table (Markdown).")] = Path(
         "bench-results"

@@ -1,0 +1,69 @@
+"""How a command is registered: its help ends with an example, and a user's mistake ends it with one line."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+import fastalign
+from fastalign.errors import UserError
+
+
+def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable[[Callable], Callable]]:
+    """`command(example)` for `app`: a decorator. interrupted: what Ctrl-C says."""
+
+    def command(example: str) -> Callable[[Callable], Callable]:
+        """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback."""
+
+        def register(function: Callable) -> Callable:
+            @functools.wraps(function)
+            def guarded(*args, **kwargs):
+                try:
+                    return function(*args, **kwargs)
+                except KeyboardInterrupt:
+                    _fail(interrupted, 130)
+                except (UserError, OSError, ValueError, TypeError, ImportError) as error:
+                    if not _is_users(error):
+                        raise
+                    _fail(_one_line(error))
+
+            name = function.__name__.rstrip("_")
+            return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
+
+        return register
+
+    return command
+
+
+def console():
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _is_users(error: BaseException) -> bool:
+    """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
+    if isinstance(error, UserError | OSError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(fastalign.__file__).parent)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"fastalign: {message}", file=sys.stderr)
+    raise typer.Exit(code)

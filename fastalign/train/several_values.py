@@ -1,0 +1,265 @@
+"""PPO on several values at once: every rollout is scored with every reward, and λ · R is what the policy learns."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign.data.files import write_json
+from fastalign.errors import UserError
+from fastalign.train import run as runs
+
+
+def read_values(names: Sequence[Any]) -> list[Any]:
+    """Rewards by registered name, as objects, or from a reward model's folder: one of each of its heads.
+
+    A folder may be cut down to one head: "folder#head". Raises UserError for a name that is neither.
+    """
+    from fastalign import rewards
+
+    found: list[Any] = []
+    for name in names:
+        folder, mark, head = str(name).partition("#")
+        if not isinstance(name, str):
+            found.append(name)
+        elif name in rewards.available():
+            found.append(rewards.get(name))
+        elif (Path(folder).expanduser() / "config.json").is_file():
+            heads = rewards.from_heads(folder)
+            known = [h.name for h in heads]
+            if mark and head not in known:
+                raise UserError(f"{folder}: has no head {head!r}, it has {', '.join(known)}")
+            found += [h for h in heads if not mark or h.name == head]
+        else:
+            found.append(rewards.get(name))  # says what there is
+    names = [reward.name for reward in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"values must be different, got {', '.join(names)}")
+    return found
+
+
+def train_ppo(
+    model: str,
+    prompts: Sequence[str],
+    values: Sequence[Any],
+    lam: Sequence[float],
+    out: str | os.PathLike,
+    *,
+    learning_rate: float = 1.41e-5,
+    batch_size: int = 32,
+    mini_batch_size: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    ppo_epochs: int = 4,
+    max_new_tokens: int = 32,
+    init_kl_coef: float = 0.2,
+    kl_target: float = 6.0,
+    lora_r: int | None = None,
+    chat: bool | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    save_steps: int = 25,
+    resume: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Train a model by PPO on λ · R of its own responses, into the folder `out`; see `train.run`.
+
+    Args:
+        prompts: what it answers; each epoch goes through all of them, in batches of `batch_size`.
+        values: m rewards, see `read_values`. lam: a weight for each.
+        mini_batch_size: rollouts at once in an optimiser step; None: batch_size / gradient_accumulation_steps, at
+            most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL coefficient is steered to, from init_kl_coef.
+        chat: prompts go through the chat template; None: where there is one.
+        lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
+
+    Returns:
+        What is in <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
+        standard error, and the KL. <out>/log.jsonl has a line a step: the mean of every value, of λ · R, the KL to the
+        model before training, losses, tokens per second.
+
+    Raises:
+        UserError: one line, before anything is trained.
+    """
+    scorers = read_values(values)
+    names = [reward.name for reward in scorers]
+    lam = np.asarray(lam, dtype=np.float64)
+    if lam.shape != (len(names),) or not np.isfinite(lam).all():
+        raise UserError(f"lam must have one number per value, {len(names)} ({', '.join(names)}), got {lam.tolist()}")
+    if not lam.any():
+        raise UserError("lam must not be all zero: there is nothing to learn")
+    for option, count in (("epochs", epochs), ("max_new_tokens", max_new_tokens), ("save_steps", save_steps), ("batch_size", batch_size),
+                          ("gradient_accumulation_steps", gradient_accumulation_steps), ("max_steps", max_steps or 1)):  # fmt: skip
+        if not (isinstance(count, int) and count >= 1):
+            raise UserError(f"{option} must be an integer, at least 1, got {count!r}")
+    if mini_batch_size is None:
+        share = max(1, batch_size // gradient_accumulation_steps)
+        mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
+    from fastalign.train import PPOConfig
+
+    config = PPOConfig(
+        model_name=model, learning_rate=learning_rate, batch_size=batch_size, mini_batch_size=mini_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, ppo_epochs=ppo_epochs, init_kl_coef=init_kl_coef,
+        target=kl_target, seed=seed, log_with=runs.board(),
+        project_kwargs={"project_dir": str(out), "logging_dir": str(Path(out) / "runs")},
+    )  # fmt: skip
+    settings = {
+        "command": "ppo", "model": model, "values": names, "lambda": lam.tolist(), "prompts": runs.rows_hash(prompts),
+        "learning_rate": learning_rate, "batch_size": batch_size, "mini_batch_size": mini_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
+        "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,
+        "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
+    }  # fmt: skip
+    adapters = runs.lora(lora_r, "CAUSAL_LM")
+    run = runs.Run(out, settings, resume=resume)
+    with runs.quiet():
+        trainer = _trainer(config, model, adapters, prompts, chat, dtype, max_new_tokens)
+        if run.resumes:
+            trainer.load_checkpoint(run.checkpoints)
+        run.begin(trainer.current_step)
+        total = epochs * len(trainer.dataloader) if max_steps is None else max_steps
+        with runs.Progress("ppo", total, show=show_progress) as progress:
+            _loop(trainer, scorers, lam, run, progress, total, max_new_tokens, save_steps)
+        _save(trainer, run)
+    result = {"kind": "training_result", "version": 1, "steps": trainer.current_step, "settings": run.settings}
+    if runs.is_main():
+        result |= summary(_logged(run), names)
+        write_json(run.out / "result.json", result)
+    run.finish()
+    return result
+
+
+def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Each value at the beginning and at the end of a run: the mean of a tenth of its steps, and its standard error."""
+    k = max(1, len(rows) // 10)
+
+    def mean(part: Sequence[dict[str, Any]], name: str) -> list[float]:
+        x = np.array([row["values"][name] for row in part])
+        # Steps' means are independent but for the policy's drift within the tenth.
+        return [float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else 0.0]
+
+    table = {name: {"first": mean(rows[:k], name), "last": mean(rows[-k:], name)} for name in names}
+    return {
+        "values": table,
+        "kl": float(np.mean([row["kl"] for row in rows[-k:]])),
+        "tokens_per_second": float(np.mean([row["tokens_per_second"] for row in rows])),
+    }
+
+
+def _loop(trainer, scorers, lam, run, progress, total: int, max_new_tokens: int, save_steps: int) -> None:
+    from fastalign import rewards
+
+    names = [reward.name for reward in scorers]
+    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    tokens = 0
+    while trainer.current_step < total:
+        for batch in trainer.dataloader:
+            began = time.perf_counter()
+            queries = list(batch["input_ids"])
+            responses = trainer.generate(queries, return_prompt=False, **drawing)
+            batch["response"] = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            scores = rewards.score(scorers, batch["query"], batch["response"])  # (n, m)
+            combined = scores.astype(np.float64) @ lam
+            stats = trainer.step(queries, responses, _tensors(combined))
+            seconds = time.perf_counter() - began
+            means, count = _over_processes(trainer, scores, combined, sum(map(len, queries)) + sum(map(len, responses)))
+            tokens += count
+            step = trainer.current_step
+            told = dict(zip(names, means[:-1], strict=True))
+            run.log({
+                "step": step, "values": told, "score": means[-1], "kl": stats["objective/kl"],
+                "kl_coef": stats["objective/kl_coef"], "loss/policy": float(stats["ppo/loss/policy"]),
+                "loss/value": float(stats["ppo/loss/value"]), "entropy": float(stats["ppo/policy/entropy"]),
+                "response_tokens": stats["tokens/responses_len_mean"], "seconds": seconds,
+                "tokens_per_second": count / seconds,
+            })  # fmt: skip
+            trainer.log_stats(stats, batch, _tensors(combined))
+            if trainer.config.log_with is not None:
+                trainer.accelerator.log({f"values/{name}": mean for name, mean in told.items()}, step=step)
+            said = "  ".join(f"{name} {mean:.3f}" for name, mean in told.items())
+            progress.update(step, tokens, f"{said}  KL {stats['objective/kl']:.2f}")
+            if step >= total:
+                return
+            if step % save_steps == 0:
+                trainer.save_checkpoint(run.checkpoints)
+
+
+def _trainer(config, model: str, adapters, prompts: Sequence[str], chat: bool | None, dtype: str, max_new_tokens: int):
+    import torch
+
+    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.rewards.encoding import context_length
+    from fastalign.train import AutoModelForCausalLMWithValueHead, PPOTrainer
+
+    loaded, tokenizer = load_causal_lm(model, dtype=dtype, device="cpu")
+    rows = prompt_rows(prompts, tokenizer, chat)
+    limit = context_length(loaded.config, tokenizer)
+    for i, row in enumerate(rows):
+        if limit is not None and len(row["input_ids"]) + max_new_tokens > limit:
+            rule = f"prompt and max_new_tokens must fit the model's {limit} tokens"
+            raise UserError(f"prompts: row {i}: {rule}, got {len(row['input_ids'])} + {max_new_tokens}")
+    torch.manual_seed(config.seed)  # the value head is new
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(loaded, peft_config=adapters)
+    return PPOTrainer(config, policy, None, tokenizer, dataset=rows)
+
+
+def prompt_rows(prompts: Sequence[str], tokenizer, chat: bool | None) -> list[dict[str, Any]]:
+    """Rows of a PPO data set: "input_ids", through the chat template where that is asked for, and "query", the text."""
+    import torch
+
+    if chat and tokenizer.chat_template is None:
+        raise UserError("chat needs a chat template, and the model's tokenizer has none")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if tokenizer.chat_template is not None and chat is not False:
+            turns = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise UserError(f"prompts: row {i}: must give at least one token, got {prompt!r}")
+        rows.append({"input_ids": torch.tensor(ids), "query": prompt})
+    return rows
+
+
+def _tensors(scores: np.ndarray) -> list:
+    import torch
+
+    return [torch.tensor(score, dtype=torch.float32) for score in scores.tolist()]
+
+
+def _over_processes(trainer, scores: np.ndarray, combined: np.ndarray, tokens: int) -> tuple[list[float], int]:
+    """Means of the m values and of λ · R over every process's rollouts, and all their tokens."""
+    import torch
+
+    sums = np.concatenate([scores.sum(0, dtype=np.float64), [combined.sum(), len(scores), tokens]])
+    sums = trainer.accelerator.reduce(torch.tensor(sums, dtype=torch.float32, device=trainer.accelerator.device), "sum")
+    *totals, rows, count = sums.tolist()
+    return [total / rows for total in totals], int(count)
+
+
+def _save(trainer, run) -> None:
+    """The policy as any language model, and for PPO's own from_pretrained its value head beside it."""
+    from fastalign.train.value_head import _save_value_head
+
+    if not trainer.is_peft_model:
+        trainer.save_pretrained(run.out)
+        return
+    policy = trainer.policy
+    if runs.is_main():
+        runs.save(policy.pretrained_model, trainer.tokenizer, run.out)
+        _save_value_head({f"v_head.{name}": x for name, x in policy.v_head.state_dict().items()}, run.out)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _logged(run) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in run.logs.read_text(encoding="utf-8").splitlines()]

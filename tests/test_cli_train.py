@@ -1,0 +1,423 @@
+"""`fastalign train dpo | ppo | reward` as a user types them, on tiny models; resumption, and one line for each mistake."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_folder
+from typer.testing import CliRunner
+
+from fastalign import rewards
+from fastalign.cli import app
+from fastalign.data import preferences
+from fastalign.decode import Candidates
+from fastalign.errors import UserError
+from fastalign.integrations.transformers import load_causal_lm
+from fastalign.train import run as runs
+from fastalign.train import several_values
+
+PROMPTS = [
+    "tell me a story",
+    "why",
+    "hello world",
+    "who sat on the mat",
+    "write a review",
+    "what is good",
+    "thank you",
+    "no",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
+
+
+def fastalign(*arguments):
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.stdout.split()), result.stderr  # lines are folded at the terminal's width
+
+
+def refused(*arguments):
+    code, _, err = fastalign(*arguments)
+    assert code == 1, err
+    assert err.startswith("fastalign: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model"), scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("chat"), chat=True, scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    texts = [[f"the {word} {i}" for word in ("cat sat", "dog", "fox ran under", "hat")] for i in range(len(PROMPTS))]
+    empty = [[[] for _ in row] for row in texts]
+    length = np.array([[len(text) for text in row] for row in texts])
+    whole = Candidates(PROMPTS, texts, empty, empty, rewards={"length": length, "short": -0.5 * length})
+    path = tmp_path_factory.mktemp("scored") / "scored.parquet"
+    whole.to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": p, "chosen": " very good", "rejected": " bad, " + p} for p in PROMPTS]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def score_by_length(name="long", sign=1.0):
+    return rewards.from_function(lambda prompts, texts: np.array([sign * len(t) for t in texts], np.float32), name=name)
+
+
+@pytest.fixture(autouse=True)
+def known_rewards():
+    from fastalign.rewards import registry
+
+    for name, sign in (("long", 1.0), ("brief", -1.0)):
+        rewards.register(name, lambda name=name, sign=sign: score_by_length(name, sign), replace=True)
+    yield
+    for name in ("long", "brief"):
+        registry._entries.pop(name)
+        registry._instances.pop(name, None)
+
+
+def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
+    palette = tmp_path / "palette.json"
+    palette.write_text(json.dumps({"kind": "palette", "values": ["short"], "lambda": [2.0]}))
+    out = tmp_path / "out"
+    code, said, err = fastalign("dpo", "--data", scored, "--palette", palette, "--model", model, "--out", out, "--learning-rate", "1e-2",
+                                "--batch-size", 4, "--epochs", 4, "--beta", "0.5", "--precompute-ref")  # fmt: skip
+    assert code == 0 and "8 steps on 8 pairs" in said and "tokens/s" in err
+    rows = [row for row in log(out) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and rows[-1]["loss"] < 0.5
+    assert rows[-1]["rewards/accuracies"] == 1.0 and rows[-1]["tokens_per_second"] > 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["accuracy"] == 1.0 and result["settings"]["beta"] == 0.5
+    assert not (out / "checkpoints").exists()
+    trained, tokenizer = load_causal_lm(out)
+    before, _ = load_causal_lm(model)
+    # λ on "short" alone: the dog is the shortest of each prompt's four, the fox the longest.
+    text = tokenizer("why the dog 1", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert trained(text, labels=text).loss < before(text, labels=text).loss
+    assert "lam and palette make pairs of a scored file" in refused(
+        "dpo", "--data", "bundled", "--lam", "1", "--model", model, "--out", out)  # fmt: skip
+
+
+def test_dpo_lora_and_losses_on_messages(chat_model, pairs, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = fastalign("dpo", "--data", pairs, "--model", chat_model, "--out", out, "--lora-r", 2, "--max-steps", 2,
+                              "--loss-type", "ipo, sft", "--learning-rate", "1e-2")  # fmt: skip
+    assert code == 0 and "2 steps" in said
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    trained, _ = load_causal_lm(out)
+    before, _ = load_causal_lm(chat_model)
+    moved = [
+        name
+        for (name, a), b in zip(trained.state_dict().items(), before.state_dict().values(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    assert moved and all("q_proj" in name or "v_proj" in name for name in moved)
+
+
+def test_reward_from_pairs_to_scores(model, pairs, tmp_path):
+    out, page = tmp_path / "reward", tmp_path / "r.html"
+    code, said, _ = fastalign("reward", "--data", pairs, "--model", model, "--out", out, "--learning-rate", "1e-2", "--epochs", 6,
+                              "--batch-size", 4, "--held-out", 0.25, "--report", page)  # fmt: skip
+    assert code == 0 and "on 2 held-out pairs" in said
+    reward = rewards.from_pairwise(str(out))
+    better, worse = rewards.score(reward, [PROMPTS[0]] * 2, [" very good", " bad, why"])[:, 0]
+    assert better > worse and reward.text == "plain"
+    assert "<svg" in page.read_text()
+    report = json.loads((out / "report.json").read_text())
+    assert report["values"][0]["pairs"] == 2 and report["values"][0]["reliability"]
+    # and straight on as a value of PPO
+    found = several_values.read_values([str(out), "long", f"{out}#LABEL_0"][:2])
+    assert [value.name for value in found] == ["LABEL_0", "long"]
+
+
+def test_reward_with_several_heads_and_lora(chat_model, tmp_path):
+    data, out = tmp_path / "pairs.csv", tmp_path / "reward"
+    rows = preferences.PreferencePairs([
+        {"prompt": p, "chosen": "very good", "rejected": "bad " + p, "kind": 1, "brief": -1 if i % 2 else None} for i, p in enumerate(PROMPTS)
+    ])  # fmt: skip
+    rows.to_parquet(data.with_suffix(".parquet"))
+    code, said, _ = fastalign("reward", "--data", data.with_suffix(".parquet"), "--values", "kind,brief", "--model", chat_model,
+                              "--out", out, "--lora-r", 2, "--learning-rate", "1e-2", "--center", "0.01", "--held-out", 0.5)  # fmt: skip
+    assert code == 0 and "kind" in said and "brief" in said
+    heads = several_values.read_values([f"{out}#brief", str(out) + "#kind"])
+    assert [head.name for head in heads] == ["brief", "kind"] and heads[0].text == "chat"
+    assert np.isfinite(rewards.score(heads, PROMPTS, PROMPTS)).all()
+    with pytest.raises(UserError, match="has no head 'other', it has kind, brief"):
+        several_values.read_values([f"{out}#other"])
+
+
+PPO = ["--batch-size", 4, "--max-new-tokens", 6, "--learning-rate", "1e-3"]
+
+
+def test_ppo_on_two_values_by_the_classic_options(model, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(PROMPTS))
+    code, said, err = fastalign(
+        "ppo", "--lam_list", "1.0,0.25", "--value_list", "long,brief", "--model_name", model, "--data_name", prompts, "--save_path", out,
+        "--learning_rate", "1e-3", "--batch_size", 4, "--mini_batch_size", 2, "--nepoch", 2, "--max-new-tokens", 6,
+    )  # fmt: skip
+    assert code == 0 and "4 steps" in said and "long" in said and "tokens/s" in err
+    rows = log(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["values"]["long"] == -row["values"]["brief"]
+        assert row["score"] == pytest.approx(0.75 * row["values"]["long"], rel=1e-5)
+        assert row["tokens_per_second"] > 0 and "kl" in row
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] != 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["values"]["long"]["first"][0] == rows[0]["values"]["long"] and result["steps"] == 4
+    load_causal_lm(out)  # what the other commands read
+    assert (out / "value_head" / "model.safetensors").is_file() and not (out / "checkpoints").exists()
+
+
+def test_ppo_follows_its_weights(model, tmp_path):
+    """The same start, opposite weights: the length of responses goes opposite ways."""
+    last = {}
+    for lam in ("1,0", "0,1"):
+        out = tmp_path / lam
+        code, _, _ = fastalign("ppo", "--values", "long,brief", "--lam", lam, "--model", model, "--out", out, "--max-steps", 25,
+                               "--limit", 16, "--batch-size", 16, "--max-new-tokens", 8, "--learning-rate", "5e-3", "--kl-coef", "0.01")  # fmt: skip
+        assert code == 0
+        rows = log(out)
+        last[lam] = np.mean([row["values"]["long"] for row in rows[-5:]]) - np.mean(
+            [row["values"]["long"] for row in rows[:3]]
+        )
+    assert last["1,0"] - last["0,1"] > 2, last
+
+
+def test_ppo_lora_palette_and_chat(chat_model, tmp_path):
+    palette, out = tmp_path / "palette.json", tmp_path / "out"
+    palette.write_text(json.dumps({"kind": "palette", "values": ["brief", "long"], "lambda": [0.5, 1.5]}))
+    code, _, _ = fastalign(
+        "ppo", "--palette", palette, "--model", chat_model, "--out", out, *PPO, "--limit", 8, "--lora-r", 2
+    )
+    assert code == 0 and (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert log(out)[0]["score"] == pytest.approx(log(out)[0]["values"]["long"], rel=1e-5)
+    load_causal_lm(out)
+
+
+def test_ppo_on_film_reviews(model, tmp_path, monkeypatch):
+    import datasets
+
+    seen = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(
+        [{"text": f"the cat {i} sat on a big red mat and then ran", "label": 1} for i in range(4)]))  # fmt: skip
+    rewards.register(
+        "spy",
+        lambda: rewards.from_function(lambda p, r: seen.extend(p) or np.zeros(len(p), np.float32), name="spy"),
+        replace=True,
+    )
+    try:
+        code, _, _ = fastalign(
+            "ppo",
+            "--values",
+            "spy,long",
+            "--lam",
+            "spy=1,long=1",
+            "--model",
+            model,
+            "--data",
+            "imdb",
+            "--out",
+            tmp_path / "o",
+            *PPO,
+        )
+        assert code == 0 and set(seen) == {f"the cat {i} sat on a big red" for i in range(4)}
+    finally:
+        rewards.registry._entries.pop("spy")
+        rewards.registry._instances.pop("spy", None)
+
+
+def same(a, b):
+    first, second = load_causal_lm(a)[0].state_dict(), load_causal_lm(b)[0].state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path):
+    """SIGKILL in the middle; --resume gives the same losses and the same weights."""
+    if kind == "dpo":
+        asked = [
+            "dpo",
+            "--data",
+            pairs,
+            "--model",
+            model,
+            "--learning-rate",
+            "1e-2",
+            "--batch-size",
+            2,
+            "--epochs",
+            3,
+            "--save-steps",
+            2,
+        ]
+    else:
+        asked = ["ppo", "--values", "readability,diversity", "--lam", "1,1", "--model", model, *PPO, "--limit", 12, "--epochs", 4,
+                 "--save-steps", 2]  # fmt: skip
+    assert fastalign(*asked, "--out", tmp_path / "whole")[0] == 0
+    out = tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", SLOW, "train", *map(str, asked), "--out", str(out)], env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (out / "log.jsonl").exists() or len(log(out)) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (out / "checkpoints").is_dir() and not (out / "model.safetensors").exists()
+    assert "go on with --resume, or remove it" in refused(*asked, "--out", out)
+    assert "was made with seed=0, this run asks for 1" in refused(*asked, "--out", out, "--resume", "--seed", 1)
+    assert fastalign(*asked, "--out", out, "--resume")[0] == 0
+    key = "loss" if kind == "dpo" else "score"
+    found, expected = (
+        [(row["step"], row[key]) for row in log(folder) if key in row] for folder in (out, tmp_path / "whole")
+    )
+    assert found == expected and len(found) == 12
+    assert same(out, tmp_path / "whole") and not (out / "checkpoints").exists()
+
+
+# The command, with a pause at each logged step, so that a signal comes in the middle.
+SLOW = """
+import sys, time, torch
+torch.set_num_threads(1)
+from fastalign.train import run
+write = run.Run.log
+run.Run.log = lambda self, row: (write(self, row), time.sleep(0.25))
+sys.argv[0] = "fastalign"
+from fastalign.cli import main
+main()
+"""
+
+
+def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
+    out = ["--out", tmp_path / "x"]
+    on = ["--model", model, *out]
+    dpo, ppo, reward = (["dpo", "--data"], ["ppo", *on], ["reward", "--data"])
+    empty, long = tmp_path / "empty.jsonl", tmp_path / "long.jsonl"
+    empty.write_text('{"prompt": "a", "chosen": "b", "rejected": ""}')
+    long.write_text(json.dumps({"prompt": "hello " * 50, "chosen": "b", "rejected": "c"}))
+    candidates = tmp_path / "candidates.parquet"
+    Candidates(["p"], [["a", "b"]], [[[], []]], [[[], []]]).to_parquet(candidates)
+    for command in (dpo, reward):
+        assert "rejected must not be empty" in refused(*command, empty, *on)
+        assert "no such file of pairs" in refused(*command, tmp_path / "none.csv", *on)
+        assert "row 0: a prompt must be shorter than max_length, 16 tokens" in refused(
+            *command, long, *on, "--max-length", 16
+        )
+        assert "no such model folder" in refused(*command, pairs, "--model", tmp_path / "none", *out)
+        assert "got kind 'candidates'" in refused(*command, candidates, *on)
+        assert "learning_rate must be positive" in refused(*command, pairs, *on, "--learning-rate", 0)
+        assert "batch_size must be an integer, at least 1" in refused(*command, pairs, *on, "--batch-size", 0)
+        assert "lora_r must be an integer, at least 1" in refused(*command, pairs, *on, "--lora-r", 0)
+        assert "chat needs a chat template" in refused(*command, pairs, *on, "--chat")
+        assert "needs lam or a palette" in refused(*command, scored, *on)
+    assert "elephant" in refused(*dpo, pairs, *on, "--loss-type", "elephant")
+    assert "rewards that the file carries" in refused(*dpo, scored, *on, "--lam", "humor=1")
+    assert "one weight per reward, 2" in refused(*dpo, scored, *on, "--lam", "1")
+    assert "lam must be numbers, or name=number" in refused(*dpo, scored, *on, "--lam", "high")
+    assert "give either lam or a palette" in refused(*dpo, scored, *on, "--lam", "1,1", "--palette", empty)
+    assert "must be a fastalign palette file" in refused(*dpo, scored, *on, "--palette", _json(tmp_path))
+    assert "held_out must be at least 0" in refused(*reward, pairs, *on, "--held-out", 1)
+    assert "report needs pairs that are held out" in refused(*reward, pairs, *on, "--held-out", 0, "--report", "r.html")
+    assert "must have a column 'value', or one for each of a, b" in refused(*reward, pairs, *on, "--values", "a,b")
+    assert "unknown reward 'elephant'" in refused(*ppo, "--values", "elephant", "--lam", "1")
+    assert "lam must have one number per value, 2 (long, brief)" in refused(
+        *ppo, "--values", "long,brief", "--lam", "1"
+    )
+    assert "lam must weigh each of long once" in refused(*ppo, "--values", "long", "--lam", "brief=1")
+    assert "lam must not be all zero" in refused(*ppo, "--values", "long", "--lam", "0")
+    assert "give lam" in refused(*ppo, "--values", "long")
+    assert "give values" in refused(*ppo, "--lam", "1")
+    asked = [*ppo, "--values", "long", "--lam", "1"]
+    assert "multiple of mini_batch_size" in refused(*asked, "--batch-size", 4, "--mini-batch-size", 3)
+    assert "dataset must have at least batch_size" in refused(*asked, "--limit", 2, "--batch-size", 4)
+    assert "must fit the model's 256 tokens" in refused(*asked, "--max-new-tokens", 300)
+    assert "no such prompt file" in refused(*asked, "--data", tmp_path / "none.txt")
+    assert "limit must be at least 1" in refused(*asked, "--limit", 0)
+    assert "must be a folder, this is a file" in refused(
+        "ppo", "--model", model, "--out", pairs, "--values", "long", "--lam", "1"
+    )
+
+
+def _json(folder):
+    path = folder / "other.json"
+    path.write_text('{"kind": "report"}')
+    return path
+
+
+@pytest.mark.parametrize("command", ["dpo", "ppo", "reward"])
+def test_help_has_an_example(command):
+    code, out, _ = fastalign(command, "--help")
+    assert code == 0 and f"Example: fastalign train {command}" in out
+
+
+def test_the_log_forgets_what_comes_after_the_checkpoint(tmp_path):
+    run = runs.Run(tmp_path / "out", {"a": 1}, resume=False)
+    run.begin(0)
+    for step in (1, 2, 3):
+        run.log({"step": step, "x": float("nan") if step == 2 else 0.5})
+    with run.logs.open("a") as file:
+        file.write('{"step": 4, "x"')
+    (run.checkpoints / "step").mkdir(parents=True)
+    runs.Run(tmp_path / "out", {"a": 1}, resume=True).begin(2)
+    assert [json.loads(line) for line in run.logs.read_text().splitlines()] == [{"step": 1, "x": 0.5}, {"step": 2}]
+
+
+def test_summary_of_a_run():
+    rows = [{"values": {"v": float(i)}, "kl": i / 10, "tokens_per_second": 10.0} for i in range(40)]
+    found = several_values.summary(rows, ["v"])
+    se = np.std(range(4), ddof=1) / 2
+    assert found["values"]["v"] == {"first": [1.5, pytest.approx(se)], "last": [37.5, pytest.approx(se)]}
+    assert found["kl"] == pytest.approx(3.75)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_curves_for_tensorboard(model, pairs, tmp_path):
+    assert (
+        fastalign(
+            "ppo", "--values", "long", "--lam", "1", "--model", model, "--out", tmp_path / "p", *PPO, "--limit", 8
+        )[0]
+        == 0
+    )
+    assert fastalign("dpo", "--data", pairs, "--model", model, "--out", tmp_path / "d")[0] == 0
+    for name in ("p", "d"):
+        assert list((tmp_path / name / "runs").rglob("events.out.tfevents*"))
