@@ -2,7 +2,21 @@
 
 from fastalign.decode.best_of import BestOf, best_of
 from fastalign.decode.candidates import Candidates
+from fastalign.decode.estimates import BestOfCurve, Estimate, best_of_curve, best_of_n_kl, estimate, needed
 from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
 
-__all__ = ["BestOf", "Candidates", "Sampler", "best_of", "effective_sample_size", "select"]
+__all__ = [
+    "BestOf",
+    "BestOfCurve",
+    "Candidates",
+    "Estimate",
+    "Sampler",
+    "best_of",
+    "best_of_curve",
+    "best_of_n_kl",
+    "effective_sample_size",
+    "estimate",
+    "needed",
+    "select",
+]

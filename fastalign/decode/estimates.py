@@ -1,0 +1,139 @@
+"""What a set of candidates says about decoders that were not run: values, divergence, and how many draws they need.
+
+The candidates are draws from p0, N for each of P prompts; a decoder picks among them by their rewards. Expectations over
+its own draw are taken exactly, by weighing all N (Rao–Blackwell), and errors come from the spread between prompts.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import gammaln, logsumexp
+
+from fastalign.decode.select import _log_weights
+from fastalign.errors import UserError
+
+TRUSTED_ESS = 10.0  # effective draws per prompt below which weighted means are mostly the noise of a few candidates
+
+
+class Estimate(NamedTuple):
+    """For K weights λ: each row a λ, float64."""
+
+    lam: np.ndarray  # (K, m)
+    values: np.ndarray  # (K, m) mean rewards of the decoder that resamples one of the N by λ
+    stderr: np.ndarray  # (K, m) of those, over prompts; NaN for one prompt
+    kl: np.ndarray  # (K,) estimate of the mean over prompts of KL(p_λ, p0), nats; at most log N
+    ess: np.ndarray  # (K,) mean effective sample size over prompts, in 1..N
+    prompts: int
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high), each (K, m): Student's interval for the mean over prompts."""
+        from scipy.stats import t
+
+        half = t.ppf(0.5 + level / 2, max(self.prompts - 1, 1)) * self.stderr
+        return self.values - half, self.values + half
+
+
+def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]]) -> Estimate:
+    """Realised values, divergence and effective sample size at every λ of a grid, from one set of candidates.
+
+    rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the mean that `select(rewards, lam)` has over its own draw
+    and over candidates, without bias, and less spread. Against the ideal p_λ, which N = infinity would give, both
+    have a bias of order 1/ess; a warning says where the mean ess is below 10.
+
+    Raises UserError on wrong shapes and numbers that are not finite.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.ndim != 3:
+        raise UserError(f"rewards must be (prompts, candidates, values), got shape {rewards.shape}")
+    grid = np.atleast_2d(np.asarray(lam, dtype=np.float64))
+    prompts, n, m = rewards.shape
+    values, stderr = np.empty((len(grid), m)), np.empty((len(grid), m))
+    kl, ess = np.empty(len(grid)), np.empty(len(grid))
+    for i, row in enumerate(grid):
+        scores = _log_weights(rewards, row)
+        log_w = scores - logsumexp(scores, axis=1, keepdims=True)
+        w = np.exp(log_w)
+        means = np.einsum("pn,pnm->pm", w, rewards)
+        values[i] = means.mean(0)
+        stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
+        kl[i] = (np.where(w > 0, w * (log_w + math.log(n)), 0).sum(1)).mean()
+        ess[i] = (1 / (w**2).sum(1)).mean()
+    if (ess < min(TRUSTED_ESS, n)).any():
+        worst = int(ess.argmin())
+        warnings.warn(
+            f"at lam {grid[worst].tolist()} the {n} candidates of a prompt are worth {ess[worst]:.1f}: too few to trust the "
+            f"ideal's values; about {needed(kl[worst])} candidates a prompt would be",
+            stacklevel=2,
+        )
+    return Estimate(grid, values, stderr, kl, ess, prompts)
+
+
+def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
+    """Candidates per prompt for `ess` effective ones at a divergence of `kl` nats: ess · e^kl.
+
+    Importance sampling needs of order e^KL draws and no fewer (Chatterjee, Diaconis, arXiv 1511.01437). A KL that was itself
+    estimated from few candidates is too small.
+    """
+    if not kl >= 0:
+        raise UserError(f"kl must be at least 0, got {kl!r}")
+    return math.ceil(ess * math.exp(min(kl, 700.0))) if kl < 700 else 10**300
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1)/n, nats: what best-of-n moves away from p0 at most, exactly so where no rewards tie (arXiv 2401.01879)."""
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n!r}")
+    return math.log(n) - (n - 1) / n
+
+
+class BestOfCurve(NamedTuple):
+    """Best-of-k for each k: float64."""
+
+    k: np.ndarray  # (K,)
+    values: np.ndarray  # (K, m) mean rewards of the best of k by λ
+    stderr: np.ndarray  # (K, m) over prompts
+    kl: np.ndarray  # (K,) its bound
+
+
+def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> BestOfCurve:
+    """What best-of-k by λᵀR gives on average for every k up to N, from the same N candidates, without bias.
+
+    The average over all subsets of k of the N: the i-th smallest is the best of C(i-1, k-1) of the C(N, k). Candidates of equal
+    score share alike.
+
+    rewards (P, N, m); lam (m,); ks in 1..N.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    scores = np.atleast_2d(_log_weights(rewards, lam))
+    prompts, n, m = rewards.shape
+    ks = np.asarray(ks, dtype=np.int64)
+    if ks.ndim != 1 or not len(ks) or ks.min() < 1 or ks.max() > n:
+        raise UserError(f"ks must be numbers in 1..{n}, the candidates of a prompt, got {ks.tolist()}")
+    rank = np.arange(1, n + 1)
+    values, stderr = np.empty((len(ks), m)), np.empty((len(ks), m))
+    order = np.argsort(scores, axis=1, kind="stable")
+    ordered = np.take_along_axis(scores, order, 1)
+    sorted_rewards = np.take_along_axis(rewards, order[..., None], 1)
+    for i, k in enumerate(ks.tolist()):
+        with np.errstate(invalid="ignore"):
+            log_p = gammaln(rank) - gammaln(rank - k + 1) - gammaln(k) - _log_choose(n, k)
+        p = np.where(rank >= k, np.exp(np.where(rank >= k, log_p, 0)), 0)
+        means = np.stack([_shared(p, ordered[j]) @ sorted_rewards[j] for j in range(prompts)])
+        values[i] = means.mean(0)
+        stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
+    return BestOfCurve(ks, values, stderr, np.array([best_of_n_kl(k) for k in ks.tolist()]))
+
+
+def _shared(p: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """p with its mass spread evenly over equal scores."""
+    _, group, count = np.unique(ordered, return_inverse=True, return_counts=True)
+    return (np.bincount(group, weights=p) / count)[group]
+
+
+def _log_choose(n: int, k: int) -> float:
+    return float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
