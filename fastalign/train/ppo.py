@@ -86,12 +86,11 @@ class PPOTrainer:
         self.config = config = PPOConfig() if config is None else config
         self.tokenizer = processing_class if tokenizer is None else tokenizer
         _check(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
+        # Unless told, accelerate takes processes without a GPU for unrelated ones.
+        told = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
         try:
-            self.accelerator = Accelerator(
-                log_with=config.log_with,
-                project_config=ProjectConfiguration(**config.project_kwargs),
-                **config.accelerator_kwargs,
-            )
+            project = ProjectConfiguration(**config.project_kwargs)
+            self.accelerator = Accelerator(log_with=config.log_with, project_config=project, **told)
         except (ValueError, TypeError) as error:
             raise UserError(f"log_with or accelerator_kwargs: {str(error).splitlines()[0]}") from None
         processes = self.accelerator.num_processes
@@ -340,7 +339,11 @@ class PPOTrainer:
     def _prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
         if _sharded(model):  # by the user's own fully_shard
             return model, optimizer
-        return self.accelerator.prepare(model, optimizer)
+        model.short_names = False
+        try:
+            return self.accelerator.prepare(model, optimizer)
+        finally:
+            model.short_names = True
 
     def _prepare_reference(self, reference: Any) -> Any:
         reference = _with_head(reference).requires_grad_(False).eval()
@@ -349,6 +352,7 @@ class PPOTrainer:
         if getattr(self.accelerator, "is_fsdp2", False):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
+            reference.short_names = False
             return fsdp2_prepare_model(self.accelerator, reference)
         return reference.to(self.current_device)
 

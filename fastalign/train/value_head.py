@@ -53,6 +53,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     """
 
     is_encoder_decoder = False
+    short_names = True  # of `state_dict`; False: as the modules have them, which what shards a model relies on
 
     def __init__(
         self,
@@ -222,6 +223,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """transformers' generate."""
         return self.pretrained_model.generate(*args, **kwargs)
 
+    def tie_weights(self) -> None:
+        self.causal_lm.tie_weights()
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
 
@@ -356,6 +360,8 @@ def _read_value_head(folder: Path) -> dict[str, Tensor]:
 
 def _shorten(module: nn.Module, state: dict, prefix: str, _metadata: Any) -> None:
     """Take "pretrained_model." out of the names, as TRL 0.11 has them."""
+    if not module.short_names:
+        return
     long = f"{prefix}pretrained_model."
     for name in [name for name in state if name.startswith(long)]:
         state[prefix + name[len(long) :]] = state.pop(name)
