@@ -12,13 +12,16 @@ The table holds registers, shared memory, tensor-core instructions and the wides
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before any kernel is imported
@@ -29,6 +32,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastalign import kernels
 from fastalign.data.files import atomic_write
 
 
@@ -156,15 +160,19 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
 
 
-def reports(cases, devices: list[str]) -> Iterator[Report]:
-    """Every kernel of every case on every device, each distinct compilation once."""
-    for device in devices:
-        seen = set()
-        for op, case in cases:
-            for kernel in launched(case.build("meta", False).run, device):
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    yield inspect(op, case.name, kernel, device)
+def reports(ops: list[str], device: str) -> list[Report]:
+    """Every kernel of every case of the ops (all where none is named) on one device, each distinct compilation once."""
+    from fastalign.bench.gpu_common import cases
+
+    found, seen = [], set()
+    for op, case in cases():
+        if ops and op not in ops:
+            continue
+        for kernel in launched(case.build("meta", False).run, device):
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                found.append(inspect(op, case.name, kernel, device))
+    return found
 
 
 def table(found: list[Report]) -> str:
@@ -188,20 +196,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument("--table", type=Path, help="write the Markdown table there")
     options = parser.parse_args(argv)
-    from fastalign.bench.gpu_common import cases
-
-    wanted = [(op, case) for op, case in cases() if not options.ops or op in options.ops]
-    if not wanted:
-        parser.error(f"no kernel is named {', '.join(options.ops)}")
+    unknown = set(options.ops) - set(kernels.names())
+    if unknown:
+        parser.error(f"no kernel is named {', '.join(sorted(unknown))}; there are {', '.join(kernels.names())}")
     found, faults = [], []
-    for report in reports(wanted, options.target):
-        found.append(report)
-        faults += report.faults()
-        print(
-            f"{report.device:8} {report.kernel:40} {report.registers:4} registers {report.shared:8,} shared "
-            f"{report.tensor_core or '-':8} {report.load_bits:4} bits{'  SPILLS' if report.spills else ''}  {report.case}",
-            flush=True,
-        )
+    spawn = multiprocessing.get_context("spawn")  # one driver a process
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(options.target)), mp_context=spawn) as pool:
+        for part in pool.map(partial(reports, options.ops), options.target):
+            for report in part:
+                found.append(report)
+                faults += report.faults()
+                print(
+                    f"{report.device:8} {report.op:24} {report.kernel:24} {report.registers:4} registers "
+                    f"{report.shared:8,} shared {report.tensor_core or '-':8} {report.load_bits:4} bits"
+                    f"{'  SPILLS' if report.spills else ''}  {report.case}",
+                    flush=True,
+                )
     if options.table:
         with atomic_write(options.table) as path:
             path.write_text(table(found))
