@@ -35,11 +35,15 @@ def sharded(optimizer="sgd"):
         for layer in each.causal_lm.base_model.layers:
             fully_shard(layer)
         fully_shard(each)
-    return trainer(model, reference, batch_size=2, mini_batch_size=1, gradient_accumulation_steps=2, optimizer=optimizer, **OPTIONS)
+    return trainer(
+        model, reference, batch_size=2, mini_batch_size=1, gradient_accumulation_steps=2, optimizer=optimizer, **OPTIONS
+    )
 
 
 def whole(model):
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()}
+    return {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()
+    }
 
 
 def main(out: Path) -> None:
@@ -48,7 +52,15 @@ def main(out: Path) -> None:
     mine = slice(2 * rank, 2 * rank + 2)
     found = {}
 
-    run = trainer(policy(), policy(seed=1), batch_size=2, mini_batch_size=1, gradient_accumulation_steps=2, dataset=ROWS, **OPTIONS)
+    run = trainer(
+        policy(),
+        policy(seed=1),
+        batch_size=2,
+        mini_batch_size=1,
+        gradient_accumulation_steps=2,
+        dataset=ROWS,
+        **OPTIONS,
+    )
     assert (run.accelerator.num_processes, run.config.global_batch_size) == (2, 4), run.config
     assert type(run.model).__name__ == "DistributedDataParallel"
     found["replicated"] = (steps(run, mine), snapshot(run.policy))

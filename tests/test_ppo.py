@@ -38,10 +38,11 @@ def plain_whiten(rows, shift=True):
 
 def plain_step(model, reference, queries, responses, scores, masks, config):
     """The rollouts' figures, and a function that gives the loss of the model as it is, its parts and ratios."""
+    pairs = list(zip(queries, responses, strict=True))
     kept = [torch.ones(len(r), dtype=torch.bool) for r in responses] if masks is None else [m.bool() for m in masks]
     with torch.no_grad():
-        old, values, dist = zip(*(plain_forward(model, q, r) for q, r in zip(queries, responses)), strict=True)
-        ref, _, ref_dist = zip(*(plain_forward(reference, q, r) for q, r in zip(queries, responses)), strict=True)
+        old, values, dist = zip(*(plain_forward(model, q, r) for q, r in pairs), strict=True)
+        ref, _, ref_dist = zip(*(plain_forward(reference, q, r) for q, r in pairs), strict=True)
     kls, rewards = [], []
     for i, keep in enumerate(kept):
         d = (old[i] - ref[i])[keep]
@@ -61,7 +62,7 @@ def plain_step(model, reference, queries, responses, scores, masks, config):
     flat_values, flat_returns, flat_advantages = torch.cat(values), torch.cat(returns), torch.cat(advantages)
 
     def loss():
-        new, vpred, _ = zip(*(plain_forward(model, q, r) for q, r in zip(queries, responses)), strict=True)
+        new, vpred, _ = zip(*(plain_forward(model, q, r) for q, r in pairs), strict=True)
         new = torch.cat([x[k] for x, k in zip(new, kept, strict=True)])
         vpred = torch.cat([x[k] for x, k in zip(vpred, kept, strict=True)])
         ratio = (new - old).exp()
@@ -311,7 +312,9 @@ def test_a_negative_kl_is_said():
     model, reference = policy(), policy(seed=1)
     queries, _, scores = rollouts()
     # tokens that the reference prefers
-    responses = [reference.generate(q[None], max_new_tokens=6, do_sample=False, pad_token_id=0)[0, len(q) :] for q in queries]
+    responses = [
+        reference.generate(q[None], max_new_tokens=6, do_sample=False, pad_token_id=0)[0, len(q) :] for q in queries
+    ]
     with pytest.warns(UserWarning, match="responses are not drawn from the policy"):
         trainer(model, reference, rate=0.0).step(queries, responses, scores)
 

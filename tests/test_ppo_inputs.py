@@ -36,7 +36,11 @@ STEPS = {
     "names as scores": ("scores", change(0, "good"), r"scores\[0\] must be a scalar, got str"),
     "NaN": ("scores", change(3, torch.tensor(float("nan"))), r"scores must be finite, got nan at scores\[3\]"),
     "fewer masks": ("masks", lambda x: x[:3], "response_masks must have as many entries as batch_size, 4, got 3"),
-    "long mask": ("masks", change(1, torch.ones(9)), r"response_masks\[1\] must have the shape of responses\[1\], \(1,\)"),
+    "long mask": (
+        "masks",
+        change(1, torch.ones(9)),
+        r"response_masks\[1\] must have the shape of responses\[1\], \(1,\)",
+    ),
     "empty mask": ("masks", change(1, torch.zeros(1)), r"response_masks\[1\] must keep at least one token, got none"),
 }
 
@@ -49,7 +53,12 @@ def run():
 @pytest.mark.parametrize("case", STEPS)
 def test_a_bad_step_is_one_line_and_changes_nothing(case, run):
     queries, responses, scores = rollouts()
-    given = {"queries": queries, "responses": responses, "scores": scores, "masks": [torch.ones(len(r)) for r in responses]}
+    given = {
+        "queries": queries,
+        "responses": responses,
+        "scores": scores,
+        "masks": [torch.ones(len(r)) for r in responses],
+    }
     name, spoil, rule = STEPS[case]
     given[name] = spoil(given[name])
     before = {n: p.clone() for n, p in run.policy.named_parameters()}
@@ -70,7 +79,6 @@ CONFIGS = {
     "target must be positive": dict(target=0),
     "score_clip must be positive or None": dict(score_clip=-1.0),
     "learning_rate must be at least 0": dict(learning_rate=-1.0),
-    "use_score_norm needs use_score_scaling": dict(use_score_norm=True),
     "is_encoder_decoder must be False": dict(is_encoder_decoder=True),
     "push_to_hub_if_best_kwargs is not supported": dict(push_to_hub_if_best_kwargs={"repo_id": "x"}),
 }
@@ -84,14 +92,40 @@ def test_a_bad_configuration_is_one_line(rule):
 
 def test_the_configuration_has_trls_names_and_defaults():
     config = PPOConfig()
-    assert (config.learning_rate, config.batch_size, config.mini_batch_size, config.ppo_epochs) == (1.41e-5, 128, 128, 4)
+    assert (config.learning_rate, config.batch_size, config.mini_batch_size, config.ppo_epochs) == (
+        1.41e-5,
+        128,
+        128,
+        4,
+    )
     assert (config.init_kl_coef, config.target, config.horizon, config.adap_kl_ctrl) == (0.2, 6.0, 10000.0, True)
-    assert (config.cliprange, config.cliprange_value, config.vf_coef, config.gamma, config.lam) == (0.2, 0.2, 0.1, 1.0, 0.95)
+    assert (config.cliprange, config.cliprange_value, config.vf_coef, config.gamma, config.lam) == (
+        0.2,
+        0.2,
+        0.1,
+        1.0,
+        0.95,
+    )
     assert config.backward_batch_size == 128 and config.model_name == "gpt2"
     with pytest.warns(UserWarning, match="old name of mini_batch_size"):
         assert PPOConfig(forward_batch_size=64).mini_batch_size == 64
+    with pytest.warns(UserWarning, match="use_score_norm has no effect"):
+        PPOConfig(use_score_norm=True)
     flat = PPOConfig(tracker_kwargs={"wandb": 1}).to_dict()
     assert flat["tracker_kwargs/wandb"] == 1 and flat["steps"] == 20000
+
+
+def test_the_configuration_is_read_from_a_command_line():
+    from transformers import HfArgumentParser
+
+    given = ["--learning_rate", "1e-3", "--batch_size", "8", "--mini_batch_size", "4", "--early_stopping", "true"]
+    (config,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses([*given, "--adap_kl_ctrl", "False"])
+    assert (config.learning_rate, config.batch_size, config.early_stopping, config.adap_kl_ctrl) == (
+        1e-3,
+        8,
+        True,
+        False,
+    )
 
 
 def build(model=None, ref=None, tokenizer=None, **more):
@@ -113,7 +147,9 @@ def no_tokens():
 
 
 TRAINERS = {
-    "model must be an AutoModelForCausalLMWithValueHead, got LlamaForCausalLM": lambda: build(tiny_causal_lm(tiny_tokenizer())),
+    "model must be an AutoModelForCausalLMWithValueHead, got LlamaForCausalLM": lambda: build(
+        tiny_causal_lm(tiny_tokenizer())
+    ),
     "ref_model must be a causal model or None, got str": lambda: build(ref="gpt2"),
     "ref_model must have the model's vocabulary, got 64 and 320 entries": lambda: build(ref=small_vocabulary()),
     "tokenizer has 320 tokens, the model's embedding only 64": lambda: build(
@@ -122,9 +158,13 @@ TRAINERS = {
     "tokenizer must have a pad token or an end token": lambda: build(tokenizer=no_tokens()),
     "lr_scheduler needs the optimizer that it steers": lambda: build(lr_scheduler=object()),
     "training_data_collator must be None": lambda: build(training_data_collator=lambda x: x),
-    "dataset must have at least batch_size · processes = 2 · 1 rows, got 1": lambda: build(dataset=[{"input_ids": [3]}]),
+    "dataset must have at least batch_size · processes = 2 · 1 rows, got 1": lambda: build(
+        dataset=[{"input_ids": [3]}]
+    ),
     "dataset must have a length and indices, got generator": lambda: build(dataset=(i for i in range(3))),
-    "dataset must have a column 'input_ids' .from the tokenizer. or 'query', got text": lambda: build(dataset=texts("text")),
+    "dataset must have a column 'input_ids' .from the tokenizer. or 'query', got text": lambda: build(
+        dataset=texts("text")
+    ),
     "log_with or accelerator_kwargs": lambda: PPOTrainer(
         PPOConfig(batch_size=2, mini_batch_size=2, accelerator_kwargs={"colour": 1}), policy(), None, tiny_tokenizer()
     ),
@@ -173,7 +213,10 @@ def test_the_statistics_have_trls_names():
         time/ppo/forward_pass time/ppo/compute_rewards time/ppo/compute_advantages time/ppo/optimize_step
         time/ppo/calc_stats time/ppo/total""".split()
     assert set(stats) == set(named)
-    arrays = {n for n in named if n.endswith("_dist") or n.endswith("logprobs")} | {"ppo/policy/advantages", "ppo/policy/ratio"}
+    arrays = {n for n in named if n.endswith("_dist") or n.endswith("logprobs")} | {
+        "ppo/policy/advantages",
+        "ppo/policy/ratio",
+    }
     for name, value in stats.items():
         assert isinstance(value, np.ndarray if name in arrays else float), name
     _, responses, _ = rollouts()

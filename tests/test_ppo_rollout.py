@@ -132,7 +132,11 @@ def test_lengths_are_drawn_evenly():
 @pytest.mark.parametrize(
     ("queries", "options", "rule"),
     [
-        ([torch.tensor([], dtype=torch.int64)], {}, r"query_tensor\[0\] must be a tensor \(tokens,\) of at least one id"),
+        (
+            [torch.tensor([], dtype=torch.int64)],
+            {},
+            r"query_tensor\[0\] must be a tensor \(tokens,\) of at least one id",
+        ),
         ([[1, 2]], {}, r"query_tensor\[0\] must be a tensor .* got list"),
         (QUERIES, {"num_return_sequences": 2}, "num_return_sequences must be 1, got 2"),
     ],

@@ -163,7 +163,9 @@ def test_bad_models_are_one_line(make, rule, tmp_path):
 def _t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return Model(T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=9)))
+    return Model(
+        T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=9))
+    )
 
 
 def test_pushing_is_refused_without_a_hub(monkeypatch):
@@ -180,7 +182,9 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with torch.no_grad():
         model.v_head.summary.bias.add_(1)
-    monkeypatch.setattr("fastalign.train.value_head._save_value_head", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "fastalign.train.value_head._save_value_head", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         model.save_pretrained(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

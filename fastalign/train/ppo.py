@@ -80,8 +80,11 @@ class PPOTrainer:
         Raises:
             UserError, TypeError: in one line, what does not fit.
         """
-        from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration, set_seed
+        try:
+            from accelerate import Accelerator
+            from accelerate.utils import ProjectConfiguration, set_seed
+        except ImportError:
+            raise UserError("PPOTrainer needs accelerate: pip install accelerate") from None
 
         self.config = config = PPOConfig() if config is None else config
         self.tokenizer = processing_class if tokenizer is None else tokenizer

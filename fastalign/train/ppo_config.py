@@ -23,11 +23,11 @@ class PPOConfig:
 
     exp_name: str = field(default_factory=lambda: os.path.basename(sys.argv[0]).removesuffix(".py"))
     seed: int = 0
-    log_with: Any = None  # "wandb", "tensorboard", or what else accelerate's trackers are named by
+    log_with: str | None = None  # "wandb", "tensorboard", another of accelerate's trackers by name or as an object
     task_name: str | None = None
     model_name: str | None = "gpt2"  # a note for the script: the trainer takes a model
-    query_dataset: str | None = None  # likewise
-    reward_model: str | None = None  # likewise
+    query_dataset: str = "stanfordnlp/imdb"  # likewise
+    reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"  # likewise
     remove_unused_columns: bool = True  # of a dataset: keeps what a model takes, and "query", "response", "label"
     tracker_kwargs: dict = field(default_factory=dict)
     accelerator_kwargs: dict = field(default_factory=dict)
@@ -105,7 +105,7 @@ class PPOConfig:
             if value is not None and not value > 0:
                 raise UserError(f"{name} must be positive or None, got {value!r}")
         if self.use_score_norm and not self.use_score_scaling:
-            raise UserError("use_score_norm needs use_score_scaling=True: the mean goes off before the division")
+            warnings.warn("use_score_norm has no effect without use_score_scaling", stacklevel=3)
         if self.is_encoder_decoder:
             raise UserError("is_encoder_decoder must be False: only causal models are trained")
         if self.push_to_hub_if_best_kwargs:
