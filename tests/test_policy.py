@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastalign.kernels import policy as kernel
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastalign
 from fastalign import UserError
 from fastalign.losses import (
     group_advantages,
@@ -21,6 +23,7 @@ from fastalign.losses import (
     whiten,
 )
 from fastalign.losses.policy import GRPO_LOSS_TYPES
+from fastalign.ops.policy import KL, Clip, policy_op, policy_rows, value_op, value_rows
 
 NAN, INF = float("nan"), float("inf")
 
@@ -108,7 +111,7 @@ def with_gradient(f, p, *args, **options):
     ids=lambda o: "-".join(o) or "plain",
 )
 @pytest.mark.parametrize("loss_type", sorted(set(GRPO_LOSS_TYPES) - {"gspo"}))
-def test_grpo_equals_trls_trainer(loss_type, options, dtype, spread, empty):
+def test_grpo_equals_trls_trainer(each_backend, loss_type, options, dtype, spread, empty):
     p = problem(dtype=dtype, spread=spread, empty=empty)
     if loss_type == "cispo":
         options = options | {"high": 1.2}
@@ -143,7 +146,7 @@ def test_the_batchs_tokens_divide_dapo_cispo_and_vespo():
         torch.testing.assert_close(ours_grpo(p, loss_type, high=3.0, normalizer=torch.tensor(321)).loss, theirs)
 
 
-def test_gspo_and_luspo_take_one_ratio_a_sequence():
+def test_gspo_and_luspo_take_one_ratio_a_sequence(each_backend):
     p = problem()
     theirs, _ = trl_grpo(p, "grpo", importance="sequence", low=3e-2, high=4e-2)
     torch.testing.assert_close(ours_grpo(p, "gspo", low=3e-2, high=4e-2).loss, theirs)
@@ -180,14 +183,14 @@ def papers_grpo(p, loss_type, low=0.2, high=0.28, beta=0.04, max_length=16, cap=
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo"])
-def test_grpo_equals_the_papers(loss_type):
+def test_grpo_equals_the_papers(each_backend, loss_type):
     p = problem(seed=3)
     high = 2.0 if loss_type == "cispo" else 0.28
     found = ours_grpo(p, loss_type, high=high, beta=0.04).loss
     assert found.item() == pytest.approx(papers_grpo(p, loss_type), rel=1e-12)
 
 
-def test_ppo_equals_the_papers():
+def test_ppo_equals_the_papers(each_backend):
     """arXiv 1707.06347, eq. 7, with an advantage per token, a KL penalty and an entropy bonus."""
     p = problem(seed=5, spread=0.6)
     advantages = torch.randn(p.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -214,7 +217,7 @@ def test_ppo_equals_the_papers():
     assert found.clip_high.item() == pytest.approx(((d.exp() > 1.3) & (a > 0)).double().mean().item())
 
 
-def test_ppo_is_grpo_with_other_sums():
+def test_ppo_is_grpo_with_other_sums(each_backend):
     p = problem()
     arguments = (p.logprobs, p.old, p.advantages, p.mask)
     for how, loss_type in (("token_mean", "bnpo"), ("seq_mean_token_mean", "grpo")):
@@ -229,7 +232,7 @@ def test_ppo_is_grpo_with_other_sums():
     torch.testing.assert_close(summed.loss, ppo_loss(*arguments).loss * p.mask.sum() / len(p.mask))
 
 
-def test_first_step_without_old_logprobs_is_the_policy_gradient():
+def test_first_step_without_old_logprobs_is_the_policy_gradient(each_backend):
     p = problem()
     x = p.logprobs.clone().requires_grad_()
     found = ppo_loss(x, None, p.advantages, p.mask)
@@ -257,7 +260,7 @@ def trl_rloo(p):
 
 @pytest.mark.parametrize("spread", [0.05, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_rloo_equals_trls_trainer(dtype, spread):
+def test_rloo_equals_trls_trainer(each_backend, dtype, spread):
     p = problem(dtype=dtype, spread=spread)
     (theirs, metrics), expected = with_gradient(trl_rloo, p)
     ours, found = with_gradient(lambda p: rloo_loss(p.logprobs, p.old, p.advantages, p.mask, clip_range_high=0.3), p)
@@ -318,7 +321,7 @@ def test_kl_estimators():
     torch.testing.assert_close(found, expected)
 
 
-def test_value_loss():
+def test_value_loss(each_backend):
     p = problem()
     values, returns, old = p.logprobs, p.ref, p.old
     total, over = 0.0, 0
@@ -334,7 +337,8 @@ def test_value_loss():
     torch.testing.assert_close(free.loss, 0.5 * (values - returns)[p.mask].square().mean())
     assert free.clip_fraction == 0
     x = values.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: value_loss(x, old, returns, p.mask).loss, x)
+    check = {"fast_mode": each_backend == "triton"}
+    assert torch.autograd.gradcheck(lambda x: value_loss(x, old, returns, p.mask).loss, x, **check)
 
 
 def test_whiten():
@@ -368,12 +372,12 @@ def all_losses(p):
 
 
 @pytest.mark.parametrize("name", list(all_losses(problem())))
-def test_gradcheck_compile_and_func_grad(name):
-    p = problem(rows=4, length=5, spread=0.6, empty=True)
+def test_gradcheck_compile_and_func_grad(each_backend, name):
+    p = problem(rows=3, length=3, spread=0.6, empty=True)
     loss = all_losses(p)[name]
     leaves = [x.clone().requires_grad_() for x in (p.logprobs, p.entropy)]
     if name not in ("grpo cispo", "grpo vespo"):  # their gradient is that of no function: the weights are constants
-        assert torch.autograd.gradcheck(loss, leaves)
+        assert torch.autograd.gradcheck(loss, leaves, fast_mode=each_backend == "triton")
     expected = torch.autograd.grad(loss(*leaves), leaves)
     for a, b in zip(torch.func.grad(loss, (0, 1))(p.logprobs, p.entropy), expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -397,7 +401,7 @@ def test_advantages_and_whitening_compile():
 
 
 @pytest.mark.parametrize("name", list(all_losses(problem())))
-def test_masked_places_and_empty_rows_count_for_nothing(name):
+def test_masked_places_and_empty_rows_count_for_nothing(each_backend, name):
     clean = problem(empty=True)
     dirty = SimpleNamespace(**vars(clean))
     for key, bad in (("logprobs", NAN), ("old", INF), ("ref", NAN), ("entropy", -INF)):
@@ -421,7 +425,91 @@ def test_masked_places_and_empty_rows_count_for_nothing(name):
     assert out == 0 and (x.grad == 0).all()
 
 
-def test_figures_of_an_empty_batch_are_zero():
+def both_ways(f, *leaves):
+    """What f makes of copies of the leaves, and its gradients of a sum with unequal weights: torch's, the kernels'."""
+    found = []
+    for backend in ("auto", "triton"):
+        inputs = [x.detach().clone().requires_grad_() for x in leaves]
+        with fastalign.use_backend(backend):
+            out = f(*inputs)
+        found.append((out, torch.autograd.grad(out[0], inputs)))
+    return found
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["", "with a reference"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["", "an advantage per token"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_kernel_equals_torch_in_all_that_it_reports(monkeypatch, importance, per_token, estimator, reference):
+    """Rows of several blocks with an odd end, strided, and bool, integer and float masks."""
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+    p = problem(rows=4, length=37, spread=0.8, empty=True)
+    advantages = p.ref.roll(1, 0) + 2 if per_token else p.advantages
+    wide = torch.stack((p.old, p.ref), 1).flatten(1)
+    old, ref = wide[:, :37], wide[:, 37:]  # rows further apart than they are long
+    options = {"kl_coef": 0.2, "kl_bias_correction": True} if reference else {}
+
+    def f(logprobs, entropy):
+        return grpo_loss(
+            logprobs, old, advantages, p.mask.to(mask_dtype), importance=importance, dual_clip=1.5, kl_estimator=estimator,
+            ref_logprobs=ref if reference or estimator == "k2" else None, entropy=entropy, entropy_coef=0.1, **options,
+        )  # fmt: skip
+
+    mask_dtype = {"k1": torch.bool, "k2": torch.int64, "k3": torch.float32}[estimator]
+    (torchs, expected), (ours, found) = both_ways(f, p.logprobs, p.entropy)
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_value_kernel_equals_torch(monkeypatch, dtype):
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+    p = problem(rows=3, length=37, dtype=dtype, spread=1.0, empty=True)
+    for clip_range in (None, 0.2):
+        (torchs, expected), (ours, found) = both_ways(
+            lambda x, c=clip_range: value_loss(x.T, p.old, p.ref, p.mask, clip_range=c), p.logprobs.T.contiguous()
+        )
+        torch.testing.assert_close(ours, torchs)
+        torch.testing.assert_close(found, expected)
+
+
+def test_nan_and_infinity_in_the_kernel_stay_in_their_row():
+    p = problem(spread=0.5)
+    p.logprobs[0, 0], p.logprobs[3, 0] = NAN, -INF
+    with fastalign.use_backend("triton"):
+        for importance in ("token", "mean"):
+            rows = policy_rows(
+                p.logprobs, p.old, p.advantages[:, None], p.mask, p.ref, None, importance, Clip(-0.2, 0.2), KL(0.1)
+            )
+            whole = torch.stack(rows)
+            assert whole[0, 0].isnan() and whole[:, [1, 2, 4, 5]].isfinite().all()
+        values = value_rows(p.logprobs, p.old, p.ref, p.mask, 0.2)
+        assert values.objective[0].isnan() and values.objective[[1, 2, 4, 5]].isfinite().all()
+        old = p.old.clone()
+        old[1, 0] = NAN
+        assert value_rows(p.old, old, p.ref, p.mask, 0.2).objective.isnan().tolist() == [False, True] + [False] * 4
+
+
+def test_the_ops_on_the_cpu_are_the_plain_formulas():
+    """What the dispatcher runs for CPU tensors; the losses themselves do without it there."""
+    p = problem(spread=0.8)
+    for importance in ("token", "mean", "sum"):
+        arguments = (p.logprobs, p.entropy, p.old, p.advantages[:, None], p.mask, p.ref, importance, -0.2, 0.2, 1.0)
+        found = policy_op(*arguments, 0.1, "k3", True)
+        with fastalign.use_backend("triton"):
+            expected = policy_op(*arguments, 0.1, "k3", True)
+        torch.testing.assert_close(found[:3], expected[:3])
+        slopes = [(out[3] if importance != "token" else 0 * out[3])[:, None] * p.mask for out in (found, expected)]
+        scales = [(out[4] if importance != "token" else 0 * out[4] + 1)[:, None] for out in (found, expected)]
+        whole = [a + b * out[5] for a, b, out in zip(slopes, scales, (found, expected), strict=True)]
+        torch.testing.assert_close(*whole)
+    arguments = (p.logprobs, p.old, p.ref, p.mask, 0.2)
+    found = value_op(*arguments)
+    with fastalign.use_backend("triton"):
+        torch.testing.assert_close(found, value_op(*arguments))
+
+
+def test_figures_of_an_empty_batch_are_zero(each_backend):
     p = problem()
     found = ppo_loss(p.logprobs, p.old, p.advantages, torch.zeros(6, 9), ref_logprobs=p.ref, entropy=p.entropy)
     assert all(x == 0 for x in found)
@@ -449,7 +537,7 @@ def test_extreme_ratios(loss_type, ratios, advantage):
         torch.testing.assert_close(ours.loss.detach(), theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_narrow_dtypes_are_summed_in_float32():
+def test_narrow_dtypes_are_summed_in_float32(each_backend):
     p = problem(dtype=torch.bfloat16)
     x = p.logprobs.clone().requires_grad_()
     found = ppo_loss(x, p.old, p.advantages, p.mask, ref_logprobs=p.ref, kl_coef=0.1)

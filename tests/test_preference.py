@@ -1,14 +1,20 @@
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fastalign.kernels import preference as kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from trl_losses import trl_cpo, trl_dpo, trl_kto, trl_orpo
 
+import fastalign
 from fastalign import UserError
+from fastalign._pairwise import FUSED
 from fastalign.losses import (
+    LinearDPOLoss,
     cpo_loss,
     dpo_loss,
     kto_kl,
@@ -20,6 +26,8 @@ from fastalign.losses import (
 )
 from fastalign.losses._pairwise import F_DIVERGENCES, TABLE, Margin, Options
 from fastalign.losses.preference import CPO_LOSS_TYPES, LOSS_TYPES
+from fastalign.ops import pairwise_loss
+from fastalign.ops.preference import forward_op
 
 DIVERGENT = [kind for kind in LOSS_TYPES if kind == "sft" or TABLE[kind].takes_f_divergence]
 CASES = [(kind, "reverse_kl") for kind in LOSS_TYPES]
@@ -112,6 +120,147 @@ def test_dpo_equals_trls_trainer_at_extremes(kind, divergence):
                 known = mask & a.grad.isfinite()
                 atol = 1e-7 if kind == "exo_pair" else 1e-12
                 assert_equals_trl(b.grad[known], a.grad[known], dtype, f"gradient {c}, {r}", atol)
+
+
+def fused_on(kind, log_probs, mask, ref, **options):
+    """`pairwise_loss` in the place of `ours_on`."""
+    return pairwise_loss(log_probs, None if ref[0] is None else torch.cat(ref), mask, loss_type=kind, **options)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
+@pytest.mark.parametrize("kind", FUSED)
+def test_pairwise_loss_equals_trls_trainer(each_backend, kind, scale):
+    log_probs, mask, ref = random_pairs(torch.float64, scale=scale)
+    options = {"label_smoothing": smoothing(kind), "beta": 0.3}
+    a, b = log_probs.clone().requires_grad_(), log_probs.clone().requires_grad_()
+    theirs, metrics = trl_dpo(kind, a, mask, ref, **options)
+    ours = fused_on(kind, b, mask, ref, **options)
+    assert_equals_trl(ours.losses.mean(), theirs, torch.float64)
+    if theirs.isfinite():
+        theirs.backward()
+        ours.losses.mean().backward()
+        assert_equals_trl(b.grad[mask], a.grad[mask], torch.float64, "gradient", 1e-7 if kind == "exo_pair" else 1e-12)
+        assert (b.grad[~mask] == 0).all()
+    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+        side, what = name.split("/")[1], "rewards" if "rewards" in name else "logps"
+        value = getattr(ours, f"{side}_{what}")
+        assert value.mean().item() == pytest.approx(metrics[name], rel=1e-5) and not value.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "smooth"), [(kind, 0.0) for kind in FUSED] + [(kind, 0.2) for kind in ("sigmoid", "robust")]
+)
+def test_pairwise_loss_equals_dpo_loss_at_extremes(each_backend, kind, smooth, dtype):
+    """The formulas that are generated from the table, and their gradients, against the table under autograd."""
+    grid = torch.tensor([1e4, -1e4, -700.0, 20.0, 0.5], dtype=dtype)
+    ratios = torch.cat((grid.repeat_interleave(len(grid)), grid.repeat(len(grid))))
+    mask = torch.ones(len(ratios), 3).bool()
+    mask[: len(grid)] = torch.tensor([True, False, False])
+    log_probs = torch.where(mask, (ratios / mask.sum(-1))[:, None], math.nan)
+    options = {"label_smoothing": smooth or smoothing(kind), "beta": 0.125, "loss_type": kind}
+    x, y = (log_probs.clone().requires_grad_() for _ in range(2))
+    chosen, rejected = sequence_logps(x, mask).chunk(2)
+    chosen_lengths, rejected_lengths = mask.sum(-1).chunk(2)
+    expected = dpo_loss(
+        chosen, rejected, None, None, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **options
+    )
+    found = pairwise_loss(y, None, mask, **options)
+    rtol, atol = (1e-12, 1e-30) if dtype == torch.float64 else (2e-6, 1e-37)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=rtol, atol=atol)
+    torch.testing.assert_close(found[1:3], expected[1:])
+    weights = torch.linspace(0.5, 2, len(chosen), dtype=dtype)
+    (a,) = torch.autograd.grad((expected.losses * weights).sum(), x)
+    (b,) = torch.autograd.grad((found.losses * weights).sum(), y)
+    # Derivatives are differences of terms as large as beta; some of theirs cancel to nothing.
+    torch.testing.assert_close(b, a, rtol=10 * rtol, atol=1e-16 if dtype == torch.float64 else 1e-7)
+
+
+@pytest.mark.parametrize("reference", ["tokens", "sums", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pairwise_loss_reads_every_form(each_backend, monkeypatch, dtype, reference):
+    """Rows of several blocks with an odd end, strided, float and integer masks, NaN outside them, a row without tokens."""
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    both = -torch.rand(6, 74, generator=generator).to(dtype)
+    mask = torch.rand(6, 37, generator=generator) < 0.6
+    mask[4] = False
+    log_probs, ref = (x.masked_fill(~mask, math.nan) for x in both.chunk(2, 1))
+    both = torch.cat((log_probs, ref), 1)
+    log_probs, ref = both[:, :37], both[:, 37:]  # rows further apart than they are long
+    sums = sequence_logps(ref, mask)
+    given = {"tokens": ref, "sums": sums, "none": None}[reference]
+    halves = (None, None) if given is None else sums.chunk(2)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(-1).chunk(2), strict=True))
+    for kind, kept in (("ipo", mask.float()), ("sigmoid", mask.long()), ("nca_pair", mask)):
+        x, y = (log_probs.detach().clone().requires_grad_() for _ in range(2))
+        expected = dpo_loss(*sequence_logps(x, mask).chunk(2), *halves, loss_type=kind, **lengths)
+        spaced = torch.cat((y, y), 1)[:, 37:]
+        found = pairwise_loss(spaced, given, kept, loss_type=kind)
+        assert found.losses.dtype == torch.float32
+        torch.testing.assert_close(found[:3], tuple(expected))
+        (a,), (b,) = (torch.autograd.grad(out.losses.sum(), z) for out, z in ((expected, x), (found, y)))
+        assert b.dtype == dtype and (b[~mask] == 0).all()
+        torch.testing.assert_close(b, a)
+
+
+def test_nan_in_a_pair_stays_there(each_backend):
+    log_probs, mask, ref = random_pairs(torch.float32)
+    mask[3] = True
+    log_probs[3, 0] = math.nan
+    x = log_probs.clone().requires_grad_()
+    found = fused_on("sigmoid", x, mask, ref)
+    found.losses.sum().backward()
+    assert found.losses.isnan().tolist() == [False] * 3 + [True, False]
+    assert x.grad.isnan().any(-1).tolist() == ([False] * 3 + [True, False]) * 2
+    assert pairwise_loss(log_probs[:0], None, mask[:0]).losses.shape == (0,)
+
+
+def test_pairwise_loss_under_gradcheck_compile_func_grad_and_vmap(each_backend):
+    log_probs, mask, ref = random_pairs(torch.float64, pairs=3, tokens=2)
+    for kind in ("sigmoid_norm", "apo_down"):
+
+        def f(x, kind=kind):
+            return fused_on(kind, x, mask, ref, beta=0.7).losses
+
+        assert torch.autograd.gradcheck(f, log_probs.clone().requires_grad_(), fast_mode=each_backend == "triton")
+        assert_compiles(lambda x, f=f: f(x).mean(), log_probs, both=each_backend != "triton")
+        many = torch.stack((log_probs, log_probs * 0.5))
+        torch.testing.assert_close(torch.func.vmap(f)(many), torch.stack([f(x) for x in many]))
+
+
+def test_the_op_on_the_cpu_is_the_table():
+    """What the dispatcher runs for CPU tensors; `pairwise_loss` itself does without it there."""
+    log_probs, mask, ref = random_pairs(torch.float64)
+    for kind in ("sigmoid", "ipo", "nca_pair"):
+        arguments = (log_probs, torch.cat(ref), mask, kind, 0.2, 0.1, 0.05)
+        found = forward_op(*arguments)
+        with fastalign.use_backend("triton"):
+            torch.testing.assert_close(found, forward_op(*arguments))
+
+
+def test_linear_dpo_takes_the_fused_loss_where_it_applies(each_backend):
+    """The module equals itself in plain torch, metrics too; what is not made pair by pair goes on as before."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in ((4, 5, 8), (13, 8)))
+    labels = torch.randint(0, 13, (4, 5), generator=generator)
+    labels[0, :2] = labels[3, 3:] = -100
+    logps = (torch.full((2,), -9.0).double(), torch.full((2,), -8.0).double())
+    sides = [{}, {"ref_logps": logps}, {"ref_hidden": hidden.roll(1, 0), "ref_weight": weight}]
+    settings = [{"loss_type": "ipo", "beta": 0.3}, {"ld_alpha": 0.5}, {"loss_type": "aot"}, {"loss_type": ["sigmoid"]}]
+    settings += [{"f_divergence_type": "forward_kl"}, {"use_weighting": True}, {"loss_weights": [2.0]}]
+    for side, options in [(side, {"label_smoothing": 0.1}) for side in sides] + [({}, more) for more in settings]:
+        x, y = (hidden.clone().requires_grad_() for _ in range(2))
+        loss, metrics = LinearDPOLoss(**options)(x, weight, labels, **side)
+        with fastalign.use_backend("reference"):
+            expected, same = LinearDPOLoss(**options)(y, weight, labels, **side)
+        torch.testing.assert_close((loss, metrics), (expected, same), msg=lambda m, o=options: f"{o}: {m}")
+        torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, y))
+
+
+def test_the_kernels_formulas_are_generated_from_the_table():
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "generate_pairwise.py"))
+    assert tool["TARGET"].read_text() == tool["generated"](), "run python tools/generate_pairwise.py"
 
 
 def test_a_row_without_tokens():
@@ -495,8 +644,9 @@ def test_compiles_whole_and_under_func_grad(kind, divergence):
     assert_compiles(f, log_probs)
 
 
-def assert_compiles(f, x):
-    """One graph under compile, and the same gradient by backward, func.grad, and both compiled."""
+def assert_compiles(f, x, both=True):
+    """One graph under compile, and the same gradient by backward, func.grad, and `both` compiled: torch 2.13 cannot trace
+    an autograd.Function under func.grad."""
     torch._dynamo.reset()
     y = x.clone().requires_grad_()
     expected = f(y)
@@ -507,7 +657,8 @@ def assert_compiles(f, x):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(z.grad, y.grad)
     torch.testing.assert_close(torch.func.grad(f)(x), y.grad)
-    torch.testing.assert_close(torch.compile(torch.func.grad(f), fullgraph=True, backend="aot_eager")(x), y.grad)
+    if both:
+        torch.testing.assert_close(torch.compile(torch.func.grad(f), fullgraph=True, backend="aot_eager")(x), y.grad)
 
 
 @pytest.mark.parametrize("name", ["cpo", "alphapo", "simpo", "orpo", "kto", "wpo"])
@@ -576,6 +727,26 @@ def test_mistakes_are_told_in_one_line(change, error, says):
     names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     with pytest.raises(error) as raised:
         dpo_loss(**(dict.fromkeys(names, torch.zeros(2)) | change))
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"loss_type": "aot"}, UserError, "loss_type must be one of sigmoid, hinge, ipo"),
+        ({"beta": -1}, UserError, "beta must be a positive finite number, got -1"),
+        ({"loss_type": "exo_pair"}, UserError, "label_smoothing must be above 0 for loss_type 'exo_pair'"),
+        ({"log_probs": torch.zeros(3, 2)}, UserError, "log_probs must have shape (2B, T), chosen then rejected, got (3, 2)"),
+        ({"log_probs": torch.zeros(2, 2).long()}, TypeError, "log_probs must be float32, float64, bfloat16 or float16"),
+        ({"mask": torch.ones(2, 3)}, UserError, "mask.shape must equal log_probs.shape, got (2, 3) and (2, 2)"),
+        ({"ref_log_probs": torch.ones(1)}, UserError, "ref_log_probs must have shape (2, 2) or (2,), got (1,)"),
+        ({"ref_log_probs": torch.ones(2, device="meta")}, UserError, "ref_log_probs must be on log_probs' device"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_pairwise_loss_are_told(change, error, says):
+    good = {"log_probs": torch.zeros(2, 2), "ref_log_probs": None, "mask": torch.ones(2, 2)}
+    with pytest.raises(error) as raised:
+        pairwise_loss(**good | change)
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalign._pairwise import FUSED
 from fastalign.errors import UserError
 from fastalign.losses.preference import (
     cpo_loss,
@@ -27,6 +28,8 @@ from fastalign.losses.preference import (
     wpo_weights,
 )
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
+from fastalign.ops._fused import on_triton
+from fastalign.ops.preference import pairwise_loss
 
 Adapter = tuple[Tensor, Tensor, float]
 STATISTICS = ("entropy", "mean_logits", "is_top1")
@@ -203,8 +206,13 @@ class LinearDPOLoss(_LinearPairLoss):
         outputs = ("log_sum_sq_probs",) if self.use_weighting else ()
         found = self._project_pairs(hidden, weight, labels, bias, adapter, outputs)
         mask = self._mask(labels)
-        chosen, rejected = sequence_logps(found.log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
+        if self._fuses(found.log_probs):
+            ref = torch.cat(ref_logps) if ref_logps is not None else ref_log_probs
+            names = ("beta", "loss_type", "label_smoothing", "discopop_tau")
+            losses, *figures = pairwise_loss(found.log_probs, ref, mask, **{name: self.options[name] for name in names})
+            return losses.mean(), self._pair_metrics(found, mask, *figures)
+        chosen, rejected = sequence_logps(found.log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         if ref_log_probs is not None:
             ref_logps = sequence_logps(ref_log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         chosen_lengths, rejected_lengths = mask.sum(-1).chunk(2)
@@ -221,6 +229,12 @@ class LinearDPOLoss(_LinearPairLoss):
             **self.options,
         )
         return losses.mean(), self._pair_metrics(found, mask, chosen_rewards, rejected_rewards, chosen, rejected)
+
+    def _fuses(self, log_probs: Tensor) -> bool:
+        """Whether `pairwise_loss` makes this loss in one launch: one loss of the plain log-ratios, on a GPU."""
+        plain = self.options["f_divergence_type"] == "reverse_kl" and self.options["loss_weights"] is None
+        plain = plain and self.ld_alpha is None and not self.use_weighting
+        return plain and self.options["loss_type"] in FUSED and on_triton(log_probs.device)
 
 
 class LinearCPOLoss(_LinearPairLoss):

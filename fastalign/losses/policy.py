@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.losses._tokens import aggregate, beside, masked_mean, tokens, valid, wide
+from fastalign.losses._tokens import aggregate, check_aggregation, check_beside, check_tokens, valid, wide
+from fastalign.ops.policy import KL, Clip, PolicyRows, Tokens, kl_estimate, policy_rows, value_rows
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 GRPO_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo")
@@ -59,17 +60,10 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") ->
     Raises:
         UserError: another estimator, or shapes that differ.
     """
-    if estimator not in KL_ESTIMATORS:
-        raise UserError(f"estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
-    if logprobs.shape != ref_logprobs.shape:
-        raise UserError(
-            f"ref_logprobs.shape must equal logprobs.shape, got {tuple(ref_logprobs.shape)} and {tuple(logprobs.shape)}"
-        )
+    _check_estimator(estimator)
+    check_beside("ref_logprobs", ref_logprobs, logprobs)
     d = wide(logprobs)
-    d = d - ref_logprobs.detach().to(d.dtype)
-    if estimator == "k1":
-        return d
-    return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
+    return kl_estimate(d - ref_logprobs.detach().to(d.dtype), estimator)
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
@@ -178,11 +172,10 @@ def ppo_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    batch = _Batch(logprobs, old_logprobs, advantages, mask)
-    high = clip_range if clip_range_high is None else clip_range_high
-    losses = batch.clipped(batch.log_ratio, clip_range, high, dual_clip)
-    extras = _Extras(ref_logprobs, kl_coef, kl_estimator, False, entropy, entropy_coef)
-    return batch.finish(losses, batch.log_ratio, (clip_range, high), extras, aggregation, normalizer)
+    batch = _Batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
+    kl = batch.penalty(kl_coef, kl_estimator)
+    clip = _clip(clip_range, clip_range_high, dual_clip)
+    return batch.finish(batch.clipped("token", clip, kl), "token", entropy_coef, aggregation, normalizer)
 
 
 def grpo_loss(
@@ -251,28 +244,22 @@ def grpo_loss(
         raise UserError(f"max_length must be a positive integer for loss_type 'dr_grpo', got {max_length!r}")
     if loss_type == "cispo" and clip_range_high is None:
         raise UserError("clip_range_high must be given for loss_type 'cispo': the largest ratio itself, such as 5.0")
-    batch = _Batch(logprobs, old_logprobs, advantages, mask)
-    high = clip_range if clip_range_high is None else clip_range_high
-    log_ratio = batch.log_ratio if importance == "token" else batch.mean_log_ratio()
-    bounds = (clip_range, high)
+    batch = _Batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
+    kl = batch.penalty(kl_coef, kl_estimator, kl_bias_correction)
+    importance = "token" if importance == "token" else "mean"
     if loss_type == "cispo":
-        weight = log_ratio.detach().clamp(max=_log(high)).exp()
-        losses, bounds = -weight * batch.advantages * batch.logprobs, (math.inf, high - 1)
+        rows = batch.capped(importance, clip_range_high, kl)
     elif loss_type == "sapo":
-        losses, bounds = batch.softly_gated(log_ratio, *sapo_temperatures), None
+        rows = batch.softly_gated(importance, *sapo_temperatures, kl)
     elif loss_type == "vespo":
-        if advantages.ndim == 2 and advantages.shape[1] != 1:
-            raise UserError(f"advantages must have shape (B,) for loss_type 'vespo', got {tuple(advantages.shape)}")
-        weight = batch.gamma_weight(vespo_positive, vespo_negative)
-        losses, bounds = -weight * batch.advantages * batch.logprobs, None
+        rows = batch.gamma_weighted(importance, vespo_positive, vespo_negative, kl)
     else:
-        losses = batch.clipped(log_ratio, clip_range, high, dual_clip)
-    extras = _Extras(ref_logprobs, kl_coef, kl_estimator, kl_bias_correction, entropy, entropy_coef)
+        rows = batch.clipped(importance, _clip(clip_range, clip_range_high, dual_clip), kl)
     how = {"grpo": "seq_mean_token_mean", "gspo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean",
            "luspo": "seq_mean_token_sum"}.get(loss_type, "token_mean")  # fmt: skip
     if loss_type == "dr_grpo":
         normalizer = max(len(logprobs), 1) * max_length
-    return batch.finish(losses, log_ratio, bounds, extras, how, normalizer)
+    return batch.finish(rows, importance, entropy_coef, how, normalizer)
 
 
 def rloo_loss(
@@ -292,11 +279,8 @@ def rloo_loss(
     batch = _Batch(logprobs, old_logprobs, advantages, mask)
     if batch.advantages.shape[1] != 1:
         raise UserError(f"advantages must have shape (B,), got {tuple(advantages.shape)}")
-    high = clip_range if clip_range_high is None else clip_range_high
-    log_ratio = batch.log_ratio.sum(-1, keepdim=True)
-    losses = batch.clipped(log_ratio, clip_range, high, None)
-    extras = _Extras(None, 0.0, "k1", False, None, 0.0)
-    return batch.finish(losses, log_ratio, (clip_range, high), extras, "seq_mean_token_mean", None)
+    rows = batch.clipped("sum", _clip(clip_range, clip_range_high, None), KL())
+    return batch.finish(rows, "sum", 0.0, "seq_mean_token_mean", None)
 
 
 def value_loss(
@@ -323,128 +307,137 @@ def value_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    values = tokens("values", values)
+    check_tokens("values", values)
     mask = valid(mask, values, "values")
-    values = values.masked_fill(~mask, 0)
-    returns = beside("returns", returns.detach(), values, mask, "values")
-    errors = (values - returns).square()
-    over = torch.zeros_like(errors)
-    if clip_range is not None:
-        if not clip_range > 0:
-            raise UserError(f"clip_range must be positive or None, got {clip_range!r}")
-        if old_values is None:
-            raise UserError("old_values must be given unless clip_range is None")
-        old = beside("old_values", old_values.detach(), values, mask, "values")
-        clipped = (torch.minimum(torch.maximum(values, old - clip_range), old + clip_range) - returns).square()
-        over = (clipped > errors).to(errors.dtype)
-        errors = torch.maximum(errors, clipped)
-    return ValueLoss(aggregate(errors / 2, mask, aggregation), masked_mean(over, mask))
-
-
-class _Extras(NamedTuple):
-    """What is added to the objective."""
-
-    ref_logprobs: Tensor | None
-    kl_coef: float
-    kl_estimator: str
-    kl_bias_correction: bool
-    entropy: Tensor | None
-    entropy_coef: float
+    check_beside("returns", returns, values, "values")
+    check_aggregation(aggregation)
+    if clip_range is None:
+        old_values, clip_range = None, math.inf
+    elif not clip_range > 0:
+        raise UserError(f"clip_range must be positive or None, got {clip_range!r}")
+    elif old_values is None:
+        raise UserError("old_values must be given unless clip_range is None")
+    check_beside("old_values", old_values, values, "values")
+    rows = value_rows(values, old_values, returns, mask, clip_range)
+    fraction = rows.clipped.sum() / rows.tokens.sum().clamp(min=1)
+    return ValueLoss(aggregate(rows.objective, rows.tokens, aggregation), fraction)
 
 
 class _Batch:
-    """Checked tensors of one loss, masked places 0, and the terms that losses are made of."""
+    """The checked tensors of one loss, and the losses of them that all others are put together from."""
 
-    def __init__(self, logprobs, old_logprobs, advantages, mask):
-        logprobs = tokens("logprobs", logprobs)
-        self.mask = valid(mask, logprobs, "logprobs")
-        self.logprobs = logprobs.masked_fill(~self.mask, 0)
-        old = self.logprobs if old_logprobs is None else beside("old_logprobs", old_logprobs, logprobs, self.mask)
-        self.log_ratio = self.logprobs - old.detach()
+    def __init__(self, logprobs, old_logprobs, advantages, mask, ref_logprobs=None, entropy=None):
+        check_tokens("logprobs", logprobs)
+        self.logprobs, self.mask = logprobs, valid(mask, logprobs, "logprobs")
+        given = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
+        for name, x in given.items():
+            check_beside(name, x, logprobs)
+        self.old_logprobs, self.ref_logprobs, self.entropy = given.values()
         self.advantages = self._advantages(advantages)
 
     def _advantages(self, x: Tensor) -> Tensor:
-        """(B, 1) or (B, T), 0 where nothing is valid."""
+        """(B, 1) or (B, T)."""
         if not isinstance(x, Tensor):
             raise TypeError(f"advantages must be a torch.Tensor, got {type(x).__name__}")
         rows, length = self.mask.shape
         if x.shape not in ((rows,), (rows, 1), (rows, length)):
             raise UserError(f"advantages must have shape ({rows},) or ({rows}, {length}), got {tuple(x.shape)}")
-        x = x.detach().to(self.logprobs.dtype)
-        x = x if x.ndim == 2 else x.unsqueeze(1)
-        return x.masked_fill(~(self.mask if x.shape == self.mask.shape else self.mask.any(-1, keepdim=True)), 0)
+        return x if x.ndim == 2 else x.unsqueeze(1)
 
-    def mean_log_ratio(self) -> Tensor:
-        return self.log_ratio.sum(-1, keepdim=True) / self.mask.sum(-1, keepdim=True).clamp(min=1)
+    def penalty(self, coef: float, estimator: str, times_ratio: bool = False) -> KL:
+        if self.ref_logprobs is not None:
+            _check_estimator(estimator)
+        elif coef != 0:
+            raise UserError(f"ref_logprobs must be given where kl_coef is not 0, got None and {coef!r}")
+        return KL(coef, estimator, times_ratio)
 
-    def clipped(self, log_ratio, low, high, cap) -> Tensor:
+    def clipped(self, importance: str, clip: Clip, kl: KL) -> PolicyRows:
         """-min(r A, clip(r) A): under A >= 0, r counts at most 1 + high; under A < 0, at least 1 - low, at most cap."""
-        for name, x in (("clip_range", low), ("clip_range_high", high)):
-            if not x > 0:
-                raise UserError(f"{name} must be positive, got {x!r}")
-        if cap is not None and not cap > 1 + high:
-            raise UserError(f"dual_clip must be above 1 + clip_range_high = {1 + high:g}, got {cap!r}")
-        gain = log_ratio.clamp(max=math.log1p(high))
-        cost = log_ratio.clamp(min=_log(1 - low), max=math.inf if cap is None else math.log(cap))
-        return -torch.where(self.advantages >= 0, gain, cost).exp() * self.advantages
+        return policy_rows(
+            self.logprobs, self.old_logprobs, self.advantages, self.mask, self.ref_logprobs, self.entropy, importance,
+            clip, kl,
+        )  # fmt: skip
 
-    def softly_gated(self, log_ratio, positive, negative) -> Tensor:
+    def capped(self, importance: str, largest: float, kl: KL) -> PolicyRows:
+        """-min(r, largest) A log p, the weight a constant."""
+        tokens, log_ratio = self._tokens(importance)
+        weight = log_ratio.detach().clamp(max=_log(largest)).exp()
+        losses = -weight * tokens.advantages * tokens.logprobs
+        return tokens.rows(losses, log_ratio, Clip(-math.inf, _log(largest)), self.ref_logprobs, self.entropy, kl)
+
+    def softly_gated(self, importance: str, positive: float, negative: float, kl: KL) -> PolicyRows:
+        """-4/τ sigmoid(τ (r - 1)) A."""
         for x in (positive, negative):
             if not x > 0:
                 raise UserError(f"sapo_temperatures must be positive, got {(positive, negative)!r}")
-        temperature = self.by_sign(self.advantages > 0, positive, negative)
+        tokens, log_ratio = self._tokens(importance)
+        temperature = _by_sign(tokens.advantages > 0, positive, negative, tokens.advantages)
         # The gate is 1 long before e^40, and its gradient there is 0 and not 0 · inf.
         ratio = log_ratio.clamp(max=40).exp()
-        return -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * self.advantages
+        losses = -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * tokens.advantages
+        return tokens.rows(losses, log_ratio, None, self.ref_logprobs, self.entropy, kl)
 
-    def by_sign(self, up: Tensor, positive: float, negative: float) -> Tensor:
-        # Not torch.where of two numbers, which is float32 whatever the rest is.
-        return torch.full_like(self.advantages, negative).masked_fill(up, positive)
-
-    def gamma_weight(self, positive, negative) -> Tensor:
-        """φ(w) (B, 1), with TRL's bounds on the logarithms."""
-        log_w = self.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
-        up = self.advantages >= 0
-        k, rate = (self.by_sign(up, p, n) for p, n in zip(positive, negative, strict=True))
+    def gamma_weighted(self, importance: str, positive, negative, kl: KL) -> PolicyRows:
+        """-φ(w) A log p, φ(w) a constant, with TRL's bounds on the logarithms."""
+        if self.advantages.shape[1] != 1:
+            shape = tuple(self.advantages.shape)
+            raise UserError(f"advantages must have shape (B,) for loss_type 'vespo', got {shape}")
+        tokens, log_ratio = self._tokens(importance)
+        log_w = tokens.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
+        up = tokens.advantages >= 0
+        k, rate = (_by_sign(up, p, n, tokens.advantages) for p, n in zip(positive, negative, strict=True))
         rate = rate.clamp(min=1e-4)
-        return (rate + k * log_w - rate * log_w.exp()).exp()
+        weight = (rate + k * log_w - rate * log_w.exp()).exp()
+        losses = -weight * tokens.advantages * tokens.logprobs
+        return tokens.rows(losses, log_ratio, None, self.ref_logprobs, self.entropy, kl)
 
-    def finish(self, losses, log_ratio, bounds, extras: _Extras, how, normalizer) -> PolicyLoss:
-        """The scalar loss and the figures to watch. bounds: (low, high) that the ratio is held to; None: nothing is."""
-        policy_loss = aggregate(losses, self.mask, how, normalizer)
-        loss, kl, entropy = policy_loss, None, None
-        if extras.ref_logprobs is not None:
-            ref = beside("ref_logprobs", extras.ref_logprobs, self.logprobs, self.mask)
-            kl = kl_penalty(self.logprobs, ref, extras.kl_estimator)
-            if extras.kl_bias_correction:
-                kl = kl * log_ratio.exp()
-            if extras.kl_coef != 0:
-                loss = loss + extras.kl_coef * aggregate(kl, self.mask, how, normalizer)
-            kl = masked_mean(kl.detach(), self.mask)
-        elif extras.kl_coef != 0:
-            raise UserError(f"ref_logprobs must be given where kl_coef is not 0, got None and {extras.kl_coef!r}")
-        if extras.entropy is not None:
-            entropy = masked_mean(beside("entropy", extras.entropy, self.logprobs, self.mask), self.mask)
-            if extras.entropy_coef != 0:
-                loss = loss - extras.entropy_coef * entropy
-            entropy = entropy.detach()
-        elif extras.entropy_coef != 0:
-            raise UserError(f"entropy must be given where entropy_coef is not 0, got None and {extras.entropy_coef!r}")
-        apart, log_ratio = self.log_ratio.detach(), log_ratio.detach()
-        low = high = torch.zeros_like(log_ratio)
-        if bounds is not None:
-            low = ((log_ratio < _log(1 - bounds[0])) & (self.advantages < 0)).to(apart.dtype)
-            high = ((log_ratio > math.log1p(bounds[1])) & (self.advantages > 0)).to(apart.dtype)
+    def _tokens(self, importance: str) -> tuple[Tokens, Tensor]:
+        tokens = Tokens(self.logprobs, self.old_logprobs, self.advantages, self.mask)
+        return tokens, tokens.log_ratio if importance == "token" else tokens.sequence_log_ratio(importance)
+
+    def finish(self, rows: PolicyRows, importance: str, entropy_coef: float, how: str, normalizer) -> PolicyLoss:
+        """The scalar loss and the figures to watch."""
+        check_aggregation(how, normalizer)
+        if self.entropy is None and entropy_coef != 0:
+            raise UserError(f"entropy must be given where entropy_coef is not 0, got None and {entropy_coef!r}")
+        tokens = rows.tokens.sum().clamp(min=1)
+        ratios = tokens if importance == "token" else rows.tokens.count_nonzero().clamp(min=1)
+        clips = ratios if self.advantages.shape[1] == 1 else tokens
+        loss, entropy = aggregate(rows.objective, rows.tokens, how, normalizer), None
+        if self.entropy is not None:
+            entropy = rows.entropy.sum() / tokens
+            if entropy_coef != 0:
+                loss = loss - entropy_coef * entropy
         return PolicyLoss(
             loss,
-            policy_loss.detach(),
-            kl,
-            entropy,
-            approx_kl=masked_mean(torch.expm1(apart) - apart, self.mask),
-            ratio=masked_mean(log_ratio.exp(), self.mask),
-            clip_low=masked_mean(low, self.mask),
-            clip_high=masked_mean(high, self.mask),
+            aggregate(rows.policy, rows.tokens, how, normalizer).detach(),
+            None if self.ref_logprobs is None else rows.kl.sum() / tokens,
+            None if entropy is None else entropy.detach(),
+            approx_kl=rows.approx_kl.sum() / tokens,
+            ratio=rows.ratio.sum() / ratios,
+            clip_low=rows.clip_low.sum() / clips,
+            clip_high=rows.clip_high.sum() / clips,
         )
+
+
+def _clip(low: float, high: float | None, cap: float | None) -> Clip:
+    high = low if high is None else high
+    for name, x in (("clip_range", low), ("clip_range_high", high)):
+        if not x > 0:
+            raise UserError(f"{name} must be positive, got {x!r}")
+    if cap is not None and not cap > 1 + high:
+        raise UserError(f"dual_clip must be above 1 + clip_range_high = {1 + high:g}, got {cap!r}")
+    return Clip(_log(1 - low), math.log1p(high), math.inf if cap is None else math.log(cap))
+
+
+def _check_estimator(estimator: str) -> None:
+    if estimator not in KL_ESTIMATORS:
+        raise UserError(f"estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
+
+
+def _by_sign(up: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
+    # Not torch.where of two numbers, which is float32 whatever the rest is.
+    return torch.full_like(like, negative).masked_fill(up, positive)
 
 
 def _log(x: float) -> float:

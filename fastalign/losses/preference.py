@@ -1,7 +1,7 @@
 """Preference losses from sequence log-probabilities: DPO and its family, KTO, ORPO, SimPO, CPO.
 
 All arithmetic is in float32 (float64 for float64 inputs). Losses come one per row, for the caller to average; rewards
-carry no gradient. The formulas lie in `_pairwise.TABLE`.
+carry no gradient. The formulas lie in `fastalign._pairwise.TABLE`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
-from fastalign.losses._pairwise import (
+from fastalign._pairwise import (
     F_DIVERGENCES,
     TABLE,
     Margin,
     Options,
+    check_options,
+    check_positive,
+    check_smoothing,
     divergence_margin,
     logistic,
     power_margin,
     power_score,
 )
+from fastalign.errors import UserError
 
 LOSS_TYPES = (*TABLE, "sft")
 CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo")
@@ -162,7 +165,9 @@ def dpo_loss(
         UserError, TypeError: a shape or option that breaks these rules.
     """
     kinds, factors = _loss_types(loss_type, loss_weights)
-    _check_dpo_options(kinds, beta, label_smoothing, f_divergence_type, discopop_tau)
+    options = Options(beta, label_smoothing, discopop_tau)
+    check_options(kinds, options)
+    _check_divergence(kinds, f_divergence_type)
     vectors = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise UserError("ref_chosen_logps and ref_rejected_logps must both be tensors or both None")
@@ -181,7 +186,6 @@ def dpo_loss(
         ref_chosen, ref_rejected = _wide(ref_chosen_logps), _wide(ref_rejected_logps)
     c, r = chosen - ref_chosen, rejected - ref_rejected
     divergence = (f_divergence_type, f_alpha_divergence_coef)
-    options = Options(beta, label_smoothing, discopop_tau)
 
     losses = torch.zeros_like(c)
     for kind, factor in zip(kinds, factors, strict=True):
@@ -229,7 +233,7 @@ def kto_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    _check_positive("beta", beta)
+    check_positive("beta", beta)
     _check_among("loss_type", loss_type, KTO_LOSS_TYPES)
     _check_vectors({"policy_logps": policy_logps} | ({} if ref_logps is None else {"ref_logps": ref_logps}))
     _check_extras(policy_logps.shape, desirable=desirable)
@@ -284,9 +288,9 @@ def cpo_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    _check_positive("beta", beta)
+    check_positive("beta", beta)
     _check_among("loss_type", loss_type, CPO_LOSS_TYPES)
-    _check_smoothing(label_smoothing)
+    check_smoothing(label_smoothing)
     _check_vectors({"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps})
     chosen, rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     margin = power_margin(chosen, rejected, -alpha)
@@ -334,7 +338,7 @@ def orpo_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    _check_positive("beta", beta)
+    check_positive("beta", beta)
     _check_vectors({"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps})
     chosen, rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -389,15 +393,8 @@ def _loss_types(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, 
     return kinds, factors
 
 
-def _check_dpo_options(kinds, beta, label_smoothing, f_divergence_type, discopop_tau) -> None:
-    _check_positive("beta", beta)
-    _check_positive("discopop_tau", discopop_tau)
-    _check_smoothing(label_smoothing)
+def _check_divergence(kinds, f_divergence_type) -> None:
     _check_among("f_divergence_type", f_divergence_type, F_DIVERGENCES)
-    if "robust" in kinds and label_smoothing >= 0.5:
-        raise UserError(f"label_smoothing must be below 0.5 for loss_type 'robust', got {label_smoothing!r}")
-    if "exo_pair" in kinds and label_smoothing == 0:
-        raise UserError("label_smoothing must be above 0 for loss_type 'exo_pair' (its paper uses 1e-3), got 0")
     if f_divergence_type != "reverse_kl":
         for kind in kinds:
             if kind != "sft" and not TABLE[kind].takes_f_divergence:
@@ -405,16 +402,6 @@ def _check_dpo_options(kinds, beta, label_smoothing, f_divergence_type, discopop
                     f"f_divergence_type must be 'reverse_kl' for loss_type {kind!r}, which is no function of the "
                     f"reward difference alone, got {f_divergence_type!r}"
                 )
-
-
-def _check_smoothing(value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"label_smoothing must be in [0, 1), got {value!r}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-        raise UserError(f"{name} must be a positive finite number, got {value!r}")
 
 
 def _check_among(name: str, value: str, known: Sequence[str]) -> None:

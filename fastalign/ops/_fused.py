@@ -1,0 +1,38 @@
+"""What the fused losses share: where they run, and spread_over_tokens, the backward pass of a sum over tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from fastalign import backend
+from fastalign.ops._library import define
+
+
+def on_triton(device: torch.device) -> bool:
+    """Whether a loss on this device is one launch; elsewhere it is plain torch, which differentiates any number of times."""
+    return (backend.forced() == "triton" or device.type == "cuda") and backend.choose(device) == "triton"
+
+
+def _spread_cpu(rows, mask, scales, weights, dtype):
+    spread = 0
+    if rows is not None:
+        spread = torch.where(mask != 0, rows.unsqueeze(-1), 0)
+    if scales is not None:
+        spread = spread + torch.where(weights != 0, scales.unsqueeze(-1) * weights, 0)
+    return spread.to(dtype)
+
+
+def _spread_fake(rows, mask, scales, weights, dtype):
+    over = weights if mask is None else mask
+    return over.new_empty(over.shape, dtype=dtype)
+
+
+# rows (..., R) over a mask (..., R, T), or scales (..., R) times weights (..., R, T), or both added -> (..., R, T), 0
+# where the mask and the weights are.
+spread_op = define(
+    "spread_over_tokens(Tensor? rows, Tensor? mask, Tensor? scales, Tensor? weights, ScalarType dtype) -> Tensor",
+    _spread_cpu,
+    _spread_fake,
+    triton="_spread.spread",
+    leading_dims=True,
+)

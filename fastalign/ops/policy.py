@@ -1,0 +1,302 @@
+"""policy_rows and value_rows: the sums over tokens that policy and value losses are made of, with their gradient.
+
+They return sums per row, for the loss to divide: by tokens, by rows, or by the tokens of a batch elsewhere. On a GPU
+one launch makes the sums and the gradient; elsewhere they are plain torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.ops._fused import on_triton, spread_op
+from fastalign.ops._library import define
+from fastalign.ops._rows import compute_dtype
+
+
+class PolicyRows(NamedTuple):
+    """Sums over each row's valid tokens, all (B,); objective and entropy carry gradients.
+
+    Where the ratio is the sequence's, `ratio` is itself and not a sum, 0 for a row without tokens; where the advantage
+    is the sequence's too, so are clip_low and clip_high, 0 or 1.
+    """
+
+    objective: Tensor  # policy + kl_coef · kl
+    entropy: Tensor
+    policy: Tensor
+    kl: Tensor
+    approx_kl: Tensor
+    ratio: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    tokens: Tensor
+
+
+class ValueRows(NamedTuple):
+    """Sums over each row's valid tokens, all (B,); objective carries the gradient."""
+
+    objective: Tensor
+    clipped: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class KL:
+    """The penalty on leaving a reference: the estimator, its factor in the objective, and whether r multiplies it."""
+
+    coef: float = 0.0
+    estimator: str = "k3"
+    times_ratio: bool = False
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What log r is held in: under A >= 0 at most `high`; under A < 0 at least `low` and at most `cap`."""
+
+    low: float
+    high: float
+    cap: float = math.inf
+
+
+def policy_rows(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    importance: str,
+    clip: Clip,
+    kl: KL,
+) -> PolicyRows:
+    """PPO's clipped objective, -min(r A, clip(r) A), and a KL estimate to a reference, summed over rows of tokens.
+
+    Args:
+        logprobs, old_logprobs, mask, ref_logprobs, entropy: (B, T), as in `losses.ppo_loss`.
+        advantages: (B, 1) or (B, T).
+        importance: r is each "token"'s, or the sequence's: exp of its tokens' log-ratios' "mean" or "sum".
+    """
+    arguments = (
+        logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, importance,
+        clip.low, clip.high, clip.cap, float(kl.coef), kl.estimator, kl.times_ratio,
+    )  # fmt: skip
+    if not on_triton(logprobs.device):
+        return _clipped_rows(*arguments)
+    objective, entropies, figures, *_ = _PolicyRows.apply(*arguments)
+    return PolicyRows(objective, entropies, *figures)
+
+
+def value_rows(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor, clip_range: float
+) -> ValueRows:
+    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²) summed over rows of tokens; ½ (V - R)² without old_values."""
+    arguments = (values, old_values, returns, mask, float(clip_range))
+    if not on_triton(values.device):
+        return _value_rows(*arguments)
+    objective, figures, _ = _ValueRows.apply(*arguments)
+    return ValueRows(objective, *figures)
+
+
+class Tokens:
+    """The tensors of a policy loss in plain torch: wide, and 0 where nothing is valid."""
+
+    def __init__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor):
+        self.dtype = compute_dtype(logprobs.dtype)
+        self.mask = mask != 0
+        self.logprobs = self.valid(logprobs)
+        old = self.logprobs if old_logprobs is None else self.valid(old_logprobs)
+        self.log_ratio = self.logprobs - old.detach()
+        self.advantages = self.valid(advantages.detach())  # (B, 1) or (B, T)
+
+    def valid(self, x: Tensor) -> Tensor:
+        """x (B, T) where valid, 0 elsewhere; x (B, 1), one number a row, where the row has a valid token."""
+        mask = self.mask if x.shape == self.mask.shape else self.mask.any(-1, keepdim=True)
+        return x.to(self.dtype).masked_fill(~mask, 0)
+
+    def sums(self, x: Tensor) -> Tensor:
+        return self.valid(x).sum(-1)
+
+    def sequence_log_ratio(self, importance: str) -> Tensor:
+        """(B, 1): the sum or the mean over tokens."""
+        total = self.log_ratio.sum(-1, keepdim=True)
+        return total / self.mask.sum(-1, keepdim=True).clamp(min=1) if importance == "mean" else total
+
+    def clipped(self, log_ratio: Tensor, clip: Clip) -> Tensor:
+        """-min(r A, clip(r) A), the ratio clipped before it is exponentiated."""
+        gain = log_ratio.clamp(max=clip.high)
+        cost = log_ratio.clamp(min=clip.low, max=clip.cap)
+        return -torch.where(self.advantages >= 0, gain, cost).exp() * self.advantages
+
+    def rows(
+        self,
+        losses: Tensor,
+        log_ratio: Tensor,
+        clip: Clip | None,
+        ref_logprobs: Tensor | None,
+        entropy: Tensor | None,
+        kl: KL,
+    ) -> PolicyRows:
+        """The sums of a loss (B, T) or (B, 1), each token's, and of what is watched. clip: None where nothing is."""
+        none = torch.zeros_like(self.logprobs)
+        estimate, low, high = none, none, none
+        if ref_logprobs is not None:
+            estimate = kl_estimate(self.logprobs - self.valid(ref_logprobs.detach()), kl.estimator)
+            if kl.times_ratio:
+                estimate = estimate * log_ratio.exp()
+        if clip is not None:
+            low = (log_ratio < clip.low) & (self.advantages < 0)
+            high = (log_ratio > clip.high) & (self.advantages > 0)
+        policy, kls = self.sums(losses.expand(self.mask.shape)), self.sums(estimate)
+        return PolicyRows(
+            policy + kl.coef * kls if kl.coef != 0 else policy,
+            self.sums(none if entropy is None else entropy),
+            policy.detach(),
+            kls.detach(),
+            approx_kl=self.sums(torch.expm1(self.log_ratio.detach()) - self.log_ratio.detach()),
+            ratio=self.sums(log_ratio.detach().exp()),
+            clip_low=self.sums(low),
+            clip_high=self.sums(high),
+            tokens=self.sums(self.mask),
+        )
+
+
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
+    """k1, k2 or k3 of KL(policy, reference) at a token, d its log-ratio."""
+    if estimator == "k1":
+        return d
+    return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
+
+
+def _clipped_rows(
+    logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, kl_estimator,
+    kl_times_ratio,
+) -> PolicyRows:  # fmt: skip
+    tokens, clip = Tokens(logprobs, old_logprobs, advantages, mask), Clip(low, high, cap)
+    log_ratio = tokens.log_ratio if importance == "token" else tokens.sequence_log_ratio(importance)
+    losses = tokens.clipped(log_ratio, clip)
+    return tokens.rows(losses, log_ratio, clip, ref_logprobs, entropy, KL(kl_coef, kl_estimator, kl_times_ratio))
+
+
+def _value_rows(values, old_values, returns, mask, clip_range) -> ValueRows:
+    tokens = Tokens(values, old_values, returns, mask)
+    values, returns = tokens.logprobs, tokens.advantages
+    errors = (values - returns).square()
+    over = torch.zeros_like(errors)
+    if old_values is not None:
+        old = tokens.valid(old_values.detach())
+        clipped = (torch.minimum(torch.maximum(values, old - clip_range), old + clip_range) - returns).square()
+        over = clipped > errors
+        errors = torch.maximum(errors, clipped)
+    return ValueRows(tokens.sums(errors / 2), tokens.sums(over), tokens.sums(tokens.mask))
+
+
+class _PolicyRows(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return policy_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logprobs, entropy, _, _, mask, _, importance, *_ = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(mask, *output[3:])
+        ctx.importance = importance
+        ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy, *_constants):
+        mask, shares, scales, weights = ctx.saved_tensors
+        if ctx.importance == "token":
+            found = spread_op(None, None, grad, weights, ctx.dtypes[0])
+        elif weights.numel() == 0:
+            found = spread_op(grad * shares, mask, None, None, ctx.dtypes[0])
+        else:
+            found = spread_op(grad * shares, mask, grad * scales, weights, ctx.dtypes[0])
+        entropy = spread_op(grad_entropy, mask, None, None, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return found, entropy, *(None,) * 11
+
+
+class _ValueRows(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return value_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2])
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad, *_constants):
+        return spread_op(None, None, grad, ctx.saved_tensors[0], ctx.dtype), *(None,) * 4
+
+
+def _policy_cpu(logprobs, *rest):
+    def objective(logprobs):
+        rows = _clipped_rows(logprobs, *rest)
+        return rows.objective.sum(), rows
+
+    weights, rows = torch.func.grad(objective, has_aux=True)(logprobs.to(compute_dtype(logprobs.dtype)))
+    none = torch.zeros_like(rows.objective)
+    return rows.objective, rows.entropy.clone(), torch.stack(rows[2:]), none, none + 1, weights
+
+
+def _policy_fake(logprobs, entropy, old, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, *_):
+    dtype, (rows, length) = compute_dtype(logprobs.dtype), logprobs.shape
+    weighted = importance == "token" or (ref_logprobs is not None and kl_coef != 0)
+    shapes = (
+        (rows,),
+        (rows,),
+        (len(PolicyRows._fields) - 2, rows),
+        (rows,),
+        (rows,),
+        (rows, length) if weighted else (0,),
+    )
+    return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _value_cpu(values, *rest):
+    def objective(values):
+        rows = _value_rows(values, *rest)
+        return rows.objective.sum(), rows
+
+    weights, rows = torch.func.grad(objective, has_aux=True)(values.to(compute_dtype(values.dtype)))
+    return rows.objective, torch.stack(rows[1:]), weights
+
+
+def _value_fake(values, old_values, returns, mask, clip_range):
+    dtype, rows = compute_dtype(values.dtype), values.shape[0]
+    return tuple(values.new_empty(shape, dtype=dtype) for shape in ((rows,), (2, rows), values.shape))
+
+
+# objective (B,), entropy (B,), the other fields of PolicyRows (7, B); and the gradient of objective by a valid token's
+# log-probability: shares (B,) + scales (B,) · weights (B, T). Under "token" it is the weights alone; otherwise the
+# weights are empty unless there is a KL term.
+policy_op = define(
+    "policy_rows(Tensor logprobs, Tensor? entropy, Tensor? old_logprobs, Tensor advantages, Tensor mask, "
+    "Tensor? ref_logprobs, str importance, float low, float high, float cap, float kl_coef, str kl_estimator, "
+    "bool kl_times_ratio) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _policy_cpu,
+    _policy_fake,
+    triton="policy.policy_rows",
+    vmap_in_turn=True,
+)
+
+# objective (B,), the other fields of ValueRows (2, B), the gradient of objective by each value (B, T)
+value_op = define(
+    "value_rows(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float clip_range) -> "
+    "(Tensor, Tensor, Tensor)",
+    _value_cpu,
+    _value_fake,
+    triton="policy.value_rows",
+    vmap_in_turn=True,
+)

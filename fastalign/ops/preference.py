@@ -1,0 +1,163 @@
+"""pairwise_loss: any pairwise preference loss and its gradient from the log-probabilities of tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign._pairwise import FUSED, TABLE, Margin, Options, check_options
+from fastalign.errors import UserError
+from fastalign.ops import _checks
+from fastalign.ops._fused import on_triton, spread_op
+from fastalign.ops._library import define
+from fastalign.ops._rows import compute_dtype
+
+
+class PairLosses(NamedTuple):
+    """What `pairwise_loss` returns, each (B,); `losses` alone carries a gradient."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor  # summed over the completion's tokens
+    rejected_logps: Tensor
+
+
+def pairwise_loss(
+    log_probs: Tensor,
+    ref_log_probs: Tensor | None,
+    mask: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
+) -> PairLosses:
+    """DPO and its family from per-token log-probabilities: masked sums, log-ratios, loss and gradient in one launch.
+
+    `losses.dpo_loss` of the rows' sums, for one loss type and the reverse KL. On a GPU one kernel reads each pair's rows
+    once and keeps two numbers a pair for the backward pass; elsewhere it is plain torch.
+
+    Args:
+        log_probs: (2B, T), rows [chosen; rejected]: the B chosen completions, then the B rejected. Has the gradient.
+        ref_log_probs: the reference's, (2B, T) per token or (2B,) summed, a constant; None for reference-free.
+        mask: (2B, T) bool or 0/1, nonzero on the completion's tokens. What stands elsewhere is not read, NaN or not.
+        beta, label_smoothing, discopop_tau: as in `losses.dpo_loss`.
+        loss_type: one that is made pair by pair: not aot, aot_unpaired (which sort the batch) and sft.
+
+    Returns:
+        PairLosses, float32, float64 for float64 inputs. The rewards are beta times the log-ratios.
+
+    Raises:
+        UserError, TypeError: a shape, device or option that breaks these rules.
+    """
+    if loss_type not in FUSED:
+        raise UserError(f"loss_type must be one of {', '.join(FUSED)}, got {loss_type!r}")
+    options = Options(beta, label_smoothing, discopop_tau)
+    check_options((loss_type,), options)
+    _check(log_probs, ref_log_probs, mask)
+    ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
+    if on_triton(log_probs.device):
+        found = _PairwiseLoss.apply(
+            log_probs, ref_log_probs, mask, loss_type, float(beta), float(label_smoothing), float(discopop_tau)
+        )
+        return PairLosses(*found[:3], *found[3].chunk(2))
+    sums, c, r, margin = _log_ratios(log_probs, ref_log_probs, mask, loss_type)
+    losses = TABLE[loss_type].formula(c, r, margin, options)
+    return PairLosses(losses, beta * c.detach(), beta * r.detach(), *sums.detach().chunk(2))
+
+
+def _check(log_probs, ref_log_probs, mask) -> None:
+    _checks.logits("log_probs", log_probs, "T")
+    if log_probs.ndim != 2 or len(log_probs) % 2:
+        raise UserError(f"log_probs must have shape (2B, T), chosen then rejected, got {tuple(log_probs.shape)}")
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.shape != log_probs.shape:
+        raise UserError(f"mask.shape must equal log_probs.shape, got {tuple(mask.shape)} and {tuple(log_probs.shape)}")
+    beside = {"mask": mask}
+    if ref_log_probs is not None:
+        _checks.logits("ref_log_probs", ref_log_probs, "T")
+        if ref_log_probs.shape not in (log_probs.shape, log_probs.shape[:1]):
+            raise UserError(
+                f"ref_log_probs must have shape {tuple(log_probs.shape)} or {tuple(log_probs.shape[:1])}, "
+                f"got {tuple(ref_log_probs.shape)}"
+            )
+        beside["ref_log_probs"] = ref_log_probs
+    for name, x in beside.items():
+        if x.device != log_probs.device:
+            raise UserError(f"{name} must be on log_probs' device, got {x.device} and {log_probs.device}")
+
+
+def _log_ratios(log_probs, ref_log_probs, mask, loss_type) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The policy's sums (2B,), and of each pair the two log-ratios and the margin."""
+    dtype = _dtype(log_probs, ref_log_probs)
+    mask = mask != 0
+
+    def summed(x):
+        return x.to(dtype).masked_fill(~mask, 0).sum(-1) if x.ndim == 2 else x.to(dtype)
+
+    sums = summed(log_probs)
+    ratios = sums - (torch.zeros_like(sums) if ref_log_probs is None else summed(ref_log_probs))
+    c, r = ratios.chunk(2)
+    if TABLE[loss_type].margin is not Margin.PER_TOKEN:
+        return sums, c, r, c - r
+    chosen_lengths, rejected_lengths = mask.sum(-1).clamp(min=1).to(dtype).chunk(2)
+    return sums, c, r, c / chosen_lengths - r / rejected_lengths
+
+
+def _dtype(log_probs, ref_log_probs) -> torch.dtype:
+    return compute_dtype(
+        log_probs.dtype if ref_log_probs is None else torch.promote_types(log_probs.dtype, ref_log_probs.dtype)
+    )
+
+
+class _PairwiseLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_probs, ref_log_probs, mask, *options):
+        return forward_op(log_probs, ref_log_probs, mask, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[2], output[4])
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad, *_constants):
+        mask, slopes = ctx.saved_tensors
+        return spread_op(grad.repeat(2) * slopes, mask, None, None, ctx.dtype), *(None,) * 6
+
+
+def _forward_cpu(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):
+    options = Options(beta, label_smoothing, discopop_tau)
+    sums, c, r, _ = _log_ratios(log_probs, ref_log_probs, mask, loss_type)
+    lengths = (mask != 0).sum(-1).clamp(min=1).to(c.dtype).chunk(2)
+    scales = lengths if TABLE[loss_type].margin is Margin.PER_TOKEN else (1.0, 1.0)
+
+    def loss(c, r):
+        losses = TABLE[loss_type].formula(c, r, c / scales[0] - r / scales[1], options)
+        return losses.sum(), losses
+
+    slopes, losses = torch.func.grad(loss, (0, 1), has_aux=True)(c, r)
+    return losses, beta * c, beta * r, sums, torch.cat(slopes)
+
+
+def _forward_fake(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):
+    rows, dtype = log_probs.shape[0], _dtype(log_probs, ref_log_probs)
+    return tuple(log_probs.new_empty(n, dtype=dtype) for n in (*(rows // 2,) * 3, rows, rows))
+
+
+# losses (B,), chosen rewards (B,), rejected rewards (B,), sums (2B,), d loss / d sum (2B,)
+forward_op = define(
+    "pairwise_loss_forward(Tensor log_probs, Tensor? ref_log_probs, Tensor mask, str loss_type, float beta, "
+    "float label_smoothing, float discopop_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_cpu,
+    _forward_fake,
+    triton="preference.forward",
+    vmap_in_turn=True,
+)
