@@ -111,9 +111,8 @@ class RewardTrainer(trl.RewardTrainer):
     def _note(self) -> None:
         """What scoring must know, in the configuration that is saved with the weights."""
         config = self.accelerator.unwrap_model(self.model).config
-        if len(self.values) > 1 or getattr(self.args, "values", None):
-            config.id2label = dict(enumerate(self.values))
-            config.label2id = {name: i for i, name in enumerate(self.values)}
+        config.id2label = dict(enumerate(self.values))
+        config.label2id = {name: i for i, name in enumerate(self.values)}
         setattr(config, NOTE, {"values": self.values, **({"text": self._text} if self._text else {})})
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
