@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastalign.kernels import policy as kernel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -442,7 +441,7 @@ def both_ways(f, *leaves):
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 def test_the_kernel_equals_torch_in_all_that_it_reports(monkeypatch, importance, per_token, estimator, reference):
     """Rows of several blocks with an odd end, strided, and bool, integer and float masks."""
-    monkeypatch.setattr(kernel, "BLOCK", 16)
+    monkeypatch.setattr("fastalign.kernels.policy.BLOCK", 16)
     p = problem(rows=4, length=37, spread=0.8, empty=True)
     advantages = p.ref.roll(1, 0) + 2 if per_token else p.advantages
     wide = torch.stack((p.old, p.ref), 1).flatten(1)
@@ -463,7 +462,7 @@ def test_the_kernel_equals_torch_in_all_that_it_reports(monkeypatch, importance,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_value_kernel_equals_torch(monkeypatch, dtype):
-    monkeypatch.setattr(kernel, "BLOCK", 16)
+    monkeypatch.setattr("fastalign.kernels.policy.BLOCK", 16)
     p = problem(rows=3, length=37, dtype=dtype, spread=1.0, empty=True)
     for clip_range in (None, 0.2):
         (torchs, expected), (ours, found) = both_ways(
@@ -488,6 +487,17 @@ def test_nan_and_infinity_in_the_kernel_stay_in_their_row():
         old = p.old.clone()
         old[1, 0] = NAN
         assert value_rows(p.old, old, p.ref, p.mask, 0.2).objective.isnan().tolist() == [False, True] + [False] * 4
+
+
+def test_the_kernel_keeps_the_digits_of_a_small_kl():
+    """e^x - 1 - x of a log-ratio of 1e-4, in float32, where the terms are 1e4 times the result."""
+    p = problem(dtype=torch.float32, spread=1e-4)
+    arguments = (p.logprobs, p.old, p.advantages, p.mask)
+    with fastalign.use_backend("triton"):
+        found = ppo_loss(*arguments, ref_logprobs=p.ref)
+    truth = ppo_loss(*(x.double() for x in arguments), ref_logprobs=p.ref.double())
+    for name in ("approx_kl", "kl"):
+        assert getattr(found, name).item() == pytest.approx(getattr(truth, name).item(), rel=1e-5)
 
 
 def test_the_ops_on_the_cpu_are_the_plain_formulas():

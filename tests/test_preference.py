@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastalign.kernels import preference as kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from trl_losses import trl_cpo, trl_dpo, trl_kto, trl_orpo
@@ -180,7 +179,7 @@ def test_pairwise_loss_equals_dpo_loss_at_extremes(each_backend, kind, smooth, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_pairwise_loss_reads_every_form(each_backend, monkeypatch, dtype, reference):
     """Rows of several blocks with an odd end, strided, float and integer masks, NaN outside them, a row without tokens."""
-    monkeypatch.setattr(kernel, "BLOCK", 16)
+    monkeypatch.setattr("fastalign.kernels.preference.BLOCK", 16)
     generator = torch.Generator().manual_seed(0)
     both = -torch.rand(6, 74, generator=generator).to(dtype)
     mask = torch.rand(6, 37, generator=generator) < 0.6
