@@ -1,0 +1,115 @@
+"""sample_tokens on the GPU: a batch of last logits, with and without filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from fastalign.bench.gpu_common import KernelCase, Work
+
+from fastalign import reference
+
+CHECKED = 64  # rows, from the first on: a row's place is its stream
+FILTERS = (
+    {},
+    {"temperature": 0.0},
+    {"top_k": 50},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 50, "top_p": 0.9},
+    {"top_k": 50, "min_p": 0.05},
+    {"top_p": 0.9, "min_p": 0.05},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    {"top_k": 5000},
+)
+
+
+def cases() -> Iterator[KernelCase]:
+    for options in FILTERS:
+        yield case(256, 151_936, torch.bfloat16, options)
+    for options in ({}, {"temperature": 0.0}, {"top_k": 50}, {"top_p": 0.9}):
+        yield case(256, 248_320, torch.bfloat16, options, rows_given=True)
+        yield case(1024, 49_152, torch.float32, options)
+        yield case(256, 128_256, torch.float16, options)
+    yield case(1, 128_256, torch.bfloat16, {})
+    yield case(1, 128_256, torch.bfloat16, {"top_k": 50, "top_p": 0.9})
+    yield case(64, 49_152, torch.float64, {})
+    yield case(64, 49_152, torch.float64, {"top_k": 50, "top_p": 0.9, "min_p": 0.05})
+
+
+def case(rows: int, vocab: int, dtype: torch.dtype, options: dict, rows_given: bool = False) -> KernelCase:
+    def build(device: str, small: bool) -> Work:
+        from fastalign.kernels.sample_tokens import sample
+
+        count = min(rows, 2) if small else rows
+        logits = (torch.randn(count, vocab, device=device) * 3).to(dtype)
+        streams = torch.arange(count, device=device) if rows_given else None
+        chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+
+        def run():
+            return sample(logits, *chosen.values(), 1, 0, streams)
+
+        return Work(
+            run,
+            bytes=logits.nbytes + count * (12 if dtype != torch.float64 else 16) + (count * 8 if rows_given else 0),
+            peers=peers(logits, options) if device == "cuda" else {},
+            check=lambda: check(logits[:CHECKED], chosen, *(x[:CHECKED] for x in run())),
+        )
+
+    told = ", ".join(f"{name} {value}" for name, value in options.items()) or "no filter"
+    name = f"{rows:,} × {vocab:,}, {str(dtype).removeprefix('torch.')}, {told}{', streams given' * rows_given}"
+    return KernelCase(name, build, streaming=not (options.keys() - {"temperature"}))
+
+
+def check(logits, options, ids, log_probs) -> None:
+    """The log-probabilities are the law's and, but where rounding decides, the ids are the reference's."""
+    theirs, truth = reference.sample_tokens(logits.double(), *options.values(), 1, 0)
+    agree = ids == theirs
+    assert agree.double().mean() > 0.95, agree
+    error = (log_probs - truth)[agree].abs().max()
+    assert error < 1e-3, error
+    if options["temperature"] > 0:
+        assert reference.survivors(logits.double(), *options.values()).gather(1, ids[:, None]).double().mean() > 0.95
+
+
+def peers(logits, options):
+    from transformers.generation import logits_process as process
+
+    if options.get("temperature") == 0.0:
+        return {"argmax": lambda: logits.argmax(-1)}
+    kinds = {"top_k": process.TopKLogitsWarper, "top_p": process.TopPLogitsWarper, "min_p": process.MinPLogitsWarper}
+    chain = [kind(options[name]) for name, kind in kinds.items() if name in options]
+
+    def warped():
+        scores = logits.float()
+        for warper in chain:
+            scores = warper(None, scores)
+        return scores.softmax(-1).multinomial(1)
+
+    found = {"transformers' warpers + softmax + multinomial" if chain else "softmax + multinomial": warped}
+    if options.keys() == {"top_k"}:
+
+        def top():
+            values, ids = logits.topk(options["top_k"])
+            return ids.gather(1, values.float().softmax(-1).multinomial(1))
+
+        found["topk + softmax + multinomial"] = top
+    return found | flashinfer(logits, options)
+
+
+def flashinfer(logits, options):
+    try:
+        from flashinfer import sampling
+    except ImportError:
+        return {}
+    draws = {
+        frozenset(): lambda p: sampling.sampling_from_probs(p),
+        frozenset({"top_k"}): lambda p: sampling.top_k_sampling_from_probs(p, options["top_k"]),
+        frozenset({"top_p"}): lambda p: sampling.top_p_sampling_from_probs(p, options["top_p"]),
+        frozenset({"min_p"}): lambda p: sampling.min_p_sampling_from_probs(p, options["min_p"]),
+        frozenset({"top_k", "top_p"}): lambda p: sampling.top_k_top_p_sampling_from_probs(
+            p, options["top_k"], options["top_p"], filter_apply_order="top_k_first"
+        ),
+    }
+    draw = draws.get(frozenset(options))
+    return {"flashinfer": lambda: draw(logits.float().softmax(-1))} if draw else {}
