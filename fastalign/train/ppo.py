@@ -185,7 +185,7 @@ class PPOTrainer:
         if not generate_ref_response:
             return found
         with self._reference() as (wrapped, reference):
-            return found, _inside(wrapped, reference, lambda: draw(wrapped, getattr(reference, "causal_lm", reference)))
+            return found, _inside(wrapped, reference, lambda: draw(wrapped, reference.causal_lm))
 
     def step(
         self,
@@ -298,7 +298,7 @@ class PPOTrainer:
         """Write model, value head and tokenizer, for `from_pretrained` here and in transformers. Every process calls it."""
         weights = None
         if _sharded(self.policy):
-            weights = {name: ppo_checkpoint._whole(p) for name, p in self.policy.state_dict().items()}
+            weights = {name: ppo_checkpoint.whole(p) for name, p in self.policy.state_dict().items()}
         if self.accelerator.is_main_process:
             self.policy.save_pretrained(save_directory, weights=weights, **options)
             self.tokenizer.save_pretrained(save_directory)

@@ -31,7 +31,7 @@ def save(folder: str | Path, step: int, model: Any, optimizer: Any, state: dict[
 
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
-    weights = {name: _whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
     moments, plain = _optimizer_state(optimizer)
     draws, counters = random_state()
     every = gather_object([(draws, counters)])
@@ -137,7 +137,7 @@ def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = _whole(value)
+                tensors[f"{index}.{name}"] = whole(value)
             else:
                 plain[f"{index}.{name}"] = value
     told = {"groups": state["param_groups"], "state": plain}
@@ -166,7 +166,7 @@ def _load_optimizer(folder: Path, optimizer: Any, tensors: dict[str, Tensor], pl
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _whole(x: Tensor) -> Tensor:
+def whole(x: Tensor) -> Tensor:
     """All of a parameter that FSDP2 has cut, on the CPU, in memory of its own. Every process must call it."""
     x = x.detach()
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu().clone(memory_format=torch.contiguous_format)
