@@ -40,7 +40,8 @@ def map_statistics(
         rewards: (n, m) float32 or float64, n, m >= 1; read in place where its rows are contiguous.
         lam: (m,), or (K, m): K laws from the same read.
         center: (m,), subtracted from the rewards; moments keep their digits when it lies amid them. None: 0.
-        log_weights: (n,), log w_i; -inf leaves a row out. None: 0.
+        log_weights: (n,), log w_i; -inf leaves a row out. None: 0. On a GPU no weight at all, or none in some group,
+            gives NaN, since to raise the host would have to wait.
         groups: (n,) integers. Each field is then the mean over the groups of that group's own.
 
     Returns:
