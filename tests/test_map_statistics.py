@@ -98,11 +98,11 @@ def test_many_chunks_many_values_and_many_lambdas():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("groups", [0, 5])
-@pytest.mark.parametrize("shape", [(1, 3, 1), (35, 3, 5), (20, 9, 3), (9, 21, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 1), (35, 3, 3), (9, 9, 2)], ids=str)
 def test_many_programs_blocks_and_lambdas(monkeypatch, shape, groups, weighted):
     """The Triton kernels in the interpreter: rows, λ and second moments shared out among programs."""
     kernel = pytest.importorskip("fastalign.kernels.map_statistics")
-    for name, size in {"ROWS": 8, "PROGRAMS": 3, "LAMBDAS": 2, "MOST_SUMS": 64, "SUMS": 64, "MOST_LANES": 8}.items():
+    for name, size in {"ROWS": 8, "PROGRAMS": 3, "LAMBDAS": 2, "MOST_SUMS": 128, "SUMS": 128, "MOST_LANES": 8}.items():
         monkeypatch.setattr(kernel, name, size)
     n, m, count = shape
     rewards, lam, options = problem(n, m, torch.float32, count, weighted=weighted, groups=groups)
