@@ -16,10 +16,9 @@ import inspect
 import math
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,13 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.integrations.head import Head
 from fastalign.losses import ppo_loss, value_loss, whiten
 from fastalign.ops import gae
-from fastalign.train import ppo_batch, ppo_checkpoint, ppo_rollout, ppo_stats
+from fastalign.train import ppo_batch, ppo_checkpoint, ppo_checks, ppo_rollout, ppo_stats
 from fastalign.train._kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
 from fastalign.train.ppo_config import PPOConfig
 from fastalign.train.ppo_data import PromptLoader, lists, used_columns
+from fastalign.train.ppo_sharded import inside, is_sharded, whole_head, whole_layers
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead, create_reference_model, upload
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -88,7 +87,7 @@ class PPOTrainer:
 
         self.config = config = PPOConfig() if config is None else config
         self.tokenizer = processing_class if tokenizer is None else tokenizer
-        _check(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
+        ppo_checks.arguments(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
         # Unless told, accelerate takes processes without a GPU for unrelated ones.
         told = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
         try:
@@ -105,7 +104,7 @@ class PPOTrainer:
         self.is_encoder_decoder, self.is_distributed = False, processes > 1
         self.is_peft_model = config.is_peft_model = model.is_peft_model
 
-        self.pad = _pad_token(self.tokenizer)
+        self.pad = ppo_checks.pad_token(self.tokenizer)
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers)
         elif num_shared_layers is not None:
@@ -176,16 +175,16 @@ class PPOTrainer:
 
         def draw(wrapped: Any, model: Any) -> Any:
             queries = [query_tensor] if single else list(query_tensor)
-            with _whole_layers(wrapped):
+            with whole_layers(wrapped):
                 found = ppo_rollout.generate(model, self.tokenizer, queries, **options)
             return found[0].unsqueeze(0) if single else found
 
         self.policy.eval()
-        found = _inside(self.model, self.policy, lambda: draw(self.model, self.policy.causal_lm))
+        found = inside(self.model, self.policy, lambda: draw(self.model, self.policy.causal_lm))
         if not generate_ref_response:
             return found
         with self._reference() as (wrapped, reference):
-            return found, _inside(wrapped, reference, lambda: draw(wrapped, reference.causal_lm))
+            return found, inside(wrapped, reference, lambda: draw(wrapped, reference.causal_lm))
 
     def step(
         self,
@@ -209,7 +208,7 @@ class PPOTrainer:
             UserError: lists of another length than batch_size, empty or out-of-range tokens, scores that are no
                 finite scalars; nothing has changed then.
         """
-        config, times = self.config, _Stopwatch()
+        config, times = self.config, ppo_stats.Stopwatch()
         vocabulary = self.policy.config.get_text_config().vocab_size
         scores = ppo_batch.scalars(scores, config.batch_size, self.current_device)
         rollouts = ppo_batch.rollouts(
@@ -297,7 +296,7 @@ class PPOTrainer:
     def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
         """Write model, value head and tokenizer, for `from_pretrained` here and in transformers. Every process calls it."""
         weights = None
-        if _sharded(self.policy):
+        if is_sharded(self.policy):
             weights = {name: ppo_checkpoint.whole(p) for name, p in self.policy.state_dict().items()}
         if self.accelerator.is_main_process:
             self.policy.save_pretrained(save_directory, weights=weights, **options)
@@ -318,7 +317,7 @@ class PPOTrainer:
             "kl_coef": self.kl_ctl.value,
             "running": vars(self.running),
             "dataloader": None if self.dataloader is None else self.dataloader.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else _plain(self.lr_scheduler.state_dict()),
+            "lr_scheduler": None if self.lr_scheduler is None else ppo_checkpoint.plain(self.lr_scheduler.state_dict()),
         }
         ppo_checkpoint.save(path, self.current_step, self.policy, self._raw_optimizer, state, self.accelerator)
 
@@ -340,7 +339,7 @@ class PPOTrainer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
-        if _sharded(model):  # by the user's own fully_shard
+        if is_sharded(model):  # by the user's own fully_shard
             return model, optimizer
         model.short_names = False
         try:
@@ -350,7 +349,7 @@ class PPOTrainer:
 
     def _prepare_reference(self, reference: Any) -> Any:
         reference = _with_head(reference).requires_grad_(False).eval()
-        if _sharded(reference):
+        if is_sharded(reference):
             return reference
         if getattr(self.accelerator, "is_fsdp2", False):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -378,11 +377,11 @@ class PPOTrainer:
             ids, labels = rollouts.rows(indices)
             options = {"score_labels": labels, "return_hidden": exact}
             mine = self.model(ids, **options)
-            head = _whole_head(self.policy) if exact else None
+            head = whole_head(self.policy) if exact else None
             with self._reference() as (wrapped, reference):
                 theirs = wrapped(ids, **options)
                 if exact:
-                    at, per_token = labels != -100, exact_kl(mine.hidden, head, theirs.hidden, _whole_head(reference))
+                    at, per_token = labels != -100, exact_kl(mine.hidden, head, theirs.hidden, whole_head(reference))
                     kl = per_token.new_zeros(at.shape).masked_scatter(at, per_token)
                 else:
                     kl = token_penalty(mine.log_probs, theirs.log_probs, self.config.kl_penalty)
@@ -485,57 +484,6 @@ class PPOTrainer:
 _POLICY_KL = ppo_stats.MEANS.index("policy/policykl")
 
 
-class _Stopwatch:
-    """Seconds by part of a step, under TRL's names."""
-
-    def __init__(self) -> None:
-        self.began, self.parts = time.perf_counter(), {}
-
-    @contextmanager
-    def __call__(self, name: str):
-        began = time.perf_counter()
-        yield
-        self.parts[f"time/ppo/{name}"] = time.perf_counter() - began
-
-    def seconds(self) -> dict[str, float]:
-        return self.parts | {"time/ppo/total": time.perf_counter() - self.began}
-
-
-def _check(config, model, ref_model, tokenizer, lr_scheduler, optimizer, training_data_collator) -> None:
-    if not isinstance(config, PPOConfig):
-        raise TypeError(f"config must be a PPOConfig, got {type(config).__name__}")
-    if not isinstance(model, AutoModelForCausalLMWithValueHead):
-        raise TypeError(f"model must be an AutoModelForCausalLMWithValueHead, got {type(model).__name__}")
-    if ref_model is not None and not (
-        isinstance(ref_model, AutoModelForCausalLMWithValueHead) or hasattr(ref_model, "get_output_embeddings")
-    ):
-        raise TypeError(f"ref_model must be a causal model or None, got {type(ref_model).__name__}")
-    if tokenizer is None or not hasattr(tokenizer, "eos_token_id"):
-        raise TypeError(f"tokenizer must be the model's tokenizer, got {type(tokenizer).__name__}")
-    if lr_scheduler is not None and optimizer is None:
-        raise UserError("lr_scheduler needs the optimizer that it steers, got None")
-    if training_data_collator is not None:
-        raise UserError("training_data_collator must be None: step pads what it is given itself")
-    size = _entries(model)
-    if ref_model is not None and _entries(ref_model) != size:
-        raise UserError(f"ref_model must have the model's vocabulary, got {_entries(ref_model):,} and {size:,} entries")
-    if len(tokenizer) > size:
-        raise UserError(f"tokenizer has {len(tokenizer):,} tokens, the model's embedding only {size:,}")
-
-
-def _entries(model: Any) -> int:
-    return getattr(model, "causal_lm", model).get_input_embeddings().weight.shape[0]
-
-
-def _pad_token(tokenizer: Any) -> int:
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer must have a pad token or an end token, it has neither")
-    warnings.warn(f"tokenizer has no pad token: its end token {tokenizer.eos_token!r} pads", stacklevel=3)
-    return tokenizer.eos_token_id
-
-
 def _with_head(reference: Any) -> Any:
     """Any causal model as one with a value head, whose values nobody reads."""
     if isinstance(reference, AutoModelForCausalLMWithValueHead):
@@ -547,47 +495,3 @@ def _disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-
-
-def _inside(wrapped: Any, model: Any, call: Callable) -> Any:
-    """call(), within the model's forward pass where FSDP2 gives its weights only there."""
-    return wrapped(call=call) if _sharded(model) else call()
-
-
-def _sharded(model: torch.nn.Module) -> bool:
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
-
-
-@contextmanager
-def _whole_layers(model: Any):
-    """Layers that FSDP2 has cut stay whole from one forward pass to the next, so that no process waits for another."""
-    from torch.distributed.fsdp import FSDPModule
-
-    with ExitStack() as undo:
-        for part in model.modules():
-            if isinstance(part, FSDPModule) and part is not model:
-                part.set_reshard_after_forward(False, recurse=False)
-                undo.callback(part.set_reshard_after_forward, True, recurse=False)
-                part.unshard()
-                undo.callback(part.reshard)
-        yield
-
-
-def _whole_head(model: AutoModelForCausalLMWithValueHead) -> Head:
-    """The head that the last forward pass had, as plain tensors without gradient."""
-
-    def whole(x: Tensor | None) -> Tensor | None:
-        return x if x is None else (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()
-
-    head = model.head
-    adapter = head.adapter and (whole(head.adapter[0]), whole(head.adapter[1]), head.adapter[2])
-    return head._replace(weight=whole(head.weight), bias=whole(head.bias), adapter=adapter)
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    import json
-
-    try:
-        return json.loads(json.dumps(state))
-    except TypeError as error:
-        raise UserError(f"lr_scheduler keeps what a checkpoint cannot hold: {error}") from None

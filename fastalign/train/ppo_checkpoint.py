@@ -180,3 +180,11 @@ def _like(whole: Tensor, x: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, x.device_mesh, x.placements)
+
+
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state as JSON holds it."""
+    try:
+        return json.loads(json.dumps(state))
+    except TypeError as error:
+        raise UserError(f"lr_scheduler keeps what a checkpoint cannot hold: {error}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,22 @@ MEANS = (
     "loss/policy", "loss/value", "loss/total", "policy/entropy", "policy/approxkl", "policy/policykl",
     "policy/clipfrac", "policy/advantages_mean", "val/vpred", "val/error", "val/clipfrac",
 )  # fmt: skip
+
+
+class Stopwatch:
+    """Seconds by part of a step, under TRL's names."""
+
+    def __init__(self) -> None:
+        self.began, self.parts = time.perf_counter(), {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        began = time.perf_counter()
+        yield
+        self.parts[f"time/ppo/{name}"] = time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        return self.parts | {"time/ppo/total": time.perf_counter() - self.began}
 
 
 class RunningMoments:

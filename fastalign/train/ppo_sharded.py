@@ -1,0 +1,48 @@
+"""Models that FSDP2 has cut over processes: where their weights are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.integrations.head import Head
+from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
+
+
+def inside(wrapped: Any, model: Any, call: Callable) -> Any:
+    """call(), within the model's forward pass where FSDP2 gives its weights only there."""
+    return wrapped(call=call) if is_sharded(model) else call()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+@contextmanager
+def whole_layers(model: Any):
+    """Layers that FSDP2 has cut stay whole from one forward pass to the next, so that no process waits for another."""
+    from torch.distributed.fsdp import FSDPModule
+
+    with ExitStack() as undo:
+        for part in model.modules():
+            if isinstance(part, FSDPModule) and part is not model:
+                part.set_reshard_after_forward(False, recurse=False)
+                undo.callback(part.set_reshard_after_forward, True, recurse=False)
+                part.unshard()
+                undo.callback(part.reshard)
+        yield
+
+
+def whole_head(model: AutoModelForCausalLMWithValueHead) -> Head:
+    """The head that the last forward pass had, as plain tensors without gradient."""
+
+    def whole(x: Tensor | None) -> Tensor | None:
+        return x if x is None else (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()
+
+    head = model.head
+    adapter = head.adapter and (whole(head.adapter[0]), whole(head.adapter[1]), head.adapter[2])
+    return head._replace(weight=whole(head.weight), bias=whole(head.bias), adapter=adapter)
