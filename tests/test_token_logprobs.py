@@ -211,6 +211,10 @@ def test_func_grad_vmap_and_compile():
     torch.testing.assert_close(x.grad, expected, atol=1e-6, rtol=1e-5)
     with pytest.raises(RuntimeError):  # never a silent zero
         torch.func.jvp(lambda x: loss(x, labels), (logits,), (logits,))
+    with pytest.raises(
+        Exception, match=r"without its gradient"
+    ):  # torch inlines the function and loses its backward pass
+        torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(logits, labels)
 
 
 @pytest.mark.parametrize("statistics", [False, True])

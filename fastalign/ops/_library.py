@@ -41,6 +41,17 @@ def define(
     def on_cpu(*args):
         return launch(*args) if backend.forced() == "triton" else cpu(*args)
 
+    def without_tape(*args):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(
+                f"fastalign::{name} was reached without its gradient, as torch.compile(torch.func.grad(f)) does: "
+                "compile f itself, or call torch.func.grad(f) uncompiled"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    if not name.endswith("_backward"):  # those may run where a tape is on: func.grad keeps one for a second derivative
+        _library.impl(name, without_tape, "Autograd")
     _library.impl(name, on_cpu, "CPU")
     _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"fastalign::{name}", fake, lib=_library)
