@@ -108,7 +108,7 @@ def train_dpo(
         trainer, speed = _train(run, "dpo", make, ("loss", "rewards/accuracies"), show_progress)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
     names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-    return _finish(run, trainer, pairs, speed, names)
+    return _finish(run, trainer, pairs, len(pairs), speed, names)
 
 
 def train_reward(
@@ -182,7 +182,8 @@ def train_reward(
                 if report is not None:
                     measured.write(report)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
-    return _finish(run, trainer, pairs, speed, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}, more)
+    names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
+    return _finish(run, trainer, pairs, len(train), speed, names, more)
 
 
 def _arguments(
@@ -239,11 +240,13 @@ def _steps(trainer) -> int:
     return max(1, -(-int(per_epoch * args.num_train_epochs * 1000) // 1000))
 
 
-def _finish(run, trainer, pairs, speed: float, names: dict[str, str], more: dict | None = None) -> dict[str, Any]:
+def _finish(
+    run, trainer, pairs, count: int, speed: float, names: dict[str, str], more: dict | None = None
+) -> dict[str, Any]:
     logged = [row for row in trainer.state.log_history if "loss" in row]
     last = {name: logged[-1][column] for name, column in names.items() if logged and column in logged[-1]}
     result = {
-        "kind": "training_result", "version": 1, "steps": trainer.state.global_step, "pairs": len(pairs),
+        "kind": "training_result", "version": 1, "steps": trainer.state.global_step, "pairs": count,
         "dropped": pairs.dropped, **last, "tokens_per_second": speed, **(more or {}), "settings": run.settings,
     }  # fmt: skip
     if runs.is_main():
