@@ -80,7 +80,7 @@ def _first_beyond(weights, target, SIZE: tl.constexpr):
     """The first place whose cumulative weight exceeds target, else the last with any; and what is before it."""
     place = tl.arange(0, SIZE)
     found = tl.min(tl.where((weights > 0) & (tl.cumsum(weights, 0) > target), place, SIZE))
-    found = tl.minimum(found, tl.maximum(tl.max(tl.where(weights > 0, place, 0)), 0))
+    found = tl.minimum(found, tl.max(tl.where(weights > 0, place, 0)))
     return found, tl.sum(tl.where(place < found, weights, 0))
 
 
@@ -258,42 +258,19 @@ def _draw_filtered(
         if TOP_K:
             if k <= groups:
                 border = _border(
-                    group_tops,
-                    listed,
-                    groups,
-                    groups,
-                    1,
-                    top,
-                    scale,
-                    border,
-                    k,
-                    False,
-                    EMPTY,
-                    COMPUTE,
-                    1,
-                    BLOCK,
-                    DIGITS,
-                )
+                    group_tops, listed, groups, groups, 1, top, scale, border, k,
+                    False, EMPTY, COMPUTE, 1, BLOCK, DIGITS,
+                )  # fmt: skip
         elif TOP_P:
-            # No border is beyond top, even for top_p = 0.
-            target = tl.maximum(top_p * tl.sum(_row_masses(masses, each, top, scale, row, tiles, TILES)), 1e-300)
+            total = tl.sum(_row_masses(masses, each, top, scale, row, tiles, TILES))
+            # Logits with less than a vocab-th of what top_p leaves are beyond it, however many; e spare for rounding.
+            drop = (tl.log((1 - top_p) * total / vocab) - 1) / scale.to(tl.float64)
+            border = tl.maximum(border, _keys((top + drop).to(COMPUTE), EMPTY).to(tl.int64))
+            target = tl.maximum(top_p * total, 1e-300)  # so that no border is beyond top, even for top_p = 0
             border = _border(
-                group_tops,
-                listed,
-                groups,
-                groups,
-                1,
-                top,
-                scale,
-                border,
-                target,
-                True,
-                EMPTY,
-                COMPUTE,
-                1,
-                BLOCK,
-                DIGITS,
-            )
+                group_tops, listed, groups, groups, 1, top, scale, border, target,
+                True, EMPTY, COMPUTE, 1, BLOCK, DIGITS,
+            )  # fmt: skip
 
         count = tl.zeros((), tl.int32)
         for start in tl.range(0, groups, BLOCK):
