@@ -6,7 +6,7 @@ With filters `_summarize` also writes the largest of every group of 64 logits. I
 logits, or the mass top_p asks for, all that is kept lies at or above the least of the set: so `_draw_filtered` first finds
 that bound among the maxima, lists the groups that reach it, and then reads nothing but these, for top_k some k of them.
 A border, the largest logit such that those from it upwards reach a count or a mass, is found over the bits of the logits,
-three to four a pass, in as many passes as it takes to tell them apart. A flat row has all its groups listed.
+three a pass, in as many passes as it takes to tell them apart. A flat row has all its groups listed.
 
 Bytes: the logits once, a tile of 2,048 again; with filters 1/64 for maxima, written and read, and the listed groups.
 """
