@@ -207,14 +207,17 @@ def follow(run: Run, progress: Progress, shown: tuple[str, ...] = ("loss",)):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Warnings meant for programmers, and other libraries' bars where stderr is no terminal, are not shown."""
-    import datasets
     from transformers.utils import logging
 
     from fastalign.integrations._loading import quiet_unless_terminal
 
-    bars = datasets.are_progress_bars_disabled()
+    try:
+        import datasets
+    except ImportError:  # PPO needs none
+        datasets = None
+    silence = datasets is not None and not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     level = logging.get_verbosity()
-    if not sys.stderr.isatty():
+    if silence:
         datasets.disable_progress_bars()
     logging.set_verbosity_error()
     try:
@@ -224,7 +227,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-        if not bars:
+        if silence:
             datasets.enable_progress_bars()
 
 
