@@ -38,7 +38,7 @@ def cases() -> Iterator[KernelCase]:
 
 
 def case(rows: int, vocab: int, dtype: torch.dtype, options: dict, rows_given: bool = False) -> KernelCase:
-    flat = options.get("top_k", 0) > 1000 or "top_p" in options and "top_k" not in options  # read many times
+    flat = options.get("top_k", 0) > 1000 or ("top_p" in options and "top_k" not in options)  # read many times
 
     def build(device: str, small: bool) -> Work:
         from fastalign.kernels.sample_tokens import sample
