@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
 
 from fastalign.decode.select import _log_weights
 from fastalign.errors import UserError
@@ -56,7 +55,8 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]]) -
     kl, ess = np.empty(len(grid)), np.empty(len(grid))
     for i, row in enumerate(grid):
         scores = _log_weights(rewards, row)
-        log_w = scores - logsumexp(scores, axis=1, keepdims=True)
+        log_w = scores - scores.max(1, keepdims=True)
+        log_w -= np.log(np.exp(log_w).sum(1, keepdims=True))
         w = np.exp(log_w)
         means = np.einsum("pn,pnm->pm", w, rewards)
         values[i] = means.mean(0)
@@ -114,26 +114,30 @@ def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> Be
     ks = np.asarray(ks, dtype=np.int64)
     if ks.ndim != 1 or not len(ks) or ks.min() < 1 or ks.max() > n:
         raise UserError(f"ks must be numbers in 1..{n}, the candidates of a prompt, got {ks.tolist()}")
-    rank = np.arange(1, n + 1)
     values, stderr = np.empty((len(ks), m)), np.empty((len(ks), m))
     order = np.argsort(scores, axis=1, kind="stable")
     ordered = np.take_along_axis(scores, order, 1)
     sorted_rewards = np.take_along_axis(rewards, order[..., None], 1)
     for i, k in enumerate(ks.tolist()):
-        with np.errstate(invalid="ignore"):
-            log_p = gammaln(rank) - gammaln(rank - k + 1) - gammaln(k) - _log_choose(n, k)
-        p = np.where(rank >= k, np.exp(np.where(rank >= k, log_p, 0)), 0)
+        p = _best_of(k, n)
         means = np.stack([_shared(p, ordered[j]) @ sorted_rewards[j] for j in range(prompts)])
         values[i] = means.mean(0)
         stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
     return BestOfCurve(ks, values, stderr, np.array([best_of_n_kl(k) for k in ks.tolist()]))
 
 
+def _best_of(k: int, n: int) -> np.ndarray:
+    """The chance that the i-th smallest of n is the largest of k of them drawn without replacement, i = 1..n."""
+    from scipy.special import gammaln
+
+    rank = np.arange(k, n + 1)
+    log_choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    p = np.zeros(n)
+    p[k - 1 :] = np.exp(gammaln(rank) - gammaln(rank - k + 1) - gammaln(k) - log_choose)
+    return p
+
+
 def _shared(p: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     """p with its mass spread evenly over equal scores."""
     _, group, count = np.unique(ordered, return_inverse=True, return_counts=True)
     return (np.bincount(group, weights=p) / count)[group]
-
-
-def _log_choose(n: int, k: int) -> float:
-    return float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
