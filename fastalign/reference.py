@@ -234,6 +234,30 @@ def sample_tokens(
     return ids.masked_fill(bad, -1), log_probs.masked_fill(bad, float("nan"))
 
 
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    seed: int = 0,
+    offset: int = 0,
+    rows: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sample_tokens of logit_scale · (hidden Wᵀ + bias), softcapped. hidden (B, H), weight (V, H) -> ids, log_probs (B,)."""
+    h = _compute(hidden)
+    logits = h @ _compute(weight).T
+    if adapter is not None:
+        a, b, scale = adapter
+        logits = logits + scale * (h @ _compute(a).T) @ _compute(b).T
+    if bias is not None:
+        logits = logits + _compute(bias)
+    logits = transform_logits(logits * logit_scale, 1.0, softcap)
+    return sample_tokens(logits, temperature, seed=seed, offset=offset, rows=rows)
+
+
 # Sets resample's draws apart from those of sample_tokens, whose offsets are below 2^63: one seed serves both.
 RESAMPLE_DOMAIN = -(2**63)
 # A share that is whole but for rounding is whole.

@@ -16,6 +16,7 @@ from fastalign.ops.token_logprobs import OUTPUTS
 
 head = sys.modules["fastalign.ops._linear_cpu"]
 gpu_head = pytest.importorskip("fastalign.kernels.linear_token_logprobs")
+layout = pytest.importorskip("fastalign.kernels._head_layout")
 NEG_INF = float("-inf")
 SHAPES = [((8,), 64, 1024), ((5,), 33, 1023), ((2, 7), 17, 301), ((3,), 5, 1), ((), 4, 9), ((1,), 1, 2)]
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 0.3}, {"softcap": 5.0, "temperature": 1.3, "logit_scale": 2.0}]
@@ -27,9 +28,9 @@ def small_tiles(monkeypatch):
     """Tiles so small that a few rows span many of them, with odd ends in both directions."""
     monkeypatch.setattr(head, "TOKENS", 3)
     monkeypatch.setattr(head, "VOCAB", 37)
-    smallest = gpu_head.Blocks(rows=16, columns=64, width=32, warps=1, stages=1)
-    monkeypatch.setattr(gpu_head, "BLOCKS", dict.fromkeys(gpu_head.BLOCKS, smallest))
-    monkeypatch.setattr(gpu_head, "WORKSPACE", 6 << 10)
+    smallest = layout.Blocks(rows=16, columns=64, width=32, warps=1, stages=1)
+    monkeypatch.setattr(layout, "BLOCKS", dict.fromkeys(layout.BLOCKS, smallest))
+    monkeypatch.setattr(layout, "WORKSPACE", 6 << 10)
     monkeypatch.setattr(gpu_head, "SPLIT", 2)
 
 
@@ -392,7 +393,7 @@ def test_grad_filter_drops_what_is_small(each_backend, monkeypatch):
     """Against the definition: entries with p below the filter are 0, save the label's; and columns are left out."""
     if each_backend == "reference":
         pytest.skip("the reference has no filter")
-    monkeypatch.setitem(gpu_head.BLOCKS, torch.float32, gpu_head.Blocks(16, 256, 16, 1, 1))
+    monkeypatch.setitem(layout.BLOCKS, torch.float32, layout.Blocks(16, 1024, 16, 1, 1))
     hidden, weight, bias, labels = problem(((40,), 8, 3000), scale=6.0)
     eps = 2.0**-8
     for chosen in (bias, torch.arange(3000) * -0.02):  # the second: half the vocabulary falls out whole
@@ -427,14 +428,11 @@ def test_any_grid_of_triton_blocks(
     labels[torch.rand(tokens) < ignored] = -100
     a, b = leaves(hidden, weight, bias, dtype=torch.float64), leaves(hidden, weight, bias)
     with pytest.MonkeyPatch.context() as patch, fastalign.use_backend("triton"):
-        blocks = gpu_head.Blocks(16, columns, 16, 1, 1)
-        patch.setattr(gpu_head, "BLOCKS", {torch.float32: blocks})
-        for name, value in (
-            ("WORKSPACE", workspace),
-            ("GROUP_BYTES", group * 16 * width * 4),
-            ("SPLIT", split),
-            ("PROGRAMS", 1),
-        ):
+        blocks = layout.Blocks(16, columns, 16, 1, 1)
+        patch.setattr(layout, "BLOCKS", {torch.float32: blocks})
+        for name, value in (("WORKSPACE", workspace), ("GROUP_BYTES", group * 16 * width * 4)):
+            patch.setattr(layout, name, value)
+        for name, value in (("SPLIT", split), ("PROGRAMS", 1)):
             patch.setattr(gpu_head, name, value)
         if frozen:
             b = [b[0], b[1].detach(), b[2].detach()]

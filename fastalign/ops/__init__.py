@@ -1,6 +1,7 @@
 """The ops: one file each, compiled on the CPU, differentiable where that means something."""
 
 from fastalign.ops.gae import gae
+from fastalign.ops.linear_sample_tokens import linear_sample_tokens
 from fastalign.ops.linear_token_logprobs import linear_token_logprobs
 from fastalign.ops.linear_token_logratios import linear_token_logratios
 from fastalign.ops.map_statistics import MapStatistics, map_statistics
@@ -17,6 +18,7 @@ __all__ = [
     "SampledTokens",
     "TokenLogprobs",
     "gae",
+    "linear_sample_tokens",
     "linear_token_logprobs",
     "linear_token_logratios",
     "map_statistics",
