@@ -1,6 +1,6 @@
 """Compiles every Triton kernel at its shipped configurations, for GPUs that are not here, and reads what came out.
 
-    python tools/compile_gate.py [OP ...] [--target sm_90 ...] [--table FILE]
+    python tools/compile_gate.py [OP ...] [--target sm_90 ...] [--in-turn] [--table FILE]
 
 A kernel is launched on "meta" tensors against a driver that only names the target, so that what is compiled is what the
 launcher would have launched: the same specialisation, block sizes, warps and stages. Fails, naming the kernel, on
@@ -160,13 +160,16 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
 
 
-def reports(ops: list[str], device: str) -> list[Report]:
-    """Every kernel of every case of the ops (all where none is named) on one device, each distinct compilation once."""
+def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report]:
+    """Every kernel of every case of the ops (all where none is named) on one device, each distinct compilation once.
+
+    turns: the devices that cases are dealt out to in turn, one each; None: every case goes to every device.
+    """
     from fastalign.bench.gpu_common import cases
 
     found, seen = [], set()
-    for op, case in cases():
-        if ops and op not in ops:
+    for i, (op, case) in enumerate(cases()):
+        if (ops and op not in ops) or (turns and turns[i % len(turns)] != device):
             continue
         for kernel in launched(case.build("meta", False).run, device):
             if kernel.hash not in seen:
@@ -194,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to compile; all by default")
     parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES))
+    parser.add_argument(
+        "--in-turn", action="store_true", help="each case for one target, in turn: a quarter of the time"
+    )
     parser.add_argument("--table", type=Path, help="write the Markdown table there")
     options = parser.parse_args(argv)
     unknown = set(options.ops) - set(kernels.names())
@@ -202,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     found, faults = [], []
     spawn = multiprocessing.get_context("spawn")  # one driver a process
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(options.target)), mp_context=spawn) as pool:
-        for part in pool.map(partial(reports, options.ops), options.target):
+        turns = options.target if options.in_turn else None
+        for part in pool.map(partial(reports, options.ops, turns), options.target):
             for report in part:
                 found.append(report)
                 faults += report.faults()
