@@ -210,7 +210,9 @@ def test_bench_writes_results_and_a_table(tmp_path):
         result["ms"]["fastalign"]["p50"] > 0
         and f"{result['ratio']['numpy']['p50']:.1f} ×" in (tmp_path / "table.md").read_text()
     )
-    assert "benchmarks must be among losses, sampling, map, training, decode" in refused("bench", "elephant", "--out", tmp_path)
+    assert "benchmarks must be among losses, sampling, map, training, decode" in refused(
+        "bench", "elephant", "--out", tmp_path
+    )
 
 
 def test_info_tells_what_runs():
