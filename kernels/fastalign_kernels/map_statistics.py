@@ -273,7 +273,8 @@ def statistics(
     center = None if center is None else center.double().contiguous()
     count, width = len(lam), triton.next_power_of_2(m)
     own = max(min(width, MOST_SUMS // width), 1)
-    lanes = max(min(MOST_LANES, SUMS // (own * width)), 1)
+    most = MOST_LANES if groups is None else max(MOST_LANES // 2, 1)  # groups' own pointers want registers too
+    lanes = max(min(most, SUMS // (own * width)), 1)
     lambdas = min(triton.next_power_of_2(count), LAMBDAS, lanes)
     blocks = (triton.cdiv(count, lambdas), width // own)
     log_weights = None if log_weights is None else log_weights.contiguous()
