@@ -41,12 +41,14 @@ def linear_token_logprobs(
     """`token_logprobs` of logit_scale · (hidden Wᵀ + bias), a language model's head, without holding the logits.
 
     Only positions whose label is not ignored are projected. Products and sums are float32 (float64 for float64) in
-    every dtype and under autocast; bfloat16 and float16 weights are widened a tile at a time.
+    every dtype and under autocast; bfloat16 and float16 weights are widened a tile at a time. On a GPU, where hidden
+    and weight are of one narrow dtype, so are a tile's gradients and an adapter's low-rank activations, once each.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64, any strides.
         weight: (V, H), of these dtypes; float64 goes with float64 only.
-        labels: (...) int64 in [0, V), or `ignore_index`.
+        labels: (...) int64 in [0, V), or `ignore_index`. Out of range it raises; on a GPU, where that would mean to
+            wait, its row is NaN.
         bias: (V,), or None. -inf masks a vocabulary entry.
         temperature, softcap, ignore_index, outputs: as in `token_logprobs`.
         logit_scale: multiplies the logits before the softcap; positive.
@@ -72,6 +74,7 @@ def linear_token_logprobs(
     Returns:
         log_probs (...) float32 (float64 for float64) where only that is asked for, else a `TokenLogprobs`. Memory
         beyond the gradients: at most 64 MB and, where hidden is narrow or partly ignored, its scored rows in float32.
+        On a GPU: hidden in float32, hidden again, and as much as hidden in float32, at least 64 MB, for tiles.
 
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.

@@ -25,14 +25,16 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# 128 × 128 in 8 warps: 64 accumulators a thread, so that two blocks fit a processor and one computes its softmax while
-# the other multiplies. Exact float32 and float64 products are fused multiply-adds of each thread: smaller tiles.
+# 64 accumulators a thread: the softmax, its statistics and their gradients find room beside them. Exact float32 and
+# float64 products are fused multiply-adds of each thread: smaller tiles.
 BLOCKS = {
     torch.bfloat16: Blocks(128, 128, 64, 8, 3),
     torch.float16: Blocks(128, 128, 64, 8, 3),
-    torch.float32: Blocks(64, 64, 32, 8, 2),
+    torch.float32: Blocks(64, 64, 16, 8, 3),
     torch.float64: Blocks(32, 32, 32, 8, 2),
 }
+TALL = (90, 100, 103)  # architectures with registers and 197 KB of shared memory for tiles of 256 rows
+TALL_ROWS = 2048  # and that many rows at least
 GROUP_BYTES = 16 << 20  # of hidden states that stay in the second-level cache
 WORKSPACE = 64 << 20  # bytes of gradients of logits, or the size of hidden in float32 if that is more
 
@@ -58,10 +60,25 @@ class Head:
         self.labels, self.bias = labels.reshape(-1), None if bias is None else bias.contiguous()
         self.to_cap, self.to_z, self.slope = transform_factors(temperature, softcap, logit_scale)
         self.softcap = softcap != 0
-        self.blocks = fitting_blocks(self.dot, self.rows, self.width)
-        self.row_blocks = triton.cdiv(self.rows, self.blocks.rows)
-        block_bytes = self.blocks.rows * self.width * hidden.dtype.itemsize
-        self.group = max(1, GROUP_BYTES // block_bytes)
+        self.use(fitting_blocks(self.dot, self.rows, self.width))
+
+    def use(self, blocks: Blocks) -> None:
+        """Take tiles of that shape."""
+        self.blocks, self.row_blocks = blocks, triton.cdiv(self.rows, blocks.rows)
+        self.group = max(1, GROUP_BYTES // (blocks.rows * self.width * self.hidden.dtype.itemsize))
+
+    def use_tall(self) -> None:
+        """Tiles of 256 rows, where the device feeds its tensor cores from the second-level cache too slowly for 128.
+
+        Only for a product with its softmax and nothing more: what else is kept of each logit would not fit the registers.
+        """
+        more = self.softcap or self.bias is not None or self.low is not None or self.width % self.blocks.width
+        if not more and self.dot.itemsize == 2 and self.rows >= TALL_ROWS and architecture(self.hidden.device) in TALL:
+            self.use(self.blocks._replace(rows=256, stages=4))
+
+    def use_narrow(self) -> None:
+        """Tiles of 64 columns, where more is kept of each logit."""
+        self.use(self.blocks._replace(columns=min(self.blocks.columns, 64)))
 
     def arguments(self) -> dict:
         """Of forward_tiles and gradient_tiles."""
@@ -79,10 +96,6 @@ class Head:
             "BLOCK_R": min(self.blocks.width, max(16, triton.next_power_of_2(rank))),
             "num_warps": self.blocks.warps, "num_stages": self.blocks.stages,
         }  # fmt: skip
-
-    def narrow(self) -> None:
-        """Tiles of fewer columns: where more is kept of each logit."""
-        self.blocks = self.blocks._replace(columns=min(self.blocks.columns, 64))
 
     def part(self) -> int:
         """How much of the vocabulary a workspace (rows, part) spans: a multiple of a tile's columns."""
@@ -127,12 +140,17 @@ def fitting_blocks(dtype: torch.dtype, rows: int, width: int) -> Blocks:
     return blocks._replace(rows=least, warps=blocks.warps if least > 32 else min(blocks.warps, 4))
 
 
+def architecture(device: torch.device) -> int:
+    """NVIDIA's number for it, as 90; 0 for others' and for the interpreter."""
+    if device.type == "cpu":
+        return 0
+    target = driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
 def entropy_fits(device: torch.device) -> bool:
     """Whether what an entropy and its gradient take fits the registers beside a tile of 128 columns."""
-    if device.type == "cpu":
-        return True
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch == 90
+    return device.type == "cpu" or architecture(device) == 90
 
 
 def row_places(x: Tensor) -> tuple[Tensor, int]:

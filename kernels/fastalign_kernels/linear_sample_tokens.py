@@ -114,6 +114,6 @@ def sample(
     _draw[(head.rows,)](
         ids, log_probs, partial, streams=None if rows is None else rows.contiguous(), rows=head.rows, vocab=head.vocab,
         blocks=blocks, seed=seed, offset=offset, GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
-        BLOCK_N=head.blocks.columns, BLOCK_K=128, num_warps=8, **{name: given[name] for name in names},
+        BLOCK_N=head.blocks.columns, BLOCK_K=128, num_warps=4, **{name: given[name] for name in names},
     )  # fmt: skip
     return ids, log_probs

@@ -54,7 +54,9 @@ def forward(
         hidden, weight, bias, a, b, labels, adapter_scale, labels != ignore_index, temperature, softcap, logit_scale
     )
     if statistics and (unit or not entropy_fits(hidden.device)):
-        head.narrow()
+        head.use_narrow()
+    elif not statistics and not unit:
+        head.use_tall()
     results = (*found[:3], *(found[3:7] if statistics else [None] * 4))
     if unit:
         partial = _unit_gradient(head, found[8], statistics)
@@ -150,9 +152,12 @@ def backward(
     counts = (labels.reshape(-1) != ignore_index) & ((given[0] != 0) | (given[1] != 0))
     given[:2].masked_fill_(~counts, 0)
     head = Head(hidden, weight, bias, a, b, labels, adapter_scale, counts, temperature, softcap, logit_scale)
+    # ROCm's library does not sum narrow numbers in float32.
+    own = frozen or grad_filter > 0 or order is not None or torch.version.hip is not None
     if has_entropy and not entropy_fits(hidden.device):
-        head.narrow()
-    own = frozen or grad_filter > 0 or order is not None
+        head.use_narrow()
+    elif not has_entropy and not own:
+        head.use_tall()
     grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own, order).make(needs)
     if needs[0]:
         spread = torch.empty_like(grads[0]).index_copy_(0, head.position, grads[0]).view(hidden.shape)
@@ -168,8 +173,7 @@ class _Gradients:
         self, head: Head, given: Tensor, has_entropy: bool, grad_filter: float, own: bool, order: Tensor | None
     ):
         self.head, self.given, self.has_entropy, self.grad_filter = head, given, has_entropy, grad_filter
-        # ROCm's library does not sum narrow numbers in float32.
-        self.own, self.order = own or torch.version.hip is not None, order
+        self.own, self.order = own, order
         self.unscale = None
         if head.dot == torch.float16:
             largest = given[:2].abs().sum(0).amax().nan_to_num() * head.slope
