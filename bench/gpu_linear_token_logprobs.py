@@ -158,7 +158,7 @@ def _check(setting: Setting, run: Callable, head: tuple, grad: Tensor, grad_entr
         loss.backward()
         some += w.grad
         if not setting.grad_filter:
-            _near(grads[0][rows], x.grad, 4 * eps + low + 1e-5)
+            _near(grads[0][rows], x.grad, 4 * max(eps, torch.finfo(hidden.dtype).eps) + low + 1e-5)
     if setting.backward and not setting.frozen:
         _near(
             grads[1][: len(some)],
