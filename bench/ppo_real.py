@@ -1,8 +1,8 @@
 """python bench/ppo_real.py --out out/ppo: PPO on SmolLM2-135M with real rewards, several seeds, on two cores.
 
 Each seed starts from the same model, draws responses to the bundled prompts and trains for a time budget counted in
-processor seconds over threads, which is wall time on a machine of its own. Writes ppo_real.json (every step of every
-seed, and rewards on all prompts before and after) and ppo_real.png (reward and KL by step).
+processor seconds over threads (0.87 of the wall time where nothing else runs). Writes ppo_real.json (every step of
+every seed, and rewards on all prompts before and after) and ppo_real.png (reward and KL by time).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
                     "target", (0, options.target), textcoords="offset points", xytext=(2, 4), color=plots.MUTED
                 )
             axes.set_title("KL to the reference, nats per response" if name is None else f"reward: {name}")
-            axes.set_xlabel("minutes on two cores")
+            axes.set_xlabel("processor minutes on two cores")
             axes.grid(axis="y")
         panels[0].legend(loc="lower right")
     plots.save(figure, path)
