@@ -336,3 +336,12 @@ def test_real_model_answers():
     drawn = sampler.sample(["Name a colour.", "Say hello."], n=4, max_new_tokens=8, seed=0, stop=["\n"])
     assert len({text for row in drawn.texts for text in row}) > 4
     assert all(-30 < value <= 0 for row in drawn.logprobs for values in row for value in values)
+
+
+def test_a_part_of_the_prompts_is_drawn_for_as_in_the_whole(sampler):
+    whole = sampler.sample(PROMPTS, **SHORT)
+    part = sampler.sample([PROMPTS[2], PROMPTS[0]], prompt_ids=[2, 0], **SHORT)
+    assert part.prompt_ids.tolist() == [0, 2]
+    assert part.token_ids == [whole.token_ids[0], whole.token_ids[2]]
+    with pytest.raises(UserError, match="prompt_ids must be 2 different numbers"):
+        sampler.sample(PROMPTS[:2], prompt_ids=[1, 1], **SHORT)

