@@ -123,23 +123,35 @@ class Engine:
         self.lengths[:count] += 1
         return self._logits(hidden[:, 0])
 
-    @torch.inference_mode()
     def drop(self, rows: Sequence[int]) -> None:
         """Take these rows out of flight; the last rows move into their places."""
-        count = len(self.jobs)
         gone = set(rows)
-        keep = count - len(gone)
-        holes = sorted(row for row in gone if row < keep)
-        movers = [row for row in range(keep, count) if row not in gone]
-        if holes:
-            to, of = torch.tensor(holes), torch.tensor(movers)
+        if not gone:
+            return
+        keep = len(self.jobs) - len(gone)
+        movers = [row for row in range(keep, len(self.jobs)) if row not in gone]
+        rest = [movers.pop(0) if row in gone else row for row in range(keep)]
+        self.rearrange(rest, [self.jobs[row] for row in rest])
+
+    @torch.inference_mode()
+    def rearrange(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
+        """In flight from now on: copies of these rows, named `jobs`; a row may be taken more than once, or not at all."""
+        moved = [(to, of) for to, of in enumerate(rows) if to != of]
+        if moved:
+            to, of = torch.tensor(moved).unbind(1)
             self.lengths[to], self.last[to] = self.lengths[of], self.last[of]
             to, of = to.to(self.device), of.to(self.device)
             for cache in (*self.keys.values(), *self.values.values()):
                 cache.index_copy_(0, to, cache.index_select(0, of))
-            for hole, mover in zip(holes, movers, strict=True):
-                self.jobs[hole] = self.jobs[mover]
-        del self.jobs[keep:]
+        self.jobs = list(jobs)
+
+    def shrink(self) -> None:
+        """Give back the memory of places that no row in flight takes: `rows` is as many as there are."""
+        self.rows = len(self.jobs)
+        self.lengths, self.last = self.lengths[: self.rows], self.last[: self.rows]
+        for caches in (self.keys, self.values):
+            for layer, cache in caches.items():
+                caches[layer] = cache[: self.rows].clone()
 
     @property
     def device(self) -> torch.device:
