@@ -2,5 +2,6 @@
 
 from fastalign.palette.quantile import quantile_palette
 from fastalign.palette.solve import PaletteSolution, solve
+from fastalign.palette.sources import ParquetRewards
 
-__all__ = ["PaletteSolution", "quantile_palette", "solve"]
+__all__ = ["PaletteSolution", "ParquetRewards", "quantile_palette", "solve"]

@@ -31,38 +31,59 @@ def as_rewards(rewards) -> np.ndarray:
     return rewards.astype(np.float32 if rewards.dtype == np.float16 else np.float64)
 
 
-def checked(rewards, palette, groups, weights, tol, lam_max):
-    """The arguments of `solve` as rewards (n, m), palettes (K, m), log weights (n,) or None, groups (n,) or None."""
-    rewards = as_rewards(rewards)
-    n, m = rewards.shape
+def as_palettes(palette, m: int) -> np.ndarray:
+    """palette as (K, m) float64, K = 1 where it was (m,)."""
     palettes = np.asarray(to_numpy(palette), dtype=np.float64)
     if palettes.ndim not in (1, 2) or palettes.shape[-1] != m or palettes.size == 0:
         got = f"{palettes.shape[-1]}" if palettes.ndim in (1, 2) else f"shape {palettes.shape}"
         raise UserError(f"palette must have one level for each of the {m} rewards, got {got}")
     if not np.isfinite(palettes).all():
         raise UserError(f"palette must be finite, got {palettes[~np.isfinite(palettes)][0]}")
+    return np.atleast_2d(palettes)
+
+
+def as_sign(sense, m: int) -> np.ndarray:
+    """(m,): 1 for ">=", -1 for "<=", 0 for "=="; sense is one of them, or one for each reward."""
+    senses = [sense] * m if isinstance(sense, str) else list(sense)
+    signs = {">=": 1.0, "<=": -1.0, "==": 0.0}
+    for each in senses:
+        if not isinstance(each, str) or each not in signs:
+            raise UserError(f"sense must be '>=', '<=' or '==', got {each!r}")
+    if len(senses) != m:
+        raise UserError(f"sense must be one of '>=', '<=', '==' or one for each of the {m} rewards, got {len(senses)}")
+    return np.array([signs[each] for each in senses])
+
+
+def as_groups(groups, n: int) -> np.ndarray:
+    groups = np.asarray(to_numpy(groups))
+    if groups.shape != (n,):
+        raise UserError(f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}")
+    if groups.dtype.kind not in "iu":
+        raise TypeError(f"groups must be integers, got {groups.dtype}")
+    return groups
+
+
+def as_weights(weights, n: int) -> np.ndarray:
+    weights = np.asarray(to_numpy(weights), dtype=np.float64)
+    if weights.shape != (n,):
+        raise UserError(f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}")
+    bad = ~((weights >= 0) & (weights < np.inf))
+    if bad.any():
+        i = int(bad.argmax())
+        raise UserError(f"weights must be finite and not negative, got {weights[i]} in row {i}")
+    return weights
+
+
+def log_of(weights: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(weights)
+
+
+def check_options(tol: float, lam_max: float | None) -> None:
     if not 0 < tol < 1:
         raise UserError(f"tol must lie between 0 and 1, got {tol}")
     if lam_max is not None and not lam_max > 0:
         raise UserError(f"lam_max must be positive, got {lam_max}")
-    if groups is not None:
-        groups = np.asarray(to_numpy(groups))
-        if groups.shape != (n,):
-            raise UserError(f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}")
-        if groups.dtype.kind not in "iu":
-            raise TypeError(f"groups must be integers, got {groups.dtype}")
-    log_weights = None
-    if weights is not None:
-        weights = np.asarray(to_numpy(weights), dtype=np.float64)
-        if weights.shape != (n,):
-            raise UserError(f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}")
-        bad = ~((weights >= 0) & (weights < np.inf))
-        if bad.any():
-            i = int(bad.argmax())
-            raise UserError(f"weights must be finite and not negative, got {weights[i]} in row {i}")
-        with np.errstate(divide="ignore"):
-            log_weights = np.log(weights)
-    return rewards, np.atleast_2d(palettes), log_weights, groups
 
 
 def reject_nonfinite(rewards: np.ndarray) -> None:

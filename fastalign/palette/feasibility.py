@@ -1,7 +1,8 @@
-"""Which palettes can be reached at all, and which reachable one lies nearest.
+"""Which palettes can be reached at all, which reachable one lies nearest, and how far towards one it is possible to go.
 
-Reweighting moves the levels within conv{R_i}; a palette asks for at least its levels, so what can be reached is
-C = conv{R_i} − R^m_+ (with groups: the mean of the groups' hulls in place of conv{R_i}). The projection of the
+Reweighting moves the levels within conv{R_i}; a palette asks for at least (at most, exactly) its levels, so what can
+be reached is C = conv{R_i} − K with the cone K of what may be left over: R_+ for a value asked to be at least, R_- for
+at most, {0} for exactly (with groups: the mean of the groups' hulls in place of conv{R_i}). The projection of the
 palette onto C is found by fully corrective Frank-Wolfe: project onto the hull of the points met so far, ask for the
 sample that lies farthest along the remaining direction, add it, until none lies farther. It ends after finitely many
 points, and the last direction separates the palette from C.
@@ -16,48 +17,82 @@ MAX_POINTS = 1000
 SHARP = 1e13
 
 
-def nearest_reachable(run, palette: np.ndarray, scale: np.ndarray, direction: np.ndarray | None = None):
-    """Projection of `palette` (m,) onto what can be reached, in the metric Σ ((a − b) / scale)².
+class Reachable:
+    """C, seen through the farthest point in any direction, in units of `scale` (m,).
 
-    run: a MapPass over the rewards. direction: (m,) ≥ 0, a first guess at the separating direction (in λ's units).
-    Returns the nearest reachable palette (m,), the separating direction d ≥ 0 (m,) with max_i d·R_i < d·palette
-    (None where the palette itself is reachable to rounding), and the distance in units of scale.
+    run: a pass over the rewards. sign (m,): 1 where a palette asks for at least its level, -1 at most, 0 exactly.
     """
-    from scipy.optimize import nnls
 
-    m = len(palette)
-    offset = run.center - palette
+    def __init__(self, run, scale: np.ndarray, sign: np.ndarray):
+        self.run, self.scale, self.sign = run, scale, sign
 
-    def farthest(d: np.ndarray):
-        """The point of the hull farthest along d and its score, in units of scale and from the palette."""
-        sharp = run((d * (SHARP / np.sqrt(d @ d)) / scale)[None])
-        point = (sharp.mean[0] + offset) / scale
+    def inward(self, d: np.ndarray) -> np.ndarray:
+        """d cut to the directions in which C is bounded: those of λ."""
+        return np.where(self.sign > 0, np.maximum(d, 0.0), np.where(self.sign < 0, np.minimum(d, 0.0), d))
+
+    def farthest(self, d: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, float]:
+        """The point of the hull farthest along d and its score, from the palette."""
+        sharp = self.run((d * (SHARP / np.sqrt(d @ d)) / self.scale)[None])
+        point = (sharp.mean[0] + (self.run.center - palette)) / self.scale
         return point, float(d @ point)
 
-    d = np.ones(m) if direction is None else np.maximum(direction * scale, 0.0)
-    points = [farthest(d)[0]]
-    shortest = np.inf
-    for _ in range(MAX_POINTS):
-        # Least-norm point of conv(points) − cone(e_1..e_m) as one non-negative least-squares problem: the row of ones
-        # asks the weights to sum to 1, and dividing by their sum afterwards makes the answer exact for any residual.
-        system = np.zeros((m + 1, len(points) + m))
-        system[:m, : len(points)] = np.transpose(points)
-        system[:m, len(points) :] = -np.eye(m)
-        system[m, : len(points)] = 1.0
-        target = np.zeros(m + 1)
-        target[m] = 1.0
-        solution, _ = nnls(system, target)
-        weights, slack = solution[: len(points)], solution[len(points) :]
-        nearest = (weights @ np.array(points) - slack) / weights.sum()
-        distance = float(np.sqrt(nearest @ nearest))
-        d = np.maximum(-nearest, 0.0)
-        size = float(np.abs(points).max())
-        if distance <= 1e-14 * max(1.0, size):
-            return palette + nearest * scale, None, distance
-        point, score = farthest(d)
-        # score + distance² is Frank-Wolfe's gap; where it is rounding, or nothing moved any more, the point is nearest.
-        if score + distance**2 <= 1e-15 * (1.0 + size) * distance or distance >= shortest:
-            break
-        shortest = distance
-        points = [p for p, w in zip(points, weights, strict=True) if w > 0.0] + [point]
-    return palette + np.minimum(nearest, 0.0) * scale, d / scale / np.abs(d / scale).max(), distance
+    def nearest(self, palette: np.ndarray, direction: np.ndarray | None = None):
+        """Projection of `palette` (m,) onto C, in the metric Σ ((a − b) / scale)².
+
+        direction: (m,), a first guess at the separating direction (in λ's units).
+        Returns the nearest reachable palette (m,), the separating direction d (m,) in λ's units, with
+        max_i d·R_i < d·palette (None where the palette itself is reachable to rounding), and the distance in units of
+        scale.
+        """
+        from scipy.optimize import nnls
+
+        m = len(palette)
+        d = self.sign + (self.sign == 0) if direction is None else self.inward(direction * self.scale)
+        points = [self.farthest(d, palette)[0]]
+        spare = -np.diag(self.sign)[:, self.sign != 0]
+        shortest = np.inf
+        for _ in range(MAX_POINTS):
+            # Least-norm point of conv(points) − K as one non-negative least-squares problem: the row of ones asks the
+            # weights to sum to 1, and dividing by their sum afterwards makes the answer exact for any residual.
+            system = np.zeros((m + 1, len(points) + spare.shape[1]))
+            system[:m, : len(points)] = np.transpose(points)
+            system[:m, len(points) :] = spare
+            system[m, : len(points)] = 1.0
+            target = np.zeros(m + 1)
+            target[m] = 1.0
+            solution, _ = nnls(system, target)
+            weights, left = solution[: len(points)], solution[len(points) :]
+            nearest = (weights @ np.array(points) + spare @ left) / weights.sum()
+            distance = float(np.sqrt(nearest @ nearest))
+            d = self.inward(-nearest)
+            size = float(np.abs(points).max())
+            if distance <= 1e-14 * max(1.0, size):
+                return palette + nearest * self.scale, None, distance
+            point, score = self.farthest(d, palette)
+            # score + distance² is Frank-Wolfe's gap; where it is rounding, or nothing moved any more, it is nearest.
+            if score + distance**2 <= 1e-15 * (1.0 + size) * distance or distance >= shortest:
+                break
+            shortest = distance
+            points = [p for p, w in zip(points, weights, strict=True) if w > 0.0] + [point]
+        return palette - d * self.scale, d / self.scale / np.abs(d / self.scale).max(), distance
+
+    def scaling(self, mean: np.ndarray, palette: np.ndarray, direction: np.ndarray) -> float:
+        """The largest t for which mean + t (palette − mean) can be reached, for a palette that cannot.
+
+        direction: one that separates the palette from C. Each direction gives an upper bound on t; the direction that
+        separates mean + t (palette − mean) gives a lower one, until that palette is reached: Dinkelbach's iteration.
+        """
+        t, gap = 1.0, (palette - mean) / self.scale
+        d = self.inward(direction * self.scale)
+        for _ in range(MAX_POINTS):
+            d = d / np.sqrt(d @ d)
+            room, climb = self.farthest(d, mean)[1], float(d @ gap)
+            bound = max(0.0, room / climb) if climb > 0.0 else t
+            if not bound < t:
+                break
+            t = bound
+            _, direction, distance = self.nearest(mean + t * (palette - mean), d / self.scale)
+            if direction is None or distance <= 1e-12 * (1.0 + np.sqrt(gap @ gap)):
+                break
+            d = self.inward(direction * self.scale)
+        return t

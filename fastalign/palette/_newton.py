@@ -1,0 +1,160 @@
+"""Projected Newton on one palette's dual within bounds on λ, as a generator: it yields the μ at which it wants a pass.
+
+Bertsekas 1982, with the model over the bounds solved exactly by an active set, and a safeguarded line search. μ is λ
+in units of the rewards' standard deviations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_PASSES = 200
+# Beyond this λ (in standard deviations) a policy holds single samples; only the feasibility test can tell then.
+HUGE = 1e12
+# The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by less than this.
+POLISH_STEPS, SETTLED = 3, 1e-8
+
+
+@dataclass
+class Point:
+    """The dual at μ: value, gradient, Hessian; the largest score μ·(R_i − c) of any sample; effective sample size."""
+
+    mu: np.ndarray
+    value: float
+    gradient: np.ndarray
+    hessian: np.ndarray
+    top: float
+    ess: float
+
+
+class State:
+    """A palette's Newton iteration between passes: the trial asked for, the best point, the certificate if met."""
+
+    def __init__(self, steps):
+        self.steps, self.passes = steps, 0
+        self.trial = self.point = self.certificate = None
+
+    def begin(self) -> bool:
+        return self._resume(None)
+
+    def advance(self, point: Point) -> bool:
+        self.passes += 1
+        return self._resume(point)
+
+    def _resume(self, sent) -> bool:
+        try:
+            self.trial = self.steps.send(sent)
+            return True
+        except StopIteration as stop:
+            self.point, self.certificate = stop.value
+            return False
+
+
+def residual(point: Point, lower: np.ndarray, upper: np.ndarray) -> float:
+    """max_j |μ_j − clip(μ_j − γ_j, lower_j, upper_j)|, which is 0 at the minimum over the bounds and nowhere else."""
+    mu = point.mu
+    return float(np.abs(mu - np.minimum(np.maximum(mu - point.gradient, lower), upper)).max())
+
+
+def newton(point: Point, begun: Point | None, lower: np.ndarray, upper: np.ndarray, tol: float):
+    """Yields the μ to evaluate, is sent its Point; returns (last point, certificate or None).
+
+    Begins at `point`, which is μ = 0, or at `begun` if g is lower there: g(0) = 0.
+    """
+    # With finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
+    bounded = bool(np.isfinite(upper - lower).all())
+    certificate, polished = None, 0
+    if begun is not None and begun.value < point.value:
+        point = begun
+    for _ in range(MAX_PASSES):
+        size = float(np.sqrt(point.mu @ point.mu))
+        # max_i μ·(R_i − c) < 0: no mixture of the samples reaches c (Farkas). The distance is at least -top / size.
+        if certificate is None and point.top < -tol * size:
+            certificate = point.mu / size
+            if not bounded:
+                return point, certificate
+        left = residual(point, lower, upper)
+        if left == 0.0 or size > HUGE:
+            return point, certificate
+        step = model_minimum(point.hessian, point.gradient, point.mu, lower, upper) - point.mu
+        slope = float(point.gradient @ step)
+        length = float(np.sqrt(step @ step))
+        if not slope < 0.0:
+            return point, certificate
+        if left <= tol:
+            if length <= SETTLED * size or polished == POLISH_STEPS:
+                return point, certificate
+            polished += 1
+        reach = 1e3 * (1.0 + size) / max(1e-300, length)
+        if reach < 1.0:
+            step, slope = step * reach, slope * reach
+        t = 1.0
+        for _ in range(40):
+            trial = yield np.minimum(np.maximum(point.mu + t * step, lower), upper)
+            # Near the minimum g stands still at its last bits; there the residual is what must fall.
+            if trial.value <= point.value + 1e-4 * t * slope or (
+                trial.value <= point.value + 1e-12 * (1.0 + abs(point.value))
+                and residual(trial, lower, upper) < 0.5 * left
+            ):
+                break
+            if left <= tol:
+                return point, certificate
+            if certificate is None and trial.top < -tol * np.sqrt(trial.mu @ trial.mu):
+                break
+            t *= _shorten(point.value, t * slope, trial.value, t * float(trial.gradient @ step))
+        else:
+            return point, certificate
+        point = trial
+    return point, certificate
+
+
+def _shorten(f0: float, d0: float, f1: float, d1: float) -> float:
+    """Minimum in (0, 1) of the cubic with values f0, f1 and slopes d0 < 0, d1 > 0 at its ends, kept inside."""
+    a = d0 + d1 - 3.0 * (f1 - f0)
+    root = a * a - d0 * d1
+    if not np.isfinite(root) or root < 0.0:
+        return 0.1
+    root = float(np.sqrt(root))
+    t = 1.0 - (d1 + root - a) / (d1 - d0 + 2.0 * root) if d1 - d0 + 2.0 * root > 0 else 0.5
+    return min(max(t, 0.05), 0.8)
+
+
+def model_minimum(hessian, gradient, x, lower, upper) -> np.ndarray:
+    """argmin over lower ≤ z ≤ upper of ½ (z−x)ᵀ H (z−x) + gradient·(z−x), from a feasible x, by a primal active set."""
+    diagonal = np.diagonal(hessian)
+    # A hair on the diagonal, relative to each entry: duplicated and collinear rewards make H singular.
+    floor = 1e-14 * float(diagonal.max()) + 1e-280
+    h = hessian.copy()
+    h.flat[:: len(x) + 1] = np.maximum(diagonal, floor) * (1.0 + 1e-11)
+    z, g = x.copy(), gradient
+    movable = lower < upper
+    free = ((x > lower) | (g < 0.0)) & ((x < upper) | (g > 0.0)) & movable
+    for _ in range(10 * len(x) + 20):
+        f = free.nonzero()[0]
+        if len(f):
+            whole = len(f) == len(x)
+            step = np.linalg.solve(h if whole else h[f[:, None], f], -(g if whole else g[f]))
+            at = z[f]
+            goal = at + step
+            below, above = goal < lower[f], goal > upper[f]
+            out = below | above
+            if out.any():
+                end = np.where(below, lower[f], upper[f])[out]
+                room = (end - at[out]) / step[out]
+                t = float(room.min())
+                z[f] = at + t * step
+                hit = room <= t
+                z[f[out][hit]] = end[hit]
+                free[f[out][hit]] = False
+                g = gradient + h @ (z - x)
+                continue
+            z[f] = goal
+            g = gradient + h @ (z - x)
+        wrong = np.where(free | ~movable, 0.0, np.where(z <= lower, -g, g))
+        j = int(wrong.argmax())
+        if wrong[j] <= 1e-13 * (1.0 + abs(gradient[j])):
+            break
+        free[j] = True
+    return z

@@ -1,0 +1,58 @@
+"""From the arguments of `solve` to the pass over the rewards and the palettes; each mistake is one clear line."""
+
+from __future__ import annotations
+
+import torch
+
+from fastalign.errors import UserError
+from fastalign.palette._inputs import (
+    as_groups,
+    as_palettes,
+    as_rewards,
+    as_sign,
+    as_weights,
+    check_options,
+    log_of,
+)
+from fastalign.palette.passes import ArrayPass, ChunkedPass, DevicePass, ShardedPass, together
+from fastalign.palette.sources import ParquetRewards
+
+
+def set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group):
+    """The pass over the rewards, the palettes (K, m) and the constraints' signs (m,)."""
+    if process_group is None:
+        return _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max)
+    failed, found = "", None
+    try:
+        found = _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max)
+    except (UserError, TypeError, FileNotFoundError) as error:
+        failed = str(error)
+    together(failed, process_group)
+    own, palettes, sign = found
+    grouped = groups is not None or (isinstance(rewards, ParquetRewards) and rewards.grouped)
+    return ShardedPass(own, process_group, grouped), palettes, sign
+
+
+def _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max):
+    check_options(tol, lam_max)
+    if isinstance(rewards, ParquetRewards):
+        if groups is not None or weights is not None:
+            raise UserError("groups and weights must be columns named to ParquetRewards, got arrays beside it")
+        m = len(rewards.values)
+        return ChunkedPass(rewards), as_palettes(palette, m), as_sign(sense, m)
+    on_gpu = isinstance(rewards, torch.Tensor) and rewards.is_cuda and rewards.ndim == 2 and rewards.numel() > 0
+    rewards = _on_device(rewards.detach()) if on_gpu else as_rewards(rewards)
+    n, m = rewards.shape
+    palettes, sign = as_palettes(palette, m), as_sign(sense, m)
+    groups = None if groups is None else as_groups(groups, n)
+    log_weights = None if weights is None else log_of(as_weights(weights, n))
+    make = DevicePass if on_gpu else ArrayPass
+    return make(rewards, log_weights=log_weights, groups=groups), palettes, sign
+
+
+def _on_device(rewards: torch.Tensor) -> torch.Tensor:
+    if rewards.is_complex():
+        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
+    if rewards.dtype in (torch.float32, torch.float64):
+        return rewards
+    return rewards.float() if rewards.is_floating_point() else rewards.double()

@@ -1,0 +1,253 @@
+"""One pass over the rewards wherever they lie: in an array, on a GPU, in chunks on disk, or in shards on many ranks.
+
+Each pass is called at λ (K, m) and returns `MapStatistics` of numpy arrays; the solver needs nothing else of the data.
+    center  (m,) amid the data, so that an offset costs no digits; moments are about it
+    size    (m,) the rewards' root mean square on some of the rows
+    eps     the rounding of the rewards' own dtype
+    rows, group_count    how many there are; 0 groups in the joint form
+    total   log Σ weights, or with groups log of how many there are: what a merge of passes weighs each by
+    part(rows)           the same on about so many of the rows, or None where that is no use
+    reject_nonfinite()   raises UserError on the first NaN or infinite reward
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastalign.errors import UserError
+from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
+from fastalign.palette._inputs import reject_nonfinite
+
+FEW_ROWS, FEW_GROUPS = 1024, 64
+
+
+def rough(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each reward's mean and root mean square over some 256 of the rows."""
+    some = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
+    with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
+        return some.mean(axis=0), np.sqrt((some * some).mean(axis=0))
+
+
+class ArrayPass(MapPass):
+    """Over an array in memory, or mapped into it: read in place."""
+
+    def __init__(self, rewards: np.ndarray, *, center=None, log_weights=None, groups=None):
+        middle, self.size = rough(rewards)
+        super().__init__(rewards, center=middle if center is None else center, log_weights=log_weights, groups=groups)
+        self.rows, self.eps = len(rewards), float(np.finfo(rewards.dtype).eps)
+        self.group_count = 0 if groups is None else len(self.offsets) - 1
+        self.total = self.log_norm if groups is None else float(np.log(self.group_count))
+
+    def part(self, rows: int) -> ArrayPass | None:
+        stride = self.rows // rows
+        if self.groups is None:
+            chosen = slice(None, None, stride)
+        else:  # whole groups
+            sizes = np.diff(self.offsets)
+            if len(sizes) < FEW_GROUPS * stride:
+                return None
+            chosen = np.repeat(np.arange(len(sizes)) % stride == 0, sizes).nonzero()[0]
+            chosen = chosen if self.order is None else self.order[chosen]
+        log_weights = None if self.log_weights is None else np.ascontiguousarray(self.log_weights[chosen])
+        if log_weights is not None and self.groups is None and not (log_weights > -np.inf).any():
+            return None
+        groups = None if self.groups is None else self.groups[chosen]
+        return ArrayPass(
+            np.ascontiguousarray(self.rewards[chosen]), center=self.center, log_weights=log_weights, groups=groups
+        )
+
+    def reject_nonfinite(self) -> None:
+        reject_nonfinite(self.rewards)
+
+
+class DevicePass:
+    """Over a tensor on a GPU, which stays there."""
+
+    def __init__(self, rewards: torch.Tensor, *, log_weights=None, groups=None):
+        self.rewards = rewards
+        self.sample = ArrayPass(self._fetch(rewards))
+        self.center, self.size, self.eps, self.rows = (
+            self.sample.center,
+            self.sample.size,
+            self.sample.eps,
+            len(rewards),
+        )
+        self.log_weights, self.groups = log_weights, groups
+        move = lambda x: None if x is None else torch.as_tensor(x, device=rewards.device)  # noqa: E731
+        self.options = {
+            "center": move(self.center), "log_weights": move(log_weights), "groups": move(groups)
+        }  # fmt: skip
+        # The weights lie on the host anyhow: their sums, and what is wrong with them, are found there.
+        whole = np.zeros((self.rows, 1), dtype=np.float32)
+        alike = ArrayPass(whole, log_weights=log_weights, groups=groups)
+        self.total, self.group_count = alike.total, alike.group_count
+
+    @staticmethod
+    def _fetch(rows: torch.Tensor) -> np.ndarray:
+        stride = max(1, len(rows) // 4096)
+        return rows[::stride].contiguous().cpu().numpy()
+
+    def __call__(self, lam: np.ndarray) -> MapStatistics:
+        lam = torch.as_tensor(lam, dtype=torch.float64, device=self.rewards.device)
+        return MapStatistics(*(x.cpu().numpy() for x in map_statistics(self.rewards, lam, **self.options)))
+
+    def part(self, rows: int) -> ArrayPass | None:
+        if self.groups is not None or self.log_weights is not None:
+            return None
+        return ArrayPass(self.rewards[:: self.rows // rows].contiguous().cpu().numpy(), center=self.center)
+
+    def reject_nonfinite(self) -> None:
+        reject_nonfinite(self.rewards.cpu().numpy())
+
+
+def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tuple[MapStatistics, float]:
+    """The statistics of all rows from those of disjoint parts about one center, and the parts' common total.
+
+    totals: each part's log Σ weights, or with groups the log of its number of groups (none may be cut in two).
+    """
+    share = np.array(totals)
+    total = float(np.logaddexp.reduce(share))
+    log_share = (share - total)[:, None]
+    stack = MapStatistics(*(np.stack(each) for each in zip(*parts, strict=True)))
+    if grouped:
+        p = np.exp(log_share)
+        wide, square = p[:, :, None], p[:, :, None, None]
+        return MapStatistics(
+            (p * stack.log_z).sum(0), (wide * stack.mean).sum(0), (square * stack.cov).sum(0), (p * stack.ess).sum(0),
+            (p * stack.max_score).sum(0),
+        ), total  # fmt: skip
+    mass = stack.log_z + log_share
+    log_z = np.logaddexp.reduce(mass, axis=0)
+    p = np.exp(mass - log_z)
+    mean = (p[:, :, None] * stack.mean).sum(0)
+    apart = stack.mean - mean
+    between = apart[:, :, :, None] * apart[:, :, None, :]
+    cov = (p[:, :, None, None] * (stack.cov + between)).sum(0)
+    return MapStatistics(log_z, mean, cov, 1.0 / (p * p / stack.ess).sum(0), stack.max_score.max(0)), total
+
+
+class ChunkedPass:
+    """Over chunks of rows that are read anew in every pass; see `sources`. One more read takes a sample of them."""
+
+    def __init__(self, source):
+        self.source, self.grouped = source, source.grouped
+        kept, self.rows = [], 0
+        stride = max(1, source.rows // source.sample_rows)
+        for rewards, _, _ in source:
+            kept.append(np.array(rewards[-self.rows % stride :: stride]))
+            self.rows += len(rewards)
+        if not self.rows:
+            raise UserError("rewards must hold at least one sample and one reward, got no rows")
+        self.sample = ArrayPass(np.concatenate(kept))
+        self.center, self.size, self.eps, self.total = self.sample.center, self.sample.size, self.sample.eps, np.nan
+
+    def __call__(self, lam: np.ndarray) -> MapStatistics:
+        merged = None
+        for rewards, log_weights, groups in self.source:
+            if log_weights is not None and not self.grouped and not (log_weights > -np.inf).any():
+                continue
+            run = ArrayPass(rewards, center=self.center, log_weights=log_weights, groups=groups)
+            found = run(lam), run.total
+            merged = found if merged is None else merge(*zip(merged, found, strict=True), self.grouped)
+        if merged is None:
+            raise UserError("weights must be positive in at least one row, got none")
+        found, self.total = merged
+        return found
+
+    @property
+    def group_count(self) -> int:
+        return round(np.exp(self.total)) if self.grouped else 0
+
+    def part(self, rows: int) -> ArrayPass | None:
+        # Only rows that all count alike can stand for the whole.
+        if self.grouped or self.source.weighted:
+            return None
+        return ArrayPass(self.sample.rewards[:: max(1, self.sample.rows // rows)], center=self.center)
+
+    def reject_nonfinite(self) -> None:
+        for rewards, _, _ in self.source:
+            if not np.isfinite(rewards).all():
+                reject_nonfinite(rewards)
+        reject_nonfinite(self.sample.rewards)
+
+
+class ShardedPass:
+    """Over the rows of every rank of a torch.distributed group: each rank has a pass of its own and gets the same answer."""
+
+    def __init__(self, own, process_group, grouped: bool):
+        import torch.distributed as dist
+
+        self.own, self.group, self.grouped = own, process_group, grouped
+        device = "cuda" if dist.get_backend(process_group) == "nccl" else "cpu"
+        self.device = torch.device(device)
+        m = len(own.center)
+        told = self._gather(np.concatenate(([own.rows, own.eps], own.center, own.size)))
+        weight = told[:, 0] / told[:, 0].sum()
+        self.rows, self.eps = int(told[:, 0].sum()), float(told[:, 1].max())
+        self.size = np.sqrt(weight @ told[:, 2 + m :] ** 2)
+        self._recenter(weight @ told[:, 2 : 2 + m])
+
+    def _recenter(self, center: np.ndarray) -> None:
+        """Moments of all ranks about one center: the statistics at λ about each rank's own are moved to it."""
+        self.center, self.shift = center, self.own.center - center
+
+    def _gather(self, values: np.ndarray) -> np.ndarray:
+        import torch.distributed as dist
+
+        mine = torch.as_tensor(np.ascontiguousarray(values), device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(everyone, mine, group=self.group)
+        return torch.stack(everyone).cpu().numpy()
+
+    def __call__(self, lam: np.ndarray) -> MapStatistics:
+        found = self.own(lam)
+        count, m = lam.shape
+        score = lam @ self.shift
+        packed = np.concatenate(
+            [
+                np.full((count, 1), self.own.total), (found.log_z + score)[:, None], found.ess[:, None],
+                (found.max_score + score)[:, None], found.mean + self.shift, found.cov.reshape(count, m * m),
+            ],
+            axis=1,
+        )  # fmt: skip
+        gathered = self._gather(packed)
+        parts = [
+            MapStatistics(x[:, 1], x[:, 4 : 4 + m], x[:, 4 + m :].reshape(count, m, m), x[:, 2], x[:, 3])
+            for x in gathered
+        ]
+        merged, self.total = merge(parts, list(gathered[:, 0, 0]), self.grouped)
+        return merged
+
+    def part(self, rows: int) -> ShardedPass | None:
+        import torch.distributed as dist
+
+        share = max(1, rows // dist.get_world_size(self.group))
+        own = self.own.part(share) if self.own.rows >= share else None
+        if not self._gather(np.array([own is not None])).all():  # every rank takes the same way
+            return None
+        return ShardedPass(own, self.group, self.grouped)
+
+    @property
+    def group_count(self) -> int:
+        return round(np.exp(self.total)) if self.grouped else 0
+
+    def reject_nonfinite(self) -> None:
+        failed = ""
+        if not np.isfinite(self.own(np.zeros((1, len(self.center)))).cov).all():
+            try:
+                self.own.reject_nonfinite()
+            except UserError as error:
+                failed = str(error)
+        together(failed, self.group)
+
+
+def together(failed: str, process_group) -> None:
+    """Raises on every rank what went wrong on any, so that none waits for another that gave up."""
+    import torch.distributed as dist
+
+    told: list = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(told, failed, group=process_group)
+    for rank, message in enumerate(told):
+        if message:
+            raise UserError(f"{message} (on rank {rank})")
