@@ -3,6 +3,8 @@
 from fastalign.decode.best_of import BestOf, best_of
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import BestOfCurve, Estimate, best_of_curve, best_of_n_kl, estimate, needed
+from fastalign.decode.particles import Particles, particles
+from fastalign.decode.rejection import Rejection, speculative_rejection
 from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
 
@@ -11,6 +13,8 @@ __all__ = [
     "BestOfCurve",
     "Candidates",
     "Estimate",
+    "Particles",
+    "Rejection",
     "Sampler",
     "best_of",
     "best_of_curve",
@@ -18,5 +22,7 @@ __all__ = [
     "effective_sample_size",
     "estimate",
     "needed",
+    "particles",
     "select",
+    "speculative_rejection",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.decode.candidates import Candidates
+from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
 from fastalign.errors import UserError
@@ -18,14 +19,17 @@ from fastalign.errors import UserError
 class BestOf:
     """One text per prompt: texts (P,), indices (P,) among the N candidates, rewards (P, m) of the picked.
 
-    effective_sample_size (P,); candidates: all the scored ones they were picked from.
+    effective_sample_size (P,); values (m,): the mean rewards of the first pick, its own draw averaged out;
+    candidates: all the scored ones they were picked from; picked: all k picks of each prompt, the first of which is above.
     """
 
     texts: list[str]
     indices: np.ndarray
     rewards: np.ndarray
     effective_sample_size: np.ndarray
+    values: np.ndarray
     candidates: Candidates
+    picked: Candidates
 
 
 def best_of(
@@ -36,37 +40,56 @@ def best_of(
     n: int,
     lam: Sequence[float] | None = None,
     method: str = "best",
+    k: int = 1,
     max_new_tokens: int,
     seed: int,
     show_progress: bool = False,
     **sampling: Any,
 ) -> BestOf:
-    """Draw n candidates per prompt, score them, keep one.
+    """Draw n candidates per prompt, score them, keep k.
 
     sampler: a Sampler or a model's name. rewards: a reward's name or Reward object, or several.
     lam: (m,) weights, 1 each by default. method: "best" keeps the largest lam . R; "resample" draws from
-    p0 exp(lam . R) among the n. sampling: temperature, top_p, stop ... as in `Sampler.sample`.
+    p0 exp(lam . R) among the n (soft best-of-n: at temperature t it is lam / t), and so does any method of `select`, with or
+    without replacement. Where the n are too few for that, a warning says how many are needed (`estimate`).
+    sampling: temperature, top_p, stop ... as in `Sampler.sample`.
     Raises UserError (one line) on bad arguments.
     """
     from fastalign.rewards import score
 
+    sampler, rewards, names, lam = prepared(sampler, rewards, lam)
+    candidates = sampler.sample(
+        prompts, n=n, max_new_tokens=max_new_tokens, seed=seed, show_progress=show_progress, **sampling
+    )
+    values = score(rewards, *candidates.pairs(), show_progress=show_progress)
+    return chosen(candidates.with_rewards(names, values), names, lam, method=method, k=k, seed=seed)
+
+
+def prepared(sampler: Sampler | str, rewards: Any, lam: Sequence[float] | None) -> tuple:
+    """(Sampler, rewards as a list, their names, lam (m,) float64) from what `best_of` takes."""
     rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     lam = np.ones(len(rewards)) if lam is None else np.asarray(lam, dtype=np.float64)
     if not rewards or lam.shape != (len(rewards),):
         raise UserError(f"lam must have one weight per reward, {len(rewards)}, got shape {lam.shape}")
-    sampler = Sampler.from_pretrained(sampler) if isinstance(sampler, str) else sampler
-    candidates = sampler.sample(
-        prompts, n=n, max_new_tokens=max_new_tokens, seed=seed, show_progress=show_progress, **sampling
-    )
     names = [reward if isinstance(reward, str) else reward.name for reward in rewards]
-    values = score(rewards, *candidates.pairs(), show_progress=show_progress)
-    candidates = candidates.with_rewards(names, values)
+    return Sampler.from_pretrained(sampler) if isinstance(sampler, str) else sampler, rewards, names, lam
+
+
+def chosen(candidates: Candidates, names: Sequence[str], lam: np.ndarray, *, method: str, k: int, seed: int) -> BestOf:
+    """What `best_of` keeps of scored candidates."""
     array = candidates.reward_array(names)
-    indices = select(array, lam, method=method, seed=seed)[:, 0]
+    picked = candidates.take(select(array, lam, k=k, method=method, seed=seed))
+    indices = picked.picked[:, 0]
+    if method == "best":
+        values = best_of_curve(array, lam, [array.shape[1]]).values[0]
+    else:
+        values = estimate(array, lam).values[0]
     return BestOf(
-        texts=[row[i] for row, i in zip(candidates.texts, indices, strict=True)],
+        texts=[row[0] for row in picked.texts],
         indices=indices,
         rewards=array[np.arange(len(indices)), indices],
         effective_sample_size=effective_sample_size(array, lam),
+        values=values,
         candidates=candidates,
+        picked=picked,
     )

@@ -1,0 +1,151 @@
+"""Speculative rejection: best-of-N that stops drawing candidates once their beginnings look unpromising.
+
+As in Sun et al. (arXiv 2410.20290), and as successive halving does it: at each checkpoint every prompt's candidates are
+scored as they stand, and only the best of them go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastalign.decode.best_of import prepared
+from fastalign.decode.candidates import Candidates
+from fastalign.decode.crowd import Crowd, checkpoints_of, groups
+from fastalign.decode.engine import GROW, Job
+from fastalign.decode.sampler import Sampler, Settings
+from fastalign.errors import UserError
+from fastalign.units import parse_bytes
+
+
+@dataclass
+class Rejection:
+    """One text per prompt: texts (P,), indices (P,) among the n candidates, rewards (P, m) of the picked.
+
+    candidates: all n, those that were dropped as far as they came, each with the rewards of its text as it was scored last.
+    complete (P, n) bool: which were drawn to their end. tokens: drawn in all.
+    """
+
+    texts: list[str]
+    indices: np.ndarray
+    rewards: np.ndarray
+    candidates: Candidates
+    complete: np.ndarray
+    tokens: int
+
+
+def speculative_rejection(
+    sampler: Sampler | str,
+    prompts: Sequence[str],
+    rewards: Any,
+    *,
+    n: int,
+    lam: Sequence[float] | None = None,
+    checkpoints: Sequence[int],
+    keep: float = 0.5,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int,
+    chat: bool | str = "auto",
+    batch_size: int | None = None,
+    memory_limit: int | str | None = None,
+    show_progress: bool = False,
+) -> Rejection:
+    """The best of n candidates by lam . R, most of them drawn in part only.
+
+    checkpoints: rising numbers of new tokens; at each, a prompt's candidates that are left are scored on their texts so far,
+    and the share `keep` of them with the largest lam . R goes on (rounded up; those that have ended stay in the race at no
+    cost). memory_limit: of keys and values, in bytes or as "4GB": where those left would outgrow it, the worst are dropped
+    then and there. The other arguments are those of `best_of` and `Sampler.sample`; with the same seed the
+    candidates are the same ones, cut short where they were dropped.
+
+    Bias: a text whose beginning scores low is lost even if it ends best, so that the reward reached is at most best-of-n's
+    on the same candidates, and the picked texts follow no law that can be written down: not for `resample`,
+    and not for estimates. How much is lost depends on what the beginning says about the whole; `bench/spend_less.py` measures
+    it for the rewards of the demo. Needs a model that the shared-prompt engine runs.
+
+    Raises UserError (one line) on bad arguments.
+    """
+    from fastalign import progress
+
+    sampler, rewards, names, lam = prepared(sampler, rewards, lam)
+    if not 0 < keep <= 1:
+        raise UserError(f"keep must lie in (0, 1], got {keep}")
+    checkpoints = checkpoints_of(checkpoints, max_new_tokens)
+    stop = [stop] if isinstance(stop, str) else list(stop or ())
+    settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
+    encoded = sampler._encode(prompts, chat, max_new_tokens)
+    limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
+    record = {"model": sampler.name, **vars(settings), "chat": chat, "checkpoints": checkpoints, "keep": keep}
+    parts, complete, tokens = [], {}, 0
+    with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
+        for group in groups(sampler, encoded, settings, batch_size, limit):
+            crowd = Crowd(sampler, {i: encoded[i] for i in group}, settings)
+            scores = _race(crowd, prompts, rewards, lam, checkpoints, keep, limit)
+            part = Candidates(
+                [prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=np.array(group, dtype=np.int64)
+            )
+            parts.append(part.with_rewards(names, np.stack([scores[one] for one in crowd.jobs])))
+            for i, row in zip(group, crowd.grid({one: one in crowd.ended for one in crowd.jobs}), strict=True):
+                complete[i] = row
+            tokens += crowd.drawn
+            advance(len(group))
+    candidates = Candidates.concat(parts)
+    whole = np.array([complete[i] for i in range(len(prompts))])
+    array = candidates.reward_array(names)
+    indices = np.where(whole, array.astype(np.float64) @ lam, -np.inf).argmax(1)
+    return Rejection(
+        texts=[row[i] for row, i in zip(candidates.texts, indices, strict=True)],
+        indices=indices,
+        rewards=array[np.arange(len(indices)), indices],
+        candidates=candidates,
+        complete=whole,
+        tokens=tokens,
+    )
+
+
+def _race(crowd: Crowd, prompts, rewards, lam, checkpoints: list[int], keep: float, limit: int | None):
+    """Run a crowd to its end; each candidate's last rewards (m,)."""
+    new = crowd.settings.max_new_tokens
+    scores: dict[Job, np.ndarray] = {}
+    final: set[Job] = set()  # scored since they ended
+    racing: dict[int, list[Job]] = {}
+    for one in crowd.jobs:
+        racing.setdefault(one.prompt, []).append(one)
+
+    def rescore() -> None:
+        todo = [one for members in racing.values() for one in members if one not in final]
+        scores.update(zip(todo, crowd.score(rewards, prompts, todo), strict=True))
+        final.update(crowd.ended.intersection(todo))
+
+    # Room for keys and values grows by GROW tokens at a time: what would then outgrow the limit has to go before.
+    grows = range(GROW, new, GROW) if limit is not None else range(0)
+    for age in sorted({*checkpoints, *grows}):
+        crowd.advance(age)
+        if not crowd.live:
+            break
+        most = len(crowd.live) if limit is None else crowd.fitting(limit, (age // GROW + 1) * GROW)
+        live, lost = set(crowd.live), []
+        if age in checkpoints or len(live) > most:
+            rescore()
+            for prompt, members in racing.items():
+                ranked = sorted(members, key=lambda one: -(scores[one] @ lam))
+                if age in checkpoints:
+                    ranked = ranked[: math.ceil(keep * len(ranked))]
+                if len(live) > most:
+                    fitting = set([one for one in ranked if one in live][: most // len(racing)])
+                    ranked = [one for one in ranked if one not in live or one in fitting]
+                lost += live.intersection(members).difference(ranked)
+                racing[prompt] = ranked
+        crowd.drop(lost)
+    crowd.advance(new)
+    rescore()
+    return scores
