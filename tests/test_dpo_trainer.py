@@ -70,6 +70,7 @@ def logs(trained):
         {"loss_type": "ipo", "ld_alpha": 0.5, "use_weighting": True},
         {"loss_type": "aot"},
         {"precompute_ref_log_probs": True, "gradient_accumulation_steps": 2},
+        {"precompute_ref_log_probs": False},
         {"max_length": 24, "truncation_mode": "keep_end"},
     ],
     ids=lambda options: " ".join(map(str, options)) or "default",
@@ -136,9 +137,25 @@ def test_reference_log_probs_are_kept_by_content(folder, tmp_path, monkeypatch):
     assert len(list(kept.iterdir())) == 3
 
 
+def test_no_second_model_where_the_reference_can_be_asked_before_training(folder, tmp_path):
+    ours = trainer(DPOTrainer, folder, tmp_path)
+    assert ours.ref_model is None and "ref_chosen_logps" in ours.train_dataset.column_names
+    partly = trainer(DPOTrainer, folder, tmp_path, max_steps=1, data=rows(8))  # half of the pairs would be run in vain
+    assert partly.ref_model is not None and "ref_chosen_logps" not in partly.train_dataset.column_names
+    theirs = trainer(trl.DPOTrainer, folder, tmp_path)
+    found = []
+    for each in (ours, theirs):
+        each.train()
+        found.append(each.evaluate(Dataset.from_list(rows(6)))["eval_loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert ours.ref_model is not None
+
+
 def test_modpo_margins_and_weights(folder, tmp_path):
     data = [row | {"margin": 0.3 * (i % 3) - 0.2, "weight": 1.0 + i % 2} for i, row in enumerate(rows(4))]
-    t = trainer(DPOTrainer, folder, tmp_path, data=data, modpo_weight=0.5, max_steps=1, beta=0.2)
+    t = trainer(
+        DPOTrainer, folder, tmp_path, data=data, modpo_weight=0.5, precompute_ref_log_probs=False, max_steps=1, beta=0.2
+    )
     with torch.no_grad():
         for p in t.ref_model.parameters():
             p.mul_(0.9)  # apart from the policy

@@ -37,6 +37,9 @@ OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 class DPOConfig(trl.DPOConfig):
     """TRL's DPOConfig, and:
 
+    precompute_ref_log_probs: None, the default: where the reference is the policy before its first step (no ref_model,
+        no PEFT) and every pair will be met, its log-probabilities are taken before training, and no second model is
+        held. Results are the same. True and False are TRL's.
     share_prompt: run each pair's common beginning once and no padding. Results are the same.
     max_packed_tokens: tokens run at once; larger batches go in parts. None: 512 on a CPU, elsewhere the whole batch.
     modpo_weight: MODPO (arXiv 2310.03708, eq. 9): the weight w of the value that the pairs express, in (0, 1]. A
@@ -46,6 +49,9 @@ class DPOConfig(trl.DPOConfig):
     label_smoothing counts for loss types sigmoid and sigmoid_norm too (cDPO), where TRL ignores it.
     """
 
+    precompute_ref_log_probs: bool | None = field(
+        default=None, metadata={"help": "Reference log-probs before training. Default: where that costs nothing."}
+    )
     share_prompt: bool = field(default=True, metadata={"help": "Run each pair's common beginning once, no padding."})
     max_packed_tokens: int | None = field(default=None, metadata={"help": "Tokens run at once. Default 512 on a CPU."})
     modpo_weight: float = field(default=1.0, metadata={"help": "MODPO's weight of the pairs' own value, in (0, 1]."})
@@ -88,9 +94,25 @@ class DPOTrainer(trl.DPOTrainer):
         _checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
         if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
             raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")
-        self._ready = False
+        self._ready = self._lazy_reference = False
+        if getattr(args, "precompute_ref_log_probs", False) is None:
+            peft = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+            self._lazy_reference = ref_model is None and not peft and _whole(args, kwargs)
+            args.precompute_ref_log_probs = self._lazy_reference
         super().__init__(model, ref_model, args, *positional, **kwargs)
         self._prepare()
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        if given and self._lazy_reference and self.ref_model is None and self.state.global_step > 0:
+            # The policy is no longer the reference, whose log-probabilities of these pairs nobody took.
+            reference = trl.trainer.utils.create_model_from_path(
+                trl.trainer.utils.get_config_model_id(self.model.config),
+                **{"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})},
+            )
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self._ready = False
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Comes after the models are there and before any of their passes."""
@@ -272,3 +294,16 @@ class DPOTrainer(trl.DPOTrainer):
             for ids in dataset.with_format("numpy")[column]:
                 digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
         return digest.hexdigest()[:32]
+
+
+def _whole(args: DPOConfig, given: dict[str, Any]) -> bool:
+    """Whether training meets every pair at least once, of datasets that have an end, and keeps one reference."""
+    train, evaluated = given.get("train_dataset"), given.get("eval_dataset")
+    datasets = [train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+    if not all(d is None or hasattr(d, "num_rows") for d in datasets) or train is None:
+        return False
+    elsewhere = args.sync_ref_model or args.fsdp or args.deepspeed or {"image", "images"} & set(train.column_names)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else float("inf")
+    epochs = float("inf") if args.max_steps > 0 else args.num_train_epochs
+    return not elsewhere and steps * per_step >= train.num_rows and epochs >= 1
