@@ -13,20 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from fastalign.kernels import _head
+from fastalign.kernels._first_beyond import first_beyond
 from fastalign.kernels._head_layout import Head, plain
 from fastalign.kernels._philox import philox_uniform
 from fastalign.kernels._softmax import lowest, transform
 
 from fastalign.ops.linear_sample_tokens import MIN_TEMPERATURE, _sample_fake
-
-
-@triton.jit
-def _first_beyond(weights, target, SIZE: tl.constexpr):
-    """The first place whose cumulative weight exceeds target, else the last with any; and what is before it."""
-    place = tl.arange(0, SIZE)
-    found = tl.min(tl.where((weights > 0) & (tl.cumsum(weights, 0) > target), place, SIZE))
-    found = tl.minimum(found, tl.max(tl.where(weights > 0, place, 0)))
-    return found, tl.sum(tl.where(place < found, weights, 0))
 
 
 @triton.jit(do_not_specialize=["rows", "vocab", "blocks", "seed", "offset"])
@@ -52,7 +44,7 @@ def _draw(
     if GREEDY:
         block = tl.min(tl.where((tops == top) & (s < blocks), s, BLOCKS - 1))
     else:
-        block, before = _first_beyond(masses, target, BLOCKS)
+        block, before = first_beyond(masses, target, BLOCKS)
         target -= before
     block = tl.minimum(block, blocks - 1)
     # ---- its logits ----
@@ -81,7 +73,7 @@ def _draw(
         weights = tl.exp((z - about).to(tl.float64))
         # The block's mass now is not to the last digit what it was: the target keeps its share of it.
         mass = tl.sum(tl.where(s == block, masses, 0))
-        found, _ = _first_beyond(weights, target / tl.where(mass > 0, mass, 1) * tl.sum(weights), BLOCK_N)
+        found, _ = first_beyond(weights, target / tl.where(mass > 0, mass, 1) * tl.sum(weights), BLOCK_N)
         drawn = tl.max(tl.where(tl.arange(0, BLOCK_N) == found, z, float("-inf")))
         log_prob = (drawn - top).to(tl.float64) - tl.log(total)
     tl.store(ids + row, tl.where(sound, block.to(tl.int64) * BLOCK_N + found, -1))

@@ -18,6 +18,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._first_beyond import first_beyond
 from fastalign.kernels._philox import philox_uniform
 from fastalign.kernels._softmax import compute_type, lowest
 from torch import Tensor
@@ -75,15 +76,6 @@ def _row_masses(masses, each, top, scale, row, tiles, TILES: tl.constexpr):
     return mass.to(tl.float64) * tl.exp((each - top) * scale).to(tl.float64)
 
 
-@triton.jit
-def _first_beyond(weights, target, SIZE: tl.constexpr):
-    """The first place whose cumulative weight exceeds target, else the last with any; and what is before it."""
-    place = tl.arange(0, SIZE)
-    found = tl.min(tl.where((weights > 0) & (tl.cumsum(weights, 0) > target), place, SIZE))
-    found = tl.minimum(found, tl.max(tl.where(weights > 0, place, 0)))
-    return found, tl.sum(tl.where(place < found, weights, 0))
-
-
 @triton.jit(do_not_specialize=["seed", "offset"])
 def _draw(
     ids, log_probs, tops, masses, logits, rows, vocab, tiles, row_stride, stride,
@@ -100,7 +92,7 @@ def _draw(
         total = tl.sum(mass)
         stream = tl.load(rows + row) if ROWS else row
         target = philox_uniform(seed, stream, offset) * total
-        tile, before = _first_beyond(mass, target, TILES)
+        tile, before = first_beyond(mass, target, TILES)
     place = tl.arange(0, TILE)
     at = tile.to(tl.int64) * TILE + place
     x = tl.load(logits + row * row_stride + at * stride, mask=at < vocab, other=float("-inf")).to(COMPUTE)
@@ -111,7 +103,7 @@ def _draw(
         # exp about the same shift as when it was summed, so that what had mass has it again.
         about = tl.max(x)
         weights = tl.exp((x - about) * scale).to(tl.float64)
-        found, _ = _first_beyond(weights, (target - before) / tl.exp((about - top) * scale).to(tl.float64), TILE)
+        found, _ = first_beyond(weights, (target - before) / tl.exp((about - top) * scale).to(tl.float64), TILE)
         drawn = tl.max(tl.where(place == found, x, float("-inf")))
         log_prob = ((drawn - top) * scale).to(tl.float64) - tl.log(total)
     tl.store(ids + row, tl.where(sound, tile.to(tl.int64) * TILE + found, -1))
@@ -230,10 +222,10 @@ def _pick(
     total = tl.sum(sums)
     if not TIES:
         target *= total
-    block, before = _first_beyond(sums, target, BLOCKS)
+    block, before = first_beyond(sums, target, BLOCKS)
     x, at = _load(logits, listed, block * BLOCK, count, vocab, stride, COMPUTE, GROUP, BLOCK)
     weights = _weights(x, at, top, scale, border, first_tie, least, TIES, EMPTY).to(tl.float64)
-    found, _ = _first_beyond(weights, target - before, BLOCK)
+    found, _ = first_beyond(weights, target - before, BLOCK)
     return tl.max(tl.where(place == found, at, 0)), tl.max(tl.where(place == found, x, float("-inf"))), total
 
 
