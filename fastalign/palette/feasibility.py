@@ -70,9 +70,10 @@ class Reachable:
                 return palette + nearest * self.scale, None, distance
             point, score = self.farthest(d, palette)
             # score + distance² is Frank-Wolfe's gap; where it is rounding, or nothing moved any more, it is nearest.
-            if score + distance**2 <= 1e-15 * (1.0 + size) * distance or distance >= shortest:
+            met = distance >= shortest and any(np.array_equal(point, p) for p in points)
+            if score + distance**2 <= 1e-15 * (1.0 + size) * distance or met:
                 break
-            shortest = distance
+            shortest = min(shortest, distance)
             points = [p for p, w in zip(points, weights, strict=True) if w > 0.0] + [point]
         return palette - d * self.scale, d / self.scale / np.abs(d / self.scale).max(), distance
 
