@@ -1,5 +1,6 @@
 """From a base model to text aligned with a palette: sample candidates, select among them, best-of-N."""
 
+from fastalign.decode.adaptive import Adaptive, Pilot, adaptive, pilot
 from fastalign.decode.best_of import BestOf, best_of
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import BestOfCurve, Estimate, best_of_curve, best_of_n_kl, estimate, needed
@@ -9,13 +10,16 @@ from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
 
 __all__ = [
+    "Adaptive",
     "BestOf",
     "BestOfCurve",
     "Candidates",
     "Estimate",
     "Particles",
+    "Pilot",
     "Rejection",
     "Sampler",
+    "adaptive",
     "best_of",
     "best_of_curve",
     "best_of_n_kl",
@@ -23,6 +27,7 @@ __all__ = [
     "estimate",
     "needed",
     "particles",
+    "pilot",
     "select",
     "speculative_rejection",
 ]

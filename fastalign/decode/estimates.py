@@ -28,6 +28,18 @@ class Estimate(NamedTuple):
     kl: np.ndarray  # (K,) estimate of the mean over prompts of KL(p_λ, p0), nats; at most log N
     ess: np.ndarray  # (K,) mean effective sample size over prompts, in 1..N
     prompts: int
+    n: int  # candidates of each
+
+    @property
+    def doubt(self) -> str | None:
+        """Where the candidates are too few to trust, in one line."""
+        if not (self.ess < min(TRUSTED_ESS, self.n)).any():
+            return None
+        worst = int(self.ess.argmin())
+        return (
+            f"at lam {np.round(self.lam[worst], 4).tolist()} the {self.n} candidates of a prompt are worth {self.ess[worst]:.1f}: too "
+            f"few to trust the ideal's values; about {needed(self.kl[worst])} candidates a prompt would be"
+        )
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """(low, high), each (K, m): Student's interval for the mean over prompts."""
@@ -37,12 +49,12 @@ class Estimate(NamedTuple):
         return self.values - half, self.values + half
 
 
-def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]]) -> Estimate:
+def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *, warn: bool = True) -> Estimate:
     """Realised values, divergence and effective sample size at every λ of a grid, from one set of candidates.
 
     rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the mean that `select(rewards, lam)` has over its own draw
     and over candidates, without bias, and less spread. Against the ideal p_λ, which N = infinity would give, both
-    have a bias of order 1/ess; a warning says where the mean ess is below 10.
+    have a bias of order 1/ess; a warning says where the mean ess is below 10 (`Estimate.doubt`), unless warn is False.
 
     Raises UserError on wrong shapes and numbers that are not finite.
     """
@@ -61,16 +73,12 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]]) -
         means = np.einsum("pn,pnm->pm", w, rewards)
         values[i] = means.mean(0)
         stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
-        kl[i] = (np.where(w > 0, w * (log_w + math.log(n)), 0).sum(1)).mean()
+        kl[i] = max(0.0, (np.where(w > 0, w * (log_w + math.log(n)), 0).sum(1)).mean())
         ess[i] = (1 / (w**2).sum(1)).mean()
-    if (ess < min(TRUSTED_ESS, n)).any():
-        worst = int(ess.argmin())
-        warnings.warn(
-            f"at lam {grid[worst].tolist()} the {n} candidates of a prompt are worth {ess[worst]:.1f}: too few to trust the "
-            f"ideal's values; about {needed(kl[worst])} candidates a prompt would be",
-            stacklevel=2,
-        )
-    return Estimate(grid, values, stderr, kl, ess, prompts)
+    found = Estimate(grid, values, stderr, kl, ess, prompts, n)
+    if warn and found.doubt:
+        warnings.warn(found.doubt, stacklevel=2)
+    return found
 
 
 def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
