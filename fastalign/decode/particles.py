@@ -84,7 +84,7 @@ def particles(
     log of the reward-to-go, log E[exp(lambda . R) | text so far] at best; by default lambda . R of the text so far. ess:
     resample a prompt's particles where the effective sample size is below this share of n. method: any of `ops.resample` that
     draws with replacement. The other arguments are those of `best_of`. A copy shares its ancestor's tokens up to the checkpoint
-    and has a random stream of its own, that of its place.
+    and has a random stream of its own, that of its place. All n of a prompt are in flight at once, which is what bounds n.
 
     Bias: none in Z and Z E_lambda f (see `Particles`), for any promise; a bad promise costs variance. The drawn
     text and the weighted means, which divide one by the other, have a bias of order 1/n as in `select`. Needs a model that the

@@ -63,9 +63,9 @@ def speculative_rejection(
 
     checkpoints: rising numbers of new tokens; at each, a prompt's candidates that are left are scored on their texts so far,
     and the share `keep` of them with the largest lam . R goes on (rounded up; those that have ended stay in the race at no
-    cost). memory_limit: of keys and values, in bytes or as "4GB": where those left would outgrow it, the worst are dropped
-    then and there. The other arguments are those of `best_of` and `Sampler.sample`; with the same seed the
-    candidates are the same ones, cut short where they were dropped.
+    cost). All n of a prompt begin together. memory_limit: of keys and values, in bytes or as "4GB": it must hold n
+    beginnings; where those left would outgrow it, the worst are dropped then and there. The other arguments are those of
+    `best_of` and `Sampler.sample`; with the same seed the candidates are the same ones, cut short where they were dropped.
 
     Bias: a text whose beginning scores low is lost even if it ends best, so that the reward reached is at most best-of-n's
     on the same candidates, and the picked texts follow no law that can be written down: not for `resample`,
