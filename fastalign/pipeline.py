@@ -34,10 +34,14 @@ def sample(
     dtype: str = "auto",
     device: str = "auto",
     resume: bool = False,
+    ray: str | None = None,
+    workers: int | None = None,
+    worker_cpus: float | None = None,
+    worker_gpus: float | None = None,
     show_progress: bool = False,
     **sampling: Any,
 ) -> Candidates:
-    """Draw n candidates per prompt into a candidates file at `out`.
+    """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `decode.scale.draw`.
 
     Each finished batch is kept in `<out>.parts`; after an interruption `resume` goes on from there, and gives the
     file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use,
@@ -65,7 +69,16 @@ def sample(
             done = [Candidates.from_parquet(path, kind="candidates") for path in kept]
     write_json(parts / "settings.json", {"kind": "sampling", "settings": settings})
     finished = {int(i) for part in done for i in part.prompt_ids}
-    if len(finished) < len(prompts):
+    if ray is not None:
+        from fastalign.decode import scale
+
+        job = {name: value for name, value in settings.items() if name != "prompts_sha256"}
+        scale.draw(
+            job, prompts, parts, skip=finished, ray=ray, workers=workers, worker_cpus=worker_cpus,
+            worker_gpus=worker_gpus, show_progress=show_progress,
+        )  # fmt: skip
+        done = [Candidates.from_parquet(path, kind="candidates") for path in sorted(parts.glob("part-*.parquet"))]
+    elif len(finished) < len(prompts):
         sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
         batches = sampler.iter_batches(
             prompts,

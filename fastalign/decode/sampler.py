@@ -65,6 +65,8 @@ class Settings:
 class Sampler:
     """A model with its tokenizer, ready to sample; backend: of the ops, a name that `use_backend` takes."""
 
+    _rows = ROWS_AT_ONCE  # where batch_size is not given
+
     def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
         with use_backend(backend):  # an unknown name raises here
             self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
@@ -143,7 +145,7 @@ class Sampler:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         encoded = self._encode(prompts, chat, max_new_tokens)
-        rows = batch_size or ROWS_AT_ONCE
+        rows = batch_size or self._rows
         if memory_limit is not None:
             limit = parse_bytes("memory_limit", memory_limit)
             rows = min(rows, self._fitting(limit, max(map(len, encoded)), n, max_new_tokens))
@@ -237,13 +239,7 @@ class Sampler:
                 yield indices, part
 
     def _encode(self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int) -> list[list[int]]:
-        if isinstance(prompts, str) or not len(prompts):
-            raise UserError(f"prompts must be a list of at least one string, got {prompts!r}")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise UserError(f"prompts[{i}] must be a string that is not empty, got {prompt!r}")
-        if chat not in ("auto", True, False):
-            raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
+        check_prompts(prompts, chat)
         template = getattr(self.tokenizer, "chat_template", None)
         if chat is True and not template:
             raise UserError("chat=True needs a tokenizer with a chat template, this one has none")
@@ -373,6 +369,17 @@ class Sampler:
     def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def check_prompts(prompts: Sequence[str], chat: bool | str) -> None:
+    """What every sampler asks of them. Raises UserError."""
+    if isinstance(prompts, str) or not len(prompts):
+        raise UserError(f"prompts must be a list of at least one string, got {prompts!r}")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"prompts[{i}] must be a string that is not empty, got {prompt!r}")
+    if chat not in ("auto", True, False):
+        raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
 
 
 def _places(prompt_ids: Sequence[int] | None, count: int) -> list[int]:

@@ -1,0 +1,352 @@
+"""Candidates from a server that speaks OpenAI's completions protocol: vLLM serve, SGLang, llama.cpp's server, TGI.
+
+Every option that shapes the distribution is sent, since servers have defaults of their own (vLLM takes the
+checkpoint's, llama.cpp top_k 40 and min_p 0.05); fields beyond OpenAI's (top_k, min_p, repetition_penalty,
+return_token_ids) are those of vLLM and SGLang, and OpenAI's own service refuses them.
+
+Who writes the chat template: with a tokenizer, we do, and token ids are sent to /completions, so that p0 is the
+one of a local Sampler; without one, the server does (/chat/completions), unless chat is False: then the text
+goes as it is to /completions, where most servers put their beginning-of-text token before it.
+
+What comes back is checked before it is used. Token ids and log-probs are the server's; where it gives none, theirs
+are empty lists. vLLM and SGLang report log-probs of the model before temperature and truncation unless started with
+`--logprobs-mode processed_logprobs` and its like.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import queue
+import random
+import ssl
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from fastalign.decode.external import External, asked, cut, one_prompt, request_seed, split
+from fastalign.decode.sampler import Settings, check_prompts
+from fastalign.errors import UserError
+
+BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation
+MODELS_BYTES = 1 << 22
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
+WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second try, doubled before each later one
+
+
+class OpenAISampler(External):
+    """A model on a server as a Sampler; batch_size: candidates per request (n), 64 by default.
+
+    url: up to and with /v1. model: its name there; None where the server has one alone. tokenizer: of the model
+    (see above), or its name. api_key: default $OPENAI_API_KEY. in_flight: requests at once. timeout: seconds without
+    an answer. tries: of a request that met a full or failing server (429, 5xx), a lost connection or a timeout.
+    Raises UserError, one line, where the server refuses, cannot be reached or answers what makes no sense.
+    """
+
+    _rows = 64
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        tokenizer: Any = None,
+        api_key: str | None = None,
+        in_flight: int = 16,
+        timeout: float = 600.0,
+        tries: int = 6,
+    ):
+        for name, value in (("in_flight", in_flight), ("timeout", timeout), ("tries", tries)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if isinstance(tokenizer, str):
+            tokenizer = _load_tokenizer(tokenizer)
+        key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
+        self._http = _Http(_checked_url(url), key, timeout, tries)
+        self.served = model or self._only_model()
+        self.in_flight = in_flight
+        super().__init__(f"{self._http.base}#{self.served}", tokenizer, None)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, *, dtype: Any = "auto", device: Any = "auto", backend: str = "auto", **options: Any
+    ) -> OpenAISampler:
+        """From "http://host:port/v1#MODEL"; options: the constructor's."""
+        for name, value in (("dtype", dtype), ("device", device), ("backend", backend)):
+            if value not in ("auto", "openai"):
+                raise UserError(f"{name} must be 'auto' for a model on a server, which has its own, got {value!r}")
+        url, _, model = name_or_path.partition("#")
+        return cls(url, model or None, **options)
+
+    def _only_model(self) -> str:
+        answer = self._http.ask("/models", None, MODELS_BYTES, threading.Event())
+        rows = answer.get("data")
+        served = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        if len(served) != 1 or not isinstance(served[0], str):
+            some = ", ".join(str(name) for name in served[:8]) or "none"
+            raise UserError(f"{self._http.base} serves {some}: name one, as {self._http.base}#MODEL")
+        return served[0]
+
+    def _encode(self, prompts, chat, max_new_tokens):
+        if self.tokenizer is not None:
+            return super()._encode(prompts, chat, max_new_tokens)
+        check_prompts(prompts, chat)
+        return list(prompts)
+
+    def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):
+        from fastalign import progress
+
+        count = asked(settings)
+        pieces = split(count, rows)
+        tasks = ((i, first, some) for i in wanted for first, some in pieces)
+        found: dict[int, dict[int, list]] = {i: {} for i in wanted}
+        by_server = self.tokenizer is None and record["chat"] is not False
+
+        def work(task, stop):
+            i, first, some = task
+            body = self._body(encoded[i], by_server, some, settings, request_seed(settings.seed, ids[i], first))
+            limit = 65536 + BYTES_PER_TOKEN * some * (settings.max_new_tokens + 1)
+            answer = self._http.ask("/chat/completions" if by_server else "/completions", body, limit, stop)
+            return _read(answer, some, settings, self.name)
+
+        total = len(wanted) * settings.n * settings.max_new_tokens
+        with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
+            for (i, first, some), drawn in as_done(work, tasks, min(self.in_flight, len(wanted) * len(pieces))):
+                found[i][first] = drawn
+                advance(some * settings.max_new_tokens * (settings.n // count))
+                if len(found[i]) == len(pieces):
+                    parts = found.pop(i)
+                    candidates = [one for start in sorted(parts) for one in parts[start]]
+                    yield [i], one_prompt(prompts[i], ids[i], candidates, settings, record)
+
+    def _body(self, prompt: str | list[int], by_server: bool, n: int, settings: Settings, seed: int) -> dict[str, Any]:
+        if by_server:
+            asks = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
+        else:
+            asks = {"prompt": prompt, "logprobs": 1}  # with 0, llama.cpp gives none
+        return {
+            "model": self.served,
+            **asks,
+            "n": n,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or -1,  # SGLang refuses 0
+            "min_p": settings.min_p,
+            "repetition_penalty": 1.0,
+            "seed": seed,
+            **({"stop": settings.stop} if settings.stop else {}),
+            "return_token_ids": True,
+        }
+
+
+def as_done(work: Callable, tasks: Iterable, threads: int) -> Iterator[tuple[Any, Any]]:
+    """(task, work(task, stop)) of each task as it ends, `threads` at once; the first error is raised here.
+
+    Left early, `stop` is set and no more are begun. The threads are daemons: an interrupt does not wait for answers.
+    """
+    tasks, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    done: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        while not stop.is_set():
+            with lock:
+                task = next(tasks, None)
+            if task is None:
+                break
+            try:
+                done.put((task, work(task, stop), None))
+            except BaseException as error:
+                done.put((task, None, error))
+        done.put(None)
+
+    try:
+        for _ in range(threads):
+            threading.Thread(target=run, daemon=True).start()
+        running = threads
+        while running:
+            item = done.get()
+            if item is None:
+                running -= 1
+                continue
+            task, result, error = item
+            if error is not None:
+                raise error
+            yield task, result
+    finally:
+        stop.set()
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key and the prompts to an address that the user did not name."""
+
+    def redirect_request(self, *args, **kwargs):
+        return None
+
+
+class _Http:
+    """JSON questions to one server, asked again where that can help."""
+
+    def __init__(self, base: str, key: str | None, timeout: float, tries: int):
+        self.base, self.timeout, self.tries = base, timeout, tries
+        self.headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.opener = urllib.request.build_opener(_NoRedirect)
+
+    def ask(self, path: str, body: dict | None, limit: int, stop: threading.Event) -> dict[str, Any]:
+        """The JSON object that the server answers with, of `limit` bytes at most. Raises UserError."""
+        data = None if body is None else json.dumps(body).encode()
+        for attempt in range(self.tries):
+            request = urllib.request.Request(self.base + path, data, self.headers)
+            after = 0.0
+            try:
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    content = response.read(limit + 1)
+                break
+            except urllib.error.HTTPError as error:
+                told = f"{self.base}{path} answered {error.code}: {_message(error)}"
+                if error.code not in RETRIED:
+                    raise UserError(told) from None
+                after = _seconds(error.headers.get("Retry-After"))
+            except (OSError, http.client.HTTPException) as error:  # refused, cut off, timed out
+                reason = getattr(error, "reason", None) or error
+                told = f"{self.base}{path} gave no answer: {_line(reason) or type(reason).__name__}"
+                if isinstance(reason, ssl.SSLError):
+                    raise UserError(told) from None
+            wait = max(after, WAIT * 2**attempt * random.uniform(0.75, 1.25))
+            if attempt + 1 == self.tries or stop.wait(min(wait, LONGEST_WAIT)):
+                raise UserError(f"{told} ({attempt + 1} tries)")
+        if len(content) > limit:
+            raise UserError(f"{self.base}{path} answered with more than {limit:,} bytes, which no such request needs")
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            raise UserError(f"{self.base}{path} did not answer with JSON: is this the address of an API?") from None
+        if not isinstance(answer, dict):
+            raise UserError(f"{self.base}{path} must answer with a JSON object, got {type(answer).__name__}")
+        return answer
+
+
+def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple[str, list[int], list[float]]]:
+    """(text, token ids, log-probs) of each candidate, everything in the answer checked."""
+    try:
+        choices = _typed(answer, "choices", list)
+        if len(choices) != count:
+            hint = "; a server without n takes batch_size=1" if len(choices) == 1 else ""
+            raise _Wrong(f"must hold {count} choices, got {len(choices)}{hint}")
+        if all(isinstance(choice, dict) for choice in choices):
+            order = [choice.get("index") for choice in choices]
+            if all(isinstance(i, int) for i in order) and sorted(order) == list(range(count)):
+                choices = sorted(choices, key=lambda choice: choice["index"])
+        drawn = [_read_choice(choice, settings) for choice in choices]
+    except _Wrong as wrong:
+        raise UserError(f"{name}: its answer {wrong}") from None
+    if _cannot_be_chance(drawn, settings):
+        why = "the server draws each with the request's seed; use batch_size=1"
+        raise UserError(f"{name}: all {count} candidates of a request are the same, which chance does not do: {why}")
+    return drawn
+
+
+def _cannot_be_chance(drawn: list, settings: Settings) -> bool:
+    """Whether all are the same text with probability under 1e-12, as far as log-probs before truncation can tell."""
+    text, _, logprobs = drawn[0]
+    if settings.temperature < 1 or settings.top_k or settings.min_p or any(one[0] != text for one in drawn):
+        return False
+    most = sum(logprobs) - len(logprobs) * math.log(settings.top_p)  # truncated to top_p, p grows by 1 / top_p at most
+    return (len(drawn) - 1) * most < math.log(1e-12)
+
+
+def _read_choice(choice: Any, settings: Settings) -> tuple[str, list[int], list[float]]:
+    if not isinstance(choice, dict):
+        raise _Wrong(f"must hold objects as choices, got {type(choice).__name__}")
+    if "message" in choice:
+        text = _typed(choice, "message", dict).get("content") or ""
+    else:
+        text = choice.get("text")
+    if not isinstance(text, str):
+        raise _Wrong(f"must hold a text per choice, got {type(text).__name__}")
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is legal JSON and no text
+    told = choice.get("logprobs") or {}
+    if not isinstance(told, dict):
+        raise _Wrong(f"must hold logprobs as an object, got {type(told).__name__}")
+    if told.get("content") is not None:  # of chats, and of llama.cpp throughout
+        rows = [row for row in _typed(told, "content", list) if isinstance(row, dict)]
+        logprobs, tokens = [row.get("logprob") for row in rows], [row.get("id") for row in rows]
+        tokens = [] if None in tokens else tokens
+    else:
+        logprobs, tokens = told.get("token_logprobs") or [], []
+    tokens = choice.get("token_ids") or tokens
+    for what, values, kinds in (("token_ids", tokens, int), ("log-probs", logprobs, (int, float))):
+        if not isinstance(values, list) or len(values) > settings.max_new_tokens + 1:
+            raise _Wrong(f"must hold {what} as a list of at most {settings.max_new_tokens} values")
+        wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, kinds) or not abs(v) < 2**31]
+        if wrong:
+            raise _Wrong(f"must hold {what} as finite numbers, got {wrong[0]!r:.40}")
+    if any(token < 0 for token in tokens) or (tokens and logprobs and len(tokens) != len(logprobs)):
+        raise _Wrong(f"must hold one token id, not negative, per log-prob, got {len(tokens)} and {len(logprobs)}")
+    return cut(text, settings.stop), tokens, [float(value) for value in logprobs]
+
+
+class _Wrong(Exception):
+    pass
+
+
+def _typed(value: dict, name: str, kind: type) -> Any:
+    if not isinstance(value.get(name), kind):
+        raise _Wrong(f"must hold {name!r}, a {kind.__name__}, got {type(value.get(name)).__name__}")
+    return value[name]
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+        good = parts.scheme in ("http", "https") and parts.hostname and not parts.query and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"a server's address must look like http://host:port/v1, got {url!r}")
+    return url.strip().rstrip("/")
+
+
+def _load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    from fastalign.integrations._loading import one_line_errors
+    from fastalign.integrations.transformers import resolve
+
+    with one_line_errors(name):
+        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What the server says is wrong, in any of the shapes that servers use, as one line."""
+    try:
+        content = error.read(65536)
+        value = json.loads(content)
+    except (OSError, http.client.HTTPException):
+        return error.reason
+    except (ValueError, RecursionError):
+        value = content.decode("utf-8", "replace")
+    for name in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(name):
+            value = value[name]
+    return _line(value) or error.reason
+
+
+def _line(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return "".join(c for c in text if c.isprintable())[:300]
+
+
+def _seconds(text: str | None) -> float:
+    """A Retry-After of seconds; its other form, a date, is left to our own waits."""
+    try:
+        return max(0.0, float(text or 0))
+    except ValueError:
+        return 0.0
