@@ -31,6 +31,9 @@ command = registrar(
 )
 
 
+GRID_ROWS = 60  # of `eval --lam-grid`, on the terminal
+
+
 class Method(str, Enum):
     resample = "resample"
     best = "best"
@@ -95,6 +98,12 @@ def sample(
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template where it has one.")
     ] = True,
+    palette: Annotated[
+        Path | None, typer.Option(help="A palette file, as `fastalign map` writes it: says first what N it needs.")
+    ] = None,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="Says it again from a few candidates of this model, before the others.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
     ] = False,
@@ -114,6 +123,17 @@ def sample(
         raise UserError(f"limit must be at least 1, got {limit}")
     if ray is None and (workers or worker_cpus or worker_gpus):
         raise UserError("workers are Ray's: give --ray auto or --ray ADDRESS with them")
+    if pilot and palette is None:
+        raise UserError("a pilot is scored with a palette's values: give --palette with --pilot")
+    if palette is not None:
+        _console().print(pipeline.foretell(palette, n))
+    if pilot:
+        told = pipeline.pilot(
+            _source(model, server, engine), texts[:limit], palette, n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
+            device=device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop,
+            chat="auto" if chat else False,
+        )  # fmt: skip
+        _console().print(told)
     found = pipeline.sample(
         _source(model, server, engine), texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
@@ -186,6 +206,7 @@ def map_(
     console.print(
         f"KL {found['kl']:.3f} nats, effective sample size {found['ess']:.1f}, KKT residual {found['kkt_residual']:.1e}"
     )
+    console.print(pipeline.foretell(out, found["candidates"]))
     if not found["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(found["values"], found["nearest"], strict=True))
         console.print(
@@ -207,9 +228,22 @@ def select(
 ) -> None:
     """Resample the candidates under p_λ, or keep the best."""
     from fastalign import pipeline
+    from fastalign.data.files import read_json
 
     found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed)
-    _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
+    console = _console()
+    console.print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
+    told = pipeline.expected(scored, palette)
+    if method is Method.best:
+        from fastalign.decode import best_of_n_kl
+
+        console.print(f"best of {told.n}: KL at most {best_of_n_kl(told.n):.3f} nats, where no scores tie")
+    else:
+        values = zip(read_json(palette)["values"], told.values[0], told.stderr[0], strict=True)
+        console.print("expected " + ", ".join(f"{name} {mean:.4f} ± {se:.4f}" for name, mean, se in values))
+        console.print(f"KL {told.kl[0]:.3f} nats, effective sample size {told.ess[0]:.1f} of {told.n} a prompt")
+        if told.doubt:
+            console.print(f"[yellow]{told.doubt}[/yellow]")
 
 
 @command(
@@ -217,16 +251,53 @@ def select(
 )
 def eval_(
     scored: Scored,
-    selected: Annotated[Path, typer.Option(help="A selected file, as `fastalign select` writes it.")],
-    palette: Annotated[Path, typer.Option(help="The palette file that it was selected with.")],
     out: Annotated[Path, typer.Option(help="Where the numbers go (JSON).")],
+    selected: Annotated[Path | None, typer.Option(help="A selected file, as `fastalign select` writes it.")] = None,
+    palette: Annotated[Path | None, typer.Option(help="The palette file that it was selected with.")] = None,
+    lam_grid: Annotated[
+        str | None, typer.Option(help="Instead: what each λ of a grid would realise; positive=0:4:5,harmless=1.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with figures, one self-contained file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Write each figure into this folder, as SVG and PNG.")] = None,
 ) -> None:
-    """Hold the selected texts against the palette: before, asked for, predicted, realised."""
+    """Hold the selected texts against the palette: before, asked for, predicted, realised. Or look along a grid of λ."""
     from fastalign import pipeline
 
+    if lam_grid is not None:
+        if selected or palette or html or figures:
+            raise UserError(
+                "--lam-grid needs the scored file alone: leave out --selected, --palette, --html, --figures"
+            )
+        _show_grid(pipeline.evaluate_grid(scored, lam_grid, out))
+        return
+    if selected is None or palette is None:
+        raise UserError("give --selected and --palette, or --lam-grid")
     pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures).print(_console())
+
+
+def _show_grid(found: dict) -> None:
+    from rich.table import Table
+
+    names, rows = found["values"], found["rows"]
+    varied = [j for j in range(len(names)) if len({row["lambda"][j] for row in rows}) > 1]
+    table = Table(*(f"λ {names[j]}" for j in varied), box=None, header_style="bold", pad_edge=False)
+    for name in (*names, "KL", "ESS", "needs N"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows[:GRID_ROWS]:
+        reached = zip(row["values"], row["high"], strict=True)
+        cells = [f"{mean:.3f}" if high is None else f"{mean:.3f}±{high - mean:.3f}" for mean, high in reached]
+        cells += [f"{row['kl']:.2f}", f"{row['ess']:.1f}", f"{row['needed']:,}" if row["needed"] < 10**6 else "> 1e6"]
+        table.add_row(*(f"{row['lambda'][j]:g}" for j in varied), *cells, style="yellow" if row["doubtful"] else None)
+    console = _console()
+    console.print(table)
+    if len(rows) > GRID_ROWS:
+        console.print(f"and {len(rows) - GRID_ROWS} more in the file")
+    fixed = ", ".join(f"{name} {rows[0]['lambda'][j]:g}" for j, name in enumerate(names) if j not in varied)
+    if fixed:
+        console.print(f"λ throughout: {fixed}")
+    console.print(f"{found['prompts']} prompts × {found['n']} candidates; ± is half of the 95 % interval over prompts")
+    if any(row["doubtful"] for row in rows):
+        console.print("[yellow]in yellow:[/yellow] fewer than 10 effective candidates a prompt, too few to trust")
 
 
 @command("fastalign bench losses --out bench-results")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastalign.errors import UserError
 # Where a palette is out of reach, λ is solved for the point this far from the mean to the nearest reachable one:
 # on the very edge λ is infinite and each prompt keeps a single candidate.
 INWARD = 0.9
+GRID_LIMIT = 10_000  # points of `evaluate_grid`
 
 
 def sample(
@@ -192,6 +194,7 @@ def solve_palette(
         "iterations": int(solution.iterations),
         "dual": "joint" if joint else "per_prompt",
         "n": len(flat),
+        "candidates": grid.shape[1],
     }
     write_json(out, result)
     return result
@@ -215,6 +218,94 @@ def select(
     }
     picked.to_parquet(out)
     return picked
+
+
+def foretell(palette: str | Path, n: int) -> str:
+    """How many candidates a prompt a palette file's λ needs, and what n are worth, in one line."""
+    return _needs(str(palette), read_json(palette, kind="palette")["kl"], n)
+
+
+def pilot(
+    model: str, prompts: Sequence[str], palette: str | Path, n: int, *, dtype: str, device: str, **sampling: Any
+) -> str:
+    """`foretell` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
+    from fastalign.decode import Sampler, pilot
+
+    solution = read_json(palette, kind="palette")
+    sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
+    found = pilot(sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
+    return _needs(f"pilot of {found.prompts} prompts × {found.n} candidates", found.kl, n)
+
+
+def _needs(where: str, kl: float, n: int) -> str:
+    from fastalign.decode.estimates import TRUSTED_ESS, needed
+
+    worth = n * math.exp(-kl)
+    said = (
+        f"{where}: KL {kl:.2f} nats needs about {needed(kl):,} candidates a prompt for {TRUSTED_ESS:.0f} effective ones"
+    )
+    return f"{said}; {n:,} are worth {worth:.1f}" if worth >= 1 else f"{said}; {n:,} are too few for one"
+
+
+def expected(scored: str | Path, palette: str | Path):
+    """What resampling by a palette file's λ gives on average: an `Estimate` with one row."""
+    from fastalign.decode import estimate
+
+    solution = read_json(palette, kind="palette")
+    grid = Candidates.from_parquet(scored, kind="scored").reward_array(solution["values"])
+    return estimate(grid, solution["lambda"], warn=False)
+
+
+def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
+    """(K, m) weights written "positive=0:4:5,harmless=1": start:stop:count, or a number; rewards not named have 0."""
+    axes: dict[str, np.ndarray] = {}
+    for field in text.split(","):
+        name, _, span = (part.strip() for part in field.partition("="))
+        if name not in names or name in axes:
+            raise UserError(f"lam-grid must name rewards among {', '.join(names)}, once each, got {name!r}")
+        try:
+            parts = span.split(":")
+            if len(parts) == 1:
+                axes[name] = np.array([float(span)])
+            else:
+                start, stop, count = parts
+                axes[name] = np.linspace(float(start), float(stop), int(count))
+        except ValueError:
+            raise UserError(f"lam-grid must give start:stop:count or a number for {name}, got {span!r}") from None
+        if not axes[name].size or not np.isfinite(axes[name]).all():
+            raise UserError(f"lam-grid must give one finite number or more for {name}, got {span!r}")
+    if math.prod(len(axis) for axis in axes.values()) > GRID_LIMIT:
+        raise UserError(
+            f"lam-grid must have at most {GRID_LIMIT:,} points, got {' × '.join(str(len(a)) for a in axes.values())}"
+        )
+    columns = np.meshgrid(*(axes.get(name, np.zeros(1)) for name in names), indexing="ij")
+    return np.stack([column.ravel() for column in columns], axis=1)
+
+
+def evaluate_grid(scored: str | Path, text: str, out: str | Path) -> dict[str, Any]:
+    """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a JSON file."""
+    from fastalign.decode import estimate, needed
+    from fastalign.decode.estimates import TRUSTED_ESS
+
+    whole = Candidates.from_parquet(scored, kind="scored")
+    names = list(whole.rewards)
+    found = estimate(whole.reward_array(names), read_grid(text, names), warn=False)
+    low, high = found.interval(0.95)
+
+    def numbers(row: np.ndarray) -> list[float | None]:
+        return [float(x) if np.isfinite(x) else None for x in row]
+
+    rows = [
+        {
+            "lambda": found.lam[i].tolist(), "values": found.values[i].tolist(), "low": numbers(low[i]), "high": numbers(high[i]),
+            "kl": float(found.kl[i]), "ess": float(found.ess[i]), "needed": needed(found.kl[i]),
+            "doubtful": bool(found.ess[i] < min(TRUSTED_ESS, whole.n)),
+        }
+        for i in range(len(found.lam))
+    ]  # fmt: skip
+    result = {"kind": "lam_grid", "version": 1, "values": names, "prompts": found.prompts, "n": found.n, "rows": rows}
+    write_json(out, result)
+    return result
 
 
 def evaluate(
