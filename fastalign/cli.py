@@ -150,6 +150,8 @@ def _source(model: str | None, server: str | None, engine: Engine) -> str:
     if server is not None:
         if engine is not Engine.fastalign:
             raise UserError(f"give --server or --engine {engine.value}, not both")
+        if not server.startswith(("http://", "https://")):
+            raise UserError(f"server must be an address of the form http://host:port/v1, got {server!r}")
         return f"{server}#{model}" if model else server
     if model is None:
         raise UserError("give --model, or --server with the address of one that runs it")
