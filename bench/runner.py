@@ -84,6 +84,8 @@ def table(results: Path, *, headline: bool = False) -> list[str]:
     machines = []
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text())
+        if "results" not in found:  # a study with a figure of its own
+            continue
         where = found["machine"]
         told = f"{where['cpu']}, {where['threads']} threads, {where['isa']}, torch {where['versions']['torch']}, {where['date']}"
         if told not in machines:
