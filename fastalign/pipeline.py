@@ -74,7 +74,8 @@ def sample(
     if ray is not None:
         from fastalign.decode import scale
 
-        job = {name: value for name, value in settings.items() if name != "prompts_sha256"}
+        job = {"model": model, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+        job |= {"dtype": dtype, "device": device}
         scale.draw(
             job, prompts, parts, skip=finished, ray=ray, workers=workers, worker_cpus=worker_cpus,
             worker_gpus=worker_gpus, show_progress=show_progress,

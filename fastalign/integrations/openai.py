@@ -9,8 +9,8 @@ one of a local Sampler; without one, the server does (/chat/completions), unless
 goes as it is to /completions, where most servers put their beginning-of-text token before it.
 
 What comes back is checked before it is used. Token ids and log-probs are the server's; where it gives none, theirs
-are empty lists. vLLM and SGLang report log-probs of the model before temperature and truncation unless started with
-`--logprobs-mode processed_logprobs` and its like.
+are empty lists. vLLM's are of the model before temperature and truncation, unless the server was started with
+`--logprobs-mode processed_logprobs`.
 """
 
 from __future__ import annotations
