@@ -183,7 +183,11 @@ def map_(
     scored: Scored,
     out: Annotated[Path, typer.Option(help="Where the palette and its λ go (JSON).")],
     palette: Annotated[
-        str | None, typer.Option(help="Levels asked for: positive=0.5,harmless=-0.05 or numbers in order.")
+        str | None,
+        typer.Option(
+            help="Levels asked for: positive=0.5,harmless=mean+1sd,rest=mean (also mean+10%, q80, free; <= at most, == exactly), "
+            "or numbers in order."
+        ),
     ] = None,
     quantile: Annotated[float | None, typer.Option(help="Ask for this quantile of each value instead.")] = None,
     values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,

@@ -124,28 +124,6 @@ def score(candidates: str | Path, names: Sequence[str], out: str | Path, *, show
     return whole
 
 
-def read_palette(text: str, names: Sequence[str]) -> list[float]:
-    """A palette written "positive=0.5,harmless=-0.1" (each of `names` once), or as bare numbers in their order."""
-    fields = [field.strip() for field in text.split(",") if field.strip()]
-    named = [field.partition("=") for field in fields]
-    try:
-        if not any(equals for _, equals, _ in named):
-            levels = [float(field) for field in fields]
-            if len(levels) != len(names):
-                raise UserError(f"palette must have {len(names)} levels ({', '.join(names)}), got {len(levels)}")
-            return levels
-        by_name = {name.strip(): float(level) for name, _, level in named}
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"palette must be numbers or name=number, comma-separated, got {text!r}") from None
-    if len(by_name) != len(fields) or set(by_name) != set(names):
-        raise UserError(
-            f"palette must name each of {', '.join(names)} once, got {', '.join(name for name, *_ in named)}"
-        )
-    return [by_name[name] for name in names]
-
-
 def solve_palette(
     scored: str | Path,
     out: str | Path,
@@ -157,7 +135,7 @@ def solve_palette(
 ) -> dict[str, Any]:
     """Solve for λ into a palette file at `out`, and return it.
 
-    palette (see `read_palette`) or quantile (each value's, of all candidates). values: which rewards; default all.
+    palette (see `palette.parse_palette`) or quantile (each value's, of all candidates). values: which rewards; default all.
     joint: the dual log Z(λ) over all samples, which also tilts the prompts' distribution, in place of the per-prompt
     dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
     reachable one, and λ is for a point just inside that ("solved_for").
@@ -171,13 +149,16 @@ def solve_palette(
     grid = whole.reward_array(names)
     flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
     groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
-    asked = palettes.quantile_palette(flat, quantile) if palette is None else np.array(read_palette(palette, names))
-    solution = first = palettes.solve(flat, asked, groups=groups)
+    if palette is None:
+        asked, sense = palettes.quantile_palette(flat, quantile), [">="] * len(names)
+    else:
+        asked, sense = palettes.parse_palette(palette, names, flat)
+    solution = first = palettes.solve(flat, asked, groups=groups, sense=sense)
     before = flat.mean(axis=0, dtype=np.float64)
     solved_for = asked
     if not first.feasible:
         solved_for = before + INWARD * (first.nearest - before)
-        solution = palettes.solve(flat, solved_for, groups=groups)
+        solution = palettes.solve(flat, solved_for, groups=groups, sense=sense)
     result = {
         "kind": "palette",
         "version": 1,
@@ -185,13 +166,17 @@ def solve_palette(
         "palette": asked.tolist(),
         "feasible": bool(first.feasible),
         "nearest": None if first.feasible else first.nearest.tolist(),
+        "scaling": None if first.feasible else float(first.scaling),
+        "sense": sense,
         "solved_for": solved_for.tolist(),
         "lambda": solution.lam.tolist(),
         "before": before.tolist(),
         "levels": solution.levels.tolist(),
         "kl": float(solution.kl),
         "ess": float(solution.ess),
+        "nearly_infeasible": bool(solution.nearly_infeasible),
         "kkt_residual": float(solution.kkt_residual),
+        "duality_gap": float(solution.duality_gap),
         "iterations": int(solution.iterations),
         "dual": "joint" if joint else "per_prompt",
         "n": len(flat),

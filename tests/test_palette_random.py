@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 import pytest
+from palette_problems import exact_slack, precise_lambda, random_problem, spread
 
 from fastalign.palette import solve
-from palette_problems import exact_slack, precise_lambda, random_problem, spread
 
 TOL = 1e-9
 COUNT = int(os.environ.get("FASTALIGN_PALETTE_PROBLEMS", "100"))

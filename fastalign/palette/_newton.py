@@ -13,8 +13,8 @@ import numpy as np
 MAX_PASSES = 200
 # Beyond this λ (in standard deviations) a policy holds single samples; only the feasibility test can tell then.
 HUGE = 1e12
-# The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by less than this.
-POLISH_STEPS, SETTLED = 3, 1e-8
+# The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by 10 tol or less.
+POLISH_STEPS = 3
 
 
 @dataclass
@@ -84,7 +84,7 @@ def newton(point: Point, begun: Point | None, lower: np.ndarray, upper: np.ndarr
         if not slope < 0.0:
             return point, certificate
         if left <= tol:
-            if length <= SETTLED * size or polished == POLISH_STEPS:
+            if length <= 10 * tol * size or polished == POLISH_STEPS:
                 return point, certificate
             polished += 1
         reach = 1e3 * (1.0 + size) / max(1e-300, length)
@@ -124,10 +124,9 @@ def _shorten(f0: float, d0: float, f1: float, d1: float) -> float:
 def model_minimum(hessian, gradient, x, lower, upper) -> np.ndarray:
     """argmin over lower ≤ z ≤ upper of ½ (z−x)ᵀ H (z−x) + gradient·(z−x), from a feasible x, by a primal active set."""
     diagonal = np.diagonal(hessian)
-    # A hair on the diagonal, relative to each entry: duplicated and collinear rewards make H singular.
-    floor = 1e-14 * float(diagonal.max()) + 1e-280
+    # A constant reward, or a policy of a single sample, leaves nothing to divide by.
     h = hessian.copy()
-    h.flat[:: len(x) + 1] = np.maximum(diagonal, floor) * (1.0 + 1e-11)
+    h.flat[:: len(x) + 1] = np.maximum(diagonal, 1e-14 * float(diagonal.max()) + 1e-280)
     z, g = x.copy(), gradient
     movable = lower < upper
     free = ((x > lower) | (g < 0.0)) & ((x < upper) | (g > 0.0)) & movable

@@ -10,6 +10,7 @@ from fastalign.palette.feasibility import Reachable
 
 # Rows on which λ is first sought: a start that spares passes over all; then a 16th of all, which spares one more.
 FIRST_ROWS, LAST_SHARE = 16_384, 16
+ROUNDING = 16 * np.finfo(np.float64).eps
 ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
 
@@ -53,6 +54,8 @@ class Problem:
         gradient = (stats.mean[row] + self.offset[k]) / self.scale
         gradient[self.constant] = 0.0
         hessian = stats.cov[row] / (self.scale * self.scale[:, None])
+        # What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
+        hessian.flat[:: len(mu) + 1] += ROUNDING * (np.diagonal(hessian) + (stats.mean[row] / self.scale) ** 2)
         return Point(mu, stats.log_z[row] + shift, gradient, hessian, stats.max_score[row] + shift, stats.ess[row])
 
     def minimise(self) -> list[State]:

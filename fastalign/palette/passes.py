@@ -19,7 +19,7 @@ from fastalign.errors import UserError
 from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
 from fastalign.palette._inputs import reject_nonfinite
 
-FEW_ROWS, FEW_GROUPS = 1024, 64
+BLOCK_ROWS, FEW_GROUPS = 64, 64
 
 
 def rough(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,8 +41,9 @@ class ArrayPass(MapPass):
 
     def part(self, rows: int) -> ArrayPass | None:
         stride = self.rows // rows
-        if self.groups is None:
-            chosen = slice(None, None, stride)
+        if self.groups is None:  # runs of neighbours: single rows far apart would cost as many reads as all of them
+            starts = np.arange(0, self.rows - BLOCK_ROWS + 1, BLOCK_ROWS * stride)
+            chosen = (starts[:, None] + np.arange(BLOCK_ROWS)).ravel()
         else:  # whole groups
             sizes = np.diff(self.offsets)
             if len(sizes) < FEW_GROUPS * stride:
@@ -53,9 +54,7 @@ class ArrayPass(MapPass):
         if log_weights is not None and self.groups is None and not (log_weights > -np.inf).any():
             return None
         groups = None if self.groups is None else self.groups[chosen]
-        return ArrayPass(
-            np.ascontiguousarray(self.rewards[chosen]), center=self.center, log_weights=log_weights, groups=groups
-        )
+        return ArrayPass(self.rewards[chosen], center=self.center, log_weights=log_weights, groups=groups)
 
     def reject_nonfinite(self) -> None:
         reject_nonfinite(self.rewards)
@@ -120,6 +119,7 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
     mass = stack.log_z + log_share
     log_z = np.logaddexp.reduce(mass, axis=0)
     p = np.exp(mass - log_z)
+    p /= p.sum(0)  # of huge scores the logarithms keep no digits after the point
     mean = (p[:, :, None] * stack.mean).sum(0)
     apart = stack.mean - mean
     between = apart[:, :, :, None] * apart[:, :, None, :]

@@ -1,0 +1,157 @@
+"""Senses, certificates, degenerate rewards, and the same dual in another package."""
+
+import numpy as np
+import pytest
+from test_palette import dual, samples, slack
+
+from fastalign import UserError
+from fastalign.palette import quantile_palette, solve
+
+# Entropy balancing by Google's empirical_calibration 0.12 (Apache 2.0): 16 units are weighted to the mean of others.
+# python -c "import numpy as np, empirical_calibration as ec; print(ec.calibrate(covariates=X,
+#   target_covariates=np.array([[.4, -.3], [.2, .1], [.5, -.2]]), objective=ec.Objective.ENTROPY))"
+COVARIATES = np.array([
+    [0.126, -0.132], [0.64, 0.105], [-0.536, 0.362], [1.304, 0.947], [-0.704, -1.265], [-0.623, 0.041], [-2.325, -0.219],
+    [-1.246, -0.732], [-0.544, -0.316], [0.412, 1.043], [-0.129, 1.366], [-0.665, 0.352], [0.903, 0.094], [-0.743, -0.922],
+    [-0.458, 0.22], [-1.01, -0.209],
+])  # fmt: skip
+CALIBRATED = [
+    0.07958951090721121, 0.16751583420537522, 0.0037717130673696037, 0.10784146059147391, 0.17037399676226458,
+    0.006933627763862521, 0.00014946261273353638, 0.010025256771477014, 0.02175830944219504, 0.007862189230525715,
+    0.0008034877307388742, 0.0027492045992163743, 0.346499723611525, 0.06262548749113483, 0.006726342432458353,
+    0.004774392780754476,
+]  # fmt: skip
+
+
+def policy(rewards, lam):
+    score = rewards @ lam
+    p = np.exp(score - score.max())
+    return p / p.sum()
+
+
+def test_equalities_are_entropy_balancing():
+    found = solve(COVARIATES, [1.1 / 3, -0.4 / 3], sense="==")
+    np.testing.assert_allclose(policy(COVARIATES, found.lam), CALIBRATED, atol=1e-6)
+    np.testing.assert_allclose(found.levels, [1.1 / 3, -0.4 / 3], atol=1e-12)
+    assert (found.lam < 0).any() and found.kl > 0
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_each_value_has_its_own_sense(grouped):
+    rewards = samples(400, 4)
+    groups = np.arange(400) // 20 if grouped else None
+    palette = rewards.mean(axis=0) + np.array([0.2, -0.2, -0.1, 0.5]) * rewards.std(axis=0)
+    found = solve(rewards, palette, sense=[">=", "<=", "==", "<="], groups=groups)
+    assert found.feasible and found.kkt_residual <= 1e-9
+    assert found.lam[0] > 0 > found.lam[1] and found.lam[2] != 0 and found.lam[3] == 0
+    np.testing.assert_allclose(found.levels[:3], palette[:3], atol=1e-8)
+    assert found.levels[3] < palette[3]
+    # a value asked to be at most is its negative asked to be at least; one exactly, both at once
+    turned = np.c_[rewards[:, 0], -rewards[:, 1], rewards[:, 2], -rewards[:, 2], -rewards[:, 3]]
+    both = solve(turned, [palette[0], -palette[1], palette[2], -palette[2], -palette[3]], groups=groups)
+    np.testing.assert_allclose(both.lam[[0, 1]], [found.lam[0], -found.lam[1]], rtol=1e-7)
+    assert both.lam[2] - both.lam[3] == pytest.approx(found.lam[2], rel=1e-7)
+    assert both.kl == pytest.approx(found.kl, rel=1e-9)
+
+
+def test_infeasible_in_every_sense():
+    rewards = samples(300, 2)
+    for sense, palette, signs in (
+        ("<=", [-9.0, 0.0], [-1, -1]),
+        ("==", [0.0, 9.0], [0, 0]),
+        (">=", [0.0, 9.0], [1, 1]),
+    ):
+        found = solve(rewards, palette, sense=sense)
+        assert not found.feasible and (found.certificate * signs >= 0).all()
+        assert (rewards @ found.certificate).max() < found.certificate @ palette
+        assert solve(rewards, found.nearest, sense=sense).feasible
+
+
+def test_largest_scaling_by_hand():
+    """A triangle with corners (0,0), (2,0), (0,2), whose mean is (2/3, 2/3): what is reachable ends at x + y = 2."""
+    rewards = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    # mean + t (5/6, 11/6): the sum 4/3 + 8/3 t is 2 at t = 1/4
+    assert solve(rewards, [1.5, 2.5]).scaling == pytest.approx(0.25, abs=1e-12)
+    assert solve(rewards, [1.0, 1.0]).scaling is None
+    both = solve(rewards, [[1.5, 2.5], [1.0, 1.0]])
+    assert both.scaling[0] == pytest.approx(0.25) and np.isnan(both.scaling[1])
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_largest_scaling_is_on_the_edge(grouped):
+    rewards = samples(300, 4, 2, "skewed")
+    groups = np.arange(300) // 30 if grouped else None
+    palette, mean = quantile_palette(rewards, 0.99), rewards.mean(axis=0)
+    found = solve(rewards, palette, groups=groups)
+    assert 0 < found.scaling < 1
+    assert abs(slack(rewards, mean + found.scaling * (palette - mean), groups)) < 1e-8
+
+
+def test_the_duality_gap_bounds_the_kl():
+    rewards = samples(300, 3)
+    palette = quantile_palette(rewards, 0.7)
+    found = solve(rewards, palette)
+    rough = solve(rewards, palette, tol=1e-2)
+    assert abs(found.duality_gap) < 1e-12 < abs(rough.duality_gap)
+    for each in (found, rough):
+        assert each.duality_gap == pytest.approx(each.kl + dual(each.lam, rewards, palette), abs=1e-12)
+        assert each.duality_gap == pytest.approx(each.lam @ (each.levels - palette), abs=1e-12)
+
+
+def test_what_is_nearly_infeasible_is_flagged():
+    rewards = samples(2000, 2, 0, "bounded")
+    easy, hard = solve(rewards, quantile_palette(rewards, 0.6)), solve(rewards, 0.99 * rewards.max(axis=0))
+    assert easy.feasible and not easy.nearly_infeasible
+    assert hard.feasible and hard.nearly_infeasible and hard.ess < 30
+    # in every prompt down to one candidate, though there are many prompts
+    groups = np.arange(2000) // 2
+    assert solve(rewards, rewards.mean(axis=0) + 0.05, groups=groups).nearly_infeasible
+    assert not solve(rewards[:4], rewards[:4].mean(axis=0) - 1).nearly_infeasible
+
+
+@pytest.mark.parametrize("case", ["duplicate", "scaled", "sum", "opposite"])
+def test_collinear_rewards_get_the_least_lambda(case):
+    rewards = samples(200, 3)
+    rewards[:, 2] = {
+        "duplicate": rewards[:, 0], "scaled": 5 * rewards[:, 0], "sum": rewards[:, 0] + rewards[:, 1],
+        "opposite": -rewards[:, 0],
+    }[case]  # fmt: skip
+    sense = ["==", ">=", "=="] if case == "opposite" else ">="
+    deviation = rewards.std(axis=0)
+    target = policy(rewards, np.array([0.5, 0.4, 0.0])) @ rewards
+    found = solve(rewards, target, sense=sense)
+    assert found.feasible and not found.unique and found.kkt_residual <= 1e-9
+    mu = found.lam * deviation
+    # moving along the flat direction in either sense makes |μ| no smaller, within the bounds
+    flat = {"duplicate": [1, 0, -1], "scaled": [5, 0, -1], "sum": [1, 1, -1], "opposite": [1, 0, 1]}[case] * deviation
+    flat = np.array(flat) / np.linalg.norm(flat)
+    np.testing.assert_allclose((rewards @ (flat / deviation)).std(), 0, atol=1e-9)
+    for t in (-1e-3, 1e-3):
+        moved = mu + t * flat
+        allowed = case == "opposite" or (moved >= 0).all()
+        assert not allowed or moved @ moved > mu @ mu
+    assert solve(rewards[:, :2], target[:2]).unique
+    if case == "duplicate":  # half each, and the whole is what one of them would get
+        np.testing.assert_allclose(found.lam, [0.25, 0.4, 0.25], rtol=1e-7)
+    # a duplicate that is asked for less does not bind, and leaves nothing open
+    if case == "duplicate":
+        less = solve(rewards, target - [0, 0, 0.1])
+        assert less.unique and less.lam[2] == 0
+        np.testing.assert_allclose(less.lam[:2], [0.5, 0.4], rtol=1e-7)
+
+
+@pytest.mark.parametrize("sense, message", [
+    (">", "sense must be '>=', '<=' or '==', got '>'"),
+    ([">=", "=="], "or one for each of the 3 rewards, got 2"),
+    ([">=", "==", 1], "sense must be '>=', '<=' or '==', got 1"),
+])  # fmt: skip
+def test_mistakes_in_a_sense(sense, message):
+    with pytest.raises(UserError, match=message):
+        solve(samples(20, 3), np.zeros(3), sense=sense)
+
+
+def test_lam_max_bounds_both_signs():
+    rewards = samples(300, 2)
+    found = solve(rewards, rewards.mean(axis=0) - 1.0, sense="==", lam_max=0.1)
+    np.testing.assert_allclose(found.lam, [-0.1, -0.1])
+    assert found.feasible and found.kkt_residual <= 1e-9
