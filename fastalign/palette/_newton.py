@@ -58,16 +58,11 @@ def residual(point: Point, lower: np.ndarray, upper: np.ndarray) -> float:
     return float(np.abs(mu - np.minimum(np.maximum(mu - point.gradient, lower), upper)).max())
 
 
-def newton(point: Point, begun: Point | None, lower: np.ndarray, upper: np.ndarray, tol: float):
-    """Yields the μ to evaluate, is sent its Point; returns (last point, certificate or None).
-
-    Begins at `point`, which is μ = 0, or at `begun` if g is lower there: g(0) = 0.
-    """
+def newton(point: Point, lower: np.ndarray, upper: np.ndarray, tol: float):
+    """Yields the μ to evaluate, is sent its Point; returns (last point, certificate or None). Begins at `point`."""
     # With finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
     bounded = bool(np.isfinite(upper - lower).all())
     certificate, polished = None, 0
-    if begun is not None and begun.value < point.value:
-        point = begun
     for _ in range(MAX_PASSES):
         size = float(np.sqrt(point.mu @ point.mu))
         # max_i μ·(R_i − c) < 0: no mixture of the samples reaches c (Farkas). The distance is at least -top / size.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastalign.palette._newton import Point, State, newton, residual
-from fastalign.palette._uniqueness import least_norm
+from fastalign.palette._batch import LEFT, Points, model_minima, residuals, sweep
+from fastalign.palette._newton import State, newton
+from fastalign.palette._uniqueness import flat_directions, least_norm
 from fastalign.palette.feasibility import Reachable
 
 # Rows on which λ is first sought: a start that spares passes over all; then a 16th of all, which spares one more.
 FIRST_ROWS, LAST_SHARE = 16_384, 16
+# So many palettes go through the steps in arrays; so many start from the answers to every eighth of them.
+TOGETHER, PATH, PATH_STEP, MOST_PIVOTS = 4, 64, 8, 512
 ROUNDING = 16 * np.finfo(np.float64).eps
 ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
@@ -35,93 +38,135 @@ class Problem:
         bound = np.where(self.constant, 0.0, lam_max * self.scale)
         self.lower, self.upper = np.where(sign > 0, 0.0, -bound), np.where(sign < 0, 0.0, bound)
         # A constant reward cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
-        self.short = self.constant & (self.miss((self.offset + self.mean) / self.scale) > 4 * run.eps + tol)
+        short = self.constant & (self.miss((self.offset + self.mean) / self.scale) > 4 * run.eps + tol)
+        self.short = short.any(axis=1)
         self.reachable = Reachable(run, self.scale, sign)
-        self.origins = [self.view(k, np.zeros(m), first, 0) for k in range(count)]
-        self.begun = [None] * count
+        everything = np.arange(count)
+        self.origins = self.view(everything, np.zeros((count, m)), first, np.zeros(count, dtype=int))
+        self.started = guess is not None
+        self.points = self.origins[everything]
         if guess is not None:
-            clipped = np.clip(guess * self.scale, self.lower, self.upper)
-            self.begun = [self.view(k, clipped[k], first, 1 + k) for k in range(count)]
+            begun = self.view(everything, np.clip(guess * self.scale, self.lower, self.upper), first, 1 + everything)
+            lower = np.flatnonzero(begun.value < self.origins.value)  # a start that is no lower than 0 tells nothing
+            self.points[lower] = begun[lower]
 
     def miss(self, gradient: np.ndarray) -> np.ndarray:
         """By how many standard deviations each level misses what is asked of it; at most 0 where it does not."""
         return np.where(self.sign == 0, np.abs(gradient), -self.sign * gradient)
 
-    def view(self, k: int, mu: np.ndarray, stats, row: int) -> Point:
-        """The k-th palette's dual at μ, from row `row` of a pass's statistics."""
-        lam = mu / self.scale
-        shift = lam @ self.offset[k]
-        gradient = (stats.mean[row] + self.offset[k]) / self.scale
-        gradient[self.constant] = 0.0
-        hessian = stats.cov[row] / (self.scale * self.scale[:, None])
+    def view(self, ks: np.ndarray, mu: np.ndarray, stats, rows=slice(None)) -> Points:
+        """The duals of the palettes `ks` at μ (len(ks), m), from the rows `rows` of a pass's statistics."""
+        shift = (mu / self.scale * self.offset[ks]).sum(axis=1)
+        mean = stats.mean[rows]
+        gradient = (mean + self.offset[ks]) / self.scale
+        gradient[:, self.constant] = 0.0
+        hessian = stats.cov[rows] / (self.scale * self.scale[:, None])
         # What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
-        hessian.flat[:: len(mu) + 1] += ROUNDING * (np.diagonal(hessian) + (stats.mean[row] / self.scale) ** 2)
-        return Point(mu, stats.log_z[row] + shift, gradient, hessian, stats.max_score[row] + shift, stats.ess[row])
+        diagonal = hessian.reshape(len(ks), -1)[:, :: mu.shape[1] + 1]
+        diagonal += ROUNDING * (diagonal + (mean / self.scale) ** 2)
+        return Points(mu, stats.log_z[rows] + shift, gradient, hessian, stats.max_score[rows] + shift, stats.ess[rows])
 
-    def minimise(self) -> list[State]:
+    def evaluate(self, ks: np.ndarray, mu: np.ndarray) -> Points:
+        return self.view(ks, mu, self.run(mu / self.scale))
+
+    def minimise(self) -> None:
         """All palettes' Newton iterations in step: a pass serves every palette that is still at work."""
-        states = [
-            State(newton(origin, begun, self.lower, self.upper, self.tol))
-            for origin, begun in zip(self.origins, self.begun, strict=True)
-        ]
-        active = [k for k in range(len(states)) if not self.short[k].any() and states[k].begin()]
-        while active:
-            stats = self.run(np.array([states[k].trial for k in active]) / self.scale)
-            active = [k for row, k in enumerate(active) if states[k].advance(self.view(k, states[k].trial, stats, row))]
-        for k in np.flatnonzero(self.short.any(axis=1)):
-            states[k].point = self.origins[k]
-        return states
+        count = len(self.palettes)
+        self.passes, self.certificates = np.ones(count, dtype=int), [None] * count
+        todo = np.flatnonzero(~self.short)
+        if len(todo) >= PATH and not self.started:
+            pivots = todo[:: max(PATH_STEP, len(todo) // MOST_PIVOTS)]
+            self._settle(pivots)
+            todo = np.setdiff1d(todo, pivots, assume_unique=True)
+            self._start_beside(pivots, todo)
+        self._settle(todo)
 
-    def conclude(self, k: int, state: State) -> dict:
-        """The verdict, and the solution in the rewards' own units."""
-        palette, point, passes = self.palettes[k], state.point, 1 + state.passes
-        left = residual(point, self.lower, self.upper)
-        reached = left <= self.tol and (self.miss(point.gradient) <= self.tol).all()
-        feasible, nearest, certificate, scaling, unique = True, None, None, None, True
-        if self.short[k].any() or not reached:
-            known = None if state.certificate is None else state.certificate / self.scale
+    def _start_beside(self, pivots: np.ndarray, ks: np.ndarray) -> None:
+        """Start each palette from the nearest one that is solved, by a Newton step on that one's model."""
+        pivots = np.array([p for p in pivots if self.certificates[p] is None])
+        if not len(pivots):
+            return
+        apart = [(((self.palettes[pivots] - self.palettes[k]) / self.scale) ** 2).sum(axis=1).argmin() for k in ks]
+        beside = self.points[pivots[np.array(apart)]]
+        beside.gradient = beside.gradient + (self.offset[ks] - self.offset[pivots[np.array(apart)]]) / self.scale
+        beside.gradient[:, self.constant] = 0.0
+        mu, found = model_minima(beside, self.lower, self.upper)
+        ks, mu = ks[found], mu[found]
+        if len(ks):
+            begun = self.evaluate(ks, mu)
+            self.passes[ks] += 1
+            lower = begun.value < self.points.value[ks]
+            self.points[ks[lower]] = begun[lower]
+
+    def _settle(self, ks: np.ndarray) -> None:
+        if len(ks) >= TOGETHER:
+            points = self.points[ks]
+            state, passes = sweep(
+                lambda rows, mu: self.evaluate(ks[rows], mu), points, self.lower, self.upper, self.tol
+            )
+            self.points[ks] = points
+            self.passes[ks] += passes
+            ks = ks[state == LEFT]
+        states = {k: State(newton(self.points.one(k), self.lower, self.upper, self.tol)) for k in ks}
+        active = np.array([k for k in ks if states[k].begin()], dtype=int)
+        while len(active):
+            found = self.evaluate(active, np.array([states[k].trial for k in active]))
+            active = np.array([k for row, k in enumerate(active) if states[k].advance(found.one(row))], dtype=int)
+        for k, state in states.items():
+            self.points.put(k, state.point)
+            self.passes[k] += state.passes
+            self.certificates[k] = state.certificate
+
+    def conclude(self) -> dict:
+        """The verdicts, and the solutions in the rewards' own units: every field of PaletteSolution, K leading."""
+        points, count = self.points, len(self.palettes)
+        left = residuals(points, self.lower, self.upper)
+        reached = (left <= self.tol) & (self.miss(points.gradient) <= self.tol).all(axis=1) & ~self.short
+        feasible, beyond = reached.copy(), {"nearest": {}, "certificate": {}, "scaling": {}}
+        for k in np.flatnonzero(~reached):
+            palette = self.palettes[k]
+            known = None if self.certificates[k] is None else self.certificates[k] / self.scale
             nearest, certificate, distance = self.reachable.nearest(palette, known)
-            feasible = distance <= self.tol and not self.short[k].any()
-            if feasible:
-                nearest = certificate = None
-            else:
-                scaling = self.reachable.scaling(self.run.center + self.mean, palette, certificate)
-        if feasible or np.isfinite(self.lam_max):
-            mu, unique = least_norm(point, self.origins[k].hessian, self.lower, self.upper, self.constant)
-            if mu is not None:
-                again = self.view(k, mu, self.run((mu / self.scale)[None]), 0)
-                passes += 1
-                if residual(again, self.lower, self.upper) <= max(self.tol, left):
-                    point, left = again, residual(again, self.lower, self.upper)
-        mu = np.where(np.abs(point.mu) <= self.tol, 0.0, point.mu)
+            feasible[k] = distance <= self.tol and not self.short[k]
+            if not feasible[k]:
+                beyond["nearest"][k], beyond["certificate"][k] = nearest, certificate
+                beyond["scaling"][k] = self.reachable.scaling(self.run.center + self.mean, palette, certificate)
+        solved = feasible | np.isfinite(self.lam_max)
+        unique = np.ones(count, dtype=bool)
+        steep = flat_directions(self.origins.hessian[0], self.constant)
+        for k in np.flatnonzero(solved) if steep is not None else ():
+            mu, unique[k] = least_norm(points.one(k), steep, self.lower, self.upper, self.constant)
+            if mu is None:
+                continue
+            again = self.evaluate(np.array([k]), mu[None])
+            self.passes[k] += 1
+            if residuals(again, self.lower, self.upper)[0] <= max(self.tol, left[k]):
+                points[[k]], left[k] = again, residuals(again, self.lower, self.upper)[0]
+        mu = np.where(np.abs(points.mu) <= self.tol, 0.0, points.mu)
         lam = np.clip(mu / self.scale, -self.lam_max, self.lam_max)
-        levels = point.gradient * self.scale + palette
-        levels[self.constant] = (self.run.center + self.mean)[self.constant]
-        gap = float(point.mu @ point.gradient)
-        kl, ess = max(0.0, gap - float(point.value)), float(point.ess)
-        if not feasible and np.isinf(self.lam_max):  # the dual has no minimum
-            lam, levels = np.full_like(lam, np.nan), np.full_like(lam, np.nan)
-            kl = ess = left = gap = np.nan
-        return dict(
-            lam=lam,
-            levels=levels,
-            kl=kl,
-            ess=ess,
-            feasible=bool(feasible),
-            kkt_residual=float(left),
-            iterations=passes,
-            nearest=nearest,
-            certificate=certificate,
-            scaling=scaling,
-            duality_gap=gap,
-            nearly_infeasible=bool(feasible and self._thin(ess, np.count_nonzero(lam))),
-            unique=unique,
-        )
+        levels = points.gradient * self.scale + self.palettes
+        levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
+        gap = (points.mu * points.gradient).sum(axis=1)
+        found = {
+            "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - points.value), "ess": points.ess.copy(),
+            "kkt_residual": left, "duality_gap": gap,
+        }  # fmt: skip
+        for x in found.values():  # the dual has no minimum
+            x[~solved] = np.nan
+        binding = np.count_nonzero(lam, axis=1)
+        flagged = feasible & (binding > 0) & self._thin(points.ess, binding)
+        found |= {"feasible": feasible, "iterations": self.passes, "nearly_infeasible": flagged, "unique": unique}
+        for name, rows in beyond.items():
+            found[name] = None
+            if rows:
+                found[name] = np.full((count,) if name == "scaling" else self.palettes.shape, np.nan)
+                found[name][list(rows)] = list(rows.values())
+        return found
 
-    def _thin(self, ess: float, binding: int) -> bool:
-        enough = min(ENOUGH_PER_VALUE * (1 + binding), self.run.rows / 2)
+    def _thin(self, ess: np.ndarray, binding: np.ndarray) -> np.ndarray:
         groups = self.run.group_count
-        return binding > 0 and (ess * (groups or 1) < enough or (groups > 0 and ess < ENOUGH_PER_PROMPT))
+        enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), self.run.rows / 2)
+        return (ess * (groups or 1) < enough) | ((groups > 0) & (ess < ENOUGH_PER_PROMPT))
 
 
 def starts(problem: Problem) -> np.ndarray | None:
@@ -137,8 +182,7 @@ def starts(problem: Problem) -> np.ndarray | None:
         few = Problem(part, problem.palettes, problem.sign, 1e-3, problem.lam_max, lambda _, x=before: x)
         if few.constant.any() or few.short.any():
             return guess
-        found = few.minimise()
-        guess = np.array(
-            [np.zeros(len(few.scale)) if s.certificate is not None else s.point.mu / few.scale for s in found]
-        )
+        few.minimise()
+        guess = few.points.mu / few.scale
+        guess[[c is not None for c in few.certificates]] = 0.0
     return guess

@@ -9,22 +9,26 @@ from fastalign.palette._newton import Point
 FLAT = 1e-13  # of the correlations' eigenvalues; what lies below is rounding
 
 
-def least_norm(point: Point, hessian: np.ndarray, lower, upper, constant) -> tuple[np.ndarray | None, bool]:
-    """The minimiser of least |μ| within the bounds that has the scores of `point`, or None where that is `point`; and
-    whether it was unique at all.
+def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | None:
+    """An orthonormal basis (r, k) of the combinations of the k rewards that do vary; None where all k of them do.
 
     hessian: (m, m) the rewards' covariance under p0 in units of σ: its null space is what leaves μ open.
     """
     moving = np.flatnonzero(~constant)
     if len(moving) < 2:
-        return None, True
+        return None
     values, vectors = np.linalg.eigh(hessian[np.ix_(moving, moving)])
     steep = values > FLAT * len(moving)
-    if steep.all():
-        return None, True
+    return None if steep.all() else vectors[:, steep].T
+
+
+def least_norm(point: Point, rows: np.ndarray, lower, upper, constant) -> tuple[np.ndarray | None, bool]:
+    """The minimiser of least |μ| within the bounds that has the scores of `point`, or None where that is `point`; and
+    whether it was unique at all. rows: what `flat_directions` returned.
+    """
+    moving = np.flatnonzero(~constant)
     # A value that is slack by more than rounding has μ = 0 in every minimiser.
     free = (np.abs(point.gradient[moving]) <= 1e-7) | (point.mu[moving] != 0.0)
-    rows = vectors[:, steep].T
     if np.linalg.matrix_rank(rows[:, free], tol=1e-7) == np.count_nonzero(free):
         return None, True
     from scipy.optimize import lsq_linear

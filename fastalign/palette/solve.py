@@ -13,7 +13,7 @@ law does not depend on the prompt; otherwise the joint form reaches more, by lea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,19 +98,8 @@ def solve(
     """
     run, palettes, sign = set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group)
     problem = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max, starts)
-    results = [problem.conclude(k, state) for k, state in enumerate(problem.minimise())]
-    return _assemble(results, single=np.ndim(palette) == 1)
-
-
-def _assemble(results: list[dict], single: bool) -> PaletteSolution:
-    if single:
-        return PaletteSolution(**results[0])
-    found = {}
-    for name in (field.name for field in fields(PaletteSolution)):
-        column = [result[name] for result in results]
-        known = [x for x in column if x is not None]
-        if known and len(known) < len(column):
-            gap = np.full_like(known[0], np.nan, dtype=float)
-            column = [gap if x is None else x for x in column]
-        found[name] = np.array(column) if known else None
+    problem.minimise()
+    found = problem.conclude()
+    if np.ndim(palette) == 1:
+        found = {name: None if x is None else x[0] for name, x in found.items()}
     return PaletteSolution(**found)
