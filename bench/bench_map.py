@@ -21,7 +21,7 @@ def cases() -> Iterator[Case]:
         "solve, n = 1,000,000, m = 6",
         lambda: solve(rewards, palette),
         {"scipy L-BFGS-B": lambda: scipy_lbfgsb(wide, palette)},
-        {"scipy L-BFGS-B": 15},
+        {"scipy L-BFGS-B": 25},
         check=lambda: agree(rewards, palette, scipy_lbfgsb, 1e-3),
         rounds=5,
         note=lambda: residuals(rewards, palette, scipy_lbfgsb),
@@ -47,11 +47,48 @@ def cases() -> Iterator[Case]:
             "scipy L-BFGS-B": lambda: scipy_lbfgsb(small.astype(np.float64), level),
             "150 Adam steps": lambda: adam(small, level),
         },
-        {"cvxpy + Clarabel": 300},
+        {"cvxpy + Clarabel": 500},
         check=lambda: agree(small, level, cvxpy_clarabel, 1e-4),
         rounds=5,
         note=lambda: residuals(small, level, cvxpy_clarabel, scipy_lbfgsb, adam),
     )
+    many = around(small, 1000)
+    yield Case(
+        "solve 1,000 palettes, n = 20,000, m = 3",
+        lambda: solve(small, many),
+        {"scipy L-BFGS-B, one by one": lambda: [scipy_lbfgsb(small.astype(np.float64), one) for one in many]},
+        {"scipy L-BFGS-B, one by one": 100},
+        check=lambda: agree_on_many(small, many),
+        rounds=3,
+    )
+    huge = samples(10_000_000, 6)
+    asked = quantile_palette(huge, 0.7, values=[0, 1, 2])
+    summed = torch.from_numpy(huge)
+    yield Case(
+        "solve, n = 10,000,000, m = 6",
+        lambda: solve(huge, asked),
+        {
+            "one sum over the data, numpy": lambda: huge.sum(dtype=np.float64),
+            "one sum over the data, torch": summed.sum,
+        },
+        {"one sum over the data, numpy": 1 / 12},
+        rounds=5,
+        note=lambda: residuals(huge, asked),
+    )
+
+
+def around(rewards: np.ndarray, count: int) -> np.ndarray:
+    """Palettes from a little below the mean to 0.7 standard deviations above it, drawn apart for each value."""
+    ask = np.random.default_rng(1).uniform(-0.2, 0.7, (count, rewards.shape[1]))
+    return rewards.mean(axis=0, dtype=np.float64) + ask * rewards.std(axis=0, dtype=np.float64)
+
+
+def agree_on_many(rewards: np.ndarray, palettes: np.ndarray) -> None:
+    found = solve(rewards, palettes)
+    assert found.feasible.all() and found.kkt_residual.max() <= 1e-9
+    for k in range(0, len(palettes), 100):
+        theirs = scipy_lbfgsb(rewards.astype(np.float64), palettes[k])
+        np.testing.assert_allclose(found.lam[k], theirs, atol=1e-4 * (1 + found.lam[k].max()))
 
 
 def samples(n: int, m: int) -> np.ndarray:

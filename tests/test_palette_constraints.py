@@ -155,3 +155,24 @@ def test_lam_max_bounds_both_signs():
     found = solve(rewards, rewards.mean(axis=0) - 1.0, sense="==", lam_max=0.1)
     np.testing.assert_allclose(found.lam, [-0.1, -0.1])
     assert found.feasible and found.kkt_residual <= 1e-9
+
+
+@pytest.mark.parametrize("sense", [">=", "mixed"])
+def test_a_path_of_palettes_is_what_each_gives_alone(sense):
+    """Many palettes go through Newton's steps together and start from their neighbours' answers."""
+    rewards, rng = samples(300, 3, 1, "bounded"), np.random.default_rng(0)
+    sense = [">=", "<=", "=="] if sense == "mixed" else sense
+    ask = np.linspace(0, 2, 160)[:, None] * rng.uniform(0.2, 1.2, 3) * ([1, -1, 1] if len(sense) == 3 else 1)
+    palettes = rewards.mean(axis=0) + ask * rewards.std(axis=0)
+    found = solve(rewards, palettes, sense=sense)
+    alone = [solve(rewards, palette, sense=sense) for palette in palettes]
+    assert found.feasible.tolist() == [each.feasible for each in alone]
+    assert 10 < found.feasible.sum() < 160
+    reached = found.feasible
+    np.testing.assert_allclose(found.lam, [each.lam for each in alone], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found.kl, [each.kl for each in alone], atol=1e-9)
+    assert found.kkt_residual[reached].max() <= 1e-9
+    np.testing.assert_allclose(
+        found.scaling[~reached], [each.scaling for each in alone if not each.feasible], rtol=1e-6
+    )
+    assert found.iterations[reached].sum() < 0.8 * sum(each.iterations for each in alone if each.feasible)

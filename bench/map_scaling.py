@@ -1,0 +1,56 @@
+"""python -m bench.map_scaling: the time of one solve from a thousand samples to ten million, six values.
+
+Writes results/map_scaling.json and map_scaling.svg and .png beside this file, a line that a straight one is laid
+through: what a solve costs is linear in the number of samples.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from fastalign.bench.bench_map import samples
+from fastalign.bench.common import machine
+
+from fastalign.data.files import write_json
+from fastalign.palette import plots, quantile_palette, solve
+
+COUNTS = [round(10**e) for e in np.arange(3, 7.01, 0.5)]
+
+
+def median_ms(rewards: np.ndarray, palette: np.ndarray) -> tuple[float, int]:
+    solve(rewards, palette)
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        found = solve(rewards, palette)
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times), int(found.iterations)
+
+
+def main() -> None:
+    whole, rows = samples(COUNTS[-1], 6), []
+    for n in COUNTS:
+        rewards = np.ascontiguousarray(whole[:n])
+        ms, passes = median_ms(rewards, quantile_palette(rewards, 0.7, values=[0, 1, 2]))
+        rows.append({"n": n, "ms": ms, "passes": passes})
+        print(f"n = {n:>10,}: {ms:9.3f} ms, {passes} passes", flush=True)
+    out = Path(__file__).parent / "results"
+    write_json(out / "map_scaling.json", {"machine": machine(), "results": [], "solves": rows})
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    n, ms = np.array(COUNTS, dtype=float), np.array([row["ms"] for row in rows])
+    axes.loglog(n, ms, "o-", color="#0072B2", label="solve, six values")
+    axes.loglog(n, ms[-1] * n / n[-1], "--", color="#D55E00", label="proportional to n")
+    axes.set(xlabel="samples n", ylabel="milliseconds")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(frameon=False)
+    for suffix in ("svg", "png"):
+        plots.save(figure, Path(__file__).parent / "results" / f"map_scaling.{suffix}")
+
+
+if __name__ == "__main__":
+    main()
