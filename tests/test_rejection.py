@@ -65,6 +65,16 @@ def test_keeping_all_is_best_of_n(sampler):
     assert found.complete.all()
 
 
+def test_checkpoints_are_an_eighth_a_quarter_and_half(sampler):
+    job = {**JOB, "max_new_tokens": 18}
+    found = speculative_rejection(sampler, PROMPTS, LENGTH, **job)
+    assert (
+        found.candidates.token_ids
+        == speculative_rejection(sampler, PROMPTS, LENGTH, checkpoints=[2, 4, 9], **job).candidates.token_ids
+    )
+    assert (found.complete.sum(1) < 16).all()
+
+
 def test_memory_pressure_drops_the_worst_and_the_limit_holds(monkeypatch):
     tokenizer = tiny_tokenizer()
     sampler = Sampler(tiny_causal_lm(tokenizer), tokenizer)

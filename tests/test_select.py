@@ -131,3 +131,18 @@ def test_best_of_passes_sampling_on_and_checks_lam(sampler):
     assert len(set(result.candidates.texts[0])) == 1
     with pytest.raises(UserError, match="one weight per reward, 2"):
         best_of(sampler, ["the cat"], [LENGTH, VOWELS], lam=[1.0], **JOB)
+
+
+def test_best_of_keeps_k_and_averages_its_own_draw_out(sampler):
+    job = {**JOB, "n": 32}
+    best = best_of(sampler, ["the cat", "why"], LENGTH, k=3, **job)
+    lengths = best.candidates.rewards["length"]
+    np.testing.assert_array_equal(np.sort(lengths)[:, :-4:-1], best.picked.rewards["length"])
+    assert best.texts == [row[0] for row in best.picked.texts] and best.values[0] == lengths.max(1).mean()
+    apart = best_of(sampler, ["the cat", "why"], LENGTH, lam=[0.1], method="gumbel_top_k", k=32, **job)
+    assert [sorted(row) for row in apart.picked.picked.tolist()] == [list(range(32))] * 2  # without replacement
+    drawn = best_of(sampler, ["the cat", "why"], LENGTH, lam=[0.1], method="resample", k=4000, **job)
+    np.testing.assert_allclose(drawn.values[0], (weights(lengths[..., None], [0.1]) * lengths).sum(1).mean(), rtol=1e-6)
+    assert drawn.values[0] == pytest.approx(drawn.picked.rewards["length"].mean(), abs=4 * float(lengths.std()) / 90)
+    with pytest.warns(UserWarning, match="too few to trust .* candidates a prompt would be"):
+        best_of(sampler, ["the cat"], LENGTH, lam=[5.0], method="resample", **job)
