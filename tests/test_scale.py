@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(cluster, folder, tmp_path):
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"workers": 3, "worker_cpus": 1}, "3 workers with 1 CPU each: the cluster has room for 2"),
         ({"worker_gpus": 1}, "1 workers with 1 GPU each: the cluster has room for 0"),
-        ({"max_new_tokens": 300}, r"exceed the model's context of 256 \(prompts 0 to"),
+        ({"max_new_tokens": 300}, r"exceed the model's context of 256 \(in the block of prompts 0 to"),
         ({"lam": [1.0]}, "lam must have one weight per reward, 0, got 1"),
     ):
         options = {"model": folder, "prompts": PROMPTS[:2], "out": tmp_path / told[:9], "workers": 1, **SHORT, **wrong}

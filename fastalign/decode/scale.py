@@ -2,15 +2,19 @@
 
 Workers are Ray actors that hold the model and the rewards; a task is a block of prompts, from sampling to selection,
 so that candidates cross the network once, as the Parquet file that the driver writes. A worker that dies is
-started again by Ray and its block is drawn anew; since random numbers are a function of (seed, the prompt's place,
-candidate, step), the result depends neither on that nor on how many workers there are. A part is written whole or not at
-all, by the driver alone, so that each prompt is there once, and a run that was cut off goes on with what is missing.
+started again by Ray and its block is drawn anew. A part is written whole or not at all, by the driver alone, so that
+each prompt is there once, and a run that was cut off goes on with what is missing.
+
+Random numbers are a function of (seed, the prompt's place, candidate, step): the result depends neither on the number of
+workers nor on what became of them, but for the rounding of the model's arithmetic. Another number of threads or of
+candidates in the batch moves log-probs by some 1e-5, and with that, now and then, a rare token of a large vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -164,7 +168,10 @@ class _Worker:
             self.sampler = self.sampler or Sampler.from_pretrained(self.model, **self.loading)
             part = self._part(places, prompts)
         except (UserError, OSError) as error:
-            return {**found, "wrong": f"{' '.join(str(error).split())} (prompts {places[0]} to {places[-1]})"}
+            return {
+                **found,
+                "wrong": f"{' '.join(str(error).split())} (in the block of prompts {places[0]} to {places[-1]})",
+            }
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "part.parquet"
             part.to_parquet(path)
@@ -205,15 +212,16 @@ def _cluster(address: str) -> Iterator[Any]:
     if mine:
         where = {} if address == "auto" else {"address": address}
         try:
+            _knock(address)
             ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
             raise UserError(f"ray={address!r}: no cluster that can be reached ({reason})") from None
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.CRITICAL)  # what it logs of errors, it raises too
     try:
         yield ray
     finally:
@@ -221,6 +229,13 @@ def _cluster(address: str) -> Iterator[Any]:
         logger.setLevel(level)
         if mine:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at host:port: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _shape(ray, workers: int | None, cpus: float | None, gpus: float | None) -> tuple[int, float, float]:
