@@ -17,7 +17,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
-OPS = ["gae", "linear_logprobs", "map_statistics", "resample", "sample_tokens", "token_logprobs", "token_logratios"]
+OPS = [
+    "gae", "linear_logprobs", "map_statistics", "own_attention", "resample", "sample_tokens", "token_logprobs", "token_logratios",
+]  # fmt: skip
 COMMON = ["bindings", "isa"]
 
 LEVELS = {"baseline": []}

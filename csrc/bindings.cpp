@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "linear_logprobs.h"
 #include "map_statistics.h"
+#include "own_attention.h"
 #include "resample.h"
 #include "sample_tokens.h"
 #include "token_logprobs.h"
@@ -176,6 +177,23 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     if (!FASTALIGN_CALL(sample_tokens, ptr<int64_t>(ids), ptr(log_probs), rows, options, threads)) throw std::bad_alloc();
   });
+
+  m.def("exp_rows", [](uintptr_t scores, uintptr_t max, uintptr_t mass, int64_t rows, int64_t length, float scaling,
+                       int threads) {
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(exp_rows, ptr<float>(scores), ptr<float>(max), ptr<float>(mass), rows, length, scaling, threads);
+  });
+
+  m.def("own_attention",
+        [](uintptr_t out, uintptr_t keys, uintptr_t values, uintptr_t query, uintptr_t key, uintptr_t value,
+           uintptr_t prompt_sum, uintptr_t prompt_max, uintptr_t prompt_mass, uintptr_t rows, uintptr_t lengths, int64_t n,
+           int64_t kv, int64_t group, int64_t room, int64_t d, float scaling, int threads) {
+          const OwnAttention in = {ptr<float>(keys), ptr<float>(values), ptr<float>(query), ptr<float>(key), ptr<float>(value),
+                                   ptr<float>(prompt_sum), ptr<float>(prompt_max), ptr<float>(prompt_mass),
+                                   ptr<int64_t>(rows), ptr<int64_t>(lengths), n, kv, group, room, d, scaling};
+          py::gil_scoped_release release;
+          FASTALIGN_CALL(own_attention, ptr<float>(out), in, threads);
+        });
 
   m.def("gae", [](uintptr_t advantages, uintptr_t returns, const py::tuple& rewards, const py::tuple& values, uintptr_t mask,
                   double gamma, double lambda, int threads) {

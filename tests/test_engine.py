@@ -1,12 +1,15 @@
 """The shared-prompt engine against a plain loop over the model: the same tokens, whatever joins and leaves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scipy.stats import chisquare
 from test_fused_forward import build as plain_model
 from test_packing import MODELS, WINDOWED, build
 
-from fastalign.decode.engine import Engine, Job, draw, supports
+from fastalign.backend import use_backend
+from fastalign.decode.engine import Engine, Job, Prefix, _Step, draw, supports
 from fastalign.ops import sample_tokens
 
 PROMPTS = {0: [5, 9, 11, 40, 7, 8, 21], 3: [3], 4: [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]}
@@ -108,3 +111,25 @@ def test_first_tokens_follow_the_models_law():
     observed = torch.cat((count[likely], count[~likely].sum()[None]))
     expected = torch.cat((p[likely], p[~likely].sum()[None])).double()
     assert chisquare(observed.numpy(), (expected / expected.sum() * 4000).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("heads", "kv", "d", "own"), [(9, 3, 64, 30), (2, 2, 7, 300), (4, 1, 20, 1)])
+def test_compiled_step_equals_the_plain_one(heads, kv, d, own):
+    torch.manual_seed(0)
+    jobs = [Job(p, c) for p, c in ((0, 0), (7, 0), (0, 1), (7, 1), (7, 2))]  # rows of prompt 0 are no neighbours
+    lengths = torch.tensor([own - 1, 0, own // 2, 0, own - 1])
+    prefixes = {p: Prefix(n, {0: torch.randn(kv, n, d)}, {0: torch.randn(kv, n, d)}) for p, n in ((0, 33), (7, 1))}
+    q, k, v = (30 * torch.randn(5, h, 1, d) for h in (heads, kv, kv))
+    cache = torch.randn(2, 5, kv, own + 3, d)
+    found = []
+    for name in ("cpu", "reference"):
+        engine = SimpleNamespace(
+            jobs=jobs, prefixes=prefixes, rows=5, keys={0: cache[0].clone()}, values={0: cache[1].clone()}
+        )
+        with use_backend(name):
+            step = _Step(engine, 5, own, lengths, lengths + 5)
+            assert step.compiled == (name == "cpu")
+            found.append((step.attend(0, q, k, v, d**-0.5, None, None), engine.keys[0], engine.values[0]))
+    (ours, *caches), (plain, *others) = found
+    assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, caches, others))

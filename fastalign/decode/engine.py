@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.integrations.packing import can_pack
+from fastalign.ops._library import threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -224,6 +226,8 @@ class _Step:
         for row, job in enumerate(engine.jobs):
             by_prompt.setdefault(job.prompt, []).append(row)
         self.groups = [(engine.prefixes[p], self._index(rows)) for p, rows in by_prompt.items()]
+        self.places = [torch.tensor(rows) for rows in by_prompt.values()]
+        self.compiled = lengths.device.type == "cpu" and backend.choose(lengths.device) == "cpu"
 
     def _index(self, rows: list[int]) -> Tensor | slice:
         neighbours = rows[-1] - rows[0] + 1 == len(rows)
@@ -235,6 +239,8 @@ class _Step:
         """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d)."""
         self.calls += 1
         keys, values = self._room(layer, k)
+        if self.compiled and window is None and softcap is None and q.dtype == torch.float32:
+            return self._compiled(layer, q, k, v, keys, values, scaling)
         keys[self.rows, :, self.lengths] = k[:, :, 0]
         values[self.rows, :, self.lengths] = v[:, :, 0]
         kv = k.shape[1]
@@ -263,6 +269,26 @@ class _Step:
             share = torch.sigmoid(mine_lse[rows] - lse).unsqueeze(-1).to(q.dtype)
             out[rows] = theirs + (mine[rows] - theirs) * share
         return out.flatten(1, 2).unsqueeze(2)
+
+    def _compiled(self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """The same on the compiled engine: two products with the prompt a group, and one pass each beside them."""
+        (_, heads, _, d), kv, room = q.shape, k.shape[1], keys.shape[2]
+        q, k, v = (x.reshape(self.count, -1, d) for x in (q, k, v))
+        grouped, out = q.view(self.count, kv, heads // kv, d), torch.empty_like(q)
+        for (prefix, rows), places in zip(self.groups, self.places, strict=True):
+            n = len(places)
+            together = grouped[rows].transpose(0, 1).reshape(kv, -1, d)
+            scores = torch.bmm(together, prefix.keys[layer].transpose(1, 2))
+            top, mass = scores.new_empty(2, kv * together.shape[1]).unbind()
+            backend.engine.exp_rows(
+                scores.data_ptr(), top.data_ptr(), mass.data_ptr(), len(top), prefix.length, scaling, threads()
+            )
+            given = torch.bmm(scores, prefix.values[layer])
+            backend.engine.own_attention(
+                *(x.data_ptr() for x in (out, keys, values, q, k, v, given, top, mass, places, self.lengths)),
+                n, kv, heads // kv, room, d, scaling, threads(),
+            )  # fmt: skip
+        return out.unsqueeze(2)
 
     def _room(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
         engine = self.engine

@@ -1,0 +1,30 @@
+// One new token's attention over what a shared prompt gave and over the candidate's own tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace fastalign {
+
+// All float32 and contiguous. `rows` names the places in the cache of the n rows of one prompt.
+struct OwnAttention {
+  float *keys, *values;         // (places, kv, room, d): the candidates' own; the new token is written at lengths[place]
+  const float *query;           // (places, kv * group, d)
+  const float *key, *value;     // (places, kv, d), of the new token
+  const float *prompt_sum;      // (kv, n * group, d): sum over the prompt of exp(score - max) value
+  const float *prompt_max, *prompt_mass;  // (kv, n * group)
+  const int64_t *rows, *lengths;          // (n,), (places,)
+  int64_t n, kv, group, room, d;
+  float scaling;
+};
+
+}  // namespace fastalign
+
+FASTALIGN_DECLARE(
+  // In place over (rows, length): exp(scaling x - max); max and the sum of these, (rows,). Row r begins at r * length.
+  void exp_rows(float* scores, float* max, float* mass, int64_t rows, int64_t length, float scaling, int threads);
+
+  // out (places, kv * group, d)
+  void own_attention(float* out, const OwnAttention& in, int threads);
+)
