@@ -170,10 +170,11 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("sample_tokens", [](uintptr_t ids, uintptr_t log_probs, const py::tuple& logits, double temperature, int64_t top_k,
-                            double top_p, double min_p, int64_t seed, int64_t offset, uintptr_t streams, int threads) {
+                            double top_p, double min_p, int64_t seed, int64_t offset, uintptr_t streams, int64_t streams_width,
+                            int threads) {
     const Rows rows = rows_of(logits);
     const SampleOptions options = {temperature, top_k, top_p, min_p, uint64_t(seed), uint64_t(offset),
-                                   ptr<const int64_t>(streams)};
+                                   ptr<const int64_t>(streams), streams_width};
     py::gil_scoped_release release;
     if (!FASTALIGN_CALL(sample_tokens, ptr<int64_t>(ids), ptr(log_probs), rows, options, threads)) throw std::bad_alloc();
   });

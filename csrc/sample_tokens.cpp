@@ -388,11 +388,12 @@ static Draw<C> draw_from_some(int64_t n, bool indexed, C scale, const SampleOpti
 }
 
 template <typename S, typename C>
-static Draw<C> draw(const S* row, int64_t vocab, const SampleOptions& o, uint64_t stream, const Scratch<C>& work) {
+static Draw<C> draw(const S* row, int64_t vocab, const SampleOptions& o, uint64_t stream, uint64_t offset,
+                    const Scratch<C>& work) {
   if (o.temperature == 0) return largest<S, C>(row, vocab);
   const double inverse = 1 / o.temperature, most = double(kLargest<C>), least = double(kSmallest<C>);
   const C scale = C(inverse < most ? (inverse > least ? inverse : least) : most);
-  const double u = philox_uniform(o.seed, stream, o.offset);
+  const double u = philox_uniform(o.seed, stream, offset);
   if (o.top_k > 0 && o.top_k < vocab) {
     const int64_t n = load_top_k<S, C>(row, vocab, o.top_k, work);
     return n < 0 ? kNothing<C> : draw_from_some<C>(n, true, scale, o, u, work);
@@ -413,8 +414,10 @@ static bool sample(int64_t* ids, void* log_probs, const Rows& logits, const Samp
 #pragma omp for schedule(dynamic, 4)
     for (int64_t r = 0; r < logits.count; ++r) {
       if (!enough) continue;
-      const uint64_t stream = uint64_t(options.rows != nullptr ? options.rows[r] : r);
-      const Draw<C> drawn = draw<S, C>(logits.row<S>(r), logits.vocab, options, stream, work);
+      const int64_t* counter = options.rows != nullptr ? options.rows + r * options.rows_width : nullptr;
+      const uint64_t stream = uint64_t(counter != nullptr ? counter[0] : r);
+      const uint64_t step = counter != nullptr && options.rows_width == 2 ? uint64_t(counter[1]) : 0;
+      const Draw<C> drawn = draw<S, C>(logits.row<S>(r), logits.vocab, options, stream, options.offset + step, work);
       ids[r] = drawn.id;
       static_cast<C*>(log_probs)[r] = drawn.log_prob;
     }

@@ -13,6 +13,7 @@ struct SampleOptions {
   double min_p;        // 0: off
   uint64_t seed, offset;
   const int64_t* rows;  // the stream of each row; null: 0, 1, 2, ..
+  int64_t rows_width;   // 2: each row's stream, and a step that is added to offset
 };
 
 }  // namespace fastalign

@@ -219,6 +219,7 @@ def sample_tokens(
     """One token per row by the inverse of its cumulative sum in index order. logits (B, V) -> ids, log_probs (B,)."""
     x = _compute(logits)
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    rows, steps = rows.unbind(-1) if rows.ndim == 2 else (rows, torch.zeros_like(rows))
     bad = (x.isnan() | (x == -NEG_INF)).any(-1) | (x == NEG_INF).all(-1)
     x = x.masked_fill(bad[:, None], 0)
     if temperature == 0:
@@ -228,7 +229,7 @@ def sample_tokens(
     else:
         d = _below_top(x, temperature)
         mass = (d.double().exp() * survivors(x, temperature, top_k, top_p, min_p)).cumsum(-1)
-        target = uniform(seed, rows, torch.full_like(rows, offset))[:, None] * mass[:, -1:]
+        target = uniform(seed, rows, steps + offset)[:, None] * mass[:, -1:]
         ids = (mass <= target).sum(-1)
         log_probs = (d.gather(-1, ids[:, None]).double() - mass[:, -1:].log()).to(x.dtype)[:, 0]
     return ids.masked_fill(bad, -1), log_probs.masked_fill(bad, float("nan"))

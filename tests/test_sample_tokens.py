@@ -268,6 +268,17 @@ def test_a_draw_does_not_hang_on_batch_or_threads(each_backend, options):
     assert torch.equal(default.ids, sample_tokens(logits, seed=9, rows=torch.arange(40), **options).ids)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}], ids=str)
+def test_rows_with_steps_of_their_own(each_backend, options):
+    torch.manual_seed(3)
+    logits, streams = torch.randn(6, 700), torch.randperm(1000)[:6]
+    steps = torch.tensor([0, 5, 2, 5, 2**40, 1])
+    found = sample_tokens(logits, seed=9, offset=4, rows=torch.stack([streams, steps], 1), **options)
+    for i, step in enumerate(steps.tolist()):
+        one = sample_tokens(logits[i : i + 1], seed=9, offset=4 + step, rows=streams[i : i + 1], **options)
+        assert torch.equal(one.ids[0], found.ids[i]) and torch.equal(one.log_probs[0], found.log_probs[i])
+
+
 def test_greedy_takes_the_first_of_the_largest(each_backend):
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [NEG_INF, NEG_INF, -5.0, -5.0], [NAN, 1.0, 2.0, 3.0]])
     found = sample_tokens(logits, temperature=0, top_p=0.5, seed=0)
@@ -388,7 +399,7 @@ def test_the_op_is_registered_soundly():
         ({"offset": -1}, UserError, r"offset must be an integer in \[0, 2\^63\), got -1"),
         ({"rows": torch.zeros(2)}, TypeError, "rows must be an int64 tensor, got torch.float32"),
         ({"rows": [0, 1]}, TypeError, "rows must be an int64 tensor, got list"),
-        ({"rows": torch.zeros(3, dtype=torch.int64)}, UserError, r"rows.shape must equal .* got \(3,\) and \(2,\)"),
+        ({"rows": torch.zeros(3, dtype=torch.int64)}, UserError, r"rows.shape must be .* got \(3,\) and \(2, 3\)"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -182,17 +182,12 @@ class Sampler:
         ends = set(self._ends.tolist())
 
         def pick(logits, jobs, steps):
-            tokens = torch.empty(len(jobs), dtype=torch.int64)
-            logprobs = torch.empty(len(jobs))
-            streams = torch.tensor([ids[job.prompt] * n + job.candidate for job in jobs])
-            at = torch.tensor(steps)
-            for step in sorted(set(steps)):
-                rows = slice(None) if len(set(steps)) == 1 else (at == step).nonzero().squeeze(1)
-                drawn = self._sample(logits[rows], streams[rows], step, settings)
-                tokens[rows], logprobs[rows] = drawn.ids.cpu(), drawn.log_probs.float().cpu()
-                if (tokens[rows] < 0).any():
-                    raise UserError(f"{self.name}: the logits of new token {step} are NaN, or all of them -inf")
-            return tokens, logprobs
+            streams = [[ids[job.prompt] * n + job.candidate, step] for job, step in zip(jobs, steps, strict=True)]
+            drawn = self._sample(logits, torch.tensor(streams), 0, settings)
+            tokens = drawn.ids.cpu()
+            for row in (tokens < 0).nonzero():
+                raise UserError(f"{self.name}: the logits of new token {steps[row]} are NaN, or all of them -inf")
+            return tokens, drawn.log_probs.float().cpu()
 
         with progress.bar("sampling", total=len(wanted) * n * limit, unit="tok", show=show_progress) as advance:
 

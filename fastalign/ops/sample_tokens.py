@@ -52,6 +52,7 @@ def sample_tokens(
         seed: in [0, 2^64).
         offset: the step number; a new one draws afresh for the same rows. In [0, 2^63).
         rows: (B,) int64, the stream of each row, so that a draw does not hang on how rows were batched. None: 0..B-1.
+            Or (B, 2), each row's stream and a step of its own, which is added to offset.
 
     Returns:
         SampledTokens, without gradients. log_probs are under the truncated, renormalised law that was drawn from. A row
@@ -92,9 +93,9 @@ def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
     if rows is not None:
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
             raise TypeError(f"rows must be an int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
-        if rows.shape != logits.shape[:1]:
+        if rows.shape not in (logits.shape[:1], (len(logits), 2)):
             raise UserError(
-                f"rows.shape must equal logits.shape[:1], got {tuple(rows.shape)} and {tuple(logits.shape[:1])}"
+                f"rows.shape must be (B,) or (B, 2) with logits' B, got {tuple(rows.shape)} and {tuple(logits.shape)}"
             )
         if rows.device != logits.device:
             raise UserError(f"rows must be on logits' device, got {rows.device} and {logits.device}")
@@ -106,7 +107,7 @@ def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     ids, log_probs = _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
     backend.engine.sample_tokens(
         ids.data_ptr(), log_probs.data_ptr(), described, temperature, top_k, top_p, min_p, seed, offset,
-        0 if rows is None else rows.data_ptr(), threads(),
+        0 if rows is None else rows.data_ptr(), 1 if rows is None else rows.ndim, threads(),
     )  # fmt: skip
     del kept
     return ids, log_probs

@@ -76,6 +76,13 @@ def _row_masses(masses, each, top, scale, row, tiles, TILES: tl.constexpr):
     return mass.to(tl.float64) * tl.exp((each - top) * scale).to(tl.float64)
 
 
+@triton.jit
+def _uniform(seed, rows, row, offset, ROWS: tl.constexpr):
+    """The row's random number. ROWS: columns of `rows`, the stream and a step of the row's own; 0 where there are none."""
+    stream = tl.load(rows + row * ROWS) if ROWS else row
+    return philox_uniform(seed, stream, offset + tl.load(rows + row * ROWS + 1) if ROWS == 2 else offset)
+
+
 @triton.jit(do_not_specialize=["seed", "offset"])
 def _draw(
     ids, log_probs, tops, masses, logits, rows, vocab, tiles, row_stride, stride,
@@ -90,8 +97,7 @@ def _draw(
     else:
         mass = _row_masses(masses, each, top, scale, row, tiles, TILES)
         total = tl.sum(mass)
-        stream = tl.load(rows + row) if ROWS else row
-        target = philox_uniform(seed, stream, offset) * total
+        target = _uniform(seed, rows, row, offset, ROWS) * total
         tile, before = first_beyond(mass, target, TILES)
     place = tl.arange(0, TILE)
     at = tile.to(tl.int64) * TILE + place
@@ -301,8 +307,7 @@ def _draw_filtered(
                     logits, listed, count, vocab, stride, top, scale, border, first_tie, least, dropped, True,
                     EMPTY, COMPUTE, GROUP, BLOCK, BLOCKS,
                 )  # fmt: skip
-        stream = tl.load(rows + row) if ROWS else row
-        share = philox_uniform(seed, stream, offset)
+        share = _uniform(seed, rows, row, offset, ROWS)
         id, x, total = _pick(
             logits, listed, count, vocab, stride, top, scale, border, first_tie, least, share, False,
             EMPTY, COMPUTE, GROUP, BLOCK, BLOCKS,
@@ -344,7 +349,7 @@ def sample(
         SUMS=not greedy and not (top_k > 0) and (by_mass or not filtered), GROUPS=filtered, COMPUTE=compute,
         TILE=TILE, GROUP=GROUP, num_warps=4,
     )  # fmt: skip
-    rows, streams = (ids, False) if rows is None else (rows.contiguous(), True)
+    rows, streams = (ids, 0) if rows is None else (rows.contiguous(), rows.ndim)
     tiles_wide = triton.next_power_of_2(tiles)
     if not filtered:
         _draw[(count,)](
