@@ -18,6 +18,7 @@
 #include "own_attention.h"
 #include "resample.h"
 #include "sample_tokens.h"
+#include "soup_files.h"
 #include "token_logprobs.h"
 #include "token_logratios.h"
 
@@ -73,6 +74,19 @@ void release_pages(void* data, size_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+// (n, in_types, in_files, in_offsets, out_files, out_offsets, weights), as fastalign/soup/stream.py makes it
+SoupSegment segment_of(const py::tuple& t) {
+  SoupSegment of;
+  of.n = t[0].cast<int64_t>();
+  for (int type : t[1].cast<std::vector<int>>()) of.in_types.push_back(SoupType(type));
+  of.in_files = t[2].cast<std::vector<int>>();
+  of.in_offsets = t[3].cast<std::vector<int64_t>>();
+  of.out_files = t[4].cast<std::vector<int>>();
+  of.out_offsets = t[5].cast<std::vector<int64_t>>();
+  of.weights = t[6].cast<std::vector<double>>();
+  return of;
 }
 
 // The first position whose label is neither ignored nor within [0, vocab), or -1.
@@ -209,5 +223,29 @@ PYBIND11_MODULE(_C, m) {
     const ResampleOptions options = {k, ResampleMethod(method), ptr<const bool>(mask), uint64_t(seed)};
     py::gil_scoped_release release;
     if (!FASTALIGN_CALL(resample, ptr<int64_t>(ids), rows, options, threads)) throw std::bad_alloc();
+  });
+
+  // (failed, writing, errno or 0 for a file that ended early, segment, file)
+  m.def("soup_files", [](const py::list& segments, int out_type, int64_t chunk, int threads) {
+    std::vector<SoupSegment> all;
+    for (const py::handle& segment : segments) all.push_back(segment_of(py::cast<py::tuple>(segment)));
+    SoupFailure found;
+    {
+      py::gil_scoped_release release;
+      found = soup_files(all, SoupType(out_type), chunk, threads);
+    }
+    return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
+  });
+
+  m.def("soup_memory", [](const std::vector<uintptr_t>& outs, int out_type, const std::vector<uintptr_t>& ins,
+                          const std::vector<int>& in_types, const std::vector<double>& weights, int64_t n, int threads) {
+    std::vector<void*> to;
+    std::vector<const void*> from;
+    std::vector<SoupType> types;
+    for (uintptr_t out : outs) to.push_back(ptr(out));
+    for (uintptr_t in : ins) from.push_back(ptr<const void>(in));
+    for (int type : in_types) types.push_back(SoupType(type));
+    py::gil_scoped_release release;
+    soup_memory(to, SoupType(out_type), from, types, weights, n, threads);
   });
 }

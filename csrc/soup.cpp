@@ -1,0 +1,165 @@
+// soup_span: blocks of every input widened into the cache, summed in registers, narrowed once. Built once per level.
+#include "soup.h"
+
+#include "simd.h"
+
+namespace fastalign::FASTALIGN_LEVEL {
+
+// Eight-bit floats: kMantissa bits below an exponent with this bias. e4m3fn has one NaN a sign and no infinity.
+template <int kMantissa, int kBias, bool kInfinity> struct float8 { uint8_t bits; };
+using float8_e4m3fn = float8<3, 7, false>;
+using float8_e5m2 = float8<2, 15, true>;
+
+template <int kMantissa, int kBias, bool kInfinity> struct Storage<float8<kMantissa, kBias, kInfinity>> {
+  typedef float C;
+  typedef float8<kMantissa, kBias, kInfinity> S;
+  typedef Vec<float>::bits bits;
+  typedef uint8_t bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+  static constexpr int kShift = 23 - kMantissa;
+  static constexpr int kTop = kInfinity ? 0x7c : 0x7f;  // the least magnitude that is no number
+
+  static vec<float> load_wide(const S* p) {
+    const bits u = __builtin_convertvector(*reinterpret_cast<const bytes*>(p), bits), magnitude = u & 0x7f;
+    const bits normal = (magnitude << kShift) + ((127 - kBias) << 23);
+    const bits subnormal = (bits)(__builtin_convertvector(magnitude, vec<float>) * kLeast);
+    bits wide = magnitude < (1 << kMantissa) ? subnormal : normal;
+    wide = magnitude >= kTop ? (kInfinity ? (magnitude - kTop) << kShift : bits{} + 0x400000) | 0x7f800000 : wide;
+    return (vec<float>)(wide | (u & 0x80) << 24);
+  }
+  static void store_narrow(S* p, vec<float> x) {
+    const bits u = (bits)x, magnitude = u & 0x7fffffff;
+    const bits rebiased = magnitude - ((127 - kBias) << 23);
+    bits narrow = (rebiased + ((1 << (kShift - 1)) - 1) + ((magnitude >> kShift) & 1)) >> kShift;
+    // Below the normal numbers the float adder rounds, at the bit that kLeast is.
+    const vec<float> shift = splat<float>(kLeast * 0x1p23f);
+    const bits subnormal = (bits)((vec<float>)magnitude + shift) - (bits)shift;
+    narrow = magnitude < ((128 - kBias) << 23) ? subnormal : narrow;
+    narrow = narrow > kTop ? bits{} + kTop : narrow;
+    narrow = magnitude > 0x7f800000 ? bits{} + 0x7f : narrow;
+    *reinterpret_cast<bytes*>(p) = __builtin_convertvector(narrow | ((u >> 24) & 0x80), bytes);
+  }
+
+ private:
+  static constexpr float kLeast = kInfinity ? 0x1p-16f : 0x1p-9f;  // 2^(1 - bias - mantissa)
+};
+
+constexpr int64_t kStep = 4 * lanes<float>;  // elements that are summed at once
+constexpr int64_t kBuffer = 1 << 13;         // wide elements of all inputs together
+
+// A double as a float, rounded to odd: rounding that once more to fewer bits is rounding the double.
+static inline float to_odd(double x) {
+  const float nearest = float(x);
+  uint32_t u = float_to_bits(nearest);
+  if (double(nearest) == x || x != x || (u & 1)) return nearest;
+  const double size = x < 0 ? -x : x, rounded = nearest < 0 ? -double(nearest) : double(nearest);
+  u = rounded < size ? u + 1 : u - 1;
+  return bits_to_float(u);
+}
+
+template <typename S, typename C> static void widen_block(C* wide, const void* from, int64_t first, int64_t n) {
+  const S* p = static_cast<const S*>(from) + first;
+  constexpr int64_t L = lanes<typename Storage<S>::C>;
+  alignas(64) S rest[L] = {};
+  for (int64_t j = 0; j < n; j += L) {
+    const S* source = p + j;
+    if (j + L > n) {
+      __builtin_memcpy(static_cast<void*>(rest), source, size_t(n - j) * sizeof(S));
+      source = rest;
+    }
+    const auto x = Storage<S>::load_wide(source);
+    if constexpr (sizeof(C) == sizeof(typename Storage<S>::C)) {
+      store<C>(wide + j, x);
+    } else {
+      for (int64_t l = 0; l < L; ++l) wide[j + l] = C(x[l]);
+    }
+  }
+}
+
+template <typename S, typename C> static inline void narrow_vectors(S* p, const C* sums, int64_t n) {
+  typedef typename Storage<S>::C N;
+  constexpr int64_t L = lanes<N>;
+  for (int64_t j = 0; j < n; j += L) {
+    vec<N> x;
+    if constexpr (sizeof(C) == sizeof(N)) {
+      x = load<C>(sums + j);
+    } else {
+      for (int64_t l = 0; l < L; ++l) x[l] = sizeof(S) == 4 ? N(sums[j + l]) : N(to_odd(double(sums[j + l])));
+    }
+    if (j + L <= n) {
+      Storage<S>::store_narrow(p + j, x);
+    } else {
+      alignas(64) S rest[L];
+      Storage<S>::store_narrow(rest, x);
+      __builtin_memcpy(static_cast<void*>(p + j), rest, size_t(n - j) * sizeof(S));
+    }
+  }
+}
+
+// The sum of one step's elements of one output, left in `sums`.
+template <typename C> static inline void sum_step(C* sums, const C* const* wide, int inputs, const C* weights, int64_t j) {
+  constexpr int V = int(kStep / lanes<C>);
+  vec<C> total[V];
+  for (int v = 0; v < V; ++v) total[v] = weights[0] * load<C>(wide[0] + j + v * lanes<C>);
+  for (int i = 1; i < inputs; ++i) {
+    const C weight = weights[i];
+    const C* x = wide[i] + j;
+    for (int v = 0; v < V; ++v) total[v] += weight * load<C>(x + v * lanes<C>);
+  }
+  for (int v = 0; v < V; ++v) store<C>(sums + v * lanes<C>, total[v]);
+}
+
+template <typename S, typename C>
+static void span(void* const* outs, int outputs, const void* const* ins, const SoupType* in_types, int inputs,
+                 const double* weights, int64_t n) {
+  alignas(64) C buffer[kBuffer], sums[kStep], row[kSoupInputs];
+  const int64_t most = kBuffer / inputs / kStep * kStep;  // at least one step of 128 inputs: kStep is 64 or less
+  const C* wide[kSoupInputs];
+  for (int64_t first = 0; first < n; first += most) {
+    const int64_t count = n - first < most ? n - first : most;
+    for (int i = 0; i < inputs; ++i) {
+      C* mine = buffer + i * most;
+      wide[i] = mine;
+      switch (in_types[i]) {
+        case SoupType::float64:
+          if constexpr (sizeof(C) == 8) widen_block<double, C>(mine, ins[i], first, count);
+          break;
+        case SoupType::float32: widen_block<float, C>(mine, ins[i], first, count); break;
+        case SoupType::bfloat16: widen_block<bfloat16, C>(mine, ins[i], first, count); break;
+        case SoupType::float16: widen_block<float16, C>(mine, ins[i], first, count); break;
+        case SoupType::float8_e4m3fn: widen_block<float8_e4m3fn, C>(mine, ins[i], first, count); break;
+        case SoupType::float8_e5m2: widen_block<float8_e5m2, C>(mine, ins[i], first, count); break;
+      }
+      // What follows the last element to the end of its step is summed too, and not kept.
+      for (int64_t j = count; j % kStep != 0; ++j) mine[j] = 0;
+    }
+    for (int k = 0; k < outputs; ++k) {
+      S* out = static_cast<S*>(outs[k]) + first;
+      for (int i = 0; i < inputs; ++i) row[i] = C(weights[int64_t(k) * inputs + i]);
+      for (int64_t j = 0; j < count; j += kStep) {
+        sum_step<C>(sums, wide, inputs, row, j);
+        narrow_vectors<S, C>(out + j, sums, count - j < kStep ? count - j : kStep);
+      }
+    }
+  }
+}
+
+void soup_span(void* const* outs, SoupType out_type, int outputs, const void* const* ins, const SoupType* in_types,
+               int inputs, const double* weights, int64_t n) {
+  bool wide = out_type == SoupType::float64;
+  for (int i = 0; i < inputs; ++i) wide |= in_types[i] == SoupType::float64;
+#define FASTALIGN_SPAN(S)                                                                          \
+  wide ? span<S, double>(outs, outputs, ins, in_types, inputs, weights, n)                         \
+       : span<S, float>(outs, outputs, ins, in_types, inputs, weights, n);                         \
+  break
+  switch (out_type) {
+    case SoupType::float64: span<double, double>(outs, outputs, ins, in_types, inputs, weights, n); break;
+    case SoupType::float32: FASTALIGN_SPAN(float);
+    case SoupType::bfloat16: FASTALIGN_SPAN(bfloat16);
+    case SoupType::float16: FASTALIGN_SPAN(float16);
+    case SoupType::float8_e4m3fn: FASTALIGN_SPAN(float8_e4m3fn);
+    case SoupType::float8_e5m2: FASTALIGN_SPAN(float8_e5m2);
+  }
+#undef FASTALIGN_SPAN
+}
+
+}  // namespace fastalign::FASTALIGN_LEVEL

@@ -1,0 +1,27 @@
+// Weighted sums of tensors in any mixture of storage types: K outputs of m inputs, each input element read once.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace fastalign {
+
+// The order is that of fastalign/soup/dtypes.py.
+enum class SoupType : int { float64, float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 };
+constexpr int kSoupTypes = 6;
+constexpr int kSoupInputs = 128;  // at most
+
+inline int64_t size_of(SoupType type) {
+  return type == SoupType::float64 ? 8 : type == SoupType::float32 ? 4 : int(type) < 4 ? 2 : 1;
+}
+
+}  // namespace fastalign
+
+FASTALIGN_DECLARE(
+  // outs[k][j] = sum over i of weights[k * inputs + i] ins[i][j], j < n, added up in the order of i: in float64 where
+  // an input or the output is float64, else in float32. What an element becomes does not depend on where it stands.
+  // float8_e4m3fn has no infinity: what lies beyond its range becomes NaN. One thread.
+  void soup_span(void* const* outs, SoupType out_type, int outputs, const void* const* ins, const SoupType* in_types,
+                 int inputs, const double* weights, int64_t n);
+)

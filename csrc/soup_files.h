@@ -1,0 +1,34 @@
+// Weighted sums of tensors that lie in files, or in memory, by chunks and in parallel.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "soup.h"
+
+namespace fastalign {
+
+// n elements that lie together in every input and in every output. An input or output is a file and a place in it.
+struct SoupSegment {
+  int64_t n;
+  std::vector<SoupType> in_types;
+  std::vector<int> in_files, out_files;             // file descriptors
+  std::vector<int64_t> in_offsets, out_offsets;     // bytes
+  std::vector<double> weights;                      // (outputs, inputs)
+};
+
+// Which file failed, and why: an errno, or 0 for a file that ended early; the file counts within its segment.
+struct SoupFailure {
+  bool failed = false, writing = false;
+  int error = 0, segment = 0, file = 0;
+};
+
+// Reads every segment's inputs once, in chunks of at most `chunk` elements a thread, and writes every output once.
+// Holds threads * chunk elements of every input and of every output.
+SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads);
+
+// The same in memory: outs (outputs,), ins (inputs,) addresses of n contiguous elements each.
+void soup_memory(const std::vector<void*>& outs, SoupType out_type, const std::vector<const void*>& ins,
+                 const std::vector<SoupType>& in_types, const std::vector<double>& weights, int64_t n, int threads);
+
+}  // namespace fastalign
