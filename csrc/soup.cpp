@@ -16,7 +16,8 @@ template <int kMantissa, int kBias, bool kInfinity> struct Storage<float8<kManti
   typedef Vec<float>::bits bits;
   typedef uint8_t bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
   static constexpr int kShift = 23 - kMantissa;
-  static constexpr int kTop = kInfinity ? 0x7c : 0x7f;  // the least magnitude that is no number
+  static constexpr int kTop = kInfinity ? 0x7c : 0x7f;   // the least magnitude that is no number
+  static constexpr int kMost = kInfinity ? 0x7c : 0x7e;  // what becomes of numbers beyond the range
 
   static vec<float> load_wide(const S* p) {
     const bits u = __builtin_convertvector(*reinterpret_cast<const bytes*>(p), bits), magnitude = u & 0x7f;
@@ -34,7 +35,7 @@ template <int kMantissa, int kBias, bool kInfinity> struct Storage<float8<kManti
     const vec<float> shift = splat<float>(kLeast * 0x1p23f);
     const bits subnormal = (bits)((vec<float>)magnitude + shift) - (bits)shift;
     narrow = magnitude < ((128 - kBias) << 23) ? subnormal : narrow;
-    narrow = narrow > kTop ? bits{} + kTop : narrow;
+    narrow = narrow > kMost ? bits{} + kMost : narrow;
     narrow = magnitude > 0x7f800000 ? bits{} + 0x7f : narrow;
     *reinterpret_cast<bytes*>(p) = __builtin_convertvector(narrow | ((u >> 24) & 0x80), bytes);
   }

@@ -21,7 +21,7 @@ inline int64_t size_of(SoupType type) {
 FASTALIGN_DECLARE(
   // outs[k][j] = sum over i of weights[k * inputs + i] ins[i][j], j < n, added up in the order of i: in float64 where
   // an input or the output is float64, else in float32. What an element becomes does not depend on where it stands.
-  // float8_e4m3fn has no infinity: what lies beyond its range becomes NaN. One thread.
+  // float8_e4m3fn has no infinity: what lies beyond its range becomes its largest number. One thread.
   void soup_span(void* const* outs, SoupType out_type, int outputs, const void* const* ins, const SoupType* in_types,
                  int inputs, const double* weights, int64_t n);
 )

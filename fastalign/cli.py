@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastalign import cli_train
+from fastalign import cli_soup, cli_train
 from fastalign._command import console as _console
 from fastalign._command import names as _names
 from fastalign._command import registrar
@@ -304,6 +304,9 @@ def _show_grid(found: dict) -> None:
     console.print(f"{found['prompts']} prompts × {found['n']} candidates; ± is half of the 95 % interval over prompts")
     if any(row["doubtful"] for row in rows):
         console.print("[yellow]in yellow:[/yellow] fewer than 10 effective candidates a prompt, too few to trust")
+
+
+cli_soup.add_to(app)
 
 
 @command("fastalign bench losses --out bench-results")

@@ -7,6 +7,7 @@ no compiled backend can.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -308,3 +309,31 @@ def _search(weights: Tensor, shares: Tensor) -> Tensor:
     mass = weights.cumsum(-1)
     ids = torch.searchsorted(mass, shares.clamp_max(1 - 2.0**-53) * mass[:, -1:], right=True)
     return ids.clamp_max(weights.shape[1] - 1)
+
+
+def weighted_sums(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:
+    """Soups Σ rows[k][i] tensors[i] in `dtype` (arXiv 2203.05482), added up in the order of i, rounded once to nearest even.
+
+    In float32, in float64 where a tensor or `dtype` is. float8_e4m3fn has no infinity: beyond its range, its largest number.
+    """
+    wide = torch.float64 if torch.float64 in (dtype, *(tensor.dtype for tensor in tensors)) else torch.float32
+    held = [tensor.detach().to(wide) for tensor in tensors]
+    found = []
+    for row in rows:
+        total = held[0] * torch.tensor(row[0], dtype=wide)
+        for tensor, weight in zip(held[1:], row[1:], strict=True):
+            total += tensor * torch.tensor(weight, dtype=wide)
+        if wide == torch.float64 and dtype not in (torch.float64, torch.float32):
+            total = _to_odd(total)
+        if dtype == torch.float8_e4m3fn:
+            total = total.clamp(-448, 448)
+        found.append(total.to(dtype).contiguous())
+    return found
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """float64 as float32, rounded to odd where it is not exact: rounded again to fewer bits, it is x rounded once."""
+    nearest = x.float()
+    inexact = (nearest.double() != x) & ~x.isnan() & (nearest.view(torch.int32) & 1 == 0)
+    away = torch.where(nearest.double().abs() < x.abs(), 1, -1).int()
+    return torch.where(inexact, nearest.view(torch.int32) + away, nearest.view(torch.int32)).view(torch.float32)

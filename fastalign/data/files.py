@@ -28,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if beside.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(beside, path)
-        _sync_one(path.parent)
+        sync(path.parent)
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
@@ -65,11 +65,12 @@ def _sync(path: Path) -> None:
     if path.is_dir():
         for child in path.rglob("*"):
             if child.is_file():
-                _sync_one(child)
-    _sync_one(path)
+                sync(child)
+    sync(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush one file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,318 @@
+"""Checkpoints in safetensors files, single and sharded: what they hold, checked before any of it is used, and layouts
+of new ones.
+
+The format (github.com/huggingface/safetensors): eight bytes with the header's length, the header (JSON), then the
+tensors' bytes without gaps. A sharded checkpoint has an index that says which file holds which tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import reprlib
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastalign.errors import UserError
+from fastalign.soup.dtypes import SIZES
+
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 64
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Tensor(NamedTuple):
+    """One tensor in a file: `offset` counts from the file's first byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class File:
+    """One safetensors file. `tensors` in the order of their bytes; `identity` hashes the header and the file's size."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    size: int
+    modified: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights. name: as asked for; folder: where its configuration and tokenizer lie, None for a bare file."""
+
+    name: str
+    folder: Path | None
+    files: tuple[File, ...]
+    where: Mapping[str, int] = field(repr=False)  # tensor -> its file's number
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        return self.files[self.where[tensor]].tensors[tensor]
+
+    def __iter__(self):
+        return iter(self.where)
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self.where
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self[name].nbytes for name in self)
+
+
+def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
+    """Read the headers of a checkpoint: a *.safetensors file, a folder of one or of shards, or a hub name.
+
+    Raises FileNotFoundError or UserError, one line each: no weights there, or a file that breaks the format's rules.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no such file")
+        return _checkpoint(name, None, [read_header(path)])
+    folder = path if path.is_dir() and any(path.glob("*.safetensors*")) else Path(_local(name))
+    index = folder / INDEX
+    if index.is_file():
+        return _sharded(name, folder, index)
+    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        came = f"{len(files)} *.safetensors files and no index" if files else "no safetensors weights"
+        raise UserError(f"{name}: a model folder must hold {SINGLE} or {INDEX}, this one has {came}")
+    return _checkpoint(name, folder, [read_header(files[0])])
+
+
+def read_header(path: Path) -> File:
+    """What a safetensors file holds, every number checked against the file itself."""
+
+    def bad(what: str) -> UserError:
+        return UserError(f"{path}: not a valid safetensors file: {what}")
+
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        size, start = status.st_size, file.read(8)
+        if len(start) < 8:
+            raise bad(f"it has {size} bytes, the header's length alone takes 8")
+        length = struct.unpack("<Q", start)[0]
+        if length > MAX_HEADER:
+            raise bad(f"its header claims {length:,} bytes, the format allows {MAX_HEADER:,}")
+        if length > size - 8:
+            raise bad(f"its header claims {length:,} bytes, the file has {size - 8:,}")
+        header = file.read(length)
+    entries = _parse(header, bad)
+    metadata = entries.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise bad("__metadata__ must map strings to strings")
+    if len(entries) > MAX_TENSORS:
+        raise bad(f"it names {len(entries):,} tensors, at most {MAX_TENSORS:,} are read")
+    begin, room = 8 + length, size - 8 - length
+    tensors = {name: _tensor(name, entry, begin, room, bad) for name, entry in entries.items()}
+    end, last = begin, None
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+    for name, tensor in ordered:
+        if tensor.offset != end:
+            what = "overlaps" if tensor.offset < end else "leaves a gap after"
+            raise bad(f"tensor {_short(name)!r} {what} {'the header' if last is None else repr(_short(last))}")
+        end, last = tensor.offset + tensor.nbytes, name
+    if end != size:
+        raise bad(f"{size - end:,} bytes follow its last tensor")
+    identity = hashlib.sha256(struct.pack("<Q", size) + header).hexdigest()
+    return File(path, dict(ordered), metadata, size, status.st_mtime_ns, identity)
+
+
+def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
+    """The header's JSON object, with neither duplicate names nor numbers that JSON does not have."""
+    if not header.startswith(b"{"):
+        raise bad("its header does not begin with '{'")
+    if header.count(b"[") > 2 * MAX_TENSORS or header.count(b"{") > 2 * MAX_TENSORS:
+        raise bad(f"its header names more than {MAX_TENSORS:,} tensors")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise bad(f"its header names {_short(twice)!r} twice")
+        return found
+
+    def no_constant(text: str):
+        raise bad(f"its header holds {text}")
+
+    try:
+        text = header.decode("utf-8")
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        for name in found:
+            name.encode("utf-8")  # JSON can spell half a character
+    except UserError:
+        raise
+    except RecursionError:
+        raise bad("its header is nested too deeply") from None
+    except ValueError as error:
+        raise bad(f"its header is not JSON in UTF-8 ({_short(str(error))})") from None
+    return found
+
+
+def _tensor(name: str, entry: Any, begin: int, room: int, bad: Callable[[str], UserError]) -> Tensor:
+    if not (isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}):
+        raise bad(f"tensor {_short(name)!r} must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(dtype, str) and dtype in SIZES):
+        raise bad(
+            f"tensor {_short(name)!r} has dtype {reprlib.repr(dtype)}, must be one of {', '.join(SIZES)} to be read here"
+        )
+    if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(_is_count(x) for x in shape)):
+        raise bad(f"tensor {_short(name)!r} has shape {reprlib.repr(shape)}, must be at most {MAX_DIMENSIONS} counts")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(_is_count(x) for x in offsets)):
+        raise bad(f"tensor {_short(name)!r} has data_offsets {reprlib.repr(offsets)}, must be two byte positions")
+    first, last = offsets
+    if not first <= last <= room:
+        raise bad(f"tensor {_short(name)!r} lies at bytes {first:,} to {last:,} of {room:,}")
+    needed = math.prod(shape) * SIZES[dtype]
+    if last - first != needed:
+        raise bad(f"tensor {_short(name)!r} takes {needed:,} bytes as {dtype} of shape {shape}, has {last - first:,}")
+    return Tensor(dtype, tuple(shape), begin + first, last - first)
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**63
+
+
+def _short(text: str, most: int = 80) -> str:
+    """On one line, and not long: what is quoted comes from a file that may hold anything."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _sharded(name: str, folder: Path, index: Path) -> Checkpoint:
+    def bad(what: str) -> UserError:
+        return UserError(f"{index}: not a valid index: {what}")
+
+    if index.stat().st_size > MAX_HEADER:
+        raise bad(f"it has {index.stat().st_size:,} bytes, at most {MAX_HEADER:,} are read")
+    held = _parse(index.read_bytes().lstrip(), bad).get("weight_map")
+    if not (isinstance(held, dict) and held and all(isinstance(file, str) for file in held.values())):
+        raise bad("weight_map must map tensors to files")
+    names = sorted(set(held.values()))
+    for file in names:
+        if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
+            raise bad(f"{_short(file)!r} is not the name of a *.safetensors file beside it")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: no such file, and {INDEX} names it")
+    found = _checkpoint(name, folder, [read_header(folder / file) for file in names])
+    lacking = next((tensor for tensor in held if tensor not in found), None)
+    unknown = next((tensor for tensor in found if tensor not in held), None)
+    if lacking is not None or unknown is not None:
+        what = (
+            f"names {_short(lacking)!r}, which no file holds"
+            if lacking
+            else f"lacks {_short(unknown)!r}, which a file holds"
+        )
+        raise bad(f"it {what}")
+    moved = next((tensor for tensor in found if held[tensor] != names[found.where[tensor]]), None)
+    if moved is not None:
+        raise bad(f"it looks for {_short(moved)!r} in {held[moved]}, {names[found.where[moved]]} holds it")
+    return found
+
+
+def _checkpoint(name: str, folder: Path | None, files: list[File]) -> Checkpoint:
+    where: dict[str, int] = {}
+    for number, file in enumerate(files):
+        twice = next((tensor for tensor in file.tensors if tensor in where), None)
+        if twice is not None:
+            raise UserError(
+                f"{name}: tensor {_short(twice)!r} is in {files[where[twice]].path.name} and {file.path.name}"
+            )
+        where.update(dict.fromkeys(file.tensors, number))
+    if not where:
+        raise UserError(f"{name}: the checkpoint holds no tensors")
+    return Checkpoint(name, folder, tuple(files), where)
+
+
+def _local(name: str) -> str:
+    """The folder of a model that is not a folder of safetensors by itself: a GGUF file, an alias or a hub name."""
+    from fastalign.integrations.transformers import resolve
+
+    found = resolve(name)
+    if os.path.isdir(found):
+        return found
+    from huggingface_hub import snapshot_download
+
+    from fastalign.integrations._loading import one_line_errors
+
+    with one_line_errors(name, "no such local folder, and not to be had from the hub: "):
+        return snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+
+
+# ---- layouts of new checkpoints ----
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written: the tensors' (dtype, shape, offset in the body, bytes), in the order of their bytes."""
+
+    file: str
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """Length and header, padded so that the body begins at a multiple of 8."""
+        held: dict[str, Any] = {"__metadata__": dict(metadata)}
+        for name, tensor in self.tensors.items():
+            offsets = [tensor.offset, tensor.offset + tensor.nbytes]
+            held[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        text = json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        text += b" " * (-len(text) % 8)
+        if len(text) > MAX_HEADER:
+            raise UserError(f"{self.file}: its header would take {len(text):,} bytes, the format allows {MAX_HEADER:,}")
+        return struct.pack("<Q", len(text)) + text
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_size: int) -> list[Shard]:
+    """Shards for (name, dtype, shape) in order: each as full as it may be, a larger tensor alone in its own.
+
+    Within a shard wide types come first, so that every tensor lies at a multiple of its element's size.
+    """
+    groups: list[list[tuple[str, str, tuple[int, ...], int]]] = []
+    used = 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * SIZES[dtype]
+        if not groups or used + nbytes > max_shard_size:
+            groups.append([])
+            used = 0
+        groups[-1].append((name, dtype, shape, nbytes))
+        used += nbytes
+    shards = []
+    for number, group in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        held, offset = {}, 0
+        for name, dtype, shape, nbytes in sorted(group, key=lambda entry: -SIZES[entry[1]]):
+            held[name] = Tensor(dtype, shape, offset, nbytes)
+            offset += nbytes
+        shards.append(Shard(file, held))
+    return shards
+
+
+def index_of(shards: list[Shard]) -> dict[str, Any]:
+    """The index file's content."""
+    return {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
+    }

@@ -1,0 +1,178 @@
+"""Whether checkpoints are the same model with other weights: configuration, vocabulary, tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastalign.errors import UserError
+from fastalign.soup.checkpoint import Checkpoint
+from fastalign.soup.dtypes import FLOATS
+
+# What a configuration may differ in and the weights still mean the same.
+_FREE = {
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "dtype", "torch_dtype",
+    "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "bos_token_id",
+    "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "attention_dropout", "hidden_dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout",
+    "initializer_range", "task_specific_params", "gradient_checkpointing", "auto_map", "pretraining_tp",
+}  # fmt: skip
+_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "added_tokens.json")
+_BLOCK = 1 << 22  # bytes of a tensor that are compared at once
+
+
+def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> list[str]:
+    """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
+
+    force: let configurations and tokenizers differ; tensors never may.
+    Raises UserError that names the first difference. Reads no weights but those that are not floating-point, and
+    those that one checkpoint stores twice and another once.
+    """
+    first = checkpoints[0]
+    for one in checkpoints:
+        if (one.folder is not None and (one.folder / "adapter_config.json").is_file()) or any(
+            ".lora_A." in name for name in one
+        ):
+            raise UserError(
+                f"{one.name}: a LoRA adapter, whose factors cannot be averaged one by one (A1 B2 would come in): "
+                "merge it into its base model first"
+            )
+    configs = [_config(one) for one in checkpoints]
+    for one, config in zip(checkpoints, configs, strict=True):
+        if "quantization_config" in config:
+            raise UserError(
+                f"{one.name}: its weights are quantised, which cannot be averaged; take the full-precision ones"
+            )
+    if not force:
+        for other, config in zip(checkpoints[1:], configs[1:], strict=True):
+            _same_config(first, configs[0], other, config)
+            _same_vocabulary(first, other)
+    names = _common_names(checkpoints, tied=all(config.get("tie_word_embeddings") for config in configs))
+    for name in names:
+        mine = first[name]
+        for other in checkpoints[1:]:
+            theirs = other[name]
+            if theirs.shape != mine.shape:
+                raise UserError(
+                    f"{name} must have one shape in all models, is {list(mine.shape)} in {first.name} and "
+                    f"{list(theirs.shape)} in {other.name}"
+                )
+            if (mine.dtype in FLOATS) != (theirs.dtype in FLOATS):
+                raise UserError(
+                    f"{name} is {mine.dtype} in {first.name} and {theirs.dtype} in {other.name}: cannot be mixed"
+                )
+            if mine.dtype not in FLOATS and (mine.dtype != theirs.dtype or not _equal(first, name, other, name)):
+                raise UserError(
+                    f"{name} ({mine.dtype}) must be equal in all models, for it cannot be averaged; "
+                    f"{other.name}'s differs from {first.name}'s"
+                )
+    return names
+
+
+def read_bytes(checkpoint: Checkpoint, name: str, block: int = _BLOCK) -> Iterator[bytes]:
+    """A tensor's bytes, a block at a time."""
+    tensor, path = checkpoint[name], checkpoint.files[checkpoint.where[name]].path
+    with open(path, "rb") as file:
+        file.seek(tensor.offset)
+        left = tensor.nbytes
+        while left:
+            data = file.read(min(block, left))
+            if not data:
+                raise UserError(f"{path}: ended while it was read")
+            left -= len(data)
+            yield data
+
+
+def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
+    if a[name].nbytes != b[other].nbytes:
+        return False
+    return all(x == y for x, y in zip(read_bytes(a, name), read_bytes(b, other), strict=True))
+
+
+def _common_names(checkpoints: Sequence[Checkpoint], *, tied: bool) -> list[str]:
+    """With tied embeddings a checkpoint may store one tensor under two names; another stores it once."""
+    common = set.intersection(*(set(one) for one in checkpoints))
+    for one in checkpoints:
+        for name in one:
+            if name in common:
+                continue
+            tensor = one[name]
+            twins = (
+                twin for twin in common if tied and one[twin].shape == tensor.shape and one[twin].dtype == tensor.dtype
+            )
+            if any(_equal(one, name, one, twin) for twin in twins):
+                continue
+            lacks = next(other for other in checkpoints if name not in other)
+            raise UserError(f"{name} is in {one.name} and not in {lacks.name}: the models' tensors must be the same")
+    first = checkpoints[0]
+    ordered = [name for file in first.files for name in file.tensors]
+    return [name for name in ordered if name in common]
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.folder and checkpoint.folder / "config.json"
+    return _json(path) if path and path.is_file() else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    from fastalign.data.files import read_json
+
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict) -> None:
+    if not mine or not theirs:  # a bare file says nothing
+        return
+    for key in sorted(
+        (mine.keys() | theirs.keys()) - _FREE, key=lambda key: (key not in ("model_type", "architectures"), key)
+    ):
+        # A file of another version of transformers may leave out what the other spells out.
+        if key in mine and key in theirs and mine[key] != theirs[key]:
+            raise UserError(
+                f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
+                f"{json.dumps(theirs[key])} in {other.name} (force takes the first model's)"
+            )
+
+
+def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
+    if first.folder is None or other.folder is None:
+        return
+    for file in ("tokenizer.json", *_VOCABULARIES):
+        mine, theirs = first.folder / file, other.folder / file
+        if not (mine.is_file() and theirs.is_file()):
+            continue
+        if os.path.samefile(mine, theirs) or mine.read_bytes() == theirs.read_bytes():
+            if file == "tokenizer.json":
+                return
+        elif file != "tokenizer.json" or (what := _tokens_differ(_json(mine), _json(theirs))):
+            told = f": {what}" if file == "tokenizer.json" else ""
+            raise UserError(
+                f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
+                f"{told} (force takes the first model's)"
+            )
+
+
+def _tokens_differ(mine: dict, theirs: dict) -> str:
+    """What differs in the tokens of two tokenizer.json; "" for nothing. Padding and truncation are settings, not tokens."""
+    tables = []
+    for tokenizer in (mine, theirs):
+        model = tokenizer.get("model") or {}
+        held = model.get("vocab") or {}
+        pairs = held.items() if isinstance(held, dict) else ((token, i) for i, (token, *_) in enumerate(held))
+        table = dict(pairs)
+        table.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
+        merges = [
+            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges") or ()
+        ]
+        tables.append((table, merges))
+    (a, merges_a), (b, merges_b) = tables
+    if a != b:
+        token = next(token for token in (*a, *b) if a.get(token) != b.get(token))
+        return f"token {token!r} is {a.get(token, 'absent')} and {b.get(token, 'absent')}"
+    return "" if merges_a == merges_b else "their merges"

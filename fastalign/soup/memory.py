@@ -1,0 +1,157 @@
+"""Soups in memory: a state dict of them, or straight into a live model, for loops that walk ρ and write no files."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastalign.errors import UserError
+from fastalign.soup import compare, dtypes, methods
+from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
+from fastalign.soup.stream import mix_tensors
+
+Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
+
+
+def mix(
+    models: Sequence[Source],
+    weights,
+    *,
+    dtype: str | torch.dtype | None = None,
+    normalize: bool | None = None,
+) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    """The linear soup Σ ρ w as a state dict; for weights (K, m) a list of K.
+
+    models: m modules, state dicts, or checkpoints (files are mapped, not loaded).
+    dtype: of the result; None keeps the first model's, tensor by tensor.
+    normalize: True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
+    Integer and boolean tensors must be equal, and are the first model's own.
+    Raises UserError where names, shapes or kinds of tensors differ.
+    """
+    held, rows = _prepare(models, weights, normalize)
+    target = None if dtype is None else dtypes.TORCH[dtypes.parse(dtype)]
+    soups: list[dict[str, Tensor]] = [{} for _ in rows]
+    for name, first in held[0].items():
+        tensors = [one[name].to(first.device) for one in held]
+        mixed = mix_tensors(tensors, rows, target or first.dtype) if _is_float(first) else [first] * len(rows)
+        for soup, tensor in zip(soups, mixed, strict=True):
+            soup[name] = tensor
+    return soups if np.ndim(weights) == 2 else soups[0]
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, others: Sequence[Source], weights, *, normalize: bool | None = None) -> nn.Module:
+    """Set a live model's weights to Σ ρ w over `others`, in place, and return it.
+
+    model: of the same architecture, its own dtypes and device; not one of `others`, which must outlast the next ρ.
+    others: m modules, state dicts or checkpoints; weights: (m,).
+    Raises UserError, with the model as it was, where names or shapes differ.
+    """
+    if any(other is model for other in others):
+        raise UserError("interpolate overwrites the model: it cannot be one of others; give a copy or its checkpoint")
+    held, rows = _prepare(others, weights, normalize)
+    if np.ndim(weights) != 1:
+        raise UserError(f"interpolate takes weights of shape ({len(others)},), for one model")
+    own = model.state_dict()
+    names = _common_names([own, held[0]], ["model", "others"])
+    for name in names:
+        if held[0][name].shape != own[name].shape:
+            raise UserError(
+                f"{name} has shape {list(own[name].shape)} in the model and {list(held[0][name].shape)} in others"
+            )
+    for name in names:
+        target = own[name]
+        if _is_float(target):
+            (mixed,) = mix_tensors([one[name].to(target.device) for one in held], rows, target.dtype)
+            target.copy_(mixed)
+        else:
+            target.copy_(held[0][name])
+    return model
+
+
+def _prepare(
+    models: Sequence[Source], weights, normalize: bool | None
+) -> tuple[list[dict[str, Tensor]], list[list[float]]]:
+    """Each model's tensors, of the same names and shapes; the weights' rows."""
+    if isinstance(models, str | os.PathLike | nn.Module | Mapping) or not models:
+        raise UserError("models must be a list of modules, state dicts, folders, files or hub names")
+    methods.check("linear", len(models), with_base=False)
+    rows = methods.linear_rows(methods.weight_rows(weights, len(models)), normalize).tolist()
+    opened = [open_checkpoint(one) if isinstance(one, str | os.PathLike) else one for one in models]
+    told = [one.name if isinstance(one, Checkpoint) else f"model {number}" for number, one in enumerate(opened)]
+    checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
+    if checkpoints:
+        compare.same_model(checkpoints)
+    held = [_tensors(one) for one in opened]
+    names = _common_names(held, told)
+    for name in names:
+        first = held[0][name]
+        for one, who in zip(held[1:], told[1:], strict=True):
+            other = one[name]
+            if other.shape != first.shape or _is_float(other) != _is_float(first):
+                raise UserError(
+                    f"{name} is {_described(first)} in {told[0]} and {_described(other)} in {who}: cannot be mixed"
+                )
+            if not _is_float(first) and not torch.equal(other.to(first.device), first):
+                raise UserError(f"{name} ({first.dtype}) must be equal in all models, for it cannot be averaged")
+    return [{name: one[name].detach() for name in names} for one in held], rows
+
+
+def _tensors(source: nn.Module | Mapping[str, Tensor] | Checkpoint) -> Mapping[str, Tensor]:
+    if isinstance(source, nn.Module):
+        return source.state_dict()
+    if isinstance(source, Checkpoint):
+        return mapped(source)
+    if isinstance(source, Mapping) and all(isinstance(tensor, Tensor) for tensor in source.values()):
+        return source
+    raise UserError(
+        f"a model must be a module, a state dict, a folder, a file or a hub name, got {type(source).__name__}"
+    )
+
+
+def mapped(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors as views of its files, which are read where they are used."""
+    found = {}
+    for file in checkpoint.files:
+        with open(file.path, "rb") as opened:
+            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, tensor in file.tensors.items():
+            dtype = dtypes.TORCH[tensor.dtype]
+            if tensor.count == 0:
+                found[name] = torch.empty(tensor.shape, dtype=dtype)
+            elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
+                data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
+                found[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
+            else:
+                flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
+                found[name] = flat.view(tensor.shape)
+    return found
+
+
+def _common_names(held: Sequence[Mapping[str, Tensor]], told: Sequence[str]) -> list[str]:
+    """Those in every model. A model may hold one tensor under two names, as tied embeddings are, another under one."""
+    common = set.intersection(*(set(one) for one in held))
+    for one, who in zip(held, told, strict=True):
+        for name, tensor in one.items():
+            if name in common or any(_same_storage(tensor, one[twin]) for twin in common):
+                continue
+            lacks = next(other for other, others in zip(told, held, strict=True) if name not in others)
+            raise UserError(f"{name} is in {who} and not in {lacks}: the models' tensors must be the same")
+    return [name for name in held[0] if name in common]
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return dtypes.NAMES.get(tensor.dtype) in dtypes.FLOATS
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

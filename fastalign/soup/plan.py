@@ -1,0 +1,151 @@
+"""What a merge will do, all of it known before the first byte is written: inputs, weights, the outputs' files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastalign
+from fastalign import backend
+from fastalign.errors import UserError
+from fastalign.soup import compare, dtypes, methods
+from fastalign.soup.checkpoint import Checkpoint, Shard, lay_out, open_checkpoint
+from fastalign.units import parse_bytes
+
+DEFAULT_MEMORY = "512MB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that can be done. `inputs`: what is summed, task arithmetic's base first; `weights`: as asked for, (K, m)."""
+
+    models: tuple[Checkpoint, ...]
+    inputs: tuple[Checkpoint, ...]
+    out: Path
+    weights: np.ndarray
+    single: bool  # weights were (m,): one model at `out` itself
+    layout: tuple[Shard, ...]
+    recipe: dict[str, Any]
+    out_dtype: str | None
+    memory_limit: int
+    key: str = field(repr=False)
+    rows_of: Callable[[str], list[float]] = field(repr=False)  # tensor -> (K × inputs), row by row
+
+    @property
+    def folders(self) -> list[str]:
+        """Of each output, below `out`."""
+        return [""] if self.single else [str(k) for k in range(len(self.weights))]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(one[name].nbytes for shard in self.layout for name in shard.tensors for one in self.inputs)
+
+    @property
+    def written_bytes(self) -> int:
+        return len(self.weights) * sum(shard.nbytes for shard in self.layout)
+
+    def metadata(self, k: int) -> dict[str, str]:
+        """Of output k, for its files' headers. `format` is what transformers asks for."""
+        recipe = self.recipe | {"weights": self.weights[k].tolist()}
+        return {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
+
+    def describe(self) -> list[str]:
+        """For people: a line for each input, then what comes out."""
+        lines = [
+            f"{one.name}: {len(one.where):,} tensors, {size(one.nbytes)} in {len(one.files)} file(s)"
+            for one in self.inputs
+        ]
+        tensors = sum(len(shard.tensors) for shard in self.layout)
+        count = "1 model" if len(self.weights) == 1 else f"{len(self.weights)} models"
+        lines.append(
+            f"{self.out}: {count} by {self.recipe['method']}, {tensors:,} tensors, {len(self.layout)} file(s) each, "
+            f"reads {size(self.read_bytes)}, writes {size(self.written_bytes)}"
+        )
+        return lines
+
+
+def make(
+    models: Sequence[str | os.PathLike],
+    weights,
+    out: str | os.PathLike,
+    *,
+    method: str = "linear",
+    base: str | os.PathLike | None = None,
+    dtype: str | torch.dtype | None = None,
+    normalize: bool | None = None,
+    max_shard_size: int | str = "5GB",
+    memory_limit: int | str | None = None,
+    force: bool = False,
+) -> Plan:
+    """Check everything that `merge` takes (see there) and every input's header. Writes nothing."""
+    if isinstance(models, str | os.PathLike) or not models:
+        raise UserError(f"models must be a list of folders, files or hub names, got {models!r}")
+    methods.check(method, len(models), with_base=base is not None)
+    rows = methods.weight_rows(weights, len(models))
+    if normalize is not None and method != "linear":
+        raise UserError(f"normalize is for linear soups, not for {method}")
+    out_dtype = None if dtype is None else dtypes.parse(dtype)
+    limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
+    shard_size = parse_bytes("max_shard_size", max_shard_size)
+    if method == "linear":
+        summed = methods.linear_rows(rows, normalize)
+    elif method == "task_arithmetic":
+        summed = methods.task_arithmetic_rows(rows)
+    opened = tuple(open_checkpoint(model) for model in models)
+    inputs = opened if base is None else (open_checkpoint(base), *opened)
+    names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force)
+    if method == "slerp":
+        rows_of = methods.slerp_rows(rows, opened)
+    else:
+        flat = summed.ravel().tolist()
+
+        def rows_of(name: str) -> list[float]:
+            return flat
+
+    first = opened[0]
+    layout = lay_out(((name, _out_type(first, name, out_dtype), first[name].shape) for name in names), shard_size)
+    recipe = {
+        "fastalign": fastalign.__version__,
+        "method": method,
+        "normalize": normalize,
+        "dtype": out_dtype,
+        "models": [_told(one) for one in opened],
+        "base": None if base is None else _told(inputs[0]),
+    }
+    single = np.ndim(weights) == 1
+    written_by = backend.engine.active_isa() if backend.choose(torch.device("cpu")) == "cpu" else "torch"
+    basis = {
+        "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size, "by": written_by,
+        "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for one in inputs for file in one.files],
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+    return Plan(opened, inputs, Path(out), rows, single, tuple(layout), recipe, out_dtype, limit, key, rows_of)
+
+
+def _out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
+    own = first[name].dtype
+    return out_dtype if out_dtype is not None and own in dtypes.FLOATS else own
+
+
+def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A model's name without the place where it lies, and what identifies its files: a hash of header and size."""
+    local = os.path.exists(os.path.expanduser(checkpoint.name))
+    name = Path(checkpoint.name).expanduser().resolve().name if local else checkpoint.name
+    return {"name": name, "files": [file.identity for file in checkpoint.files]}
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.1f} TB"
