@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from fastalign import backend
 MIN_SECONDS = 0.02  # a shorter call is repeated until one measurement lasts so long
 # The BLAS under numpy keeps its threads spinning for some 20 ms after a call: they must not take the next one's core.
 REST_SECONDS = 0.1
+LONG_SECONDS = 5.0  # a first call of that length needs no warming up: it counts
 
 
 class Apart(NamedTuple):
@@ -60,14 +60,18 @@ def measure(case: Case) -> dict[str, Any]:
     calls = {"fastalign": case.ours, **case.peers} | ({"floor": case.floor} if case.floor else {})
     if case.apart:
         return _measure_apart(case, calls)
-    repeats = {}
-    for name, call in calls.items():
-        once = _seconds(call, 1)  # also warms up
-        repeats[name] = max(1, min(1000, int(MIN_SECONDS / max(once, 1e-7))))
+    repeats, peaks = {}, {}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(case.rounds):
+    for name, call in calls.items():
+        spent: list[float] = []
+        peaks[name] = _peak_mb(lambda call=call, spent=spent: spent.append(_seconds(call, 1)))  # also warms up
+        repeats[name] = max(1, min(1000, int(MIN_SECONDS / max(spent[0], 1e-7))))
+        if spent[0] > LONG_SECONDS:
+            times[name] = spent
+    for done in range(1, case.rounds + 1):
         for name, call in calls.items():
-            times[name].append(_seconds(call, repeats[name]))
+            if len(times[name]) < done:
+                times[name].append(_seconds(call, repeats[name]))
     result: dict[str, Any] = {
         "name": case.name,
         "ms": {name: _spread([1e3 * t for t in ts]) for name, ts in times.items()},
@@ -76,7 +80,7 @@ def measure(case: Case) -> dict[str, Any]:
             for name in case.peers
         },
         "bars": case.bars,
-        "peak_mb": {name: _peak_mb(call) for name, call in calls.items() if name != "floor"},
+        "peak_mb": {name: peak for name, peak in peaks.items() if name != "floor"},
         "rounds": case.rounds,
     }
     if case.floor_bytes:
@@ -163,13 +167,13 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _peak_mb(call: Callable[[], Any]) -> float | None:
-    if not sys.platform.startswith("linux"):
-        return None
+    """Growth of the resident set over one call; None where the system does not tell."""
     gc.collect()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the high-water mark
     except OSError:
+        call()
         return None
     before = _status_kb("VmRSS")
     call()
