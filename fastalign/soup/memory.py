@@ -85,9 +85,13 @@ def _prepare(
     opened = [open_checkpoint(one) if isinstance(one, str | os.PathLike) else one for one in models]
     told = [one.name if isinstance(one, Checkpoint) else f"model {number}" for number, one in enumerate(opened)]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
-    if checkpoints:
-        compare.same_model(checkpoints)
-    held = [_tensors(one) for one in opened]
+    stored = set(compare.same_model(checkpoints)) if checkpoints else set()
+    held = [
+        {name: tensor for name, tensor in mapped(one).items() if name in stored}
+        if isinstance(one, Checkpoint)
+        else _tensors(one)
+        for one in opened
+    ]
     names = _common_names(held, told)
     for name in names:
         first = held[0][name]
@@ -102,11 +106,9 @@ def _prepare(
     return [{name: one[name].detach() for name in names} for one in held], rows
 
 
-def _tensors(source: nn.Module | Mapping[str, Tensor] | Checkpoint) -> Mapping[str, Tensor]:
+def _tensors(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(source, nn.Module):
         return source.state_dict()
-    if isinstance(source, Checkpoint):
-        return mapped(source)
     if isinstance(source, Mapping) and all(isinstance(tensor, Tensor) for tensor in source.values()):
         return source
     raise UserError(

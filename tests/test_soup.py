@@ -1,0 +1,474 @@
+"""Merges from file to file and in memory: exact, the same however they are cut, whole or not there at all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_folder
+from typer.testing import CliRunner
+
+from fastalign import soup, use_backend
+from fastalign.cli import app
+from fastalign.errors import UserError
+from fastalign.soup.checkpoint import INDEX
+from fastalign.soup.methods import simplex_grid
+
+RHO = [0.5, 0.3, 0.2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [tiny_folder(root / f"m{i}", seed=i, dtype=torch.bfloat16, chat=True) for i in range(3)]
+
+
+def load(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def by_hand(models, weights, dtype=torch.bfloat16):
+    held = [load(model) for model in models]
+    return {
+        name: sum(w * one[name].float() for w, one in zip(weights, held, strict=True)).to(dtype) for name in held[0]
+    }
+
+
+def files(folder):
+    """Every file's bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def close(found, wanted, ulps=1):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].dtype == wanted[name].dtype
+        eps = torch.finfo(wanted[name].dtype).eps
+        assert (
+            (found[name].double() - wanted[name].double()).abs() <= ulps * eps * wanted[name].double().abs() + 1e-7
+        ).all(), name
+
+
+def test_a_soup_is_the_weighted_sum_and_loads_with_its_tokenizer(models, tmp_path):
+    from fastalign.integrations.transformers import load_causal_lm
+
+    out = tmp_path / "out"
+    found = soup.merge(models, RHO, out)
+    assert (found.models, found.resumed, found.read_bytes) == (1, 0, 3 * found.written_bytes)
+    wanted = by_hand(models, RHO)
+    close(load(out), wanted)
+    model, tokenizer = load_causal_lm(out, dtype="auto")
+    assert model.dtype == torch.float32 or model.dtype == torch.bfloat16
+    manual, _ = load_causal_lm(models[0], dtype=torch.bfloat16)
+    manual.load_state_dict(load(out))
+    ids = torch.tensor([tokenizer("tell me a story").input_ids])
+    with torch.no_grad():
+        assert torch.equal(model.to(torch.bfloat16)(ids).logits, manual(ids).logits)
+    assert tokenizer.chat_template and (out / "generation_config.json").is_file()
+    recorded = json.loads(soup.open_checkpoint(out).files[0].metadata["fastalign"])
+    assert recorded["weights"] == RHO and [one["name"] for one in recorded["models"]] == ["m0", "m1", "m2"]
+    assert str(tmp_path) not in json.dumps(recorded)
+
+
+def test_many_soups_in_one_reading_equal_each_alone(models, tmp_path):
+    rows = simplex_grid(3, 3)
+    assert len(rows) == 6 and (rows.sum(1) == 1).all()
+    found = soup.merge(models, rows, tmp_path / "all", max_shard_size="40kB")
+    alone = soup.merge(models, rows[1], tmp_path / "alone")
+    assert found.read_bytes == alone.read_bytes and found.written_bytes == 6 * alone.written_bytes
+    for k, row in enumerate(rows):
+        soup.merge(models, row, tmp_path / f"one{k}", max_shard_size="40kB")
+        together, single = files(tmp_path / "all" / str(k)), files(tmp_path / f"one{k}")
+        single.pop("soup.json")
+        assert together == single
+        assert sum(name.endswith(".safetensors") for name in together) == 3 and INDEX in together
+    corner = load(tmp_path / "all" / "0")
+    assert all(torch.equal(corner[name], tensor) for name, tensor in load(models[0]).items())
+
+
+def test_shards_and_their_order_do_not_matter(models, tmp_path):
+    from fastalign.integrations.transformers import load_causal_lm
+
+    first = soup.merge(models, RHO, tmp_path / "whole").out
+    cut = [
+        soup.merge([model], [1.0], tmp_path / f"cut{i}", max_shard_size=f"{20 + 15 * i}kB").out
+        for i, model in enumerate(models)
+    ]
+    assert len({len(list(one.glob("*.safetensors"))) for one in cut}) > 1
+    backwards = tmp_path / "backwards.safetensors"
+    save_file(dict(sorted(load(models[2]).items(), reverse=True)), backwards)
+    again = soup.merge([cut[0], cut[1], backwards], RHO, tmp_path / "again", max_shard_size="30kB").out
+    a, b = load(first), load(again)
+    assert all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+    load_causal_lm(again)
+
+
+def test_types_are_mixed_and_chosen(tmp_path):
+    torch.manual_seed(0)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64, torch.float8_e5m2]
+    names = ["w", "v"]
+    held = [{name: torch.randn(33, 7).to(dtype) for name in names} for dtype in dtypes]
+    for i, one in enumerate(held):
+        one["ids"], one["mask"] = torch.arange(5), torch.tensor([True, False])
+        one["nothing"] = torch.empty(0, 3)
+        save_file(one, tmp_path / f"{i}.safetensors")
+    paths = [tmp_path / f"{i}.safetensors" for i in range(6)]
+    weights = [0.3, 0.1, 0.2, 0.1, 0.2, 0.1]
+    for dtype, wanted in (
+        (None, torch.float32),
+        ("bf16", torch.bfloat16),
+        (torch.float64, torch.float64),
+        ("float8_e4m3fn", torch.float8_e4m3fn),
+    ):
+        out = soup.merge(paths, weights, tmp_path / f"out-{dtype}", dtype=dtype).out
+        found = load(out)
+        assert torch.equal(found["ids"], held[0]["ids"]) and torch.equal(found["mask"], held[0]["mask"])
+        for name in names:
+            exact = sum(w * one[name].double() for w, one in zip(weights, held, strict=True))
+            assert found[name].dtype == wanted
+            torch.testing.assert_close(
+                found[name].double(),
+                exact,
+                rtol=torch.finfo(wanted).eps / 2,
+                atol=1e-3 if wanted.itemsize == 1 else 1e-9,
+            )
+        assert found["nothing"].shape == (0, 3)
+        with use_backend("reference"):
+            again = soup.merge(paths, weights, tmp_path / f"torch-{dtype}", dtype=dtype).out
+        rtol = 2 * torch.finfo(wanted).eps
+        for name, tensor in load(again).items():
+            torch.testing.assert_close(
+                tensor.double(), found[name].double(), rtol=rtol, atol=2e-3 if wanted.itemsize == 1 else 1e-6
+            )
+
+
+def test_task_arithmetic_and_slerp(models, tmp_path):
+    base, a, b = (load(model) for model in models)
+    out = soup.merge(
+        models[1:], [0.7, 0.6], tmp_path / "task", method="task_arithmetic", base=models[0], dtype="float32"
+    ).out
+    for name, found in load(out).items():
+        wanted = (
+            base[name].double()
+            + 0.7 * (a[name].double() - base[name].double())
+            + 0.6 * (b[name].double() - base[name].double())
+        )
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    rows = [[0.75, 0.25], [0.5, 0.5]]
+    soup.merge(models[1:], rows, tmp_path / "slerp", method="slerp", dtype="float32")
+    for k, (_, t) in enumerate(rows):
+        for name, found in load(tmp_path / "slerp" / str(k)).items():
+            x, y = a[name].double(), b[name].double()
+            theta = torch.acos((x * y).sum() / x.norm() / y.norm())
+            wanted = (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta)
+            if torch.equal(x, y):
+                wanted = x
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_in_memory_as_in_files(models, tmp_path):
+    from fastalign.integrations.transformers import load_causal_lm
+
+    on_disk = load(soup.merge(models, RHO, tmp_path / "out").out)
+    module, _ = load_causal_lm(models[1], dtype=torch.bfloat16)
+    mixed = soup.mix([models[0], module, load(models[2])], RHO)
+    assert mixed.keys() == on_disk.keys() and all(torch.equal(mixed[name], on_disk[name]) for name in mixed)
+    several = soup.mix(models, [RHO, [1, 0, 0]])
+    assert len(several) == 2 and all(torch.equal(several[0][name], on_disk[name]) for name in on_disk)
+    live, _ = load_causal_lm(models[0], dtype=torch.bfloat16)
+    places = {name: tensor.data_ptr() for name, tensor in live.state_dict().items()}
+    for rho in ([1.0, 0.0, 0.0], RHO):
+        assert soup.interpolate(live, [models[0], module, models[2]], rho) is live
+    assert all(torch.equal(tensor, on_disk[name]) for name, tensor in live.state_dict().items())
+    assert places == {name: tensor.data_ptr() for name, tensor in live.state_dict().items()}
+    with pytest.raises(UserError, match="cannot be one of others"):
+        soup.interpolate(live, [live, models[1]], [0.5, 0.5])
+    with pytest.raises(UserError, match="has shape"):
+        soup.interpolate(torch.nn.Linear(2, 3), [{"weight": torch.ones(3, 3), "bias": torch.ones(3)}], [1.0])
+    with pytest.raises(UserError, match="bias is in model 0 and not in model 1"):
+        soup.mix([torch.nn.Linear(2, 3), torch.nn.Linear(2, 3, bias=False)], [0.5, 0.5])
+
+
+def test_tied_weights_stored_once_or_twice(tmp_path):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    for i in range(2):
+        torch.manual_seed(i)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / f"m{i}")
+    twice = load(tmp_path / "m1")
+    assert "lm_head.weight" not in twice
+    save_file(
+        twice | {"lm_head.weight": twice["model.embed_tokens.weight"].clone()},
+        tmp_path / "m1/model.safetensors",
+        {"format": "pt"},
+    )
+    pair = [tmp_path / "m0", tmp_path / "m1"]
+    for order in (pair, pair[::-1]):
+        out = soup.merge(order, [0.5, 0.5], tmp_path / f"out-{order[0].name}").out
+        close(
+            load(out),
+            {name: tensor for name, tensor in by_hand([tmp_path / "m0"] * 2, [1.0, 0.0], torch.float32).items()}
+            | {name: (load(pair[0])[name] + load(pair[1])[name]) / 2 for name in load(pair[0])},
+            ulps=4,
+        )
+    live = transformers.LlamaForCausalLM.from_pretrained(pair[0])
+    soup.interpolate(live, pair, [0.5, 0.5])
+    assert torch.equal(live.lm_head.weight, load(out)["model.embed_tokens.weight"])
+    changed = twice | {"lm_head.weight": twice["model.embed_tokens.weight"] + 1}
+    save_file(changed, tmp_path / "m1/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head.weight is in .*m1 and not in .*m0"):
+        soup.merge(pair, [0.5, 0.5], tmp_path / "no")
+
+
+def changed(model, folder, **tensors):
+    """A copy of a model with tensors put in its place (None takes one out)."""
+    shutil.copytree(model, folder)
+    held = {name: tensor for name, tensor in (load(model) | tensors).items() if tensor is not None}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_what_does_not_fit_is_refused_before_a_byte_is_written(models, tmp_path):
+    out = tmp_path / "out"
+
+    def refused(others, part, weights=None, **options):
+        with pytest.raises(UserError) as caught:
+            soup.merge(others, weights or [0.5] * len(others), out, **options)
+        assert part in str(caught.value) and "\n" not in str(caught.value), caught.value
+        assert not out.exists() and not (tmp_path / ".out.soup").exists()
+
+    a = models[0]
+    norm = "model.norm.weight"
+    refused([a, changed(a, tmp_path / "less", **{norm: None})], f"{norm} is in {a} and not in")
+    refused([a, changed(a, tmp_path / "more", extra=torch.ones(2))], "extra is in")
+    refused([a, changed(a, tmp_path / "shape", **{norm: torch.ones(31)})], "must have one shape in all models, is [32]")
+    refused([a, changed(a, tmp_path / "kind", **{norm: torch.arange(32)})], "is BF16 in")
+    i, j = (changed(a, tmp_path / f"int{k}", ids=torch.tensor([1, 2, k])) for k in (3, 4))
+    refused([i, j], "ids (I64) must be equal in all models")
+    refused([a, changed(a, tmp_path / "lora", **{"x.lora_A.weight": torch.ones(2)})], "a LoRA adapter")
+    quantised = changed(a, tmp_path / "quantised")
+    config = json.loads((a / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    refused([a, quantised], "its weights are quantised")
+    other = changed(models[1], tmp_path / "config")
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    refused([a, other], "rms_norm_eps must be the same in all models, is 1e-06 in")
+    soup.merge([a, other], [0.5, 0.5], tmp_path / "forced", force=True)
+    words = changed(models[1], tmp_path / "words")
+    tokenizer = json.loads((a / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["content"] = "<padding>"
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused([a, words], "differs between")
+    tokenizer["added_tokens"][0]["content"] = "<pad>"
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    soup.merge([a, words], [0.5, 0.5], tmp_path / "truncation")
+
+    refused([a, a], "weights must have shape (2,) or (K, 2)", [1.0])
+    refused([a, a], "weights must be finite", [float("nan"), 1])
+    refused([a, a], "must sum to 1, got 0.9", [0.5, 0.4])
+    refused([a, a], "cannot be normalised", [0.5, -0.5], normalize=True)
+    refused([a, a], "method must be one of linear, task_arithmetic, slerp, got 'ties'", method="ties")
+    refused([a, a], "task_arithmetic needs base", method="task_arithmetic")
+    refused([a, a], "base is task_arithmetic's", base=a)
+    refused([a, a, a], "slerp takes two models", method="slerp")
+    refused([a, a], "dtype must be one of", dtype="int8")
+    refused([a, a], "memory_limit must be at least", memory_limit=100)
+    refused([a] * 129, "at most 128 models")
+    refused(str(a), "models must be a list", [1.0])
+    refused([tmp_path], "has no config.json", [1.0])
+
+
+def test_an_output_that_is_there_stays(models, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    soup.merge(models, RHO, out)
+    before = files(out)
+    again = soup.merge(models, RHO, out)
+    assert again.read_bytes == 0 and files(out) == before
+    with pytest.raises(UserError, match="exists already and is not this merge"):
+        soup.merge(models, [0.2, 0.2, 0.6], out)
+    with pytest.raises(UserError, match="exists already"):
+        soup.merge(models, RHO, models[0])
+    assert files(out) == before and not (tmp_path / ".out.soup").exists()
+
+
+def test_little_memory_gives_the_same(models, tmp_path):
+    a = soup.merge(models, RHO, tmp_path / "a").out
+    b = soup.merge(models, RHO, tmp_path / "b", memory_limit="4kB").out
+    assert files(a) == files(b)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Two files of 12 MB, in many tensors."""
+    root = tmp_path_factory.mktemp("large")
+    paths = [root / f"{i}.safetensors" for i in range(2)]
+    for i, path in enumerate(paths):
+        torch.manual_seed(i)
+        save_file({f"w{j}": torch.randn(25_000) for j in range(120)} | {"ids": torch.arange(9)}, path)
+    return paths
+
+
+KILLS = """
+import json, os, random, shutil, signal, sys, time
+from pathlib import Path
+from fastalign import soup
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+def start(out):
+    pid = os.fork()
+    if pid == 0:
+        soup.merge(models, [[0.5, 0.5], [0.1, 0.9]], out, max_shard_size="2MB", progress=False)
+        os._exit(0)
+    return pid
+
+root, kills, *models = sys.argv[1:]
+whole, out, beside = Path(root, "whole"), Path(root, "out"), Path(root, ".out.soup")
+began = time.perf_counter()
+assert os.waitpid(start(whole), 0)[1] == 0
+takes = time.perf_counter() - began
+wanted, draw = files(whole), random.Random(0)
+seen = {"killed": 0, "finished": 0, "partial": 0, "shards": []}
+while seen["killed"] < int(kills):
+    pid = start(out)
+    time.sleep(draw.random() ** 2 * takes)
+    os.kill(pid, signal.SIGKILL)
+    seen["killed"] += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    shards = list(beside.rglob("*.safetensors"))
+    assert all(path.read_bytes() == wanted[str(path.relative_to(beside))] for path in shards)
+    seen["shards"].append(len(shards))
+    seen["partial"] += any(beside.rglob("*.partial"))
+    if out.exists():
+        assert files(out) == wanted and not beside.exists()
+        shutil.rmtree(out)
+        seen["finished"] += 1
+assert os.waitpid(start(out), 0)[1] == 0 and files(out) == wanted
+print(json.dumps(seen))
+"""
+
+
+def test_killed_at_any_moment_and_run_again_it_is_the_same(large, tmp_path):
+    """A process that never used its threads forks the merges, so that each starts at once; delays are drawn."""
+    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path, "25", *large], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["killed"] == 25 and seen["finished"] >= 2 and seen["partial"] >= 3 and len(set(seen["shards"])) >= 4, (
+        seen
+    )
+
+
+def test_what_another_merge_left_is_not_taken_over(large, tmp_path):
+    out, beside = tmp_path / "out", tmp_path / ".out.soup"
+    wanted = files(soup.merge(large, [0.25, 0.75], tmp_path / "whole", max_shard_size="4MB").out)
+    beside.mkdir()
+    other = soup.merge(large, [0.5, 0.5], tmp_path / "other", max_shard_size="4MB").out
+    for path in [min(other.glob("*.safetensors")), other / "soup.json"]:
+        shutil.copy(path, beside)
+    found = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
+    assert found.resumed == 0 and files(out) == wanted
+
+
+def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):
+    import fcntl
+
+    beside = tmp_path / ".out.soup"
+    beside.mkdir()
+    held = os.open(beside, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another merge is writing it"):
+        soup.merge(large, [0.5, 0.5], tmp_path / "out")
+    os.close(held)
+    soup.merge(large, [0.5, 0.5], tmp_path / "out")
+
+
+FULL = """
+import resource, sys
+from fastalign import soup
+from fastalign.soup import checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+try:
+    soup.merge(sys.argv[2:], [0.5, 0.5], sys.argv[1], max_shard_size="4MB", progress=False)
+    soup.merge(sys.argv[2:], [0.5, 0.5], sys.argv[1] + "2", max_shard_size="7MB", progress=False)
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+
+
+def test_a_disk_that_takes_no_more(large, tmp_path, monkeypatch):
+    """A file-size limit stands for the full disk: the error names the file, inputs and finished outputs stay whole."""
+    before = [path.read_bytes() for path in large]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(out), *map(str, large)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["27", str(tmp_path / ".out2.soup" / "model-00001-of-00002.safetensors.partial")]
+    assert [path.read_bytes() for path in large] == before
+    assert len(load(out)) == 121 and not (tmp_path / "out2").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(UserError, match=r"needs 12.0 MB, the disk has 1 B free"):
+        soup.merge(large, [0.5, 0.5], tmp_path / "out3")
+
+
+def test_an_input_that_changes_or_ends_meanwhile(large, tmp_path):
+    from fastalign.soup import plan
+
+    paths = [shutil.copy(path, tmp_path / path.name) for path in large]
+    made = plan.make(paths, [0.5, 0.5], tmp_path / "out")
+    os.truncate(paths[1], 5_000_000)
+    with pytest.raises(OSError, match="ended while it was read") as caught:
+        soup.execute(made)
+    assert caught.value.filename == str(paths[1])
+    shutil.copy(large[1], paths[1])
+    os.utime(paths[1], ns=(1, 1))
+    with pytest.raises(UserError, match=r"1.safetensors: changed while it was read"):
+        soup.execute(made)
+    assert not (tmp_path / "out").exists() and not list((tmp_path / ".out.soup").glob("*.safetensors"))
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, ["soup", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command(models, tmp_path):
+    out = tmp_path / "out"
+    code, told, err = command(*models, "--grid", 3, "--out", out, "--dry-run")
+    assert code == 0 and "6 models by linear, 21 tensors" in told and "dry run" in told and not out.exists(), err
+    code, told, err = command(*models, "--weights", "0.5,0.3,0.2", "--out", out)
+    assert code == 0 and "GB/s" in told, err
+    close(load(out), by_hand(models, RHO))
+    assert "was there already" in command(*models, "--weights", "0.5,0.3,0.2", "--out", out)[1]
+    code, _, err = command(*models, "--weights", "5,3,2", "--normalize", "--dtype", "fp32", "--out", tmp_path / "b")
+    assert code == 0 and load(tmp_path / "b")["lm_head.weight"].dtype == torch.float32, err
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "float32"
+    for arguments, part in (
+        ([], "give --weights, one for each model, or --grid"),
+        (["--weights", "a,b,c"], "weights must be numbers"),
+        (["--weights", "1,0,0"], "exists already and is not this merge"),
+        (["--grid", "1"], "grid must be at least 2"),
+        (["--grid", "900"], "at most 10,000 are made"),
+        (["--weights", "1,0,0", "--memory-limit", "lots"], "memory_limit must be a size"),
+    ):
+        code, _, err = command(*models, *arguments, "--out", out)
+        assert code == 1 and part in err and err.count("\n") == 1, err
