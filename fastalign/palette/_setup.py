@@ -35,19 +35,23 @@ def set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group
 
 def _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max):
     check_options(tol, lam_max)
+    run = pass_over(rewards, groups, weights)
+    m = len(run.center)
+    return run, as_palettes(palette, m), as_sign(sense, m)
+
+
+def pass_over(rewards, groups, weights):
+    """The pass over this process's rewards, which may be an array, a tensor of any device or a `ParquetRewards`."""
     if isinstance(rewards, ParquetRewards):
         if groups is not None or weights is not None:
             raise UserError("groups and weights must be columns named to ParquetRewards, got arrays beside it")
-        m = len(rewards.values)
-        return ChunkedPass(rewards), as_palettes(palette, m), as_sign(sense, m)
+        return ChunkedPass(rewards)
     on_gpu = isinstance(rewards, torch.Tensor) and rewards.is_cuda and rewards.ndim == 2 and rewards.numel() > 0
     rewards = _on_device(rewards.detach()) if on_gpu else as_rewards(rewards)
-    n, m = rewards.shape
-    palettes, sign = as_palettes(palette, m), as_sign(sense, m)
+    n = len(rewards)
     groups = None if groups is None else as_groups(groups, n)
     log_weights = None if weights is None else log_of(as_weights(weights, n))
-    make = DevicePass if on_gpu else ArrayPass
-    return make(rewards, log_weights=log_weights, groups=groups), palettes, sign
+    return (DevicePass if on_gpu else ArrayPass)(rewards, log_weights=log_weights, groups=groups)
 
 
 def _on_device(rewards: torch.Tensor) -> torch.Tensor:

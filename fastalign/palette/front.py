@@ -1,0 +1,256 @@
+"""What policies p_λ ∝ p0 exp(λ·R) reach: the front at a KL from p0, the way to a palette, and random λ.
+
+At a KL of κ the highest w·E[R] over all policies, w ≥ 0, is reached by one alone, p_λ with λ along w (Gibbs). So for
+finite κ each such policy lies on the Pareto front of all policies within κ, and every point of that front's strictly
+convex part is found so: exactly, for any number of values, no sampling of points involved. With groups the policies are
+per-prompt laws p(y|x) and the KL is the prompts' mean.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from fastalign.errors import UserError
+from fastalign.palette._inputs import as_palettes, as_sign
+from fastalign.palette._problem import Problem
+from fastalign.palette._setup import pass_over
+from fastalign.palette.solve import solve
+
+TOGETHER = 1024  # λ in one read of the rewards
+TOP = 1e-9  # nats to the highest score: a policy so close to its limit is there
+MOST_STEPS = 100
+SHORT_OF_LIMIT = 0.99  # of the way to a palette that is out of reach: at its end λ is infinite
+
+
+class Policies(NamedTuple):
+    """K policies p_λ over the same samples, float64."""
+
+    lam: np.ndarray  # (K, m)
+    levels: np.ndarray  # (K, m) E_λ[R]
+    kl: np.ndarray  # (K,) KL(p_λ ‖ p0), nats
+    ess: np.ndarray  # (K,) effective sample size; with groups each group's, in the mean
+
+
+class Region(NamedTuple):
+    """Random λ and what they realise."""
+
+    policies: Policies
+    desirable: np.ndarray  # (K,) bool: every level at least its mean under p0
+    mean: np.ndarray  # (m,)
+
+
+class Way(NamedTuple):
+    """The way from the mean to a palette."""
+
+    t: np.ndarray  # (T,) how far, 0 to 1
+    palettes: np.ndarray  # (T, m) mean + t (palette − mean)
+    policies: Policies  # the least KL that reaches each
+    limit: float  # the largest t that can be reached; 1 where the palette itself can
+
+
+class Tilts:
+    """The policies of any λ over given samples. rewards, groups, weights: as `palette.solve` takes them."""
+
+    def __init__(self, rewards, *, groups=None, weights=None):
+        self.run = pass_over(rewards, groups, weights)
+        m = len(self.run.center)
+        first = self.run(np.zeros((1, m)))
+        self.mean, self.cov = self.run.center + first.mean[0], first.cov[0]
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.cov).all()):
+            self.run.reject_nonfinite()
+        deviation = np.sqrt(np.maximum(np.diagonal(self.cov), 0.0))
+        size = np.maximum(self.run.size, np.abs(self.mean))
+        # A constant reward cannot be moved; its own size is as good a unit as any.
+        self.constant = ~(deviation > 1e-14 * size)
+        self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
+
+    def at(self, lam: np.ndarray) -> Policies:
+        """The policies of `lam` (K, m)."""
+        return self._look(lam)[0]
+
+    def _look(self, lam: np.ndarray):
+        """Policies; and at each λ the variance (K,) of its score λ·R, and by how much that falls short of the highest."""
+        stats = [self.run(lam[i : i + TOGETHER]) for i in range(0, len(lam), TOGETHER)]
+        log_z, mean, cov, ess, top = (np.concatenate(x) for x in zip(*stats, strict=True))
+        score = (lam * mean).sum(axis=1)
+        variance = np.einsum("ki,kij,kj->k", lam, cov, lam)
+        return Policies(lam, self.run.center + mean, np.maximum(score - log_z, 0.0), ess), variance, top - score
+
+
+def kl_front(rewards, kl: float, directions=None, *, groups=None, weights=None) -> Policies:
+    """The policies with the highest w·E[R / σ] among all within `kl` nats of p0, one for each direction w.
+
+    rewards (n, m), groups, weights: as `palette.solve` takes them. kl > 0; inf for the limit, where each prompt's (with
+    no groups: the whole set's) best samples are all that is left. directions (K, m) >= 0, in units of the rewards'
+    standard deviations σ; None: `spread_directions(m)`. Where all samples' best are reached below `kl`, the policy is
+    that limit and its KL less. λ is solved for to a KL within 1e-10 of `kl`, all directions in the same reads.
+    """
+    return front_of(Tilts(rewards, groups=groups, weights=weights), kl, directions)
+
+
+def front_of(tilts: Tilts, kl: float, directions=None) -> Policies:
+    """`kl_front` of samples that are set up already."""
+    m = len(tilts.mean)
+    if not kl > 0:
+        raise UserError(f"kl must be positive, got {kl!r}")
+    w = spread_directions(m) if directions is None else np.asarray(directions, dtype=np.float64)
+    if w.ndim != 2 or w.shape[1] != m or not len(w):
+        raise UserError(f"directions must have shape (K, {m}), got {w.shape}")
+    if not (np.isfinite(w).all() and (w >= 0).all() and (w > 0).any(axis=1).all()):
+        raise UserError("directions must be finite, not negative, and not 0 in every value")
+    w = w * ~tilts.constant
+    unit = w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-300) / tilts.scale
+    movable = np.flatnonzero(np.einsum("ki,ij,kj->k", unit, tilts.cov, unit) > 0)
+    t = np.zeros(len(unit))
+    t[movable] = _lengths(tilts, unit[movable], kl)
+    return tilts.at(t[:, None] * unit)
+
+
+def _lengths(tilts: Tilts, unit: np.ndarray, kl: float) -> np.ndarray:
+    """t (K,) with KL(p_{t unit}) = kl, or t at the limit: Newton within a bracket; the KL grows by t Var(unit·R)."""
+    first = np.einsum("ki,ij,kj->k", unit, tilts.cov, unit)
+    t = np.minimum(np.sqrt(2 * min(kl, 1.0) / first), 1e12)
+    low, high = np.zeros(len(t)), np.full(len(t), np.inf)
+    within = 1e-11 * (1 + kl) if kl < np.inf else 0.0
+    work = np.arange(len(t))
+    for _ in range(MOST_STEPS):
+        here = t[work]
+        found, variance, gap = tilts._look(here[:, None] * unit[work])
+        short = found.kl < kl
+        low[work[short]], high[work[~short]] = here[short], here[~short]
+        done = (np.abs(found.kl - kl) <= within) | (short & ((gap <= TOP) | (here >= 1e12)))
+        done |= high[work] - low[work] <= 4e-16 * here
+        work, here, below = work[~done], here[~done], short[~done]
+        if not len(work):
+            break
+        with np.errstate(divide="ignore", invalid="ignore"):  # KL' = variance / t, variance of t unit·R
+            goal = here * (1 - (found.kl[~done] - kl) / variance[~done])
+        goal = np.where(below, np.fmin(goal, 4 * here), goal)
+        outside = ~((goal > low[work]) & (goal < high[work]))
+        middle = np.where(np.isfinite(high[work]), (low[work] + high[work]) / 2, 4 * here)
+        t[work] = np.where(outside, middle, goal)
+    return t
+
+
+def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, tol: float = 1e-9):
+    """How far towards each palette the policies within `kl` nats of p0 go, and the one that goes farthest.
+
+    palettes: (K, m), each above the mean in one value at least. Returns t (K,), the largest with
+    mean + t (palette − mean) in reach, and those Policies: the front's points on given rays, where `kl_front` has those
+    with given normals. Solved as palettes, each started from its λ before; kl must be finite.
+    """
+    if not 0 < kl < np.inf:
+        raise UserError(f"kl must be positive and finite, got {kl!r}")
+    tilts = Tilts(rewards, groups=groups, weights=weights)
+    m = len(tilts.mean)
+    palettes = as_palettes(palettes, m)
+    away = palettes - tilts.mean
+    climb = np.maximum(away / tilts.scale * ~tilts.constant, 0.0)
+    if not (climb > 0).any(axis=1).all():
+        raise UserError("palettes must each ask for more than the mean of one value at least")
+    if (away[:, tilts.constant] > 1e-9 * tilts.scale[tilts.constant]).any():
+        raise UserError("palettes must not ask for more of a value that is constant")
+    count = len(palettes)
+    t = np.sqrt(2 * kl) / climb.max(axis=1)  # no more than Pinsker-like growth of one value would need
+    low, high = np.zeros(count), np.full(count, np.inf)
+    best, lam = np.zeros((count, m)), np.zeros((count, m))
+    work, start = np.arange(count), None
+    for _ in range(MOST_STEPS):
+        asked = tilts.mean + t[work, None] * away[work]
+        problem = Problem(tilts.run, asked, as_sign(">=", m), tol, np.inf, start)
+        problem.minimise()
+        found = problem.conclude()
+        within = found["feasible"] & (found["kl"] <= kl)
+        low[work[within]], best[work[within]] = t[work[within]], found["lam"][within]
+        high[work[~within]] = np.minimum(high[work[~within]], t[work[~within]])
+        if found["scaling"] is not None:
+            lost = ~found["feasible"]
+            high[work[lost]] = np.minimum(high[work[lost]], t[work[lost]] * found["scaling"][lost])
+        good = found["feasible"]
+        lam[work[good]] = found["lam"][good]
+        done = (good & (np.abs(found["kl"] - kl) <= 1e-9 * (1 + kl))) | (high[work] - low[work] <= 1e-9 * high[work])
+        best[work[done & good]], low[work[done & good]] = found["lam"][done & good], t[work[done & good]]
+        slope = (lam[work] * away[work]).sum(axis=1)  # dKL/dt, by the envelope theorem
+        with np.errstate(divide="ignore", invalid="ignore"):
+            goal = np.where(good, t[work] + (kl - found["kl"]) / slope, np.nan)
+        goal = np.fmin(goal, 4 * t[work])
+        middle = np.where(np.isfinite(high[work]), (low[work] + high[work]) / 2, 2 * t[work])
+        inside = (goal > low[work]) & (goal < high[work])
+        t[work] = np.where(inside, goal, middle)
+        work = work[~done]
+        if not len(work):
+            break
+        guess = lam[work]
+        start = lambda _, guess=guess: guess  # noqa: E731
+    return low, tilts.at(best)
+
+
+def palette_path(rewards, palette, *, steps: int = 41, groups=None, weights=None, sense=">=") -> Way:
+    """λ(c) along the way from the mean to `palette` (m,), or as far as the samples allow: `steps` palettes, one solve.
+
+    rewards, groups, weights, sense: as `palette.solve` takes them.
+    """
+    if not steps >= 2:
+        raise UserError(f"steps must be at least 2, got {steps!r}")
+    tilts = Tilts(rewards, groups=groups, weights=weights)
+    palette = as_palettes(palette, len(tilts.mean))[0]
+    options = {"groups": groups, "weights": weights, "sense": sense}
+    whole = solve(rewards, palette, **options)
+    limit = 1.0 if whole.feasible else float(whole.scaling)
+    t = np.linspace(0.0, 1.0 if whole.feasible else SHORT_OF_LIMIT * limit, steps)
+    palettes = tilts.mean + t[:, None] * (palette - tilts.mean)
+    found = solve(rewards, palettes[1:], **options)
+    lam = np.concatenate([np.zeros((1, len(palette))), found.lam])
+    known = np.isfinite(lam).all(axis=1)  # where nothing can move, not even a step of the way is
+    return Way(t[known], palettes[known], tilts.at(lam[known]), limit)
+
+
+def feasible_region(rewards, n_lambda: int, l1_max: float, seed: int, *, groups=None, weights=None) -> Region:
+    """What random λ realise, and which are desirable: those that leave no value below its mean under p0.
+
+    λ is uniform over {λ ≥ 0, Σ λ_j σ_j ≤ l1_max}, with σ_j the standard deviation of reward j, so that no value's unit
+    decides what is drawn. The share that is desirable is then a share of that region's volume. As in MAP (arXiv
+    2410.19198, section 4), which draws λ in the rewards' own units.
+    """
+    if n_lambda < 1:
+        raise UserError(f"n_lambda must be at least 1, got {n_lambda!r}")
+    if not 0 < l1_max < np.inf:
+        raise UserError(f"l1_max must be positive and finite, got {l1_max!r}")
+    return region_of(Tilts(rewards, groups=groups, weights=weights), n_lambda, l1_max, seed)
+
+
+def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
+    """`feasible_region` of samples that are set up already."""
+    m = len(tilts.mean)
+    # m + 1 shares of 1, the last thrown away: uniform over the corner below the simplex.
+    shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lambda)[:, :m]
+    found = tilts.at(l1_max * shares / tilts.scale)
+    return Region(found, (found.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1), tilts.mean)
+
+
+def spread_directions(m: int, count: int = 60, *, columns=None) -> np.ndarray:
+    """(K, m) directions ≥ 0 of length 1. columns: the values to spread over, default all; the others are 0.
+
+    Over two values evenly by angle; over three on a triangular lattice with at least `count` points, row by row; over more
+    the axes, and then at random, always the same.
+    """
+    columns = list(range(m)) if columns is None else list(columns)
+    d = len(columns)
+    if d == 1:
+        rows = np.ones((1, 1))
+    elif d == 2:
+        angle = np.linspace(0, np.pi / 2, max(2, count))
+        rows = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    elif d == 3:
+        sides = next(h for h in range(1, count + 2) if (h + 1) * (h + 2) // 2 >= count)
+        bars = np.array(list(combinations(range(sides + 2), 2)))
+        rows = np.stack([bars[:, 0], bars[:, 1] - bars[:, 0] - 1, sides + 1 - bars[:, 1]], axis=1).astype(float)
+    else:
+        drawn = np.abs(np.random.default_rng(0).standard_normal((max(0, count - d), d)))
+        rows = np.concatenate([np.eye(d), drawn])
+    found = np.zeros((len(rows), m))
+    found[:, columns] = np.maximum(rows, 0.0) / np.linalg.norm(rows, axis=1, keepdims=True)
+    return found
