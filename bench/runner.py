@@ -18,6 +18,7 @@ GROUPS = {
     "map": ("map",),
     "training": ("dpo",),
     "decode": ("decode",),
+    "soup": ("soup",),
 }
 BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end -->"
 

@@ -313,7 +313,7 @@ cli_soup.add_to(app)
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="losses, sampling, map, training, decode, or parts of names; default all."),
+        typer.Argument(help="losses, sampling, map, training, decode, soup, or parts of names; default all."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results (JSON) and their table (Markdown).")] = Path(
         "bench-results"

