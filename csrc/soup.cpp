@@ -1,4 +1,5 @@
-// soup_span: blocks of every input widened into the cache, summed in registers, narrowed once. Built once per level.
+// soup_span: blocks of every input widened into the cache, summed in registers, narrowed once; or, for few outputs of
+// inputs' own type, straight from their bytes. Built once per level.
 #include "soup.h"
 
 #include "simd.h"
@@ -10,7 +11,8 @@ template <int kMantissa, int kBias, bool kInfinity> struct float8 { uint8_t bits
 using float8_e4m3fn = float8<3, 7, false>;
 using float8_e5m2 = float8<2, 15, true>;
 
-template <int kMantissa, int kBias, bool kInfinity> struct Storage<float8<kMantissa, kBias, kInfinity>> {
+template <int kMantissa, int kBias, bool kInfinity>
+struct Storage<float8<kMantissa, kBias, kInfinity>> : InOrder<float8<kMantissa, kBias, kInfinity>, float> {
   typedef float C;
   typedef float8<kMantissa, kBias, kInfinity> S;
   typedef Vec<float>::bits bits;
@@ -46,6 +48,7 @@ template <int kMantissa, int kBias, bool kInfinity> struct Storage<float8<kManti
 
 constexpr int64_t kStep = 4 * lanes<float>;  // elements that are summed at once
 constexpr int64_t kBuffer = 1 << 13;         // wide elements of all inputs together
+constexpr int kDirect = 2;                   // more outputs than these, and widening the inputs once is worth a buffer
 
 // A double as a float, rounded to odd: rounding that once more to fewer bits is rounding the double.
 static inline float to_odd(double x) {
@@ -109,13 +112,54 @@ template <typename C> static inline void sum_step(C* sums, const C* const* wide,
   for (int v = 0; v < V; ++v) store<C>(sums + v * lanes<C>, total[v]);
 }
 
+template <typename S> struct TypeOf;
+template <> struct TypeOf<double> { static constexpr SoupType type = SoupType::float64; };
+template <> struct TypeOf<float> { static constexpr SoupType type = SoupType::float32; };
+template <> struct TypeOf<bfloat16> { static constexpr SoupType type = SoupType::bfloat16; };
+template <> struct TypeOf<float16> { static constexpr SoupType type = SoupType::float16; };
+template <> struct TypeOf<float8_e4m3fn> { static constexpr SoupType type = SoupType::float8_e4m3fn; };
+template <> struct TypeOf<float8_e5m2> { static constexpr SoupType type = SoupType::float8_e5m2; };
+
+// One output of inputs of its own type, whole steps of them, without the buffer: the same sums in the same order.
+// Pairs of vectors may do here: a NaN that comes of bfloat16 numbers and finite weights has its low bits clear.
+template <typename S>
+static void direct(S* out, const S* const* ins, int inputs, const typename Storage<S>::C* weights, int64_t n) {
+  typedef typename Storage<S>::C C;
+  constexpr int64_t L = lanes<C>;
+  constexpr int V = 4;
+  for (int64_t j = 0; j < n; j += V * L) {
+    vec<C> total[V], x[V];
+    for (int v = 0; v < V; v += 2) Storage<S>::load_pair(ins[0] + j + v * L, x[v], x[v + 1]);
+    for (int v = 0; v < V; ++v) total[v] = weights[0] * x[v];
+    for (int i = 1; i < inputs; ++i) {
+      for (int v = 0; v < V; v += 2) Storage<S>::load_pair(ins[i] + j + v * L, x[v], x[v + 1]);
+      for (int v = 0; v < V; ++v) total[v] += weights[i] * x[v];
+    }
+    for (int v = 0; v < V; v += 2) Storage<S>::store_pair(out + j + v * L, total[v], total[v + 1]);
+  }
+}
+
 template <typename S, typename C>
 static void span(void* const* outs, int outputs, const void* const* ins, const SoupType* in_types, int inputs,
                  const double* weights, int64_t n) {
   alignas(64) C buffer[kBuffer], sums[kStep], row[kSoupInputs];
   const int64_t most = kBuffer / inputs / kStep * kStep;  // at least one step of 128 inputs: kStep is 64 or less
   const C* wide[kSoupInputs];
-  for (int64_t first = 0; first < n; first += most) {
+  int64_t done = 0;
+  if constexpr (sizeof(C) == sizeof(typename Storage<S>::C)) {
+    bool alike = outputs <= kDirect;
+    for (int i = 0; i < inputs; ++i) alike &= in_types[i] == TypeOf<S>::type;
+    if (alike) {
+      done = n / kStep * kStep;
+      const S* from[kSoupInputs];
+      for (int i = 0; i < inputs; ++i) from[i] = static_cast<const S*>(ins[i]);
+      for (int k = 0; k < outputs; ++k) {
+        for (int i = 0; i < inputs; ++i) row[i] = C(weights[int64_t(k) * inputs + i]);
+        direct<S>(static_cast<S*>(outs[k]), from, inputs, row, done);
+      }
+    }
+  }
+  for (int64_t first = done; first < n; first += most) {
     const int64_t count = n - first < most ? n - first : most;
     for (int i = 0; i < inputs; ++i) {
       C* mine = buffer + i * most;

@@ -89,6 +89,14 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
       }
     }
   }
+#if defined(__linux__)
+  // The disk may begin with these bytes while the next call computes; the flush at the file's end then waits less.
+  for (const SoupSegment& of : segments) {
+    for (size_t k = 0; k < of.out_files.size(); ++k) {
+      sync_file_range(of.out_files[k], of.out_offsets[k], of.n * size_of(out_type), SYNC_FILE_RANGE_WRITE);
+    }
+  }
+#endif
   return failure;
 }
 

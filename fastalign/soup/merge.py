@@ -29,7 +29,7 @@ from fastalign.soup.dtypes import FLOATS, SIZES, TORCH
 from fastalign.soup.stream import Segment, StreamError, chunk_for, joined, stream
 
 RECORD = "soup.json"  # in the output: what was made of what
-_BATCH = 256_000_000  # bytes between two steps of the progress bar
+_BATCH = 64_000_000  # bytes moved between two steps of the progress bar
 _COPIED = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "*.tiktoken", "*.jinja", "chat_template.json", "preprocessor_config.json",
@@ -179,7 +179,7 @@ def _write_shard(
 def _work(
     plan: plans.Plan, shard: Shard, headers: list[bytes], outs: list[int], files: dict[Path, int]
 ) -> Iterator[tuple[str, list[Segment]]]:
-    """Batches of segments of one output type, neighbours joined; each batch moves some 256 MB."""
+    """Batches of segments of one output type, neighbours joined; each batch moves some 64 MB."""
     by_type: dict[str, list[str]] = {}
     for name, tensor in shard.tensors.items():
         if tensor.dtype in FLOATS and tensor.nbytes:
@@ -212,7 +212,7 @@ def _work(
 
 
 def _pieces(whole: Segment, out_type: str) -> Iterator[Segment]:
-    """A segment as parts that move about 256 MB each."""
+    """A segment as parts that move about 64 MB each."""
     widths = [SIZES[name] for name in whole.in_types]
     step = max(1, _BATCH // (sum(widths) + SIZES[out_type] * len(whole.out_files)) // 4096) * 4096
     for first in range(0, whole.n, step):
