@@ -237,6 +237,18 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
   });
 
+  // the same, then the dot products, row by row
+  m.def("soup_dots", [](const py::tuple& segment, int64_t chunk, int threads) {
+    const SoupSegment of = segment_of(segment);
+    std::vector<double> dots;
+    SoupFailure found;
+    {
+      py::gil_scoped_release release;
+      found = soup_dots(dots, of, chunk, threads);
+    }
+    return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file, dots);
+  });
+
   m.def("soup_memory", [](const std::vector<uintptr_t>& outs, int out_type, const std::vector<uintptr_t>& ins,
                           const std::vector<int>& in_types, const std::vector<double>& weights, int64_t n, int threads) {
     std::vector<void*> to;

@@ -79,6 +79,27 @@ template <typename S, typename C> static void widen_block(C* wide, const void* f
   }
 }
 
+// count elements of every input, then zeros up to the end of the last step: what stands there is summed too.
+template <typename C>
+static void widen_blocks(C* buffer, int64_t stride, const C** wide, const void* const* ins, const SoupType* in_types,
+                         int inputs, int64_t first, int64_t count) {
+  for (int i = 0; i < inputs; ++i) {
+    C* mine = buffer + i * stride;
+    wide[i] = mine;
+    switch (in_types[i]) {
+      case SoupType::float64:
+        if constexpr (sizeof(C) == 8) widen_block<double, C>(mine, ins[i], first, count);
+        break;
+      case SoupType::float32: widen_block<float, C>(mine, ins[i], first, count); break;
+      case SoupType::bfloat16: widen_block<bfloat16, C>(mine, ins[i], first, count); break;
+      case SoupType::float16: widen_block<float16, C>(mine, ins[i], first, count); break;
+      case SoupType::float8_e4m3fn: widen_block<float8_e4m3fn, C>(mine, ins[i], first, count); break;
+      case SoupType::float8_e5m2: widen_block<float8_e5m2, C>(mine, ins[i], first, count); break;
+    }
+    for (int64_t j = count; j % kStep != 0; ++j) mine[j] = 0;
+  }
+}
+
 template <typename S, typename C> static inline void narrow_vectors(S* p, const C* sums, int64_t n) {
   typedef typename Storage<S>::C N;
   constexpr int64_t L = lanes<N>;
@@ -161,22 +182,7 @@ static void span(void* const* outs, int outputs, const void* const* ins, const S
   }
   for (int64_t first = done; first < n; first += most) {
     const int64_t count = n - first < most ? n - first : most;
-    for (int i = 0; i < inputs; ++i) {
-      C* mine = buffer + i * most;
-      wide[i] = mine;
-      switch (in_types[i]) {
-        case SoupType::float64:
-          if constexpr (sizeof(C) == 8) widen_block<double, C>(mine, ins[i], first, count);
-          break;
-        case SoupType::float32: widen_block<float, C>(mine, ins[i], first, count); break;
-        case SoupType::bfloat16: widen_block<bfloat16, C>(mine, ins[i], first, count); break;
-        case SoupType::float16: widen_block<float16, C>(mine, ins[i], first, count); break;
-        case SoupType::float8_e4m3fn: widen_block<float8_e4m3fn, C>(mine, ins[i], first, count); break;
-        case SoupType::float8_e5m2: widen_block<float8_e5m2, C>(mine, ins[i], first, count); break;
-      }
-      // What follows the last element to the end of its step is summed too, and not kept.
-      for (int64_t j = count; j % kStep != 0; ++j) mine[j] = 0;
-    }
+    widen_blocks<C>(buffer, most, wide, ins, in_types, inputs, first, count);
     for (int k = 0; k < outputs; ++k) {
       S* out = static_cast<S*>(outs[k]) + first;
       for (int i = 0; i < inputs; ++i) row[i] = C(weights[int64_t(k) * inputs + i]);
@@ -188,10 +194,47 @@ static void span(void* const* outs, int outputs, const void* const* ins, const S
   }
 }
 
+template <typename C>
+static void dots_span(double* dots, const void* const* ins, const SoupType* in_types, int inputs, int64_t n) {
+  alignas(64) C buffer[kBuffer];
+  const int64_t most = kBuffer / inputs / kStep * kStep;
+  const C* wide[kSoupInputs];
+  constexpr int V = int(kStep / lanes<C>);
+  for (int64_t first = 0; first < n; first += most) {
+    const int64_t count = n - first < most ? n - first : most;
+    widen_blocks<C>(buffer, most, wide, ins, in_types, inputs, first, count);
+    for (int a = 0; a < inputs; ++a) {
+      for (int b = a; b < inputs; ++b) {
+        vec<C> total[V] = {};
+        for (int64_t j = 0; j < count; j += kStep) {
+          for (int v = 0; v < V; ++v) total[v] += load<C>(wide[a] + j + v * lanes<C>) * load<C>(wide[b] + j + v * lanes<C>);
+        }
+        double sum = 0;
+        for (int v = 0; v < V; ++v) {
+          for (int l = 0; l < lanes<C>; ++l) sum += double(total[v][l]);
+        }
+        dots[a * inputs + b] += sum;
+        if (a != b) dots[b * inputs + a] += sum;
+      }
+    }
+  }
+}
+
+static bool any_wide(const SoupType* in_types, int inputs) {
+  for (int i = 0; i < inputs; ++i) {
+    if (in_types[i] == SoupType::float64) return true;
+  }
+  return false;
+}
+
+void soup_dots_span(double* dots, const void* const* ins, const SoupType* in_types, int inputs, int64_t n) {
+  any_wide(in_types, inputs) ? dots_span<double>(dots, ins, in_types, inputs, n)
+                             : dots_span<float>(dots, ins, in_types, inputs, n);
+}
+
 void soup_span(void* const* outs, SoupType out_type, int outputs, const void* const* ins, const SoupType* in_types,
                int inputs, const double* weights, int64_t n) {
-  bool wide = out_type == SoupType::float64;
-  for (int i = 0; i < inputs; ++i) wide |= in_types[i] == SoupType::float64;
+  const bool wide = any_wide(in_types, inputs);  // a float64 output alone has a case of its own
 #define FASTALIGN_SPAN(S)                                                                          \
   wide ? span<S, double>(outs, outputs, ins, in_types, inputs, weights, n)                         \
        : span<S, float>(outs, outputs, ins, in_types, inputs, weights, n);                         \

@@ -9,7 +9,7 @@ import torch
 
 from fastalign import backend, reference
 from fastalign.soup.dtypes import FLOATS, TORCH
-from fastalign.soup.stream import mix_tensors
+from fastalign.soup.stream import Segment, dots, mix_tensors
 
 pytestmark = pytest.mark.skipif(backend.engine is None, reason="the engine is not built")
 
@@ -109,7 +109,7 @@ def test_many_models_and_special_numbers():
 
 LEVELS = """
 import torch
-from fastalign.soup.stream import mix_tensors
+from fastalign.soup.stream import Segment, dots, mix_tensors
 torch.manual_seed(0)
 x = [torch.randn(3000).to(t) for t in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32)]
 for dtype in (torch.float32, torch.float64):
@@ -127,3 +127,29 @@ def test_every_level_gives_the_same_numbers(monkeypatch):
         rows.append([float(x) for x in done.stdout.split()])
     assert all(row == pytest.approx(rows[0], rel=1e-6) for row in rows)
     assert all(row[4:] == rows[0][4:] for row in rows)
+
+
+def test_dot_products_of_all_types(tmp_path, each_backend):
+    torch.manual_seed(4)
+    for n in (1, 65, 70_003):
+        tensors = [(torch.randn(n, dtype=torch.float64) + 0.5).to(dtype) for dtype in DTYPES]
+        path = tmp_path / f"{n}"
+        path.write_bytes(b"".join(bytes(bits(x).view(torch.uint8).numpy()) for x in tensors))
+        offsets = torch.tensor([0, *(x.nbytes for x in tensors)]).cumsum(0).tolist()
+        with open(path, "rb") as file:
+            for used in (range(6), range(1, 6)):
+                m = len(used)
+                found = dots(
+                    Segment(
+                        n,
+                        tuple(FLOATS[i] for i in used),
+                        (file.fileno(),) * m,
+                        tuple(offsets[i] for i in used),
+                        (),
+                        (),
+                        [],
+                    ),
+                    threads=2,
+                )
+                rows = torch.stack([tensors[i].double() for i in used])
+                torch.testing.assert_close(torch.from_numpy(found), rows @ rows.T, rtol=1e-6, atol=1e-6 * n)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 
 from fastalign.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.dtypes import FLOATS, TORCH
+from fastalign.soup.stream import Segment, StreamError, dots
 
 METHODS = ("linear", "task_arithmetic", "slerp")
 MAX_INPUTS = 128  # of the kernel
-_BLOCK = 1 << 20  # elements of a tensor that are held at once for its angle
 _PARALLEL = 0.9995  # cosines beyond: the great circle is a straight line
 Rows = Callable[[str], list[float]]
 
@@ -112,19 +112,17 @@ def slerp_rows(rows: np.ndarray, pair: Sequence[Checkpoint]) -> Rows:
 
 def _cosine(pair: Sequence[Checkpoint], name: str) -> float:
     """Between the two tensors of this name; 1 where one is zero. NaN where one holds a NaN."""
-    from fastalign.soup.compare import read_bytes
-
-    streams = [read_bytes(one, name, _BLOCK * TORCH[one[name].dtype].itemsize) for one in pair]
-    dtypes = [TORCH[one[name].dtype] for one in pair]
-    dot = first = second = 0.0
-    for blocks in zip(*streams, strict=True):
-        a, b = (torch.frombuffer(bytearray(x), dtype=d).double() for x, d in zip(blocks, dtypes, strict=True))
-        dot, first, second = dot + float(a @ b), first + float(a @ a), second + float(b @ b)
-    if first == 0 or second == 0:
+    held = [one[name] for one in pair]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(one.files[one.where[name]].path, "rb")) for one in pair]
+        segment = Segment(
+            held[0].count, tuple(tensor.dtype for tensor in held), tuple(file.fileno() for file in files),
+            tuple(tensor.offset for tensor in held), (), (), [],
+        )  # fmt: skip
+        try:
+            gram = dots(segment, threads=torch.get_num_threads())
+        except StreamError as error:
+            raise OSError(error.errno or 5, error.strerror, str(files[error.file].name)) from None
+    if gram[0, 0] == 0 or gram[1, 1] == 0:
         return 1.0
-    return dot / math.sqrt(first) / math.sqrt(second)
-
-
-def floats(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is mixed, not copied."""
-    return checkpoint[name].dtype in FLOATS
+    return float(gram[0, 1] / math.sqrt(gram[0, 0]) / math.sqrt(gram[1, 1]))

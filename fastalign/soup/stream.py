@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,20 +79,40 @@ def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: i
         raise StreamError(*what)
 
 
+def dots(segment: Segment, *, threads: int) -> np.ndarray:
+    """Dot products of a segment's inputs with one another, (m, m) float64; outputs are not looked at. Raises StreamError."""
+    m = len(segment.in_files)
+    if backend.choose(torch.device("cpu")) == "cpu":
+        coded = (segment.n, [code(t) for t in segment.in_types], *segment[2:])
+        failed, *what, found = backend.engine.soup_dots(coded, MOST_CHUNK, threads)
+        if failed:
+            raise StreamError(*what)
+        return np.array(found).reshape(m, m)
+    total = torch.zeros(m, m, dtype=torch.float64)
+    for first in range(0, segment.n, MOST_CHUNK):
+        rows = torch.stack([x.double() for x in _inputs(segment, 0, first, min(MOST_CHUNK, segment.n - first))])
+        total += rows @ rows.T
+    return total.numpy()
+
+
 def _stream_by_torch(segments: Sequence[Segment], out_type: str, chunk: int) -> None:
     for number, of in enumerate(segments):
         m = len(of.in_files)
         rows = [of.weights[k * m : (k + 1) * m] for k in range(len(of.out_files))]
         for first in range(0, of.n, chunk):
             n = min(chunk, of.n - first)
-            inputs = []
-            for i, name in enumerate(of.in_types):
-                data = _read(of.in_files[i], n * SIZES[name], of.in_offsets[i] + first * SIZES[name], number, i)
-                inputs.append(torch.frombuffer(data, dtype=TORCH[name]))
-            outs = reference.weighted_sums(inputs, rows, TORCH[out_type])
+            outs = reference.weighted_sums(_inputs(of, number, first, n), rows, TORCH[out_type])
             for k, out in enumerate(outs):
                 data = memoryview(out.view(torch.uint8).numpy())
                 _write(of.out_files[k], data, of.out_offsets[k] + first * SIZES[out_type], number, k)
+
+
+def _inputs(of: Segment, number: int, first: int, n: int) -> list[Tensor]:
+    found = []
+    for i, name in enumerate(of.in_types):
+        data = _read(of.in_files[i], n * SIZES[name], of.in_offsets[i] + first * SIZES[name], number, i)
+        found.append(torch.frombuffer(data, dtype=TORCH[name]))
+    return found
 
 
 def _read(file: int, nbytes: int, offset: int, segment: int, number: int) -> bytearray:
