@@ -399,6 +399,29 @@ def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):
     soup.merge(large, [0.5, 0.5], tmp_path / "out")
 
 
+MANY = """
+import resource, sys
+from fastalign import soup
+out, *models = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 400))
+soup.merge(models, soup.simplex_grid(2, 101), out, progress=False)
+try:
+    soup.merge(models, soup.simplex_grid(2, 501), out + "2", progress=False)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_more_outputs_than_files_that_may_be_open(models, tmp_path):
+    command = [sys.executable, "-c", MANY, tmp_path / "out", *models[:2]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("this merge has 503 files open at once, the system allows 400")
+    middle = load(tmp_path / "out" / "50")
+    close(middle, by_hand(models[:2], [0.5, 0.5]))
+    assert not (tmp_path / "out2").exists()
+
+
 FULL = """
 import resource, sys
 from fastalign import soup

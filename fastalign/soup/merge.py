@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from fastalign.soup.stream import Segment, StreamError, chunk_for, joined, strea
 
 RECORD = "soup.json"  # in the output: what was made of what
 _BATCH = 64_000_000  # bytes moved between two steps of the progress bar
+_OTHER_FILES = 256  # that a process has open besides
 _COPIED = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "*.tiktoken", "*.jinja", "chat_template.json", "preprocessor_config.json",
@@ -101,6 +103,7 @@ def execute(plan: plans.Plan, *, progress: bool = True) -> Merged:
     chunk = _chunk(plan, threads)
     if already_made(plan):
         return Merged(plan.out, len(plan.weights), 0, 0, len(plan.layout), time.perf_counter() - began)
+    _allow_open_files(len(plan.weights) + sum(1 for _ in _files(plan.inputs)))
     headers = [[shard.header(plan.metadata(k)) for k in range(len(plan.weights))] for shard in plan.layout]
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     resumed = read = written = 0
@@ -284,6 +287,19 @@ def _opened(checkpoints: Sequence[Checkpoint]) -> Iterator[dict[Path, int]]:
                 found[file.path] = os.open(file.path, os.O_RDONLY)
                 stack.callback(os.close, found[file.path])
         yield found
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files as far as the system lets it, where a merge needs more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"this merge has {count:,} files open at once, the system allows {hard:,}: make fewer soups at once"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _files(checkpoints: Sequence[Checkpoint]) -> Iterator[File]:
