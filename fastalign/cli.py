@@ -194,6 +194,10 @@ def map_(
     joint: Annotated[
         bool, typer.Option("--joint", help="The dual over all samples at once, which also tilts the prompts.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write figures into this folder, as SVG and PNG: the way to the palette, and histograms."),
+    ] = None,
 ) -> None:
     """Solve for the weights λ that realise a palette, or say that none can."""
     from fastalign import pipeline
@@ -219,6 +223,57 @@ def map_(
             f"[yellow]infeasible:[/yellow] no reweighting reaches it; nearest {nearest}. λ is for a point just inside."
         )
     console.print(f"{out}")
+    if plot is not None:
+        from fastalign.report.pareto import plot_palette
+
+        plot_palette(scored, out, plot)
+        console.print(f"{plot}")
+
+
+@command("fastalign pareto scored.parquet --quantile 0.6,0.7,0.8 --out fronts")
+def pareto(
+    scored: Scored,
+    out: Annotated[Path, typer.Option(help="Folder for pareto.json, pareto.html and the figures (SVG and PNG).")],
+    palette: Annotated[
+        list[Path] | None,
+        typer.Option(help="A palette file to mark, as `fastalign map` writes it; may be given again."),
+    ] = None,
+    quantile: Annotated[
+        str | None, typer.Option(help="Mark palettes of these quantiles of each value: 0.6,0.7,0.8.")
+    ] = None,
+    soup: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another model's scored candidates, a point at their mean; may be given again."),
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Over all samples at once, which also tilts the prompts.")
+    ] = False,
+    lambdas: Annotated[int, typer.Option(help="How many random λ.")] = 1000,
+    seed: Seed = 0,
+) -> None:
+    """What these candidates allow: exact fronts, random λ, the ways to palettes, best-of-N and merged models beside them."""
+    from fastalign.report.pareto import write
+
+    try:
+        quantiles = [float(q) for q in _names(quantile or "")]
+    except ValueError:
+        raise UserError(f"quantile must be numbers, comma-separated, got {quantile!r}") from None
+    found = write(
+        scored, out, palettes=palette or [], quantiles=quantiles, soups=soup or [], values=_names(values) if values else None,
+        joint=joint, n_lambda=lambdas, seed=seed,
+    )  # fmt: skip
+    console = _console()
+    for kl, front in found.fronts.items():
+        best = ", ".join(f"{name} {x:.4f}" for name, x in zip(found.values, front.levels.max(axis=0), strict=True))
+        console.print(f"within KL {kl:.2f} nats, one value at a time: {best}")
+    for name, way in found.palettes.items():
+        verdict = "in reach" if way.limit >= 1 else f"out of reach, up to {way.limit:.1%} of the way"
+        console.print(
+            f"{name}: {verdict}; KL {way.policies.kl[-1]:.2f} nats, effective sample size {way.policies.ess[-1]:.1f}"
+        )
+    console.print(f"{found.region.desirable.mean():.1%} of {lambdas:,} random λ leave no value below the model's mean")
+    console.print(f"{out / 'pareto.html'}")
 
 
 @command("fastalign select scored.parquet --palette palette.json --out selected.parquet")

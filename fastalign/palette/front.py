@@ -45,6 +45,7 @@ class Region(NamedTuple):
 class Way(NamedTuple):
     """The way from the mean to a palette."""
 
+    palette: np.ndarray  # (m,)
     t: np.ndarray  # (T,) how far, 0 to 1
     palettes: np.ndarray  # (T, m) mean + t (palette − mean)
     policies: Policies  # the least KL that reaches each
@@ -105,7 +106,8 @@ def front_of(tilts: Tilts, kl: float, directions=None) -> Policies:
     unit = w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-300) / tilts.scale
     movable = np.flatnonzero(np.einsum("ki,ij,kj->k", unit, tilts.cov, unit) > 0)
     t = np.zeros(len(unit))
-    t[movable] = _lengths(tilts, unit[movable], kl)
+    if len(movable):
+        t[movable] = _lengths(tilts, unit[movable], kl)
     return tilts.at(t[:, None] * unit)
 
 
@@ -154,7 +156,7 @@ def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, to
     if (away[:, tilts.constant] > 1e-9 * tilts.scale[tilts.constant]).any():
         raise UserError("palettes must not ask for more of a value that is constant")
     count = len(palettes)
-    t = np.sqrt(2 * kl) / climb.max(axis=1)  # no more than Pinsker-like growth of one value would need
+    t = np.sqrt(2 * kl) / climb.max(axis=1)  # where a normal value would be
     low, high = np.zeros(count), np.full(count, np.inf)
     best, lam = np.zeros((count, m)), np.zeros((count, m))
     work, start = np.arange(count), None
@@ -171,7 +173,7 @@ def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, to
             high[work[lost]] = np.minimum(high[work[lost]], t[work[lost]] * found["scaling"][lost])
         good = found["feasible"]
         lam[work[good]] = found["lam"][good]
-        done = (good & (np.abs(found["kl"] - kl) <= 1e-9 * (1 + kl))) | (high[work] - low[work] <= 1e-9 * high[work])
+        done = (good & (np.abs(found["kl"] - kl) <= 1e-9 * (1 + kl))) | (high[work] - low[work] <= 1e-9 * t[work])
         best[work[done & good]], low[work[done & good]] = found["lam"][done & good], t[work[done & good]]
         slope = (lam[work] * away[work]).sum(axis=1)  # dKL/dt, by the envelope theorem
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -205,7 +207,7 @@ def palette_path(rewards, palette, *, steps: int = 41, groups=None, weights=None
     found = solve(rewards, palettes[1:], **options)
     lam = np.concatenate([np.zeros((1, len(palette))), found.lam])
     known = np.isfinite(lam).all(axis=1)  # where nothing can move, not even a step of the way is
-    return Way(t[known], palettes[known], tilts.at(lam[known]), limit)
+    return Way(palette, t[known], palettes[known], tilts.at(lam[known]), limit)
 
 
 def feasible_region(rewards, n_lambda: int, l1_max: float, seed: int, *, groups=None, weights=None) -> Region:
@@ -215,15 +217,15 @@ def feasible_region(rewards, n_lambda: int, l1_max: float, seed: int, *, groups=
     decides what is drawn. The share that is desirable is then a share of that region's volume. As in MAP (arXiv
     2410.19198, section 4), which draws λ in the rewards' own units.
     """
-    if n_lambda < 1:
-        raise UserError(f"n_lambda must be at least 1, got {n_lambda!r}")
-    if not 0 < l1_max < np.inf:
-        raise UserError(f"l1_max must be positive and finite, got {l1_max!r}")
     return region_of(Tilts(rewards, groups=groups, weights=weights), n_lambda, l1_max, seed)
 
 
 def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
     """`feasible_region` of samples that are set up already."""
+    if n_lambda < 1:
+        raise UserError(f"n_lambda must be at least 1, got {n_lambda!r}")
+    if not 0 < l1_max < np.inf:
+        raise UserError(f"l1_max must be positive and finite, got {l1_max!r}")
     m = len(tilts.mean)
     # m + 1 shares of 1, the last thrown away: uniform over the corner below the simplex.
     shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lambda)[:, :m]

@@ -77,7 +77,6 @@ def page(report: Report) -> str:
     """The whole page as text. Raises UserError where matplotlib is not installed."""
     figures = {name: _svg(figure, name) for name, figure in report.figures().items()}
     m = len(report.values)
-    style = _STYLE % {"light": _variables(_LIGHT), "dark": _variables(_DARK)}
     model = report.settings.get("model")
     title = (
         f"Text aligned with a palette of {m} values"
@@ -108,15 +107,21 @@ def page(report: Report) -> str:
         "<h2>Settings and method</h2>",
         _settings(report),
     ]
+    return document(title, body, report.to_json())
+
+
+def document(title: str, body: list[str], data: Any) -> str:
+    """The page of these parts (empty ones left out), with `data` inside it as JSON."""
+    style = _STYLE % {"light": _variables(_LIGHT), "dark": _variables(_DARK)}
     # The only script is data, which no browser runs; the policy forbids everything that is not in this file.
-    data = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    written = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
         f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
-        + f"\n</main>\n<script type='application/json' id='report'>{data}</script>\n</body>\n</html>\n"
+        + f"\n</main>\n<script type='application/json' id='report'>{written}</script>\n</body>\n</html>\n"
     )
 
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, PAPER = "#1b2026", "#66707b", "#e1e5ea", "#fefefe"
 BEFORE, ASKED, PREDICTED, REALISED = "#8a93a0", "#d55e00", "#0072b2", "#009e73"
 
+# For lines that have no house colour: each with its own dash, so that print in grey tells them apart. A palette's own
+# colour is not among them.
+SERIES = [
+    ("#0072b2", "-"), ("#e69f00", (0, (5, 1.5))), ("#009e73", (0, (1.2, 1.2))), ("#cc79a7", (0, (6, 1.5, 1.2, 1.5))),
+    ("#1b2026", (0, (3, 1))), ("#56b4e9", (0, (8, 2))), ("#66707b", (0, (1.2, 2.5))),
+]  # fmt: skip
+
 _MARKERS = {
     "before": dict(marker="o", color=BEFORE, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7),
     "asked for": dict(marker="X", color=ASKED, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=9.5),
@@ -97,7 +104,7 @@ def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     if most - least < 2.6 * (high - low) or low == high:
         return least, most
     margin = 0.5 * (high - low)
-    return max(least, min(low - margin, after.min())), min(most, max(high + margin, after.max()))
+    return max(least, after.min(initial=low - margin)), min(most, after.max(initial=high + margin))
 
 
 def _bins(x: np.ndarray) -> np.ndarray:
@@ -140,17 +147,29 @@ def _line(label: str, color: str, **look):
 
 
 def _dot(label: str):
+    return _points(label, ".", BEFORE, 7, alpha=0.7)
+
+
+def _points(label: str, marker: str, color: str, size: float, **look):
     from matplotlib.lines import Line2D
 
-    return Line2D(
-        [], [], linestyle="none", marker=".", color=BEFORE, alpha=0.7, markersize=7, markeredgewidth=0, label=label
-    )
+    look = {"markeredgewidth": 0, **look}
+    return Line2D([], [], linestyle="none", marker=marker, color=color, markersize=size, label=label, **look)
 
 
 def _patch(label: str, color: str):
     from matplotlib.patches import Patch
 
     return Patch(facecolor=color, alpha=0.32, linewidth=0, label=label)
+
+
+def _plain_logs(axis) -> None:
+    """A logarithmic axis with its numbers written out, at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure, handles) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastalign.palette.plots._style import (
     PAPER,
     PREDICTED,
     REALISED,
+    SERIES,
     _bins,
     _body,
     _figure,
@@ -76,15 +78,17 @@ def levels(
 
 
 def histograms(
-    before: np.ndarray, after: np.ndarray, values: Sequence[str], *, weights: np.ndarray | None = None,
+    before: np.ndarray, after: np.ndarray | None, values: Sequence[str], *, weights: np.ndarray | None = None,
     palette: np.ndarray | None = None,
 ) -> Figure:  # fmt: skip
     """Each value's distribution over all candidates and over the texts chosen, with the means and the level asked for.
 
-    before: (n, m), after: (d, m). weights: (n,), the policy's weights of the candidates: draws its whole distribution
-    too, which is what few draws hint at. palette: (m,).
+    before: (n, m), after: (d, m), or None where none are chosen yet. weights: (n,), the policy's weights of the
+    candidates: draws its whole distribution too, which is what few draws hint at. palette: (m,).
     """
     m = len(values)
+    chosen = after is not None
+    after = after if chosen else np.empty((0, m))
     columns = min(3, m)
     rows = -(-m // columns)
     with _figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
@@ -100,15 +104,19 @@ def histograms(
             if weights is not None:
                 share = 100 * weights / weights.sum()
                 axes.hist(inside, edges, weights=share, histtype="step", color=PREDICTED, linewidth=1.6)
-            share = np.full(len(after), 100 / len(after))
-            if len(after) >= 100 or weights is None:
+            if len(after) >= 100 or (chosen and weights is None):
+                share = np.full(len(after), 100 / len(after))
                 axes.hist(after[:, j], edges, weights=share, histtype="step", color=REALISED, linewidth=1.6)
-            else:  # too few for bars: each draw is a tick
+            elif chosen:  # too few for bars: each draw is a tick
                 axes.plot(after[:, j], np.full(len(after), -0.035), "|", color=REALISED, markersize=8, markeredgewidth=1.3,
                           transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
             top = axes.get_xaxis_transform()
             axes.plot([before[:, j].mean()] * 2, [0, 1.0], color=MUTED, linewidth=1.3, transform=top)
-            axes.plot([after[:, j].mean()] * 2, [0, 1.0], color=REALISED, linewidth=1.8, transform=top)
+            if chosen:
+                axes.plot([after[:, j].mean()] * 2, [0, 1.0], color=REALISED, linewidth=1.8, transform=top)
+            elif weights is not None:
+                mean = np.average(before[:, j], weights=weights)
+                axes.plot([mean] * 2, [0, 1.0], color=PREDICTED, linewidth=1.8, transform=top)
             if palette is not None:
                 axes.plot(
                     [palette[j]] * 2, [0, 1.0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)), transform=top
@@ -125,14 +133,10 @@ def histograms(
             figure.supxlabel("candidates beyond an axis are counted in its end bins", fontsize=9, color=MUTED)
         handles = [_patch("all candidates", BEFORE), _line("their mean", MUTED)]
         if weights is not None:
-            handles.append(_line("under the policy", PREDICTED))
-        handles.append(
-            _line(
-                "realised mean" if weights is not None and len(after) < 100 else "realised, its mean",
-                REALISED,
-                linewidth=1.8,
-            )
-        )
+            handles.append(_line("under the policy" if chosen else "under the policy, its mean", PREDICTED))
+        if chosen:
+            few = weights is not None and len(after) < 100
+            handles.append(_line("realised mean" if few else "realised, its mean", REALISED, linewidth=1.8))
         if palette is not None:
             handles.append(_line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))))
         _legend(figure, handles)
@@ -168,12 +172,12 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
                 zorder=1,
             )
         axes.vlines(angles, low, high, color=GRID, linewidth=0.8, zorder=1)
-        others = iter(["#e69f00", "#cc79a7", "#56b4e9"] * len(heights))
+        others = cycle(zip(SERIES, "os^Dvp*", strict=True))
         for name, height in heights.items():
-            if name == "before" or name not in _MARKERS:
-                look = dict(_MARKERS["before"], color=BEFORE if name == "before" else next(others))
-            else:
-                look = _MARKERS[name]
+            look = _MARKERS.get(name)
+            if look is None:
+                (color, dash), marker = next(others)
+                look = dict(_MARKERS["before"], color=color, linestyle=dash, marker=marker)
             around = (np.append(angles, angles[0]), np.append(height, height[0]))
             if name == "asked for":  # a broad band, to be seen also where the policy is exactly on it
                 axes.plot(*around, color=ASKED, linewidth=6, alpha=0.35, label=name, zorder=2)

@@ -1,0 +1,84 @@
+"""A study of fronts as one HTML page, in the report's style."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from fastalign.decode.estimates import TRUSTED_ESS, needed
+from fastalign.report.html import _figure, _svg, document
+
+if TYPE_CHECKING:
+    from fastalign.report.pareto import Study
+
+_TITLES = {
+    "front": "Fronts, two values at a time", "front3d": "The front of three values", "region": "Which λ are desirable",
+    "radar": "The palettes at a glance", "path": "The way to {palette}", "histograms": "Distributions before and under {palette}",
+    "ess": "What it costs in samples",
+}  # fmt: skip
+_CAPTIONS = {
+    "front": "Lines are exact: no policy within that KL of the model reaches beyond, with λ on these two values alone. "
+             "{best}Linear scalarisation is RLHF's answer p<sub>0</sub> exp(w·R / β) for evenly spaced weights w at one β: the "
+             "same policies, at KLs that the weights decide. Green dots leave none of the values below the model's mean.",
+    "front3d": "All that is reachable at KL {kl:.2f} in the first three values lies under this surface.",
+    "region": "λ drawn evenly over all λ ≥ 0 with Σ λ·σ ≤ {l1:g}, seen two values at a time.",
+    "radar": "The levels that each palette's policy reaches; of one that is out of reach, the end of the way to it.",
+    "path": "The λ, and its price, of each palette on the straight way from the model's mean.",
+    "histograms": "All candidates, and the same candidates under the policy at the end of the way.",
+    "ess": "An effective sample size below {trusted:g} means that the levels there are those of a few texts.",
+}  # fmt: skip
+
+
+def page(study: Study, figures: Mapping[str, Any]) -> str:
+    """The whole page as text; figures: `study.figures()`."""
+    prompts, n, _ = study.rewards.shape
+    palette = list(study.palettes)[-1] if study.palettes else ""
+    best = (
+        "Best of N by w·R moves no further than the front at its KL bound, log N − (N−1)/N. " if study.best_of else ""
+    )
+    facts = {"palette": f"the palette {palette}", "best": best, "kl": max(study.fronts), "l1": study.l1_max, "trusted": TRUSTED_ESS}  # fmt: skip
+    title = f"What these candidates allow: {', '.join(study.values)}"
+    how = "all at once, prompts tilted too" if study.joint else "within each prompt"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p class='sub'>{prompts:,} prompts × {n:,} candidates, reweighted {how}</p>",
+        _palettes(study),
+        "<h2>Volumes</h2>",
+        _volumes(study),
+    ]
+    for name, figure in figures.items():
+        fill = {key: escape(x) if isinstance(x, str) and key == "palette" else x for key, x in facts.items()}
+        body += [f"<h2>{_TITLES[name].format(**fill)}</h2>", _figure(name, {name: _svg(figure, name)}, _CAPTIONS[name].format(**fill))]  # fmt: skip
+    return document(title, body, study.to_json())
+
+
+def _palettes(study: Study) -> str:
+    if not study.palettes:
+        return ""
+    rows = []
+    for name, way in study.palettes.items():
+        end = way.policies
+        verdict = "<span class='verdict met'>in reach</span>" if way.limit >= 1 else f"<span class='verdict short'>up to {way.limit:.0%} of the way</span>"  # fmt: skip
+        lam = ", ".join("0" if x == 0 else f"{x:.3g}" for x in end.lam[-1])
+        rows.append(
+            f"<tr><td>{escape(name)}</td><td>{verdict}</td><td>{lam}</td><td>{end.kl[-1]:.2f}</td><td>{end.ess[-1]:,.1f}</td>"
+            f"<td>{needed(end.kl[-1]):,}</td></tr>"
+        )
+    head = "".join(
+        f"<th>{x}</th>" for x in ("Palette", "Verdict", "λ", "KL, nats", "ESS", f"N for ESS {TRUSTED_ESS:g}")
+    )
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _volumes(study: Study) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{points:,}</td><td>{volume:.4g}</td><td></td></tr>"
+        for name, points, volume in study.hypervolumes()
+    )
+    note = (
+        "<p class='note'>Hypervolume above the lowest level of each value in any of these sets, in units of the values' standard "
+        f"deviations, of points for the same {len(study.directions)} weights w; more weights would fill each front's up a "
+        "little.</p>"
+    )
+    return f"<div class='scroll'><table><thead><tr><th>Points</th><th>Number</th><th>Volume</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>{note}"
