@@ -187,6 +187,9 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         open_checkpoint(with_map(held | {"c": "x-3.safetensors"}))
     save_file({"c": torch.ones(4), "a": torch.ones(2)}, tmp_path / "x-2.safetensors")
     refused(with_map(held), "tensor 'a' is in x-1.safetensors and x-2.safetensors")
+    good(tmp_path / "model.safetensors")
+    assert set(open_checkpoint(tmp_path)) == {"a.weight", "b", "ids", "none"}
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / INDEX).unlink()
     refused(tmp_path, "has 2 *.safetensors files and no index")
 

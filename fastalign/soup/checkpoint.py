@@ -88,7 +88,7 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
         return _checkpoint(name, None, [read_header(path)])
     folder = path if path.is_dir() and any(path.glob("*.safetensors*")) else Path(_local(name))
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE).is_file():  # with both, transformers takes the single file
         return _sharded(name, folder, index)
     files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) != 1:

@@ -340,7 +340,7 @@ def already_made(plan: plans.Plan) -> bool:
     if not out.is_dir():
         raise UserError(f"out must be a folder, {out} is a file")
     record = out / RECORD
-    if record.is_file() and read_json(record).get("key") == plan.key:
+    if record.is_file() and _key(record) == plan.key:
         paths = [
             (out / folder / shard.file, k, shard) for k, folder in enumerate(plan.folders) for shard in plan.layout
         ]
