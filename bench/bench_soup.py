@@ -23,9 +23,9 @@ ROWS = [[a / 10, (10 - a) / 20, (10 - a) / 20] for a in range(11)]
 MERGEKIT = "mergekit"
 # name -> models, rows of weights, method, bar
 JOBS = {
-    "3 models, linear": (3, [RHO], "linear", 25.0),
-    "11 soups of 3 models, linear": (3, ROWS, "linear", 80.0),
-    "2 models, SLERP": (2, [[0.6, 0.4]], "slerp", 10.0),
+    "linear, 3 models": (3, [RHO], "linear", 25.0),
+    "linear, 11 soups of 3 models": (3, ROWS, "linear", 80.0),
+    "SLERP, 2 models": (2, [[0.6, 0.4]], "slerp", 10.0),
 }
 
 
