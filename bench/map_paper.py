@@ -7,7 +7,8 @@ of N moves the policy by at most log N − (N−1)/N nats, so a palette whose le
 whatever rule it picks. The joint dual may also tilt the prompts, which a decoder cannot: its KL is a lower bound on what
 a decoder needs, and so is the N given here.
 
-Writes results/map_paper.json and MAP_PAPER.md beside this file.
+Writes results/map_paper.json, its figures (fronts and palettes in pairs of the values that HHH asks for, the λ region,
+effective sample sizes) and MAP_PAPER.md beside this file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import statistics
 import time
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ from fastalign.bench.common import machine
 
 from fastalign.data.files import atomic_write, write_json
 from fastalign.errors import UserError
-from fastalign.palette import held_out, quantile_palette, solve, standard_errors
+from fastalign.palette import held_out, plots, quantile_palette, solve, standard_errors
+from fastalign.report.pareto import study
 
 QUANTILES = (50, 60, 70, 80, 90, 99)
 ASKED = ("humor", "helpful", "harmless")
@@ -129,6 +132,18 @@ def row(rewards: np.ndarray, values: list[str], q: int) -> dict:
     return result
 
 
+def draw(model: str, rewards: np.ndarray, values: list[str], folder: Path) -> None:
+    """The λ region and the fronts of one model, as the paper's figures have them: all samples tilted together."""
+    asked = [values.index(name) for name in ASKED]
+    palettes = {f"HHH-{q}": quantile_palette(rewards, q / 100, values=asked) for q in QUANTILES}
+    figures = study(values, rewards[None], joint=True, palettes=palettes, n_lambda=600).figures(
+        list(combinations(asked, 2))
+    )
+    for name in ("front", "region", "ess"):
+        for suffix in ("svg", "png"):
+            plots.save(figures[name], folder / f"map_paper_{model}_{name}.{suffix}")
+
+
 def table(models: dict[str, dict], values: list[str]) -> list[str]:
     names = list(next(iter(next(iter(models.values())).values()))["peers"])
     lines = [
@@ -168,6 +183,10 @@ def table(models: dict[str, dict], values: list[str]) -> list[str]:
             lines.append(
                 f"| {model} | HHH-{q} | {need} | " + " | ".join(f"{t:.0%}" for t in r["reach"].values()) + " |"
             )
+    lines += ["", "## Fronts and λ", ""]
+    lines += [
+        f"![{model}: {name}](results/map_paper_{model}_{name}.png)" for model in models for name in ("front", "region")
+    ]
     here = machine()
     return [*lines, "", f"Measured on {here['cpu']}, {here['threads']} threads, {here['isa']}, {here['date']}.", ""]
 
@@ -191,6 +210,7 @@ def main() -> None:
             found = models[model][str(q)] = row(x, values, q)
             verdict = f"KL {found['kl']:.2f}, ESS {found['ess']:,.0f}" if found["feasible"] else "infeasible"
             print(f"{model} HHH-{q}: {verdict}, {found['ms']:.2f} ms", flush=True)
+        draw(model, x, values, arguments.out)
     write_json(
         arguments.out / "map_paper.json", {"machine": machine(), "results": [], "values": values, "models": models}
     )

@@ -44,5 +44,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert not rows["99"]["feasible"] and rows["99"]["lp_slack"] < 0 < rows["99"]["scaling"] < 1
     assert rows["50"]["peers"]["L-BFGS-B"]["residual"] < 1e-5
     written = (tmp_path / "MAP_PAPER.md").read_text()
+    for name in ("front", "region", "ess"):
+        assert (tmp_path / "results" / f"map_paper_tiny_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| tiny | HHH-50 | yes |" in written and "| tiny | HHH-99 | out of reach |" in written
     assert "tiny HHH-99: infeasible" in capsys.readouterr().out

@@ -93,8 +93,11 @@ class Study:
             "hypervolumes": [{"of": name, "points": n, "volume": v} for name, n, v in self.hypervolumes()],
         }  # fmt: skip
 
-    def figures(self) -> dict[str, Any]:
-        """matplotlib figures by name: front, front3d (from three values on), region, ess, path, radar, histograms."""
+    def figures(self, pairs: Sequence[tuple[int, int]] | None = None) -> dict[str, Any]:
+        """matplotlib figures by name: front, front3d (from three values on), region, ess, path, radar, histograms.
+
+        pairs: which values to draw against each other; default all, of many the 15 that trade off most.
+        """
         from fastalign.palette import plots
 
         m, unit = len(self.values), np.where(self.spread > 0, self.spread, 1.0)
@@ -102,7 +105,7 @@ class Study:
         ends = {name: _last(way.policies) for name, way in self.palettes.items()}
         asked = np.array([way.palette for way in self.palettes.values()]) if self.palettes else None
         if m > 1:
-            shown = plots.pairs(cloud.levels)
+            shown = plots.pairs(cloud.levels) if pairs is None else list(pairs)
             found["front"] = plots.fronts(
                 self.values, {pair: self._pair(*pair) for pair in shown}, before=self.before, cloud=cloud.levels,
                 desirable=self.region.desirable, palettes=asked, soups=self.soups,

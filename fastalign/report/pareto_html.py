@@ -18,7 +18,7 @@ _TITLES = {
     "ess": "What it costs in samples",
 }  # fmt: skip
 _CAPTIONS = {
-    "front": "Lines are exact: no policy within that KL of the model reaches beyond, with λ on these two values alone. "
+    "front": "Lines are exact: no policy within that KL of the model reaches beyond; λ is on these two values alone. "
              "{best}Linear scalarisation is RLHF's answer p<sub>0</sub> exp(w·R / β) for evenly spaced weights w at one β: the "
              "same policies, at KLs that the weights decide. Green dots leave none of the values below the model's mean.",
     "front3d": "All that is reachable at KL {kl:.2f} in the first three values lies under this surface.",
