@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+JOBS   ?= logical
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
@@ -13,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fastalign demo --out out/demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
