@@ -32,16 +32,16 @@ def cases() -> Iterator[Case]:
             {GENERATE: lambda n=n: generate(model, tokenizer, [prompt], n, NEW, ends=False)},
             {GENERATE: bar},
             floor=lambda n=n: linear_layers(model, n, NEW),
-            rounds=3 if n < 256 else 1,
+            rounds=2 if n < 256 else 1,
         )
     choose = random.Random(0)
-    prompts = [" ".join(choose.choices(words, k=choose.randint(8, 160))) for _ in range(32)]
+    prompts = [" ".join(choose.choices(words, k=choose.randint(8, 96))) for _ in range(32)]
     yield Case(
-        "32 prompts of 8 to 160 words, up to 48 new, N = 32",
-        lambda: draw(sampler, prompts, 32, 48, ends=True),
+        "32 prompts of 8 to 96 words, up to 32 new, N = 32",
+        lambda: draw(sampler, prompts, 32, 32, ends=True),
         {
             GENERATE: lambda: [
-                generate(model, tokenizer, prompts[i : i + 4], 32, 48, ends=True) for i in range(0, 32, 4)
+                generate(model, tokenizer, prompts[i : i + 4], 32, 32, ends=True) for i in range(0, 32, 4)
             ]
         },
         {GENERATE: 5},
