@@ -26,7 +26,7 @@ from fastalign import backend
 MIN_SECONDS = 0.02  # a shorter call is repeated until one measurement lasts so long
 # The BLAS under numpy keeps its threads spinning for some 20 ms after a call: they must not take the next one's core.
 REST_SECONDS = 0.1
-LONG_SECONDS = 5.0  # a first call of that length needs no warming up: it counts
+LONG_SECONDS = 20.0  # a first call of that length needs no warming up: it counts
 
 
 class Apart(NamedTuple):
