@@ -83,6 +83,7 @@ def _apart(python: str, kind: str, job: list) -> tuple[float, float]:
     )  # fmt: skip
     if worker.stdout.readline().strip() != "ready":
         raise RuntimeError(worker.communicate()[1][-2000:])
+    os.sync()  # what earlier jobs left to be written is not this one's to wait for
     before = peak = _anonymous_kb(worker.pid)
     worker.stdin.write("go\n")
     worker.stdin.flush()
@@ -118,7 +119,7 @@ def _copy_seconds(files: int) -> float:
 
 
 def _worst(models: list[str], row: list[float], method: str, made: Path) -> float:
-    """The largest error of any element, in units of the last place of a bfloat16 of its size."""
+    """The largest error of any element, in units of a bfloat16's last place; where terms cancel, of 2^-20 of their sum of sizes."""
     import torch
 
     from fastalign.soup import open_checkpoint
@@ -139,7 +140,8 @@ def _worst(models: list[str], row: list[float], method: str, made: Path) -> floa
         else:
             weights = row
         exact = sum(w * x for w, x in zip(weights, tensors, strict=True))
-        ulp = torch.exp2(exact.abs().clamp_min(2.0**-126).log2().floor() - 7)
+        size = sum(abs(w) * x.abs() for w, x in zip(weights, tensors, strict=True))
+        ulp = torch.maximum(exact.abs().log2().floor().exp2() * 2.0**-7, size * 2.0**-20).clamp_min(2.0**-133)
         worst = max(worst, float(((found.double() - exact).abs() / ulp).max()))
     return worst
 

@@ -188,8 +188,9 @@ def test_in_memory_as_in_files(models, tmp_path):
         assert soup.interpolate(live, [models[0], module, models[2]], rho) is live
     assert all(torch.equal(tensor, on_disk[name]) for name, tensor in live.state_dict().items())
     assert places == {name: tensor.data_ptr() for name, tensor in live.state_dict().items()}
-    with pytest.raises(UserError, match="cannot be one of others"):
-        soup.interpolate(live, [live, models[1]], [0.5, 0.5])
+    for same in (live, live.state_dict()):
+        with pytest.raises(UserError, match="none of others may share its tensors"):
+            soup.interpolate(live, [same, models[1]], [0.5, 0.5])
     with pytest.raises(UserError, match="has shape"):
         soup.interpolate(torch.nn.Linear(2, 3), [{"weight": torch.ones(3, 3), "bias": torch.ones(3)}], [1.0])
     with pytest.raises(UserError, match="bias is in model 0 and not in model 1"):
@@ -397,6 +398,35 @@ def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):
         soup.merge(large, [0.5, 0.5], tmp_path / "out")
     os.close(held)
     soup.merge(large, [0.5, 0.5], tmp_path / "out")
+
+
+MEMORY = """
+import sys
+from fastalign import soup
+
+def peak_kb():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+small, large, out = sys.argv[1:]
+soup.merge([small, small], [0.5, 0.5], out + "/small", progress=False)
+soup.mix([small, small], [0.5, 0.5])
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
+before = peak_kb()
+for method in ("linear", "slerp"):
+    soup.merge([large, large], [0.5, 0.5], out + "/" + method, method=method, memory_limit="2MB", progress=False)
+print(peak_kb() - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """One tensor of 48 MB: neither it nor a shard is ever held."""
+    save_file({"w": torch.ones(1000)}, tmp_path / "small.safetensors")
+    save_file({"w": torch.randn(1_000_000).repeat(12)}, tmp_path / "large.safetensors")
+    command = [sys.executable, "-c", MEMORY, tmp_path / "small.safetensors", tmp_path / "large.safetensors", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8_000
 
 
 MANY = """

@@ -48,12 +48,10 @@ def mix(
 def interpolate(model: nn.Module, others: Sequence[Source], weights, *, normalize: bool | None = None) -> nn.Module:
     """Set a live model's weights to Σ ρ w over `others`, in place, and return it.
 
-    model: of the same architecture, its own dtypes and device; not one of `others`, which must outlast the next ρ.
+    model: of the same architecture, its own dtypes and device; none of `others` may share its memory, since it is overwritten.
     others: m modules, state dicts or checkpoints; weights: (m,).
     Raises UserError, with the model as it was, where names or shapes differ.
     """
-    if any(other is model for other in others):
-        raise UserError("interpolate overwrites the model: it cannot be one of others; give a copy or its checkpoint")
     held, rows = _prepare(others, weights, normalize)
     if np.ndim(weights) != 1:
         raise UserError(f"interpolate takes weights of shape ({len(others)},), for one model")
@@ -64,6 +62,11 @@ def interpolate(model: nn.Module, others: Sequence[Source], weights, *, normaliz
             raise UserError(
                 f"{name} has shape {list(own[name].shape)} in the model and {list(held[0][name].shape)} in others"
             )
+    places = {tensor.data_ptr() for tensor in own.values() if tensor.numel()}
+    if any(tensor.data_ptr() in places for one in held for tensor in one.values()):
+        raise UserError(
+            "interpolate overwrites the model: none of others may share its tensors; give a copy or its checkpoint"
+        )
     for name in names:
         target = own[name]
         if _is_float(target):
