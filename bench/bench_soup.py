@@ -8,6 +8,7 @@ not counted. Both results are held against the float64 sum.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -34,19 +35,19 @@ def cases() -> Iterator:
 
     theirs = os.environ.get("FASTALIGN_MERGEKIT_PYTHON")
     with tempfile.TemporaryDirectory() as folder:
-        models = _models(Path(folder))
+        models = functools.cache(lambda: _models(Path(folder)))  # made once a case is run
         for name, (m, rows, method, bar) in JOBS.items():
 
             def run(kind, python, m=m, rows=rows, method=method):
                 out = Path(folder) / kind
                 shutil.rmtree(out, ignore_errors=True)
-                seconds, peak = _apart(python, kind, [models[:m], rows, method, str(out)])
+                seconds, peak = _apart(python, kind, [models()[:m], rows, method, str(out)])
                 return Apart(seconds, peak)
 
             def note(m=m, rows=rows, method=method):
                 told = [f"memory copy of the same bytes {1e3 * _copy_seconds(m + len(rows)):.0f} ms"]
                 for kind in ("fastalign", *[MERGEKIT] * bool(theirs)):
-                    worst = _worst(models[:m], rows[0], method, Path(folder) / kind / "0")
+                    worst = _worst(models()[:m], rows[0], method, Path(folder) / kind / "0")
                     told.append(f"{kind} within {worst:.3f} bfloat16 ulp of the float64 answer")
                 return ", ".join(told)
 
