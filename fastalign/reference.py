@@ -207,6 +207,13 @@ def _below_top(x: Tensor, temperature: float) -> Tensor:
     return (x - x.amax(-1, keepdim=True)) * min(max(1 / temperature, limits.tiny), limits.max)
 
 
+def counters(rows: Tensor | None, offset: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's stream and step, (B,) each, of `rows` (B,), (B, 2) or None for the B rows of x."""
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    streams, steps = rows.unbind(-1) if rows.ndim == 2 else (rows, torch.zeros_like(rows))
+    return streams, steps + offset
+
+
 def sample_tokens(
     logits: Tensor,
     temperature: float = 1.0,
@@ -219,8 +226,6 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse of its cumulative sum in index order. logits (B, V) -> ids, log_probs (B,)."""
     x = _compute(logits)
-    rows = torch.arange(len(x), device=x.device) if rows is None else rows
-    rows, steps = rows.unbind(-1) if rows.ndim == 2 else (rows, torch.zeros_like(rows))
     bad = (x.isnan() | (x == -NEG_INF)).any(-1) | (x == NEG_INF).all(-1)
     x = x.masked_fill(bad[:, None], 0)
     if temperature == 0:
@@ -230,7 +235,7 @@ def sample_tokens(
     else:
         d = _below_top(x, temperature)
         mass = (d.double().exp() * survivors(x, temperature, top_k, top_p, min_p)).cumsum(-1)
-        target = uniform(seed, rows, steps + offset)[:, None] * mass[:, -1:]
+        target = uniform(seed, *counters(rows, offset, x))[:, None] * mass[:, -1:]
         ids = (mass <= target).sum(-1)
         log_probs = (d.gather(-1, ids[:, None]).double() - mass[:, -1:].log()).to(x.dtype)[:, 0]
     return ids.masked_fill(bad, -1), log_probs.masked_fill(bad, float("nan"))

@@ -196,7 +196,9 @@ def _json(folder):
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "sample", "score", "map", "select", "eval", "pareto", "soup", "bench", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "sample", "score", "map", "select", "eval", "pareto", "soup", "bench", "info"]
+)
 def test_help_has_an_example(command):
     code, out, _ = fastalign(command, "--help")
     assert code == 0 and f"Example: fastalign {command}" in out

@@ -130,6 +130,9 @@ def test_streams_are_those_of_the_rows(each_backend):
     assert torch.equal(again.ids, found.ids[order])
     assert_drawn_from(found, hidden @ weight.T, 2**64 - 1, 4, rows)
     assert torch.equal(found.ids, sample_tokens(hidden @ weight.T, seed=2**64 - 1, offset=4, rows=rows).ids)
+    pairs = torch.stack([rows, torch.arange(9) % 4], 1)  # and with steps of their own
+    found = linear_sample_tokens(hidden, weight, seed=1, offset=4, rows=pairs)
+    assert torch.equal(found.ids, sample_tokens(hidden @ weight.T, seed=1, offset=4, rows=pairs).ids)
 
 
 def test_strided_inputs_and_mixed_dtypes(each_backend):
@@ -214,7 +217,7 @@ def test_equal_logits_follow_the_generator(each_backend):
         ({"softcap": 0.0}, UserError, "softcap must be a positive finite number, got 0.0"),
         ({"seed": -1}, UserError, "seed must be an integer in [0, 2^64), got -1"),
         ({"offset": -1}, UserError, "offset must be an integer in [0, 2^63), got -1"),
-        ({"rows": torch.zeros(3, dtype=torch.int64)}, UserError, "rows.shape must equal logits.shape[:1]"),
+        ({"rows": torch.zeros(3, dtype=torch.int64)}, UserError, "rows.shape must be (B,) or (B, 2)"),
     ],
 )
 def test_mistakes_are_told_in_one_line(each_backend, change, error, says):

@@ -98,9 +98,8 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
         masses = torch.where(sums > 0, sums * (tops - top).double().exp(), sums)
         total = masses.sum(0)
         sound = (total > 0) & total.isfinite() & top.isfinite()
-        streams = torch.arange(count) if rows is None else rows
         before = masses.cumsum(0)
-        target = reference.uniform(seed, streams, torch.full_like(streams, offset)) * total
+        target = reference.uniform(seed, *reference.counters(rows, offset, hidden)) * total
         chosen = _first_largest(tops, 0) if greedy else _first_beyond(masses, before, target)
         picked = chosen[None]
         share = (target - (before - masses).gather(0, picked)[0]) / masses.gather(0, picked)[0]

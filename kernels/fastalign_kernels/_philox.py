@@ -26,3 +26,10 @@ def philox_uniform(seed, row, offset):
         k1 += 0xBB67AE85
     bits = ((c0 >> 5).to(tl.int64) << 26) | (c1 >> 6).to(tl.int64)
     return tl.maximum(bits, 1).to(tl.float64) * (1.0 / (1 << 53))
+
+
+@triton.jit
+def row_uniform(seed, rows, row, offset, ROWS: tl.constexpr):
+    """The row's random number. ROWS: columns of `rows`, the stream and a step of the row's own; 0 where there are none."""
+    stream = tl.load(rows + row * ROWS) if ROWS else row
+    return philox_uniform(seed, stream, offset + tl.load(rows + row * ROWS + 1) if ROWS == 2 else offset)

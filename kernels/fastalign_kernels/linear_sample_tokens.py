@@ -15,7 +15,7 @@ import triton.language as tl
 from fastalign.kernels import _head
 from fastalign.kernels._first_beyond import first_beyond
 from fastalign.kernels._head_layout import Head, plain
-from fastalign.kernels._philox import philox_uniform
+from fastalign.kernels._philox import row_uniform
 from fastalign.kernels._softmax import lowest, transform
 
 from fastalign.ops.linear_sample_tokens import MIN_TEMPERATURE, _sample_fake
@@ -26,7 +26,7 @@ def _draw(
     ids, log_probs, partial, hidden, weight, bias, low, b, place, streams,
     rows, vocab, blocks, width, rank, hidden_row, hidden_step, weight_row, weight_step, b_row, b_step,
     to_cap: tl.float64, to_z: tl.float64, seed: tl.int64, offset: tl.int64,
-    GREEDY: tl.constexpr, SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr,
+    GREEDY: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -39,8 +39,7 @@ def _draw(
     masses = sums.to(tl.float64) * tl.exp((tops - top).to(tl.float64))
     total = tl.sum(masses)
     sound = (total > 0) & (total < float("inf"))  # neither is so with NaN or +inf in the row; 0 where all is -inf
-    stream = row if streams is None else tl.load(streams + row)
-    target = philox_uniform(seed, stream, offset) * total
+    target = row_uniform(seed, streams, row, offset, ROWS) * total
     if GREEDY:
         block = tl.min(tl.where((tops == top) & (s < blocks), s, BLOCKS - 1))
     else:
@@ -105,7 +104,7 @@ def sample(
     names += ("weight_row", "weight_step", "b_row", "b_step", "to_cap", "to_z", "SOFTCAP", "COMPUTE")
     _draw[(head.rows,)](
         ids, log_probs, partial, streams=None if rows is None else rows.contiguous(), rows=head.rows, vocab=head.vocab,
-        blocks=blocks, seed=seed, offset=offset, GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
+        blocks=blocks, seed=seed, offset=offset, GREEDY=greedy, ROWS=0 if rows is None else rows.ndim, BLOCKS=triton.next_power_of_2(blocks),
         BLOCK_N=head.blocks.columns, BLOCK_K=128, num_warps=4, **{name: given[name] for name in names},
     )  # fmt: skip
     return ids, log_probs

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from fastalign.kernels._first_beyond import first_beyond
-from fastalign.kernels._philox import philox_uniform
+from fastalign.kernels._philox import row_uniform
 from fastalign.kernels._softmax import compute_type, lowest
 from torch import Tensor
 
@@ -76,13 +76,6 @@ def _row_masses(masses, each, top, scale, row, tiles, TILES: tl.constexpr):
     return mass.to(tl.float64) * tl.exp((each - top) * scale).to(tl.float64)
 
 
-@triton.jit
-def _uniform(seed, rows, row, offset, ROWS: tl.constexpr):
-    """The row's random number. ROWS: columns of `rows`, the stream and a step of the row's own; 0 where there are none."""
-    stream = tl.load(rows + row * ROWS) if ROWS else row
-    return philox_uniform(seed, stream, offset + tl.load(rows + row * ROWS + 1) if ROWS == 2 else offset)
-
-
 @triton.jit(do_not_specialize=["seed", "offset"])
 def _draw(
     ids, log_probs, tops, masses, logits, rows, vocab, tiles, row_stride, stride,
@@ -97,7 +90,7 @@ def _draw(
     else:
         mass = _row_masses(masses, each, top, scale, row, tiles, TILES)
         total = tl.sum(mass)
-        target = _uniform(seed, rows, row, offset, ROWS) * total
+        target = row_uniform(seed, rows, row, offset, ROWS) * total
         tile, before = first_beyond(mass, target, TILES)
     place = tl.arange(0, TILE)
     at = tile.to(tl.int64) * TILE + place
@@ -307,7 +300,7 @@ def _draw_filtered(
                     logits, listed, count, vocab, stride, top, scale, border, first_tie, least, dropped, True,
                     EMPTY, COMPUTE, GROUP, BLOCK, BLOCKS,
                 )  # fmt: skip
-        share = _uniform(seed, rows, row, offset, ROWS)
+        share = row_uniform(seed, rows, row, offset, ROWS)
         id, x, total = _pick(
             logits, listed, count, vocab, stride, top, scale, border, first_tie, least, share, False,
             EMPTY, COMPUTE, GROUP, BLOCK, BLOCKS,
