@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -218,20 +219,21 @@ class _Step:
     def __init__(self, engine: Engine, count: int, longest: int, lengths: Tensor, positions: Tensor):
         self.engine, self.count, self.longest, self.calls = engine, count, longest, 0
         self.lengths, self.positions = lengths, positions
-        self.rows = torch.arange(count, device=lengths.device)
-        # -inf behind each row's own tokens, the new one included
-        behind = torch.arange(longest, device=lengths.device)[None] > lengths[:, None]
-        self.behind = torch.zeros(count, longest, device=lengths.device).masked_fill_(behind, float("-inf"))
         by_prompt: dict[int, list[int]] = {}
         for row, job in enumerate(engine.jobs):
             by_prompt.setdefault(job.prompt, []).append(row)
-        self.groups = [(engine.prefixes[p], self._index(rows)) for p, rows in by_prompt.items()]
-        self.places = [torch.tensor(rows) for rows in by_prompt.values()]
+        self.groups = [(engine.prefixes[p], torch.tensor(rows, device=lengths.device)) for p, rows in by_prompt.items()]
         self.compiled = lengths.device.type == "cpu" and backend.choose(lengths.device) == "cpu"
 
-    def _index(self, rows: list[int]) -> Tensor | slice:
-        neighbours = rows[-1] - rows[0] + 1 == len(rows)
-        return slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=self.rows.device)
+    @cached_property
+    def rows(self) -> Tensor:
+        return torch.arange(self.count, device=self.lengths.device)
+
+    @cached_property
+    def behind(self) -> Tensor:
+        """-inf behind each row's own tokens, the new one included; what is compiled asks for neither."""
+        behind = torch.arange(self.longest, device=self.lengths.device)[None] > self.lengths[:, None]
+        return torch.zeros(behind.shape, device=behind.device).masked_fill_(behind, float("-inf"))
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
@@ -275,9 +277,8 @@ class _Step:
         (_, heads, _, d), kv, room = q.shape, k.shape[1], keys.shape[2]
         q, k, v = (x.reshape(self.count, -1, d) for x in (q, k, v))
         grouped, out = q.view(self.count, kv, heads // kv, d), torch.empty_like(q)
-        for (prefix, rows), places in zip(self.groups, self.places, strict=True):
-            n = len(places)
-            together = grouped[rows].transpose(0, 1).reshape(kv, -1, d)
+        for prefix, rows in self.groups:
+            together = grouped.transpose(0, 1)[:, rows].reshape(kv, -1, d)
             scores = torch.bmm(together, prefix.keys[layer].transpose(1, 2))
             top, mass = scores.new_empty(2, kv * together.shape[1]).unbind()
             backend.engine.exp_rows(
@@ -285,8 +286,8 @@ class _Step:
             )
             given = torch.bmm(scores, prefix.values[layer])
             backend.engine.own_attention(
-                *(x.data_ptr() for x in (out, keys, values, q, k, v, given, top, mass, places, self.lengths)),
-                n, kv, heads // kv, room, d, scaling, threads(),
+                *(x.data_ptr() for x in (out, keys, values, q, k, v, given, top, mass, rows, self.lengths)),
+                len(rows), kv, heads // kv, room, d, scaling, threads(),
             )  # fmt: skip
         return out.unsqueeze(2)
 
