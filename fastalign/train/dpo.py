@@ -110,8 +110,8 @@ class DPOTrainer(trl.DPOTrainer):
                 trl.trainer.utils.get_config_model_id(self.model.config),
                 **{"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})},
             )
+            self._let_score_pairs(reference)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-            self._ready = False
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -141,11 +141,14 @@ class DPOTrainer(trl.DPOTrainer):
         if COUPLED & set(self.loss_types) or self.is_deepspeed_enabled:
             self._limit = None
         for m in models:
-            if self._packs and not self._elsewhere:
-                enable(m)
-            add_pair_forward(m.get_base_model() if hasattr(m, "peft_config") else m)
+            self._let_score_pairs(m)
         self._outputs = (*OUTPUTS, "log_sum_sq_probs") if self.use_weighting else OUTPUTS
         self._share, self._sums, self._began = 1.0, None, time.perf_counter()
+
+    def _let_score_pairs(self, model) -> None:
+        if self._packs and not self._elsewhere:
+            enable(model)
+        add_pair_forward(model.get_base_model() if hasattr(model, "peft_config") else model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._prepare()
