@@ -50,6 +50,14 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def numbers(option: str, text: str) -> list[float]:
+    """Comma-separated numbers; a mistake names the option."""
+    try:
+        return [float(field) for field in names(text)]
+    except ValueError:
+        raise UserError(f"{option} must be numbers, comma-separated, got {text!r}") from None
+
+
 def _is_users(error: BaseException) -> bool:
     """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
     if isinstance(error, UserError | OSError):

@@ -12,6 +12,7 @@ import typer
 from fastalign import cli_soup, cli_train
 from fastalign._command import console as _console
 from fastalign._command import names as _names
+from fastalign._command import numbers as _numbers
 from fastalign._command import registrar
 from fastalign.errors import UserError
 
@@ -255,12 +256,8 @@ def pareto(
     """What these candidates allow: exact fronts, random λ, the ways to palettes, best-of-N and merged models beside them."""
     from fastalign.report.pareto import write
 
-    try:
-        quantiles = [float(q) for q in _names(quantile or "")]
-    except ValueError:
-        raise UserError(f"quantile must be numbers, comma-separated, got {quantile!r}") from None
     found = write(
-        scored, out, palettes=palette or [], quantiles=quantiles, soups=soup or [], values=_names(values) if values else None,
+        scored, out, palettes=palette or [], quantiles=_numbers("quantile", quantile or ""), soups=soup or [], values=_names(values) if values else None,
         joint=joint, n_lambda=lambdas, seed=seed,
     )  # fmt: skip
     console = _console()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastalign._command import console, names, registrar
+from fastalign._command import console, numbers, registrar
 from fastalign.errors import UserError
 
 
@@ -62,7 +62,7 @@ def soup(
 
     if (weights is None) == (grid is None):
         raise UserError("give --weights, one for each model, or --grid")
-    rows = methods.simplex_grid(len(models), grid) if weights is None else _numbers(weights)
+    rows = methods.simplex_grid(len(models), grid) if weights is None else numbers("weights", weights)
     made = plans.make(
         models, rows, out, method=method.value, base=base, dtype=dtype, normalize=normalize,
         max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
@@ -85,10 +85,3 @@ def soup(
         soft_wrap=True,
         markup=False,
     )
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(field) for field in names(text)]
-    except ValueError:
-        raise UserError(f"weights must be numbers, comma-separated, got {text!r}") from None
