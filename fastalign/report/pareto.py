@@ -201,8 +201,8 @@ def study(
     even = front_of(tilts, budgets[(len(budgets) - 1) // 2], np.ones((1, m)))
     strength = float((even.lam * tilts.scale).sum())
     beta = 1.0 / strength if strength > 0 else 1.0
-    groups = None if joint else np.repeat(np.arange(len(rewards)), n)
-    flat = np.ascontiguousarray(rewards.reshape(-1, m))
+    groups = _groups(rewards, joint)
+    flat = _flat(rewards)
     return Study(
         values=list(values), rewards=rewards, joint=joint, before=tilts.mean, spread=np.where(tilts.constant, 0.0, tilts.scale),
         ks=ks, directions=directions, fronts={kl: front_of(tilts, kl, directions) for kl in budgets}, limit=limit,
@@ -279,8 +279,8 @@ def plot_palette(scored: str | Path, palette: str | Path, folder: str | Path) ->
     solution = read_json(palette, kind="palette")
     names, joint = solution["values"], solution["dual"] == "joint"
     rewards = Candidates.from_parquet(scored, kind="scored").reward_array(names)
-    groups = None if joint else np.repeat(np.arange(len(rewards)), rewards.shape[1])
-    flat = np.ascontiguousarray(rewards.reshape(-1, len(names)))
+    groups = _groups(rewards, joint)
+    flat = _flat(rewards)
     way = palette_path(flat, solution["palette"], groups=groups, sense=solution["sense"])
     save_figures(palette_figures(names, rewards, way, joint=joint), folder)
 
@@ -295,9 +295,16 @@ def save_figures(figures: Mapping[str, Any], folder: str | Path) -> None:
 
 
 def _tilts(rewards: np.ndarray, joint: bool) -> Tilts:
-    prompts, n, m = rewards.shape
-    groups = None if joint else np.repeat(np.arange(prompts), n)
-    return Tilts(np.ascontiguousarray(rewards.reshape(-1, m)), groups=groups)
+    return Tilts(_flat(rewards), groups=_groups(rewards, joint))
+
+
+def _flat(rewards: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rewards.reshape(-1, rewards.shape[2]))
+
+
+def _groups(rewards: np.ndarray, joint: bool) -> np.ndarray | None:
+    """The prompt of each row of `_flat`; None where all are one."""
+    return None if joint else np.repeat(np.arange(len(rewards)), rewards.shape[1])
 
 
 def _best_of(rewards: np.ndarray, weights: np.ndarray, ks: Sequence[int]) -> dict[int, np.ndarray]:
