@@ -32,7 +32,7 @@ def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable
                         raise
                     _fail(_one_line(error))
 
-            name = function.__name__.rstrip("_")
+            name = function.__name__.rstrip("_").replace("_", "-")
             return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
 
         return register

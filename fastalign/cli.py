@@ -273,6 +273,23 @@ def pareto(
     console.print(f"{out / 'pareto.html'}")
 
 
+@command("fastalign palette-ui scored.parquet")
+def palette_ui(
+    scored: Scored,
+    values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,
+    port: Annotated[int, typer.Option(help="Of this machine, where the page is; 0 takes a free one.")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Say the address, and open nothing.")] = False,
+) -> None:
+    """A page with a slider for each value: live λ, what it realises, what is out of reach, and texts. This machine alone."""
+    from fastalign.decode import Candidates
+    from fastalign.palette import ui
+
+    whole = Candidates.from_parquet(scored, kind="scored")
+    names = _names(values) if values else list(whole.rewards)
+    desk = ui.Desk(names, whole.reward_array(names), whole.prompts, whole.texts, str(scored))
+    ui.serve(desk, port=port, browser=not no_browser, say=lambda line: print(line, flush=True))
+
+
 @command("fastalign select scored.parquet --palette palette.json --out selected.parquet")
 def select(
     scored: Scored,

@@ -1,0 +1,267 @@
+"""The palette page: its answers are the solver's, it listens to this machine's own page alone, and a browser can work it."""
+
+import http.client
+import json
+import threading
+import webbrowser
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fastalign import palette
+from fastalign.cli import app
+from fastalign.decode import Candidates
+from fastalign.errors import UserError
+from fastalign.palette.ui import Desk, server
+from fastalign.palette.ui.desk import SHORT_OF_EDGE
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["kind", "short"]
+TRAP = "<img src=x onerror=\"document.title='caught'\">"
+
+
+@pytest.fixture(scope="module")
+def desk():
+    rng = np.random.default_rng(0)
+    rewards = rng.standard_normal((6, 40, 2)).astype(np.float32)
+    rewards[..., 1] -= 0.5 * rewards[..., 0]
+    texts = [[f"{TRAP} text {j} of {i}" for j in range(40)] for i in range(6)]
+    return Desk(NAMES, rewards, [f"prompt {i}" for i in range(6)], texts, "a folder/scored.parquet")
+
+
+@pytest.fixture
+def port(desk):
+    with server.open_server(desk) as found:
+        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield found.server_port
+        found.shutdown()
+        thread.join()
+
+
+def ask(port, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    reply = connection.getresponse()
+    found = reply.status, reply.read().decode(), reply.headers
+    connection.close()
+    return found
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_an_answer_is_the_solvers(desk, joint):
+    asked, sense = desk.mean + [0.6, -0.3], [">=", "=="]
+    found = desk.answer({"palette": asked.tolist(), "sense": sense, "joint": joint, "first": 4})
+    told = palette.solve(desk.flat, asked, groups=None if joint else desk.groups, sense=sense)
+    assert found["feasible"] and found["beyond"] is None and found["ms"] > 0
+    np.testing.assert_allclose(found["lambda"], told.lam, rtol=1e-9)
+    np.testing.assert_allclose(found["levels"], told.levels, rtol=1e-9)
+    assert found["kl"] == pytest.approx(float(told.kl)) and found["ess"] == pytest.approx(float(told.ess))
+    assert [each["prompt"] for each in found["examples"]] == ["prompt 4", "prompt 5"]
+    weights = np.exp(desk.rewards[4].astype(float) @ told.lam)
+    picked = found["examples"][0]["picked"]
+    assert picked[0]["text"] == desk.texts[4][weights.argmax()]
+    assert picked[0]["weight"] == pytest.approx(weights.max() / weights.sum())
+    assert [each["text"] for each in found["examples"][0]["base"]] == desk.texts[4][:3]
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_command_in_an_answer_makes_its_palette(desk):
+    words = desk.answer({"palette": [0.25, -1.5], "sense": [">=", "<="], "joint": True})["command"]
+    assert words == (
+        "fastalign map 'a folder/scored.parquet' --values kind,short --palette 'kind=0.25,short<=-1.5' --joint "
+        "--out palette.json"
+    )
+
+
+def test_out_of_reach_comes_with_what_can_be_reached(desk):
+    asked = desk.mean + [3.0, 3.0]
+    found = desk.answer({"palette": asked.tolist()})
+    told = palette.solve(desk.flat, asked, groups=desk.groups)
+    assert not found["feasible"] and found["beyond"]["scaling"] == pytest.approx(told.scaling) and told.scaling < 1
+    # A hair inside of the nearest, where λ is finite; and both ways out are in reach.
+    np.testing.assert_allclose(found["beyond"]["nearest"], told.nearest, atol=0.004)
+    assert (np.array(found["levels"]) >= np.array(found["beyond"]["nearest"]) - 1e-6).all()
+    for way in ("nearest", "scaled"):
+        there = desk.answer({"palette": found["beyond"][way]})
+        assert there["feasible"] and np.isfinite(there["lambda"]).all(), way
+    scaled = np.array(found["beyond"]["scaled"])
+    np.testing.assert_allclose(scaled, desk.mean + SHORT_OF_EDGE * told.scaling * 3.0, rtol=1e-6)
+
+
+def test_each_value_spans_what_it_can_realise_alone(desk):
+    about = desk.describe()
+    for j, value in enumerate(about["values"]):
+        for dual, groups in (("per_prompt", desk.groups), ("joint", None)):
+            low, high = value[dual]
+            others = desk.flat.min(axis=0), desk.flat.max(axis=0)  # which ask nothing as at least, as at most
+            for sense, end, inwards in ((">=", high, -1e-4), ("<=", low, 1e-4)):
+                asked = others[sense == "<="].astype(np.float64)
+                for asked[j], reached in ((end + inwards, True), (end - inwards, False)):
+                    assert palette.solve(desk.flat, asked, groups=groups, sense=sense).feasible == reached
+    assert about["starts"]["q80"] == palette.quantile_palette(desk.flat, 0.8).tolist()
+
+
+@pytest.mark.parametrize(
+    "question, told",
+    [
+        (b"{", "the question must be JSON"),
+        (b"\xff", "the question must be JSON"),
+        (b"[1, 2]", "the question must be an object with a palette, got list"),
+        (b"{}", "palette must be 2 finite numbers (kind, short), got None"),
+        (b'{"palette": [1]}', "palette must be 2 finite numbers (kind, short), got [1]"),
+        (b'{"palette": [1, NaN]}', "palette must be 2 finite numbers"),
+        (b'{"palette": [1, Infinity]}', "palette must be 2 finite numbers"),
+        (b'{"palette": [1, "2"]}', "palette must be 2 finite numbers"),
+        (b'{"palette": [0, 0], "sense": [">", ">="]}', "sense must be 2 of >= == <="),
+        (b'{"palette": [0, 0], "first": 6}', "first must be a prompt's number from 0 to 5, got 6"),
+    ],
+)
+def test_a_bad_question_is_one_clear_line(port, question, told):
+    status, text, _ = ask(port, "POST", "/solve", question)
+    assert status == 400
+    assert told in json.loads(text)["error"] and "\n" not in json.loads(text)["error"]
+
+
+def test_only_its_own_page_is_answered(port):
+    question = b'{"palette": [0, 0]}'
+    assert ask(port, "POST", "/solve", question)[0] == 200
+    assert ask(port, "POST", "/solve", question, Host=f"localhost:{port}", Origin=f"http://127.0.0.1:{port}")[0] == 200
+    for headers in (
+        {"Host": f"evil.example:{port}"},
+        {"Host": "127.0.0.1"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+    ):
+        status, text, _ = ask(port, "POST", "/solve", question, **headers)
+        assert status == 403 and json.loads(text) == {"error": f"open it as http://127.0.0.1:{port}/"}
+        for path in ("/", "/values"):
+            status, text, _ = ask(port, "GET", path, **headers)
+            assert status == 403 and "prompt" not in text
+    assert ask(port, "GET", "/../desk.py")[0] == 404 and ask(port, "POST", "/", question)[0] == 404
+    assert ask(port, "POST", "/solve", b" " * (server.LONGEST_QUESTION + 1))[0] == 413
+    policy = ask(port, "GET", "/")[2]["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_the_page_asks_for_nothing_from_elsewhere():
+    for name, _ in server._FILES.values():
+        text = (Path(server.__file__).parent / name).read_text(encoding="utf-8")
+        assert "http:" not in text and "https:" not in text and "innerHTML" not in text
+
+
+def test_the_wheel_carries_the_page():
+    tomllib = pytest.importorskip("tomllib")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert "fastalign.palette.ui" in declared["packages"]
+    assert set(declared["package-data"]["fastalign.palette.ui"]) == {name for name, _ in server._FILES.values()}
+
+
+def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch):
+    tokens = [[[1]] * 40 for _ in range(6)]
+    whole = Candidates(list(desk.prompts), desk.texts, tokens, [[[-1.0]] * 40 for _ in range(6)])
+    whole.to_parquet(tmp_path / "candidates.parquet")
+    whole.with_rewards(NAMES, desk.flat).to_parquet(tmp_path / "scored.parquet")
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+
+    def serve_forever(self):
+        assert self.server_address[0] == "127.0.0.1"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", serve_forever)
+
+    def run(*arguments):
+        found = CliRunner().invoke(app, ["palette-ui", *map(str, arguments)])
+        return found.exit_code, found.stdout + found.stderr
+
+    code, text = run(tmp_path / "scored.parquet", "--values", "short")
+    assert code == 0 and text.startswith(opened[0] + "  (Ctrl-C")
+    assert run(tmp_path / "scored.parquet", "--no-browser")[0] == 0 and len(opened) == 1
+    for arguments, told in (
+        (["nowhere.parquet"], "no such file"),
+        ([tmp_path / "candidates.parquet"], "must be a fastalign scored file"),
+        ([tmp_path / "scored.parquet", "--values", "mild"], "rewards asked for: mild"),
+        ([tmp_path / "scored.parquet", "--port", 70000], "port must lie in 0..65535, got 70000"),
+    ):
+        code, text = run(*arguments)
+        assert code == 1 and told in text and text.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line(desk, port):
+    with pytest.raises(UserError, match=f"port {port} cannot be had .*; 0 takes a free one"):
+        server.open_server(desk, port)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    if browser.find() is None:
+        pytest.skip(f"needs a browser: none of {', '.join(browser.NAMES)} is here")
+    with browser.Browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+ANSWERED = """new Promise(done => {
+  const look = () => Number(document.body.dataset.answers ?? 0) >= %d && !document.body.classList.contains("working")
+    ? done([...document.querySelectorAll(".lam b")].map(each => each.textContent)) : setTimeout(look, 5);
+  look();
+})"""
+
+
+def test_a_slider_moves_lambda_in_a_browser(desk, port, page):
+    address = f"http://127.0.0.1:{port}/"
+    page.open(f"{address}#c={desk.mean[0] + 0.2},{desk.mean[1]}&from=3")
+    before = page.evaluate(ANSWERED % 1)
+    assert float(before[0]) > 0
+    told = palette.solve(desk.flat, desk.mean + [0.2, 0.0], groups=desk.groups).lam
+    assert float(before[0]) == pytest.approx(told[0], rel=0.01)
+    assert page.evaluate("document.querySelector('#examples h3').textContent") == "prompt 3"
+    # By the keyboard, as one who sees no slider would.
+    page.evaluate("document.querySelector('[type=range]').focus()")
+    for _ in range(20):
+        page.press("ArrowRight", 39)
+    after = page.evaluate(ANSWERED % 2)
+    assert float(after[0]) > float(before[0])
+    asked = float(page.evaluate("location.hash").partition("c=")[2].partition(",")[0])
+    assert asked > desk.mean[0] + 0.2
+    told = palette.solve(desk.flat, [asked, desk.mean[1]], groups=desk.groups)
+    assert float(after[0]) == pytest.approx(told.lam[0], rel=0.01)
+    assert page.evaluate("document.querySelector('.reached').textContent").startswith("realised")
+    # Texts stay texts, and nothing was asked of anybody else.
+    assert TRAP in page.evaluate("document.querySelector('.text p').textContent")
+    assert page.evaluate("document.querySelectorAll('#examples img').length") == 0
+    asked = [each["params"]["request"]["url"] for each in page.heard if each["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith((address, "data:")) for url in asked)
+    assert not [each for each in page.heard if each["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+
+
+def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, port, page):
+    page.open(f"http://127.0.0.1:{port}/#c=3,3")
+    page.evaluate(ANSWERED % 1)
+    verdict = "document.getElementById('verdict').textContent"
+    assert page.evaluate(verdict).startswith("Out of reach")
+    page.evaluate("document.getElementById('scaled').click()")
+    page.evaluate(ANSWERED % 2)
+    assert page.evaluate(verdict).startswith("In reach")
+    page.evaluate("document.getElementById('joint').click()")
+    page.evaluate(ANSWERED % 3)
+    assert "dual=joint" in page.evaluate("location.hash")
+    # A bookmark of another file's palette is not taken for one of this file's.
+    page.evaluate("location.hash = 'c=1,2,3'")
+    page.evaluate(ANSWERED % 4)
+    assert page.evaluate("[...document.querySelectorAll('.level')].map(each => each.value)") == [
+        f"{mean:.2f}" for mean in desk.mean
+    ]
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_sticks_out_of_the_page(port, page, width, tmp_path):
+    page.open("about:blank")
+    page.open(f"http://127.0.0.1:{port}/#c=0.5,0.5")
+    page.evaluate(ANSWERED % 1)
+    page.picture(tmp_path / "page.png", width, 900)
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
