@@ -1,8 +1,14 @@
-"""Soups: weighted sums of separately aligned models' weights, from file to file or in memory."""
+"""Soups: weighted sums of separately aligned models' weights, from file to file or in memory; and of their LoRA adapters."""
 
 from fastalign.soup.checkpoint import open_checkpoint
+from fastalign.soup.lora import merge_adapters
+from fastalign.soup.lora_extract import extract_adapter
+from fastalign.soup.lora_merge import apply_adapters
 from fastalign.soup.memory import interpolate, mix
 from fastalign.soup.merge import Merged, execute, merge
 from fastalign.soup.methods import METHODS, simplex_grid
 
-__all__ = ["METHODS", "Merged", "execute", "interpolate", "merge", "mix", "open_checkpoint", "simplex_grid"]
+__all__ = [
+    "METHODS", "Merged", "apply_adapters", "execute", "extract_adapter", "interpolate", "merge", "merge_adapters", "mix",
+    "open_checkpoint", "simplex_grid",
+]  # fmt: skip

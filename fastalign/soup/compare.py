@@ -37,10 +37,10 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> lis
             ".lora_A." in name for name in one
         ):
             raise UserError(
-                f"{one.name}: a LoRA adapter, whose factors cannot be averaged one by one (A1 B2 would come in): "
-                "merge it into its base model first"
+                f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters alone, which "
+                "are mixed exactly (soup.merge_adapters), or merge it into its base first (soup.apply_adapters)"
             )
-    configs = [_config(one) for one in checkpoints]
+    configs = [config_of(one) for one in checkpoints]
     for one, config in zip(checkpoints, configs, strict=True):
         if "quantization_config" in config:
             raise UserError(
@@ -112,7 +112,7 @@ def _common_names(checkpoints: Sequence[Checkpoint], *, tied: bool) -> list[str]
     return [name for name in ordered if name in common]
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder and checkpoint.folder / "config.json"
     return _json(path) if path and path.is_file() else {}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
-from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
+from fastalign.soup.checkpoint import Checkpoint, File, open_checkpoint
 from fastalign.soup.stream import mix_tensors
 
 Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
@@ -121,20 +121,24 @@ def _tensors(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def mapped(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """A checkpoint's tensors as views of its files, which are read where they are used."""
+    return {name: tensor for file in checkpoint.files for name, tensor in mapped_file(file).items()}
+
+
+def mapped_file(file: File) -> dict[str, Tensor]:
+    """One file's tensors, likewise."""
     found = {}
-    for file in checkpoint.files:
-        with open(file.path, "rb") as opened:
-            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        for name, tensor in file.tensors.items():
-            dtype = dtypes.TORCH[tensor.dtype]
-            if tensor.count == 0:
-                found[name] = torch.empty(tensor.shape, dtype=dtype)
-            elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
-                data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
-                found[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
-            else:
-                flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
-                found[name] = flat.view(tensor.shape)
+    with open(file.path, "rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    for name, tensor in file.tensors.items():
+        dtype = dtypes.TORCH[tensor.dtype]
+        if tensor.count == 0:
+            found[name] = torch.empty(tensor.shape, dtype=dtype)
+        elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
+            data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
+            found[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
+        else:
+            flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
+            found[name] = flat.view(tensor.shape)
     return found
 
 

@@ -162,7 +162,15 @@ def _write_shard(
                     raise OSError(error.errno or 5, error.strerror, str(path)) from None
                 moved(moved_by)
             for name, tensor in shard.tensors.items():
-                if tensor.dtype not in FLOATS:
+                if name in plan.blocks_of:
+                    at = tensor.offset
+                    for blocks in plan.blocks_of[name]():
+                        for out, path, header, block in zip(outs, partial, headers, blocks, strict=True):
+                            with _naming(path):
+                                _write_all(out, _bytes_of(block), len(header) + at)
+                        at += blocks[0].nbytes
+                    moved(sum(one[name].nbytes for one in plan.inputs) + tensor.nbytes * len(outs))
+                elif tensor.dtype not in FLOATS:
                     for out, path, header in zip(outs, partial, headers, strict=True):
                         _copy(plan.inputs[0], name, out, len(header) + tensor.offset, path)
                     moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
@@ -185,7 +193,7 @@ def _work(
     """Batches of segments of one output type, neighbours joined; each batch moves some 64 MB."""
     by_type: dict[str, list[str]] = {}
     for name, tensor in shard.tensors.items():
-        if tensor.dtype in FLOATS and tensor.nbytes:
+        if tensor.dtype in FLOATS and tensor.nbytes and name not in plan.blocks_of:
             by_type.setdefault(tensor.dtype, []).append(name)
     for out_type, names in by_type.items():
 
@@ -237,7 +245,11 @@ def _copy(source: Checkpoint, name: str, out: int, offset: int, path: Path) -> N
         offset += len(block)
 
 
-def _write_all(out: int, data: bytes, offset: int) -> None:
+def _bytes_of(block: torch.Tensor) -> memoryview:
+    return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _write_all(out: int, data: bytes | memoryview, offset: int) -> None:
     left = memoryview(data)
     while left:
         done = os.pwrite(out, left, offset)

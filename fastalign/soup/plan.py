@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Plan:
     memory_limit: int
     key: str = field(repr=False)
     rows_of: Callable[[str], list[float]] = field(repr=False)  # tensor -> (K × inputs), row by row
+    # Tensors that are no weighted sum: name -> blocks in their order, each K tensors of the same next elements, as stored.
+    blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
 
     @property
     def folders(self) -> list[str]:
@@ -111,14 +113,14 @@ def make(
             return flat
 
     first = opened[0]
-    layout = lay_out(((name, _out_type(first, name, out_dtype), first[name].shape) for name in names), shard_size)
+    layout = lay_out(((name, out_type(first, name, out_dtype), first[name].shape) for name in names), shard_size)
     recipe = {
         "fastalign": fastalign.__version__,
         "method": method,
         "normalize": normalize,
         "dtype": out_dtype,
-        "models": [_told(one) for one in opened],
-        "base": None if base is None else _told(inputs[0]),
+        "models": [told(one) for one in opened],
+        "base": None if base is None else told(inputs[0]),
     }
     single = np.ndim(weights) == 1
     written_by = backend.engine.active_isa() if backend.choose(torch.device("cpu")) == "cpu" else "torch"
@@ -130,12 +132,12 @@ def make(
     return Plan(opened, inputs, Path(out), rows, single, tuple(layout), recipe, out_dtype, limit, key, rows_of)
 
 
-def _out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
+def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
     own = first[name].dtype
     return out_dtype if out_dtype is not None and own in dtypes.FLOATS else own
 
 
-def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+def told(checkpoint: Checkpoint) -> dict[str, Any]:
     """A model's name without the place where it lies, and what identifies its files: a hash of header and size."""
     local = os.path.exists(os.path.expanduser(checkpoint.name))
     name = Path(checkpoint.name).expanduser().resolve().name if local else checkpoint.name

@@ -1,0 +1,245 @@
+"""Soups of LoRA adapters without their base model: delta W = Σ ρ_i s_i B_i A_i, exact, or of a lower rank.
+
+Averaging the As and the Bs apart is not this sum: (Σ ρ B)(Σ ρ A) has the cross terms B_i A_j. Side by side,
+[ρ_1 s_1 B_1 ... ρ_m s_m B_m] [A_1; ...; A_m] is the sum itself, of rank Σ r_i.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastalign
+from fastalign import progress as bars
+from fastalign.data.files import atomic_write
+from fastalign.errors import UserError
+from fastalign.soup import dtypes, methods
+from fastalign.soup.lora_files import Adapter, base_name, empty_folder, open_adapter, wide, write_adapter
+
+_KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+
+
+class MadeAdapter(NamedTuple):
+    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all modules;
+    worst: the module of which least is, and its share."""
+
+    out: Path
+    modules: int
+    ranks: tuple[int, int]  # least and most
+    kept: float
+    worst: tuple[str, float]
+
+
+def merge_adapters(
+    adapters: Sequence[str | os.PathLike],
+    weights,
+    out: str | os.PathLike,
+    *,
+    rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> list[MadeAdapter]:
+    """The soup Σ ρ_i s_i B_i A_i of LoRA adapters, as one adapter that peft loads.
+
+    Args:
+        adapters: m folders with adapter_config.json and adapter_model.safetensors. A module that one lacks counts as zero in it.
+        weights: (m,) for one adapter at `out`; (K, m) for K at `out`/0 ... They need not sum to 1.
+        rank: None keeps the sum exact, of rank Σ r_i; a number writes the best approximation of at most that rank in the
+            Frobenius norm, found from the factors alone (QR of each side, SVD of the small product).
+        dtype: to store in; None: float32, float64 where an input is. peft itself holds adapters in float32.
+        force: mix though the adapters name different base models.
+
+    Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum to 1.
+    Raises UserError or FileNotFoundError, before anything is written.
+    """
+    rows = methods.weight_rows(weights, len(_listed(adapters)))
+    if rank is not None and not (type(rank) is int and rank >= 1):
+        raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
+    stored = None if dtype is None else dtypes.TORCH[dtypes.parse(dtype)]
+    target = empty_folder(out)
+    held = [open_adapter(one) for one in adapters]
+    same_bases(held, force=force)
+    shapes_agree(held)
+    whole = [_whole(held, row) for row in rows]
+    made = []
+    total = len(rows) * len(modules_of(held))
+    with bars.bar("adapters", total=total, unit="modules", show=progress) as advance, atomic_write(target) as beside:
+        for k, row in enumerate(rows):
+            single = np.ndim(weights) == 1
+            made.append(_one(held, row, beside if single else beside / str(k), rank, stored, whole[k], advance))
+            made[-1] = made[-1]._replace(out=target if single else target / str(k))
+    return made
+
+
+def _listed(adapters) -> Sequence:
+    if isinstance(adapters, str | os.PathLike) or not adapters:
+        raise UserError(f"adapters must be a list of folders, got {adapters!r}")
+    return adapters
+
+
+def modules_of(adapters: Sequence[Adapter]) -> list[str]:
+    """Every module that some adapter updates, the first's first."""
+    return list(dict.fromkeys(module for one in adapters for module in one.factors))
+
+
+def same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
+    """Raises UserError where adapters say that they were trained on different models."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        mine, theirs = (one.config.get("base_model_name_or_path") for one in (first, other))
+        if mine and theirs and mine != theirs and not force:
+            raise UserError(
+                f"adapters must be of one base model, {first.name} was trained on {mine} and {other.name} on {theirs} "
+                "(force mixes them)"
+            )
+
+
+def shapes_agree(adapters: Sequence[Adapter]) -> None:
+    """Raises UserError where two adapters' updates of one module differ in shape or orientation."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for one in adapters:
+        for module, (a, b, _, embedding) in one.factors.items():
+            shape = (b.shape[0], a.shape[1], embedding)
+            who, first = seen.setdefault(module, (one.name, shape))
+            if first != shape:
+                raise UserError(
+                    f"{module} must have one shape in all adapters, is {list(first[:2])} in {who} and {list(shape[:2])} in "
+                    f"{one.name}"
+                )
+    for key in ("fan_in_fan_out", "bias"):
+        values = [one.config.get(key) or ("none" if key == "bias" else False) for one in adapters]
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise UserError(
+                f"{key} must be the same in all adapters, is {values[0]!r} in {adapters[0].name} and {values[other]!r} in "
+                f"{adapters[other].name}"
+            )
+
+
+def stacked(
+    adapters: Sequence[Adapter], row: np.ndarray, module: str, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """A (R, in) and B (out, R) with B A = Σ ρ s B_i A_i; None where no adapter of a weight other than 0 has the module.
+
+    dtype: None for float32, float64 where a factor is.
+    """
+    parts = [
+        (rho, one.factors[module]) for rho, one in zip(row, adapters, strict=True) if rho and module in one.factors
+    ]
+    if not parts:
+        return None
+    dtype = dtype or wide(*(tensor for _, of in parts for tensor in (of.a, of.b)))
+    a = torch.cat([of.a.to(dtype) for _, of in parts])
+    b = torch.cat([of.b.to(dtype) * (rho * of.scale) for rho, of in parts], 1)
+    return a, b
+
+
+def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """Factors of the best approximation of B A of at most this rank; then its squared norm and that of B A.
+
+    With B = Q_b R_b and Aᵀ = Q_a R_a, the singular values of B A are those of the small R_b R_aᵀ.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    energy = s.square()
+    return root[:, None] * (v[:rank] @ q_a.T), q_b @ u[:, :rank] * root, float(energy[:rank].sum()), float(energy.sum())
+
+
+def _one(held, row, folder: Path, rank: int | None, stored, whole, advance) -> MadeAdapter:
+    factors, shares, kept, total = {}, {}, 0.0, 0.0
+    for module in modules_of(held):
+        advance(1)
+        pair = stacked(held, row, module)
+        if pair is None:
+            continue
+        a, b = pair
+        if rank is not None and rank < len(a):
+            small_a, small_b, mine, of = compressed(a, b, rank)
+            a, b = small_a.to(a.dtype), small_b.to(b.dtype)
+            shares[module] = mine / of if of else 1.0
+            kept, total = kept + mine, total + of
+        else:
+            norm = float(torch.sum((b.double().T @ b.double()) * (a.double() @ a.double().T)))
+            shares[module] = 1.0
+            kept, total = kept + norm, total + norm
+        embedding = next(one.factors[module].embedding for one in held if module in one.factors)
+        factors[module] = (a.to(stored or a.dtype), b.to(stored or b.dtype), embedding)
+    if not factors:
+        raise UserError("weights must not all be 0: nothing would be left of the adapters")
+    _check_finite(factors)
+    recipe = {
+        "fastalign": fastalign.__version__, "method": "lora", "rank": rank, "weights": row.tolist(),
+        "adapters": [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in held],
+    }  # fmt: skip
+    metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
+    write_adapter(folder, factors, _settings(held, set(factors)), metadata, whole)
+    for path in sorted({path for pattern in _KEPT for path in held[0].folder.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, folder / path.name)
+    ranks = [len(a) for a, _, _ in factors.values()]
+    worst = min(shares, key=shares.get)
+    return MadeAdapter(
+        folder, len(factors), (min(ranks), max(ranks)), kept / total if total else 1.0, (worst, shares[worst])
+    )
+
+
+def _check_finite(factors) -> None:
+    for module, (a, b, _) in factors.items():
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"{module}: its factors are not finite, or too large for the type to store them in")
+
+
+def _settings(held: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
+    """What the soup's configuration takes over; the targets as they are spelt where that means the same in all."""
+    first = held[0].config
+    found = {
+        key: first.get(key)
+        for key in ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "bias", "modules_to_save")
+        if first.get(key) is not None
+    }
+    spelt = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+    def targets(one: Adapter) -> list:
+        return [sorted(x) if isinstance(x := one.config.get(key), list) else x for key in spelt]
+
+    if all(set(one.factors) == modules and targets(one) == targets(held[0]) for one in held):
+        found |= {key: value for key, value in zip(spelt, targets(held[0]), strict=True) if value is not None}
+    return found
+
+
+def _whole(held: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
+    """Tensors that adapters store whole: without the base, only their average can be told from what they began as."""
+    found = {}
+    for key in dict.fromkeys(key for one in held for key in one.whole):
+        having = [one for one in held if key in one.whole]
+        tensors = [one.whole[key] for one in having]
+        if any(tensor.shape != tensors[0].shape for tensor in tensors):
+            raise UserError(f"{base_name(key)} must have one shape in all adapters that store it whole")
+        if ".base_layer." in key and all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+            found[key] = tensors[0]  # the base model's own, which peft puts beside an embedding's factors
+            continue
+        if len(having) < len(held) or abs(row.sum() - 1) > 1e-6:
+            raise UserError(
+                f"{base_name(key)} is stored whole (modules_to_save or bias): without the base model it can be mixed only where "
+                "all adapters store it and the weights sum to 1; give base to merge them onto it"
+            )
+        exact = sum(float(rho) * tensor.double() for rho, tensor in zip(row, tensors, strict=True))
+        found[key] = exact.to(tensors[0].dtype)
+    return found
+
+
+def spans(rows: int, row_bytes: int, room: int) -> Iterator[slice]:
+    """Runs of rows that take at most `room` bytes, one row at least."""
+    step = max(1, room // max(1, row_bytes))
+    for first in range(0, rows, step):
+        yield slice(first, min(rows, first + step))

@@ -1,0 +1,169 @@
+"""A LoRA adapter out of two full models: the SVD of tuned - base for each targeted weight, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastalign
+from fastalign import progress as bars
+from fastalign.data.files import atomic_write
+from fastalign.errors import UserError
+from fastalign.soup import compare, dtypes
+from fastalign.soup import plan as plans
+from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
+from fastalign.soup.lora import MadeAdapter
+from fastalign.soup.lora_files import empty_folder, wide, write_adapter
+from fastalign.soup.memory import mapped
+
+_EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # transformers' Conv1D stores (in, out)
+_EXACT = 256  # below so many rows or columns the whole SVD is as fast
+_SPARE, _POWERS = 16, 3  # of the randomised range finder
+
+
+class Extracted(NamedTuple):
+    """made.kept counts the targeted modules; kept_of_all also what else differs, in the tensors `left_out`."""
+
+    made: MadeAdapter
+    kept_of_all: float
+    left_out: list[str]
+
+
+def extract_adapter(
+    tuned: str | os.PathLike,
+    base: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Extracted:
+    """Write the adapter whose update is nearest to tuned - base in the Frobenius norm, module by module; peft loads it.
+
+    Args:
+        tuned, base: two checkpoints of one architecture: folders, *.safetensors files or hub names.
+        rank: of each module, at most. energy: instead, in (0, 1], the least rank that keeps this share of the module's
+            squared norm; with both, whichever is less.
+        targets: the modules' last names, such as ("q_proj", "v_proj"); None takes every linear layer, that is each
+            two-dimensional weight but embeddings and the head.
+        dtype: to store in; None: float32.
+        force: though configurations or tokenizers differ.
+
+    Large matrices are reduced by a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
+    algorithm 4.4), with fixed random numbers; the share kept is computed, not estimated. It holds one tensor's difference.
+    Raises UserError or FileNotFoundError before anything is written.
+    """
+    if rank is None and energy is None:
+        raise UserError("give rank, or energy, the share of the difference to keep")
+    if rank is not None and not (type(rank) is int and rank >= 1):
+        raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
+    stored = torch.float32 if dtype is None else dtypes.TORCH[dtypes.parse(dtype)]
+    target = empty_folder(out)
+    models = open_checkpoint(tuned), open_checkpoint(base)
+    names = [name for name in compare.same_model(models, force=force) if models[0][name].dtype in dtypes.FLOATS]
+    modules = _modules(models[0], names, targets)
+    config = compare.config_of(models[1])
+    turned = config.get("model_type") in _TRANSPOSED
+    new, old = (mapped(model) for model in models)
+    factors, shares, left_out, kept, aimed, rest = {}, {}, [], 0.0, 0.0, 0.0
+    with bars.bar("extract", total=len(names), unit="tensors", show=progress) as advance:
+        for name in names:
+            exact = wide(new[name], old[name])
+            difference = new[name].to(exact) - old[name].to(exact)
+            whole = float(difference.double().square().sum())
+            if not whole < float("inf"):
+                raise UserError(f"{name}: the difference between {models[0].name} and {models[1].name} is not finite")
+            if whole and name in modules:
+                a, b, mine = _low_rank(difference.T if turned else difference, whole, rank, energy)
+                module = name.removesuffix(".weight")
+                factors[module] = (a.to(stored), b.to(stored), False)
+                shares[module] = mine / whole
+                kept, aimed = kept + mine, aimed + whole
+            elif whole:
+                left_out.append(name)
+                rest += whole
+            advance(1)
+    if not factors:
+        raise UserError(f"{models[0].name} and {models[1].name} are equal in all {len(modules)} targeted modules")
+    recipe = {
+        "fastalign": fastalign.__version__, "method": "extract", "rank": rank, "energy": energy,
+        "models": [plans.told(model) for model in models], "kept": kept / aimed,
+    }  # fmt: skip
+    metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
+    settings = {
+        "task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": turned,
+    }  # fmt: skip
+    with atomic_write(target) as beside:
+        write_adapter(beside, factors, settings, metadata)
+    ranks = [len(a) for a, _, _ in factors.values()]
+    worst = min(shares, key=shares.get)
+    made = MadeAdapter(target, len(factors), (min(ranks), max(ranks)), kept / aimed, (worst, shares[worst]))
+    return Extracted(made, kept / (aimed + rest), left_out)
+
+
+def _modules(model: Checkpoint, names: Sequence[str], targets: Sequence[str] | None) -> set[str]:
+    """The targeted weights."""
+    linear = {
+        name for name in names
+        if name.endswith(".weight") and len(model[name].shape) == 2 and not any(part in name for part in _EMBEDDINGS[:-2])
+    }  # fmt: skip
+    if targets is None:
+        return {name for name in linear if not any(part in name for part in _EMBEDDINGS)}
+    for ending in targets:
+        if not any(name.endswith(f".{ending}.weight") or name == f"{ending}.weight" for name in linear):
+            last = sorted({name.split(".")[-2] for name in linear if "." in name})
+            raise UserError(f"targets must be linear layers of the model ({', '.join(last)}), got {ending!r}")
+    return {name for name in linear if any(f".{name}".endswith(f".{ending}.weight") for ending in targets)}
+
+
+def _task(config: dict) -> str | None:
+    """peft's word for what the model is for."""
+    kinds = {
+        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }  # fmt: skip
+    named = str((config.get("architectures") or [""])[0])
+    return next((task for ending, task in kinds.items() if named.endswith(ending)), None)
+
+
+def _low_rank(d: Tensor, whole: float, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+    """A (r, in), B (out, r), and the squared norm of B A, which is at most `whole`, that of d."""
+    least = min(d.shape)
+    width = least if least <= _EXACT or rank is None else min(least, rank + _SPARE)
+    if rank is None and least > _EXACT:
+        width = 64
+    while True:
+        u, s, v = _svd(d, width)
+        sums = s.double().square().cumsum(0).clamp_(max=whole)
+        chosen = min(rank or least, len(s))
+        if energy is not None:
+            enough = int((sums < energy * whole * (1 - 1e-6)).sum()) + 1
+            if enough > len(s) and width < least and (rank is None or rank > len(s)):
+                width = min(least, 2 * width)
+                continue
+            chosen = min(chosen, enough)
+        root = s[:chosen].sqrt()
+        return root[:, None] * v[:chosen], u[:, :chosen] * root, float(sums[chosen - 1])
+
+
+def _svd(d: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values and vectors of d within a subspace of this dimension, found at random; all at full width."""
+    if width >= min(d.shape) // 2:
+        return torch.linalg.svd(d, full_matrices=False)
+    draw = torch.randn(d.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=d.dtype)
+    q = torch.linalg.qr(d @ draw)[0]
+    for _ in range(_POWERS):
+        q = torch.linalg.qr(d @ torch.linalg.qr(d.T @ q)[0])[0]
+    u, s, v = torch.linalg.svd(q.T @ d, full_matrices=False)
+    return q @ u, s, v

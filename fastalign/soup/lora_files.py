@@ -1,0 +1,215 @@
+"""LoRA adapters as peft writes them, adapter_config.json beside adapter_model.safetensors: read, checked, and written.
+
+A module's update is delta W = s B A with s = alpha / r, or alpha / sqrt(r) with rslora; A is (r, in) and B (out, r). Of an
+embedding, A is (r, vocabulary), B (width, r), and the update is the transpose.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.data.files import read_json, write_json
+from fastalign.errors import UserError
+from fastalign.soup.checkpoint import File, read_header
+from fastalign.soup.dtypes import FLOATS, NAMES
+from fastalign.soup.memory import mapped_file
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Kinds of adapters whose update is not s B A, or is one of other weights than the base model's.
+_OTHERS = {
+    "use_dora": "DoRA, whose magnitudes make it no sum of updates: merge it into its base with peft first",
+    "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "an Arrow router", "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA", "layer_replication": "one with replicated layers",
+    "alora_invocation_tokens": "an activated LoRA", "trainable_token_indices": "one with trained tokens",
+    "target_parameters": "one of bare parameters, not of modules", "lora_bias": "one with a bias in B",
+}  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Factors(NamedTuple):
+    """One module's update, scale · B A."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float
+    embedding: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """factors: by module, as the base model names it; whole: tensors stored whole (modules_to_save, biases), by their key."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any] = field(repr=False)
+    file: File = field(repr=False)
+    factors: Mapping[str, Factors] = field(repr=False)
+    whole: Mapping[str, Tensor] = field(repr=False)
+
+
+def is_adapter(name: str | os.PathLike) -> bool:
+    """Whether this is a folder that holds an adapter."""
+    return (Path(name).expanduser() / CONFIG).is_file()
+
+
+def open_adapter(folder: str | os.PathLike) -> Adapter:
+    """Read an adapter's configuration and header, and map its tensors.
+
+    Raises FileNotFoundError or UserError, one line each: no adapter there, one of a kind that is not s B A, a file that
+    breaks the format's rules, or factors that do not fit each other or the configuration.
+    """
+    name = os.fspath(folder)
+    path = Path(name).expanduser()
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{name}: not a LoRA adapter: no {CONFIG} in it")
+    if not (path / WEIGHTS).is_file():
+        pickled = f"; adapter_model.bin is a pickle, which is not loaded: save it as {WEIGHTS}"
+        raise FileNotFoundError(f"{name}: no {WEIGHTS}{pickled if (path / 'adapter_model.bin').is_file() else ''}")
+    config = read_json(path / CONFIG)
+    _check_kind(name, config)
+    file = read_header(path / WEIGHTS)
+    found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in mapped_file(file).items():
+        if not key.startswith(_PREFIX):
+            raise UserError(f"{name}: tensor {key[:80]!r} must begin with {_PREFIX}, as peft writes it")
+        module, factor = _split(key.removeprefix(_PREFIX))
+        if factor:
+            found.setdefault(module, {})[factor] = tensor
+        elif "lora_" in module:
+            raise UserError(
+                f"{name}: tensor {key[:80]!r} is neither a factor A nor B of a linear layer or an embedding"
+            )
+        elif NAMES[tensor.dtype] not in FLOATS:
+            raise UserError(f"{name}: tensor {key[:80]!r} must be floating-point, is {tensor.dtype}")
+        else:
+            whole[key] = tensor
+    if not found:
+        raise UserError(f"{name}: the adapter holds no factors")
+    return Adapter(
+        name, path, config, file, {module: _factors(name, module, x, config) for module, x in found.items()}, whole
+    )
+
+
+def _check_kind(name: str, config: Any) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        came = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{name}: {CONFIG} must be of peft_type LORA, got {came!r}")
+    for key, what in _OTHERS.items():
+        if config.get(key):
+            raise UserError(f"{name}: {key} is set: cannot be merged here, it is {what}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise UserError(
+            f"{name}: init_lora_weights {start!r} changed the base model's weights as training began: convert it to a plain "
+            "LoRA first (peft's path_initial_model_for_weight_conversion)"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{name}: {key} must map modules to numbers")
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The module and which factor; or the key itself and ""."""
+    for ending, factor in (
+        (".lora_A.weight", "A"), (".lora_B.weight", "B"), (".lora_embedding_A", "eA"), (".lora_embedding_B", "eB"),
+    ):  # fmt: skip
+        if key.endswith(ending):
+            return key.removesuffix(ending), factor
+    return key, ""
+
+
+def base_name(key: str) -> str:
+    """What the base model calls a tensor that an adapter stores whole."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def _factors(name: str, module: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Factors:
+    embedding = "eA" in found or "eB" in found
+    kinds = ("eA", "eB") if embedding else ("A", "B")
+    if set(found) != set(kinds):
+        raise UserError(f"{name}: {module} must have one factor A and one B")
+    a, b = (found[kind] for kind in kinds)
+    if a.ndim != 2 or b.ndim != 2:
+        raise UserError(f"{name}: {module}'s factors have shapes {list(a.shape)} and {list(b.shape)}: a convolution's are not merged")  # fmt: skip
+    if not all(NAMES[x.dtype] in FLOATS for x in (a, b)):
+        raise UserError(f"{name}: {module}'s factors must be floating-point, are {a.dtype} and {b.dtype}")
+    rank = _setting(name, config, "rank_pattern", "r", module)
+    if not (a.shape[0] == b.shape[1] == rank):
+        raise UserError(
+            f"{name}: {module} must have rank {rank:g} as {CONFIG} says, its factors have shapes {list(a.shape)} and {list(b.shape)}"
+        )
+    alpha = _setting(name, config, "alpha_pattern", "lora_alpha", module)
+    return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), embedding)
+
+
+def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, module: str) -> float:
+    """A module's rank or alpha: of the first key of the pattern that its name ends with, as peft reads it; else of all."""
+    value = config.get(key, 8)
+    for ending, mine in (config.get(pattern) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({ending})$", module):
+                value = mine
+                break
+        except re.error:
+            raise UserError(f"{name}: {pattern} has the key {ending[:80]!r}, which is no regular expression") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name}: {key} of {module} must be a number, got {value!r}")
+    return value
+
+
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor, bool]],
+    settings: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    whole: Mapping[str, Tensor] | None = None,
+) -> None:
+    """An adapter that peft loads, of factors (A, B, whether an embedding's) with scale 1: alpha is the rank everywhere.
+
+    settings: what else its configuration says; target_modules defaults to the modules by their whole names.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, (a, b, embedding) in factors.items():
+        names = (".lora_embedding_A", ".lora_embedding_B") if embedding else (".lora_A.weight", ".lora_B.weight")
+        for ending, tensor in zip(names, (a, b), strict=True):
+            tensors[_PREFIX + module + ending] = tensor.contiguous()
+    for name, tensor in (whole or {}).items():
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / WEIGHTS, dict(metadata))
+    ranks = {module: a.shape[0] for module, (a, _, _) in factors.items()}
+    usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    config = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "r": usual, "lora_alpha": usual,
+        "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(factors), "fan_in_fan_out": False,
+        "bias": "none", "modules_to_save": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
+        "init_lora_weights": True, "inference_mode": True, **settings,
+    }  # fmt: skip
+    write_json(folder / CONFIG, config)
+
+
+def empty_folder(out: str | os.PathLike) -> Path:
+    """`out`, which must not exist or be an empty folder."""
+    path = Path(out)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another folder or remove it")
+    return path
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """What these are computed in: float32, or float64 where one is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,0 +1,181 @@
+"""LoRA adapters merged onto their base model, W + Σ ρ_i s_i B_i A_i, by the streaming merge: rows of W at a time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastalign
+from fastalign import backend
+from fastalign.errors import UserError
+from fastalign.soup import compare, dtypes, methods
+from fastalign.soup import plan as plans
+from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
+from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
+from fastalign.soup.lora_files import Adapter, base_name, open_adapter
+from fastalign.soup.memory import mapped
+from fastalign.soup.merge import Merged, execute
+from fastalign.soup.stream import mix_tensors
+from fastalign.units import parse_bytes
+
+_BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
+
+
+def apply_adapters(
+    base: str | os.PathLike,
+    adapters: Sequence[str | os.PathLike],
+    weights,
+    out: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    memory_limit: int | str | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Merged:
+    """Write the base model with Σ ρ_i s_i B_i A_i added, as `merge` writes a soup: streamed, whole or not there, resumed.
+
+    base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as `merge_adapters` takes them; weights
+    (K, m) make K models in one reading of the base. Tensors that an adapter stores whole count as their difference from the
+    base's. dtype, max_shard_size, memory_limit: as `merge` takes them; beside memory_limit, one module's factors are held.
+    The sums are made in float64 where float32 or wider is stored, else in float32, and rounded once.
+
+    Raises UserError or FileNotFoundError before a byte is written: also where a module is not in the base, or shares its
+    weight with another (tied embeddings), which the adapter does not change.
+    """
+    made = plan(
+        base, adapters, weights, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force
+    )
+    return execute(made, progress=progress)
+
+
+def plan(
+    base, adapters, weights, out, *, dtype=None, max_shard_size="5GB", memory_limit=None, force=False
+) -> plans.Plan:  # fmt: skip
+    """Check everything that `apply_adapters` takes (see there). Writes nothing."""
+    if isinstance(adapters, str | os.PathLike) or not adapters:
+        raise UserError(f"adapters must be a list of folders, got {adapters!r}")
+    rows = methods.weight_rows(weights, len(adapters))
+    out_dtype = None if dtype is None else dtypes.parse(dtype)
+    limit = parse_bytes("memory_limit", plans.DEFAULT_MEMORY if memory_limit is None else memory_limit)
+    shard_size = parse_bytes("max_shard_size", max_shard_size)
+    held = [open_adapter(one) for one in adapters]
+    same_bases(held, force=force)
+    shapes_agree(held)
+    model = open_checkpoint(base)
+    names = compare.same_model((model,))
+    layout = lay_out(((name, plans.out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
+    changed = _changed(model, held)
+    recipe = {
+        "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": plans.told(model),
+        "adapters": [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in held],
+    }  # fmt: skip
+    single = np.ndim(weights) == 1
+    files = [*model.files, *(one.file for one in held)]
+    basis = {
+        "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size,
+        "by": backend.engine.active_isa() if backend.choose(torch.device("cpu")) == "cpu" else "torch",
+        "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for file in files],
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+    ones = [1.0] * len(rows)
+    stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
+    tensors = mapped(model)
+    room = min(_BLOCK, limit // 2)
+    blocks_of = {
+        name: functools.partial(
+            _blocks, name, tensors[name], held, rows, module, transposed, dtypes.TORCH[stored[name]], room
+        )
+        for name, (module, transposed) in changed.items()
+    }
+    return plans.Plan(
+        (model,), (model,), Path(out), rows, single, tuple(layout), recipe, out_dtype, limit, key, lambda name: ones, blocks_of
+    )  # fmt: skip
+
+
+def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str | None, bool]]:
+    """By tensor of the base: the module whose factors change it, if any, and whether W is the transpose of B A."""
+    tied = bool(compare.config_of(model).get("tie_word_embeddings"))
+    found: dict[str, tuple[str | None, bool]] = {}
+    for module in modules_of(held):
+        name = f"{module}.weight"
+        owner = next(one for one in held if module in one.factors)
+        factors = owner.factors[module]
+        _in_base(model, name, owner.name, tied)
+        shape, update = model[name].shape, (factors.b.shape[0], factors.a.shape[1])
+        asked = factors.embedding or bool(owner.config.get("fan_in_fan_out"))
+        fitting = [turned for turned in (asked, not asked) if shape == (update[::-1] if turned else update)]
+        if not fitting:
+            raise UserError(f"{name} is {list(shape)} in {model.name}, {owner.name}'s update of it {list(update)}")
+        if model[name].dtype not in dtypes.FLOATS:
+            raise UserError(f"{name} is {model[name].dtype} in {model.name}: nothing can be added to it")
+        found[name] = (module, fitting[0])
+    for one in held:
+        for key, tensor in one.whole.items():
+            name = base_name(key)
+            _in_base(model, name, one.name, tied and ".base_layer." not in key)
+            if model[name].shape != tuple(tensor.shape) or model[name].dtype not in dtypes.FLOATS:
+                raise UserError(
+                    f"{name} is {model[name].dtype} {list(model[name].shape)} in {model.name}, {one.name} stores it whole as "
+                    f"{list(tensor.shape)}"
+                )
+            found.setdefault(name, (None, False))
+    return found
+
+
+def _in_base(model: Checkpoint, name: str, adapter: str, tied: bool) -> None:
+    ends = (
+        "lm_head.weight",
+        "embed_tokens.weight",
+        "wte.weight",
+        "word_embeddings.weight",
+        "embed_in.weight",
+        "embed_out.weight",
+    )
+    if tied and name.endswith(ends):
+        raise UserError(
+            f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; untie them "
+            "in the base first"
+        )
+    if name not in model:
+        raise UserError(f"{adapter} changes {name}, which {model.name} does not have: is it the adapter's base model?")
+
+
+def _blocks(
+    name: str,
+    base: Tensor,
+    held: Sequence[Adapter],
+    rows: np.ndarray,
+    module: str | None,
+    transposed: bool,
+    dtype: torch.dtype,
+    room: int,
+) -> Iterator[list[Tensor]]:
+    """The changed tensor for each of K rows of weights, a run of its rows at a time."""
+    whole = [
+        (i, one.whole[key].reshape(len(base), -1))
+        for i, one in enumerate(held)
+        for key in one.whole
+        if base_name(key) == name
+    ]
+    # One type wider than what is stored: what is written is the exact sum's rounding but for ties.
+    exact = torch.float64 if dtype.itemsize >= 4 else torch.float32
+    pairs = [stacked(held, row, module, exact) if module else None for row in rows]
+    if transposed:
+        pairs = [None if pair is None else (pair[1].T, pair[0].T) for pair in pairs]
+    sums = [[1 - float(sum(row[i] for i, _ in whole)), *(float(row[i]) for i, _ in whole)] for row in rows]
+    flat = base.reshape(len(base), -1)
+    for span in spans(len(flat), flat.shape[1] * exact.itemsize * (len(rows) + 2), room):
+        starts = mix_tensors([flat[span], *(tensor[span] for _, tensor in whole)], sums, exact)
+        for start, pair in zip(starts, pairs, strict=True):
+            if pair is not None:
+                start.addmm_(pair[1][span], pair[0])
+        yield [start if start.dtype == dtype else mix_tensors([start], [[1.0]], dtype)[0] for start in starts]
