@@ -1,7 +1,8 @@
-"""Sizes as people write them."""
+"""Numbers as people write them."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from fastalign.errors import UserError
@@ -21,3 +22,8 @@ def parse_bytes(name: str, value: int | str) -> int:
     if not size:
         raise UserError(f"{name} must be a size such as 4GB or 512MiB, or a number of bytes, got {value!r}")
     return size
+
+
+def decimals(spread: float) -> int:
+    """Digits after the point that show a hundredth of a spread, two to six; three where there is none."""
+    return min(6, max(2, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3

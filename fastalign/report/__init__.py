@@ -12,6 +12,8 @@ import numpy as np
 
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
+from fastalign.report.duals import Dual, both
+from fastalign.units import decimals
 
 __all__ = ["Example", "Report", "Value", "build"]
 
@@ -56,10 +58,7 @@ class Value:
 
     @property
     def decimals(self) -> int:
-        """Digits after the point that show a hundredth of the spread, two to six."""
-        if not self.spread > 0:
-            return 3
-        return min(6, max(2, 2 - math.floor(math.log10(self.spread))))
+        return decimals(self.spread)
 
     def show(self, level: float, sign: str = "") -> str:
         """A level as the report prints it."""
@@ -98,6 +97,7 @@ class Report:
     rewards: np.ndarray = field(repr=False)
     realised_rewards: np.ndarray = field(repr=False)
     weights: np.ndarray = field(repr=False)
+    duals: tuple[Dual, ...] = field(repr=False)  # the per-prompt and the joint form; none of a single prompt
 
     @property
     def agrees(self) -> bool:
@@ -159,6 +159,7 @@ class Report:
             "ess_per_prompt": {"min": self.ess_per_prompt.min(), "median": np.median(self.ess_per_prompt), "mean": self.ess_per_prompt.mean()},
             "feasible": self.feasible,
             "dual": self.dual,
+            "duals": [each.to_json() for each in self.duals],
             "method": self.method,
             "prompts": self.prompts,
             "candidates": self.candidates,
@@ -231,7 +232,7 @@ def build(
 
     values: m names. rewards: (P, N, m), finite, every candidate's. selected: (P, k) integers in 0..N-1, the candidates
     chosen. palette: what `fastalign map` writes: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible", and if
-    known "nearest" (m,) or None and "dual". prompts: P. texts: P x N. settings: anything worth printing; its "method"
+    known "nearest" (m,) or None, "dual" and "sense". prompts: P. texts: P x N. settings: anything worth printing; its "method"
     is how the texts were chosen (default "resample"). seed: of the examples drawn at random.
 
     Raises UserError, in one line, where shapes do not match, a number is not finite or an index is out of range.
@@ -285,6 +286,7 @@ def build(
         rewards=rewards,
         realised_rewards=realised_rewards,
         weights=weights,
+        duals=both(rewards, solution["palette"], palette.get("sense", ">=")) if p > 1 else (),
         **frame,
     )
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from fastalign.palette import plots
-from fastalign.report import Example, Report, Value, clean
+from fastalign.report import Example, Report, Value, clean, duals
 
 # The figures' colours become the page's, so that they turn with it.
 _THEME = {
@@ -66,7 +66,9 @@ figure svg text { font-family: inherit !important } figcaption { max-width: 50re
 .text { background: var(--card); border-top: 3px solid var(--before); border-radius: 3px; padding: .7rem .95rem .8rem; font-size: .93rem }
 .text.after { border-color: var(--realised) } .text p { white-space: pre-wrap; overflow-wrap: anywhere }
 .text .scores { margin-top: .6rem; color: var(--muted); font-size: .82rem; font-variant-numeric: tabular-nums; white-space: normal }
-.scores span { white-space: nowrap; margin-right: 1em } .label { font-size: .78rem; font-weight: 600; color: var(--muted) }
+.scores span { display: inline-block; white-space: nowrap; margin-right: 1em } .label { font-size: .78rem; font-weight: 600; color: var(--muted) }
+.duals td:last-child, .duals th:last-child { text-align: right; padding-right: 0 } .duals tr:first-child th { border: 0; padding-bottom: 0; color: var(--ink) }
+.duals .price td:first-child { font-weight: 400; color: var(--muted) } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; font-size: .9rem; padding: .28rem .7rem } .settings td:first-child { width: 15rem; font-weight: 400; color: var(--muted) }
 @media (max-width: 44rem) { .two { grid-template-columns: 1fr } main { padding: 1.4rem 1rem 3rem } }
 @media print { html { font-size: 9.5pt } main { padding: 0; max-width: none } .scroll { overflow: visible } th, td { padding-left: .4rem; padding-right: .4rem } body { font-size: 9.5pt; -webkit-print-color-adjust: exact; print-color-adjust: exact } figure svg { max-height: 10.5cm } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
@@ -92,6 +94,7 @@ def page(report: Report) -> str:
         _table(report),
         _reasons(report),
         _facts(report),
+        *_duals(report),
         _figure("levels", figures, _CAPTIONS["levels"]),
         "<h2>Distributions before and after</h2>",
         _figure("histograms", figures, _CAPTIONS["histograms"].format(draws=_draws(report))),
@@ -157,6 +160,13 @@ def _facts(report: Report) -> str:
         ("feasible" if report.feasible else "infeasible", "palette, for these candidates"),
     ]  # fmt: skip
     return "<div class='facts'>" + "".join(f"<div><b>{value}</b>{label}</div>" for value, label in facts) + "</div>"
+
+
+def _duals(report: Report) -> list[str]:
+    if not report.duals:
+        return []
+    columns = zip(*((v.name, v.asked, v.spread) for v in report.values), strict=True)
+    return ["<h2>Both duals at this palette</h2>", duals.table(*columns, report.duals), duals.NOTE]
 
 
 def _figure(name: str, figures: Mapping[str, str], caption: str) -> str:

@@ -16,6 +16,7 @@ from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, best_of_n_kl
 from fastalign.errors import UserError
 from fastalign.palette.front import Policies, Region, Tilts, Way, front_of, palette_path, region_of, spread_directions
 from fastalign.palette.pareto import hypervolume
+from fastalign.report.duals import Dual, both
 
 DIRECTIONS, CURVE, SURFACE, WEIGHTS = 28, 41, 105, 7
 L1_MAX = 4.0  # of random λ, in units of 1 / σ
@@ -40,6 +41,7 @@ class Study:
     scalarised: Policies
     best_of: dict[int, np.ndarray]  # by N, (K, m)
     palettes: dict[str, Way]
+    duals: dict[str, tuple[Dual, Dual]]  # both forms at each of the palettes; none of a single prompt
     soups: np.ndarray | None  # (S, m)
 
     @cached_property
@@ -84,6 +86,7 @@ class Study:
                 {
                     "name": name, "palette": way.palette.tolist(),
                     "reachable": way.limit, "t": way.t.tolist(), **_lists(way.policies),
+                    "duals": [each.to_json() for each in self.duals.get(name, ())],
                 }
                 for name, way in self.palettes.items()
             ],
@@ -209,7 +212,8 @@ def study(
         region=region_of(tilts, n_lambda, l1_max, seed), l1_max=l1_max, beta=beta,
         scalarised=tilts.at(_simplex(directions) / beta / tilts.scale),
         best_of=_best_of(rewards, directions / tilts.scale, ks) if several else {},
-        palettes={name: palette_path(flat, c, groups=groups) for name, c in (palettes or {}).items()}, soups=soups,
+        palettes={name: palette_path(flat, c, groups=groups) for name, c in (palettes or {}).items()},
+        duals={name: both(rewards, c) for name, c in (palettes or {}).items()} if len(rewards) > 1 else {}, soups=soups,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from fastalign.decode.estimates import TRUSTED_ESS, needed
+from fastalign.report import duals
 from fastalign.report.html import _figure, _svg, document
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p class='sub'>{prompts:,} prompts × {n:,} candidates, reweighted {how}</p>",
         _palettes(study),
+        *_duals(study),
         "<h2>Volumes</h2>",
         _volumes(study),
     ]
@@ -69,6 +71,16 @@ def _palettes(study: Study) -> str:
         f"<th>{x}</th>" for x in ("Palette", "Verdict", "λ", "KL, nats", "ESS", f"N for ESS {TRUSTED_ESS:g}")
     )
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _duals(study: Study) -> list[str]:
+    if not study.duals:
+        return []
+    parts = ["<h2>Both duals at each palette</h2>"]
+    for name, found in study.duals.items():
+        table = duals.table(study.values, study.palettes[name].palette, study.spread, found)
+        parts += [f"<h3>{escape(name)}</h3>", table]
+    return [*parts, duals.NOTE]
 
 
 def _volumes(study: Study) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from fastalign.errors import UserError
 from fastalign.palette.quantile import quantile_palette
 from fastalign.palette.solve import solve
+from fastalign.units import decimals
 
 # On the edge of what is reachable λ is infinite: shown is the point this share of the way to it from the mean.
 SHORT_OF_EDGE = 0.999
@@ -59,7 +60,7 @@ class Desk:
                 {
                     "name": name,
                     "mean": float(self.mean[j]),
-                    "decimals": _decimals(self.spread[j]),
+                    "decimals": decimals(self.spread[j]),
                     "per_prompt": [float(end[j]) for end in within],
                     "joint": [float(end[j]) for end in over_all],
                 }
@@ -150,11 +151,6 @@ class Desk:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e300
-
-
-def _decimals(spread: float) -> int:
-    """Digits after the point that show a hundredth of the spread, two to six."""
-    return min(6, max(2, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3
 
 
 def _plain(value: Any) -> Any:

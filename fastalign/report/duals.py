@@ -1,0 +1,103 @@
+"""Both forms of the dual at one palette, side by side: see docs/palette_duals.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from fastalign.palette.solve import solve
+from fastalign.units import decimals
+
+NOTE = (
+    "<p class='note'>Within each prompt, every prompt keeps its weight: that is what a decoder realises. All at once, the "
+    "policy may also choose which prompts come up, which no decoder can: its KL bounds the other's from below, and it "
+    "reaches further. Decoded: what drawing within each prompt by that λ gives.</p>"
+)
+
+
+@dataclass(frozen=True)
+class Dual:
+    """What one form says of a palette. Where it is not feasible, all but the first four are None.
+
+    form: "per_prompt" or "joint". scaling: how much of the way from the mean to the palette can be had, 1 where all of
+    it. samples: how many `ess` is out of. lam, levels (m,): λ and E[R] under the form's own law. decoded (m,): mean over
+    prompts of E[R] where each prompt's candidates are drawn by λ. kl: nats, of which prompts_kl are the prompts' tilt.
+    """
+
+    form: str
+    feasible: bool
+    scaling: float
+    samples: int
+    lam: np.ndarray | None = None
+    levels: np.ndarray | None = None
+    decoded: np.ndarray | None = None
+    kl: float | None = None
+    prompts_kl: float | None = None
+    ess: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in vars(self).items()}
+        return {"lambda" if name == "lam" else name: x for name, x in plain.items()}
+
+
+def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = ">=") -> tuple[Dual, Dual]:
+    """The per-prompt and the joint form. rewards: (P, N, m), finite. palette: (m,). sense: as in `palette.solve`."""
+    p, n, m = rewards.shape
+    flat = np.ascontiguousarray(rewards.reshape(-1, m))
+    found = []
+    for form, groups, samples in (("per_prompt", np.repeat(np.arange(p), n), n), ("joint", None, p * n)):
+        solution = solve(flat, palette, groups=groups, sense=sense)
+        if not solution.feasible:
+            found.append(Dual(form, False, float(solution.scaling), samples))
+            continue
+        scores = rewards.astype(np.float64) @ solution.lam
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        # log of each prompt's share of Z, which is its share of the prompts under the joint law.
+        shares = np.log(weights.sum(axis=1)) + scores.max(axis=1)
+        shares -= np.logaddexp.reduce(shares)
+        weights /= weights.sum(axis=1, keepdims=True)
+        moved = float(np.exp(shares) @ (shares + np.log(p))) if form == "joint" else 0.0
+        found.append(
+            Dual(
+                form, True, 1.0, samples, lam=solution.lam, levels=solution.levels,
+                decoded=np.einsum("pn,pnm->m", weights, rewards) / p, kl=float(solution.kl), prompts_kl=max(0.0, moved),
+                ess=float(solution.ess),
+            )
+        )  # fmt: skip
+    return found[0], found[1]
+
+
+def table(values: Sequence[str], palette: np.ndarray, spread: np.ndarray, duals: tuple[Dual, Dual]) -> str:
+    """As an HTML table: a row for each value, then the price of it."""
+    within, at_once = duals
+
+    def cells(dual: Dual, j: int, *columns: str) -> str:
+        if not dual.feasible:
+            return "<td>–</td>" * (1 + len(columns))
+        shown = (f"{getattr(dual, name)[j]:.{decimals(spread[j])}f}" for name in columns)
+        return f"<td>{dual.lam[j]:.3g}</td>" + "".join(f"<td>{x}</td>" for x in shown)
+
+    def price(dual: Dual) -> tuple[str, str, str]:
+        if not dual.feasible:
+            return "–", "–", f"<span class='verdict short'>up to {dual.scaling:.0%} of the way</span>"
+        kl = f"{dual.kl:.3f}" + (f", of which {dual.prompts_kl:.3f} on prompts" if dual.form == "joint" else "")
+        return kl, f"{dual.ess:,.1f} of {dual.samples:,}", "<span class='verdict met'>in reach</span>"
+
+    rows = [
+        f"<tr><td>{escape(name)}</td><td>{palette[j]:.{decimals(spread[j])}f}</td>{cells(within, j, 'levels')}"
+        f"{cells(at_once, j, 'levels', 'decoded')}</tr>"
+        for j, name in enumerate(values)
+    ]
+    for name, a, b in zip(("KL, nats", "effective samples", "verdict"), price(within), price(at_once), strict=True):
+        rows.append(
+            f"<tr class='price'><td colspan='2'>{name}</td><td colspan='2'>{a}</td><td colspan='3'>{b}</td></tr>"
+        )
+    return (
+        "<div class='scroll'><table class='duals'><thead><tr><th colspan='2'></th><th colspan='2'>Within each prompt</th>"
+        "<th colspan='3'>All at once</th></tr><tr><th>Value</th><th>Asked for</th><th>λ</th><th>Reached</th>"
+        f"<th>λ</th><th>Reached</th><th>Decoded</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
