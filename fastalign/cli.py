@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastalign import cli_soup, cli_train
+from fastalign import cli_soup, cli_soup_front, cli_train
 from fastalign._command import console as _console
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
@@ -244,7 +244,9 @@ def pareto(
     ] = None,
     soup: Annotated[
         list[Path] | None,
-        typer.Option(help="Another model's scored candidates, a point at their mean; may be given again."),
+        typer.Option(
+            help="Another model's scored candidates, a point at their mean, or soups.json; may be given again."
+        ),
     ] = None,
     values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,
     joint: Annotated[
@@ -376,6 +378,7 @@ def _show_grid(found: dict) -> None:
 
 
 cli_soup.add_to(app)
+cli_soup_front.add_to(app)
 
 
 @command("fastalign bench losses --out bench-results")

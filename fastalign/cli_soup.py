@@ -77,6 +77,8 @@ def soup(
     adapters = any(is_adapter(model) for model in models)
     if energy is not None or (rank is not None and (base is not None or not adapters)):
         raise UserError("--rank is for adapters that are written, --energy for --extract")
+    if adapters and normalize is not None:
+        raise UserError("adapters' weights are taken as they are: --normalize is for whole models")
     if (weights is None) == (grid is None):
         raise UserError("give --weights, one for each model, or --grid")
     rows = methods.simplex_grid(len(models), grid) if weights is None else numbers("weights", weights)

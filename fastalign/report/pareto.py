@@ -245,7 +245,8 @@ def write(
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
 
     palettes: palette files of the same values. quantiles: palettes that ask for this quantile of each value. soups:
-    scored files of other models' candidates, each a point at its mean rewards. values: which rewards; default all.
+    scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
+    values: which rewards; default all.
     """
     from fastalign.palette import quantile_palette
     from fastalign.report.pareto_html import page
@@ -263,7 +264,7 @@ def write(
                 f"{path}: must ask for at least its levels in every value, got {', '.join(solution['sense'])}"
             )
         asked[Path(path).stem] = np.array(solution["palette"])
-    points = [Candidates.from_parquet(p, kind="scored").reward_array(names).mean(axis=(0, 1)) for p in soups]
+    points = [row for path in soups for row in _soup_levels(path, names)]
     found = study(
         names, rewards, palettes=asked, soups=np.array(points) if points else None, joint=joint, n_lambda=n_lambda,
         l1_max=l1_max, seed=seed,
@@ -276,6 +277,19 @@ def write(
     with atomic_write(out / "pareto.html") as beside:
         beside.write_text(text, encoding="utf-8")
     return found
+
+
+def _soup_levels(path: str | Path, names: Sequence[str]) -> np.ndarray:
+    """(S, m) mean rewards: of one model's scored candidates, or of all soups of a walk."""
+    if Path(path).suffix != ".json":
+        return Candidates.from_parquet(path, kind="scored").reward_array(names).mean(axis=(0, 1))[None]
+    from fastalign.soup.front import SoupFront
+
+    found = SoupFront.read(path)
+    lacking = [name for name in names if name not in found.values]
+    if lacking:
+        raise UserError(f"{path}: its values are {', '.join(found.values)}, it has no {lacking[0]}")
+    return found.levels[:, [found.values.index(name) for name in names]]
 
 
 def plot_palette(scored: str | Path, palette: str | Path, folder: str | Path) -> None:

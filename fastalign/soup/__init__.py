@@ -1,6 +1,7 @@
 """Soups: weighted sums of separately aligned models' weights, from file to file or in memory; and of their LoRA adapters."""
 
 from fastalign.soup.checkpoint import open_checkpoint
+from fastalign.soup.front import SoupFront, choose, walk
 from fastalign.soup.lora import merge_adapters
 from fastalign.soup.lora_extract import extract_adapter
 from fastalign.soup.lora_merge import apply_adapters
@@ -9,6 +10,6 @@ from fastalign.soup.merge import Merged, execute, merge
 from fastalign.soup.methods import METHODS, simplex_grid
 
 __all__ = [
-    "METHODS", "Merged", "apply_adapters", "execute", "extract_adapter", "interpolate", "merge", "merge_adapters", "mix",
-    "open_checkpoint", "simplex_grid",
+    "METHODS", "Merged", "SoupFront", "apply_adapters", "choose", "execute", "extract_adapter", "interpolate", "merge",
+    "merge_adapters", "mix", "open_checkpoint", "simplex_grid", "walk",
 ]  # fmt: skip

@@ -23,11 +23,12 @@ from fastalign.palette.plots._style import (
 )  # fmt: skip
 from fastalign.palette.plots.fronts import Shown, front_in_three, fronts
 from fastalign.palette.plots.lam import path, region, samples_left
+from fastalign.palette.plots.soups import soups
 from fastalign.palette.plots.tradeoff import MAX_PAIRS, pairs, pareto
 from fastalign.palette.plots.values import histograms, levels, radar
 
 __all__ = [
     "ASKED", "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "Shown", "_bins", "_figure",
     "_legend", "_line", "_patch", "_short", "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path",
-    "radar", "region", "samples_left", "save", "write",
+    "radar", "region", "samples_left", "save", "soups", "write",
 ]  # fmt: skip

@@ -1,0 +1,77 @@
+"""The command `fastalign soup-front`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastalign._command import console, names, registrar
+from fastalign.errors import UserError
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    command = registrar(app, interrupted="interrupted; finished soups are kept, and the same command goes on from them")
+    command(
+        "fastalign soup-front positive/ coherent/ --prompts bundled --rewards positive,coherence --grid 11 --out soups"
+    )(soup_front)
+
+
+def soup_front(
+    models: Annotated[
+        list[str], typer.Argument(help="Models of one architecture; or, with --base, LoRA adapters of that model.")
+    ],
+    prompts: Annotated[str, typer.Option(help="As `fastalign sample` takes them.")],
+    rewards: Annotated[str, typer.Option(help="Comma-separated names; `fastalign info` lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder for each soup's scored candidates, soups.json and figures.")],
+    grid: Annotated[int, typer.Option(help="All weights that sum to 1 on a grid of so many points a side.")] = 5,
+    palette: Annotated[
+        Path | None, typer.Option(help="A palette file, as `fastalign map` writes it: choose the ρ nearest it, and measure it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Of the adapters.")] = None,
+    n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per candidate, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:  # fmt: skip
+    """Measure soups along ρ with rewards, writing no model; choose the ρ for a palette."""
+    from rich.table import Table
+
+    from fastalign.data import prompts as sources
+    from fastalign.soup import front, simplex_grid
+
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    values = names(rewards)
+    asked = front.read_palette(palette, values) if palette is not None else None
+    found = front.study(
+        models, simplex_grid(len(models), grid), sources.load(prompts)[:limit], values, out, palette=asked, n=n,
+        max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device, temperature=temperature, top_p=top_p,
+    )  # fmt: skip
+    told = console()
+    table = Table(*(f"ρ {name}" for name in found.models), box=None, header_style="bold", pad_edge=False)
+    for name in values:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, levels, errors in zip(found.rho, found.levels, found.stderr, strict=True):
+        table.add_row(*(f"{x:.3g}" for x in row), *(f"{x:.3f} ± {e:.3f}" for x, e in zip(levels, errors, strict=True)))
+    told.print(table)
+    told.print(f"± is one standard error over {found.means.shape[1]} prompts of {n} candidates")
+    if found.chosen is not None:
+        chosen = found.chosen
+        told.print(
+            "chosen: " + ", ".join(f"{name} {x:.3f}" for name, x in zip(found.models, chosen["rho"], strict=True))
+        )
+        for j, name in enumerate(values):
+            level = "free" if chosen["palette"][j] is None else f"{chosen['palette'][j]:.3f}"
+            told.print(
+                f"  {name}: asked for {level}, interpolated {chosen['predicted'][j]:.3f}, measured "
+                f"{chosen['measured'][j]:.3f} ± {chosen['stderr'][j]:.3f}"
+            )
+        told.print(chosen["verdict"])
+    told.print(f"{out / front.RECORD}", soft_wrap=True)

@@ -1,0 +1,322 @@
+"""What soups reach: their values measured along ρ with no soup written, and the ρ whose soup a palette asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastalign import progress as bars
+from fastalign.data.files import read_json, write_json
+from fastalign.decode.candidates import Candidates
+from fastalign.errors import UserError
+from fastalign.soup import lora_merge, methods
+from fastalign.soup import plan as plans
+from fastalign.soup.checkpoint import open_checkpoint
+from fastalign.soup.lora_files import open_adapter
+from fastalign.soup.memory import interpolate
+
+RECORD = "soups.json"
+
+
+@dataclass(frozen=True)
+class SoupFront:
+    """K soups of m models, measured by d values on the same P prompts with n candidates each.
+
+    means: each prompt's mean over its candidates. spread: standard deviation of each value over all candidates.
+    """
+
+    values: list[str]
+    models: list[str]
+    rho: np.ndarray  # (K, m)
+    means: np.ndarray = field(repr=False)  # (K, P, d)
+    spread: np.ndarray  # (d,)
+    candidates: int
+    chosen: dict[str, Any] | None = None
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(K, d): each soup's mean values."""
+        return self.means.mean(axis=1)
+
+    @property
+    def stderr(self) -> np.ndarray:
+        """(K, d): standard errors over prompts, with what drawing candidates adds; NaN from one prompt alone."""
+        return _stderr(self.means)
+
+    def write(self, path: str | Path) -> None:
+        write_json(path, {
+            "kind": "soup_front", "version": 1, "values": self.values, "models": self.models, "rho": self.rho.tolist(),
+            "levels": self.levels.tolist(), "stderr": [[None if np.isnan(x) else x for x in row] for row in self.stderr.tolist()],
+            "spread": self.spread.tolist(), "prompts": self.means.shape[1], "candidates": self.candidates,
+            "means": self.means.tolist(), "chosen": self.chosen,
+        })  # fmt: skip
+
+    @classmethod
+    def read(cls, path: str | Path) -> SoupFront:
+        """Raises FileNotFoundError or UserError, one line that names the file."""
+        found = read_json(path, kind="soup_front")
+        try:
+            means, rho = np.array(found["means"], dtype=np.float64), np.array(found["rho"], dtype=np.float64)
+            made = cls(
+                list(found["values"]), list(found["models"]), rho, means, np.array(found["spread"], dtype=np.float64),
+                int(found["candidates"]), found["chosen"],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a whole soup_front file ({error})") from None
+        if means.shape != (len(rho), means.shape[1], len(made.values)) or rho.shape[1] != len(made.models):
+            raise UserError(
+                f"{path}: means of shape {means.shape} do not fit {len(rho)} soups of {len(made.values)} values"
+            )
+        return made
+
+
+class Choice(NamedTuple):
+    """A ρ for a palette. levels, stderr: interpolated between the measured soups, prompt by prompt; margin: the least
+    (level - palette) / spread of any value, 0 or more where the palette is met; between: the soups' numbers."""
+
+    rho: np.ndarray  # (m,)
+    levels: np.ndarray  # (d,)
+    stderr: np.ndarray  # (d,)
+    margin: float
+    between: list[int]
+
+
+def walk(
+    models: Sequence[str | os.PathLike],
+    rho,
+    prompts: Sequence[str],
+    rewards: Sequence[Any],
+    out: str | os.PathLike,
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    base: str | os.PathLike | None = None,
+    dtype: Any = "auto",
+    device: Any = "auto",
+    progress: bool = True,
+    **sampling: Any,
+) -> SoupFront:
+    """Measure the soups of `models` at each row of `rho`: one live model is set to each in turn, sampled and scored.
+
+    Args:
+        models: m checkpoints of one architecture with their tokenizer; with `base`, m LoRA adapters of it.
+        rho: (K, m); rows sum to 1, but for adapters.
+        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes them; every
+            soup is asked the same prompts with the same random numbers, so that differences between soups are less noisy
+            than their levels.
+        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups that an
+            interrupted walk left are taken as they are.
+
+    Raises UserError or FileNotFoundError, one line each.
+    """
+    from fastalign.decode import Sampler
+    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.rewards import score
+
+    rows = methods.weight_rows(rho, len(models))
+    rewards = [rewards] if isinstance(rewards, str) else list(rewards)
+    names = [reward if isinstance(reward, str) else reward.name for reward in rewards]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
+    if base is None:
+        methods.linear_rows(rows, None)
+        held = [open_checkpoint(model) for model in models]
+        told = [plans.told(one) for one in held]
+    else:
+        opened = [open_adapter(model) for model in models]
+        told = [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in opened]
+        told.append(plans.told(open_checkpoint(base)))
+    made_with = {
+        "models": told, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": str(dtype), "rewards": names,
+        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(), **sampling,
+    }  # fmt: skip
+    out, live, grids = Path(out), None, []
+    with bars.bar("soups", total=len(rows), unit="soups", show=progress) as advance:
+        for k, row in enumerate(rows):
+            path = out / f"{k:03d}.parquet"
+            wanted = json.loads(json.dumps(made_with | {"rho": row.tolist()}))
+            if path.is_file():
+                scored = Candidates.from_parquet(path, kind="scored")
+                if scored.settings.get("soup") != wanted:
+                    raise UserError(f"{path}: is of other soups or settings; choose another folder or remove it")
+            else:
+                if live is None:
+                    live, tokenizer = load_causal_lm(models[0] if base is None else base, dtype=dtype, device=device)
+                _set(live, models, row, base)
+                sampler = Sampler(live, tokenizer)
+                scored = sampler.sample(prompts, n=n, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+                scored = scored.with_rewards(names, score(rewards, *scored.pairs()))
+                scored.settings["soup"] = wanted
+                scored.to_parquet(path)
+            grids.append(scored.reward_array(names).astype(np.float64))
+            advance(1)
+    grid = np.stack(grids)  # (K, P, n, d)
+    labels = [Path(os.fspath(model)).name or os.fspath(model) for model in models]
+    return SoupFront(names, labels, rows, grid.mean(axis=2), grid.reshape(-1, len(names)).std(axis=0), n)
+
+
+def study(
+    models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], out: str | os.PathLike, *,
+    palette: np.ndarray | None = None, seed: int, **settings: Any,
+) -> SoupFront:  # fmt: skip
+    """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures in `out`.
+
+    settings: as `walk` takes them. The verdict holds what was measured, not what was chosen by, against the palette.
+    """
+    from fastalign.palette import plots
+
+    found = walk(models, rho, prompts, rewards, out, seed=seed, **settings)
+    marks = {}
+    if palette is not None:
+        choice = choose(found, palette)
+        again = walk(models, choice.rho[None], prompts, rewards, Path(out) / "chosen", seed=seed + 1, **settings)
+        marks = {
+            "palette": np.asarray(palette, dtype=np.float64), "predicted": choice.levels, "measured": again.levels[0],
+            "measured_stderr": again.stderr[0],
+        }  # fmt: skip
+        found = replace(found, chosen=_chosen(found.values, marks["palette"], choice, again))
+    found.write(Path(out) / RECORD)
+    if len(found.values) > 1:
+        figure = plots.soups(found.values, found.models, found.rho, found.levels, found.stderr, **marks)
+        for suffix in ("svg", "png"):
+            plots.save(figure, Path(out) / f"soups.{suffix}")
+    return found
+
+
+def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: SoupFront) -> dict[str, Any]:
+    def plain(x: np.ndarray) -> list[float | None]:
+        return [float(v) if np.isfinite(v) else None for v in x]
+
+    levels, errors = again.levels[0], again.stderr[0]
+    away = (levels - palette) / errors  # -inf asked for: inf, met; one prompt: NaN
+    short = [name for name, x in zip(values, away, strict=True) if x < -2]
+    unsure = [name for name, x in zip(values, away, strict=True) if -2 <= x < 2 or np.isnan(x)]
+    if short:
+        verdict = f"not met: {', '.join(short)} below what was asked for by more than two standard errors"
+    elif unsure:
+        verdict = (
+            f"within two standard errors of the palette in {', '.join(unsure)}: more prompts or candidates would tell"
+        )
+    else:
+        verdict = "met, by more than two standard errors in every value"
+    return {
+        "rho": choice.rho.tolist(), "palette": plain(palette), "predicted": plain(choice.levels),
+        "predicted_stderr": plain(choice.stderr), "margin": choice.margin, "between": choice.between,
+        "measured": plain(levels), "stderr": plain(errors), "verdict": verdict,
+    }  # fmt: skip
+
+
+def read_palette(path: str | os.PathLike, values: Sequence[str]) -> np.ndarray:
+    """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
+    found = read_json(path, kind="palette")
+    lacking = [name for name in found["values"] if name not in values]
+    if lacking:
+        raise UserError(f"{path}: asks for {lacking[0]}, the rewards are {', '.join(values)}")
+    if set(found["sense"]) != {">="}:
+        raise UserError(f"{path}: must ask for at least its levels in every value, got {', '.join(found['sense'])}")
+    asked = dict(zip(found["values"], found["palette"], strict=True))
+    return np.array([-np.inf if asked.get(name) is None else float(asked[name]) for name in values])
+
+
+def _set(live, models: Sequence[str | os.PathLike], row: np.ndarray, base: str | os.PathLike | None) -> None:
+    """The live model's weights to one soup's, in place."""
+    import torch
+
+    if base is None:
+        interpolate(live, models, row)
+        return
+    own = live.state_dict()
+    changed = lora_merge.plan(base, models, row, "unused").blocks_of
+    lacking = next((name for name in changed if name not in own), None)
+    if lacking is not None:
+        raise UserError(f"{lacking} is changed by the adapters and is not in {base} as it was loaded")
+    with torch.no_grad():
+        for name, blocks in changed.items():
+            flat, at = own[name].view(-1), 0
+            for (block,) in blocks():
+                flat[at : at + block.numel()] = block.reshape(-1).to(flat.device)
+                at += block.numel()
+
+
+def choose(front: SoupFront, palette) -> Choice:
+    """The ρ with the largest least margin (level - palette) / spread, over all values, on the measured soups' surface.
+
+    palette: (d,), asked for as at least; a value of -inf is free. Between neighbouring ρ (the cells of a Delaunay
+    triangulation) levels are taken to be linear, so that each cell is a small linear programme. Its standard error is that of
+    the interpolated prompts' means; that values bend between the measured ρ, and that the best of noisy points looks better
+    than it is, it does not count: measure the ρ chosen, with another seed.
+    """
+    asked = np.asarray(palette, dtype=np.float64)
+    if asked.shape != (len(front.values),) or np.isnan(asked).any() or (asked == np.inf).any():
+        raise UserError(f"palette must have one level for each of {', '.join(front.values)}, got {palette!r}")
+    kept = np.isfinite(asked)
+    if not kept.any():
+        raise UserError("palette must ask for a level of one value at least")
+    unit = np.where(front.spread > 0, front.spread, 1.0)
+    margins = ((front.levels - asked) / unit)[:, kept]
+    best, at, shares = -np.inf, [0], np.ones(1)
+    for cell in _cells(front.rho):
+        corners = margins[cell]
+        if corners.max(axis=0).min() <= best:
+            continue
+        value, mixture = _best_within(corners)
+        if value > best:
+            best, at, shares = value, cell, mixture
+    used = [k for k, share in zip(at, shares, strict=True) if share > 1e-9]
+    shares = shares[shares > 1e-9] / shares[shares > 1e-9].sum()
+    means = np.tensordot(shares, front.means[used], 1)
+    return Choice(shares @ front.rho[used], means.mean(axis=0), _stderr(means), float(best), used)
+
+
+def _cells(rho: np.ndarray) -> Iterator[list[int]]:
+    """Sets of neighbouring rows; in more than one dimension of a Delaunay triangulation, or each alone where there is none."""
+    flat = rho - rho.mean(axis=0)
+    _, s, v = np.linalg.svd(flat, full_matrices=False)
+    dimensions = int((s > 1e-9 * max(1.0, s[0])).sum())
+    places = flat @ v[:dimensions].T
+    if dimensions == 0:
+        yield from ([k] for k in range(len(rho)))
+    elif dimensions == 1:
+        order = np.argsort(places[:, 0]).tolist()
+        yield from (list(pair) for pair in itertools.pairwise(order))
+    else:
+        from scipy.spatial import Delaunay, QhullError
+
+        try:
+            yield from (cell.tolist() for cell in Delaunay(places).simplices)
+        except QhullError:
+            yield from ([k] for k in range(len(rho)))
+
+
+def _best_within(corners: np.ndarray) -> tuple[float, np.ndarray]:
+    """max over shares β ≥ 0, Σ β = 1 of the least of β · corners: the value and β. corners: (corners, values)."""
+    from scipy.optimize import linprog
+
+    count, d = corners.shape
+    found = linprog(
+        np.r_[np.zeros(count), -1.0],
+        A_ub=np.c_[-corners.T, np.ones(d)], b_ub=np.zeros(d),
+        A_eq=np.r_[np.ones(count), 0.0][None], b_eq=[1.0],
+        bounds=[(0, None)] * count + [(None, None)],
+    )  # fmt: skip
+    if not found.success:  # rounding alone can do that: the best corner stands
+        k = int(corners.min(axis=1).argmax())
+        return float(corners[k].min()), np.eye(count)[k]
+    return float(found.x[-1]), np.maximum(found.x[:-1], 0.0)
+
+
+def _stderr(means: np.ndarray) -> np.ndarray:
+    """Over the last but one axis, the prompts."""
+    count = means.shape[-2]
+    if count < 2:
+        return np.full(means.shape[:-2] + means.shape[-1:], np.nan)
+    return means.std(axis=-2, ddof=1) / np.sqrt(count)

@@ -1,0 +1,165 @@
+"""Soups measured along ρ with no soup written, and the ρ chosen for a palette."""
+
+import json
+
+import numpy as np
+import pytest
+from test_soup_lora import adapter
+from tiny import tiny_folder
+from typer.testing import CliRunner
+
+from fastalign import rewards, soup
+from fastalign.cli import app
+from fastalign.decode import Candidates, Sampler
+from fastalign.errors import UserError
+from fastalign.rewards import registry
+from fastalign.soup import front
+
+PROMPTS = ["tell me a story", "the cat", "why", "hello world"]
+DRAW = {"n": 3, "max_new_tokens": 4, "seed": 0, "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vowels():
+    """Two opposed values."""
+    held = {
+        "length": lambda prompts, texts: [float(len(text)) for text in texts],
+        "vowels": lambda prompts, texts: [text.count("a") - float(len(text)) for text in texts],
+    }
+    for name, function in held.items():
+        rewards.register(name, lambda function=function, name=name: rewards.from_function(function, name))
+    yield
+    for name in held:
+        registry._entries.pop(name)
+        registry._instances.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [tiny_folder(root / name, seed=i) for i, name in enumerate(("long", "short", "third"))]
+
+
+def test_a_walk_measures_what_each_soup_would(models, tmp_path):
+    rho = soup.simplex_grid(3, 3)
+    found = soup.walk(models, rho, PROMPTS, ["length", "vowels"], tmp_path / "out", **DRAW)
+    assert found.levels.shape == (6, 2) and found.models == ["long", "short", "third"]
+    soup.merge(models, rho[1], tmp_path / "merged")
+    drawn = Sampler.from_pretrained(str(tmp_path / "merged")).sample(PROMPTS, n=3, max_new_tokens=4, seed=0)
+    stored = Candidates.from_parquet(tmp_path / "out" / "001.parquet")
+    assert drawn.texts == stored.texts
+    lengths = np.array([[len(text) for text in row] for row in drawn.texts], dtype=float)
+    assert found.levels[1, 0] == pytest.approx(lengths.mean())
+    assert found.stderr[1, 0] == pytest.approx(lengths.mean(axis=1).std(ddof=1) / 2)
+    assert len({tuple(x) for x in found.levels.tolist()}) > 3
+
+    (tmp_path / "out" / "004.parquet").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = soup.walk(models, rho, PROMPTS, ["length", "vowels"], tmp_path / "out", **DRAW)
+    assert np.array_equal(again.means, found.means)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    with pytest.raises(UserError, match="is of other soups or settings"):
+        soup.walk(models, rho, PROMPTS, ["length"], tmp_path / "out", **DRAW)
+
+
+def test_a_walk_over_adapters(models, tmp_path):
+    pair = [adapter(models[0], tmp_path / f"a{i}", i, r=2, target_modules=["q_proj", "down_proj"]) for i in range(2)]
+    found = soup.walk(pair, [[0, 0], [2.0, 1.0]], PROMPTS, ["length"], tmp_path / "out", base=models[0], **DRAW)
+    soup.apply_adapters(models[0], pair, [2.0, 1.0], tmp_path / "merged")
+    for k, of in enumerate((models[0], tmp_path / "merged")):
+        drawn = Sampler.from_pretrained(str(of)).sample(PROMPTS, n=3, max_new_tokens=4, seed=0)
+        assert drawn.texts == Candidates.from_parquet(tmp_path / "out" / f"{k:03d}.parquet").texts
+    assert not np.array_equal(found.means[0], found.means[1])
+
+
+def made(rho, levels, noise=0.0):
+    """A front with these levels, from 50 prompts."""
+    levels = np.asarray(levels, dtype=float)
+    means = levels[:, None] + noise * np.random.default_rng(0).normal(size=(1, 50, levels.shape[1]))
+    means += levels[:, None] - means.mean(axis=1, keepdims=True)
+    names = [f"v{j}" for j in range(levels.shape[1])]
+    return front.SoupFront(
+        names, ["a", "b", "c"][: len(rho[0])], np.asarray(rho, dtype=float), means, np.ones(len(names)), 4
+    )
+
+
+def test_the_rho_for_a_palette_is_found_between_the_soups():
+    two = made([[1, 0], [0.5, 0.5], [0, 1]], [[4.0, 0.0], [3.0, 2.0], [0.0, 3.0]], noise=1.0)
+    found = soup.choose(two, [3.5, 0.5])
+    # On the line from (4, 0) to (3, 2): margins 0.5 - t and 2 t - 0.5 meet at t = 1/3.
+    assert found.rho == pytest.approx([5 / 6, 1 / 6]) and found.levels == pytest.approx([11 / 3, 2 / 3])
+    assert found.margin == pytest.approx(1 / 6) and found.between == [0, 1]
+    assert found.stderr == pytest.approx(two.means[0].std(axis=0, ddof=1) / np.sqrt(50))
+    out = soup.choose(two, [4.0, 2.0])
+    assert out.margin == pytest.approx(-2 / 3) and soup.choose(two, [-np.inf, 2.0]).rho == pytest.approx([0, 1])
+    rho = soup.simplex_grid(3, 5)
+    three = made(rho, np.sqrt(rho))
+    found = soup.choose(three, [0.5, 0.5, 0.5])
+    assert found.margin == pytest.approx(found.levels.min() - 0.5) and found.margin <= np.sqrt(1 / 3) - 0.5
+    assert found.margin >= max(np.sqrt(rho).min(axis=1)) - 0.5 - 1e-9
+    assert abs(found.rho - 1 / 3).max() < 0.1 and found.rho.sum() == pytest.approx(1)
+    assert soup.choose(made([[1.0, 0.0]], [[1.0, 2.0]]), [0.5, 1.0]).rho == pytest.approx([1, 0])
+
+
+def test_what_does_not_fit_is_refused(models, tmp_path):
+    two = made([[1, 0], [0, 1]], [[4.0, 0.0], [0.0, 3.0]])
+    for palette, part in (
+        ([1.0], "must have one level for each of v0, v1"),
+        ([-np.inf, -np.inf], "a level of one value"),
+    ):
+        with pytest.raises(UserError, match=part):
+            soup.choose(two, palette)
+    two.write(tmp_path / "soups.json")
+    back = front.SoupFront.read(tmp_path / "soups.json")
+    assert np.array_equal(back.means, two.means) and back.models == two.models
+    held = json.loads((tmp_path / "soups.json").read_text())
+    for change, part in (({"means": [[[1.0]]]}, "do not fit"), ({"rho": "x"}, "not a whole soup_front file")):
+        (tmp_path / "bad.json").write_text(json.dumps(held | change))
+        with pytest.raises(UserError, match=part):
+            front.SoupFront.read(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="must sum to 1"):
+        soup.walk(models, [[0.5, 0.4, 0]], PROMPTS, ["length"], tmp_path / "out", **DRAW)
+    with pytest.raises(UserError, match="each once"):
+        soup.walk(models, [[1, 0, 0]], PROMPTS, ["length", "length"], tmp_path / "out", **DRAW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_and_the_pareto_page(models, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    palette = {"kind": "palette", "values": ["length"], "palette": [2.0], "sense": [">="]}
+    (tmp_path / "palette.json").write_text(json.dumps(palette))
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    asked = [
+        "soup-front",
+        *models[:2],
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--rewards",
+        "length,vowels",
+        "--grid",
+        3,
+    ]
+    asked += ["-n", 2, "--max-new-tokens", 4, "--palette", tmp_path / "palette.json", "--out", tmp_path / "out"]
+    code, told, err = run(*asked)
+    assert code == 0 and "chosen: long" in told and "measured" in told, err
+    found = json.loads((tmp_path / "out" / "soups.json").read_text())
+    assert found["chosen"]["palette"] == [2.0, None] and len(found["levels"]) == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "000.parquet", "001.parquet", "002.parquet", "chosen", "soups.json", "soups.png", "soups.svg",
+    ]  # fmt: skip
+    scored = tmp_path / "out" / "000.parquet"
+    code, _, err = run(
+        "pareto", scored, "--soup", tmp_path / "out" / "soups.json", "--lambdas", 20, "--out", tmp_path / "page"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "page" / "pareto.json").read_text())["soups"] == found["levels"]
+    assert (tmp_path / "page" / "pareto.html").is_file()
+    asked[asked.index("length,vowels")] = "vowels"
+    code, _, err = run(*asked)
+    assert code == 1 and "asks for length, the rewards are vowels" in err and err.count("\n") == 1
