@@ -13,6 +13,7 @@
 
 #include "gae.h"
 #include "isa.h"
+#include "layer.h"
 #include "linear_logprobs.h"
 #include "map_statistics.h"
 #include "own_attention.h"
@@ -209,6 +210,39 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           FASTALIGN_CALL(own_attention, ptr<float>(out), in, threads);
         });
+
+  m.def("rms_norm", [](uintptr_t y, uintptr_t rstd, uintptr_t x, uintptr_t weight, int64_t rows, int64_t width, float eps,
+                       float offset, int threads) {
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(rms_norm, ptr<float>(y), ptr<float>(rstd), ptr<const float>(x), ptr<const float>(weight), rows, width, eps,
+                   offset, threads);
+  });
+
+  m.def("rms_norm_backward", [](uintptr_t dx, uintptr_t dweight, uintptr_t dy, uintptr_t x, uintptr_t rstd,
+                                uintptr_t weight, int64_t rows, int64_t width, float offset, int threads) {
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(rms_norm_backward, ptr<float>(dx), ptr<float>(dweight), ptr<const float>(dy), ptr<const float>(x),
+                   ptr<const float>(rstd), ptr<const float>(weight), rows, width, offset, threads);
+  });
+
+  m.def("silu_gate", [](uintptr_t out, uintptr_t gate, uintptr_t up, int64_t n, int threads) {
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(silu_gate, ptr<float>(out), ptr<const float>(gate), ptr<const float>(up), n, threads);
+  });
+
+  m.def("silu_gate_backward", [](uintptr_t dgate, uintptr_t dup, uintptr_t dout, uintptr_t gate, uintptr_t up, int64_t n,
+                                 int threads) {
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(silu_gate_backward, ptr<float>(dgate), ptr<float>(dup), ptr<float>(dout), ptr<const float>(gate),
+                   ptr<const float>(up), n, threads);
+  });
+
+  m.def("rotate", [](uintptr_t out, uintptr_t x, uintptr_t cosine, uintptr_t sine, int64_t tokens, int64_t heads, int64_t d,
+                     bool inverse, int threads) {
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(rotate, ptr<float>(out), ptr<const float>(x), ptr<const float>(cosine), ptr<const float>(sine), tokens,
+                   heads, d, inverse, threads);
+  });
 
   m.def("gae", [](uintptr_t advantages, uintptr_t returns, const py::tuple& rewards, const py::tuple& values, uintptr_t mask,
                   double gamma, double lambda, int threads) {

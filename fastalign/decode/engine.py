@@ -19,6 +19,7 @@ from torch import Tensor
 from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
+from fastalign.integrations.layers import CompiledLayers
 from fastalign.integrations.packing import can_pack
 from fastalign.ops._library import threads
 
@@ -166,10 +167,11 @@ class Engine:
         before = config._attn_implementation
         self.model.set_attn_implementation(NAME)
         try:
-            found = self.model.base_model(
-                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, plan=plan,
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
-            ).last_hidden_state  # fmt: skip
+            with CompiledLayers.of(self.model):
+                found = self.model.base_model(
+                    input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, plan=plan,
+                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
+                ).last_hidden_state  # fmt: skip
         finally:
             self.model.set_attn_implementation(before)
         if not plan.calls:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import UserError
+from fastalign.integrations.layers import CompiledLayers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,9 +127,10 @@ def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
     calls = pack.calls
     # A mask of four dimensions is taken as it is: none is made for the row, and `attention` reads none.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device)
-    hidden = model.base_model(
-        input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unread, use_cache=False, pack=pack, **inputs
-    ).last_hidden_state  # fmt: skip
+    with CompiledLayers.of(model):
+        hidden = model.base_model(
+            input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unread, use_cache=False, pack=pack, **inputs
+        ).last_hidden_state  # fmt: skip
     if pack.calls == calls:
         raise UserError(f"{type(model).__name__} cannot run packed: it keeps arguments from its attention")
     return hidden[0]
@@ -158,16 +160,22 @@ def attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     pack.calls += 1
+    # Split, not sliced: a slice's gradient is a whole row of zeros with a segment in it.
+    lengths = [segment.end - segment.start for segment in pack.segments]
+    pieces = {
+        s.start: qkv for s, *qkv in zip(pack.segments, *(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    }
     found = []
     for segment in pack.segments:
-        start, end, prefix_start, prefix_end = segment
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if prefix_end > prefix_start:
-            k, v = (torch.cat((x[:, :, prefix_start:prefix_end], own), 2) for x, own in ((key, k), (value, v)))
+        q, k, v = pieces[segment.start]
+        shared = segment.prefix_end - segment.prefix_start
+        if shared:
+            _, *first = pieces[segment.prefix_start]
+            k, v = (torch.cat((x[:, :, :shared], own), 2) for x, own in zip(first, (k, v), strict=True))
         mask = pack.mask(segment, sliding_window)
         if softcap is not None:
             if mask is None:
-                mask = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
+                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
             found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
         else:
             options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}

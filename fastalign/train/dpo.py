@@ -29,7 +29,7 @@ from fastalign.train import _checks
 from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # whose value for a batch is not the mean of its pairs' own
-CPU_TOKENS = 512  # enough rows for the products' full rate
+CPU_TOKENS = 1024  # enough rows for the products' full rate
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
@@ -41,7 +41,7 @@ class DPOConfig(trl.DPOConfig):
         no PEFT) and every pair will be met, its log-probabilities are taken before training, and no second model is
         held. Results are the same. True and False are TRL's.
     share_prompt: run each pair's common beginning once and no padding. Results are the same.
-    max_packed_tokens: tokens run at once; larger batches go in parts. None: 512 on a CPU, elsewhere the whole batch.
+    max_packed_tokens: tokens run at once; larger batches go in parts. None: 1,024 on a CPU, elsewhere the whole batch.
     modpo_weight: MODPO (arXiv 2310.03708, eq. 9): the weight w of the value that the pairs express, in (0, 1]. A
         dataset column "margin" holds the other values' part, their weighted rewards of chosen less rejected. The
         reward difference of a pair becomes (beta · difference - margin) / w.
@@ -53,7 +53,9 @@ class DPOConfig(trl.DPOConfig):
         default=None, metadata={"help": "Reference log-probs before training. Default: where that costs nothing."}
     )
     share_prompt: bool = field(default=True, metadata={"help": "Run each pair's common beginning once, no padding."})
-    max_packed_tokens: int | None = field(default=None, metadata={"help": "Tokens run at once. Default 512 on a CPU."})
+    max_packed_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens run at once. Default 1,024 on a CPU."}
+    )
     modpo_weight: float = field(default=1.0, metadata={"help": "MODPO's weight of the pairs' own value, in (0, 1]."})
 
 
@@ -157,6 +159,8 @@ class DPOTrainer(trl.DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         pairs = len(inputs["input_ids"]) // 2
         tokens = inputs["attention_mask"].sum(-1).view(2, -1).sum(0)
+        if self._packs:  # the prompt once
+            tokens -= (inputs["attention_mask"] - inputs["completion_mask"])[:pairs].sum(-1)
         groups, total = split(pairs, tokens, self._limit), 0.0
         for group in groups:
             self._share = (group.stop - group.start) / pairs

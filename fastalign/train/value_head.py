@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
+from fastalign.integrations.layers import CompiledLayers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,7 +205,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
         # No attention mask: what comes after a token is hidden from it anyway, padding on the right too.
         causal_lm = self.causal_lm
-        hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[:, :-1]
+        with CompiledLayers.of(causal_lm):
+            hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[:, :-1]
         # In the cheapest layout for what follows: the n positions with a label alone.
         at = labels != -100
         hidden, asked = hidden[at], labels[at]
