@@ -44,6 +44,13 @@ class Method(str, Enum):
     gumbel_top_k = "gumbel_top_k"
 
 
+class Drawing(str, Enum):
+    whole = "whole"
+    rejection = "rejection"
+    particles = "particles"
+    adaptive = "adaptive"
+
+
 class Engine(str, Enum):
     fastalign = "fastalign"
     vllm = "vllm"
@@ -102,6 +109,19 @@ def sample(
     palette: Annotated[
         Path | None, typer.Option(help="A palette file, as `fastalign map` writes it: says first what N it needs.")
     ] = None,
+    method: Annotated[
+        Drawing,
+        typer.Option(
+            help="whole: n candidates of each prompt, to score and select from. The others draw by the λ of --palette, for less. "
+            "rejection: the best of n, most of them dropped half-way (biased: what begins badly is lost, even if it would end "
+            "best). adaptive: one drawn from as many as a prompt needs, n at most (biased: it stops on what it has seen). Both "
+            "write the texts picked. particles: n, resampled half-way, with weights for `select` (their weighted sums are "
+            "unbiased; one text drawn from them has a bias of order 1/n)."
+        ),
+    ] = Drawing.whole,
+    ess: Annotated[
+        float | None, typer.Option(help="Effective candidates with which --method adaptive is content; default 10.")
+    ] = None,
     pilot: Annotated[
         bool, typer.Option("--pilot", help="Says it again from a few candidates of this model, before the others.")
     ] = False,
@@ -115,7 +135,7 @@ def sample(
     worker_cpus: Annotated[float | None, typer.Option(help="CPUs of each; default all, shared out.")] = None,
     worker_gpus: Annotated[float | None, typer.Option(help="GPUs of each; default 1 where there are any.")] = None,
 ) -> None:
-    """Draw N candidates per prompt from a model."""
+    """Draw N candidates per prompt from a model; or texts of p_λ straight away, with --method."""
     from fastalign import pipeline
     from fastalign.data import prompts as sources
 
@@ -128,22 +148,30 @@ def sample(
         raise UserError("a pilot is scored with a palette's values: give --palette with --pilot")
     if palette is not None:
         _console().print(pipeline.foretell(palette, n))
+    source = pipeline.Model(_source(model, server, engine), dtype=dtype, device=device)
     if pilot:
         told = pipeline.pilot(
-            _source(model, server, engine), texts[:limit], palette, n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
-            device=device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop,
+            source, texts[:limit], palette, n, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop,
             chat="auto" if chat else False,
         )  # fmt: skip
         _console().print(told)
     found = pipeline.sample(
-        _source(model, server, engine), texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device,
+        source, texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, method=method.value, palette=palette, ess=ess,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
         memory_limit=memory_limit,
         chat="auto" if chat else False, resume=resume, ray=ray, workers=workers, worker_cpus=worker_cpus,
         worker_gpus=worker_gpus, show_progress=True,
     )  # fmt: skip
-    tokens = sum(len(ids) for row in found.token_ids for ids in row)
-    _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+    spent = found.settings.get("spent")
+    if spent is None:
+        tokens = sum(len(ids) for row in found.token_ids for ids in row)
+        _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+        return
+    each = f"{spent['candidates'] / len(found.prompts):.4g} candidates each"
+    what = f"{found.n} particles" if method is Drawing.particles else f"{found.n} picked of {each}"
+    _console().print(f"{out}: {len(found.prompts)} prompts × {what}, {spent['tokens']:,} tokens")
+    if spent.get("short"):
+        _console().print(f"[yellow]{spent['short']} prompts[/yellow] had too few effective candidates with all {n}")
 
 
 def _source(model: str | None, server: str | None, engine: Engine) -> str:
@@ -318,9 +346,13 @@ def select(
     else:
         values = zip(read_json(palette)["values"], told.values[0], told.stderr[0], strict=True)
         console.print("expected " + ", ".join(f"{name} {mean:.4f} ± {se:.4f}" for name, mean, se in values))
-        console.print(f"KL {told.kl[0]:.3f} nats, effective sample size {told.ess[0]:.1f} of {told.n} a prompt")
-        if told.doubt:
-            console.print(f"[yellow]{told.doubt}[/yellow]")
+        worth = f"effective sample size {told.ess[0]:.1f} of {told.n} a prompt"
+        if "spent" in found.settings:  # particles, whose weights say nothing of the distance to the model
+            console.print(worth)
+        else:
+            console.print(f"KL {told.kl[0]:.3f} nats, {worth}")
+            if told.doubt:
+                console.print(f"[yellow]{told.doubt}[/yellow]")
 
 
 @command(

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,21 @@ INWARD = 0.9
 GRID_LIMIT = 10_000  # points of `evaluate_grid`
 
 
+class Model:
+    """A model by the name that `Sampler.from_pretrained` takes: loaded once, when it is first needed."""
+
+    def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto"):
+        self.name, self.dtype, self.device = name, str(dtype), device
+
+    @cached_property
+    def sampler(self):
+        from fastalign.decode import Sampler
+
+        return Sampler.from_pretrained(self.name, dtype=self.dtype, device=self.device)
+
+
 def sample(
-    model: str,
+    model: str | Model,
     prompts: Sequence[str],
     out: str | Path,
     *,
@@ -35,6 +49,9 @@ def sample(
     seed: int,
     dtype: str = "auto",
     device: str = "auto",
+    method: str = "whole",
+    palette: str | Path | None = None,
+    ess: float | None = None,
     resume: bool = False,
     ray: str | None = None,
     workers: int | None = None,
@@ -45,14 +62,37 @@ def sample(
 ) -> Candidates:
     """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `decode.scale.draw`.
 
+    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.aligned`, which draw by
+    the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
+
     Each finished batch is kept in `<out>.parts`; after an interruption `resume` goes on from there, and gives the
     file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use,
     or were made with other settings.
     """
-    from fastalign.decode import Sampler
+    from fastalign.decode import aligned
 
     out = Path(out)
-    settings = {"model": model, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": str(dtype), **sampling}
+    model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device)
+    settings = {
+        "model": model.name,
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "dtype": model.dtype,
+        **sampling,
+    }
+    kind, by = "candidates", {}
+    if method != "whole":
+        if palette is None:
+            raise UserError(f"give --palette with --method {method}: it draws by that file's λ")
+        if ray is not None:
+            raise UserError(f"Ray's workers draw whole candidates alone: leave out --ray or --method {method}")
+        aligned.check(method, n=n, ess=ess, memory_limit=sampling.get("memory_limit"))
+        asked = read_json(palette, kind="palette")
+        kind, by = aligned.KINDS[method], {"values": asked["values"], "lam": asked["lambda"], "ess": ess}
+        settings |= {"method": method, "values": by["values"], "lambda": by["lam"], "ess": ess}
+    elif ess is not None:
+        raise UserError("ess is where --method adaptive stops: give that method")
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     parts = out.with_name(out.name + ".parts")
     if resume and out.is_file():
@@ -68,34 +108,36 @@ def sample(
             )
         if kept:
             _same_settings(parts, read_json(parts / "settings.json", kind="sampling")["settings"], settings)
-            done = [Candidates.from_parquet(path, kind="candidates") for path in kept]
+            done = [Candidates.from_parquet(path, kind=kind) for path in kept]
     write_json(parts / "settings.json", {"kind": "sampling", "settings": settings})
     finished = {int(i) for part in done for i in part.prompt_ids}
     if ray is not None:
         from fastalign.decode import scale
 
-        job = {"model": model, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
-        job |= {"dtype": dtype, "device": device}
+        job = {"model": model.name, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+        job |= {"dtype": model.dtype, "device": model.device}
         scale.draw(
             job, prompts, parts, skip=finished, ray=ray, workers=workers, worker_cpus=worker_cpus,
             worker_gpus=worker_gpus, show_progress=show_progress,
         )  # fmt: skip
         done = [Candidates.from_parquet(path, kind="candidates") for path in sorted(parts.glob("part-*.parquet"))]
     elif len(finished) < len(prompts):
-        sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
-        batches = sampler.iter_batches(
-            prompts,
-            n=n,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            skip=finished,
-            show_progress=show_progress,
+        job = {
+            "n": n,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "skip": finished,
+            "show_progress": show_progress,
             **sampling,
-        )
+        }
+        if method == "whole":
+            batches = model.sampler.iter_batches(prompts, **job)
+        else:
+            batches = aligned.blocks(method, model.sampler, prompts, **by, **job)
         for indices, part in batches:
             part.to_parquet(parts / f"part-{min(indices):08d}.parquet")
             done.append(part)
-    whole = Candidates.concat(done)
+    whole = Candidates.concat(done) if method == "whole" else aligned.joined(done)
     whole.settings["sampling"] = settings
     whole.to_parquet(out)
     shutil.rmtree(parts)
@@ -189,12 +231,15 @@ def solve_palette(
 def select(
     scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int
 ) -> Candidates:
-    """Pick k candidates per prompt under p_λ into a selected file at `out`."""
+    """Pick k candidates per prompt under p_λ into a selected file at `out`; of particles, by their weights."""
     from fastalign.decode import select
 
-    whole = Candidates.from_parquet(scored, kind="scored")
+    whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
     solution = read_json(palette, kind="palette")
-    picks = select(whole.reward_array(solution["values"]), np.array(solution["lambda"]), k=k, method=method, seed=seed)
+    grid, lam = whole.reward_array(solution["values"]), np.array(solution["lambda"])
+    if whole.log_weights is not None and method != "best":
+        grid, lam = _weights_of(scored, whole, solution)[..., None], np.ones(1)
+    picks = select(grid, lam, k=k, method=method, seed=seed)
     picked = whole.take(picks)
     picked.settings["selection"] = {
         "method": method,
@@ -206,20 +251,27 @@ def select(
     return picked
 
 
+def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -> np.ndarray:
+    """(P, N) log weights of a file of particles, which must have been drawn by this palette's λ."""
+    drawn = whole.settings.get("sampling", {})
+    if (drawn.get("values"), drawn.get("lambda")) != (solution["values"], solution["lambda"]):
+        raise UserError(
+            f"{path}: its particles were drawn by another palette's λ, {drawn.get('lambda')}; give that palette"
+        )
+    return whole.log_weights
+
+
 def foretell(palette: str | Path, n: int) -> str:
     """How many candidates a prompt a palette file's λ needs, and what n are worth, in one line."""
     return _needs(str(palette), read_json(palette, kind="palette")["kl"], n)
 
 
-def pilot(
-    model: str, prompts: Sequence[str], palette: str | Path, n: int, *, dtype: str, device: str, **sampling: Any
-) -> str:
+def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **sampling: Any) -> str:
     """`foretell` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
-    from fastalign.decode import Sampler, pilot
+    from fastalign.decode import pilot
 
     solution = read_json(palette, kind="palette")
-    sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
-    found = pilot(sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
+    found = pilot(model.sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
     return _needs(f"pilot of {found.prompts} prompts × {found.n} candidates", found.kl, n)
 
 
@@ -234,12 +286,20 @@ def _needs(where: str, kl: float, n: int) -> str:
 
 
 def expected(scored: str | Path, palette: str | Path):
-    """What resampling by a palette file's λ gives on average: an `Estimate` with one row."""
+    """What resampling by a palette file's λ gives on average: an `Estimate` with one row.
+
+    Of particles, by their weights; `kl` and `ess` are then of the weights alone, and no distance to the model.
+    """
     from fastalign.decode import estimate
 
     solution = read_json(palette, kind="palette")
-    grid = Candidates.from_parquet(scored, kind="scored").reward_array(solution["values"])
-    return estimate(grid, solution["lambda"], warn=False)
+    whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
+    grid = whole.reward_array(solution["values"])
+    if whole.log_weights is None:
+        return estimate(grid, solution["lambda"], warn=False)
+    grid = np.concatenate([_weights_of(scored, whole, solution)[..., None], grid], axis=2)
+    found = estimate(grid, [1.0] + [0.0] * (grid.shape[2] - 1), warn=False)
+    return found._replace(values=found.values[:, 1:], stderr=found.stderr[:, 1:])
 
 
 def read_grid(text: str, names: Sequence[str]) -> np.ndarray:

@@ -33,8 +33,8 @@ def cluster():
     ray.shutdown()
 
 
-def length(*, log, dies_on=None):
-    """A reward that logs the prompts it is asked about, and kills its own process the first time it meets one."""
+def length(*, log, dies_on=None, always=False):
+    """A reward that logs the prompts it is asked about, and kills its own process the first time (or whenever) it meets one."""
 
     class Length:  # in a function, so that the workers get its code and need not find this file
         name = "length"
@@ -42,8 +42,8 @@ def length(*, log, dies_on=None):
         def __call__(self, prompts, responses):
             with open(log, "a") as file:
                 file.writelines(f"{os.getpid()} {prompt}\n" for prompt in dict.fromkeys(prompts))
-            if dies_on in prompts and not os.path.exists(f"{log}.died"):
-                open(f"{log}.died", "x").close()
+            if dies_on in prompts and (always or not os.path.exists(f"{log}.died")):
+                open(f"{log}.died", "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
             return np.array([len(text) for text in responses], dtype=np.float32)
 
@@ -87,6 +87,29 @@ def test_a_worker_killed_a_run_cut_off_and_one_process_give_the_same(cluster, fo
     same(whole(again), alone)
     with pytest.raises(UserError, match="was made with seed=3, this run asks for 4: use the same settings"):
         scale.run(folder, PROMPTS, out, rewards=length(log=log), **{**options, "seed": 4})
+
+
+def test_a_block_that_kills_every_worker_is_named_and_all_others_are_kept(cluster, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "RETRIES", 1)
+    out, log = tmp_path / "out", tmp_path / "log"
+    job = {"rewards": length(log=log, dies_on=PROMPTS[1], always=True), "workers": 1, **SHORT}
+    told = "^prompts 1 to 1: the worker that drew them died 2 times, .* goes on with what is missing$"
+    with pytest.raises(UserError, match=told):
+        scale.run(folder, PROMPTS[:3], out, **job)
+    met = [line.split(" ", 1)[1] for line in log.read_text().splitlines()]
+    assert met.count(PROMPTS[1]) == 2
+    assert sorted(whole(out.glob("part-*.parquet")).prompts) == sorted([PROMPTS[0], PROMPTS[2]])
+
+
+def test_a_failing_reward_is_shown_where_it_failed(cluster, folder, tmp_path):
+    class Broken:
+        name = "broken"
+
+        def __call__(self, prompts, responses):
+            raise ZeroDivisionError("of mine")
+
+    with pytest.raises(RuntimeError, match=r"(?s)in the block of prompts 0 to .*ZeroDivisionError: of mine"):
+        scale.run(folder, PROMPTS[:2], tmp_path / "out", rewards=Broken(), workers=1, **SHORT)
 
 
 def test_selected_parts_and_the_pipeline_on_workers(cluster, folder, tmp_path):

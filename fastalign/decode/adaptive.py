@@ -11,7 +11,7 @@ import numpy as np
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, estimate, needed
-from fastalign.decode.sampler import Sampler
+from fastalign.decode.sampler import Sampler, _places
 from fastalign.decode.select import effective_sample_size, select
 from fastalign.errors import UserError
 
@@ -48,6 +48,7 @@ def adaptive(
     max_n: int,
     max_new_tokens: int,
     seed: int,
+    prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
     **sampling: Any,
 ) -> Adaptive:
@@ -55,7 +56,8 @@ def adaptive(
 
     A prompt has enough, for method "best", when its best is at most `gain` standard deviations of lam . R above what half as
     many candidates would give on average (`best_of_curve`): the next doubling gives about as much or less. For every other
-    method, when its effective sample size reaches `ess`. The other arguments are those of `best_of`. On a model that
+    method, when its effective sample size reaches `ess`. prompt_ids: rising, the prompts' places in the whole set where these are
+    a part of it, which is what their random numbers go by. The other arguments are those of `best_of`. On a model that
     runs here a prompt's candidates are the first of those that best_of draws with n = max_n and the same seed.
 
     Bias: stopping looks at the rewards, so that a prompt whose first candidates look even stops before a rare good one is
@@ -73,17 +75,17 @@ def adaptive(
         raise UserError(f"ess must be at least 1 and gain at least 0, got {ess} and {gain}")
     if method != "best" and ess > max_n:
         raise UserError(f"ess must be at most max_n, {max_n}, got {ess}")
-    rounds = max_n // each
+    rounds, places = max_n // each, _places(prompt_ids, len(prompts), rising=True)
     drawn: list[list[Candidates]] = [[] for _ in prompts]
     enough = np.zeros(len(prompts), dtype=bool)
     for r in range(rounds):
         open_ = np.flatnonzero(~enough).tolist()
         if not open_:
             break
-        # Round r of prompt p stands for candidates r * each and on: as prompt p * rounds + r of `each` candidates it has their
+        # Round r of the prompt at place p stands for candidates r * each and on: as prompt p * rounds + r of `each` candidates it has their
         # random numbers.
         part = sampler.sample(
-            [prompts[p] for p in open_], n=each, prompt_ids=[p * rounds + r for p in open_],
+            [prompts[p] for p in open_], n=each, prompt_ids=[places[p] * rounds + r for p in open_],
             max_new_tokens=max_new_tokens, seed=seed, show_progress=show_progress, **sampling,
         )  # fmt: skip
         part = part.with_rewards(names, score(rewards, *part.pairs(), show_progress=show_progress))
@@ -93,10 +95,11 @@ def adaptive(
             enough[p] = (
                 _gains_little(array, lam, gain) if method == "best" else effective_sample_size(array, lam)[0] >= ess
             )
-    candidates = [_joined(parts, p, max_n) for p, parts in enumerate(drawn)]
+    candidates = [_joined(parts, p, max_n) for p, parts in zip(places, drawn, strict=True)]
     arrays = [one.reward_array(names) for one in candidates]
     indices = np.array([
-        select(array, lam, method=method, seed=(seed + p) % 2**64)[0, 0] for p, array in enumerate(arrays)
+        select(array, lam, method=method, seed=(seed + p) % 2**64)[0, 0]
+        for p, array in zip(places, arrays, strict=True)
     ])  # fmt: skip
     return Adaptive(
         texts=[one.texts[0][i] for one, i in zip(candidates, indices, strict=True)],

@@ -1,9 +1,11 @@
 """The candidates of a set of prompts, N each, with tokens, log-probs and rewards; and their Parquet files.
 
-One row per candidate. Three kinds of file, each a superset of the one before:
+One row per candidate. Kinds of file, each of the first three a superset of the one before:
     candidates  prompt_id, candidate_id, prompt, text, token_ids, logprobs
     scored      + one float32 column "reward:<name>" per reward
     selected    only the rows picked; candidate_id is the one picked, + draw (0..k-1)
+    weighted    scored + log_weight (float64): particles, which are not plain draws; exp of it, averaged over a prompt's
+                particles with any f(y), estimates Z E_λ f
 The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}.
 """
 
@@ -21,7 +23,7 @@ import numpy as np
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 
-KINDS = ("candidates", "scored", "selected")
+KINDS = ("candidates", "scored", "selected", "weighted")
 _REWARD = "reward:"
 
 
@@ -33,7 +35,7 @@ class Candidates:
     natural log, under the distribution the token was drawn from). rewards: name -> (P, N) float32.
     settings: how they were made (JSON values). prompt_ids: (P,) int64, the prompts' places in the whole set,
     0..P-1 unless this is a part. picked: None, or (P, N) int64 candidate numbers where this holds N draws
-    from a larger set (see `take`).
+    from a larger set (see `take`). log_weights: None, or (P, N) float64 where these are weighted (`decode.particles`).
     """
 
     prompts: list[str]
@@ -44,6 +46,7 @@ class Candidates:
     settings: dict[str, Any] = field(default_factory=dict)
     prompt_ids: np.ndarray | None = None
     picked: np.ndarray | None = None
+    log_weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         count = len(self.prompts)
@@ -66,7 +69,9 @@ class Candidates:
 
     @property
     def kind(self) -> str:
-        return "selected" if self.picked is not None else "scored" if self.rewards else "candidates"
+        if self.picked is not None:
+            return "selected"
+        return "weighted" if self.log_weights is not None else "scored" if self.rewards else "candidates"
 
     def pairs(self) -> tuple[list[str], list[str]]:
         """(prompts, responses), P * N strings each, prompt by prompt: what `rewards.score` takes."""
@@ -110,6 +115,7 @@ class Candidates:
             logprobs=pick(self.logprobs),
             rewards={name: np.take_along_axis(grid, indices, axis=1) for name, grid in self.rewards.items()},
             picked=indices if self.picked is None else np.take_along_axis(self.picked, indices, axis=1),
+            log_weights=None,
         )
 
     @staticmethod
@@ -127,12 +133,18 @@ class Candidates:
             rows = [row for part in parts for row in getattr(part, name)]
             return [rows[i] for i in order]
 
+        def stacked(name: str) -> np.ndarray | None:
+            grids = [getattr(part, name) for part in parts]
+            return None if grids[0] is None else np.concatenate(grids)[order]
+
         names = list(parts[0].rewards)
         return Candidates(
             *(merged(name) for name in ("prompts", "texts", "token_ids", "logprobs")),
             rewards={name: np.concatenate([part.rewards[name] for part in parts])[order] for name in names},
             settings=parts[0].settings,
             prompt_ids=ids[order],
+            picked=stacked("picked"),
+            log_weights=stacked("log_weights"),
         )
 
     def to_parquet(self, path: str | os.PathLike) -> None:
@@ -153,6 +165,8 @@ class Candidates:
         }
         if self.picked is not None:
             columns["draw"] = pa.array(numbers)
+        if self.kind == "weighted":
+            columns["log_weight"] = pa.array(self.log_weights.reshape(-1), pa.float64())
         for name, values in self.rewards.items():
             columns[_REWARD + name] = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
         metadata = json.dumps({**self.settings, "kind": self.kind}, ensure_ascii=False)
@@ -162,7 +176,7 @@ class Candidates:
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike, *, kind: str | Sequence[str] | None = None) -> Candidates:
-        """Read any of the three kinds; with `kind`, the file must be of it (or one of them).
+        """Read any of the kinds; with `kind`, the file must be of it (or one of them).
 
         Raises FileNotFoundError or UserError: one line that names the file and what is wrong with it.
         """
@@ -173,9 +187,9 @@ class Candidates:
             raise UserError(f"{path}: must be a fastalign {' or '.join(wanted)} file, got kind {came!r}")
         names = [name for name in table.column_names if name.startswith(_REWARD)]
         needed = ["prompt_id", "candidate_id", "prompt", "text", "token_ids", "logprobs"]
-        needed += ["draw"] * (came == "selected")
+        needed += ["draw"] * (came == "selected") + ["log_weight"] * (came == "weighted")
         missing = [name for name in needed if name not in table.column_names]
-        missing += [_REWARD + "<name>"] * (came == "scored" and not names)
+        missing += [_REWARD + "<name>"] * (came in ("scored", "weighted") and not names)
         if missing:
             raise UserError(f"{path}: lacks the column {missing[0]!r} of a {came} file")
         if any(table[name].null_count for name in (*needed, *names)):
@@ -211,6 +225,7 @@ class Candidates:
             settings=settings,
             prompt_ids=ids.astype(np.int64),
             picked=candidate_id[order].reshape(shape).astype(np.int64) if came == "selected" else None,
+            log_weights=table["log_weight"].to_numpy().reshape(shape) if came == "weighted" else None,
         )
 
 

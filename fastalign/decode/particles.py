@@ -19,7 +19,7 @@ from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import Job
-from fastalign.decode.sampler import Sampler, Settings
+from fastalign.decode.sampler import Sampler, Settings, _places
 from fastalign.errors import UserError
 
 METHODS = (
@@ -76,6 +76,7 @@ def particles(
     seed: int,
     chat: bool | str = "auto",
     batch_size: int | None = None,
+    prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
 ) -> Particles:
     """Draw from p_lambda with n particles per prompt; p0 is the model's law as temperature, top_p ... make it.
@@ -83,7 +84,8 @@ def particles(
     checkpoints: rising numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) -> (B,) the
     log of the reward-to-go, log E[exp(lambda . R) | text so far] at best; by default lambda . R of the text so far. ess:
     resample a prompt's particles where the effective sample size is below this share of n. method: any of `ops.resample` that
-    draws with replacement. The other arguments are those of `best_of`. A copy shares its ancestor's tokens up to the checkpoint
+    draws with replacement. prompt_ids: rising, the prompts' places in the whole set where these are a part of it, which is what
+    their random numbers go by. The other arguments are those of `best_of`. A copy shares its ancestor's tokens up to the checkpoint
     and has a random stream of its own, that of its place. All n of a prompt are in flight at once, which is what bounds n.
 
     Bias: none in Z and Z E_lambda f (see `Particles`), for any promise; a bad promise costs variance. The drawn
@@ -103,13 +105,15 @@ def particles(
     stop = [stop] if isinstance(stop, str) else list(stop or ())
     settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
     encoded = sampler._encode(prompts, chat, max_new_tokens)
+    places = _places(prompt_ids, len(prompts), rising=True)
+    by_place = dict(zip(places, prompts, strict=True))
     record = {"model": sampler.name, **vars(settings), "chat": chat, "checkpoints": checkpoints, "ess": ess}
     parts, tokens = [], 0
     log_weights, resampled = np.zeros((len(prompts), n)), np.zeros(len(prompts), dtype=np.int64)
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
         for group in groups(sampler, encoded, settings, batch_size, None):
-            crowd = Crowd(sampler, {i: encoded[i] for i in group}, settings)
-            run = _Run(crowd, prompts, rewards, lam, promise)
+            crowd = Crowd(sampler, {places[i]: encoded[i] for i in group}, settings)
+            run = _Run(crowd, by_place, rewards, lam, promise)
             for age in checkpoints:
                 crowd.advance(age)
                 if not crowd.live:
@@ -119,16 +123,18 @@ def particles(
             crowd.advance(max_new_tokens)
             array = run.finish()
             log_weights[group] = run.log_weights
-            part = Candidates(
-                [prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=np.array(group, dtype=np.int64)
-            )
+            ids = np.array([places[i] for i in group], dtype=np.int64)
+            part = Candidates([prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=ids)
             parts.append(part.with_rewards(names, array))
             tokens += crowd.drawn
             advance(len(group))
     candidates = Candidates.concat(parts)
     array = candidates.reward_array(names)
     indices = np.array(
-        [_resample(row, 1, "multinomial", (seed, i, max_new_tokens))[0] for i, row in enumerate(log_weights)]
+        [
+            _resample(row, 1, "multinomial", (seed, i, max_new_tokens))[0]
+            for i, row in zip(places, log_weights, strict=True)
+        ]
     )
     weights = np.exp(log_weights - log_weights.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)

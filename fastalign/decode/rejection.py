@@ -17,9 +17,14 @@ from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import GROW, Job
-from fastalign.decode.sampler import Sampler, Settings
+from fastalign.decode.sampler import Sampler, Settings, _places
 from fastalign.errors import UserError
 from fastalign.units import parse_bytes
+
+
+def usual_checkpoints(max_new_tokens: int) -> list[int]:
+    """An eighth, a quarter and half of them."""
+    return sorted({max(1, max_new_tokens // part) for part in (8, 4, 2)})
 
 
 @dataclass
@@ -57,6 +62,7 @@ def speculative_rejection(
     chat: bool | str = "auto",
     batch_size: int | None = None,
     memory_limit: int | str | None = None,
+    prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
 ) -> Rejection:
     """The best of n candidates by lam . R, most of them drawn in part only.
@@ -64,7 +70,8 @@ def speculative_rejection(
     checkpoints: rising numbers of new tokens, by default an eighth, a quarter and half of max_new_tokens; at each, a prompt's
     candidates that are left are scored on their texts so far, and the share `keep` of them with the largest lam . R goes
     on (rounded up; those that have ended stay in the race at no cost). All n of a prompt begin together. memory_limit: of keys and values, in bytes or as "4GB": it must hold n
-    beginnings; where those left would outgrow it, the worst are dropped then and there. The other arguments are those of
+    beginnings; where those left would outgrow it, the worst are dropped then and there. prompt_ids: rising, the prompts' places in the whole set
+    where these are a part of it, which is what their random numbers go by. The other arguments are those of
     `best_of` and `Sampler.sample`; with the same seed the candidates are the same ones, cut short where they were dropped.
 
     Bias: a text whose beginning scores low is lost even if it ends best, so that the reward reached is at most best-of-n's
@@ -80,21 +87,22 @@ def speculative_rejection(
     if not 0 < keep <= 1:
         raise UserError(f"keep must lie in (0, 1], got {keep}")
     if checkpoints is None:
-        checkpoints = sorted({max(1, max_new_tokens // part) for part in (8, 4, 2)})
+        checkpoints = usual_checkpoints(max_new_tokens)
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     stop = [stop] if isinstance(stop, str) else list(stop or ())
     settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
     encoded = sampler._encode(prompts, chat, max_new_tokens)
+    places = _places(prompt_ids, len(prompts), rising=True)
+    by_place = dict(zip(places, prompts, strict=True))
     limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
     record = {"model": sampler.name, **vars(settings), "chat": chat, "checkpoints": checkpoints, "keep": keep}
     parts, complete, tokens = [], {}, 0
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
         for group in groups(sampler, encoded, settings, batch_size, limit):
-            crowd = Crowd(sampler, {i: encoded[i] for i in group}, settings)
-            scores = _race(crowd, prompts, rewards, lam, checkpoints, keep, limit)
-            part = Candidates(
-                [prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=np.array(group, dtype=np.int64)
-            )
+            crowd = Crowd(sampler, {places[i]: encoded[i] for i in group}, settings)
+            scores = _race(crowd, by_place, rewards, lam, checkpoints, keep, limit)
+            ids = np.array([places[i] for i in group], dtype=np.int64)
+            part = Candidates([prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=ids)
             parts.append(part.with_rewards(names, np.stack([scores[one] for one in crowd.jobs])))
             for i, row in zip(group, crowd.grid({one: one in crowd.ended for one in crowd.jobs}), strict=True):
                 complete[i] = row

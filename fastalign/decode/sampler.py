@@ -377,11 +377,13 @@ def check_prompts(prompts: Sequence[str], chat: bool | str) -> None:
         raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
 
 
-def _places(prompt_ids: Sequence[int] | None, count: int) -> list[int]:
+def _places(prompt_ids: Sequence[int] | None, count: int, *, rising: bool = False) -> list[int]:
     """The prompts' places in the whole set, checked."""
     if prompt_ids is None:
         return list(range(count))
     places = [int(i) for i in prompt_ids]
     if len(places) != count or len(set(places)) != count or min(places) < 0:
         raise UserError(f"prompt_ids must be {count} different numbers, one per prompt, none negative")
+    if rising and places != sorted(places):
+        raise UserError(f"prompt_ids must be rising, got {places}")
     return places

@@ -2,7 +2,8 @@
 
 Workers are Ray actors that hold the model and the rewards; a task is a block of prompts, from sampling to selection,
 so that candidates cross the network once, as the Parquet file that the driver writes. A worker that dies is
-started again by Ray and its block is drawn anew. A part is written whole or not at all, by the driver alone, so that
+started again by Ray and its block is drawn anew, a few times at most: a block that kills every worker that meets it is
+named once all others are done. A part is written whole or not at all, by the driver alone, so that
 each prompt is there once, and a run that was cut off goes on with what is missing.
 
 Random numbers are a function of (seed, the prompt's place, candidate, step): the result depends neither on the number of
@@ -16,6 +17,7 @@ import hashlib
 import json
 import socket
 import tempfile
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -31,6 +33,7 @@ from fastalign.decode.sampler import ROWS_AT_ONCE, Settings, check_prompts
 from fastalign.decode.select import select
 from fastalign.errors import UserError
 
+RETRIES = 3  # of a block whose worker died
 TASKS_PER_WORKER = 8  # at least, where there are prompts enough: workers then end at about the same time
 
 
@@ -107,6 +110,7 @@ def draw(
     job: model, dtype, device, and the arguments of `Sampler.iter_batches`. ray: a cluster's address; "local" is this
     machine; "auto" is the cluster that this machine belongs to, else this machine. Workers: by default one per GPU,
     or one per machine with all of its cores. fastalign and the model must be there on every machine.
+    Raises UserError once all else is done where a block's worker died time and again.
     """
     _check(prompts, job)
     wanted = sorted(set(range(len(prompts))) - set(skip))
@@ -129,13 +133,25 @@ def draw(
             compute=engine.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             num_cpus=cpus,
             num_gpus=gpus,
+            max_task_retries=RETRIES,
         )
+        lost = {block[0]: block for block in blocks}
         for row in data.iter_rows():
             if row["wrong"]:
                 raise UserError(row["wrong"])
+            if row["bug"]:
+                raise RuntimeError(row["bug"])
+            del lost[int(row["first"])]
             with atomic_write(parts / f"part-{row['first']:08d}.parquet") as beside:
                 beside.write_bytes(row["part"])
             step(int(row["count"]))
+    if lost:
+        first, *others = [f"{block[0]} to {block[-1]}" for block in lost.values()]
+        more = f" (and {len(others)} more blocks)" if others else ""
+        raise UserError(
+            f"prompts {first}{more}: the worker that drew them died {1 + RETRIES} times, of memory perhaps; all others are "
+            "kept, and the same job goes on with what is missing"
+        )
 
 
 def _check(prompts: Sequence[str], job: dict[str, Any]) -> None:
@@ -151,7 +167,8 @@ class _Worker:
     """An actor: block of prompts in, their Parquet part out. The model is loaded with the first block.
 
     A user's mistake (no such model) comes back as one line, "wrong": from the constructor it would be the death of
-    an actor, and as an exception a page of what Ray wraps around it.
+    an actor, and as an exception a page of what Ray wraps around it. Another exception comes back as its traceback,
+    "bug": Ray is told to pass over blocks that fail, so that what fails here is a worker's death alone.
     """
 
     def __init__(self, job: dict[str, Any], rewards: list[Any], selection: dict[str, Any] | None):
@@ -163,7 +180,7 @@ class _Worker:
         from fastalign.decode import Sampler
 
         places, prompts = [int(i) for i in row["places"]], [str(prompt) for prompt in row["prompts"]]
-        found = {"first": places[0], "count": len(places), "part": b"", "wrong": ""}
+        found = {"first": places[0], "count": len(places), "part": b"", "wrong": "", "bug": ""}
         try:
             self.sampler = self.sampler or Sampler.from_pretrained(self.model, **self.loading)
             part = self._part(places, prompts)
@@ -172,6 +189,8 @@ class _Worker:
                 **found,
                 "wrong": f"{' '.join(str(error).split())} (in the block of prompts {places[0]} to {places[-1]})",
             }
+        except Exception:
+            return {**found, "bug": f"in the block of prompts {places[0]} to {places[-1]}: {traceback.format_exc()}"}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "part.parquet"
             part.to_parquet(path)
@@ -219,6 +238,7 @@ def _cluster(address: str) -> Iterator[Any]:
             raise UserError(f"ray={address!r}: no cluster that can be reached ({reason})") from None
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
+    borne, context.max_errored_blocks = context.max_errored_blocks, -1  # the others go on: see `draw`
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what it logs of errors, it raises too
@@ -226,6 +246,7 @@ def _cluster(address: str) -> Iterator[Any]:
         yield ray
     finally:
         context.enable_progress_bars = shown
+        context.max_errored_blocks = borne
         logger.setLevel(level)
         if mine:
             ray.shutdown()

@@ -1,0 +1,107 @@
+"""Draw by λ straight away, for less than n whole candidates of every prompt: block by block, each one a part of the whole.
+
+What `fastalign sample --method` runs. A prompt's random numbers are those of its place in the whole set, so that what is
+drawn for it does not depend on which blocks were done before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fastalign.decode.adaptive import adaptive
+from fastalign.decode.candidates import Candidates
+from fastalign.decode.particles import particles
+from fastalign.decode.rejection import speculative_rejection, usual_checkpoints
+from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler
+from fastalign.errors import UserError
+
+# By method, the kind of file that it makes: the text picked for each prompt, or all particles with their weights.
+KINDS = {"rejection": "selected", "particles": "weighted", "adaptive": "selected"}
+EACH = 16  # candidates of a prompt in a round of "adaptive"
+
+
+def check(method: str, *, n: int, ess: float | None, memory_limit: Any) -> None:
+    """Raises UserError where the method and the options do not go together."""
+    if ess is not None and method != "adaptive":
+        raise UserError("ess is where --method adaptive stops: leave it out, or give that method")
+    if method == "adaptive" and n % EACH:
+        raise UserError(
+            f"candidates must be a multiple of {EACH} for --method adaptive, which draws so many a round; got {n}"
+        )
+    if method == "particles" and memory_limit is not None:
+        raise UserError(
+            "memory_limit is not for --method particles, all of a prompt's are in flight at once: draw fewer"
+        )
+
+
+def blocks(
+    method: str,
+    sampler: Sampler,
+    prompts: Sequence[str],
+    values: Sequence[str],
+    lam: Sequence[float],
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    ess: float | None = None,
+    batch_size: int | None = None,
+    skip: Collection[int] = (),
+    show_progress: bool = False,
+    **sampling: Any,
+) -> Iterator[tuple[list[int], Candidates]]:
+    """Yield (prompt indices, their part) of `KINDS[method]`. values: names of rewards; lam: (m,). n: of each prompt, at most.
+
+    settings["spent"] of a part: tokens and candidates drawn; for "adaptive" also how many prompts did not get enough of them.
+    skip: indices of prompts done before. The other arguments are those of the method's function.
+    """
+    from fastalign import progress
+
+    options = {"lam": list(lam), "max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
+    options |= {name: value for name, value in sampling.items() if value is not None}
+    width = max(1, (batch_size or ROWS_AT_ONCE) // (EACH if method == "adaptive" else n))
+    todo = [i for i in range(len(prompts)) if i not in set(skip)]
+    with progress.bar("sampling", total=len(todo), unit="prompts", show=show_progress) as advance:
+        for first in range(0, len(todo), width):
+            block = todo[first : first + width]
+            part, spent = _DRAW[method]([prompts[i] for i in block], block, sampler, list(values), n, ess, options)
+            selection = {"method": method, "seed": seed, "values": list(values), "lambda": list(lam)}
+            yield block, replace(part, settings={**part.settings, "selection": selection, "spent": spent})
+            advance(len(block))
+
+
+def _rejection(prompts, places, sampler, values, n, ess, options):
+    found = speculative_rejection(sampler, prompts, values, n=n, prompt_ids=places, **options)
+    return found.candidates.take(found.indices[:, None]), {"tokens": found.tokens, "candidates": n * len(prompts)}
+
+
+def _particles(prompts, places, sampler, values, n, ess, options):
+    at = usual_checkpoints(options["max_new_tokens"])
+    found = particles(sampler, prompts, values, n=n, prompt_ids=places, checkpoints=at, **options)
+    part = replace(found.candidates, log_weights=found.log_weights)
+    return part, {"tokens": found.tokens, "candidates": n * len(prompts)}
+
+
+def _adaptive(prompts, places, sampler, values, n, ess, options):
+    asked = {} if ess is None else {"ess": ess}
+    found = adaptive(sampler, prompts, values, max_n=n, each=min(EACH, n), prompt_ids=places, **asked, **options)
+    picked = [each.take(np.array([[i]])) for each, i in zip(found.candidates, found.indices, strict=True)]
+    tokens = sum(len(ids) for each in found.candidates for ids in each.token_ids[0])
+    spent = {"tokens": tokens, "candidates": int(found.counts.sum()), "short": int((~found.enough).sum())}
+    return Candidates.concat(picked), spent
+
+
+_DRAW = {"rejection": _rejection, "particles": _particles, "adaptive": _adaptive}
+
+
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """The whole, with what all of its parts spent."""
+    whole = Candidates.concat(parts)
+    spent = sum((Counter(part.settings["spent"]) for part in parts), Counter())
+    names = parts[0].settings["spent"]
+    return replace(whole, settings={**whole.settings, "spent": {name: spent[name] for name in names}})
