@@ -39,7 +39,8 @@ def by_engine(model, rows, counts=None, temperature=1.0):
     found = {Job(p, c): ([], []) for p, n in counts.items() for c in range(n)}
     seen = []
 
-    def pick(logits, jobs, steps):
+    def pick(hidden, jobs, steps):
+        logits = engine.logits(hidden)
         drawn = [
             sample_tokens(row[None], temperature=temperature, seed=1, offset=step, rows=stream(job))
             for row, job, step in zip(logits, jobs, steps, strict=True)
@@ -104,7 +105,7 @@ def test_first_tokens_follow_the_models_law():
     p = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
     engine = Engine(model, 4000)
     engine.prefill(0, prompt)
-    logits = engine.admit([Job(0, c) for c in range(4000)])
+    logits = engine.logits(engine.admit([Job(0, c) for c in range(4000)]))
     ids = sample_tokens(logits, seed=5).ids
     count = torch.bincount(ids, minlength=97).double()
     likely = p * 4000 >= 5

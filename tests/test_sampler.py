@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign.decode import Candidates, Sampler
+from fastalign.decode.engine import Engine
 from fastalign.errors import UserError
 
 PROMPTS = [
@@ -345,3 +346,19 @@ def test_a_part_of_the_prompts_is_drawn_for_as_in_the_whole(sampler):
     assert part.token_ids == [whole.token_ids[0], whole.token_ids[2]]
     with pytest.raises(UserError, match="prompt_ids must be 2 different numbers"):
         sampler.sample(PROMPTS[:2], prompt_ids=[1, 1], **SHORT)
+
+
+def test_gpu_kernels_draw_from_the_fused_head(tokenizer, monkeypatch):
+    model = tiny_causal_lm(tokenizer, dtype=torch.float32)
+    options = {"n": 3, "max_new_tokens": 4, "seed": 5, "chat": False, "show_progress": False}
+    expected = Sampler(model, tokenizer, backend="cpu").sample(["hello world", "why"], **options)
+    held = []
+    logits = Engine.logits
+    monkeypatch.setattr(Engine, "logits", lambda *args: held.append(1) or logits(*args))
+    found = Sampler(model, tokenizer, backend="triton").sample(["hello world", "why"], **options)
+    assert found.token_ids == expected.token_ids and not held
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+    Sampler(model, tokenizer, backend="triton").sample(["why"], **options, top_k=5)  # filters read all logits
+    assert held

@@ -43,10 +43,10 @@ class Crowd:
         """Draw until each live one has that many tokens or has ended."""
         ends, limit = set(self.sampler._ends.tolist()), self.settings.max_new_tokens
         while self.age < age and self.live:
-            logits = self.engine.step() if self.age else self.engine.admit(self.jobs)
+            hidden = self.engine.step() if self.age else self.engine.admit(self.jobs)
             jobs = self.engine.jobs
             streams = torch.tensor([job.prompt * self.settings.n + job.candidate for job in jobs])
-            drawn = self.sampler._sample(logits, streams, self.age, self.settings)
+            drawn = self.sampler._sample_next(self.engine, hidden, streams, self.age, self.settings)
             ids = drawn.ids.cpu()
             if (ids < 0).any():
                 raise UserError(f"{self.sampler.name}: the logits of new token {self.age} are NaN, or all of them -inf")

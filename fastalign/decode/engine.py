@@ -105,12 +105,11 @@ class Engine:
 
     @torch.inference_mode()
     def admit(self, jobs: Sequence[Job]) -> Tensor:
-        """Put new candidates of prefilled prompts in flight; the logits (jobs, V) of their first token."""
+        """Put new candidates of prefilled prompts in flight; the hidden states (jobs, H) that give their first token."""
         first = len(self.jobs)
         self.jobs += jobs
         self.lengths[first : len(self.jobs)] = 0
-        hidden = torch.stack([self.prefixes[job.prompt].hidden for job in jobs])
-        return self._logits(hidden)
+        return torch.stack([self.prefixes[job.prompt].hidden for job in jobs])
 
     def place(self, first: int, ids: Tensor) -> None:
         """The tokens that the rows from `first` on drew."""
@@ -118,14 +117,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """Run the last token of every row in flight; the logits (rows in flight, V) of the next."""
+        """Run the last token of every row in flight; the hidden states (rows in flight, H) that give the next."""
         count = len(self.jobs)
         lengths = self.lengths[:count]
         starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
         step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
         hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step)
         self.lengths[:count] += 1
-        return self._logits(hidden[:, 0])
+        return hidden[:, 0]
 
     def drop(self, rows: Sequence[int]) -> None:
         """Take these rows out of flight; the last rows move into their places."""
@@ -178,7 +177,9 @@ class Engine:
             raise UserError(f"{type(self.model).__name__} keeps arguments from its attention")
         return found
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, V) from hidden states (rows, H)."""
         head = self.head
         logits = F.linear(hidden, head.weight, head.bias)
         if head.adapter is not None:
@@ -341,7 +342,7 @@ def draw(
     """Draw every job to its end, as many in flight as the engine takes; yields after every step.
 
     prompts: token ids; counts: candidates of each prompt, after which it is forgotten.
-    pick(logits (rows, V), jobs, steps): the rows' next tokens and their log-probabilities, (rows,) each on the CPU;
+    pick(hidden (rows, H), jobs, steps): the rows' next tokens and their log-probabilities, (rows,) each on the CPU;
     steps: how many tokens each has drawn. took(jobs, ids, logprobs): told what was drawn, says which end with it.
     """
     left = dict(counts)
@@ -357,9 +358,9 @@ def draw(
             new.append(waiting)
             waiting = next(jobs, None)
         over: list[int] = []
-        for begin, logits in _runs(engine, new):
+        for begin, hidden in _runs(engine, new):
             now = engine.jobs[begin:]
-            ids, logprobs = pick(logits, now, [steps.get(job, 0) for job in now])
+            ids, logprobs = pick(hidden, now, [steps.get(job, 0) for job in now])
             engine.place(begin, ids)
             for job in now:
                 steps[job] = steps.get(job, 0) + 1
@@ -376,7 +377,7 @@ def draw(
 
 
 def _runs(engine: Engine, new: list[Job]) -> Iterator[tuple[int, Tensor]]:
-    """(first row, logits of the rows from there on): those in flight, then the new ones, which join them."""
+    """(first row, hidden states of the rows from there on): those in flight, then the new ones, which join them."""
     if engine.jobs:
         yield 0, engine.step()
     if new:

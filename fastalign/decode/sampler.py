@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastalign.backend import use_backend
+from fastalign import backend as backends
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import GROW, Engine, Job, draw, supports
 from fastalign.errors import UserError
@@ -68,7 +68,7 @@ class Sampler:
     _rows = ROWS_AT_ONCE  # where batch_size is not given
 
     def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
-        with use_backend(backend):  # an unknown name raises here
+        with backends.use_backend(backend):  # an unknown name raises here
             self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         accepted = inspect.signature(model.forward).parameters
@@ -181,9 +181,9 @@ class Sampler:
         done: list[int] = []
         ends = set(self._ends.tolist())
 
-        def pick(logits, jobs, steps):
+        def pick(hidden, jobs, steps):
             streams = [[ids[job.prompt] * n + job.candidate, step] for job, step in zip(jobs, steps, strict=True)]
-            drawn = self._sample(logits, torch.tensor(streams), 0, settings)
+            drawn = self._sample_next(engine, hidden, torch.tensor(streams), 0, settings)
             tokens = drawn.ids.cpu()
             for row in (tokens < 0).nonzero():
                 raise UserError(f"{self.name}: the logits of new token {steps[row]} are NaN, or all of them -inf")
@@ -330,7 +330,7 @@ class Sampler:
     def _sample(self, logits, streams, step: int, settings: Settings):
         from fastalign import ops
 
-        with nullcontext() if self.backend == "auto" else use_backend(self.backend):
+        with self._ops():
             return ops.sample_tokens(
                 logits,
                 temperature=settings.temperature,
@@ -341,6 +341,25 @@ class Sampler:
                 offset=step,
                 rows=streams.to(logits.device),
             )
+
+    def _sample_next(self, engine: Engine, hidden, streams, step: int, settings: Settings):
+        """`_sample` of the engine's logits for hidden states (B, H); on a GPU they are not held."""
+        from fastalign import ops
+
+        with self._ops():
+            # Compiled for a CPU, the fused op's second look at the head's weight costs more than the logits do.
+            fused = backends.choose(hidden.device) == "triton"
+            if not fused or settings.top_k or settings.top_p < 1 or settings.min_p:
+                return self._sample(engine.logits(hidden), streams, step, settings)
+            head = engine.head
+            return ops.linear_sample_tokens(
+                hidden, head.weight, bias=head.bias, temperature=settings.temperature, softcap=head.softcap,
+                logit_scale=head.logit_scale, adapter=head.adapter, seed=settings.seed, offset=step,
+                rows=streams.to(hidden.device),
+            )  # fmt: skip
+
+    def _ops(self):
+        return nullcontext() if self.backend == "auto" else backends.use_backend(self.backend)
 
     def _stopped(self, ids: torch.Tensor, alive: torch.Tensor, stop: list[str]) -> torch.Tensor:
         """Which rows' texts hold a stop string now, (B,) bool."""
