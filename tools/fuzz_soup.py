@@ -1,0 +1,233 @@
+"""Feeds mutated safetensors files to the soups, under AddressSanitizer: no crash, no hang, no read out of bounds, one line each.
+
+    python tools/fuzz_soup.py [--files 10000] [--seed 0] [--build build/asan]
+
+Builds the engine with -fsanitize=address into a folder of its own (kept for the next time) and runs the files through it in
+a process that has libasan loaded before anything else. What reads as a valid file is merged, mixed in memory and read by
+SLERP's dot products; every fourth is cut short between its check and its merge. First a call that does read out of bounds
+must be caught. Needs g++ with libasan (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib.util
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_SECONDS = 120  # for one file; a hang ends the run with a traceback
+WORDS = b'null -1 1e3 true " { } [ ] , 18446744073709551616 F16 \\u0000'.split()
+SAME_WIDTH = {
+    "F32": ("I32", "U32"),
+    "F16": ("BF16", "I16"),
+    "I64": ("F64", "U64"),
+    "U8": ("F8_E4M3", "F8_E5M2", "BOOL"),
+}
+
+
+def good() -> bytes:
+    """A valid file: several types, one tensor without elements, one at an odd offset."""
+    import torch
+    from safetensors.torch import save
+
+    torch.manual_seed(0)
+    tensors = {
+        "a.weight": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(40, 33), "ids": torch.arange(4),
+        "none": torch.empty(0, 4), "bytes": torch.arange(5, dtype=torch.uint8),
+    }  # fmt: skip
+    return save(tensors, metadata={"format": "pt"})
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """The file with its header damaged, byte by byte or, as one in four, as JSON that may still be valid."""
+    length = struct.unpack("<Q", data[:8])[0]
+    if draw.random() < 0.25:
+        return _as_json(data, length, draw)
+    held = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        kind, at = draw.randrange(6), draw.randrange(min(8 + length, len(held)))
+        if kind == 0:
+            held[at] = draw.randrange(256)
+        elif kind == 1:
+            held[at] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            held[8:8] = held[8 : 8 + draw.randrange(40)]
+        elif kind == 3:
+            held[at : at + draw.randrange(4)] = draw.choice(WORDS)
+        elif kind == 4:
+            del held[draw.randrange(len(held)) :]
+        else:
+            digits = [i for i in range(8, min(8 + length, len(held))) if 48 <= held[i] <= 57]
+            if digits:
+                held[draw.choice(digits)] = 48 + draw.randrange(10)
+        if len(held) < 9:
+            break
+    return bytes(held)
+
+
+def _as_json(data: bytes, length: int, draw: random.Random) -> bytes:
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    for _ in range(draw.randrange(1, 4)):
+        name = draw.choice([name for name in header if name != "__metadata__"])
+        entry, kind = header[name], draw.randrange(7)
+        if kind == 0:
+            entry["dtype"] = draw.choice(SAME_WIDTH.get(entry["dtype"], ("F32",)))
+        elif kind == 1:
+            draw.shuffle(entry["shape"])
+        elif kind == 2:
+            entry["shape"] = [1, *entry["shape"]]
+        elif kind == 3 and entry["shape"]:
+            entry["shape"][draw.randrange(len(entry["shape"]))] = draw.choice((0, 1, 7, 2**31, 2**62, 2**64, -1, 0.5))
+        elif kind == 4:
+            entry["data_offsets"][draw.randrange(2)] += draw.choice((-4, -1, 1, 4, 2**40))
+        elif kind == 5:
+            header = dict(draw.sample(list(header.items()), len(header)))
+        else:
+            header[name + draw.choice(("", "'", "\n", "\0", "é" * 200))] = header.pop(name)
+    text = json.dumps(header).encode() + b" " * draw.randrange(9)
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def attempt(path: Path, scratch: Path, *, cut: bool) -> str:
+    """What became of one file: "refused" or "merged" (or "refused later"). Anything else is an error that gets out."""
+    from fastalign import soup
+    from fastalign.errors import UserError
+    from fastalign.soup import plan
+
+    def told(error: Exception) -> None:
+        line = str(error)
+        if "\n" in line or len(line) > 900:
+            raise AssertionError(f"not one clear line: {line!r}")
+
+    try:
+        found = soup.open_checkpoint(path)
+    except UserError as error:
+        told(error)
+        return "refused"
+    size = path.stat().st_size
+    if not all(8 <= found[name].offset <= size - found[name].nbytes for name in found):
+        raise AssertionError(f"{path}: a tensor lies beyond the file")
+    out = scratch / "out"
+    try:
+        soup.mix([path, path], [0.25, 0.75])
+        soup.merge([path, path], [0.25, 0.75], out / "slerp", method="slerp", progress=False)
+        made = plan.make([path, path], [0.5, 0.5], out / "linear", dtype="float32")
+        if cut:
+            os.truncate(path, size - 1 - size // 3)
+        soup.execute(made, progress=False)
+        if cut and found.nbytes:
+            raise AssertionError(f"{path}: was cut short, and nobody noticed")
+    except (UserError, OSError) as error:
+        told(error)
+        return "refused later"
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return "merged"
+
+
+def fuzz(files: int, seed: int, scratch: Path, *, watch: bool = False) -> Counter:
+    """How many files became what. watch: end the process where one takes MOST_SECONDS."""
+    data, draw, found = good(), random.Random(seed), Counter()
+    for number in range(files):
+        path = scratch / f"{number}.safetensors"
+        path.write_bytes(mutated(data, draw))
+        if watch:
+            faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
+        found[attempt(path, scratch, cut=number % 4 == 0)] += 1
+        path.unlink()
+    faulthandler.cancel_dump_traceback_later()
+    return found
+
+
+# ---- the process under the sanitizer ----
+
+
+def _use_engine(module: Path) -> None:
+    """Load this build of the engine in place of the installed one."""
+    import torch  # its OpenMP first  # noqa: F401
+
+    spec = importlib.util.spec_from_file_location("fastalign._C", module)
+    engine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(engine)
+    sys.modules["fastalign._C"] = engine
+    sys.path.insert(0, str(ROOT))
+    import fastalign.backend
+
+    if fastalign.backend.engine is not engine:
+        raise SystemExit("fuzz_soup: the sanitised engine was not taken")
+
+
+def _out_of_bounds() -> None:
+    """One element too many: the sanitizer must end the process here."""
+    import torch
+
+    from fastalign.backend import engine
+
+    x, y = torch.zeros(1000), torch.zeros(1000)
+    engine.soup_memory([y.data_ptr()], 1, [x.data_ptr()], [1], [1.0], 1064, 1)
+
+
+def build(folder: Path) -> Path:
+    """The engine with the sanitizer in it; builds what changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    shutil.copy2(ROOT / "setup.py", folder)
+    flags = "-fsanitize=address -fno-omit-frame-pointer -g1"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
+    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"CXX": f"g++ {flags}"})
+    return next((folder / "lib" / "fastalign").glob("_C*.so"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "asan")
+    parser.add_argument("--worker", choices=("fuzz", "out-of-bounds"), help=argparse.SUPPRESS)
+    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        _use_engine(given.module)
+        if given.worker == "out-of-bounds":
+            _out_of_bounds()
+            return 0
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(fuzz(given.files, given.seed, Path(scratch), watch=True)))
+        return 0
+    module = build(given.build.resolve())
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    env = os.environ | {
+        "LD_PRELOAD": library.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=77", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+
+    def run(worker: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, __file__, "--worker", worker, "--module", str(module)]
+        command += ["--files", str(given.files), "--seed", str(given.seed)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    caught = run("out-of-bounds")
+    if caught.returncode != 77 or "AddressSanitizer" not in caught.stderr:
+        print(f"the sanitizer did not see a read out of bounds:\n{caught.stderr[-2000:]}", file=sys.stderr)
+        return 1
+    found = run("fuzz")
+    if found.returncode:
+        print(found.stderr[-6000:], file=sys.stderr)
+        return 1
+    counts = json.loads(found.stdout.splitlines()[-1])
+    told = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+    print(f"{given.files:,} mutated files under AddressSanitizer: {told}; no crash, no hang, no access out of bounds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
