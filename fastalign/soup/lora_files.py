@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fastalign.data.files import read_json, write_json
 from fastalign.errors import UserError
-from fastalign.soup.checkpoint import File, read_header
+from fastalign.soup.checkpoint import File, lay_out, read_header
 from fastalign.soup.dtypes import FLOATS, NAMES
 from fastalign.soup.memory import mapped_file
+from fastalign.soup.merge import bytes_of, naming
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -179,17 +180,18 @@ def write_adapter(
 
     settings: what else its configuration says; target_modules defaults to the modules by their whole names.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, (a, b, embedding) in factors.items():
         names = (".lora_embedding_A", ".lora_embedding_B") if embedding else (".lora_A.weight", ".lora_B.weight")
         for ending, tensor in zip(names, (a, b), strict=True):
-            tensors[_PREFIX + module + ending] = tensor.contiguous()
-    for name, tensor in (whole or {}).items():
-        tensors[name] = tensor.contiguous()
-    save_file(tensors, folder / WEIGHTS, dict(metadata))
+            tensors[_PREFIX + module + ending] = tensor
+    tensors |= whole or {}
+    (shard,) = lay_out(((name, NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()), 2**62)
+    with naming(folder / WEIGHTS), open(folder / WEIGHTS, "wb") as file:
+        file.write(shard.header(metadata))
+        for name in shard.tensors:
+            file.write(bytes_of(tensors[name]))
     ranks = {module: a.shape[0] for module, (a, _, _) in factors.items()}
     usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
     others = {module: rank for module, rank in ranks.items() if rank != usual}

@@ -150,7 +150,7 @@ def _write_shard(
                 out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
                 stack.callback(os.close, out)
                 outs.append(out)
-                with _naming(path):
+                with naming(path):
                     os.ftruncate(out, len(header) + shard.nbytes)
                     _write_all(out, header, 0)
             for out_type, segments in _work(plan, shard, headers, outs, files):
@@ -166,8 +166,8 @@ def _write_shard(
                     at = tensor.offset
                     for blocks in plan.blocks_of[name]():
                         for out, path, header, block in zip(outs, partial, headers, blocks, strict=True):
-                            with _naming(path):
-                                _write_all(out, _bytes_of(block), len(header) + at)
+                            with naming(path):
+                                _write_all(out, bytes_of(block), len(header) + at)
                         at += blocks[0].nbytes
                     moved(sum(one[name].nbytes for one in plan.inputs) + tensor.nbytes * len(outs))
                 elif tensor.dtype not in FLOATS:
@@ -176,7 +176,7 @@ def _write_shard(
                     moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
             _unchanged(plan.inputs)
             for out, path in zip(outs, partial, strict=True):
-                with _naming(path):
+                with naming(path):
                     os.fsync(out)
         for path, target in zip(partial, targets, strict=True):
             os.replace(path, target)
@@ -240,12 +240,12 @@ def _moved(segments: list[Segment], out_type: str) -> int:
 
 def _copy(source: Checkpoint, name: str, out: int, offset: int, path: Path) -> None:
     for block in read_bytes(source, name):
-        with _naming(path):
+        with naming(path):
             _write_all(out, block, offset)
         offset += len(block)
 
 
-def _bytes_of(block: torch.Tensor) -> memoryview:
+def bytes_of(block: torch.Tensor) -> memoryview:
     return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
 
 
@@ -257,7 +257,7 @@ def _write_all(out: int, data: bytes | memoryview, offset: int) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """A descriptor's error says which file it was."""
     try:
         yield
