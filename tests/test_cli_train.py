@@ -270,6 +270,31 @@ def same(a, b):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_two_processes_train_as_one(model, pairs, tmp_path):
+    """torchrun of the command: the log of one process with the same pairs a step."""
+    asked = ["dpo", "--data", pairs, "--model", model, "--learning-rate", "1e-2", "--max-steps", 3]
+    assert fastalign(*asked, "--batch-size", 4, "--out", tmp_path / "one")[0] == 0
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "fastalign.cli",
+    ]
+    done = subprocess.run(
+        [*torchrun, "train", *map(str, asked), "--batch-size", "2", "--out", tmp_path / "two"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+        expected = [row[name] for row in one if name in row]
+        assert len(expected) == 3 and [row[name] for row in two if name in row] == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "ppo"])
 def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path):
     """SIGKILL in the middle; --resume gives the same losses and the same weights."""

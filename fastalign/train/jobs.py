@@ -200,6 +200,8 @@ def _arguments(
         "output_dir": str(run.checkpoints), "learning_rate": learning_rate, "num_train_epochs": epochs,
         "max_steps": max_steps or -1, "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "data_seed": seed,
+        # Unless told, accelerate takes processes without a GPU for unrelated ones.
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": gpu, "dataloader_pin_memory": gpu,
         "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1, "logging_steps": log_steps,
         "logging_first_step": True, "disable_tqdm": True, "report_to": board or "none",
