@@ -113,10 +113,9 @@ def sample(
         Drawing,
         typer.Option(
             help="whole: n candidates of each prompt, to score and select from. The others draw by the λ of --palette, for less. "
-            "rejection: the best of n, most of them dropped half-way (biased: what begins badly is lost, even if it would end "
-            "best). adaptive: one drawn from as many as a prompt needs, n at most (biased: it stops on what it has seen). Both "
-            "write the texts picked. particles: n, resampled half-way, with weights for `select` (their weighted sums are "
-            "unbiased; one text drawn from them has a bias of order 1/n)."
+            "rejection: the best of n, most dropped half-way (biased: what begins badly is lost). adaptive: one of as many as a "
+            "prompt needs, n at most (biased: stops on what it has seen). Both write the texts picked. particles: n, resampled "
+            "half-way, with weights for `select` (weighted sums unbiased, a text drawn from them biased by order 1/n)."
         ),
     ] = Drawing.whole,
     ess: Annotated[

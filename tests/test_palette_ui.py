@@ -4,6 +4,7 @@ import http.client
 import json
 import threading
 import webbrowser
+from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,14 +34,20 @@ def desk():
     return Desk(NAMES, rewards, [f"prompt {i}" for i in range(6)], texts, "a folder/scored.parquet")
 
 
-@pytest.fixture
-def port(desk):
+@contextmanager
+def served(desk):
     with server.open_server(desk) as found:
         thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield found.server_port
         found.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def port(desk):
+    with served(desk) as found:
+        yield found
 
 
 def ask(port, method, path, body=None, **headers):
@@ -259,9 +266,11 @@ def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, port, page):
 
 
 @pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_sticks_out_of_the_page(port, page, width, tmp_path):
-    page.open("about:blank")
-    page.open(f"http://127.0.0.1:{port}/#c=0.5,0.5")
-    page.evaluate(ANSWERED % 1)
-    page.picture(tmp_path / "page.png", width, 900)
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+def test_nothing_sticks_out_of_the_page(desk, page, width, tmp_path):
+    names = ["a value with more of a name than anybody would ever want to read", "without_a_blank_" * 5]
+    odd = Desk(names, desk.rewards * [1e7, 1e-5], ["long " * 90 + "l" * 200] * 6, [["l" * 300] * 40] * 6)
+    with served(odd) as port:
+        page.open(f"http://127.0.0.1:{port}/#c=2e6,3e-6")
+        page.evaluate(ANSWERED % 1)
+        page.picture(tmp_path / "page.png", width, 900)
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

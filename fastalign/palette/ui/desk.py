@@ -45,7 +45,7 @@ class Desk:
         self.mean = self.flat.mean(axis=0, dtype=np.float64)
         self.spread = self.flat.std(axis=0, dtype=np.float64)
         self._one = Lock()  # the solver runs on all cores already
-        self.answer({"palette": (self.flat.max(axis=0) + 1.0).tolist()})  # loads what a first answer would wait for
+        solve(np.array([[0.0], [1.0]]), [2.0])  # loads what the first palette out of reach would wait for
 
     def describe(self) -> dict[str, Any]:
         """What the page draws before it asks: the values, how far each can go alone under either dual, and starts."""

@@ -202,7 +202,7 @@ function drawVerdict(answer) {
   const levels = about.values.map((value, j) => `${value.name} ${show(nearest[j], j)}`).join(", ");
   const percent = `${(100 * scaling).toFixed(1)} %`;
   go("Go to the nearest", nearest, "nearest");
-  go(`Go ${percent} of the way`, scaled, "scaled");
+  if (scaling > 0.001) go(`Go ${percent} of the way`, scaled, "scaled");
   box.replaceChildren(
     make("b", "", "Out of reach:"),
     ` no reweighting of these candidates gives it. The nearest that one can: ${levels}, which is what is shown here. ` +
