@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 OPS = [
     "gae", "layer", "linear_logprobs", "map_statistics", "own_attention", "resample", "sample_tokens", "soup",
-    "token_logprobs", "token_logratios",
+    "soup_tasks", "token_logprobs", "token_logratios",
 ]  # fmt: skip
-COMMON = ["bindings", "isa", "soup_files"]
+COMMON = ["bindings", "isa", "soup_files", "soup_io", "soup_task_files"]
 
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

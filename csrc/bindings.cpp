@@ -20,6 +20,7 @@
 #include "resample.h"
 #include "sample_tokens.h"
 #include "soup_files.h"
+#include "soup_task_files.h"
 #include "token_logprobs.h"
 #include "token_logratios.h"
 
@@ -272,15 +273,39 @@ PYBIND11_MODULE(_C, m) {
   });
 
   // the same, then the dot products, row by row
-  m.def("soup_dots", [](const py::tuple& segment, int64_t chunk, int threads) {
+  m.def("soup_dots", [](const py::tuple& segment, bool centered, int64_t chunk, int threads) {
     const SoupSegment of = segment_of(segment);
     std::vector<double> dots;
     SoupFailure found;
     {
       py::gil_scoped_release release;
-      found = soup_dots(dots, of, chunk, threads);
+      found = soup_dots(dots, of, centered, chunk, threads);
     }
     return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file, dots);
+  });
+
+  // choices: (keep, from, to, largest_first, probability, spread, own_scale, match_sum, scale, stream) for each model
+  m.def("soup_tasks", [](const py::tuple& segment, const py::list& choices, int out_type, double lambda, bool elect,
+                         bool normalize, uint64_t seed, int64_t row, int64_t chunk, int threads) {
+    const SoupSegment of = segment_of(segment);
+    std::vector<TaskChoice> all;
+    for (const py::handle& choice : choices) {
+      const auto t = py::cast<py::tuple>(choice);
+      TaskChoice one;
+      one.vector.keep = TaskKeep(t[0].cast<int>());
+      one.from = t[1].cast<int64_t>(), one.to = t[2].cast<int64_t>(), one.largest_first = t[3].cast<bool>();
+      one.vector.probability = t[4].cast<double>(), one.vector.spread = t[5].cast<double>();
+      one.vector.own_scale = t[6].cast<bool>(), one.match_sum = t[7].cast<bool>();
+      one.vector.scale = t[8].cast<double>(), one.vector.stream = t[9].cast<uint64_t>();
+      all.push_back(one);
+    }
+    SoupFailure found;
+    {
+      py::gil_scoped_release release;
+      const TaskMerge merge = {nullptr, nullptr, lambda, elect, normalize, seed, row};
+      found = soup_task_files(of, all, SoupType(out_type), merge, chunk, threads);
+    }
+    return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
   });
 
   m.def("soup_memory", [](const std::vector<uintptr_t>& outs, int out_type, const std::vector<uintptr_t>& ins,

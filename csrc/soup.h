@@ -24,7 +24,8 @@ FASTALIGN_DECLARE(
   // float8_e4m3fn has no infinity: what lies beyond its range becomes its largest number. One thread.
   void soup_span(void* const* outs, SoupType out_type, int outputs, const void* const* ins, const SoupType* in_types,
                  int inputs, const double* weights, int64_t n);
-  // dots[i * inputs + j] += ins[i] · ins[j], over n elements; products are summed in float32 (float64 where an input is)
+  // dots[i * inputs + j] += ins[i] · ins[j], over n elements; centered: input 0 subtracted from the others first. Products are summed in float32 (float64 where an input is)
   // for some thousand elements, then in float64. One thread.
-  void soup_dots_span(double* dots, const void* const* ins, const SoupType* in_types, int inputs, int64_t n);
+  void soup_dots_span(double* dots, const void* const* ins, const SoupType* in_types, int inputs, int64_t n,
+                      bool centered);
 )

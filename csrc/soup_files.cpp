@@ -1,67 +1,16 @@
 // Chunks of files through the kernel: each thread reads a chunk of every input, sums, and writes every output.
 //
-// pread and pwrite, not mmap: a disk's error or a file cut short is an errno here, and would be a signal there.
 // Chunks are small enough to stay in a core's cache between the system's copy and the kernel.
 #include "soup_files.h"
-
-#include <fcntl.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <memory>
 
+#include "soup_io.h"
+
 namespace fastalign {
 
 static constexpr int64_t kMemoryChunk = 1 << 16;  // elements
-
-// 0 when all of it was read or written, else an errno, or -1 where the file ended.
-template <typename Call> static int whole(Call call, char* data, int64_t bytes, int64_t offset) {
-  while (bytes > 0) {
-    const ssize_t done = call(data, size_t(bytes), off_t(offset));
-    if (done < 0 && errno == EINTR) continue;
-    if (done < 0) return errno;
-    if (done == 0) return -1;
-    data += done, bytes -= done, offset += done;
-  }
-  return 0;
-}
-
-static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
-
-static int64_t input_room(const SoupSegment& of, int64_t chunk) {
-  int64_t bytes = 0;
-  for (SoupType type : of.in_types) bytes += aligned(chunk * size_of(type));
-  return bytes;
-}
-
-// n elements of every input from `first` on into `room`, one after the other; which one failed, and why.
-static SoupFailure read_inputs(const void** ins, char* room, const SoupSegment& of, int segment, int64_t first, int64_t n,
-                               int64_t chunk) {
-  for (int i = 0; i < int(of.in_files.size()); ++i) {
-    const int64_t size = size_of(of.in_types[i]);
-    const int error = whole([&](char* to, size_t bytes, off_t at) { return pread(of.in_files[i], to, bytes, at); }, room,
-                            n * size, of.in_offsets[i] + first * size);
-    if (error != 0) return {true, false, error < 0 ? 0 : error, segment, i};
-    ins[i] = room;
-    room += aligned(chunk * size);
-  }
-  return {};
-}
-
-static void read_ahead(const SoupSegment& of) {
-#if defined(POSIX_FADV_WILLNEED)
-  for (size_t i = 0; i < of.in_files.size(); ++i) {
-    posix_fadvise(of.in_files[i], of.in_offsets[i], of.n * size_of(of.in_types[i]), POSIX_FADV_WILLNEED);
-  }
-#else
-  (void)of;
-#endif
-}
-
-// A cache line's boundary within memory of so many bytes more.
-static char* line_in(const std::unique_ptr<char[]>& memory) {
-  return reinterpret_cast<char*>(aligned(int64_t(reinterpret_cast<uintptr_t>(memory.get()))));
-}
 
 SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads) {
   struct Piece { int segment; int64_t first, n; };
@@ -104,31 +53,21 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
         fail(unread);
         continue;
       }
-      const int64_t bytes = piece.n * size_of(out_type), stride = aligned(chunk * size_of(out_type));
+      const int64_t stride = aligned(chunk * size_of(out_type));
       char* const next = mine + input_room(of, chunk);
-      int error = 0;
       std::vector<void*> outs(static_cast<size_t>(outputs));
       for (int k = 0; k < outputs; ++k) outs[size_t(k)] = next + k * stride;
       FASTALIGN_CALL(soup_span, outs.data(), out_type, outputs, ins, of.in_types.data(), inputs, of.weights.data(), piece.n);
-      for (int k = 0; k < outputs && error == 0; ++k) {
-        error = whole([&](char* from, size_t count, off_t at) { return pwrite(of.out_files[k], from, count, at); },
-                      static_cast<char*>(outs[size_t(k)]), bytes, of.out_offsets[k] + piece.first * size_of(out_type));
-        if (error != 0) fail({true, true, error < 0 ? EIO : error, piece.segment, k});
-      }
+      const SoupFailure unwritten = write_outputs(outs.data(), out_type, of, piece.segment, piece.first, piece.n);
+      if (unwritten.failed) fail(unwritten);
     }
   }
-#if defined(__linux__)
   // The disk may begin with these bytes while the next call computes; the flush at the file's end then waits less.
-  for (const SoupSegment& of : segments) {
-    for (size_t k = 0; k < of.out_files.size(); ++k) {
-      sync_file_range(of.out_files[k], of.out_offsets[k], of.n * size_of(out_type), SYNC_FILE_RANGE_WRITE);
-    }
-  }
-#endif
+  for (const SoupSegment& of : segments) write_behind(of, out_type);
   return failure;
 }
 
-SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& of, int64_t chunk, int threads) {
+SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& of, bool centered, int64_t chunk, int threads) {
   const int inputs = int(of.in_files.size());
   const int64_t pieces = (of.n + chunk - 1) / chunk, each = int64_t(inputs) * inputs;
   std::vector<double> parts(size_t(pieces * each), 0.0);  // summed in order, so that threads do not show
@@ -148,7 +87,7 @@ SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& of, int64_t 
         if (!failure.failed) failure = unread;
         continue;
       }
-      FASTALIGN_CALL(soup_dots_span, parts.data() + p * each, ins, of.in_types.data(), inputs, n);
+      FASTALIGN_CALL(soup_dots_span, parts.data() + p * each, ins, of.in_types.data(), inputs, n, centered);
     }
   }
   dots.assign(size_t(each), 0.0);

@@ -27,8 +27,9 @@ struct SoupFailure {
 // Holds threads * chunk elements of every input and of every output.
 SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads);
 
-// Dot products of a segment's inputs with one another: dots (inputs, inputs). Its outputs and weights are not looked at.
-SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& segment, int64_t chunk, int threads);
+// Dot products of a segment's inputs with one another, or, centered, of what the others differ by from input 0:
+// dots (inputs, inputs). Its outputs and weights are not looked at.
+SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& segment, bool centered, int64_t chunk, int threads);
 
 // soup_files in memory: outs (outputs,), ins (inputs,) addresses of n contiguous elements each.
 void soup_memory(const std::vector<void*>& outs, SoupType out_type, const std::vector<const void*>& ins,

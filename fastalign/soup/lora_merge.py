@@ -97,7 +97,7 @@ def plan(
         for name, (module, transposed) in changed.items()
     }
     return plans.Plan(
-        (model,), (model,), Path(out), rows, single, tuple(layout), recipe, out_dtype, limit, key, lambda name: ones, blocks_of
+        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, lambda name: ones, blocks_of
     )  # fmt: skip
 
 

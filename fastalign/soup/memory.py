@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.errors import UserError
-from fastalign.soup import compare, dtypes, methods
+from fastalign.soup import compare, dtypes, methods, parameters
 from fastalign.soup.checkpoint import Checkpoint, File, open_checkpoint
 from fastalign.soup.stream import mix_tensors
 
@@ -83,7 +83,7 @@ def _prepare(
     """Each model's tensors, of the same names and shapes; the weights' rows."""
     if isinstance(models, str | os.PathLike | nn.Module | Mapping) or not models:
         raise UserError("models must be a list of modules, state dicts, folders, files or hub names")
-    methods.check("linear", len(models), with_base=False)
+    parameters.check("linear", len(models), with_base=False)
     rows = methods.linear_rows(methods.weight_rows(weights, len(models)), normalize).tolist()
     opened = [open_checkpoint(one) if isinstance(one, str | os.PathLike) else one for one in models]
     told = [one.name if isinstance(one, Checkpoint) else f"model {number}" for number, one in enumerate(opened)]

@@ -13,10 +13,10 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,8 @@ from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import INDEX, Checkpoint, File, Shard, index_of
 from fastalign.soup.compare import read_bytes
 from fastalign.soup.dtypes import FLOATS, SIZES, TORCH
-from fastalign.soup.stream import Segment, StreamError, chunk_for, joined, stream
+from fastalign.soup.stream import Segment, StreamError, chunk_for, joined, merge_tasks, stream
+from fastalign.soup.task_vectors import Tasks
 
 RECORD = "soup.json"  # in the output: what was made of what
 _BATCH = 64_000_000  # bytes moved between two steps of the progress bar
@@ -57,6 +58,8 @@ def merge(
     *,
     method: str = "linear",
     base: str | os.PathLike | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    companion: str = "first",
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
     max_shard_size: int | str = "5GB",
@@ -68,11 +71,19 @@ def merge(
 
     Args:
         models: m folders, *.safetensors files or hub names.
-        weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read once.
+        weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read once. One of
+            (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs none.
         out: the folder to make. It must not exist, be empty, or hold this very merge, finished.
-        method: "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two models along the great circle of
-            each tensor, by the second's share of the weights.
-        base: task_arithmetic's.
+        method: one of METHODS; docs in README.md. "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two
+            models along the great circle of each tensor, by the second's share of the weights; "ties", "dare_linear",
+            "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties": task vectors of which some elements stay;
+            "multislerp", "karcher": means on the sphere; "model_stock": as far from the base as the models agree;
+            "warp": task vectors along great circles, then `eta` of the way from the base; "ema": the moving average of
+            checkpoints, the oldest first.
+        base: what the models were trained from, for the methods that work on the differences.
+        parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number}, or
+            {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
+        companion: whose configuration and tokenizer the outputs get, "first" or "base".
         dtype: to store floating-point tensors in; None keeps the first model's, tensor by tensor.
         normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
         max_shard_size: of one output file, such as "5GB"; a larger tensor has a file of its own.
@@ -90,8 +101,8 @@ def merge(
         OSError: a disk's error. Inputs and finished shards stay; the same call goes on from them.
     """
     made = plans.make(
-        models, weights, out, method=method, base=base, dtype=dtype, normalize=normalize, max_shard_size=max_shard_size,
-        memory_limit=memory_limit, force=force,
+        models, weights, out, method=method, base=base, parameters=parameters, companion=companion, dtype=dtype,
+        normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
     return execute(made, progress=progress)
 
@@ -153,10 +164,13 @@ def _write_shard(
                 with naming(path):
                     os.ftruncate(out, len(header) + shard.nbytes)
                     _write_all(out, header, 0)
-            for out_type, segments in _work(plan, shard, headers, outs, files):
+            for out_type, segments, tasks in _work(plan, shard, headers, outs, files):
                 moved_by = _moved(segments, out_type)
                 try:
-                    stream(segments, out_type, chunk=chunk, threads=threads)
+                    if tasks is None:
+                        stream(segments, out_type, chunk=chunk, threads=threads)
+                    else:
+                        merge_tasks(segments[0], tasks, out_type, chunk=chunk, threads=threads)
                 except StreamError as error:
                     path = _which(error, segments, partial, outs, files)
                     raise OSError(error.errno or 5, error.strerror, str(path)) from None
@@ -189,37 +203,41 @@ def _write_shard(
 
 def _work(
     plan: plans.Plan, shard: Shard, headers: list[bytes], outs: list[int], files: dict[Path, int]
-) -> Iterator[tuple[str, list[Segment]]]:
-    """Batches of segments of one output type, neighbours joined; each batch moves some 64 MB."""
+) -> Iterator[tuple[str, list[Segment], Tasks | None]]:
+    """Batches of segments of one output type, neighbours joined, each batch moving some 64 MB; or a whole tensor's tasks."""
     by_type: dict[str, list[str]] = {}
     for name, tensor in shard.tensors.items():
         if tensor.dtype in FLOATS and tensor.nbytes and name not in plan.blocks_of:
             by_type.setdefault(tensor.dtype, []).append(name)
+
+    def segment(name: str, weights: list[float]) -> Segment:
+        held = [one[name] for one in plan.inputs]
+        target = shard.tensors[name]
+        return Segment(
+            target.count,
+            tuple(tensor.dtype for tensor in held),
+            tuple(files[one.files[one.where[name]].path] for one in plan.inputs),
+            tuple(tensor.offset for tensor in held),
+            tuple(outs),
+            tuple(len(header) + target.offset for header in headers),
+            weights,
+        )
+
     for out_type, names in by_type.items():
-
-        def segments(names=names) -> Iterator[Segment]:
-            for name in names:
-                held = [one[name] for one in plan.inputs]
-                target = shard.tensors[name]
-                yield Segment(
-                    target.count,
-                    tuple(tensor.dtype for tensor in held),
-                    tuple(files[one.files[one.where[name]].path] for one in plan.inputs),
-                    tuple(tensor.offset for tensor in held),
-                    tuple(outs),
-                    tuple(len(header) + target.offset for header in headers),
-                    plan.rows_of(name),
-                )
-
+        steps = ((name, plan.step_of(name)) for name in names)  # as they come: what a step reads is in the cache then
+        if plan.sparse:
+            for name, tasks in steps:
+                yield out_type, [segment(name, [])], tasks
+            continue
         batch: list[Segment] = []
-        for whole in joined(segments(), SIZES[out_type]):
-            for segment in _pieces(whole, out_type):
-                batch.append(segment)
+        for whole in joined((segment(*one) for one in steps), SIZES[out_type]):
+            for piece in _pieces(whole, out_type):
+                batch.append(piece)
                 if _moved(batch, out_type) >= _BATCH:
-                    yield out_type, batch
+                    yield out_type, batch, None
                     batch = []
         if batch:
-            yield out_type, batch
+            yield out_type, batch, None
 
 
 def _pieces(whole: Segment, out_type: str) -> Iterator[Segment]:
@@ -398,7 +416,7 @@ def _key(record: Path) -> str | None:
 
 
 def _record(plan: plans.Plan) -> dict:
-    return {"kind": "soup", "key": plan.key, **plan.recipe, "weights": plan.weights.tolist(), "folders": plan.folders}
+    return {"kind": "soup", "key": plan.key, **plan.recipe, "weights": plan.weights, "folders": plan.folders}
 
 
 def _finished(path: Path, header: bytes, shard: Shard) -> bool:
@@ -423,7 +441,7 @@ def _check_space(plan: plans.Plan, beside: Path, headers: list[list[bytes]]) -> 
 
 def _accompany(plan: plans.Plan, beside: Path) -> None:
     """Index, configuration, tokenizer and templates into every output."""
-    source = plan.models[0].folder
+    source = (plan.companion or plan.models[0]).folder
     for folder in plan.folders:
         target = beside / folder
         if len(plan.layout) > 1:

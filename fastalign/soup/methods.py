@@ -1,25 +1,28 @@
-"""How each method turns what a user asks for into weighted sums of checkpoints.
-
-Every method here is linear in its inputs once a few numbers are known, so that one kernel serves them all.
-"""
+"""How each method turns what a user asks for into work on one tensor: weighted sums, or merges of sparse task vectors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastalign.errors import UserError
+from fastalign.soup import geometry, sparsify
 from fastalign.soup.checkpoint import Checkpoint
+from fastalign.soup.parameters import METHODS as _TABLE
+from fastalign.soup.settings import Places, Setting, parse
 from fastalign.soup.stream import Segment, StreamError, dots
+from fastalign.soup.task_vectors import Tasks
 
-METHODS = ("linear", "task_arithmetic", "slerp")
-MAX_INPUTS = 128  # of the kernel
-_PARALLEL = 0.9995  # cosines beyond: the great circle is a straight line
-Rows = Callable[[str], list[float]]
+METHODS = tuple(_TABLE)
+Step = list[float] | Tasks  # weights of the inputs, (K × inputs) row by row; or a merge of task vectors
+
+
+# ---- weights ----
 
 
 def weight_rows(weights, m: int) -> np.ndarray:
@@ -33,6 +36,36 @@ def weight_rows(weights, m: int) -> np.ndarray:
     if not np.isfinite(rows).all():
         raise UserError("weights must be finite numbers")
     return np.atleast_2d(rows)
+
+
+class Weights:
+    """Of every tensor: the same rows for all, or one row of Settings. `single`: one output, not a list of them."""
+
+    def __init__(self, weights: Any, m: int, names: Sequence[str] = ()):
+        self._places = Places(names)
+        self.settings: list[Setting] | None = None
+        if isinstance(weights, list | tuple) and any(isinstance(one, Setting | Mapping) for one in weights):
+            if len(weights) != m:
+                raise UserError(f"weights must be one for each of {m} models, got {len(weights)}")
+            self.settings = [parse(f"weight of model {i}", one) for i, one in enumerate(weights)]
+            self.single, self.count = True, 1
+        else:
+            self.rows = weight_rows(weights, m)
+            self.single, self.count = np.ndim(weights) == 1, len(self.rows)
+
+    def of(self, name: str) -> np.ndarray:
+        """(K, m). Raises UserError where a model has none for this tensor."""
+        if self.settings is None:
+            return self.rows
+        found = [one.at(name, self._places[name]) for one in self.settings]
+        lacking = next((i for i, weight in enumerate(found) if weight is None), None)
+        if lacking is not None:
+            raise UserError(f"weight of model {lacking}: none of its patterns matches {name}")
+        return np.array([found], dtype=np.float64)
+
+    def told(self) -> list[list[Any]]:
+        """As JSON, one row for each output."""
+        return [[one.told() for one in self.settings]] if self.settings is not None else self.rows.tolist()
 
 
 def simplex_grid(m: int, points: int) -> np.ndarray:
@@ -55,20 +88,6 @@ def simplex_grid(m: int, points: int) -> np.ndarray:
     return np.array(list(parts(points - 1, m)), dtype=np.float64) / (points - 1)
 
 
-def check(method: str, m: int, *, with_base: bool) -> None:
-    """Raises UserError where there is no such method, or it does not take so many models or a base."""
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "task_arithmetic" and not with_base:
-        raise UserError("task_arithmetic needs base, the model that the others were trained from")
-    if method != "task_arithmetic" and with_base:
-        raise UserError(f"base is task_arithmetic's, {method} takes none")
-    if method == "slerp" and m != 2:
-        raise UserError(f"slerp takes two models, got {m}")
-    if not 1 <= m + with_base <= MAX_INPUTS:
-        raise UserError(f"at most {MAX_INPUTS} models can be mixed at once (base included), got {m + with_base}")
-
-
 def linear_rows(rows: np.ndarray, normalize: bool | None) -> np.ndarray:
     """Weights of a linear soup. normalize: True divides by the sum, False keeps them, None wants a sum of 1."""
     sums = rows.sum(1, keepdims=True)
@@ -84,45 +103,136 @@ def linear_rows(rows: np.ndarray, normalize: bool | None) -> np.ndarray:
     return rows
 
 
-def task_arithmetic_rows(rows: np.ndarray) -> np.ndarray:
-    """base + Σ λ (w - base) (arXiv 2212.04089) as weights of base, w: the first column is 1 - Σ λ."""
+def ema_rows(m: int, decay: float) -> np.ndarray:
+    """Weights of the exponential moving average of m checkpoints, the oldest first: e_0 = w_0, e_i = decay e_(i-1) +
+    (1 - decay) w_i."""
+    steps = np.arange(m - 1, -1, -1)
+    weights = (1 - decay) * np.power(decay, steps)
+    weights[0] = decay ** (m - 1)
+    return weights[None]
+
+
+# ---- steps ----
+
+
+def steps(
+    method: str,
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    weights: Weights,
+    values: Mapping[str, Any],
+    normalize: bool | None,
+    names: Sequence[str],
+) -> Callable[[str], Step]:
+    """What is done for each tensor. Weights are over the base, where there is one, and the models.
+
+    values: the method's parameters, as `parameters.read` gives them. Raises UserError, at once where it can be known.
+    """
+    places, m = Places(names), len(models)
+
+    def number(parameter: str, name: str) -> float:
+        found = values[parameter].at(name, places[name])
+        if found is None:
+            raise UserError(f"{parameter}: none of its patterns matches {name}")
+        return found
+
+    def each(parameter: str, name: str) -> list[float]:
+        found = [one.at(name, places[name]) for one in values[parameter]]
+        if None in found:
+            raise UserError(f"{parameter} of model {found.index(None)}: none of its patterns matches {name}")
+        return found
+
+    def rows(name: str) -> np.ndarray:
+        """Over the inputs, (K, inputs)."""
+        held = weights.of(name)
+        if method == "linear":
+            return linear_rows(held, normalize)
+        if method == "ema":
+            return ema_rows(m, number("decay", name))
+        if method == "task_arithmetic":
+            if values["normalize"]:
+                sums = held.sum(1, keepdims=True)
+                held = held / np.where(np.abs(sums) < 1e-8, 1, sums)
+            return _with_base(held * number("lambda", name))
+        if method == "slerp":
+            t = _shares(held)
+            return np.stack([geometry.slerp(gram(models, name), x) for x in t])
+        if method == "karcher":
+            held_gram = gram(models, name)
+            return np.stack(
+                [geometry.karcher(held_gram, row, steps=values["max_iter"], tol=number("tol", name)) for row in held]
+            )
+        if method == "multislerp":
+            inputs = models if base is None else (base, *models)
+            held_gram = gram(inputs, name, centered=base is not None)[len(inputs) - m :, len(inputs) - m :]
+            options = {"normalize": values["normalize_weights"], "eps": number("eps", name)}
+            found = np.stack([geometry.multislerp(held_gram, row, **options) for row in held])
+            # As mergekit does, a lone model is itself, whatever its weight.
+            return found if base is None else _with_base(found)
+        held_gram = gram((base, *models), name, centered=True)[1:, 1:]
+        if method == "model_stock":
+            t = geometry.model_stock(held_gram, floor=number("floor", name))
+            return _with_base(np.full((1, m), t / m))
+        return _with_base(number("eta", name) * np.stack([geometry.warp(held_gram, row) for row in held]))
+
+    def tasks(name: str) -> Tasks:
+        tensor = models[0][name]
+        asked = {parameter: each(parameter, name) for parameter in ("density", "epsilon", "gamma") if parameter in values}
+        choices = [
+            sparsify.choice(method, tensor.count, name, i, rescale=values["rescale"], **{k: v[i] for k, v in asked.items()})
+            for i in range(m)
+        ]
+        held = tuple(tuple(row) for row in weights.of(name).tolist())
+        elect = method in ("ties", "dare_ties", "della", "breadcrumbs_ties")
+        row = tensor.shape[-1] if tensor.shape else 1
+        return Tasks(
+            tuple(choices), held, number("lambda", name), elect, values["normalize"], values.get("seed", 0), row
+        )
+
+    if "density" in values:
+        for name in names:
+            tasks(name)
+        return tasks
+    if method in ("linear", "task_arithmetic", "ema") and weights.settings is None:
+        flat = rows(names[0]).ravel().tolist() if not _varies(values) else None
+        if flat is not None:
+            return lambda name: flat
+    if method in ("linear", "task_arithmetic", "ema"):
+        for name in names:
+            rows(name)
+    if method == "slerp":
+        for name in names:
+            _shares(weights.of(name))
+    return lambda name: rows(name).ravel().tolist()
+
+
+def _varies(values: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Setting) and value.constant is None for value in values.values())
+
+
+def _with_base(rows: np.ndarray) -> np.ndarray:
+    """Weights of task vectors as weights of base and models (arXiv 2212.04089): the base's is 1 less their sum."""
     return np.concatenate([1 - rows.sum(1, keepdims=True), rows], 1)
 
 
-def slerp_rows(rows: np.ndarray, pair: Sequence[Checkpoint]) -> Rows:
-    """Weights per tensor of the great circle between two tensors as vectors, at t = the second's share of each row.
-
-    (sin((1 - t) θ), sin(t θ)) / sin θ with θ the angle between them (Shoemake 1985); tensors that are nearly parallel,
-    or zero, are mixed along the line.
-    """
+def _shares(rows: np.ndarray) -> list[float]:
+    """SLERP's t: the second model's share of each row."""
     sums = rows.sum(1)
     if (rows < 0).any() or (sums <= 0).any():
         raise UserError("slerp's weights must be 0 or more, and not all 0")
-    t = rows[:, 1] / sums
-
-    def of(name: str) -> list[float]:
-        cosine = _cosine(pair, name)
-        if not abs(cosine) < _PARALLEL:
-            return np.stack([1 - t, t], 1).ravel().tolist()
-        theta = math.acos(cosine)
-        return (np.stack([np.sin((1 - t) * theta), np.sin(t * theta)], 1) / math.sin(theta)).ravel().tolist()
-
-    return of
+    return (rows[:, 1] / sums).tolist()
 
 
-def _cosine(pair: Sequence[Checkpoint], name: str) -> float:
-    """Between the two tensors of this name; 1 where one is zero. NaN where one holds a NaN."""
-    held = [one[name] for one in pair]
+def gram(checkpoints: Sequence[Checkpoint], name: str, *, centered: bool = False) -> np.ndarray:
+    """Dot products of the tensors of this name; centered: of what they differ by from the first one. (m, m) float64."""
+    held = [one[name] for one in checkpoints]
     with ExitStack() as stack:
-        files = [stack.enter_context(open(one.files[one.where[name]].path, "rb")) for one in pair]
+        files = [stack.enter_context(open(one.files[one.where[name]].path, "rb")) for one in checkpoints]
         segment = Segment(
             held[0].count, tuple(tensor.dtype for tensor in held), tuple(file.fileno() for file in files),
             tuple(tensor.offset for tensor in held), (), (), [],
         )  # fmt: skip
         try:
-            gram = dots(segment, threads=torch.get_num_threads())
+            return dots(segment, centered=centered, threads=torch.get_num_threads())
         except StreamError as error:
             raise OSError(error.errno or 5, error.strerror, str(files[error.file].name)) from None
-    if gram[0, 0] == 0 or gram[1, 1] == 0:
-        return 1.0
-    return float(gram[0, 1] / math.sqrt(gram[0, 0]) / math.sqrt(gram[1, 1]))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import fastalign
 from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
+from fastalign.soup import parameters as asked
 from fastalign.soup.checkpoint import Checkpoint, Shard, lay_out, open_checkpoint
 from fastalign.units import parse_bytes
 
@@ -25,21 +25,28 @@ DEFAULT_MEMORY = "512MB"
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that can be done. `inputs`: what is summed, task arithmetic's base first; `weights`: as asked for, (K, m)."""
+    """A merge that can be done. `inputs`: the base, where there is one, and the models; `weights`: as asked for, a row for
+    each output."""
 
     models: tuple[Checkpoint, ...]
     inputs: tuple[Checkpoint, ...]
     out: Path
-    weights: np.ndarray
+    weights: list[list[Any]]
     single: bool  # weights were (m,): one model at `out` itself
     layout: tuple[Shard, ...]
     recipe: dict[str, Any]
     out_dtype: str | None
     memory_limit: int
     key: str = field(repr=False)
-    rows_of: Callable[[str], list[float]] = field(repr=False)  # tensor -> (K × inputs), row by row
-    # Tensors that are no weighted sum: name -> blocks in their order, each K tensors of the same next elements, as stored.
+    step_of: Callable[[str], methods.Step] = field(repr=False)  # what is done for a tensor
+    # Tensors that are made apart: name -> blocks in their order, each K tensors of the same next elements, as stored.
     blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
+    companion: Checkpoint | None = None  # whose configuration and tokenizer the outputs get; None: the first model
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the steps are merges of task vectors, rather than weighted sums."""
+        return "density" in self.recipe.get("parameters", ())
 
     @property
     def folders(self) -> list[str]:
@@ -56,7 +63,7 @@ class Plan:
 
     def metadata(self, k: int) -> dict[str, str]:
         """Of output k, for its files' headers. `format` is what transformers asks for."""
-        recipe = self.recipe | {"weights": self.weights[k].tolist()}
+        recipe = self.recipe | {"weights": self.weights[k]}
         return {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
 
     def describe(self) -> list[str]:
@@ -81,6 +88,8 @@ def make(
     *,
     method: str = "linear",
     base: str | os.PathLike | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    companion: str = "first",
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
     max_shard_size: int | str = "5GB",
@@ -90,28 +99,27 @@ def make(
     """Check everything that `merge` takes (see there) and every input's header. Writes nothing."""
     if isinstance(models, str | os.PathLike) or not models:
         raise UserError(f"models must be a list of folders, files or hub names, got {models!r}")
-    methods.check(method, len(models), with_base=base is not None)
-    rows = methods.weight_rows(weights, len(models))
+    if companion not in ("first", "base") or (companion == "base" and base is None):
+        raise UserError(f"companion must be first, or base where there is one, got {companion!r}")
+    kind = asked.check(method, len(models), with_base=base is not None)
+    values = asked.read(method, parameters, len(models))
+    if weights is None and kind.weights == "rows":
+        raise UserError(f"{method} needs weights, one for each model")
+    if weights is not None and kind.weights == "none":
+        raise UserError(f"{method} takes no weights: it makes them itself")
     if normalize is not None and method != "linear":
         raise UserError(f"normalize is for linear soups, not for {method}")
+    given = [1 / len(models)] * len(models) if weights is None else weights
+    methods.Weights(given, len(models))  # a mistake there is told before files are opened
     out_dtype = None if dtype is None else dtypes.parse(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
-    if method == "linear":
-        summed = methods.linear_rows(rows, normalize)
-    elif method == "task_arithmetic":
-        summed = methods.task_arithmetic_rows(rows)
     opened = tuple(open_checkpoint(model) for model in models)
     inputs = opened if base is None else (open_checkpoint(base), *opened)
     names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force)
-    if method == "slerp":
-        rows_of = methods.slerp_rows(rows, opened)
-    else:
-        flat = summed.ravel().tolist()
-
-        def rows_of(name: str) -> list[float]:
-            return flat
-
+    mixed = [name for name in names if opened[0][name].dtype in dtypes.FLOATS]
+    rows = methods.Weights(given, len(models), names)
+    steps = methods.steps(method, opened, None if base is None else inputs[0], rows, values, normalize, mixed)
     first = opened[0]
     layout = lay_out(((name, out_type(first, name, out_dtype), first[name].shape) for name in names), shard_size)
     recipe = {
@@ -121,15 +129,18 @@ def make(
         "dtype": out_dtype,
         "models": [told(one) for one in opened],
         "base": None if base is None else told(inputs[0]),
+        "parameters": asked.told(values),
     }
-    single = np.ndim(weights) == 1
     written_by = backend.engine.active_isa() if backend.choose(torch.device("cpu")) == "cpu" else "torch"
     basis = {
-        "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size, "by": written_by,
+        "recipe": recipe, "weights": rows.told(), "single": rows.single, "companion": companion, "shard": shard_size, "by": written_by,
         "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for one in inputs for file in one.files],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    return Plan(opened, inputs, Path(out), rows, single, tuple(layout), recipe, out_dtype, limit, key, rows_of)
+    return Plan(
+        opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps,
+        companion=inputs[0] if companion == "base" else None,
+    )  # fmt: skip
 
 
 def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:

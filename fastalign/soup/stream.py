@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.soup.dtypes import NAMES, SIZES, TORCH, code
+from fastalign.soup.task_vectors import KEEPS, Tasks, merge_tensor
 
 CACHE_BYTES = 1 << 20  # of a thread's chunks of all inputs and outputs: about a core's second-level cache
 LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 16  # elements
@@ -79,18 +80,43 @@ def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: i
         raise StreamError(*what)
 
 
-def dots(segment: Segment, *, threads: int) -> np.ndarray:
-    """Dot products of a segment's inputs with one another, (m, m) float64; outputs are not looked at. Raises StreamError."""
+def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, threads: int) -> None:
+    """One whole tensor's merge of task vectors; its inputs are the base, then the models. Raises StreamError.
+
+    Its inputs are read several times, by chunks, where ranks or sums of the whole tensor are asked for.
+    """
+    if backend.choose(torch.device("cpu")) != "cpu":
+        outs = merge_tensor(_inputs(tensor, 0, 0, tensor.n), tasks, TORCH[out_type])
+        for k, out in enumerate(outs):
+            data = memoryview(out.view(torch.uint8).numpy())
+            _write(tensor.out_files[k], data, tensor.out_offsets[k], 0, k)
+        return
+    coded = (tensor.n, [code(t) for t in tensor.in_types], *tensor[2:6], [w for row in tasks.weights for w in row])
+    choices = [(KEEPS.index(choice.keep), *choice[1:]) for choice in tasks.choices]
+    failed, *what = backend.engine.soup_tasks(
+        coded, choices, code(out_type), tasks.factor, tasks.elect, tasks.normalize, tasks.seed, tasks.row, chunk, threads
+    )
+    if failed:
+        raise StreamError(*what)
+
+
+def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarray:
+    """Dot products of a segment's inputs with one another, (m, m) float64; outputs are not looked at. Raises StreamError.
+
+    centered: of what the inputs differ by from input 0.
+    """
     m = len(segment.in_files)
     if backend.choose(torch.device("cpu")) == "cpu":
         coded = (segment.n, [code(t) for t in segment.in_types], *segment[2:])
-        failed, *what, found = backend.engine.soup_dots(coded, MOST_CHUNK, threads)
+        failed, *what, found = backend.engine.soup_dots(coded, centered, MOST_CHUNK, threads)
         if failed:
             raise StreamError(*what)
         return np.array(found).reshape(m, m)
     total = torch.zeros(m, m, dtype=torch.float64)
     for first in range(0, segment.n, MOST_CHUNK):
         rows = torch.stack([x.double() for x in _inputs(segment, 0, first, min(MOST_CHUNK, segment.n - first))])
+        if centered:
+            rows[1:] -= rows[:1]
         total += rows @ rows.T
     return total.numpy()
 

@@ -1,0 +1,60 @@
+#include "soup_io.h"
+
+#include <fcntl.h>
+
+namespace fastalign {
+
+int64_t input_room(const SoupSegment& of, int64_t chunk) {
+  int64_t bytes = 0;
+  for (SoupType type : of.in_types) bytes += aligned(chunk * size_of(type));
+  return bytes;
+}
+
+SoupFailure read_inputs(const void** ins, char* room, const SoupSegment& of, int segment, int64_t first, int64_t n,
+                        int64_t chunk) {
+  for (int i = 0; i < int(of.in_files.size()); ++i) {
+    const int64_t size = size_of(of.in_types[i]);
+    const int error = whole([&](char* to, size_t bytes, off_t at) { return pread(of.in_files[i], to, bytes, at); }, room,
+                            n * size, of.in_offsets[i] + first * size);
+    if (error != 0) return {true, false, error < 0 ? 0 : error, segment, i};
+    ins[i] = room;
+    room += aligned(chunk * size);
+  }
+  return {};
+}
+
+void read_ahead(const SoupSegment& of) {
+#if defined(POSIX_FADV_WILLNEED)
+  for (size_t i = 0; i < of.in_files.size(); ++i) {
+    posix_fadvise(of.in_files[i], of.in_offsets[i], of.n * size_of(of.in_types[i]), POSIX_FADV_WILLNEED);
+  }
+#else
+  (void)of;
+#endif
+}
+
+char* line_in(const std::unique_ptr<char[]>& memory) {
+  return reinterpret_cast<char*>(aligned(int64_t(reinterpret_cast<uintptr_t>(memory.get()))));
+}
+
+SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegment& of, int segment, int64_t first, int64_t n) {
+  const int64_t size = size_of(out_type);
+  for (int k = 0; k < int(of.out_files.size()); ++k) {
+    const int error = whole([&](char* from, size_t bytes, off_t at) { return pwrite(of.out_files[k], from, bytes, at); },
+                            static_cast<char*>(outs[k]), n * size, of.out_offsets[k] + first * size);
+    if (error != 0) return {true, true, error < 0 ? EIO : error, segment, k};
+  }
+  return {};
+}
+
+void write_behind(const SoupSegment& of, SoupType out_type) {
+#if defined(__linux__)
+  for (size_t k = 0; k < of.out_files.size(); ++k) {
+    sync_file_range(of.out_files[k], of.out_offsets[k], of.n * size_of(out_type), SYNC_FILE_RANGE_WRITE);
+  }
+#else
+  (void)of, (void)out_type;
+#endif
+}
+
+}  // namespace fastalign

@@ -1,0 +1,47 @@
+// How files' chunks come and go: shared by what reads whole checkpoints.
+//
+// pread and pwrite, not mmap: a disk's error or a file cut short is an errno here, and would be a signal there.
+#pragma once
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <memory>
+
+#include "soup_files.h"
+
+namespace fastalign {
+
+// 0 when all of it was read or written, else an errno, or -1 where the file ended.
+template <typename Call> int whole(Call call, char* data, int64_t bytes, int64_t offset) {
+  while (bytes > 0) {
+    const ssize_t done = call(data, size_t(bytes), off_t(offset));
+    if (done < 0 && errno == EINTR) continue;
+    if (done < 0) return errno;
+    if (done == 0) return -1;
+    data += done, bytes -= done, offset += done;
+  }
+  return 0;
+}
+
+inline int64_t aligned(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
+
+// Bytes of `chunk` elements of every input.
+int64_t input_room(const SoupSegment& of, int64_t chunk);
+
+// n elements of every input from `first` on into `room`, one after the other; which one failed, and why.
+SoupFailure read_inputs(const void** ins, char* room, const SoupSegment& of, int segment, int64_t first, int64_t n,
+                        int64_t chunk);
+
+// n elements of every output, from `first` on.
+SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegment& of, int segment, int64_t first, int64_t n);
+
+// Tells the system what is read next, and that what was written may go to the disk.
+void read_ahead(const SoupSegment& of);
+void write_behind(const SoupSegment& of, SoupType out_type);
+
+// A cache line's boundary within memory of so many bytes more.
+char* line_in(const std::unique_ptr<char[]>& memory);
+
+}  // namespace fastalign

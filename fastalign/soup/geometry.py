@@ -1,0 +1,132 @@
+"""Means on spheres: weights of models, tensor by tensor, that follow from the tensors' dot products alone.
+
+Every method here gives a point in the span of its inputs, so that one reading for the dot products and one for the
+weighted sum make it, and no tensor is held.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastalign.errors import UserError
+
+_PARALLEL = 0.9995  # cosines beyond: the great circle is a straight line
+
+
+def slerp(gram: np.ndarray, t: float) -> np.ndarray:
+    """Weights (2,) of the point t along the great circle between two vectors; gram (2, 2) their dot products.
+
+    (sin((1 - t) θ), sin(t θ)) / sin θ with θ the angle between them (Shoemake 1985); vectors that are nearly parallel,
+    or zero, are mixed along the line.
+    """
+    if gram[0, 0] == 0 or gram[1, 1] == 0:
+        return np.array([1 - t, t])
+    cosine = float(gram[0, 1] / math.sqrt(gram[0, 0]) / math.sqrt(gram[1, 1]))
+    if not abs(cosine) < _PARALLEL:
+        return np.array([1 - t, t])
+    theta = math.acos(cosine)
+    return np.array([math.sin((1 - t) * theta), math.sin(t * theta)]) / math.sin(theta)
+
+
+def multislerp(gram: np.ndarray, weights: np.ndarray, *, normalize: bool, eps: float) -> np.ndarray:
+    """Weights (m,) of the barycentre of m vectors on their sphere (Goddard's Multi-SLERP, mergekit); gram (m, m).
+
+    Directions are carried to the tangent space at their weighted mean's direction, averaged there, carried back, and
+    given the weighted mean length. Raises UserError where more than two directions cancel out.
+    """
+    m = len(weights)
+    if m == 1:
+        return np.ones(1)
+    if normalize:
+        if abs(weights.sum()) < 1e-12:
+            raise UserError("multislerp: weights that sum to 0 cannot be normalised")
+        weights = weights / weights.sum()
+    lengths = np.sqrt(np.diag(gram))
+    inverse = 1 / (lengths + eps)
+    cosines = gram * inverse[:, None] * inverse[None, :]
+    length = _length(cosines, weights)
+    if length < eps:
+        if m == 2:
+            return weights
+        raise UserError("multislerp: the models' directions cancel out under these weights; take other weights")
+    mean = weights / length
+    dots = cosines @ mean
+    tangent = weights - (weights @ dots) * mean
+    angle = _length(cosines, tangent) + eps
+    return (mean * math.cos(angle) + tangent * (math.sin(angle) / angle)) * (lengths @ weights) * inverse
+
+
+def karcher(gram: np.ndarray, weights: np.ndarray, *, steps: int, tol: float) -> np.ndarray:
+    """Weights (m,) of the Karcher mean: the direction whose squared angles to the models', weighted, sum to the least
+    (arXiv 2603.04972), at their weighted mean length. gram (m, m); weights are divided by their sum.
+
+    Each step goes along the mean of the logarithms. As in mergekit, vectors no longer than `tol` have no direction, and it
+    ends where a step is shorter than `tol`.
+    """
+    m = len(weights)
+    if m == 1:
+        return np.ones(1)
+    lengths = np.sqrt(np.diag(gram))
+    valid = lengths > tol
+    if not valid.any():
+        return np.zeros(m)
+    if weights.min() < 0 or weights[valid].sum() <= 0:
+        raise UserError("karcher's weights must be 0 or more, and not all 0")
+    weights = weights / weights.sum()
+    inverse = np.where(valid, 1 / np.where(valid, lengths, 1), 0)
+    cosines = np.clip(gram * inverse[:, None] * inverse[None, :], -1, 1)
+    shares = np.where(valid, weights, 0) / weights[valid].sum()
+    length = _length(cosines, shares)
+    mean = shares / length if length >= tol else np.eye(m)[valid.argmax()]
+    for _ in range(steps):
+        dots = np.clip(cosines @ mean, -1, 1)
+        angles = np.where(valid, np.arccos(dots), 0)
+        far = angles >= tol
+        pull = np.where(far, shares * np.where(far, angles, 0) / np.where(far, np.maximum(np.sin(angles), 1e-300), 1), 0)
+        tangent = pull - (pull @ dots) * mean
+        angle = _length(cosines, tangent)
+        if angle < tol:
+            break
+        mean = math.cos(angle) * mean + math.sin(angle) * tangent / angle
+        mean = mean / max(_length(cosines, mean), tol)
+    return float(weights @ lengths) * mean * inverse
+
+
+def model_stock(gram: np.ndarray, *, floor: float) -> float:
+    """The share t of the models' mean in t mean + (1 - t) base (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos)
+    with cos the mean cosine between task vectors; gram (m, m) their dot products.
+
+    floor: the least product of two lengths that a dot product is divided by. The paper has none; mergekit's is 1e-6, which
+    takes vectors shorter than a thousandth for less alike than they are.
+    """
+    m = len(gram)
+    lengths = np.sqrt(np.diag(gram))
+    products = np.maximum(np.outer(lengths, lengths), floor)
+    cosines = np.clip(np.divide(gram, products, out=np.zeros_like(gram), where=products > 0), -1, 1)
+    cosine = cosines[np.triu_indices(m, 1)].mean()
+    divisor = 1 + (m - 1) * cosine
+    return 0.0 if abs(divisor) < 1e-6 else float(m * cosine / divisor)
+
+
+def warp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights (m,) of task vectors under WARP's spherical merge (arXiv 2406.16768, section 3.2 and appendix B.3); gram (m, m).
+
+    Two task vectors are interpolated along their great circle; each further one with what was made of those before it, at
+    its share of the weights so far.
+    """
+    made, used = np.eye(len(weights))[0], weights[0]
+    for i in range(1, len(weights)):
+        used = used + weights[i]
+        if used == 0:
+            continue
+        other = np.eye(len(weights))[i]
+        pair = np.stack([made, other])
+        mine, theirs = slerp(pair @ gram @ pair.T, float(weights[i] / used))
+        made = mine * made + theirs * other
+    return made
+
+
+def _length(gram: np.ndarray, coefficients: np.ndarray) -> float:
+    return math.sqrt(max(float(coefficients @ gram @ coefficients), 0.0))

@@ -1,0 +1,123 @@
+"""Numbers that may differ from tensor to tensor: one for all, one for each pattern of names, or a line over the layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastalign.errors import UserError
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_MOST = 1000  # patterns, or points over the layers, of one setting
+
+
+class Places:
+    """Where a tensor lies between the first layer (0) and the last (1); tensors outside of layers lie at 0.
+
+    The layer is the first whole number within the tensor's name, counted among names with the same beginning. That is
+    the t of mergekit's gradients, for which the final norm and the head lie at 0 too, and a lone layer at 1.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._layers: dict[str, tuple[str, int]] = {}
+        self._last: dict[str, int] = {}
+        for name in names:
+            found = _LAYER.search(name)
+            if found:
+                begin, layer = name[: found.start()], int(found.group(1))
+                self._layers[name] = begin, layer
+                self._last[begin] = max(layer, self._last.get(begin, 0))
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self._layers:
+            return 0.0
+        begin, layer = self._layers[name]
+        last = self._last[begin]
+        return layer / last if last else 1.0
+
+
+class Setting:
+    """(pattern, numbers) pairs, the first whose pattern the tensor's name matches counts; several numbers are a line over
+    the layers through points at equal distances. A pattern is a glob ("*.mlp.*")."""
+
+    def __init__(self, rules: Iterable[tuple[str, tuple[float, ...]]]):
+        self.rules = tuple(rules)
+
+    def at(self, name: str, place: float) -> float | None:
+        """The number for a tensor; None where no pattern matches."""
+        for pattern, values in self.rules:
+            if fnmatch.fnmatchcase(name, pattern):
+                scaled = place * (len(values) - 1)
+                low = int(scaled)
+                high, part = min(low + 1, len(values) - 1), scaled - low
+                return (1 - part) * values[low] + part * values[high] if part else values[low]
+        return None
+
+    @property
+    def constant(self) -> float | None:
+        """The number that all tensors have, None where they may differ."""
+        pattern, values = self.rules[0] if self.rules else ("", ())
+        return values[0] if pattern == "*" and len(set(values)) == 1 else None
+
+    def told(self) -> float | dict[str, Any]:
+        """As a user would write it."""
+        if self.constant is not None:
+            return self.constant
+        return {pattern: values[0] if len(values) == 1 else list(values) for pattern, values in self.rules}
+
+
+def parse(argument: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> Setting:
+    """A Setting from a number, or from {pattern: number or numbers over the layers}.
+
+    Raises UserError that names `argument` for anything else, and for numbers that are not finite or not within bounds.
+    """
+    if isinstance(value, Setting):
+        rules = value.rules
+    elif isinstance(value, Mapping):
+        rules = tuple((_pattern(argument, key), numbers(argument, held)) for key, held in value.items())
+    else:
+        rules = (("*", (_number(argument, value),)),)
+    if not 1 <= len(rules) <= _MOST:
+        raise UserError(f"{argument} must have 1 to {_MOST} patterns, got {len(rules)}")
+    for _, values in rules:
+        for x in values:
+            if not least <= x <= most:
+                raise UserError(f"{argument} must be {_bounds(least, most)}, got {x:g}")
+    return Setting(rules)
+
+
+def numbers(argument: str, value: Any) -> tuple[float, ...]:
+    """One number, or a list of them, as a tuple."""
+    if not isinstance(value, list | tuple):
+        return (_number(argument, value),)
+    if not 1 <= len(value) <= _MOST:
+        raise UserError(f"{argument} must have 1 to {_MOST} numbers over the layers, got {len(value)}")
+    return tuple(_number(argument, x) for x in value)
+
+
+def _number(argument: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        found = float(value)  # also of "1e-5", which YAML takes for text
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{argument} must be a number, got {reprlib.repr(value)}") from None
+    if not math.isfinite(found):
+        raise UserError(f"{argument} must be finite, got {found}")
+    return found
+
+
+def _pattern(argument: str, key: Any) -> str:
+    if not isinstance(key, str):
+        raise UserError(f"{argument}'s patterns must be text such as '*.mlp.*', got {reprlib.repr(key)}")
+    return key
+
+
+def _bounds(least: float, most: float) -> str:
+    if math.isinf(most):
+        return f"{least:g} or more"
+    return f"{most:g} or less" if math.isinf(least) else f"within [{least:g}, {most:g}]"
