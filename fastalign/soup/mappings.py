@@ -1,0 +1,31 @@
+"""Checks of mappings that came out of a file that anyone may have written."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastalign.errors import UserError
+
+
+def known(held: Mapping[Any, Any], keys: set[str], where: str) -> None:
+    """Raises UserError for a key that is none of `keys`."""
+    unknown = next((key for key in held if key not in keys), None)
+    if unknown is not None:
+        raise UserError(f"{where} may have {', '.join(sorted(keys))}, got {reprlib.repr(unknown)}")
+
+
+def entries(held: Mapping[str, Any], key: str) -> list[Any]:
+    """A list that is not empty."""
+    found = held.get(key)
+    if not isinstance(found, list) or not 1 <= len(found) <= 1000:
+        raise UserError(f"{key} must be a list of 1 to 1000 entries, got {reprlib.repr(found)}")
+    return found
+
+
+def text(held: Mapping[str, Any], key: str, where: str) -> str:
+    found = held.get(key)
+    if not isinstance(found, str) or not found:
+        raise UserError(f"{where}: {key} must be text, got {reprlib.repr(found)}")
+    return found

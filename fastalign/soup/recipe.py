@@ -1,0 +1,94 @@
+"""Recipes: a merge written down in YAML, in fastalign's own form or in mergekit's for the methods that both have."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastalign.errors import UserError
+from fastalign.soup import mergekit
+from fastalign.soup.mappings import entries, known, text
+
+_MOST = 1_000_000  # bytes of a recipe
+_KEYS = {
+    "method", "models", "base", "weights", "grid", "parameters", "dtype", "normalize", "companion", "max_shard_size",
+    "memory_limit", "force",
+}  # fmt: skip
+_EACH = ("density", "epsilon", "gamma")
+
+
+def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
+    """A recipe as `merge`'s arguments, all but `out`: `merge(**read_recipe("soup.yaml"), out="soup")`.
+
+    fastalign's own form is merge's arguments by name, with models as a list of paths, or of mappings with `model` and its
+    `weight`, `density`, `epsilon` or `gamma`; `grid: 11` stands for weights on a grid. A file with `merge_method` is
+    mergekit's, and means what it means there.
+    Raises FileNotFoundError or UserError with one line that names the file and the mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        found = _load(path)
+        if not isinstance(found, Mapping):
+            raise UserError(f"must be a mapping of names to values, got {type(found).__name__}")
+        return mergekit.translate(found) if "merge_method" in found else _own(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> Any:
+    import yaml
+
+    if path.stat().st_size > _MOST:
+        raise UserError(f"a recipe has at most {_MOST:,} bytes, this file has {path.stat().st_size:,}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise UserError(f"not YAML ({' '.join(str(error).split())[:120]})") from None
+
+
+def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    known(recipe, _KEYS, "a recipe")
+    for key in ("method", "base", "dtype", "companion"):
+        if recipe.get(key) is not None:
+            text(recipe, key, "a recipe")
+    for key in ("normalize", "force"):
+        if not isinstance(recipe.get(key), bool | None):
+            raise UserError(f"{key} must be true or false, got {reprlib.repr(recipe[key])}")
+    models = entries(recipe, "models")
+    paths, own = [], []
+    for i, entry in enumerate(models):
+        held = {"model": entry} if isinstance(entry, str) else entry
+        if not isinstance(held, Mapping):
+            raise UserError(f"model {i} must be a path, or a mapping with model and weight, got {reprlib.repr(entry)}")
+        known(held, {"model", "weight", *_EACH}, f"model {i}")
+        paths.append(text(held, "model", f"model {i}"))
+        own.append({key: value for key, value in held.items() if key != "model"})
+    found: dict[str, Any] = {key: value for key, value in recipe.items() if key not in ("grid", "models")}
+    found["models"] = paths
+    parameters = recipe.get("parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise UserError(f"parameters must map names to values, got {reprlib.repr(parameters)}")
+    found["parameters"] = {**parameters, **{key: _each(own, key) for key in _EACH if any(key in one for one in own)}}
+    weights = _each(own, "weight") if any("weight" in one for one in own) else None
+    given = [weights is not None, "weights" in recipe, "grid" in recipe]
+    if sum(given) > 1:
+        raise UserError("weights must be given once: each model's weight, or weights, or grid")
+    if given[2]:
+        from fastalign.soup.methods import simplex_grid
+
+        weights = simplex_grid(len(paths), recipe["grid"])
+    found["weights"] = recipe.get("weights") if weights is None else weights
+    return found
+
+
+def _each(models: list[dict[str, Any]], key: str) -> list[Any]:
+    """Each model's; numbers over the layers as merge takes them."""
+    lacking = next((i for i, one in enumerate(models) if key not in one), None)
+    if lacking is not None:
+        raise UserError(f"model {lacking} has no {key}, others have one")
+    return [{"*": one[key]} if isinstance(one[key], list) else one[key] for one in models]
