@@ -17,6 +17,18 @@ class Method(str, Enum):
     linear = "linear"
     task_arithmetic = "task_arithmetic"
     slerp = "slerp"
+    multislerp = "multislerp"
+    karcher = "karcher"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+    della = "della"
+    della_linear = "della_linear"
+    breadcrumbs = "breadcrumbs"
+    breadcrumbs_ties = "breadcrumbs_ties"
+    model_stock = "model_stock"
+    warp = "warp"
+    ema = "ema"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,10 +41,14 @@ def add_to(app: typer.Typer) -> None:
 
 def soup(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Folders, *.safetensors files or hub names, all of one architecture; or LoRA adapters' folders."),
-    ],
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder to make; with --grid, of folders 0, 1, 2 ...")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Instead of models and their options: a YAML file, fastalign's own form or mergekit's.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One for each model, comma-separated: 0.5,0.3,0.2; task arithmetic's λ.")
     ] = None,
@@ -40,10 +56,13 @@ def soup(
         int | None, typer.Option(help="Instead: all weights that sum to 1 on a grid of so many points a side.")
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models.")
+        Method, typer.Option(help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...")
     ] = Method.linear,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter of the method, such as density=0.3; may be repeated.")
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help="What models (of task_arithmetic) or adapters were trained from; adapters are merged onto it.")
+        str | None, typer.Option(help="What models (of task_arithmetic, ties ...) or adapters were trained from; adapters are merged onto it.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="To store in: float32, bfloat16, float16, float8_e4m3fn ...; default as they are.")
@@ -67,11 +86,21 @@ def soup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
 ) -> None:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
-    from fastalign.soup import execute, lora_merge, methods
+    from fastalign.soup import lora_merge, methods, read_recipe
     from fastalign.soup import plan as plans
     from fastalign.soup.lora_files import is_adapter
-    from fastalign.soup.merge import already_made
 
+    if recipe is not None:
+        if models or base or weights or grid or set_ or extract or method is not Method.linear:
+            raise UserError("--recipe says what is merged: give no models and none of their options beside it")
+        written = read_recipe(recipe)
+        given = {"dtype": dtype, "normalize": normalize, "force": force or None}
+        written |= {key: value for key, value in given.items() if value is not None}
+        sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
+        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run)
+    models = models or []
+    if not models:
+        raise UserError("give the models to merge, or --recipe")
     if extract:
         return cli_lora.extract(models, base, out, rank=rank, energy=energy, dtype=dtype, force=force)
     adapters = any(is_adapter(model) for model in models)
@@ -79,9 +108,11 @@ def soup(
         raise UserError("--rank is for adapters that are written, --energy for --extract")
     if adapters and normalize is not None:
         raise UserError("adapters' weights are taken as they are: --normalize is for whole models")
-    if (weights is None) == (grid is None):
+    if weights is not None and grid is not None:
+        raise UserError("give --weights, one for each model, or --grid, not both")
+    if weights is None and grid is None and (adapters or method is Method.linear):
         raise UserError("give --weights, one for each model, or --grid")
-    rows = methods.simplex_grid(len(models), grid) if weights is None else numbers("weights", weights)
+    rows = methods.simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
     sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
     if adapters and base is None:
         return cli_lora.mix(models, rows, out, method=method.value, rank=rank, dtype=dtype, force=force)
@@ -89,9 +120,32 @@ def soup(
         made = lora_merge.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
     else:
         made = plans.make(
-            models, rows, out, method=method.value, base=base, dtype=dtype, normalize=normalize, force=force, **sizes
-        )
-    told = console()
+            models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
+            normalize=normalize, force=force, **sizes,
+        )  # fmt: skip
+    _merge(made, dry_run)
+
+
+def _parameters(given: list[str]) -> dict:
+    """name=value pairs; a value is a number, true, false or a word."""
+    found = {}
+    for text in given:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise UserError(f"--set must be name=value such as density=0.3, got {text!r}")
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+        if value.lstrip("-").isdigit():
+            found[name] = int(value)
+    return found
+
+
+def _merge(made, dry_run: bool) -> None:
+    """Say what is planned, do it unless told not to, and say how fast it was."""
+    from fastalign.soup import execute
+    from fastalign.soup import plan as plans
+    from fastalign.soup.merge import already_made
+
+    out, told = made.out, console()
     for line in made.describe():
         told.print(line, soft_wrap=True, markup=False)
     if dry_run:

@@ -62,7 +62,9 @@ def test_the_engine_does_what_is_defined(tmp_path, kind, dtypes):
             tasks = Tasks(every_choice(n)[kind], ((0.7, 0.4), (0.3, -0.3)), 0.8, elect, normalize, 11, shape[-1])
             # A total of nothing has either sign, as the last bit falls: float64 leaves no such elements.
             dtype = F64 if F64 in dtypes else F32
-            for found, wanted in zip(from_files(tmp_path, inputs, tasks, dtype), merge_tensor(inputs, tasks, dtype), strict=True):
+            for found, wanted in zip(
+                from_files(tmp_path, inputs, tasks, dtype), merge_tensor(inputs, tasks, dtype), strict=True
+            ):
                 far = (found.double() - wanted.double()).abs() > 4e-6 * (1 + wanted.double().abs())
                 assert far.sum() <= (0 if dtype == F64 else 2 + 1e-4 * n), (shape, elect, normalize)
 

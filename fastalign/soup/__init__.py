@@ -8,8 +8,9 @@ from fastalign.soup.lora_merge import apply_adapters
 from fastalign.soup.memory import interpolate, mix
 from fastalign.soup.merge import Merged, execute, merge
 from fastalign.soup.methods import METHODS, simplex_grid
+from fastalign.soup.recipe import read_recipe
 
 __all__ = [
     "METHODS", "Merged", "SoupFront", "apply_adapters", "choose", "execute", "extract_adapter", "interpolate", "merge",
-    "merge_adapters", "mix", "open_checkpoint", "simplex_grid", "walk",
+    "merge_adapters", "mix", "open_checkpoint", "read_recipe", "simplex_grid", "walk",
 ]  # fmt: skip

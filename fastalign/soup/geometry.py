@@ -84,7 +84,9 @@ def karcher(gram: np.ndarray, weights: np.ndarray, *, steps: int, tol: float) ->
         dots = np.clip(cosines @ mean, -1, 1)
         angles = np.where(valid, np.arccos(dots), 0)
         far = angles >= tol
-        pull = np.where(far, shares * np.where(far, angles, 0) / np.where(far, np.maximum(np.sin(angles), 1e-300), 1), 0)
+        pull = np.where(
+            far, shares * np.where(far, angles, 0) / np.where(far, np.maximum(np.sin(angles), 1e-300), 1), 0
+        )
         tangent = pull - (pull @ dots) * mean
         angle = _length(cosines, tangent)
         if angle < tol:

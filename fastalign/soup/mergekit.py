@@ -44,7 +44,9 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     known(recipe, _KEYS, "the configuration")
     method = text(recipe, "merge_method", "the configuration")
     if method not in _DEFAULTS:
-        raise UserError(f"merge_method must be one of {', '.join(_DEFAULTS)} to be read here, got {reprlib.repr(method)}")
+        raise UserError(
+            f"merge_method must be one of {', '.join(_DEFAULTS)} to be read here, got {reprlib.repr(method)}"
+        )
     base = None if recipe.get("base_model") is None else _model(recipe["base_model"], "base_model")
     models, scopes = _models(recipe)
     if base is not None and base not in models:  # as mergekit does
@@ -169,7 +171,9 @@ class _Parameters:
         for scope in (held for one in scopes for held in one if held):
             unknown = next((name for name in scope if name not in defaults), None)
             if unknown is not None:
-                raise UserError(f"{reprlib.repr(unknown)} is no parameter of {method}, which takes {', '.join(defaults)}")
+                raise UserError(
+                    f"{reprlib.repr(unknown)} is no parameter of {method}, which takes {', '.join(defaults)}"
+                )
 
     def of_model(self, name: str, i: int) -> Setting:
         return self._setting(name, self.scopes[i], f"{name} of {self.models[i]}")

@@ -177,9 +177,13 @@ def steps(
 
     def tasks(name: str) -> Tasks:
         tensor = models[0][name]
-        asked = {parameter: each(parameter, name) for parameter in ("density", "epsilon", "gamma") if parameter in values}
+        asked = {
+            parameter: each(parameter, name) for parameter in ("density", "epsilon", "gamma") if parameter in values
+        }
         choices = [
-            sparsify.choice(method, tensor.count, name, i, rescale=values["rescale"], **{k: v[i] for k, v in asked.items()})
+            sparsify.choice(
+                method, tensor.count, name, i, rescale=values["rescale"], **{k: v[i] for k, v in asked.items()}
+            )
             for i in range(m)
         ]
         held = tuple(tuple(row) for row in weights.of(name).tolist())

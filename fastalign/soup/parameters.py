@@ -47,7 +47,9 @@ class Whole:
 
     def read(self, name: str, value: Any, m: int) -> int:
         if not (type(value) is int and self.least <= value <= self.most):
-            raise UserError(f"{name} must be a whole number within [{self.least}, {self.most}], got {reprlib.repr(value)}")
+            raise UserError(
+                f"{name} must be a whole number within [{self.least}, {self.most}], got {reprlib.repr(value)}"
+            )
         return value
 
 

@@ -7,7 +7,15 @@ from fastalign.soup.task_vectors import Choice, stream_of
 
 
 def choice(
-    method: str, n: int, name: str, model: int, *, density: float, rescale: str, epsilon: float = 0.0, gamma: float = 0.0
+    method: str,
+    n: int,
+    name: str,
+    model: int,
+    *,
+    density: float,
+    rescale: str,
+    epsilon: float = 0.0,
+    gamma: float = 0.0,
 ) -> Choice:
     """The choice for a tensor of n elements and a model.
 
@@ -38,6 +46,4 @@ def choice(
         return Choice("random", probability=density, match_sum=match_sum, scale=scale, stream=stream)
     if not (density - epsilon > 0 and density + epsilon < 1):
         raise UserError(f"della needs density ± epsilon within (0, 1), got {density:g} ± {epsilon:g} for {name}")
-    return Choice(
-        "ranked", probability=density, spread=epsilon, own_scale=expected, match_sum=match_sum, stream=stream
-    )
+    return Choice("ranked", probability=density, spread=epsilon, own_scale=expected, match_sum=match_sum, stream=stream)

@@ -94,7 +94,16 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
     coded = (tensor.n, [code(t) for t in tensor.in_types], *tensor[2:6], [w for row in tasks.weights for w in row])
     choices = [(KEEPS.index(choice.keep), *choice[1:]) for choice in tasks.choices]
     failed, *what = backend.engine.soup_tasks(
-        coded, choices, code(out_type), tasks.factor, tasks.elect, tasks.normalize, tasks.seed, tasks.row, chunk, threads
+        coded,
+        choices,
+        code(out_type),
+        tasks.factor,
+        tasks.elect,
+        tasks.normalize,
+        tasks.seed,
+        tasks.row,
+        chunk,
+        threads,
     )
     if failed:
         raise StreamError(*what)

@@ -67,8 +67,7 @@ def merge_tensor(inputs: Sequence[Tensor], tasks: Tasks, dtype: torch.dtype) -> 
     wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     base, *models = [x.detach().reshape(-1).to(wide) for x in inputs]
     deltas = [
-        sparse(model - base, choice, tasks.seed, tasks.row)
-        for model, choice in zip(models, tasks.choices, strict=True)
+        sparse(model - base, choice, tasks.seed, tasks.row) for model, choice in zip(models, tasks.choices, strict=True)
     ]
     found = []
     for row in tasks.weights:
@@ -112,7 +111,11 @@ def mask(delta: Tensor, choice: Choice, seed: int, row: int) -> Tensor:
         stays = torch.zeros(n, dtype=torch.bool)
         stays[order[first:last]] = True
         return stays
-    chances = torch.tensor(choice.probability, dtype=torch.float64) if choice.keep == "random" else _chances(delta, choice, row)
+    chances = (
+        torch.tensor(choice.probability, dtype=torch.float64)
+        if choice.keep == "random"
+        else _chances(delta, choice, row)
+    )
     return random_words(n, seed, choice.stream).double() < chances * 2.0**32
 
 
