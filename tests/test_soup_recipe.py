@@ -1,0 +1,306 @@
+"""Recipes in YAML: fastalign's own, and mergekit's examples with their models' names replaced by small local ones."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fastalign import soup
+from fastalign.cli import app
+from fastalign.errors import UserError
+
+F64 = torch.float64
+LAYERS = 5
+NAMES = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.{i}.{part}.weight" for i in range(LAYERS) for part in ("self_attn.q_proj", "mlp.up_proj", "norm")),
+    "lm_head.weight",
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    base = {name: torch.randn(20, 30, dtype=F64) for name in NAMES}
+    for i, one in enumerate("ABCD"):
+        save_file(
+            {name: x + 0.2 * bool(i) * torch.randn_like(x) for name, x in base.items()}, root / f"{one}.safetensors"
+        )
+    return root
+
+
+def run(models, tmp_path, text, out="out"):
+    """A recipe with {A} ... {D} for the models' paths, merged."""
+    for one in "ABCD":
+        text = text.replace("{" + one + "}", str(models / f"{one}.safetensors"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    soup.merge(**soup.read_recipe(path), out=tmp_path / out, progress=False)
+    return load_file(tmp_path / out / "model.safetensors")
+
+
+def tensors(models, which="ABCD"):
+    return [load_file(models / f"{one}.safetensors") for one in which]
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# mergekit's examples/gradient-slerp.yml, linear.yml, bio-merge.yml and ties.yml.
+GRADIENT_SLERP = """
+slices:
+  - sources:
+      - model: "{A}"
+        layer_range: [0, 5]
+      - model: "{B}"
+        layer_range: [0, 5]
+merge_method: slerp
+base_model: "{A}"
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5 # fallback for rest of tensors
+dtype: float64
+"""
+LINEAR = """
+models:
+  - model: "{A}"
+    parameters:
+      weight: 1.0
+  - model: "{B}"
+    parameters:
+      weight: 0.3
+  - model: "{C}"
+    parameters:
+      weight: 0.5
+merge_method: linear
+dtype: float64
+"""
+BIO_MERGE = """
+models:
+  - model: "{B}"
+    parameters:
+      density: 0.5
+      weight: 0.5
+  - model: "{C}"
+    parameters:
+      density: 0.5
+      weight: 0.5
+merge_method: ties
+base_model: "{A}"
+parameters:
+  normalize: false
+  int8_mask: true
+dtype: float64
+"""
+TIES = """
+models:
+  - model: "{B}"
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: "{C}"
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: "{D}"
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: "{A}"
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float64
+"""
+
+
+def between(values, layer):
+    place = layer / (LAYERS - 1) * (len(values) - 1)
+    low = min(int(place), len(values) - 2)
+    return (1 - (place - low)) * values[low] + (place - low) * values[low + 1]  # the last bit decides int(density * n)
+
+
+def layer_of(name):
+    return int(name.split(".")[2]) if ".layers." in name else 0  # outside of layers, the first value
+
+
+def test_gradients_of_slerp(models, tmp_path):
+    found = run(models, tmp_path, GRADIENT_SLERP)
+    a, b = tensors(models, "AB")
+    for name in NAMES:
+        lines = {"self_attn": [0, 0.5, 0.3, 0.7, 1], "mlp": [1, 0.5, 0.7, 0.3, 0]}
+        values = next((line for part, line in lines.items() if part in name), [0.5, 0.5])
+        t = between(values, layer_of(name))
+        x, y = a[name], b[name]
+        theta = torch.acos((x * y).sum() / x.norm() / y.norm())
+        close(found[name], (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta))
+
+
+def test_linear_divides_by_the_sum(models, tmp_path):
+    found = run(models, tmp_path, LINEAR)
+    a, b, c = tensors(models, "ABC")
+    for name in NAMES:
+        close(found[name], (a[name] + 0.3 * b[name] + 0.5 * c[name]) / 1.8)
+
+
+def test_ties_with_and_without_division(models, tmp_path):
+    found = run(models, tmp_path, BIO_MERGE)
+    wanted = soup.merge(
+        [models / "B.safetensors", models / "C.safetensors"], [0.5, 0.5], tmp_path / "same", method="ties",
+        base=models / "A.safetensors", parameters={"density": 0.5, "normalize": False}, progress=False,
+    )  # fmt: skip
+    same = load_file(wanted.out / "model.safetensors")
+    assert all(torch.equal(found[name], same[name]) for name in NAMES)
+
+    found = run(models, tmp_path, TIES, "gradients")
+    base, *others = tensors(models)
+    for name in NAMES:
+        layer = layer_of(name)
+        density = [between([1, 0.7, 0.1], layer), 0.5, 0.33]
+        weights = [1.0, between([0, 0.3, 0.7, 1], layer), 0.5 if "mlp" in name else 0.0]
+        weighted = []
+        for one, share, weight in zip(others, density, weights, strict=True):
+            delta = one[name] - base[name]
+            kept = max(1, int(share * delta.numel()))
+            least = delta.abs().flatten().sort(descending=True).values[kept - 1]
+            weighted.append(weight * delta * (delta.abs() >= least))
+        sign = torch.where(sum(weighted) >= 0, 1.0, -1.0)
+        agree = [(x.sign() == sign).double() for x in weighted]
+        taken = sum(w * x for w, x in zip(weights, agree, strict=True))
+        merged = sum(x * y for x, y in zip(weighted, agree, strict=True)) / torch.where(taken == 0, 1.0, taken)
+        close(found[name], base[name] + merged)
+
+
+@pytest.mark.parametrize(
+    ("method", "extra", "same"),
+    [
+        ("task_arithmetic", "", {"parameters": {"lambda": 0.7}}),
+        ("dare_linear", "density: 0.5", {"parameters": {"lambda": 0.7, "density": 0.5, "rescale": "l1"}}),
+        (
+            "dare_ties",
+            "density: 0.5, rescale: false",
+            {"parameters": {"lambda": 0.7, "density": 0.5, "rescale": "none"}},
+        ),
+        ("della", "density: 0.5", {"parameters": {"lambda": 0.7, "density": 0.5, "epsilon": 0.15, "rescale": "l1"}}),
+        ("breadcrumbs", "density: 0.8, gamma: 0.05", {"parameters": {"lambda": 0.7, "density": 0.8, "gamma": 0.05}}),
+    ],
+)
+def test_what_mergekit_leaves_out_it_takes_as_such(models, tmp_path, method, extra, same):
+    head = f'merge_method: {method}\nbase_model: "{{A}}"\nmodels:\n  - model: "{{A}}"\n'
+    each = "".join(
+        f'  - {{{{model: "{{{one}}}", parameters: {{{{weight: 0.5}}}}}}}}\n'.replace("{{", "{").replace("}}", "}")
+        for one in "BC"
+    )
+    shared = f"parameters: {{lambda: 0.7, {extra}}}\n"
+    found = run(models, tmp_path, head + each + shared)
+    paths = [models / f"{one}.safetensors" for one in "BC"]
+    done = soup.merge(
+        paths, [0.5, 0.5], tmp_path / "same", method=method, base=models / "A.safetensors", progress=False, **same
+    )
+    wanted = load_file(done.out / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in NAMES)
+
+
+def test_means_on_the_sphere(models, tmp_path):
+    listed = "models: [" + ", ".join(f'{{model: "{{{one}}}"}}' for one in "BCD") + "]\n"
+    paths = [models / f"{one}.safetensors" for one in "BCD"]
+    cases = {
+        "merge_method: karcher\nparameters: {max_iter: 20, tol: 1e-7}\n": {"method": "karcher", "parameters": {"max_iter": 20, "tol": 1e-7}},
+        'merge_method: model_stock\nbase_model: "{A}"\n': {"method": "model_stock", "base": models / "A.safetensors"},
+        "merge_method: multislerp\nparameters: {weight: 0.4}\n": {"method": "multislerp"},
+    }  # fmt: skip
+    for i, (text, options) in enumerate(cases.items()):
+        found = run(models, tmp_path, listed + text, f"out{i}")
+        done = soup.merge(paths, None, tmp_path / f"same{i}", progress=False, **options)
+        for name, wanted in load_file(done.out / "model.safetensors").items():
+            close(found[name], wanted)
+
+
+def test_the_own_form(models, tmp_path):
+    text = """
+method: ties
+base: "{A}"
+models:
+  - {model: "{B}", weight: 1.0, density: {"*mlp*": [0.2, 0.8], "*": 0.5}}
+  - {model: "{C}", weight: [0, 1], density: 0.3}
+parameters: {lambda: 0.5, normalize: false}
+dtype: float32
+"""
+    found = run(models, tmp_path, text)
+    same = soup.merge(
+        [models / "B.safetensors", models / "C.safetensors"], [1.0, {"*": [0, 1]}], tmp_path / "same", method="ties",
+        base=models / "A.safetensors", dtype="float32", progress=False,
+        parameters={"density": [{"*mlp*": [0.2, 0.8], "*": 0.5}, 0.3], "lambda": 0.5, "normalize": False},
+    )  # fmt: skip
+    wanted = load_file(same.out / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == torch.float32 for name in NAMES)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"models: [{models}/A.safetensors, {models}/B.safetensors]\ngrid: 3\n")
+    result = CliRunner().invoke(
+        app, ["soup", "--recipe", str(path), "--out", str(tmp_path / "grid"), "--dtype", "bf16"]
+    )
+    assert result.exit_code == 0, result.output
+    middle = load_file(tmp_path / "grid" / "1" / "model.safetensors")
+    a, b = tensors(models, "AB")
+    assert all(torch.equal(middle[name], ((a[name] + b[name]) / 2).bfloat16()) for name in NAMES)
+    result = CliRunner().invoke(app, ["soup", "x", "--recipe", str(path), "--out", str(tmp_path / "no")])
+    assert result.exit_code == 1 and "give no models" in result.output
+
+
+MISTAKES = [
+    ("models: [", "not YAML"),
+    ("- 1", "must be a mapping of names to values, got list"),
+    ("!!python/object/apply:os.system [ls]", "not YAML"),
+    ("models: []", "models must be a list of 1 to 1000 entries"),
+    ("models: [a]\nweight: [1]", "a recipe may have base, companion, dtype,"),
+    ("models: [{path: a}]", "model 0 may have density, epsilon, gamma, model, weight, got 'path'"),
+    ("models: [{model: a, weight: 1}, {model: b}]", "model 1 has no weight, others have one"),
+    ("models: [{model: a, weight: 1}]\ngrid: 3", "weights must be given once"),
+    ("models: [a]\nmethod: [ties]", "method must be text"),
+    ("models: [a]\nforce: 1", "force must be true or false"),
+    ("merge_method: passthrough\nmodels: [{model: a}]", "merge_method must be one of linear, slerp,"),
+    ("merge_method: linear\nmodels: [{model: a}]", "weight of a is missing, and linear needs it"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]", "'wieght' is no parameter of linear"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]", "weight of a must be a number, got 'x'"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [{pattern: b, value: 1}]}}]", "got 'pattern'"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .inf}}]", "weight of a must be finite"),
+    ("merge_method: linear\nmodels: [{model: a}]\nslices: [{sources: []}]", "either models or slices"),
+    ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]", "t is missing, and slerp needs it"),
+    ("merge_method: slerp\nmodels: [{model: a}, {model: b}]", "slerp takes two models, one of them the base_model"),
+    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [1, 5]}]}]", "layer_range must be"),
+    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: 3}]}]", "layer_range of model 0 must be two whole"),
+    ("merge_method: slerp\nslices: [{sources: [{model: a}]}, {sources: [{model: a}]}]", "one slice over all layers"),
+    ("merge_method: karcher\nmodels: [{model: a+b}]", "adapters (+) and revisions (@) are not read here"),
+    ("merge_method: karcher\nmodels: [{model: a}]\nparameters: {max_iter: x}", "max_iter must be a whole number"),
+    ("merge_method: karcher\nmodels: [{model: a}]\nchat_template: auto", "got 'chat_template'"),
+    ("merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {normalize: [1]}", "weight of b is missing"),
+    ("merge_method: model_stock\nbase_model: a\nmodels: [{model: b}]\nparameters: {filter_wise: true}", "filter_wise: true is not"),
+    ("merge_method: karcher\nmodels: [{model: a}, {model: a}]", "a model may be there once only"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "part"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(tmp_path, text, part):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        soup.merge(**soup.read_recipe(path), out=tmp_path / "out")
+    assert str(caught.value).startswith(f"{path}: ") and part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_large_and_missing_recipes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        soup.read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "large.yaml").write_text("#" * 1_000_001)
+    with pytest.raises(UserError, match="at most 1,000,000 bytes"):
+        soup.read_recipe(tmp_path / "large.yaml")
