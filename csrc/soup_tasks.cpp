@@ -242,6 +242,16 @@ static void sizes(double* sums, const TaskMerge& merge, const void* const* ins, 
   });
 }
 
+// A product rounded by itself, not fused with the sum that follows: what cancels out exactly must, for its sign is asked for.
+template <typename C> static inline vec<C> rounded(vec<C> x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // One step's elements of one output. coefficients: weight times scale of each vector.
 template <typename C, bool kElect>
 static inline void merge_step(C* out, C* const* d, int inputs, const C* coefficients, const C* weights, C lambda, C divisor,
@@ -249,7 +259,7 @@ static inline void merge_step(C* out, C* const* d, int inputs, const C* coeffici
   constexpr int V = int(kStep / lanes<C>);
   vec<C> total[V] = {};
   for (int i = 1; i < inputs; ++i) {
-    for (int v = 0; v < V; ++v) total[v] += coefficients[i - 1] * load<C>(d[i] + j + v * lanes<C>);
+    for (int v = 0; v < V; ++v) total[v] += rounded<C>(coefficients[i - 1] * load<C>(d[i] + j + v * lanes<C>));
   }
   for (int v = 0; v < V; ++v) {
     const vec<C> base = load<C>(d[0] + j + v * lanes<C>);
@@ -258,7 +268,7 @@ static inline void merge_step(C* out, C* const* d, int inputs, const C* coeffici
       const vec<C> zero = {};
       vec<C> sum = zero, taken = zero;
       for (int i = 1; i < inputs; ++i) {
-        const vec<C> x = coefficients[i - 1] * load<C>(d[i] + j + v * lanes<C>);
+        const vec<C> x = rounded<C>(coefficients[i - 1] * load<C>(d[i] + j + v * lanes<C>));
         const auto with = total[v] >= zero ? x > zero : x < zero;
         sum += with ? x : zero;
         taken += with ? splat<C>(weights[i - 1]) : zero;

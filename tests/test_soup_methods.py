@@ -172,6 +172,14 @@ def test_multislerp_on_whole_tensors(files, tmp_path, base):
         torch.testing.assert_close(found[name].flatten(), wanted + (first if base else 0), rtol=1e-9, atol=1e-10)
 
 
+def test_a_model_that_is_the_base_pulls_nowhere(files, tmp_path):
+    """Its task vector has no direction; the others' is taken, and lengths are averaged with its 0."""
+    found = made(files, tmp_path / "out", [0.5, 0.5], which=(0, 1), method="multislerp", dtype="float32", half=True)
+    base, model = tensors(files, 0, 1, half=True)
+    for name in NAMES:
+        torch.testing.assert_close(found[name].double(), (base[name] + model[name]) / 2, rtol=0, atol=1e-6)
+
+
 def test_model_stock_goes_as_far_as_the_models_agree(files, tmp_path):
     found = made(files, tmp_path / "out", None, method="model_stock")
     for name in NAMES:

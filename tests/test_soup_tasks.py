@@ -82,6 +82,15 @@ def test_threads_and_chunks_do_not_matter_and_outputs_round_once(tmp_path):
             assert torch.equal(a, c.to(BF16)), kind
 
 
+def test_what_cancels_out_has_the_sign_of_nothing(tmp_path, each_backend):
+    """0.5 x - 0.4 (1.25 x) is 0 in every precision, whose sign counts as +: of the two the positive one is taken."""
+    base, a = torch.zeros(70), torch.linspace(-1, 1, 70).bfloat16()
+    b = -1.25 * a.float()
+    tasks = Tasks((Choice(), Choice()), ((0.5, 0.4),), 1.0, True, True, 0, 70)
+    (found,) = from_files(tmp_path, [base, a, b], tasks, F32)
+    torch.testing.assert_close(found, torch.maximum(a.float(), b))
+
+
 def test_what_is_no_number_stays_none(tmp_path, each_backend):
     base, a, b = torch.zeros(70), torch.linspace(-1, 1, 70), torch.linspace(1, -1, 70)
     a[3] = float("nan")

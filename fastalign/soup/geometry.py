@@ -44,7 +44,7 @@ def multislerp(gram: np.ndarray, weights: np.ndarray, *, normalize: bool, eps: f
             raise UserError("multislerp: weights that sum to 0 cannot be normalised")
         weights = weights / weights.sum()
     lengths = np.sqrt(np.diag(gram))
-    inverse = 1 / (lengths + eps)
+    inverse = np.where(lengths > 0, 1 / (lengths + max(eps, 1e-300)), 0)
     cosines = gram * inverse[:, None] * inverse[None, :]
     length = _length(cosines, weights)
     if length < eps:
