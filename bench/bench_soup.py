@@ -21,12 +21,14 @@ from pathlib import Path
 
 RHO = [0.5, 0.3, 0.2]
 ROWS = [[a / 10, (10 - a) / 20, (10 - a) / 20] for a in range(11)]
+DENSITY = 0.3  # of TIES
 MERGEKIT = "mergekit"
 # name -> models, rows of weights, method, bar
 JOBS = {
     "linear, 3 models": (3, [RHO], "linear", 25.0),
     "linear, 11 soups of 3 models": (3, ROWS, "linear", 80.0),
     "SLERP, 2 models": (2, [[0.6, 0.4]], "slerp", 10.0),
+    "TIES, a base and 2 models": (3, [[0.6, 0.4]], "ties", 10.0),  # the first model is the base
 }
 
 
@@ -128,6 +130,8 @@ def _worst(models: list[str], row: list[float], method: str, made: Path) -> floa
 
     held = [mapped(open_checkpoint(model)) for model in models]
     worst = 0.0
+    if method == "ties":
+        return _worst_ties(held, row, mapped(open_checkpoint(made)))
     for name, found in mapped(open_checkpoint(made)).items():
         if name not in held[0]:
             continue
@@ -147,9 +151,39 @@ def _worst(models: list[str], row: list[float], method: str, made: Path) -> floa
     return worst
 
 
+def _worst_ties(held: list, row: list[float], made: dict) -> float:
+    """The same, over what no choice among equal sizes decides: elements whose size is not that at which it was cut."""
+    import torch
+
+    worst = 0.0
+    for name, found in made.items():
+        if name not in held[0]:
+            continue
+        base, *models = [one[name].double() for one in held]
+        weighted, free = [], torch.ones(found.shape, dtype=torch.bool)
+        for weight, model in zip(row, models, strict=True):
+            delta = model - base
+            kept = max(1, int(DENSITY * delta.numel()))
+            least = delta.abs().flatten().kthvalue(delta.numel() - kept + 1).values
+            weighted.append(weight * delta * (delta.abs() >= least))
+            free &= delta.abs() != least
+        total = sum(weighted)
+        agree = [(x.sign() == torch.where(total >= 0, 1.0, -1.0)).double() for x in weighted]
+        taken = sum(w * x for w, x in zip(row, agree, strict=True))
+        exact = base + sum(x * y for x, y in zip(weighted, agree, strict=True)) / torch.where(taken == 0, 1.0, taken)
+        free &= total.abs() > 1e-6 * sum(x.abs() for x in weighted)  # nor a sign that float32 decides
+        free |= sum(x.abs() for x in weighted) == 0
+        ulp = (exact.abs().log2().floor().exp2() * 2.0**-7).clamp_min(2.0**-133)
+        worst = max(worst, float(((found.double() - exact).abs() / ulp)[free].max()))
+    return worst
+
+
 def _ours(models: list[str], rows: list, method: str, out: str):
     from fastalign import soup
 
+    if method == "ties":
+        options = {"base": models[0], "parameters": {"density": DENSITY}}
+        return lambda: soup.merge(models[1:], rows, out, method=method, progress=False, **options)
     return lambda: soup.merge(models, rows, out, method=method, progress=False)
 
 
@@ -167,6 +201,12 @@ def _mergekit(models: list[str], rows: list, method: str, out: str):
                     "base_model": models[0],
                     "parameters": {"t": row[1]},
                 }
+            elif method == "ties":
+                held = zip(models[1:], row, strict=True)
+                config["models"] = [
+                    {"model": model, "parameters": {"weight": weight, "density": DENSITY}} for model, weight in held
+                ]
+                config["base_model"] = models[0]
             else:
                 held = zip(models, row, strict=True)
                 config["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in held]

@@ -20,6 +20,7 @@
 #include "resample.h"
 #include "sample_tokens.h"
 #include "soup_files.h"
+#include "soup_io.h"
 #include "soup_task_files.h"
 #include "token_logprobs.h"
 #include "token_logratios.h"
@@ -258,6 +259,11 @@ PYBIND11_MODULE(_C, m) {
     const ResampleOptions options = {k, ResampleMethod(method), ptr<const bool>(mask), uint64_t(seed)};
     py::gil_scoped_release release;
     if (!FASTALIGN_CALL(resample, ptr<int64_t>(ids), rows, options, threads)) throw std::bad_alloc();
+  });
+
+  m.def("allocate", [](int file, int64_t bytes) {
+    py::gil_scoped_release release;
+    return allocate(file, bytes);
   });
 
   // (failed, writing, errno or 0 for a file that ended early, segment, file)

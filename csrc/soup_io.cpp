@@ -47,6 +47,19 @@ SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegmen
   return {};
 }
 
+int allocate(int file, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes > 0) {
+    int done;
+    do done = fallocate(file, 0, 0, off_t(bytes));
+    while (done != 0 && errno == EINTR);
+    if (done == 0) return 0;
+    if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) return errno;
+  }
+#endif
+  return ftruncate(file, off_t(bytes)) == 0 ? 0 : errno;
+}
+
 void write_behind(const SoupSegment& of, SoupType out_type) {
 #if defined(__linux__)
   for (size_t k = 0; k < of.out_files.size(); ++k) {

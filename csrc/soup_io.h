@@ -41,6 +41,10 @@ SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegmen
 void read_ahead(const SoupSegment& of);
 void write_behind(const SoupSegment& of, SoupType out_type);
 
+// Makes a file so many bytes long, with their place on the disk where the file system can: written pages then need none of
+// their own, which is most of what writing to the page cache costs. An errno, or 0.
+int allocate(int file, int64_t bytes);
+
 // A cache line's boundary within memory of so many bytes more.
 char* line_in(const std::unique_ptr<char[]>& memory);
 

@@ -141,7 +141,7 @@ def _parameters(given: list[str]) -> dict:
 
 def _merge(made, dry_run: bool) -> None:
     """Say what is planned, do it unless told not to, and say how fast it was."""
-    from fastalign.soup import execute
+    from fastalign.soup import estimate, execute
     from fastalign.soup import plan as plans
     from fastalign.soup.merge import already_made
 
@@ -150,6 +150,7 @@ def _merge(made, dry_run: bool) -> None:
         told.print(line, soft_wrap=True, markup=False)
     if dry_run:
         already_made(made)
+        told.print(estimate.told(made), soft_wrap=True, markup=False)
         told.print("dry run: nothing was written")
         return
     found = execute(made)

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from fastalign import soup
 from fastalign.cli import app
 from fastalign.errors import UserError
-from fastalign.soup import geometry, parameters
+from fastalign.soup import estimate, geometry, parameters
+from fastalign.soup import plan as plans
 from fastalign.soup.settings import Places, parse
 
 F64 = torch.float64
@@ -291,3 +292,19 @@ def test_what_is_asked_for_wrongly(files, tmp_path):
     assert all(torch.equal(found[name], same[name]) for name in NAMES)
     result = CliRunner().invoke(app, ["soup", *args, "--set", "density", "--out", str(tmp_path / "no")])
     assert result.exit_code == 1 and "--set must be name=value" in result.output
+
+
+def test_a_dry_run_tells_the_time_and_leaves_nothing(files, tmp_path):
+    for options in (
+        ["--weights", "0.5,0.5"],
+        ["--weights", "1,1", "--method", "ties", "--base", str(files / "0.safetensors")],
+    ):
+        args = [*map(str, paths(files, 1, 2)), *options, "--out", str(tmp_path / "soups" / "out"), "--dry-run"]
+        result = CliRunner().invoke(app, ["soup", *args])
+        assert result.exit_code == 0, result.output
+        assert "time: about " in result.output and "dry run: nothing was written" in result.output
+    assert not any(tmp_path.iterdir())
+    plan = plans.make(paths(files, 1, 2), [[0.5, 0.5], [1.0, 0.0]], tmp_path / "out")
+    found = estimate.estimate(plan)
+    assert found.sample == 4 * 8 * 24 * 40  # the whole of one tensor: two inputs, two outputs
+    assert found.seconds > 0 and found.rate == pytest.approx((plan.read_bytes + plan.written_bytes) / found.seconds)

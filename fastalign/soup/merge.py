@@ -27,7 +27,7 @@ from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import INDEX, Checkpoint, File, Shard, index_of
 from fastalign.soup.compare import read_bytes
 from fastalign.soup.dtypes import FLOATS, SIZES, TORCH
-from fastalign.soup.stream import Segment, StreamError, chunk_for, joined, merge_tasks, stream
+from fastalign.soup.stream import Segment, StreamError, allocate, chunk_for, joined, merge_tasks, stream
 from fastalign.soup.task_vectors import Tasks
 
 RECORD = "soup.json"  # in the output: what was made of what
@@ -111,7 +111,7 @@ def execute(plan: plans.Plan, *, progress: bool = True) -> Merged:
     """Do what was planned, or what is left of it."""
     began = time.perf_counter()
     threads = torch.get_num_threads()
-    chunk = _chunk(plan, threads)
+    chunk = chunk_of(plan, threads)
     if already_made(plan):
         return Merged(plan.out, len(plan.weights), 0, 0, len(plan.layout), time.perf_counter() - began)
     _allow_open_files(len(plan.weights) + sum(1 for _ in _files(plan.inputs)))
@@ -121,7 +121,7 @@ def execute(plan: plans.Plan, *, progress: bool = True) -> Merged:
     with _beside(plan) as beside:
         _check_space(plan, beside, headers)
         total = (plan.read_bytes + plan.written_bytes) // 10**6
-        with bars.bar("merge", total=total, unit="MB", show=progress) as advance, _opened(plan.inputs) as files:
+        with bars.bar("merge", total=total, unit="MB", show=progress) as advance, opened(plan.inputs) as files:
             moved = _Steps(advance)
             for shard, headed in zip(plan.layout, headers, strict=True):
                 targets = [beside / folder / shard.file for folder in plan.folders]
@@ -162,7 +162,7 @@ def _write_shard(
                 stack.callback(os.close, out)
                 outs.append(out)
                 with naming(path):
-                    os.ftruncate(out, len(header) + shard.nbytes)
+                    allocate(out, len(header) + shard.nbytes)
                     _write_all(out, header, 0)
             for out_type, segments, tasks in _work(plan, shard, headers, outs, files):
                 moved_by = _moved(segments, out_type)
@@ -210,27 +210,20 @@ def _work(
         if tensor.dtype in FLOATS and tensor.nbytes and name not in plan.blocks_of:
             by_type.setdefault(tensor.dtype, []).append(name)
 
-    def segment(name: str, weights: list[float]) -> Segment:
-        held = [one[name] for one in plan.inputs]
+    def whole_tensor(name: str, weights: list[float]) -> Segment:
         target = shard.tensors[name]
-        return Segment(
-            target.count,
-            tuple(tensor.dtype for tensor in held),
-            tuple(files[one.files[one.where[name]].path] for one in plan.inputs),
-            tuple(tensor.offset for tensor in held),
-            tuple(outs),
-            tuple(len(header) + target.offset for header in headers),
-            weights,
+        return segment(
+            plan, name, target.count, outs, [len(header) + target.offset for header in headers], files, weights
         )
 
     for out_type, names in by_type.items():
         steps = ((name, plan.step_of(name)) for name in names)  # as they come: what a step reads is in the cache then
         if plan.sparse:
             for name, tasks in steps:
-                yield out_type, [segment(name, [])], tasks
+                yield out_type, [whole_tensor(name, [])], tasks
             continue
         batch: list[Segment] = []
-        for whole in joined((segment(*one) for one in steps), SIZES[out_type]):
+        for whole in joined((whole_tensor(*one) for one in steps), SIZES[out_type]):
             for piece in _pieces(whole, out_type):
                 batch.append(piece)
                 if _moved(batch, out_type) >= _BATCH:
@@ -238,6 +231,28 @@ def _work(
                     batch = []
         if batch:
             yield out_type, batch, None
+
+
+def segment(
+    plan: plans.Plan,
+    name: str,
+    n: int,
+    outs: Sequence[int],
+    offsets: Sequence[int],
+    files: dict[Path, int],
+    weights: list[float],
+) -> Segment:
+    """The first n elements of a tensor, from every input's file to each output's offset."""
+    held = [one[name] for one in plan.inputs]
+    return Segment(
+        n,
+        tuple(tensor.dtype for tensor in held),
+        tuple(files[one.files[one.where[name]].path] for one in plan.inputs),
+        tuple(tensor.offset for tensor in held),
+        tuple(outs),
+        tuple(offsets),
+        weights,
+    )
 
 
 def _pieces(whole: Segment, out_type: str) -> Iterator[Segment]:
@@ -309,7 +324,7 @@ class _Steps:
 
 
 @contextmanager
-def _opened(checkpoints: Sequence[Checkpoint]) -> Iterator[dict[Path, int]]:
+def opened(checkpoints: Sequence[Checkpoint]) -> Iterator[dict[Path, int]]:
     with ExitStack() as stack:
         found: dict[Path, int] = {}
         for file in _files(checkpoints):
@@ -347,7 +362,7 @@ def _unchanged(checkpoints: Sequence[Checkpoint]) -> None:
 # ---- the folder beside ----
 
 
-def _chunk(plan: plans.Plan, threads: int) -> int:
+def chunk_of(plan: plans.Plan, threads: int) -> int:
     widths = max(
         sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * len(plan.weights)
         for shard in plan.layout

@@ -1,4 +1,11 @@
-"""mergekit's YAML as `merge`'s arguments, for the methods that both have, meaning what mergekit 0.1.5 makes of it."""
+"""mergekit's YAML as `merge`'s arguments, for the methods that both have, meaning what mergekit 0.1.5 makes of it.
+
+Where that is not what the papers say: what DARE and DELLA keep is scaled so that the sum of sizes is as it was, not by each
+element's probability; TIES elects signs and divides with the models' weights, which the paper does not have; breadcrumbs'
+share of small elements follows from density and gamma; Model Stock takes vectors shorter than 1e-3 for less alike than they
+are; SLERP's and other lines over the layers begin again at the final norm and the head. Random numbers are our own, and of
+elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergekit whichever its sort leaves there.
+"""
 
 from __future__ import annotations
 

@@ -70,6 +70,15 @@ def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
     return min(chunk, allowed)
 
 
+def allocate(file: int, nbytes: int) -> None:
+    """Make a file so long, with its place on the disk where the file system can. Raises OSError: ENOSPC before a byte is written."""
+    if backend.choose(torch.device("cpu")) != "cpu":
+        return os.ftruncate(file, nbytes)
+    error = backend.engine.allocate(file, nbytes)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
 def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> None:
     """Read every segment's inputs once and write its outputs, by chunks of so many elements. Raises StreamError."""
     if backend.choose(torch.device("cpu")) != "cpu":
