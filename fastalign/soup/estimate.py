@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastalign.soup import merge as merges
 from fastalign.soup.dtypes import FLOATS, SIZES
+from fastalign.soup.merge import chunk_of, opened, segment
 from fastalign.soup.plan import Plan
 from fastalign.soup.stream import merge_tasks, stream
 from fastalign.soup.task_vectors import Tasks
@@ -42,19 +42,19 @@ def estimate(plan: Plan) -> Estimate | None:
     row = tensor.shape[-1] if tensor.shape else 1
     n = min(tensor.count, max(1, _SAMPLE // width // row) * row)
     folder = next(one for one in (plan.out.absolute(), *plan.out.absolute().parents) if one.is_dir())
-    with merges.opened(plan.inputs) as files, tempfile.TemporaryFile(dir=folder) as out:
+    with opened(plan.inputs) as files, tempfile.TemporaryFile(dir=folder) as out:
         began = time.perf_counter()
         step = plan.step_of(name)
         prepared = time.perf_counter() - began
         offsets = [k * n * SIZES[tensor.dtype] for k in range(outputs)]
         weights = [] if isinstance(step, Tasks) else step
-        segment = merges.segment(plan, name, n, [out.fileno()] * outputs, offsets, files, weights)
+        part = segment(plan, name, n, [out.fileno()] * outputs, offsets, files, weights)
         began = time.perf_counter()
-        chunk = merges.chunk_of(plan, threads)
+        chunk = chunk_of(plan, threads)
         if isinstance(step, Tasks):
-            merge_tasks(segment, _shortened(step, n, tensor.count), tensor.dtype, chunk=chunk, threads=threads)
+            merge_tasks(part, _shortened(step, n, tensor.count), tensor.dtype, chunk=chunk, threads=threads)
         else:
-            stream([segment], tensor.dtype, chunk=chunk, threads=threads)
+            stream([part], tensor.dtype, chunk=chunk, threads=threads)
         os.fsync(out.fileno())
         took = time.perf_counter() - began
     each = prepared / tensor.count + took / n
