@@ -17,6 +17,7 @@ from fastalign import soup, use_backend
 from fastalign.cli import app
 from fastalign.errors import UserError
 from fastalign.soup.checkpoint import INDEX
+from fastalign.soup.lora_files import write_adapter
 from fastalign.soup.methods import simplex_grid
 
 RHO = [0.5, 0.3, 0.2]
@@ -370,13 +371,15 @@ from fastalign import soup
 def peak_kb():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 
-small, large, out = sys.argv[1:]
+small, large, adapter, out = sys.argv[1:]
 soup.merge([small, small], [0.5, 0.5], out + "/small", progress=False)
 soup.mix([small, small], [0.5, 0.5])
+soup.apply_adapters(small, [adapter + "-small"], [0.5], out + "/small-lora", progress=False)
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
 before = peak_kb()
 for method in ("linear", "slerp"):
     soup.merge([large, large], [0.5, 0.5], out + "/" + method, method=method, memory_limit="2MB", progress=False)
+soup.apply_adapters(large, [adapter], [0.5], out + "/lora", memory_limit="2MB", progress=False)
 print(peak_kb() - before)
 """
 
@@ -384,9 +387,12 @@ print(peak_kb() - before)
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's high-water mark")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """One tensor of 48 MB: neither it nor a shard is ever held."""
-    save_file({"w": torch.ones(1000)}, tmp_path / "small.safetensors")
-    save_file({"w": torch.randn(1_000_000).repeat(12)}, tmp_path / "large.safetensors")
-    command = [sys.executable, "-c", MEMORY, tmp_path / "small.safetensors", tmp_path / "large.safetensors", tmp_path]
+    for name, rows in (("small", 10), ("large", 12_000)):
+        save_file({"w.weight": torch.randn(1, 1000).repeat(rows, 1)}, tmp_path / f"{name}.safetensors")
+        factors = {"w": (torch.ones(2, 1000), torch.ones(rows, 2), False)}
+        write_adapter(tmp_path / ("adapter-small" if name == "small" else "adapter"), factors, {}, {})
+    command = [sys.executable, "-c", MEMORY, *(tmp_path / f"{name}.safetensors" for name in ("small", "large"))]
+    command += [tmp_path / "adapter", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8_000

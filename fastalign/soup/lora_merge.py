@@ -21,11 +21,14 @@ from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
 from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
 from fastalign.soup.lora_files import Adapter, base_name, open_adapter
-from fastalign.soup.memory import mapped
 from fastalign.soup.merge import Merged, execute
 from fastalign.soup.stream import mix_tensors
 from fastalign.units import parse_bytes
 
+# What a model with tied embeddings calls them.
+_TIED = tuple(
+    f"{name}.weight" for name in ("lm_head", "embed_tokens", "wte", "word_embeddings", "embed_in", "embed_out")
+)
 _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 
 
@@ -88,12 +91,9 @@ def plan(
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     ones = [1.0] * len(rows)
     stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
-    tensors = mapped(model)
     room = min(_BLOCK, limit // 2)
     blocks_of = {
-        name: functools.partial(
-            _blocks, name, tensors[name], held, rows, module, transposed, dtypes.TORCH[stored[name]], room
-        )
+        name: functools.partial(_blocks, name, model, held, rows, module, transposed, dtypes.TORCH[stored[name]], room)
         for name, (module, transposed) in changed.items()
     }
     return plans.Plan(
@@ -127,20 +127,13 @@ def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str 
                     f"{name} is {model[name].dtype} {list(model[name].shape)} in {model.name}, {one.name} stores it whole as "
                     f"{list(tensor.shape)}"
                 )
-            found.setdefault(name, (None, False))
+            if tensor.numel():
+                found.setdefault(name, (None, False))
     return found
 
 
 def _in_base(model: Checkpoint, name: str, adapter: str, tied: bool) -> None:
-    ends = (
-        "lm_head.weight",
-        "embed_tokens.weight",
-        "wte.weight",
-        "word_embeddings.weight",
-        "embed_in.weight",
-        "embed_out.weight",
-    )
-    if tied and name.endswith(ends):
+    if tied and name.endswith(_TIED):
         raise UserError(
             f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; untie them "
             "in the base first"
@@ -151,7 +144,7 @@ def _in_base(model: Checkpoint, name: str, adapter: str, tied: bool) -> None:
 
 def _blocks(
     name: str,
-    base: Tensor,
+    model: Checkpoint,
     held: Sequence[Adapter],
     rows: np.ndarray,
     module: str | None,
@@ -160,11 +153,11 @@ def _blocks(
     room: int,
 ) -> Iterator[list[Tensor]]:
     """The changed tensor for each of K rows of weights, a run of its rows at a time."""
+    before = model[name]
+    height = before.shape[0] if before.shape else 1
+    shape = height, before.count // height
     whole = [
-        (i, one.whole[key].reshape(len(base), -1))
-        for i, one in enumerate(held)
-        for key in one.whole
-        if base_name(key) == name
+        (i, one.whole[key].reshape(shape)) for i, one in enumerate(held) for key in one.whole if base_name(key) == name
     ]
     # One type wider than what is stored: what is written is the exact sum's rounding but for ties.
     exact = torch.float64 if dtype.itemsize >= 4 else torch.float32
@@ -172,9 +165,12 @@ def _blocks(
     if transposed:
         pairs = [None if pair is None else (pair[1].T, pair[0].T) for pair in pairs]
     sums = [[1 - float(sum(row[i] for i, _ in whole)), *(float(row[i]) for i, _ in whole)] for row in rows]
-    flat = base.reshape(len(base), -1)
-    for span in spans(len(flat), flat.shape[1] * exact.itemsize * (len(rows) + 2), room):
-        starts = mix_tensors([flat[span], *(tensor[span] for _, tensor in whole)], sums, exact)
+    width = shape[1] * dtypes.SIZES[before.dtype]
+    runs = list(spans(shape[0], shape[1] * exact.itemsize * (len(rows) + 2), room))
+    read = compare.read_bytes(model, name, width * (runs[0].stop - runs[0].start))
+    for span, data in zip(runs, read, strict=True):
+        base = torch.frombuffer(bytearray(data), dtype=dtypes.TORCH[before.dtype]).view(-1, shape[1])
+        starts = mix_tensors([base, *(tensor[span] for _, tensor in whole)], sums, exact)
         for start, pair in zip(starts, pairs, strict=True):
             if pair is not None:
                 start.addmm_(pair[1][span], pair[0])
