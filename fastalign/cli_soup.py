@@ -101,9 +101,11 @@ def soup(
     models = models or []
     if not models:
         raise UserError("give the models to merge, or --recipe")
+    adapters = any(is_adapter(model) for model in models)
+    if dry_run and (extract or (adapters and base is None)):
+        raise UserError("--dry-run is for merges that write whole models: what writes an adapter takes seconds")
     if extract:
         return cli_lora.extract(models, base, out, rank=rank, energy=energy, dtype=dtype, force=force)
-    adapters = any(is_adapter(model) for model in models)
     if energy is not None or (rank is not None and (base is not None or not adapters)):
         raise UserError("--rank is for adapters that are written, --energy for --extract")
     if adapters and normalize is not None:
