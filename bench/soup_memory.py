@@ -4,8 +4,8 @@
 
 Models are made on the spot in shards of 4 GB, one of random bfloat16 numbers and one of holes (zeros that take no disk), merged in
 a process of its own, and removed again: --folder needs twice the largest size. Before each merge the inputs are dropped from
-the page cache. The disk's own rate is that of a plain copy of the same bytes, read cold, written and flushed, in turn with the
-merge; the bar is 70 % of it. Linux.
+the page cache. The disk's own rate is taken in turn with the merge, on two models without holes, by a loop that reads as many
+bytes, writes and flushes as many, and computes nothing; the bar is 70 % of it. Linux.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 BAR = 0.7  # of the disk's rate
@@ -127,32 +128,34 @@ def worker(inputs: list[str], out: str) -> None:
     print(time.perf_counter() - began)
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds of a plain copy, block by block, flushed to the disk at each file's end."""
+def copy(inputs: list[Path], target: Path) -> float:
+    """Seconds of what a merge must do to the disk and no more: read all inputs, write one of them, flush."""
     target.mkdir()
     began = time.perf_counter()
-    for path in sorted(source.glob("*.safetensors")):
-        with open(path, "rb", buffering=0) as file, open(target / path.name, "wb", buffering=0) as into:
-            while data := file.read(BLOCK):
-                into.write(data)
+    for names in zip(*(sorted(one.glob("*.safetensors")) for one in inputs), strict=True):
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb", buffering=0)) for path in names]
+            into = stack.enter_context(open(target / names[0].name, "wb", buffering=0))
+            while any(data := [file.read(BLOCK) for file in files]):
+                into.write(data[0])
             os.fsync(into.fileno())
     return time.perf_counter() - began
 
 
 def cold(root: Path, nbytes: int) -> dict:
     """Merge and plain copy in turn, both with their input out of the page cache."""
-    full, empty = root / "a", root / "b"
+    inputs = [root / "a", root / "b"]
     times: dict[str, list[float]] = {"merge": [], "copy": [], "read": []}
     for turn in range(ROUNDS):
         for what in ("merge", "copy") if turn % 2 else ("copy", "merge"):
             os.sync()
             forget(root)
             out = root / "out"
-            times[what].append(merge([full, empty], out)["seconds"] if what == "merge" else copy(full, out))
+            times[what].append(merge(inputs, out)["seconds"] if what == "merge" else copy(inputs, out))
             shutil.rmtree(out)
         forget(root)
         began = time.perf_counter()
-        for path in full.glob("*.safetensors"):
+        for path in root.rglob("*.safetensors"):
             with open(path, "rb", buffering=0) as file:
                 while file.read(BLOCK):
                     pass
@@ -160,14 +163,14 @@ def cold(root: Path, nbytes: int) -> dict:
     shares = [c / m for c, m in zip(times["copy"], times["merge"], strict=True)]
     return {
         "gb": nbytes / 1e9, "seconds": times, "share_of_copy": statistics.median(shares), "shares": shares, "bar": BAR,
-        "read_gb_s": nbytes / 1e9 / statistics.median(times["read"]),
-        "copy_gb_s": 2 * nbytes / 1e9 / statistics.median(times["copy"]),
+        "read_gb_s": 2 * nbytes / 1e9 / statistics.median(times["read"]),
+        "copy_gb_s": 3 * nbytes / 1e9 / statistics.median(times["copy"]),
     }  # fmt: skip
 
 
-def models(root: Path, nbytes: int) -> Iterator[None]:
+def models(root: Path, nbytes: int, *, holes: bool) -> Iterator[None]:
     make_model(root / "a", nbytes, holes=False)
-    make_model(root / "b", nbytes, holes=True)
+    make_model(root / "b", nbytes, holes=holes)
     yield
     shutil.rmtree(root / "a")
     shutil.rmtree(root / "b")
@@ -192,7 +195,7 @@ def main() -> int:
         root = Path(folder)
         for size in (float(x) for x in given.sizes.split(",")):
             nbytes = int(size * 1e9)
-            for _ in models(root, nbytes):
+            for _ in models(root, nbytes, holes=True):
                 os.sync()
                 forget(root)
                 rows.append({"gb": size, **merge([root / "a", root / "b"], root / "out")})
@@ -204,14 +207,14 @@ def main() -> int:
                 )
         if given.cold:
             nbytes = int(given.cold * 1e9)
-            for _ in models(root, nbytes):
+            for _ in models(root, nbytes, holes=False):
                 disk = cold(root, nbytes)
     anonymous = [row["anonymous_mb"] for row in rows]
     print(f"anonymous memory, largest model against smallest: {anonymous[-1]:.0f} against {anonymous[0]:.0f} MB")
     if disk:
         verdict = "met" if disk["share_of_copy"] >= BAR else "MISSED"
         print(
-            f"from a cold disk: {disk['share_of_copy']:.0%} of a plain copy's rate ({disk['copy_gb_s']:.2f} GB/s read and written, "
+            f"from a cold disk: {disk['share_of_copy']:.0%} of the disk's rate ({disk['copy_gb_s']:.2f} GB/s read and written, "
             f"reading alone {disk['read_gb_s']:.2f} GB/s); bar {BAR:.0%} {verdict}"
         )
     found = {

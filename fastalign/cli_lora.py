@@ -9,14 +9,10 @@ from fastalign._command import console
 from fastalign.errors import UserError
 
 
-def mix(
-    models: Sequence[str], rows, out: Path, *, method: str, rank: int | None, dtype: str | None, force: bool
-) -> None:
+def mix(models: Sequence[str], rows, out: Path, *, rank: int | None, dtype: str | None, force: bool) -> None:
     """Adapters into one adapter each for the rows of weights."""
     from fastalign.soup import merge_adapters
 
-    if method != "linear":
-        raise UserError(f"adapters are mixed by linear, got --method {method}")
     told = console()
     for made in merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force):
         told.print(_line(made), soft_wrap=True, markup=False)

@@ -108,6 +108,8 @@ def soup(
         return cli_lora.extract(models, base, out, rank=rank, energy=energy, dtype=dtype, force=force)
     if energy is not None or (rank is not None and (base is not None or not adapters)):
         raise UserError("--rank is for adapters that are written, --energy for --extract")
+    if adapters and method is not Method.linear:
+        raise UserError(f"adapters are mixed by linear, got --method {method.value}")
     if adapters and normalize is not None:
         raise UserError("adapters' weights are taken as they are: --normalize is for whole models")
     if weights is not None and grid is not None:
@@ -117,7 +119,7 @@ def soup(
     rows = methods.simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
     sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
     if adapters and base is None:
-        return cli_lora.mix(models, rows, out, method=method.value, rank=rank, dtype=dtype, force=force)
+        return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force)
     if adapters:
         made = lora_merge.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
     else:

@@ -328,6 +328,7 @@ def test_the_command(base, adapters, tmp_path):
     assert code == 0 and "kept" in told and open_adapter(tmp_path / "back"), err
     for arguments, part in (
         ([*pair, "--weights", "1,1", "--method", "slerp"], "adapters are mixed by linear, got --method slerp"),
+        ([*pair, "--weights", "1,1", "--base", base, "--method", "slerp"], "adapters are mixed by linear"),
         ([*pair, "--weights", "1,1", "--dry-run"], "--dry-run is for merges that write whole models"),
         ([base, "--extract", "--rank", 4], "--extract takes one model, and --base"),
         ([base, base, "--weights", "0.5,0.5", "--rank", 4], "--rank is for adapters"),
