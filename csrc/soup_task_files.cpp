@@ -93,10 +93,13 @@ SoupFailure find_keys(std::vector<Selection>& wanted, const Chunks& chunks) {
     const int64_t bins = int64_t(1) << kDigitBits;
     std::vector<int64_t> all(size_t(count * bins), 0);
     const SoupFailure failure = chunks.scan([&](int64_t, const void* const* ins, int64_t, int64_t n, char* scratch) {
-      std::vector<int64_t> mine(size_t(count * bins), 0);
+      std::vector<uint32_t> mine(size_t(count * kTurns * kBins), 0);
       FASTALIGN_CALL(soup_task_histogram, mine.data(), digits.data(), count, ins, of.in_types.data(), inputs, n, scratch);
 #pragma omp critical(soup_histograms)
-      for (size_t i = 0; i < mine.size(); ++i) all[i] += mine[i];
+      for (int64_t i = 0; i < int64_t(all.size()); ++i) {
+        const uint32_t* const turns = mine.data() + i / bins * kTurns * kBins + i % bins;
+        for (int turn = 0; turn < kTurns; ++turn) all[size_t(i)] += turns[turn * kBins];
+      }
     });
     if (failure.failed) return failure;
     for (int c = 0; c < count; ++c) {

@@ -21,27 +21,49 @@ template <typename C> static inline key_of<C> key(const C* p) {
 
 constexpr int kWords = 64;  // that are made together
 
+// Lanes of 64 bits, whose low halves are the numbers: what stands above them is never looked at.
+typedef uint64_t wide_words __attribute__((vector_size(kVectorBytes)));
+
+static inline wide_words product(wide_words a, wide_words b) {  // of the low halves
+#if defined(__AVX512F__)
+  return (wide_words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (wide_words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (wide_words)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
 // Element j's number is word (j % 64) / 16 of Philox4x32-10 with key `seed` and counter (stream, j / 64 * 16 + j % 16).
 static void random_words(uint32_t* words, uint64_t seed, uint64_t stream, uint64_t block) {
-  constexpr int L = kWords / 4;
-  uint32_t c0[L], c1[L], c2[L], c3[L];
-  for (int l = 0; l < L; ++l) {
-    const uint64_t counter = block * L + uint64_t(l);
-    c0[l] = uint32_t(stream), c1[l] = uint32_t(stream >> 32), c2[l] = uint32_t(counter), c3[l] = uint32_t(counter >> 32);
+  constexpr int L = kWords / 4, W = kVectorBytes / 8, V = L / W;
+  const wide_words none = {};
+  wide_words c0[V], c1[V], c2[V], c3[V];
+  for (int v = 0; v < V; ++v) {
+    for (int l = 0; l < W; ++l) c2[v][l] = block * L + uint64_t(v * W + l);
+    c0[v] = none + stream, c1[v] = none + (stream >> 32), c3[v] = c2[v] >> 32;
   }
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  const wide_words m0 = none + 0xD2511F53u, m1 = none + 0xCD9E8D57u;
   for (int round = 0; round < 10; ++round) {
-    for (int l = 0; l < L; ++l) {
-      const uint64_t p0 = uint64_t(0xD2511F53u) * c0[l], p1 = uint64_t(0xCD9E8D57u) * c2[l];
-      c0[l] = uint32_t(p1 >> 32) ^ c1[l] ^ k0;
-      c1[l] = uint32_t(p1);
-      c2[l] = uint32_t(p0 >> 32) ^ c3[l] ^ k1;
-      c3[l] = uint32_t(p0);
+    for (int v = 0; v < V; ++v) {
+      const wide_words p0 = product(c0[v], m0), p1 = product(c2[v], m1);
+      c0[v] = (p1 >> 32) ^ c1[v] ^ k0;
+      c1[v] = p1;
+      c2[v] = (p0 >> 32) ^ c3[v] ^ k1;
+      c3[v] = p0;
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  for (int l = 0; l < L; ++l) words[l] = c0[l], words[L + l] = c1[l], words[2 * L + l] = c2[l], words[3 * L + l] = c3[l];
+  for (int v = 0; v < V; ++v) {
+    for (int l = 0; l < W; ++l) {
+      words[v * W + l] = uint32_t(c0[v][l]), words[L + v * W + l] = uint32_t(c1[v][l]);
+      words[2 * L + v * W + l] = uint32_t(c2[v][l]), words[3 * L + v * W + l] = uint32_t(c3[v][l]);
+    }
+  }
 }
 
 // use(words, j, from, to) for elements [from, to) of [0, n), which come from element `first` on: j's word is words[j].
@@ -113,9 +135,12 @@ static void drop(C* d, const TaskVector& of, uint64_t seed, int64_t first, int64
       d[j] = above & below ? d[j] : C(0);
     }
   } else if (of.keep == TaskKeep::random) {
-    const uint64_t least = uint64_t(__builtin_ceil(of.probability * kRange));  // of those that are dropped
+    const double stay = __builtin_ceil(of.probability * kRange);  // so many of the 2^32 numbers
+    const uint32_t last = stay < 1 ? 0 : uint32_t(stay - 1);
     with_words(seed, of.stream, first, n, [&](const uint32_t* words, int64_t from, int64_t to) {
-      for (int64_t j = 0; j < to - from; ++j) d[from + j] = words[j] < least ? d[from + j] : C(0);
+      C* const x = d + from;
+      const int32_t count = int32_t(to - from);
+      for (int32_t j = 0; j < count; ++j) x[j] = words[j] <= last ? x[j] : C(0);
     });
   } else if (of.keep == TaskKeep::ranked) {
     const uint32_t* const ranks = ranks_of<C>(d, n, scratch);
@@ -171,18 +196,26 @@ int64_t soup_task_scratch(const SoupType* in_types, int inputs, int64_t ranked_r
 }
 
 template <typename C>
-static void histogram(int64_t* histograms, const TaskDigit* digits, int count, const void* const* ins,
+static void histogram(uint32_t* counts, const TaskDigit* digits, int count, const void* const* ins,
                       const SoupType* in_types, int inputs, int64_t n, void* scratch) {
-  constexpr uint64_t kMask = (1 << kDigitBits) - 1;
   each_block<C>(ins, in_types, inputs, n, block_of(inputs), buffer_in<C>(scratch), [&](C* const* d, int64_t, int64_t m) {
     for (int c = 0; c < count; ++c) {
-      int64_t* const mine = histograms + (int64_t(c) << kDigitBits);
       const C* const x = d[digits[c].vector + 1];
       const int shift = digits[c].shift;
       const key_of<C> prefix = key_of<C>(digits[c].prefix);
-      for (int64_t j = 0; j < m; ++j) {
-        const key_of<C> k = key<C>(x + j) >> shift;
-        if ((k >> kDigitBits) == prefix) ++mine[k & kMask];
+      uint32_t* const bins = counts + int64_t(c) * kTurns * kBins;
+      constexpr int kTogether = 64;
+      key_of<C> at[kTogether];
+      for (int64_t first = 0; first < m; first += kTogether) {
+        const int some = int(m - first < kTogether ? m - first : kTogether);
+        for (int j = 0; j < some; ++j) {
+          const key_of<C> k = key<C>(x + first + j) >> shift;
+          at[j] = (k >> kDigitBits) == prefix ? k & (kBins - 2) : key_of<C>(kBins - 1);
+        }
+        for (int j = some; j % kTurns != 0; ++j) at[j] = kBins - 1;
+        for (int j = 0; j < some; j += kTurns) {
+          for (int turn = 0; turn < kTurns; ++turn) ++bins[turn * kBins + int(at[j + turn])];
+        }
       }
     }
   });
@@ -312,9 +345,9 @@ static void merge_span(void* const* outs, int outputs, const TaskMerge& merge, c
 
 #define FASTALIGN_WIDE(f, ...) (any_wide(in_types, inputs) ? f<double>(__VA_ARGS__) : f<float>(__VA_ARGS__))
 
-void soup_task_histogram(int64_t* histograms, const TaskDigit* digits, int count, const void* const* ins,
+void soup_task_histogram(uint32_t* counts, const TaskDigit* digits, int count, const void* const* ins,
                          const SoupType* in_types, int inputs, int64_t n, void* scratch) {
-  FASTALIGN_WIDE(histogram, histograms, digits, count, ins, in_types, inputs, n, scratch);
+  FASTALIGN_WIDE(histogram, counts, digits, count, ins, in_types, inputs, n, scratch);
 }
 
 void soup_task_ties(int64_t* found, const TaskTie* ties, int count, const void* const* ins, const SoupType* in_types,

@@ -27,6 +27,8 @@ struct TaskVector {
 // Counts of a digit of the keys, for elements whose keys' higher digits are `prefix`.
 struct TaskDigit { int vector, shift; uint64_t prefix; };
 constexpr int kDigitBits = 11;
+constexpr int kBins = (1 << kDigitBits) + 1;  // the last for other prefixes
+constexpr int kTurns = 4;                     // counted in turn, for neighbours often meet the same bin
 
 struct TaskTie { int vector; uint64_t key; };
 
@@ -43,8 +45,8 @@ struct TaskMerge {
 
 FASTALIGN_DECLARE(
   int64_t soup_task_scratch(const SoupType* in_types, int inputs, int64_t ranked_row);
-  // histograms (count, 2^kDigitBits) += how often each digit is met
-  void soup_task_histogram(int64_t* histograms, const TaskDigit* digits, int count, const void* const* ins,
+  // counts (count, kTurns, kBins): how often each digit is met is the sum over kTurns; n is below 2^32
+  void soup_task_histogram(uint32_t* counts, const TaskDigit* digits, int count, const void* const* ins,
                            const SoupType* in_types, int inputs, int64_t n, void* scratch);
   // found[i] += how many elements have the key
   void soup_task_ties(int64_t* found, const TaskTie* ties, int count, const void* const* ins, const SoupType* in_types,
