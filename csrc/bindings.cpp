@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "layer.h"
 #include "linear_logprobs.h"
+#include "map_newton.h"
 #include "map_statistics.h"
 #include "own_attention.h"
 #include "resample.h"
@@ -48,6 +49,15 @@ size_t size_of(DType dtype) {
 Rows rows_of(const py::tuple& t) {
   return {ptr(t[0].cast<uintptr_t>()), dtype_of(t[1].cast<std::string>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
           t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>()};
+}
+
+// (data, dtype, n, m, row_stride, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py makes it
+MapInput map_input_of(const py::tuple& t) {
+  const auto number = [&](int i) { return t[i].cast<int64_t>(); };
+  const auto address = [&](int i) { return t[i].cast<uintptr_t>(); };
+  return {ptr(address(0)), dtype_of(t[1].cast<std::string>()), number(2), number(3), number(4),
+          ptr<const double>(address(5)), ptr<const double>(address(6)), ptr<const int64_t>(address(7)),
+          ptr<const int64_t>(address(8)), number(9)};
 }
 
 HeadTile head_tile_of(const py::tuple& t) {
@@ -174,16 +184,27 @@ PYBIND11_MODULE(_C, m) {
     FASTALIGN_CALL(head_backward, in, ptr(logits), ptr(bias), ptr(rows), rows_stride, filter, ptr<bool>(kept), threads);
   });
 
-  // rewards: (data, dtype, n, m, row_stride, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py
-  // makes it
   m.def("map_statistics", [](uintptr_t out, const py::tuple& rewards, uintptr_t lambda, int64_t count, int threads) {
-    const auto number = [&](int i) { return rewards[i].cast<int64_t>(); };
-    const auto address = [&](int i) { return rewards[i].cast<uintptr_t>(); };
-    const MapInput in = {ptr(address(0)), dtype_of(rewards[1].cast<std::string>()), number(2), number(3), number(4),
-                         ptr<const double>(address(5)), ptr<const double>(address(6)), ptr<const int64_t>(address(7)),
-                         ptr<const int64_t>(address(8)), number(9)};
+    const MapInput in = map_input_of(rewards);
     py::gil_scoped_release release;
     FASTALIGN_CALL(map_statistics, ptr<double>(out), in, ptr<const double>(lambda), count, threads);
+  });
+
+  // points: (mu, value, gradient, hessian, top, ess); problem: (scale, offset, lower, upper, start, constant, skip), as
+  // fastalign/palette/_engine.py makes them
+  m.def("map_newton", [](const py::tuple& points, uintptr_t passes, uintptr_t certificate, uintptr_t certified,
+                         const py::tuple& rewards, const py::tuple& problem, int64_t count, double log_norm, double tol,
+                         bool keep, int threads) {
+    const auto at = [](const py::tuple& t, int i) { return ptr<double>(t[i].cast<uintptr_t>()); };
+    const MapPoints where = {at(points, 0), at(points, 1), at(points, 2), at(points, 3), at(points, 4), at(points, 5)};
+    const MapProblem what = {map_input_of(rewards), count, log_norm, tol, at(problem, 0), at(problem, 1), at(problem, 2),
+                             at(problem, 3), at(problem, 4), ptr<const bool>(problem[5].cast<uintptr_t>()),
+                             ptr<const bool>(problem[6].cast<uintptr_t>())};
+    if (what.rewards.m > kMostValues || what.rewards.offsets != nullptr || (!keep && count != 1)) {
+      throw std::invalid_argument("map_newton takes one group and at most 64 values, and many palettes only with keep");
+    }
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(map_newton, where, ptr<int64_t>(passes), ptr<double>(certificate), ptr<bool>(certified), what, keep, threads);
   });
 
   m.def("sample_tokens", [](uintptr_t ids, uintptr_t log_probs, const py::tuple& logits, double temperature, int64_t top_k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ class MapPass:
         self.on_engine = backend.choose(torch.device("cpu")) == "cpu"
         count = 0 if groups is None else len(self.offsets) - 1
         self.description = (
-            rewards.ctypes.data, str(rewards.dtype), n, m, rewards.strides[0] // rewards.itemsize, self.center.ctypes.data,
+            rewards.ctypes.data, "float32" if rewards.dtype == np.float32 else "float64", n, m, rewards.strides[0] // rewards.itemsize, self.center.ctypes.data,
             _address(log_weights), _address(self.order), _address(self.offsets), count,
         )  # fmt: skip
 
@@ -96,7 +97,7 @@ class MapPass:
         """log Σ w, with groups its mean over them."""
         n = len(self.rewards)
         if self.log_weights is None:
-            return float(np.log(n) if self.groups is None else np.log(np.diff(self.offsets)).mean())
+            return log(n) if self.groups is None else float(np.log(np.diff(self.offsets)).mean())
         starts = [0] if self.groups is None else self.offsets[:-1]
         ordered = self.log_weights if self.order is None else self.log_weights[self.order]
         largest = np.maximum.reduceat(ordered, starts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastalign.palette import _engine
 from fastalign.palette._batch import LEFT, Points, model_minima, residuals, sweep
 from fastalign.palette._newton import State, newton
 from fastalign.palette._uniqueness import flat_directions, least_norm
@@ -23,9 +24,11 @@ class Problem:
     def __init__(self, run, palettes: np.ndarray, sign: np.ndarray, tol: float, lam_max: float, start_from=None):
         self.run, self.palettes, self.sign, self.tol, self.lam_max = run, palettes, sign, tol, lam_max
         count, m = palettes.shape
+        self.in_engine = _engine.serves(run, count)
         guess = None if start_from is None else start_from(self)
         # λ = 0 and the starts share the first read.
-        first = run(np.zeros((1, m)) if guess is None else np.vstack([np.zeros((1, m)), guess]))
+        begin = guess is not None and not self.in_engine
+        first = run(np.vstack([np.zeros((1, m)), guess]) if begin else np.zeros((1, m)))
         self.mean, cov = first.mean[0], first.cov[0]
         if not (np.isfinite(self.mean).all() and np.isfinite(cov).all()):
             run.reject_nonfinite()
@@ -41,13 +44,15 @@ class Problem:
         short = self.constant & (self.miss((self.offset + self.mean) / self.scale) > 4 * run.eps + tol)
         self.short = short.any(axis=1)
         self.reachable = Reachable(run, self.scale, sign)
-        everything = np.arange(count)
-        self.origins = self.view(everything, np.zeros((count, m)), first, np.zeros(count, dtype=int))
-        self.started = guess is not None
-        self.points = self.origins[everything]
-        if guess is not None:
+        self.points = self.view(slice(None), np.zeros((count, m)), first, slice(0, 1))
+        self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
+        self.points.ess = np.repeat(self.points.ess, count)
+        self.spread = self.points.hessian[0].copy()  # the covariance under p0, in units of σ
+        self.guess = guess
+        if begin:
+            everything = np.arange(count)
             begun = self.view(everything, np.clip(guess * self.scale, self.lower, self.upper), first, 1 + everything)
-            lower = np.flatnonzero(begun.value < self.origins.value)  # a start that is no lower than 0 tells nothing
+            lower = np.flatnonzero(begun.value < self.points.value)  # a start that is no lower than 0 tells nothing
             self.points[lower] = begun[lower]
 
     def miss(self, gradient: np.ndarray) -> np.ndarray:
@@ -55,14 +60,14 @@ class Problem:
         return np.where(self.sign == 0, np.abs(gradient), -self.sign * gradient)
 
     def view(self, ks: np.ndarray, mu: np.ndarray, stats, rows=slice(None)) -> Points:
-        """The duals of the palettes `ks` at μ (len(ks), m), from the rows `rows` of a pass's statistics."""
-        shift = (mu / self.scale * self.offset[ks]).sum(axis=1)
-        mean = stats.mean[rows]
-        gradient = (mean + self.offset[ks]) / self.scale
+        """The duals of the palettes `ks` at μ (K, m), from the rows `rows` of a pass's statistics."""
+        offset, mean = self.offset[ks], stats.mean[rows]
+        shift = np.einsum("kj,kj->k", mu / self.scale, offset)
+        gradient = (mean + offset) / self.scale
         gradient[:, self.constant] = 0.0
         hessian = stats.cov[rows] / (self.scale * self.scale[:, None])
         # What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
-        diagonal = hessian.reshape(len(ks), -1)[:, :: mu.shape[1] + 1]
+        diagonal = hessian.reshape(len(hessian), -1)[:, :: mu.shape[1] + 1]
         diagonal += ROUNDING * (diagonal + (mean / self.scale) ** 2)
         return Points(mu, stats.log_z[rows] + shift, gradient, hessian, stats.max_score[rows] + shift, stats.ess[rows])
 
@@ -73,8 +78,13 @@ class Problem:
         """All palettes' Newton iterations in step: a pass serves every palette that is still at work."""
         count = len(self.palettes)
         self.passes, self.certificates = np.ones(count, dtype=int), [None] * count
+        if self.in_engine:
+            start = None if self.guess is None else self.guess * self.scale
+            passes, self.certificates = _engine.minimise(self, self.points, start, self.short)
+            self.passes += passes
+            return
         todo = np.flatnonzero(~self.short)
-        if len(todo) >= PATH and not self.started:
+        if len(todo) >= PATH and self.guess is None:
             pivots = todo[:: max(PATH_STEP, len(todo) // MOST_PIVOTS)]
             self._settle(pivots)
             todo = np.setdiff1d(todo, pivots, assume_unique=True)
@@ -133,7 +143,7 @@ class Problem:
                 beyond["scaling"][k] = self.reachable.scaling(self.run.center + self.mean, palette, certificate)
         solved = feasible | np.isfinite(self.lam_max)
         unique = np.ones(count, dtype=bool)
-        steep = flat_directions(self.origins.hessian[0], self.constant)
+        steep = flat_directions(self.spread, self.constant)
         for k in np.flatnonzero(solved) if steep is not None else ():
             mu, unique[k] = least_norm(points.one(k), steep, self.lower, self.upper, self.constant)
             if mu is None:
@@ -151,7 +161,7 @@ class Problem:
             "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - points.value), "ess": points.ess.copy(),
             "kkt_residual": left, "duality_gap": gap,
         }  # fmt: skip
-        for x in found.values():  # the dual has no minimum
+        for x in () if solved.all() else found.values():  # the dual has no minimum
             x[~solved] = np.nan
         binding = np.count_nonzero(lam, axis=1)
         flagged = feasible & (binding > 0) & self._thin(points.ess, binding)
@@ -170,8 +180,11 @@ class Problem:
 
 
 def starts(problem: Problem) -> np.ndarray | None:
-    """(K, m) λ solved on a part of the rows, and then on more of them; None where there are not many times as many."""
+    """(K, m) λ solved on a part of the rows, and then on more of them; None where there are not many times as many, or
+    where the engine itself starts so."""
     run, guess = problem.run, None
+    if problem.in_engine:
+        return None
     sizes = [FIRST_ROWS] if run.rows >= 8 * FIRST_ROWS else []
     sizes += [run.rows // LAST_SHARE] if run.rows >= 3 * LAST_SHARE * FIRST_ROWS else []
     for size in sizes:

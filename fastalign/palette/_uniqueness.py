@@ -17,7 +17,8 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
     moving = np.flatnonzero(~constant)
     if len(moving) < 2:
         return None
-    values, vectors = np.linalg.eigh(hessian[np.ix_(moving, moving)])
+    whole = len(moving) == len(constant)
+    values, vectors = np.linalg.eigh(hessian if whole else hessian[np.ix_(moving, moving)])
     steep = values > FLAT * len(moving)
     return None if steep.all() else vectors[:, steep].T
 

@@ -1,0 +1,130 @@
+"""The solver in the compiled engine against the same iteration in Python: one algorithm, written twice."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from palette_problems import random_problem
+from test_palette import samples
+
+from fastalign import use_backend
+from fastalign.palette import _engine, quantile_palette, solve
+from fastalign.palette._setup import pass_over
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    """solve, with the iteration in Python."""
+
+    def call(*arguments, **options):
+        with monkeypatch.context() as patched:
+            patched.setattr(_engine, "serves", lambda run, count: False)
+            return solve(*arguments, **options)
+
+    return call
+
+
+def assert_same(found, expected, tolerance=1e-6, told=""):
+    assert np.array_equal(found.feasible, expected.feasible), told
+    for name in ("lam", "levels", "kl", "scaling"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None), told
+        if ours is not None:
+            size = np.nanmax(np.abs(theirs), initial=0.0)
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * size, err_msg=f"{told} {name}")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("m", [1, 2, 4, 6, 7, 8, 9, 20])
+def test_one_palette_of_any_width(in_python, m, dtype):
+    rewards = samples(700 + m, m, m, "bounded").astype(dtype)
+    weights = np.random.default_rng(m).random(len(rewards)) * (np.arange(len(rewards)) % 5 > 0)
+    for options in ({}, {"weights": weights}, {"sense": "=="}, {"lam_max": 0.2}):
+        palette = quantile_palette(rewards, 0.6 if m < 9 else 0.53)
+        found = solve(rewards, palette, **options)
+        assert found.kkt_residual <= 1e-9 and found.iterations <= 15
+        assert_same(found, in_python(rewards, palette, **options))
+
+
+def test_hard_problems_end_as_they_do_in_python(in_python):
+    compared = 0
+    for seed in range(5000, 5150):
+        rewards, palette, senses, told = random_problem(seed)
+        found, expected = (call(rewards, palette, sense=senses) for call in (solve, in_python))
+        assert found.feasible == expected.feasible, told
+        if not found.feasible:
+            np.testing.assert_allclose(found.scaling, expected.scaling, rtol=1e-6, atol=1e-7, err_msg=told)
+        elif found.unique and max(found.kkt_residual, expected.kkt_residual) <= 1e-9 and found.ess > 1.5:
+            np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-6, atol=1e-8, err_msg=told)
+            compared += 1
+    assert compared > 40
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed"])
+def test_many_palettes_start_from_their_neighbours(in_python, kind):
+    rewards = samples(900, 3, 2, kind).astype(np.float32)
+    ask = np.random.default_rng(3).uniform(-0.3, 2.5, (150, 3))
+    palettes = rewards.mean(axis=0) + ask * rewards.std(axis=0)
+    found = solve(rewards, palettes)
+    assert_same(found, in_python(rewards, palettes))
+    assert 20 < found.feasible.sum() < 150
+    assert found.kkt_residual[found.feasible].max() <= 1e-9
+    assert found.iterations[found.feasible].mean() < 7
+
+
+def test_many_rows_are_read_few_times(in_python):
+    rewards = samples(140_000, 6, 1, "bounded").astype(np.float32)
+    palette = quantile_palette(rewards, 0.6, values=[0, 1, 2])
+    found = solve(rewards, palette)
+    assert found.kkt_residual <= 1e-9 and found.iterations <= 6
+    assert_same(found, in_python(rewards, palette), 1e-8)
+
+
+@pytest.mark.parametrize("rows, count", [(700, 20), (140_000, 1)])
+def test_same_bits_at_any_number_of_threads(rows, count):
+    rewards = samples(rows, 4, 1).astype(np.float32)
+    palettes = np.array([quantile_palette(rewards, q) for q in np.linspace(0.5, 0.62, count)])
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(solve(rewards, palettes))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for field in dataclasses.fields(other):
+            np.testing.assert_array_equal(getattr(found[0], field.name), getattr(other, field.name))
+
+
+def test_every_instruction_set():
+    from fastalign import _C
+
+    code = (
+        "import numpy as np; from fastalign.palette import solve, _engine, quantile_palette\n"
+        "for m in (1, 3, 6, 8, 11):\n"
+        "    x = np.random.default_rng(m).normal(size=(1003, m)).astype(np.float32); c = quantile_palette(x, 0.55)\n"
+        "    serves = _engine.serves; found = solve(x, np.stack([c, 0.9 * c])); _engine.serves = lambda *_: False\n"
+        "    want = solve(x, np.stack([c, 0.9 * c])); _engine.serves = serves\n"
+        "    np.testing.assert_allclose(found.lam, want.lam, rtol=1e-8); assert found.kkt_residual.max() <= 1e-9\n"
+        "from fastalign import _C; print(_C.active_isa())"
+    )
+    for isa in _C.available_isas():
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "FASTALIGN_ISA": isa}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == isa
+
+
+def test_what_the_engine_serves():
+    rewards = samples(100, 3)
+    assert _engine.serves(pass_over(rewards, None, None), 1) and _engine.serves(pass_over(rewards, None, None), 100)
+    assert not _engine.serves(pass_over(rewards, np.arange(100) // 5, None), 1)
+    assert not _engine.serves(pass_over(np.zeros((5, 65)), None, None), 1)
+    with use_backend("reference"):
+        assert not _engine.serves(pass_over(rewards, None, None), 1)
