@@ -23,7 +23,7 @@ constexpr int64_t kNearest = 1024;
 
 // Whose covariance a point has: its own, that of a point nearby, or one summed in float.
 enum class Model { own, near, rough };
-enum class How { few, rough, slope, exact };
+enum class How { few, rough, nearby, slope, exact };
 
 struct Point {
   double value, top, ess;
@@ -59,9 +59,12 @@ struct Desk {
   float* narrow_tile;
   int64_t* free;
   double* points[3];
+  // The weights of the last pass over kept columns in double, with the shift of each tile, its lambda and largest score.
+  double *weights = nullptr, *shifts = nullptr, *base = nullptr, *delta = nullptr, base_top = 0;
+  bool based = false;
 
-  explicit Desk(int64_t m) : m(m) {
-    const int64_t width = Tile<double>::width_for(m), pad = (m + 15) / 16 * 16, square = (m * m + 15) / 16 * 16;
+  Desk(int64_t m, int64_t kept_rows) : m(m) {
+    const int64_t width = Tile<double>::width_for(m), narrow_width = Tile<float>::width_for(m), pad = (m + 15) / 16 * 16, square = (m * m + 15) / 16 * 16;
     const int64_t point = 2 * pad + square;
     memory = allocate_zeros<double>(width + Partial<double>::size(m) + 2 * Total::size(m) + 5 * pad + square +
                                     Tile<double>::size(m) + pad + 3 * point);
@@ -73,14 +76,22 @@ struct Desk {
     factor = take(square), tile = take(Tile<double>::size(m));
     free = reinterpret_cast<int64_t*>(take(pad));
     for (double*& p : points) p = take(point);
-    narrow_memory = allocate_zeros<float>(width + Partial<float>::size(m) + pad + Tile<float>::size(m));
-    narrow_scores = narrow_memory, narrow_partial = narrow_scores + width;
+    narrow_memory = allocate_zeros<float>(narrow_width + Partial<float>::size(m) + pad + Tile<float>::size(m));
+    narrow_scores = narrow_memory, narrow_partial = narrow_scores + narrow_width;
+    if (kept_rows > 0) {
+      const int64_t tiles = (kept_rows + width - 1) / width;
+      weights = static_cast<double*>(std::aligned_alloc(64, size_t(tiles * width) * sizeof(double)));
+      shifts = allocate_zeros<double>(tiles + 2 * pad);
+      base = shifts + tiles, delta = base + pad;
+    }
     narrow_lambda = narrow_partial + Partial<float>::size(m), narrow_tile = narrow_lambda + pad;
   }
   Desk(const Desk&) = delete;
   ~Desk() {
     std::free(memory);
     std::free(narrow_memory);
+    std::free(weights);
+    std::free(shifts);
   }
   Point point(int i) const {
     const int64_t pad = (m + 15) / 16 * 16;
@@ -90,16 +101,13 @@ struct Desk {
 
 // All rows as columns, for both kinds of pass, where they are few enough to be kept.
 struct Columns {
-  int64_t tiles = 0;
+  bool kept = false;
   double* wide = nullptr;
   float* narrow = nullptr;
+  double* reach = nullptr;  // (m,) the largest |x| of each column
   template <typename C> C* of(int64_t tile, int64_t m) const {
     if constexpr (sizeof(C) == 8) return wide + tile * Tile<double>::size(m);
     else return narrow + tile * Tile<float>::size(m);
-  }
-  ~Columns() {
-    std::free(wide);
-    std::free(narrow);
   }
 };
 
@@ -114,7 +122,7 @@ struct Solver {
 
   // total <- the tiles of one chunk
   template <typename C> void sum_chunk(const Total& total, Desk& desk, int64_t c, const double* lambda, How how) {
-    const bool second = how != How::slope;
+    const bool second = how != How::slope && how != How::nearby;
     C *scores, *memory, *own_tile, *narrow = nullptr;
     if constexpr (sizeof(C) == 8) scores = desk.scores, memory = desk.partial, own_tile = desk.tile, narrow = desk.lambda;
     else scores = desk.narrow_scores, memory = desk.narrow_partial, own_tile = desk.narrow_tile, narrow = desk.narrow_lambda;
@@ -132,10 +140,20 @@ struct Solver {
         load(tile, at, at_most(at + kRun, end));
         add_tile<C>(partial, tile, scores, at_lambda, m, second);
       }
-    } else if (columns.tiles > 0) {
+    } else if (columns.kept) {
       for (int64_t at = begin; at < end; at += width) {
         const Tile<C> tile(columns.of<C>(at / width, m), m, weighted, at_most(width, end - at));
-        add_tile<C>(partial, tile, scores, at_lambda, m, second);
+        if constexpr (sizeof(C) == 8) {
+          double *weights = desk.weights + at, *shift = desk.shifts + at / width;
+          if (how == How::nearby) {
+            add_nearby(partial, tile, weights, *shift, desk.delta);
+          } else {
+            add_tile<C>(partial, tile, weights, at_lambda, m, second);
+            *shift = *partial.shift;
+          }
+        } else {
+          add_tile<C>(partial, tile, scores, at_lambda, m, second);
+        }
       }
     } else {
       Tile<C> tile(own_tile, m, weighted);
@@ -146,23 +164,59 @@ struct Solver {
     }
     add_up<C>(total, partial, m);
   }
+  void add_nearby(const Partial<double>& sums, const Tile<double>& tile, const double* weights, double shift,
+                  const double* delta) const {
+    switch (m) {
+      case 1: return add_tile_nearby<1>(sums, tile, weights, shift, delta);
+      case 2: return add_tile_nearby<2>(sums, tile, weights, shift, delta);
+      case 3: return add_tile_nearby<3>(sums, tile, weights, shift, delta);
+      case 4: return add_tile_nearby<4>(sums, tile, weights, shift, delta);
+      case 5: return add_tile_nearby<5>(sums, tile, weights, shift, delta);
+      case 6: return add_tile_nearby<6>(sums, tile, weights, shift, delta);
+      case 7: return add_tile_nearby<7>(sums, tile, weights, shift, delta);
+      default: return add_tile_nearby<8>(sums, tile, weights, shift, delta);
+    }
+  }
   template <typename C> void load(Tile<C>& tile, int64_t begin, int64_t end) {
     if (in.dtype == DType::float64) load_tile<C, double>(tile, in, begin, end);
     else load_tile<C, float>(tile, in, begin, end);
   }
 
-  void keep_columns() {
-    const int64_t width = Tile<double>::width_for(m);
-    columns.tiles = (in.n + width - 1) / width;
-    columns.wide = static_cast<double*>(std::aligned_alloc(64, size_t(columns.tiles * Tile<double>::size(m)) * sizeof(double)));
-    columns.narrow = static_cast<float*>(std::aligned_alloc(64, size_t(columns.tiles * Tile<float>::size(m)) * sizeof(float)));
-    for (int64_t t = 0; t < columns.tiles; ++t) {
-      const int64_t begin = t * width, end = at_most(begin + width, in.n);
-      Tile<double> wide(columns.of<double>(t, m), m, in.log_weights != nullptr);
-      Tile<float> narrow(columns.of<float>(t, m), m, in.log_weights != nullptr);
-      load(wide, begin, end);
-      load(narrow, begin, end);
+  template <typename C> C* keep_columns() {
+    const int64_t width = Tile<C>::width_for(m), tiles = (in.n + width - 1) / width;
+    C* memory = static_cast<C*>(std::aligned_alloc(64, size_t(tiles * Tile<C>::size(m)) * sizeof(C)));
+    for (int64_t t = 0; t < tiles; ++t) {
+      Tile<C> tile(memory + t * Tile<C>::size(m), m, in.log_weights != nullptr);
+      load(tile, t * width, at_most((t + 1) * width, in.n));
     }
+    return memory;
+  }
+
+  double* largest_values() const {
+    const int64_t width = Tile<double>::width_for(m);
+    double* reach = allocate_zeros<double>(m);
+    for (int64_t at = 0; at < in.n; at += width) {
+      const Tile<double> tile(columns.of<double>(at / width, m), m, false, at_most(width, in.n - at));
+      for (int64_t j = 0; j < m; ++j) {
+        vec<double> most = splat<double>(reach[j]);
+        for (int64_t i = 0; i < tile.padded; i += lanes<double>) {
+          const vec<double> x = FASTALIGN_LEVEL::load<double>(tile.column(j + 1) + i);
+          most = max<double>(most, max<double>(x, -x));
+        }
+        reach[j] = largest<double>(most);
+      }
+    }
+    return reach;
+  }
+
+  // By how much the score of any row may have moved since the desk's weights were made; desk.delta <- by what lambda did.
+  double moved(Desk& desk, const double* lambda) const {
+    double most = 0;
+    for (int64_t j = 0; j < m; ++j) {
+      desk.delta[j] = lambda[j] - desk.base[j];
+      most += __builtin_fabs(desk.delta[j]) * columns.reach[j];
+    }
+    return most;
   }
 
   // total <- the sums of a pass. Columns that are kept are read by this thread alone, others by all.
@@ -171,12 +225,22 @@ struct Solver {
       if (how == How::few || how == How::rough) sum_chunk<float>(into, own, c, lambda, how);
       else sum_chunk<double>(into, own, c, lambda, how);
     };
-    if (columns.tiles > 0) {
+    if (columns.kept) {
+      const bool wide = how == How::slope || how == How::exact;
+      const double apart = wide && desk.based && m <= 8 ? moved(desk, lambda) : 1;
+      if (how == How::slope && apart <= kNearby) how = How::nearby;
       sum(total, desk, 0);
       const Total more(desk.sums, m);
       for (int64_t c = 1; c < chunks; ++c) {
         sum(more, desk, c);
         merge(total, more, m);
+      }
+      if (how == How::nearby) {
+        *total.top = desk.base_top + apart;  // at most
+      } else if (wide) {
+        copy(desk.base, lambda, m);
+        desk.base_top = *total.top;
+        desk.based = true;
       }
       return;
     }
@@ -465,6 +529,8 @@ struct Solver {
     Point origin = {points.value[k], points.top[k], points.ess[k], points.mu + k * m, points.gradient + k * m,
                     points.hessian + k * m * m, Model::own};
     Point point = desk.point(0), trial = desk.point(1);
+    desk.based = false;  // the bits must not depend on what this thread did before
+    if (residual(origin) == 0) return;  // nothing is asked for that is not there
     assign(point, origin);
     double near = 1;
     const double* start = problem.start != nullptr ? problem.start + k * m : nullptr;
@@ -485,7 +551,7 @@ struct Solver {
       evaluate(trial, desk, k, How::rough);
       ++passes[k];
       if (trial.value < origin.value) swap(point, trial);
-    } else if (columns.tiles == 0 && in.n >= kEnoughRows) {
+    } else if (!columns.kept && in.n >= kEnoughRows) {
       int64_t ignored = 0;
       std::memset(trial.mu, 0, size_t(m) * sizeof(double));
       few_norm = 0;
@@ -502,7 +568,7 @@ struct Solver {
         else assign(point, origin);
       }
     }
-    near = search(point, trial, desk, k, How::rough, columns.tiles > 0 ? kRoughEnough : 5 * kRoughEnough, passes[k]);
+    near = search(point, trial, desk, k, How::rough, columns.kept ? kRoughEnough : 5 * kRoughEnough, passes[k]);
     // An exact look at what was found; no lower than where all begins, it tells nothing.
     const Model model = point.model;
     copy(trial.mu, desk.goal, m), copy(trial.hessian, point.hessian, m * m);
@@ -563,11 +629,20 @@ void map_newton(const MapPoints& points, int64_t* passes, double* certificate, b
   const int64_t share = in.n / kFewRows;
   solver.few_stride = kRun * (share > kFewShare ? share : kFewShare);
   solver.desks = static_cast<Desk**>(std::malloc(size_t(threads) * sizeof(Desk*)));
-  for (int t = 0; t < threads; ++t) solver.desks[t] = new Desk(in.m);
-  if (keep) solver.keep_columns();
-  else solver.chunk_sums = allocate_zeros<double>(chunks * Total::size(in.m));
+  for (int t = 0; t < threads; ++t) solver.desks[t] = new Desk(in.m, keep ? in.n : 0);
+  if (keep) {
+    solver.columns.wide = solver.keep_columns<double>();
+    solver.columns.narrow = solver.keep_columns<float>();
+    solver.columns.reach = solver.largest_values();
+    solver.columns.kept = true;
+  } else {
+    solver.chunk_sums = allocate_zeros<double>(chunks * Total::size(in.m));
+  }
   solver.solve_all(points, passes, certificate, certified);
   std::free(solver.chunk_sums);
+  std::free(solver.columns.wide);
+  std::free(solver.columns.narrow);
+  std::free(solver.columns.reach);
   for (int t = 0; t < threads; ++t) delete solver.desks[t];
   std::free(solver.desks);
 }

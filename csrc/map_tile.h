@@ -63,6 +63,15 @@ template <typename C> void add_up(const Total& total, const Partial<C>& partial,
   for (int64_t i = 0; i < triangle(m); ++i) total.gram[i] = add_lanes(partial.gram + i * lanes<C>);
 }
 
+template <typename C> inline C largest(vec<C> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return _mm512_reduce_max_ps((__m512)x);
+  else return _mm512_reduce_max_pd((__m512d)x);
+#else
+  return reduce_max<C>(x);
+#endif
+}
+
 // exp(from - to) for shifts that may both be -inf (nothing summed yet)
 template <typename C> C rescale(C from, C to) { return from == to ? C(1) : exp(from - to); }
 
@@ -93,7 +102,12 @@ template <typename C> struct Tile {
   C *columns, *log_weights;
   bool weighted;
 
-  static int64_t width_for(int64_t m) { return m <= 16 ? 256 : 64; }
+  // As many rows as fit in the first-level cache: every tile begins with a maximum that all its lanes wait for.
+  static int64_t width_for(int64_t m) {
+    int64_t width = 1024;
+    while (width > 64 && (m + 3) * width * int64_t(sizeof(C)) > 32768) width /= 2;
+    return width;
+  }
   static int64_t size(int64_t m) { return (m + 2) * width_for(m); }
   Tile(C* memory, int64_t m, bool weighted)
       : width(width_for(m)), columns(memory), log_weights(memory + (m + 1) * width), weighted(weighted) {
@@ -260,9 +274,9 @@ template <typename C, typename S> static void load_tile(Tile<C>& tile, const Map
   for (; i + 4 <= tile.rows; i += 4) {
     const S* rows[4];
     for (int k = 0; k < 4; ++k) rows[k] = row_of<S>(in, begin + i + k);
-    // The next tile, while this one is computed with; past the end, or with an order, a prefetch does no harm.
-    __builtin_prefetch(rows[0] + width * in.row_stride);
-    __builtin_prefetch(rows[2] + width * in.row_stride);
+    // Far enough ahead for memory; past the end, or with an order, a prefetch does no harm.
+    __builtin_prefetch(rows[0] + 256 * in.row_stride);
+    __builtin_prefetch(rows[2] + 256 * in.row_stride);
     if (narrow) {
       const S* last = static_cast<const S*>(in.rewards) + (in.n - 4) * in.row_stride;
       if (in.row_stride < m || rows[0] > last || rows[1] > last || rows[2] > last || rows[3] > last) break;
@@ -426,8 +440,8 @@ static void add_tile_of(const Partial<C>& sums, const Tile<C>& tile, C* scores, 
     for (int64_t i = tile.rows; i < tile.padded; ++i) scores[i] = low;
     C tile_best = low, tile_top = low;
     if (tile.rows == tile.padded) {
-      tile_best = reduce_max<C>(best);
-      tile_top = reduce_max<C>(top);
+      tile_best = largest<C>(best);
+      if (tile.weighted) tile_top = largest<C>(top);
     } else {  // the padding's scores are in `best`
       for (int64_t i = 0; i < tile.rows; ++i) tile_best = scores[i] > tile_best ? scores[i] : tile_best;
       if (tile.weighted) {
@@ -465,6 +479,45 @@ static void add_tile_of(const Partial<C>& sums, const Tile<C>& tile, C* scores, 
       gram_rows<C, 3>(sums.gram, tile, scores, m, a);
       a += 3;
     }
+  }
+}
+
+// Adds sum e (1, x) and sum e^2 of a lambda that differs by delta from the one whose e, about `shift`, lie in weights:
+// e^(delta . x) by its series, for |delta . x| <= kNearby.
+constexpr double kNearby = 0x1p-8;
+template <int M>
+static void add_tile_nearby(const Partial<double>& sums, const Tile<double>& tile, const double* weights, double shift,
+                            const double* delta) {
+  if (shift > *sums.shift) {
+    sums.scale(M, rescale(*sums.shift, shift));
+    *sums.shift = shift;
+  }
+  const double* x = tile.column(1);
+  const int64_t width = tile.width;
+  vec<double> squares = {}, first[M + 1] = {}, fixed[M];
+#pragma GCC unroll 8
+  for (int j = 0; j < M; ++j) fixed[j] = splat<double>(delta[j]);
+  for (int64_t i = 0; i < tile.padded; i += lanes<double>) {
+    vec<double> d = {}, values[M];
+#pragma GCC unroll 8
+    for (int j = 0; j < M; ++j) {
+      values[j] = load<double>(x + j * width + i);
+      d += fixed[j] * values[j];
+    }
+    vec<double> q = d * (1.0 / 24) + 1.0 / 6;
+    q = q * d + 0.5;
+    q = q * d + 1.0;
+    const vec<double> before = load<double>(weights + i), e = before + before * d * q;
+    squares += e * e;
+    first[0] += e;
+#pragma GCC unroll 8
+    for (int j = 0; j < M; ++j) first[j + 1] += e * values[j];
+  }
+  store<double>(sums.squares, load<double>(sums.squares) + squares);
+#pragma GCC unroll 9
+  for (int j = 0; j <= M; ++j) {
+    double* at = sums.gram + j * lanes<double>;
+    store<double>(at, load<double>(at) + first[j]);
   }
 }
 

@@ -44,8 +44,6 @@ def minimise(problem, points: Points, start: np.ndarray | None, skip: np.ndarray
     state = (points.mu, points.value, points.gradient, points.hessian, points.top, points.ess)
     keep = count > 1 or _column_bytes(run) <= KEPT
     backend.engine.map_newton(
-        tuple(x.ctypes.data for x in state), passes.ctypes.data, certificate.ctypes.data, certified.ctypes.data,
-        run.description, tuple(0 if x is None else x.ctypes.data for x in told), count, run.log_norm, problem.tol,
-        keep, threads(),
-    )  # fmt: skip
+        state, passes, certificate, certified, run.description, told, run.log_norm, problem.tol, keep, threads()
+    )
     return passes, [certificate[k] if yes else None for k, yes in enumerate(certified.tolist())]

@@ -1,7 +1,8 @@
 """Projected Newton on one palette's dual within bounds on λ, as a generator: it yields the μ at which it wants a pass.
 
 Bertsekas 1982, with the model over the bounds solved exactly by an active set, and a safeguarded line search. μ is λ
-in units of the rewards' standard deviations.
+in units of the rewards' standard deviations. csrc/map_newton.cpp is the same iteration in the engine, for rewards in
+memory; tests/test_palette_engine.py holds the two to the same answers.
 """
 
 from __future__ import annotations

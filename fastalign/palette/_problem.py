@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 
 from fastalign.palette import _engine
@@ -30,19 +32,24 @@ class Problem:
         begin = guess is not None and not self.in_engine
         first = run(np.vstack([np.zeros((1, m)), guess]) if begin else np.zeros((1, m)))
         self.mean, cov = first.mean[0], first.cov[0]
-        if not (np.isfinite(self.mean).all() and np.isfinite(cov).all()):
+        if not (isfinite(self.mean.sum()) and isfinite(cov.sum())):
             run.reject_nonfinite()
-        deviation = np.sqrt(np.maximum(np.diagonal(cov), 0))
+        deviation = np.sqrt(np.maximum(cov.diagonal(), 0))
         size = np.maximum(run.size, np.abs(run.center + self.mean))
         # A constant reward has no deviation to measure by (what is left is rounding): its own size serves instead.
         self.constant = ~(deviation > 1e-14 * size)
-        self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
+        self.any_constant = bool(self.constant.any())
+        self.scale = deviation
+        if self.any_constant:
+            self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
         self.offset = run.center - palettes
         bound = np.where(self.constant, 0.0, lam_max * self.scale)
         self.lower, self.upper = np.where(sign > 0, 0.0, -bound), np.where(sign < 0, 0.0, bound)
-        # A constant reward cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
-        short = self.constant & (self.miss((self.offset + self.mean) / self.scale) > 4 * run.eps + tol)
-        self.short = short.any(axis=1)
+        self.short = np.zeros(count, dtype=bool)
+        if self.any_constant:
+            # It cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
+            miss = self.miss((self.offset + self.mean) / self.scale)
+            self.short = (self.constant & (miss > 4 * run.eps + tol)).any(axis=1)
         self.reachable = Reachable(run, self.scale, sign)
         self.points = self.view(slice(None), np.zeros((count, m)), first, slice(0, 1))
         self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
@@ -64,7 +71,8 @@ class Problem:
         offset, mean = self.offset[ks], stats.mean[rows]
         shift = np.einsum("kj,kj->k", mu / self.scale, offset)
         gradient = (mean + offset) / self.scale
-        gradient[:, self.constant] = 0.0
+        if self.any_constant:
+            gradient[:, self.constant] = 0.0
         hessian = stats.cov[rows] / (self.scale * self.scale[:, None])
         # What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
         diagonal = hessian.reshape(len(hessian), -1)[:, :: mu.shape[1] + 1]
@@ -131,7 +139,9 @@ class Problem:
         """The verdicts, and the solutions in the rewards' own units: every field of PaletteSolution, K leading."""
         points, count = self.points, len(self.palettes)
         left = residuals(points, self.lower, self.upper)
-        reached = (left <= self.tol) & (self.miss(points.gradient) <= self.tol).all(axis=1) & ~self.short
+        reached = (left <= self.tol) & ~self.short
+        if isfinite(self.lam_max):  # else no residual could hide what is missing
+            reached &= (self.miss(points.gradient) <= self.tol).all(axis=1)
         feasible, beyond = reached.copy(), {"nearest": {}, "certificate": {}, "scaling": {}}
         for k in np.flatnonzero(~reached):
             palette = self.palettes[k]
@@ -141,7 +151,7 @@ class Problem:
             if not feasible[k]:
                 beyond["nearest"][k], beyond["certificate"][k] = nearest, certificate
                 beyond["scaling"][k] = self.reachable.scaling(self.run.center + self.mean, palette, certificate)
-        solved = feasible | np.isfinite(self.lam_max)
+        solved = feasible | isfinite(self.lam_max)
         unique = np.ones(count, dtype=bool)
         steep = flat_directions(self.spread, self.constant)
         for k in np.flatnonzero(solved) if steep is not None else ():
@@ -152,18 +162,21 @@ class Problem:
             self.passes[k] += 1
             if residuals(again, self.lower, self.upper)[0] <= max(self.tol, left[k]):
                 points[[k]], left[k] = again, residuals(again, self.lower, self.upper)[0]
-        mu = np.where(np.abs(points.mu) <= self.tol, 0.0, points.mu)
-        lam = np.clip(mu / self.scale, -self.lam_max, self.lam_max)
+        lam = points.mu / self.scale
+        lam[np.abs(points.mu) <= self.tol] = 0.0
+        if isfinite(self.lam_max):
+            lam = np.clip(lam, -self.lam_max, self.lam_max)
         levels = points.gradient * self.scale + self.palettes
-        levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
-        gap = (points.mu * points.gradient).sum(axis=1)
+        if self.any_constant:
+            levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
+        gap = np.einsum("kj,kj->k", points.mu, points.gradient)
         found = {
             "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - points.value), "ess": points.ess.copy(),
             "kkt_residual": left, "duality_gap": gap,
         }  # fmt: skip
         for x in () if solved.all() else found.values():  # the dual has no minimum
             x[~solved] = np.nan
-        binding = np.count_nonzero(lam, axis=1)
+        binding = (lam != 0).sum(axis=1)
         flagged = feasible & (binding > 0) & self._thin(points.ess, binding)
         found |= {"feasible": feasible, "iterations": self.passes, "nearly_infeasible": flagged, "unique": unique}
         for name, rows in beyond.items():

@@ -17,9 +17,14 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
     moving = np.flatnonzero(~constant)
     if len(moving) < 2:
         return None
-    whole = len(moving) == len(constant)
-    values, vectors = np.linalg.eigh(hessian if whole else hessian[np.ix_(moving, moving)])
-    steep = values > FLAT * len(moving)
+    hessian = hessian if len(moving) == len(constant) else hessian[np.ix_(moving, moving)]
+    least = FLAT * len(moving)
+    try:  # the usual case, in half the time: nothing is flat
+        np.linalg.cholesky(hessian - 2 * least * np.eye(len(moving)))
+        return None
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(hessian)
+    steep = values > least
     return None if steep.all() else vectors[:, steep].T
 
 
