@@ -170,10 +170,11 @@ def _worst_ties(held: list, row: list[float], made: dict) -> float:
         total = sum(weighted)
         agree = [(x.sign() == torch.where(total >= 0, 1.0, -1.0)).double() for x in weighted]
         taken = sum(w * x for w, x in zip(row, agree, strict=True))
-        exact = base + sum(x * y for x, y in zip(weighted, agree, strict=True)) / torch.where(taken == 0, 1.0, taken)
+        merged = sum(x * y for x, y in zip(weighted, agree, strict=True)) / torch.where(taken == 0, 1.0, taken)
+        exact, size = base + merged, base.abs() + merged.abs()
         free &= total.abs() > 1e-6 * sum(x.abs() for x in weighted)  # nor a sign that float32 decides
         free |= sum(x.abs() for x in weighted) == 0
-        ulp = (exact.abs().log2().floor().exp2() * 2.0**-7).clamp_min(2.0**-133)
+        ulp = torch.maximum(exact.abs().log2().floor().exp2() * 2.0**-7, size * 2.0**-20).clamp_min(2.0**-133)
         worst = max(worst, float(((found.double() - exact).abs() / ulp)[free].max()))
     return worst
 
