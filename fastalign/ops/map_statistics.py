@@ -73,7 +73,7 @@ class MapPass:
         self.on_engine = backend.choose(torch.device("cpu")) == "cpu"
         count = 0 if groups is None else len(self.offsets) - 1
         self.description = (
-            rewards.ctypes.data, "float32" if rewards.dtype == np.float32 else "float64", n, m, rewards.strides[0] // rewards.itemsize, self.center.ctypes.data,
+            _address(rewards), "float32" if rewards.dtype == np.float32 else "float64", n, m, rewards.strides[0] // rewards.itemsize, _address(self.center),
             _address(log_weights), _address(self.order), _address(self.offsets), count,
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ class MapPass:
         lam = np.ascontiguousarray(lam, dtype=np.float64)
         count, m = lam.shape
         out = np.empty((count, 3 + m + m * m))
-        backend.engine.map_statistics(out.ctypes.data, self.description, lam.ctypes.data, count, threads())
+        backend.engine.map_statistics(_address(out), self.description, _address(lam), count, threads())
         mean, cov = out[:, 3 : 3 + m], out[:, 3 + m :].reshape(count, m, m)
         return MapStatistics(out[:, 0] - self.log_norm, mean, cov, out[:, 1], out[:, 2])
 
@@ -119,7 +119,7 @@ def rows_by_group(groups: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
 
 
 def _address(x: np.ndarray | None) -> int:
-    return 0 if x is None else x.ctypes.data
+    return 0 if x is None else x.__array_interface__["data"][0]  # half the time of x.ctypes
 
 
 def _statistics_cpu(rewards, lam, center, log_weights, groups):

@@ -44,8 +44,10 @@ def as_palettes(palette, m: int) -> np.ndarray:
 
 def as_sign(sense, m: int) -> np.ndarray:
     """(m,): 1 for ">=", -1 for "<=", 0 for "=="; sense is one of them, or one for each reward."""
-    senses = [sense] * m if isinstance(sense, str) else list(sense)
     signs = {">=": 1.0, "<=": -1.0, "==": 0.0}
+    if isinstance(sense, str) and sense in signs:
+        return np.full(m, signs[sense])
+    senses = [sense] if isinstance(sense, str) else list(sense)
     for each in senses:
         if not isinstance(each, str) or each not in signs:
             raise UserError(f"sense must be '>=', '<=' or '==', got {each!r}")

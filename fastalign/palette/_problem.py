@@ -189,7 +189,7 @@ class Problem:
     def _thin(self, ess: np.ndarray, binding: np.ndarray) -> np.ndarray:
         groups = self.run.group_count
         enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), self.run.rows / 2)
-        return (ess * (groups or 1) < enough) | ((groups > 0) & (ess < ENOUGH_PER_PROMPT))
+        return (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
 
 
 def starts(problem: Problem) -> np.ndarray | None:
