@@ -245,20 +245,33 @@ def test_tokenizer_goes_by_its_old_name(folder, tmp_path):
 
 RANKS = """
 import sys
+import transformers
 sys.path.insert(0, {tests!r})
+from ppo_processes import shard_by_accelerate
 from test_dpo_trainer import *
-t = trainer(DPOTrainer, {folder!r}, {out!r}, max_steps=3, per_device_train_batch_size={size}, ddp_backend="gloo", max_packed_tokens=30)
+if {sharded}:
+    made = transformers.Trainer.create_accelerator_and_postprocess
+    def sharding(self):
+        made(self)
+        shard_by_accelerate()
+        self.is_fsdp_enabled = True
+    transformers.Trainer.create_accelerator_and_postprocess = sharding
+t = trainer(DPOTrainer, {folder!r}, {out!r}, max_steps=3, per_device_train_batch_size={size}, ddp_backend="gloo",
+            max_packed_tokens=30, precompute_ref_log_probs={precomputed})
 t.train()
+assert (type(next(t.model.parameters())).__name__ == "DTensor") == {sharded}
 if t.is_world_process_zero():
     print("LOSSES", *[row["loss"] for row in logs(t)], *[row["rewards/margins"] for row in logs(t)], *[row["grad_norm"] for row in logs(t)])
 """
 
 
-def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, tmp_path, sharded):
     tests, found = str(Path(__file__).parent), []
     for ranks, size in ((1, 4), (2, 2)):
         script = tmp_path / f"run{ranks}.py"
-        script.write_text(RANKS.format(tests=tests, folder=folder, out=str(tmp_path / "out"), size=size))
+        told = {"sharded": sharded and ranks == 2, "precomputed": ranks == 2, "out": str(tmp_path / "out")}
+        script.write_text(RANKS.format(tests=tests, folder=folder, size=size, **told))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
         done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]

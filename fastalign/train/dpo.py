@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
+from fastalign import progress
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
@@ -278,19 +281,35 @@ class DPOTrainer(trl.DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        key = self._content(dataset)
-        path = cache_dir() / "ref_logps" / f"{key}.safetensors"
-        if not path.is_file():
-            found = super()._precompute_ref_logps(dataset, name, batch_size).with_format("torch")
-            if self.accelerator.is_main_process:
-                kept = {column: found[column][:].float() for column in ("ref_chosen_logps", "ref_rejected_logps")}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as beside:
-                    save_file({column: x.contiguous() for column, x in kept.items()}, str(beside))
-            self.accelerator.wait_for_everyone()
-        for column, values in load_file(str(path)).items():
+        if self.is_deepspeed_enabled or not hasattr(dataset, "num_rows"):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        path = cache_dir() / "ref_logps" / f"{self._content(dataset)}.safetensors"
+        there = all(gather_object([path.is_file()]))  # on the disk of every process
+        found = load_file(str(path)) if there else self._all_ref_logps(dataset, name, batch_size)
+        if not there and self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as beside:
+                save_file(found, str(beside))
+        self.accelerator.wait_for_everyone()
+        for column, values in found.items():
             dataset = dataset.add_column(column, values.tolist())
         return dataset
+
+    def _all_ref_logps(self, dataset, name: str, batch_size: int) -> dict[str, Tensor]:
+        """The reference's log-probabilities of every pair, on every process: TRL's hands them over in a file of one."""
+        options = {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
+        }
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, **options)
+        model, found = self.ref_model or self.model, []
+        with progress.bar(f"reference log-probabilities, {name}", total=dataset.num_rows, unit="pairs") as advance:
+            for batch in self.accelerator.prepare(loader):
+                both = torch.stack(self.compute_ref_log_probs(model, batch), 1)
+                found.append(self.accelerator.gather_for_metrics(both).float().cpu())
+                advance(len(found[-1]))
+        chosen, rejected = torch.cat(found).unbind(1)
+        return {"ref_chosen_logps": chosen.contiguous(), "ref_rejected_logps": rejected.contiguous()}
 
     def _content(self, dataset) -> str:
         """A hash of everything that the reference's log-probabilities depend on."""

@@ -72,7 +72,8 @@ def train_dpo(
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `train.run`.
 
     loss_type: one of TRL's, or several separated by commas. lora_r: train adapters of that rank, merged at the end.
-    precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder.
+    precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder, even where not every
+        pair will be met; where each will, that is done anyway.
     chat: pairs of text become messages; None: where the tokenizer has a chat template, unless the pairs' candidates
         were sampled without it. epochs, max_steps: max_steps counts where given.
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
@@ -99,7 +100,7 @@ def train_dpo(
         with runs.one_line():
             args = DPOConfig(
                 **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps),
-                beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute_ref,
+                beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute_ref or None,
             )  # fmt: skip
             make = lambda callback: DPOTrainer(  # noqa: E731
                 loaded, args=args, train_dataset=_dataset(rows), processing_class=tokenizer, peft_config=adapters,
