@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fastalign import soup
+from fastalign import cli_soup, soup
 from fastalign.cli import app
 from fastalign.errors import UserError
-from fastalign.soup import estimate, geometry, parameters
+from fastalign.soup import estimate, geometry
 from fastalign.soup import plan as plans
 from fastalign.soup.settings import Places, parse
 
@@ -271,7 +271,7 @@ def test_what_is_asked_for_wrongly(files, tmp_path):
     refused("none of its patterns matches embed.weight", [{"*.mlp.*": 1.0}, 1, 1], base=False, normalize=True)
     refused("lambda must be finite", one, method="ties", parameters={"lambda": float("inf")})
     refused("companion must be first, or base", one, base=False, companion="base")
-    assert set(soup.METHODS) == set(parameters.METHODS)
+    assert {one.value for one in cli_soup.Method} == set(soup.METHODS)
     args = [
         *map(str, paths(files, 1, 2)),
         "--method",

@@ -263,6 +263,7 @@ MISTAKES = [
     ("!!python/object/apply:os.system [ls]", "not YAML"),
     ("models: []", "models must be a list of 1 to 1000 entries"),
     ("models: [a]\nweight: [1]", "a recipe may have base, companion, dtype,"),
+    ("models: [a]\nnull: 1", "memory_limit, method, models, normalize, parameters, weights, got None"),
     ("models: [{path: a}]", "model 0 may have density, epsilon, gamma, model, weight, got 'path'"),
     ("models: [{model: a, weight: 1}, {model: b}]", "model 1 has no weight, others have one"),
     ("models: [{model: a, weight: 1}]\ngrid: 3", "weights must be given once"),

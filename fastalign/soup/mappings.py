@@ -11,9 +11,9 @@ from fastalign.errors import UserError
 
 def known(held: Mapping[Any, Any], keys: set[str], where: str) -> None:
     """Raises UserError for a key that is none of `keys`."""
-    unknown = next((key for key in held if key not in keys), None)
-    if unknown is not None:
-        raise UserError(f"{where} may have {', '.join(sorted(keys))}, got {reprlib.repr(unknown)}")
+    unknown = [key for key in held if key not in keys]
+    if unknown:
+        raise UserError(f"{where} may have {', '.join(sorted(keys))}, got {reprlib.repr(unknown[0])}")
 
 
 def entries(held: Mapping[str, Any], key: str) -> list[Any]:

@@ -176,10 +176,10 @@ class _Parameters:
         self.method, self.models, self.scopes = method, models, scopes
         defaults = _DEFAULTS[method]
         for scope in (held for one in scopes for held in one if held):
-            unknown = next((name for name in scope if name not in defaults), None)
-            if unknown is not None:
+            unknown = [name for name in scope if name not in defaults]
+            if unknown:
                 raise UserError(
-                    f"{reprlib.repr(unknown)} is no parameter of {method}, which takes {', '.join(defaults)}"
+                    f"{reprlib.repr(unknown[0])} is no parameter of {method}, which takes {', '.join(defaults)}"
                 )
 
     def of_model(self, name: str, i: int) -> Setting:

@@ -151,10 +151,10 @@ def read(method: str, given: Mapping[str, Any] | None, m: int) -> dict[str, Any]
     if given is not None and not isinstance(given, Mapping):
         raise UserError(f"parameters must map names to values, got {reprlib.repr(given)}")
     wanted = METHODS[method].parameters
-    unknown = next((name for name in given or () if name not in wanted), None)
-    if unknown is not None:
+    unknown = [name for name in given or () if name not in wanted]
+    if unknown:
         takes = f"takes {', '.join(wanted)}" if wanted else "takes none"
-        raise UserError(f"{reprlib.repr(unknown)} is no parameter of {method}, which {takes}")
+        raise UserError(f"{reprlib.repr(unknown[0])} is no parameter of {method}, which {takes}")
     found = {}
     for name, kind in wanted.items():
         value = kind.default if given is None or name not in given else given[name]
