@@ -32,7 +32,7 @@ class Problem:
         begin = guess is not None and not self.in_engine
         first = run(np.vstack([np.zeros((1, m)), guess]) if begin else np.zeros((1, m)))
         self.mean, cov = first.mean[0], first.cov[0]
-        if not (isfinite(self.mean.sum()) and isfinite(cov.sum())):
+        if not (np.isfinite(self.mean).all() and np.isfinite(cov).all()):
             run.reject_nonfinite()
         deviation = np.sqrt(np.maximum(cov.diagonal(), 0))
         size = np.maximum(run.size, np.abs(run.center + self.mean))
