@@ -247,6 +247,16 @@ def test_weights_and_parameters_by_name_and_by_layer(files, tmp_path):
     assert parse("x", {"*": [0, 1, 0]}).at("h.4.x", 0.75) == 0.5
 
 
+def test_checkpoints_with_nothing_to_mix(tmp_path):
+    for i in range(2):
+        save_file({"ids": torch.arange(3)}, tmp_path / f"{i}.safetensors")
+    pair = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for i, options in enumerate([{"weights": [0.5, 0.5]}, {"weights": None, "method": "karcher"}]):
+        soup.merge(pair, **options, out=tmp_path / f"out{i}", progress=False)
+        assert torch.equal(load_file(tmp_path / f"out{i}" / "model.safetensors")["ids"], torch.arange(3))
+    assert "nothing is mixed" in estimate.told(plans.make(pair, [0.5, 0.5], tmp_path / "dry"))
+
+
 def test_what_is_asked_for_wrongly(files, tmp_path):
     def refused(part, weights, which=(1, 2, 3), **options):
         with pytest.raises(UserError) as caught:

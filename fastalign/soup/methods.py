@@ -197,11 +197,10 @@ def steps(
         for name in names:
             tasks(name)
         return tasks
-    if method in ("linear", "task_arithmetic", "ema") and weights.settings is None:
-        flat = rows(names[0]).ravel().tolist() if not _varies(values) else None
-        if flat is not None:
-            return lambda name: flat
     if method in ("linear", "task_arithmetic", "ema"):
+        if weights.settings is None and not _varies(values):
+            flat = rows("").ravel().tolist()  # the same for every name
+            return lambda name: flat
         for name in names:
             rows(name)
     if method == "slerp":
