@@ -78,6 +78,28 @@ def test_mlp(shape):
     same(_GatedMLP.apply, lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d), inputs)
 
 
+def test_an_mlp_behind_a_norm_keeps_no_second_copy():
+    model = model_of("llama")
+    layer, x = model.model.layers[0], normals(1, 7, 32).requires_grad_()
+
+    def run():
+        x.grad = None
+        model.zero_grad()
+        out = layer.mlp(layer.post_attention_layernorm(x))
+        out.sin().sum().backward()
+        return out, [
+            x.grad.clone(),
+            *(p.grad.clone() for p in (layer.mlp.gate_proj.weight, layer.mlp.down_proj.weight)),
+        ]
+
+    expected, kept = run(), []
+    with CompiledLayers.of(model), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = run()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    owned = {t.untyped_storage().data_ptr() for t in kept if t.shape[-1] == 32 and t.numel() == 7 * 32}
+    assert owned == {x.untyped_storage().data_ptr()}
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (1, 3, 7, 6), (2, 2, 5, 64), (2, 1, 0, 8)])
 def test_rotation(shape):
     batch, _, length, d = shape

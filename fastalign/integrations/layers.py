@@ -112,7 +112,10 @@ def _norm_forward(original: Callable, offset: float) -> Callable:
     def forward(self, hidden_states, *args, **kwargs):
         if args or kwargs or not _ours(hidden_states, self.weight):
             return original(self, hidden_states, *args, **kwargs)
-        return _RMSNorm.apply(hidden_states, self.weight, _eps(self), offset)
+        y = _RMSNorm.apply(hidden_states, self.weight, _eps(self), offset)
+        if y.requires_grad:
+            y.fastalign_norm = (hidden_states.detach(), self.weight.detach(), _eps(self), offset)  # to make it again
+        return y
 
     return forward
 
@@ -190,12 +193,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        width = x.shape[-1]
-        rows = x.numel() // width
-        y, rstd = torch.empty_like(x), x.new_empty(rows)
-        backend.engine.rms_norm(
-            y.data_ptr(), rstd.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, width, eps, offset, threads()
-        )
+        y, rstd = _normed(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y
@@ -212,6 +210,17 @@ class _RMSNorm(torch.autograd.Function):
             weight.data_ptr(), len(rstd), width, ctx.offset, count,
         )  # fmt: skip
         return dx, None if shares is None else shares.sum(0), None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(y of x's shape, 1 / sqrt(mean(x²) + eps) of each row)."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y, rstd = torch.empty_like(x), x.new_empty(rows)
+    backend.engine.rms_norm(
+        y.data_ptr(), rstd.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, width, eps, offset, threads()
+    )
+    return y, rstd
 
 
 def _gate(g: Tensor, u: Tensor) -> Tensor:
@@ -245,29 +254,32 @@ class _SiluGate(torch.autograd.Function):
 
 
 class _GatedMLP(torch.autograd.Function):
-    """(silu(x Wgᵀ) ∘ x Wuᵀ) Wdᵀ, which keeps x and the first two products."""
+    """(silu(x Wgᵀ) ∘ x Wuᵀ) Wdᵀ, which keeps x (or what a norm made it of) and the first two products."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         g, u = rows @ gate.T, rows @ up.T
-        ctx.save_for_backward(rows, g, u, gate, up, down)
+        source, weight, *ctx.norm = getattr(x, "fastalign_norm", (rows, None))
+        ctx.save_for_backward(source, weight, g, u, gate, up, down)
         return (_gate(g, u) @ down.T).view(*x.shape[:-1], len(down))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        rows, g, u, gate, up, down = ctx.saved_tensors
+        source, weight, g, u, gate, up, down = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
         h = dy @ down
         dg, du = _gate_backward(h, g, u)
-        needs = ctx.needs_input_grad
-        dx = (dg @ gate).addmm_(du, up).view(*shape[:-1], rows.shape[1]) if needs[0] else None
+        dx, *weights = ctx.needs_input_grad
+        if any(weights[:2]):
+            x = source if weight is None else _normed(source.contiguous(), weight.contiguous(), *ctx.norm)[0]
+            rows = x.reshape(-1, x.shape[-1])
         return (
-            dx,
-            dg.T @ rows if needs[1] else None,
-            du.T @ rows if needs[2] else None,
-            dy.T @ h if needs[3] else None,
+            (dg @ gate).addmm_(du, up).view(*shape[:-1], gate.shape[1]) if dx else None,
+            dg.T @ rows if weights[0] else None,
+            du.T @ rows if weights[1] else None,
+            dy.T @ h if weights[2] else None,
         )
 
 
