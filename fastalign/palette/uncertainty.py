@@ -78,7 +78,8 @@ def standard_errors(rewards, lam, *, groups=None, weights=None) -> StandardError
     error = np.zeros(m)
     if len(binding):
         inverse = np.linalg.pinv(cov[np.ix_(binding, binding)], hermitian=True)
-        error[binding] = np.sqrt(np.diagonal(inverse @ meat[np.ix_(binding, binding)] @ inverse))
+        variance = np.diagonal(inverse @ meat[np.ix_(binding, binding)] @ inverse)
+        error[binding] = np.sqrt(np.maximum(variance, 0.0))  # rounding alone makes one negative
     return StandardErrors(error, np.sqrt(np.diagonal(meat)))
 
 
