@@ -15,9 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-from fastalign.bench.common import Apart, Case
+from fastalign.bench.common import Apart, Case, status_kb
 
 TRL = "TRL DPOTrainer"
 MODES = {
@@ -53,10 +52,10 @@ def cases() -> Iterator[Case]:
 
 def peak_mb() -> float:
     """Of this process. Linux hands getrusage's figure on from a parent that was larger, and VmHWM not."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    try:
+        return status_kb("VmHWM") / 1024
+    except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def main(kind: str, options: dict, folder: str) -> None:

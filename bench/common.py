@@ -175,11 +175,12 @@ def _peak_mb(call: Callable[[], Any]) -> float | None:
     except OSError:
         call()
         return None
-    before = _status_kb("VmRSS")
+    before = status_kb("VmRSS")
     call()
-    return max(0.0, (_status_kb("VmHWM") - before) / 1024)
+    return max(0.0, (status_kb("VmHWM") - before) / 1024)
 
 
-def _status_kb(field: str) -> int:
+def status_kb(field: str) -> int:
+    """A figure of this process as Linux tells it; OSError elsewhere."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))

@@ -22,6 +22,7 @@ from fastalign import rewards
 from fastalign.data import prompts
 from fastalign.data.files import write_json
 
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -112,12 +113,11 @@ def run(seed: int, options: argparse.Namespace) -> dict:
 def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
     from fastalign.palette import plots
 
-    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
     with plots._figure(8.6, 3.4) as figure:
         panels = figure.subplots(1, len(options.values) + 1)
         for number, name in enumerate([*options.values, None]):
             axes = panels[number]
-            for each, color in zip(runs, colors, strict=False):
+            for each, color in zip(runs, COLORS, strict=False):
                 minutes = [step["seconds"] / 60 for step in each["steps"]]
                 y = [s["objective/kl"] if name is None else s["rewards"][number] for s in each["steps"]]
                 axes.plot(minutes, y, color=color, linewidth=0.8, alpha=0.35)
@@ -142,12 +142,11 @@ def compare(found: list[dict], path: Path) -> None:
     """Mean rewards before and after training under each λ, with two standard errors."""
     from fastalign.palette import plots
 
-    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
     with plots._figure(5.2, 4.2) as figure:
         axes = figure.subplots()
         before = [run["before"] for each in found for run in each["runs"]]
         points = [(before, "before", plots.MUTED)]
-        for each, color in zip(found, colors, strict=False):
+        for each, color in zip(found, COLORS, strict=False):
             lam = ", ".join(f"{x:g}" for x in each["settings"]["lam"])
             points.append(([run["after"] for run in each["runs"]], f"λ = ({lam})", color))
         for runs, label, color in points:
