@@ -43,7 +43,7 @@ class CompiledLayers:
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         self._forwards: list[tuple[nn.Module, Callable]] = []
-        self._rotations: list[tuple[types.ModuleType, Callable]] = []
+        self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # theirs, then ours
         self._undo = contextlib.ExitStack()
         if backend.engine is None:
             return
@@ -60,7 +60,7 @@ class CompiledLayers:
         for place in {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "q_proj")}:
             original = getattr(place, ROTATION, None)
             if original is not None and _rotates_halves(original):
-                self._rotations.append((place, original))
+                self._rotations.append((place, original, _rotation(original)))
 
     def __len__(self) -> int:
         """How many modules have a compiled forward."""
@@ -75,8 +75,8 @@ class CompiledLayers:
             if "forward" not in vars(module):  # somebody else's forward stays
                 vars(module)["forward"] = forward
                 self._undo.callback(vars(module).pop, "forward", None)
-        for place, original in self._rotations:
-            setattr(place, ROTATION, _rotation(original))
+        for place, original, compiled in self._rotations:
+            setattr(place, ROTATION, compiled)
             self._undo.callback(setattr, place, ROTATION, original)
         return self
 

@@ -303,7 +303,8 @@ class DPOTrainer(trl.DPOTrainer):
         }
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, **options)
         model, found = self.ref_model or self.model, []
-        with progress.bar(f"reference log-probabilities, {name}", total=dataset.num_rows, unit="pairs") as advance:
+        title, show = f"reference log-probabilities, {name}", self.accelerator.is_main_process
+        with progress.bar(title, total=dataset.num_rows, unit="pairs", show=show) as advance:
             for batch in self.accelerator.prepare(loader):
                 both = torch.stack(self.compute_ref_log_probs(model, batch), 1)
                 found.append(self.accelerator.gather_for_metrics(both).float().cpu())
