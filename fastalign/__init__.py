@@ -1,13 +1,17 @@
 """fastalign: align language models to several human values, with compiled losses, sampling and a MAP solver."""
 
-import torch as _torch  # noqa: F401  torch's OpenMP runtime must be the one that the CPU engine finds
+from typing import TYPE_CHECKING
 
-from fastalign import data, decode, integrations, losses, ops, palette, reference, rewards, soup
+from fastalign._lazy import lazy
 from fastalign.backend import use_backend
 from fastalign.errors import UserError
 
+if TYPE_CHECKING:
+    from fastalign import data, decode, integrations, losses, ops, palette, reference, rewards, soup, train
+
 __version__ = "0.1.0"
 __all__ = [
-    "UserError", "data", "decode", "integrations", "losses", "ops", "palette", "reference", "rewards", "soup",
+    "UserError", "data", "decode", "integrations", "losses", "ops", "palette", "reference", "rewards", "soup", "train",
     "use_backend",
 ]  # fmt: skip
+__getattr__, __dir__ = lazy(__name__, {name: name for name in __all__ if name not in ("UserError", "use_backend")})

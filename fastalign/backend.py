@@ -8,17 +8,33 @@ backend "triton" also takes CPU tensors and runs its kernels in Triton's interpr
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from fastalign.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
+
+def _use_openmp_of_torch() -> None:
+    """Load torch's copy of OpenMP's runtime, without torch: the engine must find that one, for two pools would spin beside
+    each other."""
+    found = importlib.util.find_spec("torch")
+    for folder in (found and found.submodule_search_locations) or ():
+        path = os.path.join(folder, "lib", "libgomp.so.1")
+        if os.path.exists(path):
+            ctypes.CDLL(path)
+
+
 try:
+    _use_openmp_of_torch()
     from fastalign import _C as engine
 except ImportError:
     engine = None
@@ -48,24 +64,44 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(device: torch.device) -> str:
     """The backend for tensors on `device`: "cpu", "triton" or "reference"."""
+    return _choose(device.type, device)
+
+
+def engine_runs() -> bool:
+    """Whether the engine does what is asked of the CPU with no tensor at hand, as merges of files are."""
+    return _choose("cpu", "cpu") == "cpu"
+
+
+def threads() -> int:
+    """How many the engine takes: as many as torch, and where torch is not loaded OMP_NUM_THREADS or one a processor."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return torch.get_num_threads()
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose(kind: str, device: torch.device | str) -> str:
     if _forced == "reference":
         return "reference"
-    if _forced == "cpu" and device.type != "cpu":
+    if _forced == "cpu" and kind != "cpu":
         raise UserError(f"backend 'cpu' takes CPU tensors, got one on {device}")
-    if _forced == "triton" or device.type == "cuda":
-        if _forced == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+    if _forced == "triton" or kind == "cuda":
+        if _forced == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted()):
             raise UserError(f"backend 'triton' takes GPU tensors (others with TRITON_INTERPRET=1), got one on {device}")
         if has_triton():
             return "triton"
         _warn_once(
             "triton", "fastalign's GPU kernels need Triton (pip install triton); the slow reference runs instead"
         )
-    elif device.type == "cpu":
+    elif kind == "cpu":
         if engine is not None:
             return "cpu"
         _warn_once("engine", f"fastalign's CPU engine is not built; the slow reference runs instead ({BUILD_COMMAND})")
     else:
-        _warn_once(device.type, f"fastalign has no compiled kernel for {device.type}; the torch reference runs instead")
+        _warn_once(kind, f"fastalign has no compiled kernel for {kind}; the torch reference runs instead")
     return "reference"
 
 
@@ -93,9 +129,11 @@ def _check(name: str, argument: str) -> None:
 
 
 def _warn_once(key: str, message: str) -> None:
+    import torch
+
     if key not in _warned and not torch.compiler.is_compiling():
         _warned.add(key)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 _check(_forced, "FASTALIGN_BACKEND")

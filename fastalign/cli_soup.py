@@ -86,9 +86,9 @@ def soup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
 ) -> None:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
-    from fastalign.soup import lora_merge, methods, read_recipe
+    from fastalign.soup import methods, read_recipe
     from fastalign.soup import plan as plans
-    from fastalign.soup.lora_files import is_adapter
+    from fastalign.soup.checkpoint import is_adapter
 
     if recipe is not None:
         if models or base or weights or grid or set_ or extract or method is not Method.linear:
@@ -121,6 +121,8 @@ def soup(
     if adapters and base is None:
         return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force)
     if adapters:
+        from fastalign.soup import lora_merge
+
         made = lora_merge.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
     else:
         made = plans.make(
@@ -147,7 +149,7 @@ def _merge(made, dry_run: bool) -> None:
     """Say what is planned, do it unless told not to, and say how fast it was."""
     from fastalign.soup import estimate, execute
     from fastalign.soup import plan as plans
-    from fastalign.soup.merge import already_made
+    from fastalign.soup.outputs import already_made
 
     out, told = made.out, console()
     for line in made.describe():

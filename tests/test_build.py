@@ -86,11 +86,34 @@ def test_nothing_here_answers_to_import_kernels():
 
 def test_import_is_light():
     code, out, err = run(
-        "import sys, fastalign; print(*(m for m in ('transformers', 'trl', 'matplotlib', 'ray', 'triton', 'sklearn',"
-        " 'scipy', 'pyarrow', 'datasets', 'typer', 'rich') if m in sys.modules))"
+        "import sys, fastalign, fastalign.cli; print(*(m for m in ('torch', 'transformers', 'trl', 'matplotlib', 'ray',"
+        " 'triton', 'sklearn', 'scipy', 'pyarrow', 'datasets', 'numpy', 'rich') if m in sys.modules))"
     )
     assert code == 0, err
     assert out.split() == []
+
+
+def test_every_public_name_is_there_when_it_is_asked_for():
+    for package in ("fastalign", "fastalign.data", "fastalign.soup"):
+        code, out, err = run(
+            f"import {package} as p\nlisted = set(dir(p))\nassert listed >= set(p.__all__), set(p.__all__) - listed\n"
+            f"from {package} import *\nprint(*(name for name in p.__all__ if globals()[name] is not getattr(p, name)))"
+        )
+        assert (code, out.split()) == (0, []), err
+    with pytest.raises(AttributeError, match="module 'fastalign' has no attribute 'soups'"):
+        fastalign.soups  # noqa: B018
+
+
+@pytest.mark.skipif(engine is None or not Path("/proc/self/maps").exists(), reason="needs the engine and Linux")
+@pytest.mark.parametrize("first", ["torch", "fastalign"])
+def test_engine_and_torch_share_one_openmp(first):
+    second = {"torch": "fastalign", "fastalign": "torch"}[first]
+    code, out, err = run(
+        f"import {first}, {second}\nlines = open('/proc/self/maps').read().split('\\n')\n"
+        "print(*{line.split()[-1] for line in lines if 'gomp' in line or 'libomp' in line})"
+    )
+    assert code == 0, err
+    assert len(out.split()) == 1
 
 
 def test_without_the_engine_the_reference_runs_and_says_so():

@@ -138,7 +138,7 @@ def test_a_real_interrupt_signal(model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a prompt, the {i}th\n" for i in range(400)))
     out = tmp_path / "c.parquet"
-    command = [sys.executable, "-m", "fastalign.cli", "sample", "--model", model, "--prompts", prompts]
+    command = [sys.executable, "-m", "fastalign", "sample", "--model", model, "--prompts", prompts]
     command += ["-n", "8", "--max-new-tokens", "24", "--batch-size", "8", "--out", out]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     parts = tmp_path / "c.parquet.parts"

@@ -471,7 +471,7 @@ write_adapter(disk / "wide", wide, {}, {})
 models = sorted(disk.glob("*.safetensors"))
 soup.merge(models, [0.5, 0.5], disk / "done", progress=False)
 kept = files(disk)
-sys.modules["fastalign.soup.merge"]._check_space = lambda *_: None  # the disk fills after the check
+sys.modules["fastalign.soup.merge"].check_space = lambda *_: None  # the disk fills after the check
 for call in (
     lambda out: soup.merge(models, [[0.5, 0.5], [1, 0]], out, max_shard_size="500kB", progress=False),
     lambda out: soup.apply_adapters(models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", progress=False),
@@ -548,3 +548,22 @@ def test_the_command(models, tmp_path):
     ):
         code, _, err = command(*models, *arguments, "--out", out)
         assert code == 1 and part in err and err.count("\n") == 1, err
+
+
+def test_merges_of_files_do_without_torch(models, tmp_path):
+    code = f"""
+import sys
+from fastalign.cli import main
+models, out = {[str(model) for model in models]!r}, {str(tmp_path)!r}
+for i, more in enumerate((["--weights", "0.5,0.3,0.2"], ["--method", "karcher", "--dtype", "float16"],
+                          ["--method", "ties", "--base", models[0], "--weights", "1,1,1"])):
+    sys.argv = ["fastalign", "soup", *models, *more, "--out", f"{{out}}/{{i}}"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, end.code
+print(*(name for name in ("torch", "transformers") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "", done.stderr
+    close(load(tmp_path / "0"), by_hand(models, RHO))

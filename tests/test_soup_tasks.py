@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastalign import backend
-from fastalign.soup.dtypes import NAMES
+from fastalign.soup.dtypes import of_torch
 from fastalign.soup.stream import Segment, merge_tasks
-from fastalign.soup.task_vectors import Choice, Tasks, mask, merge_tensor, random_words, stream_of
+from fastalign.soup.task_vectors import mask, merge_tensor, random_words
+from fastalign.soup.tasks import Choice, Tasks, stream_of
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -21,10 +22,10 @@ def from_files(folder, inputs, tasks, dtype, *, threads=2, chunk=1 << 14):
         offsets.append(offsets[-1] + x.nbytes)
     with open(source, "rb") as read, open(target, "w+b") as written:
         segment = Segment(
-            n, tuple(NAMES[x.dtype] for x in inputs), (read.fileno(),) * len(inputs), tuple(offsets[:-1]),
+            n, tuple(of_torch(x.dtype) for x in inputs), (read.fileno(),) * len(inputs), tuple(offsets[:-1]),
             (written.fileno(),) * k, tuple(i * n * dtype.itemsize for i in range(k)), [],
         )  # fmt: skip
-        merge_tasks(segment, tasks, NAMES[dtype], chunk=chunk, threads=threads)
+        merge_tasks(segment, tasks, of_torch(dtype), chunk=chunk, threads=threads)
     data = torch.frombuffer(bytearray(target.read_bytes()), dtype=dtype)
     return list(data.view(k, *inputs[0].shape))
 

@@ -1,5 +1,11 @@
 """Prompts, preference pairs and files: what goes in, and how results are written."""
 
-from fastalign.data import hub, preferences, prompts
+from typing import TYPE_CHECKING
+
+from fastalign._lazy import lazy
+
+if TYPE_CHECKING:
+    from fastalign.data import hub, preferences, prompts
 
 __all__ = ["hub", "preferences", "prompts"]
+__getattr__, __dir__ = lazy(__name__, {name: name for name in __all__})

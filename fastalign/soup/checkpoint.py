@@ -25,6 +25,7 @@ MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 64
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Tensor(NamedTuple):
@@ -95,6 +96,11 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
         came = f"{len(files)} *.safetensors files and no index" if files else "no safetensors weights"
         raise UserError(f"{name}: a model folder must hold {SINGLE} or {INDEX}, this one has {came}")
     return _checkpoint(name, folder, [read_header(files[0])])
+
+
+def is_adapter(name: str | os.PathLike) -> bool:
+    """Whether this is a folder that holds a LoRA adapter (lora_files.py) and no model."""
+    return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def read_header(path: Path) -> File:

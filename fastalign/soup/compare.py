@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.errors import UserError
-from fastalign.soup.checkpoint import Checkpoint
+from fastalign.soup.checkpoint import Checkpoint, is_adapter
 from fastalign.soup.dtypes import FLOATS
 
 # What a configuration may differ in and the weights still mean the same.
@@ -33,9 +33,7 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> lis
     """
     first = checkpoints[0]
     for one in checkpoints:
-        if (one.folder is not None and (one.folder / "adapter_config.json").is_file()) or any(
-            ".lora_A." in name for name in one
-        ):
+        if (one.folder is not None and is_adapter(one.folder)) or any(".lora_A." in name for name in one):
             raise UserError(
                 f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters alone, which "
                 "are mixed exactly (soup.merge_adapters), or merge it into its base first (soup.apply_adapters)"

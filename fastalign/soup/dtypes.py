@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from fastalign.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 # In the order of SoupType in csrc/soup.h: what can be mixed.
 FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
-TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+WORDS = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-NAMES = {dtype: name for name, dtype in TORCH.items()}
-SIZES = {name: dtype.itemsize for name, dtype in TORCH.items()}
+SIZES = {
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_NAMES = {word: name for name, word in WORDS.items()}
 _SHORT = {
-    "fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "e4m3": "float8_e4m3fn",
-    "fp8": "float8_e4m3fn", "e5m2": "float8_e5m2",
+    "fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16",
+    "half": "float16", "e4m3": "float8_e4m3fn", "fp8": "float8_e4m3fn", "e5m2": "float8_e5m2",
 }  # fmt: skip
 
 
 def parse(dtype: str | torch.dtype) -> str:
     """The name in the file of a floating-point type, from a torch.dtype or "bfloat16", "bf16", "fp8", ..."""
-    found = getattr(torch, _SHORT.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
-    name = NAMES.get(found) if isinstance(found, torch.dtype) else None
+    word = str(dtype).removeprefix("torch.")
+    name = _NAMES.get(_SHORT.get(word, word))
     if name not in FLOATS:
-        wanted = ", ".join(str(TORCH[name]).removeprefix("torch.") for name in FLOATS)
-        raise UserError(f"dtype must be one of {wanted}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(WORDS[name] for name in FLOATS)}, got {dtype!r}")
     return name
+
+
+def in_torch(name: str) -> torch.dtype:
+    """torch's type for a name in the file."""
+    import torch
+
+    return getattr(torch, WORDS[name])
+
+
+def of_torch(dtype: torch.dtype) -> str | None:
+    """The name in the file of torch's type, None where the format has none."""
+    return _NAMES.get(str(dtype).removeprefix("torch."))
 
 
 def code(name: str) -> int:

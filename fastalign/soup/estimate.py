@@ -7,13 +7,13 @@ import tempfile
 import time
 from typing import NamedTuple
 
-import torch
-
+from fastalign import backend
 from fastalign.soup.dtypes import FLOATS, SIZES
-from fastalign.soup.merge import chunk_of, opened, segment
+from fastalign.soup.inputs import opened
 from fastalign.soup.plan import Plan
+from fastalign.soup.shard import chunk_of, segment
 from fastalign.soup.stream import merge_tasks, stream
-from fastalign.soup.task_vectors import Tasks
+from fastalign.soup.tasks import Tasks
 
 _SAMPLE = 64_000_000  # bytes, read and written
 
@@ -37,7 +37,7 @@ def estimate(plan: Plan) -> Estimate | None:
     name = max(tensors, key=lambda one: tensors[one].count, default=None)
     if name is None or tensors[name].count == 0:
         return None
-    tensor, outputs, threads = tensors[name], len(plan.weights), torch.get_num_threads()
+    tensor, outputs, threads = tensors[name], len(plan.weights), backend.threads()
     width = sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
     row = tensor.shape[-1] if tensor.shape else 1
     n = min(tensor.count, max(1, _SAMPLE // width // row) * row)

@@ -64,7 +64,7 @@ def merge_adapters(
     rows = methods.weight_rows(weights, len(_listed(adapters)))
     if rank is not None and not (type(rank) is int and rank >= 1):
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
-    stored = None if dtype is None else dtypes.TORCH[dtypes.parse(dtype)]
+    stored = None if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
     target = empty_folder(out)
     held = [open_adapter(one) for one in adapters]
     same_bases(held, force=force)

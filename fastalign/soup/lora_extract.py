@@ -68,7 +68,7 @@ def extract_adapter(
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
-    stored = torch.float32 if dtype is None else dtypes.TORCH[dtypes.parse(dtype)]
+    stored = torch.float32 if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
     target = empty_folder(out)
     models = open_checkpoint(tuned), open_checkpoint(base)
     names = [name for name in compare.same_model(models, force=force) if models[0][name].dtype in dtypes.FLOATS]

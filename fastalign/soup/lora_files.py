@@ -19,12 +19,13 @@ from torch import Tensor
 
 from fastalign.data.files import read_json, write_json
 from fastalign.errors import UserError
+from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
 from fastalign.soup.checkpoint import File, lay_out, read_header
-from fastalign.soup.dtypes import FLOATS, NAMES
+from fastalign.soup.dtypes import FLOATS, of_torch
 from fastalign.soup.memory import mapped_file
-from fastalign.soup.merge import bytes_of, naming
+from fastalign.soup.shard import bytes_of, naming
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Kinds of adapters whose update is not s B A, or is one of other weights than the base model's.
 _OTHERS = {
@@ -58,11 +59,6 @@ class Adapter:
     whole: Mapping[str, Tensor] = field(repr=False)
 
 
-def is_adapter(name: str | os.PathLike) -> bool:
-    """Whether this is a folder that holds an adapter."""
-    return (Path(name).expanduser() / CONFIG).is_file()
-
-
 def open_adapter(folder: str | os.PathLike) -> Adapter:
     """Read an adapter's configuration and header, and map its tensors.
 
@@ -91,7 +87,7 @@ def open_adapter(folder: str | os.PathLike) -> Adapter:
             raise UserError(
                 f"{name}: tensor {key[:80]!r} is neither a factor A nor B of a linear layer or an embedding"
             )
-        elif NAMES[tensor.dtype] not in FLOATS:
+        elif of_torch(tensor.dtype) not in FLOATS:
             raise UserError(f"{name}: tensor {key[:80]!r} must be floating-point, is {tensor.dtype}")
         else:
             whole[key] = tensor
@@ -143,7 +139,7 @@ def _factors(name: str, module: str, found: dict[str, Tensor], config: Mapping[s
     a, b = (found[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2:
         raise UserError(f"{name}: {module}'s factors have shapes {list(a.shape)} and {list(b.shape)}: a convolution's are not merged")  # fmt: skip
-    if not all(NAMES[x.dtype] in FLOATS for x in (a, b)):
+    if not all(of_torch(x.dtype) in FLOATS for x in (a, b)):
         raise UserError(f"{name}: {module}'s factors must be floating-point, are {a.dtype} and {b.dtype}")
     rank = _setting(name, config, "rank_pattern", "r", module)
     if not (a.shape[0] == b.shape[1] == rank):
@@ -187,7 +183,7 @@ def write_adapter(
         for ending, tensor in zip(names, (a, b), strict=True):
             tensors[_PREFIX + module + ending] = tensor
     tensors |= whole or {}
-    (shard,) = lay_out(((name, NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()), 2**62)
+    (shard,) = lay_out(((name, of_torch(x.dtype), tuple(x.shape)) for name, x in tensors.items()), 2**62)
     with naming(folder / WEIGHTS), open(folder / WEIGHTS, "wb") as file:
         file.write(shard.header(metadata))
         for name in shard.tensors:

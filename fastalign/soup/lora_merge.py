@@ -22,7 +22,7 @@ from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
 from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
 from fastalign.soup.lora_files import Adapter, base_name, open_adapter
 from fastalign.soup.merge import Merged, execute
-from fastalign.soup.stream import mix_tensors
+from fastalign.soup.tensors import mix_tensors
 from fastalign.units import parse_bytes
 
 # What a model with tied embeddings calls them.
@@ -85,7 +85,7 @@ def plan(
     files = [*model.files, *(one.file for one in held)]
     basis = {
         "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size,
-        "by": backend.engine.active_isa() if backend.choose(torch.device("cpu")) == "cpu" else "torch",
+        "by": backend.engine.active_isa() if backend.engine_runs() else "torch",
         "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for file in files],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
@@ -93,7 +93,9 @@ def plan(
     stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
     room = min(_BLOCK, limit // 2)
     blocks_of = {
-        name: functools.partial(_blocks, name, model, held, rows, module, transposed, dtypes.TORCH[stored[name]], room)
+        name: functools.partial(
+            _blocks, name, model, held, rows, module, transposed, dtypes.in_torch(stored[name]), room
+        )
         for name, (module, transposed) in changed.items()
     }
     return plans.Plan(
@@ -169,7 +171,7 @@ def _blocks(
     runs = list(spans(shape[0], shape[1] * exact.itemsize * (len(rows) + 2), room))
     read = compare.read_bytes(model, name, width * (runs[0].stop - runs[0].start))
     for span, data in zip(runs, read, strict=True):
-        base = torch.frombuffer(bytearray(data), dtype=dtypes.TORCH[before.dtype]).view(-1, shape[1])
+        base = torch.frombuffer(bytearray(data), dtype=dtypes.in_torch(before.dtype)).view(-1, shape[1])
         starts = mix_tensors([base, *(tensor[span] for _, tensor in whole)], sums, exact)
         for start, pair in zip(starts, pairs, strict=True):
             if pair is not None:

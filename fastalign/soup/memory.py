@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods, parameters
 from fastalign.soup.checkpoint import Checkpoint, File, open_checkpoint
-from fastalign.soup.stream import mix_tensors
+from fastalign.soup.tensors import mix_tensors
 
 Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
 
@@ -34,7 +34,7 @@ def mix(
     Raises UserError where names, shapes or kinds of tensors differ.
     """
     held, rows = _prepare(models, weights, normalize)
-    target = None if dtype is None else dtypes.TORCH[dtypes.parse(dtype)]
+    target = None if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
     soups: list[dict[str, Tensor]] = [{} for _ in rows]
     for name, first in held[0].items():
         tensors = [one[name].to(first.device) for one in held]
@@ -130,7 +130,7 @@ def mapped_file(file: File) -> dict[str, Tensor]:
     with open(file.path, "rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, tensor in file.tensors.items():
-        dtype = dtypes.TORCH[tensor.dtype]
+        dtype = dtypes.in_torch(tensor.dtype)
         if tensor.count == 0:
             found[name] = torch.empty(tensor.shape, dtype=dtype)
         elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
@@ -159,7 +159,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_float(tensor: Tensor) -> bool:
-    return dtypes.NAMES.get(tensor.dtype) in dtypes.FLOATS
+    return dtypes.of_torch(tensor.dtype) in dtypes.FLOATS
 
 
 def _described(tensor: Tensor) -> str:

@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import torch
 
+from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.soup import geometry, sparsify
 from fastalign.soup.checkpoint import Checkpoint
 from fastalign.soup.parameters import METHODS as _TABLE
 from fastalign.soup.settings import Places, Setting, parse
 from fastalign.soup.stream import Segment, StreamError, dots
-from fastalign.soup.task_vectors import Tasks
+from fastalign.soup.tasks import Tasks
 
 METHODS = tuple(_TABLE)
 Step = list[float] | Tasks  # weights of the inputs, (K × inputs) row by row; or a merge of task vectors
@@ -236,6 +236,6 @@ def gram(checkpoints: Sequence[Checkpoint], name: str, *, centered: bool = False
             tuple(tensor.offset for tensor in held), (), (), [],
         )  # fmt: skip
         try:
-            return dots(segment, centered=centered, threads=torch.get_num_threads())
+            return dots(segment, centered=centered, threads=backend.threads())
         except StreamError as error:
             raise OSError(error.errno or 5, error.strerror, str(files[error.file].name)) from None

@@ -8,9 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import fastalign
 from fastalign import backend
@@ -19,6 +17,9 @@ from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import parameters as asked
 from fastalign.soup.checkpoint import Checkpoint, Shard, lay_out, open_checkpoint
 from fastalign.units import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MEMORY = "512MB"
 
@@ -131,7 +132,7 @@ def make(
         "base": None if base is None else told(inputs[0]),
         "parameters": asked.told(values),
     }
-    written_by = backend.engine.active_isa() if backend.choose(torch.device("cpu")) == "cpu" else "torch"
+    written_by = backend.engine.active_isa() if backend.engine_runs() else "torch"
     basis = {
         "recipe": recipe, "weights": rows.told(), "single": rows.single, "companion": companion, "shard": shard_size, "by": written_by,
         "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for one in inputs for file in one.files],

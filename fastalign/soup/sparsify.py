@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastalign.errors import UserError
-from fastalign.soup.task_vectors import Choice, stream_of
+from fastalign.soup.tasks import Choice, stream_of
 
 
 def choice(

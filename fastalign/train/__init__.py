@@ -1,8 +1,6 @@
 """Trainers on the fused losses: DPO, PPO, reward models. TRL and peft are imported only when one is asked for."""
 
-from __future__ import annotations
-
-import importlib
+from fastalign._lazy import lazy
 
 _HOMES = {
     "DPOConfig": "dpo",
@@ -14,9 +12,4 @@ _HOMES = {
     "RewardTrainer": "reward",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,0 +1,5 @@
+"""`python -m fastalign`: the command line."""
+
+from fastalign.cli import main
+
+main()

@@ -1,0 +1,205 @@
+"""One shard of every output: written beside under a name of its own, flushed, and renamed when it is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastalign.data.files import sync
+from fastalign.errors import UserError
+from fastalign.soup import plan as plans
+from fastalign.soup.checkpoint import Checkpoint, Shard
+from fastalign.soup.compare import read_bytes
+from fastalign.soup.dtypes import FLOATS, SIZES
+from fastalign.soup.inputs import unchanged
+from fastalign.soup.stream import Segment, StreamError, allocate, chunk_for, joined, merge_tasks, stream
+from fastalign.soup.tasks import Tasks
+
+if TYPE_CHECKING:
+    import torch
+
+_BATCH = 64_000_000  # bytes moved between two steps of the progress bar
+
+
+def write_shard(
+    plan: plans.Plan,
+    shard: Shard,
+    headers: list[bytes],
+    targets: list[Path],
+    files: dict[Path, int],
+    chunk: int,
+    threads: int,
+    moved: Callable[[int], None],
+) -> None:
+    partial = [path.with_name(path.name + ".partial") for path in targets]
+    try:
+        with ExitStack() as stack:
+            outs = []
+            for path, header in zip(partial, headers, strict=True):
+                out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                stack.callback(os.close, out)
+                outs.append(out)
+                with naming(path):
+                    allocate(out, len(header) + shard.nbytes)
+                    _write_all(out, header, 0)
+            for out_type, segments, tasks in _work(plan, shard, headers, outs, files):
+                moved_by = _moved(segments, out_type)
+                try:
+                    if tasks is None:
+                        stream(segments, out_type, chunk=chunk, threads=threads)
+                    else:
+                        merge_tasks(segments[0], tasks, out_type, chunk=chunk, threads=threads)
+                except StreamError as error:
+                    path = _which(error, segments, partial, outs, files)
+                    raise OSError(error.errno or 5, error.strerror, str(path)) from None
+                moved(moved_by)
+            for name, tensor in shard.tensors.items():
+                if name in plan.blocks_of:
+                    at = tensor.offset
+                    for blocks in plan.blocks_of[name]():
+                        for out, path, header, block in zip(outs, partial, headers, blocks, strict=True):
+                            with naming(path):
+                                _write_all(out, bytes_of(block), len(header) + at)
+                        at += blocks[0].nbytes
+                    moved(sum(one[name].nbytes for one in plan.inputs) + tensor.nbytes * len(outs))
+                elif tensor.dtype not in FLOATS:
+                    for out, path, header in zip(outs, partial, headers, strict=True):
+                        _copy(plan.inputs[0], name, out, len(header) + tensor.offset, path)
+                    moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
+            unchanged(plan.inputs)
+            for out, path in zip(outs, partial, strict=True):
+                with naming(path):
+                    os.fsync(out)
+        for path, target in zip(partial, targets, strict=True):
+            os.replace(path, target)
+            sync(target.parent)
+    except BaseException:
+        for path in partial:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _work(
+    plan: plans.Plan, shard: Shard, headers: list[bytes], outs: list[int], files: dict[Path, int]
+) -> Iterator[tuple[str, list[Segment], Tasks | None]]:
+    """Batches of segments of one output type, neighbours joined, each batch moving some 64 MB; or a whole tensor's tasks."""
+    by_type: dict[str, list[str]] = {}
+    for name, tensor in shard.tensors.items():
+        if tensor.dtype in FLOATS and tensor.nbytes and name not in plan.blocks_of:
+            by_type.setdefault(tensor.dtype, []).append(name)
+
+    def whole_tensor(name: str, weights: list[float]) -> Segment:
+        target = shard.tensors[name]
+        return segment(
+            plan, name, target.count, outs, [len(header) + target.offset for header in headers], files, weights
+        )
+
+    for out_type, names in by_type.items():
+        steps = ((name, plan.step_of(name)) for name in names)  # as they come: what a step reads is in the cache then
+        if plan.sparse:
+            for name, tasks in steps:
+                yield out_type, [whole_tensor(name, [])], tasks
+            continue
+        batch: list[Segment] = []
+        for whole in joined((whole_tensor(*one) for one in steps), SIZES[out_type]):
+            for piece in _pieces(whole, out_type):
+                batch.append(piece)
+                if _moved(batch, out_type) >= _BATCH:
+                    yield out_type, batch, None
+                    batch = []
+        if batch:
+            yield out_type, batch, None
+
+
+def segment(
+    plan: plans.Plan,
+    name: str,
+    n: int,
+    outs: Sequence[int],
+    offsets: Sequence[int],
+    files: dict[Path, int],
+    weights: list[float],
+) -> Segment:
+    """The first n elements of a tensor, from every input's file to each output's offset."""
+    held = [one[name] for one in plan.inputs]
+    return Segment(
+        n,
+        tuple(tensor.dtype for tensor in held),
+        tuple(files[one.files[one.where[name]].path] for one in plan.inputs),
+        tuple(tensor.offset for tensor in held),
+        tuple(outs),
+        tuple(offsets),
+        weights,
+    )
+
+
+def _pieces(whole: Segment, out_type: str) -> Iterator[Segment]:
+    """A segment as parts that move about 64 MB each."""
+    widths = [SIZES[name] for name in whole.in_types]
+    step = max(1, _BATCH // (sum(widths) + SIZES[out_type] * len(whole.out_files)) // 4096) * 4096
+    for first in range(0, whole.n, step):
+        yield whole._replace(
+            n=min(step, whole.n - first),
+            in_offsets=tuple(at + first * width for at, width in zip(whole.in_offsets, widths, strict=True)),
+            out_offsets=tuple(at + first * SIZES[out_type] for at in whole.out_offsets),
+        )
+
+
+def _moved(segments: list[Segment], out_type: str) -> int:
+    return sum(of.n * (sum(SIZES[t] for t in of.in_types) + SIZES[out_type] * len(of.out_files)) for of in segments)
+
+
+def _copy(source: Checkpoint, name: str, out: int, offset: int, path: Path) -> None:
+    for block in read_bytes(source, name):
+        with naming(path):
+            _write_all(out, block, offset)
+        offset += len(block)
+
+
+def bytes_of(block: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _write_all(out: int, data: bytes | memoryview, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(out, left, offset)
+        left, offset = left[done:], offset + done
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A descriptor's error says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _which(
+    error: StreamError, segments: list[Segment], partial: list[Path], outs: list[int], files: dict[Path, int]
+) -> Path:
+    if error.writing:
+        return partial[outs.index(segments[error.segment].out_files[error.file])]
+    descriptor = segments[error.segment].in_files[error.file]
+    return next(path for path, opened in files.items() if opened == descriptor)
+
+
+def chunk_of(plan: plans.Plan, threads: int) -> int:
+    widths = max(
+        sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * len(plan.weights)
+        for shard in plan.layout
+        for name, tensor in shard.tensors.items()
+    )
+    chunk = chunk_for(plan.memory_limit, widths, threads)
+    if chunk < 64:
+        raise UserError(
+            f"memory_limit must be at least {plans.size(64 * widths * threads)} for {len(plan.inputs)} inputs and "
+            f"{len(plan.weights)} outputs, got {plans.size(plan.memory_limit)}"
+        )
+    return chunk
