@@ -4,10 +4,7 @@
 // nearby, and takes its own as soon as the residual does not fall a hundredfold. Built once per level.
 #include "map_newton.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
+#include "crew.h"
 #include "map_tile.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
@@ -30,14 +27,6 @@ struct Point {
   double *mu, *gradient, *hessian;
   Model model;
 };
-
-static int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 static double dot(const double* a, const double* b, int64_t m) {
   double sum = 0;
@@ -114,11 +103,11 @@ struct Columns {
 struct Solver {
   const MapProblem& problem;
   const MapInput& in;
+  Crew& crew;
   Columns columns;
   Desk** desks;
   double *chunk_sums = nullptr, few_norm = 0;
   int64_t m, chunks, few_stride;
-  int threads;
 
   // total <- the tiles of one chunk
   template <typename C> void sum_chunk(const Total& total, Desk& desk, int64_t c, const double* lambda, How how) {
@@ -245,8 +234,7 @@ struct Solver {
       return;
     }
     const int64_t size = Total::size(m);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t c = 0; c < chunks; ++c) sum(Total(chunk_sums + c * size, m), *desks[thread_number()], c);
+    crew.each(chunks, [&](int thread, int64_t c) { sum(Total(chunk_sums + c * size, m), *desks[thread], c); });
     bool first = true;
     for (int64_t c = 0; c < chunks; ++c) {
       const Total one(chunk_sums + c * size, m);
@@ -609,12 +597,14 @@ struct Solver {
       // Palettes at multiples of the stride; those of the grid before, four times as coarse, are solved.
       int64_t known = 4 * stride;
       while (count / known > kNearest) known *= 4;
-#pragma omp parallel for schedule(dynamic) num_threads(int(at_most(threads, count)))
-      for (int64_t i = 0; i < (count + stride - 1) / stride; ++i) {
+      const auto solve = [&](Desk& desk, int64_t i) {
         const int64_t k = i * stride;
-        if (problem.skip[k] || (!first && i % 4 == 0)) continue;
-        solve_one(points, passes, certificate, certified, *desks[thread_number()], k, first ? -1 : nearest(k, known, certified));
-      }
+        if (problem.skip[k] || (!first && i % 4 == 0)) return;
+        solve_one(points, passes, certificate, certified, desk, k, first ? -1 : nearest(k, known, certified));
+      };
+      const int64_t here = (count + stride - 1) / stride;
+      if (columns.kept) crew.each(here, [&](int thread, int64_t i) { solve(*desks[thread], i); });
+      else for (int64_t i = 0; i < here; ++i) solve(*desks[0], i);  // one palette, whose passes the crew shares
     }
   }
 };
@@ -625,26 +615,28 @@ void map_newton(const MapPoints& points, int64_t* passes, double* certificate, b
   const int64_t chunks = (in.n + kChunkRows - 1) / kChunkRows;
   threads = int(at_most(threads, keep ? problem.count : chunks));
   if (!keep) threads = int(at_most(threads, 1 + ((in.n * (in.m + 4) * (in.m + 4)) >> 21)));
-  Solver solver = {problem, in, {}, nullptr, nullptr, 0, in.m, chunks, 0, threads};
-  const int64_t share = in.n / kFewRows;
-  solver.few_stride = kRun * (share > kFewShare ? share : kFewShare);
-  solver.desks = static_cast<Desk**>(std::malloc(size_t(threads) * sizeof(Desk*)));
-  for (int t = 0; t < threads; ++t) solver.desks[t] = new Desk(in.m, keep ? in.n : 0);
-  if (keep) {
-    solver.columns.wide = solver.keep_columns<double>();
-    solver.columns.narrow = solver.keep_columns<float>();
-    solver.columns.reach = solver.largest_values();
-    solver.columns.kept = true;
-  } else {
-    solver.chunk_sums = allocate_zeros<double>(chunks * Total::size(in.m));
-  }
-  solver.solve_all(points, passes, certificate, certified);
-  std::free(solver.chunk_sums);
-  std::free(solver.columns.wide);
-  std::free(solver.columns.narrow);
-  std::free(solver.columns.reach);
-  for (int t = 0; t < threads; ++t) delete solver.desks[t];
-  std::free(solver.desks);
+  Desk** desks = static_cast<Desk**>(std::malloc(size_t(threads) * sizeof(Desk*)));
+  for (int t = 0; t < threads; ++t) desks[t] = new Desk(in.m, keep ? in.n : 0);
+  Crew::gather(threads, [&](Crew& crew) {
+    Solver solver = {problem, in, crew, {}, desks, nullptr, 0, in.m, chunks, 0};
+    const int64_t share = in.n / kFewRows;
+    solver.few_stride = kRun * (share > kFewShare ? share : kFewShare);
+    if (keep) {
+      solver.columns.wide = solver.keep_columns<double>();
+      solver.columns.narrow = solver.keep_columns<float>();
+      solver.columns.reach = solver.largest_values();
+      solver.columns.kept = true;
+    } else {
+      solver.chunk_sums = allocate_zeros<double>(chunks * Total::size(in.m));
+    }
+    solver.solve_all(points, passes, certificate, certified);
+    std::free(solver.chunk_sums);
+    std::free(solver.columns.wide);
+    std::free(solver.columns.narrow);
+    std::free(solver.columns.reach);
+  });
+  for (int t = 0; t < threads; ++t) delete desks[t];
+  std::free(desks);
 }
 
 }  // namespace fastalign::FASTALIGN_LEVEL

@@ -1,4 +1,5 @@
 // map_statistics: tiles of rows as columns of doubles in L1 (map_tile.h), from which every lambda takes its sums.
+#include "crew.h"
 #include "map_tile.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
@@ -40,32 +41,38 @@ static void add_moments(double* out, const Total& sums, int64_t m, const double*
   }
 }
 
-// What a thread works in: a tile, and the sums in lanes of every lambda.
+// What a thread works in: a tile, the sums in lanes of every lambda, and two rows.
 struct Workspace {
-  double *memory, *scores, *partials;
+  double *memory, *scores, *first, *partials;
   Tile<double> tile;
   Workspace(const MapInput& in, int64_t count)
-      : memory(allocate_zeros<double>(Tile<double>::size(in.m) + Tile<double>::width_for(in.m) +
+      : memory(allocate_zeros<double>(Tile<double>::size(in.m) + Tile<double>::width_for(in.m) + (2 * in.m + 7) / 8 * 8 +
                                       count * (Partial<double>::size(in.m) + Total::size(in.m)))),
-        scores(memory + Tile<double>::size(in.m)), partials(scores + Tile<double>::width_for(in.m)),
-        tile(memory, in.m, in.log_weights != nullptr) {}
+        scores(memory + Tile<double>::size(in.m)), first(scores + Tile<double>::width_for(in.m)),
+        partials(first + (2 * in.m + 7) / 8 * 8), tile(memory, in.m, in.log_weights != nullptr) {}
+  Workspace(const Workspace&) = delete;
   ~Workspace() { std::free(memory); }
   double* totals(int64_t m, int64_t count) const { return partials + count * Partial<double>::size(m); }
 };
+
+// work(workspace, c) for every c < chunks
+template <typename F>
+static void in_crew(const MapInput& in, int64_t count, int threads, int64_t chunks, const F& work) {
+  Workspace** own = static_cast<Workspace**>(std::malloc(size_t(threads) * sizeof(Workspace*)));
+  for (int t = 0; t < threads; ++t) own[t] = new Workspace(in, count);
+  Crew::gather(threads, [&](Crew& crew) { crew.each(chunks, [&](int thread, int64_t c) { work(*own[thread], c); }); });
+  for (int t = 0; t < threads; ++t) delete own[t];
+  std::free(own);
+}
 
 template <typename S>
 static void joint(double* out, const MapInput& in, const double* lambda, int64_t count, int threads) {
   const int64_t m = in.m, size = Total::size(m), chunks = (in.n + kChunkRows - 1) / kChunkRows;
   double* totals = allocate_zeros<double>(chunks * count * size);
-#pragma omp parallel num_threads(threads)
-  {
-    Workspace work(in, count);
-#pragma omp for schedule(dynamic)
-    for (int64_t c = 0; c < chunks; ++c) {
-      sum_rows<S>(totals + c * count * size, work.partials, work.tile, work.scores, in, c * kChunkRows,
-                  at_most((c + 1) * kChunkRows, in.n), lambda, count);
-    }
-  }
+  in_crew(in, count, threads, chunks, [&](Workspace& work, int64_t c) {
+    sum_rows<S>(totals + c * count * size, work.partials, work.tile, work.scores, in, c * kChunkRows,
+                at_most((c + 1) * kChunkRows, in.n), lambda, count);
+  });
   for (int64_t k = 0; k < count; ++k) {
     const Total total(totals + k * size, m);
     for (int64_t c = 1; c < chunks; ++c) merge(total, Total(totals + (c * count + k) * size, m), m);
@@ -80,31 +87,25 @@ static void grouped(double* out, const MapInput& in, const double* lambda, int64
   const int64_t per_chunk = at_most(in.groups, kChunkRows * in.groups / in.n + 1);
   const int64_t chunks = (in.groups + per_chunk - 1) / per_chunk;
   double* partial = allocate_zeros<double>(chunks * count * moments);
-#pragma omp parallel num_threads(threads)
-  {
-    Workspace work(in, count);
+  in_crew(in, count, threads, chunks, [&](Workspace& work, int64_t c) {
     double* totals = work.totals(m, count);
     // Each group is summed about its own first row: within a prompt rewards may differ by far less than between
     // prompts, and would lose those digits about a center that is common to all.
-    double *first = allocate_zeros<double>(2 * m), *moved = first + m;
+    double *first = work.first, *moved = first + m;
     MapInput own = in;
     own.center = first;
-#pragma omp for schedule(dynamic)
-    for (int64_t c = 0; c < chunks; ++c) {
-      for (int64_t g = c * per_chunk; g < at_most((c + 1) * per_chunk, in.groups); ++g) {
-        const S* row = row_of<S>(in, in.offsets[g]);
-        for (int64_t j = 0; j < m; ++j) {
-          first[j] = double(row[j]);
-          moved[j] = first[j] - in.center[j];
-        }
-        sum_rows<S>(totals, work.partials, work.tile, work.scores, own, in.offsets[g], in.offsets[g + 1], lambda, count);
-        for (int64_t k = 0; k < count; ++k) {
-          add_moments(partial + (c * count + k) * moments, Total(totals + k * Total::size(m), m), m, moved, lambda + k * m);
-        }
+    for (int64_t g = c * per_chunk; g < at_most((c + 1) * per_chunk, in.groups); ++g) {
+      const S* row = row_of<S>(in, in.offsets[g]);
+      for (int64_t j = 0; j < m; ++j) {
+        first[j] = double(row[j]);
+        moved[j] = first[j] - in.center[j];
+      }
+      sum_rows<S>(totals, work.partials, work.tile, work.scores, own, in.offsets[g], in.offsets[g + 1], lambda, count);
+      for (int64_t k = 0; k < count; ++k) {
+        add_moments(partial + (c * count + k) * moments, Total(totals + k * Total::size(m), m), m, moved, lambda + k * m);
       }
     }
-    std::free(first);
-  }
+  });
   for (int64_t c = 0; c < chunks; ++c) {
     for (int64_t i = 0; i < count * moments; ++i) out[i] += partial[c * count * moments + i];
   }

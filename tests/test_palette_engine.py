@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -99,6 +100,19 @@ def test_same_bits_at_any_number_of_threads(rows, count):
     for other in found[1:]:
         for field in dataclasses.fields(other):
             np.testing.assert_array_equal(getattr(found[0], field.name), getattr(other, field.name))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no such call")
+def test_solves_side_by_side_leave_every_thread_its_processors():
+    rewards = samples(140_000, 4, 1).astype(np.float32)
+    palette = quantile_palette(rewards, 0.6)
+    expected = solve(rewards, palette)
+    allowed = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: solve(rewards, palette), range(12)):
+            np.testing.assert_array_equal(found.lam, expected.lam)
+        threads = [int(name) for name in os.listdir("/proc/self/task")]
+        assert all(os.sched_getaffinity(thread) == allowed for thread in threads)
 
 
 def test_every_instruction_set():
