@@ -3,9 +3,9 @@
     python tools/fuzz_soup.py [--files 10000] [--seed 0] [--build build/asan]
 
 Builds the engine with -fsanitize=address into a folder of its own (kept for the next time) and runs the files through it in
-a process that has libasan loaded before anything else. What reads as a valid file is merged, mixed in memory and read by
-SLERP's dot products; every fourth is cut short between its check and its merge. First a call that does read out of bounds
-must be caught. Needs g++ with libasan (Linux).
+a process that has libasan loaded before anything else. What reads as a valid file is mixed in memory and merged with a twin
+of other numbers, by a weighted sum and by one of the other methods in turn; every fourth is cut short between its check and
+its merges. First a call that does read out of bounds must be caught. Needs g++ with libasan (Linux).
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = (
+    "slerp",
+    "ties",
+    "dare_linear",
+    "karcher",
+    "della",
+    "breadcrumbs_ties",
+    "model_stock",
+)  # 7, so that each is cut too
 MOST_SECONDS = 120  # for one file; a hang ends the run with a traceback
 WORDS = b'null -1 1e3 true " { } [ ] , 18446744073709551616 F16 \\u0000'.split()
 SAME_WIDTH = {
@@ -98,10 +107,25 @@ def _as_json(data: bytes, length: int, draw: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def attempt(path: Path, scratch: Path, *, cut: bool) -> str:
+def write_twin(found, path: Path, draw: random.Random) -> Path:
+    """The same file with other bytes in its floating-point tensors."""
+    from fastalign.soup.dtypes import FLOATS
+
+    twin = path.with_name(f"twin-{path.name}")
+    shutil.copyfile(path, twin)
+    with open(twin, "r+b") as file:
+        for tensor in (found[name] for name in found):
+            if tensor.dtype in FLOATS:
+                file.seek(tensor.offset)
+                file.write(draw.randbytes(tensor.nbytes))
+    return twin
+
+
+def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
     """What became of one file: "refused" or "merged" (or "refused later"). Anything else is an error that gets out."""
     from fastalign import soup
     from fastalign.errors import UserError
+    from fastalign.soup import parameters as asked
     from fastalign.soup import plan
 
     def told(error: Exception) -> None:
@@ -117,22 +141,34 @@ def attempt(path: Path, scratch: Path, *, cut: bool) -> str:
     size = path.stat().st_size
     if not all(8 <= found[name].offset <= size - found[name].nbytes for name in found):
         raise AssertionError(f"{path}: a tensor lies beyond the file")
-    out = scratch / "out"
+    out, method, cut = scratch / "out", METHODS[number % len(METHODS)], number % 4 == 0
+    twin = write_twin(found, path, draw)
+    kind, refused = asked.METHODS[method], 0
+    parameters = {"density": 0.5} if "density" in kind.parameters else None
+    weights = None if kind.weights == "none" else [0.25, 0.75]
     try:
-        soup.mix([path, path], [0.25, 0.75])
-        soup.merge([path, path], [0.25, 0.75], out / "slerp", method="slerp", progress=False)
-        made = plan.make([path, path], [0.5, 0.5], out / "linear", dtype="float32")
+        soup.mix([path, twin], [0.25, 0.75])
+        made = [
+            plan.make([path, twin], [0.5, 0.5], out / "linear", dtype="float32"),
+            plan.make([path, twin], weights, out / method, method=method, base=path if kind.base == "yes" else None, parameters=parameters),
+        ]  # fmt: skip
         if cut:
             os.truncate(path, size - 1 - size // 3)
-        soup.execute(made, progress=False)
-        if cut and found.nbytes:
+        for one in made:
+            try:
+                soup.execute(one, progress=False)
+            except (UserError, OSError) as error:
+                told(error)
+                refused += 1
+        if cut and found.nbytes and refused < len(made):
             raise AssertionError(f"{path}: was cut short, and nobody noticed")
     except (UserError, OSError) as error:
         told(error)
         return "refused later"
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    return "merged"
+        twin.unlink()
+    return "refused later" if refused else "merged"
 
 
 def fuzz(files: int, seed: int, scratch: Path, *, watch: bool = False) -> Counter:
@@ -143,7 +179,7 @@ def fuzz(files: int, seed: int, scratch: Path, *, watch: bool = False) -> Counte
         path.write_bytes(mutated(data, draw))
         if watch:
             faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
-        found[attempt(path, scratch, cut=number % 4 == 0)] += 1
+        found[attempt(path, scratch, number, draw)] += 1
         path.unlink()
     faulthandler.cancel_dump_traceback_later()
     return found

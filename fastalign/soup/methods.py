@@ -206,7 +206,12 @@ def steps(
     if method == "slerp":
         for name in names:
             _shares(weights.of(name))
-    return lambda name: rows(name).ravel().tolist()
+
+    def weighted(name: str) -> list[float]:
+        with np.errstate(invalid="ignore", over="ignore"):  # of a tensor with NaN or infinities, NaN is made
+            return rows(name).ravel().tolist()
+
+    return weighted
 
 
 def _varies(values: Mapping[str, Any]) -> bool:
