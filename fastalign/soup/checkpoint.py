@@ -53,14 +53,26 @@ class File:
     identity: str
 
 
+class Piece(NamedTuple):
+    """Layers first ... last - 1 of a model."""
+
+    model: Checkpoint
+    first: int
+    last: int
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights. name: as asked for; folder: where its configuration and tokenizer lie, None for a bare file."""
+    """A model's weights. name: as asked for; folder: where its configuration and tokenizer lie, None for a bare file.
+
+    pieces: of a stack (stacks.py), whose tensors lie in other models' files, under other names there.
+    """
 
     name: str
     folder: Path | None
     files: tuple[File, ...]
     where: Mapping[str, int] = field(repr=False)  # tensor -> its file's number
+    pieces: tuple[Piece, ...] = field(default=(), repr=False)
 
     def __getitem__(self, tensor: str) -> Tensor:
         return self.files[self.where[tensor]].tensors[tensor]

@@ -20,6 +20,7 @@ _FREE = {
     "hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout",
     "initializer_range", "task_specific_params", "gradient_checkpointing", "auto_map", "pretraining_tp",
 }  # fmt: skip
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "added_tokens.json")
 _BLOCK = 1 << 22  # bytes of a tensor that are compared at once
 
@@ -31,23 +32,26 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> lis
     Raises UserError that names the first difference. Reads no weights but those that are not floating-point, and
     those that one checkpoint stores twice and another once.
     """
-    first = checkpoints[0]
-    for one in checkpoints:
+    models = models_of(checkpoints)
+    first = models[0]
+    for one in models:
         if (one.folder is not None and is_adapter(one.folder)) or any(".lora_A." in name for name in one):
             raise UserError(
                 f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters alone, which "
                 "are mixed exactly (soup.merge_adapters), or merge it into its base first (soup.apply_adapters)"
             )
-    configs = [config_of(one) for one in checkpoints]
-    for one, config in zip(checkpoints, configs, strict=True):
+    configs = [config_of(one) for one in models]
+    for one, config in zip(models, configs, strict=True):
         if "quantization_config" in config:
             raise UserError(
                 f"{one.name}: its weights are quantised, which cannot be averaged; take the full-precision ones"
             )
     if not force:
-        for other, config in zip(checkpoints[1:], configs[1:], strict=True):
-            _same_config(first, configs[0], other, config)
-            _same_vocabulary(first, other)
+        stacked = any(one.pieces for one in checkpoints)
+        for other, config in zip(models[1:], configs[1:], strict=True):
+            _same_config(first, configs[0], other, config, stacked=stacked)
+            same_vocabulary(first, other)
+    first = checkpoints[0]
     names = _common_names(checkpoints, tied=all(config.get("tie_word_embeddings") for config in configs))
     for name in names:
         mine = first[name]
@@ -68,6 +72,12 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> lis
                     f"{other.name}'s differs from {first.name}'s"
                 )
     return names
+
+
+def models_of(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The models, and in place of stacks those that they are made of, each once."""
+    held = (one for stack in checkpoints for one in ([piece.model for piece in stack.pieces] or [stack]))
+    return list({one.name: one for one in held}.values())
 
 
 def read_bytes(checkpoint: Checkpoint, name: str, block: int = _BLOCK) -> Iterator[bytes]:
@@ -124,7 +134,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict) -> None:
+def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, *, stacked: bool) -> None:
+    """stacked: what is said of each layer may differ, as runs of layers are taken."""
     if not mine or not theirs:  # a bare file says nothing
         return
     for key in sorted(
@@ -132,13 +143,16 @@ def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict)
     ):
         # A file of another version of transformers may leave out what the other spells out.
         if key in mine and key in theirs and mine[key] != theirs[key]:
+            if stacked and (key in LAYER_COUNTS or ("layer" in key and isinstance(mine[key], list))):
+                continue
             raise UserError(
                 f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
                 f"{json.dumps(theirs[key])} in {other.name} (force takes the first model's)"
             )
 
 
-def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
+def same_vocabulary(first: Checkpoint, other: Checkpoint, hint: str = "force takes the first model's") -> None:
+    """Raises UserError where two folders' tokenizers have different tokens."""
     if first.folder is None or other.folder is None:
         return
     for file in ("tokenizer.json", *_VOCABULARIES):
@@ -152,25 +166,27 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
             told = f": {what}" if file == "tokenizer.json" else ""
             raise UserError(
                 f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
-                f"{told} (force takes the first model's)"
+                f"{told} ({hint})"
             )
 
 
 def _tokens_differ(mine: dict, theirs: dict) -> str:
     """What differs in the tokens of two tokenizer.json; "" for nothing. Padding and truncation are settings, not tokens."""
-    tables = []
-    for tokenizer in (mine, theirs):
-        model = tokenizer.get("model") or {}
-        held = model.get("vocab") or {}
-        pairs = held.items() if isinstance(held, dict) else ((token, i) for i, (token, *_) in enumerate(held))
-        table = dict(pairs)
-        table.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
-        merges = [
-            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges") or ()
-        ]
-        tables.append((table, merges))
-    (a, merges_a), (b, merges_b) = tables
+    a, b = tokens_of(mine), tokens_of(theirs)
     if a != b:
         token = next(token for token in (*a, *b) if a.get(token) != b.get(token))
         return f"token {token!r} is {a.get(token, 'absent')} and {b.get(token, 'absent')}"
-    return "" if merges_a == merges_b else "their merges"
+    return "" if _merges(mine) == _merges(theirs) else "their merges"
+
+
+def tokens_of(tokenizer: dict) -> dict[str, int]:
+    """The tokens of a tokenizer.json and their numbers, added ones among them."""
+    held = (tokenizer.get("model") or {}).get("vocab") or {}
+    found = dict(held.items() if isinstance(held, dict) else ((token, i) for i, (token, *_) in enumerate(held)))
+    found.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
+    return found
+
+
+def _merges(tokenizer: dict) -> list[tuple[str, ...]]:
+    held = (tokenizer.get("model") or {}).get("merges") or ()
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in held]

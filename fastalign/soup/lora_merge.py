@@ -19,16 +19,13 @@ from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
+from fastalign.soup.companions import EMBEDDINGS, Companions
 from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
 from fastalign.soup.lora_files import Adapter, base_name, open_adapter
 from fastalign.soup.merge import Merged, execute
 from fastalign.soup.tensors import mix_tensors
 from fastalign.units import parse_bytes
 
-# What a model with tied embeddings calls them.
-_TIED = tuple(
-    f"{name}.weight" for name in ("lm_head", "embed_tokens", "wte", "word_embeddings", "embed_in", "embed_out")
-)
 _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 
 
@@ -99,7 +96,8 @@ def plan(
         for name, (module, transposed) in changed.items()
     }
     return plans.Plan(
-        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, lambda name: ones, blocks_of
+        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key,
+        lambda name: ones, Companions(model.folder, model.folder, {}), blocks_of,
     )  # fmt: skip
 
 
@@ -135,7 +133,7 @@ def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str 
 
 
 def _in_base(model: Checkpoint, name: str, adapter: str, tied: bool) -> None:
-    if tied and name.endswith(_TIED):
+    if tied and name.endswith(EMBEDDINGS):
         raise UserError(
             f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; untie them "
             "in the base first"

@@ -29,3 +29,10 @@ def text(held: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(found, str) or not found:
         raise UserError(f"{where}: {key} must be text, got {reprlib.repr(found)}")
     return found
+
+
+def layer_range(value: Any, where: str) -> tuple[int, int]:
+    """[first, last]: the layers from first to last - 1."""
+    if not (isinstance(value, list) and len(value) == 2 and all(type(x) is int for x in value) and value[0] < value[1]):
+        raise UserError(f"{where} must be two whole numbers, got {reprlib.repr(value)}")
+    return value[0], value[1]

@@ -20,6 +20,7 @@ from fastalign.soup import plan as plans
 from fastalign.soup.inputs import allow_open_files, files_of, opened
 from fastalign.soup.outputs import accompany, already_made, check_space, finished, folder_beside
 from fastalign.soup.shard import chunk_of, write_shard
+from fastalign.soup.stacks import Model
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +38,16 @@ class Merged(NamedTuple):
 
 
 def merge(
-    models: Sequence[str | os.PathLike],
+    models: Sequence[Model],
     weights,
     out: str | os.PathLike,
     *,
     method: str = "linear",
-    base: str | os.PathLike | None = None,
+    base: Model | None = None,
     parameters: Mapping[str, Any] | None = None,
     companion: str = "first",
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
     max_shard_size: int | str = "5GB",
@@ -55,7 +58,9 @@ def merge(
     """Merge checkpoints of one architecture into one soup, or into many in a single reading.
 
     Args:
-        models: m folders, *.safetensors files or hub names.
+        models: m folders, *.safetensors files or hub names; or stacks, lists of (model, first, last) from the bottom up, that
+            have those models' layers first ... last - 1 one upon another, what comes before them from the lowest model and what
+            comes after them from the highest.
         weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read once. One of
             (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs none.
         out: the folder to make. It must not exist, be empty, or hold this very merge, finished.
@@ -68,7 +73,10 @@ def merge(
         base: what the models were trained from, for the methods that work on the differences.
         parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number}, or
             {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
-        companion: whose configuration and tokenizer the outputs get, "first" or "base".
+        companion: whose configuration and tokenizer the outputs get, "first", "base", or a model as it is named in models.
+        tokenizer: "companion", or the folder of another tokenizer of the same tokens: embeddings are cut to its tokens. None
+            leaves embeddings as they are, with the companion's tokenizer.
+        chat_template: the text of another chat template, or "auto" for the one that most of the models have.
         dtype: to store floating-point tensors in; None keeps the first model's, tensor by tensor.
         normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
         max_shard_size: of one output file, such as "5GB"; a larger tensor has a file of its own.
@@ -86,7 +94,8 @@ def merge(
         OSError: a disk's error. Inputs and finished shards stay; the same call goes on from them.
     """
     made = plans.make(
-        models, weights, out, method=method, base=base, parameters=parameters, companion=companion, dtype=dtype,
+        models, weights, out, method=method, base=base, parameters=parameters, companion=companion, tokenizer=tokenizer,
+        chat_template=chat_template, dtype=dtype,
         normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
     return execute(made, progress=progress)

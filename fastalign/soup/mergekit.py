@@ -10,23 +10,26 @@ elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergek
 from __future__ import annotations
 
 import os
+import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastalign.errors import UserError
-from fastalign.soup.mappings import entries, known, text
+from fastalign.soup.mappings import entries, known, layer_range, text
 from fastalign.soup.parameters import METHODS
-from fastalign.soup.settings import Setting, numbers
+from fastalign.soup.settings import Runs, Setting, numbers
 
 _KEYS = {
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
+    "chat_template",
 }  # fmt: skip
-_SPARSE = {"ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"}
 # What mergekit takes where a parameter is left out; None: it must be there. DARE and DELLA are rescaled there so that the
 # sum of sizes is as it was, in the papers by each element's probability.
 _TASKS = {"lambda": 1.0, "normalize": False, "int8_mask": False, "rescale": False, "density": 1.0, "weight": None}
 _DEFAULTS: dict[str, dict[str, Any]] = {
+    "passthrough": {"scale": 1.0},
     "linear": {"weight": None, "normalize": True},
     "slerp": {"t": None},
     "karcher": {"max_iter": 10, "tol": 1e-5},
@@ -42,6 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "breadcrumbs_ties": {**_TASKS, "gamma": 0.01},
 }
 _MODEL_STOCK_FLOOR = 1e-6
+_NUMBERED = re.compile(r"[.*]\d+[.*]")
 _EACH = ("weight", "density", "epsilon", "gamma")  # that differ from model to model
 _FLAGS = ("normalize", "normalize_weights", "rescale", "int8_mask", "filter_wise")
 
@@ -55,95 +59,147 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
             f"merge_method must be one of {', '.join(_DEFAULTS)} to be read here, got {reprlib.repr(method)}"
         )
     base = None if recipe.get("base_model") is None else _model(recipe["base_model"], "base_model")
-    models, scopes = _models(recipe)
-    if base is not None and base not in models:  # as mergekit does
-        models, scopes = [*models, base], [*scopes, scopes[0][1:]]
-    asked = _Parameters(method, base, models, scopes)
-    takes_base = METHODS[method].base != "no"
-    merged = [i for i, model in enumerate(models) if not (takes_base and model == base)]
-    found: dict[str, Any] = {"method": method, "models": [models[i] for i in merged], "weights": None}
-    if takes_base and base is not None:
-        found["base"] = base
+    kind = METHODS["linear" if method == "passthrough" else method]
+    runs = _runs(recipe)
+    if base is not None and "models" in recipe:  # where it is not among the models, mergekit adds it
+        runs[0].with_base(base)
     if method == "slerp":
-        if len(models) != 2 or base is None:
-            raise UserError(f"slerp takes two models, one of them the base_model, got {len(models)} and {base}")
-        t = asked.shared("t")
-        found["models"] = [base, next(model for model in models if model != base)]
-        found["weights"] = [_mapped(t, lambda x: 1 - x), t]
+        for run in runs:
+            run.order_for_slerp(base)
+    asked = [_Parameters(method, run) for run in runs]
+    merged = [[i for i, one in enumerate(run.models) if not (kind.base != "no" and one == base)] for run in runs]
+    if len({len(one) for one in merged}) > 1 or (kind.base != "no" and len({base in run.models for run in runs}) > 1):
+        raise UserError(
+            "all slices must have as many sources as the first one, and the base_model where one of them has it"
+        )
+
+    def together(of: Callable[[_Parameters, Sequence[int]], Setting]) -> Setting:
+        """A setting of all slices."""
+        parts = [of(one, places) for one, places in zip(asked, merged, strict=True)]
+        return parts[0] if len(runs) == 1 else Runs([run.length for run in runs], parts)
+
+    def shared(name: str) -> Setting:
+        return together(lambda one, _: one.shared(name))
+
+    def each(name: str) -> list[Setting]:
+        return [together(lambda one, places, i=i: one.of_model(name, places[i])) for i in range(len(merged[0]))]
+
+    def same(name: str, of: Callable[[_Parameters, str], Any]) -> Any:
+        found = {of(one, name) for one in asked}
+        if len(found) > 1:
+            raise UserError(f"{name} must be the same in all slices to be read here")
+        return found.pop()
+
+    found: dict[str, Any] = {"method": method, "weights": None}
+    found["models"] = [_stack(runs, [places[i] for places in merged]) for i in range(len(merged[0]))]
+    if kind.base != "no" and base in runs[0].models:
+        found["base"] = _stack(runs, [run.models.index(base) for run in runs])
+    if method == "slerp":
+        t = shared("t")
+        found["weights"] = [t.mapped(lambda x: 1 - x), t]
+    elif method == "passthrough":
+        found |= {"method": "linear", "normalize": False, "weights": each("scale")}
+        if len(found["models"]) != 1:
+            raise UserError(f"passthrough takes one model, in each slice, got {len(found['models'])}")
     elif "weight" in _DEFAULTS[method]:
-        found["weights"] = [asked.of_model("weight", i) for i in merged]
+        found["weights"] = each("weight")
     parameters: dict[str, Any] = {}
-    for name in METHODS[method].parameters:
+    for name in kind.parameters:
         if name in _EACH:
-            parameters[name] = [asked.of_model(name, i) for i in merged]
+            parameters[name] = each(name)
         elif name == "rescale":
-            parameters[name] = "l1" if asked.flag("rescale") else "none"
+            parameters[name] = "l1" if same(name, _Parameters.flag) else "none"
         elif name in _FLAGS:
-            parameters[name] = asked.flag(name)
+            parameters[name] = same(name, _Parameters.flag)
         elif name in _DEFAULTS[method]:
-            parameters[name] = asked.whole(name) if name == "max_iter" else asked.shared(name)
+            parameters[name] = same(name, _Parameters.whole) if name == "max_iter" else shared(name)
     if method == "linear":
-        found["normalize"] = asked.flag("normalize")
+        found["normalize"] = same("normalize", _Parameters.flag)
     if method == "model_stock":
-        if asked.flag("filter_wise"):
-            raise UserError("filter_wise: true is not done here; Model Stock is made tensor by tensor")
         parameters["floor"] = _MODEL_STOCK_FLOOR
     found["parameters"] = parameters
     dtype = recipe.get("out_dtype") or recipe.get("dtype")
     if dtype is not None:
         found["dtype"] = text({"dtype": dtype}, "dtype", "the configuration").removeprefix("torch.")
-    _tokenizer(recipe)
     if "base" in found:
         found["companion"] = "base"
-    return found
+    elif base is not None and any(base in run.models for run in runs):
+        found["companion"] = base
+    return found | _tokenizer(recipe, base)
 
 
 # ---- models ----
 
 
-def _models(recipe: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Paths, and for each the parameters that hold for it, the nearest first: its own, its slice's, the whole recipe's."""
+@dataclass
+class _Run:
+    """What is merged into some layers of the output: models, which of their layers (None for all), and for each the
+    parameters that hold for it, the nearest first: its own, its slice's, the whole recipe's."""
+
+    models: list[str]
+    ranges: list[tuple[int, int] | None]
+    scopes: list[list[Any]]
+
+    @property
+    def length(self) -> int:
+        first, last = self.ranges[0] or (0, 0)
+        return last - first
+
+    def with_base(self, base: str) -> None:
+        if base not in self.models:
+            self.models.append(base)
+            self.ranges.append(None)
+            self.scopes.append([None, *self.scopes[0][1:]])
+
+    def order_for_slerp(self, base: str | None) -> None:
+        if len(self.models) != 2 or base not in self.models:
+            raise UserError(f"slerp takes two models, one of them the base_model, got {len(self.models)} and {base}")
+        if self.models[1] == base:
+            for held in (self.models, self.ranges, self.scopes):
+                held.reverse()
+
+
+def _runs(recipe: Mapping[str, Any]) -> list[_Run]:
+    """One for `models`, one for each of `slices`."""
     if ("models" in recipe) == ("slices" in recipe):
         raise UserError("the configuration must have either models or slices")
     outer = recipe.get("parameters")
-    slices, inner = None, None
-    if "slices" in recipe:
-        slices = entries(recipe, "slices")
-        if len(slices) != 1:
-            raise UserError(f"slices must be one slice over all layers to be read here, got {len(slices)} slices")
-        whole = slices[0]
-        if not isinstance(whole, Mapping):
-            raise UserError(f"a slice must be a mapping with sources, got {reprlib.repr(whole)}")
-        known(whole, {"sources", "parameters"}, "a slice")
-        inner = whole.get("parameters")
-        sources = entries(whole, "sources")
-    else:
-        sources = entries(recipe, "models")
-    paths, scopes, ranges = [], [], set()
+    if "models" in recipe:
+        return [_run(entries(recipe, "models"), [outer], sliced=False)]
+    found = []
+    for held in entries(recipe, "slices"):
+        if not isinstance(held, Mapping):
+            raise UserError(f"a slice must be a mapping with sources, got {reprlib.repr(held)}")
+        known(held, {"sources", "parameters"}, "a slice")
+        found.append(_run(entries(held, "sources"), [held.get("parameters"), outer], sliced=True))
+    return found
+
+
+def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> _Run:
+    found = _Run([], [], [])
     for i, source in enumerate(sources):
         if not isinstance(source, Mapping):
             raise UserError(f"model {i} must be a mapping with model, got {reprlib.repr(source)}")
-        known(source, {"model", "parameters", *(["layer_range"] if slices else [])}, f"model {i}")
+        known(source, {"model", "parameters", *(["layer_range"] if sliced else [])}, f"model {i}")
         if "model" not in source:
             raise UserError(f"model {i} lacks model, the path")
-        paths.append(_model(source["model"], f"model {i}"))
-        scopes.append([source.get("parameters"), inner, outer])
-        if slices:
-            ranges.add(_range(source.get("layer_range"), i))
-    for scope in (held for one in scopes for held in one):
+        found.models.append(_model(source["model"], f"model {i}"))
+        found.ranges.append(layer_range(source.get("layer_range"), f"layer_range of model {i}") if sliced else None)
+        found.scopes.append([source.get("parameters"), *outer])
+    for scope in (held for one in found.scopes for held in one):
         if not isinstance(scope, Mapping | None):
             raise UserError(f"parameters must map names to values, got {reprlib.repr(scope)}")
-    if len(set(paths)) != len(paths):
+    if len(set(found.models)) != len(found.models):
         raise UserError("a model may be there once only")
-    if len(ranges) > 1 or any(first for first, _ in ranges):
-        raise UserError("layer_range must be that of all layers, and the same for every model, to be read here")
-    return paths, scopes
+    if sliced and len({last - first for first, last in found.ranges}) > 1:
+        raise UserError("layer_range must have as many layers for every model of a slice")
+    return found
 
 
-def _range(value: Any, i: int) -> tuple[int, int]:
-    if not (isinstance(value, list) and len(value) == 2 and all(type(x) is int for x in value) and value[0] < value[1]):
-        raise UserError(f"layer_range of model {i} must be two whole numbers, got {reprlib.repr(value)}")
-    return value[0], value[1]
+def _stack(runs: Sequence[_Run], places: Sequence[int]) -> str | list[tuple[str, int, int]]:
+    """The model that is at each slice's place, put together; without layer ranges, the model itself."""
+    held = [(run.models[i], run.ranges[i]) for run, i in zip(runs, places, strict=True)]
+    return held[0][0] if held[0][1] is None else [(model, *layers) for model, layers in held]
 
 
 def _model(value: Any, where: str) -> str:
@@ -154,16 +210,22 @@ def _model(value: Any, where: str) -> str:
     return value
 
 
-def _tokenizer(recipe: Mapping[str, Any]) -> None:
-    """All vocabularies must be equal here, so that every source gives the same one; anything more is refused."""
+def _tokenizer(recipe: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+    """Whose tokenizer it is. All vocabularies must be equal here, so that their union is that of each."""
+    found: dict[str, Any] = {}
     held = recipe.get("tokenizer")
     if held is not None:
         if not isinstance(held, Mapping):
             raise UserError(f"tokenizer must be a mapping with source, got {reprlib.repr(held)}")
         known(held, {"source"}, "tokenizer")
-    source = recipe.get("tokenizer_source") if held is None else held.get("source")
-    if source is not None and not isinstance(source, str):
-        raise UserError(f"tokenizer_source must be base, union or a model, got {reprlib.repr(source)}")
+    source = recipe.get("tokenizer_source") if held is None else held.get("source", "union")
+    if source is not None:
+        if not isinstance(source, str) or not source:
+            raise UserError(f"tokenizer_source must be base, union or a model, got {reprlib.repr(source)}")
+        found["tokenizer"] = "companion" if source in ("base", "union") else _model(source, "tokenizer_source")
+    if recipe.get("chat_template") is not None:
+        found["chat_template"] = text(recipe, "chat_template", "the configuration")
+    return found
 
 
 # ---- parameters ----
@@ -172,10 +234,11 @@ def _tokenizer(recipe: Mapping[str, Any]) -> None:
 class _Parameters:
     """Each parameter as mergekit finds it: in a model's own, then the slice's, then the recipe's, then the default."""
 
-    def __init__(self, method: str, base: str | None, models: Sequence[str], scopes: Sequence[Sequence[Any]]):
-        self.method, self.models, self.scopes = method, models, scopes
+    def __init__(self, method: str, run: _Run):
+        self.method, self.models, self.scopes = method, run.models, run.scopes
+        self.sliced = run.ranges[0] is not None
         defaults = _DEFAULTS[method]
-        for scope in (held for one in scopes for held in one if held):
+        for scope in (held for one in run.scopes for held in one if held):
             unknown = [name for name in scope if name not in defaults]
             if unknown:
                 raise UserError(
@@ -183,7 +246,12 @@ class _Parameters:
                 )
 
     def of_model(self, name: str, i: int) -> Setting:
-        return self._setting(name, self.scopes[i], f"{name} of {self.models[i]}")
+        told = f"{name} of {self.models[i]}"
+        found = self._setting(name, self.scopes[i], told)
+        numbered = next((pattern for pattern, _ in found.rules if _NUMBERED.search(pattern)), None)
+        if self.sliced and numbered:  # mergekit looks for it in the source's names, whose layers have other numbers
+            raise UserError(f"{told}: filters with a layer's number are not read here in slices, got {numbered.strip('*')!r}")
+        return found
 
     def shared(self, name: str) -> Setting:
         return self._setting(name, self.scopes[0][-2:], name)
@@ -237,7 +305,3 @@ def _contains(part: str | None) -> str:
     if part is None or part == "*":
         return "*"
     return "*" + "".join(f"[{c}]" if c in "*?[" else c for c in part) + "*"
-
-
-def _mapped(setting: Setting, of) -> Setting:
-    return Setting((pattern, tuple(of(x) for x in values)) for pattern, values in setting.rules)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastalign.data.files import read_json, sync, write_json
+from fastalign.data.files import read_json, write_json
 from fastalign.errors import UserError
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import INDEX, Shard, index_of
-from fastalign.soup.dtypes import SIZES, WORDS
 
 RECORD = "soup.json"  # in the output: what was made of what
-_COPIED = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "spiece.model", "*.tiktoken", "*.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json",
-)  # fmt: skip
 
 
 def already_made(plan: plans.Plan) -> bool:
@@ -103,26 +96,8 @@ def check_space(plan: plans.Plan, beside: Path, headers: list[list[bytes]]) -> N
 
 def accompany(plan: plans.Plan, beside: Path) -> None:
     """Index, configuration, tokenizer and templates into every output."""
-    source = (plan.companion or plan.models[0]).folder
     for folder in plan.folders:
         target = beside / folder
         if len(plan.layout) > 1:
             write_json(target / INDEX, index_of(list(plan.layout)))
-        if source is None:
-            continue
-        for path in sorted({path for pattern in _COPIED for path in source.glob(pattern) if path.is_file()}):
-            copy = target / path.name
-            shutil.copyfile(path, copy)
-            if path.name == "config.json":
-                _store_dtype(copy, plan.out_dtype)
-            sync(copy)
-
-
-def _store_dtype(config: Path, out_dtype: str | None) -> None:
-    """The configuration's own word for the weights' type; transformers knows none for eight bits."""
-    if out_dtype is None or SIZES[out_dtype] == 1:
-        return
-    found = json.loads(config.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in found else "dtype"
-    found[key] = WORDS[out_dtype]
-    write_json(config, found)
+        plan.companions.copy(target, plan.out_dtype)

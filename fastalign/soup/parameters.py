@@ -118,7 +118,9 @@ METHODS: dict[str, Method] = {
         base="may", weights="equal", parameters={"normalize_weights": Flag(True), "eps": Number(1e-8, 0, 1)}
     ),
     "karcher": Method(weights="equal", parameters={"max_iter": Whole(10, 0, 10_000), "tol": Number(1e-5, 0, 1)}),
-    "model_stock": Method(base="yes", least=2, weights="none", parameters={"floor": Number(0.0, 0, 1)}),
+    "model_stock": Method(
+        base="yes", least=2, weights="none", parameters={"floor": Number(0.0, 0, 1), "filter_wise": Flag(False)}
+    ),
     "warp": Method(base="yes", least=2, weights="equal", parameters={"eta": Number(1.0)}),
     "ema": Method(weights="none", parameters={"decay": Number(None, 0, 1)}),
 }

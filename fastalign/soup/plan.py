@@ -15,7 +15,9 @@ from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import parameters as asked
-from fastalign.soup.checkpoint import Checkpoint, Shard, lay_out, open_checkpoint
+from fastalign.soup.checkpoint import Checkpoint, Shard, lay_out
+from fastalign.soup.companions import Companions, companions, cut_vocabulary
+from fastalign.soup.stacks import Model, open_model
 from fastalign.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -40,9 +42,9 @@ class Plan:
     memory_limit: int
     key: str = field(repr=False)
     step_of: Callable[[str], methods.Step] = field(repr=False)  # what is done for a tensor
+    companions: Companions = field(repr=False)
     # Tensors that are made apart: name -> blocks in their order, each K tensors of the same next elements, as stored.
     blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
-    companion: Checkpoint | None = None  # whose configuration and tokenizer the outputs get; None: the first model
 
     @property
     def sparse(self) -> bool:
@@ -83,14 +85,16 @@ class Plan:
 
 
 def make(
-    models: Sequence[str | os.PathLike],
+    models: Sequence[Model],
     weights,
     out: str | os.PathLike,
     *,
     method: str = "linear",
-    base: str | os.PathLike | None = None,
+    base: Model | None = None,
     parameters: Mapping[str, Any] | None = None,
     companion: str = "first",
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
     max_shard_size: int | str = "5GB",
@@ -100,8 +104,6 @@ def make(
     """Check everything that `merge` takes (see there) and every input's header. Writes nothing."""
     if isinstance(models, str | os.PathLike) or not models:
         raise UserError(f"models must be a list of folders, files or hub names, got {models!r}")
-    if companion not in ("first", "base") or (companion == "base" and base is None):
-        raise UserError(f"companion must be first, or base where there is one, got {companion!r}")
     kind = asked.check(method, len(models), with_base=base is not None)
     values = asked.read(method, parameters, len(models))
     if weights is None and kind.weights == "rows":
@@ -115,8 +117,18 @@ def make(
     out_dtype = None if dtype is None else dtypes.parse(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
-    opened = tuple(open_checkpoint(model) for model in models)
-    inputs = opened if base is None else (open_checkpoint(base), *opened)
+    opened = tuple(open_model(model) for model in models)
+    inputs = opened if base is None else (open_model(base), *opened)
+    along = companions(
+        opened,
+        None if base is None else inputs[0],
+        companion=companion,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
+    if tokenizer is not None:
+        inputs = tuple(cut_vocabulary(one, along.config["vocab_size"]) for one in inputs)
+        opened = inputs[len(inputs) - len(opened) :]
     names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force)
     mixed = [name for name in names if opened[0][name].dtype in dtypes.FLOATS]
     rows = methods.Weights(given, len(models), names)
@@ -132,15 +144,20 @@ def make(
         "base": None if base is None else told(inputs[0]),
         "parameters": asked.told(values),
     }
+    blocks_of: dict[str, Any] = {}
+    if values.get("filter_wise"):
+        from fastalign.soup import filter_wise
+
+        stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
+        blocks_of = filter_wise.blocks_of(inputs, mixed, values["floor"], stored, limit)
     written_by = backend.engine.active_isa() if backend.engine_runs() else "torch"
     basis = {
-        "recipe": recipe, "weights": rows.told(), "single": rows.single, "companion": companion, "shard": shard_size, "by": written_by,
+        "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [str(x) for x in along], "shard": shard_size, "by": written_by,
         "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for one in inputs for file in one.files],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     return Plan(
-        opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps,
-        companion=inputs[0] if companion == "base" else None,
+        opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps, along, blocks_of
     )  # fmt: skip
 
 
@@ -150,7 +167,12 @@ def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
 
 
 def told(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A model's name without the place where it lies, and what identifies its files: a hash of header and size."""
+    """A model's name without the place where it lies, and what identifies its files: a hash of header and size. Of a stack,
+    that of each piece."""
+    if checkpoint.pieces:
+        return {
+            "layers": [{**told(piece.model), "first": piece.first, "last": piece.last} for piece in checkpoint.pieces]
+        }
     local = os.path.exists(os.path.expanduser(checkpoint.name))
     name = Path(checkpoint.name).expanduser().resolve().name if local else checkpoint.name
     return {"name": name, "files": [file.identity for file in checkpoint.files]}

@@ -10,12 +10,12 @@ from typing import Any
 
 from fastalign.errors import UserError
 from fastalign.soup import mergekit
-from fastalign.soup.mappings import entries, known, text
+from fastalign.soup.mappings import entries, known, layer_range, text
 
 _MOST = 1_000_000  # bytes of a recipe
 _KEYS = {
-    "method", "models", "base", "weights", "grid", "parameters", "dtype", "normalize", "companion", "max_shard_size",
-    "memory_limit", "force",
+    "method", "models", "base", "weights", "grid", "parameters", "dtype", "normalize", "companion", "tokenizer",
+    "chat_template", "max_shard_size", "memory_limit", "force",
 }  # fmt: skip
 _EACH = ("density", "epsilon", "gamma")
 
@@ -53,7 +53,7 @@ def _load(path: Path) -> Any:
 
 def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
     known(recipe, _KEYS, "a recipe")
-    for key in ("method", "base", "dtype", "companion"):
+    for key in ("method", "dtype", "companion", "tokenizer", "chat_template"):
         if recipe.get(key) is not None:
             text(recipe, key, "a recipe")
     for key in ("normalize", "force"):
@@ -62,14 +62,14 @@ def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
     models = entries(recipe, "models")
     paths, own = [], []
     for i, entry in enumerate(models):
-        held = {"model": entry} if isinstance(entry, str) else entry
-        if not isinstance(held, Mapping):
-            raise UserError(f"model {i} must be a path, or a mapping with model and weight, got {reprlib.repr(entry)}")
+        held = entry if isinstance(entry, Mapping) else {"model": entry}
         known(held, {"model", "weight", *_EACH}, f"model {i}")
-        paths.append(text(held, "model", f"model {i}"))
+        paths.append(_model(held, "model", f"model {i}"))
         own.append({key: value for key, value in held.items() if key != "model"})
     found: dict[str, Any] = {key: value for key, value in recipe.items() if key not in ("grid", "models")}
     found["models"] = paths
+    if recipe.get("base") is not None:
+        found["base"] = _model(recipe, "base", "a recipe")
     parameters = recipe.get("parameters") or {}
     if not isinstance(parameters, Mapping):
         raise UserError(f"parameters must map names to values, got {reprlib.repr(parameters)}")
@@ -83,6 +83,21 @@ def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
         weights = simplex_grid(len(paths), recipe["grid"])
     found["weights"] = recipe.get("weights") if weights is None else weights
+    return found
+
+
+def _model(held: Mapping[str, Any], key: str, where: str) -> str | list[tuple[str, int, int]]:
+    """A path, or a stack: a list of {model: path, layers: [first, last]}."""
+    if not isinstance(held.get(key), list):
+        return text(held, key, where)
+    found = []
+    for piece in entries(held, key):
+        if not isinstance(piece, Mapping):
+            raise UserError(
+                f"{where}: a piece of a stack must be {{model: path, layers: [first, last]}}, got {reprlib.repr(piece)}"
+            )
+        known(piece, {"model", "layers"}, f"{where}: a piece of a stack")
+        found.append((text(piece, "model", where), *layer_range(piece.get("layers"), f"{where}: layers")))
     return found
 
 

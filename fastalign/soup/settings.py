@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastalign.errors import UserError
+from fastalign.soup.layers import comes_before, layer_of
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _MOST = 1000  # patterns, or points over the layers, of one setting
 
 
@@ -26,11 +25,10 @@ class Places:
         self._layers: dict[str, tuple[str, int]] = {}
         self._last: dict[str, int] = {}
         for name in names:
-            found = _LAYER.search(name)
+            found = layer_of(name)
             if found:
-                begin, layer = name[: found.start()], int(found.group(1))
-                self._layers[name] = begin, layer
-                self._last[begin] = max(layer, self._last.get(begin, 0))
+                self._layers[name] = found.begin, found.number
+                self._last[found.begin] = max(found.number, self._last.get(found.begin, 0))
 
     def __getitem__(self, name: str) -> float:
         if name not in self._layers:
@@ -69,12 +67,51 @@ class Setting:
             return self.constant
         return {pattern: values[0] if len(values) == 1 else list(values) for pattern, values in self.rules}
 
+    def mapped(self, of: Callable[[float], float]) -> Setting:
+        """The same of other numbers."""
+        return Setting((pattern, tuple(of(x) for x in values)) for pattern, values in self.rules)
+
+
+class Runs(Setting):
+    """A Setting for each run of layers, one after another, with lines over the run's own layers. Tensors before the layers
+    have the first run's, as in its first layer, those after them the last run's, likewise."""
+
+    def __init__(self, lengths: Sequence[int], parts: Sequence[Setting]):
+        self.lengths, self.parts = tuple(lengths), tuple(parts)
+        super().__init__(rule for part in parts for rule in part.rules)
+
+    def at(self, name: str, place: float) -> float | None:
+        layer = layer_of(name)
+        if layer is None:
+            return self.parts[0 if comes_before(name) else -1].at(name, 0.0)
+        first = 0
+        for length, part in zip(self.lengths, self.parts, strict=True):
+            if layer.number < first + length:
+                return part.at(name, (layer.number - first) / (length - 1) if length > 1 else 1.0)
+            first += length
+        raise UserError(f"{name}: lies beyond the {first} layers that are set")
+
+    @property
+    def constant(self) -> float | None:
+        found = {part.constant for part in self.parts}
+        return found.pop() if len(found) == 1 else None
+
+    def told(self) -> float | dict[str, Any]:
+        return super().told() if self.constant is not None else {"runs": [
+            {"layers": length, "value": part.told()} for length, part in zip(self.lengths, self.parts, strict=True)
+        ]}  # fmt: skip
+
+    def mapped(self, of: Callable[[float], float]) -> Setting:
+        return Runs(self.lengths, [part.mapped(of) for part in self.parts])
+
 
 def parse(argument: str, value: Any, *, least: float = -math.inf, most: float = math.inf) -> Setting:
     """A Setting from a number, or from {pattern: number or numbers over the layers}.
 
     Raises UserError that names `argument` for anything else, and for numbers that are not finite or not within bounds.
     """
+    if isinstance(value, Runs):
+        return Runs(value.lengths, [parse(argument, part, least=least, most=most) for part in value.parts])
     if isinstance(value, Setting):
         rules = value.rules
     elif isinstance(value, Mapping):

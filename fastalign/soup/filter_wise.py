@@ -1,0 +1,69 @@
+"""Model Stock for each filter (arXiv 2403.19522): a share t for each row of a tensor, from the angles between its task vectors.
+
+A row runs along a tensor's last dimension; a vector is one row. Made by torch, some rows at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastalign.soup.checkpoint import Checkpoint
+from fastalign.soup.compare import read_bytes
+from fastalign.soup.dtypes import SIZES, in_torch
+from fastalign.soup.settings import Places, Setting
+from fastalign.soup.tensors import mix_tensors
+
+_BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
+
+
+def blocks_of(
+    inputs: Sequence[Checkpoint], names: Sequence[str], floor: Setting, stored: Mapping[str, str], memory_limit: int
+) -> dict[str, Callable[[], Iterator[list[Tensor]]]]:
+    """For each tensor what makes its blocks, one output's. inputs: the base, then the models; stored: the types to store in."""
+    places, room = Places(names), min(_BLOCK, memory_limit // 2)
+    return {
+        name: functools.partial(
+            _blocks, inputs, name, floor.at(name, places[name]) or 0.0, in_torch(stored[name]), room
+        )
+        for name in names
+    }  # fmt: skip
+
+
+def _blocks(
+    inputs: Sequence[Checkpoint], name: str, floor: float, dtype: torch.dtype, room: int
+) -> Iterator[list[Tensor]]:
+    shape = inputs[0][name].shape
+    types = [in_torch(one[name].dtype) for one in inputs]
+    wide = torch.float64 if torch.float64 in (*types, dtype) else torch.float32
+    row = shape[-1] if shape else 1
+    rows = max(1, room // (row * wide.itemsize * (2 * len(inputs) + 2)))
+    readers = [read_bytes(one, name, rows * row * SIZES[one[name].dtype]) for one in inputs]
+    for held in itertools.zip_longest(*readers):
+        base, *models = [
+            torch.frombuffer(bytearray(data), dtype=of).view(-1, row).to(wide)
+            for data, of in zip(held, types, strict=True)
+        ]
+        yield mix_tensors([rows_of(base, models, floor)], [[1.0]], dtype)
+
+
+def rows_of(base: Tensor, models: Sequence[Tensor], floor: float) -> Tensor:
+    """t mean + (1 - t) base row by row, t = m cos / (1 + (m - 1) cos) (equation 7); tensors (rows, n).
+
+    floor: the least product of two lengths that a dot product is divided by.
+    """
+    m = len(models)
+    deltas = torch.stack([model - base for model in models], 1)  # (rows, m, n)
+    grams = (deltas @ deltas.mT).double()
+    lengths = grams.diagonal(dim1=1, dim2=2).sqrt()
+    products = (lengths[:, :, None] * lengths[:, None, :]).clamp(min=floor)
+    cosines = torch.where(products > 0, grams / products, 0).clamp(-1, 1)
+    upper = torch.ones(m, m).triu(1).bool()
+    cosine = cosines[:, upper].mean(1)
+    divisor = 1 + (m - 1) * cosine
+    t = torch.where(divisor.abs() < 1e-6, 0.0, m * cosine / divisor).to(base.dtype)
+    return base + t[:, None] * deltas.mean(1)

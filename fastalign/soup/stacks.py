@@ -1,0 +1,108 @@
+"""Stacks: models put together of runs of other models' layers, as if one file held them; no byte is read for that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastalign.errors import UserError
+from fastalign.soup.checkpoint import Checkpoint, File, Piece, Tensor, open_checkpoint
+from fastalign.soup.compare import LAYER_COUNTS, config_of
+from fastalign.soup.layers import comes_before, layer_counts, layer_of
+
+Model = str | os.PathLike | Sequence[tuple[str | os.PathLike, int, int]]
+
+
+def open_model(model: Model) -> Checkpoint:
+    """A checkpoint, or a stack: (model, first, last) pieces, layers first ... last - 1 of each, from the bottom up.
+
+    The stack's layers are numbered anew. What comes before the layers is the first piece's model's, what comes after them the
+    last one's. Raises as open_checkpoint does, and UserError where a model has no such layers.
+    """
+    if not isinstance(model, list | tuple):
+        return open_checkpoint(model)
+    if not model or not all(isinstance(piece, list | tuple) and len(piece) == 3 for piece in model):
+        raise UserError(f"a stack must be a list of (model, first layer, last layer + 1), got {model!r:.80}")
+    held = {os.fspath(name): open_checkpoint(name) for name, _, _ in model}
+    pieces = []
+    for name, first, last in model:
+        one = held[os.fspath(name)]
+        begin, count = _layers(one)
+        if not (type(first) is int and type(last) is int and 0 <= first < last <= count):
+            raise UserError(f"{one.name}: layers {first} to {last} asked for, it has 0 to {count}")
+        pieces.append((Piece(one, first, last), begin, count))
+    (lowest, begin, count), *others = pieces
+    if not others and (lowest.first, lowest.last) == (0, count):
+        return lowest.model
+    for piece, other, _ in others:
+        if other != begin:
+            raise UserError(
+                f"layers must be called alike, {begin}* in {lowest.model.name}, {other}* in {piece.model.name}"
+            )
+    return _stacked(tuple(piece for piece, _, _ in pieces), begin)
+
+
+def _layers(model: Checkpoint) -> tuple[str, int]:
+    """What the names of its layers begin with, and how many there are."""
+    counts, config = layer_counts(model), config_of(model)
+    told = next((config[key] for key in LAYER_COUNTS if key in config), None)
+    fitting = {begin: count for begin, count in counts.items() if told is None or count == told}
+    if len(fitting) != 1:
+        came = ", ".join(f"{count} named {begin}*" for begin, count in counts.items()) or "none"
+        said = f"its configuration says {told}, " if told is not None else ""
+        raise UserError(f"{model.name}: cannot tell which are its layers: {said}its tensors have {came}")
+    return next(iter(fitting.items()))
+
+
+def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
+    found: dict[Path, tuple[File, dict[str, Tensor]]] = {}
+
+    def take(piece: Piece, name: str, called: str) -> None:
+        file = piece.model.files[piece.model.where[name]]
+        found.setdefault(file.path, (file, {}))[1][called] = piece.model[name]
+
+    alike = pieces[0].model is pieces[-1].model
+
+    def outside(piece: Piece, *, before: bool) -> None:
+        for name in piece.model:
+            layer = layer_of(name)
+            if layer is None and (before if alike else comes_before(name) is before):
+                take(piece, name, name)
+            elif layer is not None and layer.begin != begin:
+                raise UserError(f"{piece.model.name}: {name} lies in no layer {begin}*, stacks have one kind of layers")
+
+    outside(pieces[0], before=True)
+    count = 0
+    for piece in pieces:
+        for name in piece.model:
+            layer = layer_of(name)
+            if layer is not None and piece.first <= layer.number < piece.last:
+                take(piece, name, f"{begin}{count + layer.number - piece.first}{layer.end}")
+        count += piece.last - piece.first
+    outside(pieces[-1], before=False)
+    files = tuple(replace(file, tensors=tensors) for file, tensors in found.values())
+    where = {name: number for number, file in enumerate(files) for name in file.tensors}
+    told = " + ".join(f"{piece.model.name}[{piece.first}:{piece.last}]" for piece in pieces)
+    return Checkpoint(told, pieces[0].model.folder, files, where, pieces)
+
+
+def config_changes(model: Checkpoint) -> Mapping[str, Any]:
+    """What a stack's config.json says other than its first piece's: the number of layers, and lists with an entry for each."""
+    if not model.pieces:
+        return {}
+    configs = [config_of(piece.model) for piece in model.pieces]
+    found: dict[str, Any] = {}
+    for key, value in configs[0].items():
+        if key in LAYER_COUNTS:
+            found[key] = sum(piece.last - piece.first for piece in model.pieces)
+        elif "layer" in key and isinstance(value, list):
+            lists = [config.get(key) for config in configs]
+            lengths = [next((config[one] for one in LAYER_COUNTS if one in config), None) for config in configs]
+            if all(isinstance(held, list) and len(held) == n for held, n in zip(lists, lengths, strict=True)):
+                found[key] = [
+                    x for held, piece in zip(lists, model.pieces, strict=True) for x in held[piece.first : piece.last]
+                ]
+    return found
