@@ -281,7 +281,7 @@ MISTAKES = [
     ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [1, 6]}]}]", "layer_range must have as many layers"),
     ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: 3}]}]", "layer_range of model 0 must be two whole"),
     ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}, {sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]", "as many sources as the first"),
-    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1], parameters: {weight: [{filter: layers.3, value: 1}, {value: 0}]}}]}]", "filters with a layer's number"),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 4], parameters: {weight: [{filter: layers.3, value: 1}, {value: 0}]}}]}]", "filters with a layer's number"),
     ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}], parameters: {normalize: true}}, {sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}], parameters: {normalize: false}}]", "normalize must be the same in all slices"),
     ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]", "passthrough takes one model"),
     ("merge_method: karcher\nmodels: [{model: a}]\ntokenizer: {source: a, tokens: {x: {source: b}}}", "got 'tokens'"),

@@ -66,7 +66,9 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if method == "slerp":
         for run in runs:
             run.order_for_slerp(base)
-    asked = [_Parameters(method, run) for run in runs]
+    asked = [
+        _Parameters(method, run, renumbered=len(runs) > 1 or any(at and at[0] for at in run.ranges)) for run in runs
+    ]
     merged = [[i for i, one in enumerate(run.models) if not (kind.base != "no" and one == base)] for run in runs]
     if len({len(one) for one in merged}) > 1 or (kind.base != "no" and len({base in run.models for run in runs}) > 1):
         raise UserError(
@@ -125,7 +127,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         found["companion"] = "base"
     elif base is not None and any(base in run.models for run in runs):
         found["companion"] = base
-    return found | _tokenizer(recipe, base)
+    return found | _tokenizer(recipe)
 
 
 # ---- models ----
@@ -210,7 +212,7 @@ def _model(value: Any, where: str) -> str:
     return value
 
 
-def _tokenizer(recipe: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Whose tokenizer it is. All vocabularies must be equal here, so that their union is that of each."""
     found: dict[str, Any] = {}
     held = recipe.get("tokenizer")
@@ -234,9 +236,9 @@ def _tokenizer(recipe: Mapping[str, Any], base: str | None) -> dict[str, Any]:
 class _Parameters:
     """Each parameter as mergekit finds it: in a model's own, then the slice's, then the recipe's, then the default."""
 
-    def __init__(self, method: str, run: _Run):
+    def __init__(self, method: str, run: _Run, *, renumbered: bool):
         self.method, self.models, self.scopes = method, run.models, run.scopes
-        self.sliced = run.ranges[0] is not None
+        self.renumbered = renumbered  # a layer has another number in the output than in its model
         defaults = _DEFAULTS[method]
         for scope in (held for one in run.scopes for held in one if held):
             unknown = [name for name in scope if name not in defaults]
@@ -249,8 +251,10 @@ class _Parameters:
         told = f"{name} of {self.models[i]}"
         found = self._setting(name, self.scopes[i], told)
         numbered = next((pattern for pattern, _ in found.rules if _NUMBERED.search(pattern)), None)
-        if self.sliced and numbered:  # mergekit looks for it in the source's names, whose layers have other numbers
-            raise UserError(f"{told}: filters with a layer's number are not read here in slices, got {numbered.strip('*')!r}")
+        if self.renumbered and numbered:  # mergekit looks for it in the source's names
+            raise UserError(
+                f"{told}: filters with a layer's number are not read here in slices, got {numbered.strip('*')!r}"
+            )
         return found
 
     def shared(self, name: str) -> Setting:
