@@ -331,11 +331,11 @@ def large(tmp_path_factory):
 def test_killed_at_any_moment_and_run_again_it_is_the_same():
     """`python tools/kill_soup.py` kills 200."""
     tool = Path(__file__).parent.parent / "tools" / "kill_soup.py"
-    done = subprocess.run([sys.executable, tool, "--kills", "30"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, tool, "--kills", "32"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for seen in found.values():
-        assert seen["killed"] == 15 and len(set(seen["shards"])) >= 3, seen
+        assert seen["killed"] == 8 and len(set(seen["shards"])) >= 3, seen
     assert sum(seen["finished"] for seen in found.values()) >= 2
     assert sum(seen["partial"] for seen in found.values()) >= 3
 

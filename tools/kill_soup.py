@@ -2,8 +2,8 @@
 
     python tools/kill_soup.py [--kills 200] [--seed 0]
 
-Makes two models of 12 MB and a LoRA adapter, and merges them by turns into two soups, and onto the first model with two
-weights. After every SIGKILL each file that has a shard's name must be whole, and no folder may have the output's name unless
+Makes two models of 12 MB and a LoRA adapter, and merges them into two outputs each: by weighted sums, by TIES, as a stack of some
+layers of one upon some of the other, and the adapter onto the first model. After every SIGKILL each file that has a shard's name must be whole, and no folder may have the output's name unless
 all of it is there. A process that never uses its threads forks the merges, so that each starts at once.
 """
 
@@ -33,11 +33,11 @@ def make_models(root: Path) -> None:
 
     for i in range(2):
         torch.manual_seed(i)
-        tensors = {f"l{j}.weight": torch.randn(125, 200) for j in range(120)}
+        tensors = {f"h.{j}.weight": torch.randn(125, 200) for j in range(120)}
         save_file(tensors | {"ids": torch.arange(9)}, root / f"{i}.safetensors")
     draw = torch.Generator().manual_seed(2)
     factors = {
-        f"l{j}": (torch.randn(2, 200, generator=draw), torch.randn(125, 2, generator=draw), False)
+        f"h.{j}": (torch.randn(2, 200, generator=draw), torch.randn(125, 2, generator=draw), False)
         for j in range(0, 120, 2)
     }
     write_adapter(root / "adapter", factors, {}, {"format": "pt"})
@@ -47,6 +47,21 @@ def linear(root: Path, out: Path) -> None:
     from fastalign import soup
 
     soup.merge([root / "0.safetensors", root / "1.safetensors"], ROWS, out, max_shard_size=SHARD, progress=False)
+
+
+def ties(root: Path, out: Path) -> None:
+    from fastalign import soup
+
+    base, tuned = root / "0.safetensors", root / "1.safetensors"
+    options = {"method": "ties", "parameters": {"density": 0.3, "normalize": False}}
+    soup.merge([tuned], [[1.0], [0.5]], out, base=base, max_shard_size=SHARD, progress=False, **options)
+
+
+def stack(root: Path, out: Path) -> None:
+    from fastalign import soup
+
+    pieces = [(root / "0.safetensors", 0, 80), (root / "1.safetensors", 40, 120)]
+    soup.merge([pieces], [[1.0], [0.5]], out, normalize=False, max_shard_size=SHARD, progress=False)
 
 
 def lora(root: Path, out: Path) -> None:
@@ -116,10 +131,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_models(root)
-        half = given.kills // 2
+        kinds = (linear, ties, stack, lora)
         found = {
-            merge.__name__: kill(merge, root, count, draw)
-            for merge, count in ((linear, given.kills - half), (lora, half))
+            merge.__name__: kill(merge, root, given.kills * (i + 1) // len(kinds) - given.kills * i // len(kinds), draw)
+            for i, merge in enumerate(kinds)
         }
     for name, seen in found.items():
         print(

@@ -46,9 +46,12 @@ def _load(path: Path) -> Any:
     if path.stat().st_size > _MOST:
         raise UserError(f"a recipe has at most {_MOST:,} bytes, this file has {path.stat().st_size:,}")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"not YAML ({' '.join(str(error).split())[:120]})") from None
+    if len(found) > 1:
+        raise UserError(f"holds {len(found)} recipes: give each a file of its own, the first merged ones first")
+    return found[0] if found else None
 
 
 def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
