@@ -211,6 +211,16 @@ def test_what_mergekit_leaves_out_it_takes_as_such(models, tmp_path, method, ext
     assert all(torch.equal(found[name], wanted[name]) for name in NAMES)
 
 
+def test_parameters_of_other_methods_are_passed_over(models, tmp_path):
+    listed = 'models: [{model: "{B}", parameters: {density: 0.5}}, {model: "{C}"}]\nparameters: {normalize: true, int8_mask: true}\n'
+    found = run(models, tmp_path, 'name: mine\nmerge_method: model_stock\nbase_model: "{A}"\n' + listed)
+    done = soup.merge(
+        [models / "B.safetensors", models / "C.safetensors"], None, tmp_path / "same", method="model_stock",
+        base=models / "A.safetensors", parameters={"floor": 1e-6}, progress=False,
+    )  # fmt: skip
+    assert all(torch.equal(found[name], x) for name, x in load_file(done.out / "model.safetensors").items())
+
+
 def test_means_on_the_sphere(models, tmp_path):
     listed = "models: [" + ", ".join(f'{{model: "{{{one}}}"}}' for one in "BCD") + "]\n"
     paths = [models / f"{one}.safetensors" for one in "BCD"]

@@ -4,26 +4,27 @@ Where that is not what the papers say: what DARE and DELLA keep is scaled so tha
 element's probability; TIES elects signs and divides with the models' weights, which the paper does not have; breadcrumbs'
 share of small elements follows from density and gamma; Model Stock takes vectors shorter than 1e-3 for less alike than they
 are; SLERP's and other lines over the layers begin again at the final norm and the head. Random numbers are our own, and of
-elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergekit whichever its sort leaves there.
+elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergekit whichever its sort leaves there. All is computed in
+float32 and rounded once; mergekit rounds the models to `dtype` before and works in it, so that in float16 its TIES ranks and elects
+signs otherwise for one element in a thousand.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastalign.errors import UserError
-from fastalign.soup.mappings import entries, known, layer_range, text
+from fastalign.soup.mappings import known, text
+from fastalign.soup.mergekit_models import Run, model_named, runs_of, stack_of
 from fastalign.soup.parameters import METHODS
 from fastalign.soup.settings import Runs, Setting, numbers
 
 _KEYS = {
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template",
+    "chat_template", "name",
 }  # fmt: skip
 # What mergekit takes where a parameter is left out; None: it must be there. DARE and DELLA are rescaled there so that the
 # sum of sizes is as it was, in the papers by each element's probability.
@@ -44,6 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {**_TASKS, "gamma": 0.01},
     "breadcrumbs_ties": {**_TASKS, "gamma": 0.01},
 }
+_PARAMETERS = {name for defaults in _DEFAULTS.values() for name in defaults}
 _MODEL_STOCK_FLOOR = 1e-6
 _NUMBERED = re.compile(r"[.*]\d+[.*]")
 _EACH = ("weight", "density", "epsilon", "gamma")  # that differ from model to model
@@ -58,9 +60,9 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"merge_method must be one of {', '.join(_DEFAULTS)} to be read here, got {reprlib.repr(method)}"
         )
-    base = None if recipe.get("base_model") is None else _model(recipe["base_model"], "base_model")
+    base = None if recipe.get("base_model") is None else model_named(recipe["base_model"], "base_model")
     kind = METHODS["linear" if method == "passthrough" else method]
-    runs = _runs(recipe)
+    runs = runs_of(recipe)
     if base is not None and "models" in recipe:  # where it is not among the models, mergekit adds it
         runs[0].with_base(base)
     if method == "slerp":
@@ -84,7 +86,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return together(lambda one, _: one.shared(name))
 
     def each(name: str) -> list[Setting]:
-        return [together(lambda one, places, i=i: one.of_model(name, places[i])) for i in range(len(merged[0]))]
+        return [together(lambda one, places, i=i: one.ofmodel_named(name, places[i])) for i in range(len(merged[0]))]
 
     def same(name: str, of: Callable[[_Parameters, str], Any]) -> Any:
         found = {of(one, name) for one in asked}
@@ -93,9 +95,9 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return found.pop()
 
     found: dict[str, Any] = {"method": method, "weights": None}
-    found["models"] = [_stack(runs, [places[i] for places in merged]) for i in range(len(merged[0]))]
+    found["models"] = [stack_of(runs, [places[i] for places in merged]) for i in range(len(merged[0]))]
     if kind.base != "no" and base in runs[0].models:
-        found["base"] = _stack(runs, [run.models.index(base) for run in runs])
+        found["base"] = stack_of(runs, [run.models.index(base) for run in runs])
     if method == "slerp":
         t = shared("t")
         found["weights"] = [t.mapped(lambda x: 1 - x), t]
@@ -130,86 +132,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return found | _tokenizer(recipe)
 
 
-# ---- models ----
-
-
-@dataclass
-class _Run:
-    """What is merged into some layers of the output: models, which of their layers (None for all), and for each the
-    parameters that hold for it, the nearest first: its own, its slice's, the whole recipe's."""
-
-    models: list[str]
-    ranges: list[tuple[int, int] | None]
-    scopes: list[list[Any]]
-
-    @property
-    def length(self) -> int:
-        first, last = self.ranges[0] or (0, 0)
-        return last - first
-
-    def with_base(self, base: str) -> None:
-        if base not in self.models:
-            self.models.append(base)
-            self.ranges.append(None)
-            self.scopes.append([None, *self.scopes[0][1:]])
-
-    def order_for_slerp(self, base: str | None) -> None:
-        if len(self.models) != 2 or base not in self.models:
-            raise UserError(f"slerp takes two models, one of them the base_model, got {len(self.models)} and {base}")
-        if self.models[1] == base:
-            for held in (self.models, self.ranges, self.scopes):
-                held.reverse()
-
-
-def _runs(recipe: Mapping[str, Any]) -> list[_Run]:
-    """One for `models`, one for each of `slices`."""
-    if ("models" in recipe) == ("slices" in recipe):
-        raise UserError("the configuration must have either models or slices")
-    outer = recipe.get("parameters")
-    if "models" in recipe:
-        return [_run(entries(recipe, "models"), [outer], sliced=False)]
-    found = []
-    for held in entries(recipe, "slices"):
-        if not isinstance(held, Mapping):
-            raise UserError(f"a slice must be a mapping with sources, got {reprlib.repr(held)}")
-        known(held, {"sources", "parameters"}, "a slice")
-        found.append(_run(entries(held, "sources"), [held.get("parameters"), outer], sliced=True))
-    return found
-
-
-def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> _Run:
-    found = _Run([], [], [])
-    for i, source in enumerate(sources):
-        if not isinstance(source, Mapping):
-            raise UserError(f"model {i} must be a mapping with model, got {reprlib.repr(source)}")
-        known(source, {"model", "parameters", *(["layer_range"] if sliced else [])}, f"model {i}")
-        if "model" not in source:
-            raise UserError(f"model {i} lacks model, the path")
-        found.models.append(_model(source["model"], f"model {i}"))
-        found.ranges.append(layer_range(source.get("layer_range"), f"layer_range of model {i}") if sliced else None)
-        found.scopes.append([source.get("parameters"), *outer])
-    for scope in (held for one in found.scopes for held in one):
-        if not isinstance(scope, Mapping | None):
-            raise UserError(f"parameters must map names to values, got {reprlib.repr(scope)}")
-    if len(set(found.models)) != len(found.models):
-        raise UserError("a model may be there once only")
-    if sliced and len({last - first for first, last in found.ranges}) > 1:
-        raise UserError("layer_range must have as many layers for every model of a slice")
-    return found
-
-
-def _stack(runs: Sequence[_Run], places: Sequence[int]) -> str | list[tuple[str, int, int]]:
-    """The model that is at each slice's place, put together; without layer ranges, the model itself."""
-    held = [(run.models[i], run.ranges[i]) for run, i in zip(runs, places, strict=True)]
-    return held[0][0] if held[0][1] is None else [(model, *layers) for model, layers in held]
-
-
-def _model(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where} must be a path or a name, got {reprlib.repr(value)}")
-    if ("+" in value or "@" in value) and not os.path.exists(os.path.expanduser(value)):
-        raise UserError(f"{where}: adapters (+) and revisions (@) are not read here, got {value!r}")
-    return value
+# ---- tokenizer ----
 
 
 def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +147,7 @@ def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if source is not None:
         if not isinstance(source, str) or not source:
             raise UserError(f"tokenizer_source must be base, union or a model, got {reprlib.repr(source)}")
-        found["tokenizer"] = "companion" if source in ("base", "union") else _model(source, "tokenizer_source")
+        found["tokenizer"] = "companion" if source in ("base", "union") else model_named(source, "tokenizer_source")
     if recipe.get("chat_template") is not None:
         found["chat_template"] = text(recipe, "chat_template", "the configuration")
     return found
@@ -236,18 +159,18 @@ def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
 class _Parameters:
     """Each parameter as mergekit finds it: in a model's own, then the slice's, then the recipe's, then the default."""
 
-    def __init__(self, method: str, run: _Run, *, renumbered: bool):
+    def __init__(self, method: str, run: Run, *, renumbered: bool):
         self.method, self.models, self.scopes = method, run.models, run.scopes
         self.renumbered = renumbered  # a layer has another number in the output than in its model
         defaults = _DEFAULTS[method]
         for scope in (held for one in run.scopes for held in one if held):
-            unknown = [name for name in scope if name not in defaults]
+            unknown = [name for name in scope if name not in _PARAMETERS]  # another method's is passed over, as there
             if unknown:
                 raise UserError(
                     f"{reprlib.repr(unknown[0])} is no parameter of {method}, which takes {', '.join(defaults)}"
                 )
 
-    def of_model(self, name: str, i: int) -> Setting:
+    def ofmodel_named(self, name: str, i: int) -> Setting:
         told = f"{name} of {self.models[i]}"
         found = self._setting(name, self.scopes[i], told)
         numbered = next((pattern for pattern, _ in found.rules if _NUMBERED.search(pattern)), None)
