@@ -62,10 +62,11 @@ def soups(
             for m, name in enumerate(models):
                 for k in np.flatnonzero(rho[:, m] == 1):
                     side = np.where(levels[k, [i, j]] >= middle, 1, -1)
+                    end = levels[k, i], levels[k, j] + side[1] * stderr[k, j]  # beyond the bar, which would cross it
                     axes.annotate(
-                        f"{_short(name, 18)} alone", levels[k, [i, j]], xytext=(8 * side[0], 15 * side[1]), textcoords="offset points",
+                        f"{_short(name, 18)} alone", end, xytext=(20 * side[0], 4 * side[1]), textcoords="offset points",
                         ha="right" if side[0] > 0 else "left", va="bottom" if side[1] > 0 else "top", color=INK, fontsize=9,
-                        zorder=2, path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
+                        zorder=8, path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
                     )  # fmt: skip
             if palette is not None and np.isfinite(palette[[i, j]]).all():
                 axes.plot(
