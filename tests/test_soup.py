@@ -335,7 +335,7 @@ def test_killed_at_any_moment_and_run_again_it_is_the_same():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for seen in found.values():
-        assert seen["killed"] == 8 and len(set(seen["shards"])) >= 3, seen
+        assert seen["killed"] == 8 and len(set(seen["shards"])) >= 2, seen
     assert sum(seen["finished"] for seen in found.values()) >= 2
     assert sum(seen["partial"] for seen in found.values()) >= 3
 

@@ -4,7 +4,7 @@
 
 Builds the engine with -fsanitize=address into a folder of its own (kept for the next time) and runs the files through it in
 a process that has libasan loaded before anything else. What reads as a valid file is mixed in memory and merged with a twin
-of other numbers, by a weighted sum and by one of the other methods in turn; every fourth is cut short between its check and
+of other numbers, by a weighted sum, as a stack, and by one of the other methods in turn; every fourth is cut short between its check and
 its merges. First a call that does read out of bounds must be caught. Needs g++ with libasan (Linux).
 """
 
@@ -51,8 +51,8 @@ def good() -> bytes:
 
     torch.manual_seed(0)
     tensors = {
-        "a.weight": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.randn(40, 33), "ids": torch.arange(4),
-        "none": torch.empty(0, 4), "bytes": torch.arange(5, dtype=torch.uint8),
+        "h.0.a": torch.randn(3, 5), "h.1.b": torch.randn(7).half(), "embed": torch.randn(40, 33), "embed.ids": torch.arange(4),
+        "norm.none": torch.empty(0, 4), "norm.bytes": torch.arange(5, dtype=torch.uint8),
     }  # fmt: skip
     return save(tensors, metadata={"format": "pt"})
 
@@ -152,6 +152,10 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
             plan.make([path, twin], [0.5, 0.5], out / "linear", dtype="float32"),
             plan.make([path, twin], weights, out / method, method=method, base=path if kind.base == "yes" else None, parameters=parameters),
         ]  # fmt: skip
+        try:
+            made.append(plan.make([[(path, 0, 2), (twin, 1, 2), (path, 0, 1)]], [1.0], out / "stack"))
+        except UserError as error:  # its layers may have lost their names
+            told(error)
         if cut:
             os.truncate(path, size - 1 - size // 3)
         for one in made:

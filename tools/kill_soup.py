@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROWS = [[0.5, 0.5], [0.1, 0.9]]
@@ -34,7 +35,7 @@ def make_models(root: Path) -> None:
     for i in range(2):
         torch.manual_seed(i)
         tensors = {f"h.{j}.weight": torch.randn(125, 200) for j in range(120)}
-        save_file(tensors | {"ids": torch.arange(9)}, root / f"{i}.safetensors")
+        save_file(tensors | {"embedded.ids": torch.arange(9)}, root / f"{i}.safetensors")
     draw = torch.Generator().manual_seed(2)
     factors = {
         f"h.{j}": (torch.randn(2, 200, generator=draw), torch.randn(125, 2, generator=draw), False)
@@ -82,6 +83,8 @@ def start(merge, root: Path, out: Path) -> int:
         try:
             merge(root, out)
             status = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return pid
