@@ -15,8 +15,10 @@ STORED = json.loads(Path(__file__).with_name("mergekit_values.json").read_text()
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    names = compare_mergekit.BASE + compare_mergekit.OTHERS
-    return {name: str(compare_mergekit.make_model(root / name, i)) for i, name in enumerate(names)}
+    return {
+        name: str(compare_mergekit.make_model(root / name, i, more=2 * (name == "E")))
+        for i, name in enumerate(compare_mergekit.NAMES)
+    }
 
 
 @pytest.mark.parametrize("name", compare_mergekit.RECIPES)

@@ -180,13 +180,25 @@ def test_companions_that_are_refused(models, tmp_path):
 
     refused("companion must be first, one of the models, or base where there is one, got 'base'", companion="base")
     refused("got 'elsewhere'", companion="elsewhere")
-    refused("tokenizer must be companion or a folder with a tokenizer, got 'union'", tokenizer="union")
+    refused("tokenizer must be companion, union or a folder with a tokenizer, got 'base'", tokenizer="base")
     other = tmp_path / "other"
     shutil.copytree(models[0], other)
     held = json.loads((other / "tokenizer.json").read_text())
     held["added_tokens"].append({**held["added_tokens"][-1], "content": "<new>", "id": len(held["model"]["vocab"])})
     (other / "tokenizer.json").write_text(json.dumps(held))
-    refused("vocabularies that differ are not joined here", tokenizer=str(other))
+    refused("token '<new>' is 320 in", tokenizer=str(other))
+    refused("and absent in", tokenizer=str(other))
+    weights_of = weights(models[1])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # now with a row for the new token
+        weights_of[name] = torch.cat([weights_of[name], torch.ones(1, 32)])
+    save_file(weights_of, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    cut = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "cut", tokenizer="companion", progress=False).out
+    same = soup.merge(models[:2], [0.5, 0.5], tmp_path / "same", progress=False).out
+    assert all(torch.equal(x, weights(same)[name]) for name, x in weights(cut).items())
+    with pytest.raises(UserError, match="and neither joined nor rearranged"):
+        soup.merge([models[0], other], [0.5, 0.5], tmp_path / "no", tokenizer="union", progress=False)
     second = soup.merge(models[:2], [0.5, 0.5], tmp_path / "second", companion=str(models[1]), progress=False)
     assert (second.out / "config.json").is_file()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 LAYERS, TOKENS, ROWS = 4, 48, 56  # of the own recipes' models; rows of embeddings, some beyond the tokens
-BASE, OTHERS = "A", "BCD"
+NAMES = "ABCDE"  # of the models; E has two tokens more
 DRIVER = """
 import json, sys, traceback, yaml
 from mergekit.config import MergeConfiguration
@@ -85,20 +85,22 @@ RECIPES: dict[str, dict] = {
     "tokenizer: union": {"merge_method": "linear", "models": _models("AB", weight=0.5), "tokenizer": {"source": "union"}},
     "tokenizer_source: base": {"merge_method": "ties", "base_model": "A", "tokenizer_source": "base", "models": _models("BC", weight=1, density=0.5)},
     "tokenizer_source: a model": {"merge_method": "slerp", "base_model": "A", "tokenizer_source": "B", "models": _models("AB"), "parameters": {"t": 0.5}},
+    "tokenizer_source: base, of fewer tokens": {"merge_method": "ties", "base_model": "A", "tokenizer_source": "base", "models": _models("BE", weight=1, density=0.5)},
+    "tokenizer: a model's, of fewer tokens": {"merge_method": "linear", "models": _models("EB", weight=0.5), "tokenizer": {"source": "B"}},
     "chat_template: auto": {"merge_method": "karcher", "models": _models("ABC"), "chat_template": "auto"},
     "chat_template: its text": {"merge_method": "linear", "models": _models("AB", weight=0.5), "tokenizer_source": "union", "chat_template": TEMPLATE},
 }  # fmt: skip
 
 
-def make_model(folder: Path, number: int, *, layers: int = LAYERS) -> Path:
+def make_model(folder: Path, number: int, *, layers: int = LAYERS, more: int = 0) -> Path:
     """A small Llama in float32 and a tokenizer of words: model 0's numbers, and others' near them. The same on every machine."""
     from safetensors.numpy import save_file
 
     hidden, inner = 16, 24
     shapes = {
-        "model.embed_tokens.weight": (ROWS, hidden),
+        "model.embed_tokens.weight": (ROWS + more, hidden),
         "model.norm.weight": (hidden,),
-        "lm_head.weight": (ROWS, hidden),
+        "lm_head.weight": (ROWS + more, hidden),
     }
     parts = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden), "self_attn.v_proj": (hidden, hidden),
@@ -120,7 +122,7 @@ def make_model(folder: Path, number: int, *, layers: int = LAYERS) -> Path:
     )
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": ROWS,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": ROWS + more,
         "max_position_embeddings": 64, "tie_word_embeddings": False, "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -130,6 +132,7 @@ def make_model(folder: Path, number: int, *, layers: int = LAYERS) -> Path:
         "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
     }  # fmt: skip
+    words |= {f"new{i}": TOKENS + i for i in range(more)}
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
     template = f"{{{{ messages[0]['content'] }}}} {number // 2}"  # one for two models
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "chat_template": template}
@@ -264,7 +267,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        small = {name: str(make_model(scratch / name, i)) for i, name in enumerate(BASE + OTHERS)}
+        small = {name: str(make_model(scratch / name, i, more=2 * (name == "E"))) for i, name in enumerate(NAMES)}
         deep = [str(make_model(scratch / f"deep{i}", i, layers=40)) for i in range(4)]
         jobs: list[tuple[str, str, dict]] = []
         for name, recipe in RECIPES.items():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fastalign.data.files import atomic_write, read_json, sync, write_json
 from fastalign.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.compare import config_of, models_of, same_vocabulary, tokens_of
+from fastalign.soup.compare import models_of, tokens_of
 from fastalign.soup.dtypes import SIZES, WORDS
 from fastalign.soup.stacks import config_changes
 
@@ -73,41 +73,51 @@ def companions(
             )
     changes = dict(config_changes(chosen if chosen.pieces else models[0]))
     folder = chosen.folder
-    if tokenizer not in (None, "companion"):
+    if tokenizer not in (None, "companion", "union"):
         folder = Path(tokenizer).expanduser()
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise UserError(f"tokenizer must be companion or a folder with a tokenizer, got {tokenizer!r}")
+            raise UserError(f"tokenizer must be companion, union or a folder with a tokenizer, got {tokenizer!r}")
     if tokenizer is not None:
-        changes |= _vocabulary(held, folder)
+        changes |= _vocabulary(held, folder, whole=tokenizer == "union")
     return Companions(chosen.folder, folder, changes, _template(chat_template, held))
 
 
-def _vocabulary(held: Sequence[Checkpoint], folder: Path | None) -> dict[str, int]:
-    """{"vocab_size": tokens} of the tokenizer, where all models have the same one."""
+def _vocabulary(held: Sequence[Checkpoint], folder: Path | None, *, whole: bool) -> dict[str, int]:
+    """{"vocab_size": tokens} of the tokenizer, each of which must have the same number in all models. whole: no model may
+    have others. A model without a tokenizer.json says nothing."""
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise UserError(f"tokenizer needs a tokenizer.json to count its tokens, {folder or 'a bare file'} has none")
-    chosen = Checkpoint(str(folder), folder, (), {})
-    for one in held:
-        same_vocabulary(chosen, one, hint="vocabularies that differ are not joined here")
     tokens = tokens_of(read_json(folder / "tokenizer.json"))
     if set(tokens.values()) != set(range(len(tokens))):
         raise UserError(f"{folder}: its tokenizer's {len(tokens):,} tokens are not numbered 0 to {len(tokens) - 1:,}")
+    for one in held:
+        if one.folder is None or not (one.folder / "tokenizer.json").is_file():
+            continue
+        other = tokens_of(read_json(one.folder / "tokenizer.json"))
+        wrong = next(
+            (token for token in (*tokens, *(other if whole else ())) if tokens.get(token) != other.get(token)), None
+        )
+        if wrong is not None:
+            raise UserError(
+                f"token {wrong!r} is {tokens.get(wrong, 'absent')} in {folder} and {other.get(wrong, 'absent')} in {one.name}: "
+                "embeddings are cut to a tokenizer's tokens, and neither joined nor rearranged"
+            )
     return {"vocab_size": len(tokens)}
 
 
 def cut_vocabulary(model: Checkpoint, rows: int) -> Checkpoint:
     """The model with only the first `rows` rows of its embeddings and head. Raises UserError where they have fewer."""
-    size = config_of(model).get("vocab_size")
     files = []
     for file in model.files:
         tensors = dict(file.tensors)
         for name, tensor in file.tensors.items():
-            if not name.endswith(EMBEDDINGS) or (size is not None and tensor.shape[0] != size):
-                continue
-            if tensor.shape[0] < rows:
-                raise UserError(f"{name} has {tensor.shape[0]:,} rows in {model.name}, the tokenizer {rows:,} tokens")
-            shape = (rows, *tensor.shape[1:])
-            tensors[name] = tensor._replace(shape=shape, nbytes=math.prod(shape) * SIZES[tensor.dtype])
+            if name.endswith(EMBEDDINGS):
+                if not tensor.shape or tensor.shape[0] < rows:
+                    raise UserError(
+                        f"{name} is {list(tensor.shape)} in {model.name}, the tokenizer has {rows:,} tokens"
+                    )
+                shape = (rows, *tensor.shape[1:])
+                tensors[name] = tensor._replace(shape=shape, nbytes=math.prod(shape) * SIZES[tensor.dtype])
         files.append(replace(file, tensors=tensors))
     return replace(model, files=tuple(files))
 

@@ -25,10 +25,11 @@ _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "sp
 _BLOCK = 1 << 22  # bytes of a tensor that are compared at once
 
 
-def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> list[str]:
+def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens: bool = True) -> list[str]:
     """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
 
-    force: let configurations and tokenizers differ; tensors never may.
+    force: let configurations and tokenizers differ; tensors never may. tokens: whether vocabularies must be the same, False
+    where they are known to be alike in as many rows as embeddings have.
     Raises UserError that names the first difference. Reads no weights but those that are not floating-point, and
     those that one checkpoint stores twice and another once.
     """
@@ -47,10 +48,18 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False) -> lis
                 f"{one.name}: its weights are quantised, which cannot be averaged; take the full-precision ones"
             )
     if not force:
-        stacked = any(one.pieces for one in checkpoints)
+        free = set() if tokens else {"vocab_size"}
+        if any(one.pieces for one in checkpoints):  # runs of layers are taken, so that what is said of each may differ
+            free |= {
+                key
+                for config in configs
+                for key, value in config.items()
+                if key in LAYER_COUNTS or ("layer" in key and isinstance(value, list))
+            }
         for other, config in zip(models[1:], configs[1:], strict=True):
-            _same_config(first, configs[0], other, config, stacked=stacked)
-            same_vocabulary(first, other)
+            _same_config(first, configs[0], other, config, free)
+            if tokens:
+                _same_vocabulary(first, other)
     first = checkpoints[0]
     names = _common_names(checkpoints, tied=all(config.get("tie_word_embeddings") for config in configs))
     for name in names:
@@ -134,25 +143,22 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, *, stacked: bool) -> None:
-    """stacked: what is said of each layer may differ, as runs of layers are taken."""
+def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str]) -> None:
+    """free: keys that may differ, beside those that always may."""
     if not mine or not theirs:  # a bare file says nothing
         return
     for key in sorted(
-        (mine.keys() | theirs.keys()) - _FREE, key=lambda key: (key not in ("model_type", "architectures"), key)
+        (mine.keys() | theirs.keys()) - _FREE - free, key=lambda key: (key not in ("model_type", "architectures"), key)
     ):
         # A file of another version of transformers may leave out what the other spells out.
         if key in mine and key in theirs and mine[key] != theirs[key]:
-            if stacked and (key in LAYER_COUNTS or ("layer" in key and isinstance(mine[key], list))):
-                continue
             raise UserError(
                 f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
                 f"{json.dumps(theirs[key])} in {other.name} (force takes the first model's)"
             )
 
 
-def same_vocabulary(first: Checkpoint, other: Checkpoint, hint: str = "force takes the first model's") -> None:
-    """Raises UserError where two folders' tokenizers have different tokens."""
+def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
     if first.folder is None or other.folder is None:
         return
     for file in ("tokenizer.json", *_VOCABULARIES):
@@ -166,7 +172,7 @@ def same_vocabulary(first: Checkpoint, other: Checkpoint, hint: str = "force tak
             told = f": {what}" if file == "tokenizer.json" else ""
             raise UserError(
                 f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
-                f"{told} ({hint})"
+                f"{told} (force takes the first model's)"
             )
 
 

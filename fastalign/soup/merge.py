@@ -74,8 +74,8 @@ def merge(
         parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number}, or
             {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
         companion: whose configuration and tokenizer the outputs get, "first", "base", or a model as it is named in models.
-        tokenizer: "companion", or the folder of another tokenizer of the same tokens: embeddings are cut to its tokens. None
-            leaves embeddings as they are, with the companion's tokenizer.
+        tokenizer: "companion", or the folder of another: embeddings are cut to its tokens, which must have the same numbers in
+            all models; "union" asks that no model has others. None leaves embeddings as they are, with the companion's.
         chat_template: the text of another chat template, or "auto" for the one that most of the models have.
         dtype: to store floating-point tensors in; None keeps the first model's, tensor by tensor.
         normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they sum to 1.

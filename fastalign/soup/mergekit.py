@@ -136,7 +136,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Whose tokenizer it is. All vocabularies must be equal here, so that their union is that of each."""
+    """Whose tokenizer it is. A union is done here where all vocabularies are the same."""
     found: dict[str, Any] = {}
     held = recipe.get("tokenizer")
     if held is not None:
@@ -147,7 +147,9 @@ def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if source is not None:
         if not isinstance(source, str) or not source:
             raise UserError(f"tokenizer_source must be base, union or a model, got {reprlib.repr(source)}")
-        found["tokenizer"] = "companion" if source in ("base", "union") else model_named(source, "tokenizer_source")
+        found["tokenizer"] = {"base": "companion", "union": "union"}.get(source) or model_named(
+            source, "tokenizer_source"
+        )
     if recipe.get("chat_template") is not None:
         found["chat_template"] = text(recipe, "chat_template", "the configuration")
     return found

@@ -129,7 +129,7 @@ def make(
     if tokenizer is not None:
         inputs = tuple(cut_vocabulary(one, along.config["vocab_size"]) for one in inputs)
         opened = inputs[len(inputs) - len(opened) :]
-    names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force)
+    names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force, tokens=tokenizer is None)
     mixed = [name for name in names if opened[0][name].dtype in dtypes.FLOATS]
     rows = methods.Weights(given, len(models), names)
     steps = methods.steps(method, opened, None if base is None else inputs[0], rows, values, normalize, mixed)
