@@ -482,45 +482,6 @@ static void add_tile_of(const Partial<C>& sums, const Tile<C>& tile, C* scores, 
   }
 }
 
-// Adds sum e (1, x) and sum e^2 of a lambda that differs by delta from the one whose e, about `shift`, lie in weights:
-// e^(delta . x) by its series, for |delta . x| <= kNearby.
-constexpr double kNearby = 0x1p-8;
-template <int M>
-static void add_tile_nearby(const Partial<double>& sums, const Tile<double>& tile, const double* weights, double shift,
-                            const double* delta) {
-  if (shift > *sums.shift) {
-    sums.scale(M, rescale(*sums.shift, shift));
-    *sums.shift = shift;
-  }
-  const double* x = tile.column(1);
-  const int64_t width = tile.width;
-  vec<double> squares = {}, first[M + 1] = {}, fixed[M];
-#pragma GCC unroll 8
-  for (int j = 0; j < M; ++j) fixed[j] = splat<double>(delta[j]);
-  for (int64_t i = 0; i < tile.padded; i += lanes<double>) {
-    vec<double> d = {}, values[M];
-#pragma GCC unroll 8
-    for (int j = 0; j < M; ++j) {
-      values[j] = load<double>(x + j * width + i);
-      d += fixed[j] * values[j];
-    }
-    vec<double> q = d * (1.0 / 24) + 1.0 / 6;
-    q = q * d + 0.5;
-    q = q * d + 1.0;
-    const vec<double> before = load<double>(weights + i), e = before + before * d * q;
-    squares += e * e;
-    first[0] += e;
-#pragma GCC unroll 8
-    for (int j = 0; j < M; ++j) first[j + 1] += e * values[j];
-  }
-  store<double>(sums.squares, load<double>(sums.squares) + squares);
-#pragma GCC unroll 9
-  for (int j = 0; j <= M; ++j) {
-    double* at = sums.gram + j * lanes<double>;
-    store<double>(at, load<double>(at) + first[j]);
-  }
-}
-
 template <typename C>
 static void add_tile(const Partial<C>& sums, const Tile<C>& tile, C* scores, const C* lambda, int64_t m, bool second) {
   switch (m) {
