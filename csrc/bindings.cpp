@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -57,13 +59,26 @@ Rows rows_of(const py::tuple& t) {
           t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>()};
 }
 
-// (data, dtype, n, m, row_stride, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py makes it
+// (rewards, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py makes it
 MapInput map_input_of(const py::tuple& t) {
-  const auto number = [&](int i) { return t[i].cast<int64_t>(); };
-  const auto address = [&](int i) { return t[i].cast<uintptr_t>(); };
-  return {ptr(address(0)), dtype_of(t[1].cast<std::string>()), number(2), number(3), number(4),
-          ptr<const double>(address(5)), ptr<const double>(address(6)), ptr<const int64_t>(address(7)),
-          ptr<const int64_t>(address(8)), number(9)};
+  const auto rewards = py::reinterpret_borrow<py::array>(t[0]);
+  const DType dtype = rewards.itemsize() == 4 ? DType::float32 : DType::float64;
+  return {rewards.data(), dtype, int64_t(rewards.shape(0)), int64_t(rewards.shape(1)), int64_t(rewards.strides(0) / rewards.itemsize()),
+          data_of<double>(t[1]), data_of<double>(t[2]), data_of<int64_t>(t[3]), data_of<int64_t>(t[4]), t[5].cast<int64_t>()};
+}
+
+// Whether a - ridge I has a Cholesky factor, for the lower half of a (m, m): numpy's own takes as long as a whole solve.
+bool is_positive_definite(const double* a, int64_t m, double ridge) {
+  std::vector<double> l(size_t(m * m));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double s = a[i * m + j] - (i == j ? ridge : 0.0);
+      for (int64_t k = 0; k < j; ++k) s -= l[i * m + k] * l[j * m + k];
+      if (i == j && !(s > 0)) return false;
+      l[i * m + j] = i == j ? std::sqrt(s) : s / l[j * m + j];
+    }
+  }
+  return true;
 }
 
 HeadTile head_tile_of(const py::tuple& t) {
@@ -190,10 +205,17 @@ PYBIND11_MODULE(_C, m) {
     FASTALIGN_CALL(head_backward, in, ptr(logits), ptr(bias), ptr(rows), rows_stride, filter, ptr<bool>(kept), threads);
   });
 
-  m.def("map_statistics", [](uintptr_t out, const py::tuple& rewards, uintptr_t lambda, int64_t count, int threads) {
+  m.def("map_statistics", [](const py::object& out, const py::tuple& rewards, const py::array& lambda, int threads) {
     const MapInput in = map_input_of(rewards);
+    double* const moments = data_of<double>(out);
+    const double* const at = data_of<double>(lambda);
+    const int64_t count = lambda.shape(0);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(map_statistics, ptr<double>(out), in, ptr<const double>(lambda), count, threads);
+    FASTALIGN_CALL(map_statistics, moments, in, at, count, threads);
+  });
+
+  m.def("is_positive_definite", [](const py::array_t<double, py::array::c_style | py::array::forcecast>& a, double ridge) {
+    return is_positive_definite(a.data(), a.shape(0), ridge);
   });
 
   // points: (mu, value, gradient, hessian, top, ess); problem: (scale, offset, lower, upper, start, constant, skip): numpy

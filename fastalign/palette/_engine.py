@@ -46,4 +46,6 @@ def minimise(problem, points: Points, start: np.ndarray | None, skip: np.ndarray
     backend.engine.map_newton(
         state, passes, certificate, certified, run.description, told, run.log_norm, problem.tol, keep, threads()
     )
+    if not certified.any():
+        return passes, [None] * count
     return passes, [certificate[k] if yes else None for k, yes in enumerate(certified.tolist())]

@@ -39,7 +39,7 @@ def as_palettes(palette, m: int) -> np.ndarray:
         raise UserError(f"palette must have one level for each of the {m} rewards, got {got}")
     if not np.isfinite(palettes).all():
         raise UserError(f"palette must be finite, got {palettes[~np.isfinite(palettes)][0]}")
-    return np.atleast_2d(palettes)
+    return palettes.reshape(-1, m)
 
 
 def as_sign(sense, m: int) -> np.ndarray:

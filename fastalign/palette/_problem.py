@@ -32,7 +32,7 @@ class Problem:
         begin = guess is not None and not self.in_engine
         first = run(np.vstack([np.zeros((1, m)), guess]) if begin else np.zeros((1, m)))
         self.mean, cov = first.mean[0], first.cov[0]
-        if not (np.isfinite(self.mean).all() and np.isfinite(cov).all()):
+        if not isfinite(float(cov.sum())) and not np.isfinite(cov).all():  # a NaN or infinity in any row is one here
             run.reject_nonfinite()
         deviation = np.sqrt(np.maximum(cov.diagonal(), 0))
         size = np.maximum(run.size, np.abs(run.center + self.mean))
@@ -43,7 +43,9 @@ class Problem:
         if self.any_constant:
             self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
         self.offset = run.center - palettes
-        bound = np.where(self.constant, 0.0, lam_max * self.scale)
+        bound = lam_max * self.scale
+        if self.any_constant:
+            bound = np.where(self.constant, 0.0, bound)
         self.lower, self.upper = np.where(sign > 0, 0.0, -bound), np.where(sign < 0, 0.0, bound)
         self.short = np.zeros(count, dtype=bool)
         if self.any_constant:
@@ -52,8 +54,9 @@ class Problem:
             self.short = (self.constant & (miss > 4 * run.eps + tol)).any(axis=1)
         self.reachable = Reachable(run, self.scale, sign)
         self.points = self.view(slice(None), np.zeros((count, m)), first, slice(0, 1))
-        self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
-        self.points.ess = np.repeat(self.points.ess, count)
+        if count > 1:
+            self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
+            self.points.ess = np.repeat(self.points.ess, count)
         self.spread = self.points.hessian[0].copy()  # the covariance under p0, in units of σ
         self.guess = guess
         if begin:
@@ -69,7 +72,7 @@ class Problem:
     def view(self, ks: np.ndarray, mu: np.ndarray, stats, rows=slice(None)) -> Points:
         """The duals of the palettes `ks` at μ (K, m), from the rows `rows` of a pass's statistics."""
         offset, mean = self.offset[ks], stats.mean[rows]
-        shift = np.einsum("kj,kj->k", mu / self.scale, offset)
+        shift = _dots(mu / self.scale, offset)
         gradient = (mean + offset) / self.scale
         if self.any_constant:
             gradient[:, self.constant] = 0.0
@@ -143,7 +146,7 @@ class Problem:
         if isfinite(self.lam_max):  # else no residual could hide what is missing
             reached &= (self.miss(points.gradient) <= self.tol).all(axis=1)
         feasible, beyond = reached.copy(), {"nearest": {}, "certificate": {}, "scaling": {}}
-        for k in np.flatnonzero(~reached):
+        for k in () if reached.all() else np.flatnonzero(~reached):
             palette = self.palettes[k]
             known = None if self.certificates[k] is None else self.certificates[k] / self.scale
             nearest, certificate, distance = self.reachable.nearest(palette, known)
@@ -169,15 +172,14 @@ class Problem:
         levels = points.gradient * self.scale + self.palettes
         if self.any_constant:
             levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
-        gap = np.einsum("kj,kj->k", points.mu, points.gradient)
+        gap = _dots(points.mu, points.gradient)
         found = {
             "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - points.value), "ess": points.ess.copy(),
             "kkt_residual": left, "duality_gap": gap,
         }  # fmt: skip
         for x in () if solved.all() else found.values():  # the dual has no minimum
             x[~solved] = np.nan
-        binding = (lam != 0).sum(axis=1)
-        flagged = feasible & (binding > 0) & self._thin(points.ess, binding)
+        flagged = feasible & self._thin(points.ess, lam)
         found |= {"feasible": feasible, "iterations": self.passes, "nearly_infeasible": flagged, "unique": unique}
         for name, rows in beyond.items():
             found[name] = None
@@ -186,10 +188,19 @@ class Problem:
                 found[name][list(rows)] = list(rows.values())
         return found
 
-    def _thin(self, ess: np.ndarray, binding: np.ndarray) -> np.ndarray:
-        groups = self.run.group_count
-        enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), self.run.rows / 2)
-        return (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
+    def _thin(self, ess: np.ndarray, lam: np.ndarray) -> np.ndarray:
+        """(K,) whether too few samples are left for the values that bind, if any do."""
+        groups, per_value = self.run.group_count, ENOUGH_PER_VALUE
+        if not groups and (ess >= per_value * (1 + lam.shape[1])).all():  # enough for any
+            return np.zeros(len(ess), dtype=bool)
+        binding = (lam != 0).sum(axis=1)
+        enough = np.minimum(per_value * (1 + binding), self.run.rows / 2)
+        thin = (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
+        return thin & (binding > 0)
+
+
+def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a[:, None] @ b[:, :, None])[:, 0, 0]  # half the time of einsum for one row
 
 
 def starts(problem: Problem) -> np.ndarray | None:

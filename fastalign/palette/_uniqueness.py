@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastalign import backend
 from fastalign.palette._newton import Point
 
 FLAT = 1e-13  # of the correlations' eigenvalues; what lies below is rounding
@@ -14,16 +15,14 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
 
     hessian: (m, m) the rewards' covariance under p0 in units of σ: its null space is what leaves μ open.
     """
-    moving = np.flatnonzero(~constant)
+    moving = np.flatnonzero(~constant) if constant.any() else range(len(constant))
     if len(moving) < 2:
         return None
     hessian = hessian if len(moving) == len(constant) else hessian[np.ix_(moving, moving)]
     least = FLAT * len(moving)
-    try:  # the usual case, in half the time: nothing is flat
-        np.linalg.cholesky(hessian - 2 * least * np.eye(len(moving)))
-        return None
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(hessian)
+    if backend.engine is not None and backend.engine.is_positive_definite(hessian, 2 * least):
+        return None  # the usual case: nothing is flat
+    values, vectors = np.linalg.eigh(hessian)
     steep = values > least
     return None if steep.all() else vectors[:, steep].T
 
