@@ -65,7 +65,7 @@ class MapPass:
     """
 
     def __init__(self, rewards: np.ndarray, *, center=None, log_weights=None, groups=None):
-        n, m = rewards.shape
+        _, m = rewards.shape
         self.rewards, self.log_weights, self.groups = rewards, log_weights, groups
         self.center = np.zeros(m) if center is None else np.ascontiguousarray(center, dtype=np.float64)
         self.order, self.offsets = (None, None) if groups is None else rows_by_group(groups)
