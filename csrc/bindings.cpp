@@ -4,12 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <cstdint>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,6 +17,7 @@
 #include "layer.h"
 #include "linear_logprobs.h"
 #include "map_newton.h"
+#include "map_small.h"
 #include "map_statistics.h"
 #include "own_attention.h"
 #include "resample.h"
@@ -65,20 +64,6 @@ MapInput map_input_of(const py::tuple& t) {
   const DType dtype = rewards.itemsize() == 4 ? DType::float32 : DType::float64;
   return {rewards.data(), dtype, int64_t(rewards.shape(0)), int64_t(rewards.shape(1)), int64_t(rewards.strides(0) / rewards.itemsize()),
           data_of<double>(t[1]), data_of<double>(t[2]), data_of<int64_t>(t[3]), data_of<int64_t>(t[4]), t[5].cast<int64_t>()};
-}
-
-// Whether a - ridge I has a Cholesky factor, for the lower half of a (m, m): numpy's own takes as long as a whole solve.
-bool is_positive_definite(const double* a, int64_t m, double ridge) {
-  std::vector<double> l(size_t(m * m));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      double s = a[i * m + j] - (i == j ? ridge : 0.0);
-      for (int64_t k = 0; k < j; ++k) s -= l[i * m + k] * l[j * m + k];
-      if (i == j && !(s > 0)) return false;
-      l[i * m + j] = i == j ? std::sqrt(s) : s / l[j * m + j];
-    }
-  }
-  return true;
 }
 
 HeadTile head_tile_of(const py::tuple& t) {
@@ -215,7 +200,22 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("is_positive_definite", [](const py::array_t<double, py::array::c_style | py::array::forcecast>& a, double ridge) {
-    return is_positive_definite(a.data(), a.shape(0), ridge);
+    return FASTALIGN_CALL(is_positive_definite, a.data(), int64_t(a.shape(0)), ridge);
+  });
+
+  // out: lambda, levels (m), KL, effective sample size, residual, gap. Returns how often the rows were read; 0: not for here.
+  m.def("map_small", [](const py::array& out, const py::array& rewards, const py::array& palette, const py::array& sign,
+                        double log_norm, double tol, double flat) {
+    const MapInput in = map_input_of(py::make_tuple(rewards, py::none(), py::none(), py::none(), py::none(), 0));
+    double *const to = data_of<double>(out), *const scalars = to + 2 * in.m;
+    if (in.m > kMostValues || out.size() != 2 * in.m + 4 || palette.size() != in.m || sign.size() != in.m) {
+      throw std::invalid_argument("map_small takes at most 64 values, and a palette and signs of as many");
+    }
+    int64_t passes = 0;
+    const MapAnswer answer = {to, to + in.m, scalars, scalars + 1, scalars + 2, scalars + 3, &passes};
+    const double *const asked = data_of<double>(palette), *const signs = data_of<double>(sign);
+    py::gil_scoped_release release;
+    return FASTALIGN_CALL(map_small, answer, in, asked, signs, log_norm, tol, flat) ? passes : int64_t(0);
   });
 
   // points: (mu, value, gradient, hessian, top, ess); problem: (scale, offset, lower, upper, start, constant, skip): numpy

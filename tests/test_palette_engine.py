@@ -13,7 +13,7 @@ from palette_problems import random_problem
 from test_palette import samples
 
 from fastalign import use_backend
-from fastalign.palette import _engine, quantile_palette, solve
+from fastalign.palette import _engine, _small, quantile_palette, solve
 from fastalign.palette._setup import pass_over
 
 
@@ -24,6 +24,7 @@ def in_python(monkeypatch):
     def call(*arguments, **options):
         with monkeypatch.context() as patched:
             patched.setattr(_engine, "serves", lambda run, count: False)
+            patched.setattr(_small, "keeps", lambda n, m: False)
             return solve(*arguments, **options)
 
     return call
@@ -124,6 +125,7 @@ def test_every_instruction_set():
         "    x = np.random.default_rng(m).normal(size=(1003, m)).astype(np.float32); c = quantile_palette(x, 0.55)\n"
         "    serves = _engine.serves; found = solve(x, np.stack([c, 0.9 * c])); _engine.serves = lambda *_: False\n"
         "    want = solve(x, np.stack([c, 0.9 * c])); _engine.serves = serves\n"
+        "    np.testing.assert_allclose(solve(x, c).lam, want.lam[0], rtol=1e-8)\n"
         "    np.testing.assert_allclose(found.lam, want.lam, rtol=1e-8); assert found.kkt_residual.max() <= 1e-9\n"
         "from fastalign import _C; print(_C.active_isa())"
     )
@@ -133,6 +135,38 @@ def test_every_instruction_set():
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == isa
+
+
+@pytest.mark.parametrize("m", [1, 2, 6, 20, 64])
+@pytest.mark.parametrize("sense", [">=", "<=", "=="])
+def test_a_small_solve_is_the_long_one(monkeypatch, m, sense):
+    rewards = samples(2000, m, 2).astype(np.float32)
+    palette = rewards.mean(axis=0) + {">=": 0.2, "<=": -0.2, "==": 0.01}[sense] * rewards.std(axis=0) * (
+        np.arange(m) < 3
+    )
+    found = solve(torch.from_numpy(rewards), palette, sense=sense)
+    assert _small.solve_small(rewards, palette, sense, 1e-9) is not None
+    monkeypatch.setattr(_small, "keeps", lambda n, m: False)
+    expected = solve(rewards, palette, sense=sense)
+    for field in dataclasses.fields(found):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        assert type(ours) is type(theirs), field.name
+        if ours is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-9, err_msg=field.name)
+
+
+def test_what_is_out_of_the_ordinary_goes_the_long_way():
+    rewards = samples(300, 3, 2).astype(np.float32)
+    level = rewards.mean(axis=0)
+    assert _small.solve_small(rewards, level + 100, ">=", 1e-9) is None  # out of reach
+    assert _small.solve_small(rewards, level[None], ">=", 1e-9) is None
+    assert _small.solve_small(np.vstack([rewards, [[np.nan] * 3]]), level, ">=", 1e-9) is None
+    assert (
+        _small.solve_small(np.hstack([rewards, rewards[:, :1]]), [*level, level[0]], ">=", 1e-9) is None
+    )  # twice the same
+    assert _small.solve_small(np.hstack([rewards, np.ones((300, 1))]), [*level, 1.0], ">=", 1e-9) is None  # constant
+    with use_backend("reference"):
+        assert _small.solve_small(rewards, level, ">=", 1e-9) is None
 
 
 def test_what_the_engine_serves():

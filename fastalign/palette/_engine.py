@@ -22,11 +22,12 @@ def serves(run, count: int) -> bool:
     """Whether the engine solves `count` palettes over this pass's rewards by itself."""
     if not (isinstance(run, ArrayPass) and run.on_engine and run.groups is None and len(run.center) <= MOST_VALUES):
         return False
-    return count == 1 or _column_bytes(run) <= KEPT_FOR_MANY
+    return count == 1 or keeps(run.rows, len(run.center), KEPT_FOR_MANY)
 
 
-def _column_bytes(run: ArrayPass) -> int:
-    return 12 * run.rows * (len(run.center) + 2)
+def keeps(n: int, m: int, most: int = KEPT) -> bool:
+    """Whether so many rewards' columns are kept in memory for a solve."""
+    return 12 * n * (m + 2) <= most
 
 
 def minimise(problem, points: Points, start: np.ndarray | None, skip: np.ndarray):
@@ -42,7 +43,7 @@ def minimise(problem, points: Points, start: np.ndarray | None, skip: np.ndarray
     start = None if start is None else np.ascontiguousarray(start)
     told = (problem.scale, problem.offset, problem.lower, problem.upper, start, problem.constant, skip)
     state = (points.mu, points.value, points.gradient, points.hessian, points.top, points.ess)
-    keep = count > 1 or _column_bytes(run) <= KEPT
+    keep = count > 1 or keeps(run.rows, m)
     backend.engine.map_newton(
         state, passes, certificate, certified, run.description, told, run.log_norm, problem.tol, keep, threads()
     )

@@ -179,7 +179,7 @@ class Problem:
         }  # fmt: skip
         for x in () if solved.all() else found.values():  # the dual has no minimum
             x[~solved] = np.nan
-        flagged = feasible & self._thin(points.ess, lam)
+        flagged = feasible & too_thin(points.ess, lam, self.run.rows, self.run.group_count)
         found |= {"feasible": feasible, "iterations": self.passes, "nearly_infeasible": flagged, "unique": unique}
         for name, rows in beyond.items():
             found[name] = None
@@ -188,15 +188,15 @@ class Problem:
                 found[name][list(rows)] = list(rows.values())
         return found
 
-    def _thin(self, ess: np.ndarray, lam: np.ndarray) -> np.ndarray:
-        """(K,) whether too few samples are left for the values that bind, if any do."""
-        groups, per_value = self.run.group_count, ENOUGH_PER_VALUE
-        if not groups and (ess >= per_value * (1 + lam.shape[1])).all():  # enough for any
-            return np.zeros(len(ess), dtype=bool)
-        binding = (lam != 0).sum(axis=1)
-        enough = np.minimum(per_value * (1 + binding), self.run.rows / 2)
-        thin = (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
-        return thin & (binding > 0)
+
+def too_thin(ess, lam: np.ndarray, rows: int, groups: int):
+    """Whether too few samples are left for the values that bind, if any do: ess (...,) of lam (..., m)."""
+    if not groups and np.all(ess >= ENOUGH_PER_VALUE * (1 + lam.shape[-1])):  # enough for any
+        return np.zeros(lam.shape[:-1], dtype=bool)[()]
+    binding = (lam != 0).sum(axis=-1)
+    enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), rows / 2)
+    thin = (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
+    return thin & (binding > 0)
 
 
 def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -10,6 +10,11 @@ from fastalign.palette._newton import Point
 FLAT = 1e-13  # of the correlations' eigenvalues; what lies below is rounding
 
 
+def ridge(m: int) -> float:
+    """A covariance of m values in units of σ that is positive definite even without so much has no flat direction."""
+    return 2 * FLAT * m
+
+
 def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | None:
     """An orthonormal basis (r, k) of the combinations of the k rewards that do vary; None where all k of them do.
 
@@ -19,11 +24,10 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
     if len(moving) < 2:
         return None
     hessian = hessian if len(moving) == len(constant) else hessian[np.ix_(moving, moving)]
-    least = FLAT * len(moving)
-    if backend.engine is not None and backend.engine.is_positive_definite(hessian, 2 * least):
+    if backend.engine is not None and backend.engine.is_positive_definite(hessian, ridge(len(moving))):
         return None  # the usual case: nothing is flat
     values, vectors = np.linalg.eigh(hessian)
-    steep = values > least
+    steep = values > FLAT * len(moving)
     return None if steep.all() else vectors[:, steep].T
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from fastalign.palette._problem import Problem, starts
 from fastalign.palette._setup import set_up
+from fastalign.palette._small import solve_small
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ def solve(
     Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights
     that are negative or sum to nothing (in any group).
     """
+    if groups is None and weights is None and lam_max is None and process_group is None:
+        found = solve_small(rewards, palette, sense, tol)
+        if found is not None:
+            return PaletteSolution(**found)
     run, palettes, sign = set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group)
     problem = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max, starts)
     problem.minimise()
