@@ -228,7 +228,8 @@ struct Solver : Dual {
         ++polished;
       }
       cut(s, size, desk);
-      const How how = left * left <= tol ? How::slope : borrowed ? How::cheap : How::curved;
+      // Where it is flat, what is left to gain lies below a float's digits.
+      const How how = polished > 0 ? How::exact : left * left <= tol ? How::slope : borrowed ? How::cheap : How::curved;
       double t = 1;
       bool taken = false;
       for (int tries = 0; tries < kLineSearch; ++tries) {
