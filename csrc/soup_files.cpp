@@ -20,9 +20,10 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
     const SoupSegment& of = segments[s];
     const int64_t bytes = input_room(of, chunk) + int64_t(of.out_files.size()) * aligned(chunk * size_of(out_type));
     room = bytes > room ? bytes : room;
-    for (int64_t first = 0; first < of.n; first += chunk) {
-      pieces.push_back({s, first, of.n - first < chunk ? of.n - first : chunk});
-    }
+    int64_t first = before_page(of, out_type);
+    first = first < chunk ? first : 0;
+    if (first > 0) pieces.push_back({s, 0, first});
+    for (; first < of.n; first += chunk) pieces.push_back({s, first, of.n - first < chunk ? of.n - first : chunk});
     read_ahead(of);
   }
   SoupFailure failure;

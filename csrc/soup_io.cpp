@@ -37,6 +37,12 @@ char* line_in(const std::unique_ptr<char[]>& memory) {
   return reinterpret_cast<char*>(aligned(int64_t(reinterpret_cast<uintptr_t>(memory.get()))));
 }
 
+int64_t before_page(const SoupSegment& of, SoupType out_type) {
+  if (of.out_offsets.empty()) return 0;
+  const int64_t size = size_of(out_type), left = -of.out_offsets[0] & 4095;
+  return left % size == 0 && left / size < of.n ? left / size : 0;
+}
+
 SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegment& of, int segment, int64_t first, int64_t n) {
   const int64_t size = size_of(out_type);
   for (int k = 0; k < int(of.out_files.size()); ++k) {

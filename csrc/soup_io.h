@@ -34,6 +34,10 @@ int64_t input_room(const SoupSegment& of, int64_t chunk);
 SoupFailure read_inputs(const void** ins, char* room, const SoupSegment& of, int segment, int64_t first, int64_t n,
                         int64_t chunk);
 
+// Elements before the first page's boundary in the outputs, where that can be met: a page that two chunks write is written
+// by one after the other.
+int64_t before_page(const SoupSegment& of, SoupType out_type);
+
 // n elements of every output, from `first` on.
 SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegment& of, int segment, int64_t first, int64_t n);
 

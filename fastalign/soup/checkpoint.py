@@ -291,13 +291,13 @@ class Shard:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
-        """Length and header, padded so that the body begins at a multiple of 8."""
+        """Length and header, padded so that the body begins with a page of the file."""
         held: dict[str, Any] = {"__metadata__": dict(metadata)}
         for name, tensor in self.tensors.items():
             offsets = [tensor.offset, tensor.offset + tensor.nbytes]
             held[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         text = json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(len(text) + 8) % 4096)
         if len(text) > MAX_HEADER:
             raise UserError(f"{self.file}: its header would take {len(text):,} bytes, the format allows {MAX_HEADER:,}")
         return struct.pack("<Q", len(text)) + text

@@ -14,6 +14,7 @@ from fastalign.soup.tasks import KEEPS, Tasks
 
 CACHE_BYTES = 1 << 20  # of a thread's chunks of all inputs and outputs: about a core's second-level cache
 LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 16  # elements
+PAGE = 4096
 
 
 class Segment(NamedTuple):
@@ -41,9 +42,10 @@ class StreamError(OSError):
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
     """Elements a chunk, from the bytes one element takes in all inputs and outputs together; 0 where the limit is too low."""
-    chunk = max(LEAST_CHUNK, min(MOST_CHUNK, CACHE_BYTES // widths // 64 * 64))
-    allowed = memory_limit // (threads * widths) // 64 * 64
-    return min(chunk, allowed)
+    chunk = max(LEAST_CHUNK, min(MOST_CHUNK, CACHE_BYTES // widths // PAGE * PAGE))
+    allowed = memory_limit // (threads * widths)
+    step = PAGE if allowed >= PAGE else 64  # whole pages of every output, whatever its type
+    return min(chunk, allowed // step * step)
 
 
 def allocate(file: int, nbytes: int) -> None:
