@@ -57,6 +57,15 @@ def cases() -> Iterator:
             peers = {MERGEKIT: lambda run=run: run(MERGEKIT, theirs)} if theirs else {}
             rounds = 1 if len(rows) > 1 else 3
             yield Case(name, ours, peers, {MERGEKIT: bar} if theirs else {}, rounds=rounds, note=note, apart=True)
+        peers = {MERGEKIT: lambda: _command(theirs, models(), Path(folder))} if theirs else {}
+        yield Case(
+            "linear, 3 models, the whole command",
+            lambda: _command(sys.executable, models(), Path(folder)),
+            peers,
+            {MERGEKIT: 25.0} if theirs else {},
+            rounds=3,
+            apart=True,
+        )
 
 
 def _models(root: Path) -> list[str]:
@@ -97,6 +106,34 @@ def _apart(python: str, kind: str, job: list) -> tuple[float, float]:
     if worker.returncode:
         raise RuntimeError(errors[-2000:])
     return float(out.split()[-1]), (peak - before) / 1024
+
+
+def _command(python: str, models: list[str], folder: Path):
+    """One linear soup as it is run in a shell: by mergekit-yaml with its fastest options, or by fastalign soup."""
+    from fastalign.bench.common import Apart
+
+    out = folder / "command"
+    shutil.rmtree(out, ignore_errors=True)
+    if python == sys.executable:
+        command = [python, "-m", "fastalign", "soup", *models, "--weights", ",".join(map(str, RHO)), "--out", str(out)]
+    else:
+        held = [{"model": model, "parameters": {"weight": weight}} for model, weight in zip(models, RHO, strict=True)]
+        recipe = folder / "recipe.yaml"  # JSON is YAML
+        recipe.write_text(
+            json.dumps({"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16", "models": held})
+        )
+        options = ["--quiet", "--lazy-unpickle", "--async-write", "--write-threads", "2", "--no-write-model-card"]
+        command = [str(Path(python).with_name("mergekit-yaml")), str(recipe), str(out), *options]
+    os.sync()
+    began, peak = time.perf_counter(), 0
+    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while worker.poll() is None:
+        peak = max(peak, _anonymous_kb(worker.pid))
+        time.sleep(0.005)
+    seconds = time.perf_counter() - began
+    if worker.returncode:
+        raise RuntimeError(worker.communicate()[1][-2000:])
+    return Apart(seconds, peak / 1024)
 
 
 def _anonymous_kb(pid: int) -> int:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 _BATCH = 64_000_000  # bytes moved between two steps of the progress bar
+# A merge that writes more leaves no pages behind in the cache: new memory for all of them can take longer than the disk.
+_KEPT = 1 << 30
 
 
 def write_shard(
@@ -56,6 +58,8 @@ def write_shard(
                     path = _which(error, segments, partial, outs, files)
                     raise OSError(error.errno or 5, error.strerror, str(path)) from None
                 moved(moved_by)
+                if plan.written_bytes > _KEPT:
+                    _let_go(outs)
             for name, tensor in shard.tensors.items():
                 if name in plan.blocks_of:
                     at = tensor.offset
@@ -80,6 +84,13 @@ def write_shard(
         for path in partial:
             path.unlink(missing_ok=True)
         raise
+
+
+def _let_go(outs: Sequence[int]) -> None:
+    """Pages that have reached the disk may leave the cache."""
+    if hasattr(os, "posix_fadvise"):
+        for out in outs:
+            os.posix_fadvise(out, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _work(

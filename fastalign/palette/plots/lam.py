@@ -12,6 +12,7 @@ from fastalign.palette.plots._style import (
     ASKED,
     BEFORE,
     MUTED,
+    PAPER,
     PREDICTED,
     REALISED,
     SERIES,
@@ -28,6 +29,7 @@ from fastalign.palette.plots.fronts import DOTS_AS_IMAGE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_HOLLOW = dict(markerfacecolor=PAPER, markeredgecolor=ASKED, markeredgewidth=1.2)
 _FRONT = dict(marker="o", color=PREDICTED, markersize=5.5, markerfacecolor="none", markeredgewidth=1.2)
 
 
@@ -37,7 +39,7 @@ def region(
 ) -> Figure:  # fmt: skip
     """Random λ (T, m), in units of 1/σ, two values at a time: the desirable ones (T,) strong, above the others.
 
-    chosen: λ (m,) by name, such as palettes' answers; those beyond the axes are left out.
+    chosen: λ (m,) by name, such as palettes' answers; those beyond the axes are marked, hollow, where they leave them.
     """
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
@@ -45,7 +47,7 @@ def region(
     share = f"{desirable.mean():.0%}" if desirable.mean() >= 0.1 else f"{desirable.mean():.1%}"
     with _figure(size * columns, size * 0.95 * rows + 0.6) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
-        edge = float(lam.max()) * 1.04
+        edge, left_out = float(lam.max()) * 1.04, False
         for axes, (i, j) in zip(grid.flat, shown, strict=False):
             for which, color, alpha, order in ((~desirable, BEFORE, 0.3, 1), (desirable, REALISED, 0.75, 2)):
                 axes.plot(
@@ -53,8 +55,10 @@ def region(
                     zorder=order, rasterized=len(lam) * len(shown) > DOTS_AS_IMAGE,
                 )  # fmt: skip
             for at in (chosen or {}).values():
-                if max(at[i], at[j]) < edge:
-                    axes.plot(at[i], at[j], linestyle="none", zorder=3, **_MARKERS["asked for"])
+                beyond = max(at[i], at[j]) >= edge
+                look = _MARKERS["asked for"] | (_HOLLOW if beyond else {})
+                axes.plot(min(at[i], edge), min(at[j], edge), linestyle="none", clip_on=False, zorder=3, **look)
+                left_out |= beyond
             axes.set_xlim(-0.03 * edge, edge)
             axes.set_ylim(-0.03 * edge, edge)
             axes.set_xlabel("λ·σ of " + _short(values[i], 24))
@@ -68,6 +72,8 @@ def region(
         ]
         if chosen:
             handles.append(_handle("asked for", "palettes"))
+        if left_out:
+            handles.append(_points("palettes beyond the axes", "X", ASKED, 9.5, **_HOLLOW))
         _legend(figure, handles)
     return figure
 
