@@ -317,6 +317,27 @@ def test_little_memory_gives_the_same(models, tmp_path):
     assert files(a) == files(b)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such call")
+def test_much_output_leaves_no_pages_behind_and_little_does(models, tmp_path, monkeypatch):
+    from fastalign.soup import shard
+
+    told, advise = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *what: (told.append(what), advise(*what)))
+    soup.merge(models, RHO, tmp_path / "little")
+    assert not told
+    monkeypatch.setattr(shard, "_KEPT", 0)
+    soup.merge(models, RHO, tmp_path / "much")
+    assert {what[3] for what in told} == {os.POSIX_FADV_DONTNEED}
+    little, much = files(tmp_path / "little"), files(tmp_path / "much")
+    assert little.keys() == much.keys() and little["model.safetensors"] == much["model.safetensors"]
+
+
+def test_a_body_begins_with_a_page_of_the_file(models, tmp_path):
+    soup.merge(models, RHO, tmp_path / "out")
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (8 + int.from_bytes(data[:8], "little")) % 4096 == 0
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Two files of 12 MB, in many tensors."""
