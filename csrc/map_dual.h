@@ -8,7 +8,6 @@
 
 namespace fastalign::FASTALIGN_LEVEL {
 
-constexpr double kRounding = 16 * 0x1p-52;
 // One run of neighbours in every so many rows, at most so many in all, for a start that costs next to nothing.
 constexpr int64_t kRun = 64, kFewShare = 16, kFewRows = 65536, kEnoughRows = 131072;
 // Scores may lie so far below their bound before their exp, squared in float, are in danger.
@@ -33,7 +32,6 @@ static double dot(const double* a, const double* b, int64_t m) {
   return sum;
 }
 static double norm(const double* a, int64_t m) { return __builtin_sqrt(dot(a, a, m)); }
-static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 static bool finite(double x) { return x - x == 0; }
 static void copy(double* to, const double* from, int64_t count) { std::memcpy(to, from, size_t(count) * sizeof(double)); }
 
@@ -221,7 +219,7 @@ struct Dual {
     const Partial<double> partial(desk.partial, m);
     partial.clear(m);
     for (int64_t j = 0; j < m; ++j) base.narrow_delta[j] = float(base.delta[j]);
-    with_width(m, [&](auto width) {
+    with_width<kMostNearby>(m, [&](auto width) {
       each_based_tile(base, [&](int64_t rows, const float* weights, const float* x, int64_t stride, double factor) {
         add_nearby<width>(partial, x, stride, rows, weights, base.narrow_delta, factor, second);
       });
@@ -239,7 +237,7 @@ struct Dual {
     partial.clear(m);
     *partial.shift = bound;
     const int64_t tile_width = Tile<double>::width_for(m);
-    with_width(m, [&](auto width) {
+    with_width<kMostNearby>(m, [&](auto width) {
       for (int64_t at = 0; at < in.n; at += tile_width) {
         const Tile<double> tile(columns.of<double>(at / tile_width, m), m, false, at_most(tile_width, in.n - at));
         add_tile_below<width>(partial, tile, desk.base.weights + at, lambda);
@@ -276,9 +274,9 @@ struct Dual {
   }
   Model sum_kept(const Total& total, Desk& desk, const double* lambda, How how) {
     Base& base = desk.base;
-    const bool wide = how != How::few && how != How::rough, narrow_enough = m <= kMostNearby;
+    const bool wide = how != How::rough;
     bool below = false;
-    if (wide && how != How::exact && narrow_enough && base.topped) {
+    if (wide && how != How::exact && m <= kMostNearby && base.topped) {
       const double apart = moved(base, lambda);
       if (base.weighed && apart <= kNearby) {
         const bool second = how != How::slope;

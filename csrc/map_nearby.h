@@ -10,7 +10,7 @@ namespace fastalign::FASTALIGN_LEVEL {
 
 // e^(delta . x) is taken from its series where |delta . x| is at most this.
 constexpr float kNearby = 0x1p-8f;
-constexpr int64_t kMostNearby = 8, kMostThird = 4;  // values
+constexpr int kMostNearby = 8, kMostThird = 4;  // values
 
 constexpr int64_t third_size(int64_t m) { return m * (m + 1) * (m + 2) / 6; }
 
@@ -143,18 +143,12 @@ static void add_third(double* third, const float* x, int64_t width, int64_t rows
   }
 }
 
-// f(std::integral_constant<int, m>) for m <= kMostNearby
-template <typename F> static void with_width(int64_t m, const F& f) {
-  switch (m) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 6: return f(std::integral_constant<int, 6>());
-    case 7: return f(std::integral_constant<int, 7>());
-    default: return f(std::integral_constant<int, 8>());
+// f(std::integral_constant<int, m>()) for 1 <= m <= Most
+template <int Most, typename F> static void with_width(int64_t m, const F& f) {
+  if constexpr (Most > 1) {
+    if (m < Most) return with_width<Most - 1>(m, f);
   }
+  f(std::integral_constant<int, Most>());
 }
 
 }  // namespace fastalign::FASTALIGN_LEVEL

@@ -331,17 +331,11 @@ struct Solver : Dual {
     const Total sums(desk.base.sums, m);
     double *own = third + k * m * m * m, *mean = desk.solved, upper[third_size(kMostThird)] = {};
     for (int64_t j = 0; j < m; ++j) mean[j] = sums.gram[j + 1] / sums.gram[0];
-    const auto add = [&](auto width) {
+    with_width<kMostThird>(m, [&](auto width) {
       each_based_tile(desk.base, [&](int64_t rows, const float* weights, const float* x, int64_t stride, double factor) {
         add_third<width>(upper, x, stride, rows, weights, mean, factor);
       });
-    };
-    switch (m) {
-      case 1: add(std::integral_constant<int, 1>()); break;
-      case 2: add(std::integral_constant<int, 2>()); break;
-      case 3: add(std::integral_constant<int, 3>()); break;
-      default: add(std::integral_constant<int, 4>()); break;
-    }
+    });
     const double *at = upper, *scale = problem.scale;
     for (int64_t a = 0; a < m; ++a) {
       for (int64_t b = a; b < m; ++b) {

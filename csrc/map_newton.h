@@ -11,6 +11,8 @@ struct MapPoints {
 };
 
 constexpr int64_t kMostValues = 64;
+// What rounding may take from a covariance, as a share of the second moment.
+constexpr double kRounding = 16 * 0x1p-52;
 
 struct MapProblem {
   MapInput rewards;  // one group of all rows, m <= kMostValues

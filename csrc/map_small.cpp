@@ -5,7 +5,7 @@
 namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kSomeRows = 256;
-constexpr double kConstant = 1e-14, kDiagonal = 16 * 0x1p-52;
+constexpr double kConstant = 1e-14;
 
 // center, size <- mean and root mean square of some of the rows
 template <typename S> static void look_at_some(double* center, double* size, const MapInput& in) {
@@ -65,7 +65,7 @@ bool map_small(const MapAnswer& out, const MapInput& given, const double* palett
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < m; ++j) hessian[i * m + j] = cov[i * m + j] / (scale[i] * scale[j]);
     const double moved = mean[i] / scale[i];
-    hessian[i * m + i] += kDiagonal * (hessian[i * m + i] + moved * moved);
+    hessian[i * m + i] += kRounding * (hessian[i * m + i] + moved * moved);
   }
   if (!is_positive_definite(hessian, m, flat)) return false;
 
@@ -80,7 +80,7 @@ bool map_small(const MapAnswer& out, const MapInput& given, const double* palett
 
   *out.residual = *out.gap = 0;
   for (int64_t j = 0; j < m; ++j) {
-    const double to = mu[j] - gradient[j], off = __builtin_fabs(mu[j] - (to < lower[j] ? lower[j] : to > upper[j] ? upper[j] : to));
+    const double off = __builtin_fabs(mu[j] - clip(mu[j] - gradient[j], lower[j], upper[j]));
     if (!(off <= *out.residual)) *out.residual = off;
     *out.gap += mu[j] * gradient[j];
     out.lam[j] = __builtin_fabs(mu[j]) <= tol ? 0.0 : mu[j] / scale[j];

@@ -21,6 +21,7 @@ constexpr int kInRegisters = 3;
 #endif
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 inline int64_t triangle(int64_t m) { return (m + 1) * (m + 2) / 2; }
 
 // Sums of one lambda over some rows: the shift, the largest score, sum e^2, and the upper triangle of

@@ -32,7 +32,7 @@ class Problem:
         begin = guess is not None and not self.in_engine
         first = run(np.vstack([np.zeros((1, m)), guess]) if begin else np.zeros((1, m)))
         self.mean, cov = first.mean[0], first.cov[0]
-        if not isfinite(float(cov.sum())) and not np.isfinite(cov).all():  # a NaN or infinity in any row is one here
+        if not (isfinite(self.mean.sum()) and isfinite(cov.sum())):
             run.reject_nonfinite()
         deviation = np.sqrt(np.maximum(cov.diagonal(), 0))
         size = np.maximum(run.size, np.abs(run.center + self.mean))
@@ -43,9 +43,7 @@ class Problem:
         if self.any_constant:
             self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
         self.offset = run.center - palettes
-        bound = lam_max * self.scale
-        if self.any_constant:
-            bound = np.where(self.constant, 0.0, bound)
+        bound = np.where(self.constant, 0.0, lam_max * self.scale)
         self.lower, self.upper = np.where(sign > 0, 0.0, -bound), np.where(sign < 0, 0.0, bound)
         self.short = np.zeros(count, dtype=bool)
         if self.any_constant:
@@ -54,9 +52,8 @@ class Problem:
             self.short = (self.constant & (miss > 4 * run.eps + tol)).any(axis=1)
         self.reachable = Reachable(run, self.scale, sign)
         self.points = self.view(slice(None), np.zeros((count, m)), first, slice(0, 1))
-        if count > 1:
-            self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
-            self.points.ess = np.repeat(self.points.ess, count)
+        self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
+        self.points.ess = np.repeat(self.points.ess, count)
         self.spread = self.points.hessian[0].copy()  # the covariance under p0, in units of σ
         self.guess = guess
         if begin:
@@ -72,7 +69,7 @@ class Problem:
     def view(self, ks: np.ndarray, mu: np.ndarray, stats, rows=slice(None)) -> Points:
         """The duals of the palettes `ks` at μ (K, m), from the rows `rows` of a pass's statistics."""
         offset, mean = self.offset[ks], stats.mean[rows]
-        shift = _dots(mu / self.scale, offset)
+        shift = np.einsum("kj,kj->k", mu / self.scale, offset)
         gradient = (mean + offset) / self.scale
         if self.any_constant:
             gradient[:, self.constant] = 0.0
@@ -146,7 +143,7 @@ class Problem:
         if isfinite(self.lam_max):  # else no residual could hide what is missing
             reached &= (self.miss(points.gradient) <= self.tol).all(axis=1)
         feasible, beyond = reached.copy(), {"nearest": {}, "certificate": {}, "scaling": {}}
-        for k in () if reached.all() else np.flatnonzero(~reached):
+        for k in np.flatnonzero(~reached):
             palette = self.palettes[k]
             known = None if self.certificates[k] is None else self.certificates[k] / self.scale
             nearest, certificate, distance = self.reachable.nearest(palette, known)
@@ -172,7 +169,7 @@ class Problem:
         levels = points.gradient * self.scale + self.palettes
         if self.any_constant:
             levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
-        gap = _dots(points.mu, points.gradient)
+        gap = np.einsum("kj,kj->k", points.mu, points.gradient)
         found = {
             "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - points.value), "ess": points.ess.copy(),
             "kkt_residual": left, "duality_gap": gap,
@@ -191,16 +188,10 @@ class Problem:
 
 def too_thin(ess, lam: np.ndarray, rows: int, groups: int):
     """Whether too few samples are left for the values that bind, if any do: ess (...,) of lam (..., m)."""
-    if not groups and np.all(ess >= ENOUGH_PER_VALUE * (1 + lam.shape[-1])):  # enough for any
-        return np.zeros(lam.shape[:-1], dtype=bool)[()]
     binding = (lam != 0).sum(axis=-1)
     enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), rows / 2)
     thin = (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
     return thin & (binding > 0)
-
-
-def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a[:, None] @ b[:, :, None])[:, 0, 0]  # half the time of einsum for one row
 
 
 def starts(problem: Problem) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """One palette over a few rows in one call of the engine: there, the numpy around a solve takes longer than the solve.
 
 It answers the ordinary case alone. Whatever is out of the ordinary, from a bad argument to a palette out of reach, goes
-the way of `_problem`, whose answers these are to the last bits.
+the way of `_problem`, whose answers these are but for rounding.
 """
 
 from __future__ import annotations

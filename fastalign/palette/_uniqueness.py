@@ -20,7 +20,7 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
 
     hessian: (m, m) the rewards' covariance under p0 in units of σ: its null space is what leaves μ open.
     """
-    moving = np.flatnonzero(~constant) if constant.any() else range(len(constant))
+    moving = np.flatnonzero(~constant)
     if len(moving) < 2:
         return None
     hessian = hessian if len(moving) == len(constant) else hessian[np.ix_(moving, moving)]
