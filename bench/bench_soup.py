@@ -96,12 +96,10 @@ def _apart(python: str, kind: str, job: list) -> tuple[float, float]:
     if worker.stdout.readline().strip() != "ready":
         raise RuntimeError(worker.communicate()[1][-2000:])
     os.sync()  # what earlier jobs left to be written is not this one's to wait for
-    before = peak = _anonymous_kb(worker.pid)
+    before = _anonymous_kb(worker.pid)
     worker.stdin.write("go\n")
     worker.stdin.flush()
-    while worker.poll() is None:
-        peak = max(peak, _anonymous_kb(worker.pid))
-        time.sleep(0.005)
+    peak = _peak_kb(worker)
     out, errors = worker.communicate()
     if worker.returncode:
         raise RuntimeError(errors[-2000:])
@@ -125,15 +123,22 @@ def _command(python: str, models: list[str], folder: Path):
         options = ["--quiet", "--lazy-unpickle", "--async-write", "--write-threads", "2", "--no-write-model-card"]
         command = [str(Path(python).with_name("mergekit-yaml")), str(recipe), str(out), *options]
     os.sync()
-    began, peak = time.perf_counter(), 0
+    began = time.perf_counter()
     worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while worker.poll() is None:
-        peak = max(peak, _anonymous_kb(worker.pid))
-        time.sleep(0.005)
+    peak = _peak_kb(worker)
     seconds = time.perf_counter() - began
     if worker.returncode:
         raise RuntimeError(worker.communicate()[1][-2000:])
     return Apart(seconds, peak / 1024)
+
+
+def _peak_kb(worker: subprocess.Popen) -> int:
+    """Waits for its end; the most anonymous memory that it had meanwhile."""
+    peak = 0
+    while worker.poll() is None:
+        peak = max(peak, _anonymous_kb(worker.pid))
+        time.sleep(0.005)
+    return peak
 
 
 def _anonymous_kb(pid: int) -> int:

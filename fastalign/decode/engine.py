@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign import backend
+from fastalign.backend import threads
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.integrations.layers import CompiledLayers
 from fastalign.integrations.packing import can_pack
-from fastalign.ops._library import threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

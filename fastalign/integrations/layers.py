@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastalign import backend
-from fastalign.ops._library import threads
+from fastalign.backend import threads
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROTATION = "apply_rotary_pos_emb"  # by this name in every model of transformers

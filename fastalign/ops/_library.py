@@ -88,7 +88,3 @@ def _each_in_turn(op: Callable) -> Callable:
         return out, (0,) * len(out)
 
     return batched
-
-
-def threads() -> int:
-    return torch.get_num_threads()

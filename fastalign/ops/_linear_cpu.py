@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
+from fastalign.backend import threads
 from fastalign.ops import _checks
-from fastalign.ops._library import threads
 from fastalign.ops._rows import DTYPES, compute_dtype
 
 TOKENS = 1024  # of a tile

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign.backend import threads
 from fastalign.errors import UserError
 from fastalign.ops import _checks, _linear_cpu
-from fastalign.ops._library import define, threads
+from fastalign.ops._library import define
 from fastalign.ops._rows import compute_dtype
 from fastalign.ops.linear_token_logprobs import _check
 from fastalign.ops.sample_tokens import SampledTokens

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign.backend import threads
 from fastalign.errors import UserError
-from fastalign.ops._library import define, threads
+from fastalign.ops._library import define
 
 
 class MapStatistics(NamedTuple):

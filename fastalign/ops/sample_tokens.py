@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign.backend import threads
 from fastalign.errors import UserError
 from fastalign.ops import _checks
-from fastalign.ops._library import define, threads
+from fastalign.ops._library import define
 from fastalign.ops._rows import compute_dtype, describe
 
 MAX_VOCAB = 2**31 - 1

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign.backend import threads
 from fastalign.ops import _checks
-from fastalign.ops._library import define, threads
+from fastalign.ops._library import define
 from fastalign.ops._rows import compute_dtype, describe
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")

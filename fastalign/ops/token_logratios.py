@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign.backend import threads
 from fastalign.errors import UserError
 from fastalign.ops import _checks
-from fastalign.ops._library import define, threads
+from fastalign.ops._library import define
 from fastalign.ops._rows import compute_dtype, describe
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastalign import backend
-from fastalign.ops._library import threads
+from fastalign.backend import threads
 from fastalign.palette._batch import Points
 from fastalign.palette.passes import ArrayPass
 
@@ -47,6 +47,4 @@ def minimise(problem, points: Points, start: np.ndarray | None, skip: np.ndarray
     backend.engine.map_newton(
         state, passes, certificate, certified, run.description, told, run.log_norm, problem.tol, keep, threads()
     )
-    if not certified.any():
-        return passes, [None] * count
     return passes, [certificate[k] if yes else None for k, yes in enumerate(certified.tolist())]

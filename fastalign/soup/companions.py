@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -159,5 +158,5 @@ def _stored_in(config: Path, out_type: str | None) -> dict[str, str]:
 def _change(path: Path, changes: Mapping[str, Any]) -> None:
     """Set keys of a JSON object, None taking one away."""
     if changes:
-        found = json.loads(path.read_text(encoding="utf-8")) | changes
+        found = read_json(path) | changes
         write_json(path, {key: value for key, value in found.items() if value is not None or key not in changes})

@@ -9,9 +9,11 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastalign.soup import geometry
 from fastalign.soup.checkpoint import Checkpoint
 from fastalign.soup.compare import read_bytes
 from fastalign.soup.dtypes import SIZES, in_torch
@@ -52,18 +54,11 @@ def _blocks(
 
 
 def rows_of(base: Tensor, models: Sequence[Tensor], floor: float) -> Tensor:
-    """t mean + (1 - t) base row by row, t = m cos / (1 + (m - 1) cos) (equation 7); tensors (rows, n).
+    """t mean + (1 - t) base row by row, tensors (rows, n); t as `geometry.model_stock` has it.
 
     floor: the least product of two lengths that a dot product is divided by.
     """
-    m = len(models)
     deltas = torch.stack([model - base for model in models], 1)  # (rows, m, n)
-    grams = (deltas @ deltas.mT).double()
-    lengths = grams.diagonal(dim1=1, dim2=2).sqrt()
-    products = (lengths[:, :, None] * lengths[:, None, :]).clamp(min=floor)
-    cosines = torch.where(products > 0, grams / products, 0).clamp(-1, 1)
-    upper = torch.ones(m, m).triu(1).bool()
-    cosine = cosines[:, upper].mean(1)
-    divisor = 1 + (m - 1) * cosine
-    t = torch.where(divisor.abs() < 1e-6, 0.0, m * cosine / divisor).to(base.dtype)
-    return base + t[:, None] * deltas.mean(1)
+    with np.errstate(invalid="ignore", over="ignore"):  # of a row with NaN or infinities, NaN is made
+        t = geometry.model_stock((deltas @ deltas.mT).double().numpy(), floor=floor)
+    return base + torch.from_numpy(t).to(base.dtype)[:, None] * deltas.mean(1)

@@ -96,20 +96,22 @@ def karcher(gram: np.ndarray, weights: np.ndarray, *, steps: int, tol: float) ->
     return float(weights @ lengths) * mean * inverse
 
 
-def model_stock(gram: np.ndarray, *, floor: float) -> float:
-    """The share t of the models' mean in t mean + (1 - t) base (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos)
-    with cos the mean cosine between task vectors; gram (m, m) their dot products.
+def model_stock(gram: np.ndarray, *, floor: float) -> np.ndarray:
+    """The share t (...,) of the models' mean in t mean + (1 - t) base (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos)
+    with cos the mean cosine between task vectors; gram (..., m, m) their dot products.
 
     floor: the least product of two lengths that a dot product is divided by. The paper has none; mergekit's is 1e-6, which
     takes vectors shorter than a thousandth for less alike than they are.
     """
-    m = len(gram)
-    lengths = np.sqrt(np.diag(gram))
-    products = np.maximum(np.outer(lengths, lengths), floor)
+    m = gram.shape[-1]
+    lengths = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    products = np.maximum(lengths[..., :, None] * lengths[..., None, :], floor)
     cosines = np.clip(np.divide(gram, products, out=np.zeros_like(gram), where=products > 0), -1, 1)
-    cosine = cosines[np.triu_indices(m, 1)].mean()
+    first, second = np.triu_indices(m, 1)
+    cosine = cosines[..., first, second].mean(axis=-1)
     divisor = 1 + (m - 1) * cosine
-    return 0.0 if abs(divisor) < 1e-6 else float(m * cosine / divisor)
+    flat = np.abs(divisor) < 1e-6
+    return np.where(flat, 0.0, m * cosine / np.where(flat, 1.0, divisor))
 
 
 def warp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:

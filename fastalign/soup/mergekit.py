@@ -86,7 +86,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return together(lambda one, _: one.shared(name))
 
     def each(name: str) -> list[Setting]:
-        return [together(lambda one, places, i=i: one.ofmodel_named(name, places[i])) for i in range(len(merged[0]))]
+        return [together(lambda one, places, i=i: one.of_model(name, places[i])) for i in range(len(merged[0]))]
 
     def same(name: str, of: Callable[[_Parameters, str], Any]) -> Any:
         found = {of(one, name) for one in asked}
@@ -172,7 +172,7 @@ class _Parameters:
                     f"{reprlib.repr(unknown[0])} is no parameter of {method}, which takes {', '.join(defaults)}"
                 )
 
-    def ofmodel_named(self, name: str, i: int) -> Setting:
+    def of_model(self, name: str, i: int) -> Setting:
         told = f"{name} of {self.models[i]}"
         found = self._setting(name, self.scopes[i], told)
         numbered = next((pattern for pattern, _ in found.rules if _NUMBERED.search(pattern)), None)

@@ -47,14 +47,18 @@ def open_model(model: Model) -> Checkpoint:
 
 def _layers(model: Checkpoint) -> tuple[str, int]:
     """What the names of its layers begin with, and how many there are."""
-    counts, config = layer_counts(model), config_of(model)
-    told = next((config[key] for key in LAYER_COUNTS if key in config), None)
+    counts, told = layer_counts(model), _told(config_of(model))
     fitting = {begin: count for begin, count in counts.items() if told is None or count == told}
     if len(fitting) != 1:
         came = ", ".join(f"{count} named {begin}*" for begin, count in counts.items()) or "none"
         said = f"its configuration says {told}, " if told is not None else ""
         raise UserError(f"{model.name}: cannot tell which are its layers: {said}its tensors have {came}")
     return next(iter(fitting.items()))
+
+
+def _told(config: Mapping[str, Any]) -> int | None:
+    """How many layers a configuration says that there are."""
+    return next((config[key] for key in LAYER_COUNTS if key in config), None)
 
 
 def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
@@ -100,8 +104,7 @@ def config_changes(model: Checkpoint) -> Mapping[str, Any]:
             found[key] = sum(piece.last - piece.first for piece in model.pieces)
         elif "layer" in key and isinstance(value, list):
             lists = [config.get(key) for config in configs]
-            lengths = [next((config[one] for one in LAYER_COUNTS if one in config), None) for config in configs]
-            if all(isinstance(held, list) and len(held) == n for held, n in zip(lists, lengths, strict=True)):
+            if all(isinstance(x, list) and len(x) == _told(one) for x, one in zip(lists, configs, strict=True)):
                 found[key] = [
                     x for held, piece in zip(lists, model.pieces, strict=True) for x in held[piece.first : piece.last]
                 ]

@@ -23,6 +23,6 @@ def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtyp
     backend.engine.soup_memory(
         [out.data_ptr() for out in outs], code(of_torch(dtype)), [tensor.data_ptr() for tensor in kept],
         [code(of_torch(tensor.dtype)) for tensor in kept], [float(w) for row in rows for w in row], outs[0].numel(),
-        torch.get_num_threads(),
+        backend.threads(),
     )  # fmt: skip
     return outs
