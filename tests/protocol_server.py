@@ -73,22 +73,20 @@ class ProtocolServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer._lock:
                     outer.seen.append((self.path, dict(self.headers), body))
-                    fault = outer.faults.pop(0) if outer.faults else None
+                    reply = outer.faults.pop(0) if outer.faults else None
                     outer._now += 1
                     outer.most = max(outer.most, outer._now)
                 try:
-                    if fault == "drop":
-                        self.connection.close()
-                    elif fault is not None:
-                        self.reply(
-                            *(fault if isinstance(fault, tuple) else (fault, {}, {"error": {"message": "busy"}}))
-                        )
-                    else:
+                    if reply is None:
                         answer = outer.complete(self.path, body)
-                        self.reply(200, {}, outer.answer(answer) if outer.answer else answer)
-                finally:
+                        reply = 200, {}, outer.answer(answer) if outer.answer else answer
+                finally:  # before the client has the answer, after which it may ask again
                     with outer._lock:
                         outer._now -= 1
+                if reply == "drop":
+                    self.connection.close()
+                else:
+                    self.reply(*(reply if isinstance(reply, tuple) else (reply, {}, {"error": {"message": "busy"}})))
 
             def reply(self, status, headers, value):
                 content = value if isinstance(value, bytes) else json.dumps(value).encode()
