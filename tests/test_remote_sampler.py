@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import types
 from dataclasses import dataclass
 
@@ -325,6 +326,28 @@ def test_refusals_are_told_once_and_not_repeated(server, body):
     with pytest.raises(UserError, match=r"completions answered 400: no such thing$"):
         OpenAISampler(server.url, in_flight=1).sample(PROMPTS, **SHORT)
     assert len(server.seen) == 1
+
+
+def test_no_task_is_begun_after_an_error_however_late_it_is_read():
+    begun, idle = [], threading.Event()
+
+    def work(task, stop):
+        begun.append(task)
+        if task == "bad":
+            raise UserError("refused")
+        return task.upper()
+
+    def tasks():
+        yield from ("good", "bad")
+        yield "never"
+        idle.set()
+
+    results = openai.as_done(work, tasks(), threads=1)
+    assert next(results) == ("good", "GOOD")
+    assert not idle.wait(0.2)  # the reader is elsewhere, and the thread has had time to go on
+    with pytest.raises(UserError, match="refused"):
+        next(results)
+    assert begun == ["good", "bad"]
 
 
 def test_a_redirect_is_not_followed(server):

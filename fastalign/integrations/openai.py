@@ -148,7 +148,8 @@ class OpenAISampler(External):
 def as_done(work: Callable, tasks: Iterable, threads: int) -> Iterator[tuple[Any, Any]]:
     """(task, work(task, stop)) of each task as it ends, `threads` at once; the first error is raised here.
 
-    Left early, `stop` is set and no more are begun. The threads are daemons: an interrupt does not wait for answers.
+    Left early or after an error, `stop` is set and no more are begun. The threads are daemons: an interrupt does not
+    wait for answers.
     """
     tasks, lock, stop = iter(tasks), threading.Lock(), threading.Event()
     done: queue.SimpleQueue = queue.SimpleQueue()
@@ -163,6 +164,7 @@ def as_done(work: Callable, tasks: Iterable, threads: int) -> Iterator[tuple[Any
                 done.put((task, work(task, stop), None))
             except BaseException as error:
                 done.put((task, None, error))
+                stop.set()  # after it: what others raise because they were stopped is not the first
         done.put(None)
 
     try:
