@@ -14,6 +14,7 @@ class Crew {
   template <typename F> static void gather(int threads, const F& lead) {
     start(threads, [](Crew& crew, const void* f) { (*static_cast<const F*>(f))(crew); }, &lead);
   }
+  int threads() const { return threads_; }
   // work(thread, i) for every i < count < 2^32, in any order; returns when all are done.
   template <typename F> void each(int64_t count, const F& work) {
     share(count, [](const void* f, int thread, int64_t i) { (*static_cast<const F*>(f))(thread, i); }, &work);

@@ -3,21 +3,23 @@
 #pragma once
 
 #include "crew.h"
-#include "map_nearby.h"
 #include "map_newton.h"
+#include "map_series.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
 
 // One run of neighbours in every so many rows, at most so many in all, for a start that costs next to nothing.
 constexpr int64_t kRun = 64, kFewShare = 16, kFewRows = 65536, kEnoughRows = 131072;
 // Scores may lie so far below their bound before their exp, squared in float, are in danger.
-constexpr double kBound = 16;
+constexpr double kBound = 16, kLowest = 700;
+constexpr int64_t kSeriesPieces = 64;
 
 // Whose covariance a point has: its own, that of a point nearby (none was made), or one summed in float.
 enum class Model { own, near, rough };
-// few, rough: in float, over some rows or all. The others in double: slope makes no covariance, exact makes it; in
-// between it is made in float where that costs little, and where it does not, exactly (curved) or not at all (cheap).
-enum class How { few, rough, slope, cheap, curved, exact };
+// few, rough: in float, over some rows or all. series: from moments, over none. The others in double: slope makes no
+// covariance, exact makes it; in between it is made in float where that costs little, and where it does not, exactly
+// (curved) or not at all (cheap).
+enum class How { few, series, rough, slope, cheap, curved, exact };
 
 struct Point {
   double value, top, ess;
@@ -71,6 +73,7 @@ struct Desk {
   float* narrow_tile;
   int64_t* free;
   double* points[3];
+  double* factors = nullptr;  // of the series
   Base base;
 
   Desk(int64_t m, int64_t kept_rows) : m(m), base(m, kept_rows) {
@@ -94,6 +97,7 @@ struct Desk {
   ~Desk() {
     std::free(memory);
     std::free(narrow_memory);
+    std::free(factors);
   }
   Point point(int i) const {
     const int64_t pad = (m + 15) / 16 * 16;
@@ -121,6 +125,7 @@ struct Dual {
   Desk** desks;
   double *chunk_sums = nullptr, few_norm = 0;
   int64_t m, chunks, few_stride;
+  Series series = {};
 
   // total <- the tiles of one chunk
   template <typename C> void sum_chunk(const Total& total, Desk& desk, int64_t c, const double* lambda, How how) {
@@ -204,6 +209,13 @@ struct Dual {
     return most;
   }
 
+  // No score is farther from 0.
+  double farthest(const double* lambda) const {
+    double most = 0;
+    for (int64_t j = 0; j < m; ++j) most += __builtin_fabs(lambda[j]) * columns.reach[j];
+    return most;
+  }
+
   // f(rows, weights, narrow columns, their width, e^(shift of the weights - that of all)) for every tile of the base
   template <typename F> void each_based_tile(const Base& base, const F& f) const {
     const int64_t width = Tile<double>::width_for(m), narrow_width = Tile<float>::width_for(m);
@@ -247,6 +259,49 @@ struct Dual {
     add_up<double>(total, partial, m);
   }
 
+  // The series about mu, of at most this degree in all.
+  void expand(const double* mu, int degree) {
+    series.m = m, series.degree = degree;
+    const int64_t size = Series::size(m, degree), width = Tile<double>::width_for(m), tiles = (in.n + width - 1) / width;
+    const int64_t pieces = at_most(tiles, kSeriesPieces);
+    series.coefficients = allocate_zeros<double>(size + 2 * m);
+    series.center = series.coefficients + size, series.mean = series.center + m;
+    Desk& own = *desks[0];
+    for (int64_t j = 0; j < m; ++j) own.lambda[j] = mu[j] / problem.scale[j];
+    const Total total(own.all, m);
+    sum_kept(total, own, own.lambda, How::exact);
+    const double top = series.top = own.base.top;
+    for (int64_t j = 0; j < m; ++j) {
+      series.center[j] = mu[j];
+      series.mean[j] = total.gram[j + 1] / total.gram[0] / problem.scale[j];
+    }
+    double* parts = allocate_zeros<double>(pieces * size);
+    crew.each(pieces, [&](int thread, int64_t p) {
+      double* memory = allocate_zeros<double>(kSeriesRows + Series::memory_for_rows(m, degree));
+      for (int64_t t = p * tiles / pieces; t < (p + 1) * tiles / pieces; ++t) {
+        const Tile<double> tile(columns.of<double>(t, m), m, in.log_weights != nullptr, at_most(width, in.n - t * width));
+        vec<double> ignored = {};
+        score_tile<double, 0>(ignored, ignored, tile, desks[thread]->scores, own.lambda, m);
+        for (int64_t at = 0; at < tile.rows; at += kSeriesRows) {
+          const int64_t rows = at_most(kSeriesRows, tile.rows - at);
+          for (int64_t i = 0; i < kSeriesRows; i += lanes<double>) {
+            vec<double> e = {};
+            if (i < rows) e = exp_nonpositive(FASTALIGN_LEVEL::load<double>(desks[thread]->scores + at + i) - top);
+            for (int l = 0; l < lanes<double>; ++l) e[l] = i + l < rows ? e[l] : 0.0;
+            store<double>(memory + i, e);
+          }
+          series.add(parts + p * size, tile.column(1) + at, width, rows, memory, problem.scale, memory + kSeriesRows);
+        }
+      }
+      std::free(memory);
+    });
+    for (int64_t p = 0; p < pieces; ++p) {
+      for (int64_t i = 0; i < size; ++i) series.coefficients[i] += parts[p * size + i];
+    }
+    std::free(parts);
+    for (int t = 0; t < crew.threads(); ++t) desks[t]->factors = allocate_zeros<double>(3 * m * series.room());
+  }
+
   // total <- the sums of a pass; returns which covariance is among them. Columns that are kept are read by this thread
   // alone, others by all.
   Model sum_all(const Total& total, Desk& desk, const double* lambda, How how) {
@@ -283,7 +338,7 @@ struct Dual {
         sum_nearby(total, desk, apart, second);
         return second ? Model::rough : Model::near;
       }
-      below = how != How::curved && apart <= kBound && in.log_weights == nullptr;
+      below = how != How::curved && apart <= kBound && in.log_weights == nullptr && base.top + apart + farthest(lambda) < kLowest;
       if (below) sum_below(total, desk, lambda, base.top + apart);
     }
     if (how == How::curved) how = How::exact;
@@ -313,7 +368,8 @@ struct Dual {
       shift += desk.lambda[j] * offset[j];
     }
     const Total total(desk.all, m);
-    const Model made = sum_all(total, desk, desk.lambda, how);
+    if (how == How::series) series.sum(total, point.mu, scale, desk.factors);
+    const Model made = how == How::series ? Model::rough : sum_all(total, desk, desk.lambda, how);
     point.fresh = made != Model::near;
     const double mass = total.gram[0], base = *total.shift == -kInf ? 0.0 : *total.shift;
     point.value = base + __builtin_log(mass) - (how == How::few ? few_norm : problem.log_norm) + shift;

@@ -1,10 +1,9 @@
 // map_newton: projected Newton with an exact active set and a safeguarded line search (fastalign/palette/_newton.py, which
-// the tests hold it to), on map_dual.h. A start is first sought in float, whose passes take a third of the time, or beside a
-// palette that is solved; what is returned was evaluated in double. A pass that only confirms makes no covariance: a step
-// may use that of a point nearby, and takes its own as soon as the residual does not fall a hundredfold. Built once per level.
+// the tests hold it to), on map_dual.h. A start is first sought in float, whose passes take a third of the time, beside a
+// palette that is solved or, of many palettes, in a power series; what is returned was evaluated in double. A pass that
+// only confirms makes no covariance: a step may use that of a point nearby, and takes its own as soon as the residual does
+// not fall a hundredfold. Built once per level.
 #include "map_newton.h"
-
-#include <array>
 
 #include "map_dual.h"
 
@@ -15,14 +14,14 @@ constexpr double kHuge = 1e12;
 // A rough search ends at a residual from which one step more leaves about its square; from where that and the
 // Hessian's own distance cost less than a pass, its Hessian serves on.
 constexpr double kRoughEnough = 3e-3, kRoughModel = 4e-4, kContraction = 1e-2, kWellConditioned = 1e-3;
-// So far, in standard deviations, a cubic model is trusted for a start.
-constexpr double kCubic = 0.5;
+// A search in the series ends where one step more is as good as its digits; where its last terms are a larger share of
+// Z than this it is not trusted.
+constexpr double kSeriesEnough = 1e-5, kSeriesTrust = 1e-3;
+// Coefficients that pay: at most so many a palette, and one in so many rows.
+constexpr int kLeastDegree = 4, kMostDegree = 16, kSeriesShare = 4, kRowsEach = 8;
 constexpr int64_t kNearest = 1024, kManyPalettes = 8;
 
 struct Solver : Dual {
-  double* third;  // (count, m, m, m) third cumulants in units of the scale, where has_third says so; or null
-  bool* has_third;
-
   void assign(Point& to, const Point& from) const {
     to.value = from.value, to.top = from.top, to.ess = from.ess, to.model = from.model, to.fresh = from.fresh;
     copy(to.mu, from.mu, m), copy(to.gradient, from.gradient, m), copy(to.hessian, from.hessian, m * m);
@@ -261,35 +260,38 @@ struct Solver : Dual {
     return certified;
   }
 
-  // Palette k from mu = 0, from a start, or beside a palette that is solved.
+  // Palette k from mu = 0, from a start, in the series, or beside the nearest palette of those at multiples of `known` (0:
+  // none), which are solved.
   void solve_one(const MapPoints& points, int64_t* passes, double* certificate, bool* certified, Desk& desk, int64_t k,
-                 int64_t beside) {
+                 int64_t known) {
     Point origin = {points.value[k], points.top[k], points.ess[k], points.mu + k * m, points.gradient + k * m,
                     points.hessian + k * m * m, Model::own, true};
     Point point = desk.point(0), trial = desk.point(1);
     desk.base.topped = desk.base.weighed = false;  // the bits must not depend on what this thread did before
     if (residual(origin) == 0) return;  // nothing is asked for that is not there
     assign(point, origin);
-    const bool direct = beside >= 0 && begin_beside(points, trial, desk, k, beside);
-    if (direct) {
+    if (series.degree > 0 && begin_in_series(point, trial, desk, k)) {
       evaluate(trial, desk, k, How::slope);
       ++passes[k];
-    }
-    if (direct && trial.value < origin.value) {
-      swap(point, trial);
     } else {
-      seek(point, trial, desk, k, passes[k], beside >= 0 ? desk.point(2).mu : problem.start != nullptr ? problem.start + k * m : nullptr);
-      if (trial.value < origin.value) swap(point, trial);
-      else assign(point, origin);
+      trial.value = kInf;
     }
+    if (!(trial.value < origin.value)) {
+      assign(point, origin);
+      const double* start = problem.start != nullptr ? problem.start + k * m : nullptr;
+      const int64_t beside = known > 0 ? nearest(k, known, certified) : -1;
+      if (beside >= 0) start = begin_beside(points, desk, k, beside);
+      seek(point, trial, desk, k, passes[k], start);
+    }
+    if (trial.value < origin.value) swap(point, trial);
+    else assign(point, origin);
     certified[k] = newton(point, trial, desk, k, passes[k], certificate + k * m);
     assign(origin, point);
     points.value[k] = point.value, points.top[k] = point.top, points.ess[k] = point.ess;
   }
 
-  // desk.point(2).mu <- where palette k's minimum lies by the solved palette p's model, which is quadratic, or cubic where
-  // its third cumulants are known. True where that is near enough to begin at: then it is in trial, with its covariance.
-  bool begin_beside(const MapPoints& points, Point& trial, Desk& desk, int64_t k, int64_t p) const {
+  // Where palette k's minimum lies by the quadratic model of the solved palette p.
+  const double* begin_beside(const MapPoints& points, Desk& desk, int64_t k, int64_t p) const {
     Point solved = {0, 0, 0, points.mu + p * m, points.gradient + p * m, desk.point(2).hessian, Model::near, false};
     copy(solved.hessian, points.hessian + p * m * m, m * m);
     double *slope = desk.point(2).gradient, *goal = desk.point(2).mu;
@@ -298,56 +300,23 @@ struct Solver : Dual {
       slope[j] = problem.constant[j] ? 0.0 : solved.gradient[j] + apart / problem.scale[j];
     }
     model_minimum(goal, solved, slope, desk);
-    if (third == nullptr || !has_third[p]) return false;
-    for (int round = 0; round < 3; ++round) {
-      double length = 0;
-      for (int64_t j = 0; j < m; ++j) length += (goal[j] - solved.mu[j]) * (goal[j] - solved.mu[j]);
-      if (!(length <= kCubic * kCubic)) return false;
-      // The mean covariance on the way, and at its end.
-      bend(solved.hessian, points.hessian + p * m * m, solved.mu, goal, third + p * m * m * m, round < 2 ? 0.5 : 1.0);
-      if (round < 2) model_minimum(goal, solved, slope, desk);
-    }
-    copy(trial.mu, goal, m), copy(trial.hessian, solved.hessian, m * m);
-    trial.model = Model::near;
+    return goal;
+  }
+
+  // trial <- where palette k's minimum lies by the series, with its covariance. False where the series does not say.
+  bool begin_in_series(Point& point, Point& trial, Desk& desk, int64_t k) {
+    copy(point.mu, series.center, m);
+    evaluate(point, desk, k, How::series);
+    int64_t ignored = 0;
+    const double left = search(point, trial, desk, k, How::series, kSeriesEnough, ignored);
+    if (!(left <= kSeriesEnough) || !(series.last_share(desk.factors, Total(desk.all, m).gram[0]) <= kSeriesTrust)) return false;
+    copy(trial.mu, desk.goal, m), copy(trial.hessian, point.hessian, m * m);
+    trial.model = Model::rough;
     Base& base = desk.base;
-    base.top = points.top[p];
-    for (int64_t j = 0; j < m; ++j) {
-      base.lambda[j] = solved.mu[j] / problem.scale[j];
-      base.top -= base.lambda[j] * problem.offset[p * m + j];
-    }
+    for (int64_t j = 0; j < m; ++j) base.lambda[j] = series.center[j] / problem.scale[j];
+    base.top = series.top;
     base.topped = true;
     return true;
-  }
-  // to <- hessian + share third . (goal - mu)
-  void bend(double* to, const double* hessian, const double* mu, const double* goal, const double* third, double share) const {
-    for (int64_t ij = 0; ij < m * m; ++ij) {
-      to[ij] = hessian[ij];
-      for (int64_t k = 0; k < m; ++k) to[ij] += share * third[ij * m + k] * (goal[k] - mu[k]);
-    }
-  }
-  // The third cumulants of palette k's law, of which the desk still has the weights.
-  void make_third(Desk& desk, int64_t k) {
-    if (third == nullptr || !desk.base.weighed) return;
-    const Total sums(desk.base.sums, m);
-    double *own = third + k * m * m * m, *mean = desk.solved, upper[third_size(kMostThird)] = {};
-    for (int64_t j = 0; j < m; ++j) mean[j] = sums.gram[j + 1] / sums.gram[0];
-    with_width<kMostThird>(m, [&](auto width) {
-      each_based_tile(desk.base, [&](int64_t rows, const float* weights, const float* x, int64_t stride, double factor) {
-        add_third<width>(upper, x, stride, rows, weights, mean, factor);
-      });
-    });
-    const double *at = upper, *scale = problem.scale;
-    for (int64_t a = 0; a < m; ++a) {
-      for (int64_t b = a; b < m; ++b) {
-        for (int64_t c = b; c < m; ++c) {
-          const double x = *at++ / (sums.gram[0] * scale[a] * scale[b] * scale[c]);
-          for (const auto& [i, j, l] : {std::array{a, b, c}, {a, c, b}, {b, a, c}, {b, c, a}, {c, a, b}, {c, b, a}}) {
-            own[(i * m + j) * m + l] = x;
-          }
-        }
-      }
-    }
-    has_third[k] = true;
   }
 
   // trial <- an exact look at what a search in float finds from start, or from the point; infinite where it found nothing.
@@ -415,13 +384,40 @@ struct Solver : Dual {
       const auto solve = [&](Desk& desk, int64_t i) {
         const int64_t k = i * stride;
         if (problem.skip[k] || (!first && i % 4 == 0)) return;
-        solve_one(points, passes, certificate, certified, desk, k, first ? -1 : nearest(k, known, certified));
-        if (stride > 1) make_third(desk, k);
+        solve_one(points, passes, certificate, certified, desk, k, first ? 0 : known);
       };
       const int64_t here = (count + stride - 1) / stride;
       if (columns.kept) crew.each(here, [&](int thread, int64_t i) { solve(*desks[thread], i); });
       else for (int64_t i = 0; i < here; ++i) solve(*desks[0], i);  // one palette, whose passes the crew shares
+      if (first) expand_about(points, certified, stride);
     }
+  }
+
+  // The series about the middle of what the palettes at multiples of the stride came to, where many are left that it serves.
+  void expand_about(const MapPoints& points, const bool* certified, int64_t stride) {
+    const int degree = columns.kept && m <= kMostSeries ? series_degree() : 0;
+    if (degree == 0) return;
+    double* middle = desks[0]->goal;
+    for (int64_t j = 0; j < m; ++j) {
+      double low = kInf, high = -kInf;
+      for (int64_t k = 0; k < problem.count; k += stride) {
+        if (problem.skip[k] || certified[k]) continue;
+        const double mu = points.mu[k * m + j];
+        low = mu < low ? mu : low, high = mu > high ? mu : high;
+      }
+      if (!(low <= high)) return;
+      middle[j] = 0.5 * (low + high);
+    }
+    expand(middle, degree);
+  }
+  // The highest degree whose moments cost little beside the passes that they spare; 0: none.
+  int series_degree() const {
+    int best = 0;
+    for (int degree = kLeastDegree; degree <= kMostDegree; ++degree) {
+      const int64_t size = Series::size(m, degree);
+      if (size <= kSeriesShare * problem.count && size * kRowsEach <= in.n) best = degree;
+    }
+    return best;
   }
 };
 
@@ -434,7 +430,7 @@ void map_newton(const MapPoints& points, int64_t* passes, double* certificate, b
   Desk** desks = static_cast<Desk**>(std::malloc(size_t(threads) * sizeof(Desk*)));
   for (int t = 0; t < threads; ++t) desks[t] = new Desk(in.m, keep ? in.n : 0);
   Crew::gather(threads, [&](Crew& crew) {
-    Solver solver = {{problem, in, crew, {}, desks, nullptr, 0, in.m, chunks, 0}, nullptr, nullptr};
+    Solver solver = {{problem, in, crew, {}, desks, nullptr, 0, in.m, chunks, 0}};
     const int64_t share = in.n / kFewRows;
     solver.few_stride = kRun * (share > kFewShare ? share : kFewShare);
     if (keep) {
@@ -442,17 +438,12 @@ void map_newton(const MapPoints& points, int64_t* passes, double* certificate, b
       solver.columns.narrow = solver.keep_columns<float>();
       solver.columns.reach = solver.largest_values();
       solver.columns.kept = true;
-      if (in.m <= kMostThird && problem.count >= kManyPalettes) {
-        solver.third = allocate_zeros<double>(problem.count * in.m * in.m * in.m);
-        solver.has_third = allocate_zeros<bool>(problem.count);
-      }
     } else {
       solver.chunk_sums = allocate_zeros<double>(chunks * Total::size(in.m));
     }
     solver.solve_all(points, passes, certificate, certified);
     std::free(solver.chunk_sums);
-    std::free(solver.third);
-    std::free(solver.has_third);
+    std::free(solver.series.coefficients);
     std::free(solver.columns.wide);
     std::free(solver.columns.narrow);
     std::free(solver.columns.reach);

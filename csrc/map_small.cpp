@@ -7,7 +7,7 @@ namespace fastalign::FASTALIGN_LEVEL {
 constexpr int64_t kSomeRows = 256;
 constexpr double kConstant = 1e-14;
 
-// center, size <- mean and root mean square of some of the rows
+// center, size <- mean (an S: see rough in passes.py) and root mean square of some of the rows
 template <typename S> static void look_at_some(double* center, double* size, const MapInput& in) {
   const int64_t stride = in.n / kSomeRows > 1 ? in.n / kSomeRows : 1, count = (in.n + stride - 1) / stride;
   for (int64_t j = 0; j < in.m; ++j) center[j] = size[j] = 0;
@@ -19,7 +19,7 @@ template <typename S> static void look_at_some(double* center, double* size, con
     }
   }
   for (int64_t j = 0; j < in.m; ++j) {
-    center[j] /= double(count);
+    center[j] = double(S(center[j] / double(count)));
     size[j] = __builtin_sqrt(size[j] / double(count));
   }
 }

@@ -14,8 +14,8 @@ PLACES = ("inside", "mean", "sample", "edge", "just inside", "outside", "far out
 SENSES = (">=", "<=", "==", "mixed")
 
 
-def random_problem(seed: int):
-    """(rewards (n, m), palette (m,), senses, what it is)."""
+def random_problem(seed: int, dtype=np.float64):
+    """(rewards (n, m) of dtype, palette (m,), senses, what it is)."""
     rng = np.random.default_rng(seed)
     kind, place = rng.choice(KINDS), rng.choice(PLACES)
     sense = rng.choice(SENSES, p=[0.55, 0.1, 0.15, 0.2])
@@ -38,6 +38,8 @@ def random_problem(seed: int):
         x = np.repeat(x, rng.integers(1, 4, n), axis=0)
     if m > 1 and rng.random() < 0.2:  # a duplicated or a constant value
         x[:, rng.integers(m)] = x[:, rng.integers(m)] if rng.random() < 0.6 else x[0, 0]
+    rewards = x.astype(dtype)
+    x = rewards.astype(np.float64)
     senses = [str(s) for s in (rng.choice(SENSES[:3], m) if sense == "mixed" else [sense] * m)]
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     inside = rng.dirichlet(np.ones(len(x))) @ x
@@ -55,7 +57,7 @@ def random_problem(seed: int):
         "far outside": mean + 50 * d * deviation,
         "largest": np.where(d > 0, x.max(axis=0), x.min(axis=0)),
     }[place]
-    return x, palette, senses, f"seed {seed}: {kind}, {place}, {n} x {m}, {' '.join(senses)}"
+    return rewards, palette, senses, f"seed {seed}: {kind}, {place}, {n} x {m}, {' '.join(senses)}"
 
 
 def spread(rewards: np.ndarray) -> np.ndarray:

@@ -52,10 +52,11 @@ def test_one_palette_of_any_width(in_python, m, dtype):
         assert_same(found, in_python(rewards, palette, **options))
 
 
-def test_hard_problems_end_as_they_do_in_python(in_python):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_hard_problems_end_as_they_do_in_python(in_python, dtype):
     compared = 0
     for seed in range(5000, 5150):
-        rewards, palette, senses, told = random_problem(seed)
+        rewards, palette, senses, told = random_problem(seed, dtype)
         found, expected = (call(rewards, palette, sense=senses) for call in (solve, in_python))
         assert found.feasible == expected.feasible, told
         if not found.feasible:
@@ -76,6 +77,50 @@ def test_many_palettes_start_from_their_neighbours(in_python, kind, most):
     assert 20 < found.feasible.sum() < 150
     assert found.kkt_residual[found.feasible].max() <= 1e-9
     assert found.iterations[found.feasible].mean() < 7
+
+
+LAWS = {
+    "normal": lambda x: x,
+    "bounded": np.tanh,
+    "skewed": lambda x: -np.exp(0.8 * x),
+    "heavy tails": lambda x: x**3,
+    "scales and offsets": lambda x: 10.0 ** np.arange(-6, 6)[: x.shape[1]] * x + 30.0,
+}
+
+
+@pytest.mark.parametrize("options", ["", "weights", "==", "lam_max"])
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("law", LAWS)
+def test_many_palettes_from_a_series_are_those_solved_alone(law, m, options):
+    rng = np.random.default_rng(m)
+    rewards = LAWS[law](samples(6000, m, m))
+    deviation = rewards.std(axis=0)
+    palettes = rewards.mean(axis=0) + rng.uniform(-0.3, 0.7, (200, m)) * deviation
+    options = {
+        "": {},
+        "weights": {"weights": rng.random(6000) * (rng.random(6000) > 0.2)},
+        "==": {"sense": "=="},
+        "lam_max": {"lam_max": 0.3 / deviation.max()},
+    }[options]
+    found = solve(rewards, palettes, **options)
+    for k in range(0, 200, 25):
+        alone = solve(rewards, palettes[k], **options)
+        assert found.feasible[k] == alone.feasible
+        if alone.feasible and np.isfinite(alone.lam).all():
+            size = np.abs(alone.lam * deviation).max() + 1e-3
+            np.testing.assert_allclose(found.lam[k] * deviation, alone.lam * deviation, atol=1e-7 * size)
+            np.testing.assert_allclose([found.kl[k], found.ess[k]], [alone.kl, alone.ess], rtol=1e-6, atol=1e-9)
+    if law in ("normal", "bounded") and not options:
+        assert found.iterations.mean() < [2.1, 2.1, 3.6, 5][m - 1]
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 11])
+def test_offsets_of_float32_rewards_cost_no_digits(in_python, m):
+    rewards = (24.5 + 1e-3 * samples(4000, m, m)).astype(np.float32)
+    palette = rewards.mean(axis=0, dtype=np.float64) + 2e-4 * (np.arange(m) < 3)
+    for found in (solve(rewards, palette), solve(rewards, np.tile(palette, (3, 1)))):
+        assert found.kkt_residual.max() <= 1e-9 and found.iterations.max() <= 15
+        np.testing.assert_allclose(np.atleast_2d(found.lam)[0], in_python(rewards, palette).lam, rtol=1e-6)
 
 
 def test_many_rows_are_read_few_times(in_python):

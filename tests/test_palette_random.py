@@ -12,16 +12,18 @@ TOL = 1e-9
 COUNT = int(os.environ.get("FASTALIGN_PALETTE_PROBLEMS", "100"))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("first", range(0, COUNT, 50))
-def test_verdict_and_lambda_are_exact(first):
+def test_verdict_and_lambda_are_exact(first, dtype):
     for seed in range(first, min(first + 50, COUNT)):
-        check(*random_problem(seed))
+        check(*random_problem(seed, dtype))
 
 
 def check(rewards, palette, senses, told):
+    found = solve(rewards, palette, sense=senses)
+    rewards = rewards.astype(np.float64)
     unit = spread(rewards)
     room = exact_slack(rewards, palette, senses)
-    found = solve(rewards, palette, sense=senses)
     assert found.feasible == (room >= -TOL), f"{told}: slack {room:g}"
     signs = np.array([{">=": 1, "<=": -1, "==": 0}[s] for s in senses])
     if not found.feasible:

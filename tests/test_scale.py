@@ -28,9 +28,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """A local Ray of two CPUs, which `scale` finds and leaves up."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_worker_niceness", "0")  # at its 15 the workers starve beside other tests
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
 
 
 def length(*, log, dies_on=None, always=False):

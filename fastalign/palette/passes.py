@@ -23,11 +23,13 @@ BLOCK_ROWS, FEW_GROUPS = 64, 64
 
 
 def rough(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each reward's mean and root mean square over some 256 of the rows."""
+    """Each reward's mean, to the rewards' own precision, and root mean square over some 256 of the rows."""
     some = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
     each = np.full(len(some), 1 / len(some))
     with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
-        return each @ some, np.sqrt(each @ (some * some))
+        # A center between two float32 would be another one where the engine subtracts it from them in float32.
+        center = (each @ some).astype(rewards.dtype).astype(np.float64)
+        return center, np.sqrt(each @ (some * some))
 
 
 class ArrayPass(MapPass):
