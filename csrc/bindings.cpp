@@ -318,6 +318,11 @@ PYBIND11_MODULE(_C, m) {
     return allocate(file, bytes);
   });
 
+  m.def("write_behind", [](int file) {
+    py::gil_scoped_release release;
+    write_behind(file);
+  });
+
   // (failed, writing, errno or 0 for a file that ended early, segment, file)
   m.def("soup_files", [](const py::list& segments, int out_type, int64_t chunk, int threads) {
     std::vector<SoupSegment> all;

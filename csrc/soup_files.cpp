@@ -1,6 +1,8 @@
-// Chunks of files through the kernel: each thread reads a chunk of every input, sums, and writes every output.
+// Chunks of files through the kernel: each thread reads a chunk of every input, then sums and writes one output after the
+// other.
 //
-// Chunks are small enough to stay in a core's cache between the system's copy and the kernel.
+// Chunks are small enough to stay in a core's cache between the system's copy and the kernel, and with one output's beside
+// them as large as can be: the system writes many pages at once for less than one by one.
 #include "soup_files.h"
 
 #include <cerrno>
@@ -18,18 +20,19 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
   int64_t room = 0;  // bytes that a thread needs
   for (int s = 0; s < int(segments.size()); ++s) {
     const SoupSegment& of = segments[s];
-    const int64_t bytes = input_room(of, chunk) + int64_t(of.out_files.size()) * aligned(chunk * size_of(out_type));
+    const int64_t bytes = input_room(of, chunk) + aligned(chunk * size_of(out_type));
     room = bytes > room ? bytes : room;
     int64_t first = before_page(of, out_type);
     first = first < chunk ? first : 0;
     if (first > 0) pieces.push_back({s, 0, first});
     for (; first < of.n; first += chunk) pieces.push_back({s, first, of.n - first < chunk ? of.n - first : chunk});
-    read_ahead(of);
   }
   SoupFailure failure;
   bool stop = false;
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp single nowait
+    for (const SoupSegment& of : segments) read_ahead(of);
     const std::unique_ptr<char[]> buffer(new (std::nothrow) char[size_t(room) + 64]);
     const auto fail = [&](const SoupFailure& with) {
 #pragma omp critical(soup_failure)
@@ -54,17 +57,18 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
         fail(unread);
         continue;
       }
-      const int64_t stride = aligned(chunk * size_of(out_type));
-      char* const next = mine + input_room(of, chunk);
-      std::vector<void*> outs(static_cast<size_t>(outputs));
-      for (int k = 0; k < outputs; ++k) outs[size_t(k)] = next + k * stride;
-      FASTALIGN_CALL(soup_span, outs.data(), out_type, outputs, ins, of.in_types.data(), inputs, of.weights.data(), piece.n);
-      const SoupFailure unwritten = write_outputs(outs.data(), out_type, of, piece.segment, piece.first, piece.n);
-      if (unwritten.failed) fail(unwritten);
+      void* const out = mine + input_room(of, chunk);
+      for (int k = 0; k < outputs; ++k) {
+        const double* weights = of.weights.data() + int64_t(k) * inputs;
+        FASTALIGN_CALL(soup_span, &out, out_type, 1, ins, of.in_types.data(), inputs, weights, piece.n);
+        const SoupFailure unwritten = write_output(out, out_type, of, piece.segment, k, piece.first, piece.n);
+        if (unwritten.failed) {
+          fail(unwritten);
+          break;
+        }
+      }
     }
   }
-  // The disk may begin with these bytes while the next call computes; the flush at the file's end then waits less.
-  for (const SoupSegment& of : segments) write_behind(of, out_type);
   return failure;
 }
 

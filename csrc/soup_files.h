@@ -24,7 +24,7 @@ struct SoupFailure {
 };
 
 // Reads every segment's inputs once, in chunks of at most `chunk` elements a thread, and writes every output once.
-// Holds threads * chunk elements of every input and of every output.
+// Holds threads * chunk elements of every input and of one output.
 SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads);
 
 // Dot products of a segment's inputs with one another, or, centered, of what the others differ by from input 0:

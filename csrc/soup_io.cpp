@@ -43,13 +43,11 @@ int64_t before_page(const SoupSegment& of, SoupType out_type) {
   return left % size == 0 && left / size < of.n ? left / size : 0;
 }
 
-SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegment& of, int segment, int64_t first, int64_t n) {
+SoupFailure write_output(void* out, SoupType out_type, const SoupSegment& of, int segment, int k, int64_t first, int64_t n) {
   const int64_t size = size_of(out_type);
-  for (int k = 0; k < int(of.out_files.size()); ++k) {
-    const int error = whole([&](char* from, size_t bytes, off_t at) { return pwrite(of.out_files[k], from, bytes, at); },
-                            static_cast<char*>(outs[k]), n * size, of.out_offsets[k] + first * size);
-    if (error != 0) return {true, true, error < 0 ? EIO : error, segment, k};
-  }
+  const int error = whole([&](char* from, size_t bytes, off_t at) { return pwrite(of.out_files[k], from, bytes, at); },
+                          static_cast<char*>(out), n * size, of.out_offsets[k] + first * size);
+  if (error != 0) return {true, true, error < 0 ? EIO : error, segment, k};
   return {};
 }
 
@@ -66,13 +64,11 @@ int allocate(int file, int64_t bytes) {
   return ftruncate(file, off_t(bytes)) == 0 ? 0 : errno;
 }
 
-void write_behind(const SoupSegment& of, SoupType out_type) {
+void write_behind(int file) {
 #if defined(__linux__)
-  for (size_t k = 0; k < of.out_files.size(); ++k) {
-    sync_file_range(of.out_files[k], of.out_offsets[k], of.n * size_of(out_type), SYNC_FILE_RANGE_WRITE);
-  }
+  sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE);
 #else
-  (void)of, (void)out_type;
+  (void)file;
 #endif
 }
 

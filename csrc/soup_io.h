@@ -38,12 +38,13 @@ SoupFailure read_inputs(const void** ins, char* room, const SoupSegment& of, int
 // by one after the other.
 int64_t before_page(const SoupSegment& of, SoupType out_type);
 
-// n elements of every output, from `first` on.
-SoupFailure write_outputs(void* const* outs, SoupType out_type, const SoupSegment& of, int segment, int64_t first, int64_t n);
+// n elements of output k, from `first` on.
+SoupFailure write_output(void* out, SoupType out_type, const SoupSegment& of, int segment, int k, int64_t first, int64_t n);
 
-// Tells the system what is read next, and that what was written may go to the disk.
+// Tells the system what is read next, and that what was written of a file may go to the disk: the flush at its end then
+// waits less.
 void read_ahead(const SoupSegment& of);
-void write_behind(const SoupSegment& of, SoupType out_type);
+void write_behind(int file);
 
 // Makes a file so many bytes long, with their place on the disk where the file system can: written pages then need none of
 // their own, which is most of what writing to the page cache costs. An errno, or 0.

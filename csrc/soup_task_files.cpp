@@ -226,9 +226,10 @@ SoupFailure soup_task_files(const SoupSegment& of, std::vector<TaskChoice> choic
     std::vector<void*> outs(static_cast<size_t>(outputs));
     for (int k = 0; k < outputs; ++k) outs[size_t(k)] = room + k * stride;
     FASTALIGN_CALL(soup_task_span, outs.data(), out_type, outputs, merge, ins, of.in_types.data(), inputs, first, n, scratch);
-    return write_outputs(outs.data(), out_type, of, 0, first, n);
+    SoupFailure unwritten;
+    for (int k = 0; k < outputs && !unwritten.failed; ++k) unwritten = write_output(outs[size_t(k)], out_type, of, 0, k, first, n);
+    return unwritten;
   });
-  write_behind(of, out_type);
   return failure;
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -442,11 +444,24 @@ def info() -> None:
     show(_console())
 
 
+@app.callback()
+def _group() -> None:
+    """A lone command stays a command of the group."""
+
+
+def _only(name: str | None) -> typer.Typer:
+    """The app with the one command of this name, if there is one: to build all the others takes a good part of the start."""
+    lone = copy.copy(app)
+    lone.registered_commands = [one for one in app.registered_commands if one.name == name]
+    lone.registered_groups = [one for one in app.registered_groups if one.name == name]
+    return lone if lone.registered_commands or lone.registered_groups else app
+
+
 def main() -> None:
     # What a hub logs while it tries again is not the one line that a user needs.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    _only(next(iter(sys.argv[1:]), None))()
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ def soup(
     force: Annotated[
         bool, typer.Option("--force", help="Though configurations or tokenizers differ; takes the first model's.")
     ] = False,
+    sync: Annotated[
+        bool, typer.Option("--sync/--no-sync", help="Flush to the disk, or leave that to the system: for soups to look at and throw away.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
 ) -> None:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
@@ -97,7 +100,7 @@ def soup(
         given = {"dtype": dtype, "normalize": normalize, "force": force or None}
         written |= {key: value for key, value in given.items() if value is not None}
         sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
-        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run)
+        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync)
     models = models or []
     if not models:
         raise UserError("give the models to merge, or --recipe")
@@ -129,7 +132,7 @@ def soup(
             models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
             normalize=normalize, force=force, **sizes,
         )  # fmt: skip
-    _merge(made, dry_run)
+    _merge(made, dry_run, sync)
 
 
 def _parameters(given: list[str]) -> dict:
@@ -145,7 +148,7 @@ def _parameters(given: list[str]) -> dict:
     return found
 
 
-def _merge(made, dry_run: bool) -> None:
+def _merge(made, dry_run: bool, sync: bool) -> None:
     """Say what is planned, do it unless told not to, and say how fast it was."""
     from fastalign.soup import estimate, execute
     from fastalign.soup import plan as plans
@@ -159,7 +162,7 @@ def _merge(made, dry_run: bool) -> None:
         told.print(estimate.told(made), soft_wrap=True, markup=False)
         told.print("dry run: nothing was written")
         return
-    found = execute(made)
+    found = execute(made, sync=sync)
     if found.resumed == len(made.layout) and not found.read_bytes:
         told.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
         return

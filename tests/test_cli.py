@@ -10,9 +10,11 @@ import time
 
 import numpy as np
 import pytest
+import typer
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
+from fastalign import cli
 from fastalign.cli import app
 from fastalign.data import files
 from fastalign.decode import Candidates
@@ -25,6 +27,16 @@ def fastalign(*arguments):
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_command_alone_is_what_it_is_among_the_others():
+    group = typer.main.get_group(app)
+    for name in group.commands:
+        alone, among = (
+            CliRunner().invoke(one, [name, "--help"], prog_name="fastalign") for one in (cli._only(name), app)
+        )
+        assert (alone.exit_code, alone.stdout) == (0, among.stdout), name
+    assert cli._only("--help") is cli._only("sup") is cli._only(None) is app
 
 
 def refused(*arguments):

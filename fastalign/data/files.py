@@ -7,10 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from fastalign.errors import UserError
+
+_FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 
 
 @contextmanager
@@ -61,6 +64,20 @@ def read_json(path: str | Path, *, kind: str | None = None) -> Any:
     return value
 
 
+@contextmanager
+def unflushed() -> Iterator[None]:
+    """Within it nothing is flushed: what is written reaches the disk when the system finds the time."""
+    token = _FLUSHES.set(False)
+    try:
+        yield
+    finally:
+        _FLUSHES.reset(token)
+
+
+def flushes() -> bool:
+    return _FLUSHES.get()
+
+
 def _sync(path: Path) -> None:
     if path.is_dir():
         for child in path.rglob("*"):
@@ -71,6 +88,8 @@ def _sync(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush one file, or a folder's entries, to the disk."""
+    if not flushes():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

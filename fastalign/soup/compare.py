@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -165,7 +166,7 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
         mine, theirs = first.folder / file, other.folder / file
         if not (mine.is_file() and theirs.is_file()):
             continue
-        if os.path.samefile(mine, theirs) or mine.read_bytes() == theirs.read_bytes():
+        if os.path.samefile(mine, theirs) or _same_bytes(mine, theirs):
             if file == "tokenizer.json":
                 return
         elif file != "tokenizer.json" or (what := _tokens_differ(_json(mine), _json(theirs))):
@@ -174,6 +175,11 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
                 f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
                 f"{told} (force takes the first model's)"
             )
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    filecmp.clear_cache()  # it goes by times, which may be too coarse to show a change
+    return filecmp.cmp(a, b, shallow=False)
 
 
 def _tokens_differ(mine: dict, theirs: dict) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastalign import backend
 from fastalign import progress as bars
-from fastalign.data.files import sync
+from fastalign.data import files
 from fastalign.soup import plan as plans
 from fastalign.soup.inputs import allow_open_files, files_of, opened
 from fastalign.soup.outputs import accompany, already_made, check_space, finished, folder_beside
@@ -53,6 +54,7 @@ def merge(
     max_shard_size: int | str = "5GB",
     memory_limit: int | str | None = None,
     force: bool = False,
+    sync: bool = True,
     progress: bool = True,
 ) -> Merged:
     """Merge checkpoints of one architecture into one soup, or into many in a single reading.
@@ -82,6 +84,8 @@ def merge(
         max_shard_size: of one output file, such as "5GB"; a larger tensor has a file of its own.
         memory_limit: for buffers, such as "512MB" (the default).
         force: mix though the configurations or tokenizers differ; the first model's are copied.
+        sync: False leaves it to the system when the outputs reach the disk: at the speed of memory, for soups that are looked at
+            and thrown away. A power cut may then leave any part of them torn, so that an interrupted merge begins anew.
 
     Sums are made in float32, in float64 where an input or the output is float64, and rounded once, to nearest even.
     Integer and boolean tensors are copied, and must be equal. The first model's configuration, tokenizer, generation
@@ -98,11 +102,16 @@ def merge(
         chat_template=chat_template, dtype=dtype,
         normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
-    return execute(made, progress=progress)
+    return execute(made, sync=sync, progress=progress)
 
 
-def execute(plan: plans.Plan, *, progress: bool = True) -> Merged:
-    """Do what was planned, or what is left of it."""
+def execute(plan: plans.Plan, *, sync: bool = True, progress: bool = True) -> Merged:
+    """Do what was planned, or what is left of it. sync: see `merge`."""
+    with nullcontext() if sync else files.unflushed():
+        return _execute(plan, progress)
+
+
+def _execute(plan: plans.Plan, progress: bool) -> Merged:
     began = time.perf_counter()
     threads = backend.threads()
     chunk = chunk_of(plan, threads)
@@ -115,7 +124,7 @@ def execute(plan: plans.Plan, *, progress: bool = True) -> Merged:
     with folder_beside(plan) as beside:
         check_space(plan, beside, headers)
         total = (plan.read_bytes + plan.written_bytes) // 10**6
-        with bars.bar("merge", total=total, unit="MB", show=progress) as advance, opened(plan.inputs) as files:
+        with bars.bar("merge", total=total, unit="MB", show=progress) as advance, opened(plan.inputs) as inputs:
             moved = _Steps(advance)
             for shard, headed in zip(plan.layout, headers, strict=True):
                 targets = [beside / folder / shard.file for folder in plan.folders]
@@ -124,13 +133,13 @@ def execute(plan: plans.Plan, *, progress: bool = True) -> Merged:
                     resumed += 1
                     moved(nbytes_in + shard.nbytes * len(targets))
                     continue
-                write_shard(plan, shard, headed, targets, files, chunk, threads, moved)
+                write_shard(plan, shard, headed, targets, inputs, chunk, threads, moved)
                 read, written = read + nbytes_in, written + shard.nbytes * len(targets)
         accompany(plan, beside)
         if plan.out.is_dir():
             plan.out.rmdir()  # empty, or this raises
         os.replace(beside, plan.out)
-        sync(plan.out.parent)
+        files.sync(plan.out.parent)
     return Merged(plan.out, len(plan.weights), read, written, resumed, time.perf_counter() - began)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastalign.data.files import read_json, write_json
+from fastalign.data.files import flushes, read_json, write_json
 from fastalign.errors import UserError
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import INDEX, Shard, index_of
@@ -31,7 +31,9 @@ def already_made(plan: plans.Plan) -> bool:
         ]
         if all(finished(path, shard.header(plan.metadata(k)), shard) for path, k, shard in paths):
             return True
-    raise UserError(f"{out}: exists already and is not this merge; choose another folder or remove it")
+    raise UserError(
+        f"{out}: exists already and is not this merge, finished and flushed; choose another folder or remove it"
+    )
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def folder_beside(plan: plans.Plan) -> Iterator[Path]:
         if not ours:
             raise UserError(f"{plan.out}: another merge is writing it")
         record = beside / RECORD
-        if not (record.is_file() and _key(record) == plan.key):
+        if not (record.is_file() and _key(record) == plan.key and flushes()):
             for left in beside.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             write_json(record, _record(plan))
@@ -67,11 +69,18 @@ def _key(record: Path) -> str | None:
         found = read_json(record)
     except ValueError:
         return None
-    return found.get("key") if isinstance(found, dict) else None
+    return found.get("key") if isinstance(found, dict) and found.get("flushed", True) else None
 
 
 def _record(plan: plans.Plan) -> dict:
-    return {"kind": "soup", "key": plan.key, **plan.recipe, "weights": plan.weights, "folders": plan.folders}
+    return {
+        "kind": "soup",
+        "key": plan.key,
+        "flushed": flushes(),
+        **plan.recipe,
+        "weights": plan.weights,
+        "folders": plan.folders,
+    }
 
 
 def finished(path: Path, header: bytes, shard: Shard) -> bool:

@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastalign.data.files import sync
+from fastalign.data.files import flushes, sync
 from fastalign.errors import UserError
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import Checkpoint, Shard
 from fastalign.soup.compare import read_bytes
 from fastalign.soup.dtypes import FLOATS, SIZES
 from fastalign.soup.inputs import unchanged
-from fastalign.soup.stream import Segment, StreamError, allocate, chunk_for, joined, merge_tasks, stream
+from fastalign.soup.stream import Segment, StreamError, allocate, chunk_for, joined, merge_tasks, stream, write_behind
 from fastalign.soup.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def write_shard(
         with ExitStack() as stack:
             outs = []
             for path, header in zip(partial, headers, strict=True):
-                out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                # Not cut short, but new: closing a file that was cut to nothing, ext4 begins to write it at once.
+                out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 stack.callback(os.close, out)
                 outs.append(out)
                 with naming(path):
@@ -58,8 +59,10 @@ def write_shard(
                     path = _which(error, segments, partial, outs, files)
                     raise OSError(error.errno or 5, error.strerror, str(path)) from None
                 moved(moved_by)
-                if plan.written_bytes > _KEPT:
-                    _let_go(outs)
+                if flushes():
+                    write_behind(outs)
+                    if plan.written_bytes > _KEPT:
+                        _let_go(outs)
             for name, tensor in shard.tensors.items():
                 if name in plan.blocks_of:
                     at = tensor.offset
@@ -75,8 +78,9 @@ def write_shard(
                     moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
             unchanged(plan.inputs)
             for out, path in zip(outs, partial, strict=True):
-                with naming(path):
-                    os.fsync(out)
+                if flushes():
+                    with naming(path):
+                        os.fsync(out)
         for path, target in zip(partial, targets, strict=True):
             os.replace(path, target)
             sync(target.parent)
@@ -202,8 +206,9 @@ def _which(
 
 
 def chunk_of(plan: plans.Plan, threads: int) -> int:
+    held = len(plan.weights) if plan.sparse else 1  # outputs at once
     widths = max(
-        sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * len(plan.weights)
+        sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * held
         for shard in plan.layout
         for name, tensor in shard.tensors.items()
     )

@@ -12,8 +12,8 @@ from fastalign import backend
 from fastalign.soup.dtypes import SIZES, code
 from fastalign.soup.tasks import KEEPS, Tasks
 
-CACHE_BYTES = 1 << 20  # of a thread's chunks of all inputs and outputs: about a core's second-level cache
-LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 16  # elements
+CACHE_BYTES = 1 << 20  # of a thread's chunks: about a core's second-level cache
+LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 17  # elements
 PAGE = 4096
 
 
@@ -41,7 +41,7 @@ class StreamError(OSError):
 
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
-    """Elements a chunk, from the bytes one element takes in all inputs and outputs together; 0 where the limit is too low."""
+    """Elements a chunk, from the bytes one element takes in all inputs and outputs held at once; 0 where the limit is too low."""
     chunk = max(LEAST_CHUNK, min(MOST_CHUNK, CACHE_BYTES // widths // PAGE * PAGE))
     allowed = memory_limit // (threads * widths)
     step = PAGE if allowed >= PAGE else 64  # whole pages of every output, whatever its type
@@ -55,6 +55,13 @@ def allocate(file: int, nbytes: int) -> None:
     error = backend.engine.allocate(file, nbytes)
     if error:
         raise OSError(error, os.strerror(error))
+
+
+def write_behind(files: Sequence[int]) -> None:
+    """The disk may begin with what was written, where the engine can tell the system so."""
+    if backend.engine_runs():
+        for file in files:
+            backend.engine.write_behind(file)
 
 
 def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> None:
