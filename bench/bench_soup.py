@@ -2,7 +2,9 @@
 
 mergekit runs in an environment of its own, whose Python FASTALIGN_MERGEKIT_PYTHON names (`pip install mergekit==0.1.5`);
 without it only fastalign is measured. Both merge in a fresh process with everything imported, after which the clock
-starts; inputs are in the page cache. Memory is the peak of anonymous pages above what the imports took: the page cache is
+starts; or, "whole commands", as they are run in a shell. Inputs are in the page cache. mergekit leaves it to the system when
+its output reaches the disk; so does fastalign here (`sync=False`), but for the cases "flushed", its default, in which
+mergekit's output is flushed after it. Memory is the peak of anonymous pages above what the imports took: the page cache is
 not counted. Both results are held against the float64 sum.
 """
 
@@ -30,6 +32,11 @@ JOBS = {
     "SLERP, 2 models": (2, [[0.6, 0.4]], "slerp", 10.0),
     "TIES, a base and 2 models": (3, [[0.6, 0.4]], "ties", 10.0),  # the first model is the base
 }
+# name -> rows of weights, bar, rounds
+COMMANDS = {
+    "linear, 3 models, the whole command": ([RHO], 25.0, 3),
+    "linear, 11 soups of 3 models, one command against eleven": (ROWS, 80.0, 2),
+}
 
 
 def cases() -> Iterator:
@@ -40,10 +47,10 @@ def cases() -> Iterator:
         models = functools.cache(lambda: _models(Path(folder)))  # made once a case is run
         for name, (m, rows, method, bar) in JOBS.items():
 
-            def run(kind, python, m=m, rows=rows, method=method):
+            def run(kind, python, flush=False, m=m, rows=rows, method=method):
                 out = Path(folder) / kind
                 shutil.rmtree(out, ignore_errors=True)
-                seconds, peak = _apart(python, kind, [models()[:m], rows, method, str(out)])
+                seconds, peak = _apart(python, kind, [models()[:m], rows, method, str(out), flush])
                 return Apart(seconds, peak)
 
             def note(m=m, rows=rows, method=method):
@@ -53,19 +60,16 @@ def cases() -> Iterator:
                     told.append(f"{kind} within {worst:.3f} bfloat16 ulp of the float64 answer")
                 return ", ".join(told)
 
-            ours = lambda run=run: run("fastalign", sys.executable)  # noqa: E731
-            peers = {MERGEKIT: lambda run=run: run(MERGEKIT, theirs)} if theirs else {}
-            rounds = 1 if len(rows) > 1 else 3
-            yield Case(name, ours, peers, {MERGEKIT: bar} if theirs else {}, rounds=rounds, note=note, apart=True)
-        peers = {MERGEKIT: lambda: _command(theirs, models(), Path(folder))} if theirs else {}
-        yield Case(
-            "linear, 3 models, the whole command",
-            lambda: _command(sys.executable, models(), Path(folder)),
-            peers,
-            {MERGEKIT: 25.0} if theirs else {},
-            rounds=3,
-            apart=True,
-        )
+            bars = {MERGEKIT: bar} if theirs else {}
+            for flush in (False, True):
+                ours = lambda run=run, flush=flush: run("fastalign", sys.executable, flush)  # noqa: E731
+                peers = {MERGEKIT: lambda run=run, flush=flush: run(MERGEKIT, theirs, flush)} if theirs else {}
+                rounds = 1 if flush else 3
+                yield Case(name + ", flushed" * flush, ours, peers, bars, rounds=rounds, note=note, apart=True)
+        for name, (rows, bar, rounds) in COMMANDS.items():
+            ours = lambda rows=rows: _commands(sys.executable, models(), rows, Path(folder))  # noqa: E731
+            peers = {MERGEKIT: lambda rows=rows: _commands(theirs, models(), rows, Path(folder))} if theirs else {}
+            yield Case(name, ours, peers, {MERGEKIT: bar} if theirs else {}, rounds=rounds, apart=True)
 
 
 def _models(root: Path) -> list[str]:
@@ -106,30 +110,39 @@ def _apart(python: str, kind: str, job: list) -> tuple[float, float]:
     return float(out.split()[-1]), (peak - before) / 1024
 
 
-def _command(python: str, models: list[str], folder: Path):
-    """One linear soup as it is run in a shell: by mergekit-yaml with its fastest options, or by fastalign soup."""
+def _commands(python: str, models: list[str], rows: list, folder: Path):
+    """Linear soups as they are made in a shell: one by one by mergekit-yaml with its fastest options, or by fastalign soup,
+    which takes one row of weights, or a recipe of many."""
     from fastalign.bench.common import Apart
 
-    out = folder / "command"
+    out, recipe = folder / "command", folder / "recipe.yaml"  # JSON is YAML
     shutil.rmtree(out, ignore_errors=True)
+    commands = []
     if python == sys.executable:
-        command = [python, "-m", "fastalign", "soup", *models, "--weights", ",".join(map(str, RHO)), "--out", str(out)]
+        asked = [*models, "--weights", ",".join(map(str, rows[0]))]
+        if len(rows) > 1:
+            recipe.write_text(json.dumps({"models": models, "weights": rows}))
+            asked = ["--recipe", str(recipe)]
+        commands.append([python, "-m", "fastalign", "soup", *asked, "--no-sync", "--out", str(out)])
     else:
-        held = [{"model": model, "parameters": {"weight": weight}} for model, weight in zip(models, RHO, strict=True)]
-        recipe = folder / "recipe.yaml"  # JSON is YAML
-        recipe.write_text(
-            json.dumps({"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16", "models": held})
-        )
         options = ["--quiet", "--lazy-unpickle", "--async-write", "--write-threads", "2", "--no-write-model-card"]
-        command = [str(Path(python).with_name("mergekit-yaml")), str(recipe), str(out), *options]
+        for k, row in enumerate(rows):
+            held = [
+                {"model": model, "parameters": {"weight": weight}} for model, weight in zip(models, row, strict=True)
+            ]
+            made = recipe.with_name(f"recipe{k}.yaml")
+            made.write_text(
+                json.dumps({"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16", "models": held})
+            )
+            commands.append([str(Path(python).with_name("mergekit-yaml")), str(made), str(out / str(k)), *options])
     os.sync()
-    began = time.perf_counter()
-    worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peak = _peak_kb(worker)
-    seconds = time.perf_counter() - began
-    if worker.returncode:
-        raise RuntimeError(worker.communicate()[1][-2000:])
-    return Apart(seconds, peak / 1024)
+    peak, began = 0, time.perf_counter()
+    for command in commands:
+        worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        peak = max(peak, _peak_kb(worker))
+        if worker.returncode:
+            raise RuntimeError(worker.communicate()[1][-2000:])
+    return Apart(time.perf_counter() - began, peak / 1024)
 
 
 def _peak_kb(worker: subprocess.Popen) -> int:
@@ -221,16 +234,16 @@ def _worst_ties(held: list, row: list[float], made: dict) -> float:
     return worst
 
 
-def _ours(models: list[str], rows: list, method: str, out: str):
+def _ours(models: list[str], rows: list, method: str, out: str, flush: bool):
     from fastalign import soup
 
     if method == "ties":
         options = {"base": models[0], "parameters": {"density": DENSITY}}
-        return lambda: soup.merge(models[1:], rows, out, method=method, progress=False, **options)
-    return lambda: soup.merge(models, rows, out, method=method, progress=False)
+        return lambda: soup.merge(models[1:], rows, out, method=method, sync=flush, progress=False, **options)
+    return lambda: soup.merge(models, rows, out, method=method, sync=flush, progress=False)
 
 
-def _mergekit(models: list[str], rows: list, method: str, out: str):
+def _mergekit(models: list[str], rows: list, method: str, out: str, flush: bool):
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -262,6 +275,9 @@ def _mergekit(models: list[str], rows: list, method: str, out: str):
                 lazy_unpickle=True,
             )
             run_merge(MergeConfiguration.model_validate(config), f"{out}/{k}", options)
+            for path in Path(out, str(k)).iterdir() if flush else ():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
 
     return work
 
