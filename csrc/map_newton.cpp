@@ -234,11 +234,19 @@ struct Solver : Dual {
       for (int tries = 0; tries < kLineSearch; ++tries) {
         go(trial, point, t, desk);
         copy(trial.hessian, point.hessian, m * m), trial.model = point.model;
-        evaluate(trial, desk, k, how);
-        ++passes;
         // Near the minimum the dual stands still at its last bits; there the residual is what must fall.
-        taken = trial.value <= point.value + 1e-4 * t * s.slope ||
-                (trial.value <= point.value + 1e-12 * (1 + __builtin_fabs(point.value)) && residual(trial) < 0.5 * left);
+        const auto better = [&] {
+          return trial.value <= point.value + 1e-4 * t * s.slope ||
+                 (trial.value <= point.value + 1e-12 * (1 + __builtin_fabs(point.value)) && residual(trial) < 0.5 * left);
+        };
+        const auto look = [&](How as) {
+          evaluate(trial, desk, k, as);
+          ++passes;
+          taken = better();
+        };
+        look(how);
+        // A value that was summed in float may hide that.
+        if (!taken && how != How::exact && residual(trial) < 0.5 * left) look(How::exact);
         if (taken) break;
         if (left <= tol) return certified;
         if (!certified && trial.top < -tol * norm(trial.mu, m)) {

@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 MAX_POINTS = 1000
+# Points of the hull that are kept from one projection for the next: palettes that are projected together lie together.
+KEPT_POINTS = 64
 # λ so large that the tilted mean is the mean of the samples with the largest score, to the last digits of a score.
 SHARP = 1e13
 
@@ -25,6 +27,7 @@ class Reachable:
 
     def __init__(self, run, scale: np.ndarray, sign: np.ndarray):
         self.run, self.scale, self.sign = run, scale, sign
+        self._met: dict[bytes, np.ndarray] = {}  # points of the hull, from run.center; the oldest first
 
     def inward(self, d: np.ndarray) -> np.ndarray:
         """d cut to the directions in which C is bounded: those of λ."""
@@ -32,9 +35,15 @@ class Reachable:
 
     def farthest(self, d: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, float]:
         """The point of the hull farthest along d and its score, from the palette."""
-        sharp = self.run((d * (SHARP / np.sqrt(d @ d)) / self.scale)[None])
-        point = (sharp.mean[0] + (self.run.center - palette)) / self.scale
+        met = self.run((d * (SHARP / np.sqrt(d @ d)) / self.scale)[None]).mean[0]
+        self._met.setdefault(met.tobytes(), met)
+        if len(self._met) > KEPT_POINTS:
+            del self._met[next(iter(self._met))]
+        point = self._seen_from(palette, met)
         return point, float(d @ point)
+
+    def _seen_from(self, palette: np.ndarray, met: np.ndarray) -> np.ndarray:
+        return (met + (self.run.center - palette)) / self.scale
 
     def nearest(self, palette: np.ndarray, direction: np.ndarray | None = None):
         """Projection of `palette` (m,) onto C, in the metric Σ ((a − b) / scale)².
@@ -48,7 +57,9 @@ class Reachable:
 
         m = len(palette)
         d = self.sign + (self.sign == 0) if direction is None else self.inward(direction * self.scale)
-        points = [self.farthest(d, palette)[0]]
+        if not self._met:
+            self.farthest(d, palette)
+        points = [self._seen_from(palette, met) for met in self._met.values()]
         spare = -np.diag(self.sign)[:, self.sign != 0]
         shortest = np.inf
         for _ in range(MAX_POINTS):
