@@ -26,12 +26,15 @@ BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end
 def run(names: Sequence[str], results: Path, *, say: Callable[[str], None]) -> None:
     """Measure the cases of the named groups, or whose title holds a name (all by default); `say` tells each at once.
 
-    Writes results/<op>.json. Raises UserError where nothing answers to the names.
+    A part that begins with "<op>: " builds no other op's cases. Writes results/<op>.json. Raises UserError where nothing answers to the names.
     """
     grouped = {op for name in names for op in GROUPS.get(name, ())}
     parts = [name for name in names if name not in GROUPS]
+    every = [op for ops in GROUPS.values() for op in ops]
     ran = False
-    for op in (op for ops in GROUPS.values() for op in ops):
+    for op in every:
+        if names and op not in grouped and all(part.partition(": ")[0] in {*every} - {op} for part in parts):
+            continue
         found, whole = [], True
         for case in importlib.import_module(f"fastalign.bench.bench_{op}").cases():
             title = f"{op}: {case.name}"

@@ -217,7 +217,7 @@ def test_help_has_an_example(command):
 
 
 def test_bench_writes_results_and_a_table(tmp_path):
-    code, out, _ = fastalign("bench", "systematic, 4,096", "--out", tmp_path)
+    code, out, _ = fastalign("bench", "resample: systematic, 4,096", "--out", tmp_path)
     assert code == 0 and "× numpy" in out
     (result,) = json.loads((tmp_path / "resample.json").read_text())["results"]
     assert (
@@ -225,7 +225,7 @@ def test_bench_writes_results_and_a_table(tmp_path):
         and f"{result['ratio']['numpy']['p50']:.1f} ×" in (tmp_path / "table.md").read_text()
     )
     assert "benchmarks must be among losses, sampling, map, training, decode" in refused(
-        "bench", "elephant", "--out", tmp_path
+        "bench", "resample: elephant", "--out", tmp_path
     )
 
 
