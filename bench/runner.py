@@ -26,7 +26,8 @@ BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end
 def run(names: Sequence[str], results: Path, *, say: Callable[[str], None]) -> None:
     """Measure the cases of the named groups, or whose title holds a name (all by default); `say` tells each at once.
 
-    A part that begins with "<op>: " builds no other op's cases. Writes results/<op>.json. Raises UserError where nothing answers to the names.
+    A part that begins with "<op>: " builds no other op's cases. Writes results/<op>.json. Raises UserError where nothing
+    answers to the names.
     """
     grouped = {op for name in names for op in GROUPS.get(name, ())}
     parts = [name for name in names if name not in GROUPS]

@@ -48,7 +48,7 @@ class Reachable:
     def nearest(self, palette: np.ndarray, direction: np.ndarray | None = None):
         """Projection of `palette` (m,) onto C, in the metric Σ ((a − b) / scale)².
 
-        direction: (m,), a first guess at the separating direction (in λ's units).
+        direction: (m,), a first guess at the separating direction (in λ's units), for the first palette.
         Returns the nearest reachable palette (m,), the separating direction d (m,) in λ's units, with
         max_i d·R_i < d·palette (None where the palette itself is reachable to rounding), and the distance in units of
         scale.
@@ -56,9 +56,9 @@ class Reachable:
         from scipy.optimize import nnls
 
         m = len(palette)
-        d = self.sign + (self.sign == 0) if direction is None else self.inward(direction * self.scale)
         if not self._met:
-            self.farthest(d, palette)
+            guess = self.sign + (self.sign == 0) if direction is None else self.inward(direction * self.scale)
+            self.farthest(guess, palette)
         points = [self._seen_from(palette, met) for met in self._met.values()]
         spare = -np.diag(self.sign)[:, self.sign != 0]
         shortest = np.inf
