@@ -1,5 +1,6 @@
-// The only file that knows Python. Tensors arrive as raw pointers, sizes and strides, already checked by
-// fastalign/ops; the GIL is released around every kernel. No torch header, so one build serves every torch.
+// The only file that knows Python. Tensors arrive as addresses with their sizes and types (fastalign/buffers.py), which are
+// checked here against what each kernel reads and writes; the GIL is released around it. No torch header, so one build
+// serves every torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,44 +34,145 @@ using namespace fastalign;
 
 namespace {
 
-template <typename T = void> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
+// What stands here is the caller's fault and never a user's: it shows its traceback.
+[[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("the engine was called wrongly: " + what); }
 
-// Where a numpy array's values lie: a tenth of the time that asking it in Python takes. None: null.
-template <typename T> T* data_of(const py::handle& array) {
-  return array.is_none() ? nullptr : static_cast<T*>(const_cast<void*>(py::reinterpret_borrow<py::array>(array).data()));
+void require(bool holds, const char* what) {
+  if (!holds) refuse(what);
 }
 
-DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::float32;
-  if (name == "float64") return DType::float64;
-  if (name == "bfloat16") return DType::bfloat16;
-  if (name == "float16") return DType::float16;
-  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got " + name);
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return "float32";
+    case DType::float64: return "float64";
+    case DType::bfloat16: return "bfloat16";
+    case DType::float16: return "float16";
+  }
+  return "";
+}
+
+template <typename T> const char* name_of();
+template <> const char* name_of<float>() { return "float32"; }
+template <> const char* name_of<int64_t>() { return "int64"; }
+template <> const char* name_of<bool>() { return "bool"; }
+
+bool is_called(const py::handle& text, const char* name) { return PyUnicode_CompareWithASCIIString(text.ptr(), name) == 0; }
+
+DType dtype_of(const py::handle& text) {
+  for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+    if (is_called(text, name_of(dtype))) return dtype;
+  }
+  refuse("no kernel reads " + std::string(py::str(text)));
+}
+
+SoupType soup_type_of(const py::handle& text) {
+  constexpr const char* kNames[kSoupTypes] = {"float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"};
+  for (int type = 0; type < kSoupTypes; ++type) {
+    if (is_called(text, kNames[type])) return SoupType(type);
+  }
+  refuse("no soup is made of " + std::string(py::str(text)));
 }
 
 size_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// (data, dtype, count, inner, outer_stride, inner_stride, vocab), as fastalign/ops/_rows.py makes it
+// What sums over logits of this type are held in.
+DType compute_of(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
+
+// (address, elements, dtype), as fastalign/buffers.py's buffer makes it; None: null.
+struct Buffer {
+  void* data = nullptr;
+  int64_t count = 0;
+  py::handle dtype;
+  Buffer(const py::handle& from) {
+    if (from.is_none()) return;
+    const auto t = py::reinterpret_borrow<py::tuple>(from);
+    data = reinterpret_cast<void*>(t[0].cast<uintptr_t>()), count = t[1].cast<int64_t>();
+    dtype = PyTuple_GET_ITEM(t.ptr(), 2);
+  }
+};
+
+// Where `count` elements of that type lie: the kernel is told of no other size than the buffer has.
+void* memory_of(const Buffer& buffer, const char* dtype, int64_t count) {
+  if (!buffer.dtype) refuse("a buffer is missing");
+  if (!is_called(buffer.dtype, dtype) || buffer.count != count) {
+    refuse("a buffer of " + std::to_string(buffer.count) + " " + std::string(py::str(buffer.dtype)) + " where a kernel takes " +
+           std::to_string(count) + " " + dtype);
+  }
+  return buffer.data;
+}
+void* memory_of(const Buffer& buffer, DType dtype, int64_t count) { return memory_of(buffer, name_of(dtype), count); }
+template <typename T> T* memory_of(const Buffer& buffer, int64_t count) {
+  return static_cast<T*>(memory_of(buffer, name_of<T>(), count));
+}
+
+// None, too, where a kernel can do without.
+void* memory_or_null(const Buffer& buffer, DType dtype, int64_t count) {
+  return buffer.dtype ? memory_of(buffer, dtype, count) : nullptr;
+}
+template <typename T> T* memory_or_null(const Buffer& buffer, int64_t count) {
+  return buffer.dtype ? memory_of<T>(buffer, count) : nullptr;
+}
+
+// Where a numpy array's `count` values of type T lie, in order, aligned and in this machine's byte order. None: null.
+template <typename T> T* data_of(const py::handle& array, int64_t count) {
+  if (array.is_none()) return nullptr;
+  require(py::isinstance<py::array_t<T, py::array::c_style>>(array), "an array of another type or layout than a kernel takes");
+  const auto x = py::reinterpret_borrow<py::array>(array);
+  const void* data = x.data();
+  require(x.size() == count, "an array of another size than a kernel takes");
+  require(reinterpret_cast<uintptr_t>(data) % alignof(T) == 0, "an unaligned array");
+  return static_cast<T*>(const_cast<void*>(data));
+}
+
+// (address, dtype, count, inner, outer_stride, inner_stride, vocab), as fastalign/buffers.py's rows makes it
 Rows rows_of(const py::tuple& t) {
-  return {ptr(t[0].cast<uintptr_t>()), dtype_of(t[1].cast<std::string>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
+  return {reinterpret_cast<const void*>(t[0].cast<uintptr_t>()), dtype_of(t[1]), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
           t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>()};
 }
 
 // (rewards, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py makes it
 MapInput map_input_of(const py::tuple& t) {
   const auto rewards = py::reinterpret_borrow<py::array>(t[0]);
-  const DType dtype = rewards.itemsize() == 4 ? DType::float32 : DType::float64;
-  return {rewards.data(), dtype, int64_t(rewards.shape(0)), int64_t(rewards.shape(1)), int64_t(rewards.strides(0) / rewards.itemsize()),
-          data_of<double>(t[1]), data_of<double>(t[2]), data_of<int64_t>(t[3]), data_of<int64_t>(t[4]), t[5].cast<int64_t>()};
+  const bool wide = py::isinstance<py::array_t<double>>(rewards);
+  require(wide || py::isinstance<py::array_t<float>>(rewards), "rewards that are neither float32 nor float64");
+  require(rewards.ndim() == 2, "rewards that are no matrix");
+  const int64_t n = rewards.shape(0), m = rewards.shape(1), size = rewards.itemsize(), groups = t[5].cast<int64_t>();
+  const void* data = rewards.data();
+  require((m == 1 || rewards.strides(1) == size) && rewards.strides(0) % size == 0 &&
+              reinterpret_cast<uintptr_t>(data) % uintptr_t(size) == 0,
+          "rewards whose rows are not contiguous and aligned");
+  return {data, wide ? DType::float64 : DType::float32, n, m, int64_t(rewards.strides(0)) / size, data_of<double>(t[1], m),
+          data_of<double>(t[2], n), data_of<int64_t>(t[3], n), data_of<int64_t>(t[4], groups + 1), groups};
 }
 
-HeadTile head_tile_of(const py::tuple& t) {
-  return {ptr(t[0].cast<uintptr_t>()), dtype_of(t[1].cast<std::string>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
-          ptr<const int64_t>(t[4].cast<uintptr_t>()), t[5].cast<int64_t>(),
-          Transform{t[6].cast<double>(), t[7].cast<double>(), t[8].cast<double>()}};
-}
+// (tile, rows, cols, labels, bias, row, first, temperature, softcap, logit_scale), as fastalign/ops/_linear_cpu.py makes it:
+// the tile begins at `row` of all rows and at `first` of the vocabulary.
+struct TileOfHead {
+  HeadTile tile;
+  const void* bias;
+  int64_t row, total;  // rows in all
+  size_t size;
+
+  explicit TileOfHead(const py::tuple& t) {
+    const Buffer data(t[0]), labels(t[3]), biases(t[4]);
+    const DType dtype = dtype_of(data.dtype);
+    const int64_t rows = t[1].cast<int64_t>(), cols = t[2].cast<int64_t>(), first = t[6].cast<int64_t>();
+    row = t[5].cast<int64_t>(), total = labels.count, size = size_of(dtype);
+    require(0 <= row && row + rows <= total, "a tile of more rows than there are labels");
+    require(!biases.dtype || (0 <= first && first + cols <= biases.count), "a tile beyond the bias");
+    const char* all = static_cast<const char*>(memory_or_null(biases, dtype, biases.count));
+    bias = all == nullptr ? nullptr : all + size_t(first) * size;
+    tile = {memory_of(data, dtype, rows * cols), dtype, rows, cols, memory_of<int64_t>(labels, total) + row, first,
+            Transform{t[7].cast<double>(), t[8].cast<double>(), t[9].cast<double>()}};
+  }
+
+  // The tile's rows in (of, total) statistics of all rows.
+  void* among(const Buffer& all, int64_t of) const {
+    return static_cast<char*>(memory_of(all, tile.dtype, of * total)) + size_t(row) * size;
+  }
+};
 
 // A fresh output of many megabytes costs more in page faults than in arithmetic; huge pages make them few.
 void advise_huge_pages(void* data, size_t bytes) {
@@ -130,71 +232,94 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
 
-  m.def("first_bad_label", [](uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
+  m.def("first_bad_label", [](const py::object& buffer, int64_t vocab, int64_t ignore_index) {
+    const Buffer labels(buffer);
+    const int64_t* at = memory_of<int64_t>(labels, labels.count);
     py::gil_scoped_release release;
-    return first_bad_label(ptr<const int64_t>(labels), count, vocab, ignore_index);
+    return first_bad_label(at, labels.count, vocab, ignore_index);
   });
 
   m.def("token_logprobs_forward",
-        [](uintptr_t log_probs, uintptr_t max, uintptr_t sum, uintptr_t entropy, uintptr_t mean_logits,
-           uintptr_t log_sum_sq_probs, uintptr_t is_top1, const py::tuple& logits, uintptr_t labels,
-           int64_t ignore_index, double temperature, double softcap, int threads) {
+        [](const py::object& log_probs, const py::object& max, const py::object& sum, const py::object& entropy,
+           const py::object& mean_logits, const py::object& log_sum_sq_probs, const py::object& is_top1,
+           const py::tuple& logits, const py::object& labels, int64_t ignore_index, double temperature, double softcap,
+           int threads) {
           const Rows rows = rows_of(logits);
-          const LogprobOutputs out = {ptr(log_probs), ptr(max), ptr(sum), ptr(entropy), ptr(mean_logits),
-                                      ptr(log_sum_sq_probs), ptr<bool>(is_top1)};
+          const int64_t n = rows.count;
+          const DType wide = compute_of(rows.dtype);
+          const LogprobOutputs out = {memory_of(log_probs, wide, n), memory_of(max, wide, n), memory_of(sum, wide, n),
+                                      memory_or_null(entropy, wide, n), memory_or_null(mean_logits, wide, n),
+                                      memory_or_null(log_sum_sq_probs, wide, n), memory_or_null<bool>(is_top1, n)};
+          const int64_t* of = memory_of<int64_t>(labels, n);
           const Transform transform = {temperature, softcap};
           py::gil_scoped_release release;
-          FASTALIGN_CALL(token_logprobs_forward, out, rows, ptr<const int64_t>(labels), ignore_index, transform, threads);
+          FASTALIGN_CALL(token_logprobs_forward, out, rows, of, ignore_index, transform, threads);
         });
 
   m.def("token_logratios_forward",
-        [](uintptr_t log_ratios, uintptr_t policy_max, uintptr_t policy_sum, uintptr_t ref_max, uintptr_t ref_sum,
-           const py::tuple& policy, const py::tuple& ref, uintptr_t labels, int64_t ignore_index, double temperature,
-           int threads) {
+        [](const py::object& log_ratios, const py::object& policy_max, const py::object& policy_sum, const py::object& ref_max,
+           const py::object& ref_sum, const py::tuple& policy, const py::tuple& ref, const py::object& labels,
+           int64_t ignore_index, double temperature, int threads) {
           const Rows policy_rows = rows_of(policy), ref_rows = rows_of(ref);
-          const LogratioOutputs out = {ptr(log_ratios), ptr(policy_max), ptr(policy_sum), ptr(ref_max), ptr(ref_sum)};
+          const int64_t n = policy_rows.count;
+          const DType wide = compute_of(policy_rows.dtype);
+          require(ref_rows.count == n && ref_rows.vocab == policy_rows.vocab && ref_rows.dtype == policy_rows.dtype,
+                  "the logits of policy and reference differ in shape or type");
+          const LogratioOutputs out = {memory_of(log_ratios, wide, n), memory_of(policy_max, wide, n),
+                                       memory_of(policy_sum, wide, n), memory_of(ref_max, wide, n), memory_of(ref_sum, wide, n)};
+          const int64_t* of = memory_of<int64_t>(labels, n);
           const Transform transform = {temperature, 0.0};
           py::gil_scoped_release release;
-          FASTALIGN_CALL(token_logratios_forward, out, policy_rows, ref_rows, ptr<const int64_t>(labels), ignore_index,
-                         transform, threads);
+          FASTALIGN_CALL(token_logratios_forward, out, policy_rows, ref_rows, of, ignore_index, transform, threads);
         });
 
   m.def("token_logprobs_backward",
-        [](uintptr_t grad_logits, uintptr_t grad_log_probs, uintptr_t grad_entropy, uintptr_t max, uintptr_t sum,
-           uintptr_t entropy, const py::tuple& logits, uintptr_t labels, int64_t ignore_index, double temperature,
-           double softcap, int threads) {
+        [](const py::object& grad_logits, const py::object& grad_log_probs, const py::object& grad_entropy,
+           const py::object& max, const py::object& sum, const py::object& entropy, const py::tuple& logits,
+           const py::object& labels, int64_t ignore_index, double temperature, double softcap, int threads) {
           const Rows rows = rows_of(logits);
-          const LogprobGradients grads = {ptr(grad_log_probs), ptr(grad_entropy), ptr(max), ptr(sum), ptr(entropy)};
+          const int64_t n = rows.count;
+          const DType wide = compute_of(rows.dtype);
+          require(grad_entropy.is_none() == entropy.is_none(), "the entropy's gradient without the entropy");
+          void* const grad = memory_of(grad_logits, rows.dtype, n * rows.vocab);
+          const LogprobGradients grads = {memory_of(grad_log_probs, wide, n), memory_or_null(grad_entropy, wide, n),
+                                          memory_of(max, wide, n), memory_of(sum, wide, n), memory_or_null(entropy, wide, n)};
+          const int64_t* of = memory_of<int64_t>(labels, n);
           const Transform transform = {temperature, softcap};
           py::gil_scoped_release release;
-          advise_huge_pages(ptr(grad_logits), size_t(rows.count) * size_t(rows.vocab) * size_of(rows.dtype));
-          FASTALIGN_CALL(token_logprobs_backward, ptr(grad_logits), grads, rows, ptr<const int64_t>(labels),
-                         ignore_index, transform, threads);
+          advise_huge_pages(grad, size_t(n) * size_t(rows.vocab) * size_of(rows.dtype));
+          FASTALIGN_CALL(token_logprobs_backward, grad, grads, rows, of, ignore_index, transform, threads);
         });
 
-  m.def("release_pages", [](uintptr_t data, size_t bytes) { release_pages(ptr(data), bytes); });
-
-  // tile: (data, dtype, rows, cols, labels, first, temperature, softcap, logit_scale), as
-  // fastalign/ops/linear_token_logprobs.py makes it
-  m.def("head_forward", [](const py::tuple& tile, uintptr_t bias, uintptr_t stats, int64_t stats_stride, bool all,
-                           uintptr_t rescale, int threads) {
-    const HeadTile in = head_tile_of(tile);
-    py::gil_scoped_release release;
-    FASTALIGN_CALL(head_forward, in, ptr(bias), ptr(stats), stats_stride, all, ptr(rescale), threads);
+  m.def("release_pages", [](const py::object& buffer, size_t itemsize) {
+    const Buffer all(buffer);
+    release_pages(all.data, size_t(all.count) * itemsize);
   });
 
-  m.def("head_backward", [](const py::tuple& tile, uintptr_t logits, uintptr_t bias, uintptr_t rows, int64_t rows_stride,
-                            double filter, uintptr_t kept, int threads) {
-    const HeadTile in = head_tile_of(tile);
+  m.def("head_forward", [](const py::tuple& tile, const py::object& stats, bool all, const py::object& rescale, int threads) {
+    const TileOfHead in(tile);
+    void* const sums = in.among(stats, 7);
+    void* const by = memory_or_null(rescale, in.tile.dtype, in.tile.rows);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(head_backward, in, ptr(logits), ptr(bias), ptr(rows), rows_stride, filter, ptr<bool>(kept), threads);
+    FASTALIGN_CALL(head_forward, in.tile, in.bias, sums, in.total, all, by, threads);
+  });
+
+  // kept: (threads, cols), or nothing with filter 0
+  m.def("head_backward", [](const py::tuple& tile, const py::object& logits, const py::object& rows, double filter,
+                            const py::object& kept, int threads) {
+    const TileOfHead in(tile);
+    const void* from = memory_or_null(logits, in.tile.dtype, in.tile.rows * in.tile.cols);
+    void* const grads = in.among(rows, 5);
+    bool* const seen = memory_of<bool>(kept, filter != 0 ? threads * in.tile.cols : 0);
+    py::gil_scoped_release release;
+    FASTALIGN_CALL(head_backward, in.tile, from, in.bias, grads, in.total, filter, seen, threads);
   });
 
   m.def("map_statistics", [](const py::object& out, const py::tuple& rewards, const py::array& lambda, int threads) {
     const MapInput in = map_input_of(rewards);
-    double* const moments = data_of<double>(out);
-    const double* const at = data_of<double>(lambda);
     const int64_t count = lambda.shape(0);
+    double* const moments = data_of<double>(out, count * (3 + in.m + in.m * in.m));
+    const double* const at = data_of<double>(lambda, count * in.m);
     py::gil_scoped_release release;
     FASTALIGN_CALL(map_statistics, moments, in, at, count, threads);
   });
@@ -207,13 +332,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("map_small", [](const py::array& out, const py::array& rewards, const py::array& palette, const py::array& sign,
                         double log_norm, double tol, double flat) {
     const MapInput in = map_input_of(py::make_tuple(rewards, py::none(), py::none(), py::none(), py::none(), 0));
-    double *const to = data_of<double>(out), *const scalars = to + 2 * in.m;
-    if (in.m > kMostValues || out.size() != 2 * in.m + 4 || palette.size() != in.m || sign.size() != in.m) {
-      throw std::invalid_argument("map_small takes at most 64 values, and a palette and signs of as many");
-    }
+    require(in.m <= kMostValues, "map_small takes at most 64 values");
+    double *const to = data_of<double>(out, 2 * in.m + 4), *const scalars = to + 2 * in.m;
     int64_t passes = 0;
     const MapAnswer answer = {to, to + in.m, scalars, scalars + 1, scalars + 2, scalars + 3, &passes};
-    const double *const asked = data_of<double>(palette), *const signs = data_of<double>(sign);
+    const double *const asked = data_of<double>(palette, in.m), *const signs = data_of<double>(sign, in.m);
     py::gil_scoped_release release;
     return FASTALIGN_CALL(map_small, answer, in, asked, signs, log_norm, tol, flat) ? passes : int64_t(0);
   });
@@ -223,94 +346,128 @@ PYBIND11_MODULE(_C, m) {
   m.def("map_newton", [](const py::tuple& points, const py::object& passes, const py::object& certificate,
                          const py::object& certified, const py::tuple& rewards, const py::tuple& problem, double log_norm,
                          double tol, bool keep, int threads) {
-    const auto of = [](const py::tuple& t, int i) { return data_of<double>(t[i]); };
-    const MapPoints where = {of(points, 0), of(points, 1), of(points, 2), of(points, 3), of(points, 4), of(points, 5)};
-    const MapProblem what = {map_input_of(rewards), int64_t(py::len(passes)), log_norm, tol, of(problem, 0), of(problem, 1),
-                             of(problem, 2), of(problem, 3), of(problem, 4), data_of<bool>(problem[5]),
-                             data_of<bool>(problem[6])};
-    if (what.rewards.m > kMostValues || what.rewards.offsets != nullptr || (!keep && what.count != 1)) {
-      throw std::invalid_argument("map_newton takes one group and at most 64 values, and many palettes only with keep");
-    }
-    int64_t* const counted = data_of<int64_t>(passes);
-    double* const directions = data_of<double>(certificate);
-    bool* const found = data_of<bool>(certified);
+    const MapInput in = map_input_of(rewards);
+    const int64_t m = in.m, k = int64_t(py::len(passes));
+    require(m <= kMostValues && in.offsets == nullptr && (keep || k == 1),
+            "map_newton takes one group and at most 64 values, and many palettes only with keep");
+    const auto of = [](const py::tuple& t, int i, int64_t count) { return data_of<double>(t[i], count); };
+    const MapPoints where = {of(points, 0, k * m), of(points, 1, k), of(points, 2, k * m),
+                             of(points, 3, k * m * m), of(points, 4, k), of(points, 5, k)};
+    const MapProblem what = {in, k, log_norm, tol, of(problem, 0, m), of(problem, 1, k * m), of(problem, 2, m),
+                             of(problem, 3, m), of(problem, 4, k * m), data_of<bool>(problem[5], m),
+                             data_of<bool>(problem[6], k)};
+    int64_t* const counted = data_of<int64_t>(passes, k);
+    double* const directions = data_of<double>(certificate, k * m);
+    bool* const found = data_of<bool>(certified, k);
     py::gil_scoped_release release;
     FASTALIGN_CALL(map_newton, where, counted, directions, found, what, keep, threads);
   });
 
-  m.def("sample_tokens", [](uintptr_t ids, uintptr_t log_probs, const py::tuple& logits, double temperature, int64_t top_k,
-                            double top_p, double min_p, int64_t seed, int64_t offset, uintptr_t streams, int64_t streams_width,
-                            int threads) {
+  m.def("sample_tokens", [](const py::object& ids, const py::object& log_probs, const py::tuple& logits, double temperature,
+                            int64_t top_k, double top_p, double min_p, int64_t seed, int64_t offset, const py::object& streams,
+                            int64_t streams_width, int threads) {
     const Rows rows = rows_of(logits);
     const SampleOptions options = {temperature, top_k, top_p, min_p, uint64_t(seed), uint64_t(offset),
-                                   ptr<const int64_t>(streams), streams_width};
+                                   memory_or_null<int64_t>(streams, rows.count * streams_width), streams_width};
+    int64_t* const to = memory_of<int64_t>(ids, rows.count);
+    void* const p = memory_of(log_probs, compute_of(rows.dtype), rows.count);
     py::gil_scoped_release release;
-    if (!FASTALIGN_CALL(sample_tokens, ptr<int64_t>(ids), ptr(log_probs), rows, options, threads)) throw std::bad_alloc();
+    if (!FASTALIGN_CALL(sample_tokens, to, p, rows, options, threads)) throw std::bad_alloc();
   });
 
-  m.def("exp_rows", [](uintptr_t scores, uintptr_t max, uintptr_t mass, int64_t rows, int64_t length, float scaling,
-                       int threads) {
+  m.def("exp_rows", [](const py::object& scores, const py::object& max, const py::object& mass, int64_t rows, int64_t length,
+                       float scaling, int threads) {
+    float *const x = memory_of<float>(scores, rows * length), *const top = memory_of<float>(max, rows);
+    float* const sum = memory_of<float>(mass, rows);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(exp_rows, ptr<float>(scores), ptr<float>(max), ptr<float>(mass), rows, length, scaling, threads);
+    FASTALIGN_CALL(exp_rows, x, top, sum, rows, length, scaling, threads);
   });
 
   m.def("own_attention",
-        [](uintptr_t out, uintptr_t keys, uintptr_t values, uintptr_t query, uintptr_t key, uintptr_t value,
-           uintptr_t prompt_sum, uintptr_t prompt_max, uintptr_t prompt_mass, uintptr_t rows, uintptr_t lengths, int64_t n,
-           int64_t kv, int64_t group, int64_t room, int64_t d, float scaling, int threads) {
-          const OwnAttention in = {ptr<float>(keys), ptr<float>(values), ptr<float>(query), ptr<float>(key), ptr<float>(value),
-                                   ptr<float>(prompt_sum), ptr<float>(prompt_max), ptr<float>(prompt_mass),
-                                   ptr<int64_t>(rows), ptr<int64_t>(lengths), n, kv, group, room, d, scaling};
+        [](const py::object& out, const py::object& keys, const py::object& values, const py::object& query,
+           const py::object& key, const py::object& value, const py::object& prompt_sum, const py::object& prompt_max,
+           const py::object& prompt_mass, const py::object& rows, const py::object& lengths, int64_t kv, int64_t group,
+           int64_t room, int64_t d, int64_t dv, float scaling, int threads) {
+          const int64_t n = Buffer(rows).count, count = Buffer(lengths).count, heads = kv * group;
+          const int64_t places = kv * room * d > 0 ? Buffer(keys).count / (kv * room * d) : 0;
+          require(places >= count, "more rows than places in the cache");
+          const OwnAttention in = {
+              memory_of<float>(keys, places * kv * room * d), memory_of<float>(values, places * kv * room * dv),
+              memory_of<float>(query, count * heads * d), memory_of<float>(key, count * kv * d),
+              memory_of<float>(value, count * kv * dv), memory_of<float>(prompt_sum, n * heads * dv),
+              memory_of<float>(prompt_max, n * heads), memory_of<float>(prompt_mass, n * heads),
+              memory_of<int64_t>(rows, n), memory_of<int64_t>(lengths, count), n, kv, group, room, d, dv, scaling};
+          float* const to = memory_of<float>(out, count * heads * dv);
+          for (int64_t i = 0; i < n; ++i) {
+            require(0 <= in.rows[i] && in.rows[i] < count, "a row that is not in flight");
+            require(0 <= in.lengths[in.rows[i]] && in.lengths[in.rows[i]] < room, "no room for a new token");
+          }
           py::gil_scoped_release release;
-          FASTALIGN_CALL(own_attention, ptr<float>(out), in, threads);
+          FASTALIGN_CALL(own_attention, to, in, threads);
         });
 
-  m.def("rms_norm", [](uintptr_t y, uintptr_t rstd, uintptr_t x, uintptr_t weight, int64_t rows, int64_t width, float eps,
-                       float offset, int threads) {
+  m.def("rms_norm", [](const py::object& y, const py::object& rstd, const py::object& x, const py::object& weight, int64_t rows,
+                       int64_t width, float eps, float offset, int threads) {
+    float *const to = memory_of<float>(y, rows * width), *const scales = memory_of<float>(rstd, rows);
+    const float *from = memory_of<float>(x, rows * width), *by = memory_of<float>(weight, width);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(rms_norm, ptr<float>(y), ptr<float>(rstd), ptr<const float>(x), ptr<const float>(weight), rows, width, eps,
-                   offset, threads);
+    FASTALIGN_CALL(rms_norm, to, scales, from, by, rows, width, eps, offset, threads);
   });
 
-  m.def("rms_norm_backward", [](uintptr_t dx, uintptr_t dweight, uintptr_t dy, uintptr_t x, uintptr_t rstd,
-                                uintptr_t weight, int64_t rows, int64_t width, float offset, int threads) {
+  m.def("rms_norm_backward", [](const py::object& dx, const py::object& dweight, const py::object& dy, const py::object& x,
+                                const py::object& rstd, const py::object& weight, int64_t rows, int64_t width, float offset,
+                                int threads) {
+    float *const to = memory_of<float>(dx, rows * width), *const shares = memory_or_null<float>(dweight, threads * width);
+    const float *grad = memory_of<float>(dy, rows * width), *from = memory_of<float>(x, rows * width);
+    const float *scales = memory_of<float>(rstd, rows), *by = memory_of<float>(weight, width);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(rms_norm_backward, ptr<float>(dx), ptr<float>(dweight), ptr<const float>(dy), ptr<const float>(x),
-                   ptr<const float>(rstd), ptr<const float>(weight), rows, width, offset, threads);
+    FASTALIGN_CALL(rms_norm_backward, to, shares, grad, from, scales, by, rows, width, offset, threads);
   });
 
-  m.def("silu_gate", [](uintptr_t out, uintptr_t gate, uintptr_t up, int64_t n, int threads) {
+  m.def("silu_gate", [](const py::object& out, const py::object& gate, const py::object& up, int64_t n, int threads) {
+    float* const to = memory_of<float>(out, n);
+    const float *g = memory_of<float>(gate, n), *u = memory_of<float>(up, n);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(silu_gate, ptr<float>(out), ptr<const float>(gate), ptr<const float>(up), n, threads);
+    FASTALIGN_CALL(silu_gate, to, g, u, n, threads);
   });
 
-  m.def("silu_gate_backward", [](uintptr_t dgate, uintptr_t dup, uintptr_t dout, uintptr_t gate, uintptr_t up, int64_t n,
-                                 int threads) {
+  m.def("silu_gate_backward", [](const py::object& dgate, const py::object& dup, const py::object& dout, const py::object& gate,
+                                 const py::object& up, int64_t n, int threads) {
+    float *const dg = memory_of<float>(dgate, n), *const du = memory_of<float>(dup, n), *const d = memory_of<float>(dout, n);
+    const float *g = memory_of<float>(gate, n), *u = memory_of<float>(up, n);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(silu_gate_backward, ptr<float>(dgate), ptr<float>(dup), ptr<float>(dout), ptr<const float>(gate),
-                   ptr<const float>(up), n, threads);
+    FASTALIGN_CALL(silu_gate_backward, dg, du, d, g, u, n, threads);
   });
 
-  m.def("rotate", [](uintptr_t out, uintptr_t x, uintptr_t cosine, uintptr_t sine, int64_t tokens, int64_t heads, int64_t d,
-                     bool inverse, int threads) {
+  m.def("rotate", [](const py::object& out, const py::object& x, const py::object& cosine, const py::object& sine,
+                     int64_t tokens, int64_t heads, int64_t d, bool inverse, int threads) {
+    require(d % 2 == 0, "heads of an odd size have no halves");
+    float* const to = memory_of<float>(out, tokens * heads * d);
+    const float* from = memory_of<float>(x, tokens * heads * d);
+    const float *c = memory_of<float>(cosine, tokens * d), *s = memory_of<float>(sine, tokens * d);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(rotate, ptr<float>(out), ptr<const float>(x), ptr<const float>(cosine), ptr<const float>(sine), tokens,
-                   heads, d, inverse, threads);
+    FASTALIGN_CALL(rotate, to, from, c, s, tokens, heads, d, inverse, threads);
   });
 
-  m.def("gae", [](uintptr_t advantages, uintptr_t returns, const py::tuple& rewards, const py::tuple& values, uintptr_t mask,
-                  double gamma, double lambda, int threads) {
-    const GaeInput in = {rows_of(rewards), rows_of(values), ptr<const bool>(mask), gamma, lambda};
+  m.def("gae", [](const py::object& advantages, const py::object& returns, const py::tuple& rewards, const py::tuple& values,
+                  const py::object& mask, double gamma, double lambda, int threads) {
+    const Rows r = rows_of(rewards), v = rows_of(values);
+    require(r.count == v.count && r.vocab == v.vocab && r.dtype == v.dtype, "rewards and values differ in shape or type");
+    const int64_t n = r.count * r.vocab;
+    void *const to = memory_of(advantages, r.dtype, n), *const sums = memory_of(returns, r.dtype, n);
+    const GaeInput in = {r, v, memory_of<bool>(mask, n), gamma, lambda};
     py::gil_scoped_release release;
-    FASTALIGN_CALL(gae, ptr(advantages), ptr(returns), in, threads);
+    FASTALIGN_CALL(gae, to, sums, in, threads);
   });
 
-  m.def("resample", [](uintptr_t ids, const py::tuple& log_weights, int64_t k, int method, uintptr_t mask, int64_t seed,
-                       int threads) {
+  m.def("resample", [](const py::object& ids, const py::tuple& log_weights, int64_t k, int method, const py::object& mask,
+                       int64_t seed, int threads) {
     const Rows rows = rows_of(log_weights);
-    const ResampleOptions options = {k, ResampleMethod(method), ptr<const bool>(mask), uint64_t(seed)};
+    const ResampleOptions options = {k, ResampleMethod(method), memory_or_null<bool>(mask, rows.count * rows.vocab),
+                                     uint64_t(seed)};
+    int64_t* const to = memory_of<int64_t>(ids, rows.count * k);
     py::gil_scoped_release release;
-    if (!FASTALIGN_CALL(resample, ptr<int64_t>(ids), rows, options, threads)) throw std::bad_alloc();
+    if (!FASTALIGN_CALL(resample, to, rows, options, threads)) throw std::bad_alloc();
   });
 
   m.def("allocate", [](int file, int64_t bytes) {
@@ -371,15 +528,21 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
   });
 
-  m.def("soup_memory", [](const std::vector<uintptr_t>& outs, int out_type, const std::vector<uintptr_t>& ins,
-                          const std::vector<int>& in_types, const std::vector<double>& weights, int64_t n, int threads) {
+  m.def("soup_memory", [](const py::list& outs, const py::list& ins, const std::vector<double>& weights, int threads) {
+    require(!outs.empty() && !ins.empty() && ins.size() <= kSoupInputs, "soups take between 1 and 128 models");
+    require(weights.size() == outs.size() * ins.size(), "a weight for each model in each soup");
+    const Buffer first(outs[0]);
     std::vector<void*> to;
     std::vector<const void*> from;
     std::vector<SoupType> types;
-    for (uintptr_t out : outs) to.push_back(ptr(out));
-    for (uintptr_t in : ins) from.push_back(ptr<const void>(in));
-    for (int type : in_types) types.push_back(SoupType(type));
+    for (const py::handle& out : outs) to.push_back(memory_of(out, std::string(py::str(first.dtype)).c_str(), first.count));
+    for (const py::handle& in : ins) {
+      const Buffer x(in);
+      types.push_back(soup_type_of(x.dtype));
+      from.push_back(memory_of(x, std::string(py::str(x.dtype)).c_str(), first.count));
+    }
+    const SoupType out_type = soup_type_of(first.dtype);
     py::gil_scoped_release release;
-    soup_memory(to, SoupType(out_type), from, types, weights, n, threads);
+    soup_memory(to, out_type, from, types, weights, first.count, threads);
   });
 }

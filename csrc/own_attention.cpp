@@ -66,7 +66,7 @@ static inline void scale(float* x, float by, int64_t d) {
 
 // One query: goes on from the prompt's part (its sum stands in `out`) over the candidate's own keys, block by block.
 static void attend(float* out, float top, float mass, const float* query, const float* keys, const float* values,
-                   int64_t length, float scaling, int64_t d) {
+                   int64_t length, float scaling, int64_t d, int64_t dv) {
   float scores[kBlock];
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t n = length - begin < kBlock ? length - begin : kBlock;
@@ -75,27 +75,28 @@ static void attend(float* out, float top, float mass, const float* query, const 
     exp_row(scores, n, scaling, block_top, block_mass);
     const float higher = block_top > top ? block_top : top;
     const float before = exp(top - higher), now = exp(block_top - higher);
-    if (before != 1.0f) scale(out, before, d);
-    for (int64_t t = 0; t < n; ++t) add_scaled(out, values + (begin + t) * d, now * scores[t], d);
+    if (before != 1.0f) scale(out, before, dv);
+    for (int64_t t = 0; t < n; ++t) add_scaled(out, values + (begin + t) * dv, now * scores[t], dv);
     mass = before * mass + now * block_mass;
     top = higher;
   }
-  scale(out, 1.0f / mass, d);
+  scale(out, 1.0f / mass, dv);
 }
 
 void own_attention(float* out, const OwnAttention& in, int threads) {
-  const int64_t d = in.d;
+  const int64_t d = in.d, dv = in.dv;
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
   for (int64_t i = 0; i < in.n; ++i) {
     for (int64_t h = 0; h < in.kv; ++h) {
-      const int64_t place = in.rows[i], length = in.lengths[place] + 1, at = (place * in.kv + h) * in.room * d;
-      float *keys = in.keys + at, *values = in.values + at;
-      __builtin_memcpy(keys + (length - 1) * d, in.key + (place * in.kv + h) * d, size_t(d) * sizeof(float));
-      __builtin_memcpy(values + (length - 1) * d, in.value + (place * in.kv + h) * d, size_t(d) * sizeof(float));
+      const int64_t place = in.rows[i], length = in.lengths[place] + 1, head = place * in.kv + h;
+      float *keys = in.keys + head * in.room * d, *values = in.values + head * in.room * dv;
+      __builtin_memcpy(keys + (length - 1) * d, in.key + head * d, size_t(d) * sizeof(float));
+      __builtin_memcpy(values + (length - 1) * dv, in.value + head * dv, size_t(dv) * sizeof(float));
       for (int64_t g = 0; g < in.group; ++g) {
-        const int64_t of = (h * in.n + i) * in.group + g, to = (place * in.kv * in.group + h * in.group + g) * d;
-        __builtin_memcpy(out + to, in.prompt_sum + of * d, size_t(d) * sizeof(float));
-        attend(out + to, in.prompt_max[of], in.prompt_mass[of], in.query + to, keys, values, length, in.scaling, d);
+        const int64_t of = (h * in.n + i) * in.group + g, query = head * in.group + g;
+        float* const to = out + query * dv;
+        __builtin_memcpy(to, in.prompt_sum + of * dv, size_t(dv) * sizeof(float));
+        attend(to, in.prompt_max[of], in.prompt_mass[of], in.query + query * d, keys, values, length, in.scaling, d, dv);
       }
     }
   }

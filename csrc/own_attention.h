@@ -9,13 +9,13 @@ namespace fastalign {
 
 // All float32 and contiguous. `rows` names the places in the cache of the n rows of one prompt.
 struct OwnAttention {
-  float *keys, *values;         // (places, kv, room, d): the candidates' own; the new token is written at lengths[place]
+  float *keys, *values;         // (places, kv, room, d) and dv: the candidates' own; the new token comes at lengths[place]
   const float *query;           // (places, kv * group, d)
-  const float *key, *value;     // (places, kv, d), of the new token
-  const float *prompt_sum;      // (kv, n * group, d): sum over the prompt of exp(score - max) value
+  const float *key, *value;     // (places, kv, d) and dv, of the new token
+  const float *prompt_sum;      // (kv, n * group, dv): sum over the prompt of exp(score - max) value
   const float *prompt_max, *prompt_mass;  // (kv, n * group)
   const int64_t *rows, *lengths;          // (n,), (places,)
-  int64_t n, kv, group, room, d;
+  int64_t n, kv, group, room, d, dv;  // values may be of another width than keys
   float scaling;
 };
 
@@ -25,6 +25,6 @@ FASTALIGN_DECLARE(
   // In place over (rows, length): exp(scaling x - max); max and the sum of these, (rows,). Row r begins at r * length.
   void exp_rows(float* scores, float* max, float* mass, int64_t rows, int64_t length, float scaling, int threads);
 
-  // out (places, kv * group, d)
+  // out (places, kv * group, dv)
   void own_attention(float* out, const OwnAttention& in, int threads);
 )

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from scipy.stats import chisquare
+from test_fused_forward import SMALL
 from test_fused_forward import build as plain_model
 from test_packing import MODELS, WINDOWED, build
 
@@ -114,23 +116,70 @@ def test_first_tokens_follow_the_models_law():
     assert chisquare(observed.numpy(), (expected / expected.sum() * 4000).numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("heads", "kv", "d", "own"), [(9, 3, 64, 30), (2, 2, 7, 300), (4, 1, 20, 1)])
-def test_compiled_step_equals_the_plain_one(heads, kv, d, own):
+def fused(q, k, v):
+    """As GPT-2's and Phi-3's one projection hands them out: side by side in each row."""
+    sizes = [x.shape[1] * x.shape[3] for x in (q, k, v)]
+    row = torch.cat([x.flatten(1) for x in (q, k, v)], 1)
+    return [
+        y.view(len(y), 1, -1, x.shape[3]).transpose(1, 2) for x, y in zip((q, k, v), row.split(sizes, 1), strict=True)
+    ]
+
+
+def interleaved(q, k, v):
+    """As GPT-NeoX's, head by head."""
+    group = q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (-1, group)).flatten(2)  # a head's keys and values follow its queries
+    heads = torch.cat([x.flatten(2) for x in (q, k, v)], 2)
+    q, k, v = heads.split([x.shape[2] for x in (q, k.flatten(2), v.flatten(2))], 2)
+    q = q.unflatten(2, (group, -1))
+    return [q.flatten(1, 2).unsqueeze(2) if group > 1 else q, k.unsqueeze(2), v.unsqueeze(2)]
+
+
+@pytest.mark.parametrize("lay", [lambda *x: x, fused, interleaved])
+@pytest.mark.parametrize(
+    ("heads", "kv", "d", "dv", "own"),
+    [(9, 3, 64, 64, 30), (2, 2, 7, 7, 300), (4, 1, 20, 20, 1), (4, 4, 24, 16, 40), (6, 2, 5, 19, 3)],
+)
+def test_compiled_step_equals_the_plain_one(heads, kv, d, dv, own, lay):
     torch.manual_seed(0)
     jobs = [Job(p, c) for p, c in ((0, 0), (7, 0), (0, 1), (7, 1), (7, 2))]  # rows of prompt 0 are no neighbours
     lengths = torch.tensor([own - 1, 0, own // 2, 0, own - 1])
-    prefixes = {p: Prefix(n, {0: torch.randn(kv, n, d)}, {0: torch.randn(kv, n, d)}) for p, n in ((0, 33), (7, 1))}
-    q, k, v = (30 * torch.randn(5, h, 1, d) for h in (heads, kv, kv))
-    cache = torch.randn(2, 5, kv, own + 3, d)
+    prefixes = {p: Prefix(n, {0: torch.randn(kv, n, d)}, {0: torch.randn(kv, n, dv)}) for p, n in ((0, 33), (7, 1))}
+    q, k, v = (30 * torch.randn(5, h, 1, size) for h, size in ((heads, d), (kv, d), (kv, dv)))
+    laid = lay(q, k, v)
+    assert all(map(torch.equal, laid, (q, k, v)))
+    own_keys, own_values = torch.randn(5, kv, own + 3, d), torch.randn(5, kv, own + 3, dv)
     found = []
     for name in ("cpu", "reference"):
         engine = SimpleNamespace(
-            jobs=jobs, prefixes=prefixes, rows=5, keys={0: cache[0].clone()}, values={0: cache[1].clone()}
+            jobs=jobs, prefixes=prefixes, rows=5, keys={0: own_keys.clone()}, values={0: own_values.clone()}
         )
         with use_backend(name):
             step = _Step(engine, 5, own, lengths, lengths + 5)
             assert step.compiled == (name == "cpu")
-            found.append((step.attend(0, q, k, v, d**-0.5, None, None), engine.keys[0], engine.values[0]))
+            found.append((step.attend(0, *laid, d**-0.5, None, None), engine.keys[0], engine.values[0]))
     (ours, *caches), (plain, *others) = found
+    assert ours.shape == (5, heads, 1, dv)
     assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
     assert all(map(torch.equal, caches, others))
+
+
+FUSED = {"GPTNeoX": SMALL, "Phi3": SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}, "Persimmon": SMALL}
+
+
+@pytest.mark.parametrize("family", FUSED)
+@torch.no_grad()
+def test_one_projection_of_queries_keys_and_values_in_float32(family):
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**FUSED[family])
+    ).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 2:  # so large that attention is far from flat
+            p.normal_(0, 0.7 if "emb" in name else 0.6 / p.shape[-1] ** 0.5)
+    found, _ = by_engine(model, rows=5)
+    for job, (ids, logprobs) in found.items():
+        prompt = PROMPTS[job.prompt]
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.double().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)

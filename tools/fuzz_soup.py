@@ -212,9 +212,10 @@ def _out_of_bounds() -> None:
     import torch
 
     from fastalign.backend import engine
+    from fastalign.buffers import buffer
 
     x, y = torch.zeros(1000), torch.zeros(1000)
-    engine.soup_memory([y.data_ptr()], 1, [x.data_ptr()], [1], [1.0], 1064, 1)
+    engine.soup_memory([(*buffer(y)[:1], 1064, "float32")], [(*buffer(x)[:1], 1064, "float32")], [1.0], 1)
 
 
 def build(folder: Path) -> Path:

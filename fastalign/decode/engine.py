@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign import backend
 from fastalign.backend import threads
+from fastalign.buffers import buffer
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.integrations.layers import CompiledLayers
@@ -243,7 +244,7 @@ class _Step:
     ) -> Tensor:
         """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d)."""
         self.calls += 1
-        keys, values = self._room(layer, k)
+        keys, values = self._room(layer, k, v)
         if self.compiled and window is None and softcap is None and q.dtype == torch.float32:
             return self._compiled(layer, q, k, v, keys, values, scaling)
         keys[self.rows, :, self.lengths] = k[:, :, 0]
@@ -269,7 +270,7 @@ class _Step:
                 mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill_(~near, float("-inf"))
                 mask = mask.repeat_interleave(group, 0)[None]
             theirs, lse = _part(together, prefix.keys[layer], prefix.values[layer], scaling, softcap, mask)
-            theirs = theirs.view(kv, n, group, d).transpose(0, 1)
+            theirs = theirs.view(kv, n, group, -1).transpose(0, 1)
             lse = lse.view(kv, n, group).transpose(0, 1)
             share = torch.sigmoid(mine_lse[rows] - lse).unsqueeze(-1).to(q.dtype)
             out[rows] = theirs + (mine[rows] - theirs) * share
@@ -277,29 +278,27 @@ class _Step:
 
     def _compiled(self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """The same on the compiled engine: two products with the prompt a group, and one pass each beside them."""
-        (_, heads, _, d), kv, room = q.shape, k.shape[1], keys.shape[2]
-        q, k, v = (x.reshape(self.count, -1, d) for x in (q, k, v))
-        grouped, out = q.view(self.count, kv, heads // kv, d), torch.empty_like(q)
+        (_, heads, _, d), kv, room, width = q.shape, k.shape[1], keys.shape[2], v.shape[-1]
+        q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))  # a fused projection hands out views of itself
+        grouped, out = q.view(self.count, kv, heads // kv, d), q.new_empty(self.count, heads, width)
         for prefix, rows in self.groups:
             together = grouped.transpose(0, 1)[:, rows].reshape(kv, -1, d)
             scores = torch.bmm(together, prefix.keys[layer].transpose(1, 2))
             top, mass = scores.new_empty(2, kv * together.shape[1]).unbind()
-            backend.engine.exp_rows(
-                scores.data_ptr(), top.data_ptr(), mass.data_ptr(), len(top), prefix.length, scaling, threads()
-            )
+            backend.engine.exp_rows(*map(buffer, (scores, top, mass)), len(top), prefix.length, scaling, threads())
             given = torch.bmm(scores, prefix.values[layer])
             backend.engine.own_attention(
-                *(x.data_ptr() for x in (out, keys, values, q, k, v, given, top, mass, rows, self.lengths)),
-                len(rows), kv, heads // kv, room, d, scaling, threads(),
+                *map(buffer, (out, keys, values, q, k, v, given, top, mass, rows, self.lengths)),
+                kv, heads // kv, room, d, width, scaling, threads(),
             )  # fmt: skip
         return out.unsqueeze(2)
 
-    def _room(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         engine = self.engine
         if layer not in engine.keys or engine.keys[layer].shape[2] < self.longest:
             room = -(-self.longest // GROW) * GROW
-            for caches in (engine.keys, engine.values):
-                grown = k.new_empty(engine.rows, k.shape[1], room, k.shape[3])
+            for caches, new in ((engine.keys, k), (engine.values, v)):
+                grown = new.new_empty(engine.rows, new.shape[1], room, new.shape[3])
                 grown.zero_()  # what stands behind a row's tokens is weighed by 0, and must be a number
                 if layer in caches:
                     grown[:, :, : caches[layer].shape[2]] = caches[layer]

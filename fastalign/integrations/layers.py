@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalign import backend
 from fastalign.backend import threads
+from fastalign.buffers import buffer
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROTATION = "apply_rotary_pos_emb"  # by this name in every model of transformers
@@ -206,9 +207,8 @@ class _RMSNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         shares = x.new_empty(count, width) if ctx.needs_input_grad[1] else None
         backend.engine.rms_norm_backward(
-            dx.data_ptr(), 0 if shares is None else shares.data_ptr(), dy.data_ptr(), x.data_ptr(), rstd.data_ptr(),
-            weight.data_ptr(), len(rstd), width, ctx.offset, count,
-        )  # fmt: skip
+            *map(buffer, (dx, shares, dy, x, rstd, weight)), len(rstd), width, ctx.offset, count
+        )
         return dx, None if shares is None else shares.sum(0), None, None
 
 
@@ -217,24 +217,20 @@ def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
     width = x.shape[-1]
     rows = x.numel() // width
     y, rstd = torch.empty_like(x), x.new_empty(rows)
-    backend.engine.rms_norm(
-        y.data_ptr(), rstd.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, width, eps, offset, threads()
-    )
+    backend.engine.rms_norm(*map(buffer, (y, rstd, x, weight)), rows, width, eps, offset, threads())
     return y, rstd
 
 
 def _gate(g: Tensor, u: Tensor) -> Tensor:
     out = torch.empty_like(g)
-    backend.engine.silu_gate(out.data_ptr(), g.data_ptr(), u.data_ptr(), g.numel(), threads())
+    backend.engine.silu_gate(*map(buffer, (out, g, u)), g.numel(), threads())
     return out
 
 
 def _gate_backward(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(dg, du); in dh's place then stands the gate's output."""
     dg, du = torch.empty_like(g), torch.empty_like(u)
-    backend.engine.silu_gate_backward(
-        *(x.data_ptr() for x in (dg, du, dh, g, u)), g.numel(), threads()
-    )  # fmt: skip
+    backend.engine.silu_gate_backward(*map(buffer, (dg, du, dh, g, u)), g.numel(), threads())
     return dg, du
 
 
@@ -302,7 +298,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     batch, heads, length, d = x.shape
     x = x.transpose(1, 2).contiguous()  # as the projection wrote it: no copy
     out = torch.empty_like(x)
-    backend.engine.rotate(
-        out.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), batch * length, heads, d, inverse, threads()
-    )
+    backend.engine.rotate(*map(buffer, (out, x, cos, sin)), batch * length, heads, d, inverse, threads())
     return out.transpose(1, 2)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
+from fastalign.buffers import buffer
 from fastalign.errors import UserError
-from fastalign.ops._rows import DTYPES
+from fastalign.ops._dtypes import DTYPES
 
 
 def logits(name: str, x: Tensor, last: str = "V") -> None:
@@ -40,7 +41,7 @@ def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
         return
     if backend.engine is not None and labels.device.type == "cpu":
         labels = labels.contiguous()
-        position = backend.engine.first_bad_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
+        position = backend.engine.first_bad_label(buffer(labels), vocab, ignore_index)
     else:
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         position = int(bad.flatten().nonzero()[0]) if bool(bad.any()) else -1

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastalign import backend
 from fastalign.backend import threads
+from fastalign.buffers import buffer
 from fastalign.ops import _checks
-from fastalign.ops._rows import DTYPES, compute_dtype
+from fastalign.ops._dtypes import compute_dtype
 
 TOKENS = 1024  # of a tile
 VOCAB = 4096
@@ -58,11 +59,9 @@ class _Tiles:
             tile.addmm_(self.low[rows], b.t())
 
     def describe(self, tile: Tensor, rows: slice, first: int) -> tuple:
-        labels = self.labels[rows.start :].data_ptr()
-        return (tile.data_ptr(), DTYPES[self.dtype], *tile.shape, labels, first, *self.transform)
-
-    def bias_at(self, first: int) -> int:
-        return 0 if self.bias is None else self.bias[first:].data_ptr()
+        """For the engine: the tile, and where among all rows and in the whole vocabulary it begins."""
+        labels, bias = buffer(self.labels), buffer(self.bias)
+        return (buffer(tile), *tile.shape, labels, bias, rows.start, first, *self.transform)
 
 
 def tile_width(weight: Tensor) -> int:
@@ -160,8 +159,8 @@ def forward(
             tile = tiles.room(rows, end - first) if place is None else place[rows]
             tiles.project(tile, rows, w, b_part)
             backend.engine.head_forward(
-                tiles.describe(tile, rows, first), tiles.bias_at(first), stats[:, rows.start :].data_ptr(),
-                tiles.count, statistics, unit.rescale.data_ptr() if unit else 0, threads(),
+                tiles.describe(tile, rows, first), buffer(stats), statistics, unit and buffer(unit.rescale[: len(tile)]),
+                threads(),
             )  # fmt: skip
             if unit:
                 unit.add(tile, rows, w, b_part)
@@ -253,17 +252,16 @@ def _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs) 
     for step, (first, end, w, b_part) in enumerate(tiles.columns()):
         taken = kept.take(step)
         for rows in tiles.rows():
-            tile, logits, columns = tiles.room(rows, end - first), 0, None
+            tile, logits, columns = tiles.room(rows, end - first), None, None
             if taken is None:
                 tiles.project(tile, rows, w, b_part)
             else:
                 tile = taken[rows] if among is None else torch.index_select(taken, 0, among[rows], out=tile)
-                logits = tile.data_ptr()  # with their bias
+                logits = buffer(tile)  # with their bias
             seen = torch.zeros(threads(), end - first if filtered else 0, dtype=torch.bool)
             backend.engine.head_backward(
-                tiles.describe(tile, rows, first), logits, tiles.bias_at(first), small[:, rows.start :].data_ptr(), count,
-                grad_filter, seen.data_ptr(), threads(),
-            )  # fmt: skip
+                tiles.describe(tile, rows, first), logits, buffer(small), grad_filter, buffer(seen), threads()
+            )
             if filtered:
                 columns = seen.any(0).nonzero().flatten()
                 columns = columns if 2 * len(columns) <= end - first else None  # else the copies cost what they save
@@ -278,7 +276,7 @@ def _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs) 
                 part, sums = d_bias[first:end], tile.sum(0)
                 part.add_(sums) if columns is None else part.index_add_(0, columns, sums)
         if taken is not None:
-            backend.engine.release_pages(taken.data_ptr(), taken.nbytes)
+            backend.engine.release_pages(buffer(taken), taken.itemsize)
         for total in (d_weight, d_b):
             if total is not None:
                 total.close(first, end)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
+from fastalign.buffers import buffer, rows
 from fastalign.errors import UserError
 from fastalign.ops import _checks
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
-from fastalign.ops._rows import compute_dtype, describe
 
 
 def gae(
@@ -57,10 +58,10 @@ def gae(
 
 def _gae_cpu(rewards, values, mask, gamma, lam):
     out = _gae_fake(rewards, values, mask, gamma, lam)
-    reward_rows, rewards_kept = describe(rewards)
-    value_rows, values_kept = describe(values)
+    reward_rows, rewards_kept = rows(rewards)
+    value_rows, values_kept = rows(values)
     mask = mask.contiguous()
-    backend.engine.gae(*(x.data_ptr() for x in out), reward_rows, value_rows, mask.data_ptr(), gamma, lam, threads())
+    backend.engine.gae(*map(buffer, out), reward_rows, value_rows, buffer(mask), gamma, lam, threads())
     del rewards_kept, values_kept
     return out
 

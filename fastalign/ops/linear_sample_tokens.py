@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
+from fastalign.buffers import buffer
 from fastalign.errors import UserError
 from fastalign.ops import _checks, _linear_cpu
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
-from fastalign.ops._rows import compute_dtype
 from fastalign.ops.linear_token_logprobs import _check
 from fastalign.ops.sample_tokens import SampledTokens
 from fastalign.ops.sample_tokens import _check as _check_draw
@@ -91,9 +92,8 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
                 tile = tiles.room(some, end - first)
                 tiles.project(tile, some, w, b_part)
                 backend.engine.head_forward(
-                    tiles.describe(tile, some, first), tiles.bias_at(first), stats[step, :, some.start :].data_ptr(),
-                    count, False, 0, threads(),
-                )  # fmt: skip
+                    tiles.describe(tile, some, first), buffer(stats[step]), False, None, threads()
+                )
         tops, sums = stats[:, 0], stats[:, 1].double()
         top = tops.amax(0)
         masses = torch.where(sums > 0, sums * (tops - top).double().exp(), sums)

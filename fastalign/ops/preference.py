@@ -10,9 +10,9 @@ from torch import Tensor
 from fastalign._pairwise import FUSED, TABLE, Margin, Options, check_options
 from fastalign.errors import UserError
 from fastalign.ops import _checks
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._fused import on_triton, spread_op
 from fastalign.ops._library import define
-from fastalign.ops._rows import compute_dtype
 
 
 class PairLosses(NamedTuple):

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
+from fastalign.buffers import buffer, rows
 from fastalign.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._library import define
-from fastalign.ops._rows import describe
 
 METHODS = (
     "multinomial",
@@ -81,10 +81,10 @@ def _check(log_weights, k, method, mask) -> None:
 
 
 def _resample_cpu(log_weights, k, method, mask, seed):
-    rows, kept = describe(log_weights)
+    described, kept = rows(log_weights)
     mask = None if mask is None else mask.contiguous()
     ids = _resample_fake(log_weights, k, method, mask, seed)
-    backend.engine.resample(ids.data_ptr(), rows, k, method, 0 if mask is None else mask.data_ptr(), seed, threads())
+    backend.engine.resample(buffer(ids), described, k, method, buffer(mask), seed, threads())
     del kept
     return ids
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
+from fastalign.buffers import buffer
+from fastalign.buffers import rows as described_rows
 from fastalign.errors import UserError
 from fastalign.ops import _checks
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
-from fastalign.ops._rows import compute_dtype, describe
 
 MAX_VOCAB = 2**31 - 1
 
@@ -103,12 +105,12 @@ def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
 
 
 def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
-    described, kept = describe(logits)
+    described, kept = described_rows(logits)
     rows = None if rows is None else rows.contiguous()
     ids, log_probs = _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
     backend.engine.sample_tokens(
-        ids.data_ptr(), log_probs.data_ptr(), described, temperature, top_k, top_p, min_p, seed, offset,
-        0 if rows is None else rows.data_ptr(), 1 if rows is None else rows.ndim, threads(),
+        buffer(ids), buffer(log_probs), described, temperature, top_k, top_p, min_p, seed, offset, buffer(rows),
+        1 if rows is None else rows.ndim, threads(),
     )  # fmt: skip
     del kept
     return ids, log_probs

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
+from fastalign.buffers import buffer, rows
 from fastalign.ops import _checks
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
-from fastalign.ops._rows import compute_dtype, describe
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
 
@@ -101,13 +102,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):
-    rows, kept = describe(logits)
+    described, kept = rows(logits)
     labels = labels.contiguous()
     _checks.labels_in_range(labels, logits.shape[-1], ignore_index)
     out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
-    addresses = [x.data_ptr() if x.shape == labels.shape else 0 for x in out]
+    made = [buffer(x) if x.shape == labels.shape else None for x in out]
     backend.engine.token_logprobs_forward(
-        *addresses, rows, labels.data_ptr(), ignore_index, temperature, softcap, threads()
+        *made, described, buffer(labels), ignore_index, temperature, softcap, threads()
     )
     del kept
     return out
@@ -134,16 +135,15 @@ def _backward_cpu(
     ignore_index,
     statistics,
 ):
-    rows, kept = describe(logits)
+    described, kept = rows(logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype)
     small = [grad_log_probs, grad_entropy, row_max, row_sum, entropy]
     small = [x.to(compute_dtype(logits.dtype)).contiguous() for x in small]
     labels = labels.contiguous()
-    addresses = [x.data_ptr() for x in small]
     if not statistics:
-        addresses[1] = addresses[4] = 0
+        small[1] = small[4] = None
     backend.engine.token_logprobs_backward(
-        grad.data_ptr(), *addresses, rows, labels.data_ptr(), ignore_index, temperature, softcap, threads()
+        buffer(grad), *map(buffer, small), described, buffer(labels), ignore_index, temperature, softcap, threads()
     )
     del kept
     return grad

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
+from fastalign.buffers import buffer, rows
 from fastalign.errors import UserError
 from fastalign.ops import _checks
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
-from fastalign.ops._rows import compute_dtype, describe
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
 
 
@@ -78,13 +79,13 @@ class _TokenLogratios(torch.autograd.Function):
 
 
 def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
-    policy, policy_kept = describe(policy_logits)
-    ref, ref_kept = describe(ref_logits)
+    policy, policy_kept = rows(policy_logits)
+    ref, ref_kept = rows(ref_logits)
     labels = labels.contiguous()
     _checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
     out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
     backend.engine.token_logratios_forward(
-        *(x.data_ptr() for x in out), policy, ref, labels.data_ptr(), ignore_index, temperature, threads()
+        *map(buffer, out), policy, ref, buffer(labels), ignore_index, temperature, threads()
     )
     del policy_kept, ref_kept
     return out

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign.errors import UserError
 from fastalign.ops import _checks
-from fastalign.ops._rows import compute_dtype
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops.linear_token_logprobs import _budget, _check
 from fastalign.ops.linear_token_logprobs import backward_op as head_backward
 from fastalign.ops.linear_token_logprobs import forward_op as head_forward

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
-from fastalign.soup.dtypes import code, of_torch
+from fastalign.buffers import buffer
 
 
 def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:
@@ -21,8 +21,7 @@ def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtyp
     outs = [torch.empty(tensors[0].shape, dtype=dtype) for _ in rows]
     kept = [tensor.detach().contiguous() for tensor in tensors]
     backend.engine.soup_memory(
-        [out.data_ptr() for out in outs], code(of_torch(dtype)), [tensor.data_ptr() for tensor in kept],
-        [code(of_torch(tensor.dtype)) for tensor in kept], [float(w) for row in rows for w in row], outs[0].numel(),
+        [buffer(out) for out in outs], [buffer(tensor) for tensor in kept], [float(w) for row in rows for w in row],
         backend.threads(),
     )  # fmt: skip
     return outs

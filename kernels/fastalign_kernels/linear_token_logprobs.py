@@ -27,7 +27,7 @@ from fastalign.kernels._softmax import compute_type
 from torch import Tensor
 
 from fastalign.ops import _checks
-from fastalign.ops._rows import compute_dtype
+from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops.linear_token_logprobs import _forward_fake
 
 SPLIT = 16  # vocabulary blocks of one program, at most: long enough to hide its start, short enough to end together

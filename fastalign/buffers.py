@@ -1,0 +1,66 @@
+"""How tensors reach the compiled engine. Addresses leave Python here and nowhere else, with what the engine checks them by.
+
+A kernel sees memory, not a tensor: one that is a slice of another, transposed or on a GPU would be read wrongly without
+a word. So a layout that the engine does not take raises here, and a size or dtype other than a kernel is about to read
+or write raises in csrc/bindings.cpp. Both are faults of the caller's code and not of a user: no UserError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def buffer(x: Tensor | None) -> tuple[int, int, str] | None:
+    """(address, elements, dtype) of a contiguous tensor on the CPU; None for None. The caller keeps it alive."""
+    if x is None:
+        return None
+    if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
+        raise RuntimeError(f"the engine takes contiguous CPU tensors, got {_told(x)}")
+    return x.data_ptr(), x.numel(), _NAMES[x.dtype]
+
+
+def rows(x: Tensor) -> tuple[tuple, Tensor]:
+    """(address, dtype, rows, inner, outer stride, inner stride, V) of x (..., V), and the tensor to keep alive meanwhile.
+
+    Copies only if the last dimension is not contiguous or the leading ones cannot be walked with two strides.
+    """
+    strides = two_strides(x)
+    if (x.stride(-1) != 1 and x.shape[-1] > 1) or strides is None:
+        x = x.contiguous()
+        strides = two_strides(x)
+    if not x.is_cpu or x.is_neg():
+        raise RuntimeError(f"the engine takes CPU tensors, got {_told(x)}")
+    outer_stride, inner, inner_stride = strides
+    vocab = x.shape[-1]
+    return (x.data_ptr(), _NAMES[x.dtype], x.numel() // vocab, inner, outer_stride, inner_stride, vocab), x
+
+
+def two_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(outer stride, inner size, inner stride) that walk the leading dimensions as one; None where two do not do."""
+    dims: list[list[int]] = []  # [size, stride] of the leading dimensions, neighbours merged where one stride serves
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = [dims[-1][0] * size, stride]
+        else:
+            dims.append([size, stride])
+    if len(dims) > 2:
+        return None
+    dims = [[1, 0]] * (2 - len(dims)) + dims
+    return dims[0][1], max(dims[1][0], 1), dims[1][1]
+
+
+class _Names(dict):
+    """A torch.dtype's name, "float32": made once, since str() of one takes as long as all the rest."""
+
+    def __missing__(self, dtype: torch.dtype) -> str:
+        return self.setdefault(dtype, str(dtype).removeprefix("torch."))
+
+
+_NAMES = _Names()
+
+
+def _told(x: Tensor) -> str:
+    return f"shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype} on {x.device}"

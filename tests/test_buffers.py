@@ -1,0 +1,154 @@
+"""Memory is handed to the engine in one way only, and never one that it would read wrongly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastalign
+from fastalign import backend
+from fastalign.buffers import buffer, rows
+
+PACKAGE = Path(fastalign.__file__).parent
+# memory.py asks whether two tensors are one and the same.
+ADDRESSES = {"buffers.py", "soup/memory.py"}
+
+
+def test_addresses_leave_python_in_one_place():
+    kernels = PACKAGE.parent / "kernels"
+    sources = [*PACKAGE.rglob("*.py"), *kernels.rglob("*.py")]
+    found = {str(path.relative_to(PACKAGE)) for path in sources if "data_ptr" in path.read_text()}
+    assert found == ADDRESSES
+    assert not [path for path in sources if ".ctypes" in path.read_text() or "__array_interface__" in path.read_text()]
+
+
+X = torch.arange(24.0).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "x", [X[:, :2], X.transpose(0, 1), X[0, 0].expand(5, 4), torch.complex(X, X).conj().imag[:1, :1, :1], X.to("meta")]
+)
+def test_a_layout_that_is_not_as_it_looks_is_refused(x):
+    with pytest.raises(RuntimeError, match="contiguous CPU tensors"):
+        buffer(x)
+
+
+def test_a_contiguous_slice_is_its_own_memory():
+    assert buffer(X[1]) == (X.data_ptr() + 12 * 4, 12, "float32")
+    assert buffer(torch.empty(0, dtype=torch.bool))[1:] == (0, "bool")
+    assert buffer(None) is None
+
+
+@pytest.mark.parametrize("x", [X[:, :2], X.transpose(0, 1), X.flip(0), X[..., ::2], X[:, :1].expand(2, 3, 4)])
+def test_rows_are_walked_as_the_tensor_is(x):
+    (address, dtype, count, inner, outer, step, width), kept = rows(x)
+    flat = torch.tensor([])
+    offset = (address - kept.untyped_storage().data_ptr()) // 4
+    flat = kept.as_strided((kept.untyped_storage().nbytes() // 4,), (1,), 0)
+    found = [flat[offset + r // inner * outer + r % inner * step :][:width] for r in range(count)]
+    assert dtype == "float32" and torch.equal(torch.stack(found), x.reshape(-1, width))
+
+
+def floats(*shape):
+    return torch.zeros(shape)
+
+
+def integers(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+# A right call of each kernel that takes buffers: its name, its buffers, and what follows them.
+LOGITS, LABELS = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
+CALLS = {
+    "token_logprobs_forward": ([*map(floats, [3] * 3), None, None, None, None, LOGITS, LABELS], (-100, 1.0, 0.0, 1)),
+    "token_logratios_forward": ([*map(floats, [3] * 5), LOGITS, LOGITS, LABELS], (-100, 1.0, 1)),
+    "token_logprobs_backward": ([floats(3, 5), floats(3), None, floats(3), floats(3), None, LOGITS, LABELS],
+                                (-100, 1.0, 0.0, 1)),
+    "first_bad_label": ([LABELS], (5, -100)),
+    "sample_tokens": ([integers(0, 0, 0), floats(3), LOGITS], (1.0, 0, 1.0, 0.0, 0, 0, None, 1, 1)),
+    "exp_rows": ([floats(3, 5), floats(3), floats(3)], (3, 5, 1.0, 1)),
+    "own_attention": (
+        [floats(2, 4, 3), floats(2, 2, 8, 6), floats(2, 2, 8, 3), floats(2, 4, 6), floats(2, 2, 6), floats(2, 2, 3),
+         floats(2, 2, 3), floats(4), floats(4), integers(1), integers(2, 7)],
+        (2, 2, 8, 6, 3, 1.0, 1),
+    ),
+    "rms_norm": ([floats(3, 4), floats(3), floats(3, 4), floats(4)], (3, 4, 1e-6, 0.0, 1)),
+    "rms_norm_backward": ([floats(3, 4), floats(2, 4), floats(3, 4), floats(3, 4), floats(3), floats(4)],
+                          (3, 4, 0.0, 2)),
+    "silu_gate": ([floats(7), floats(7), floats(7)], (7, 1)),
+    "silu_gate_backward": ([*map(floats, [7] * 5)], (7, 1)),
+    "rotate": ([floats(2, 3, 4), floats(2, 3, 4), floats(2, 4), floats(2, 4)], (2, 3, 4, False, 1)),
+    "gae": ([floats(3, 5), floats(3, 5), LOGITS, LOGITS, torch.ones(3, 5, dtype=torch.bool)], (1.0, 1.0, 1)),
+    "resample": ([integers(0, 0, 0), LOGITS], (1, 0, None, 0, 1)),
+}  # fmt: skip
+needs_engine = pytest.mark.skipif(backend.engine is None, reason="the compiled engine is not built")
+
+
+def call(name, tensors):
+    described = [rows(x)[0] if x is LOGITS else buffer(x) for x in tensors]
+    return getattr(backend.engine, name)(*described, *CALLS[name][1])
+
+
+@needs_engine
+@pytest.mark.parametrize("name", CALLS)
+def test_a_kernel_takes_buffers_of_its_sizes_and_types_alone(name):
+    tensors, _ = CALLS[name]
+    call(name, tensors)
+    for i, x in enumerate(tensors):
+        if x is None or x is LOGITS:
+            continue
+        sizes = [] if name == "first_bad_label" else [x.reshape(-1)[:-1]]
+        if i not in (1, 9, 10) or name != "own_attention":  # a cache may have more places, and there may be fewer rows
+            sizes += [] if name == "first_bad_label" else [torch.cat((x.reshape(-1), x.reshape(-1)[:1]))]
+        for wrong in (*sizes, x.to(torch.int32)):
+            with pytest.raises(RuntimeError, match="called wrongly"):
+                call(name, [*tensors[:i], wrong, *tensors[i + 1 :]])
+
+
+@needs_engine
+@pytest.mark.parametrize(("rows", "lengths"), [((2,), (2, 7)), ((-1,), (2, 7)), ((1,), (2, 8)), ((0,), (-1, 7))])
+def test_attention_stays_within_the_cache(rows, lengths):
+    tensors, _ = CALLS["own_attention"]
+    with pytest.raises(RuntimeError, match=r"not in flight|no room"):
+        call("own_attention", [*tensors[:9], integers(*rows), integers(*lengths)])
+
+
+@needs_engine
+def test_a_soup_takes_buffers_of_one_size():
+    out, short, x = floats(9), floats(8), floats(9)
+    backend.engine.soup_memory([buffer(out)], [buffer(x)], [1.0], 1)
+    for outs, ins, weights in (([short], [x], 1), ([out], [short], 1), ([out], [x], 2), ([out], [x.int()], 1),
+                               ([out, short], [x], 2), ([out], [x] * 129, 129)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="called wrongly"):
+            backend.engine.soup_memory([*map(buffer, outs)], [*map(buffer, ins)], [1.0] * weights, 1)
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x.astype(">f8"),
+        lambda x: np.zeros(len(x), dtype=[("pad", "u1"), ("x", "f8")])["x"],
+        lambda x: np.zeros(2 * len(x))[::2],
+        lambda x: np.zeros(len(x) + 1),
+        lambda x: x.astype(np.float32),
+    ],
+)
+def test_arrays_of_another_layout_are_refused(spoil):
+    rewards, m = np.random.default_rng(0).normal(size=(20, 3)), 3
+    out, palette, sign = np.empty(2 * m + 4), np.zeros(m), np.ones(m)
+    assert backend.engine.map_small(out, rewards, palette, sign, 3.0, 1e-8, 1e-12) >= 0
+    for i, x in enumerate((palette, sign)):
+        given = [palette, sign]
+        given[i] = spoil(x)
+        with pytest.raises(RuntimeError, match="called wrongly"):
+            backend.engine.map_small(out, rewards, *given, 3.0, 1e-8, 1e-12)
+    for wrong in (
+        rewards.astype(">f8"),
+        rewards.T,
+        rewards[:, ::2],
+        np.zeros((20, 3), dtype=[("a", "u1"), ("x", "f8")])["x"],
+    ):
+        with pytest.raises((RuntimeError, TypeError)):
+            backend.engine.map_statistics(np.empty((1, 15)), (wrong, None, None, None, None, 0), np.zeros((1, m)), 1)
