@@ -90,7 +90,7 @@ def main() -> None:
 
 def score(sampler, drawn, age: int) -> tuple[np.ndarray, float]:
     """(P, N, m) rewards of the candidates' first `age` tokens, and the seconds that took."""
-    texts = [sampler._text(ids[:age]) for row in drawn.token_ids for ids in row]
+    texts = [sampler.text.continuation([], ids[:age]) for row in drawn.token_ids for ids in row]
     began = time.perf_counter()
     values = rewards.score(list(REWARDS), drawn.pairs()[0], texts).astype(np.float64)
     return values.reshape(len(drawn.prompts), drawn.n, -1), time.perf_counter() - began

@@ -41,7 +41,7 @@ class Model:
 
 def sample(
     model: str | Model,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     out: str | Path,
     *,
     n: int,
@@ -70,8 +70,9 @@ def sample(
     or were made with other settings.
     """
     from fastalign.decode import aligned
+    from fastalign.decode.text import check_prompts
 
-    out = Path(out)
+    out, prompts = Path(out), check_prompts(prompts, sampling.get("chat", "auto"))
     model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device)
     settings = {
         "model": model.name,

@@ -42,7 +42,11 @@ def test_a_replay_of_best_of_n_says_who_survives(sampler, batch_size):
     tokens = 0
     for p in range(3):
         ids = whole.candidates.token_ids[p]
-        worth = lambda row: np.array([0.1 * len(t := sampler._text(row)) + sum(map(t.count, "aeiou"))]).item()  # noqa: E731
+
+        def worth(row):
+            text = sampler.text.continuation([], row)
+            return np.array([0.1 * len(text) + sum(map(text.count, "aeiou"))]).item()
+
         racing, cut = list(range(16)), {}
         for age in (2, 5):
             ranked = sorted(racing, key=lambda i: -worth(ids[i][:age]))
@@ -97,7 +101,7 @@ def test_memory_pressure_drops_the_worst_and_the_limit_holds(monkeypatch):
     lengths = sorted(len(ids) for ids in found.candidates.token_ids[0])
     assert lengths.count(GROW) == 10 and lengths.count(2 * GROW) == 4 and lengths.count(new) == 6
     free = speculative_rejection(sampler, ["why"], LENGTH, **{**job, "memory_limit": None})
-    scores = [len(sampler._text(ids[:GROW])) for ids in free.candidates.token_ids[0]]
+    scores = [len(sampler.text.continuation([], ids[:GROW])) for ids in free.candidates.token_ids[0]]
     gone = [i for i, ids in enumerate(found.candidates.token_ids[0]) if len(ids) == GROW]
     assert max(scores[i] for i in gone) <= min(scores[i] for i in range(n) if i not in gone)
 

@@ -37,7 +37,7 @@ class Adaptive:
 
 def adaptive(
     sampler: Sampler | str,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     rewards: Any,
     *,
     lam: Sequence[float] | None = None,
@@ -150,7 +150,7 @@ class Pilot(NamedTuple):
 
 def pilot(
     sampler: Sampler | str,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     rewards: Any,
     *,
     lam: Sequence[float] | None = None,

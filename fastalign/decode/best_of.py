@@ -34,7 +34,7 @@ class BestOf:
 
 def best_of(
     sampler: Sampler | str,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     rewards: Any,
     *,
     n: int,

@@ -6,6 +6,7 @@ One row per candidate. Kinds of file, each of the first three a superset of the 
     selected    only the rows picked; candidate_id is the one picked, + draw (0..k-1)
     weighted    scored + log_weight (float64): particles, which are not plain draws; exp of it, averaged over a prompt's
                 particles with any f(y), estimates Z E_λ f
+Where prompts are conversations, a column is_conversation (bool) says for which rows "prompt" is their JSON.
 The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}.
 """
 
@@ -20,18 +21,20 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.data.conversations import Conversation, as_prompt
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 
 KINDS = ("candidates", "scored", "selected", "weighted")
 _REWARD = "reward:"
+_CONVERSATION = "is_conversation"
 
 
 @dataclass
 class Candidates:
     """P prompts with N candidates each.
 
-    prompts: P strings. texts, token_ids, logprobs: [P][N] strings, lists of int, lists of float (per token,
+    prompts: P strings, or conversations (lists of messages, kept as `data.conversations.Conversation`). texts, token_ids, logprobs: [P][N] strings, lists of int, lists of float (per token,
     natural log, under the distribution the token was drawn from). rewards: name -> (P, N) float32.
     settings: how they were made (JSON values). prompt_ids: (P,) int64, the prompts' places in the whole set,
     0..P-1 unless this is a part. picked: None, or (P, N) int64 candidate numbers where this holds N draws
@@ -49,6 +52,7 @@ class Candidates:
     log_weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        self.prompts = [prompt if isinstance(prompt, str) else as_prompt(prompt, "prompts") for prompt in self.prompts]
         count = len(self.prompts)
         for name in ("texts", "token_ids", "logprobs"):
             came = [len(row) for row in getattr(self, name)]
@@ -163,6 +167,8 @@ class Candidates:
             "token_ids": pa.array([ids for row in self.token_ids for ids in row], pa.list_(pa.int32())),
             "logprobs": pa.array([values for row in self.logprobs for values in row], pa.list_(pa.float32())),
         }
+        if any(isinstance(prompt, Conversation) for prompt in self.prompts):
+            columns[_CONVERSATION] = pa.array([isinstance(prompt, Conversation) for prompt in self.pairs()[0]])
         if self.picked is not None:
             columns["draw"] = pa.array(numbers)
         if self.kind == "weighted":
@@ -216,8 +222,12 @@ class Candidates:
         mixed = [int(i) for i, row in zip(ids, prompts, strict=True) if len(set(row)) > 1]
         if mixed:
             raise UserError(f"{path}: prompt_id {mixed[0]} stands for more than one prompt")
+        prompts = [row[0] for row in prompts]
+        if _CONVERSATION in table.column_names:
+            spoken = [row[0] for row in grid(_CONVERSATION)]
+            prompts = [Conversation.parse(one) if is_ else one for one, is_ in zip(prompts, spoken, strict=True)]
         return cls(
-            [row[0] for row in prompts],
+            prompts,
             grid("text"),
             grid("token_ids"),
             grid("logprobs"),

@@ -23,7 +23,7 @@ class Crowd:
     """n candidates of each of some prompts (by their numbers) in flight."""
 
     def __init__(self, sampler: Sampler, encoded: Mapping[int, Sequence[int]], settings: Settings):
-        self.sampler, self.settings = sampler, settings
+        self.sampler, self.encoded, self.settings = sampler, encoded, settings
         self.age = 0  # tokens drawn by those that have not ended
         self.drawn = 0  # tokens drawn in all
         self.ended: set[Job] = set()
@@ -59,7 +59,11 @@ class Crowd:
             ):
                 self.ids[job].append(token)
                 self.logprobs[job].append(logprob)
-                if self.age == limit or token in ends or self.sampler._stops(self.ids[job], self.settings.stop):
+                if (
+                    self.age == limit
+                    or token in ends
+                    or self.sampler.text.stopped(self.encoded[job.prompt], self.ids[job], self.settings.stop)
+                ):
                     over.append(row)
             self.ended.update(jobs[row] for row in over)
             self.engine.drop(over)
@@ -95,7 +99,7 @@ class Crowd:
         self.engine.rearrange([sources[job] for job in places], places)
 
     def text(self, job: Job) -> str:
-        return self.sampler._text(self.ids[job], self.settings.stop)
+        return self.sampler.text.continuation(self.encoded[job.prompt], self.ids[job], self.settings.stop)
 
     def grid(self, values: Mapping[Job, Any]) -> list[list[Any]]:
         """[prompt][place] of a mapping from every job."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.sampler import Sampler, Settings
+from fastalign.decode.text import Text
 from fastalign.errors import UserError
 
 
@@ -26,7 +27,7 @@ class External(Sampler):
 
     def __init__(self, name: str, tokenizer, context: int | None):
         self.name, self.tokenizer, self.backend = name, tokenizer, "auto"
-        self._context = context
+        self._context, self.text = context, Text(tokenizer)
 
     @property
     def model(self):
@@ -63,8 +64,3 @@ def one_prompt(prompt: str, place: int, drawn: list[tuple[str, list[int], list[f
     part = Candidates([prompt], texts, tokens, logprobs, settings=record)
     part.prompt_ids = np.array([place], dtype=np.int64)
     return part
-
-
-def cut(text: str, stop: list[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

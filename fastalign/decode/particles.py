@@ -8,7 +8,7 @@ promises back and puts exp(lambda . R) in their place: the weighted particles ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import Job
 from fastalign.decode.sampler import Sampler, Settings, _places
+from fastalign.decode.text import check_prompts, told
 from fastalign.errors import UserError
 
 METHODS = (
@@ -58,7 +59,7 @@ class Particles:
 
 def particles(
     sampler: Sampler | str,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     rewards: Any,
     *,
     n: int,
@@ -78,6 +79,9 @@ def particles(
     batch_size: int | None = None,
     prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **template: Any,
 ) -> Particles:
     """Draw from p_lambda with n particles per prompt; p0 is the model's law as temperature, top_p ... make it.
 
@@ -104,10 +108,19 @@ def particles(
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     stop = [stop] if isinstance(stop, str) else list(stop or ())
     settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
-    encoded = sampler._encode(prompts, chat, max_new_tokens)
+    prompts = check_prompts(prompts, chat)
+    template = sampler.text.template_options(chat_template_kwargs, tools, template)
+    encoded = sampler._encode(prompts, chat, max_new_tokens, template)
     places = _places(prompt_ids, len(prompts), rising=True)
     by_place = dict(zip(places, prompts, strict=True))
-    record = {"model": sampler.name, **vars(settings), "chat": chat, "checkpoints": checkpoints, "ess": ess}
+    record = {
+        "model": sampler.name,
+        **vars(settings),
+        "chat": chat,
+        **told(template),
+        "checkpoints": checkpoints,
+        "ess": ess,
+    }
     parts, tokens = [], 0
     log_weights, resampled = np.zeros((len(prompts), n)), np.zeros(len(prompts), dtype=np.int64)
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:

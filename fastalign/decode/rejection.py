@@ -7,7 +7,7 @@ scored as they stand, and only the best of them go on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import GROW, Job
 from fastalign.decode.sampler import Sampler, Settings, _places
+from fastalign.decode.text import check_prompts, told
 from fastalign.errors import UserError
 from fastalign.units import parse_bytes
 
@@ -45,7 +46,7 @@ class Rejection:
 
 def speculative_rejection(
     sampler: Sampler | str,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     rewards: Any,
     *,
     n: int,
@@ -64,6 +65,9 @@ def speculative_rejection(
     memory_limit: int | str | None = None,
     prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **template: Any,
 ) -> Rejection:
     """The best of n candidates by lam . R, most of them drawn in part only.
 
@@ -91,11 +95,20 @@ def speculative_rejection(
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     stop = [stop] if isinstance(stop, str) else list(stop or ())
     settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
-    encoded = sampler._encode(prompts, chat, max_new_tokens)
+    prompts = check_prompts(prompts, chat)
+    template = sampler.text.template_options(chat_template_kwargs, tools, template)
+    encoded = sampler._encode(prompts, chat, max_new_tokens, template)
     places = _places(prompt_ids, len(prompts), rising=True)
     by_place = dict(zip(places, prompts, strict=True))
     limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
-    record = {"model": sampler.name, **vars(settings), "chat": chat, "checkpoints": checkpoints, "keep": keep}
+    record = {
+        "model": sampler.name,
+        **vars(settings),
+        "chat": chat,
+        **told(template),
+        "checkpoints": checkpoints,
+        "keep": keep,
+    }
     parts, complete, tokens = [], {}, 0
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
         for group in groups(sampler, encoded, settings, batch_size, limit):

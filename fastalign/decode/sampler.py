@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
@@ -22,6 +22,7 @@ import torch
 from fastalign import backend as backends
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import GROW, Engine, Job, draw, supports
+from fastalign.decode.text import Text, check_prompts, embedding_rows, told
 from fastalign.errors import UserError
 from fastalign.units import parse_bytes
 
@@ -80,6 +81,7 @@ class Sampler:
         config = model.config.get_text_config()
         self._context = getattr(config, "max_position_embeddings", None)
         self._shares = supports(model)
+        self.text = Text(tokenizer, rows=embedding_rows(model))
 
     @classmethod
     def from_pretrained(
@@ -105,14 +107,14 @@ class Sampler:
         sampler.name = str(name_or_path)
         return sampler
 
-    def sample(self, prompts: Sequence[str], *, show_progress: bool = False, **settings: Any) -> Candidates:
+    def sample(self, prompts: Sequence[Any], *, show_progress: bool = False, **settings: Any) -> Candidates:
         """All prompts' candidates at once; arguments as in `iter_batches`, whose parts this joins."""
         batches = self.iter_batches(prompts, show_progress=show_progress, **settings)
         return Candidates.concat(part for _, part in batches)
 
     def iter_batches(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         *,
         n: int,
         max_new_tokens: int,
@@ -128,11 +130,18 @@ class Sampler:
         skip: Collection[int] = (),
         prompt_ids: Sequence[int] | None = None,
         show_progress: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template: Any,
     ) -> Iterator[tuple[list[int], Candidates]]:
         """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens a prompt.
 
+        prompts: strings, or conversations, lists of messages {"role": ..., "content": text or blocks of text}, whose last
+        one, where it is the assistant's, is continued. tools: JSON schemas or functions, for the chat template;
+        chat_template_kwargs: more of its arguments, which may be given by keyword too (enable_thinking=False).
+
         temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers.
-        stop: a text is cut before the first of these strings; token_ids and logprobs keep all that was drawn,
+        stop: a text is cut before the first of these strings, special tokens' too, which texts do not show; token_ids and logprobs keep all that was drawn,
         an end token included. chat: "auto" uses the tokenizer's chat template where it has one; False sends
         prompts as they are. batch_size: candidates at once. memory_limit: of the keys and values, in bytes or as "4GB":
         fewer candidates are in the model at once then, and n is bounded by time alone. skip: indices of prompts done
@@ -144,7 +153,9 @@ class Sampler:
         settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        encoded = self._encode(prompts, chat, max_new_tokens)
+        prompts = check_prompts(prompts, chat)
+        template = self.text.template_options(chat_template_kwargs, tools, template)
+        encoded = self._encode(prompts, chat, max_new_tokens, template)
         rows = batch_size or self._rows
         if memory_limit is not None:
             limit = parse_bytes("memory_limit", memory_limit)
@@ -155,7 +166,7 @@ class Sampler:
         batches = [order[i : i + width] for i in range(0, len(order), width)]
         batches = [batch for batch in batches if not set(batch) <= set(skip)]
         ids = _places(prompt_ids, len(prompts))
-        record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows}
+        record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows, **told(template)}
         if self._shares:
             wanted = [i for batch in batches for i in batch if i not in set(skip)]
             return self._shared(wanted, ids, prompts, encoded, settings, rows, record, show_progress)
@@ -198,7 +209,9 @@ class Sampler:
                     own = all_ids[job.candidate]
                     own.append(token)
                     all_logprobs[job.candidate].append(logprob)
-                    end = len(own) == limit or token in ends or self._stops(own, settings.stop)
+                    end = (
+                        len(own) == limit or token in ends or self.text.stopped(encoded[job.prompt], own, settings.stop)
+                    )
                     advance(limit - len(own) + 1 if end else 1)
                     over.append(end)
                     if end:
@@ -213,7 +226,7 @@ class Sampler:
                 while done:
                     i = done.pop(0)
                     tokens, logprobs, _ = found.pop(i)
-                    texts = [self._text(row, settings.stop) for row in tokens]
+                    texts = [self.text.continuation(encoded[i], row, settings.stop) for row in tokens]
                     part = Candidates([prompts[i]], [texts], [tokens], [logprobs], settings=record)
                     part.prompt_ids = np.array([ids[i]], dtype=np.int64)
                     yield [i], part
@@ -228,25 +241,20 @@ class Sampler:
                 wanted = [j for j, i in enumerate(batch) if i not in skip]
                 indices = [batch[j] for j in wanted]
                 tokens, logprobs = ([values[j] for j in wanted] for values in drawn)
-                texts = [[self._text(row, settings.stop) for row in candidates] for candidates in tokens]
+                texts = [
+                    [self.text.continuation(encoded[i], row, settings.stop) for row in candidates]
+                    for i, candidates in zip(indices, tokens, strict=True)
+                ]
                 part = Candidates([prompts[i] for i in indices], texts, tokens, logprobs, settings=record)
                 part.prompt_ids = np.array([ids[i] for i in indices], dtype=np.int64)
                 yield indices, part
 
-    def _encode(self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int) -> list[list[int]]:
-        check_prompts(prompts, chat)
-        template = getattr(self.tokenizer, "chat_template", None)
-        if chat is True and not template:
-            raise UserError("chat=True needs a tokenizer with a chat template, this one has none")
-        if template and chat:
-            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            texts = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template wrote them
-        else:
-            encoded = self.tokenizer(list(prompts))["input_ids"]
+    def _encode(
+        self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int, template: Mapping[str, Any] | None = None
+    ):
+        """Token ids of each prompt, which leave room for max_new_tokens."""
+        encoded = self.text.encode(prompts, chat=chat, options=template)
         for i, ids in enumerate(encoded):
-            if not ids:
-                raise UserError(f"prompts[{i}] has no tokens: {prompts[i]!r}")
             if self._context and len(ids) + max_new_tokens > self._context:
                 size = f"{len(ids)} tokens + {max_new_tokens} new exceed the model's context of {self._context}"
                 raise UserError(f"prompts[{i}] is too long: {size}")
@@ -272,15 +280,16 @@ class Sampler:
             mine.batch_repeat_interleave(count)
             streams = torch.tensor([i * n + j for i in places for j in range(first, first + count)])
             repeated = (tensor.repeat_interleave(count, 0) for tensor in (logits, mask, lengths))
-            drawn = self._decode(*repeated, mine, streams, settings, advance)
+            prompts = [row for row in encoded for _ in range(count)]
+            drawn = self._decode(prompts, *repeated, mine, streams, settings, advance)
             ids_out += drawn[0]
             logprobs_out += drawn[1]
         return tuple([flat[i : i + n] for i in range(0, len(flat), n)] for flat in (ids_out, logprobs_out))
 
-    def _decode(self, logits, mask, positions, cache, streams, settings: Settings, advance):
+    def _decode(self, prompts, logits, mask, positions, cache, streams, settings: Settings, advance):
         """Go on from a prefilled cache until every row has ended. -> ids, log-probs: lists of B lists.
 
-        logits (B, V) after the prompt, mask (B, T) of the cache, positions (B,) of the next token, streams (B,).
+        prompts: B lists of ids, logits (B, V) after them, mask (B, T) of the cache, positions (B,) of the next token, streams (B,).
         """
         total, limit, device = len(streams), settings.max_new_tokens, logits.device
         ids_out = torch.zeros(total, limit, dtype=torch.int64)
@@ -294,7 +303,8 @@ class Sampler:
             if (ids_cpu[alive] < 0).any():
                 raise UserError(f"{self.name}: the logits of new token {step} are NaN, or all of them -inf")
             ids_out[slots, step], logprobs_out[slots, step] = ids_cpu, logprobs.float().cpu()
-            stopped = self._stopped(ids_out[slots, : step + 1], alive, settings.stop)
+            mine = [prompts[slot] for slot in slots.tolist()] if settings.stop else []
+            stopped = self._stopped(mine, ids_out[slots, : step + 1], alive, settings.stop)
             ended = alive & (torch.isin(ids_cpu, self._ends) | stopped)
             lengths[slots[ended]] = step + 1
             alive &= ~ended
@@ -361,39 +371,15 @@ class Sampler:
     def _ops(self):
         return nullcontext() if self.backend == "auto" else backends.use_backend(self.backend)
 
-    def _stopped(self, ids: torch.Tensor, alive: torch.Tensor, stop: list[str]) -> torch.Tensor:
-        """Which rows' texts hold a stop string now, (B,) bool."""
+    def _stopped(
+        self, prompts: list[list[int]], ids: torch.Tensor, alive: torch.Tensor, stop: list[str]
+    ) -> torch.Tensor:
+        """Which rows' texts hold a stop string now, (B,) bool; prompts: each row's."""
         found = torch.zeros(len(ids), dtype=torch.bool)
         if stop:
             for row in alive.nonzero().squeeze(1).tolist():
-                found[row] = self._stops(ids[row].tolist(), stop)
+                found[row] = self.text.stopped(prompts[row], ids[row].tolist(), stop)
         return found
-
-    def _stops(self, ids: list[int], stop: list[str]) -> bool:
-        """Whether their text holds a stop string; looks first at the tail that the last token can complete."""
-        if not stop:
-            return False
-        window = max(len(text.encode()) for text in stop) + 4  # a token has at least one byte; some slack
-        tail = self._text(ids[-window:])
-        if not any(text in tail for text in stop):
-            return False
-        whole = self._text(ids)
-        return any(text in whole for text in stop)
-
-    def _text(self, ids: list[int], stop: Sequence[str] = ()) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
-
-
-def check_prompts(prompts: Sequence[str], chat: bool | str) -> None:
-    """What every sampler asks of them. Raises UserError."""
-    if isinstance(prompts, str) or not len(prompts):
-        raise UserError(f"prompts must be a list of at least one string, got {prompts!r}")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompts[{i}] must be a string that is not empty, got {prompt!r}")
-    if chat not in ("auto", True, False):
-        raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
 
 
 def _places(prompt_ids: Sequence[int] | None, count: int, *, rising: bool = False) -> list[int]:

@@ -26,11 +26,13 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.data.conversations import Conversation
 from fastalign.data.files import atomic_write, read_json, write_json
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.external import request_seed
-from fastalign.decode.sampler import ROWS_AT_ONCE, Settings, check_prompts
+from fastalign.decode.sampler import ROWS_AT_ONCE, Settings
 from fastalign.decode.select import select
+from fastalign.decode.text import check_prompts
 from fastalign.errors import UserError
 
 RETRIES = 3  # of a block whose worker died
@@ -112,7 +114,7 @@ def draw(
     or one per machine with all of its cores. fastalign and the model must be there on every machine.
     Raises UserError once all else is done where a block's worker died time and again.
     """
-    _check(prompts, job)
+    prompts = _check(prompts, job)
     wanted = sorted(set(range(len(prompts))) - set(skip))
     if not wanted:
         return
@@ -125,7 +127,14 @@ def draw(
         workers, cpus, gpus = _shape(engine, workers, worker_cpus, worker_gpus)
         size = max(1, min(ROWS_AT_ONCE // job["n"], len(wanted) // (workers * TASKS_PER_WORKER)))
         blocks = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        rows = [{"places": block, "prompts": [prompts[i] for i in block]} for block in blocks]
+        rows = [
+            {
+                "places": block,
+                "prompts": [str(prompts[i]) for i in block],
+                "spoken": [isinstance(prompts[i], Conversation) for i in block],
+            }
+            for block in blocks
+        ]
         workers = min(workers, len(rows))
         data = engine.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Worker,
@@ -154,13 +163,14 @@ def draw(
         )
 
 
-def _check(prompts: Sequence[str], job: dict[str, Any]) -> None:
-    """What needs no model, before any worker is started. Raises UserError."""
-    check_prompts(prompts, job.get("chat", "auto"))
+def _check(prompts: Sequence[Any], job: dict[str, Any]) -> list[str]:
+    """The prompts, and what else needs no model checked before any worker is started. Raises UserError."""
+    prompts = check_prompts(prompts, job.get("chat", "auto"))
     asked = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **job}
     stop = job.get("stop") or ()
     asked["stop"] = [stop] if isinstance(stop, str) else list(stop)
     Settings(**{field.name: asked[field.name] for field in fields(Settings)})
+    return prompts
 
 
 class _Worker:
@@ -179,7 +189,9 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         from fastalign.decode import Sampler
 
-        places, prompts = [int(i) for i in row["places"]], [str(prompt) for prompt in row["prompts"]]
+        places = [int(i) for i in row["places"]]
+        texts = zip(map(str, row["prompts"]), row["spoken"], strict=True)
+        prompts = [Conversation.parse(text) if spoken else text for text, spoken in texts]
         found = {"first": places[0], "count": len(places), "part": b"", "wrong": "", "bug": ""}
         try:
             self.sampler = self.sampler or Sampler.from_pretrained(self.model, **self.loading)

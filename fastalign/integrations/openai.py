@@ -29,8 +29,10 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fastalign.decode.external import External, asked, cut, one_prompt, request_seed, split
-from fastalign.decode.sampler import Settings, check_prompts
+from fastalign.data.conversations import Conversation
+from fastalign.decode.external import External, asked, one_prompt, request_seed, split
+from fastalign.decode.sampler import Settings
+from fastalign.decode.text import cut
 from fastalign.errors import UserError
 
 BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation
@@ -92,10 +94,12 @@ class OpenAISampler(External):
             raise UserError(f"{self._http.base} serves {some}: name one, as {self._http.base}#MODEL")
         return served[0]
 
-    def _encode(self, prompts, chat, max_new_tokens):
+    def _encode(self, prompts, chat, max_new_tokens, template=None):
         if self.tokenizer is not None:
-            return super()._encode(prompts, chat, max_new_tokens)
-        check_prompts(prompts, chat)
+            return super()._encode(prompts, chat, max_new_tokens, template)
+        for i, prompt in enumerate(prompts if chat is False else ()):
+            if isinstance(prompt, Conversation) or template:
+                raise UserError(f"prompts[{i}] needs the server's chat template, which chat=False leaves out")
         return list(prompts)
 
     def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):
@@ -109,10 +113,16 @@ class OpenAISampler(External):
 
         def work(task, stop):
             i, first, some = task
-            body = self._body(encoded[i], by_server, some, settings, request_seed(settings.seed, ids[i], first))
+            asks = (
+                _chat(encoded[i], record) if by_server else {"prompt": encoded[i], "logprobs": 1}
+            )  # with 0, llama.cpp gives none
+            body = self._body(asks, some, settings, request_seed(settings.seed, ids[i], first))
             limit = 65536 + BYTES_PER_TOKEN * some * (settings.max_new_tokens + 1)
             answer = self._http.ask("/chat/completions" if by_server else "/completions", body, limit, stop)
-            return _read(answer, some, settings, self.name)
+            drawn = _read(answer, some, settings, self.name)
+            if self.text.sees_special(settings.stop):  # shown, for the server to stop at them
+                drawn = [(self._without_special(encoded[i], *one[:2], settings), *one[1:]) for one in drawn]
+            return drawn
 
         total = len(wanted) * settings.n * settings.max_new_tokens
         with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
@@ -124,11 +134,12 @@ class OpenAISampler(External):
                     candidates = [one for start in sorted(parts) for one in parts[start]]
                     yield [i], one_prompt(prompts[i], ids[i], candidates, settings, record)
 
-    def _body(self, prompt: str | list[int], by_server: bool, n: int, settings: Settings, seed: int) -> dict[str, Any]:
-        if by_server:
-            asks = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
-        else:
-            asks = {"prompt": prompt, "logprobs": 1}  # with 0, llama.cpp gives none
+    def _without_special(self, prompt: list[int], text: str, tokens: list[int], settings: Settings) -> str:
+        return self.text.continuation(
+            prompt, tokens or self.text.tokens([text], "the answer", add_special_tokens=False)[0], settings.stop
+        )
+
+    def _body(self, asks: dict[str, Any], n: int, settings: Settings, seed: int) -> dict[str, Any]:
         return {
             "model": self.served,
             **asks,
@@ -141,8 +152,21 @@ class OpenAISampler(External):
             "repetition_penalty": 1.0,
             "seed": seed,
             **({"stop": settings.stop} if settings.stop else {}),
+            **({"skip_special_tokens": False} if self.text.sees_special(settings.stop) else {}),
             "return_token_ids": True,
         }
+
+
+def _chat(prompt: str, record: dict[str, Any]) -> dict[str, Any]:
+    """What /chat/completions is asked for a prompt: its messages, and in vLLM's and SGLang's way the template's arguments."""
+    asks: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
+    tools, options = record.get("tools"), record.get("chat_template_kwargs", {})
+    if isinstance(prompt, Conversation):
+        asks["messages"] = prompt.messages
+        tools, options = prompt.tools or tools, {**options, **prompt.chat_template_kwargs}
+        if prompt.continues:
+            asks |= {"add_generation_prompt": False, "continue_final_message": True}
+    return asks | ({"tools": tools} if tools else {}) | ({"chat_template_kwargs": options} if options else {})
 
 
 def as_done(work: Callable, tasks: Iterable, threads: int) -> Iterator[tuple[Any, Any]]:

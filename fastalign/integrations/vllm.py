@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastalign.decode.external import External, asked, cut, one_prompt, request_seed, split
+from fastalign.decode.external import External, asked, one_prompt, request_seed, split
+from fastalign.decode.text import cut
 from fastalign.errors import UserError
 from fastalign.integrations._loading import one_line_errors
 
@@ -82,6 +83,7 @@ class VLLMSampler(External):
                         stop=settings.stop or None,
                         seed=request_seed(settings.seed, place, first),
                         logprobs=0,  # the drawn token's alone
+                        **({"skip_special_tokens": False} if self.text.sees_special(settings.stop) else {}),
                     )
                 )
         try:
@@ -89,15 +91,19 @@ class VLLMSampler(External):
         except ValueError as error:
             raise UserError(f"{self.name}: {' '.join(str(error).split())}") from None
         flat = [
-            self._read(one, settings) for output in outputs for one in sorted(output.outputs, key=lambda o: o.index)
+            self._read(request["prompt_token_ids"], one, settings)
+            for request, output in zip(requests, outputs, strict=False)  # their number is checked below
+            for one in sorted(output.outputs, key=lambda o: o.index)
         ]
         if len(flat) != count * len(batch):
             raise UserError(f"{self.name}: vLLM gave {len(flat)} candidates, {count * len(batch)} were asked for")
         return [flat[i : i + count] for i in range(0, len(flat), count)]
 
-    def _read(self, output, settings):
+    def _read(self, prompt, output, settings):
         tokens = [int(token) for token in output.token_ids]
         logprobs = [float(step[token].logprob) for step, token in zip(output.logprobs, tokens, strict=True)]
         if any(math.isnan(value) for value in logprobs):
             raise UserError(f"{self.name}: vLLM gave a log-prob that is NaN")
+        if self.text.sees_special(settings.stop):
+            return self.text.continuation(prompt, tokens, settings.stop), tokens, logprobs
         return cut(output.text, settings.stop), tokens, logprobs
