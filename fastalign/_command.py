@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -56,6 +58,21 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(field) for field in names(text)]
     except ValueError:
         raise UserError(f"{option} must be numbers, comma-separated, got {text!r}") from None
+
+
+def named_values(option: str, fields: list[str]) -> dict[str, Any]:
+    """name=value each, once: a value is JSON where it can be read as that, else text."""
+    found: dict[str, Any] = {}
+    for field in fields:
+        name, mark, value = field.partition("=")
+        name = name.strip()
+        if not mark or not name or name in found:
+            raise UserError(f"{option} must be name=value, each name once, got {field!r}")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
 
 
 def _is_users(error: BaseException) -> bool:

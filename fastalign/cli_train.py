@@ -146,13 +146,14 @@ def ppo(
 ) -> None:  # fmt: skip
     """Train a model on λ·R of its own responses: every rollout is scored with every value."""
     from fastalign.data import hub
+    from fastalign.data.dialogues import HUMAN
     from fastalign.train.several_values import read_values, train_ppo
 
     asked, weights = _values_and_lam(values, lam, palette)
     prompts = hub.load_prompts(data, column=column, split=split, words=words)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    if chat is None and (data in (*hub.IMDB, *hub.HH_RLHF) or any(hub.HUMAN in prompt for prompt in prompts)):
+    if chat is None and (data in (*hub.IMDB, *hub.HH_RLHF) or any(HUMAN in prompt for prompt in prompts)):
         chat = False  # texts to go on with, not questions of a user
     rewards = read_values(asked)
     if isinstance(weights, dict):

@@ -69,8 +69,8 @@ def sample(
     file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use,
     or were made with other settings.
     """
+    from fastalign.data.text import check_prompts
     from fastalign.decode import aligned
-    from fastalign.decode.text import check_prompts
 
     out, prompts = Path(out), check_prompts(prompts, sampling.get("chat", "auto"))
     model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device)

@@ -245,3 +245,69 @@ def test_holding_out_keeps_prompts_apart():
     assert len({row["prompt"] for row in test}) == 16
     with pytest.raises(UserError, match="fraction must lie between 0 and 1"):
         train.split(1.0, seed=0)
+
+
+SYSTEM, ASK = {"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"}
+REPLIES = [{"role": "assistant", "content": text} for text in ("a cat", "a dog")]
+
+
+@pytest.mark.parametrize("before", [[ASK], [SYSTEM, ASK], [ASK, REPLIES[0], {"role": "user", "content": "and?"}]])
+def test_completions_that_begin_with_a_prompt_of_text(tmp_path, before):
+    row = {"prompt": "who?", "chosen": [*before, REPLIES[0]], "rejected": [*before, REPLIES[1]], "score_chosen": 8.0}
+    (pair,) = preferences.load(write(tmp_path / "uf.jsonl", [row])).rows
+    assert pair == {**row, "prompt": before, "chosen": REPLIES[:1], "rejected": REPLIES[1:]}
+    with pytest.raises(UserError, match="row 0: chosen and rejected must begin with the prompt"):
+        preferences.load(write(tmp_path / "uf.jsonl", [{**row, "prompt": "another"}]))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "wide"])
+@pytest.mark.parametrize("column", ["margin", "weight"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_numbers_of_pairs_are_finite(tmp_path, value, column, suffix):
+    if suffix == ".parquet" and value == "wide":
+        pytest.skip("a column of numbers")
+    number = value if value == "wide" or suffix == ".csv" else float(value)
+    rows = [{**ROWS[0], column: 0.5 if suffix != ".csv" else "0.5"}, {**ROWS[0], column: number}]
+    path = tmp_path / f"p{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(UserError, match=rf"row 1: {column} must be a (finite )?number, got {value}|'wide'"):
+        preferences.load(path)
+
+
+def test_a_margin_that_is_not_given_is_0_and_a_weight_must_be(tmp_path):
+    rows = [{**ROWS[0], "margin": 0.5}, {**ROWS[0], "margin": None}]
+    assert [row["margin"] for row in preferences.load(write(tmp_path / "a.jsonl", rows))] == [0.5, 0.0]
+    with pytest.raises(UserError, match="row 0: weight must be a number, got nothing"):
+        preferences.load(write(tmp_path / "a.jsonl", [{**ROWS[0], "weight": None}]))
+
+
+def test_pairs_of_conversations_are_messages():
+    from fastalign.data.conversations import Conversation
+    from fastalign.decode import Candidates
+
+    begun = [SYSTEM, ASK, {"role": "assistant", "content": "a"}]
+    spoken = Conversation([ASK], chat_template_kwargs={"enable_thinking": False})
+    scored = Candidates(
+        [[SYSTEM, ASK], begun, spoken, "who?"], [[" cat", " dog"]] * 4, [[[1], [2]]] * 4, [[[-1.0], [-1.0]]] * 4,
+        rewards={"r": [[1.0, 0.0]] * 4}, settings={"sampling": {"chat_template_kwargs": {"x": 1}}},
+    )  # fmt: skip
+    pairs = preferences.preference_pairs(scored, lam=[1.0], seed=0).rows
+    reply = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+    assert [pair["prompt"] for pair in pairs] == [[SYSTEM, ASK], [SYSTEM, ASK], [ASK], [ASK]]
+    assert [pair["chosen"] for pair in pairs] == [reply(" cat"), reply("a cat"), reply(" cat"), reply(" cat")]
+    assert [pair["chat_template_kwargs"] for pair in pairs] == [
+        {"x": 1},
+        {"x": 1},
+        {"x": 1, "enable_thinking": False},
+        {"x": 1},
+    ]
+    for pair in pairs:
+        preferences.check(pair)

@@ -1,12 +1,14 @@
 """Prompts: the bundled set, every file format, and one clear line for each thing that can be wrong."""
 
+import contextlib
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastalign.data import prompts
+from fastalign.data import hub, preferences, prompts
+from fastalign.data.conversations import Conversation
 from fastalign.errors import UserError
 
 TWO = ["Hello, you.", 'She said "hi" – twice\u2028over']
@@ -61,7 +63,7 @@ def test_every_format(tmp_path, suffix, column):
 @pytest.mark.parametrize("suffix", [s for s in prompts.SUFFIXES if s != ".txt"])
 def test_missing_column_names_those_there(tmp_path, suffix):
     path = write(tmp_path / f"p{suffix}", TWO, "question")
-    with pytest.raises(UserError, match=r"must have a column 'prompt' or 'text', got other, question"):
+    with pytest.raises(UserError, match=r"must have a column 'prompt' or 'messages' or 'text', got other, question"):
         prompts.load(path)
 
 
@@ -132,3 +134,86 @@ def test_hub_name(monkeypatch):
     table = datasets.Dataset.from_dict({"id": [1, 2], "text": TWO})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table if split == "test" else None)
     assert prompts.load("some/set", split="test") == TWO
+
+
+# -- conversations
+
+SYSTEM, ASK = {"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"}
+REPLIES = [{"role": "assistant", "content": text} for text in ("a cat", "a dog")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        ({"prompt": [SYSTEM, ASK]}, [SYSTEM, ASK]),
+        ({"messages": [ASK, REPLIES[0], ASK], "id": 3}, [ASK, REPLIES[0], ASK]),
+        ({"chosen": [SYSTEM, ASK, REPLIES[0]], "rejected": [SYSTEM, ASK, REPLIES[1]]}, [SYSTEM, ASK]),
+        ({"chosen": [ASK, REPLIES[0]]}, [ASK]),
+        ({"prompt": "who?", "chat_template_kwargs": {"enable_thinking": False}}, [ASK]),
+    ],
+)
+def test_conversations_are_prompts(tmp_path, suffix, row, messages):
+    path = tmp_path / f"p{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if suffix == ".json" else row))
+    (found,) = prompts.load(path)
+    assert isinstance(found, Conversation) and found.messages == messages
+    assert found.chat_template_kwargs == row.get("chat_template_kwargs", {})
+    if "prompt" not in row:
+        assert hub.load_prompts(path) == [found]
+
+
+def test_a_prompt_of_text_beside_conversations_is_the_prompt(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "who?", "chosen": [ASK, REPLIES[0]], "rejected": [ASK, REPLIES[1]]})
+    )
+    assert prompts.load(tmp_path / "p.jsonl") == ["who?"]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": [{"content": "x"}]}, "prompt 0 message 0 must have a role"),
+        ({"prompt": []}, "prompt 0 must be a list of at least one message"),
+        ({"prompt": ["x"]}, "prompt 0 message 0 must have a role"),
+        ({"chosen": [ASK]}, "row 0: chosen must hold a prompt's messages and a reply"),
+        ({"chosen": [ASK, REPLIES[0]], "rejected": [SYSTEM, REPLIES[0]]}, "row 0: must have a 'prompt', or chosen"),
+        ({"prompt": "half \ud83d"}, "prompt 0 must be text that UTF-8 can hold"),
+        ({"prompt": "x", "chat_template_kwargs": "on"}, "prompt 0 chat_template_kwargs must be a dict"),
+    ],
+)
+def test_conversations_that_are_none(tmp_path, row, message):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=message) as caught:
+        prompts.load(tmp_path / "p.jsonl")
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+# -- files that other libraries stumble over
+
+READERS = [prompts.load, preferences.load, hub.load_prompts]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.json", b"[" * 100_000, "nested too deep"),
+        ("p.jsonl", b'{"prompt": ' * 100_000, "nested too deep"),
+        ("p.csv", b'prompt,x\n"a', None),
+        ("p.parquet", b"PAR1xxxxPAR1", "not a Parquet file that can be read"),
+        ("p.parquet", b"", "not a Parquet file that can be read"),
+    ],
+)
+def test_broken_files_are_told_in_one_line(tmp_path, read, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) if message else contextlib.suppress(UserError):
+        read(tmp_path / name)
+
+
+def test_a_csv_cell_may_be_long(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt\n" + "x" * 140_000 + "\n")
+    assert prompts.load(tmp_path / "p.csv") == ["x" * 140_000]

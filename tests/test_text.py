@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_causal_lm, tiny_tokenizer
 
-from fastalign import UserError
+from fastalign import UserError, rewards
 from fastalign.data.conversations import Conversation
+from fastalign.data.text import Text
 from fastalign.decode import Candidates, Sampler
-from fastalign.decode.text import Text
 
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = {"role": "user", "content": "who sat"}
@@ -243,3 +243,59 @@ def test_what_cannot_be_encoded_is_told_in_one_line(change, message):
     with pytest.raises(UserError, match=message) as caught:
         Sampler(model, tokenizer).sample(given.pop("prompts"), n=1, max_new_tokens=2, seed=0, **given)
     assert "\n" not in str(caught.value)
+
+
+# -- rewards
+
+
+def test_rewards_of_conversations():
+    tokenizer = tiny_tokenizer(chat=True)
+    model = tiny_causal_lm(tokenizer)
+    prompts = [[SYSTEM, USER], [USER], [USER, BEGUN], "who sat"]
+    own = rewards.Perplexity(model=model, tokenizer=tokenizer)
+    scores = rewards.score([own], prompts, [" a dog"] * 4)[:, 0]
+    texts = ["system be brief</s><s>user who sat</s><s>assistant ", "user who sat</s><s>assistant "]
+    texts += ["user who sat</s><s>assistant the cat", texts[1]]
+    plain = rewards.Perplexity(model=model, tokenizer=tokenizer, chat=False)
+    assert scores == pytest.approx(plain([f"<s>{text}" for text in texts], [" a dog"] * 4), abs=1e-6)
+    assert len(set(scores[:3])) == 3
+    seen = []
+    rewards.score(rewards.from_function(lambda p, r: seen.extend(p) or [0.0] * len(p), "f"), prompts, [""] * 4)
+    assert seen == ["who sat"] * 4 and all(type(text) is str for text in seen)
+    assert rewards.score(rewards.Diversity(), prompts, ["a b c d"] * 4).shape == (4, 1)
+
+
+def test_classifiers_read_the_whole_conversation():
+    import transformers
+
+    tokenizer = tiny_tokenizer(chat=True)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, num_labels=1, **sizes)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    reward = rewards.from_pairwise(model, tokenizer)
+    whole = rewards.from_pairwise(model, tokenizer, text=lambda prompt, reply: reply)
+    texts = [
+        "<s>system be brief</s><s>user who sat</s><s>assistant a dog</s>",
+        "<s>user who sat</s><s>assistant the cat a dog</s>",
+    ]
+    found = reward([[SYSTEM, USER], [USER, BEGUN]], ["a dog", " a dog"])
+    assert found == pytest.approx(whole(["", ""], texts), abs=1e-6)
+
+
+@pytest.mark.parametrize("prompt, reply, message", [
+    ("why", "half \ud83d", "responses.0. must be text that UTF-8 can hold"),
+    ("why", "hi <new8>", "responses.0. has a token beyond the model's embedding"),
+    ("hi <new8>", "x", "has a token beyond the model's embedding"),
+])  # fmt: skip
+def test_rewards_tell_what_cannot_be_encoded(prompt, reply, message):
+    tokenizer = tiny_tokenizer()
+    model = tiny_causal_lm(tokenizer)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(9)])
+    with pytest.raises(UserError, match=message):
+        rewards.Perplexity(model=model, tokenizer=tokenizer)([prompt], [reply])
+
+
+def test_a_text_that_is_read_back_is_scored_on_its_own_tokens(metaspace):
+    ids = metaspace.tokenizer.convert_tokens_to_ids(["▁world", "▁is"])
+    text = metaspace.continuation(metaspace.tokenizer("hello")["input_ids"], ids)
+    assert text == " world is" and metaspace.continuations([text], "texts") == [ids]

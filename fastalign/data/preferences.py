@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 
 from fastalign.data import rows as sources
+from fastalign.data.conversations import EXTRAS, Conversation, check_messages, text_of
+from fastalign.data.dialogues import with_prompt
 from fastalign.data.files import atomic_write
-from fastalign.data.hub import ASSISTANT, HH_RLHF, hub_name, split_dialogues
+from fastalign.data.hub import HH_RLHF, hub_name
+from fastalign.data.numbers import number
 from fastalign.errors import UserError
 
 COLUMNS = ("prompt", "chosen", "rejected")
+NUMBERS = {"margin": 0.0, "weight": None}  # columns of numbers, and what a row means that gives none: None, a mistake
 METHODS = ("best_worst", "sampled")
 
 
@@ -89,7 +93,8 @@ class PreferencePairs:
 def load(name_or_path: str | os.PathLike, *, split: str = "train", on_bad: str | None = None) -> PreferencePairs:
     """Pairs from "bundled", a .jsonl, .json, .csv or .parquet file, or a data set's hub name.
 
-    Rows have columns prompt, chosen and rejected. Without a prompt column both completions are whole conversations of
+    Rows have columns prompt, chosen and rejected. Completions of messages may begin with a prompt of text
+    (HuggingFaceH4/ultrafeedback_binarized). Without a prompt column both completions are whole conversations of
     one beginning: lists of messages, or the text of hh-rlhf ("\\n\\nHuman: ... \\n\\nAssistant: ..."; hub names
     "hh-rlhf" and "Anthropic/hh-rlhf").
     on_bad: "raise" a UserError for the first row that is no pair, or "drop" such rows, with a warning that counts them;
@@ -111,7 +116,8 @@ def load(name_or_path: str | os.PathLike, *, split: str = "train", on_bad: str |
     found, bad, first = [], 0, ""
     for i, row in enumerate(raw):
         try:
-            pair = check(_with_prompt(row, name in HH_RLHF))
+            given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row
+            pair = check(with_prompt(given))
             if found and type(pair["prompt"]) is not type(found[0]["prompt"]):
                 raise UserError("rows must all be text or all be messages, this one is not what came before it")
             found.append(pair)
@@ -138,11 +144,9 @@ def check(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["chosen"] == row["rejected"]:
         raise UserError("chosen and rejected must differ, got the same text twice")
     row = dict(row)
-    if row.get("margin") is not None:
-        try:
-            row["margin"] = float(row["margin"])
-        except (TypeError, ValueError):
-            raise UserError(f"margin must be a number, got {row['margin']!r}") from None
+    for name, missing in NUMBERS.items():
+        if name in row:
+            row[name] = number(name, row[name], missing=missing)
     return row
 
 
@@ -206,6 +210,11 @@ def preference_pairs(
     scores = grid @ weights  # (P, N)
     chosen, rejected = _pick(scores, how, pairs_per_prompt, seed)
     found, ties, empty = [], 0, 0
+    spoken, sampling = (
+        any(isinstance(prompt, Conversation) for prompt in whole.prompts),
+        whole.settings.get("sampling", {}),
+    )
+    extras = {name: sampling[name] for name in EXTRAS if sampling.get(name)}
     for p, prompt in enumerate(whole.prompts if whole.n > 1 else ()):
         for better, worse in zip(chosen[p], rejected[p], strict=True):
             texts = whole.texts[p][better], whole.texts[p][worse]
@@ -215,8 +224,13 @@ def preference_pairs(
             if not all(map(str.strip, texts)):
                 empty += 1
                 continue
+            sides = (
+                _sides(prompt, *texts, extras)
+                if spoken
+                else {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
+            )
             found.append({
-                "prompt": prompt, "chosen": texts[0], "rejected": texts[1],
+                **extras, **sides,
                 "chosen_score": float(scores[p, better]), "rejected_score": float(scores[p, worse]),
             })  # fmt: skip
     alone = len(whole.prompts) if whole.n == 1 else 0
@@ -227,11 +241,24 @@ def preference_pairs(
         )
     settings = {
         "pairs": {"values": names, "lambda": weights.tolist(), "how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed},
-        "sampling": whole.settings.get("sampling", {}),
+        "sampling": sampling,
     }  # fmt: skip
     return PreferencePairs(
         found, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
     )
+
+
+def _sides(prompt: str, chosen: str, rejected: str, extras: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair of messages. A reply that the prompt begins belongs to both completions."""
+    asked = prompt if isinstance(prompt, Conversation) else Conversation([{"role": "user", "content": prompt}])
+    before = asked.messages[:-1] if asked.continues else asked.messages
+    options = {**extras.get("chat_template_kwargs", {}), **asked.chat_template_kwargs}
+    own = {"tools": asked.tools, "chat_template_kwargs": options}
+    return {
+        "prompt": before,
+        **{name: [asked.replied(text)[-1]] for name, text in (("chosen", chosen), ("rejected", rejected))},
+        **{name: value for name, value in own.items() if value},
+    }  # fmt: skip
 
 
 def bundled(n: int = 512, *, rule: str = "positive", seed: int = 0) -> PreferencePairs:
@@ -322,30 +349,6 @@ def _weights(lam, names: list[str]) -> tuple[list[str], np.ndarray]:
     return names, weights
 
 
-def _with_prompt(row: Mapping[str, Any], dialogue: bool) -> dict[str, Any]:
-    """The row with a prompt: its own, or what both whole conversations begin with."""
-    if "prompt" in row and not dialogue:
-        return dict(row)
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if ASSISTANT not in chosen:
-            raise UserError(
-                f"must have a 'prompt', or dialogues with turns {ASSISTANT!r}, got {', '.join(map(str, row))}"
-            )
-        prompt, chosen, rejected = split_dialogues(chosen, rejected)
-    else:
-        for column in ("chosen", "rejected"):
-            _kind(column, row[column])
-        shared = 0
-        limit = min(len(chosen), len(rejected)) - 1  # each keeps a message of its own
-        while shared < limit and chosen[shared] == rejected[shared]:
-            shared += 1
-        if not shared:
-            raise UserError("must have a 'prompt', or chosen and rejected that begin with the same messages")
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
 def _kind(column: str, value: Any) -> str:
     """ "text" or "messages"; UserError for anything else, and for what is blank."""
     if isinstance(value, str):
@@ -359,10 +362,14 @@ def _kind(column: str, value: Any) -> str:
     if not value:
         raise UserError(f"{column} must not be empty, got no messages")
     for j, message in enumerate(value):
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            raise UserError(f"{column}[{j}] must be a message with role and content, got {message!r}")
-        if not message["content"].strip() and column != "prompt":
-            raise UserError(f"{column} must not be empty, got {message['content']!r} in message {j}")
+        try:
+            (message,) = check_messages([message])
+        except UserError:
+            raise UserError(f"{column}[{j}] must be a message with role and content, got {message!r}") from None
+        if column == "prompt":
+            continue
+        if not text_of(message.get("content")).strip() and not message.get("tool_calls"):
+            raise UserError(f"{column} must not be empty, got {message.get('content')!r} in message {j}")
     return "messages"
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastalign.data import rows as sources
+from fastalign.data.conversations import EXTRAS, Conversation, check_utf8
+from fastalign.data.dialogues import prompt_of
 from fastalign.errors import UserError
 
-COLUMNS = ("prompt", "text")
+COLUMNS = ("prompt", "messages", "text")
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 _BUNDLED = Path(__file__).parent / "prompts.jsonl"
 
@@ -36,8 +37,10 @@ def bundled(k: int | None = None) -> list[str]:
 def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: str = "train") -> list[str]:
     """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
 
-    column: where the prompts are; by default "prompt", else "text". A .txt file has one prompt a line, a .json
-    file a list of strings or of objects. split: of a hub data set.
+    column: where the prompts are; by default "prompt", else "messages", else "text", else what "chosen" and "rejected"
+    have in common. A .txt file has one prompt a line, a .json file a list of strings or of objects. split: of a hub
+    data set. A prompt is a string or a conversation, a list of messages, which becomes a `data.conversations.Conversation`
+    (a str); columns "tools" and "chat_template_kwargs" beside it go to the chat template, as TRL has them.
     Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt and its place.
     """
     name = os.fspath(name_or_path)
@@ -50,91 +53,62 @@ def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: s
     if not path.is_file():
         if suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
             raise FileNotFoundError(f"{name}: no such prompt file")
-        return _checked(name, _from_hub(name, column, split))
-    if suffix not in SUFFIXES:
+        found = sources.from_hub(name, split=split, what="prompts")
+        wanted = _columns(name, found.column_names, column)
+        found = list(found.select_columns(wanted))
+    elif suffix not in SUFFIXES:
         raise UserError(f"{name}: prompts must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
-    try:
-        rows = _read(path, suffix, column)
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: not a text file in UTF-8") from None
-    return _checked(name, rows)
-
-
-def _read(path: Path, suffix: str, column: str | None) -> list:
-    if suffix == ".parquet":
-        return _from_parquet(path, column)
-    text = path.read_text(encoding="utf-8-sig")
-    if suffix == ".txt":
-        return text.removesuffix("\n").split("\n") if text else []
-    if suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        if not text.strip():
-            return []
-        wanted = _column(path, rows.fieldnames or (), column)
-        return [row[wanted] for row in rows]
-    if suffix == ".json":
-        rows = _parse(path, text, "") if text.strip() else []
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: a .json prompt file must hold a list, got {type(rows).__name__}")
+    elif suffix == ".txt":
+        found = _lines(path)
     else:
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [_parse(path, line, f" line {i}") for i, line in lines]
-    return [row if isinstance(row, str) else _field(path, i, row, column) for i, row in enumerate(rows)]
+        found = sources.local(path, lambda columns: _columns(name, columns, column))
+    if not found:
+        raise UserError(f"{name}: holds no prompts")
+    return [_prompt(name, i, row, column) for i, row in enumerate(found)]
 
 
-def _parse(path: Path, text: str, where: str) -> object:
+def _lines(path: Path) -> list[str]:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}:{where} is not JSON ({error})") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
-def _field(path: Path, i: int, row: object, column: str | None) -> object:
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: entry {i} must be a string or an object, got {type(row).__name__}")
-    return row[_column(path, row, column)]
-
-
-def _column(source: object, columns: Iterable[str], column: str | None) -> str:
+def _columns(source: str, columns: Iterable[str], column: str | None) -> list[str]:
+    """The columns that make a prompt, of those there are."""
     columns = list(columns)
+    extras = [name for name in EXTRAS if name in columns]
     for name in (column,) if column else COLUMNS:
         if name in columns:
-            return name
+            return [name, *extras]
+    if column is None and "chosen" in columns:
+        return [name for name in ("chosen", "rejected") if name in columns] + extras
     rule = repr(column) if column else " or ".join(map(repr, COLUMNS))
     raise UserError(f"{source}: must have a column {rule}, got {', '.join(map(str, columns)) or 'none'}")
 
 
-def _from_parquet(path: Path, column: str | None) -> list:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _prompt(source: str, i: int, row: object, column: str | None) -> str:
+    """The prompt of a row: a string that is not blank, or a conversation."""
+    extras: dict[str, object] = {}
+    if isinstance(row, dict):
+        wanted = _columns(source, row, column)[0]
+        extras = {name: row[name] for name in EXTRAS if row.get(name)}
+        if wanted == "chosen":
+            try:
+                row = prompt_of(row)
+            except UserError as error:
+                raise UserError(f"{source}: row {i}: {error}") from None
+        else:
+            row = row[wanted]
+    elif not isinstance(row, str):
+        raise UserError(f"{source}: entry {i} must be a string or an object, got {type(row).__name__}")
     try:
-        file = pq.ParquetFile(path)
-        wanted = _column(path, file.schema_arrow.names, column)
-        return file.read([wanted])[wanted].to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
-
-
-def _from_hub(name: str, column: str | None, split: str) -> list:
-    try:
-        import datasets
-    except ImportError:
-        rule = "and a hub name needs the package 'datasets': pip install fastalign[trl]"
-        raise UserError(f"{name}: no such prompt file, {rule}") from None
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # each builder has its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such prompt file, and not to be had from the hub: {reason}") from None
-    return list(rows[_column(name, rows.column_names, column)])
-
-
-def _checked(source: str, prompts: list) -> list[str]:
-    if not prompts:
-        raise UserError(f"{source}: holds no prompts")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{source}: prompt {i} must be a string that is not blank, got {prompt!r}")
-    return prompts
+        if isinstance(row, list) or (extras and isinstance(row, str) and row.strip()):
+            return Conversation(row if isinstance(row, list) else [{"role": "user", "content": row}], **extras)
+    except UserError as error:
+        raise UserError(f"{source}: prompt {i} {error}") from None
+    if not isinstance(row, str) or not row.strip():
+        raise UserError(f"{source}: prompt {i} must be a string that is not blank, or messages, got {row!r}")
+    check_utf8(row, f"{source}: prompt {i}")
+    return row

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def read(name_or_path: str | os.PathLike, *, split: str = "train", what: str = "
     if path.is_file():
         if suffix not in SUFFIXES:
             raise UserError(f"{name}: {what} must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
-        rows = _local(path, suffix)
+        rows = local(path)
     elif suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or not name.strip():
         raise FileNotFoundError(f"{name}: no such file of {what}")
     else:
@@ -54,26 +55,20 @@ def from_hub(name: str, *, split: str, what: str):
         raise UserError(f"{name}: no such file of {what}, and not to be had from the hub: {reason}") from None
 
 
-def _local(path: Path, suffix: str) -> list:
-    if suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -> list[Any]:
+    """What a file of one of SUFFIXES holds, row by row, objects or whatever a JSON file has in their place.
 
-        try:
-            return pq.read_table(path, partitioning=None).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
+    columns: which of those there are to read, where the kind of file can leave others out. Raises UserError, one line.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(path, columns)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     if suffix == ".csv":
-        found = list(csv.DictReader(io.StringIO(text, newline="")))
-        for i, row in enumerate(found):
-            if None in row:
-                raise UserError(f"{path}: row {i} has more cells than the header has columns")
-        return found
+        return _csv(path, text)
     if suffix == ".json":
         rows = _parse(path, text, "") if text.strip() else []
         if not isinstance(rows, list):
@@ -82,8 +77,38 @@ def _local(path: Path, suffix: str) -> list:
     return [_parse(path, line, f" line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
+def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        return file.read(columns and columns(file.schema_arrow.names)).to_pylist()
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: bytes that are no text, dates beyond the calendar
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
+
+
+def _csv(path: Path, text: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the library's own is 131,072 characters
+    try:
+        found = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from None
+    for i, row in enumerate(found):
+        if None in row:
+            raise UserError(f"{path}: row {i} has more cells than the header has columns")
+    return found
+
+
 def _parse(path: Path, text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}:{where} is not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}:{where} is nested too deep to be read as JSON") from None

@@ -10,9 +10,9 @@ import hashlib
 
 import numpy as np
 
+from fastalign.data.text import Text
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.sampler import Sampler, Settings
-from fastalign.decode.text import Text
 from fastalign.errors import UserError
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from fastalign import backend as backends
+from fastalign.data.text import Text, check_prompts, embedding_rows, told
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import GROW, Engine, Job, draw, supports
-from fastalign.decode.text import Text, check_prompts, embedding_rows, told
 from fastalign.errors import UserError
 from fastalign.units import parse_bytes
 

@@ -28,11 +28,11 @@ import numpy as np
 
 from fastalign.data.conversations import Conversation
 from fastalign.data.files import atomic_write, read_json, write_json
+from fastalign.data.text import check_prompts
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.external import request_seed
 from fastalign.decode.sampler import ROWS_AT_ONCE, Settings
 from fastalign.decode.select import select
-from fastalign.decode.text import check_prompts
 from fastalign.errors import UserError
 
 RETRIES = 3  # of a block whose worker died

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fastalign.data.text import cut
 from fastalign.decode.external import External, asked, one_prompt, request_seed, split
-from fastalign.decode.text import cut
 from fastalign.errors import UserError
 from fastalign.integrations._loading import one_line_errors
 

@@ -7,16 +7,28 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from fastalign.data.conversations import as_prompt, as_text
 from fastalign.errors import UserError
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Anything with a `name` that maps n prompts and n responses to n scores: float32 (n,), higher is better."""
+    """Anything with a `name` that maps n prompts and n responses to n scores: float32 (n,), higher is better.
+
+    Of a prompt that is a conversation it is given the text of the last user turn; with an attribute `reads_messages`
+    that is True, the `data.conversations.Conversation` itself, a str with .messages.
+    """
 
     name: str
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray: ...
+
+
+def with_conversations(prompts: Sequence[str | Sequence[dict]]) -> Sequence[str]:
+    """The prompts, those that are lists of messages as Conversations. Raises UserError."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        return prompts  # for check_texts to refuse
+    return [as_prompt(p, f"prompts[{i}]") if isinstance(p, list) else p for i, p in enumerate(prompts)]
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
@@ -52,6 +64,7 @@ class CachedReward:
     """
 
     uses_prompt = True  # False: the score is a function of the response alone
+    reads_messages = False  # True: `_score` is given Conversations as they are; False: the text of their last user turn
 
     def __init__(self, name: str, *, cache_size: int = 65536):
         if cache_size < 0:
@@ -71,7 +84,10 @@ class CachedReward:
         self, prompts: list[str], responses: list[str], *, advance: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Scores of n (prompt, response) pairs, float32 (n,); `advance(k)` is told of each k pairs done."""
+        prompts = with_conversations(prompts)
         check_texts(prompts, responses)
+        if not self.reads_messages:
+            prompts = [as_text(prompt) for prompt in prompts]
         advance = advance or (lambda count: None)
         keys = list(zip(prompts if self.uses_prompt else [""] * len(responses), responses, strict=True))
         scores = {}  # this call's own, so that a cache smaller than the call loses nothing

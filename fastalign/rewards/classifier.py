@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastalign.data.text import Text, embedding_rows
 from fastalign.errors import UserError
 from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
@@ -39,7 +40,8 @@ def from_classifier(
     text: what the model reads: "response"; "pair" (prompt and response as the tokenizer's two segments); "chat" (both
         in the tokenizer's chat template); "plain" (both as one text that the tokenizer's eos token ends); "auto" (what
         `train.RewardTrainer` noted in the model's configuration, else "chat" where there is a template, else "pair");
-        or a function of (prompt, response) that returns the text, or a tuple of two segments.
+        or a function of (prompt, response) that returns the text, or a tuple of two segments. Of a prompt that is a
+        conversation "chat" reads all, the others the last user turn.
     name: of the reward; "classifier:<label>" unless given.
     The softmax over the labels is used, or the sigmoid of the label's own output where the model's configuration says
     `multi_label_classification`. Texts beyond the context (or `max_length`) are cut by the tokenizer, on its own
@@ -137,6 +139,8 @@ class SequenceReward(CachedReward):
             noted = (getattr(model.config, NOTE, None) or {}).get("text")
             text = noted if noted in _FORMS else "chat" if has_template else "pair"
         self.model, self.tokenizer = model, tokenizer
+        self._tokens = Text(tokenizer, rows=embedding_rows(model))
+        self.reads_messages = text == "chat"
         self.uses_prompt = text != "response"
         self.text = text
         self.batch_size = check_count("batch_size", batch_size)
@@ -153,8 +157,7 @@ class SequenceReward(CachedReward):
         if self.text == "plain":
             return plain_text(prompt + response, self.tokenizer)
         if self.text == "chat":
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return self.tokenizer.apply_chat_template(turns, tokenize=False)
+            return self._tokens.render(prompt, f"reward {self.name!r}: a prompt", reply=response)
         return self.text(prompt, response)
 
     def _encode(self, segments: str | tuple[str, str]) -> tuple[list[int], list[int] | None]:
@@ -162,7 +165,9 @@ class SequenceReward(CachedReward):
         options = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
         first, second = (segments, None) if isinstance(segments, str) else segments
         # The template wrote the special tokens already.
-        encoded = self.tokenizer(first, second, add_special_tokens=self.text != "chat", **options)
+        name = f"reward {self.name!r}: a text"
+        encoded = self._tokens.one(first, name, second, add_special_tokens=self.text != "chat", **options)
+        self._tokens.check_ids(encoded["input_ids"], name)
         fallback = self.tokenizer.eos_token_id or 0
         return list(encoded["input_ids"]) or [fallback], encoded.get("token_type_ids")
 

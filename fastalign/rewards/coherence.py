@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fastalign.data.text import Text
 from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, evaluating, length_batches, pad
 from fastalign.rewards.packages import require
@@ -48,7 +49,9 @@ class Coherence(CachedReward):
     def _embed(self, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield (indices, unit vectors (len(indices), 384)) batch by batch."""
         model, tokenizer = self._encoder
-        token_ids = tokenizer(texts, truncation=True, max_length=_MAX_TOKENS)["input_ids"]
+        token_ids = Text(tokenizer).tokens(
+            texts, f"reward {self.name!r}: texts", truncation=True, max_length=_MAX_TOKENS
+        )
         for indices in length_batches([len(row) for row in token_ids], self.batch_size):
             rows = [token_ids[index] for index in indices]
             mask = pad([[1] * len(row) for row in rows], 0, model.device)

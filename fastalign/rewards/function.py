@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fastalign.data.conversations import as_text
 from fastalign.errors import UserError
-from fastalign.rewards.base import Reward, as_scores, check_texts
+from fastalign.rewards.base import Reward, as_scores, check_texts, with_conversations
 
 
 class FunctionReward:
@@ -17,12 +18,16 @@ class FunctionReward:
         self.fn, self.name = fn, name
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        prompts = [as_text(prompt) for prompt in with_conversations(prompts)]
         check_texts(prompts, responses)
         return as_scores(self.name, self.fn(prompts, responses), len(prompts))
 
 
 def from_function(fn: Callable[[list[str], list[str]], Sequence[float]], name: str) -> Reward:
-    """A reward from `fn(prompts, responses) -> n numbers`, higher is better. Called once per call, never cached."""
+    """A reward from `fn(prompts, responses) -> n numbers`, higher is better. Called once per call, never cached.
+
+    Of a prompt that is a conversation fn is given the text of the last user turn.
+    """
     if not callable(fn):
         raise TypeError(f"fn must be a function of (prompts, responses), got {type(fn).__name__}")
     if not isinstance(name, str) or not name:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fastalign.data.conversations import transcript
+from fastalign.data.text import Text, embedding_rows
 from fastalign.errors import UserError
 from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
@@ -19,9 +21,12 @@ class Perplexity(CachedReward):
     That is -log(perplexity) of y under p(y | x), the sixth value of MAP (arXiv 2410.19198). `model` is a name, folder
     or GGUF file for `integrations.transformers.load_causal_lm`, loaded at first use, or a model with its `tokenizer`.
     The prompt goes through the tokenizer's chat template where there is one (`chat="auto"`; True and False insist).
+    A conversation goes through it whole; without a template it is read as paragraphs "role: text".
     An empty response scores as a uniform guess, -log(vocabulary size). Beyond the context (or `max_length`) the
     response's end is cut first, then the prompt's beginning.
     """
+
+    reads_messages = True
 
     def __init__(
         self,
@@ -54,19 +59,17 @@ class Perplexity(CachedReward):
             self._tokenizer = self._tokenizer or loaded
         return self._model, self._tokenizer
 
-    def _prompt_ids(self, prompts: list[str], tokenizer) -> list[list[int]]:
+    def _prompt_ids(self, prompts: list[str], text: Text) -> list[list[int]]:
         """Token ids of each prompt, never empty: the response's first token needs something before it."""
+        tokenizer = text.tokenizer
         templated = self.chat is True or (self.chat == "auto" and tokenizer.chat_template is not None)
         if templated:
             if tokenizer.chat_template is None:
                 raise UserError(f"chat=True needs a chat template, and the tokenizer of reward {self.name!r} has none")
-            prompts = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-                )
-                for prompt in prompts
-            ]
-        rows = tokenizer(prompts, add_special_tokens=not templated)["input_ids"]
+            prompts = [text.render(prompt, f"reward {self.name!r}: a prompt") for prompt in prompts]
+        else:
+            prompts = [transcript(prompt) for prompt in prompts]
+        rows = text.tokens(prompts, f"reward {self.name!r}: prompts", add_special_tokens=not templated)
         begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, 0]  # the first of these that there is
         return [row or [next(token for token in begin if token is not None)] for row in rows]
 
@@ -77,8 +80,10 @@ class Perplexity(CachedReward):
         limit = self.max_length or context_length(model.config, tokenizer)
         parameters = inspect.signature(model.forward).parameters
         distinct = sorted(set(prompts))
-        of_prompt = dict(zip(distinct, self._prompt_ids(distinct, tokenizer), strict=True))
-        targets = [row[: limit and limit - 1] for row in tokenizer(responses, add_special_tokens=False)["input_ids"]]
+        text = Text(tokenizer, rows=embedding_rows(model))
+        of_prompt = dict(zip(distinct, self._prompt_ids(distinct, text), strict=True))
+        rows = text.continuations(responses, f"reward {self.name!r}: responses")
+        targets = [row[: limit and limit - 1] for row in rows]
         empty = [index for index, row in enumerate(targets) if not row]
         if empty:
             yield empty, np.full(len(empty), -math.log(model.config.get_text_config().vocab_size))

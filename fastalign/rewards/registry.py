@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastalign import progress
+from fastalign.data.conversations import as_text
 from fastalign.errors import UserError
-from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts
+from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts, with_conversations
 
 
 class RewardInfo(NamedTuple):
@@ -88,22 +89,27 @@ def score(
 ) -> np.ndarray:
     """Scores of n (prompt, response) pairs by m rewards, given by name or as objects: float32 (n, m).
 
+    prompts: strings, or conversations (lists of messages). Language models and classifiers that read chats are given all
+    of a conversation; other rewards the text of its last user turn.
+
     Raises UserError or TypeError, in one line, for an unknown name, a missing package, texts of unequal number, a
     result of the wrong shape, and for a score that is NaN or infinite (with the reward and the index of the pair).
     """
+    prompts = with_conversations(prompts)
     check_texts(prompts, responses)
     if isinstance(names, (str, Reward)):
         names = [names]
     if len(names) == 0:
         raise UserError("names must hold at least one reward, got none")
     rewards = [_resolve(index, item) for index, item in enumerate(names)]
+    spoken = [as_text(prompt) for prompt in prompts]
     matrix = np.empty((len(prompts), len(rewards)), dtype=np.float32)
     for column, reward in enumerate(rewards):
         with progress.bar(f"scoring {reward.name}", total=len(prompts), unit="texts", show=show_progress) as advance:
             if isinstance(reward, CachedReward):
                 values = reward(prompts, responses, advance=advance)
             else:
-                values = reward(prompts, responses)
+                values = reward(prompts if getattr(reward, "reads_messages", False) else spoken, responses)
                 advance(len(prompts))
         matrix[:, column] = as_scores(reward.name, values, len(prompts))
         bad = np.flatnonzero(~np.isfinite(matrix[:, column]))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.data.files import write_json
+from fastalign.data.text import Text
 from fastalign.errors import UserError
 from fastalign.train import run as runs
 
@@ -154,7 +155,7 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
 def _loop(trainer, scorers, lam, run, progress, total: int, max_new_tokens: int, save_steps: int) -> None:
     from fastalign import rewards
 
-    names = [reward.name for reward in scorers]
+    names, text = [reward.name for reward in scorers], Text(trainer.tokenizer)
     drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
     tokens = 0
     while trainer.current_step < total:
@@ -162,7 +163,8 @@ def _loop(trainer, scorers, lam, run, progress, total: int, max_new_tokens: int,
             began = time.perf_counter()
             queries = list(batch["input_ids"])
             responses = trainer.generate(queries, return_prompt=False, **drawing)
-            batch["response"] = trainer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            pairs = zip(queries, responses, strict=True)
+            batch["response"] = [text.continuation(query.tolist(), response.tolist()) for query, response in pairs]
             scores = rewards.score(scorers, batch["query"], batch["response"])  # (n, m)
             combined = scores.astype(np.float64) @ lam
             stats = trainer.step(queries, responses, _tensors(combined))
@@ -212,21 +214,8 @@ def prompt_rows(prompts: Sequence[str], tokenizer, chat: bool | None) -> list[di
     """Rows of a PPO data set: "input_ids", through the chat template where that is asked for, and "query", the text."""
     import torch
 
-    if chat and tokenizer.chat_template is None:
-        raise UserError("chat needs a chat template, and the model's tokenizer has none")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if tokenizer.chat_template is not None and chat is not False:
-            turns = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-        else:
-            ids = tokenizer(prompt)["input_ids"]
-        if not ids:
-            raise UserError(f"prompts: row {i}: must give at least one token, got {prompt!r}")
-        rows.append({"input_ids": torch.tensor(ids), "query": prompt})
-    return rows
+    encoded = Text(tokenizer).encode(prompts, chat="auto" if chat is None else chat)
+    return [{"input_ids": torch.tensor(ids), "query": prompt} for ids, prompt in zip(encoded, prompts, strict=True)]
 
 
 def _tensors(scores: np.ndarray) -> list:

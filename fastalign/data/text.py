@@ -83,6 +83,19 @@ class Text:
             self.check_ids(ids, f"{name}[{i}]")
         return [list(ids) for ids in found]
 
+    def continuations(self, texts: Sequence[str], name: str) -> list[list[int]]:
+        """Token ids of texts that follow others, with no special tokens: what `continuation` reads back as they are.
+
+        A tokenizer that puts a space before every text is not given the one that is there.
+        """
+        if self._puts_space():
+            texts = [text.removeprefix(" ") for text in texts]
+        return self.tokens(texts, name, add_special_tokens=False)
+
+    def _puts_space(self) -> bool:
+        letter = self.tokens(["a"], "a letter", add_special_tokens=False)[0]
+        return self._after(letter, letter, True) == " a"
+
     def one(self, text: str, name: str, pair: str | None = None, **options: Any) -> Mapping[str, Any]:
         """What the tokenizer makes of one text (or pair). Raises UserError, which names it, for whatever it raises."""
         try:

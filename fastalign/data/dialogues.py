@@ -1,0 +1,124 @@
+"""Prompts that are not written as such: what two whole conversations begin with, as messages or as hh-rlhf's text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fastalign.data.conversations import check_messages, text_of
+from fastalign.errors import UserError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def last_turn(dialogue: str) -> tuple[str, str]:
+    """A dialogue "\\n\\nHuman: ... \\n\\nAssistant: ..." as (prompt up to and with the last "Assistant:", what follows).
+
+    Raises UserError where no turn is the assistant's.
+    """
+    head, mark, reply = dialogue.rpartition(ASSISTANT)
+    if not mark:
+        raise UserError(f"must hold a turn that begins with {ASSISTANT!r}, got {_brief(dialogue)!r}")
+    return head + mark, reply
+
+
+def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Two dialogues of one beginning as (prompt, chosen, rejected): hh-rlhf's form.
+
+    They are split at the last assistant's turn where that leaves one prompt, else at the last one that both share
+    (some of its dialogues part before their last turns). Raises UserError where they share none.
+    """
+    prompt, reply = last_turn(chosen)
+    other, against = last_turn(rejected)
+    if prompt == other:
+        return prompt, reply, against
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  character by character is what is meant
+    head, mark, _ = shared.rpartition(ASSISTANT)
+    if not mark:
+        raise UserError(f"chosen and rejected must begin with the same turns, got {_brief(chosen)!r}")
+    prompt = head + mark
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def split_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
+    """Two conversations of one beginning as (prompt, chosen, rejected), each of which keeps a message of its own.
+
+    Raises UserError where they share no message.
+    """
+    shared, limit = 0, min(len(chosen), len(rejected)) - 1
+    while shared < limit and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise UserError("must have a 'prompt', or chosen and rejected that begin with the same messages")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def implicit_prompt(chosen: Any, rejected: Any = None) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected) of completions that hold their prompt: dialogues in text, or messages.
+
+    Without `rejected`, what comes before chosen's last reply. Raises UserError.
+    """
+    if isinstance(chosen, str):
+        if rejected is None:
+            prompt, reply = _about("chosen", last_turn, chosen)
+            return prompt, reply, None
+        if not isinstance(rejected, str):
+            raise UserError("chosen and rejected must be of one kind, got chosen text, rejected none")
+        return split_dialogues(chosen, rejected)
+    if not isinstance(chosen, list):
+        raise UserError(f"chosen must be a dialogue, as text or as messages, got {type(chosen).__name__}")
+    _about("chosen", check_messages, chosen)
+    if rejected is not None:
+        _about("rejected", check_messages, rejected)
+        return split_messages(chosen, rejected)
+    if len(chosen) < 2:
+        raise UserError("chosen must hold a prompt's messages and a reply, got one message")
+    return chosen[:-1], chosen[-1:], None
+
+
+def prompt_of(row: Mapping[str, Any]) -> Any:
+    """The prompt, text or messages, of a row with "chosen" and mostly "rejected" and no prompt. Raises UserError.
+
+    Of text it is chosen's own: hh-rlhf's sides part now and then before their last turns.
+    """
+    chosen = row.get("chosen")
+    return implicit_prompt(chosen, None if isinstance(chosen, str) else row.get("rejected"))[0]
+
+
+def with_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its prompt apart from its completions: its own, or what both whole conversations begin with.
+
+    Where a prompt of text is what both conversations begin with, they are cut after all that both begin with. Raises
+    UserError.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" not in row:
+        if isinstance(chosen, str) and ASSISTANT not in chosen:
+            have = ", ".join(map(str, row))
+            raise UserError(f"must have a 'prompt', or dialogues with turns {ASSISTANT!r}, got {have}")
+        prompt, chosen, rejected = implicit_prompt(chosen, rejected)
+        return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    prompt = row["prompt"]
+    if not (isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list)):
+        return dict(row)
+    starts = [side[0].get("role") for side in (chosen, rejected) if side and isinstance(side[0], Mapping)]
+    if len(starts) < 2 or "assistant" in starts:
+        return dict(row)
+    chosen, rejected = _about("chosen", check_messages, chosen), _about("rejected", check_messages, rejected)
+    begins, chosen, rejected = split_messages(chosen, rejected)
+    if not any(text_of(message.get("content")).strip() == prompt.strip() for message in begins):
+        rule = "chosen and rejected must begin with the prompt"
+        raise UserError(f"{rule}, got {_brief(text_of(begins[0].get('content')))!r} for {_brief(prompt)!r}")
+    return {**row, "prompt": begins, "chosen": chosen, "rejected": rejected}
+
+
+def _about(column: str, read, value):
+    try:
+        return read(value)
+    except UserError as error:
+        raise UserError(f"{column} {error}") from None
+
+
+def _brief(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,31 @@
+"""Numbers that come with a user's data, checked before anything is made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from fastalign.errors import UserError
+
+
+def number(name: str, value: Any, *, missing: float | None = None) -> float:
+    """A finite number, from a number or its text; for None and "" `missing`, where there is one.
+
+    name: in the error, with its place ("row 3: margin"). Raises UserError.
+    """
+    if (value is None or value == "") and missing is not None:
+        return missing
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        came = "nothing" if value is None or value == "" else repr(value)
+        raise UserError(f"{name} must be a number, got {came}") from None
+    if not math.isfinite(found):
+        raise UserError(f"{name} must be a finite number, got {found}")
+    return found
+
+
+def column(source: str, name: str, values: Iterable[Any], *, missing: float | None = None) -> list[float]:
+    """`number` of each; the error has the row, counted from 0."""
+    return [number(f"{source} row {i}: {name}", value, missing=missing) for i, value in enumerate(values)]
