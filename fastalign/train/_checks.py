@@ -3,37 +3,72 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from fastalign.data import numbers
+from fastalign.data.conversations import text_of
+from fastalign.data.dialogues import with_prompt
+from fastalign.data.preferences import NUMBERS
 from fastalign.errors import UserError
 
 
-def pairs(name: str, dataset: Any) -> None:
-    """A map-style preference dataset has chosen and rejected, none empty. Others are left to the trainer."""
+def pairs(name: str, dataset: Any, *, tokenized: Sequence[str] = ()) -> Any:
+    """A preference dataset, its rows checked where they can be: chosen and rejected, none empty, numbers that are finite.
+
+    Completions of messages that begin with a prompt of text are cut after it (`data.dialogues.with_prompt`). tokenized: columns
+    of which one stands for text that is tokenized already. Datasets of one pass are left to the trainer. Raises UserError.
+    """
     if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            pairs(f"{name}[{key!r}]", part)
-        return
+        return {key: pairs(f"{name}[{key!r}]", part, tokenized=tokenized) for key, part in dataset.items()}
     columns = getattr(dataset, "column_names", None)
-    if not columns or "chosen_ids" in columns:
-        return
+    if not columns:
+        return dataset
+    known = hasattr(dataset, "num_rows")
+    if known:
+        for column, missing in NUMBERS.items():
+            if column in columns:
+                numbers.column(name, column, dataset[column], missing=missing)
+    if set(tokenized) & set(columns):
+        return dataset
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
         raise UserError(
             f"{name} must have the columns prompt, chosen and rejected, lacks {', '.join(missing)}: {columns}"
         )
-    if not hasattr(dataset, "num_rows"):
-        return
+    if "prompt" in columns and _begins_with_prompt(dataset):
+        dataset = _with_prompts(name, dataset)
+    if not known:
+        return dataset
     for column in ("chosen", "rejected"):
         for i, value in enumerate(dataset[column]):
             if _empty(value):
                 raise UserError(f"{name} must have no empty completion, row {i} has one in {column}")
+    return dataset
+
+
+def _begins_with_prompt(dataset: Any) -> bool:
+    first = next(iter(dataset), None)
+    return first is not None and isinstance(first["prompt"], str) and isinstance(first["chosen"], list)
+
+
+def _with_prompts(name: str, dataset: Any) -> Any:
+    def cut(row: dict[str, Any], i: int) -> dict[str, Any]:
+        try:
+            found = with_prompt(row)
+        except UserError as error:
+            raise UserError(f"{name} row {i}: {error}") from None
+        if isinstance(found["prompt"], str):
+            raise UserError(f"{name} row {i}: chosen and rejected must begin with the prompt, or be text as it is")
+        return {column: found[column] for column in ("prompt", "chosen", "rejected")}
+
+    return dataset.map(cut, with_indices=True)
 
 
 def _empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
-    return not value or not str(value[-1].get("content") or "").strip()
+    return not value or not (text_of(value[-1].get("content")).strip() or value[-1].get("tool_calls"))
 
 
 def room(name: str, before: Any, after: Any, max_length: int | None) -> None:

@@ -24,11 +24,14 @@ from trl.trainer.utils import use_adapter
 
 from fastalign import progress
 from fastalign.data.files import atomic_write
+from fastalign.data.numbers import number
+from fastalign.data.preferences import NUMBERS
 from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
 from fastalign.integrations.packing import can_pack, enable, pack_pairs
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
 from fastalign.train import _checks
+from fastalign.train._finite import StopsAtNaN
 from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # whose value for a batch is not the mean of its pairs' own
@@ -48,7 +51,7 @@ class DPOConfig(trl.DPOConfig):
     modpo_weight: MODPO (arXiv 2310.03708, eq. 9): the weight w of the value that the pairs express, in (0, 1]. A
         dataset column "margin" holds the other values' part, their weighted rewards of chosen less rejected. The
         reward difference of a pair becomes (beta · difference - margin) / w.
-    A dataset column "weight" multiplies each pair's loss: several values' pairs in one dataset, scalarised linearly.
+    A row that gives no margin (null) has 0. A dataset column "weight" multiplies each pair's loss: several values' pairs in one dataset, scalarised linearly.
     label_smoothing counts for loss types sigmoid and sigmoid_norm too (cDPO), where TRL ignores it.
     """
 
@@ -68,14 +71,14 @@ class PairCollator(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         extra = {
-            name: torch.tensor([float(example[name]) for example in examples])
-            for name in ("margin", "weight")
+            name: torch.tensor([number(f"a pair's {name}", example[name], missing=missing) for example in examples])
+            for name, missing in NUMBERS.items()
             if name in examples[0]
         }
         return super().torch_call(examples) | extra
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     """TRL 1.16's DPOTrainer, same arguments (and `tokenizer=` for `processing_class=`), same losses and logs, faster.
 
     Also logs "tokens_per_second" (tokens as TRL counts them: the padded batch's attention mask). Models that cannot
@@ -86,7 +89,8 @@ class DPOTrainer(trl.DPOTrainer):
     weights, the tokens and what is summed; a second run on the same reads them.
 
     Raises:
-        UserError: columns that lack, empty completions, prompts that leave no room, vocabularies that differ.
+        UserError: columns that lack, empty completions, margins and weights that are no finite numbers, prompts that leave
+            no room, vocabularies that differ; in training a loss or gradient that is NaN or infinite, before the step.
     """
 
     def __init__(self, model=None, ref_model=None, args=None, *positional, tokenizer=None, **kwargs):
@@ -94,8 +98,12 @@ class DPOTrainer(trl.DPOTrainer):
             if kwargs.get("processing_class") is not None:
                 raise UserError("tokenizer and processing_class are the same argument: give one")
             kwargs["processing_class"] = tokenizer
-        for name in ("train_dataset", "eval_dataset"):
-            _checks.pairs(name, kwargs.get(name))
+        positional = list(positional)
+        for at, name in enumerate(("train_dataset", "eval_dataset"), 1):  # after data_collator
+            if at < len(positional):
+                positional[at] = _checks.pairs(name, positional[at])
+            elif kwargs.get(name) is not None:
+                kwargs[name] = _checks.pairs(name, kwargs[name])
         _checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
         if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
             raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")

@@ -29,6 +29,7 @@ from fastalign.errors import UserError
 from fastalign.losses import ppo_loss, value_loss, whiten
 from fastalign.ops import gae
 from fastalign.train import ppo_batch, ppo_checkpoint, ppo_checks, ppo_rollout, ppo_stats
+from fastalign.train._finite import not_finite, stopped
 from fastalign.train._kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
 from fastalign.train.ppo_config import PPOConfig
 from fastalign.train.ppo_data import PromptLoader, lists, used_columns
@@ -129,6 +130,7 @@ class PPOTrainer:
         self.kl_ctl = controller(config.init_kl_coef, *options)
         self.running = ppo_stats.RunningMoments()
         self.current_step = 0
+        self._checkpoint: str | None = None  # the last that was saved or loaded
         if config.log_with is not None:
             told = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers(config.tracker_project_name, config=told, init_kwargs=config.tracker_kwargs)
@@ -206,7 +208,8 @@ class PPOTrainer:
 
         Raises:
             UserError: lists of another length than batch_size, empty or out-of-range tokens, scores that are no
-                finite scalars; nothing has changed then.
+                finite scalars; nothing has changed then. A log-prob, value, loss or gradient that is NaN or infinite, before
+                a step of the optimiser is made of it.
         """
         config, times = self.config, ppo_stats.Stopwatch()
         vocabulary = self.policy.config.get_text_config().vocab_size
@@ -217,6 +220,8 @@ class PPOTrainer:
         self._empty_cache()
         with times("forward_pass"):
             logprobs, values, ref_logprobs, kl = self._look(rollouts)
+            found = {"log-probability": logprobs, "value": values, "reference's log-probability": ref_logprobs}
+            self._check_rows(found, rollouts.labels != -100)
         with times("compute_rewards"):
             # Few numbers a token: every process holds those of all, so that one definition serves any number of them.
             every = self._gather(
@@ -319,7 +324,8 @@ class PPOTrainer:
             "dataloader": None if self.dataloader is None else self.dataloader.state_dict(),
             "lr_scheduler": None if self.lr_scheduler is None else ppo_checkpoint.plain(self.lr_scheduler.state_dict()),
         }
-        ppo_checkpoint.save(path, self.current_step, self.policy, self._raw_optimizer, state, self.accelerator)
+        kept = ppo_checkpoint.save(path, self.current_step, self.policy, self._raw_optimizer, state, self.accelerator)
+        self._checkpoint = str(kept)
 
     def load_checkpoint(self, path: str | os.PathLike) -> None:
         """Go on from the newest checkpoint in `path`, in a trainer built as the one that saved it.
@@ -327,7 +333,7 @@ class PPOTrainer:
         `current_step` says how many steps are done; `dataloader` first gives the rest of the interrupted epoch.
         """
         state = ppo_checkpoint.load(path, self.policy, self._raw_optimizer, self.accelerator)
-        self.current_step, self.kl_ctl.value = state["step"], state["kl_coef"]
+        self.current_step, self.kl_ctl.value, self._checkpoint = state["step"], state["kl_coef"], str(path)
         vars(self.running).update(state["running"])
         if self.dataloader is not None and state["dataloader"] is not None:
             self.dataloader.load_state_dict(state["dataloader"])
@@ -421,9 +427,11 @@ class PPOTrainer:
                 self.accelerator.backward(loss * (count * processes / every))
             sums = sums + found
             ratios.append(ratio)
-        if self.config.max_grad_norm is not None:
-            trained = [p for p in self.policy.parameters() if p.requires_grad]
-            self.accelerator.clip_grad_norm_(trained, self.config.max_grad_norm)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        limit = self.config.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(trained, math.inf if limit is None else limit)
+        if not_finite(norm, self.accelerator):
+            self._stop("gradient's norm", float(norm), indices.tolist())
         self.optimizer.step()
         self.optimizer.zero_grad()
         sums = self.accelerator.reduce(sums, "sum") if processes > 1 else sums
@@ -435,6 +443,7 @@ class PPOTrainer:
         ids, labels = rollouts.rows(indices)
         new = self.model(ids, score_labels=labels)
         mask = labels != -100
+        self._check_rows({"log-probability": new.log_probs.detach(), "value": new.values.detach()}, mask, indices)
         before = {name: x[indices, : labels.shape[1]] for name, x in old.items()}
         policy = ppo_loss(new.log_probs, before["logprobs"], before["advantages"], mask, clip_range=config.cliprange)
         value = value_loss(new.values, before["values"], before["returns"], mask, clip_range=config.cliprange_value)
@@ -447,9 +456,22 @@ class PPOTrainer:
                 f"a mini batch is skipped: its mean ratio {float(policy.ratio):.2f} exceeds {config.ratio_threshold:g}",
                 stacklevel=4,
             )
-            loss = (new.log_probs.sum() + new.values.sum()).nan_to_num(0, 0, 0) * 0
+            loss = (new.log_probs.sum() + new.values.sum()) * 0
+        elif not math.isfinite(float(loss)):
+            self._stop("loss", float(loss), indices.tolist())
         ratios = (new.log_probs.detach() - before["logprobs"])[mask].exp().cpu().numpy()
         return loss, sums, ratios
+
+    def _check_rows(self, found: dict[str, Tensor], mask: Tensor, indices: Tensor | None = None) -> None:
+        """Raise UserError where numbers (B, T) of rows are not finite within the mask; indices: the rows' places, (B,)."""
+        for name, x in found.items():
+            wrong = ~x.isfinite() & mask
+            if wrong.any():
+                rows = wrong.any(1).nonzero().squeeze(1).cpu()
+                self._stop(name, float(x[wrong][0]), (rows if indices is None else indices[rows]).tolist())
+
+    def _stop(self, what: str, value: float, rows: list[int]) -> None:
+        raise UserError(stopped(self.current_step + 1, what, value, rows, self._checkpoint))
 
     def _scaled(self, scores: Tensor) -> Tensor:
         config = self.config

@@ -6,6 +6,7 @@ configuration notes the values and how the texts were made, so that scoring read
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ import trl
 from torch import Tensor
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from fastalign.data.numbers import number
 from fastalign.errors import UserError
 from fastalign.losses import bradley_terry_loss
 from fastalign.rewards.classifier import NOTE
 from fastalign.train import _checks
+from fastalign.train._finite import StopsAtNaN
 
 if TYPE_CHECKING:
     from fastalign.report.reward import RewardReport
@@ -49,7 +52,10 @@ class RewardCollator(DataCollatorForPreference):
         return found
 
 
-class RewardTrainer(trl.RewardTrainer):
+TOKENIZED = ("chosen_ids", "chosen_input_ids")  # TRL's columns, new and old, for text that is tokenized already
+
+
+class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
     """TRL 1.16's RewardTrainer, same arguments (and `tokenizer=` for `processing_class=`), for one or several values.
 
     model: a sequence classifier of as many outputs as values, or the hub name, folder, GGUF file or alias of any
@@ -89,8 +95,8 @@ class RewardTrainer(trl.RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = RewardConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-Reward")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _checks.pairs(name, dataset)
+        train_dataset = _checks.pairs("train_dataset", train_dataset, tokenized=TOKENIZED)
+        eval_dataset = _checks.pairs("eval_dataset", eval_dataset, tokenized=TOKENIZED)
         self.values = _names(getattr(args, "values", None))
         if isinstance(model, str):
             model, processing_class = _load(model, processing_class, args, len(self.values), quantization_config)
@@ -117,7 +123,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         columns = getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))
-        if "chosen_ids" not in columns and self._text is None:
+        if not set(TOKENIZED) & set(columns) and self._text is None:
             messages = isinstance(next(iter(dataset))["chosen"], list)
             if messages and processing_class.chat_template is None and args.chat_template_path is None:
                 raise UserError(
@@ -132,7 +138,7 @@ class RewardTrainer(trl.RewardTrainer):
             told = _Preferences(self.values, columns, dataset_name)
             dataset = dataset.map(told, with_indices=True)
         if "margin" in columns:
-            dataset = dataset.map(_Margins())
+            dataset = dataset.map(_Margins(dataset_name), with_indices=True)
         before = getattr(dataset, "num_rows", None)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         after = getattr(prepared, "num_rows", None)
@@ -214,7 +220,7 @@ class RewardTrainer(trl.RewardTrainer):
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None or isinstance(dataset, dict):
             raise UserError(f"report needs one dataset of pairs, got {type(dataset).__name__}")
-        _checks.pairs("dataset", dataset)
+        dataset = _checks.pairs("dataset", dataset, tokenized=TOKENIZED)
         found = self.predict(self._prepare_dataset(dataset, self.processing_class, self.args, "report"))
         return self._report_of(found.predictions, found.label_ids, settings)
 
@@ -257,20 +263,23 @@ class _Preferences:
     def _sign(self, row: dict[str, Any], i: int, name: str) -> float:
         said = row[name]
         try:
-            number = 0.0 if said is None or said == "" else float(said)
+            sign = 0.0 if said is None or said == "" else float(said)
         except (TypeError, ValueError):
-            number = float("nan")
-        if number != number:
+            sign = math.nan
+        if not math.isfinite(sign):
             rule = f"{name} must be a number, above 0 where chosen is better and below where rejected is"
             raise UserError(f"{self.dataset_name} row {i}: {rule}, got {said!r}")
-        return float((number > 0) - (number < 0))
+        return float((sign > 0) - (sign < 0))
 
 
 class _Margins:
     """A margin that a row does not give is 0."""
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, float]:
-        return {"margin": 0.0 if row["margin"] is None else float(row["margin"])}
+    def __init__(self, dataset_name: str):
+        self.dataset_name = dataset_name
+
+    def __call__(self, row: dict[str, Any], i: int) -> dict[str, float]:
+        return {"margin": number(f"{self.dataset_name} row {i}: margin", row["margin"], missing=0.0)}
 
 
 def _names(values: Sequence[str] | None) -> list[str]:
