@@ -210,6 +210,25 @@ SoupSegment segment_of(const py::tuple& t) {
   return of;
 }
 
+SoupSeen seen_by(int inputs, int outputs, bool digesting) {
+  SoupSeen seen;
+  seen.digesting = digesting;
+  seen.digests.assign(size_t(outputs), 0);
+  seen.inputs.resize(size_t(inputs)), seen.outputs.resize(size_t(outputs));
+  return seen;
+}
+
+// (failed, writing, errno or 0 for a file that ended early, segment, file), then what was seen: digests as pairs of 64 bits,
+// low and high, and (count, segment, first) for each input and output
+py::tuple told_of(const SoupFailure& found, const SoupSeen& seen) {
+  py::list digests, inputs, outputs;
+  for (SoupDigest digest : seen.digests) digests.append(py::make_tuple(uint64_t(digest), uint64_t(digest >> 64)));
+  for (const auto& one : seen.inputs) inputs.append(py::make_tuple(one.count, one.segment, one.first));
+  for (const auto& one : seen.outputs) outputs.append(py::make_tuple(one.count, one.segment, one.first));
+  const auto failure = py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
+  return py::make_tuple(failure, digests, inputs, outputs);
+}
+
 // The first position whose label is neither ignored nor within [0, vocab), or -1.
 int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
   for (int64_t i = 0; i < count; ++i) {
@@ -480,19 +499,40 @@ PYBIND11_MODULE(_C, m) {
     write_behind(file);
   });
 
-  // (failed, writing, errno or 0 for a file that ended early, segment, file)
-  m.def("soup_files", [](const py::list& segments, int out_type, int64_t chunk, int threads) {
+  // of segments that have the same files
+  m.def("soup_files", [](const py::list& segments, int out_type, int64_t chunk, int threads, bool digesting) {
     std::vector<SoupSegment> all;
     for (const py::handle& segment : segments) all.push_back(segment_of(py::cast<py::tuple>(segment)));
+    SoupSeen seen = seen_by(int(all.at(0).in_files.size()), int(all[0].out_files.size()), digesting);
     SoupFailure found;
     {
       py::gil_scoped_release release;
-      found = soup_files(all, SoupType(out_type), chunk, threads);
+      found = soup_files(&seen, all, SoupType(out_type), chunk, threads);
     }
-    return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
+    return told_of(found, seen);
   });
 
-  // the same, then the dot products, row by row
+  // what n bytes at `position` of a file add to its digest; of a whole file of n bytes, after an errno
+  m.def("soup_digest", [](const py::buffer& data, int64_t position) {
+    const py::buffer_info info = data.request();
+    SoupDigest found;
+    {
+      py::gil_scoped_release release;
+      found = digest_of(info.ptr, info.size * info.itemsize, position);
+    }
+    return py::make_tuple(uint64_t(found), uint64_t(found >> 64));
+  });
+  m.def("soup_digest_file", [](int file, int64_t bytes, int threads) {
+    SoupDigest found = 0;
+    int error;
+    {
+      py::gil_scoped_release release;
+      error = digest_file(&found, file, bytes, threads);
+    }
+    return py::make_tuple(error, py::make_tuple(uint64_t(found), uint64_t(found >> 64)));
+  });
+
+  // a failure, then the dot products, row by row
   m.def("soup_dots", [](const py::tuple& segment, bool centered, int64_t chunk, int threads) {
     const SoupSegment of = segment_of(segment);
     std::vector<double> dots;
@@ -506,7 +546,7 @@ PYBIND11_MODULE(_C, m) {
 
   // choices: (keep, from, to, largest_first, probability, spread, own_scale, match_sum, scale, stream) for each model
   m.def("soup_tasks", [](const py::tuple& segment, const py::list& choices, int out_type, double lambda, bool elect,
-                         bool normalize, uint64_t seed, int64_t row, int64_t chunk, int threads) {
+                         bool normalize, uint64_t seed, int64_t row, int64_t chunk, int threads, bool digesting) {
     const SoupSegment of = segment_of(segment);
     std::vector<TaskChoice> all;
     for (const py::handle& choice : choices) {
@@ -519,13 +559,14 @@ PYBIND11_MODULE(_C, m) {
       one.vector.scale = t[8].cast<double>(), one.vector.stream = t[9].cast<uint64_t>();
       all.push_back(one);
     }
+    SoupSeen seen = seen_by(int(of.in_files.size()), int(of.out_files.size()), digesting);
     SoupFailure found;
     {
       py::gil_scoped_release release;
       const TaskMerge merge = {nullptr, nullptr, lambda, elect, normalize, seed, row};
-      found = soup_task_files(of, all, SoupType(out_type), merge, chunk, threads);
+      found = soup_task_files(&seen, of, all, SoupType(out_type), merge, chunk, threads);
     }
-    return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
+    return told_of(found, seen);
   });
 
   m.def("soup_memory", [](const py::list& outs, const py::list& ins, const std::vector<double>& weights, int threads) {

@@ -112,6 +112,35 @@ static void dots_span(double* dots, const void* const* ins, const SoupType* in_t
   }
 }
 
+// B: the element's bits, those of the exponent (and, for a type without infinities, of its NaN) in `mask`.
+template <typename B> static int64_t not_finite(const B* x, B mask, int64_t n, int64_t* first) {
+  constexpr int64_t kBlock = 4096;
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    B any = 0;
+    for (int64_t j = begin; j < end; ++j) any |= B(-B((x[j] & mask) == mask));
+    if (any == 0) continue;
+    for (int64_t j = begin; j < end; ++j) {
+      if ((x[j] & mask) != mask) continue;
+      if (count++ == 0) *first = j;
+    }
+  }
+  return count;
+}
+
+int64_t soup_not_finite(const void* x, SoupType type, int64_t n, int64_t* first) {
+  switch (type) {
+    case SoupType::float64: return not_finite(static_cast<const uint64_t*>(x), uint64_t(0x7FF) << 52, n, first);
+    case SoupType::float32: return not_finite(static_cast<const uint32_t*>(x), uint32_t(0x7F800000), n, first);
+    case SoupType::bfloat16: return not_finite(static_cast<const uint16_t*>(x), uint16_t(0x7F80), n, first);
+    case SoupType::float16: return not_finite(static_cast<const uint16_t*>(x), uint16_t(0x7C00), n, first);
+    case SoupType::float8_e4m3fn: return not_finite(static_cast<const uint8_t*>(x), uint8_t(0x7F), n, first);
+    case SoupType::float8_e5m2: return not_finite(static_cast<const uint8_t*>(x), uint8_t(0x7C), n, first);
+  }
+  return 0;
+}
+
 void soup_dots_span(double* dots, const void* const* ins, const SoupType* in_types, int inputs, int64_t n, bool centered) {
   any_wide(in_types, inputs) ? dots_span<double>(dots, ins, in_types, inputs, n, centered)
                              : dots_span<float>(dots, ins, in_types, inputs, n, centered);

@@ -28,4 +28,6 @@ FASTALIGN_DECLARE(
   // for some thousand elements, then in float64. One thread.
   void soup_dots_span(double* dots, const void* const* ins, const SoupType* in_types, int inputs, int64_t n,
                       bool centered);
+  // How many of n elements are NaN or infinite, and the first of them, left alone where there is none. One thread.
+  int64_t soup_not_finite(const void* x, SoupType type, int64_t n, int64_t* first);
 )

@@ -14,7 +14,7 @@ namespace fastalign {
 
 static constexpr int64_t kMemoryChunk = 1 << 16;  // elements
 
-SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads) {
+SoupFailure soup_files(SoupSeen* seen, const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads) {
   struct Piece { int segment; int64_t first, n; };
   std::vector<Piece> pieces;
   int64_t room = 0;  // bytes that a thread needs
@@ -57,6 +57,11 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
         fail(unread);
         continue;
       }
+      bool asked = false, answer = true;  // what is not finite in an input is not in an output either, so outputs say when to look
+      const auto finite = [&] {
+        if (!asked) answer = see_inputs(seen, of, piece.segment, ins, piece.first, piece.n), asked = true;
+        return answer;
+      };
       void* const out = mine + input_room(of, chunk);
       for (int k = 0; k < outputs; ++k) {
         const double* weights = of.weights.data() + int64_t(k) * inputs;
@@ -66,6 +71,9 @@ SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_ty
           fail(unwritten);
           break;
         }
+        see_output(seen, of, piece.segment, k, out, out_type, piece.first, piece.n, finite, [&](void* wide) {
+          FASTALIGN_CALL(soup_span, &wide, SoupType::float32, 1, ins, of.in_types.data(), inputs, weights, piece.n);
+        });
       }
     }
   }

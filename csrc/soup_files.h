@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "soup.h"
+#include "soup_digest.h"
 
 namespace fastalign {
 
@@ -23,9 +24,22 @@ struct SoupFailure {
   int error = 0, segment = 0, file = 0;
 };
 
+// What was seen of the numbers that went by.
+struct SoupSeen {
+  // Elements that are no finite numbers; the first of them, counted within its segment.
+  struct Count {
+    int64_t count = 0, first = 0;
+    int segment = 0;
+  };
+  bool digesting = false;
+  std::vector<SoupDigest> digests;  // of what was written, by output
+  std::vector<Count> inputs;        // by input
+  std::vector<Count> outputs;       // by output; where an input has none in the same chunk, it alone is counted
+};
+
 // Reads every segment's inputs once, in chunks of at most `chunk` elements a thread, and writes every output once.
 // Holds threads * chunk elements of every input and of one output.
-SoupFailure soup_files(const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads);
+SoupFailure soup_files(SoupSeen* seen, const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads);
 
 // Dot products of a segment's inputs with one another, or, centered, of what the others differ by from input 0:
 // dots (inputs, inputs). Its outputs and weights are not looked at.

@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "soup_files.h"
@@ -40,6 +41,13 @@ int64_t before_page(const SoupSegment& of, SoupType out_type);
 
 // n elements of output k, from `first` on.
 SoupFailure write_output(void* out, SoupType out_type, const SoupSegment& of, int segment, int k, int64_t first, int64_t n);
+
+// Adds what was seen to `seen`: of a chunk's inputs, whether all their numbers are finite; of an output of it, once it was
+// written. `finite` says whether its inputs are, and is asked only where its own numbers are not; `again` gives them as float32, for a
+// type that has no infinity to show what was beyond its range.
+bool see_inputs(SoupSeen* seen, const SoupSegment& of, int segment, const void* const* ins, int64_t first, int64_t n);
+void see_output(SoupSeen* seen, const SoupSegment& of, int segment, int k, const void* out, SoupType out_type, int64_t first,
+                int64_t n, const std::function<bool()>& finite, const std::function<void(void*)>& again);
 
 // Tells the system what is read next, and that what was written of a file may go to the disk: the flush at its end then
 // waits less.

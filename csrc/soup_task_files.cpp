@@ -200,7 +200,7 @@ SoupFailure match_sums(std::vector<TaskChoice>& choices, const TaskMerge& merge,
 
 }  // namespace
 
-SoupFailure soup_task_files(const SoupSegment& of, std::vector<TaskChoice> choices, SoupType out_type, TaskMerge merge,
+SoupFailure soup_task_files(SoupSeen* seen, const SoupSegment& of, std::vector<TaskChoice> choices, SoupType out_type, TaskMerge merge,
                             int64_t chunk, int threads) {
   const int inputs = int(of.in_files.size()), outputs = int(of.out_files.size());
   const auto ranked = [](const TaskChoice& one) { return one.vector.keep == TaskKeep::ranked; };
@@ -226,9 +226,17 @@ SoupFailure soup_task_files(const SoupSegment& of, std::vector<TaskChoice> choic
     std::vector<void*> outs(static_cast<size_t>(outputs));
     for (int k = 0; k < outputs; ++k) outs[size_t(k)] = room + k * stride;
     FASTALIGN_CALL(soup_task_span, outs.data(), out_type, outputs, merge, ins, of.in_types.data(), inputs, first, n, scratch);
-    SoupFailure unwritten;
-    for (int k = 0; k < outputs && !unwritten.failed; ++k) unwritten = write_output(outs[size_t(k)], out_type, of, 0, k, first, n);
-    return unwritten;
+    const bool finite = see_inputs(seen, of, 0, ins, first, n);
+    for (int k = 0; k < outputs; ++k) {
+      const SoupFailure unwritten = write_output(outs[size_t(k)], out_type, of, 0, k, first, n);
+      if (unwritten.failed) return unwritten;
+      see_output(seen, of, 0, k, outs[size_t(k)], out_type, first, n, [&] { return finite; }, [&](void* wide) {
+        TaskMerge one = merge;
+        one.weights += k * int64_t(choices.size());
+        FASTALIGN_CALL(soup_task_span, &wide, SoupType::float32, 1, one, ins, of.in_types.data(), inputs, first, n, scratch);
+      });
+    }
+    return SoupFailure();
   });
   return failure;
 }

@@ -19,7 +19,7 @@ struct TaskChoice {
 
 // The tensor's inputs: the base, then a model for each choice; weights (outputs, choices). Reads the inputs once for every
 // digit of the keys where ranks are asked for, once where ties are cut, once for sums of sizes, and once to merge.
-SoupFailure soup_task_files(const SoupSegment& tensor, std::vector<TaskChoice> choices, SoupType out_type, TaskMerge merge,
+SoupFailure soup_task_files(SoupSeen* seen, const SoupSegment& tensor, std::vector<TaskChoice> choices, SoupType out_type, TaskMerge merge,
                             int64_t chunk, int threads);
 
 }  // namespace fastalign

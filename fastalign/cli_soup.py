@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,9 @@ def soup(
     sync: Annotated[
         bool, typer.Option("--sync/--no-sync", help="Flush to the disk, or leave that to the system: for soups to look at and throw away.")
     ] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="NaN or infinity in an input, or a number beyond the output's type, is an error.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
 ) -> None:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
@@ -100,7 +104,7 @@ def soup(
         given = {"dtype": dtype, "normalize": normalize, "force": force or None}
         written |= {key: value for key, value in given.items() if value is not None}
         sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
-        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync)
+        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync, strict)
     models = models or []
     if not models:
         raise UserError("give the models to merge, or --recipe")
@@ -132,7 +136,7 @@ def soup(
             models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
             normalize=normalize, force=force, **sizes,
         )  # fmt: skip
-    _merge(made, dry_run, sync)
+    _merge(made, dry_run, sync, strict)
 
 
 def _parameters(given: list[str]) -> dict:
@@ -148,7 +152,7 @@ def _parameters(given: list[str]) -> dict:
     return found
 
 
-def _merge(made, dry_run: bool, sync: bool) -> None:
+def _merge(made, dry_run: bool, sync: bool, strict: bool) -> None:
     """Say what is planned, do it unless told not to, and say how fast it was."""
     from fastalign.soup import estimate, execute
     from fastalign.soup import plan as plans
@@ -162,7 +166,9 @@ def _merge(made, dry_run: bool, sync: bool) -> None:
         told.print(estimate.told(made), soft_wrap=True, markup=False)
         told.print("dry run: nothing was written")
         return
-    found = execute(made, sync=sync)
+    found = execute(made, sync=sync, strict=strict)
+    if found.not_finite:
+        print(f"fastalign: {out}: {found.not_finite}", file=sys.stderr)
     if found.resumed == len(made.layout) and not found.read_bytes:
         told.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
         return

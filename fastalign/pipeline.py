@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data.files import read_json, write_json
+from fastalign.data import fingerprint
+from fastalign.data.files import check_target, read_json, write_json
+from fastalign.data.work_folder import hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
 
@@ -66,8 +67,9 @@ def sample(
     the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
 
     Each finished batch is kept in `<out>.parts`; after an interruption `resume` goes on from there, and gives the
-    file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use,
-    or were made with other settings.
+    file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use, or
+    were made with other settings or by another model, though of the same name; where another run is writing `out`; and
+    where `out` or `<out>.parts` is something that is not fastalign's to write.
     """
     from fastalign.data.text import check_prompts
     from fastalign.decode import aligned
@@ -95,61 +97,73 @@ def sample(
     elif ess is not None:
         raise UserError("ess is where --method adaptive stops: give that method")
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    parts = out.with_name(out.name + ".parts")
+    settings["model_content"] = fingerprint.of_model(model.name)
+    check_target(out)
     if resume and out.is_file():
         whole = Candidates.from_parquet(out)
         _same_settings(out, whole.settings.get("sampling"), settings)
         return whole
-    done: list[Candidates] = []
-    if parts.is_dir():
-        kept = sorted(parts.glob("part-*.parquet"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out.with_name(out.name + ".parts"), writes=out) as parts:
+        kept = parts.whole()
         if kept and not resume:
             raise UserError(
-                f"{parts} holds {len(kept)} finished batches of an interrupted run: go on with --resume, or remove it"
+                f"{parts.path} holds {len(kept)} finished batches of an interrupted run: go on with --resume, or remove it"
             )
         if kept:
-            _same_settings(parts, read_json(parts / "settings.json", kind="sampling")["settings"], settings)
-            done = [Candidates.from_parquet(path, kind=kind) for path in kept]
-    write_json(parts / "settings.json", {"kind": "sampling", "settings": settings})
-    finished = {int(i) for part in done for i in part.prompt_ids}
-    if ray is not None:
-        from fastalign.decode import scale
+            _same_settings(parts.path, parts.job, settings)
+        parts.begin(parts.job if kept else settings, anew=not kept)
+        done = [Candidates.from_parquet(path, kind=kind) for path in kept]
+        finished = {int(i) for part in done for i in part.prompt_ids}
+        if ray is not None:
+            from fastalign.decode import scale
 
-        job = {"model": model.name, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
-        job |= {"dtype": model.dtype, "device": model.device}
-        scale.draw(
-            job, prompts, parts, skip=finished, ray=ray, workers=workers, worker_cpus=worker_cpus,
-            worker_gpus=worker_gpus, show_progress=show_progress,
-        )  # fmt: skip
-        done = [Candidates.from_parquet(path, kind="candidates") for path in sorted(parts.glob("part-*.parquet"))]
-    elif len(finished) < len(prompts):
-        job = {
-            "n": n,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "skip": finished,
-            "show_progress": show_progress,
-            **sampling,
-        }
-        if method == "whole":
-            batches = model.sampler.iter_batches(prompts, **job)
-        else:
-            batches = aligned.blocks(method, model.sampler, prompts, **by, **job)
-        for indices, part in batches:
-            part.to_parquet(parts / f"part-{min(indices):08d}.parquet")
-            done.append(part)
-    whole = Candidates.concat(done) if method == "whole" else aligned.joined(done)
-    whole.settings["sampling"] = settings
-    whole.to_parquet(out)
-    shutil.rmtree(parts)
+            job = {"model": model.name, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+            job |= {"dtype": model.dtype, "device": model.device}
+            scale.draw(
+                job, prompts, parts, skip=finished, ray=ray, workers=workers, worker_cpus=worker_cpus,
+                worker_gpus=worker_gpus, show_progress=show_progress,
+            )  # fmt: skip
+            done = [Candidates.from_parquet(path, kind="candidates") for path in parts.whole()]
+        elif len(finished) < len(prompts):
+            job = {
+                "n": n,
+                "max_new_tokens": max_new_tokens,
+                "seed": seed,
+                "skip": finished,
+                "show_progress": show_progress,
+                **sampling,
+            }
+            if method == "whole":
+                batches = model.sampler.iter_batches(prompts, **job)
+            else:
+                batches = aligned.blocks(method, model.sampler, prompts, **by, **job)
+            for indices, part in batches:
+                path = parts.making(f"part-{min(indices):08d}.parquet")
+                part.to_parquet(path)
+                parts.made({path.name: sha256(path)})
+                done.append(part)
+        whole = Candidates.concat(done) if method == "whole" else aligned.joined(done)
+        whole.settings["sampling"] = settings
+        whole.to_parquet(out)
+        parts.remove()
     return whole
 
 
 def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
     had = had or {}
     wanted = json.loads(json.dumps(wanted))  # tuples and the like as the file has them
+    if (
+        had.get("model_content", wanted["model_content"]) != wanted["model_content"]
+        and had.get("model") == wanted["model"]
+    ):
+        raise UserError(
+            f"{where} was made with another model at {wanted['model']}, whose files have changed since: take the one it was "
+            "made with to resume, or another output"
+        )
+    same_model = had.get("model_content") == wanted["model_content"]  # wherever it lies
     for name in {**had, **wanted}:
-        if had.get(name) != wanted.get(name):
+        if had.get(name) != wanted.get(name) and not (name == "model" and same_model):
             raise UserError(
                 f"{where} was made with {name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}: "
                 "use the same settings to resume, or another output"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fastalign import soup, use_backend
 from fastalign.cli import app
+from fastalign.data.work_folder import MARK
 from fastalign.errors import UserError
 from fastalign.soup.checkpoint import INDEX
 from fastalign.soup.lora_files import write_adapter
@@ -386,15 +387,124 @@ def test_killed_at_any_moment_and_run_again_it_is_the_same():
     assert sum(seen["partial"] for seen in found.values()) >= 3
 
 
-def test_what_another_merge_left_is_not_taken_over(large, tmp_path):
-    out, beside = tmp_path / "out", tmp_path / ".out.soup"
+def stopped(models, out, monkeypatch, **options):
+    """A merge that is interrupted once its shards are finished; the folder that it leaves."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastalign.soup.companions.Companions.copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            soup.merge(models, options.pop("weights", [0.25, 0.75]), out, max_shard_size="4MB", **options)
+    return out.with_name(f".{out.name}.soup")
+
+
+def test_what_another_merge_left_is_not_taken_over(large, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     wanted = files(soup.merge(large, [0.25, 0.75], tmp_path / "whole", max_shard_size="4MB").out)
-    beside.mkdir()
-    other = soup.merge(large, [0.5, 0.5], tmp_path / "other", max_shard_size="4MB").out
-    for path in [min(other.glob("*.safetensors")), other / "soup.json"]:
-        shutil.copy(path, beside)
+    beside = stopped(large, out, monkeypatch, weights=[0.5, 0.5])
+    assert list(beside.glob("*.safetensors"))
     found = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
-    assert found.resumed == 0 and files(out) == wanted
+    assert found.resumed == 0 and files(out) == wanted and not beside.exists()
+
+
+def test_a_finished_shard_is_known_again_by_its_bytes(large, tmp_path, monkeypatch):
+    """One of the right size and header whose last byte is another is made anew; so is an output told from one that was changed."""
+    out = tmp_path / "out"
+    wanted = files(soup.merge(large, [0.25, 0.75], tmp_path / "whole", max_shard_size="4MB").out)
+
+    def spoil(path, at):
+        with open(path, "r+b") as file:
+            file.seek(at, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(at, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+
+    for at in (-1, -100_001):
+        beside = stopped(large, out, monkeypatch)
+        spoil(max(beside.glob("*.safetensors")), at)
+        found = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
+        assert found.resumed == len(list(out.glob("*.safetensors"))) - 1 and files(out) == wanted
+        if at == -1:
+            shutil.rmtree(out)
+    spoil(max(out.glob("*.safetensors")), -1)
+    with pytest.raises(UserError, match="exists already and is not this merge"):
+        soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
+
+
+def test_inputs_are_known_by_their_bytes_and_not_by_where_they_lie(large, tmp_path, monkeypatch):
+    """Others under the same path, of one size and time: begun anew. The same in another place: gone on with."""
+    paths = [shutil.copy2(path, tmp_path / path.name) for path in large]
+    out = tmp_path / "out"
+    stopped(paths, out, monkeypatch)
+    (tmp_path / "moved").mkdir()
+    moved = [path.rename(tmp_path / "moved" / path.name) for path in paths]
+    assert soup.merge(moved, [0.25, 0.75], out, max_shard_size="4MB").resumed > 0
+    shutil.rmtree(out)
+    stopped(moved, out, monkeypatch)
+    times = moved[0].stat()
+    shutil.copy(moved[1], moved[0])
+    os.utime(moved[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert soup.merge(moved, [0.25, 0.75], out, max_shard_size="4MB").resumed == 0
+
+
+@pytest.mark.parametrize("way", ["folder", "link", "file", "link inside", "mark of another"])
+def test_what_no_merge_made_stays(large, tmp_path, way):
+    """A folder, link or file where a merge keeps its work is neither emptied nor followed; one line says so, before any work."""
+    beside, home = tmp_path / ".out.soup", tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("precious")
+    kept = home
+    if way == "link":
+        beside.symlink_to(home)
+    elif way == "file":
+        beside.write_text("precious")
+    else:
+        shutil.copytree(home, kept := beside)
+    if way == "link inside":
+        (beside / MARK).symlink_to(home / "thesis.txt")
+    elif way == "mark of another":
+        (beside / MARK).write_text('{"kind": "other"}\n')
+    with pytest.raises(UserError, match="move it or choose another output") as caught:
+        soup.merge(large, [0.5, 0.5], tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert (kept / "thesis.txt").read_text() == (home / "thesis.txt").read_text() == "precious"
+
+
+def test_what_lies_among_a_merges_files_stays(large, tmp_path, monkeypatch):
+    """A ledger that names files elsewhere removes nothing; a file that no merge made is told, not carried into the output."""
+    out = tmp_path / "out"
+    beside = stopped(large, out, monkeypatch)
+    (tmp_path / "thesis.txt").write_text("precious")
+    with open(beside / MARK, "a") as mark:
+        mark.write(
+            '{"file": "../thesis.txt"}\n{"file": "'
+            + str(tmp_path / "thesis.txt")
+            + '"}\n{"file": "a/../../thesis.txt"}\n'
+        )
+    (beside / "mine.txt").write_text("precious")
+    for weights in ([0.25, 0.75], [0.5, 0.5]):
+        with pytest.raises(
+            UserError, match=r"mine.txt: lies where .* is made, and no merge put it there: move it away"
+        ):
+            soup.merge(large, weights, out, max_shard_size="4MB")
+    assert (tmp_path / "thesis.txt").read_text() == (beside / "mine.txt").read_text() == "precious"
+    (beside / "mine.txt").unlink()
+    soup.merge(large, [0.5, 0.5], out, max_shard_size="4MB")
+    assert not (out / MARK).exists() and (tmp_path / "thesis.txt").exists()
+
+
+def test_an_output_that_is_a_link_or_the_current_folder(large, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "soup")
+    soup.merge(large, [0.5, 0.5], tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "soup" / "model.safetensors").is_file()
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for here in (".", "..", "", "../below"):
+        code, _, said = command(*large, "--weights", "0.5,0.5", "--out", here)
+        assert code == 1 and said.count("\n") == 1 and "out must be a folder to make" in said, said
 
 
 def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):

@@ -73,7 +73,11 @@ def lora(root: Path, out: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".fastalign-work"
+    }
 
 
 def start(merge, root: Path, out: Path) -> int:
@@ -107,7 +111,7 @@ def kill(merge, root: Path, kills: int, draw: random.Random) -> dict:
     seen = {"killed": 0, "finished": 0, "partial": 0, "shards": []}
     while seen["killed"] < kills:
         pid = start(merge, root, out)
-        time.sleep(draw.random() ** 2 * takes)
+        time.sleep(draw.random() * takes)
         os.kill(pid, signal.SIGKILL)
         seen["killed"] += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         shards = list(beside.rglob("*.safetensors"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,23 +21,53 @@ _FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
 
-    On an error or an interrupt the temporary is removed and `path` is left as it was.
+    A link stays, and what it leads to is replaced; a file's permissions stay. On an error or an interrupt the temporary is
+    removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor an empty folder;
+    an OSError that says of no other file names `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))
+    found = _status(path)
+    if found is not None and not (stat.S_ISDIR(found.st_mode) and not any(target.iterdir())):
+        check_target(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield beside
+        if found is not None and not beside.is_dir():
+            check_target(path)
+            os.chmod(beside, stat.S_IMODE(found.st_mode))
         _sync(beside)
-        if beside.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(beside, path)
-        sync(path.parent)
+        if beside.is_dir() and target.is_dir():
+            target.rmdir()
+        os.replace(beside, target)
+        sync(target.parent)
+    except OSError as error:
+        other = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(beside)
+        if error.errno is None or other:
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
         else:
             beside.unlink(missing_ok=True)
+
+
+def check_target(path: str | Path) -> None:
+    """Raises UserError, one line, where `path` is there and is no file: what takes long asks before it begins."""
+    found = _status(path)
+    if found is None or stat.S_ISREG(found.st_mode):
+        return
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    what = next((name for is_kind, name in kinds.items() if is_kind(found.st_mode)), "a device")
+    raise UserError(f"{path}: must be a file or not be there, it is {what}")
+
+
+def _status(path: str | Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
 
 
 def write_json(path: str | Path, value: Any) -> None:

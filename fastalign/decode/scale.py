@@ -26,9 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.data import fingerprint
 from fastalign.data.conversations import Conversation
-from fastalign.data.files import atomic_write, read_json, write_json
+from fastalign.data.files import atomic_write
 from fastalign.data.text import check_prompts
+from fastalign.data.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.external import request_seed
 from fastalign.decode.sampler import ROWS_AT_ONCE, Settings
@@ -76,27 +78,30 @@ def run(
     selection = None if lam is None else {"lam": [float(x) for x in lam], "k": k, "method": method, "seed": seed}
     settings = {**job, "rewards": names, "selection": selection}
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    settings["model_content"] = fingerprint.of_model(model)
     settings = json.loads(json.dumps(settings, default=str))
-    if (out / "settings.json").is_file():
-        had = read_json(out / "settings.json", kind="scale")["settings"]
-        changed = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
-        if changed:
-            name = changed[0]
-            told = f"{name}={had.get(name)!r}, this run asks for {settings.get(name)!r}"
-            raise UserError(f"{out} was made with {told}: use the same settings to go on, or another folder")
-    write_json(out / "settings.json", {"kind": "scale", "settings": settings})
-    done = {int(i) for path in out.glob("part-*.parquet") for i in Candidates.from_parquet(path).prompt_ids}
-    draw(
-        job, prompts, out, skip=done, rewards=rewards, selection=selection, ray=ray, workers=workers,
-        worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
-    )  # fmt: skip
-    return sorted(out.glob("part-*.parquet"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out, writes=out) as parts:
+        if kept := parts.whole():
+            had = parts.job
+            changed = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
+            if changed:
+                name = changed[0]
+                told = f"{name}={had.get(name)!r}, this run asks for {settings.get(name)!r}"
+                raise UserError(f"{out} was made with {told}: use the same settings to go on, or another folder")
+        parts.begin(settings)
+        done = {int(i) for path in kept for i in Candidates.from_parquet(path).prompt_ids}
+        draw(
+            job, prompts, parts, skip=done, rewards=rewards, selection=selection, ray=ray, workers=workers,
+            worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
+        )  # fmt: skip
+        return parts.whole()
 
 
 def draw(
     job: dict[str, Any],
     prompts: Sequence[str],
-    parts: Path,
+    parts: WorkFolder,
     *,
     skip: Collection[int] = (),
     rewards: Sequence[Any] = (),
@@ -107,7 +112,7 @@ def draw(
     worker_gpus: float | None = None,
     show_progress: bool = False,
 ) -> None:
-    """Write parts/part-<first prompt>.parquet for every prompt whose place is not in `skip`, as they are done.
+    """Make part-<first prompt>.parquet in `parts` for every prompt whose place is not in `skip`, as they are done.
 
     job: model, dtype, device, and the arguments of `Sampler.iter_batches`. ray: a cluster's address; "local" is this
     machine; "auto" is the cluster that this machine belongs to, else this machine. Workers: by default one per GPU,
@@ -151,8 +156,10 @@ def draw(
             if row["bug"]:
                 raise RuntimeError(row["bug"])
             del lost[int(row["first"])]
-            with atomic_write(parts / f"part-{row['first']:08d}.parquet") as beside:
+            path = parts.making(f"part-{row['first']:08d}.parquet")
+            with atomic_write(path) as beside:
                 beside.write_bytes(row["part"])
+            parts.made({path.name: sha256(path)})
             step(int(row["count"]))
     if lost:
         first, *others = [f"{block[0]} to {block[-1]}" for block in lost.values()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,27 +12,61 @@ from torch import Tensor
 
 from fastalign import reference
 from fastalign.soup.dtypes import SIZES, in_torch
-from fastalign.soup.stream import Segment, StreamError
+from fastalign.soup.stream import Seen, Segment, StreamError
 from fastalign.soup.task_vectors import merge_tensor
 from fastalign.soup.tasks import Tasks
 
 
-def stream(segments: Sequence[Segment], out_type: str, chunk: int) -> None:
+def stream(segments: Sequence[Segment], out_type: str, chunk: int) -> Seen:
+    seen = _Seen(segments[0])
     for number, of in enumerate(segments):
         m = len(of.in_files)
         rows = [of.weights[k * m : (k + 1) * m] for k in range(len(of.out_files))]
         for first in range(0, of.n, chunk):
             n = min(chunk, of.n - first)
-            outs = reference.weighted_sums(_inputs(of, number, first, n), rows, in_torch(out_type))
+            inputs = _inputs(of, number, first, n)
+            outs = reference.weighted_sums(inputs, rows, in_torch(out_type))
+            seen.add(inputs, outs, number, first, partial(reference.weighted_sums, inputs, rows, torch.float32))
             for k, out in enumerate(outs):
                 data = memoryview(out.view(torch.uint8).numpy())
                 _write(of.out_files[k], data, of.out_offsets[k] + first * SIZES[out_type], number, k)
+    return seen.found
 
 
-def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str) -> None:
-    outs = merge_tensor(_inputs(tensor, 0, 0, tensor.n), tasks, in_torch(out_type))
+def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str) -> Seen:
+    inputs, seen = _inputs(tensor, 0, 0, tensor.n), _Seen(tensor)
+    outs = merge_tensor(inputs, tasks, in_torch(out_type))
+    seen.add(inputs, outs, 0, 0, lambda: merge_tensor(inputs, tasks, torch.float32))
     for k, out in enumerate(outs):
         _write(tensor.out_files[k], memoryview(out.view(torch.uint8).numpy()), tensor.out_offsets[k], 0, k)
+    return seen.found
+
+
+class _Seen:
+    """As the engine counts: see `Seen`."""
+
+    def __init__(self, of: Segment):
+        self.found = Seen([0] * len(of.out_files), [(0, 0, 0)] * len(of.in_files), [(0, 0, 0)] * len(of.out_files))
+
+    def add(
+        self, inputs: list[Tensor], outs: list[Tensor], segment: int, first: int, wide: Callable[[], list[Tensor]]
+    ) -> None:
+        """wide: the outputs in float32, for a type that has no infinity."""
+        bad = [~x.double().isfinite() for x in inputs]
+        _count(self.found.inputs, bad, segment, first)
+        if not any(which.any() for which in bad):
+            bad = [~x.double().isfinite() for x in outs]
+            if outs[0].dtype == torch.float8_e4m3fn:
+                bad = [x.abs() > 464 for x in wide()]  # beyond what rounds to its largest number, 448
+            _count(self.found.outputs, bad, segment, first)
+
+
+def _count(held: list[tuple[int, int, int]], bad: list[Tensor], segment: int, first: int) -> None:
+    for i, which in enumerate(bad):
+        count = int(which.sum())
+        if count:
+            place = held[i][1:] if held[i][0] else (segment, first + int(which.nonzero()[0]))
+            held[i] = (held[i][0] + count, *place)
 
 
 def dots(segment: Segment, chunk: int, *, centered: bool) -> np.ndarray:

@@ -38,13 +38,26 @@ class Companions(NamedTuple):
     config: Mapping[str, Any]
     template: str | None = None
 
+    def sources(self) -> list[Path]:
+        """The files that are copied."""
+        found = {
+            path
+            for folder, patterns in ((self.folder, _SETTINGS), (self.tokenizer, _TOKENIZER))
+            if folder
+            for pattern in patterns
+            for path in folder.glob(pattern)
+        }
+        return sorted(path for path in found if path.is_file())
+
+    def files(self) -> set[str]:
+        """The names of the files that `copy` makes."""
+        return {path.name for path in self.sources()} | ({_TEMPLATE} if self.template is not None else set())
+
     def copy(self, target: Path, out_type: str | None) -> None:
         """Into an output's folder. out_type: what floating-point tensors are stored in, None as they are."""
-        for folder, patterns in ((self.folder, _SETTINGS), (self.tokenizer, _TOKENIZER)):
-            for path in sorted({path for pattern in patterns for path in folder.glob(pattern)} if folder else ()):
-                if path.is_file():
-                    shutil.copyfile(path, target / path.name)
-                    sync(target / path.name)
+        for path in self.sources():
+            shutil.copyfile(path, target / path.name)
+            sync(target / path.name)
         if (target / "config.json").is_file():
             _change(target / "config.json", {**_stored_in(target / "config.json", out_type), **self.config})
         if self.template is not None:

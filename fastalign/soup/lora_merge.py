@@ -22,7 +22,7 @@ from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
 from fastalign.soup.companions import EMBEDDINGS, Companions
 from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
 from fastalign.soup.lora_files import Adapter, base_name, open_adapter
-from fastalign.soup.merge import Merged, execute
+from fastalign.soup.merge import Merged, execute, warned
 from fastalign.soup.tensors import mix_tensors
 from fastalign.units import parse_bytes
 
@@ -40,13 +40,14 @@ def apply_adapters(
     memory_limit: int | str | None = None,
     force: bool = False,
     sync: bool = True,
+    strict: bool = False,
     progress: bool = True,
 ) -> Merged:
     """Write the base model with Σ ρ_i s_i B_i A_i added, as `merge` writes a soup: streamed, whole or not there, resumed.
 
     base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as `merge_adapters` takes them; weights
     (K, m) make K models in one reading of the base. Tensors that an adapter stores whole count as their difference from the
-    base's. dtype, max_shard_size, memory_limit, sync: as `merge` takes them; beside memory_limit, one module's factors are held.
+    base's. dtype, max_shard_size, memory_limit, sync, strict: as `merge` takes them; beside memory_limit, one module's factors are held.
     The sums are made in float64 where float32 or wider is stored, else in float32, and rounded once.
 
     Raises UserError or FileNotFoundError before a byte is written: also where a module is not in the base, or shares its
@@ -55,7 +56,7 @@ def apply_adapters(
     made = plan(
         base, adapters, weights, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force
     )
-    return execute(made, sync=sync, progress=progress)
+    return warned(execute(made, sync=sync, strict=strict, progress=progress))
 
 
 def plan(
@@ -75,6 +76,7 @@ def plan(
     names = compare.same_model((model,))
     layout = lay_out(((name, plans.out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
     changed = _changed(model, held)
+    along = Companions(model.folder, model.folder, {})
     recipe = {
         "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": plans.told(model),
         "adapters": [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in held],
@@ -84,7 +86,7 @@ def plan(
     basis = {
         "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size,
         "by": backend.engine.active_isa() if backend.engine_runs() else "torch",
-        "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for file in files],
+        **plans.content(files, along),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     ones = [1.0] * len(rows)
@@ -98,7 +100,7 @@ def plan(
     }
     return plans.Plan(
         (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key,
-        lambda name: ones, Companions(model.folder, model.folder, {}), blocks_of,
+        lambda name: ones, along, blocks_of,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastalign import backend
 from fastalign import progress as bars
 from fastalign.data import files
+from fastalign.errors import UserError
 from fastalign.soup import plan as plans
+from fastalign.soup.finite import NotFinite
 from fastalign.soup.inputs import allow_open_files, files_of, opened
-from fastalign.soup.outputs import accompany, already_made, check_space, finished, folder_beside
+from fastalign.soup.outputs import accompany, already_made, check_space, finished, folder_beside, names_of, recorded
 from fastalign.soup.shard import chunk_of, write_shard
 from fastalign.soup.stacks import Model
 
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 
 
 class Merged(NamedTuple):
-    """What a merge did. resumed: finished shards that were found; seconds: from the first read to the last rename."""
+    """What a merge did. resumed: finished shards that were found; seconds: from the first read to the last rename;
+    not_finite: how many numbers are NaN or infinite and in which tensors, one line, "" where none is."""
 
     out: Path
     models: int
@@ -36,6 +40,7 @@ class Merged(NamedTuple):
     written_bytes: int
     resumed: int
     seconds: float
+    not_finite: str = ""
 
 
 def merge(
@@ -55,6 +60,7 @@ def merge(
     memory_limit: int | str | None = None,
     force: bool = False,
     sync: bool = True,
+    strict: bool = False,
     progress: bool = True,
 ) -> Merged:
     """Merge checkpoints of one architecture into one soup, or into many in a single reading.
@@ -87,6 +93,9 @@ def merge(
         sync: False leaves it to the system when the outputs reach the disk: at the speed of memory, for soups that are looked at
             and thrown away. A power cut may then leave any part of them torn, so that an interrupted merge begins anew.
 
+        strict: raise UserError, before the output has its name, where an input holds NaN or an infinity or the output's type
+            cannot hold a number. Else that is counted: a warning, `Merged.not_finite`, and "not_finite" in soup.json.
+
     Sums are made in float32, in float64 where an input or the output is float64, and rounded once, to nearest even.
     Integer and boolean tensors are copied, and must be equal. The first model's configuration, tokenizer, generation
     configuration and chat template come along, so that transformers loads the output; files' metadata and soup.json
@@ -102,45 +111,66 @@ def merge(
         chat_template=chat_template, dtype=dtype,
         normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
-    return execute(made, sync=sync, progress=progress)
+    return warned(execute(made, sync=sync, strict=strict, progress=progress))
 
 
-def execute(plan: plans.Plan, *, sync: bool = True, progress: bool = True) -> Merged:
-    """Do what was planned, or what is left of it. sync: see `merge`."""
+def warned(found: Merged) -> Merged:
+    """Tells Python's caller of a merge what was met of numbers that are not finite."""
+    if found.not_finite:
+        warnings.warn(f"{found.out}: {found.not_finite}", stacklevel=3)
+    return found
+
+
+def execute(plan: plans.Plan, *, sync: bool = True, strict: bool = False, progress: bool = True) -> Merged:
+    """Do what was planned, or what is left of it. sync, strict: see `merge`."""
     with nullcontext() if sync else files.unflushed():
-        return _execute(plan, progress)
+        return _execute(plan, strict, progress)
 
 
-def _execute(plan: plans.Plan, progress: bool) -> Merged:
+def _execute(plan: plans.Plan, strict: bool, progress: bool) -> Merged:
     began = time.perf_counter()
     threads = backend.threads()
     chunk = chunk_of(plan, threads)
     if already_made(plan):
-        return Merged(plan.out, len(plan.weights), 0, 0, len(plan.layout), time.perf_counter() - began)
+        seen = NotFinite(recorded(plan.target).get("not_finite"))
+        _tell(seen, strict=strict)
+        return Merged(plan.out, len(plan.weights), 0, 0, len(plan.layout), time.perf_counter() - began, seen.told())
     allow_open_files(len(plan.weights) + sum(1 for _ in files_of(plan.inputs)))
     headers = [[shard.header(plan.metadata(k)) for k in range(len(plan.weights))] for shard in plan.layout]
-    plan.out.parent.mkdir(parents=True, exist_ok=True)
+    plan.target.parent.mkdir(parents=True, exist_ok=True)
     resumed = read = written = 0
-    with folder_beside(plan) as beside:
-        check_space(plan, beside, headers)
+    seen = NotFinite()
+    with folder_beside(plan) as work:
+        done = finished(plan, work)
+        check_space(plan, work, headers, done)
         total = (plan.read_bytes + plan.written_bytes) // 10**6
         with bars.bar("merge", total=total, unit="MB", show=progress) as advance, opened(plan.inputs) as inputs:
             moved = _Steps(advance)
             for shard, headed in zip(plan.layout, headers, strict=True):
-                targets = [beside / folder / shard.file for folder in plan.folders]
+                names = names_of(plan, shard)
                 nbytes_in = sum(one[name].nbytes for name in shard.tensors for one in plan.inputs)
-                if all(finished(path, header, shard) for path, header in zip(targets, headed, strict=True)):
+                if shard in done:
                     resumed += 1
-                    moved(nbytes_in + shard.nbytes * len(targets))
-                    continue
-                write_shard(plan, shard, headed, targets, inputs, chunk, threads, moved)
-                read, written = read + nbytes_in, written + shard.nbytes * len(targets)
-        accompany(plan, beside)
-        if plan.out.is_dir():
-            plan.out.rmdir()  # empty, or this raises
-        os.replace(beside, plan.out)
-        files.sync(plan.out.parent)
-    return Merged(plan.out, len(plan.weights), read, written, resumed, time.perf_counter() - began)
+                    seen.join(work.note(names[0]))
+                    moved(nbytes_in + shard.nbytes * len(names))
+                else:
+                    targets = [work.making(name) for name in names]
+                    digests, met = write_shard(plan, shard, headed, targets, inputs, chunk, threads, moved)
+                    if files.flushes():
+                        work.made(dict(zip(names, digests, strict=True)), met.record)
+                    seen.join(met.record)
+                    read, written = read + nbytes_in, written + shard.nbytes * len(names)
+                _tell(seen, strict=strict)
+        accompany(plan, work, seen)
+        work.become(plan.target)
+        files.sync(plan.target.parent)
+    return Merged(plan.out, len(plan.weights), read, written, resumed, time.perf_counter() - began, seen.told())
+
+
+def _tell(seen: NotFinite, *, strict: bool) -> None:
+    """Raises UserError where strict."""
+    if strict and seen:
+        raise UserError(f"strict: {seen.told()}")
 
 
 class _Steps:

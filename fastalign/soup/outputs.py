@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastalign.data.files import flushes, read_json, write_json
+from fastalign.data.work_folder import WorkFolder, hold
 from fastalign.errors import UserError
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import INDEX, Shard, index_of
+from fastalign.soup.finite import NotFinite
+from fastalign.soup.stream import digest_of
 
 RECORD = "soup.json"  # in the output: what was made of what
 
@@ -24,12 +26,9 @@ def already_made(plan: plans.Plan) -> bool:
         return False
     if not out.is_dir():
         raise UserError(f"out must be a folder, {out} is a file")
-    record = out / RECORD
-    if record.is_file() and _key(record) == plan.key:
-        paths = [
-            (out / folder / shard.file, k, shard) for k, folder in enumerate(plan.folders) for shard in plan.layout
-        ]
-        if all(finished(path, shard.header(plan.metadata(k)), shard) for path, k, shard in paths):
+    if (record := recorded(out)) and record.get("key") == plan.key and record.get("flushed"):
+        files = record["files"]
+        if all(_finished(out / name, files.get(name)) for shard in plan.layout for name in names_of(plan, shard)):
             return True
     raise UserError(
         f"{out}: exists already and is not this merge, finished and flushed; choose another folder or remove it"
@@ -37,42 +36,31 @@ def already_made(plan: plans.Plan) -> bool:
 
 
 @contextmanager
-def folder_beside(plan: plans.Plan) -> Iterator[Path]:
+def folder_beside(plan: plans.Plan) -> Iterator[WorkFolder]:
     """The folder that becomes `out`, held against another merge; what an interrupted one of the same key left stays."""
-    beside = plan.out.with_name(f".{plan.out.name}.soup")
-    beside.mkdir(exist_ok=True)
-    lock = os.open(beside, os.O_RDONLY)
+    target = plan.target
+    with hold(target.with_name(f".{target.name}.soup"), writes=plan.out, what="merge") as work:
+        work.begin({"kind": "soup", "key": plan.key, "flushed": flushes()}, anew=not flushes())
+        if foreign := work.foreign():
+            raise UserError(f"{foreign[0]}: lies where {plan.out} is made, and no merge put it there: move it away")
+        yield work
+
+
+def names_of(plan: plans.Plan, shard: Shard) -> list[str]:
+    """Of a shard's files, one in each output."""
+    return [(Path(folder) / shard.file).as_posix() for folder in plan.folders]
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """What the output's own record says; nothing where it has none."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(lock), os.stat(beside))
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise UserError(f"{plan.out}: another merge is writing it")
-        record = beside / RECORD
-        if not (record.is_file() and _key(record) == plan.key and flushes()):
-            for left in beside.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            write_json(record, _record(plan))
-        for left in beside.rglob("*.partial"):  # of whoever was killed
-            left.unlink()
-        for folder in plan.folders:
-            (beside / folder).mkdir(exist_ok=True)
-        yield beside
-    finally:
-        os.close(lock)
+        found = read_json(out / RECORD, kind="soup")
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found.get("files"), dict) else {}
 
 
-def _key(record: Path) -> str | None:
-    try:
-        found = read_json(record)
-    except ValueError:
-        return None
-    return found.get("key") if isinstance(found, dict) and found.get("flushed", True) else None
-
-
-def _record(plan: plans.Plan) -> dict:
+def _record(plan: plans.Plan, work: WorkFolder, seen: NotFinite) -> dict[str, Any]:
     return {
         "kind": "soup",
         "key": plan.key,
@@ -80,33 +68,46 @@ def _record(plan: plans.Plan) -> dict:
         **plan.recipe,
         "weights": plan.weights,
         "folders": plan.folders,
+        "files": work.digests,
+        **({"not_finite": seen.record} if seen else {}),
     }
 
 
-def finished(path: Path, header: bytes, shard: Shard) -> bool:
-    """A file has its name only when it was whole; its size and header say that it is the one."""
-    if not path.is_file() or path.stat().st_size != len(header) + shard.nbytes:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(header)) == header
+def _finished(path: Path, digest: str | None) -> bool:
+    """A file has its name only when it was whole; its digest says that it is the one."""
+    return digest is not None and path.is_file() and digest_of(path) == digest
 
 
-def check_space(plan: plans.Plan, beside: Path, headers: list[list[bytes]]) -> None:
+def finished(plan: plans.Plan, work: WorkFolder) -> list[Shard]:
+    """The shards of which every output has its file, as it was made."""
+    digests = work.digests
+    return [
+        shard
+        for shard in plan.layout
+        if all(_finished(work.path / name, digests.get(name)) for name in names_of(plan, shard))
+    ]
+
+
+def check_space(plan: plans.Plan, work: WorkFolder, headers: list[list[bytes]], done: list[Shard]) -> None:
     needed = sum(
         len(header) + shard.nbytes
         for shard, headed in zip(plan.layout, headers, strict=True)
-        for folder, header in zip(plan.folders, headed, strict=True)
-        if not finished(beside / folder / shard.file, header, shard)
+        for header in headed
+        if shard not in done
     )
-    free = shutil.disk_usage(beside).free
+    free = shutil.disk_usage(work.path).free
     if needed > free:
         raise UserError(f"{plan.out}: needs {plans.size(needed)}, the disk has {plans.size(free)} free")
 
 
-def accompany(plan: plans.Plan, beside: Path) -> None:
-    """Index, configuration, tokenizer and templates into every output."""
+def accompany(plan: plans.Plan, work: WorkFolder, seen: NotFinite) -> None:
+    """Index, configuration, tokenizer and templates into every output, and the record."""
     for folder in plan.folders:
-        target = beside / folder
+        names = [*plan.companions.files(), *([INDEX] if len(plan.layout) > 1 else [])]
+        for name in names:
+            work.making((Path(folder) / name).as_posix())
+        target = work.path / folder
         if len(plan.layout) > 1:
             write_json(target / INDEX, index_of(list(plan.layout)))
         plan.companions.copy(target, plan.out_dtype)
+    write_json(work.making(RECORD), _record(plan, work, seen))

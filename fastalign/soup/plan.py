@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import fastalign
 from fastalign import backend
+from fastalign.data.fingerprint import of_files, of_weights
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import parameters as asked
-from fastalign.soup.checkpoint import Checkpoint, Shard, lay_out
+from fastalign.soup.checkpoint import Checkpoint, File, Shard, lay_out
 from fastalign.soup.companions import Companions, companions, cut_vocabulary
 from fastalign.soup.stacks import Model, open_model
 from fastalign.units import parse_bytes
@@ -45,6 +46,11 @@ class Plan:
     companions: Companions = field(repr=False)
     # Tensors that are made apart: name -> blocks in their order, each K tensors of the same next elements, as stored.
     blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def target(self) -> Path:
+        """`out`, or where it leads as a link."""
+        return Path(os.path.realpath(self.out))
 
     @property
     def sparse(self) -> bool:
@@ -104,6 +110,8 @@ def make(
     """Check everything that `merge` takes (see there) and every input's header. Writes nothing."""
     if isinstance(models, str | os.PathLike) or not models:
         raise UserError(f"models must be a list of folders, files or hub names, got {models!r}")
+    if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(out)):
+        raise UserError(f"out must be a folder to make, got {os.fspath(out)!r}, which holds the current one")
     kind = asked.check(method, len(models), with_base=base is not None)
     values = asked.read(method, parameters, len(models))
     if weights is None and kind.weights == "rows":
@@ -152,13 +160,21 @@ def make(
         blocks_of = filter_wise.blocks_of(inputs, mixed, values["floor"], stored, limit)
     written_by = backend.engine.active_isa() if backend.engine_runs() else "torch"
     basis = {
-        "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [str(x) for x in along], "shard": shard_size, "by": written_by,
-        "files": [[str(file.path.resolve()), file.size, file.modified, file.identity] for one in inputs for file in one.files],
+        "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [along.config, along.template], "shard": shard_size, "by": written_by,
+        **content([file for one in inputs for file in one.files], along),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     return Plan(
         opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps, along, blocks_of
     )  # fmt: skip
+
+
+def content(files: Sequence[File], along: Companions) -> dict[str, Any]:
+    """What decides a merge's bytes, wherever it lies: weights by their files' headers and parts of them, and what comes along."""
+    return {
+        "files": [[file.modified, file.identity, of_weights(file.path)] for file in files],
+        "with": of_files(along.sources()),
+    }
 
 
 def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:

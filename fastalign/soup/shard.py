@@ -13,9 +13,22 @@ from fastalign.errors import UserError
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import Checkpoint, Shard
 from fastalign.soup.compare import read_bytes
-from fastalign.soup.dtypes import FLOATS, SIZES
+from fastalign.soup.dtypes import FLOATS, SIZES, in_torch
+from fastalign.soup.finite import NotFinite
 from fastalign.soup.inputs import unchanged
-from fastalign.soup.stream import Segment, StreamError, allocate, chunk_for, joined, merge_tasks, stream, write_behind
+from fastalign.soup.stream import (
+    Seen,
+    Segment,
+    StreamError,
+    added,
+    allocate,
+    chunk_for,
+    digest,
+    joined,
+    merge_tasks,
+    stream,
+    write_behind,
+)
 from fastalign.soup.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -35,7 +48,9 @@ def write_shard(
     chunk: int,
     threads: int,
     moved: Callable[[int], None],
-) -> None:
+) -> tuple[list[str], NotFinite]:
+    """The files' digests, and what was met of numbers that are not finite."""
+    found, digests = NotFinite(), [0] * len(targets)
     partial = [path.with_name(path.name + ".partial") for path in targets]
     try:
         with ExitStack() as stack:
@@ -47,17 +62,27 @@ def write_shard(
                 outs.append(out)
                 with naming(path):
                     allocate(out, len(header) + shard.nbytes)
-                    _write_all(out, header, 0)
+
+            def write(k: int, data: bytes | memoryview, offset: int) -> None:
+                with naming(partial[k]):
+                    _write_all(outs[k], data, offset)
+                if flushes():
+                    digests[k] += added(data, offset)
+
+            for k, header in enumerate(headers):
+                write(k, header, 0)
             for out_type, segments, tasks in _work(plan, shard, headers, outs, files):
                 moved_by = _moved(segments, out_type)
                 try:
                     if tasks is None:
-                        stream(segments, out_type, chunk=chunk, threads=threads)
+                        seen = stream(segments, out_type, chunk=chunk, threads=threads)
                     else:
-                        merge_tasks(segments[0], tasks, out_type, chunk=chunk, threads=threads)
+                        seen = merge_tasks(segments[0], tasks, out_type, chunk=chunk, threads=threads)
                 except StreamError as error:
                     path = _which(error, segments, partial, outs, files)
                     raise OSError(error.errno or 5, error.strerror, str(path)) from None
+                digests = [total + more for total, more in zip(digests, seen.digests, strict=True)]
+                _note(found, plan, shard, len(headers[0]), segments, out_type, seen)
                 moved(moved_by)
                 if flushes():
                     write_behind(outs)
@@ -67,14 +92,17 @@ def write_shard(
                 if name in plan.blocks_of:
                     at = tensor.offset
                     for blocks in plan.blocks_of[name]():
-                        for out, path, header, block in zip(outs, partial, headers, blocks, strict=True):
-                            with naming(path):
-                                _write_all(out, bytes_of(block), len(header) + at)
+                        for k, (header, block) in enumerate(zip(headers, blocks, strict=True)):
+                            write(k, bytes_of(block), len(header) + at)
+                            _note_block(found, plan, k, name, block)
                         at += blocks[0].nbytes
                     moved(sum(one[name].nbytes for one in plan.inputs) + tensor.nbytes * len(outs))
                 elif tensor.dtype not in FLOATS:
-                    for out, path, header in zip(outs, partial, headers, strict=True):
-                        _copy(plan.inputs[0], name, out, len(header) + tensor.offset, path)
+                    for k, header in enumerate(headers):
+                        at = len(header) + tensor.offset
+                        for block in read_bytes(plan.inputs[0], name):
+                            write(k, block, at)
+                            at += len(block)
                     moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
             unchanged(plan.inputs)
             for out, path in zip(outs, partial, strict=True):
@@ -84,6 +112,9 @@ def write_shard(
         for path, target in zip(partial, targets, strict=True):
             os.replace(path, target)
             sync(target.parent)
+        return [
+            digest(total, target) if flushes() else "" for total, target in zip(digests, targets, strict=True)
+        ], found
     except BaseException:
         for path in partial:
             path.unlink(missing_ok=True)
@@ -167,11 +198,37 @@ def _moved(segments: list[Segment], out_type: str) -> int:
     return sum(of.n * (sum(SIZES[t] for t in of.in_types) + SIZES[out_type] * len(of.out_files)) for of in segments)
 
 
-def _copy(source: Checkpoint, name: str, out: int, offset: int, path: Path) -> None:
-    for block in read_bytes(source, name):
-        with naming(path):
-            _write_all(out, block, offset)
-        offset += len(block)
+def _note(
+    found: NotFinite, plan: plans.Plan, shard: Shard, header: int, segments: list[Segment], out_type: str, seen: Seen
+) -> None:
+    """Into `found` what the engine counted, by the names of the tensors."""
+
+    def tensor_at(segment: int, element: int) -> str:
+        at = segments[segment].out_offsets[0] - header + element * SIZES[out_type]
+        return next(name for name, held in shard.tensors.items() if held.offset <= at < held.offset + held.nbytes)
+
+    for side, names, counts in (
+        ("inputs", [one.name for one in plan.inputs], seen.inputs),
+        ("outputs", plan.folders, seen.outputs),
+    ):
+        for name, (count, *first) in zip(names, counts, strict=True):
+            if count:
+                found.add(side, name, count, tensor_at(*first))
+
+
+def _note_block(found: NotFinite, plan: plans.Plan, k: int, name: str, block: torch.Tensor) -> None:
+    """The same of a tensor that was made apart: of its inputs' numbers those count that came out as none."""
+    count = block.numel() - int(block.double().isfinite().sum())
+    if count:
+        bad = [one.name for one in plan.inputs if not _all_finite(one, name)]
+        found.add("inputs" if bad else "outputs", bad[0] if bad else plan.folders[k], count, name)
+
+
+def _all_finite(one: Checkpoint, name: str) -> bool:
+    import torch
+
+    dtype = in_torch(one[name].dtype)
+    return all(torch.frombuffer(bytearray(x), dtype=dtype).double().isfinite().all() for x in read_bytes(one, name))
 
 
 def bytes_of(block: torch.Tensor) -> memoryview:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fastalign import backend
+from fastalign.data.files import flushes
+from fastalign.data.work_folder import sha256
 from fastalign.soup.dtypes import SIZES, code
 from fastalign.soup.tasks import KEEPS, Tasks
 
 CACHE_BYTES = 1 << 20  # of a thread's chunks: about a core's second-level cache
 LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 17  # elements
 PAGE = 4096
+_A_THREADS = 1 << 24  # bytes to digest for which a thread is worth its start
 
 
 class Segment(NamedTuple):
@@ -30,6 +34,16 @@ class Segment(NamedTuple):
     out_files: tuple[int, ...]
     out_offsets: tuple[int, ...]
     weights: list[float]
+
+
+class Seen(NamedTuple):
+    """What went by. digests: what was added to each output's digest, 0 where none was asked for; inputs, outputs: for each
+    (count, segment, element): how many numbers were not finite, and where the first was. Outputs' are counted only where
+    the inputs' beside them were finite."""
+
+    digests: list[int]
+    inputs: list[tuple[int, int, int]]
+    outputs: list[tuple[int, int, int]]
 
 
 class StreamError(OSError):
@@ -64,19 +78,53 @@ def write_behind(files: Sequence[int]) -> None:
             backend.engine.write_behind(file)
 
 
-def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> None:
-    """Read every segment's inputs once and write its outputs, by chunks of so many elements. Raises StreamError."""
+def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> Seen:
+    """Read every segment's inputs once and write its outputs, by chunks of so many elements. Raises StreamError.
+
+    All segments have the same files."""
     if not backend.engine_runs():
         from fastalign.soup import by_torch
 
         return by_torch.stream(segments, out_type, chunk)
     coded = [(s.n, [code(t) for t in s.in_types], *s[2:]) for s in segments]
-    failed, *what = backend.engine.soup_files(coded, code(out_type), chunk, threads)
+    return _seen(*backend.engine.soup_files(coded, code(out_type), chunk, threads, flushes()))
+
+
+def _seen(failure: tuple, digests: list[tuple[int, int]], inputs: list, outputs: list) -> Seen:
+    failed, *what = failure
     if failed:
         raise StreamError(*what)
+    return Seen([_joined(*halves) for halves in digests], inputs, outputs)
 
 
-def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, threads: int) -> None:
+def _joined(low: int, high: int) -> int:
+    return low + (high << 64)
+
+
+def added(data: bytes | memoryview, offset: int) -> int:
+    """What these bytes of a file add to its digest, modulo 2^128; only where the engine is built."""
+    return _joined(*backend.engine.soup_digest(data, offset)) if backend.engine_runs() else 0
+
+
+def digest(total: int, path: Path) -> str:
+    """A written file's, from the sum of what was added."""
+    return f"{total % 2**128:032x}" if backend.engine_runs() else sha256(path)
+
+
+def digest_of(path: Path) -> str:
+    """A file's, read anew."""
+    if not backend.engine_runs():
+        return sha256(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        threads = min(backend.threads(), 1 + size // _A_THREADS)
+        error, halves = backend.engine.soup_digest_file(file.fileno(), size, threads)
+    if error:
+        raise OSError(error, os.strerror(error), str(path))
+    return f"{_joined(*halves):032x}"
+
+
+def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, threads: int) -> Seen:
     """One whole tensor's merge of task vectors; its inputs are the base, then the models. Raises StreamError.
 
     Its inputs are read several times, by chunks, where ranks or sums of the whole tensor are asked for.
@@ -87,7 +135,7 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
         return by_torch.merge_tasks(tensor, tasks, out_type)
     coded = (tensor.n, [code(t) for t in tensor.in_types], *tensor[2:6], [w for row in tasks.weights for w in row])
     choices = [(KEEPS.index(choice.keep), *choice[1:]) for choice in tasks.choices]
-    failed, *what = backend.engine.soup_tasks(
+    found = backend.engine.soup_tasks(
         coded,
         choices,
         code(out_type),
@@ -98,9 +146,9 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
         tasks.row,
         chunk,
         threads,
+        flushes(),
     )
-    if failed:
-        raise StreamError(*what)
+    return _seen(*found)
 
 
 def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarray:

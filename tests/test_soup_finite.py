@@ -1,0 +1,143 @@
+"""Numbers that are not finite, in what a merge reads and in what it writes, are counted and told; with strict they are an error."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from fastalign import backend, soup
+from fastalign.cli import app
+from fastalign.errors import UserError
+
+TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=["engine", "torch"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(backend, "engine_runs", lambda: False)
+    return request.param
+
+
+def files(folder, dtype, bad, size=70_000):
+    """Two models of three tensors; bad: {(model, tensor, element): value}."""
+    for i in range(2):
+        torch.manual_seed(i)
+        tensors = {f"w{j}": torch.randn(size, dtype=torch.float64) for j in range(3)}
+        for (model, name, place), value in bad.items():
+            if model == i:
+                tensors[name][place] = value
+        save_file({name: x.to(dtype) for name, x in tensors.items()}, folder / f"{i}.safetensors")
+    return [folder / "0.safetensors", folder / "1.safetensors"]
+
+
+def merged(*arguments, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = soup.merge(*arguments, progress=False, **options)
+    told = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    assert told == ([f"{found.out}: {found.not_finite}"] if found.not_finite else [])
+    record = json.loads((found.out / "soup.json").read_text())
+    return found, record.get("not_finite")
+
+
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("options", [{}, {"method": "ties"}, {"method": "slerp"}], ids=["linear", "ties", "slerp"])
+def test_what_is_not_finite_in_an_input(dtype, options, tmp_path):
+    bad = {(1, "w0", 69_999): NAN, (1, "w2", 5): NAN, (0, "w2", 66_000): NAN}
+    if dtype != torch.float8_e4m3fn:  # which has no infinity
+        bad |= {(1, "w1", 3): -INF}
+    models = files(tmp_path, dtype, bad)
+    weights = [0.5, 0.5]
+    if options.get("method") == "ties":
+        options = options | {"base": models[0]}
+    found, record = merged(models, weights, tmp_path / "out", **options)
+    named = {str(models[0]): [1, "w2"], str(models[1]): [len(bad) - 1, "w0"]}
+    assert {name: held for name, held in record["inputs"].items()} | {} == named or options.get("base")
+    assert record["inputs"][str(models[1])] == named[str(models[1])] and not record["outputs"]
+    assert f"{len(bad) - 1} numbers of {models[1]} are NaN or infinite (first in w0)" in found.not_finite
+    with pytest.raises(UserError, match=r"^strict: .* are NaN or infinite") as caught:
+        soup.merge(models, weights, tmp_path / "strict", strict=True, progress=False, **options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "strict").exists()
+    with pytest.raises(UserError, match=r"^strict: "):  # what an earlier run counted is known when it is gone on with
+        soup.merge(models, weights, tmp_path / "strict", strict=True, progress=False, **options)
+    with pytest.raises(UserError, match=r"^strict: "):
+        soup.merge(models, weights, tmp_path / "out", strict=True, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("out_type", "most", "beyond"),
+    [("float16", 65504.0, 65520.0), ("float8_e5m2", 57344.0, 61440.0), ("float8_e4m3fn", 464.0, 464.1), ("float32", 3.4e38, 3.5e38),
+     ("bfloat16", 3.38e38, 3.4e38)],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_what_the_outputs_type_cannot_hold(out_type, most, beyond, method, tmp_path):
+    models = files(tmp_path, torch.float64, {(1, "w1", 9): most, (1, "w2", 66_000): -most})
+    options = {} if method == "linear" else {"base": models[0]}
+    given, weights = (models, [0, 1]) if method == "linear" else (models[1:], [1])
+    if method == "linear":
+        _, record = merged(given, weights, tmp_path / "held", dtype=out_type)
+        assert record is None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(warnings, "warn", lambda *_, **__: pytest.fail("warned"))
+            soup.merge(given, weights, tmp_path / "strictly", dtype=out_type, strict=True, progress=False)
+    models = files(
+        tmp_path,
+        torch.float64,
+        {(1, "w1", 9): beyond, (1, "w2", 66_000): -beyond, (0, "w1", 9): 0, (0, "w2", 66_000): 0},
+    )
+    found, record = merged(given, weights, tmp_path / "out", dtype=out_type, method=method, **options)
+    assert record == {"inputs": {}, "outputs": {"": [2, "w1"]}}
+    assert found.not_finite == "2 numbers of the output are beyond its type's range (first in w1)"
+    with pytest.raises(UserError, match=r"^strict: 2 numbers of the output are beyond its type's range"):
+        soup.merge(
+            given, weights, tmp_path / "strict", dtype=out_type, method=method, strict=True, progress=False, **options
+        )
+
+
+def test_many_outputs_and_shards(tmp_path):
+    models = files(tmp_path, torch.float32, {(0, "w2", 7): 1e30})
+    found, record = merged(models, [[0.5, 0.5], [0, 1]], tmp_path / "out", dtype="float16", max_shard_size="150kB")
+    assert record == {"inputs": {}, "outputs": {"0": [1, "w2"]}}
+    assert found.not_finite == "1 numbers of the output 0 are beyond its type's range (first in w2)"
+
+
+def test_an_adapter_merged_onto_its_base(tmp_path):
+    from fastalign.soup.lora_files import write_adapter
+
+    base = {"a.weight": torch.full((4, 4), 60_000.0).half(), "b.weight": torch.ones(4, 4).half()}
+    base["b.weight"][0, 0] = NAN
+    save_file(base, tmp_path / "base.safetensors")
+    factors = {name: (torch.full((1, 4), 100.0), torch.full((4, 1), 100.0), False) for name in ("a", "b")}
+    write_adapter(tmp_path / "adapter", factors, {}, {})
+    found = soup.apply_adapters(
+        tmp_path / "base.safetensors", [tmp_path / "adapter"], [1.0], tmp_path / "out", progress=False
+    )
+    record = json.loads((tmp_path / "out" / "soup.json").read_text())["not_finite"]
+    assert record == {
+        "inputs": {str(tmp_path / "base.safetensors"): [1, "b.weight"]},
+        "outputs": {"": [16, "a.weight"]},
+    }
+    assert found.not_finite
+
+
+def test_by_command(tmp_path):
+    models = files(tmp_path, torch.float32, {(0, "w2", 7): NAN})
+    asked = ["soup", *map(str, models), "--weights", "0.5,0.5", "--out"]
+    told = CliRunner().invoke(app, [*asked, str(tmp_path / "out")])
+    assert (
+        told.exit_code == 0
+        and told.stderr.endswith("are NaN or infinite (first in w2)\n")
+        and told.stderr.count("\n") == 1
+    )
+    told = CliRunner().invoke(app, [*asked, str(tmp_path / "strict"), "--strict"])
+    assert (
+        told.exit_code == 1
+        and told.stderr.startswith("fastalign: strict: 1 numbers of ")
+        and not (tmp_path / "strict").exists()
+    )
