@@ -10,7 +10,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny import tiny_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastalign import UserError
 from fastalign.integrations.gguf import cache_dir
@@ -135,6 +135,79 @@ def test_reference_log_probs_are_kept_by_content(folder, tmp_path, monkeypatch):
         other.lm_head.weight[5] += 1
     trainer(DPOTrainer, folder, tmp_path, model=other, precompute_ref_log_probs=True)
     assert len(list(kept.iterdir())) == 3
+
+
+def gpt2(folder, dropout=0.0, **options):
+    """The same weights at every call."""
+    config = GPT2Config(
+        vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=dropout, attn_pdrop=dropout,
+        embd_pdrop=dropout, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.ndim > 1 else 1)
+    return model.eval()
+
+
+def llama(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(6 if "q_proj" in name or "k_proj" in name else 1)
+    return model
+
+
+def swapped(folder):
+    """The same tensors by other names: a hash of values in their order would be the same."""
+    model = llama(folder)
+    first, second = (layer.input_layernorm.weight.data for layer in model.model.layers)
+    first.mul_(1.5)
+    model.model.layers[0].input_layernorm.weight.data, model.model.layers[1].input_layernorm.weight.data = second, first
+    return model
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (llama, lambda folder: llama(folder, rope_parameters={"rope_type": "default", "rope_theta": 50.0})),
+        (gpt2, lambda folder: gpt2(folder, scale_attn_by_inverse_layer_idx=True)),
+        (gpt2, lambda folder: gpt2(folder, activation_function="relu")),
+        (llama, lambda folder: llama(folder, rms_norm_eps=0.1)),
+        (llama, swapped),
+    ],
+)
+def test_kept_log_probs_are_of_the_same_model_alone(folder, tmp_path, one, other):
+    options = {"max_steps": 1, "precompute_ref_log_probs": True, "data": rows(4), "learning_rate": 0.0}
+    found = [trainer(DPOTrainer, folder, tmp_path, model=make(folder), **options) for make in (one, other)]
+    ours, theirs = (each.train_dataset["ref_chosen_logps"][:] for each in found)
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 1e-3
+    for each in found:  # the policy is its own reference
+        each.train()
+        assert each.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_reference_has_no_dropout(folder, tmp_path, training):
+    options = {"max_steps": 1, "data": rows(4), "disable_dropout": False}
+    model = gpt2(folder, 0.5).train(training)
+    found = trainer(DPOTrainer, folder, tmp_path, model=model, precompute_ref_log_probs=True, **options)
+    plain = trainer(DPOTrainer, folder, tmp_path / "b", model=gpt2(folder), precompute_ref_log_probs=True, **options)
+    assert found.train_dataset["ref_chosen_logps"][:] == pytest.approx(
+        plain.train_dataset["ref_chosen_logps"][:], abs=1e-4
+    )
+    assert all(module.training == training for module in model.modules())
+
+
+def test_a_reference_that_is_not_on_disk_is_asked_for(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    ours = trainer(DPOTrainer, folder, tmp_path, model=model)
+    ours.train()
+    with pytest.raises(UserError, match="eval_dataset must be given to the trainer, or ref_model"):
+        ours.evaluate(Dataset.from_list(rows(6)))
 
 
 def test_no_second_model_where_the_reference_can_be_asked_before_training(folder, tmp_path):

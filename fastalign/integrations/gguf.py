@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import os
 import struct
 import sys
@@ -21,6 +22,7 @@ from fastalign.integrations._loading import one_line_errors, quiet_unless_termin
 # value types of the metadata: fixed sizes in bytes; 8 is a string and 9 an array
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
+FORMAT = 1  # of what `convert` writes
 
 
 def cache_dir() -> Path:
@@ -46,15 +48,15 @@ def check(path: str | Path) -> None:
 def convert(path: str | Path) -> Path:
     """The safetensors folder (float32 weights, tokenizer) of a GGUF file, made on the first call, then reused.
 
-    Its name carries a hash of the file's size, time and first bytes, so a changed file is converted anew.
+    Its name carries a hash of the file's content and time and of who converts it, so a changed file is converted anew.
     Raises FileNotFoundError, UserError (one line) or OSError (disk full).
     """
     path = Path(path).resolve()
     check(path)
-    stat = path.stat()
-    with path.open("rb") as file:
-        stamp = f"{stat.st_size} {stat.st_mtime_ns} ".encode() + file.read(1 << 16)
-    folder = cache_dir() / f"{path.stem}-{hashlib.sha256(stamp).hexdigest()[:12]}"
+    with path.open("rb") as file:  # all of it: the time may be kept, and weights change while the header stays
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(f"{path.stat().st_mtime_ns} {FORMAT} {importlib.metadata.version('transformers')}".encode())
+    folder = cache_dir() / f"{path.stem}-{digest.hexdigest()[:12]}"
     if (folder / "config.json").is_file():
         return folder
     try:

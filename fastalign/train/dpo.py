@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 import trl
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
@@ -22,6 +25,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
+import fastalign
 from fastalign import progress
 from fastalign.data.files import atomic_write
 from fastalign.data.numbers import number
@@ -85,8 +89,9 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     take packed rows (`integrations.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
     models with an auxiliary loss run on TRL's own path.
 
-    Reference log-probabilities under precompute_ref_log_probs are kept in the cache folder by content: the reference's
-    weights, the tokens and what is summed; a second run on the same reads them.
+    Reference log-probabilities are taken with dropout off. Under precompute_ref_log_probs they are kept in the cache folder
+    by content: the reference's weights, configuration and precision, the tokens and what is summed; a second run on the same
+    reads them.
 
     Raises:
         UserError: columns that lack, empty completions, margins and weights that are no finite numbers, prompts that leave
@@ -123,6 +128,11 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
                 trl.trainer.utils.get_config_model_id(self.model.config),
                 **{"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})},
             )
+            if trl.trainer.utils.hash_module(reference) != self._precompute_model_hash:
+                rule = "eval_dataset must be given to the trainer, or ref_model: the policy has changed"
+                raise UserError(
+                    f"{rule}, and {self.model.config._name_or_path!r} holds other weights than it began with"
+                )
             self._let_score_pairs(reference)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         return super().evaluate(eval_dataset, *args, **kwargs)
@@ -223,7 +233,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         if self.ref_model is None and hasattr(inner := self.accelerator.unwrap_model(self.model), "peft_config"):
             adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+        with torch.no_grad(), _evaluating(model), checkpointing, adapter, self.accelerator.autocast():
             log_probs = model(pairs=batch)["log_probs"]
         return sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
 
@@ -322,13 +332,48 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
 
     def _content(self, dataset) -> str:
         """A hash of everything that the reference's log-probabilities depend on."""
-        digest = hashlib.sha256(self._precompute_model_hash.encode())
-        settings = (self.ld_alpha, self.args.max_length, self.args.truncation_mode, str(self.args.bf16))
-        digest.update(repr(settings).encode())
+        self._prepare()
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        told = [
+            fastalign.__version__, transformers.__version__, self._precompute_model_hash, _described(model),
+            self.accelerator.mixed_precision, self.ref_model is None, self.ld_alpha, self.args.max_length,
+            self.args.truncation_mode, self._packs,
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        for name, buffer in model.named_buffers():  # those too that no checkpoint holds
+            digest.update(name.encode() + buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
             for ids in dataset.with_format("numpy")[column]:
                 digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
         return digest.hexdigest()[:32]
+
+
+def _described(model: torch.nn.Module) -> dict[str, Any]:
+    """What makes numbers of a model's weights: its class, its configuration, its adapters', and which weight is which."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_PART}
+    adapters = getattr(model, "peft_config", {})
+    return {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": config,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+        "weights": [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
+    }
+
+
+_NO_PART = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache"}
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _whole(args: DPOConfig, given: dict[str, Any]) -> bool:
