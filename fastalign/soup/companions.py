@@ -18,15 +18,15 @@ from fastalign.soup.dtypes import SIZES, WORDS
 from fastalign.soup.stacks import config_changes
 
 _SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
     "*.jinja", "chat_template.json",
 )  # fmt: skip
 _TEMPLATE = "chat_template.jinja"
 # What embeddings and heads, which have a row for each token, are called.
-EMBEDDINGS = tuple(
-    f"{name}.weight" for name in ("lm_head", "embed_tokens", "wte", "word_embeddings", "embed_in", "embed_out")
-)
+_HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = tuple(f"{name}.weight" for name in (*_HEADS, "embed_tokens", "wte", "word_embeddings", "embed_in"))
+_BIASES = tuple(f"{name}.bias" for name in _HEADS)
 
 
 class Companions(NamedTuple):
@@ -39,15 +39,13 @@ class Companions(NamedTuple):
     template: str | None = None
 
     def sources(self) -> list[Path]:
-        """The files that are copied."""
+        """The files that are copied; with remote code, every *.py, for one may import another."""
+        held = [(self.folder, _SETTINGS), (self.tokenizer, TOKENIZER)]
+        held += [(folder, ("*.py",)) for folder in (self.folder, self.tokenizer) if folder and _has_code(folder)]
         found = {
-            path
-            for folder, patterns in ((self.folder, _SETTINGS), (self.tokenizer, _TOKENIZER))
-            if folder
-            for pattern in patterns
-            for path in folder.glob(pattern)
+            path.name: path for folder, patterns in held if folder for one in patterns for path in folder.glob(one)
         }
-        return sorted(path for path in found if path.is_file())
+        return sorted(path for path in found.values() if path.is_file())
 
     def files(self) -> set[str]:
         """The names of the files that `copy` makes."""
@@ -123,7 +121,7 @@ def cut_vocabulary(model: Checkpoint, rows: int) -> Checkpoint:
     for file in model.files:
         tensors = dict(file.tensors)
         for name, tensor in file.tensors.items():
-            if name.endswith(EMBEDDINGS):
+            if name.endswith((*EMBEDDINGS, *_BIASES)):
                 if not tensor.shape or tensor.shape[0] < rows:
                     raise UserError(
                         f"{name} is {list(tensor.shape)} in {model.name}, the tokenizer has {rows:,} tokens"
@@ -144,6 +142,15 @@ def _template(asked: str | None, held: Iterable[Checkpoint]) -> str | None:
     if "{{" not in asked and "{%" not in asked:
         raise UserError(f"chat_template must be auto or a template's text, with {{{{ or {{%, got {asked[:80]!r}")
     return asked
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether classes of the model or its tokenizer are defined in files beside it."""
+    for name in ("config.json", "tokenizer_config.json"):
+        found = read_json(folder / name) if (folder / name).is_file() else {}
+        if isinstance(found, dict) and "auto_map" in found:
+            return True
+    return False
 
 
 def _own_template(folder: Path | None) -> str | None:

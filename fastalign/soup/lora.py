@@ -104,7 +104,7 @@ def same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
 
 
 def shapes_agree(adapters: Sequence[Adapter]) -> None:
-    """Raises UserError where two adapters' updates of one module differ in shape or orientation."""
+    """Raises UserError where two adapters' updates of one module differ in shape."""
     seen: dict[str, tuple[str, Any]] = {}
     for one in adapters:
         for module, (a, b, _, embedding) in one.factors.items():
@@ -115,14 +115,13 @@ def shapes_agree(adapters: Sequence[Adapter]) -> None:
                     f"{module} must have one shape in all adapters, is {list(first[:2])} in {who} and {list(shape[:2])} in "
                     f"{one.name}"
                 )
-    for key in ("fan_in_fan_out", "bias"):
-        values = [one.config.get(key) or ("none" if key == "bias" else False) for one in adapters]
-        other = next((i for i, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise UserError(
-                f"{key} must be the same in all adapters, is {values[0]!r} in {adapters[0].name} and {values[other]!r} in "
-                f"{adapters[other].name}"
-            )
+    values = [one.config.get("bias") or "none" for one in adapters]
+    other = next((i for i, value in enumerate(values) if value != values[0]), None)
+    if other is not None:
+        raise UserError(
+            f"bias must be the same in all adapters, is {values[0]!r} in {adapters[0].name} and {values[other]!r} in "
+            f"{adapters[other].name}"
+        )
 
 
 def stacked(

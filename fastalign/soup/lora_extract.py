@@ -16,13 +16,14 @@ from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes
 from fastalign.soup import plan as plans
+from fastalign.soup.architecture import is_tied, is_transposed
 from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
+from fastalign.soup.companions import EMBEDDINGS
 from fastalign.soup.lora import MadeAdapter
 from fastalign.soup.lora_files import empty_folder, wide, write_adapter
 from fastalign.soup.memory import mapped
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # transformers' Conv1D stores (in, out)
 _EXACT = 256  # below so many rows or columns the whole SVD is as fast
 _SPARE, _POWERS = 16, 3  # of the randomised range finder
 
@@ -74,7 +75,10 @@ def extract_adapter(
     names = [name for name in compare.same_model(models, force=force) if models[0][name].dtype in dtypes.FLOATS]
     modules = _modules(models[0], names, targets)
     config = compare.config_of(models[1])
-    turned = config.get("model_type") in _TRANSPOSED
+    turned = {name for name in modules if is_transposed(models[1], name.removesuffix(".weight"))}
+    tied = next((name for name in modules if name.endswith(EMBEDDINGS) and is_tied(models[1])), None)
+    if tied is not None:
+        raise UserError(f"{tied} is tied to the embedding in {models[1].name}: an adapter cannot change it alone")
     new, old = (mapped(model) for model in models)
     factors, shares, left_out, kept, aimed, rest = {}, {}, [], 0.0, 0.0, 0.0
     with bars.bar("extract", total=len(names), unit="tensors", show=progress) as advance:
@@ -85,7 +89,7 @@ def extract_adapter(
             if not whole < float("inf"):
                 raise UserError(f"{name}: the difference between {models[0].name} and {models[1].name} is not finite")
             if whole and name in modules:
-                a, b, mine = _low_rank(difference.T if turned else difference, whole, rank, energy)
+                a, b, mine = _low_rank(difference.T if name in turned else difference, whole, rank, energy)
                 module = name.removesuffix(".weight")
                 factors[module] = (a.to(stored), b.to(stored), False)
                 shares[module] = mine / whole
@@ -102,7 +106,7 @@ def extract_adapter(
     }  # fmt: skip
     metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
     settings = {
-        "task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": turned,
+        "task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": bool(turned),
     }  # fmt: skip
     with atomic_write(target) as beside:
         write_adapter(beside, factors, settings, metadata)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from fastalign import backend
 from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import plan as plans
+from fastalign.soup.architecture import is_tied, is_transposed
 from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
-from fastalign.soup.companions import EMBEDDINGS, Companions
+from fastalign.soup.companions import EMBEDDINGS, TOKENIZER, Companions
 from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
-from fastalign.soup.lora_files import Adapter, base_name, open_adapter
+from fastalign.soup.lora_files import Adapter, Factors, base_name, open_adapter
 from fastalign.soup.merge import Merged, execute, warned
 from fastalign.soup.tensors import mix_tensors
 from fastalign.units import parse_bytes
@@ -56,6 +58,8 @@ def apply_adapters(
     made = plan(
         base, adapters, weights, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force
     )
+    for note in made.notes:
+        warnings.warn(note, stacklevel=2)
     return warned(execute(made, sync=sync, strict=strict, progress=progress))
 
 
@@ -100,31 +104,31 @@ def plan(
     }
     return plans.Plan(
         (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key,
-        lambda name: ones, along, blocks_of,
+        lambda name: ones, along, blocks_of, _left_behind(model, held),
     )  # fmt: skip
 
 
 def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str | None, bool]]:
     """By tensor of the base: the module whose factors change it, if any, and whether W is the transpose of B A."""
-    tied = bool(compare.config_of(model).get("tie_word_embeddings"))
     found: dict[str, tuple[str | None, bool]] = {}
     for module in modules_of(held):
         name = f"{module}.weight"
         owner = next(one for one in held if module in one.factors)
         factors = owner.factors[module]
-        _in_base(model, name, owner.name, tied)
+        _in_base(model, name, owner.name)
         shape, update = model[name].shape, (factors.b.shape[0], factors.a.shape[1])
-        asked = factors.embedding or bool(owner.config.get("fan_in_fan_out"))
-        fitting = [turned for turned in (asked, not asked) if shape == (update[::-1] if turned else update)]
-        if not fitting:
+        if shape not in (update, update[::-1]) or (factors.embedding and shape != update[::-1]):
             raise UserError(f"{name} is {list(shape)} in {model.name}, {owner.name}'s update of it {list(update)}")
+        turned = (
+            factors.embedding or shape != update or (update[0] == update[1] and _turned_square(model, module, owner))
+        )
         if model[name].dtype not in dtypes.FLOATS:
             raise UserError(f"{name} is {model[name].dtype} in {model.name}: nothing can be added to it")
-        found[name] = (module, fitting[0])
+        found[name] = (module, turned)
     for one in held:
         for key, tensor in one.whole.items():
             name = base_name(key)
-            _in_base(model, name, one.name, tied and ".base_layer." not in key)
+            _in_base(model, name, one.name, added=".base_layer." in key)
             if model[name].shape != tuple(tensor.shape) or model[name].dtype not in dtypes.FLOATS:
                 raise UserError(
                     f"{name} is {model[name].dtype} {list(model[name].shape)} in {model.name}, {one.name} stores it whole as "
@@ -135,8 +139,55 @@ def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str 
     return found
 
 
-def _in_base(model: Checkpoint, name: str, adapter: str, tied: bool) -> None:
-    if tied and name.endswith(EMBEDDINGS):
+def _left_behind(model: Checkpoint, held: Sequence[Adapter]) -> tuple[str, ...]:
+    """A line for each adapter whose own chat template or tokenizer is not the base's, which the output gets."""
+
+    def others(one: Adapter) -> list[str]:
+        names = [path.name for pattern in TOKENIZER for path in sorted(one.folder.glob(pattern)) if path.is_file()]
+        of_base = {name: model.folder / name for name in names} if model.folder else {}
+        return [
+            name
+            for name in dict.fromkeys(names)
+            if not (
+                name in of_base
+                and of_base[name].is_file()
+                and of_base[name].read_bytes() == (one.folder / name).read_bytes()
+            )
+        ]
+
+    return tuple(
+        f"{one.name}: its {', '.join(names)} {'differs' if len(names) == 1 else 'differ'} from {model.name}'s, and the output "
+        "gets the base's"
+        for one in held
+        if (names := others(one))
+    )
+
+
+def _turned_square(model: Checkpoint, module: str, adapter: Adapter) -> bool:
+    """Whether a square weight is stored (in, out). The adapter's own flag is that of whichever module peft came to last, and
+    counts only for a checkpoint without a configuration."""
+    if not compare.config_of(model):
+        return bool(adapter.config.get("fan_in_fan_out"))
+    turned = is_transposed(model, module)
+    if turned is None and (
+        adapter.config.get("fan_in_fan_out") or any(_only_turned(model, *of) for of in adapter.factors.items())
+    ):
+        raise UserError(
+            f"{module} is square in {model.name}, whose class transformers does not know: whether {adapter.name} changes it or "
+            "its transpose cannot be told; merge it with peft"
+        )
+    return bool(turned)
+
+
+def _only_turned(model: Checkpoint, module: str, factors: Factors) -> bool:
+    """Whether a linear layer's shape shows that it is stored (in, out)."""
+    name, update = f"{module}.weight", (factors.b.shape[0], factors.a.shape[1])
+    return not factors.embedding and name in model and update[0] != update[1] and model[name].shape == update[::-1]
+
+
+def _in_base(model: Checkpoint, name: str, adapter: str, *, added: bool = False) -> None:
+    """added: peft stores the tensor beside the factors of an embedding, and nothing changes by it."""
+    if name.endswith(EMBEDDINGS) and not added and is_tied(model):
         raise UserError(
             f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; untie them "
             "in the base first"

@@ -46,6 +46,7 @@ class Plan:
     companions: Companions = field(repr=False)
     # Tensors that are made apart: name -> blocks in their order, each K tensors of the same next elements, as stored.
     blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()  # what the user may not expect
 
     @property
     def target(self) -> Path:
@@ -87,7 +88,7 @@ class Plan:
             f"{self.out}: {count} by {self.recipe['method']}, {tensors:,} tensors, {len(self.layout)} file(s) each, "
             f"reads {size(self.read_bytes)}, writes {size(self.written_bytes)}"
         )
-        return lines
+        return [*lines, *self.notes]
 
 
 def make(
