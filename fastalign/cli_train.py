@@ -258,9 +258,9 @@ def _values_and_lam(values: str | None, lam: str | None, palette: Path | None):
     if palette is not None:
         if values is not None or weights is not None:
             raise UserError("give either values and lam, or a palette")
-        from fastalign.data.files import read_json
+        from fastalign.data import palettes
 
-        found = read_json(palette, kind="palette")
+        found = palettes.read(palette, "lambda")
         return found["values"], found["lambda"]
     if weights is None:
         raise UserError("give lam, a weight for each value, or a palette")

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data import fingerprint
-from fastalign.data.files import check_target, read_json, write_json
+from fastalign.data import fingerprint, palettes
+from fastalign.data.conversations import transcript
+from fastalign.data.files import check_target, write_json
 from fastalign.data.work_folder import hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
@@ -91,7 +92,7 @@ def sample(
         if ray is not None:
             raise UserError(f"Ray's workers draw whole candidates alone: leave out --ray or --method {method}")
         aligned.check(method, n=n, ess=ess, memory_limit=sampling.get("memory_limit"))
-        asked = read_json(palette, kind="palette")
+        asked = palettes.read(palette, "lambda")
         kind, by = aligned.KINDS[method], {"values": asked["values"], "lam": asked["lambda"], "ess": ess}
         settings |= {"method": method, "values": by["values"], "lambda": by["lam"], "ess": ess}
     elif ess is not None:
@@ -197,7 +198,7 @@ def solve_palette(
     dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
     reachable one, and λ is for a point just inside that ("solved_for").
     """
-    from fastalign import palette as palettes
+    from fastalign.palette import parse_palette, quantile_palette, solve
 
     if (palette is None) == (quantile is None):
         raise UserError("give either a palette or a quantile")
@@ -207,15 +208,15 @@ def solve_palette(
     flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
     groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
     if palette is None:
-        asked, sense = palettes.quantile_palette(flat, quantile), [">="] * len(names)
+        asked, sense = quantile_palette(flat, quantile), [">="] * len(names)
     else:
-        asked, sense = palettes.parse_palette(palette, names, flat)
-    solution = first = palettes.solve(flat, asked, groups=groups, sense=sense)
+        asked, sense = parse_palette(palette, names, flat)
+    solution = first = solve(flat, asked, groups=groups, sense=sense)
     before = flat.mean(axis=0, dtype=np.float64)
     solved_for = asked
     if not first.feasible:
         solved_for = before + INWARD * (first.nearest - before)
-        solution = palettes.solve(flat, solved_for, groups=groups, sense=sense)
+        solution = solve(flat, solved_for, groups=groups, sense=sense)
     result = {
         "kind": "palette",
         "version": 1,
@@ -250,7 +251,7 @@ def select(
     from fastalign.decode import select
 
     whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
-    solution = read_json(palette, kind="palette")
+    solution = palettes.read(palette, "lambda")
     grid, lam = whole.reward_array(solution["values"]), np.array(solution["lambda"])
     if whole.log_weights is not None and method != "best":
         grid, lam = _weights_of(scored, whole, solution)[..., None], np.ones(1)
@@ -278,14 +279,14 @@ def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -
 
 def foretell(palette: str | Path, n: int) -> str:
     """How many candidates a prompt a palette file's λ needs, and what n are worth, in one line."""
-    return _needs(str(palette), read_json(palette, kind="palette")["kl"], n)
+    return _needs(str(palette), palettes.read(palette, "kl")["kl"], n)
 
 
 def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **sampling: Any) -> str:
     """`foretell` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
     from fastalign.decode import pilot
 
-    solution = read_json(palette, kind="palette")
+    solution = palettes.read(palette, "lambda")
     found = pilot(model.sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
     return _needs(f"pilot of {found.prompts} prompts × {found.n} candidates", found.kl, n)
 
@@ -307,7 +308,7 @@ def expected(scored: str | Path, palette: str | Path):
     """
     from fastalign.decode import estimate
 
-    solution = read_json(palette, kind="palette")
+    solution = palettes.read(palette, "lambda")
     whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
     grid = whole.reward_array(solution["values"])
     if whole.log_weights is None:
@@ -330,8 +331,12 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
                 axes[name] = np.array([float(span)])
             else:
                 start, stop, count = parts
+                if int(count) > GRID_LIMIT:  # before it is made
+                    raise UserError(f"lam-grid must have at most {GRID_LIMIT:,} points, got {int(count):,} for {name}")
                 axes[name] = np.linspace(float(start), float(stop), int(count))
-        except ValueError:
+        except UserError:
+            raise
+        except (ValueError, OverflowError):
             raise UserError(f"lam-grid must give start:stop:count or a number for {name}, got {span!r}") from None
         if not axes[name].size or not np.isfinite(axes[name]).all():
             raise UserError(f"lam-grid must give one finite number or more for {name}, got {span!r}")
@@ -388,7 +393,7 @@ def evaluate(
 
     whole = Candidates.from_parquet(scored, kind="scored")
     picked = Candidates.from_parquet(selected, kind="selected")
-    solution = read_json(palette, kind="palette")
+    solution = palettes.read(palette)
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
     found = report.build(
@@ -396,7 +401,7 @@ def evaluate(
         rewards=whole.reward_array(solution["values"]),
         selected=picked.picked,
         palette=solution,
-        prompts=whole.prompts,
+        prompts=[transcript(prompt) for prompt in whole.prompts],
         texts=whole.texts,
         settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {}), **(settings or {})},
     )

@@ -21,7 +21,13 @@ def bar(description: str, *, total: int, unit: str = "", show: bool = True) -> I
         def render(self, task) -> Text:
             return Text(f"{task.speed:,.0f} {unit}/s" if task.speed and unit else "")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True, markup=False, emoji=False)) as progress:
         task = progress.add_task(description, total=total)
         yield lambda count=1: progress.advance(task, count)

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder
+import transformers
+from ppo_setup import trainer
+from tiny import tiny_causal_lm, tiny_folder
+
+from fastalign import UserError
+from fastalign.train import AutoModelForCausalLMWithValueHead
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,3 +151,50 @@ def test_the_example_refuses_in_one_line(example, capsys):
         with pytest.raises(SystemExit):
             example.main(argv.split())
         assert rule in capsys.readouterr().err
+
+
+class Tuples(torch.utils.data.Dataset):
+    """Rows that are no mappings."""
+
+    def __init__(self, row):
+        self.row = row
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return self.row(i)
+
+
+def test_rows_of_tuples_take_torchs_collator():
+    one = trainer(dataset=Tuples(lambda i: (torch.arange(3, 9) + i, torch.arange(5, 9))))
+    (batch,) = one.dataloader
+    queries, responses = batch
+    assert queries.shape == (4, 6) and responses.shape == (4, 4)
+    stats = one.step(list(queries), list(responses), [torch.tensor(float(i)) for i in range(4)])
+    assert stats["ppo/loss/total"] == stats["ppo/loss/total"]
+    ragged = trainer(dataset=Tuples(lambda i: (torch.arange(3 + i),)))
+    with pytest.raises(UserError, match="dataset needs a data_collator"):
+        next(iter(ragged.dataloader))
+    unlike = trainer(dataset=Tuples(lambda i: {"query": "a"} | ({"input_ids": [1]} if i % 2 else {})))
+    with pytest.raises(UserError, match="dataset must have the same columns in every row"):
+        next(iter(unlike.dataloader))
+
+
+@pytest.mark.parametrize(
+    "said, given, dropout", [(None, 0.3, 0.3), (0.5, 0.3, 0.5), (0.5, None, 0.5), (None, None, 0.1)]
+)
+def test_the_value_heads_dropout_is_the_configurations(said, given, dropout):
+    model = tiny_causal_lm()
+    if said is not None:
+        model.config.summary_dropout_prob = said
+    options = {} if given is None else {"summary_dropout_prob": given}
+    assert AutoModelForCausalLMWithValueHead.from_pretrained(model, **options).v_head.dropout.p == dropout
+
+
+def test_class_attributes_that_scripts_read():
+    cls = AutoModelForCausalLMWithValueHead
+    assert cls.transformers_parent_class is transformers.AutoModelForCausalLM
+    assert any(hasattr(cls.from_pretrained(tiny_causal_lm()).pretrained_model, name) for name in cls.lm_head_namings)
+    assert set(cls.supported_args) == {"summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy"}
+    assert cls.supported_modules == ("v_head",)

@@ -316,3 +316,30 @@ def test_a_model_by_name_gets_a_new_head(tokenizer, tmp_path):
     assert trainer.model.config.num_labels == 2 and trainer.model.score.weight.shape[0] == 2
     trainer.train()
     assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize("names", [("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")])
+def test_pairs_that_are_tokenized_already(tokenizer, tmp_path, names):
+    def losses(data):
+        args = RewardConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], logging_steps=1, use_cpu=True,
+            bf16=False, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        one = RewardTrainer(
+            classifier(tokenizer), args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+        )
+        one.train()
+        return [row["loss"] for row in one.state.log_history if "loss" in row]
+
+    rows = [{"chosen": f"the cat sat {i}", "rejected": "a dog" + " ran" * i, "margin": 0.1 * i} for i in range(4)]
+    ids = [
+        {"margin": row["margin"]}
+        | {
+            name: tokenizer(row[side] + "</s>")["input_ids"]
+            for name, side in zip(names, ("chosen", "rejected"), strict=True)
+        }
+        for row in rows
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL's, of the older names
+        assert losses(ids) == losses(rows)

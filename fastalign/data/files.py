@@ -89,6 +89,8 @@ def read_json(path: str | Path, *, kind: str | None = None) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep to be read as JSON") from None
     if kind is not None and not (isinstance(value, dict) and value.get("kind") == kind):
         came = value.get("kind") if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{path}: must be a fastalign {kind} file, got kind {came!r}")

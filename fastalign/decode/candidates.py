@@ -198,8 +198,15 @@ class Candidates:
         missing += [_REWARD + "<name>"] * (came in ("scored", "weighted") and not names)
         if missing:
             raise UserError(f"{path}: lacks the column {missing[0]!r} of a {came} file")
-        if any(table[name].null_count for name in (*needed, *names)):
-            raise UserError(f"{path}: has empty cells (nulls) in its columns")
+        for name in (*needed, *names):
+            if table[name].null_count:
+                row = table[name].is_null().to_pylist().index(True)
+                raise UserError(f"{path}: has empty cells (nulls) in its columns, the first in row {row}, {name!r}")
+        for name in names:
+            values = table[name].to_numpy()
+            if not np.isfinite(values).all():
+                row = int(np.flatnonzero(~np.isfinite(values))[0])
+                raise UserError(f"{path}: rewards must be finite, got {values[row]} in row {row}, column {name!r}")
 
         prompt_id = table["prompt_id"].to_numpy()
         ids, inverse, counts = np.unique(prompt_id, return_inverse=True, return_counts=True)

@@ -6,6 +6,7 @@ A memory-mapped array (`numpy.load(path, mmap_mode="r")`) needs none of this: th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,8 @@ class ParquetRewards:
         for file in paths:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file")
-            known = pq.read_schema(file)
+            with _readable(file):
+                known, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
             for name in self.columns:
                 if name not in known.names:
                     raise UserError(f"{file}: has no column {name!r}, only {', '.join(known.names)}")
@@ -56,7 +58,7 @@ class ParquetRewards:
                     wanted = "integers" if name == groups else "numbers"
                     raise UserError(f"{file}: column {name!r} must hold {wanted}, got {known.field(name).type}")
                 wide = wide or (name in self.values and np.dtype(kind) not in (np.float32, np.float16))
-            self.rows += pq.read_metadata(file).num_rows
+            self.rows += rows
         if not self.rows or not self.values:
             raise UserError(
                 f"rewards must hold at least one sample and one reward, got {self.rows} rows of {self.values}"
@@ -87,7 +89,7 @@ class ParquetRewards:
         import pyarrow.parquet as pq
 
         for path in self.paths:
-            with pq.ParquetFile(path) as file:
+            with _readable(path), pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(self.chunk_rows, columns=self.columns):
                     if not batch.num_rows:
                         continue
@@ -113,6 +115,18 @@ class ParquetRewards:
         if column.null_count:
             raise UserError(f"{path}: column {name!r} must have no missing values, got {column.null_count}")
         return column.to_numpy(zero_copy_only=False)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What Arrow says of a file that it cannot read, in one line that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
 
 
 def _joined(parts: list[tuple]) -> tuple:

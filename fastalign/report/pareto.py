@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data.files import atomic_write, read_json, write_json
+from fastalign.data import palettes as palette_files
+from fastalign.data.files import atomic_write, write_json
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, best_of_n_kl
 from fastalign.errors import UserError
@@ -256,7 +257,7 @@ def write(
     rewards = whole.reward_array(names)
     asked = {f"q{100 * q:g}": quantile_palette(rewards.reshape(-1, len(names)), q) for q in quantiles}
     for path in palettes:
-        solution = read_json(path, kind="palette")
+        solution = palette_files.read(path, "palette", "sense")
         if solution["values"] != names:
             raise UserError(f"{path}: its values are {', '.join(solution['values'])}, not {', '.join(names)}")
         if set(solution["sense"]) != {">="}:
@@ -294,7 +295,7 @@ def _soup_levels(path: str | Path, names: Sequence[str]) -> np.ndarray:
 
 def plot_palette(scored: str | Path, palette: str | Path, folder: str | Path) -> None:
     """Figures of one palette file, see `palette_figures`, into a folder; as the file's own dual has it."""
-    solution = read_json(palette, kind="palette")
+    solution = palette_files.read(palette, "palette", "sense", "dual")
     names, joint = solution["values"], solution["dual"] == "joint"
     rewards = Candidates.from_parquet(scored, kind="scored").reward_array(names)
     groups = _groups(rewards, joint)

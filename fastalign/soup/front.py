@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastalign import progress as bars
+from fastalign.data import palettes
 from fastalign.data.files import read_json, write_json
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
@@ -217,7 +218,7 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
 
 def read_palette(path: str | os.PathLike, values: Sequence[str]) -> np.ndarray:
     """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
-    found = read_json(path, kind="palette")
+    found = palettes.read(path, "palette", "sense")
     lacking = [name for name in found["values"] if name not in values]
     if lacking:
         raise UserError(f"{path}: asks for {lacking[0]}, the rewards are {', '.join(values)}")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign.data import preferences
-from fastalign.data.files import read_json, write_json
+from fastalign.data import palettes, preferences
+from fastalign.data.files import write_json
 from fastalign.data.preferences import PreferencePairs
 from fastalign.errors import UserError
 from fastalign.train import run as runs
@@ -39,7 +39,7 @@ def read_pairs(
             raise UserError(f"{data}: lam and palette make pairs of a scored file, this holds pairs")
         return preferences.load(data)
     if palette is not None:
-        found = read_json(palette, kind="palette")
+        found = palettes.read(palette, "lambda")
         lam = dict(zip(found["values"], found["lambda"], strict=True))
     if lam is None:
         raise UserError(f"{data}: a scored file needs lam or a palette to make pairs of it")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from fastalign.errors import UserError
 
@@ -68,8 +68,22 @@ class _Order(Sampler):
             yield order[first : first + self.batch_size]
 
 
-def lists(rows: list[dict]) -> dict[str, list]:
-    """The classic collator: a list per column, rows of numbers as tensors."""
+def lists(rows: list) -> Any:
+    """The classic collator: a list per column, rows of numbers as tensors; rows that are no mappings take torch's own.
+
+    Raises UserError where rows are of unlike columns, or torch's collator cannot make a batch of them.
+    """
+    if not isinstance(rows[0], Mapping):
+        try:
+            return default_collate(rows)
+        except (TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"dataset needs a data_collator, torch's default_collate cannot batch its rows: {reason}"
+            ) from None
+    for row in rows:
+        if unlike := set(row) ^ set(rows[0]):
+            raise UserError(f"dataset must have the same columns in every row, one lacks {min(map(str, unlike))!r}")
     return {name: [_tensor(row[name]) for row in rows] for name in rows[0]}
 
 

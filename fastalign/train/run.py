@@ -159,7 +159,7 @@ class Progress:
                 "{task.fields[said]}",
                 TimeRemainingColumn(),
             )
-            columns = tuple(TextColumn(c) if isinstance(c, str) else c for c in columns)
+            columns = tuple(TextColumn(c, markup=False) if isinstance(c, str) else c for c in columns)
             self.bar = Bar(*columns, console=Console(stderr=True))
             self.bar.start()
             self.task = self.bar.add_task(self.description, total=self.total, said="")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Beside the model's own files and not in one of them, so that whatever else loads the folder never meets it.
 VALUE_HEAD = Path("value_head") / "model.safetensors"
-_OPTIONS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
 
 class ValueHead(nn.Module):
@@ -54,6 +54,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     """
 
     is_encoder_decoder = False
+    # TRL 0.11's, for scripts that read them.
+    transformers_parent_class = AutoModelForCausalLM
+    lm_head_namings = ("lm_head", "embed_out")
+    supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+    supported_modules = ("v_head",)
     short_names = True  # of `state_dict`; False: as the modules have them, which what shards a model relies on
 
     def __init__(
@@ -64,7 +69,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
     ):
-        """pretrained_model: a loaded causal model. v_head_init_strategy: None or "random" is torch's initial weights,
+        """pretrained_model: a loaded causal model. summary_dropout_prob: of the value head's dropout; a configuration that
+        has an entry of this name goes before it, as in TRL. v_head_init_strategy: None or "random" is torch's initial weights,
         "normal" draws from N(0, v_head_initializer_range²) with bias 0."""
         super().__init__()
         self.pretrained_model = pretrained_model
@@ -77,7 +83,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         layer = self.causal_lm.get_output_embeddings()
         size = getattr(getattr(layer, "base_layer", layer), "in_features", weight.shape[1])
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.v_head = ValueHead(size, dropout=summary_dropout_prob, dtype=wide)
+        dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
+        self.v_head = ValueHead(size, dropout=dropout, dtype=wide)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
             nn.init.zeros_(self.v_head.summary.bias)
@@ -112,7 +119,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """
         if options.pop("reward_adapter", None) is not None:
             raise UserError("reward_adapter is not supported: score the responses with fastalign.rewards")
-        mine = {name: options.pop(name) for name in _OPTIONS if name in options}
+        mine = {name: options.pop(name) for name in cls.supported_args if name in options}
         if isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
             model, folder = _load(pretrained_model_name_or_path, model_args, is_trainable, options)
         elif hasattr(pretrained_model_name_or_path, "get_output_embeddings"):
@@ -134,9 +141,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     @classmethod
     def from_config(cls, config: Any, **options: Any) -> AutoModelForCausalLMWithValueHead:
         """A model with random weights, as transformers' from_config; options of the value head as in `__init__`."""
-        from transformers import AutoModelForCausalLM
-
-        mine = {name: options.pop(name) for name in _OPTIONS if name in options}
+        mine = {name: options.pop(name) for name in cls.supported_args if name in options}
         return cls(AutoModelForCausalLM.from_config(config, **options).eval(), **mine)
 
     @property
