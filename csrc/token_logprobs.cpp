@@ -33,7 +33,8 @@ static void forward(const LogprobOutputs& out, const Rows& logits, const int64_t
       entropy[r] = empty ? C(0) : log_sum - stats.weighted / stats.sum;
       mean[r] = stats.total / C(logits.vocab);
       log_squares[r] = empty ? C(0) : C(__builtin_log(double(stats.squares))) - 2 * log_sum;
-      out.is_top1[r] = !empty && stats.label_logit >= stats.max && stats.label_logit > stats.max_before_label;
+      const bool defined = stats.sum == stats.sum;
+      out.is_top1[r] = !empty && defined && stats.label_logit >= stats.max && stats.label_logit > stats.max_before_label;
     }
   }
 }

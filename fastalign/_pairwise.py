@@ -179,7 +179,7 @@ def check_smoothing(value: float) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise UserError(f"{name} must be a positive finite number, got {value!r}")
 
 
@@ -199,7 +199,8 @@ class _Expm1(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return torch.where(grad == 0, 0, grad * x.exp())
+        slope = x.exp()
+        return grad * slope.masked_fill((grad == 0) & slope.isinf(), 0)
 
 
 def power_score(x: Tensor, k: float, bound: float = math.inf) -> Tensor:

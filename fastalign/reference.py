@@ -34,7 +34,7 @@ def token_logprobs(
     """log softmax(z) at the label, and statistics of the softmax. logits (..., V), labels (...) -> each (...).
 
     entropy = -Σ p log p;  mean_logits = Σ z / V;  log_sum_sq_probs = log Σ p² (WPO, arXiv 2406.11827);
-    is_top1: the label is the first largest logit. Ignored positions and rows that are all -inf give 0.
+    is_top1: the label is the first largest logit, in no row that has NaN or +inf. Ignored positions and rows that are all -inf give 0.
     """
     z = transform_logits(logits, temperature, softcap)
     ignored = labels == ignore_index
@@ -53,7 +53,7 @@ def token_logprobs(
     }
     outputs = {name: x.masked_fill(skip, 0) for name, x in outputs.items()}
     outputs["mean_logits"] = z.detach().mean(-1).masked_fill(ignored, 0)
-    outputs["is_top1"] = (z.argmax(-1) == labels) & ~skip & ~z.isnan().any(-1)
+    outputs["is_top1"] = (z.argmax(-1) == labels) & ~skip & ~picked.isnan()
     return outputs
 
 

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastalign import backend
 from fastalign.backend import threads
 from fastalign.buffers import buffer
+from fastalign.once import once_differentiable
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROTATION = "apply_rotary_pos_emb"  # by this name in every model of transformers

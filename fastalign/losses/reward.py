@@ -130,7 +130,7 @@ def bradley_terry_scores(
         UserError: comparisons of another form; items that the comparisons leave without finite scores (Hunter's
             assumption 1: in every split of the items in two, some item of each side has beaten one of the other).
     """
-    if not (isinstance(prior, int | float) and prior >= 0 and math.isfinite(prior)):
+    if not (isinstance(prior, int | float) and 0 <= prior < math.inf):
         raise UserError(f"prior must be a finite number, at least 0, got {prior!r}")
     wins, items = _wins_table(comparisons)
     n = len(wins)

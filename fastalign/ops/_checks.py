@@ -58,7 +58,7 @@ def outputs(asked: tuple[str, ...], known: tuple[str, ...]) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise UserError(f"{name} must be a positive finite number, got {value!r}")
 
 

@@ -14,7 +14,7 @@ from fastalign.errors import UserError
 
 
 def is_dtensor(x: Any) -> bool:
-    return hasattr(x, "full_tensor")
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
 def among(*inputs: Any) -> bool:

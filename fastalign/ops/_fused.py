@@ -1,10 +1,12 @@
-"""What the fused losses share: where they run, and spread_over_tokens, the backward pass of a sum over tokens."""
+"""What the fused losses share: where they run, and `spread`, the backward pass of a sum over tokens."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastalign import backend
+from fastalign.once import once
 from fastalign.ops._library import define
 
 
@@ -27,12 +29,18 @@ def _spread_fake(rows, mask, scales, weights, dtype):
     return over.new_empty(over.shape, dtype=dtype)
 
 
-# rows (..., R) over a mask (..., R, T), or scales (..., R) times weights (..., R, T), or both added -> (..., R, T), 0
-# where the mask and the weights are.
-spread_op = define(
+_spread_op = define(
     "spread_over_tokens(Tensor? rows, Tensor? mask, Tensor? scales, Tensor? weights, ScalarType dtype) -> Tensor",
     _spread_cpu,
     _spread_fake,
     triton="_spread.spread",
     leading_dims=True,
 )
+
+
+def spread(
+    of: Tensor, rows: Tensor | None, mask: Tensor | None, scales: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """The gradient of `of` (..., R, T), in its dtype: rows (..., R) over a mask (..., R, T), or scales (..., R) times
+    weights (..., R, T), or both added; 0 where the mask and the weights are."""
+    return once(lambda _, *given: _spread_op(*given, of.dtype), of, rows, mask, scales, weights)

@@ -2,6 +2,7 @@
 
 Forward and backward are separate ops without autograd; a `torch.autograd.Function` in `setup_context` form stands
 outside them. That form works under func.grad, vmap, gradcheck and fullgraph compile; `register_autograd` does not.
+Its backward pass calls the second op by `once`: a tape may be on there, as func.grad keeps one for a second derivative.
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    if not name.endswith("_backward"):  # those may run where a tape is on: func.grad keeps one for a second derivative
-        _library.impl(name, without_tape, "Autograd")
+    _library.impl(name, without_tape, "Autograd")
     _library.impl(name, on_cpu, "CPU")
     _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"fastalign::{name}", fake, lib=_library)

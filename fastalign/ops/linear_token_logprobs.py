@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.errors import UserError
+from fastalign.once import once
 from fastalign.ops import _checks, _dtensor, _linear_cpu
 from fastalign.ops._dtypes import DTYPES, compute_dtype
 from fastalign.ops._library import define
@@ -192,7 +193,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         grad_log_probs = torch.zeros_like(saved[0]) if grad_log_probs is None else grad_log_probs
         grad_entropy = torch.zeros_like(saved[0]) if grad_entropy is None or not ctx.statistics else grad_entropy
         needs = list(ctx.needs_input_grad[:5])
-        grads = backward_op(grad_log_probs, grad_entropy, *saved, *ctx.options, ctx.grad_filter, needs)
+        grads = once(backward_op, grad_log_probs, grad_entropy, *saved, *ctx.options, ctx.grad_filter, needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*grads, *[None] * 10)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._fused import on_triton, spread_op
+from fastalign.ops._fused import on_triton, spread
 from fastalign.ops._library import define
 
 
@@ -205,20 +205,19 @@ class _PolicyRows(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         logprobs, entropy, _, _, mask, _, importance, *_ = inputs
         ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(mask, *output[3:])
+        ctx.save_for_backward(logprobs, entropy, mask, *output[3:])
         ctx.importance = importance
-        ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
 
     @staticmethod
     def backward(ctx, grad, grad_entropy, *_constants):
-        mask, shares, scales, weights = ctx.saved_tensors
+        logprobs, entropy, mask, shares, scales, weights = ctx.saved_tensors
         if ctx.importance == "token":
-            found = spread_op(None, None, grad, weights, ctx.dtypes[0])
+            found = spread(logprobs, None, None, grad, weights)
         elif weights.numel() == 0:
-            found = spread_op(grad * shares, mask, None, None, ctx.dtypes[0])
+            found = spread(logprobs, grad * shares, mask, None, None)
         else:
-            found = spread_op(grad * shares, mask, grad * scales, weights, ctx.dtypes[0])
-        entropy = spread_op(grad_entropy, mask, None, None, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+            found = spread(logprobs, grad * shares, mask, grad * scales, weights)
+        entropy = spread(entropy, grad_entropy, mask, None, None) if ctx.needs_input_grad[1] else None
         return found, entropy, *(None,) * 11
 
 
@@ -232,12 +231,12 @@ class _ValueRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[2])
-        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(inputs[0], output[2])
 
     @staticmethod
     def backward(ctx, grad, *_constants):
-        return spread_op(None, None, grad, ctx.saved_tensors[0], ctx.dtype), *(None,) * 4
+        values, weights = ctx.saved_tensors
+        return spread(values, None, None, grad, weights), *(None,) * 4
 
 
 def _policy_cpu(logprobs, *rest):

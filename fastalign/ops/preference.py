@@ -11,7 +11,7 @@ from fastalign._pairwise import FUSED, TABLE, Margin, Options, check_options
 from fastalign.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._fused import on_triton, spread_op
+from fastalign.ops._fused import on_triton, spread
 from fastalign.ops._library import define
 
 
@@ -124,13 +124,12 @@ class _PairwiseLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(inputs[2], output[4])
-        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(inputs[0], inputs[2], output[4])
 
     @staticmethod
     def backward(ctx, grad, *_constants):
-        mask, slopes = ctx.saved_tensors
-        return spread_op(grad.repeat(2) * slopes, mask, None, None, ctx.dtype), *(None,) * 6
+        log_probs, mask, slopes = ctx.saved_tensors
+        return spread(log_probs, grad.repeat(2) * slopes, mask, None, None), *(None,) * 6
 
 
 def _forward_cpu(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):

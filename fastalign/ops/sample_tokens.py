@@ -84,7 +84,7 @@ def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
     _checks.logits("logits", logits)
     if logits.ndim != 2 or logits.shape[1] > MAX_VOCAB:
         raise UserError(f"logits must have shape (B, V) with V below 2^31, got {tuple(logits.shape)}")
-    if not (isinstance(temperature, int | float) and temperature >= 0 and math.isfinite(temperature)):
+    if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise UserError(f"temperature must be a finite number, at least 0, got {temperature!r}")
     if not (isinstance(top_k, int) and top_k >= 0):
         raise UserError(f"top_k must be an integer, at least 0, got {top_k!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign.backend import threads
 from fastalign.buffers import buffer, rows
+from fastalign.once import once
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
@@ -49,7 +50,7 @@ def token_logprobs(
         softcap: logits are softcapped first (Gemma 2); None for none.
         ignore_index: positions with this label give 0 in every output and no gradient.
         outputs: any of "log_probs", "entropy" (nats), "mean_logits" (mean of z), "log_sum_sq_probs" (log Σ p²) and
-            "is_top1" (bool: the label is the first largest logit). log_probs and entropy carry gradients.
+            "is_top1" (bool: the label is the first largest logit; never beside NaN or +inf). log_probs and entropy carry gradients.
 
     Returns:
         log_probs (...) float32 (float64 for float64 logits) where only that is asked for, else a `TokenLogprobs`.
@@ -95,9 +96,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
         logits, labels, row_max, row_sum, entropy = ctx.saved_tensors
         grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
-        grad = backward_op(
-            grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, labels, *ctx.options, ctx.statistics
-        )
+        saved = (row_max, row_sum, entropy, logits, labels)
+        grad = once(backward_op, grad_log_probs, grad_entropy, *saved, *ctx.options, ctx.statistics)
         return grad, None, None, None, None, None
 
 

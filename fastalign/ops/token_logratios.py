@@ -9,6 +9,7 @@ from fastalign import backend, reference
 from fastalign.backend import threads
 from fastalign.buffers import buffer, rows
 from fastalign.errors import UserError
+from fastalign.once import once
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
@@ -69,9 +70,8 @@ class _TokenLogratios(torch.autograd.Function):
 
         def side(grad, logits, row_max, row_sum):
             none = torch.zeros_like(grad)
-            return token_logprobs_backward(
-                grad, none, row_max, row_sum, none, logits, labels, ctx.temperature, 0.0, ctx.ignore_index, False
-            )
+            options = (ctx.temperature, 0.0, ctx.ignore_index, False)
+            return once(token_logprobs_backward, grad, none, row_max, row_sum, none, logits, labels, *options)
 
         policy_grad = side(grad, policy_logits, policy_max, policy_sum) if ctx.needs_input_grad[0] else None
         ref_grad = side(-grad, ref_logits, ref_max, ref_sum) if ctx.needs_input_grad[1] else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.errors import UserError
+from fastalign.once import once
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops.linear_token_logprobs import _budget, _check
@@ -291,11 +292,11 @@ class _VocabParallelTokens(torch.autograd.Function):
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
         logits, labels, row_max, row_sum, entropy = ctx.saved_tensors
         if not ctx.part.size:
-            return torch.zeros_like(logits), *[None] * 6
+            return once(_no_gradient, logits, grad_log_probs), *[None] * 6
         local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
         grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
-        grad = rows_backward(
-            grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, local, *ctx.options, IGNORED,
+        grad = once(
+            rows_backward, grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, local, *ctx.options, IGNORED,
             ctx.statistics,
         )  # fmt: skip
         return grad, *[None] * 6
@@ -335,17 +336,21 @@ class _VocabParallelLinear(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:5])
         if ctx.part.size:
             local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
-            grads = head_backward(
-                grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, row_max.new_empty(0), *inputs, local,
+            grads = once(
+                head_backward, grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, row_max.new_empty(0), *inputs, local,
                 *ctx.options, IGNORED, ctx.grad_filter, needs,
             )  # fmt: skip
         else:
-            grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+            grads = [once(_no_gradient, x, *inputs) if need else None for x, need in zip(inputs, needs, strict=True)]
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         for i in (0, 3):  # hidden and A, to whose gradients every slice adds
             if needs[i]:
-                grads[i] = _summed(grads[i], ctx.part)
+                grads[i] = once(_summed, grads[i], ctx.part)
         return *grads, *[None] * 10
+
+
+def _no_gradient(x: Tensor, *_others) -> Tensor:
+    return torch.zeros_like(x)
 
 
 def _summed(grad: Tensor, part: _Part) -> Tensor:

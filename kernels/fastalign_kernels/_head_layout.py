@@ -57,7 +57,8 @@ class Head:
         if a is not None:
             scaled = (a.to(self.compute) * adapter_scale).to(self.dot)
             self.low = (hidden.to(self.dot) @ scaled.T).reshape(self.rows, len(a)).contiguous()
-        self.labels, self.bias = labels.reshape(-1), None if bias is None else bias.contiguous()
+        self.labels = labels.reshape(-1).contiguous()
+        self.bias = None if bias is None else bias.contiguous()
         self.to_cap, self.to_z, self.slope = transform_factors(temperature, softcap, logit_scale)
         self.softcap = softcap != 0
         self.use(fitting_blocks(self.dot, self.rows, self.width))
