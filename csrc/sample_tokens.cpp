@@ -14,8 +14,11 @@
 namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kBins = 2048;
-// Mass is compared with top_p as exact numbers would be, whatever the rounding; the same number as in the reference.
-constexpr double kTopPSlack = 1 - 1e-12;
+// What is within the logits' own rounding of top_p and min_p has reached them; the same numbers as in the reference.
+template <typename S> constexpr double kSlack = 0x1p-23;
+template <> constexpr double kSlack<double> = 1e-12;
+template <> constexpr double kSlack<bfloat16> = 0x1p-7;
+template <> constexpr double kSlack<float16> = 0x1p-10;
 
 template <typename C> constexpr C kInfinity = C(__builtin_inf());
 template <typename C> constexpr C kLargest = sizeof(C) == 4 ? C(__FLT_MAX__) : C(__DBL_MAX__);
@@ -308,7 +311,7 @@ static int64_t load_top_k(const S* row, int64_t vocab, int64_t k, const Scratch<
 // Finds the border of the most likely tokens whose mass reaches top_p: all above the returned logit stay, and those that
 // equal it unless their exp in work.e was set to 0 here. work.e holds exp((x - top) * scale) for work.x[0:n].
 template <typename C>
-static C nucleus_border(int64_t n, C top, C bottom, C scale, double top_p, const Scratch<C>& work) {
+static C nucleus_border(int64_t n, C top, C bottom, C scale, double top_p, double slack, const Scratch<C>& work) {
   constexpr int64_t L = lanes<C>;
   // Tokens below -cut are dropped however many they are: n exp(-cut) < 1 - top_p, and the top alone has mass 1.
   const double cut = __builtin_log(double(n) / (1 - top_p)) + 1;
@@ -320,7 +323,7 @@ static C nucleus_border(int64_t n, C top, C bottom, C scale, double top_p, const
   for (int64_t i = 0; i < n; ++i) work.histogram[work.bin[i]] += double(work.e[i]);
   double total = 0;  // in the order of the search below, so that it reaches the target
   for (int64_t b = 0; b <= kBins; ++b) total += work.histogram[b];
-  const double target = top_p * total * kTopPSlack;
+  const double target = top_p * total * (1 - slack);
   int64_t border = 0;
   double before = 0;
   while (border < kBins && before + work.histogram[border] < target) before += work.histogram[border++];
@@ -349,13 +352,14 @@ static C nucleus_border(int64_t n, C top, C bottom, C scale, double top_p, const
 
 // Draws from work.x[0:n], token work.index[i] each (i itself where not `indexed`).
 template <typename C>
-static Draw<C> draw_from_some(int64_t n, bool indexed, C scale, const SampleOptions& o, double u, const Scratch<C>& work) {
+static Draw<C> draw_from_some(int64_t n, bool indexed, C scale, const SampleOptions& o, double slack, double u,
+                              const Scratch<C>& work) {
   constexpr int64_t L = lanes<C>;
   const int64_t full = padded(n, 4 * L);
   for (int64_t i = n; i < full; ++i) work.x[i] = -kInfinity<C>;
   const C top = block_max<C>(work.x, full);
   if (n == 0 || is_neg_inf(top) || !(top <= kLargest<C>)) return kNothing<C>;
-  const C lowest_d = o.min_p > 0 ? C(__builtin_log(o.min_p)) : -kInfinity<C>;
+  const C lowest_d = o.min_p > 0 ? C(__builtin_log(o.min_p) - 2 * slack) : -kInfinity<C>;
   vec<C> least = splat<C>(kLargest<C>);
   for (int64_t i = 0; i < full; i += L) {
     const vec<C> x = load<C>(work.x + i);
@@ -366,7 +370,7 @@ static Draw<C> draw_from_some(int64_t n, bool indexed, C scale, const SampleOpti
   if (o.top_p < 1) {
     C bottom = least[0];
     for (int i = 1; i < L; ++i) bottom = least[i] < bottom ? least[i] : bottom;
-    lowest_x = nucleus_border<C>(n, top, bottom, scale, o.top_p, work);
+    lowest_x = nucleus_border<C>(n, top, bottom, scale, o.top_p, slack, work);
   }
   const int64_t blocks = (full + kBlock - 1) / kBlock;
   double total = 0;
@@ -396,10 +400,10 @@ static Draw<C> draw(const S* row, int64_t vocab, const SampleOptions& o, uint64_
   const double u = philox_uniform(o.seed, stream, offset);
   if (o.top_k > 0 && o.top_k < vocab) {
     const int64_t n = load_top_k<S, C>(row, vocab, o.top_k, work);
-    return n < 0 ? kNothing<C> : draw_from_some<C>(n, true, scale, o, u, work);
+    return n < 0 ? kNothing<C> : draw_from_some<C>(n, true, scale, o, kSlack<S>, u, work);
   }
   if (o.top_p >= 1 && o.min_p <= 0) return draw_from_all<S, C>(row, vocab, scale, u, work);
-  return load_all<S, C>(row, vocab, work) ? draw_from_some<C>(vocab, false, scale, o, u, work) : kNothing<C>;
+  return load_all<S, C>(row, vocab, work) ? draw_from_some<C>(vocab, false, scale, o, kSlack<S>, u, work) : kNothing<C>;
 }
 
 template <typename S>

@@ -175,16 +175,23 @@ def uniform(seed: int, row: Tensor, offset: Tensor) -> Tensor:
     return bits.clamp_min(1).double() * 2.0**-53
 
 
-# Mass is compared with top_p as exact numbers would be: p = 0.9 keeps nine of ten equal tokens.
-TOP_P_SLACK = 1 - 1e-12
+def slack(dtype: torch.dtype) -> float:
+    """What is so near to top_p or min_p has reached it, as exact numbers would: p = 0.9 keeps nine of ten equal tokens.
+
+    The rounding of the logits' own dtype, for so far off is a probability that they stand for.
+    """
+    return max(torch.finfo(dtype).eps, 1e-12)
 
 
-def survivors(x: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    """Which tokens may be drawn, bool (B, V), for logits x (B, V) without NaN, filtered in transformers' order.
+def survivors(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Which tokens may be drawn, bool (B, V), for logits (B, V) without NaN, filtered in transformers' order.
 
     top_k keeps every tie of the k-th. top_p (Holtzman et al., arXiv 1904.09751) keeps the most likely tokens, the
     higher index first among ties, while the mass of those before is under top_p. min_p: arXiv 2407.01082.
     """
+    x, near = _compute(logits), slack(logits.dtype)
     d = _below_top(x, temperature)
     keep = x > NEG_INF
     if top_k > 0:
@@ -193,11 +200,11 @@ def survivors(x: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float 
         order = x.masked_fill(~keep, NEG_INF).sort(dim=-1, stable=True).indices.flip(-1)
         weights = (d.double().exp() * keep).gather(-1, order)
         mass = weights.cumsum(-1)
-        kept = mass - weights < top_p * TOP_P_SLACK * mass[:, -1:]
+        kept = mass - weights < top_p * (1 - near) * mass[:, -1:]
         kept[:, 0] = True
         keep &= torch.zeros_like(keep).scatter(-1, order, kept)
     if min_p > 0:
-        keep &= d >= math.log(min_p)
+        keep &= d >= math.log(min_p) - 2 * near
     return keep
 
 
@@ -227,14 +234,14 @@ def sample_tokens(
     """One token per row by the inverse of its cumulative sum in index order. logits (B, V) -> ids, log_probs (B,)."""
     x = _compute(logits)
     bad = (x.isnan() | (x == -NEG_INF)).any(-1) | (x == NEG_INF).all(-1)
-    x = x.masked_fill(bad[:, None], 0)
+    logits, x = (each.masked_fill(bad[:, None], 0) for each in (logits, x))
     if temperature == 0:
         index = torch.arange(x.shape[-1], device=x.device)
         ids = torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1]).amin(-1)
         log_probs = torch.zeros_like(x[:, 0])
     else:
         d = _below_top(x, temperature)
-        mass = (d.double().exp() * survivors(x, temperature, top_k, top_p, min_p)).cumsum(-1)
+        mass = (d.double().exp() * survivors(logits, temperature, top_k, top_p, min_p)).cumsum(-1)
         target = uniform(seed, *counters(rows, offset, x))[:, None] * mass[:, -1:]
         ids = (mass <= target).sum(-1)
         log_probs = (d.gather(-1, ids[:, None]).double() - mass[:, -1:].log()).to(x.dtype)[:, 0]

@@ -146,3 +146,18 @@ def test_a_layout_changes_nothing(name, on):
             for moved in (laid, *one_by_one):
                 for a, b in zip(outcome(f, moved), expected, strict=True):
                     torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.skipif(backend.engine is None, reason="the compiled engine is not built")
+def test_flushing_denormals_changes_nothing(name):
+    """torch.set_flush_denormal is of one thread alone: what hung on it would hang on which thread a row fell to."""
+    f, tensors = CASES[name]
+    expected = outcome(f, tensors)
+    try:
+        assert torch.set_flush_denormal(True)
+        found = outcome(f, tensors)
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

@@ -342,3 +342,37 @@ def test_bad_input_says_what_came(each_backend, change, error, message):
     good = {"log_weights": torch.zeros(2, 3), "seed": 0}
     with pytest.raises(error, match=message):
         resample(**(good | change))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flushing_denormals_changes_nothing(method, k, dtype):
+    """As torch.set_flush_denormal does it, in the thread that calls alone."""
+    log_weights = torch.randn(40, 9, dtype=dtype)
+    log_weights[1], log_weights[2, 1:], log_weights[3] = 0, NEG_INF, NEG_INF  # ties; one weight; none
+    log_weights[4] = -torch.arange(9, dtype=dtype) * 200  # weights too small for a normal number
+    log_weights[5] = torch.finfo(dtype).tiny
+    mask = torch.rand(40, 9) < 0.7
+    for valid in (None, mask):
+        expected = resample(log_weights, k, method=method, mask=valid, seed=1)
+        try:
+            assert torch.set_flush_denormal(True)
+            found = resample(log_weights, k, method=method, mask=valid, seed=1)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(fastalign.backend.engine is None, reason="the compiled engine is not built")
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_the_best_of_denormals(engine):
+    """Differences no normal number holds: with denormals they order, without they are ties, and never is there none."""
+    x = torch.tensor([[3e-320, 5e-320, 5e-320, 0.0]], dtype=torch.float64)
+    with use_backend(engine):
+        assert resample(x, 1, method="best", seed=0).item() == 1
+        try:
+            torch.set_flush_denormal(True)
+            assert resample(x, 1, method="best", seed=0).item() in (0, 1)
+        finally:
+            torch.set_flush_denormal(False)

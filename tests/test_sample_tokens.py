@@ -205,6 +205,39 @@ def test_a_mass_that_is_met_exactly_is_enough(each_backend):
         assert found.log_probs[0].item() == pytest.approx(-math.log(kept), abs=1e-6)
 
 
+# Probabilities in whole parts, and options whose border they meet to the last digit; what is kept, as parts.
+BORDERS = [
+    ([3, 1, 1, 5], {"top_p": 0.8}, [3, 5]),  # transformers' own vector (test_top_p_dist_warper)
+    ([3, 6, 6, 5], {"top_p": 0.6}, [6, 6]),
+    ([5, 2, 1, 1, 1], {"top_p": 0.7}, [5, 2]),
+    ([1, 2, 3, 4], {"top_p": 0.7}, [3, 4]),
+    ([1] * 10, {"top_p": 0.9}, [1] * 9),
+    ([7, 1, 1, 1], {"top_p": 0.7}, [7]),
+    ([10, 5, 5, 4, 1], {"min_p": 0.5}, [10, 5, 5]),
+    ([8, 2, 2, 1], {"min_p": 0.25}, [8, 2, 2]),
+    ([4, 4, 2], {"min_p": 1.0}, [4, 4]),
+    ([4, 2, 2, 1], {"top_k": 2}, [4, 2, 2]),  # ties of the k-th stay
+    ([8, 4, 4, 2, 2], {"top_k": 2, "top_p": 0.5}, [8]),
+    ([20, 10, 10, 5, 5], {"top_p": 0.9, "min_p": 0.25}, [20, 10, 10, 5]),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("parts", "options", "kept"), BORDERS, ids=lambda x: "".join(str(x).split()))
+def test_what_meets_a_border_to_its_dtypes_rounding_has_reached_it(each_backend, dtype, parts, options, kept):
+    parts = torch.tensor(parts, dtype=torch.float64)
+    logits = (parts / parts.sum()).log().to(dtype)[None] + 3
+    draws = 2 if each_backend == "triton" else 400
+    found = sample_tokens(logits.expand(draws, -1), seed=0, **options)
+    expected = (parts[found.ids] / sum(kept)).log()
+    torch.testing.assert_close(found.log_probs.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    if draws > 2:
+        assert parts[found.ids.unique()].tolist() == kept
+    if dtype == torch.float32:  # its own rounding decides theirs in others, and so does an offset
+        probs = (parts / parts.sum()).log().to(dtype)[None]
+        assert parts[warped(probs, **options)[0] > NEG_INF].tolist() == kept
+
+
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("temperature", 1) > 0], ids=str)
 def test_frequencies(each_backend, options):

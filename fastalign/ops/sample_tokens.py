@@ -50,7 +50,8 @@ def sample_tokens(
         temperature: at least 0; 0 takes the largest logit (the lowest index among ties, log-probability 0).
         top_k: keep the k largest and all ties of the k-th; 0 for off.
         top_p: keep the most likely tokens until their mass reaches top_p, at least one (nucleus sampling, arXiv
-            1904.09751); among ties at the border the higher indices stay. 1 for off.
+            1904.09751); among ties at the border the higher indices stay. 1 for off. A mass that falls short by no
+            more than the logits' dtype rounds, its epsilon, has reached it; likewise min_p.
         min_p: keep tokens at least min_p times as likely as the likeliest (arXiv 2407.01082); 0 for off.
         seed: in [0, 2^64).
         offset: the step number; a new one draws afresh for the same rows. In [0, 2^63).

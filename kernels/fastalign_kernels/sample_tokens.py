@@ -24,14 +24,13 @@ from fastalign.kernels._softmax import compute_type, lowest
 from torch import Tensor
 
 from fastalign.ops.sample_tokens import _sample_fake
+from fastalign.reference import slack
 
 TILE = 2048  # logits that one program of `_summarize` reads, and that a draw without filters reads again
 GROUP = 64
 BLOCK = 2048  # logits that `_draw_filtered` reads at once; half as many in float64
 DIGITS = 8  # candidates for a border that one pass tries, counting the one it starts from
 
-# Mass is compared with top_p as exact numbers would be, whatever the rounding; the same number as in the reference.
-TOP_P_SLACK = tl.constexpr(1 - 1e-12)
 # The low bits of a narrow logit, made float32, say nothing.
 EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -236,13 +235,13 @@ def _draw_filtered(
     EMPTY: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """least: the smallest (x - top) * scale that min_p lets pass."""
+    """top_p, least: the mass to be reached and the smallest (x - top) * scale that min_p lets pass, less what is rounding."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     group_tops += row * groups
     listed += row * groups
     scale, least = tl.full((), scale, COMPUTE), tl.full((), least, COMPUTE)
-    k, top_p = tl.full((), k, tl.float64), tl.full((), top_p, tl.float64) * TOP_P_SLACK
+    k, top_p = tl.full((), k, tl.float64), tl.full((), top_p, tl.float64)
     each, top, sound = _row_top(tops, row, tiles, TILES)
     if sound:
         border = _keys(lowest(COMPUTE), EMPTY).to(tl.int64)
@@ -330,7 +329,7 @@ def sample(
     top_k = top_k if top_k < vocab and not greedy else 0
     by_mass, by_least = top_p < 1 and not greedy, min_p > 0 and not greedy
     filtered = top_k > 0 or by_mass or by_least
-    limits = torch.finfo(log_probs.dtype)
+    limits, near = torch.finfo(log_probs.dtype), slack(logits.dtype)
     scale = limits.max if greedy else min(max(1 / temperature, limits.tiny), limits.max)
     compute = compute_type(logits.dtype)
     tiles, groups = triton.cdiv(vocab, TILE), triton.cdiv(vocab, GROUP)
@@ -353,7 +352,8 @@ def sample(
     block = BLOCK // 2 if compute == tl.float64 else BLOCK
     _draw_filtered[(count,)](
         ids, log_probs, tops, masses, group_tops, torch.empty_like(group_tops, dtype=torch.int32), logits, rows,
-        vocab, tiles, groups, *logits.stride(), scale, top_k, top_p, math.log(min_p) if by_least else -math.inf,
+        vocab, tiles, groups, *logits.stride(), scale, top_k, top_p * (1 - near),
+        math.log(min_p) - 2 * near if by_least else -math.inf,
         seed, offset, TOP_K=top_k > 0, TOP_P=by_mass, MIN_P=by_least, ROWS=streams,
         EMPTY=EMPTY_BITS.get(logits.dtype, 0), COMPUTE=compute, TILES=tiles_wide, GROUP=GROUP, BLOCK=block,
         BLOCKS=triton.next_power_of_2(triton.cdiv(groups * GROUP, block)), DIGITS=DIGITS, num_warps=16,
