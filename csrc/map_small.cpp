@@ -6,6 +6,7 @@ namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kSomeRows = 256;
 constexpr double kConstant = 1e-14;
+constexpr double kDoubtful = 1e-6;  // of the mean that it is about: what a deviation must have to be more than rounding
 
 // center, size <- mean (an S: see rough in passes.py) and root mean square of some of the rows
 template <typename S> static void look_at_some(double* center, double* size, const MapInput& in) {
@@ -56,7 +57,7 @@ bool map_small(const MapAnswer& out, const MapInput& given, const double* palett
   for (int64_t j = 0; j < m; ++j) {
     const double most = __builtin_fmax(size[j], __builtin_fabs(center[j] + mean[j]));
     scale[j] = __builtin_sqrt(cov[j * m + j]);
-    if (!(scale[j] > kConstant * most) || !(scale[j] < kInf)) return false;
+    if (!(scale[j] > kConstant * most) || !(scale[j] > kDoubtful * __builtin_fabs(mean[j])) || !(scale[j] < kInf)) return false;
     offset[j] = center[j] - palette[j];
     gradient[j] = (mean[j] + offset[j]) / scale[j];
     lower[j] = sign[j] > 0 ? 0.0 : -kInf;

@@ -2,11 +2,13 @@
 
 import http.client
 import json
+import socket
 import threading
 import webbrowser
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import browser
 import numpy as np
@@ -39,20 +41,22 @@ def served(desk):
     with server.open_server(desk) as found:
         thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield found.server_port
+        yield found
         found.shutdown()
         thread.join()
 
 
 @pytest.fixture
-def port(desk):
+def page_server(desk):
     with served(desk) as found:
         yield found
 
 
-def ask(port, method, path, body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+def ask(to, method, path, body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", to.server_port)
+    connection.request(
+        method, f"/{to.token}{path}", body, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
     reply = connection.getresponse()
     found = reply.status, reply.read().decode(), reply.headers
     connection.close()
@@ -128,31 +132,76 @@ def test_each_value_spans_what_it_can_realise_alone(desk):
         (b'{"palette": [0, 0], "first": 6}', "first must be a prompt's number from 0 to 5, got 6"),
     ],
 )
-def test_a_bad_question_is_one_clear_line(port, question, told):
-    status, text, _ = ask(port, "POST", "/solve", question)
+def test_a_bad_question_is_one_clear_line(page_server, question, told):
+    status, text, _ = ask(page_server, "POST", "/solve", question)
     assert status == 400
     assert told in json.loads(text)["error"] and "\n" not in json.loads(text)["error"]
 
 
-def test_only_its_own_page_is_answered(port):
+def test_only_its_own_page_is_answered(page_server):
+    port = page_server.server_port
     question = b'{"palette": [0, 0]}'
-    assert ask(port, "POST", "/solve", question)[0] == 200
-    assert ask(port, "POST", "/solve", question, Host=f"localhost:{port}", Origin=f"http://127.0.0.1:{port}")[0] == 200
+    assert ask(page_server, "POST", "/solve", question)[0] == 200
+    assert (
+        ask(page_server, "POST", "/solve", question, Host=f"localhost:{port}", Origin=f"http://127.0.0.1:{port}")[0]
+        == 200
+    )
     for headers in (
         {"Host": f"evil.example:{port}"},
         {"Host": "127.0.0.1"},
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
     ):
-        status, text, _ = ask(port, "POST", "/solve", question, **headers)
-        assert status == 403 and json.loads(text) == {"error": f"open it as http://127.0.0.1:{port}/"}
+        status, text, _ = ask(page_server, "POST", "/solve", question, **headers)
+        assert status == 403 and json.loads(text)["error"].startswith(
+            f"open it as http://127.0.0.1:{port}/ with the token"
+        )
         for path in ("/", "/values"):
-            status, text, _ = ask(port, "GET", path, **headers)
+            status, text, _ = ask(page_server, "GET", path, **headers)
             assert status == 403 and "prompt" not in text
-    assert ask(port, "GET", "/../desk.py")[0] == 404 and ask(port, "POST", "/", question)[0] == 404
-    assert ask(port, "POST", "/solve", b" " * (server.LONGEST_QUESTION + 1))[0] == 413
-    policy = ask(port, "GET", "/")[2]["Content-Security-Policy"]
+    assert ask(page_server, "GET", "/../desk.py")[0] == 404 and ask(page_server, "POST", "/", question)[0] == 404
+    assert ask(page_server, "POST", "/solve", b" " * (server.LONGEST_QUESTION + 1))[0] == 413
+    policy = ask(page_server, "GET", "/")[2]["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_nothing_is_answered_without_the_token(page_server):
+    for path in (
+        "/",
+        "/values",
+        "/page.js",
+        "/solve",
+        f"/{page_server.token[:-1]}/values",
+        f"/?{page_server.token}",
+        "//values",
+    ):
+        for method in ("GET", "POST"):
+            connection = http.client.HTTPConnection("127.0.0.1", page_server.server_port)
+            connection.request(method, path, b"{}")
+            reply = connection.getresponse()
+            text = reply.read().decode()
+            assert reply.status == 403 and "token" in text and page_server.token not in text and "prompt" not in text
+            connection.close()
+
+
+def test_an_address_may_have_a_query(page_server):
+    for path in ("/?from=mail", "/values?x=1", "/page.css?v=2"):
+        assert ask(page_server, "GET", path)[0] == 200
+    assert ask(page_server, "POST", "/solve?x", b'{"palette": [0, 0]}')[0] == 200
+
+
+def test_one_that_keeps_silent_is_left_and_many_may_wait(desk, monkeypatch, capfd):
+    monkeypatch.setattr(server._Handler, "timeout", 0.2)
+    with served(desk) as found:
+        silent = [socket.create_connection(("127.0.0.1", found.server_port)) for _ in range(60)]
+        silent[0].sendall(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+        silent[1].sendall(b"GE")
+        for one in silent:
+            one.settimeout(10)
+            assert one.recv(1) == b""
+            one.close()
+        assert ask(found, "GET", "/values")[0] == 200
+    assert found.request_queue_size >= 100 and capfd.readouterr().err == ""
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
@@ -187,7 +236,7 @@ def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch)
         return found.exit_code, found.stdout + found.stderr
 
     code, text = run(tmp_path / "scored.parquet", "--values", "short")
-    assert code == 0 and text.startswith(opened[0] + "  (Ctrl-C")
+    assert code == 0 and text.startswith(opened[0] + "  (Ctrl-C") and len(urlsplit(opened[0]).path) > 20
     assert run(tmp_path / "scored.parquet", "--no-browser")[0] == 0 and len(opened) == 1
     for arguments, told in (
         (["nowhere.parquet"], "no such file"),
@@ -199,7 +248,8 @@ def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch)
         assert code == 1 and told in text and text.count("\n") == 1
 
 
-def test_a_port_in_use_is_one_line(desk, port):
+def test_a_port_in_use_is_one_line(desk, page_server):
+    port = page_server.server_port
     with pytest.raises(UserError, match=f"port {port} cannot be had .*; 0 takes a free one"):
         server.open_server(desk, port)
 
@@ -219,8 +269,8 @@ ANSWERED = """new Promise(done => {
 })"""
 
 
-def test_a_slider_moves_lambda_in_a_browser(desk, port, page):
-    address = f"http://127.0.0.1:{port}/"
+def test_a_slider_moves_lambda_in_a_browser(desk, page_server, page):
+    address = page_server.address
     page.open(f"{address}#c={desk.mean[0] + 0.2},{desk.mean[1]}&from=3")
     before = page.evaluate(ANSWERED % 1)
     assert float(before[0]) > 0
@@ -246,8 +296,8 @@ def test_a_slider_moves_lambda_in_a_browser(desk, port, page):
     assert not [each for each in page.heard if each["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 
-def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, port, page):
-    page.open(f"http://127.0.0.1:{port}/#c=3,3")
+def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, page_server, page):
+    page.open(f"{page_server.address}#c=3,3")
     page.evaluate(ANSWERED % 1)
     verdict = "document.getElementById('verdict').textContent"
     assert page.evaluate(verdict).startswith("Out of reach")
@@ -269,8 +319,8 @@ def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, port, page):
 def test_nothing_sticks_out_of_the_page(desk, page, width, tmp_path):
     names = ["a value with more of a name than anybody would ever want to read", "without_a_blank_" * 5]
     odd = Desk(names, desk.rewards * [1e7, 1e-5], ["long " * 90 + "l" * 200] * 6, [["l" * 300] * 40] * 6)
-    with served(odd) as port:
-        page.open(f"http://127.0.0.1:{port}/#c=2e6,3e-6")
+    with served(odd) as page_server:
+        page.open(f"{page_server.address}#c=2e6,3e-6")
         page.evaluate(ANSWERED % 1)
         page.picture(tmp_path / "page.png", width, 900)
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

@@ -1,10 +1,14 @@
 """Samplers whose model runs elsewhere: the same law, argument checks and Candidates as the local one's; what servers do."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 import types
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -326,6 +330,104 @@ def test_refusals_are_told_once_and_not_repeated(server, body):
     with pytest.raises(UserError, match=r"completions answered 400: no such thing$"):
         OpenAISampler(server.url, in_flight=1).sample(PROMPTS, **SHORT)
     assert len(server.seen) == 1
+
+
+@contextmanager
+def dripping(first, piece):
+    """A server that accepts, sends `first`, then `piece` every twentieth of a second for ever; its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def drip(connection):
+        with contextlib.suppress(OSError), connection:
+            connection.recv(1 << 16)
+            connection.sendall(first)
+            while not over.wait(0.05):
+                connection.sendall(piece)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    finally:
+        over.set()
+        listening.close()
+
+
+DRIPS = {
+    "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b" "),
+    "body without a length": (b"HTTP/1.1 200 OK\r\n\r\n{}", b" "),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a line": (b"HTTP/1.1 200 O", b"K"),
+    "an error's body": (b"HTTP/1.1 503 Busy\r\nContent-Length: 60000\r\n\r\n", b" "),
+}
+
+
+@pytest.mark.parametrize("how", DRIPS)
+def test_an_answer_in_drops_has_one_deadline(how):
+    with dripping(*DRIPS[how]) as url:
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"(not wholly within 1 seconds|answered 503: Busy) \(1 tries\)"):
+            OpenAISampler(url, "m", timeout=1, tries=1).sample(["p"], n=1, max_new_tokens=4, seed=0)
+        assert time.monotonic() - started < 4
+    assert not [one for one in threading.enumerate() if isinstance(one, threading.Timer) and not one.finished.is_set()]
+
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (401, {}, f'{{"error": {{"message": "Incorrect API key provided: {KEY}"}}}}'.encode()),
+        (400, {}, f"Bearer {KEY} is not known".encode()),
+        (500, {}, KEY.encode()),
+    ],
+)
+def test_a_key_is_never_repeated(server, fault, tmp_path):
+    sampler = OpenAISampler(server.url, api_key=KEY + "\n", in_flight=1, tries=1)
+    made = sampler.sample(["why"], **SHORT)
+    assert server.seen[-1][1]["Authorization"] == f"Bearer {KEY}"
+    made.to_parquet(tmp_path / "made.parquet")
+    assert KEY.encode() not in (tmp_path / "made.parquet").read_bytes()
+    assert KEY not in repr(sampler) + repr(made) + repr(made.settings)
+    server.faults = [fault]
+    with pytest.raises(UserError, match=f"answered {fault[0]}: ") as told:
+        sampler.sample(["why"], **SHORT)
+    assert KEY not in str(told.value) and "(the key)" in str(told.value)
+
+
+def test_a_key_or_password_that_cannot_be_sent_is_not_repeated():
+    for key in ("two words secret", "secret\nX-Header: y", "s\u00e9cret"):
+        with pytest.raises(UserError, match="api_key must be printable ASCII without spaces") as told:
+            OpenAISampler("http://127.0.0.1:9/v1", "m", api_key=key)
+        assert "cret" not in str(told.value)
+    for url in ("http://me:secret@host/v1", "me:secret@host", "http://host/v1?api_key=secret"):
+        with pytest.raises(UserError, match="without user, password or query") as told:
+            OpenAISampler(url)
+        assert "secret" not in str(told.value)
+    for timeout in (0, float("nan")):
+        with pytest.raises(UserError, match="timeout must be at least 1"):
+            OpenAISampler("http://127.0.0.1:9/v1", "m", timeout=timeout)
+
+
+@pytest.mark.parametrize("value", [0.5, 1e-3, 88.0])
+def test_a_probability_above_1_is_refused(server, value):
+    def answer(true):
+        true["choices"][0]["logprobs"]["token_logprobs"][0] = value
+        return true
+
+    server.answer = answer
+    with pytest.raises(UserError, match=f"must hold log-probs of at most 0, got {value:g}"):
+        OpenAISampler(server.url).sample(["why"], chat=False, **SHORT)
+    value = 1e-7  # the rounding of a probability of 1
+    assert max(max(row) for row in OpenAISampler(server.url).sample(["why"], chat=False, **SHORT).logprobs[0]) <= 0
 
 
 def test_no_task_is_begun_after_an_error_however_late_it_is_read():

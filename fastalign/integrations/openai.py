@@ -15,12 +15,14 @@ are empty lists. vLLM's are of the model before temperature and truncation, unle
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
 import os
 import queue
 import random
+import socket
 import ssl
 import threading
 import urllib.error
@@ -37,6 +39,7 @@ from fastalign.errors import UserError
 
 BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation
 MODELS_BYTES = 1 << 22
+ROUNDING = 1e-6  # by which the log of a probability of 1 may come out above 0
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second try, doubled before each later one
 
@@ -45,8 +48,8 @@ class OpenAISampler(External):
     """A model on a server as a Sampler; batch_size: candidates per request (n), 64 by default.
 
     url: up to and with /v1. model: its name there; None where the server has one alone. tokenizer: of the model
-    (see above), or its name. api_key: default $OPENAI_API_KEY. in_flight: requests at once. timeout: seconds without
-    an answer. tries: of a request that met a full or failing server (429, 5xx), a lost connection or a timeout.
+    (see above), or its name. api_key: default $OPENAI_API_KEY. in_flight: requests at once. timeout: seconds within
+    which a request is wholly answered. tries: of a request that met a full or failing server (429, 5xx), a lost connection or a timeout.
     Raises UserError, one line, where the server refuses, cannot be reached or answers what makes no sense.
     """
 
@@ -64,12 +67,12 @@ class OpenAISampler(External):
         tries: int = 6,
     ):
         for name, value in (("in_flight", in_flight), ("timeout", timeout), ("tries", tries)):
-            if value < 1:
+            if not value >= 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if isinstance(tokenizer, str):
             tokenizer = _load_tokenizer(tokenizer)
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
-        self._http = _Http(_checked_url(url), key, timeout, tries)
+        self._http = _Http(_checked_url(url), _checked_key(key), timeout, tries)
         self.served = model or self._only_model()
         self.in_flight = in_flight
         super().__init__(f"{self._http.base}#{self.served}", tokenizer, None)
@@ -219,11 +222,10 @@ class _Http:
     """JSON questions to one server, asked again where that can help."""
 
     def __init__(self, base: str, key: str | None, timeout: float, tries: int):
-        self.base, self.timeout, self.tries = base, timeout, tries
+        self.base, self.timeout, self.tries, self._key = base, timeout, tries, key
         self.headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
-        self.opener = urllib.request.build_opener(_NoRedirect)
 
     def ask(self, path: str, body: dict | None, limit: int, stop: threading.Event) -> dict[str, Any]:
         """The JSON object that the server answers with, of `limit` bytes at most. Raises UserError."""
@@ -232,18 +234,18 @@ class _Http:
             request = urllib.request.Request(self.base + path, data, self.headers)
             after = 0.0
             try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    content = response.read(limit + 1)
+                with _Deadline(self.timeout) as deadline:
+                    content = self._once(request, limit, deadline)
                 break
-            except urllib.error.HTTPError as error:
-                told = f"{self.base}{path} answered {error.code}: {_message(error)}"
+            except _Refused as error:
+                told = f"{self.base}{path} answered {error.code}: {self._without_key(error.message)}"
                 if error.code not in RETRIED:
                     raise UserError(told) from None
-                after = _seconds(error.headers.get("Retry-After"))
+                after = error.after
             except (OSError, http.client.HTTPException) as error:  # refused, cut off, timed out
                 reason = getattr(error, "reason", None) or error
-                told = f"{self.base}{path} gave no answer: {_line(reason) or type(reason).__name__}"
-                if isinstance(reason, ssl.SSLError):
+                told = f"{self.base}{path} gave no answer: {self._without_key(_line(reason)) or type(reason).__name__}"
+                if isinstance(reason, ssl.SSLError) and not deadline.passed:
                     raise UserError(told) from None
             wait = max(after, WAIT * 2**attempt * random.uniform(0.75, 1.25))
             if attempt + 1 == self.tries or stop.wait(min(wait, LONGEST_WAIT)):
@@ -257,6 +259,95 @@ class _Http:
         if not isinstance(answer, dict):
             raise UserError(f"{self.base}{path} must answer with a JSON object, got {type(answer).__name__}")
         return answer
+
+    @staticmethod
+    def _once(request: urllib.request.Request, limit: int, deadline: _Deadline) -> bytes:
+        opener = urllib.request.build_opener(_NoRedirect, _Http1(deadline), _Https(deadline))
+        try:
+            with opener.open(request, timeout=deadline.seconds) as response:
+                return response.read(limit + 1)
+        except urllib.error.HTTPError as error:
+            raise _Refused(error.code, _message(error), _seconds(error.headers.get("Retry-After"))) from None
+
+    def _without_key(self, text: str) -> str:
+        """What a server says may repeat what it was sent."""
+        return text.replace(self._key, "(the key)") if self._key else text
+
+
+class _Refused(Exception):
+    def __init__(self, code: int, message: str, after: float):
+        super().__init__(message)
+        self.code, self.message, self.after = code, message, after
+
+
+class _Deadline:
+    """Ends the connections that are made within it once `seconds` have passed: a socket's own timeout is one of each read,
+    which one byte satisfies."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.passed = seconds, False
+        self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._pass)
+        self._timer.daemon = True
+
+    def connect(self, *args, **kwargs) -> socket.socket:
+        connected = socket.create_connection(*args, **kwargs)
+        with self._lock:
+            self._sockets.append(connected.dup())  # TLS takes the socket itself
+            passed = self.passed
+        if passed:
+            self._shut()
+        return connected
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for each in self._sockets:
+                each.close()
+            self._sockets.clear()
+        if self.passed and (kind is None or issubclass(kind, (OSError, http.client.HTTPException))):
+            # What an answer without a length was cut to looks like all of it.
+            raise TimeoutError(f"not wholly within {self.seconds:g} seconds") from None
+
+    def _pass(self) -> None:
+        self.passed = True
+        self._shut()
+
+    def _shut(self) -> None:
+        with self._lock:
+            for each in self._sockets:
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    each.shutdown(socket.SHUT_RDWR)
+
+
+class _Http1(urllib.request.HTTPHandler):
+    kind = http.client.HTTPConnection
+
+    def __init__(self, deadline: _Deadline):
+        super().__init__()
+        self.deadline = deadline
+
+    def http_open(self, request):
+        return self.do_open(self._connection, request)
+
+    def _connection(self, *args, **kwargs):
+        made = self.kind(*args, **kwargs)
+        made._create_connection = (
+            self.deadline.connect
+        )  # where both kinds, and tunnels through proxies, get their socket
+        return made
+
+
+class _Https(_Http1, urllib.request.HTTPSHandler):
+    kind = http.client.HTTPSConnection
+
+    def https_open(self, request):
+        return self.do_open(self._connection, request, context=self._context)
 
 
 def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple[str, list[int], list[float]]]:
@@ -314,9 +405,12 @@ def _read_choice(choice: Any, settings: Settings) -> tuple[str, list[int], list[
         wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, kinds) or not abs(v) < 2**31]
         if wrong:
             raise _Wrong(f"must hold {what} as finite numbers, got {wrong[0]!r:.40}")
+    above = [value for value in logprobs if value > ROUNDING]
+    if above:
+        raise _Wrong(f"must hold log-probs of at most 0, got {above[0]:.6g}")
     if any(token < 0 for token in tokens) or (tokens and logprobs and len(tokens) != len(logprobs)):
         raise _Wrong(f"must hold one token id, not negative, per log-prob, got {len(tokens)} and {len(logprobs)}")
-    return cut(text, settings.stop), tokens, [float(value) for value in logprobs]
+    return cut(text, settings.stop), tokens, [min(float(value), 0.0) for value in logprobs]
 
 
 class _Wrong(Exception):
@@ -335,9 +429,21 @@ def _checked_url(url: str) -> str:
         good = parts.scheme in ("http", "https") and parts.hostname and not parts.query and (parts.port or 1) > 0
     except ValueError:
         good = False
+    if "@" in url or "?" in url:  # not repeated: it may be a password, or a key
+        raise UserError(
+            "a server's address must look like http://host:port/v1, without user, password or query: a key is given as "
+            "api_key or as $OPENAI_API_KEY"
+        )
     if not good:
         raise UserError(f"a server's address must look like http://host:port/v1, got {url!r}")
     return url.strip().rstrip("/")
+
+
+def _checked_key(key: str | None) -> str | None:
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError("api_key must be printable ASCII without spaces, as a header takes it, got something else")
+    return key or None
 
 
 def _load_tokenizer(name: str):

@@ -18,7 +18,7 @@ def to_numpy(x) -> np.ndarray:
 
 
 def as_rewards(rewards) -> np.ndarray:
-    """rewards as (n, m) float32 or float64 with contiguous rows, n and m at least 1."""
+    """rewards as (n, m) float32 or float64, rows contiguous and whole numbers of values apart; n and m at least 1."""
     rewards = to_numpy(rewards)
     if rewards.ndim != 2:
         raise UserError(f"rewards must have shape (n, m), got {rewards.shape}")
@@ -27,13 +27,16 @@ def as_rewards(rewards) -> np.ndarray:
     if rewards.dtype.kind not in "fiub":
         raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
     if rewards.dtype == np.float32 or rewards.dtype == np.float64:
-        return rewards if rewards.strides[1] == rewards.itemsize else np.ascontiguousarray(rewards)
+        apart, within = rewards.strides
+        # A field of records, say, may have its rows at any distance and its values at any address.
+        in_place = rewards.flags.aligned and within == rewards.itemsize and apart >= 0 and apart % rewards.itemsize == 0
+        return rewards if in_place else np.array(rewards, order="C")
     return rewards.astype(np.float32 if rewards.dtype == np.float16 else np.float64)
 
 
 def as_palettes(palette, m: int) -> np.ndarray:
     """palette as (K, m) float64, K = 1 where it was (m,)."""
-    palettes = np.asarray(to_numpy(palette), dtype=np.float64)
+    palettes = np.require(to_numpy(palette), np.float64, ["C", "ALIGNED"])
     if palettes.ndim not in (1, 2) or palettes.shape[-1] != m or palettes.size == 0:
         got = f"{palettes.shape[-1]}" if palettes.ndim in (1, 2) else f"shape {palettes.shape}"
         raise UserError(f"palette must have one level for each of the {m} rewards, got {got}")

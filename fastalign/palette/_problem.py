@@ -10,13 +10,14 @@ from fastalign.palette import _engine
 from fastalign.palette._batch import LEFT, Points, model_minima, residuals, sweep
 from fastalign.palette._newton import State, newton
 from fastalign.palette._uniqueness import flat_directions, least_norm
-from fastalign.palette.feasibility import Reachable
+from fastalign.palette.feasibility import SHARP, Reachable
 
 # Rows on which λ is first sought: a start that spares passes over all; then a 16th of all, which spares one more.
 FIRST_ROWS, LAST_SHARE = 16_384, 16
 # So many palettes go through the steps in arrays; so many start from the answers to every eighth of them.
 TOGETHER, PATH, PATH_STEP, MOST_PIVOTS = 4, 64, 8, 512
 ROUNDING = 16 * np.finfo(np.float64).eps
+DOUBTFUL = 1e-12
 ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
 
@@ -34,14 +35,8 @@ class Problem:
         self.mean, cov = first.mean[0], first.cov[0]
         if not (isfinite(self.mean.sum()) and isfinite(cov.sum())):
             run.reject_nonfinite()
-        deviation = np.sqrt(np.maximum(cov.diagonal(), 0))
-        size = np.maximum(run.size, np.abs(run.center + self.mean))
-        # A constant reward has no deviation to measure by (what is left is rounding): its own size serves instead.
-        self.constant = ~(deviation > 1e-14 * size)
+        self.scale, self.constant = self._measure(cov.diagonal())
         self.any_constant = bool(self.constant.any())
-        self.scale = deviation
-        if self.any_constant:
-            self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
         self.offset = run.center - palettes
         bound = np.where(self.constant, 0.0, lam_max * self.scale)
         self.lower, self.upper = np.where(sign > 0, 0.0, -bound), np.where(sign < 0, 0.0, bound)
@@ -61,6 +56,29 @@ class Problem:
             begun = self.view(everything, np.clip(guess * self.scale, self.lower, self.upper), first, 1 + everything)
             lower = np.flatnonzero(begun.value < self.points.value)  # a start that is no lower than 0 tells nothing
             self.points[lower] = begun[lower]
+
+    def _measure(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What each reward is measured by, (m,): its standard deviation under p0; and whether it is constant.
+
+        A variance that is small beside the square of the mean it is about may be all rounding, or be lost in it. There the
+        range tells whether there is any, over rows of positive weight and within groups, and measures the reward; what is
+        constant is measured by its own size.
+        """
+        run = self.run
+        deviation = np.sqrt(np.maximum(variance, 0))
+        constant = np.zeros(len(deviation), dtype=bool)
+        doubtful = np.flatnonzero(~(variance > DOUBTFUL * self.mean**2) | (deviation == 0))
+        if len(doubtful):
+            size = np.maximum(run.size, np.abs(run.center + self.mean))
+            size[size == 0] = 1.0
+            towards = np.zeros((len(doubtful), len(size)))
+            towards[range(len(doubtful)), doubtful] = SHARP / size[doubtful]
+            spread = np.zeros(len(size))
+            most, least = np.split(run(np.vstack([towards, -towards])).mean, 2)
+            spread[doubtful] = (most - least)[range(len(doubtful)), doubtful]
+            constant[doubtful] = ~(spread[doubtful] > 1e-14 * size[doubtful])
+            deviation[doubtful] = np.where(constant, size, np.maximum(deviation, spread))[doubtful]
+        return deviation, constant
 
     def miss(self, gradient: np.ndarray) -> np.ndarray:
         """By how many standard deviations each level misses what is asked of it; at most 0 where it does not."""
@@ -150,6 +168,9 @@ class Problem:
             feasible[k] = distance <= self.tol and not self.short[k]
             if not feasible[k]:
                 beyond["nearest"][k], beyond["certificate"][k] = nearest, certificate
+                if certificate is None:  # beyond by too little to be proved in double
+                    beyond["certificate"][k], beyond["scaling"][k] = np.full(len(palette), np.nan), 1.0
+                    continue
                 beyond["scaling"][k] = self.reachable.scaling(self.run.center + self.mean, palette, certificate)
         solved = feasible | isfinite(self.lam_max)
         unique = np.ones(count, dtype=bool)

@@ -34,13 +34,15 @@ class Reachable:
         return np.where(self.sign > 0, np.maximum(d, 0.0), np.where(self.sign < 0, np.minimum(d, 0.0), d))
 
     def farthest(self, d: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, float]:
-        """The point of the hull farthest along d and its score, from the palette."""
-        met = self.run((d * (SHARP / np.sqrt(d @ d)) / self.scale)[None]).mean[0]
+        """The point of the hull farthest along d, from the palette, and the largest score d · point of any."""
+        sharp = d * (SHARP / np.sqrt(d @ d)) / self.scale
+        found = self.run(sharp[None])
+        met = found.mean[0]
         self._met.setdefault(met.tobytes(), met)
         if len(self._met) > KEPT_POINTS:
             del self._met[next(iter(self._met))]
-        point = self._seen_from(palette, met)
-        return point, float(d @ point)
+        score = (found.max_score[0] + sharp @ (self.run.center - palette)) * (np.sqrt(d @ d) / SHARP)
+        return self._seen_from(palette, met), float(score)
 
     def _seen_from(self, palette: np.ndarray, met: np.ndarray) -> np.ndarray:
         return (met + (self.run.center - palette)) / self.scale
@@ -50,8 +52,8 @@ class Reachable:
 
         direction: (m,), a first guess at the separating direction (in λ's units), for the first palette.
         Returns the nearest reachable palette (m,), the separating direction d (m,) in λ's units, with
-        max_i d·R_i < d·palette (None where the palette itself is reachable to rounding), and the distance in units of
-        scale.
+        max_i d·R_i < d·palette, and the distance in units of scale. No direction, and distance 0, where the palette itself
+        is reachable to rounding; none either where rounding leaves open whether any separates.
         """
         from scipy.optimize import nnls
 
@@ -76,17 +78,42 @@ class Reachable:
             nearest = (weights @ np.array(points) + spare @ left) / weights.sum()
             distance = float(np.sqrt(nearest @ nearest))
             d = self.inward(-nearest)
+            used = [p for p, w in zip(points, weights, strict=True) if w > 0.0]
             size = float(np.abs(points).max())
             if distance <= 1e-14 * max(1.0, size):
-                return palette + nearest * self.scale, None, distance
+                return palette + nearest * self.scale, None, 0.0
             point, score = self.farthest(d, palette)
             # score + distance² is Frank-Wolfe's gap; where it is rounding, or nothing moved any more, it is nearest.
             met = distance >= shortest and any(np.array_equal(point, p) for p in points)
             if score + distance**2 <= 1e-15 * (1.0 + size) * distance or met:
                 break
             shortest = min(shortest, distance)
-            points = [p for p, w in zip(points, weights, strict=True) if w > 0.0] + [point]
-        return palette - d * self.scale, d / self.scale / np.abs(d / self.scale).max(), distance
+            points = [*used, point]
+        for direction in (d, self._across(d, np.array(used), left)):
+            if (proof := self._proof(direction, palette)) is not None:
+                return palette - d * self.scale, proof, distance
+        return palette - d * self.scale, None, distance
+
+    def _across(self, d: np.ndarray, used: np.ndarray, left: np.ndarray) -> np.ndarray:
+        """d without its part along the face of C that the projection lies on, whose corners are `used`.
+
+        d is the small difference of that face and the palette, and has that difference's rounding; the face's own edges
+        are known to the last digit.
+        """
+        edges = np.vstack([used[1:] - used[0], np.eye(len(d))[self.sign != 0][left > 0.0]])
+        for _ in range(2):  # what rounding leaves of the first time
+            d = d - np.linalg.lstsq(edges, edges @ d, rcond=1e-12)[0] if len(edges) else d
+        d[(np.abs(d) <= 1e-15 * np.abs(d).max())] = 0.0
+        return self.inward(d)
+
+    def _proof(self, d: np.ndarray, palette: np.ndarray) -> np.ndarray | None:
+        """d in λ's units, its largest entry 1, if every sample falls short of the palette along it by more than rounding."""
+        if not np.abs(d).max() > 0.0:
+            return None
+        point, score = self.farthest(d, palette)
+        place = np.abs(self.run.center) + np.abs(palette)
+        rounding = 8 * len(d) * np.finfo(np.float64).eps * (np.abs(d) @ (np.abs(point) + place / self.scale))
+        return d / self.scale / np.abs(d / self.scale).max() if score < -rounding else None
 
     def scaling(self, mean: np.ndarray, palette: np.ndarray, direction: np.ndarray) -> float:
         """The largest t for which mean + t (palette − mean) can be reached, for a palette that cannot.

@@ -34,12 +34,14 @@ class PaletteSolution:
     feasible: whether the palette can be reached at all by reweighting these samples.
     kkt_residual: max_j |μ_j − clip(μ_j − γ_j, bounds)| with μ_j = λ_j σ_j, γ_j = (E_λ[R_j] − c_j) / σ_j and σ_j the
         standard deviation of reward j under p0 (with groups: within them, in the root mean square); that is, how far
-        the levels miss, in standard deviations. A constant reward is measured by its own size.
+        the levels miss, in standard deviations. A constant reward is measured by its own size, and one whose deviation
+        is lost in rounding, as under weights of very different magnitude, by its range.
     iterations: passes over all rewards that it took. nearest: (m,) the reachable palette closest to an infeasible one
         (Euclidean distance in units of σ); None where the palette is feasible (NaN rows in the (K, m) form, None if
         all are).
-    certificate: (m,) d with max_i d·R_i < d·c, the proof that an infeasible palette is so (d_j ≥ 0 for at least, ≤ 0
-        for at most); else as `nearest`.
+    certificate: (m,) d with max_i d·R_i < d·c over the samples of positive weight (with groups: their mean), the proof,
+        checked, that an infeasible palette is so (d_j ≥ 0 for at least, ≤ 0 for at most); NaN where it is beyond by more
+        than tol but by too little to be proved in float64; else as `nearest`.
     scaling: for an infeasible palette the largest t for which mean + t (palette − mean) can be reached; None, or NaN
         in the (K, m) form, where it is feasible.
     duality_gap: KL(p_λ ‖ p0) + g(λ) = λ·(levels − palette) in nats. Where the levels meet the palette, no policy that
