@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 import fastalign
-from fastalign.errors import UserError
+from fastalign.errors import UserError, printable
 
 
 def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable[[Callable], Callable]]:
@@ -88,8 +88,8 @@ def _is_users(error: BaseException) -> bool:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return " ".join(printable(str(error)).split()) or type(error).__name__
 
 
 def _fail(message: str, code: int = 1) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from fastalign import cli_lora
 from fastalign._command import console, numbers, registrar
-from fastalign.errors import UserError
+from fastalign.errors import UserError, printable
 
 
 class Method(str, Enum):
@@ -160,7 +160,7 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool) -> None:
 
     out, told = made.out, console()
     for line in made.describe():
-        told.print(line, soft_wrap=True, markup=False)
+        told.print(printable(line), soft_wrap=True, markup=False)
     if dry_run:
         already_made(made)
         told.print(estimate.told(made), soft_wrap=True, markup=False)
@@ -168,7 +168,7 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool) -> None:
         return
     found = execute(made, sync=sync, strict=strict)
     if found.not_finite:
-        print(f"fastalign: {out}: {found.not_finite}", file=sys.stderr)
+        print(printable(f"fastalign: {out}: {found.not_finite}"), file=sys.stderr)
     if found.resumed == len(made.layout) and not found.read_bytes:
         told.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
         return

@@ -3,3 +3,11 @@
 
 class UserError(ValueError):
     """A mistake in what the user passed; the command line prints its message and no traceback."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """With control characters and the like written out, such as \\x1b: names come from files that anyone may have written."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

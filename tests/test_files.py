@@ -11,8 +11,10 @@ import stat
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from fastalign import pipeline
+from fastalign import pipeline, soup
+from fastalign.cli import app
 from fastalign.data import fingerprint
 from fastalign.data.files import atomic_write, write_json
 from fastalign.decode import Candidates
@@ -107,6 +109,96 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "a") as beside:
         beside.write_bytes((tmp_path / "other").read_bytes())
     assert caught.value.filename == str(tmp_path / "other")
+
+
+# ---- what lies in a model's folder ----
+
+
+def model(folder, **files):
+    folder.mkdir(parents=True)
+    save_file({"w": torch.ones(4)}, folder / "model.safetensors")
+    for name, text in {"config.json": '{"model_type": "llama"}', **files}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def merge_of(*models, **options):
+    return soup.merge(models, [1 / len(models)] * len(models), models[0].parent / "out", progress=False, **options)
+
+
+@pytest.mark.parametrize("make", [fifo, device, local_socket])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_what_is_no_file_in_a_models_folder_is_not_opened(make, name, tmp_path, monkeypatch):
+    """A FIFO would wait for ever, a device may never end: refused in one line, or, where the file may be missing, not taken."""
+    monkeypatch.chdir(tmp_path)
+    one = model(tmp_path / "m")
+    (one / name).unlink(missing_ok=True)
+    make(one / name)
+    if name == "model.safetensors":
+        for given in (one, one / name):
+            with pytest.raises((UserError, OSError)) as caught:
+                soup.merge([given], [1.0], tmp_path / "out", progress=False)
+            assert "\n" not in str(caught.value) and str(one) in str(caught.value)
+    else:
+        merge_of(one)
+        assert not (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_a_link_out_of_the_folder_is_not_copied(name, tmp_path):
+    one = model(tmp_path / "m")
+    (tmp_path / "secret").write_text("{}")
+    (one / name).unlink(missing_ok=True)
+    (one / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{name}: links to .*secret, out of its folder"):
+        merge_of(one)
+    assert not (tmp_path / "out").exists()
+    (one / name).unlink()
+    (one / "inside").write_text("{}")
+    (one / name).symlink_to("inside")
+    merge_of(one)
+    assert (tmp_path / "out" / name).read_text().startswith("{") and not (tmp_path / "out" / name).is_symlink()
+
+
+def test_snapshots_of_the_hubs_cache_link_to_their_blobs(tmp_path):
+    home = tmp_path / "models--some--model"
+    one = model(home / "snapshots" / "c0ffee")
+    (home / "blobs").mkdir()
+    for i, path in enumerate(sorted(one.iterdir())):
+        path.rename(home / "blobs" / str(i))
+        path.symlink_to(f"../../blobs/{i}")
+    soup.merge([one], [1.0], tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "config.json").is_file()
+    (one / "config.json").unlink()
+    (tmp_path / "secret").write_text("{}")
+    (one / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="out of its folder"):
+        soup.merge([one], [1.0], tmp_path / "again", progress=False)
+
+
+def test_json_that_is_nested_deeply_is_one_line(tmp_path):
+    one = model(tmp_path / "m", **{"config.json": '{"a":' * 100_000 + "1" + "}" * 100_000})
+    with pytest.raises(
+        UserError, match=r"config.json: not a JSON file that can be read, it is nested too deeply"
+    ) as caught:
+        merge_of(one)
+    assert "\n" not in str(caught.value)
+
+
+def test_escape_sequences_of_names_are_shown_written_out(tmp_path):
+    evil = "\x1b]0;title\x07\x1b[2J\u202e"
+    one, two = model(tmp_path / "m"), tmp_path / f"n{evil}"
+    shutil.copytree(one, two)
+    save_file({"w": torch.ones(4), f"x{evil}": torch.ones(2)}, two / "model.safetensors")
+    for others in (["--weights", "0.5,0.5"], ["--weights", "1,nan"]):
+        done = CliRunner().invoke(app, ["soup", str(one), str(two), *others, "--out", str(tmp_path / "out")])
+        assert done.exit_code == 1 and all(c.isprintable() or c == "\n" for c in done.output), repr(done.output)
+    done = CliRunner().invoke(app, ["soup", str(two), "--weights", "1", "--dry-run", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and r"\x1b]0;title\x07" in done.output
+    assert all(c.isprintable() or c == "\n" for c in done.output)
+    assert "\x1b" not in str(UserError(f"{evil} is no name")) and str(UserError("ρ ≤ é")) == "ρ ≤ é"
 
 
 # ---- what a model is by content ----

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from fastalign.errors import UserError
 from fastalign.soup import open_checkpoint
@@ -196,3 +196,23 @@ def test_layouts_fill_shards_and_align_tensors():
             if name in shard.tensors:
                 assert shard.tensors[name].offset % {"F16": 2, "F64": 8, "U8": 1, "F32": 4}[dtype] == 0
     assert [shard.file for shard in lay_out(tensors, 10**9)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b" ", b"\n", b"\t\r\n  ", b"\x0b", b"\x0c", b"\0", b"\xef\xbb\xbf", b"\xc2\xa0"]
+)
+@pytest.mark.parametrize("after", [b"", b" \n\t\r", b"\0", b"\x0c", b"{}"])
+def test_white_space_about_the_header_is_as_the_library_has_it(before, after, tmp_path):
+    header = before + json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode() + after
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    try:
+        load_file(path)
+        taken = True
+    except SafetensorError:
+        taken = False
+    if taken:
+        assert read_header(path).tensors["w"].shape == (4,)
+    else:
+        with pytest.raises(UserError, match="not a valid safetensors file"):
+            read_header(path)

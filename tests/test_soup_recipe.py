@@ -321,3 +321,69 @@ def test_large_and_missing_recipes(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * 1_000_001)
     with pytest.raises(UserError, match="at most 1,000,000 bytes"):
         soup.read_recipe(tmp_path / "large.yaml")
+
+
+NUMBERS = {
+    "true": (True, 1), "1": (True, 1), "1.0": (True, 1), "'1'": (True, 1), "0": (False, 0), "0.0": (False, 0), "false": (False, 0),
+    "5.0": (True, 5), "2": (True, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", NUMBERS)
+def test_mergekits_flags_and_counts_may_be_numbers(written, tmp_path):
+    """Its parameters are all numbers, and what it writes itself has true as 1.0 and 5 as 5.0."""
+    flag, count = NUMBERS[written]
+
+    def read(text):
+        path = tmp_path / "recipe.yml"
+        path.write_text(text)
+        return soup.read_recipe(path)
+
+    two, each = (
+        "models: [{model: b}, {model: c}]",
+        "models: [{model: b, parameters: {weight: 1}}, {model: c, parameters: {weight: 1}}]",
+    )
+    base = "base_model: a"
+    assert read(f"merge_method: linear\n{each}\nparameters: {{normalize: {written}}}")["normalize"] is flag
+    assert (
+        read(f"merge_method: model_stock\n{base}\n{two}\nparameters: {{filter_wise: {written}}}")["parameters"][
+            "filter_wise"
+        ]
+        is flag
+    )
+    assert read(f"merge_method: karcher\n{two}\nparameters: {{max_iter: {written}}}")["parameters"]["max_iter"] == count
+    found = read(f"merge_method: multislerp\n{each}\nparameters: {{normalize_weights: {written}}}")
+    assert found["parameters"]["normalize_weights"] is flag
+    found = read(
+        f"merge_method: ties\n{base}\n{each}\nparameters: {{normalize: {written}, rescale: {written}, int8_mask: {written}}}"
+    )
+    assert (found["parameters"]["normalize"], found["parameters"]["rescale"]) == (flag, "l1" if flag else "none")
+    found = read(f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: {written}}}}}]")
+    assert found["weights"][0].constant == count
+
+
+def test_mergekits_layer_ranges_may_be_numbers_with_a_point(tmp_path):
+    (tmp_path / "r.yml").write_text(
+        "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0.0, 2.0]}]}]"
+    )
+    assert soup.read_recipe(tmp_path / "r.yml")["models"] == [[("a", 0, 2)]]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [("normalize: maybe", "normalize must be true or false, or a number, for all"), ("normalize: .nan", "got nan"),
+     ("normalize: [1, 0]", "for all tensors"), ("normalize: [{filter: mlp, value: 1}]", "for all tensors")],
+)  # fmt: skip
+def test_what_is_neither_flag_nor_number(body, told, tmp_path):
+    recipe = f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: 1}}}}]\nparameters: {{{body}}}"
+    (tmp_path / "r.yml").write_text(recipe)
+    with pytest.raises(UserError) as caught:
+        soup.read_recipe(tmp_path / "r.yml")
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", ["5.5", ".inf", "many"])
+def test_a_count_is_whole(count, tmp_path):
+    (tmp_path / "r.yml").write_text(f"merge_method: karcher\nmodels: [{{model: a}}]\nparameters: {{max_iter: {count}}}")
+    with pytest.raises(UserError, match="max_iter must be a whole number"):
+        soup.read_recipe(tmp_path / "r.yml")

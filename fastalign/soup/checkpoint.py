@@ -12,6 +12,7 @@ import json
 import math
 import os
 import reprlib
+import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -121,8 +122,10 @@ def read_header(path: Path) -> File:
     def bad(what: str) -> UserError:
         return UserError(f"{path}: not a valid safetensors file: {what}")
 
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
         status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: must be a file, is a FIFO or a device")
         size, start = status.st_size, file.read(8)
         if len(start) < 8:
             raise bad(f"it has {size} bytes, the header's length alone takes 8")
@@ -153,9 +156,14 @@ def read_header(path: Path) -> File:
     return File(path, dict(ordered), metadata, size, status.st_mtime_ns, identity)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """For `open`: a FIFO that nobody writes to is opened at once, too."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
     """The header's JSON object, with neither duplicate names nor numbers that JSON does not have."""
-    if not header.startswith(b"{"):
+    if not header.lstrip(b" \t\n\r").startswith(b"{"):
         raise bad("its header does not begin with '{'")
     if header.count(b"[") > 2 * MAX_TENSORS or header.count(b"{") > 2 * MAX_TENSORS:
         raise bad(f"its header names more than {MAX_TENSORS:,} tensors")

@@ -45,7 +45,10 @@ class Companions(NamedTuple):
         found = {
             path.name: path for folder, patterns in held if folder for one in patterns for path in folder.glob(one)
         }
-        return sorted(path for path in found.values() if path.is_file())
+        paths = sorted(path for path in found.values() if path.is_file())
+        for path in paths:
+            stays_within(path)
+        return paths
 
     def files(self) -> set[str]:
         """The names of the files that `copy` makes."""
@@ -142,6 +145,16 @@ def _template(asked: str | None, held: Iterable[Checkpoint]) -> str | None:
     if "{{" not in asked and "{%" not in asked:
         raise UserError(f"chat_template must be auto or a template's text, with {{{{ or {{%, got {asked[:80]!r}")
     return asked
+
+
+def stays_within(path: Path) -> None:
+    """Raises UserError where a file that is copied is a link out of its folder; a snapshot of the hub's cache links to its blobs."""
+    folder = path.parent.resolve()
+    home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not any(path.resolve().is_relative_to(one) for one in (folder, home)):
+        raise UserError(
+            f"{path}: links to {path.resolve()}, out of its folder: what lies there is not copied; put the file itself there"
+        )
 
 
 def _has_code(folder: Path) -> bool:

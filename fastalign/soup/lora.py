@@ -22,6 +22,7 @@ from fastalign import progress as bars
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 from fastalign.soup import dtypes, methods
+from fastalign.soup.companions import stays_within
 from fastalign.soup.lora_files import Adapter, base_name, empty_folder, open_adapter, wide, write_adapter
 
 _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
@@ -184,6 +185,7 @@ def _one(held, row, folder: Path, rank: int | None, stored, whole, advance) -> M
     metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
     write_adapter(folder, factors, _settings(held, set(factors)), metadata, whole)
     for path in sorted({path for pattern in _KEPT for path in held[0].folder.glob(pattern) if path.is_file()}):
+        stays_within(path)
         shutil.copyfile(path, folder / path.name)
     ranks = [len(a) for a, _, _ in factors.values()]
     worst = min(shares, key=shares.get)

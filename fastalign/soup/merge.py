@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastalign import backend
 from fastalign import progress as bars
 from fastalign.data import files
-from fastalign.errors import UserError
+from fastalign.errors import UserError, printable
 from fastalign.soup import plan as plans
 from fastalign.soup.finite import NotFinite
 from fastalign.soup.inputs import allow_open_files, files_of, opened
@@ -117,7 +117,7 @@ def merge(
 def warned(found: Merged) -> Merged:
     """Tells Python's caller of a merge what was met of numbers that are not finite."""
     if found.not_finite:
-        warnings.warn(f"{found.out}: {found.not_finite}", stacklevel=3)
+        warnings.warn(printable(f"{found.out}: {found.not_finite}"), stacklevel=3)
     return found
 
 

@@ -11,6 +11,7 @@ signs otherwise for one element in a thousand.
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -186,16 +187,24 @@ class _Parameters:
         return self._setting(name, self.scopes[0][-2:], name)
 
     def flag(self, name: str) -> bool:
-        found = self._plain(name)
-        if type(found) is not bool:
-            raise UserError(f"{name} must be true or false for all tensors to be read here, got {reprlib.repr(found)}")
-        return found
+        return bool(self._number(name, "must be true or false, or a number,"))
 
     def whole(self, name: str) -> int:
+        found = self._number(name, "must be a whole number")
+        if found != int(found):
+            raise UserError(f"{name} must be a whole number, got {found}")
+        return int(found)
+
+    def _number(self, name: str, rule: str) -> float:
+        """A flag's or count's: all of mergekit's parameters are numbers, and so its own files have true as 1.0, 5 as 5.0."""
         found = self._plain(name)
-        if type(found) is not int:
-            raise UserError(f"{name} must be a whole number, got {reprlib.repr(found)}")
-        return found
+        try:
+            number = float(found)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{name} {rule} for all tensors to be read here, got {reprlib.repr(found)}")
+        return number
 
     def _plain(self, name: str) -> Any:
         held = [scope[name] for scope in self.scopes[0][-2:] if scope and name in scope]
@@ -215,7 +224,7 @@ def _rules(told: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
     """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is part of the name counts."""
     conditions = [value] if isinstance(value, Mapping) else value
     if not (isinstance(conditions, list) and any(isinstance(one, Mapping) for one in conditions)):
-        return [("*", numbers(told, value))] if value != [] else []
+        return [("*", _numbers(told, value))] if value != [] else []
     found = []
     for one in conditions:
         if not isinstance(one, Mapping) or "value" not in one:
@@ -225,8 +234,14 @@ def _rules(told: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
         if part is not None and not isinstance(part, str):
             raise UserError(f"{told}: filter must be text, got {reprlib.repr(part)}")
         if one["value"] != []:
-            found.append((_contains(part), numbers(told, one["value"])))
+            found.append((_contains(part), _numbers(told, one["value"])))
     return found
+
+
+def _numbers(told: str, value: Any) -> tuple[float, ...]:
+    """true is 1 and false 0."""
+    plain = [float(x) if type(x) is bool else x for x in (value if isinstance(value, list) else [value])]
+    return numbers(told, plain)
 
 
 def _contains(part: str | None) -> str:

@@ -65,7 +65,9 @@ def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> Run:
         if "model" not in source:
             raise UserError(f"model {i} lacks model, the path")
         found.models.append(model_named(source["model"], f"model {i}"))
-        found.ranges.append(layer_range(source.get("layer_range"), f"layer_range of model {i}") if sliced else None)
+        found.ranges.append(
+            layer_range(_whole(source.get("layer_range")), f"layer_range of model {i}") if sliced else None
+        )
         found.scopes.append([source.get("parameters"), *outer])
     for scope in (held for one in found.scopes for held in one):
         if not isinstance(scope, Mapping | None):
@@ -75,6 +77,13 @@ def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> Run:
     if sliced and len({last - first for first, last in found.ranges}) > 1:
         raise UserError("layer_range must have as many layers for every model of a slice")
     return found
+
+
+def _whole(value: Any) -> Any:
+    """[0.0, 12.0] as [0, 12]."""
+    if not isinstance(value, list):
+        return value
+    return [int(x) if isinstance(x, float) and x.is_integer() else x for x in value]
 
 
 def stack_of(runs: Sequence[Run], places: Sequence[int]) -> str | list[tuple[str, int, int]]:
