@@ -87,8 +87,6 @@ def read_json(path: str | Path, *, kind: str | None = None) -> Any:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path}: not a JSON file that can be read, it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from None
     except RecursionError:
