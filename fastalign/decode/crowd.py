@@ -125,7 +125,7 @@ def groups(
 
     Raises UserError where the model cannot run on the engine, or where one prompt does not fit.
     """
-    if not sampler._shares:
+    if sampler.path() is not Engine:
         raise UserError(
             f"{sampler.name}: candidates are dropped and copied half-way on the shared-prompt engine alone, which cannot run "
             "this model; draw whole ones with best_of"

@@ -22,7 +22,7 @@ from fastalign.buffers import buffer
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.integrations.layers import CompiledLayers
-from fastalign.integrations.packing import can_pack
+from fastalign.models.trial import Probe, Verdict, attention_set, language_model, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,15 +48,9 @@ class Prefix:
     hidden: Tensor | None = None
 
 
-def supports(model: PreTrainedModel) -> bool:
-    """Whether the engine can run the model: transformers' attention interface, and a head that it knows."""
-    if not can_pack(model) or getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        return False
-    try:
-        head_of(model)
-    except UserError:
-        return False
-    return True
+def supports(model: PreTrainedModel) -> Verdict:
+    """Whether the engine gives the model's own logits: tried, see `fastalign.models`."""
+    return tried(model, "shared-prompt engine", _forced)
 
 
 class Engine:
@@ -72,8 +66,8 @@ class Engine:
 
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        self.model, self.rows, self.prompts = model, rows, prompts or rows
-        self.head: Head = head_of(model)
+        self.model, self.rows, self.prompts = language_model(model), rows, prompts or rows
+        self.head: Head = head_of(self.model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
@@ -85,8 +79,9 @@ class Engine:
     def row_bytes(model: PreTrainedModel, tokens: int) -> int:
         """Of the keys and values of that many tokens."""
         config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries = getattr(config, "num_attention_heads", None) or 1
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
         return 2 * config.num_hidden_layers * heads * size * tokens * model.dtype.itemsize
 
     @torch.inference_mode()
@@ -163,17 +158,11 @@ class Engine:
 
     def _run(self, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
         """The last hidden states, with `plan` deciding what attention does."""
-        config = self.model.config
-        before = config._attn_implementation
-        self.model.set_attn_implementation(NAME)
-        try:
-            with CompiledLayers.of(self.model):
-                found = self.model.base_model(
-                    input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, plan=plan,
-                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
-                ).last_hidden_state  # fmt: skip
-        finally:
-            self.model.set_attn_implementation(before)
+        with attention_set(self.model, NAME), CompiledLayers.of(self.model):
+            found = self.model.base_model(
+                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, plan=plan,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
+            ).last_hidden_state  # fmt: skip
         if not plan.calls:
             raise UserError(f"{type(self.model).__name__} keeps arguments from its attention")
         return found
@@ -181,14 +170,7 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) from hidden states (rows, H)."""
-        head = self.head
-        logits = F.linear(hidden, head.weight, head.bias)
-        if head.adapter is not None:
-            a, b, scale = head.adapter
-            logits = logits + scale * (hidden @ a.T) @ b.T
-        if head.logit_scale != 1:
-            logits = logits * head.logit_scale
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        return self.head.logits(hidden)
 
 
 class _Prefill:
@@ -328,6 +310,23 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = plan.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap)
     return out.transpose(1, 2), None
+
+
+def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
+    """The engine's path of a trial: both prompts' continuations in flight together, token by token, ended ones dropped."""
+    tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
+    engine, found = Engine(model, len(tails)), {job: [] for job in tails}
+    for p, prompt in enumerate(probe.prompts):
+        engine.prefill(p, prompt)
+    hidden = engine.admit(list(tails))
+    for step in range(max(map(len, tails.values()))):
+        for job, row in zip(engine.jobs, engine.logits(hidden), strict=True):
+            found[job].append(row)
+        engine.place(0, torch.tensor([tails[job][step] for job in engine.jobs]))
+        engine.drop([row for row, job in enumerate(engine.jobs) if step + 1 == len(tails[job])])
+        if engine.jobs:
+            hidden = engine.step()
+    return [torch.stack(rows) for rows in found.values()]
 
 
 def draw(

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastalign.data.text import Text
 from fastalign.decode.candidates import Candidates
+from fastalign.decode.engine import Engine
 from fastalign.decode.sampler import Sampler, Settings
 from fastalign.errors import UserError
 
@@ -23,7 +24,7 @@ class External(Sampler):
     text in tokens, or None where the engine alone knows it.
     """
 
-    _shares = True
+    _config = None
 
     def __init__(self, name: str, tokenizer, context: int | None):
         self.name, self.tokenizer, self.backend = name, tokenizer, "auto"
@@ -32,6 +33,10 @@ class External(Sampler):
     @property
     def model(self):
         raise UserError(f"{self.name} runs in another engine: this needs the model itself, loaded by Sampler")
+
+    def path(self) -> type[Engine]:
+        """Its prompts are drawn for one by one, in `_shared`."""
+        return Engine
 
     def _fitting(self, limit: int, longest: int, n: int, new: int) -> int:
         raise UserError(f"memory_limit is for models that run here; {self.name} sets its own")

@@ -1,15 +1,14 @@
 """Draw N candidates per prompt from a causal language model.
 
-Models that transformers' attention interface reaches run on `decode.engine`: a prompt's keys and values are held once for
-all of its candidates. Others run batch by batch, the prompt's cache repeated for them. Tokens come from
+Models that the shared-prompt engine (`decode.engine`) gives the right logits for run there: a prompt's keys and values are
+held once for all of its candidates. Others run batch by batch (`decode.rows`), on a cache where that is right. Tokens come from
 `ops.sample_tokens`, whose random numbers are a function of (seed, candidate, step) alone: they do not depend on how
 the candidates were batched.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,11 +22,21 @@ from fastalign import backend as backends
 from fastalign.data.text import Text, check_prompts, embedding_rows, told
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import GROW, Engine, Job, draw, supports
+from fastalign.decode.rows import CachedRows, RepeatedRows, Rows, UncachedRows, start, trial
 from fastalign.errors import UserError
+from fastalign.models.spans import rope_group
+from fastalign.models.trial import is_causal, tell_once, tried
 from fastalign.units import parse_bytes
 
 ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
+
+# After the engine, in this order; how each is said
+_INSTEAD: dict[type[Rows], str] = {
+    CachedRows: "batch by batch on its own cache",
+    RepeatedRows: "batch by batch on its own cache, the prompt run once for each candidate",
+    UncachedRows: "without a cache, each text run whole for each token",
+}
 
 _ANY = 2**63 - 1
 _INTEGERS = (("n", 1, _ANY), ("max_new_tokens", 1, _ANY), ("top_k", 0, _ANY), ("seed", 0, 2**64 - 1))
@@ -72,15 +81,11 @@ class Sampler:
         with backends.use_backend(backend):  # an unknown name raises here
             self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         self._ends = torch.tensor(sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}))
-        config = model.config.get_text_config()
-        self._context = getattr(config, "max_position_embeddings", None)
-        self._shares = supports(model)
+        self._config = model.config.get_text_config(decoder=True)
+        self._context = getattr(self._config, "max_position_embeddings", None)
         self.text = Text(tokenizer, rows=embedding_rows(model))
 
     @classmethod
@@ -160,22 +165,58 @@ class Sampler:
         if memory_limit is not None:
             limit = parse_bytes("memory_limit", memory_limit)
             rows = min(rows, self._fitting(limit, max(map(len, encoded)), n, max_new_tokens))
-        # prompts of like length share a batch, so that little is padding
-        order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-        width = max(1, rows // n)
-        batches = [order[i : i + width] for i in range(0, len(order), width)]
-        batches = [batch for batch in batches if not set(batch) <= set(skip)]
         ids = _places(prompt_ids, len(prompts))
         record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows, **told(template)}
-        if self._shares:
-            wanted = [i for batch in batches for i in batch if i not in set(skip)]
-            return self._shared(wanted, ids, prompts, encoded, settings, rows, record, show_progress)
-        return self._batches(batches, ids, prompts, encoded, settings, rows, record, set(skip), show_progress)
+        done = set(skip)
+        parts = []
+        for kind, wanted in self._by_path(encoded, max_new_tokens):
+            if kind is Engine:
+                wanted = [i for i in wanted if i not in done]
+                if wanted:
+                    parts.append(self._shared(wanted, ids, prompts, encoded, settings, rows, record, show_progress))
+            else:
+                batches = _by_length(wanted, encoded, max(1, rows // n), mixed=kind.pads)
+                batches = [batch for batch in batches if not set(batch) <= done]
+                if batches:
+                    parts.append(
+                        self._batches(kind, batches, ids, prompts, encoded, settings, rows, record, done, show_progress)
+                    )
+        return itertools.chain.from_iterable(parts)
+
+    def path(self) -> type[Engine] | type[Rows]:
+        """What draws: the first of the shared-prompt engine, a copied cache, one run for each candidate, none, that gives the
+        model's own logits. Raises UserError where its tokens cannot be drawn one by one."""
+        with self._ops():
+            verdict = is_causal(self.model)
+            if not verdict.ok:
+                raise UserError(f"{self.name} cannot be sampled token by token: {verdict.why}")
+            engine = supports(self.model)
+            if engine.ok:
+                return Engine
+            for kind, how in _INSTEAD.items():
+                verdict = tried(self.model, kind.__name__, trial(kind))
+                if verdict.ok:
+                    tell_once(
+                        self.model, f"{self.name} is sampled {how}, not on the shared-prompt engine: {engine.why}"
+                    )
+                    return kind
+        raise UserError(f"{self.name} cannot be sampled: even without a cache {verdict.why}")
+
+    def _by_path(self, encoded: list[list[int]], new: int) -> Iterator[tuple[type[Engine] | type[Rows], list[int]]]:
+        """Each way of drawing with its prompts, short ones first. Texts whose rope changes on the way go without a cache."""
+        kind, config = self.path(), self._config
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
+        groups: dict[str, list[int]] = {}
+        for i in order:
+            group = "short" if config is None else rope_group(config, len(encoded[i]), new, i)
+            groups.setdefault(group, []).append(i)
+        for group, wanted in groups.items():
+            yield (UncachedRows if group == "crossing" else kind), wanted
 
     def _fitting(self, limit: int, longest: int, n: int, new: int) -> int:
         """How many candidates' keys and values fit in `limit` bytes, with those of the prompts in flight."""
         row, prompt = (Engine.row_bytes(self.model, tokens) for tokens in (-(-new // GROW) * GROW, longest))
-        fit = int((limit - 2 * prompt) / (row + prompt / n)) if self._shares else limit // (row + prompt)
+        fit = int((limit - 2 * prompt) / (row + prompt / n)) if self.path() is Engine else limit // (row + prompt)
         if fit < 1:
             raise UserError(f"memory_limit must hold one candidate, {row + 3 * prompt:,} bytes, got {limit:,}")
         return fit
@@ -231,13 +272,13 @@ class Sampler:
                     part.prompt_ids = np.array([ids[i]], dtype=np.int64)
                     yield [i], part
 
-    def _batches(self, batches, ids, prompts, encoded, settings, rows, record, skip, show_progress):
+    def _batches(self, kind, batches, ids, prompts, encoded, settings, rows, record, skip, show_progress):
         from fastalign import progress
 
         total = sum(map(len, batches)) * settings.n * settings.max_new_tokens
         with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
             for batch in batches:
-                drawn = self._draw([encoded[i] for i in batch], [ids[i] for i in batch], settings, rows, advance)
+                drawn = self._draw(kind, [encoded[i] for i in batch], [ids[i] for i in batch], settings, rows, advance)
                 wanted = [j for j, i in enumerate(batch) if i not in skip]
                 indices = [batch[j] for j in wanted]
                 tokens, logprobs = ([values[j] for j in wanted] for values in drawn)
@@ -261,48 +302,44 @@ class Sampler:
         return encoded
 
     @torch.inference_mode()
-    def _draw(self, encoded: list[list[int]], places: list[int], settings: Settings, rows: int, advance: Callable):
+    def _draw(
+        self, kind, encoded: list[list[int]], places: list[int], settings: Settings, most: int, advance: Callable
+    ):
         """Token ids and log-probs [prompt][candidate] of one batch of prompts."""
-        device, n = self.model.device, settings.n
-        lengths = torch.tensor([len(ids) for ids in encoded], device=device)
-        longest = int(lengths.max())
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
-        mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        logits, cache = self._forward(ids, mask, positions, None)
-
+        n, pad = settings.n, self.tokenizer.pad_token_id or 0
         ids_out, logprobs_out = [], []
-        step = n if len(encoded) > 1 else min(n, rows)  # one prompt's candidates may take several passes
+        step = n if len(encoded) > 1 else min(n, most)  # one prompt's candidates may take several passes
+        prefilled = kind(self.model, encoded, pad) if kind is CachedRows else None
         for first in range(0, n, step):
             count = min(step, n - first)
-            mine = copy.deepcopy(cache) if first + count < n else cache
-            mine.batch_repeat_interleave(count)
+            if prefilled is not None:
+                rows = prefilled.repeat(count, again=first + count < n)
+            else:
+                rows = start(kind, self.model, encoded, count)
             streams = torch.tensor([i * n + j for i in places for j in range(first, first + count)])
-            repeated = (tensor.repeat_interleave(count, 0) for tensor in (logits, mask, lengths))
             prompts = [row for row in encoded for _ in range(count)]
-            drawn = self._decode(prompts, *repeated, mine, streams, settings, advance)
+            drawn = self._decode(prompts, rows, streams, settings, advance)
             ids_out += drawn[0]
             logprobs_out += drawn[1]
         return tuple([flat[i : i + n] for i in range(0, len(flat), n)] for flat in (ids_out, logprobs_out))
 
-    def _decode(self, prompts, logits, mask, positions, cache, streams, settings: Settings, advance):
-        """Go on from a prefilled cache until every row has ended. -> ids, log-probs: lists of B lists.
-
-        prompts: B lists of ids, logits (B, V) after them, mask (B, T) of the cache, positions (B,) of the next token, streams (B,).
-        """
-        total, limit, device = len(streams), settings.max_new_tokens, logits.device
+    def _decode(self, prompts, rows: Rows, streams, settings: Settings, advance):
+        """Go on until every row has ended; prompts: their token ids. -> ids, log-probs: lists of as many lists."""
+        total, limit, device = len(streams), settings.max_new_tokens, rows.logits.device
         ids_out = torch.zeros(total, limit, dtype=torch.int64)
         logprobs_out = torch.zeros(total, limit)
         lengths = torch.full((total,), limit)
-        slots = torch.arange(total)  # the output row of each batch row
-        alive = torch.ones(total, dtype=torch.bool)  # of the batch rows
+        slots = torch.arange(total)  # the output row of each row in flight
+        alive = torch.ones(total, dtype=torch.bool)  # of the rows in flight
         for step in range(limit):
-            ids, logprobs = self._sample(logits, streams, step, settings)
+            ids, logprobs = self._sample(rows.logits, streams, step, settings)
             ids_cpu = ids.cpu()
             if (ids_cpu[alive] < 0).any():
                 raise UserError(f"{self.name}: the logits of new token {step} are NaN, or all of them -inf")
-            ids_out[slots, step], logprobs_out[slots, step] = ids_cpu, logprobs.float().cpu()
+            ids_out[slots[alive], step], logprobs_out[slots[alive], step] = (
+                ids_cpu[alive],
+                logprobs.float().cpu()[alive],
+            )
             mine = [prompts[slot] for slot in slots.tolist()] if settings.stop else []
             stopped = self._stopped(mine, ids_out[slots, : step + 1], alive, settings.stop)
             ended = alive & (torch.isin(ids_cpu, self._ends) | stopped)
@@ -313,29 +350,15 @@ class Sampler:
             if living == 0 or step + 1 == limit:
                 break
             if living < COMPACT_BELOW * len(alive):
-                keep = alive.nonzero().squeeze(1)
-                on_device = keep.to(device)
-                cache.batch_select_indices(on_device)
-                ids, mask, positions = ids[on_device], mask[on_device], positions[on_device]
-                slots, streams, alive = slots[keep], streams[keep], alive[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits, cache = self._forward(ids[:, None].clamp_min(0), mask, positions[:, None], cache)
-            positions = positions + 1
+                kept = alive.nonzero().squeeze(1)
+                if rows.keep(kept.to(device)):
+                    ids, slots, streams, alive = ids[kept.to(device)], slots[kept], streams[kept], alive[kept]
+            rows.step(ids.clamp_min(0))
 
         def cut(rows: torch.Tensor) -> list[list]:
             return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
 
         return cut(ids_out), cut(logprobs_out)
-
-    def _forward(self, ids, mask, positions, cache):
-        """Logits (B, V) of the last position, and the cache that now holds `ids` too."""
-        extra = {"position_ids": positions} if self._takes_positions else {}
-        extra |= self._last_only
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-        cache = output.past_key_values
-        if not hasattr(cache, "batch_repeat_interleave"):
-            raise UserError(f"{self.name}: its key-value cache cannot be repeated ({type(cache).__name__})")
-        return output.logits[:, -1], cache
 
     def _sample(self, logits, streams, step: int, settings: Settings):
         from fastalign import ops
@@ -361,10 +384,8 @@ class Sampler:
             fused = backends.choose(hidden.device) == "triton"
             if not fused or settings.top_k or settings.top_p < 1 or settings.min_p:
                 return self._sample(engine.logits(hidden), streams, step, settings)
-            head = engine.head
             return ops.linear_sample_tokens(
-                hidden, head.weight, bias=head.bias, temperature=settings.temperature, softcap=head.softcap,
-                logit_scale=head.logit_scale, adapter=head.adapter, seed=settings.seed, offset=step,
+                hidden, **engine.head.arguments(), temperature=settings.temperature, seed=settings.seed, offset=step,
                 rows=streams.to(hidden.device),
             )  # fmt: skip
 
@@ -380,6 +401,12 @@ class Sampler:
             for row in alive.nonzero().squeeze(1).tolist():
                 found[row] = self.text.stopped(prompts[row], ids[row].tolist(), stop)
         return found
+
+
+def _by_length(wanted: list[int], encoded: list[list[int]], width: int, *, mixed: bool) -> list[list[int]]:
+    """Batches of `width` neighbours of prompts that are sorted by length; of one length each unless `mixed`."""
+    runs = [wanted] if mixed else [list(run) for _, run in itertools.groupby(wanted, lambda i: len(encoded[i]))]
+    return [run[i : i + width] for run in runs for i in range(0, len(run), width)]
 
 
 def _places(prompt_ids: Sequence[int] | None, count: int, *, rising: bool = False) -> list[int]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import UserError
+from fastalign.models.trial import language_model, name_of, tell_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # every family has its own name
 
 
 class Head(NamedTuple):
@@ -25,6 +30,20 @@ class Head(NamedTuple):
     logit_scale: float
     adapter: tuple[Tensor, Tensor, float] | None
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `ops.linear_token_logprobs`."""
+        return self._asdict()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., H)."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.adapter is not None:
+            a, b, scale = self.adapter
+            logits = logits + scale * (hidden @ a.T) @ b.T
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 def head_of(model: PreTrainedModel) -> Head:
     """Read the head of a causal model: its weight and bias, and what its configuration does to the logits.
@@ -38,7 +57,8 @@ def head_of(model: PreTrainedModel) -> Head:
     if hasattr(layer, "base_layer"):
         adapter, layer = _lora(layer), layer.base_layer
     config = model.config.get_text_config()
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), _scale(config), adapter)
+    softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None), None)
+    return Head(layer.weight, getattr(layer, "bias", None), softcap, _scale(config), adapter)
 
 
 def fused_forward(
@@ -57,7 +77,8 @@ def fused_forward(
     not projected.
 
     Args:
-        model: any transformers causal model, PEFT-wrapped or not, tied head or not.
+        model: any transformers causal model, PEFT-wrapped or not, tied head or not. What stands between its hidden states and
+            its logits is tried at first use; where it is not what the fused head does, the full logits are made.
         labels: (batch, time) int64, usually the input ids with the prompt and the padding set to `ignore_index`.
         shift_labels: position t predicts labels[:, t + 1] and the result is (batch, time - 1); False: labels[:, t].
         temperature, ignore_index, outputs: as in `ops.linear_token_logprobs`.
@@ -66,25 +87,22 @@ def fused_forward(
     Returns:
         What `ops.linear_token_logprobs` returns.
     """
-    from fastalign.ops import linear_token_logprobs
+    from fastalign.models.scoring import fused_head
+    from fastalign.ops import linear_token_logprobs, token_logprobs
 
-    inner = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    options = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
+    verdict = fused_head(model)
+    if not verdict.ok:
+        tell_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
+        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # behind virtual tokens
+        if shift_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return token_logprobs(logits, labels, **options)
+    inner = language_model(model)
     hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
     if shift_labels:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-    head = head_of(inner)
-    return linear_token_logprobs(
-        hidden,
-        head.weight,
-        labels,
-        bias=head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=ignore_index,
-        outputs=outputs,
-        adapter=head.adapter,
-    )
+    return linear_token_logprobs(hidden, labels=labels, **head_of(inner).arguments(), **options)
 
 
 def _scale(config: Any) -> float:

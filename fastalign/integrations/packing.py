@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import UserError
+from fastalign.integrations.head import head_of
 from fastalign.integrations.layers import CompiledLayers
+from fastalign.models.trial import Probe, Verdict, attention_set, distance, language_model, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,29 +96,56 @@ def _common(a: Tensor, b: Tensor) -> int:
     return n if len(apart) == 0 else int(apart[0])
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model takes its attention from transformers' interface, and its layers nothing else from neighbours."""
-    inner = _inner(model)
-    config = inner.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    prompt_learning = any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values())
-    return bool(
-        not kinds
-        and not prompt_learning
-        and not getattr(config, "is_encoder_decoder", False)
-        and not getattr(inner, "_is_stateful", False)
-        and inner._can_set_attn_implementation()
-    )
+def can_pack(model: PreTrainedModel) -> Verdict:
+    """Whether packed pairs give the model's own logits: tried, see `fastalign.models`."""
+    return tried(model, "packed pairs", _packed)
 
 
-def enable(model: PreTrainedModel) -> None:
-    """Give the model the attention function that reads packs; without one it does what "sdpa" does."""
+def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
+    """The path of a trial: the probe's prompts as two pairs; and what is not packed must stay right as well."""
+    inner = language_model(model)
+    rows = [prompt + tails[side] for side in (0, 1) for prompt, tails in zip(probe.prompts, probe.tails, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.tensor([row + [row[0]] * (int(lengths.max()) - len(row)) for row in rows], device=inner.device)
+    pack = pack_pairs(ids, torch.arange(ids.shape[1])[None] < lengths[:, None])
+    register()
+    with attention_set(inner, NAME):
+        logits = head_of(inner).logits(packed_hidden(inner, pack))
+        alone = inner(input_ids=ids[:1, : len(rows[0])], use_cache=False).logits[0]
+    found = []
+    for p, (prompt, tails) in enumerate(zip(probe.prompts, probe.tails, strict=True)):
+        for side, tail in enumerate(tails):
+            first = len(prompt) - 1
+            found.append(logits[pack.place[p + 2 * side, first : first + len(tail)]])
+    if (
+        distance(*(x[: len(found[0])].double().log_softmax(-1) for x in (found[0], alone[len(probe.prompts[0]) - 1 :])))
+        > 1e-2
+    ):
+        raise UserError("its attention beside packs is another")
+    return found
+
+
+def register() -> None:
+    """Make the attention function that reads packs known to transformers, as NAME."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    _inner(model).set_attn_implementation(NAME)
+
+
+def enable(model: PreTrainedModel) -> Verdict:
+    """Give the model the attention function that reads packs, where that is right (`can_pack`); without a pack it does what "sdpa"
+    does."""
+    verdict = can_pack(model)
+    if verdict:
+        register()
+        language_model(model).set_attn_implementation(NAME)
+    return verdict
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    return language_model(model).config._attn_implementation == NAME
 
 
 def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
@@ -194,7 +223,3 @@ def _capped(q, k, v, mask, dropout, scaling, softcap) -> Tensor:
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     p = scores.softmax(-1, dtype=torch.float32).to(q.dtype) if q.dtype != torch.float64 else scores.softmax(-1)
     return F.dropout(p, dropout) @ v
-
-
-def _inner(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastalign.integrations.head import head_of
-from fastalign.integrations.packing import Pack, packed_hidden
+from fastalign.integrations.packing import Pack, is_enabled, packed_hidden
+from fastalign.models.scoring import score
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class PairBatch(NamedTuple):
     input_ids: Tensor  # (2B, T)
     attention_mask: Tensor  # (2B, T)
     labels: Tensor  # (2B, T): the ids of completion tokens, -100 elsewhere
-    pack: Pack | None  # the same batch as one row, or None where the model cannot run that
+    pack: Pack | None  # the same batch as one row, which a model runs that `packing.enable` was right for; or None
 
 
 def add_pair_forward(model: PreTrainedModel) -> None:
@@ -46,24 +47,13 @@ def _score(model: PreTrainedModel, pairs: PairBatch, outputs: tuple[str, ...]) -
     """Each output (2B, T - 1): at t, of token t + 1, 0 outside completions. A dict, which autocast's wrapper can walk."""
     labels = pairs.labels[:, 1:]
     scored = labels != -100
-    if pairs.pack is not None:
-        hidden = packed_hidden(model, pairs.pack)
-        rows = hidden.index_select(0, pairs.pack.place[:, :-1][scored])
+    if pairs.pack is None or not is_enabled(model):
+        found = score(model, pairs.input_ids, labels, outputs=outputs, attention_mask=pairs.attention_mask).outputs
     else:
-        inputs = {"input_ids": pairs.input_ids, "attention_mask": pairs.attention_mask}
-        rows = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][scored]
-    head = head_of(model)
-    found = linear_token_logprobs(
-        rows, head.weight, labels[scored], bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-        adapter=head.adapter, outputs=outputs,
-    )  # fmt: skip
-    if not isinstance(found, TokenLogprobs):
-        found = TokenLogprobs(log_probs=found)
-    return {
-        name: x.new_zeros(scored.shape).masked_scatter(scored, x)
-        for name, x in found._asdict().items()
-        if x is not None
-    }
+        rows = packed_hidden(model, pairs.pack).index_select(0, pairs.pack.place[:, :-1][scored])
+        made = linear_token_logprobs(rows, labels=labels[scored], **head_of(model).arguments(), outputs=outputs)
+        found = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
+    return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in found.items() if x is not None}
 
 
 def split(pairs: int, tokens: Tensor, limit: int | None) -> list[slice]:

@@ -32,8 +32,9 @@ from fastalign.data.numbers import number
 from fastalign.data.preferences import NUMBERS
 from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
-from fastalign.integrations.packing import can_pack, enable, pack_pairs
+from fastalign.integrations.packing import enable, pack_pairs
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
+from fastalign.models.trial import name_of, tell_once
 from fastalign.train import _checks
 from fastalign.train._finite import StopsAtNaN
 from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
@@ -133,6 +134,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
                 raise UserError(
                     f"{rule}, and {self.model.config._name_or_path!r} holds other weights than it began with"
                 )
+            if self._packs:
+                enable(reference)
             self._let_score_pairs(reference)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         return super().evaluate(eval_dataset, *args, **kwargs)
@@ -157,7 +160,11 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             self.data_collator = PairCollator(**vars(self.data_collator))
         self._elsewhere = self._is_vision_dataset or self.aux_loss_enabled  # on TRL's own path
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
-        self._packs = getattr(self.args, "share_prompt", True) and all(can_pack(m) for m in models)
+        self._packs = getattr(self.args, "share_prompt", True) and not self._elsewhere
+        for m in models if self._packs else ():
+            if not (verdict := enable(m)):
+                self._packs = False
+                tell_once(m, f"{name_of(m)} is trained on padded pairs, not on packed ones: {verdict.why}")
         self._limit = getattr(self.args, "max_packed_tokens", None)
         if self._limit is None and self.accelerator.device.type == "cpu":
             self._limit = CPU_TOKENS
@@ -169,8 +176,6 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         self._share, self._sums, self._began = 1.0, None, time.perf_counter()
 
     def _let_score_pairs(self, model) -> None:
-        if self._packs and not self._elsewhere:
-            enable(model)
         add_pair_forward(model.get_base_model() if hasattr(model, "peft_config") else model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

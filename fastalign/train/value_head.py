@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
-from fastalign.integrations.layers import CompiledLayers
+from fastalign.models.scoring import score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,24 +206,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return (*found, output.past_key_values) if return_past_key_values else found
 
     def _score(self, input_ids: Tensor, labels: Tensor, return_hidden: bool, inputs: dict) -> Scored:
-        from fastalign.ops import linear_token_logprobs
-
-        # No attention mask: what comes after a token is hidden from it anyway, padding on the right too.
-        causal_lm = self.causal_lm
-        with CompiledLayers.of(causal_lm):
-            hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[:, :-1]
-        # In the cheapest layout for what follows: the n positions with a label alone.
         at = labels != -100
-        hidden, asked = hidden[at], labels[at]
-        head = head_of(causal_lm)
-        found = linear_token_logprobs(
-            hidden, head.weight, asked, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-            adapter=head.adapter, outputs=("log_probs", "entropy"),
-        )  # fmt: skip
-        values = self.v_head(hidden)
-        spread = [
-            torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in (*found[:2], values)
-        ]
+        found, hidden = score(
+            self.causal_lm, input_ids, labels, outputs=("log_probs", "entropy"), return_hidden=True, **inputs
+        )
+        both = (found["log_probs"], found["entropy"], self.v_head(hidden))
+        spread = [torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in both]
         return Scored(*spread, hidden if return_hidden else None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

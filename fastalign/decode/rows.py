@@ -1,0 +1,153 @@
+"""Candidates of a batch of prompts, a token at a time, on transformers' own cache or on none: where the engine cannot run a model.
+
+Each kind asks less of a model than the one before: `CachedRows` copies a prompt's cache for its candidates and pads prompts of
+different lengths; `RepeatedRows` runs the prompt once for each candidate instead, and never pads; `UncachedRows` runs
+every text whole at every token, as plain `model(input_ids)` does, and is right wherever the model itself is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.models.trial import Probe, language_model
+
+CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # what forward calls it
+
+
+class CachedRows:
+    """The rows in flight and the logits (rows, V) of each one's next token."""
+
+    pads = True  # whether prompts of different lengths may stand in one batch
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
+        inner = language_model(model)
+        self.model, accepted = model, inspect.signature(inner.forward).parameters
+        self._cache_name = next((name for name in CACHES if name in accepted), CACHES[0])
+        self._takes_positions = "position_ids" in accepted
+        self._takes_mask = "attention_mask" in accepted
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        lengths = torch.tensor([len(ids) for ids in prompts], device=inner.device)
+        longest = int(lengths.max())
+        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=inner.device)
+        self.mask = (torch.arange(longest, device=inner.device) >= longest - lengths[:, None]).long()
+        self.positions = lengths  # of the next token
+        self.cache: Any = None
+        self.logits = self._run(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
+
+    def repeat(self, count: int, *, again: bool) -> CachedRows:
+        """`count` candidates of each prompt; again: whether these rows are to be repeated once more."""
+        rows = copy.copy(self)
+        if again:
+            rows.cache = copy.deepcopy(self.cache)
+        rows._select(torch.arange(len(self.logits), device=self.logits.device).repeat_interleave(count))
+        return rows
+
+    def keep(self, rows: Tensor) -> bool:
+        """Only these stay in flight from now on; False where they cannot be taken out, and all stay."""
+        self._select(rows)
+        return True
+
+    def step(self, ids: Tensor) -> None:
+        """Give each row its next token."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.logits = self._run(ids[:, None], self.positions[:, None])
+        self.positions = self.positions + 1
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.logits, self.mask, self.positions = self.logits[rows], self.mask[rows], self.positions[rows]
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        extra: dict[str, Any] = {self._cache_name: self.cache} if self.cache is not None else {}
+        if self._takes_positions:
+            extra["position_ids"] = positions
+        if self._takes_mask:
+            extra["attention_mask"] = self.mask
+        output = self.model(input_ids=ids, use_cache=True, **extra, **self._last_only)
+        self.cache = next(output[name] for name in (self._cache_name, *CACHES) if output.get(name) is not None)
+        return output.logits[:, -1]
+
+
+class RepeatedRows(CachedRows):
+    """For caches that cannot be copied: prompts of one length, each run once for every candidate."""
+
+    pads = False
+
+    def repeat(self, count: int, *, again: bool) -> RepeatedRows:
+        raise NotImplementedError("the prompts are repeated before they run")
+
+    def keep(self, rows: Tensor) -> bool:
+        return False
+
+
+class UncachedRows:
+    """For models without a usable cache: texts of one length, each run whole at every token."""
+
+    pads = False
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
+        self.model, inner = model, language_model(model)
+        self._last_only = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+        )
+        self.ids = torch.tensor([list(row) for row in prompts], device=inner.device)
+        self.logits = self._run()
+
+    def keep(self, rows: Tensor) -> bool:
+        self.ids, self.logits = self.ids[rows], self.logits[rows]
+        return True
+
+    def step(self, ids: Tensor) -> None:
+        self.ids = torch.cat([self.ids, ids[:, None]], dim=1)
+        self.logits = self._run()
+
+    def _run(self) -> Tensor:
+        return self.model(input_ids=self.ids, use_cache=False, **self._last_only).logits[:, -1]
+
+
+Rows = CachedRows | UncachedRows
+
+
+def trial(kind: type[Rows]):
+    """The path of `models.tried` for one of these kinds: the probe's continuations, forced, ended ones taken out."""
+
+    def path(model: Any, probe: Probe) -> list[Tensor]:
+        batches = [probe.prompts] if kind.pads else [[prompt] for prompt in probe.prompts]
+        tails = iter([tail for both in probe.tails for tail in both])
+        found: list[Tensor] = []
+        for prompts in batches:
+            found += _forced(kind, model, prompts, [next(tails) for _ in range(2 * len(prompts))])
+        return found
+
+    return path
+
+
+def start(kind: type[Rows], model: Any, prompts: Sequence[Sequence[int]], count: int, pad: int = 0) -> Rows:
+    """`count` candidates of each prompt in flight."""
+    if issubclass(kind, UncachedRows) or issubclass(kind, RepeatedRows):
+        return kind(model, [prompt for prompt in prompts for _ in range(count)], pad)
+    return kind(model, prompts, pad).repeat(count, again=False)
+
+
+def _forced(kind: type[Rows], model: Any, prompts: list[list[int]], tails: list[list[int]]) -> list[Tensor]:
+    rows = start(kind, model, prompts, 2)
+    alive = list(range(len(tails)))
+    found: list[list[Tensor]] = [[] for _ in tails]
+    for step in range(max(map(len, tails))):
+        for place, row in enumerate(alive):
+            if step < len(tails[row]):
+                found[row].append(rows.logits[place].clone())
+        going = [place for place, row in enumerate(alive) if step + 1 < len(tails[row])]
+        if not going:
+            break
+        if len(going) < len(alive) and rows.keep(torch.tensor(going, device=rows.logits.device)):
+            alive = [alive[place] for place in going]
+        tokens = [tails[row][min(step, len(tails[row]) - 1)] for row in alive]
+        rows.step(torch.tensor(tokens, device=rows.logits.device))
+    return [torch.stack(row) for row in found]

@@ -1,0 +1,5 @@
+"""What is known of a transformers model, and the trial that proves each path it may run on."""
+
+from fastalign.models.trial import Probe, Verdict, language_model, tried
+
+__all__ = ["Probe", "Verdict", "language_model", "tried"]

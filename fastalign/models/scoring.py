@@ -1,0 +1,146 @@
+"""Per-token scores of padded batches under a causal model: on the fused head where that is right, else from full logits, else row by
+row, which is right wherever the model itself is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.integrations.head import head_of
+from fastalign.integrations.layers import CompiledLayers
+from fastalign.models.spans import same_law
+from fastalign.models.trial import Probe, Verdict, language_model, name_of, tell_once, tried
+
+
+class Scores(NamedTuple):
+    """What was asked for at each of the n positions that have a label, in the batch's order."""
+
+    outputs: dict[str, Tensor]  # name -> (n,)
+    hidden: Tensor | None  # (n, H), where asked for
+
+
+class Layout(NamedTuple):
+    """A batch as the model is to run it, and where in it the scored positions are."""
+
+    input_ids: Tensor  # (R, T), padded on the right
+    lengths: list[int]  # of the rows, as far as they are scored
+    row: Tensor  # (n,)
+    column: Tensor  # (n,): the hidden state there gives the label's probability
+
+
+def fused_head(model: Any) -> Verdict:
+    """Whether the head on the base model's hidden states gives the model's logits, in a padded batch too."""
+    return tried(model, "fused head", _fused_head)
+
+
+def score(
+    model: Any, input_ids: Tensor, labels: Tensor, *, outputs: tuple[str, ...] = ("log_probs",),
+    attention_mask: Tensor | None = None, return_hidden: bool = False,
+) -> Scores:  # fmt: skip
+    """Scores of `labels` under a causal model (PEFT-wrapped or not), its dropout and gradients as they are set.
+
+    input_ids, attention_mask: (R, T), padded on either side; no mask: on the right. labels: (R, T - 1): position t scores
+    labels[:, t] as the token after t; -100 where none is scored. outputs: of `ops.linear_token_logprobs`.
+    """
+    from fastalign.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
+
+    at = labels != -100
+    layout, asked = _layout(input_ids, at, attention_mask), labels[at]
+    run, fused = _way(model, layout.lengths)
+    found, hidden = run(model, layout, return_hidden)
+    if fused:
+        scored = linear_token_logprobs(
+            found, labels=asked, **head_of(language_model(model)).arguments(), outputs=outputs
+        )
+    else:
+        scored = token_logprobs(found, asked, outputs=outputs)
+    scored = scored._asdict() if isinstance(scored, TokenLogprobs) else {"log_probs": scored}
+    return Scores({name: scored[name] for name in outputs}, hidden)
+
+
+def describe(model: Any) -> str:
+    """How the model is scored: for `fastalign info`."""
+    run, _ = _way(model, [1], quiet=True)
+    return {_hidden: "fused head", _logits: "full logits", _alone: "full logits, row by row"}[run]
+
+
+# What runs a layout: -> (hidden states or logits (n, ...) of the scored positions, hidden states (n, H) where asked for)
+Run = Callable[[Any, Layout, bool], tuple[Tensor, Tensor | None]]
+
+
+def _way(model: Any, lengths: list[int], *, quiet: bool = False) -> tuple[Run, bool]:
+    """What is right for rows of these lengths, and whether it gives hidden states."""
+    head = fused_head(model)
+    lengths = [n for n in lengths if n] or [1]
+    together = same_law(language_model(model).config.get_text_config(decoder=True), lengths)
+    if head.ok and together:
+        return _hidden, True
+    padded = head if head.ok else tried(model, "padded logits", _path(_logits))
+    run = _logits if padded.ok and together else _alone
+    if not quiet and not head.ok:
+        how = "full logits" if run is _logits else "full logits, row by row"
+        tell_once(model, f"{name_of(model)} is scored from its {how}, not on the fused head: {head.why}")
+    return run, False
+
+
+def _hidden(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Tensor]:
+    inner = language_model(model)
+    with CompiledLayers.of(inner):
+        hidden = inner.base_model(input_ids=layout.input_ids, use_cache=False).last_hidden_state
+    hidden = hidden[layout.row, layout.column]
+    return hidden, hidden
+
+
+def _logits(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Tensor | None]:
+    more = {"output_hidden_states": True} if return_hidden else {}
+    output = model(input_ids=layout.input_ids, use_cache=False, **more)
+    width = layout.input_ids.shape[1]
+    last = output.hidden_states[-1][:, -width:][layout.row, layout.column] if return_hidden else None
+    return output.logits[:, -width:][layout.row, layout.column], last
+
+
+def _alone(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Tensor | None]:
+    found, hidden = [], []
+    for r, length in enumerate(layout.lengths):
+        mine = layout.row == r
+        if not mine.any():
+            continue
+        one = Layout(layout.input_ids[r : r + 1, :length], [length], layout.row[mine] * 0, layout.column[mine])
+        logits, last = _logits(model, one, return_hidden)
+        found.append(logits)
+        hidden.append(last)
+    return torch.cat(found), torch.cat(hidden) if return_hidden else None
+
+
+def _layout(input_ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Layout:
+    row, column = at.nonzero(as_tuple=True)
+    lengths = (at * torch.arange(2, at.shape[1] + 2, device=at.device)).amax(1)  # the last label's own token is in
+    if attention_mask is not None:
+        keep = attention_mask.bool()
+        input_ids = input_ids.gather(1, (~keep).long().argsort(dim=1, stable=True))
+        place = keep.cumsum(1) - 1
+        column, lengths = place[row, column], keep.sum(1)
+    return Layout(input_ids, lengths.tolist(), row, column)
+
+
+def _path(run: Run, logits: Callable[[Any, Tensor], Tensor] = lambda model, x: x):
+    """The path of a trial: the probe's rows as one padded batch."""
+
+    def path(model: Any, probe: Probe) -> list[Tensor]:
+        rows, device = [prompt + tail for prompt, tail in probe.rows], language_model(model).device
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows], device=device)
+        at = torch.zeros(len(rows), width - 1, dtype=torch.bool, device=device)
+        for r, (prompt, tail) in enumerate(probe.rows):
+            at[r, len(prompt) - 1 : len(prompt) + len(tail) - 1] = True
+        found, _ = run(model, _layout(ids, at, None), False)
+        return list(logits(model, found).split([len(tail) for _, tail in probe.rows]))
+
+    return path
+
+
+def _fused_head(model: Any, probe: Probe) -> list[Tensor]:
+    return _path(_hidden, lambda model, x: head_of(language_model(model)).logits(x))(model, probe)

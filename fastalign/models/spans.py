@@ -1,0 +1,83 @@
+"""Lengths at which a model's configuration changes what it computes: attention windows, and ropes that stretch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastalign.errors import UserError
+
+NARROW = 6  # tokens: less than the rows of a trial have
+_CHANGING = ("longrope", "dynamic")
+
+
+def rope_change(config: Any) -> int | None:
+    """How many tokens a text may have before its rope takes other frequencies (LongRoPE, arXiv 2402.13753; dynamic NTK)."""
+    for kind, parameters in _ropes(config):
+        if kind in _CHANGING:
+            names = ("original_max_position_embeddings",)
+            length = next((parameters[name] for name in names if parameters.get(name)), None)
+            return length or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return None
+
+
+def rope_is_dynamic(config: Any) -> bool:
+    """Whether those frequencies are another set for every length."""
+    return any("dynamic" in kind for kind, _ in _ropes(config))
+
+
+def _ropes(config: Any) -> list[tuple[str, dict]]:
+    """(type, parameters) of each rope, which some configurations have by kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [parameters, *(x for x in parameters.values() if isinstance(x, dict))]
+    return [(x.get("rope_type") or x.get("type") or "default", x) for x in each]
+
+
+def same_law(config: Any, lengths: list[int]) -> bool:
+    """Whether texts of these lengths may stand in one batch: each is then what it is alone."""
+    change = rope_change(config)
+    if change is None or max(lengths) <= change:
+        return True
+    return not rope_is_dynamic(config) and min(lengths) > change
+
+
+def rope_group(config: Any, prompt: int, new: int, index: int = 0) -> str:
+    """Of a prompt to be continued: "short" and "long" texts may each be drawn together; "crossing" ones, whose earlier tokens
+    change on the way, without a cache.
+
+    Raises UserError for a dynamic rope beyond its original length: no cache is right there, and no two lengths agree.
+    """
+    change = rope_change(config)
+    if change is None or prompt + new <= change:
+        return "short"
+    if rope_is_dynamic(config):
+        size = f"{prompt} tokens + {new} new"
+        raise UserError(f"prompts[{index}] must end within the dynamic rope's original {change} tokens, got {size}")
+    return "long" if prompt > change else "crossing"
+
+
+def _is_window(name: str) -> bool:
+    spans = "window" in name or name in ("attention_chunk_size", "local_attention")
+    return spans and not any(word in name for word in ("pattern", "layers", "stage"))
+
+
+@contextmanager
+def narrowed(model: Any) -> Iterator[None]:
+    """The model's attention windows made so narrow that a few tokens pass them, inside the block."""
+    undo = []
+
+    def put(owner: Any, name: str, value: int) -> None:
+        undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    configs = {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values()
+    try:
+        for owner in (*configs, *model.modules()):
+            for name, value in list(vars(owner).items()):
+                if type(value) is int and value > NARROW and _is_window(name):
+                    put(owner, name, NARROW)
+        yield
+    finally:
+        for owner, name, value in reversed(undo):
+            setattr(owner, name, value)

@@ -1,0 +1,284 @@
+"""Whether a model may run on a path is tried, not read from its name: the path's logits beside plain `model(input_ids)`'s.
+
+A path is another way to the same numbers: the shared-prompt engine, packed pairs, the fused head, a cache. At its first
+use it runs a few random tokens (two prompts of different lengths with two continuations each, past the attention
+window), and is taken only where it gives the model's own next-token log-probabilities to the dtype's rounding.
+
+Verdicts are kept by class and configuration. Weights as first initialised would hide faults, for their attention is flat: a
+verdict is kept only where hiding a token, exchanging two and flattening attention change the logits by far more than
+the tolerance; else the path is tried again, at its second use, its third, its fifth, its ninth ...
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.errors import UserError
+from fastalign.models.spans import narrowed, rope_change
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TELLING = 50  # a change of the inputs must move the logits by so many tolerances, or the trial could not tell
+
+
+class Probe(NamedTuple):
+    """Two prompts, each with two continuations: token ids."""
+
+    prompts: list[list[int]]
+    tails: list[list[list[int]]]
+
+    @property
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt, continuation) of the four."""
+        return [(prompt, tail) for prompt, tails in zip(self.prompts, self.tails, strict=True) for tail in tails]
+
+
+class Verdict(NamedTuple):
+    """ok; why not, in one line; error: the largest difference of a log-probability met, in nats."""
+
+    ok: bool
+    why: str = ""
+    error: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+# What a path must give: for each of `probe.rows` the logits (len(tail), V) from which its tokens would be drawn.
+Path = Callable[[Any, Probe], Sequence[Tensor]]
+
+
+@dataclass
+class _Truth:
+    """A model's own logits for the probe."""
+
+    probe: Probe
+    log_probs: list[Tensor]  # float64, (len(tail), V) of each row
+    tolerance: float
+    causal: float  # how far a token's logits move with what follows it, in tolerances
+    telling: bool
+
+
+_kept: dict[tuple, Verdict] = {}
+_flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] = (
+    weakref.WeakKeyDictionary()
+)  # with uses
+_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def language_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def tried(model: Any, name: str, path: Path) -> Verdict:
+    """Whether `path` gives the model's own logits. Runs the model a dozen times on a dozen tokens, once per class and configuration.
+
+    Raises UserError where the model itself cannot be run on token ids alone.
+    """
+    key = (name, *_identity(model))
+    if key in _kept:
+        return _kept[key]
+    untold = _flat.setdefault(model, {})
+    verdict, uses = untold.get(key, (None, 0))
+    untold[key] = verdict, uses + 1
+    if verdict is None or not uses & (uses - 1):  # at its first, second, third, fifth, ninth ... use
+        with _at_rest(model), narrowed(language_model(model)):
+            truth = _truth(model)
+            verdict = _compare(path, model, truth)
+        untold[key] = verdict, uses + 1
+        if truth.telling:
+            _kept[key] = verdict
+    return verdict
+
+
+def is_causal(model: Any) -> Verdict:
+    """Whether the logits of a token stay as they are whatever follows it: what drawing token by token takes for granted."""
+    key = ("causal", *_identity(model))
+    if key not in _kept:
+        with _at_rest(model), narrowed(language_model(model)):
+            moved = _truth(model).causal
+        ok = moved <= 1
+        _kept[key] = Verdict(ok, "" if ok else "the logits of a token change with the tokens that follow it")
+    return _kept[key]
+
+
+def tell_once(model: Any, message: str) -> None:
+    """Warn of a path that is not taken: one line, once for a model."""
+    told = _told.setdefault(model, set())
+    if message not in told:
+        told.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def name_of(model: Any) -> str:
+    inner = language_model(model)
+    return type(inner).__name__
+
+
+def _identity(model: Any) -> tuple:
+    """What a verdict holds for: class, configuration, adapters, dtype, device, and how attention is computed now."""
+    from fastalign import backend
+
+    inner = language_model(model)
+    adapters = {name: str(c) for name, c in getattr(model, "peft_config", {}).items()}
+    config = inner.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache"):
+        config.pop(volatile, None)
+    where = (inner.dtype, inner.device.type, backend.forced())
+    cls = next(
+        c for c in type(inner).__mro__ if not c.__name__.startswith("FSDP")
+    )  # what shards a model puts itself before
+    return cls, repr(config), repr(adapters), *where, inner.config._attn_implementation
+
+
+@contextmanager
+def _at_rest(model: Any) -> Iterator[None]:
+    """Without gradients or dropout; every module's own mode is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(language_model(model).device.type, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _truth(model: Any) -> _Truth:
+    probe = _probe(language_model(model).config)
+    rows = probe.rows
+    try:
+        logits = [_plain(model, prompt + tail) for prompt, tail in rows]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name_of(model)} cannot be run on token ids alone: {first_line(error)}") from None
+    found = [x[len(prompt) - 1 : -1] for x, (prompt, _) in zip(logits, rows, strict=True)]
+    log_probs = [_log_softmax(x) for x in found]
+    # Rounding as it shows where the same tokens are run alone and with what follows.
+    prompt = rows[0][0]
+    noise = distance(_log_softmax(_plain(model, prompt)), _log_softmax(logits[0][: len(prompt)]))
+    scale = max(1.0, max(float(x[x.isfinite()].abs().max()) for x in found if x.isfinite().any()))
+    eps = torch.finfo(language_model(model).dtype).eps
+    eps = max(eps, torch.finfo(torch.float32).eps)  # norms, ropes and softmaxes of a float64 model are float32's
+    allowed = (256 if eps < 1e-4 else 4) * eps * scale
+    tolerance = max(allowed, 4 * noise) if noise <= 8 * allowed else allowed
+    causal = noise / (8 * allowed)
+    return _Truth(probe, log_probs, tolerance, causal, _tells(model, rows[-1], log_probs[-1], TELLING * tolerance))
+
+
+def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, least: float) -> bool:
+    """Whether these inputs would show a fault: a hidden token, two exchanged, and flat attention must all be seen in the logits."""
+    prompt, tail = row
+    swapped = list(prompt)
+    swapped[1], swapped[-2] = swapped[-2], swapped[1]
+    other = list(prompt)
+    other[1] = prompt[0]
+    runs = [lambda: _plain(model, other + tail), lambda: _plain(model, swapped + tail)]
+    inner = language_model(model)
+    if inner._can_set_attn_implementation():
+        runs.append(lambda: _flattened(model, prompt + tail))
+    for run in runs:
+        try:
+            moved = distance(_log_softmax(run()[len(prompt) - 1 : -1]), log_probs)
+        except Exception:
+            continue  # a model that has no such attention
+        if 0 < moved < least:
+            return False
+    return True
+
+
+def _flattened(model: Any, ids: list[int]) -> Tensor:
+    """The logits where every visible token has the same weight."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def flat(module, query, *args, **kwargs):
+        return sdpa_attention_forward(module, torch.zeros_like(query), *args, **kwargs)
+
+    AttentionInterface.register("fastalign_flat", flat)
+    AttentionMaskInterface.register("fastalign_flat", sdpa_mask)
+    with attention_set(language_model(model), "fastalign_flat"):
+        return _plain(model, ids)
+
+
+@contextmanager
+def attention_set(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model's attention computed by a registered function, inside the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _plain(model: Any, ids: Sequence[int]) -> Tensor:
+    """(T, V): the model's own logits of one row."""
+    row = torch.tensor([list(ids)], device=language_model(model).device)
+    logits = model(input_ids=row, use_cache=False).logits[0]
+    return logits[-len(ids) :]  # behind the virtual tokens of prompt learning
+
+
+def _compare(path: Path, model: Any, truth: _Truth) -> Verdict:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = path(model, truth.probe)
+    except Exception as error:  # whatever a stranger's model raises on this path: it is not taken
+        return Verdict(False, first_line(error), math.nan)
+    error = max(distance(_log_softmax(a), b) for a, b in zip(found, truth.log_probs, strict=True))
+    if error <= truth.tolerance:
+        return Verdict(True, "", error)
+    return Verdict(False, f"its log-probabilities would be off by {error:.2g}", error)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference in nats; tokens that both rule out agree, and NaN is as far as can be."""
+    if a.shape != b.shape:
+        return math.inf
+    apart = (a - b).abs().masked_fill(a == b, 0).nan_to_num(math.inf)
+    # Of what is as good as ruled out only the verdict counts, not the rounding of its exponent.
+    apart = apart / (1 + (-torch.maximum(a, b) - 20).clamp_min(0).nan_to_num(posinf=0))
+    return float(apart.max()) if apart.numel() else 0.0
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(-1)
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (
+        lines[0] if lines and isinstance(error, UserError) else f"{type(error).__name__}: {lines[0] if lines else ''}"
+    )
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _probe(config: Any) -> Probe:
+    """Random tokens, none of them special, as long as the configuration's rope asks for."""
+    text = config.get_text_config(decoder=True)
+    special = {getattr(c, name, None) for c in (config, text) for name in vars(c) if name.endswith("token_id")}
+    special = {i for ids in special for i in (ids if isinstance(ids, (list, tuple)) else [ids])} if special else set()
+    vocab = text.vocab_size
+    allowed = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
+    draw = torch.Generator().manual_seed(0)
+    change = rope_change(text)
+    more = change if change is not None and change <= 32 else 0  # past a change of the rope, where it is near
+
+    def tokens(n: int) -> list[int]:
+        return [allowed[i] for i in torch.randint(len(allowed), (n,), generator=draw).tolist()]
+
+    return Probe([tokens(more + 5), tokens(more + 9)], [[tokens(6), tokens(3)], [tokens(4), tokens(6)]])
