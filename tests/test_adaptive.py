@@ -8,6 +8,7 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 
 from fastalign import UserError, rewards
 from fastalign.decode import Sampler, adaptive, best_of, effective_sample_size, needed, pilot
+from fastalign.decode.rows import CachedRows
 
 VOWELS = rewards.from_function(lambda prompts, responses: [sum(map(t.count, "aeiou")) for t in responses], "vowels")
 LENGTH = rewards.from_function(lambda prompts, responses: [len(text) for text in responses], "length")
@@ -25,7 +26,8 @@ def sampler():
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("method", ["resample", "best"])
 def test_each_prompt_stops_at_the_first_round_that_suffices(sampler, method, shares, monkeypatch):
-    monkeypatch.setattr(sampler, "_shares", shares)
+    if not shares:
+        monkeypatch.setattr(sampler, "path", lambda: CachedRows)
     lam = [0.6, 0.02]
     found = adaptive(
         sampler, PROMPTS, [VOWELS, LENGTH], lam=lam, method=method, ess=14, gain=0.4, each=8, max_n=64, **JOB

@@ -9,6 +9,7 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from fastalign import UserError, rewards
 from fastalign.decode import Sampler, best_of, speculative_rejection
 from fastalign.decode.engine import GROW, Engine
+from fastalign.decode.rows import CachedRows
 
 LENGTH = rewards.from_function(lambda prompts, responses: [len(text) for text in responses], "length")
 VOWELS = rewards.from_function(lambda prompts, responses: [sum(map(t.count, "aeiou")) for t in responses], "vowels")
@@ -122,6 +123,6 @@ def test_mistakes(sampler):
 
 def test_a_model_that_the_engine_cannot_run_is_told():
     sampler = enumerable.sampler()
-    sampler._shares = False
+    sampler.path = lambda: CachedRows
     with pytest.raises(UserError, match=r"shared-prompt engine alone.*best_of"):
         speculative_rejection(sampler, ["x"], LENGTH, checkpoints=[2], **JOB)

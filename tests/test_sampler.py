@@ -10,6 +10,7 @@ from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign.decode import Candidates, Sampler
 from fastalign.decode.engine import Engine
+from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
 from fastalign.errors import UserError
 
 PROMPTS = [
@@ -26,18 +27,26 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def in_batches(sampler):
-    """Without the shared-prompt engine, as a model runs that it cannot take."""
-    assert sampler._shares
-    sampler._shares = False
+PATHS = {"engine": Engine, "copied cache": CachedRows, "prompt repeated": RepeatedRows, "no cache": UncachedRows}
+
+
+def on(path, sampler):
+    """On another path than the engine, as a model runs that it cannot take."""
+    assert sampler.path() is Engine
+    sampler.path = lambda: PATHS[path]
     return sampler
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral", "llama in batches", "mistral in batches"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llama, engine", "gpt2, engine", "mistral, engine", "llama, copied cache", "mistral, copied cache",
+        "llama, prompt repeated", "mistral, no cache",
+    ],
+)  # fmt: skip
 def sampler(request, tokenizer):
-    kind, _, batches = request.param.partition(" ")
-    found = Sampler(tiny_causal_lm(tokenizer, kind=kind), tokenizer)
-    return in_batches(found) if batches else found
+    kind, path = request.param.split(", ")
+    return on(path, Sampler(tiny_causal_lm(tokenizer, kind=kind), tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,7 @@ def llama(tokenizer):
 
 @pytest.fixture(scope="module")
 def plain(tokenizer):
-    return in_batches(Sampler(tiny_causal_lm(tokenizer), tokenizer))
+    return on("copied cache", Sampler(tiny_causal_lm(tokenizer), tokenizer))
 
 
 def common_tokens(model, tokenizer, k):
@@ -151,7 +160,7 @@ def test_special_tokens_stay_out_of_the_text(tokenizer):
 
 
 def test_finished_rows_leave_the_batch(ending, monkeypatch):
-    rows, forward = [], in_batches(ending).model.forward
+    rows, forward = [], on("copied cache", ending).model.forward
     monkeypatch.setattr(
         ending.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
     )
@@ -230,7 +239,7 @@ def test_an_interrupt_leaves_finished_batches(plain, monkeypatch):
                 def interrupt(*_):
                     raise KeyboardInterrupt
 
-                monkeypatch.setattr(plain, "_forward", interrupt)
+                monkeypatch.setattr(CachedRows, "step", interrupt)
     monkeypatch.undo()
     done = {int(i) for part in finished for i in part.prompt_ids}
     rest = [part for _, part in plain.iter_batches(PROMPTS, batch_size=4, skip=done, **SHORT)]
@@ -240,10 +249,9 @@ def test_an_interrupt_leaves_finished_batches(plain, monkeypatch):
 
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_memory_limit_bounds_the_keys_and_values_and_changes_no_token(tokenizer, monkeypatch, shares):
-    from fastalign.decode.engine import Engine
-
     sampler = Sampler(tiny_causal_lm(tokenizer), tokenizer)
-    sampler._shares = shares
+    if not shares:
+        on("copied cache", sampler)
     whole = sampler.sample(PROMPTS, **SHORT)
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
     held, step = [], Engine.step

@@ -320,7 +320,7 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
         engine.prefill(p, prompt)
     hidden = engine.admit(list(tails))
     for step in range(max(map(len, tails.values()))):
-        for job, row in zip(engine.jobs, engine.logits(hidden), strict=True):
+        for job, row in zip(engine.jobs, engine.head.logits(hidden), strict=True):
             found[job].append(row)
         engine.place(0, torch.tensor([tails[job][step] for job in engine.jobs]))
         engine.drop([row for row, job in enumerate(engine.jobs) if step + 1 == len(tails[job])])

@@ -181,7 +181,7 @@ class Sampler:
                     parts.append(
                         self._batches(kind, batches, ids, prompts, encoded, settings, rows, record, done, show_progress)
                     )
-        return itertools.chain.from_iterable(parts)
+        return _joined(parts)
 
     def path(self) -> type[Engine] | type[Rows]:
         """What draws: the first of the shared-prompt engine, a copied cache, one run for each candidate, none, that gives the
@@ -401,6 +401,11 @@ class Sampler:
             for row in alive.nonzero().squeeze(1).tolist():
                 found[row] = self.text.stopped(prompts[row], ids[row].tolist(), stop)
         return found
+
+
+def _joined(parts: list[Iterator]) -> Iterator:
+    for part in parts:
+        yield from part
 
 
 def _by_length(wanted: list[int], encoded: list[list[int]], width: int, *, mixed: bool) -> list[list[int]]:

@@ -169,7 +169,10 @@ def _truth(model: Any) -> _Truth:
     # Rounding as it shows where the same tokens are run alone and with what follows.
     prompt = rows[0][0]
     noise = distance(_log_softmax(_plain(model, prompt)), _log_softmax(logits[0][: len(prompt)]))
-    scale = max(1.0, max(float(x[x.isfinite()].abs().max()) for x in found if x.isfinite().any()))
+    # Of a logit that rules its token out (-1e9) the size says nothing of the others' rounding.
+    scale = max(
+        [1.0, *(float(x[p > -30].abs().max()) for x, p in zip(found, log_probs, strict=True) if (p > -30).any())]
+    )
     eps = torch.finfo(language_model(model).dtype).eps
     eps = max(eps, torch.finfo(torch.float32).eps)  # norms, ropes and softmaxes of a float64 model are float32's
     allowed = (256 if eps < 1e-4 else 4) * eps * scale
