@@ -164,7 +164,6 @@ def test_finished_rows_leave_the_batch(ending, monkeypatch):
     monkeypatch.setattr(
         ending.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
     )
-    ending._takes_positions, ending._last_only = True, {"logits_to_keep": 1}
     ending.sample(PROMPTS, **SHORT)
     assert rows[0] == 4  # each prompt is prefilled once
     assert rows[1] <= 16 and rows[-1] < rows[1] and rows[1:] == sorted(rows[1:], reverse=True)
@@ -322,7 +321,7 @@ def test_from_pretrained_folder_and_backends(tmp_path):
     ],
 )
 def test_bad_arguments_give_one_line_before_any_work(llama, monkeypatch, change, message):
-    monkeypatch.setattr(llama, "_forward", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("the model ran"))
     given = {"prompts": PROMPTS, **SHORT, **change}
     with pytest.raises(UserError, match=message) as caught:
         llama.sample(given.pop("prompts"), **given)

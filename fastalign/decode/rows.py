@@ -27,7 +27,7 @@ class CachedRows:
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
         inner = language_model(model)
-        self.model, accepted = model, inspect.signature(inner.forward).parameters
+        self.model, accepted = model, inspect.signature(type(inner).forward).parameters
         self._cache_name = next((name for name in CACHES if name in accepted), CACHES[0])
         self._takes_positions = "position_ids" in accepted
         self._takes_mask = "attention_mask" in accepted
@@ -94,7 +94,7 @@ class UncachedRows:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
         self.model, inner = model, language_model(model)
         self._last_only = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(inner).forward).parameters else {}
         )
         self.ids = torch.tensor([list(row) for row in prompts], device=inner.device)
         self.logits = self._run()
