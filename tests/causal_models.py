@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-VOCAB = 304
+VOCAB = 320
 
 # Sizes, whatever the class; a name that a configuration lacks is left out.
 SIZES = dict(
@@ -32,29 +32,72 @@ SIZES = dict(
     rotary_dim=4, sliding_window=6, attention_window_size=6, attention_window=6, window_size=6, attention_chunk_size=6, local_attention=6,
     dropout=0.0, attention_dropout=0.0, hidden_dropout=0.0,
 )  # fmt: skip
-EXTRA: dict[str, dict] = {}
-
-
-def text_config(config):
-    """The part of a configuration that the language model reads."""
-    return config.get_text_config(decoder=True)
+LATENT = dict(head_dim=8, num_key_value_heads=4, num_attention_heads=4)  # of latent attention the rope's part
+EXTRA: dict[str, dict] = {
+    "afmoe": dict(num_dense_layers=1),
+    "bamba": dict(attn_layer_indices=[1]),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
+        rope_parameters=dict(rope_type="default", rope_theta=1e4),
+    ),
+    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_hidden_layers=2),
+    "mamba": dict(intermediate_size=64), "falcon_mamba": dict(intermediate_size=64),
+    "mamba2": dict(num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    "recurrent_gemma": dict(num_key_value_heads=1, block_types=["recurrent", "attention"], logits_soft_cap=3.0, num_hidden_layers=2),
+    "reformer": dict(
+        is_decoder=True, attn_layers=["local", "lsh"], axial_pos_shape=[8, 16], axial_pos_embds_dim=[16, 16], feed_forward_size=48,
+        local_attn_chunk_length=16, lsh_attn_chunk_length=16, num_buckets=2, attention_head_size=8,
+    ),
+    "roc_bert": dict(pronunciation_vocab_size=20, shape_vocab_size=20, pronunciation_embed_dim=8, shape_embed_dim=8),
+    "xmod": dict(default_language="en_XX"),
+    "zaya": dict(num_experts_per_tok=1),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "gemma3n_text": dict(num_kv_shared_layers=0, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, intermediate_size=48, activation_sparsity_pattern=[0.0, 0.0], laurel_rank=8, altup_num_inputs=2),
+    "gemma4_text": dict(vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=0),
+    "gemma4_unified_text": dict(vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0),
+    "xlstm": dict(num_heads=4, qk_dim_factor=0.5, v_dim_factor=1.0),
+    "dory": dict(layer_types=["sliding_attention", "mlp", "full_attention", "mlp"], n_input_layers=2, n_recurrent_layers=2, n_output_layers=0, num_hidden_layers=4),
+    "zamba": dict(layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"], num_hidden_layers=4, attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2, mamba_dt_rank=4),
+    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], num_hidden_layers=2, num_key_value_heads=4, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8),
+    "cohere_compass_text": dict(layer_types=["sliding_attention", "full_attention"], rope_parameters={k: dict(rope_type="default", rope_theta=1e4) for k in ("sliding_attention", "full_attention")}),
+    "dots3_note_text": dict(layer_types=["indexed_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"], per_layer_config=None, shared_experts_intermediate_size=24),
+}  # fmt: skip
+DECODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",
+            "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod", "cpmant")  # fmt: skip
 
 
 def small_config(model_type: str):
     import transformers
 
-    cls = type(transformers.AutoConfig.for_model(model_type))
+    return small(type(transformers.AutoConfig.for_model(model_type)), EXTRA.get(model_type, {}), model_type in DECODERS)
+
+
+def small(cls, extra: dict, decoder: bool = False):
+    """A configuration of the class with every size that it has replaced, those of its parts too."""
+    import transformers
+
     config = cls()
-    names = set(vars(config)) | set(getattr(cls, "attribute_map", {}))
-    sizes = {k: v for k, v in SIZES.items() if k in names} | EXTRA.get(model_type, {})
-    layers = getattr(config, "layer_types", None)
-    if layers:
-        kinds = list(dict.fromkeys(layers))
+    given = config.to_dict()
+    names = set(given) | set(getattr(cls, "attribute_map", {}))
+    sizes = {k: v for k, v in SIZES.items() if k in names and not isinstance(given.get(k), (list, tuple, dict))}
+    if "qk_rope_head_dim" in names:
+        sizes |= {k: v for k, v in LATENT.items() if k in names}
+    if decoder:
+        sizes["is_decoder"] = True
+    for name, part in vars(config).items():
+        if isinstance(part, transformers.PreTrainedConfig):
+            sizes[name] = small(type(part), EXTRA.get(part.model_type, {}))
+    kinds = list(dict.fromkeys(given.get("layer_types") or []))
+    if kinds:
         sizes["layer_types"] = (kinds * 2)[: max(2, len(kinds))]
         for name in ("num_hidden_layers", "n_layer"):
             if name in sizes:
                 sizes[name] = len(sizes["layer_types"])
-    return cls(**sizes)
+    return cls(**(sizes | extra))
 
 
 def fill(model, seed: int = 1):
@@ -70,14 +113,15 @@ def fill(model, seed: int = 1):
 
 
 def build(model_type: str, dtype=torch.float32):
+    """The model, in eval mode, with no end token; raises whatever a class raises that cannot be built small."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    cls, config = getattr(transformers, NAMES[model_type]), small_config(model_type)
+    config = small_config(model_type)
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls(config).parameters())
-    assert size < 3e6, f"{model_type} is not small: {size:,} weights"
-    model = fill(cls(config)).to(dtype)
+        size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    if size > 8e6:
+        raise ValueError(f"{model_type} is not small: {size:,} weights")
+    model = fill(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
     model.generation_config.eos_token_id = None
     return model
 

@@ -85,7 +85,7 @@ class Sampler:
         ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         self._ends = torch.tensor(sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}))
         self._config = model.config.get_text_config(decoder=True)
-        self._context = getattr(self._config, "max_position_embeddings", None)
+        self._context = max(getattr(self._config, "max_position_embeddings", None) or 0, 0)  # some write "none" as -1
         self.text = Text(tokenizer, rows=embedding_rows(model))
 
     @classmethod
@@ -208,7 +208,7 @@ class Sampler:
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         groups: dict[str, list[int]] = {}
         for i in order:
-            group = "short" if config is None else rope_group(config, len(encoded[i]), new, i)
+            group = "short" if config is None else rope_group(config, len(encoded[i]), new)
             groups.setdefault(group, []).append(i)
         for group, wanted in groups.items():
             yield (UncachedRows if group == "crossing" else kind), wanted

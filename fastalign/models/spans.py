@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastalign.errors import UserError
-
 NARROW = 6  # tokens: less than the rows of a trial have
-_CHANGING = ("longrope", "dynamic")
 
 
 def rope_change(config: Any) -> int | None:
     """How many tokens a text may have before its rope takes other frequencies (LongRoPE, arXiv 2402.13753; dynamic NTK)."""
     for kind, parameters in _ropes(config):
-        if kind in _CHANGING:
-            names = ("original_max_position_embeddings",)
-            length = next((parameters[name] for name in names if parameters.get(name)), None)
+        if "dynamic" in kind:
+            return config.max_position_embeddings
+        if kind == "longrope":
+            length = parameters.get("original_max_position_embeddings")
             return length or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
     return None
 
@@ -42,19 +40,13 @@ def same_law(config: Any, lengths: list[int]) -> bool:
     return not rope_is_dynamic(config) and min(lengths) > change
 
 
-def rope_group(config: Any, prompt: int, new: int, index: int = 0) -> str:
+def rope_group(config: Any, prompt: int, new: int) -> str:
     """Of a prompt to be continued: "short" and "long" texts may each be drawn together; "crossing" ones, whose earlier tokens
-    change on the way, without a cache.
-
-    Raises UserError for a dynamic rope beyond its original length: no cache is right there, and no two lengths agree.
-    """
+    change on the way, without a cache."""
     change = rope_change(config)
     if change is None or prompt + new <= change:
         return "short"
-    if rope_is_dynamic(config):
-        size = f"{prompt} tokens + {new} new"
-        raise UserError(f"prompts[{index}] must end within the dynamic rope's original {change} tokens, got {size}")
-    return "long" if prompt > change else "crossing"
+    return "long" if prompt > change and not rope_is_dynamic(config) else "crossing"
 
 
 def _is_window(name: str) -> bool:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.models.spans import narrowed, rope_change
+from fastalign.models.spans import narrowed, rope_change, rope_is_dynamic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TELLING = 50  # a change of the inputs must move the logits by so many tolerances, or the trial could not tell
+TELLING = 300  # a change of the inputs must move the logits by so many tolerances, or the trial could not tell
 
 
 class Probe(NamedTuple):
@@ -273,15 +273,19 @@ def first_line(error: BaseException) -> str:
 def _probe(config: Any) -> Probe:
     """Random tokens, none of them special, as long as the configuration's rope asks for."""
     text = config.get_text_config(decoder=True)
-    special = {getattr(c, name, None) for c in (config, text) for name in vars(c) if name.endswith("token_id")}
-    special = {i for ids in special for i in (ids if isinstance(ids, (list, tuple)) else [ids])} if special else set()
+    values = [value for c in (config, text) for name, value in vars(c).items() if name.endswith("token_id")]
+    special = {i for value in values for i in (value if isinstance(value, (list, tuple)) else [value])}
     vocab = text.vocab_size
     allowed = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
     draw = torch.Generator().manual_seed(0)
     change = rope_change(text)
-    more = change if change is not None and change <= 32 else 0  # past a change of the rope, where it is near
+    # Past a change of the rope where it is near; within a dynamic rope's length, for beyond it no two lengths agree.
+    more, short = 0, change is not None and change < 16 and rope_is_dynamic(text)
+    if change is not None and change <= 32 and not rope_is_dynamic(text):
+        more = change
 
     def tokens(n: int) -> list[int]:
         return [allowed[i] for i in torch.randint(len(allowed), (n,), generator=draw).tolist()]
 
-    return Probe([tokens(more + 5), tokens(more + 9)], [[tokens(6), tokens(3)], [tokens(4), tokens(6)]])
+    prompts, tails = ((3, 4), ((3, 2), (2, 3))) if short else ((more + 5, more + 9), ((6, 3), (4, 6)))
+    return Probe([tokens(n) for n in prompts], [[tokens(n) for n in both] for both in tails])

@@ -1,0 +1,374 @@
+"""Support is tried: every kind of fault, planted in a tiny model, is seen, and what is given in its place is right."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from causal_models import fill
+from model_paths import PROMPTS, ROUNDING, differences, padded, rows_of, sampled, tokens
+from tiny import tiny_tokenizer
+
+import fastalign.decode.engine as engine_module
+from fastalign import models
+from fastalign.decode import Sampler
+from fastalign.decode.engine import Engine, supports
+from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
+from fastalign.errors import UserError
+from fastalign.integrations import packing
+from fastalign.integrations.transformers import fused_forward
+from fastalign.models import trial
+from fastalign.models.scoring import fused_head, score
+from fastalign.train._pairs import PairBatch, add_pair_forward
+
+SIZES = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No verdict of another test: the planted faults change neither class nor configuration."""
+    monkeypatch.setattr(trial, "_kept", {})
+    trial._flat.clear()
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def llama(scale=True, **more):
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **more}))
+    model.generation_config.eos_token_id = None
+    return fill(model) if scale else model.eval()
+
+
+def capped(model, monkeypatch):
+    """Logits pressed together under a name that no configuration has."""
+    inner = model.forward
+
+    def forward(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        output.logits = 2 * torch.tanh(output.logits / 2)
+        return output
+
+    model.forward = forward
+
+
+def dense(model, monkeypatch):
+    """A layer of its own between the hidden states and the head."""
+    between = fill(torch.nn.Linear(32, 32), seed=3)
+    model.lm_head.register_forward_pre_hook(lambda module, given: (torch.tanh(between(given[0])),))
+    plain = type(model).forward
+    assert plain  # the hook runs wherever the module is called, but not where its weight is read
+
+
+def masked(model, monkeypatch):
+    """A mask of the model's own that hides the row's second token."""
+
+    def hide(module, args, kwargs):
+        x = kwargs.get("hidden_states", args[0] if args else None)
+        n, held = x.shape[1], kwargs.get("cache")
+        past = held.get_seq_length(module.layer_idx) if held is not None else 0
+        mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)
+        mask[:, 1] &= torch.arange(past, past + n) == 1
+        own = kwargs.get("attention_mask")
+        mask = mask[None, None].expand(x.shape[0], 1, -1, -1)
+        if own is not None and own.ndim == 4 and own.shape[-2:] == mask.shape[-2:]:
+            mask = mask & own if own.dtype == torch.bool else mask & (own == 0)
+        return args, {**kwargs, "attention_mask": mask}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True)
+
+
+def swallowed(model, monkeypatch):
+    """Positions are counted by the model, whatever it is told."""
+
+    def drop(module, args, kwargs):
+        return args, {**kwargs, "position_ids": None}
+
+    model.model.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+def misread(model, monkeypatch):
+    """The compiled step reads its neighbours' queries, as it did of strided views."""
+    attend = engine_module._Step.attend
+    monkeypatch.setattr(
+        engine_module._Step, "attend", lambda self, layer, q, *rest: attend(self, layer, q.roll(1, 0), *rest)
+    )
+
+
+def seen_through(model, monkeypatch):
+    """A packed segment also sees the first sequence's end."""
+    monkeypatch.setattr(packing.Pack, "mask", lambda self, segment, window: None)
+
+
+def odd_norm(model, monkeypatch):
+    """A norm that does more to large inputs than the compiled one."""
+    import transformers
+
+    inner = transformers.models.llama.modeling_llama.LlamaRMSNorm
+
+    class LlamaRMSNorm(inner):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * (1 + 0.5 * (hidden_states.shape[1] > 3))
+
+    for module in model.modules():
+        if isinstance(module, inner):
+            module.__class__ = LlamaRMSNorm
+
+
+FAULTS = {
+    "a soft cap by another name": (capped, {"engine", "packs", "head"}),
+    "a dense layer before the head": (dense, {"engine", "packs", "head"}),
+    "a mask of its own": (masked, {"engine", "packs"}),
+    "positions swallowed": (swallowed, {"engine", "packs"}),
+    "a step that reads its neighbours": (misread, {"engine"}),
+    "a pack seen through": (seen_through, {"packs"}),
+    "a norm of its own": (odd_norm, {"engine", "packs", "head"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen_and_no_number_is_wrong(fault, tokenizer, monkeypatch):
+    plant, where = FAULTS[fault]
+    model = llama()
+    assert supports(model) and packing.can_pack(model) and fused_head(model)
+    trial._kept.clear()
+    plant(model, monkeypatch)
+    verdicts = {"engine": supports(model), "packs": packing.can_pack(model), "head": fused_head(model)}
+    assert {name for name, verdict in verdicts.items() if not verdict} == where
+    assert all("\n" not in verdict.why and (verdict or verdict.why) for verdict in verdicts.values())
+
+    with pytest.warns(RuntimeWarning, match="not on the") if where & {"engine", "head"} else contextlib.nullcontext():
+        assert sampled(model, tokenizer) < ROUNDING
+        rows = rows_of()
+        ids, mask, labels = padded(rows)
+        with torch.no_grad():
+            whole = fused_forward(model, ids, input_ids=ids)
+            expected = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+        torch.testing.assert_close(whole, expected[..., 0], atol=ROUNDING, rtol=0)
+    assert packing.enable(model).ok == ("packs" not in where)
+    plain = model.forward
+    add_pair_forward(model)
+    with torch.no_grad():
+        found = model(pairs=PairBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
+    model.forward = plain
+    assert differences(model, rows, labels, found) < ROUNDING
+
+
+def reordering(model, how, monkeypatch):
+    from transformers import cache_utils
+
+    monkeypatch.setattr(cache_utils.Cache, "reorder_cache", how)
+
+
+def refused(self, rows):
+    raise NotImplementedError("this cache cannot be copied")
+
+
+@pytest.mark.parametrize(
+    "how, path",
+    [(refused, RepeatedRows), (lambda self, rows: None, RepeatedRows), (None, UncachedRows)],
+    ids=["refuses", "does nothing", "none"],
+)
+def test_a_cache_that_cannot_be_copied(how, path, tokenizer, monkeypatch):
+    model = llama()
+    masked(model, monkeypatch)  # not on the engine
+    if how is not None:
+        reordering(model, how, monkeypatch)
+    else:
+        inner = model.forward
+
+        def forward(*args, **kwargs):
+            output = inner(*args, **kwargs)
+            output.cache = output["cache"] = None
+            return output
+
+        forward.__wrapped__ = inner
+        model.forward = forward
+    sampler = Sampler(model, tokenizer)
+    with pytest.warns(RuntimeWarning, match=f"{sampler.name} is sampled .* not on the shared-prompt engine: "):
+        assert sampler.path() is path
+        assert sampled(model, tokenizer) < ROUNDING
+
+
+def test_the_path_is_told_once(tokenizer):
+    model = llama()
+    masked(model, None)
+    sampler = Sampler(model, tokenizer)
+    with pytest.warns(RuntimeWarning) as told:
+        for _ in range(3):
+            sampler.sample(PROMPTS, n=1, max_new_tokens=2, seed=0)
+    assert len([x for x in told if "shared-prompt engine" in str(x.message)]) == 1
+
+
+def test_a_model_that_looks_ahead_is_refused_in_one_line(tokenizer):
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+    def whole(module, args, kwargs):
+        n = kwargs.get("hidden_states", args[0] if args else None).shape[1]
+        return args, {**kwargs, "attention_mask": torch.ones(1, 1, n, n, dtype=torch.bool)}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(whole, with_kwargs=True)
+    with pytest.raises(UserError, match="cannot be sampled token by token: .* change with the tokens that follow"):
+        Sampler(model, tokenizer).sample(PROMPTS, n=1, max_new_tokens=2, seed=0)
+
+
+def test_flat_attention_hides_faults_so_that_no_verdict_is_kept():
+    flat = llama(scale=False)
+    assert supports(flat).ok and not trial._kept  # right as far as could be told
+    model = fill(flat)
+    masked(model, None)
+    assert not supports(model).ok  # tried again, not remembered
+    assert trial._kept
+
+
+def test_verdicts_are_kept_by_class_and_configuration(monkeypatch):
+    ran = []
+    run = engine_module._forced
+    monkeypatch.setattr(engine_module, "_forced", lambda *args: ran.append(1) or run(*args))
+    assert supports(llama()) and supports(llama()) and len(ran) == 1
+    assert supports(llama(rope_parameters={"rope_type": "default", "rope_theta": 50.0})) and len(ran) == 2
+    assert supports(llama().double()) and len(ran) == 3
+
+
+def test_the_model_is_left_as_it_was():
+    model = llama().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    config = model.config.to_dict()
+    state = torch.random.get_rng_state()
+    supports(model), packing.can_pack(model), fused_head(model), trial.is_causal(model)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.to_dict() == config and torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def windowed(width):
+    import transformers
+
+    model = fill(transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=width)))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def test_a_wide_window_is_tried_narrow(monkeypatch):
+    """A path that knows nothing of windows is seen though the trial's rows are shorter than this one."""
+    assert supports(windowed(100))
+    trial._kept.clear()
+    attend = engine_module._Step.attend
+    monkeypatch.setattr(
+        engine_module._Step, "attend", lambda self, l, q, k, v, s, window, cap: attend(self, l, q, k, v, s, None, cap)
+    )
+    model = windowed(100)
+    assert not supports(model).ok and model.config.sliding_window == 100
+
+
+def stretched(kind, original):
+    more = {"short_factor": [1.0, 1.3, 2.0, 3.0], "long_factor": [1.5, 4.0, 9.0, 16.0]} if kind == "longrope" else {}
+    rope = {
+        "rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": original, **more,
+    }  # fmt: skip
+    return llama(max_position_embeddings=original if kind == "dynamic" else 128, rope_parameters=rope)
+
+
+LONG = "tell me a story of the big red dog and the small blue fox, please, and then tell me why"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_text_s_law_does_not_depend_on_its_neighbours(tokenizer):
+    """LongRoPE: short prompts, long ones and one that crosses over, drawn together, are each what they are alone."""
+    model = stretched("longrope", 16)
+    job = dict(n=3, max_new_tokens=6, seed=0, chat=False)
+    prompts = ["why", LONG, "the cat sat on the big red"]
+    lengths = [len(tokenizer(p)["input_ids"]) for p in prompts]
+    assert lengths[0] + 6 <= 16 < lengths[1] and lengths[2] <= 16 < lengths[2] + 6
+    made = Sampler(model, tokenizer).sample(prompts, **job)
+    for prompt, length, ids, log_probs in zip(prompts, lengths, made.token_ids, made.logprobs, strict=True):
+        for new, found in zip(ids, log_probs, strict=True):
+            for step, (token, log_prob) in enumerate(zip(new, found, strict=True)):
+                row = torch.tensor([[*tokenizer(prompt)["input_ids"], *new[:step]]])
+                with torch.no_grad():
+                    expected = model(input_ids=row, use_cache=False).logits[0, -1].double().log_softmax(-1)[token]
+                assert abs(float(expected) - log_prob) < 1e-4, (length, step)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_scores_of_rows_on_both_sides_of_a_rope_s_change(kind):
+    model = stretched(kind, 12)
+    rows = [(tokens(3, 1), tokens(4, 2)), (tokens(12, 3), tokens(6, 4))]
+    ids, mask, labels = padded(rows)
+    with torch.no_grad():
+        found = score(model, ids, labels[:, 1:], attention_mask=mask).outputs["log_probs"].split([4, 6])
+    for (prompt, tail), ours in zip(rows, found, strict=True):
+        model = stretched(kind, 12)  # a dynamic rope remembers what it ran
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *tail]]), use_cache=False).logits[0]
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(tail)[:, None])[:, 0]
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_a_dynamic_rope_is_not_sampled_past_its_length(tokenizer):
+    """No cache is right there, and no two lengths agree."""
+    sampler = Sampler(stretched("dynamic", 20), tokenizer)
+    assert sampler.sample(["why"], n=1, max_new_tokens=4, seed=0, chat=False).n == 1
+    with pytest.raises(UserError, match=r"prompts\[1\] is too long.* context of 20"):
+        sampler.sample(["why", "the cat sat on the big red"], n=1, max_new_tokens=13, seed=0, chat=False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_peft_model_is_sampled(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    from fastalign.integrations.transformers import load_causal_lm
+
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert Sampler(tuned, tokenizer).path() is Engine and sampled(tuned, tokenizer) < ROUNDING
+    again, _ = load_causal_lm(tmp_path / "adapter")
+    ids = torch.tensor([tokens(10, 0)])
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, tuned(input_ids=ids).logits)
+    prompted = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Sampler(prompted, tokenizer).path() is not Engine and sampled(prompted, tokenizer) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        ("{}", "base_model_name_or_path must name"),
+        ("[", "not a JSON object"),
+        ('{"base_model_name_or_path": "b"}', "adapter_model.safetensors"),
+    ],
+)
+def test_an_adapter_folder_that_cannot_be_loaded(tmp_path, content, match):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=match):
+        Sampler.from_pretrained(str(tmp_path))
+
+
+def test_what_is_public():
+    assert {"Probe", "Verdict", "tried", "language_model"} <= set(models.__all__)
+    assert issubclass(RepeatedRows, CachedRows)
