@@ -75,8 +75,6 @@ def differences(model, rows, labels, found) -> float:
 
 @torch.no_grad()
 def fused(model, tokenizer) -> float:
-    rows = [(p, t) for p, t in rows_of(3)]
-    ids, _, labels = padded(rows)
     whole = torch.tensor([tokens(12, 40), tokens(12, 41)])
     found = fused_forward(model, whole, input_ids=whole)
     expected = model(input_ids=whole, use_cache=False).logits[:, :-1].double().log_softmax(-1)

@@ -123,6 +123,6 @@ def test_mistakes(sampler):
 
 def test_a_model_that_the_engine_cannot_run_is_told():
     sampler = enumerable.sampler()
-    sampler.path = lambda: CachedRows
+    sampler.path = lambda **_: CachedRows
     with pytest.raises(UserError, match=r"shared-prompt engine alone.*best_of"):
         speculative_rejection(sampler, ["x"], LENGTH, checkpoints=[2], **JOB)

@@ -33,7 +33,7 @@ PATHS = {"engine": Engine, "copied cache": CachedRows, "prompt repeated": Repeat
 def on(path, sampler):
     """On another path than the engine, as a model runs that it cannot take."""
     assert sampler.path() is Engine
-    sampler.path = lambda: PATHS[path]
+    sampler.path = lambda **_: PATHS[path]
     return sampler
 
 

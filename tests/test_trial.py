@@ -221,7 +221,7 @@ def test_a_model_that_looks_ahead_is_refused_in_one_line(tokenizer):
 
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(whole, with_kwargs=True)
-    with pytest.raises(UserError, match="cannot be sampled token by token: .* change with the tokens that follow"):
+    with pytest.raises(UserError, match=r"cannot be sampled token by token: .* change with the tokens that follow"):
         Sampler(model, tokenizer).sample(PROMPTS, n=1, max_new_tokens=2, seed=0)
 
 
@@ -271,7 +271,9 @@ def test_a_wide_window_is_tried_narrow(monkeypatch):
     trial._kept.clear()
     attend = engine_module._Step.attend
     monkeypatch.setattr(
-        engine_module._Step, "attend", lambda self, l, q, k, v, s, window, cap: attend(self, l, q, k, v, s, None, cap)
+        engine_module._Step,
+        "attend",
+        lambda self, layer, q, k, v, s, window, cap: attend(self, layer, q, k, v, s, None, cap),
     )
     model = windowed(100)
     assert not supports(model).ok and model.config.sliding_window == 100

@@ -34,7 +34,7 @@ class External(Sampler):
     def model(self):
         raise UserError(f"{self.name} runs in another engine: this needs the model itself, loaded by Sampler")
 
-    def path(self) -> type[Engine]:
+    def path(self, *, engine: bool = True) -> type[Engine]:
         """Its prompts are drawn for one by one, in `_shared`."""
         return Engine
 

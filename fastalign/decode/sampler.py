@@ -183,28 +183,45 @@ class Sampler:
                     )
         return _joined(parts)
 
-    def path(self) -> type[Engine] | type[Rows]:
-        """What draws: the first of the shared-prompt engine, a copied cache, one run for each candidate, none, that gives the
-        model's own logits. Raises UserError where its tokens cannot be drawn one by one."""
+    def draw(self, encoded: Sequence[list[int]], settings: Settings) -> tuple[list, list]:
+        """Token ids and log-probabilities, [prompt][candidate] each, of prompts that are token ids: in batches, without texts."""
+        found: dict[int, tuple[list, list]] = {}
+        for kind, wanted in self._by_path(encoded, settings.max_new_tokens, engine=False):
+            for batch in _by_length(wanted, encoded, len(wanted), mixed=kind.pads):
+                most = len(batch) * settings.n
+                drawn = self._draw(kind, [encoded[i] for i in batch], batch, settings, most, lambda count: None)
+                found.update(zip(batch, zip(*drawn, strict=True), strict=True))
+        ids, log_probs = zip(*(found[i] for i in range(len(encoded))), strict=True)
+        return list(ids), list(log_probs)
+
+    def path(self, *, engine: bool = True) -> type[Engine] | type[Rows]:
+        """What draws: the first of the shared-prompt engine (unless it is not asked for), a copied cache, one run for each
+        candidate, none, that gives the model's own logits.
+
+        Raises UserError where its tokens cannot be drawn one by one.
+        """
         with self._ops():
             verdict = is_causal(self.model)
             if not verdict.ok:
                 raise UserError(f"{self.name} cannot be sampled token by token: {verdict.why}")
-            engine = supports(self.model)
-            if engine.ok:
-                return Engine
+            first = "a cache that can be copied"
+            if engine:
+                first, verdict = "the shared-prompt engine", supports(self.model)
+                if verdict.ok:
+                    return Engine
+            why = verdict.why
             for kind, how in _INSTEAD.items():
                 verdict = tried(self.model, kind.__name__, trial(kind))
+                why = why or verdict.why
                 if verdict.ok:
-                    tell_once(
-                        self.model, f"{self.name} is sampled {how}, not on the shared-prompt engine: {engine.why}"
-                    )
+                    if engine or kind is not CachedRows:
+                        tell_once(self.model, f"{self.name} is sampled {how}, not on {first}: {why}")
                     return kind
         raise UserError(f"{self.name} cannot be sampled: even without a cache {verdict.why}")
 
-    def _by_path(self, encoded: list[list[int]], new: int) -> Iterator[tuple[type[Engine] | type[Rows], list[int]]]:
+    def _by_path(self, encoded: Sequence[list[int]], new: int, *, engine: bool = True):
         """Each way of drawing with its prompts, short ones first. Texts whose rope changes on the way go without a cache."""
-        kind, config = self.path(), self._config
+        kind, config = self.path(engine=engine), self._config
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         groups: dict[str, list[int]] = {}
         for i in order:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 
@@ -74,11 +73,12 @@ class Perplexity(CachedReward):
         return [row or [next(token for token in begin if token is not None)] for row in rows]
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        from fastalign import ops
+        import torch
+
+        from fastalign.models.scoring import score
 
         model, tokenizer = self._load()
         limit = self.max_length or context_length(model.config, tokenizer)
-        parameters = inspect.signature(model.forward).parameters
         distinct = sorted(set(prompts))
         text = Text(tokenizer, rows=embedding_rows(model))
         of_prompt = dict(zip(distinct, self._prompt_ids(distinct, text), strict=True))
@@ -92,16 +92,14 @@ class Perplexity(CachedReward):
         rows = [context + targets[index] for context, index in zip(contexts, full, strict=True)]
         for batch in length_batches([len(row) for row in rows], self.batch_size):
             indices = [full[index] for index in batch]
-            # Padded on the left, so that every row ends in the last column and few positions need logits.
-            mask = pad([[1] * len(rows[index]) for index in batch], 0, model.device, left=True)
-            inputs = {"input_ids": pad([rows[index] for index in batch], 0, model.device, left=True)}
-            inputs["attention_mask"] = mask
-            if "position_ids" in parameters:
-                inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            labels = pad([targets[index] for index in indices], -100, model.device, left=True)
-            if "logits_to_keep" in parameters:
-                inputs["logits_to_keep"] = labels.shape[1] + 1
+            ids = pad([rows[index] for index in batch], 0, model.device)
+            labels = pad(
+                [[-100] * (len(rows[i]) - len(targets[full[i]]) - 1) + targets[full[i]] for i in batch],
+                -100,
+                model.device,
+            )
             with evaluating(model):
-                logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] - 1 : -1]
-                total = ops.token_logprobs(logits, labels).double().sum(dim=1)
-            yield indices, (total / (labels != -100).sum(dim=1)).cpu().numpy()
+                log_probs = score(model, ids, labels).outputs["log_probs"]
+                counts = (labels != -100).sum(dim=1)
+                total = torch.stack([part.double().sum() for part in log_probs.split(counts.tolist())])
+            yield indices, (total / counts).cpu().numpy()

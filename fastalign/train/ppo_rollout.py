@@ -118,10 +118,8 @@ def _plain(config: Any) -> dict[str, Any] | None:
 def _by_sampler(model: Any, tokenizer: Any, queries: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
     from fastalign.decode.sampler import Sampler, Settings
 
-    sampler = Sampler(model, tokenizer)
     seed = int(torch.randint(2**63 - 1, ()))
-    encoded, indices = [query.tolist() for query in queries], list(range(len(queries)))
-    ids, _ = sampler._draw(encoded, indices, Settings(**settings, seed=seed), len(queries), lambda count: None)
+    ids, _ = Sampler(model, tokenizer).draw([query.tolist() for query in queries], Settings(**settings, seed=seed))
     return [torch.tensor(row, device=model.device) for (row,) in ids]
 
 
