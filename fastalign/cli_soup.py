@@ -18,6 +18,7 @@ class Method(str, Enum):
     linear = "linear"
     task_arithmetic = "task_arithmetic"
     slerp = "slerp"
+    nuslerp = "nuslerp"
     multislerp = "multislerp"
     karcher = "karcher"
     ties = "ties"
@@ -30,6 +31,10 @@ class Method(str, Enum):
     model_stock = "model_stock"
     warp = "warp"
     ema = "ema"
+    sce = "sce"
+    nearswap = "nearswap"
+    arcee_fusion = "arcee_fusion"
+    ram = "ram"
 
 
 def add_to(app: typer.Typer) -> None:

@@ -27,7 +27,8 @@ class Estimate(NamedTuple):
 
 
 def estimate(plan: Plan) -> Estimate | None:
-    """From the rate of a sample of the inputs, written to the disk where the output will be, flushed, and removed.
+    """From the rate of a sample of the inputs, written to the disk where the output will be, flushed, and removed; of what
+    torch makes tensor by tensor, from the largest one, which is not written.
 
     None where nothing of the plan is floating-point. Raises OSError where the inputs cannot be read or nothing be written.
     """
@@ -41,6 +42,12 @@ def estimate(plan: Plan) -> Estimate | None:
     width = sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
     row = tensor.shape[-1] if tensor.shape else 1
     n = min(tensor.count, max(1, _SAMPLE // width // row) * row)
+    if name in plan.blocks_of:
+        began = time.perf_counter()
+        for _ in plan.blocks_of[name]():
+            pass
+        seconds = (time.perf_counter() - began) / tensor.count * sum(one.count for one in tensors.values())
+        return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, tensor.count * width)
     folder = next(one for one in (plan.out.absolute(), *plan.out.absolute().parents) if one.is_dir())
     with opened(plan.inputs) as files, tempfile.TemporaryFile(dir=folder) as out:
         began = time.perf_counter()

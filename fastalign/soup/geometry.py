@@ -30,6 +30,22 @@ def slerp(gram: np.ndarray, t: float) -> np.ndarray:
     return np.array([math.sin((1 - t) * theta), math.sin(t * theta)]) / math.sin(theta)
 
 
+def nuslerp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights (..., 2) of two vectors along their great circle, by the second's share of `weights` (2,); gram (..., 2, 2).
+
+    As mergekit's: halves where the weights' sum is nearly 0, a straight line where the vectors are.
+    """
+    total = weights.sum()
+    t = 0.5 if abs(total) < 1e-6 else float(weights[1] / total)
+    lengths = np.maximum(np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1)), 1e-7)
+    angle = np.arccos(np.clip(gram[..., 0, 1] / lengths.prod(axis=-1), -1, 1))
+    sine = np.sin(angle)
+    flat = np.abs(sine) < 1e-8
+    divisor = np.where(flat, 1.0, sine)
+    first = np.where(flat, 1 - t, np.sin((1 - t) * angle) / divisor)
+    return np.stack([first, np.where(flat, t, np.sin(t * angle) / divisor)], -1)
+
+
 def multislerp(gram: np.ndarray, weights: np.ndarray, *, normalize: bool, eps: float) -> np.ndarray:
     """Weights (m,) of the barycentre of m vectors on their sphere (Goddard's Multi-SLERP, mergekit); gram (m, m).
 

@@ -75,7 +75,8 @@ def merge(
         method: one of METHODS; docs in README.md. "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two
             models along the great circle of each tensor, by the second's share of the weights; "ties", "dare_linear",
             "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties": task vectors of which some elements stay;
-            "multislerp", "karcher": means on the sphere; "model_stock": as far from the base as the models agree;
+            "nuslerp", slerp of two models or task vectors, or of their rows; "sce", "nearswap", "arcee_fusion", "ram": mergekit's,
+            see whole_tensors.py; "multislerp", "karcher": means on the sphere; "model_stock": as far from the base as the models agree;
             "warp": task vectors along great circles, then `eta` of the way from the base; "ema": the moving average of
             checkpoints, the oldest first.
         base: what the models were trained from, for the methods that work on the differences.

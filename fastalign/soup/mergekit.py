@@ -36,6 +36,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "slerp": {"t": None},
     "karcher": {"max_iter": 10, "tol": 1e-5},
     "model_stock": {"filter_wise": False},
+    "nuslerp": {"weight": None, "nuslerp_row_wise": False, "nuslerp_flatten": True},
+    "sce": {"select_topk": 1.0, "int8_mask": False},
+    "nearswap": {"t": None},
+    "arcee_fusion": {},
+    "ram": {"epsilon": 1e-5},
     "multislerp": {"weight": None, "normalize_weights": True, "eps": 1e-8},
     "task_arithmetic": _TASKS,
     "ties": {**_TASKS, "normalize": True},
@@ -49,8 +54,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _PARAMETERS = {name for defaults in _DEFAULTS.values() for name in defaults}
 _MODEL_STOCK_FLOOR = 1e-6
 _NUMBERED = re.compile(r"[.*]\d+[.*]")
-_EACH = ("weight", "density", "epsilon", "gamma")  # that differ from model to model
-_FLAGS = ("normalize", "normalize_weights", "rescale", "int8_mask", "filter_wise")
+_FLAGS = (
+    "normalize",
+    "normalize_weights",
+    "rescale",
+    "int8_mask",
+    "filter_wise",
+    "nuslerp_row_wise",
+    "nuslerp_flatten",
+)
 
 
 def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +121,8 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     elif "weight" in _DEFAULTS[method]:
         found["weights"] = each("weight")
     parameters: dict[str, Any] = {}
-    for name in kind.parameters:
-        if name in _EACH:
+    for name, wanted in kind.parameters.items():
+        if getattr(wanted, "each", False):
             parameters[name] = each(name)
         elif name == "rescale":
             parameters[name] = "l1" if same(name, _Parameters.flag) else "none"

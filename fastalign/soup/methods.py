@@ -115,6 +115,31 @@ def ema_rows(m: int, decay: float) -> np.ndarray:
 # ---- steps ----
 
 
+def by_whole_tensors(method: str, values: Mapping[str, Any]) -> bool:
+    """Whether a method is made by whole_tensors.py, not by steps."""
+    return method in ("sce", "nearswap", "arcee_fusion", "ram") or (
+        method == "nuslerp" and not values["nuslerp_flatten"]
+    )
+
+
+def settings_of(
+    method: str, weights: Weights, values: Mapping[str, Any], names: Sequence[str]
+) -> Callable[[str], tuple[np.ndarray, Mapping[str, Any]]]:
+    """Each tensor's weights (K, m) and its parameters. Raises UserError at once where a pattern leaves out a tensor."""
+    places = Places(names)
+
+    def of(name: str) -> tuple[np.ndarray, Mapping[str, Any]]:
+        found = {key: x.at(name, places[name]) if isinstance(x, Setting) else x for key, x in values.items()}
+        lacking = next((key for key, x in found.items() if x is None), None)
+        if lacking is not None:
+            raise UserError(f"{lacking}: none of its patterns matches {name}")
+        return weights.of(name), found
+
+    for name in names:
+        of(name)
+    return of
+
+
 def steps(
     method: str,
     models: Sequence[Checkpoint],
@@ -162,6 +187,10 @@ def steps(
             return np.stack(
                 [geometry.karcher(held_gram, row, steps=values["max_iter"], tol=number("tol", name)) for row in held]
             )
+        if method == "nuslerp":
+            held_gram = gram(models if base is None else (base, *models), name, centered=base is not None)[-2:, -2:]
+            found = np.stack([geometry.nuslerp(held_gram, row) for row in held])
+            return found if base is None else _with_base(found)
         if method == "multislerp":
             inputs = models if base is None else (base, *models)
             held_gram = gram(inputs, name, centered=base is not None)[len(inputs) - m :, len(inputs) - m :]
@@ -193,6 +222,8 @@ def steps(
             tuple(choices), held, number("lambda", name), elect, values["normalize"], values.get("seed", 0), row
         )
 
+    if by_whole_tensors(method, values):
+        return lambda name: []
     if "density" in values:
         for name in names:
             tasks(name)

@@ -117,6 +117,13 @@ METHODS: dict[str, Method] = {
     "multislerp": Method(
         base="may", weights="equal", parameters={"normalize_weights": Flag(True), "eps": Number(1e-8, 0, 1)}
     ),
+    "nuslerp": Method(
+        base="may", least=2, most=2, parameters={"nuslerp_row_wise": Flag(False), "nuslerp_flatten": Flag(True)}
+    ),
+    "sce": Method(base="yes", weights="none", parameters={"select_topk": Number(1.0, 0, 1)}),
+    "nearswap": Method(base="yes", most=1, weights="none", parameters={"t": Number(None, 0)}),
+    "arcee_fusion": Method(base="yes", most=1, weights="none"),
+    "ram": Method(base="yes", weights="none", parameters={"epsilon": Number(1e-5, 0)}),
     "karcher": Method(weights="equal", parameters={"max_iter": Whole(10, 0, 10_000), "tol": Number(1e-5, 0, 1)}),
     "model_stock": Method(
         base="yes", least=2, weights="none", parameters={"floor": Number(0.0, 0, 1), "filter_wise": Flag(False)}

@@ -159,6 +159,14 @@ def make(
 
         stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
         blocks_of = filter_wise.blocks_of(inputs, mixed, values["floor"], stored, limit)
+    elif methods.by_whole_tensors(method, values):
+        from fastalign.soup import whole_tensors
+
+        stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
+        settings = methods.settings_of(method, rows, values, mixed)
+        blocks_of = whole_tensors.blocks_of(
+            method, opened, None if base is None else inputs[0], mixed, settings, stored
+        )
     written_by = backend.engine.active_isa() if backend.engine_runs() else "torch"
     basis = {
         "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [along.config, along.template], "shard": shard_size, "by": written_by,
