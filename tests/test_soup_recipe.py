@@ -281,7 +281,7 @@ MISTAKES = [
     ("models: [{model: a, weight: 1}]\ngrid: 3", "weights must be given once"),
     ("models: [a]\nmethod: [ties]", "method must be text"),
     ("models: [a]\nforce: 1", "force must be true or false"),
-    ("merge_method: arcee_fusion\nmodels: [{model: a}]", "merge_method must be one of passthrough, linear,"),
+    ("merge_method: ramplus_tl\nmodels: [{model: a}]", "merge_method must be one of passthrough, linear,"),
     ("merge_method: linear\nmodels: [{model: a}]", "weight of a is missing, and linear needs it"),
     ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]", "'wieght' is no parameter of linear"),
     ("merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]", "weight of a must be a number, got 'x'"),
