@@ -173,6 +173,7 @@ def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
 
 def score(candidates: str | Path, names: Sequence[str], out: str | Path, *, show_progress: bool = False) -> Candidates:
     """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
+    check_target(out)
     from fastalign import rewards
 
     whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
@@ -198,6 +199,7 @@ def solve_palette(
     dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
     reachable one, and λ is for a point just inside that ("solved_for").
     """
+    check_target(out)
     from fastalign.palette import parse_palette, quantile_palette, solve
 
     if (palette is None) == (quantile is None):
@@ -248,6 +250,7 @@ def select(
     scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int
 ) -> Candidates:
     """Pick k candidates per prompt under p_λ into a selected file at `out`; of particles, by their weights."""
+    check_target(out)
     from fastalign.decode import select
 
     whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
@@ -350,6 +353,7 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
 
 def evaluate_grid(scored: str | Path, text: str, out: str | Path) -> dict[str, Any]:
     """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a JSON file."""
+    check_target(out)
     from fastalign.decode import estimate, needed
     from fastalign.decode.estimates import TRUSTED_ESS
 
@@ -389,6 +393,7 @@ def evaluate(
     figures: a folder for each figure as SVG and PNG.
     settings: more lines for the report's table of settings.
     """
+    check_target(out)
     from fastalign import report
 
     whole = Candidates.from_parquet(scored, kind="scored")

@@ -334,3 +334,18 @@ def test_two_runs_into_one_output_and_an_output_that_is_a_folder(models, tmp_pat
     model.sampler = None
     with pytest.raises(UserError, match="must be a file or not be there, it is a folder"):
         pipeline.sample(model, PROMPTS, out, **OPTIONS)
+
+
+def test_every_step_looks_at_its_output_before_it_works(tmp_path):
+    """None of the inputs is there: an output that is a folder is told first."""
+    (tmp_path / "out").mkdir()
+    none, out = tmp_path / "none", tmp_path / "out"
+    for step in (
+        lambda: pipeline.score(none, ["positive"], out),
+        lambda: pipeline.solve_palette(none, out, quantile=0.5),
+        lambda: pipeline.select(none, none, out, seed=0),
+        lambda: pipeline.evaluate_grid(none, "x=1", out),
+        lambda: pipeline.evaluate(none, none, none, out),
+    ):
+        with pytest.raises(UserError, match="must be a file or not be there, it is a folder"):
+            step()
