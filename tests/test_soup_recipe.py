@@ -275,7 +275,7 @@ MISTAKES = [
     ("!!python/object/apply:os.system [ls]", "not YAML"),
     ("models: []", "models must be a list of 1 to 1000 entries"),
     ("models: [a]\nweight: [1]", "a recipe may have base, chat_template, companion, dtype,"),
-    ("models: [a]\nnull: 1", "memory_limit, method, models, normalize, parameters, tokenizer, weights, got None"),
+    ("models: [a]\nnull: 1", "memory_limit, method, models, normalize, pad_to_multiple_of, parameters, tokenizer, weights, got None"),
     ("models: [{path: a}]", "model 0 may have density, epsilon, gamma, model, weight, got 'path'"),
     ("models: [{model: a, weight: 1}, {model: b}]", "model 1 has no weight, others have one"),
     ("models: [{model: a, weight: 1}]\ngrid: 3", "weights must be given once"),

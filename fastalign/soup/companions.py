@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign.data.files import atomic_write, read_json, sync, write_json
 from fastalign.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.compare import models_of, tokens_of
+from fastalign.soup.compare import models_of
 from fastalign.soup.dtypes import SIZES, WORDS
 from fastalign.soup.stacks import config_changes
+from fastalign.soup.vocabulary import OLD_FILES, Vocabulary, vocabulary_of
 
 _SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 TOKENIZER = (
@@ -23,20 +22,17 @@ TOKENIZER = (
     "*.jinja", "chat_template.json",
 )  # fmt: skip
 _TEMPLATE = "chat_template.jinja"
-# What embeddings and heads, which have a row for each token, are called.
-_HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = tuple(f"{name}.weight" for name in (*_HEADS, "embed_tokens", "wte", "word_embeddings", "embed_in"))
-_BIASES = tuple(f"{name}.bias" for name in _HEADS)
 
 
 class Companions(NamedTuple):
-    """folder: whose configuration it is; tokenizer: the folder of the tokenizer; config: what config.json says otherwise;
-    template: the chat template, None for the tokenizer's own."""
+    """folder: whose configuration it is; tokenizer: the folder of the tokenizer; changes: what files of JSON say otherwise, by their
+    names; template: the chat template, None for the tokenizer's own; tokens: what tokenizer.json holds, None for the folder's."""
 
     folder: Path | None
     tokenizer: Path | None
-    config: Mapping[str, Any]
+    changes: Mapping[str, Mapping[str, Any]]
     template: str | None = None
+    tokens: Mapping[str, Any] | None = None
 
     def sources(self) -> list[Path]:
         """The files that are copied; with remote code, every *.py, for one may import another."""
@@ -45,7 +41,8 @@ class Companions(NamedTuple):
         found = {
             path.name: path for folder, patterns in held if folder for one in patterns for path in folder.glob(one)
         }
-        paths = sorted(path for path in found.values() if path.is_file())
+        stale = OLD_FILES if self.tokens is not None else ()
+        paths = sorted(path for path in found.values() if path.is_file() and path.name not in stale)
         for path in paths:
             stays_within(path)
         return paths
@@ -59,8 +56,12 @@ class Companions(NamedTuple):
         for path in self.sources():
             shutil.copyfile(path, target / path.name)
             sync(target / path.name)
-        if (target / "config.json").is_file():
-            _change(target / "config.json", {**_stored_in(target / "config.json", out_type), **self.config})
+        for name in _SETTINGS[:2]:
+            if (target / name).is_file():
+                stored = _stored_in(target / name, out_type) if name == "config.json" else {}
+                _change(target / name, {**stored, **self.changes.get(name, {})})
+        if self.tokens is not None:
+            write_json(target / "tokenizer.json", self.tokens)
         if self.template is not None:
             with atomic_write(target / _TEMPLATE) as beside:
                 beside.write_text(self.template, encoding="utf-8")
@@ -70,9 +71,12 @@ class Companions(NamedTuple):
 
 
 def companions(
-    models: Sequence[Checkpoint], base: Checkpoint | None, *, companion: str, tokenizer: str | None, chat_template: str | None
-) -> Companions:  # fmt: skip
-    """Whose files come along (see `merge`). Raises UserError: no such model, another vocabulary, no template."""
+    models: Sequence[Checkpoint], base: Checkpoint | None, *, companion: str, tokenizer: str | None, multiple: int | None,
+    chat_template: str | None,
+) -> tuple[Companions, Vocabulary | None]:  # fmt: skip
+    """Whose files come along (see `merge`), and where a tokenizer is asked for what the embeddings have rows for.
+
+    multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no template."""
     held = [*models_of(models), *(models_of([base]) if base is not None else ())]
     if companion == "base" and base is not None:
         chosen = base
@@ -84,55 +88,56 @@ def companions(
             raise UserError(
                 f"companion must be first, one of the models, or base where there is one, got {companion!r}"
             )
-    changes = dict(config_changes(chosen if chosen.pieces else models[0]))
     folder = chosen.folder
     if tokenizer not in (None, "companion", "union"):
         folder = Path(tokenizer).expanduser()
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise UserError(f"tokenizer must be companion, union or a folder with a tokenizer, got {tokenizer!r}")
+    changes: dict[str, dict[str, Any]] = {"config.json": dict(config_changes(chosen if chosen.pieces else models[0]))}
+    found = None
     if tokenizer is not None:
-        changes |= _vocabulary(held, folder, whole=tokenizer == "union")
-    return Companions(chosen.folder, folder, changes, _template(chat_template, held))
+        lead = models_of([chosen])[0]
+        preferred = base if base is not None else chosen if companion != "first" else None
+        found = vocabulary_of(
+            held, lead, folder, union=tokenizer == "union", multiple=multiple or 1,
+            base=preferred and models_of([preferred])[0].name,
+        )  # fmt: skip
+        for name, change in _changes(chosen, lead, found).items():
+            changes[name] = changes.get(name, {}) | change
+    elif multiple is not None:
+        raise UserError("pad_to_multiple_of needs a tokenizer, to whose tokens rows are added")
+    template = _template(chat_template, held)
+    return Companions(chosen.folder, folder, changes, template, found and found.tokenizer), found
 
 
-def _vocabulary(held: Sequence[Checkpoint], folder: Path | None, *, whole: bool) -> dict[str, int]:
-    """{"vocab_size": tokens} of the tokenizer, each of which must have the same number in all models. whole: no model may
-    have others. A model without a tokenizer.json says nothing."""
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer needs a tokenizer.json to count its tokens, {folder or 'a bare file'} has none")
-    tokens = tokens_of(read_json(folder / "tokenizer.json"))
-    if set(tokens.values()) != set(range(len(tokens))):
-        raise UserError(f"{folder}: its tokenizer's {len(tokens):,} tokens are not numbered 0 to {len(tokens) - 1:,}")
-    for one in held:
-        if one.folder is None or not (one.folder / "tokenizer.json").is_file():
-            continue
-        other = tokens_of(read_json(one.folder / "tokenizer.json"))
-        wrong = next(
-            (token for token in (*tokens, *(other if whole else ())) if tokens.get(token) != other.get(token)), None
-        )
-        if wrong is not None:
-            raise UserError(
-                f"token {wrong!r} is {tokens.get(wrong, 'absent')} in {folder} and {other.get(wrong, 'absent')} in {one.name}: "
-                "embeddings are cut to a tokenizer's tokens, and neither joined nor rearranged"
-            )
-    return {"vocab_size": len(tokens)}
+def _changes(chosen: Checkpoint, lead: Checkpoint, found: Vocabulary) -> dict[str, dict[str, Any]]:
+    """What the files say otherwise with these tokens: how many there are, and the numbers of those that have a meaning."""
+    changes: dict[str, dict[str, Any]] = {}
+    before = {number: token for token, number in found.known[lead.name].items()}
 
+    def renumbered(number: Any, what: str) -> Any:
+        if isinstance(number, list):
+            return [renumbered(one, what) for one in number]
+        token = before.get(number) if type(number) is int else None
+        if token is None:
+            return number
+        if token not in found.tokens:
+            raise UserError(f"{what} {number} is {token!r} in {lead.name}, which the tokenizer does not have")
+        return found.tokens[token]
 
-def cut_vocabulary(model: Checkpoint, rows: int) -> Checkpoint:
-    """The model with only the first `rows` rows of its embeddings and head. Raises UserError where they have fewer."""
-    files = []
-    for file in model.files:
-        tensors = dict(file.tensors)
-        for name, tensor in file.tensors.items():
-            if name.endswith((*EMBEDDINGS, *_BIASES)):
-                if not tensor.shape or tensor.shape[0] < rows:
-                    raise UserError(
-                        f"{name} is {list(tensor.shape)} in {model.name}, the tokenizer has {rows:,} tokens"
-                    )
-                shape = (rows, *tensor.shape[1:])
-                tensors[name] = tensor._replace(shape=shape, nbytes=math.prod(shape) * SIZES[tensor.dtype])
-        files.append(replace(file, tensors=tensors))
-    return replace(model, files=tuple(files))
+    for name in _SETTINGS[:2]:
+        path = chosen.folder and chosen.folder / name
+        held = read_json(path) if path and path.is_file() else {}
+        special = {key: value for key, value in held.items() if key.endswith("_token_id")}
+        changes[name] = {
+            key: new for key, value in special.items() if (new := renumbered(value, f"{name}: {key}")) != value
+        }
+        if name == "config.json":
+            text = held.get("text_config")
+            nested = "vocab_size" not in held and isinstance(text, dict) and "vocab_size" in text
+            size = {"vocab_size": found.rows}
+            changes[name] |= {"text_config": text | size} if nested else size
+    return changes
 
 
 def _template(asked: str | None, held: Iterable[Checkpoint]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 from fastalign.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint, is_adapter
 from fastalign.soup.dtypes import FLOATS
+from fastalign.soup.vocabulary import OLD_FILES, ROWS, tokens_of
 
 # What a configuration may differ in and the weights still mean the same.
 _FREE = {
@@ -22,7 +23,6 @@ _FREE = {
     "initializer_range", "task_specific_params", "gradient_checkpointing", "auto_map", "pretraining_tp",
 }  # fmt: skip
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "added_tokens.json")
 _BLOCK = 1 << 22  # bytes of a tensor that are compared at once
 
 
@@ -30,7 +30,7 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens
     """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
 
     force: let configurations and tokenizers differ; tensors never may. tokens: whether vocabularies must be the same, False
-    where they are known to be alike in as many rows as embeddings have.
+    where embeddings are brought to one.
     Raises UserError that names the first difference. Reads no weights but those that are not floating-point, and
     those that one checkpoint stores twice and another once.
     """
@@ -67,7 +67,8 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens
         mine = first[name]
         for other in checkpoints[1:]:
             theirs = other[name]
-            if theirs.shape != mine.shape:
+            first_row = 0 if tokens or not name.endswith(ROWS) else 1
+            if theirs.shape[first_row:] != mine.shape[first_row:]:
                 raise UserError(
                     f"{name} must have one shape in all models, is {list(mine.shape)} in {first.name} and "
                     f"{list(theirs.shape)} in {other.name}"
@@ -162,7 +163,7 @@ def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict,
 def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
     if first.folder is None or other.folder is None:
         return
-    for file in ("tokenizer.json", *_VOCABULARIES):
+    for file in ("tokenizer.json", *OLD_FILES):
         mine, theirs = first.folder / file, other.folder / file
         if not (mine.is_file() and theirs.is_file()):
             continue
@@ -189,14 +190,6 @@ def _tokens_differ(mine: dict, theirs: dict) -> str:
         token = next(token for token in (*a, *b) if a.get(token) != b.get(token))
         return f"token {token!r} is {a.get(token, 'absent')} and {b.get(token, 'absent')}"
     return "" if _merges(mine) == _merges(theirs) else "their merges"
-
-
-def tokens_of(tokenizer: dict) -> dict[str, int]:
-    """The tokens of a tokenizer.json and their numbers, added ones among them."""
-    held = (tokenizer.get("model") or {}).get("vocab") or {}
-    found = dict(held.items() if isinstance(held, dict) else ((token, i) for i, (token, *_) in enumerate(held)))
-    found.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
-    return found
 
 
 def _merges(tokenizer: dict) -> list[tuple[str, ...]]:

@@ -35,7 +35,8 @@ def estimate(plan: Plan) -> Estimate | None:
     tensors = {
         name: tensor for shard in plan.layout for name, tensor in shard.tensors.items() if tensor.dtype in FLOATS
     }
-    name = max(tensors, key=lambda one: tensors[one].count, default=None)
+    there = tensors.keys() - (plan.embeddings.names if plan.embeddings else set())
+    name = max(there, key=lambda one: tensors[one].count, default=None)
     if name is None or tensors[name].count == 0:
         return None
     tensor, outputs, threads = tensors[name], len(plan.weights), backend.threads()
@@ -49,7 +50,7 @@ def estimate(plan: Plan) -> Estimate | None:
         seconds = (time.perf_counter() - began) / tensor.count * sum(one.count for one in tensors.values())
         return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, tensor.count * width)
     folder = next(one for one in (plan.out.absolute(), *plan.out.absolute().parents) if one.is_dir())
-    with opened(plan.inputs) as files, tempfile.TemporaryFile(dir=folder) as out:
+    with opened(plan.sources) as files, tempfile.TemporaryFile(dir=folder) as out:
         began = time.perf_counter()
         step = plan.step_of(name)
         prepared = time.perf_counter() - began

@@ -18,10 +18,10 @@ from fastalign.soup import compare, dtypes
 from fastalign.soup import plan as plans
 from fastalign.soup.architecture import is_tied, is_transposed
 from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
-from fastalign.soup.companions import EMBEDDINGS
 from fastalign.soup.lora import MadeAdapter
 from fastalign.soup.lora_files import empty_folder, wide, write_adapter
 from fastalign.soup.memory import mapped
+from fastalign.soup.vocabulary import EMBEDDINGS
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
 _EXACT = 256  # below so many rows or columns the whole SVD is as fast

@@ -21,11 +21,12 @@ from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import plan as plans
 from fastalign.soup.architecture import is_tied, is_transposed
 from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
-from fastalign.soup.companions import EMBEDDINGS, TOKENIZER, Companions
+from fastalign.soup.companions import TOKENIZER, Companions
 from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
 from fastalign.soup.lora_files import Adapter, Factors, base_name, open_adapter
 from fastalign.soup.merge import Merged, execute, warned
 from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.vocabulary import EMBEDDINGS
 from fastalign.units import parse_bytes
 
 _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows

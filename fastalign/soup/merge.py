@@ -21,7 +21,7 @@ from fastalign.data import files
 from fastalign.errors import UserError, printable
 from fastalign.soup import plan as plans
 from fastalign.soup.finite import NotFinite
-from fastalign.soup.inputs import allow_open_files, files_of, opened
+from fastalign.soup.inputs import allow_open_files, files_of, opened, unchanged
 from fastalign.soup.outputs import accompany, already_made, check_space, finished, folder_beside, names_of, recorded
 from fastalign.soup.shard import chunk_of, write_shard
 from fastalign.soup.stacks import Model
@@ -53,6 +53,7 @@ def merge(
     parameters: Mapping[str, Any] | None = None,
     companion: str = "first",
     tokenizer: str | None = None,
+    pad_to_multiple_of: int | None = None,
     chat_template: str | None = None,
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
@@ -83,8 +84,10 @@ def merge(
         parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number}, or
             {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
         companion: whose configuration and tokenizer the outputs get, "first", "base", or a model as it is named in models.
-        tokenizer: "companion", or the folder of another: embeddings are cut to its tokens, which must have the same numbers in
-            all models; "union" asks that no model has others. None leaves embeddings as they are, with the companion's.
+        tokenizer: "companion", the folder of another, or "union", the companion's with the other models' tokens added to it.
+            Embeddings and heads get a row for each of its tokens, in its order: a model's own; for a token that it lacks the base's
+            (or a named companion's), else the mean of those that have it. None leaves embeddings as they are, with the companion's.
+        pad_to_multiple_of: with a tokenizer, the number of rows is made a multiple of it, by rows that are the mean of the others.
         chat_template: the text of another chat template, or "auto" for the one that most of the models have.
         dtype: to store floating-point tensors in; None keeps the first model's, tensor by tensor.
         normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
@@ -109,9 +112,11 @@ def merge(
     """
     made = plans.make(
         models, weights, out, method=method, base=base, parameters=parameters, companion=companion, tokenizer=tokenizer,
-        chat_template=chat_template, dtype=dtype,
+        pad_to_multiple_of=pad_to_multiple_of, chat_template=chat_template, dtype=dtype,
         normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
+    for note in made.notes:
+        warnings.warn(printable(note), stacklevel=2)
     return warned(execute(made, sync=sync, strict=strict, progress=progress))
 
 
@@ -144,8 +149,14 @@ def _execute(plan: plans.Plan, strict: bool, progress: bool) -> Merged:
     with folder_beside(plan) as work:
         done = finished(plan, work)
         check_space(plan, work, headers, done)
+        if plan.embeddings and len(done) < len(plan.layout):
+            plan.embeddings.write(work.making)
+            unchanged(plan.sources)
         total = (plan.read_bytes + plan.written_bytes) // 10**6
-        with bars.bar("merge", total=total, unit="MB", show=progress) as advance, opened(plan.inputs) as inputs:
+        with (
+            bars.bar("merge", total=total, unit="MB", show=progress) as advance,
+            opened(plan.inputs if len(done) < len(plan.layout) else ()) as inputs,
+        ):
             moved = _Steps(advance)
             for shard, headed in zip(plan.layout, headers, strict=True):
                 names = names_of(plan, shard)
@@ -162,6 +173,8 @@ def _execute(plan: plans.Plan, strict: bool, progress: bool) -> Merged:
                     seen.join(met.record)
                     read, written = read + nbytes_in, written + shard.nbytes * len(names)
                 _tell(seen, strict=strict)
+        if plan.embeddings:
+            plan.embeddings.remove()
         accompany(plan, work, seen)
         work.become(plan.target)
         files.sync(plan.target.parent)

@@ -142,20 +142,30 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         found["companion"] = "base"
     elif base is not None and any(base in run.models for run in runs):
         found["companion"] = base
-    return found | _tokenizer(recipe)
+    tokenizer = _tokenizer(recipe)
+    if "tokenizer" in tokenizer and base is not None and not any(base in run.models for run in runs):
+        raise UserError("with a tokenizer, the base_model must be one of the models")
+    return found | tokenizer
 
 
 # ---- tokenizer ----
 
 
 def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Whose tokenizer it is. A union is done here where all vocabularies are the same."""
+    """Whose tokenizer it is, and what its rows are padded to; no `tokens` by their names."""
     found: dict[str, Any] = {}
     held = recipe.get("tokenizer")
     if held is not None:
         if not isinstance(held, Mapping):
             raise UserError(f"tokenizer must be a mapping with source, got {reprlib.repr(held)}")
-        known(held, {"source"}, "tokenizer")
+        if recipe.get("tokenizer_source") is not None:
+            raise UserError("the configuration must have either tokenizer or tokenizer_source")
+        known(held, {"source", "pad_to_multiple_of"}, "tokenizer")
+        multiple = held.get("pad_to_multiple_of") or None
+        if isinstance(multiple, float) and multiple.is_integer():
+            multiple = int(multiple)
+        if multiple is not None:
+            found["pad_to_multiple_of"] = multiple
     source = recipe.get("tokenizer_source") if held is None else held.get("source", "union")
     if source is not None:
         if not isinstance(source, str) or not source:

@@ -38,8 +38,7 @@ def already_made(plan: plans.Plan) -> bool:
 @contextmanager
 def folder_beside(plan: plans.Plan) -> Iterator[WorkFolder]:
     """The folder that becomes `out`, held against another merge; what an interrupted one of the same key left stays."""
-    target = plan.target
-    with hold(target.with_name(f".{target.name}.soup"), writes=plan.out, what="merge") as work:
+    with hold(plan.work, writes=plan.out, what="merge") as work:
         work.begin({"kind": "soup", "key": plan.key, "flushed": flushes()}, anew=not flushes())
         if foreign := work.foreign():
             raise UserError(f"{foreign[0]}: lies where {plan.out} is made, and no merge put it there: move it away")
@@ -95,6 +94,8 @@ def check_space(plan: plans.Plan, work: WorkFolder, headers: list[list[bytes]], 
         for header in headed
         if shard not in done
     )
+    if plan.embeddings and len(done) < len(plan.layout):
+        needed += plan.embeddings.nbytes
     free = shutil.disk_usage(work.path).free
     if needed > free:
         raise UserError(f"{plan.out}: needs {plans.size(needed)}, the disk has {plans.size(free)} free")

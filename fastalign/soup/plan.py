@@ -17,7 +17,8 @@ from fastalign.errors import UserError
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import parameters as asked
 from fastalign.soup.checkpoint import Checkpoint, File, Shard, lay_out
-from fastalign.soup.companions import Companions, companions, cut_vocabulary
+from fastalign.soup.companions import Companions, companions
+from fastalign.soup.embeddings import Embeddings, in_order_of
 from fastalign.soup.stacks import Model, open_model
 from fastalign.units import parse_bytes
 
@@ -47,11 +48,22 @@ class Plan:
     # Tensors that are made apart: name -> blocks in their order, each K tensors of the same next elements, as stored.
     blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()  # what the user may not expect
+    embeddings: Embeddings | None = None  # made first, where the vocabulary changes: the inputs read these
 
     @property
     def target(self) -> Path:
         """`out`, or where it leads as a link."""
-        return Path(os.path.realpath(self.out))
+        return _target(self.out)
+
+    @property
+    def work(self) -> Path:
+        """The folder beside it that it grows in."""
+        return _work(self.out)
+
+    @property
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """The inputs as they lie there."""
+        return self.inputs if self.embeddings is None else self.embeddings.sources
 
     @property
     def sparse(self) -> bool:
@@ -80,7 +92,7 @@ class Plan:
         """For people: a line for each input, then what comes out."""
         lines = [
             f"{one.name}: {len(one.where):,} tensors, {size(one.nbytes)} in {len(one.files)} file(s)"
-            for one in self.inputs
+            for one in self.sources
         ]
         tensors = sum(len(shard.tensors) for shard in self.layout)
         count = "1 model" if len(self.weights) == 1 else f"{len(self.weights)} models"
@@ -101,6 +113,7 @@ def make(
     parameters: Mapping[str, Any] | None = None,
     companion: str = "first",
     tokenizer: str | None = None,
+    pad_to_multiple_of: int | None = None,
     chat_template: str | None = None,
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
@@ -126,31 +139,30 @@ def make(
     out_dtype = None if dtype is None else dtypes.parse(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
+    if pad_to_multiple_of is not None and not (type(pad_to_multiple_of) is int and pad_to_multiple_of >= 1):
+        raise UserError(f"pad_to_multiple_of must be a whole number from 1 on, got {pad_to_multiple_of!r}")
     opened = tuple(open_model(model) for model in models)
     inputs = opened if base is None else (open_model(base), *opened)
-    along = companions(
-        opened,
-        None if base is None else inputs[0],
-        companion=companion,
-        tokenizer=tokenizer,
+    along, vocabulary = companions(
+        opened, None if base is None else inputs[0], companion=companion, tokenizer=tokenizer, multiple=pad_to_multiple_of,
         chat_template=chat_template,
-    )
-    if tokenizer is not None:
-        inputs = tuple(cut_vocabulary(one, along.config["vocab_size"]) for one in inputs)
-        opened = inputs[len(inputs) - len(opened) :]
+    )  # fmt: skip
     names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force, tokens=tokenizer is None)
+    sources, first, embeddings = inputs, opened[0], None
+    if vocabulary is not None:
+        inputs, embeddings = in_order_of(vocabulary, inputs, names, _work(out))
+        opened = inputs[len(inputs) - len(opened) :]
     mixed = [name for name in names if opened[0][name].dtype in dtypes.FLOATS]
     rows = methods.Weights(given, len(models), names)
     steps = methods.steps(method, opened, None if base is None else inputs[0], rows, values, normalize, mixed)
-    first = opened[0]
-    layout = lay_out(((name, out_type(first, name, out_dtype), first[name].shape) for name in names), shard_size)
+    layout = lay_out(((name, out_type(first, name, out_dtype), opened[0][name].shape) for name in names), shard_size)
     recipe = {
         "fastalign": fastalign.__version__,
         "method": method,
         "normalize": normalize,
         "dtype": out_dtype,
-        "models": [told(one) for one in opened],
-        "base": None if base is None else told(inputs[0]),
+        "models": [told(one) for one in sources[len(sources) - len(opened) :]],
+        "base": None if base is None else told(sources[0]),
         "parameters": asked.told(values),
     }
     blocks_of: dict[str, Any] = {}
@@ -169,13 +181,23 @@ def make(
         )
     written_by = backend.engine.active_isa() if backend.engine_runs() else "torch"
     basis = {
-        "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [along.config, along.template], "shard": shard_size, "by": written_by,
-        **content([file for one in inputs for file in one.files], along),
+        "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [along.changes, along.template, along.tokens], "rows": embeddings and embeddings.key, "shard": shard_size, "by": written_by,
+        **content([file for one in sources for file in one.files], along),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     return Plan(
-        opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps, along, blocks_of
+        opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps, along, blocks_of,
+        (vocabulary.note,) if vocabulary and vocabulary.note else (), embeddings,
     )  # fmt: skip
+
+
+def _target(out: str | os.PathLike) -> Path:
+    return Path(os.path.realpath(out))
+
+
+def _work(out: str | os.PathLike) -> Path:
+    target = _target(out)
+    return target.with_name(f".{target.name}.soup")
 
 
 def content(files: Sequence[File], along: Companions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fastalign.soup.mappings import entries, known, layer_range, text
 _MOST = 1_000_000  # bytes of a recipe
 _KEYS = {
     "method", "models", "base", "weights", "grid", "parameters", "dtype", "normalize", "companion", "tokenizer",
-    "chat_template", "max_shard_size", "memory_limit", "force",
+    "pad_to_multiple_of", "chat_template", "max_shard_size", "memory_limit", "force",
 }  # fmt: skip
 _EACH = ("density", "epsilon", "gamma")
 

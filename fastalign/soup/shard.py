@@ -104,7 +104,7 @@ def write_shard(
                             write(k, block, at)
                             at += len(block)
                     moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
-            unchanged(plan.inputs)
+            unchanged(plan.sources)
             for out, path in zip(outs, partial, strict=True):
                 if flushes():
                     with naming(path):
