@@ -451,11 +451,20 @@ def bench(
 
 
 @command("fastalign info")
-def info() -> None:
-    """Version, backend, instruction set, compiled kernels, optional packages, rewards."""
-    from fastalign.info import show
+def info(
+    model: Annotated[
+        str | None, typer.Option(help="Load this model and tell which path each part takes: tried, not guessed.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Version, backend, instruction set, compiled kernels, optional packages, rewards; or a model's paths."""
+    from fastalign.info import show, show_model
 
-    show(_console(markup=True))
+    if model is not None:
+        show_model(_console(), model, dtype=dtype, device=device)
+    else:
+        show(_console(markup=True))
 
 
 @app.callback()

@@ -58,6 +58,48 @@ def show(console) -> None:
     console.print(table)
 
 
+def show_model(console, name: str, *, dtype: str, device: str) -> None:
+    """Load a model and print which path each of its parts takes, and why another is not taken."""
+    import warnings
+
+    from rich.table import Table
+
+    from fastalign.decode import Sampler
+
+    sampler = Sampler.from_pretrained(name, dtype=dtype, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the table
+        rows = paths(sampler)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for part, path, why in rows:
+        table.add_row(part, path, why)
+    console.print(table)
+
+
+def paths(sampler) -> list[tuple[str, str, str]]:
+    """(part, path, why not a faster one) of a loaded `Sampler`'s model."""
+    from fastalign.decode.engine import Engine, supports
+    from fastalign.decode.sampler import HOW
+    from fastalign.errors import UserError
+    from fastalign.integrations.layers import CompiledLayers
+    from fastalign.integrations.packing import can_pack
+    from fastalign.models import language_model, scoring
+
+    model = sampler.model
+    inner = language_model(model)
+    rows = [("model", f"{type(inner).__name__}, {str(inner.dtype).removeprefix('torch.')} on {inner.device}", "")]
+    try:
+        kind = sampler.path()
+        rows.append(("sampling", HOW[kind], "" if kind is Engine else supports(model).why))
+    except UserError as refusal:
+        rows.append(("sampling", "refused", str(refusal)))
+    rows.append(("scoring (PPO, perplexity)", scoring.describe(model), scoring.fused_head(model).why))
+    packs = can_pack(model)
+    rows.append(("pairs (DPO)", "packed, each prompt run once" if packs else "padded", packs.why))
+    rows.append(("compiled layers", f"{len(CompiledLayers.of(inner))} modules", ""))
+    return rows
+
+
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "no GPU that torch can use"

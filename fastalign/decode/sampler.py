@@ -31,8 +31,9 @@ from fastalign.units import parse_bytes
 ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
 
-# After the engine, in this order; how each is said
-_INSTEAD: dict[type[Rows], str] = {
+# What may draw, in this order, and how each is said
+HOW: dict[type[Engine] | type[Rows], str] = {
+    Engine: "on the shared-prompt engine",
     CachedRows: "batch by batch on its own cache",
     RepeatedRows: "batch by batch on its own cache, the prompt run once for each candidate",
     UncachedRows: "without a cache, each text run whole for each token",
@@ -210,7 +211,9 @@ class Sampler:
                 if verdict.ok:
                     return Engine
             why = verdict.why
-            for kind, how in _INSTEAD.items():
+            for kind, how in HOW.items():
+                if kind is Engine:
+                    continue
                 verdict = tried(self.model, kind.__name__, trial(kind))
                 why = why or verdict.why
                 if verdict.ok:

@@ -1,0 +1,45 @@
+"""Causal models of transformers on every path, beside their own plain logits; all of them by `python tools/model_sweep.py`."""
+
+import datetime
+import os
+
+import pytest
+from causal_models import model_types
+from model_paths import CHECKS, sweep
+from tiny import tiny_folder
+from typer.testing import CliRunner
+
+from fastalign.cli import app
+
+# Each of another kind, and each once wrong: fused projections, masks, sinks, latent attention, states, heads, two calls a layer.
+ALWAYS = (
+    "gpt2", "gpt_neox", "phi3", "doge", "phimoe", "gpt_oss", "deepseek_v3", "mamba", "qwen3_5_text", "modernbert-decoder",
+    "recurrent_gemma", "stablelm", "diffllama", "rwkv", "xlstm",
+)  # fmt: skip
+PARTS = 16  # a part of the others runs in turn, a day each
+
+
+def in_turn() -> list[str]:
+    if os.environ.get("FASTALIGN_TEST_ALL"):
+        return list(model_types())
+    part = datetime.date.today().toordinal() % PARTS
+    return [*ALWAYS, *(name for i, name in enumerate(model_types()) if i % PARTS == part and name not in ALWAYS)]
+
+
+@pytest.mark.parametrize("model_type", in_turn())
+def test_every_path_is_right_or_refused_in_one_line(model_type):
+    found = sweep(model_type)
+    if "not built" in found:
+        assert model_type not in ALWAYS, found
+        pytest.skip(found["not built"])
+    assert {check: found[check] for check in CHECKS if not found[check].startswith(("right", "refused"))} == {}
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [("llama", ["LlamaForCausalLM", "on the shared-prompt engine", "fused head", "packed, each prompt run once"])],
+)
+def test_info_tells_which_path_each_part_takes(tmp_path, kind, said):
+    folder = tiny_folder(tmp_path / "m", kind=kind)
+    result = CliRunner().invoke(app, ["info", "--model", str(folder)])
+    assert result.exit_code == 0 and all(words in result.output for words in said), result.output
