@@ -13,7 +13,7 @@ VOCAB = 320
 
 # Sizes, whatever the class; a name that a configuration lacks is left out.
 SIZES = dict(
-    vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    vocab_size=VOCAB, unpadded_vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     hidden_size=32, d_model=32, n_embd=32, dim=32, embedding_size=32, word_embed_proj_dim=32, embed_dim=32, emb_dim=32,
     num_hidden_layers=2, n_layer=2, n_layers=2, num_layers=2, decoder_layers=2, encoder_layers=1,
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,

@@ -20,6 +20,13 @@ def rope_change(config: Any) -> int | None:
     return None
 
 
+def chunk_length(config: Any) -> int:
+    """Tokens of the chunks that attention goes by (Reformer, arXiv 2001.04451), which nothing makes narrower; 0 for none."""
+    return max(
+        (v for k, v in vars(config).items() if k.endswith("attn_chunk_length") and isinstance(v, int)), default=0
+    )
+
+
 def rope_is_dynamic(config: Any) -> bool:
     """Whether those frequencies are another set for every length."""
     return any("dynamic" in kind for kind, _ in _ropes(config))

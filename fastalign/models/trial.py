@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.models.spans import narrowed, rope_change, rope_is_dynamic
+from fastalign.models.spans import chunk_length, narrowed, rope_change, rope_is_dynamic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NEAR = 64  # tokens: a length at which the configuration changes something is passed in the trial up to here
 TELLING = 300  # a change of the inputs must move the logits by so many tolerances, or the trial could not tell
 
 
@@ -105,12 +107,15 @@ def tried(model: Any, name: str, path: Path) -> Verdict:
 def is_causal(model: Any) -> Verdict:
     """Whether the logits of a token stay as they are whatever follows it: what drawing token by token takes for granted."""
     key = ("causal", *_identity(model))
-    if key not in _kept:
-        with _at_rest(model), narrowed(language_model(model)):
-            moved = _truth(model).causal
-        ok = moved <= 1
-        _kept[key] = Verdict(ok, "" if ok else "the logits of a token change with the tokens that follow it")
-    return _kept[key]
+    if key in _kept:
+        return _kept[key]
+    with _at_rest(model), narrowed(language_model(model)):
+        truth = _truth(model)
+    ok = truth.causal <= 1
+    verdict = Verdict(ok, "" if ok else "the logits of a token change with the tokens that follow it")
+    if truth.telling or not ok:
+        _kept[key] = verdict
+    return verdict
 
 
 def tell_once(model: Any, message: str) -> None:
@@ -139,7 +144,18 @@ def _identity(model: Any) -> tuple:
     cls = next(
         c for c in type(inner).__mro__ if not c.__name__.startswith("FSDP")
     )  # what shards a model puts itself before
-    return cls, repr(config), repr(adapters), *where, inner.config._attn_implementation
+    return cls, repr(config), repr(adapters), *where, inner.config._attn_implementation, _parts(model)
+
+
+def _parts(model: Any) -> tuple:
+    """The classes of a model's modules and what hangs on them: one with a hook or a module of its own is another model."""
+    classes: Counter = Counter()
+    for module in model.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "forward" in vars(module):
+            hooks.append(vars(module)["forward"])
+        classes[type(module), tuple(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)] += 1
+    return tuple((cls.__qualname__.removeprefix("FSDP"), hooks, n) for (cls, hooks), n in classes.items())
 
 
 @contextmanager
@@ -148,7 +164,8 @@ def _at_rest(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(language_model(model).device.type, enabled=False):
+        # Not inference mode: what shards a model keeps the tensors that it gathers.
+        with torch.no_grad(), torch.autocast(language_model(model).device.type, enabled=False):
             yield
     finally:
         for module, training in modes:
@@ -178,7 +195,9 @@ def _truth(model: Any) -> _Truth:
     allowed = (256 if eps < 1e-4 else 4) * eps * scale
     tolerance = max(allowed, 4 * noise) if noise <= 8 * allowed else allowed
     causal = noise / (8 * allowed)
-    return _Truth(probe, log_probs, tolerance, causal, _tells(model, rows[-1], log_probs[-1], TELLING * tolerance))
+    whole = not any(p.isnan().any() for p in log_probs)  # of NaN weights nothing can be told
+    telling = whole and _tells(model, rows[-1], log_probs[-1], TELLING * tolerance)
+    return _Truth(probe, log_probs, tolerance, causal if whole else 0.0, telling)
 
 
 def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, least: float) -> bool:
@@ -249,10 +268,10 @@ def _compare(path: Path, model: Any, truth: _Truth) -> Verdict:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference in nats; tokens that both rule out agree, and NaN is as far as can be."""
+    """Largest difference in nats; tokens that both rule out agree, as NaN does with NaN, and with nothing else."""
     if a.shape != b.shape:
         return math.inf
-    apart = (a - b).abs().masked_fill(a == b, 0).nan_to_num(math.inf)
+    apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).nan_to_num(math.inf)
     # Of what is as good as ruled out only the verdict counts, not the rounding of its exponent.
     apart = apart / (1 + (-torch.maximum(a, b) - 20).clamp_min(0).nan_to_num(posinf=0))
     return float(apart.max()) if apart.numel() else 0.0
@@ -278,11 +297,10 @@ def _probe(config: Any) -> Probe:
     vocab = text.vocab_size
     allowed = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
     draw = torch.Generator().manual_seed(0)
-    change = rope_change(text)
-    # Past a change of the rope where it is near; within a dynamic rope's length, for beyond it no two lengths agree.
-    more, short = 0, change is not None and change < 16 and rope_is_dynamic(text)
-    if change is not None and change <= 32 and not rope_is_dynamic(text):
-        more = change
+    change, dynamic = rope_change(text), rope_is_dynamic(text)
+    # Past a change of the rope or of chunks where it is near; within a dynamic rope's length, for beyond no two lengths agree.
+    short = dynamic and change < 16
+    more = max((n for n in (0 if dynamic else change or 0, chunk_length(text)) if n <= NEAR), default=0)
 
     def tokens(n: int) -> list[int]:
         return [allowed[i] for i in torch.randint(len(allowed), (n,), generator=draw).tolist()]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
-from fastalign.models.scoring import score
+from fastalign.models.scoring import fused_head, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +82,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         weight = head_of(self.causal_lm).weight
         layer = self.causal_lm.get_output_embeddings()
         size = getattr(getattr(layer, "base_layer", layer), "in_features", weight.shape[1])
+        if not fused_head(self.causal_lm):  # then the head's inputs are not the last hidden states
+            size = self.causal_lm.config.get_text_config(decoder=True).hidden_size
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
         self.v_head = ValueHead(size, dropout=dropout, dtype=wide)
