@@ -183,6 +183,11 @@ def _truth(model: Any) -> _Truth:
         raise UserError(f"{name_of(model)} cannot be run on token ids alone: {first_line(error)}") from None
     found = [x[len(prompt) - 1 : -1] for x, (prompt, _) in zip(logits, rows, strict=True)]
     log_probs = [_log_softmax(x) for x in found]
+    again = distance(_log_softmax(_plain(model, sum(rows[0], []))), _log_softmax(logits[0]))
+    if again > 0.01:
+        raise UserError(
+            f"{name_of(model)} cannot be used: its log-probabilities of one text differ from run to run, by {again:.2g}"
+        )
     # Rounding as it shows where the same tokens are run alone and with what follows.
     prompt = rows[0][0]
     noise = distance(_log_softmax(_plain(model, prompt)), _log_softmax(logits[0][: len(prompt)]))
@@ -300,7 +305,7 @@ def _probe(config: Any) -> Probe:
     change, dynamic = rope_change(text), rope_is_dynamic(text)
     # Past a change of the rope or of chunks where it is near; within a dynamic rope's length, for beyond no two lengths agree.
     short = dynamic and change < 16
-    more = max((n for n in (0 if dynamic else change or 0, chunk_length(text)) if n <= NEAR), default=0)
+    more = max((n for n in (0 if dynamic else change or 0, 2 * chunk_length(text)) if n <= NEAR), default=0)
 
     def tokens(n: int) -> list[int]:
         return [allowed[i] for i in torch.randint(len(allowed), (n,), generator=draw).tolist()]
