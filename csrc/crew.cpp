@@ -2,6 +2,9 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#elif defined(FASTALIGN_STD_THREADS)  // for tools/sanitize.py: ThreadSanitizer sees nothing of OpenMP's
+#include <thread>
+#include <vector>
 #endif
 #if defined(__unix__)
 #include <sched.h>
@@ -70,6 +73,13 @@ void Crew::start(int threads, void (*lead)(Crew&, const void*), const void* cont
     }
     return;
   }
+#elif defined(FASTALIGN_STD_THREADS)
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back([&crew, i] { crew.serve(i); });
+  lead(crew, context);
+  crew.over_ = true;
+  for (std::thread& other : others) other.join();
+  return;
 #endif
   lead(crew, context);
 }

@@ -5,7 +5,7 @@
 // code for an older one. This header is the only thing those files share with the rest.
 #pragma once
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTALIGN_ONE_LEVEL)  // one: tools/sanitize.py
 #define FASTALIGN_X86 1
 #else
 #define FASTALIGN_X86 0

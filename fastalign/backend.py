@@ -73,7 +73,33 @@ def engine_runs() -> bool:
 
 
 def threads() -> int:
-    """How many the engine takes: as many as torch, and where torch is not loaded OMP_NUM_THREADS or one a processor."""
+    """How many the engine takes: as many as torch, and where torch is not loaded OMP_NUM_THREADS or one a processor.
+
+    One in a forked process: OpenMP's threads stay behind in the parent, and what waits for them there waits for ever.
+    """
+    global _had_threads
+    count = 1 if _forked else _wanted_threads()
+    _had_threads |= count > 1
+    return count
+
+
+_forked = _had_threads = False
+
+
+def _after_fork() -> None:
+    """In the child. Where the engine's threads had begun, torch, whose threads they are, must not ask for them either."""
+    global _forked
+    _forked = True
+    torch = sys.modules.get("torch")
+    if _had_threads and torch is not None:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _wanted_threads() -> int:
     torch = sys.modules.get("torch")
     if torch is not None:
         return torch.get_num_threads()

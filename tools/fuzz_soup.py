@@ -1,30 +1,28 @@
 """Feeds mutated safetensors files to the soups, under AddressSanitizer: no crash, no hang, no read out of bounds, one line each.
 
-    python tools/fuzz_soup.py [--files 10000] [--seed 0] [--build build/asan]
+    python tools/fuzz_soup.py [--files 10000] [--seed 0]
 
-Builds the engine with -fsanitize=address into a folder of its own (kept for the next time) and runs the files through it in
-a process that has libasan loaded before anything else. What reads as a valid file is mixed in memory and merged with a twin
-of other numbers, by a weighted sum, as a stack, and by one of the other methods in turn; every fourth is cut short between its check and
-its merges. First a call that does read out of bounds must be caught. Needs g++ with libasan (Linux).
+Runs the files through an engine with the sanitizer in it (tools/sanitize.py). What reads as a valid file is mixed in memory
+and merged with a twin of other numbers, by a weighted sum, as a stack, and by one of the other methods in turn; every fourth
+is cut short between its check and its merges.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
-import importlib.util
 import json
 import os
 import random
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import sanitize
+
 METHODS = (
     "slerp",
     "ties",
@@ -189,78 +187,22 @@ def fuzz(files: int, seed: int, scratch: Path, *, watch: bool = False) -> Counte
     return found
 
 
-# ---- the process under the sanitizer ----
-
-
-def _use_engine(module: Path) -> None:
-    """Load this build of the engine in place of the installed one."""
-    import torch  # its OpenMP first  # noqa: F401
-
-    spec = importlib.util.spec_from_file_location("fastalign._C", module)
-    engine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engine)
-    sys.modules["fastalign._C"] = engine
-    sys.path.insert(0, str(ROOT))
-    import fastalign.backend
-
-    if fastalign.backend.engine is not engine:
-        raise SystemExit("fuzz_soup: the sanitised engine was not taken")
-
-
-def _out_of_bounds() -> None:
-    """One element too many: the sanitizer must end the process here."""
-    import torch
-
-    from fastalign.backend import engine
-    from fastalign.buffers import buffer
-
-    x, y = torch.zeros(1000), torch.zeros(1000)
-    engine.soup_memory([(*buffer(y)[:1], 1064, "float32")], [(*buffer(x)[:1], 1064, "float32")], [1.0], 1)
-
-
-def build(folder: Path) -> Path:
-    """The engine with the sanitizer in it; builds what changed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-    shutil.copy2(ROOT / "setup.py", folder)
-    flags = "-fsanitize=address -fno-omit-frame-pointer -g1"
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib", "--build-temp", "temp"]
-    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"CXX": f"g++ {flags}"})
-    return next((folder / "lib" / "fastalign").glob("_C*.so"))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--build", type=Path, default=ROOT / "build" / "asan")
-    parser.add_argument("--worker", choices=("fuzz", "out-of-bounds"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("fuzz",), help=argparse.SUPPRESS)
     parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        _use_engine(given.module)
-        if given.worker == "out-of-bounds":
-            _out_of_bounds()
-            return 0
+        sanitize.use_engine(given.module)
         with tempfile.TemporaryDirectory() as scratch:
             print(json.dumps(fuzz(given.files, given.seed, Path(scratch), watch=True)))
         return 0
-    module = build(given.build.resolve())
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    env = os.environ | {
-        "LD_PRELOAD": library.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=77", "OMP_NUM_THREADS": "2",
-    }  # fmt: skip
-
-    def run(worker: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, __file__, "--worker", worker, "--module", str(module)]
-        command += ["--files", str(given.files), "--seed", str(given.seed)]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    caught = run("out-of-bounds")
-    if caught.returncode != 77 or "AddressSanitizer" not in caught.stderr:
-        print(f"the sanitizer did not see a read out of bounds:\n{caught.stderr[-2000:]}", file=sys.stderr)
-        return 1
-    found = run("fuzz")
+    module = sanitize.build("address", sanitize.levels()[0])
+    found = sanitize.run(
+        "address", module, Path(__file__), "--worker", "fuzz", "--files", given.files, "--seed", given.seed
+    )
     if found.returncode:
         print(found.stderr[-6000:], file=sys.stderr)
         return 1
