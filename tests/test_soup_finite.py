@@ -141,3 +141,47 @@ def test_by_command(tmp_path):
         and told.stderr.startswith("fastalign: strict: 1 numbers of ")
         and not (tmp_path / "strict").exists()
     )
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["told", "strict"])
+@pytest.mark.parametrize("which", ["inputs", "outputs"])
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+def test_in_memory_as_from_file_to_file(dtype, which, strict, tmp_path):
+    """mix and interpolate count what merge counts, and with strict leave the model as it was."""
+    most = 400.0 if dtype == torch.float8_e4m3fn else torch.finfo(dtype).max / 2
+    bad = {
+        "inputs": {(1, "w0", 69): NAN, (0, "w2", 6): NAN, (1, "w2", 7): NAN},
+        "outputs": {(0, "w1", 3): most, (1, "w1", 3): most, (0, "w1", 4): -most, (1, "w1", 4): -most},
+    }[which]
+    models, rows = files(tmp_path, dtype, bad, size=100), [[2.0, 3.0], [0.5, 0.5]]
+    made, record = merged(models, rows, tmp_path / "out", normalize=False)
+    counts = {"inputs": {str(models[0]): [1, "w2"], str(models[1]): [2, "w0"]}, "outputs": {"0": [2, "w1"]}}
+    assert record == {"inputs": {}, "outputs": {}, which: counts[which]}
+
+    def parts(told):
+        return sorted(told.split("; "))
+
+    def by(call, told):
+        if strict:
+            with pytest.raises(UserError) as caught:
+                call(strict=True)
+            assert parts(str(caught.value).removeprefix("strict: ")) == parts(told)
+            return None
+        with pytest.warns(UserWarning) as caught:
+            found = call()
+        assert [parts(str(one.message)) for one in caught] == [parts(told)] and caught[0].filename == __file__
+        return found
+
+    several = by(lambda **more: soup.mix(models, rows, normalize=False, **more), made.not_finite)
+    one = made.not_finite.replace("the output 0 are", "the output are")
+    live = torch.nn.ParameterDict({f"w{i}": torch.nn.Parameter(torch.zeros(100).to(dtype), False) for i in range(3)})
+    by(lambda **more: soup.interpolate(live, models, rows[0], normalize=False, **more), one)
+    for name, x in live.items():
+        wanted = torch.zeros(100) if strict else several[0][name].float()
+        assert torch.equal(x.float().nan_to_num(), wanted.nan_to_num())
+
+
+def test_in_memory_what_is_finite_is_not_told(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        soup.mix(files(tmp_path, torch.float32, {}, size=10), [0.5, 0.5], strict=True)

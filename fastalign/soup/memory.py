@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastalign.errors import UserError
+from fastalign.errors import UserError, printable
 from fastalign.soup import compare, dtypes, methods, parameters
 from fastalign.soup.checkpoint import Checkpoint, File, open_checkpoint
+from fastalign.soup.finite import NotFinite
 from fastalign.soup.tensors import mix_tensors
 
 Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
@@ -24,6 +26,7 @@ def mix(
     *,
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
+    strict: bool = False,
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """The linear soup Σ ρ w as a state dict; for weights (K, m) a list of K.
 
@@ -31,28 +34,36 @@ def mix(
     dtype: of the result; None keeps the first model's, tensor by tensor.
     normalize: True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
     Integer and boolean tensors must be equal, and are the first model's own.
+    NaN and infinities in a model and numbers beyond the result's type are counted and warned of; strict: an error.
     Raises UserError where names, shapes or kinds of tensors differ.
     """
-    held, rows = _prepare(models, weights, normalize)
+    held, rows, told = _prepare(models, weights, normalize)
+    seen, several = NotFinite(), np.ndim(weights) == 2
     target = None if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
     soups: list[dict[str, Tensor]] = [{} for _ in rows]
     for name, first in held[0].items():
         tensors = [one[name].to(first.device) for one in held]
-        mixed = mix_tensors(tensors, rows, target or first.dtype) if _is_float(first) else [first] * len(rows)
+        if _is_float(first):
+            mixed = mix_tensors(tensors, rows, target or first.dtype)
+            _look(seen, name, told, tensors, mixed, rows, several=several)
+        else:
+            mixed = [first] * len(rows)
         for soup, tensor in zip(soups, mixed, strict=True):
             soup[name] = tensor
-    return soups if np.ndim(weights) == 2 else soups[0]
+    _tell(seen, strict=strict)
+    return soups if several else soups[0]
 
 
-@torch.no_grad()
-def interpolate(model: nn.Module, others: Sequence[Source], weights, *, normalize: bool | None = None) -> nn.Module:
+def interpolate(
+    model: nn.Module, others: Sequence[Source], weights, *, normalize: bool | None = None, strict: bool = False
+) -> nn.Module:
     """Set a live model's weights to Σ ρ w over `others`, in place, and return it.
 
     model: of the same architecture, its own dtypes and device; none of `others` may share its memory, since it is overwritten.
-    others: m modules, state dicts or checkpoints; weights: (m,).
+    others: m modules, state dicts or checkpoints; weights: (m,). strict: as `mix` takes it; all is added up twice then.
     Raises UserError, with the model as it was, where names or shapes differ.
     """
-    held, rows = _prepare(others, weights, normalize)
+    held, rows, told = _prepare(others, weights, normalize)
     if np.ndim(weights) != 1:
         raise UserError(f"interpolate takes weights of shape ({len(others)},), for one model")
     own = model.state_dict()
@@ -67,20 +78,66 @@ def interpolate(model: nn.Module, others: Sequence[Source], weights, *, normaliz
         raise UserError(
             "interpolate overwrites the model: none of others may share its tensors; give a copy or its checkpoint"
         )
-    for name in names:
-        target = own[name]
-        if _is_float(target):
-            (mixed,) = mix_tensors([one[name].to(target.device) for one in held], rows, target.dtype)
-            target.copy_(mixed)
-        else:
-            target.copy_(held[0][name])
+    for writes in (False, True) if strict else (True,):
+        seen = NotFinite()
+        for name in names:
+            target, mixed = own[name], held[0][name]
+            if _is_float(target):
+                tensors = [one[name].to(target.device) for one in held]
+                (mixed,) = mix_tensors(tensors, rows, target.dtype)
+                _look(seen, name, told, tensors, [mixed], rows)
+            if writes:
+                with torch.no_grad():
+                    target.copy_(mixed)
+        _tell(seen, strict=strict)
     return model
+
+
+def _look(
+    seen: NotFinite,
+    name: str,
+    told: Sequence[str],
+    inputs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    rows: Sequence[Sequence[float]],
+    *,
+    several: bool = False,
+) -> None:
+    """Counts what is not finite, of the outputs where all inputs are. told: the models' names.
+
+    Only the outputs are read where these are finite: 0 times NaN is NaN, too.
+    """
+    bad: Tensor | None = None
+    for k, out in enumerate(outs):
+        if out.dtype == torch.float8_e4m3fn:  # which has no infinity, and 448 for its largest number
+            (wide,) = mix_tensors(inputs, [rows[k]], torch.float32)
+            beyond = ~(wide.abs() <= 464)
+        elif out.dtype.itemsize > 1 and out.sum().isfinite():
+            continue
+        else:
+            beyond = ~out.double().isfinite()
+        if not beyond.any():
+            continue
+        if bad is None:
+            bad = torch.zeros_like(beyond)
+            for who, tensor in zip(told, inputs, strict=True):
+                mask = ~tensor.double().isfinite()
+                seen.add("inputs", who, int(mask.sum()), name)
+                bad |= mask
+        seen.add("outputs", str(k) if several else "", int((beyond & ~bad).sum()), name)
+
+
+def _tell(seen: NotFinite, *, strict: bool) -> None:
+    if seen and strict:
+        raise UserError(f"strict: {seen.told()}")
+    if seen:
+        warnings.warn(printable(seen.told()), stacklevel=3)
 
 
 def _prepare(
     models: Sequence[Source], weights, normalize: bool | None
-) -> tuple[list[dict[str, Tensor]], list[list[float]]]:
-    """Each model's tensors, of the same names and shapes; the weights' rows."""
+) -> tuple[list[dict[str, Tensor]], list[list[float]], list[str]]:
+    """Each model's tensors, of the same names and shapes; the weights' rows; what the models are called."""
     if isinstance(models, str | os.PathLike | nn.Module | Mapping) or not models:
         raise UserError("models must be a list of modules, state dicts, folders, files or hub names")
     parameters.check("linear", len(models), with_base=False)
@@ -106,7 +163,7 @@ def _prepare(
                 )
             if not _is_float(first) and not torch.equal(other.to(first.device), first):
                 raise UserError(f"{name} ({first.dtype}) must be equal in all models, for it cannot be averaged")
-    return [{name: one[name].detach() for name in names} for one in held], rows
+    return [{name: one[name].detach() for name in names} for one in held], rows, told
 
 
 def _tensors(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
