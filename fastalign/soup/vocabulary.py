@@ -77,9 +77,14 @@ def embeddings_of(model: Checkpoint) -> list[str]:
     if not inputs:
         raise UserError(f"{model.name}: no tensor is called as input embeddings are (*.{', *.'.join(_INPUTS)})")
     rows, *width = model[inputs[0]].shape
-    other = next((name for name in model if name not in found and model[name].shape in ((rows, *width), (rows,))), None)
-    if other is not None and [rows] != width:
-        raise UserError(f"{other} of {model.name} has {rows:,} rows as its embeddings have, and is not known for one")
+
+    def looks_like_one(name: str) -> bool:
+        shape = model[name].shape
+        return (shape[:1] == (rows,) and [rows] != width) or (len(shape) > 1 and any(one in name for one in _INPUTS))
+
+    other = next((name for name in model if name not in found and looks_like_one(name)), None)
+    if other is not None:
+        raise UserError(f"{other} of {model.name} may have a row for each token, and is not known for an embedding")
     return found
 
 
