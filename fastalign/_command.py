@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ def named_values(option: str, fields: list[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             found[name] = value
     return found
+
+
+def warn_in_one_line() -> None:
+    """From now on fastalign's own warnings are one line each, without the line of code that raised them."""
+    plain = warnings.formatwarning
+
+    def one_line(message, category, filename, lineno, line=None) -> str:
+        ours = Path(filename).is_relative_to(Path(fastalign.__file__).parent)
+        return f"fastalign: {_one_line(message)}\n" if ours else plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = one_line
 
 
 def _is_users(error: BaseException) -> bool:

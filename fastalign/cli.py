@@ -13,7 +13,7 @@ import typer
 
 from fastalign import cli_soup, cli_soup_front, cli_train
 from fastalign._command import console as _console
-from fastalign._command import named_values, registrar
+from fastalign._command import named_values, registrar, warn_in_one_line
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
 from fastalign.errors import UserError
@@ -484,6 +484,7 @@ def main() -> None:
     # What a hub logs while it tries again is not the one line that a user needs.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warn_in_one_line()
     _only(next(iter(sys.argv[1:]), None))()
 
 

@@ -62,18 +62,14 @@ def show_model(console, name: str, *, dtype: str, device: str) -> None:
     """Load a model and print which path each of its parts takes, and why another is not taken."""
     import warnings
 
-    from rich.table import Table
-
     from fastalign.decode import Sampler
 
     sampler = Sampler.from_pretrained(name, dtype=dtype, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is in the table
         rows = paths(sampler)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for part, path, why in rows:
-        table.add_row(part, path, why)
-    console.print(table)
+        console.print(f"{part:26}{path}" + (f" ({why})" if why else ""), soft_wrap=True)
 
 
 def paths(sampler) -> list[tuple[str, str, str]]:

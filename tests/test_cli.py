@@ -238,3 +238,18 @@ def test_info_tells_what_runs():
     assert code == 0
     for word in ("CPU backend", "token_logprobs", "map_statistics", "vaderSentiment", "positive"):
         assert word in out
+
+
+def test_the_command_line_s_warnings_are_one_line_each(monkeypatch, capsys):
+    import warnings
+
+    from fastalign._command import warn_in_one_line
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    warn_in_one_line()
+    for file, expected in (
+        (cli.__file__, "fastalign: two lines, \\x1b[31mred\n"),
+        ("other.py", "other.py:3: RuntimeWarning: two lines,\n \x1b[31mred\n"),
+    ):
+        text = warnings.formatwarning(RuntimeWarning("two lines,\n \x1b[31mred"), RuntimeWarning, file, 3, "")
+        assert text == expected
