@@ -124,7 +124,7 @@ template <> struct Storage<bfloat16> {
   static float widen(bfloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
   static vec<float> load_wide(const bfloat16* p) {
     const half_lanes h = *reinterpret_cast<const half_lanes*>(p);
-    return (vec<float>)(__builtin_convertvector(h, bits32) << 16);
+    return (vec<float>)(__builtin_convertvector(h, unsigned32) << 16);
   }
   static bfloat16 narrow(float x) {
     uint32_t u = float_to_bits(x);
@@ -132,9 +132,8 @@ template <> struct Storage<bfloat16> {
     return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
   }
   static void store_narrow(bfloat16* p, vec<float> x) {
-    const bits32 u = (bits32)x;
-    const bits32 rounded = ((u + 0x7fff + ((u >> 16) & 1)) >> 16) & 0xffff;
-    const bits32 quiet_nan = ((u >> 16) & 0xffff) | 0x40;
+    const unsigned32 u = (unsigned32)x;  // of a NaN the sum runs over
+    const bits32 rounded = (bits32)((u + 0x7fff + ((u >> 16) & 1)) >> 16), quiet_nan = (bits32)((u >> 16) | 0x40);
     const bits32 result = (x == x) ? rounded : quiet_nan;
     *reinterpret_cast<half_lanes*>(p) = __builtin_convertvector(result, half_lanes);
   }

@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -247,7 +248,14 @@ def check(kind: str, level: str, short: bool) -> str | None:
         fuzz = ("--worker", "fuzz", "--files", FEW_FILES if short else FILES, "--seed", int(time.time() // 86400))
         done.append(run(kind, module, here.with_name("fuzz_soup.py"), *fuzz))
     wrong = [each for each in done if each.returncode]
-    return "\n".join(f"{each.stdout[-4000:]}{each.stderr[-6000:]}" for each in wrong) or None
+    return "\n".join(_told(each.stdout)[-4000:] + _told(each.stderr)[:8000] for each in wrong) or None
+
+
+def _told(text: str) -> str:
+    """Without the interpreter's own part of each stack, which is most of it."""
+    return "\n".join(
+        line for line in text.splitlines() if not re.search(r"#\d+ .* (Objects|Python|Modules|Include)/", line)
+    )
 
 
 def worker(name: str, kind: str, module: Path, short: bool) -> int:
