@@ -103,6 +103,8 @@ def _logits(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Te
 
 
 def _alone(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Tensor | None]:
+    if not len(layout.row):  # nothing is scored
+        return _logits(model, layout, return_hidden)
     found, hidden = [], []
     for r, length in enumerate(layout.lengths):
         mine = layout.row == r
