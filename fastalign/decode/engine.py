@@ -22,7 +22,7 @@ from fastalign.buffers import buffer
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.integrations.layers import CompiledLayers
-from fastalign.models.trial import Probe, Verdict, attention_set, language_model, tried
+from fastalign.models.trial import Probe, Verdict, attention_set, language_model, reads_tokens, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,8 @@ class Prefix:
 
 def supports(model: PreTrainedModel) -> Verdict:
     """Whether the engine gives the model's own logits: tried, see `fastalign.models`."""
-    return tried(model, "shared-prompt engine", _forced)
+    wrapped = reads_tokens(model)
+    return tried(model, "shared-prompt engine", _forced) if wrapped else wrapped
 
 
 class Engine:

@@ -38,6 +38,9 @@ class External(Sampler):
         """Its prompts are drawn for one by one, in `_shared`."""
         return Engine
 
+    def _rest(self) -> None:
+        """Its mode is the engine's own."""
+
     def _fitting(self, limit: int, longest: int, n: int, new: int) -> int:
         raise UserError(f"memory_limit is for models that run here; {self.name} sets its own")
 

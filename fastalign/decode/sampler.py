@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ HOW: dict[type[Engine] | type[Rows], str] = {
     UncachedRows: "without a cache, each text run whole for each token",
 }
 
+_CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call it
 _ANY = 2**63 - 1
 _INTEGERS = (("n", 1, _ANY), ("max_new_tokens", 1, _ANY), ("top_k", 0, _ANY), ("seed", 0, 2**64 - 1))
 
@@ -59,10 +60,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:
             value = getattr(self, name)
-            if not isinstance(value, Integral) or not least <= value <= most:
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
                 limit = f"at least {least}" if most == _ANY else f"in {least}..2^64-1"
                 raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
             setattr(self, name, int(value))
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -86,7 +90,8 @@ class Sampler:
         ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         self._ends = torch.tensor(sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}))
         self._config = model.config.get_text_config(decoder=True)
-        self._context = max(getattr(self._config, "max_position_embeddings", None) or 0, 0)  # some write "none" as -1
+        lengths = (getattr(self._config, name, None) or 0 for name in _CONTEXT)  # some write "none" as -1
+        self._context = next((length for length in lengths if length > 0), 0)
         self.text = Text(tokenizer, rows=embedding_rows(model))
 
     @classmethod
@@ -155,6 +160,8 @@ class Sampler:
         whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1.
         Raises UserError, one line, before any work on a bad argument or prompt.
         """
+        if stop is not None and not isinstance(stop, (str, list, tuple)):
+            raise UserError(f"stop must be a string or strings, none empty, got {stop!r}")
         stop = [stop] if isinstance(stop, str) else list(stop or ())
         settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
         if batch_size is not None and batch_size < 1:
@@ -182,10 +189,20 @@ class Sampler:
                     parts.append(
                         self._batches(kind, batches, ids, prompts, encoded, settings, rows, record, done, show_progress)
                     )
-        return _joined(parts)
+        return self._joined(parts)
+
+    def _joined(self, parts: list[Iterator]) -> Iterator:
+        for part in parts:
+            self._rest()
+            yield from part
+
+    def _rest(self) -> None:
+        """No dropout: the model may have been trained since."""
+        self.model.eval()
 
     def draw(self, encoded: Sequence[list[int]], settings: Settings) -> tuple[list, list]:
         """Token ids and log-probabilities, [prompt][candidate] each, of prompts that are token ids: in batches, without texts."""
+        self._rest()
         found: dict[int, tuple[list, list]] = {}
         for kind, wanted in self._by_path(encoded, settings.max_new_tokens, engine=False):
             for batch in _by_length(wanted, encoded, len(wanted), mixed=kind.pads):
@@ -421,11 +438,6 @@ class Sampler:
             for row in alive.nonzero().squeeze(1).tolist():
                 found[row] = self.text.stopped(prompts[row], ids[row].tolist(), stop)
         return found
-
-
-def _joined(parts: list[Iterator]) -> Iterator:
-    for part in parts:
-        yield from part
 
 
 def _by_length(wanted: list[int], encoded: list[list[int]], width: int, *, mixed: bool) -> list[list[int]]:

@@ -90,16 +90,17 @@ def fused_forward(
     from fastalign.models.scoring import fused_head
     from fastalign.ops import linear_token_logprobs, token_logprobs
 
+    inputs = {**inputs, "use_cache": False, "return_dict": True}
     options = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
     verdict = fused_head(model)
     if not verdict.ok:
         tell_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
-        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]  # behind virtual tokens
+        logits = model(**inputs).logits[:, -labels.shape[1] :]  # behind virtual tokens
         if shift_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return token_logprobs(logits, labels, **options)
     inner = language_model(model)
-    hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = inner.base_model(**inputs).last_hidden_state
     if shift_labels:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     return linear_token_logprobs(hidden, labels=labels, **head_of(inner).arguments(), **options)
@@ -117,11 +118,23 @@ def _scale(config: Any) -> float:
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    active = [name for name in getattr(layer, "active_adapters", ()) if name in getattr(layer, "lora_A", {})]
+    """The one plain LoRA on the head: None where none is in force. Raises UserError for any other adapter, whose part of the logits
+    is not a product of two matrices."""
+    active = list(getattr(layer, "active_adapters", ()))
     if layer.disable_adapters or layer.merged or not active:
         return None
-    dropout = layer.lora_dropout[active[0]]
-    if len(active) > 1 or (layer.training and not isinstance(dropout, torch.nn.Identity)):
-        raise UserError(f"an adapter on the head must be one LoRA without dropout, got {', '.join(active)}")
     name = active[0]
+    if len(active) > 1:
+        raise UserError(f"an adapter on the head must be one LoRA, got {', '.join(active)}")
+    if name not in getattr(layer, "lora_A", {}):
+        if name in getattr(layer, "lora_embedding_A", {}) or not hasattr(layer, "lora_A"):
+            raise UserError(f"an adapter on the head must be a LoRA, got {type(layer).__name__} {name!r}")
+        return None  # this adapter is not on the head
+    if getattr(layer, "lora_variant", {}).get(name) is not None or getattr(layer, "use_dora", {}).get(name):
+        raise UserError(f"an adapter on the head must be a plain LoRA, {name!r} is one of its variants")
+    if layer.lora_B[name].bias is not None:
+        raise UserError(f"an adapter on the head must be a LoRA without a bias, {name!r} has one")
+    dropout = layer.lora_dropout[name]
+    if layer.training and not isinstance(dropout, torch.nn.Identity):
+        raise UserError(f"an adapter on the head must have no dropout while it trains, {name!r} has")
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])

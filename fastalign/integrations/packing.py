@@ -18,7 +18,7 @@ from torch import Tensor
 from fastalign.errors import UserError
 from fastalign.integrations.head import head_of
 from fastalign.integrations.layers import CompiledLayers
-from fastalign.models.trial import Probe, Verdict, attention_set, distance, language_model, tried
+from fastalign.models.trial import Probe, Verdict, attention_set, distance, language_model, reads_tokens, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,8 @@ def _common(a: Tensor, b: Tensor) -> int:
 
 def can_pack(model: PreTrainedModel) -> Verdict:
     """Whether packed pairs give the model's own logits: tried, see `fastalign.models`."""
-    return tried(model, "packed pairs", _packed)
+    wrapped = reads_tokens(model)
+    return tried(model, "packed pairs", _packed) if wrapped else wrapped
 
 
 def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:

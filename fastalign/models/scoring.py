@@ -3,16 +3,18 @@ row, which is right wherever the model itself is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastalign.errors import UserError
 from fastalign.integrations.head import head_of
 from fastalign.integrations.layers import CompiledLayers
 from fastalign.models.spans import same_law
-from fastalign.models.trial import Probe, Verdict, language_model, name_of, tell_once, tried
+from fastalign.models.trial import Probe, Verdict, language_model, name_of, reads_tokens, tell_once, tried
 
 
 class Scores(NamedTuple):
@@ -33,6 +35,13 @@ class Layout(NamedTuple):
 
 def fused_head(model: Any) -> Verdict:
     """Whether the head on the base model's hidden states gives the model's logits, in a padded batch too."""
+    wrapped = reads_tokens(model)
+    if not wrapped:
+        return wrapped
+    try:
+        head_of(language_model(model))  # what is on the head now: a dropout that is on, or another adapter
+    except UserError as refusal:
+        return Verdict(False, str(refusal), math.nan)
     return tried(model, "fused head", _fused_head)
 
 

@@ -57,13 +57,13 @@ def rope_group(config: Any, prompt: int, new: int) -> str:
 
 
 def _is_window(name: str) -> bool:
-    spans = "window" in name or name in ("attention_chunk_size", "local_attention")
+    spans = "window" in name or name in ("attention_chunk_size", "local_attention", "index_topk")
     return spans and not any(word in name for word in ("pattern", "layers", "stage"))
 
 
 @contextmanager
 def narrowed(model: Any) -> Iterator[None]:
-    """The model's attention windows made so narrow that a few tokens pass them, inside the block."""
+    """The model's attention windows, and how many tokens its indexer picks, made so narrow that a few tokens pass them, inside the block."""
     undo = []
 
     def put(owner: Any, name: str, value: int) -> None:

@@ -99,7 +99,7 @@ def tried(model: Any, name: str, path: Path) -> Verdict:
             truth = _truth(model)
             verdict = _compare(path, model, truth)
         untold[key] = verdict, uses + 1
-        if truth.telling:
+        if truth.telling and _is_plain(model):
             _kept[key] = verdict
     return verdict
 
@@ -113,7 +113,7 @@ def is_causal(model: Any) -> Verdict:
         truth = _truth(model)
     ok = truth.causal <= 1
     verdict = Verdict(ok, "" if ok else "the logits of a token change with the tokens that follow it")
-    if truth.telling or not ok:
+    if (truth.telling or not ok) and _is_plain(model):
         _kept[key] = verdict
     return verdict
 
@@ -124,6 +124,15 @@ def tell_once(model: Any, message: str) -> None:
     if message not in told:
         told.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def reads_tokens(model: Any) -> Verdict:
+    """Not ok where a PEFT wrapper's own forward looks at the token ids (aLoRA's invocation) or adds to them (prompt learning), so
+    that no path may pass it by."""
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "alora_invocation_tokens", None) or getattr(config, "is_prompt_learning", False):
+            return Verdict(False, f"its adapter ({config.peft_type.value}) reads or adds tokens", math.nan)
+    return Verdict(True)
 
 
 def name_of(model: Any) -> str:
@@ -148,14 +157,35 @@ def _identity(model: Any) -> tuple:
 
 
 def _parts(model: Any) -> tuple:
-    """The classes of a model's modules and what hangs on them: one with a hook or a module of its own is another model."""
+    """The classes of a model's modules with what they run, and which adapters are in force."""
     classes: Counter = Counter()
+    for module in model.modules():
+        cls = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+        adapters = ()
+        if hasattr(module, "base_layer"):
+            state = (getattr(module, name, None) for name in ("active_adapters", "disable_adapters", "merged"))
+            adapters = tuple(map(str, state))
+        classes[cls, cls.forward, adapters] += 1
+    return tuple(classes.items())
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether nothing hangs on the model's modules that a verdict's key could not tell from something else: hooks, whose
+    closures may hold anything, and forwards of one module; what shards a model, and our own, is known."""
     for module in model.modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if "forward" in vars(module):
             hooks.append(vars(module)["forward"])
-        classes[type(module), tuple(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)] += 1
-    return tuple((cls.__qualname__.removeprefix("FSDP"), hooks, n) for (cls, hooks), n in classes.items())
+        if any(not _module_of(hook).startswith(("torch.distributed", "accelerate.", "fastalign.")) for hook in hooks):
+            return False
+    return True
+
+
+def _module_of(hook: Any) -> str:
+    found = getattr(hook, "__func__", hook)
+    code = getattr(found, "__code__", None)  # of functools.wraps the name is the wrapped one's
+    named = getattr(found, "__globals__", {}).get("__name__") if code is not None else type(found).__module__
+    return named or ""
 
 
 @contextmanager
@@ -221,7 +251,7 @@ def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, leas
             moved = distance(_log_softmax(run()[len(prompt) - 1 : -1]), log_probs)
         except Exception:
             continue  # a model that has no such attention
-        if 0 < moved < least:
+        if moved < least:
             return False
     return True
 
@@ -232,13 +262,19 @@ def _flattened(model: Any, ids: list[int]) -> Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    calls = []
+
     def flat(module, query, *args, **kwargs):
+        calls.append(module)
         return sdpa_attention_forward(module, torch.zeros_like(query), *args, **kwargs)
 
     AttentionInterface.register("fastalign_flat", flat)
     AttentionMaskInterface.register("fastalign_flat", sdpa_mask)
     with attention_set(language_model(model), "fastalign_flat"):
-        return _plain(model, ids)
+        found = _plain(model, ids)
+    if not calls:
+        raise UserError("it takes its attention from elsewhere")
+    return found
 
 
 @contextmanager

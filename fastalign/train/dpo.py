@@ -34,7 +34,7 @@ from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
 from fastalign.integrations.packing import enable, pack_pairs
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
-from fastalign.models.trial import name_of, tell_once
+from fastalign.models.trial import name_of, reads_tokens, tell_once
 from fastalign.train import _checks
 from fastalign.train._finite import StopsAtNaN
 from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
@@ -160,6 +160,9 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             self.data_collator = PairCollator(**vars(self.data_collator))
         self._elsewhere = self._is_vision_dataset or self.aux_loss_enabled  # on TRL's own path
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
+        for m in models:
+            if not self._elsewhere and not (verdict := reads_tokens(m)):
+                raise UserError(f"model cannot be trained on pairs here: {verdict.why}; TRL's own DPOTrainer takes it")
         self._packs = getattr(self.args, "share_prompt", True) and not self._elsewhere
         for m in models if self._packs else ():
             if not (verdict := enable(m)):

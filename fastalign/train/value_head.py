@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.models.scoring import fused_head, score
+from fastalign.models.trial import reads_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,8 +78,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         config = pretrained_model.config
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"model must be a causal language model, {type(pretrained_model).__name__} has an encoder")
-        if any(getattr(c, "is_prompt_learning", False) for c in getattr(pretrained_model, "peft_config", {}).values()):
-            raise UserError("peft_config must not be a prompt-learning method: LoRA and its kin keep the prompt")
+        if not reads_tokens(pretrained_model):
+            raise UserError(
+                "peft_config must not be a prompt-learning method or aLoRA: LoRA and its kin keep the prompt"
+            )
         weight = head_of(self.causal_lm).weight
         layer = self.causal_lm.get_output_embeddings()
         size = getattr(getattr(layer, "base_layer", layer), "in_features", weight.shape[1])
