@@ -77,7 +77,7 @@ def masked(model, monkeypatch):
         n, held = x.shape[1], kwargs.get("cache")
         past = held.get_seq_length(module.layer_idx) if held is not None else 0
         mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)
-        mask[:, 1] &= torch.arange(past, past + n) == 1
+        mask[:, 1:2] &= torch.arange(past, past + n)[:, None] == 1
         own = kwargs.get("attention_mask")
         mask = mask[None, None].expand(x.shape[0], 1, -1, -1)
         if own is not None and own.ndim == 4 and own.shape[-2:] == mask.shape[-2:]:
@@ -233,7 +233,6 @@ def test_flat_attention_hides_faults_so_that_no_verdict_is_kept():
     model = fill(flat)
     masked(model, None)
     assert not supports(model).ok  # tried again, not remembered
-    assert trial._kept
 
 
 def test_what_can_tell_nothing_is_not_kept():
