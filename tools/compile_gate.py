@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -163,13 +164,15 @@ def _tool(name: str, *args: str) -> str:
 def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report]:
     """Every kernel of every case of the ops (all where none is named) on one device, each distinct compilation once.
 
-    turns: the devices that every other case is dealt out to in turn, one each; None: every case goes to every device.
+    turns: the devices that every fourth case, other ones each day, is dealt out to in turn, one each; None: every case goes
+        to every device.
     """
     from fastalign.bench.gpu_common import cases
 
     found, seen = [], set()
+    today = int(time.time() // 86400) % 4
     for i, (op, case) in enumerate(cases()):
-        if (ops and op not in ops) or (turns and (i % 2 or turns[i // 2 % len(turns)] != device)):
+        if (ops and op not in ops) or (turns and (i % 4 != today or turns[i // 4 % len(turns)] != device)):
             continue
         for kernel in launched(case.build("meta", False).run, device):
             if kernel.hash not in seen:
@@ -198,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to compile; all by default")
     parser.add_argument("--target", nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument(
-        "--in-turn", action="store_true", help="every other case, for one target each, in turn: an eighth of the time"
+        "--in-turn",
+        action="store_true",
+        help="every fourth case, other ones each day, for one target each: a sixteenth",
     )
     parser.add_argument("--table", type=Path, help="write the Markdown table there")
     options = parser.parse_args(argv)
