@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.errors import UserError
+from fastalign.models.caches import cache_name, cache_of
 from fastalign.models.trial import Probe, language_model
-
-CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # what forward calls it
 
 
 class CachedRows:
@@ -28,7 +28,7 @@ class CachedRows:
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
         inner = language_model(model)
         self.model, accepted = model, inspect.signature(type(inner).forward).parameters
-        self._cache_name = next((name for name in CACHES if name in accepted), CACHES[0])
+        self._cache_name = cache_name(model)
         self._takes_positions = "position_ids" in accepted
         self._takes_mask = "attention_mask" in accepted
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -70,7 +70,9 @@ class CachedRows:
         if self._takes_mask:
             extra["attention_mask"] = self.mask
         output = self.model(input_ids=ids, use_cache=True, **extra, **self._last_only)
-        self.cache = next(output[name] for name in (self._cache_name, *CACHES) if output.get(name) is not None)
+        self.cache = cache_of(output)
+        if self.cache is None:
+            raise UserError("it gives no cache back")
         return output.logits[:, -1]
 
 

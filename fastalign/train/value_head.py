@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
+from fastalign.models.caches import cache_name, cache_of
 from fastalign.models.scoring import fused_head, score
 from fastalign.models.trial import reads_tokens
 
@@ -202,13 +203,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if score_labels is not None:
             return self._score(input_ids, score_labels, return_hidden, inputs)
         inputs["output_hidden_states"] = True
-        output = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **inputs
-        )
+        if past_key_values is not None:
+            inputs[cache_name(self.causal_lm)] = past_key_values
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         logits = output.logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         found = (logits, getattr(output, "loss", None), self.v_head(output.hidden_states[-1]))
-        return (*found, output.past_key_values) if return_past_key_values else found
+        return (*found, cache_of(output)) if return_past_key_values else found
 
     def _score(self, input_ids: Tensor, labels: Tensor, return_hidden: bool, inputs: dict) -> Scored:
         at = labels != -100
