@@ -128,3 +128,10 @@ def test_without_the_engine_the_reference_runs_and_says_so():
     assert err.count("fastalign's CPU engine is not built") == 1 and "pip install -e ." in err
     code, _, err = run("import sys; sys.modules['fastalign._C'] = None; import fastalign", FASTALIGN_BACKEND="cpu")
     assert code != 0 and "FASTALIGN_BACKEND 'cpu' needs the compiled engine" in err
+
+
+def test_every_package_is_in_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text()
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastalign").rglob("__init__.py")}
+    assert "fastalign.models" in found
+    assert [name for name in sorted(found) if f'"{name}",' not in text] == []
