@@ -51,7 +51,7 @@ class Prefix:
 def supports(model: PreTrainedModel) -> Verdict:
     """Whether the engine gives the model's own logits: tried, see `fastalign.models`."""
     wrapped = reads_tokens(model)
-    return tried(model, "shared-prompt engine", _forced) if wrapped else wrapped
+    return tried(model, "shared-prompt engine", _forced, attends=True) if wrapped else wrapped
 
 
 class Engine:

@@ -99,7 +99,7 @@ def _common(a: Tensor, b: Tensor) -> int:
 def can_pack(model: PreTrainedModel) -> Verdict:
     """Whether packed pairs give the model's own logits: tried, see `fastalign.models`."""
     wrapped = reads_tokens(model)
-    return tried(model, "packed pairs", _packed) if wrapped else wrapped
+    return tried(model, "packed pairs", _packed, attends=True) if wrapped else wrapped
 
 
 def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:

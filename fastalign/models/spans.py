@@ -56,14 +56,14 @@ def rope_group(config: Any, prompt: int, new: int) -> str:
     return "long" if prompt > change and not rope_is_dynamic(config) else "crossing"
 
 
-def _is_window(name: str) -> bool:
-    spans = "window" in name or name in ("attention_chunk_size", "local_attention", "index_topk")
+def _is_window(name: str, picks: bool) -> bool:
+    spans = "window" in name or name in ("attention_chunk_size", "local_attention") or (picks and name == "index_topk")
     return spans and not any(word in name for word in ("pattern", "layers", "stage"))
 
 
 @contextmanager
-def narrowed(model: Any) -> Iterator[None]:
-    """The model's attention windows, and how many tokens its indexer picks, made so narrow that a few tokens pass them, inside the block."""
+def narrowed(model: Any, *, picks: bool = False) -> Iterator[None]:
+    """The model's attention windows (picks: and how many tokens its indexer picks) made so narrow that a few tokens pass them, inside the block."""
     undo = []
 
     def put(owner: Any, name: str, value: int) -> None:
@@ -74,7 +74,7 @@ def narrowed(model: Any) -> Iterator[None]:
     try:
         for owner in (*configs, *model.modules()):
             for name, value in list(vars(owner).items()):
-                if type(value) is int and value > NARROW and _is_window(name):
+                if type(value) is int and value > NARROW and _is_window(name, picks):
                     put(owner, name, NARROW)
         yield
     finally:

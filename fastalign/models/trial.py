@@ -83,8 +83,9 @@ def language_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def tried(model: Any, name: str, path: Path) -> Verdict:
+def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdict:
     """Whether `path` gives the model's own logits. Runs the model a dozen times on a dozen tokens, once per class and configuration.
+    attends: the path computes attention itself, so that it must also see the tokens that an indexer leaves out.
 
     Raises UserError where the model itself cannot be run on token ids alone.
     """
@@ -95,7 +96,7 @@ def tried(model: Any, name: str, path: Path) -> Verdict:
     verdict, uses = untold.get(key, (None, 0))
     untold[key] = verdict, uses + 1
     if verdict is None or not uses & (uses - 1):  # at its first, second, third, fifth, ninth ... use
-        with _at_rest(model), narrowed(language_model(model)):
+        with _at_rest(model), narrowed(language_model(model), picks=attends):
             truth = _truth(model)
             verdict = _compare(path, model, truth)
         untold[key] = verdict, uses + 1
