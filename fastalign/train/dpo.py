@@ -34,7 +34,7 @@ from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
 from fastalign.integrations.packing import enable, pack_pairs
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
-from fastalign.models.trial import name_of, reads_tokens, tell_once
+from fastalign.models.trial import language_model, name_of, reads_tokens, tell_once
 from fastalign.train import _checks
 from fastalign.train._finite import StopsAtNaN
 from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
@@ -179,7 +179,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         self._share, self._sums, self._began = 1.0, None, time.perf_counter()
 
     def _let_score_pairs(self, model) -> None:
-        add_pair_forward(model.get_base_model() if hasattr(model, "peft_config") else model)
+        add_pair_forward(language_model(model))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._prepare()

@@ -19,7 +19,7 @@ from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.models.caches import cache_name, cache_of
 from fastalign.models.scoring import fused_head, score
-from fastalign.models.trial import reads_tokens
+from fastalign.models.trial import language_model, reads_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,8 +153,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model itself, adapters (if any) inside it."""
-        model = self.pretrained_model
-        return model.get_base_model() if self.is_peft_model else model
+        return language_model(self.pretrained_model)
 
     @property
     def is_peft_model(self) -> bool:
