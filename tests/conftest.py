@@ -14,6 +14,8 @@ import fastalign
 from fastalign import kernels
 
 LARGE = 24  # cases of a matrix
+FIRST = """scale processes kernels dpo_trainer cli_train cli gradients vocab_parallel linear_token_logprobs resample ppo_resume
+ppo_processes integrations_trl reward_trainer sample_tokens gae soup pareto_report report""".split()  # take longest
 settings.register_profile("fastalign", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("fastalign")
 
@@ -27,8 +29,10 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Triton's interpreter takes thirty times as long as what is compiled: of its larger matrices a fourth, always the same
+    """Long files first. Triton's interpreter takes thirty times as long as what is compiled: of its larger matrices a fourth, always the same
     one, is run. FASTALIGN_TEST_ALL=1 runs all of them."""
+    order = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))  # or a worker is left alone with one of them
     if os.environ.get("FASTALIGN_TEST_ALL"):
         return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -85,7 +86,7 @@ def fused(model, tokenizer) -> float:
 def pairs(model, tokenizer) -> float:
     rows = rows_of(5)
     ids, mask, labels = padded(rows)
-    expected_by = build_again(model)
+    expected_by = copy.deepcopy(model)  # without what the path puts on it
     enable(model)
     add_pair_forward(model)
     found = model(pairs=PairBatch(ids, mask, labels, pack_pairs(ids, mask)))["log_probs"]
@@ -110,13 +111,6 @@ def perplexity(model, tokenizer) -> float:
         new = tokenizer(response, add_special_tokens=False)["input_ids"]
         worst = max(worst, abs(float(score) - float(truth(model, tokenizer(prompt)["input_ids"], new).mean())))
     return worst
-
-
-def build_again(model):
-    """The same model without what a path has put on it."""
-    import copy
-
-    return copy.deepcopy(model)
 
 
 def sweep(model_type: str) -> dict[str, str]:

@@ -427,6 +427,16 @@ def test_the_log_forgets_what_comes_after_the_checkpoint(tmp_path):
     assert [json.loads(line) for line in run.logs.read_text().splitlines()] == [{"step": 1, "x": 0.5}, {"step": 2}]
 
 
+def test_a_finished_run_removes_its_checkpoints_and_nothing_else(tmp_path):
+    run = runs.Run(tmp_path / "out", {}, resume=False)
+    run.begin(0)
+    for name in ("checkpoint-12", "step-00000003", ".step-00000004.77.partial", "mine", "checkpoint-best"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "file").touch()
+    run.finish()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-best", "mine"]
+
+
 def test_summary_of_a_run():
     rows = [{"values": {"v": float(i)}, "kl": i / 10, "tokens_per_second": 10.0} for i in range(40)]
     found = several_values.summary(rows, ["v"])

@@ -84,6 +84,8 @@ def test_every_step_equals_trls(folder, tmp_path, options):
     assert len(logs(theirs)) == STEPS
     for a, b in zip(logs(theirs), logs(ours), strict=True):
         names = {name for name, value in a.items() if isinstance(value, float)}
+        if abs(a["rewards/margins"]) < 1e-5:  # the model is its reference still: which is larger is rounding
+            names.remove("rewards/accuracies")
         for name in names - {"epoch"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
         assert b["num_tokens"] == a["num_tokens"] and b["tokens_per_second"] > 0

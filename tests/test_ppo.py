@@ -325,10 +325,10 @@ def test_the_learning_rate_schedule_steps_once_a_step():
     model = policy()
     from fastalign.train.ppo import PPOConfig, PPOTrainer
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     config = PPOConfig(batch_size=4, mini_batch_size=2, ppo_epochs=2)
     from tiny import tiny_tokenizer
 
     run = PPOTrainer(config, model, None, tiny_tokenizer(), optimizer=optimizer, lr_scheduler=schedule)
-    assert [run.step(*rollouts())["ppo/learning_rate"] for _ in range(3)] == [1.0, 0.5, 0.25]
+    assert [run.step(*rollouts())["ppo/learning_rate"] for _ in range(3)] == [1e-4, 5e-5, 2.5e-5]

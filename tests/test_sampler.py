@@ -164,7 +164,7 @@ def test_finished_rows_leave_the_batch(ending, monkeypatch):
     monkeypatch.setattr(
         ending.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
     )
-    ending.sample(PROMPTS, **SHORT)
+    ending.sample(PROMPTS, **SHORT | {"max_new_tokens": 24})
     assert rows[0] == 4  # each prompt is prefilled once
     assert rows[1] <= 16 and rows[-1] < rows[1] and rows[1:] == sorted(rows[1:], reverse=True)
 
@@ -226,6 +226,8 @@ def test_batches_can_be_skipped_and_joined(plain):
     one = batches[1][0][0]
     rest = list(plain.iter_batches(PROMPTS, skip={*batches[0][0], one}, **options))
     assert [indices for indices, _ in rest] == [[i for i in batches[1][0] if i != one]]
+    with pytest.raises(UserError, match="skip must leave a prompt to sample, got all 4"):
+        plain.sample(PROMPTS, skip=range(4), **options)
 
 
 def test_an_interrupt_leaves_finished_batches(plain, monkeypatch):

@@ -67,6 +67,14 @@ def test_numbers_of_a_data_set_are_finite(kind, column, value, where, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_no_pair_weighs_less_than_nothing(kind, tmp_path):
+    data = Dataset.from_list(with_column("weight", [0.5, 0.0, -1.0, 1.0]))
+    with pytest.raises(UserError) as told:
+        trainer(kind, data, tmp_path)
+    assert str(told.value) == "train_dataset row 2: weight must be at least 0, got -1"
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_a_margin_that_is_null_is_0_and_a_weight_is_not(kind, tmp_path):
     losses = []
     for nothing in (None, 0.0):

@@ -40,7 +40,8 @@ def tiny_tokenizer(*, chat: bool = False):
 def tiny_causal_lm(tokenizer=None, *, kind: str = "llama", dtype=torch.float64, seed: int = 0, scale: float = 20.0):
     """A two-layer "llama" (rotary, grouped heads), "gpt2" (learned positions) or "mistral" (window of 8) in eval mode.
 
-    scale multiplies the head's weights, so that the next-token distributions are far from uniform.
+    Weights are eight times as large as at initialisation, so that what is attended to and where matters; the head's `scale` times,
+    so that the next-token distributions are far from uniform.
     """
     import transformers
 
@@ -58,7 +59,9 @@ def tiny_causal_lm(tokenizer=None, *, kind: str = "llama", dtype=torch.float64, 
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        model.lm_head.weight *= scale
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight *= scale if weight is model.lm_head.weight else 8
     return model.to(dtype).eval()
 
 

@@ -1,6 +1,6 @@
 """Counts the bytes that every Triton kernel loads and stores, in the interpreter, against the least it could.
 
-    python tools/bytes_moved.py [OP ...] [--table FILE]
+    python tools/bytes_moved.py [OP ...] [--in-turn] [--table FILE]
 
 The least is each input read once and each output written once. A kernel that only streams may move 1.05 of that; one
 that multiplies matrices reads its operands once per block of rows and is reported, not judged. Within one load or store
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def table(found: list[Moved]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to run; all by default")
+    parser.add_argument("--in-turn", action="store_true", help="every fourth case, other ones each day")
     parser.add_argument("--table", type=Path, help="write the Markdown table there")
     options = parser.parse_args(argv)
     from fastalign.bench.gpu_common import cases
@@ -106,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [(op, case) for op, case in cases() if not options.ops or op in options.ops]
     if not wanted:
         parser.error(f"no kernel is named {', '.join(options.ops)}")
+    if options.in_turn:
+        wanted = wanted[int(time.time() // 86400) % 4 :: 4]
     found = []
     for op, case in wanted:
         found.append(measure(op, case))

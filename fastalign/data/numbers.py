@@ -9,8 +9,8 @@ from typing import Any
 from fastalign.errors import UserError
 
 
-def number(name: str, value: Any, *, missing: float | None = None) -> float:
-    """A finite number, from a number or its text; for None and "" `missing`, where there is one.
+def number(name: str, value: Any, *, missing: float | None = None, least: float = -math.inf) -> float:
+    """A finite number, at least `least`, from a number or its text; for None and "" `missing`, where there is one.
 
     name: in the error, with its place ("row 3: margin"). Raises UserError.
     """
@@ -23,9 +23,11 @@ def number(name: str, value: Any, *, missing: float | None = None) -> float:
         raise UserError(f"{name} must be a number, got {came}") from None
     if not math.isfinite(found):
         raise UserError(f"{name} must be a finite number, got {found}")
+    if found < least:
+        raise UserError(f"{name} must be at least {least:g}, got {found:g}")
     return found
 
 
-def column(source: str, name: str, values: Iterable[Any], *, missing: float | None = None) -> list[float]:
+def column(source: str, name: str, values: Iterable[Any], **rules: float) -> list[float]:
     """`number` of each; the error has the row, counted from 0."""
-    return [number(f"{source} row {i}: {name}", value, missing=missing) for i, value in enumerate(values)]
+    return [number(f"{source} row {i}: {name}", value, **rules) for i, value in enumerate(values)]

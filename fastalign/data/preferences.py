@@ -26,7 +26,10 @@ from fastalign.data.numbers import number
 from fastalign.errors import UserError
 
 COLUMNS = ("prompt", "chosen", "rejected")
-NUMBERS = {"margin": 0.0, "weight": None}  # columns of numbers, and what a row means that gives none: None, a mistake
+NUMBERS = {
+    "margin": {"missing": 0.0},
+    "weight": {"least": 0.0},
+}  # columns of numbers, and the rules of `numbers.number`
 METHODS = ("best_worst", "sampled")
 
 
@@ -144,9 +147,9 @@ def check(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["chosen"] == row["rejected"]:
         raise UserError("chosen and rejected must differ, got the same text twice")
     row = dict(row)
-    for name, missing in NUMBERS.items():
+    for name, rules in NUMBERS.items():
         if name in row:
-            row[name] = number(name, row[name], missing=missing)
+            row[name] = number(name, row[name], **rules)
     return row
 
 

@@ -31,7 +31,7 @@ from fastalign.units import parse_bytes
 ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
 
-# What may draw, in this order, and how each is said
+# What may draw, and how each is said
 HOW: dict[type[Engine] | type[Rows], str] = {
     Engine: "on the shared-prompt engine",
     CachedRows: "batch by batch on its own cache",
@@ -120,8 +120,10 @@ class Sampler:
 
     def sample(self, prompts: Sequence[Any], *, show_progress: bool = False, **settings: Any) -> Candidates:
         """All prompts' candidates at once; arguments as in `iter_batches`, whose parts this joins."""
-        batches = self.iter_batches(prompts, show_progress=show_progress, **settings)
-        return Candidates.concat(part for _, part in batches)
+        parts = [part for _, part in self.iter_batches(prompts, show_progress=show_progress, **settings)]
+        if not parts:
+            raise UserError(f"skip must leave a prompt to sample, got all {len(prompts)}")
+        return Candidates.concat(parts)
 
     def iter_batches(
         self,
@@ -228,14 +230,12 @@ class Sampler:
                 if verdict.ok:
                     return Engine
             why = verdict.why
-            for kind, how in HOW.items():
-                if kind is Engine:
-                    continue
+            for kind in (CachedRows, RepeatedRows, UncachedRows):
                 verdict = tried(self.model, kind.__name__, trial(kind))
                 why = why or verdict.why
                 if verdict.ok:
                     if engine or kind is not CachedRows:
-                        tell_once(self.model, f"{self.name} is sampled {how}, not on {first}: {why}")
+                        tell_once(self.model, f"{self.name} is sampled {HOW[kind]}, not on {first}: {why}")
                     return kind
         raise UserError(f"{self.name} cannot be sampled: even without a cache {verdict.why}")
 

@@ -26,9 +26,9 @@ def pairs(name: str, dataset: Any, *, tokenized: Sequence[str] = ()) -> Any:
         return dataset
     known = hasattr(dataset, "num_rows")
     if known:
-        for column, missing in NUMBERS.items():
+        for column, rules in NUMBERS.items():
             if column in columns:
-                numbers.column(name, column, dataset[column], missing=missing)
+                numbers.column(name, column, dataset[column], **rules)
     if set(tokenized) & set(columns):
         return dataset
     missing = [column for column in ("chosen", "rejected") if column not in columns]

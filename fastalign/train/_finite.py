@@ -18,8 +18,8 @@ class StopsAtNaN:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(float(loss)):
-            self._stop("loss", float(loss), inputs)
+        if not math.isfinite(value := loss.detach().item()):
+            self._stop("loss", value, inputs)
         self._seen = [*getattr(self, "_seen", []), inputs["input_ids"]]
         return loss
 

@@ -76,8 +76,8 @@ class PairCollator(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         extra = {
-            name: torch.tensor([number(f"a pair's {name}", example[name], missing=missing) for example in examples])
-            for name, missing in NUMBERS.items()
+            name: torch.tensor([number(f"a pair's {name}", example[name], **rules) for example in examples])
+            for name, rules in NUMBERS.items()
             if name in examples[0]
         }
         return super().torch_call(examples) | extra
@@ -95,7 +95,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     reads them.
 
     Raises:
-        UserError: columns that lack, empty completions, margins and weights that are no finite numbers, prompts that leave
+        UserError: columns that lack, empty completions, margins and weights that are no finite numbers, negative weights, prompts that leave
             no room, vocabularies that differ; in training a loss or gradient that is NaN or infinite, before the step.
     """
 

@@ -457,8 +457,8 @@ class PPOTrainer:
                 stacklevel=4,
             )
             loss = (new.log_probs.sum() + new.values.sum()) * 0
-        elif not math.isfinite(float(loss)):
-            self._stop("loss", float(loss), indices.tolist())
+        elif not math.isfinite(scalar := loss.detach().item()):
+            self._stop("loss", scalar, indices.tolist())
         ratios = (new.log_probs.detach() - before["logprobs"])[mask].exp().cpu().numpy()
         return loss, sums, ratios
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,10 @@ from fastalign.data.files import atomic_write, read_json, write_json
 from fastalign.errors import UserError
 
 KIND = "training_run"
+_CHECKPOINT = re.compile(
+    r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial"
+)  # transformers' names, and ppo_checkpoint's
+_CARD = "README.md"  # TRL writes one beside them
 
 
 def is_main() -> bool:
@@ -90,8 +95,15 @@ class Run:
             beside.write_text("".join(kept), encoding="utf-8")
 
     def finish(self) -> None:
-        if is_main():
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        """The checkpoints go; what else lies among them stays."""
+        if not is_main() or not self.checkpoints.is_dir():
+            return
+        for path in self.checkpoints.iterdir():
+            if _CHECKPOINT.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+        (self.checkpoints / _CARD).unlink(missing_ok=True)
+        if not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
