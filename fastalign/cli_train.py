@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastalign._command import console, names, registrar
+from fastalign._command import Overwrite, console, names, registrar
 from fastalign.errors import UserError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-command = registrar(app, interrupted="interrupted; checkpoints are kept, and the run goes on from them with --resume")
+command = registrar(app, interrupted="interrupted; checkpoints are kept, and the same command goes on from them")
 
 
 class How(str, Enum):
@@ -43,7 +43,12 @@ Chat = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same run.")]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Only go on: the same settings do so by themselves, and this asks where there is nothing."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
@@ -83,6 +88,7 @@ def dpo(
     save_steps: SaveSteps = 100,
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
     resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Train a model on preference pairs, or on pairs made of scored candidates by λ."""
     from fastalign.train import jobs
@@ -95,7 +101,7 @@ def dpo(
         model, pairs, out, learning_rate=learning_rate, batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs, max_steps=max_steps, beta=beta,
         loss_type=loss_type, lora_r=lora_r, max_length=max_length, precompute_ref=precompute_ref, chat=chat,
-        dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, show_progress=True,
+        dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
     )  # fmt: skip
     _told(out, found, pairs)
 
@@ -143,6 +149,7 @@ def ppo(
     seed: Seed = 0,
     save_steps: SaveSteps = 25,
     resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Train a model on λ·R of its own responses: every rollout is scored with every value."""
     from fastalign.data import hub
@@ -165,7 +172,7 @@ def ppo(
         model, prompts[:limit], rewards, weights, out, learning_rate=learning_rate, batch_size=batch_size,
         mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
         max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=kl_coef,
-        kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,
+        kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume, overwrite=overwrite,
         show_progress=True,
     )  # fmt: skip
     if "values" not in found:  # another process tells
@@ -209,6 +216,7 @@ def reward(
     save_steps: SaveSteps = 100,
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
     resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Train a reward model on preference pairs (Bradley–Terry), for one value or several."""
     from fastalign.train import jobs
@@ -219,7 +227,7 @@ def reward(
         model, pairs, out, values=names(values) if values else None, held_out=held_out, report=report,
         learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
         epochs=epochs, max_steps=max_steps, center=center, lora_r=lora_r, max_length=max_length, chat=chat, seed=seed,
-        save_steps=save_steps, log_steps=log_steps, resume=resume, show_progress=True,
+        save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
     )  # fmt: skip
     _told(out, found, pairs)
     for head in found.get("held_out", []):

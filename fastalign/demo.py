@@ -19,11 +19,11 @@ FULL = {"prompts": 16, "n": 32, "max_new_tokens": 32}
 QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 
 
-def run(out: Path, *, quick: bool, resume: bool, seed: int, console) -> None:
+def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, console) -> None:
     """Sample, score, solve, select, report into `out`; prints the report and where everything lies."""
     size = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
-    seconds = read_json(out / "seconds.json") if resume and (out / "seconds.json").is_file() else {}
+    seconds = read_json(out / "seconds.json") if (out / "seconds.json").is_file() and not overwrite else {}
 
     @contextmanager
     def step(name: str, says: str):
@@ -48,17 +48,20 @@ def run(out: Path, *, quick: bool, resume: bool, seed: int, console) -> None:
             top_p=TOP_P,
             seed=seed,
             resume=resume,
+            overwrite=overwrite,
             show_progress=True,
         )
     with step("score", ", ".join(REWARDS)):
-        pipeline.score(candidates, REWARDS, scored, show_progress=True)
+        pipeline.score(candidates, REWARDS, scored, overwrite=overwrite, show_progress=True)
     with step("map", f"palette: the {QUANTILE:.0%} quantile of each value"):
-        pipeline.solve_palette(scored, palette, quantile=QUANTILE)
+        pipeline.solve_palette(scored, palette, quantile=QUANTILE, overwrite=overwrite)
     with step("select", f"{DRAWS} of each prompt's candidates, drawn from p_λ"):
-        pipeline.select(scored, palette, selected, k=DRAWS, seed=seed)
+        pipeline.select(scored, palette, selected, k=DRAWS, seed=seed, overwrite=overwrite)
     with step("eval", "what came of it"):
         told = {"seconds": {name: taken for name, taken in seconds.items() if name != "eval"}}
-        found = pipeline.evaluate(scored, selected, palette, out / "eval.json", html=out / "report.html", settings=told)
+        found = pipeline.evaluate(
+            scored, selected, palette, out / "eval.json", html=out / "report.html", settings=told, overwrite=overwrite
+        )
     console.print()
     found.print(console)
     tokens = sum(len(ids) for row in drawn.token_ids for ids in row)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data import fingerprint, palettes
+from fastalign.data import fingerprint, outputs, palettes
 from fastalign.data.conversations import transcript
-from fastalign.data.files import check_target, write_json
+from fastalign.data.files import check_target, read_json, write_json
 from fastalign.data.work_folder import hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
@@ -55,6 +55,7 @@ def sample(
     palette: str | Path | None = None,
     ess: float | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     ray: str | None = None,
     workers: int | None = None,
     worker_cpus: float | None = None,
@@ -67,10 +68,11 @@ def sample(
     model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.aligned`, which draw by
     the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
 
-    Each finished batch is kept in `<out>.parts`; after an interruption `resume` goes on from there, and gives the
-    file that an uninterrupted run gives. Raises UserError where parts are there that `resume` was not asked to use, or
-    were made with other settings or by another model, though of the same name; where another run is writing `out`; and
-    where `out` or `<out>.parts` is something that is not fastalign's to write.
+    Each finished batch is kept in `<out>.parts`; after an interruption the same call goes on from there, and gives the
+    file that an uninterrupted run gives; resume: it says so where there is nothing to go on from. A file of the same settings is
+    taken as it is. Raises UserError where the file or the parts were made with other settings or by another model, though of
+    the same name, unless they are to be overwritten; where another run is writing `out`; and where `out` or `<out>.parts` is an
+    input, or something that is not fastalign's to write.
     """
     from fastalign.data.text import check_prompts
     from fastalign.decode import aligned
@@ -100,19 +102,24 @@ def sample(
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     settings["model_content"] = fingerprint.of_model(model.name)
     check_target(out)
-    if resume and out.is_file():
-        whole = Candidates.from_parquet(out)
-        _same_settings(out, whole.settings.get("sampling"), settings)
-        return whole
+    outputs.not_an_input(out, [model.name, palette])
+    if out.exists() and not overwrite:
+        _same_settings(out, outputs.recorded(out, "sampling"), settings)
+        outputs.say(f"{out}: there already, of the same settings")
+        return Candidates.from_parquet(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(out.name + ".parts"), writes=out) as parts:
         kept = parts.whole()
-        if kept and not resume:
-            raise UserError(
-                f"{parts.path} holds {len(kept)} finished batches of an interrupted run: go on with --resume, or remove it"
-            )
         if kept:
-            _same_settings(parts.path, parts.job, settings)
+            try:
+                _same_settings(parts.path, parts.job, settings)
+                outputs.say(f"{out}: going on from the {len(kept)} batches that an interrupted run finished")
+            except UserError:
+                if not overwrite:
+                    raise
+                kept = []
+        elif resume:
+            outputs.say(f"{out}: nothing to resume, this run begins")
         parts.begin(parts.job if kept else settings, anew=not kept)
         done = [Candidates.from_parquet(path, kind=kind) for path in kept]
         finished = {int(i) for part in done for i in part.prompt_ids}
@@ -152,7 +159,8 @@ def sample(
 
 
 def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
-    had = had or {}
+    if had is None:
+        raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
     wanted = json.loads(json.dumps(wanted))  # tuples and the like as the file has them
     if (
         had.get("model_content", wanted["model_content"]) != wanted["model_content"]
@@ -160,25 +168,34 @@ def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
     ):
         raise UserError(
             f"{where} was made with another model at {wanted['model']}, whose files have changed since: take the one it was "
-            "made with to resume, or another output"
+            "made with to go on, another output, or --overwrite"
         )
     same_model = had.get("model_content") == wanted["model_content"]  # wherever it lies
     for name in {**had, **wanted}:
         if had.get(name) != wanted.get(name) and not (name == "model" and same_model):
             raise UserError(
                 f"{where} was made with {name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}: "
-                "use the same settings to resume, or another output"
+                "use the same settings to go on, another output, or --overwrite"
             )
 
 
-def score(candidates: str | Path, names: Sequence[str], out: str | Path, *, show_progress: bool = False) -> Candidates:
+# Of the steps that follow each takes `out` as it is where the same call made it; where it is there otherwise they raise UserError,
+# unless `overwrite` is given: see `data.outputs`.
+
+
+def score(
+    candidates: str | Path, names: Sequence[str], out: str | Path, *, overwrite: bool = False, show_progress: bool = False
+) -> Candidates:  # fmt: skip
     """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
-    check_target(out)
+    job = outputs.Job("score", {"candidates": candidates}, {"rewards": list(names)})
+    if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
+        return Candidates.from_parquet(out, kind="scored")
     from fastalign import rewards
 
     whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
     values = rewards.score(list(names), *whole.pairs(), show_progress=show_progress)
     whole = whole.with_rewards(list(names), values)
+    whole.settings["made"] = record
     whole.to_parquet(out)
     return whole
 
@@ -191,19 +208,30 @@ def solve_palette(
     quantile: float | None = None,
     values: Sequence[str] | None = None,
     joint: bool = False,
+    plot: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Solve for λ into a palette file at `out`, and return it.
+    """Solve for λ into a palette file at `out`, and return it. plot: a folder for figures of it, as SVG and PNG.
 
     palette (see `palette.parse_palette`) or quantile (each value's, of all candidates). values: which rewards; default all.
     joint: the dual log Z(λ) over all samples, which also tilts the prompts' distribution, in place of the per-prompt
     dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
     reachable one, and λ is for a point just inside that ("solved_for").
     """
-    check_target(out)
     from fastalign.palette import parse_palette, quantile_palette, solve
 
     if (palette is None) == (quantile is None):
         raise UserError("give either a palette or a quantile")
+    settings = {
+        "palette": palette,
+        "quantile": quantile,
+        "values": None if values is None else list(values),
+        "joint": joint,
+    }
+    job = outputs.Job("map", {"scored": scored}, settings)
+    plot = None if plot is None else Path(plot)
+    if (record := outputs.claim(out, job, overwrite=overwrite, figures=plot)) is None:
+        return palettes.read(out)
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(values or whole.rewards)
     grid = whole.reward_array(names)
@@ -242,15 +270,22 @@ def solve_palette(
         "n": len(flat),
         "candidates": grid.shape[1],
     }
-    write_json(out, result)
+    if plot is not None:
+        from fastalign.report.pareto import plot_palette
+
+        plot_palette(scored, result, plot)
+    write_json(out, result | {"made": outputs.completed(record, figures=plot)})
     return result
 
 
 def select(
-    scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int
-) -> Candidates:
+    scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int,
+    overwrite: bool = False,
+) -> Candidates:  # fmt: skip
     """Pick k candidates per prompt under p_λ into a selected file at `out`; of particles, by their weights."""
-    check_target(out)
+    job = outputs.Job("select", {"scored": scored, "palette": palette}, {"k": k, "method": method, "seed": seed})
+    if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
+        return Candidates.from_parquet(out, kind="selected")
     from fastalign.decode import select
 
     whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
@@ -266,6 +301,7 @@ def select(
         "values": solution["values"],
         "lambda": solution["lambda"],
     }
+    picked.settings["made"] = record
     picked.to_parquet(out)
     return picked
 
@@ -351,9 +387,11 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
     return np.stack([column.ravel() for column in columns], axis=1)
 
 
-def evaluate_grid(scored: str | Path, text: str, out: str | Path) -> dict[str, Any]:
+def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a JSON file."""
-    check_target(out)
+    job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
+    if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
+        return read_json(out, kind="lam_grid")
     from fastalign.decode import estimate, needed
     from fastalign.decode.estimates import TRUSTED_ESS
 
@@ -374,7 +412,7 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path) -> dict[str, A
         for i in range(len(found.lam))
     ]  # fmt: skip
     result = {"kind": "lam_grid", "version": 1, "values": names, "prompts": found.prompts, "n": found.n, "rows": rows}
-    write_json(out, result)
+    write_json(out, result | {"made": record})
     return result
 
 
@@ -387,13 +425,16 @@ def evaluate(
     html: str | Path | None = None,
     figures: str | Path | None = None,
     settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
 ):
     """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report.
 
     figures: a folder for each figure as SVG and PNG.
     settings: more lines for the report's table of settings.
     """
-    check_target(out)
+    job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette})
+    beside = {"files": [] if html is None else [Path(html)], "figures": None if figures is None else Path(figures)}
+    record = outputs.claim(out, job, overwrite=overwrite, **beside)
     from fastalign import report
 
     whole = Candidates.from_parquet(scored, kind="scored")
@@ -410,13 +451,13 @@ def evaluate(
         texts=whole.texts,
         settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {}), **(settings or {})},
     )
-    write_json(out, found.to_json())
+    if record is None:
+        return found
     if html is not None:
         found.to_html(html)
     if figures is not None:
-        from fastalign.palette import plots
+        from fastalign.report.pareto import save_figures
 
-        for name, figure in found.figures().items():
-            for suffix in ("svg", "png"):
-                plots.save(figure, Path(figures) / f"{name}.{suffix}")
+        save_figures(found.figures(), figures)
+    write_json(out, found.to_json() | {"made": outputs.completed(record, **beside)})
     return found

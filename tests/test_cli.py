@@ -131,14 +131,14 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
 
     monkeypatch.setattr(Engine, "prefill", interrupted)
     code, _, err = fastalign(*sampling)
-    assert code == 130 and "--resume" in err and err.count("\n") == 1
+    assert code == 130 and "the same command goes on" in err and err.count("\n") == 1
     finished = len(list((tmp_path / "candidates.parquet.parts").glob("part-*")))
     assert not out.exists() and 1 <= finished <= 5
-    assert "go on with --resume" in refused(*sampling)
-    assert "was made with seed=0, this run asks for 1" in refused(*sampling, "--resume", "--seed", 1)
+    assert "was made with seed=0, this run asks for 1" in refused(*sampling, "--seed", 1)
     again = []
     monkeypatch.setattr(Engine, "prefill", lambda self, prompt, ids: again.append(prompt) or prefill(self, prompt, ids))
-    assert fastalign(*sampling, "--resume")[0] == 0
+    code, _, err = fastalign(*sampling)
+    assert code == 0 and f"{out}: going on from the {finished} batches" in err
     assert len(again) == len(expected.prompts) - finished  # what was finished is not drawn again
     found = Candidates.from_parquet(out)
     assert found.texts == expected.texts
@@ -147,7 +147,8 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
             np.testing.assert_allclose(a, b, atol=1e-5)
     assert not (tmp_path / "candidates.parquet.parts").exists()
     monkeypatch.setattr(Engine, "prefill", interrupted)
-    assert fastalign(*sampling, "--resume")[0] == 0  # finished: nothing is drawn
+    code, _, err = fastalign(*sampling)  # finished: nothing is drawn
+    assert code == 0 and f"{out}: there already, of the same settings" in err
 
 
 def test_a_real_interrupt_signal(model, tmp_path):
@@ -229,8 +230,9 @@ def test_bench_writes_results_and_a_table(tmp_path):
         and f"{result['ratio']['numpy']['p50']:.1f} ×" in (tmp_path / "table.md").read_text()
     )
     assert "benchmarks must be among losses, sampling, map, training, decode" in refused(
-        "bench", "resample: elephant", "--out", tmp_path
+        "bench", "resample: elephant", "--out", tmp_path / "other"
     )
+    assert "exists; --overwrite measures again" in refused("bench", "resample: systematic, 4,096", "--out", tmp_path)
 
 
 def test_info_tells_what_runs():

@@ -42,7 +42,7 @@ def test_select_tells_what_to_expect(scored, palette, tmp_path):
     assert f"diversity {told.values[0, 0]:.4f} ± {told.stderr[0, 0]:.4f}" in out and "too few" not in out
     solution["lambda"] = [6.0, 0.0]
     palette.write_text(json.dumps(solution))
-    code, out, _ = fastalign("select", scored, "--palette", palette, "--out", tmp_path / "selected.parquet")
+    code, out, _ = fastalign("select", scored, "--palette", palette, "--out", tmp_path / "few.parquet")
     assert code == 0 and "too few to trust" in " ".join(out.split())
     code, out, _ = fastalign(
         "select", scored, "--palette", palette, "--method", "best", "--out", tmp_path / "b.parquet"
@@ -66,7 +66,7 @@ def test_eval_along_a_grid(scored, tmp_path):
         assert f"{one.values[0, 1]:.3f}±{one.interval()[1][0, 1] - one.values[0, 1]:.3f}" in out
     assert "λ throughout: diversity 0.5" in out and "λ readability" in out
     assert {row["doubtful"] for row in found["rows"]} == {True, False}
-    code, out, _ = fastalign("eval", scored, "--lam-grid", "diversity=0:1:100", "--out", out_file)
+    code, out, _ = fastalign("eval", scored, "--lam-grid", "diversity=0:1:100", "--out", out_file, "--overwrite")
     assert code == 0 and "and 40 more in the file" in out and len(json.loads(out_file.read_text())["rows"]) == 100
 
 

@@ -313,7 +313,7 @@ def test_only_our_parts_are_removed_and_a_changed_one_is_drawn_again(models, tmp
     assert found.texts == pipeline.sample(str(models / "a"), PROMPTS, tmp_path / "new.parquet", **OPTIONS).texts
     assert {path.name for path in parts.iterdir()} == {"mine.txt", "part-mine.parquet"}
     with pytest.raises(UserError, match="is not fastalign's: move it"):
-        pipeline.sample(str(models / "a"), PROMPTS, out, **OPTIONS)
+        pipeline.sample(str(models / "a"), PROMPTS, out, overwrite=True, **OPTIONS)
 
 
 def test_two_runs_into_one_output_and_an_output_that_is_a_folder(models, tmp_path, monkeypatch):

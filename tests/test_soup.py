@@ -305,9 +305,9 @@ def test_an_output_that_is_there_stays(models, tmp_path):
     before = files(out)
     again = soup.merge(models, RHO, out)
     assert again.read_bytes == 0 and files(out) == before
-    with pytest.raises(UserError, match="exists already and is not this merge"):
+    with pytest.raises(UserError, match="exists, and is not this merge"):
         soup.merge(models, [0.2, 0.2, 0.6], out)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="is an input, and cannot be the output"):
         soup.merge(models, RHO, models[0])
     assert files(out) == before and not (tmp_path / ".out.soup").exists()
 
@@ -429,7 +429,7 @@ def test_a_finished_shard_is_known_again_by_its_bytes(large, tmp_path, monkeypat
         if at == -1:
             shutil.rmtree(out)
     spoil(max(out.glob("*.safetensors")), -1)
-    with pytest.raises(UserError, match="exists already and is not this merge"):
+    with pytest.raises(UserError, match="exists, and is not this merge"):
         soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
 
 
@@ -697,7 +697,7 @@ def test_the_command(models, tmp_path):
     for arguments, part in (
         ([], "give --weights, one for each model, or --grid"),
         (["--weights", "a,b,c"], "weights must be numbers"),
-        (["--weights", "1,0,0"], "exists already and is not this merge"),
+        (["--weights", "1,0,0"], "exists, and is not this merge"),
         (["--grid", "1"], "grid must be at least 2"),
         (["--grid", "900"], "at most 10,000 are made"),
         (["--weights", "1,0,0", "--memory-limit", "lots"], "memory_limit must be a size"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,20 +15,21 @@ from typing import Any
 
 from fastalign.errors import UserError
 
+STDOUT = "-"  # as the path of a JSON file
 _FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
 
     A link stays, and what it leads to is replaced; a file's permissions stay. On an error or an interrupt the temporary is
-    removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor an empty folder;
-    an OSError that says of no other file names `path`.
+    removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor an empty folder (nor, with
+    `replace`, any folder, which goes with all that is in it); an OSError that says of no other file names `path`.
     """
     target = Path(os.path.realpath(path))
     found = _status(path)
-    if found is not None and not (stat.S_ISDIR(found.st_mode) and not any(target.iterdir())):
+    if found is not None and not (stat.S_ISDIR(found.st_mode) and (replace or not any(target.iterdir()))):
         check_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -37,9 +39,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             check_target(path)
             os.chmod(beside, stat.S_IMODE(found.st_mode))
         _sync(beside)
-        if beside.is_dir() and target.is_dir():
-            target.rmdir()
-        os.replace(beside, target)
+        become(beside, target)
         sync(target.parent)
     except OSError as error:
         other = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(beside)
@@ -51,6 +51,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
         else:
             beside.unlink(missing_ok=True)
+
+
+def become(beside: Path, target: Path) -> None:
+    """Rename a file or folder; a folder that is there under the new name goes once the new one has it."""
+    if not (beside.is_dir() and target.is_dir()):
+        os.replace(beside, target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.replace(target, old)
+    os.replace(beside, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(path: str | Path) -> None:
@@ -71,8 +82,12 @@ def _status(path: str | Path) -> os.stat_result | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinities are refused: JSON has none."""
+    """Write `value` as indented JSON, atomically; to stdout where the path is "-". NaN and infinities are refused: JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if str(path) == STDOUT:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
     with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 

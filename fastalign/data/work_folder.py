@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.files import flushes
+from fastalign.data.files import become, flushes
 from fastalign.errors import UserError
 
 MARK = ".fastalign-work"
@@ -98,10 +98,8 @@ class WorkFolder:
             self.path.rmdir()
 
     def become(self, target: Path) -> None:
-        """The folder becomes `target`, which must be absent or an empty folder."""
-        if target.is_dir():
-            target.rmdir()  # empty, or this raises
-        os.replace(self.path, target)
+        """The folder becomes `target`, in the place of a folder that is there."""
+        become(self.path, target)
         (target / MARK).unlink()
 
     def _name(self, path: Path) -> str:

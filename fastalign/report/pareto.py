@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.data import outputs
 from fastalign.data import palettes as palette_files
 from fastalign.data.files import atomic_write, write_json
 from fastalign.decode.candidates import Candidates
@@ -241,17 +242,26 @@ def palette_figures(values: Sequence[str], rewards: np.ndarray, way: Way, *, joi
 def write(
     scored: str | Path, out: str | Path, *, palettes: Sequence[str | Path] = (), quantiles: Sequence[float] = (),
     soups: Sequence[str | Path] = (), values: Sequence[str] | None = None, joint: bool = False, n_lambda: int = 1000,
-    l1_max: float = L1_MAX, seed: int = 0,
-) -> Study:  # fmt: skip
+    l1_max: float = L1_MAX, seed: int = 0, overwrite: bool = False,
+) -> Study | None:  # fmt: skip
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
 
     palettes: palette files of the same values. quantiles: palettes that ask for this quantile of each value. soups:
     scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
-    values: which rewards; default all.
+    values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it holds one,
+    unless `overwrite` is given.
     """
     from fastalign.palette import quantile_palette
     from fastalign.report.pareto_html import page
 
+    out = Path(out)
+    inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
+    inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
+    settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
+    job = outputs.Job("pareto", inputs, settings | {"lambdas": n_lambda, "l1_max": l1_max, "seed": seed})
+    written = {"files": [out / "pareto.html"], "figures": out}
+    if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
+        return None
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(values or whole.rewards)
     rewards = whole.reward_array(names)
@@ -271,12 +281,11 @@ def write(
         l1_max=l1_max, seed=seed,
     )  # fmt: skip
     figures = found.figures()
-    out = Path(out)
-    write_json(out / "pareto.json", found.to_json())
     save_figures(figures, out)
     text = page(found, figures)
     with atomic_write(out / "pareto.html") as beside:
         beside.write_text(text, encoding="utf-8")
+    write_json(out / "pareto.json", found.to_json() | {"made": outputs.completed(record, **written)})
     return found
 
 
@@ -293,9 +302,8 @@ def _soup_levels(path: str | Path, names: Sequence[str]) -> np.ndarray:
     return found.levels[:, [found.values.index(name) for name in names]]
 
 
-def plot_palette(scored: str | Path, palette: str | Path, folder: str | Path) -> None:
-    """Figures of one palette file, see `palette_figures`, into a folder; as the file's own dual has it."""
-    solution = palette_files.read(palette, "palette", "sense", "dual")
+def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | Path) -> None:
+    """Figures of a palette file's content, see `palette_figures`, into a folder; as its own dual has it."""
     names, joint = solution["values"], solution["dual"] == "joint"
     rewards = Candidates.from_parquet(scored, kind="scored").reward_array(names)
     groups = _groups(rewards, joint)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastalign import progress as bars
-from fastalign.data import palettes
+from fastalign.data import outputs, palettes
 from fastalign.data.files import read_json, write_json
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
@@ -103,6 +103,7 @@ def walk(
     base: str | os.PathLike | None = None,
     dtype: Any = "auto",
     device: Any = "auto",
+    overwrite: bool = False,
     progress: bool = True,
     **sampling: Any,
 ) -> SoupFront:
@@ -115,7 +116,7 @@ def walk(
             soup is asked the same prompts with the same random numbers, so that differences between soups are less noisy
             than their levels.
         out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups that an
-            interrupted walk left are taken as they are.
+            interrupted walk left are taken as they are, those of others raise, unless they are to be overwritten.
 
     Raises UserError or FileNotFoundError, one line each.
     """
@@ -141,14 +142,16 @@ def walk(
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(), **sampling,
     }  # fmt: skip
     out, live, grids = Path(out), None, []
+    outputs.not_an_input(out, [*models, base])
     with bars.bar("soups", total=len(rows), unit="soups", show=progress) as advance:
         for k, row in enumerate(rows):
             path = out / f"{k:03d}.parquet"
             wanted = json.loads(json.dumps(made_with | {"rho": row.tolist()}))
-            if path.is_file():
+            same = outputs.recorded(path, "soup") == wanted
+            if path.exists() and not same and not overwrite:
+                raise UserError(f"{path}: exists, and is of other soups or settings; --overwrite replaces it")
+            if same:
                 scored = Candidates.from_parquet(path, kind="scored")
-                if scored.settings.get("soup") != wanted:
-                    raise UserError(f"{path}: is of other soups or settings; choose another folder or remove it")
             else:
                 if live is None:
                     live, tokenizer = load_causal_lm(models[0] if base is None else base, dtype=dtype, device=device)

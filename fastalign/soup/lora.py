@@ -23,7 +23,7 @@ from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 from fastalign.soup import dtypes, methods
 from fastalign.soup.companions import stays_within
-from fastalign.soup.lora_files import Adapter, base_name, empty_folder, open_adapter, wide, write_adapter
+from fastalign.soup.lora_files import Adapter, base_name, open_adapter, target_folder, wide, write_adapter
 
 _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
@@ -47,6 +47,7 @@ def merge_adapters(
     rank: int | None = None,
     dtype: str | torch.dtype | None = None,
     force: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> list[MadeAdapter]:
     """The soup Σ ρ_i s_i B_i A_i of LoRA adapters, as one adapter that peft loads.
@@ -57,7 +58,7 @@ def merge_adapters(
         rank: None keeps the sum exact, of rank Σ r_i; a number writes the best approximation of at most that rank in the
             Frobenius norm, found from the factors alone (QR of each side, SVD of the small product).
         dtype: to store in; None: float32, float64 where an input is. peft itself holds adapters in float32.
-        force: mix though the adapters name different base models.
+        force: mix though the adapters name different base models. overwrite: adapters that this made before may be at `out`.
 
     Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum to 1.
     Raises UserError or FileNotFoundError, before anything is written.
@@ -66,14 +67,17 @@ def merge_adapters(
     if rank is not None and not (type(rank) is int and rank >= 1):
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
     stored = None if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
-    target = empty_folder(out)
+    target = target_folder(out, overwrite=overwrite)
     held = [open_adapter(one) for one in adapters]
     same_bases(held, force=force)
     shapes_agree(held)
     whole = [_whole(held, row) for row in rows]
     made = []
     total = len(rows) * len(modules_of(held))
-    with bars.bar("adapters", total=total, unit="modules", show=progress) as advance, atomic_write(target) as beside:
+    with (
+        bars.bar("adapters", total=total, unit="modules", show=progress) as advance,
+        atomic_write(target, replace=overwrite) as beside,
+    ):
         for k, row in enumerate(rows):
             single = np.ndim(weights) == 1
             made.append(_one(held, row, beside if single else beside / str(k), rank, stored, whole[k], advance))

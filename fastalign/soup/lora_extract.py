@@ -19,7 +19,7 @@ from fastalign.soup import plan as plans
 from fastalign.soup.architecture import is_tied, is_transposed
 from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
 from fastalign.soup.lora import MadeAdapter
-from fastalign.soup.lora_files import empty_folder, wide, write_adapter
+from fastalign.soup.lora_files import target_folder, wide, write_adapter
 from fastalign.soup.memory import mapped
 from fastalign.soup.vocabulary import EMBEDDINGS
 
@@ -46,6 +46,7 @@ def extract_adapter(
     targets: Sequence[str] | None = None,
     dtype: str | torch.dtype | None = None,
     force: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Extracted:
     """Write the adapter whose update is nearest to tuned - base in the Frobenius norm, module by module; peft loads it.
@@ -57,7 +58,7 @@ def extract_adapter(
         targets: the modules' last names, such as ("q_proj", "v_proj"); None takes every linear layer, that is each
             two-dimensional weight but embeddings and the head.
         dtype: to store in; None: float32.
-        force: though configurations or tokenizers differ.
+        force: though configurations or tokenizers differ. overwrite: an adapter that fastalign made may be at `out`.
 
     Large matrices are reduced by a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
     algorithm 4.4), with fixed random numbers; the share kept is computed, not estimated. It holds one tensor's difference.
@@ -70,7 +71,7 @@ def extract_adapter(
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
     stored = torch.float32 if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
-    target = empty_folder(out)
+    target = target_folder(out, overwrite=overwrite)
     models = open_checkpoint(tuned), open_checkpoint(base)
     names = [name for name in compare.same_model(models, force=force) if models[0][name].dtype in dtypes.FLOATS]
     modules = _modules(models[0], names, targets)
@@ -108,7 +109,7 @@ def extract_adapter(
     settings = {
         "task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": bool(turned),
     }  # fmt: skip
-    with atomic_write(target) as beside:
+    with atomic_write(target, replace=overwrite) as beside:
         write_adapter(beside, factors, settings, metadata)
     ranks = [len(a) for a, _, _ in factors.values()]
     worst = min(shares, key=shares.get)

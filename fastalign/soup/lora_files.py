@@ -200,12 +200,24 @@ def write_adapter(
     write_json(folder / CONFIG, config)
 
 
-def empty_folder(out: str | os.PathLike) -> Path:
-    """`out`, which must not exist or be an empty folder."""
+def target_folder(out: str | os.PathLike, *, overwrite: bool) -> Path:
+    """`out`, which must not exist or be an empty folder; with overwrite it may hold adapters that were made here."""
     path = Path(out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists already; choose another folder or remove it")
+        if not _made_here(path) and not _made_here(path / "0"):
+            raise UserError(
+                f"{path}: exists, and holds no adapter that fastalign made; choose another folder or remove it"
+            )
+        if not overwrite:
+            raise UserError(f"{path}: exists; --overwrite replaces it")
     return path
+
+
+def _made_here(folder: Path) -> bool:
+    try:
+        return "fastalign" in read_header(folder / WEIGHTS).metadata
+    except (OSError, UserError):
+        return False
 
 
 def wide(*tensors: Tensor) -> torch.dtype:

@@ -44,13 +44,14 @@ def apply_adapters(
     force: bool = False,
     sync: bool = True,
     strict: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Merged:
     """Write the base model with Σ ρ_i s_i B_i A_i added, as `merge` writes a soup: streamed, whole or not there, resumed.
 
     base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as `merge_adapters` takes them; weights
     (K, m) make K models in one reading of the base. Tensors that an adapter stores whole count as their difference from the
-    base's. dtype, max_shard_size, memory_limit, sync, strict: as `merge` takes them; beside memory_limit, one module's factors are held.
+    base's. dtype, max_shard_size, memory_limit, sync, strict, overwrite: as `merge` takes them; beside memory_limit, one module's factors are held.
     The sums are made in float64 where float32 or wider is stored, else in float32, and rounded once.
 
     Raises UserError or FileNotFoundError before a byte is written: also where a module is not in the base, or shares its
@@ -61,7 +62,7 @@ def apply_adapters(
     )
     for note in made.notes:
         warnings.warn(note, stacklevel=2)
-    return warned(execute(made, sync=sync, strict=strict, progress=progress))
+    return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, progress=progress))
 
 
 def plan(

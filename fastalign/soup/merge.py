@@ -62,6 +62,7 @@ def merge(
     force: bool = False,
     sync: bool = True,
     strict: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Merged:
     """Merge checkpoints of one architecture into one soup, or into many in a single reading.
@@ -72,7 +73,8 @@ def merge(
             comes after them from the highest.
         weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read once. One of
             (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs none.
-        out: the folder to make. It must not exist, be empty, or hold this very merge, finished.
+        out: the folder to make. It must not exist, be empty, or hold this very merge, finished; or, with overwrite, another
+            merge, which is replaced once this one is whole.
         method: one of METHODS; docs in README.md. "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two
             models along the great circle of each tensor, by the second's share of the weights; "ties", "dare_linear",
             "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties": task vectors of which some elements stay;
@@ -117,7 +119,7 @@ def merge(
     )  # fmt: skip
     for note in made.notes:
         warnings.warn(printable(note), stacklevel=2)
-    return warned(execute(made, sync=sync, strict=strict, progress=progress))
+    return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, progress=progress))
 
 
 def warned(found: Merged) -> Merged:
@@ -127,18 +129,20 @@ def warned(found: Merged) -> Merged:
     return found
 
 
-def execute(plan: plans.Plan, *, sync: bool = True, strict: bool = False, progress: bool = True) -> Merged:
-    """Do what was planned, or what is left of it. sync, strict: see `merge`."""
+def execute(
+    plan: plans.Plan, *, sync: bool = True, strict: bool = False, overwrite: bool = False, progress: bool = True
+) -> Merged:
+    """Do what was planned, or what is left of it. sync, strict, overwrite: see `merge`."""
     with nullcontext() if sync else files.unflushed():
-        return _execute(plan, strict, progress)
+        return _execute(plan, strict, overwrite, progress)
 
 
-def _execute(plan: plans.Plan, strict: bool, progress: bool) -> Merged:
+def _execute(plan: plans.Plan, strict: bool, overwrite: bool, progress: bool) -> Merged:
     began = time.perf_counter()
     threads = backend.threads()
     chunk = chunk_of(plan, threads)
-    if already_made(plan):
-        seen = NotFinite(recorded(plan.target).get("not_finite"))
+    if already_made(plan, overwrite=overwrite):
+        seen = NotFinite((recorded(plan.target) or {}).get("not_finite"))
         _tell(seen, strict=strict)
         return Merged(plan.out, len(plan.weights), 0, 0, len(plan.layout), time.perf_counter() - began, seen.told())
     allow_open_files(len(plan.weights) + sum(1 for _ in files_of(plan.inputs)))

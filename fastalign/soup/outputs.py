@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data.files import flushes, read_json, write_json
+from fastalign.data.outputs import not_an_input
 from fastalign.data.work_folder import WorkFolder, hold
 from fastalign.errors import UserError
 from fastalign.soup import plan as plans
@@ -19,20 +20,25 @@ from fastalign.soup.stream import digest_of
 RECORD = "soup.json"  # in the output: what was made of what
 
 
-def already_made(plan: plans.Plan) -> bool:
-    """Whether `out` holds this very merge, finished. Raises UserError where it holds anything else."""
+def already_made(plan: plans.Plan, *, overwrite: bool = False) -> bool:
+    """Whether `out` holds this very merge, finished. Raises UserError where it holds anything else, but for another merge that is
+    to be overwritten, and where it is an input or in one."""
+    not_an_input(plan.target, (one.folder for one in plan.sources))
     out = plan.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
         raise UserError(f"out must be a folder, {out} is a file")
-    if (record := recorded(out)) and record.get("key") == plan.key and record.get("flushed"):
+    record = recorded(out)
+    if record is not None and record.get("key") == plan.key and record.get("flushed"):
         files = record["files"]
         if all(_finished(out / name, files.get(name)) for shard in plan.layout for name in names_of(plan, shard)):
             return True
-    raise UserError(
-        f"{out}: exists already and is not this merge, finished and flushed; choose another folder or remove it"
-    )
+    if record is None:
+        raise UserError(f"{out}: exists, and no merge made it; choose another folder or remove it")
+    if not overwrite:
+        raise UserError(f"{out}: exists, and is not this merge, finished and flushed; --overwrite replaces it")
+    return False
 
 
 @contextmanager
@@ -50,13 +56,13 @@ def names_of(plan: plans.Plan, shard: Shard) -> list[str]:
     return [(Path(folder) / shard.file).as_posix() for folder in plan.folders]
 
 
-def recorded(out: Path) -> dict[str, Any]:
-    """What the output's own record says; nothing where it has none."""
+def recorded(out: Path) -> dict[str, Any] | None:
+    """What the output's own record says; None where it has none."""
     try:
         found = read_json(out / RECORD, kind="soup")
     except (ValueError, OSError):
-        return {}
-    return found if isinstance(found.get("files"), dict) else {}
+        return None
+    return found if isinstance(found.get("files"), dict) else None
 
 
 def _record(plan: plans.Plan, work: WorkFolder, seen: NotFinite) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def train_dpo(
     save_steps: int = 100,
     log_steps: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `train.run`.
@@ -76,6 +77,7 @@ def train_dpo(
         pair will be met; where each will, that is done anyway.
     chat: pairs of text become messages; None: where the tokenizer has a chat template, unless the pairs' candidates
         were sampled without it. epochs, max_steps: max_steps counts where given.
+    resume, overwrite: see `train.run.Run`.
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
     """
     _positive(learning_rate=learning_rate, beta=beta, epochs=epochs, max_length=max_length)
@@ -89,8 +91,10 @@ def train_dpo(
         "precompute_ref": precompute_ref, "chat": chat, "dtype": dtype, "seed": seed,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "CAUSAL_LM")
-    run = runs.Run(out, settings, resume=resume)
-    with runs.quiet():
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    if run.result is not None:
+        return run.result
+    with runs.quiet(), run:
         loaded, tokenizer = load_causal_lm(model, dtype=dtype, device="cpu")
         rows = _as_trained(pairs, tokenizer, chat)
         preferences.check_lengths(rows, tokenizer, max_length)
@@ -133,6 +137,7 @@ def train_reward(
     save_steps: int = 100,
     log_steps: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Train a Bradley–Terry reward model into the folder `out`, and measure it on the prompts held out.
@@ -154,8 +159,14 @@ def train_reward(
         "center": center, "lora_r": lora_r, "max_length": max_length, "chat": chat, "seed": seed,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "SEQ_CLS")
-    run = runs.Run(out, settings, resume=resume)
-    with runs.quiet():
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    if report is not None and run.result is not None:
+        raise UserError(f"report is written when a run ends, and that in {out} has ended: --overwrite trains again")
+    if report is not None and Path(report).exists() and not overwrite:
+        raise UserError(f"{report}: exists; --overwrite replaces it")
+    if run.result is not None:
+        return run.result
+    with runs.quiet(), run:
         from fastalign.train import RewardConfig, RewardTrainer
 
         tokenizer = _tokenizer(model)
@@ -248,14 +259,16 @@ def _finish(
 ) -> dict[str, Any]:
     logged = [row for row in trainer.state.log_history if "loss" in row]
     last = {name: logged[-1][column] for name, column in names.items() if logged and column in logged[-1]}
-    result = {
-        "kind": "training_result", "version": 1, "steps": trainer.state.global_step, "pairs": count,
-        "dropped": pairs.dropped, **last, "tokens_per_second": speed, **(more or {}), "settings": run.settings,
-    }  # fmt: skip
-    if runs.is_main():
-        write_json(run.out / "result.json", result)
-    run.finish()
-    return result
+    steps = trainer.state.global_step
+    found = {
+        "steps": steps,
+        "pairs": count,
+        "dropped": pairs.dropped,
+        **last,
+        "tokens_per_second": speed,
+        **(more or {}),
+    }
+    return run.finish(found)
 
 
 def _as_trained(pairs: PreferencePairs, tokenizer, chat: bool | None) -> list[dict[str, Any]]:

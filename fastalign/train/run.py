@@ -1,13 +1,15 @@
 """A training run's folder, its log and its progress line: the same for every `fastalign train` command.
 
 <out>/               the model as transformers reads it, its tokenizer, and (with LoRA) the adapter in adapter/
-<out>/run.json       what the run was asked for; a resumed run must ask for the same
+<out>/run.json       what the run was asked for; one that goes on must ask for the same
 <out>/log.jsonl      one object a logged step
 <out>/checkpoints/   while the run goes on
+<out>/result.json    when it has ended: what came of it, and which files it wrote
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,18 +18,20 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastalign.data import fingerprint, outputs
 from fastalign.data.files import atomic_write, read_json, write_json
 from fastalign.errors import UserError
 
-KIND = "training_run"
+KIND, RESULT = "training_run", "training_result"
 _CHECKPOINT = re.compile(
     r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial"
 )  # transformers' names, and ppo_checkpoint's
+_LAST = ("trainer_state.json", "state.json")
 _CARD = "README.md"  # TRL writes one beside them
 
 
@@ -37,23 +41,70 @@ def is_main() -> bool:
 
 
 class Run:
-    """The folder `out` of one run. `settings`: JSON values that make the run what it is."""
+    """The folder `out` of one run. settings: JSON values that make the run what it is; inputs: models and reward models.
 
-    def __init__(self, out: str | os.PathLike, settings: Mapping[str, Any], *, resume: bool):
+    result: of a run of these settings that has ended there. resumes: whether one was interrupted there, and this goes on.
+    Raises UserError, one line: the folder is an input; it holds another run or something else, and is not to be overwritten; there
+    is nothing to `resume`.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike, settings: Mapping[str, Any], *, resume: bool, overwrite: bool = False,
+        inputs: Sequence[str] = (),
+    ):  # fmt: skip
         self.out = Path(out)
-        self.settings = json.loads(json.dumps(dict(settings)))
+        contents = {name: fingerprint.of_model(name) for name in inputs}
+        self.settings = json.loads(json.dumps({**settings, "contents": contents}))
         self.checkpoints = self.out / "checkpoints"
         self.logs = self.out / "log.jsonl"
-        if self.out.is_file():
+        if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{out}: must be a folder, this is a file")
-        there = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if there and not resume:
-            raise UserError(
-                f"{self.checkpoints} holds checkpoints of an interrupted run: go on with --resume, or remove it"
-            )
-        self.resumes = there
-        if resume and (self.out / "run.json").is_file():
-            self._same(read_json(self.out / "run.json", kind=KIND)["settings"])
+        outputs.not_an_input(self.out, inputs)
+        had, ended = self._had(), self._ended()
+        self._new = not self.out.is_dir() or not any(self.out.iterdir())
+        self._old_files = ended.get("files", []) if ended else []
+        if had is None and self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
+            raise UserError(f"{out}: exists, and is no training run's; --overwrite writes into it")
+        if had is not None and not overwrite:
+            self._same(had)
+        same = had == self.settings
+        whole = ended is not None and all((self.out / name).is_file() for name in self._old_files)
+        self.result = ended if same and whole and not overwrite else None
+        self.resumes = same and self.result is None and bool(self._kept())
+        if resume and self.result is None and not self.resumes:
+            raise UserError(f"{out}: there is nothing to resume; leave out --resume to begin")
+        if self.result is not None:
+            outputs.say(f"{out}: there already, a run of the same settings has ended")
+        elif self.resumes:
+            outputs.say(f"{out}: going on from {self._kept()[-1].name}, where a run of the same settings was stopped")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind."""
+        if kind is None or not self._new or self._kept() or not is_main():
+            return
+        self._remove_checkpoints()
+        shutil.rmtree(self.out / "runs", ignore_errors=True)  # TensorBoard's
+        for path in (self.out / "run.json", self.logs):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.out.rmdir()
+
+    def _had(self) -> dict[str, Any] | None:
+        there = (self.out / "run.json").is_file()
+        return read_json(self.out / "run.json", kind=KIND)["settings"] if there else None
+
+    def _ended(self) -> dict[str, Any] | None:
+        there = (self.out / "result.json").is_file()
+        return read_json(self.out / "result.json", kind=RESULT) if there else None
+
+    def _kept(self) -> list[Path]:
+        """The whole checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
+        found = self.checkpoints.glob("*/*state.json")
+        kept = [path.parent for path in found if _CHECKPOINT.fullmatch(path.parent.name) and path.name in _LAST]
+        return sorted(kept, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def begin(self, step: int) -> None:
         """Make the folder; training goes on after `step`, so what an interrupted run logged beyond it is forgotten."""
@@ -63,13 +114,18 @@ class Run:
             self._rewind(step)
         else:
             self.logs.unlink(missing_ok=True)
+            self._remove_checkpoints()
+        (self.out / "result.json").unlink(missing_ok=True)
+        self._before = self._files()
         write_json(self.out / "run.json", {"kind": KIND, "version": 1, "settings": self.settings})
 
     def _same(self, had: dict[str, Any]) -> None:
         for name in {**had, **self.settings}:
             if had.get(name) != self.settings.get(name):
-                rule = "use the same settings to resume, or another output"
+                rule = "use the same settings to go on, another output, or --overwrite"
                 was, asked = had.get(name), self.settings.get(name)
+                if name == "contents":
+                    raise UserError(f"{self.out} was made with another model of that name: {rule}")
                 raise UserError(f"{self.out} was made with {name}={was!r}, this run asks for {asked!r}: {rule}")
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -94,9 +150,29 @@ class Run:
         with atomic_write(self.logs) as beside:
             beside.write_text("".join(kept), encoding="utf-8")
 
-    def finish(self) -> None:
-        """The checkpoints go; what else lies among them stays."""
-        if not is_main() or not self.checkpoints.is_dir():
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep what came of it and return it; the checkpoints go, and what an overwritten run wrote and this one did not."""
+        result = {"kind": RESULT, "version": 1, **result, "settings": self.settings}
+        if not is_main():
+            return result
+        files = self._files()
+        result["files"] = sorted(name for name, state in files.items() if self._before.get(name) != state)
+        for name in {*self._old_files} - {*result["files"]}:
+            (self.out / name).unlink(missing_ok=True)
+        write_json(self.out / "result.json", result)
+        self._remove_checkpoints()
+        return result
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """The model's and its like in the folder, with what tells whether they are written anew."""
+        own = ("run.json", "log.jsonl", "result.json", "checkpoints", "runs")
+        found = (path for path in self.out.rglob("*") if path.is_file())
+        states = {path.relative_to(self.out): path.stat() for path in found}
+        return {name.as_posix(): (s.st_ino, s.st_mtime_ns) for name, s in states.items() if name.parts[0] not in own}
+
+    def _remove_checkpoints(self) -> None:
+        """What else lies among them stays."""
+        if not self.checkpoints.is_dir():
             return
         for path in self.checkpoints.iterdir():
             if _CHECKPOINT.fullmatch(path.name) and not path.is_symlink():

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data.files import write_json
 from fastalign.data.text import Text
 from fastalign.errors import UserError
 from fastalign.train import run as runs
@@ -67,6 +66,7 @@ def train_ppo(
     seed: int = 0,
     save_steps: int = 25,
     resume: bool = False,
+    overwrite: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Train a model by PPO on λ · R of its own responses, into the folder `out`; see `train.run`.
@@ -78,6 +78,7 @@ def train_ppo(
             most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL coefficient is steered to, from init_kl_coef.
         chat: prompts go through the chat template; None: where there is one.
         lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
+        resume, overwrite: see `train.run.Run`.
 
     Returns:
         What is in <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
@@ -117,8 +118,12 @@ def train_ppo(
         "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "CAUSAL_LM")
-    run = runs.Run(out, settings, resume=resume)
-    with runs.quiet():
+    folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
+    inputs = [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs)
+    if run.result is not None:
+        return run.result
+    with runs.quiet(), run:
         trainer = _trainer(config, model, adapters, prompts, chat, dtype, max_new_tokens)
         if run.resumes:
             trainer.load_checkpoint(run.checkpoints)
@@ -127,12 +132,10 @@ def train_ppo(
         with runs.Progress("ppo", total, show=show_progress) as progress:
             _loop(trainer, scorers, lam, run, progress, total, max_new_tokens, save_steps)
         _save(trainer, run)
-    result = {"kind": "training_result", "version": 1, "steps": trainer.current_step, "settings": run.settings}
+    result = {"steps": trainer.current_step}
     if runs.is_main():
         result |= summary(_logged(run), names)
-        write_json(run.out / "result.json", result)
-    run.finish()
-    return result
+    return run.finish(result)
 
 
 def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

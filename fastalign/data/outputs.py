@@ -1,0 +1,151 @@
+"""What a command is about to write, held against what is there: an input is never replaced, other work only when told to.
+
+A finished output says in itself what job made it (`Job.record`: JSON under "made", Parquet in its metadata). A second run of the
+same job takes it as it is; one of another job is refused before anything is read or computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastalign.data import fingerprint
+from fastalign.data.files import STDOUT, check_target
+from fastalign.data.work_folder import sha256
+from fastalign.errors import UserError
+
+_SAY: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What makes an output what it is. settings: JSON values. inputs: files, folders, or names of a hub, by what they are to it."""
+
+    command: str
+    inputs: Mapping[str, str | os.PathLike]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As outputs keep it: inputs by their content."""
+        digests = {name: _digest(path) for name, path in self.inputs.items()}
+        return json.loads(json.dumps({"command": self.command, "inputs": digests, **self.settings}))
+
+
+def claim(
+    out: str | os.PathLike,
+    job: Job,
+    *,
+    overwrite: bool = False,
+    files: Sequence[Path] = (),
+    figures: Path | None = None,
+) -> dict[str, Any] | None:
+    """The job's record where `out` is to be made; None where it is there already, as this job made it.
+
+    files, figures: what is written with it, files and a folder of SVG and PNG; their digests go into the record (`completed`).
+    Raises UserError, one line: one of them is an input, or no file, or there and not this job's and not to be overwritten.
+    """
+    out = Path(out)
+    targets = [*([out] if str(out) != STDOUT else []), *files, *([figures] if figures else [])]
+    for path in targets:
+        if path != figures:
+            check_target(path)
+        elif path.exists() and not path.is_dir():
+            raise UserError(f"{path}: must be a folder or not be there")
+        not_an_input(path, job.inputs.values())
+    record, had = job.record(), recorded(out)
+    if overwrite:
+        return record
+    if had is None and out in targets and out.exists():
+        raise UserError(f"{out}: exists, and is not this command's; --overwrite replaces it")
+    if had is not None and (name := differing(had, record)):
+        made = "of other inputs" if name == "inputs" else f"with {name}={had.get(name)!r}, not {record.get(name)!r}"
+        raise UserError(f"{out}: exists, made {made}; --overwrite replaces it")
+    held = (had or {}).get("companions", {})
+    there = _companions(files, figures)
+    for name, path in there.items():
+        if held.get(name) != sha256(path):
+            raise UserError(f"{path}: exists, and is not what this command wrote; --overwrite replaces it")
+    whole = all(path.exists() for path in files) and held.keys() <= there.keys()
+    if had is None or not whole or (figures and not any(name.startswith(f"{figures.name}/") for name in held)):
+        return record
+    say(f"{out}: there already, made by the same command of the same inputs")
+    return None
+
+
+def completed(record: Mapping[str, Any], files: Sequence[Path] = (), figures: Path | None = None) -> dict[str, Any]:
+    """The record with the digests of what was written beside the output."""
+    digests = {name: sha256(path) for name, path in _companions(files, figures).items()}
+    return {**record, "companions": digests} if digests else dict(record)
+
+
+def _companions(files: Sequence[Path], figures: Path | None) -> dict[str, Path]:
+    """Those that are there, by the names under which a record has them."""
+    found = {path.name: path for path in files if path.exists()}
+    if figures is not None and figures.is_dir():
+        found |= {f"{figures.name}/{path.name}": path for path in figures.iterdir() if path.suffix in (".svg", ".png")}
+    return found
+
+
+def differing(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first name of which two records have other values."""
+    names = (name for name in {**had, **wanted} if name != "companions")
+    return next((name for name in names if had.get(name) != wanted.get(name)), None)
+
+
+def recorded(path: str | os.PathLike, key: str = "made") -> dict[str, Any] | None:
+    """What a JSON or Parquet file says, under `key`, of the job that made it; None where it is not there or says nothing of the kind."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+        if head == b"PAR1":
+            import pyarrow.parquet as pq
+
+            held = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
+        else:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        made = held.get(key)
+    except Exception:  # whatever a stranger's file is: it is not ours
+        return None
+    return made if isinstance(made, dict) else None
+
+
+def not_an_input(out: str | os.PathLike, inputs: Iterable[Any]) -> None:
+    """Raises UserError where `out` is one of these files or folders, by any link, or lies in one of the folders."""
+    for path in inputs:
+        try:
+            found = os.stat(path)
+        except (OSError, TypeError, ValueError):
+            continue  # a name, and no file
+        if os.path.exists(out) and os.path.samestat(os.stat(out), found):
+            raise UserError(f"{out}: is an input, and cannot be the output")
+        if os.path.isdir(path) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+            raise UserError(f"{out}: lies in {path}, an input, and cannot be the output")
+
+
+@contextmanager
+def said_by(line: Callable[[str], None]) -> Iterator[None]:
+    """Within it `say` calls this: what a command shows, and Python's callers do not see."""
+    token = _SAY.set(line)
+    try:
+        yield
+    finally:
+        _SAY.reset(token)
+
+
+def say(line: str) -> None:
+    if (to := _SAY.get()) is not None:
+        to(line)
+
+
+def _digest(path: str | os.PathLike) -> str:
+    found = Path(os.fspath(path)).expanduser()
+    return sha256(found) if found.is_file() else fingerprint.of_model(path)
