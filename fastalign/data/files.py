@@ -74,6 +74,13 @@ def check_target(path: str | Path) -> None:
     raise UserError(f"{path}: must be a file or not be there, it is {what}")
 
 
+def check_folder(path: str | Path) -> None:
+    """The same of what must be a folder or not be there."""
+    found = _status(path)
+    if found is not None and not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path}: must be a folder, this is {'a file' if stat.S_ISREG(found.st_mode) else 'no folder'}")
+
+
 def _status(path: str | Path) -> os.stat_result | None:
     try:
         return os.stat(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import fingerprint
-from fastalign.data.files import STDOUT, check_target
+from fastalign.data.files import STDOUT, check_folder, check_target
 from fastalign.data.work_folder import sha256
 from fastalign.errors import UserError
 
@@ -51,12 +51,12 @@ def claim(
     Raises UserError, one line: one of them is an input, or no file, or there and not this job's and not to be overwritten.
     """
     out = Path(out)
-    targets = [*([out] if str(out) != STDOUT else []), *files, *([figures] if figures else [])]
+    targets = [*([out] if str(out) != STDOUT else []), *files]
+    if figures is not None:
+        check_folder(figures)
     for path in targets:
-        if path != figures:
-            check_target(path)
-        elif path.exists() and not path.is_dir():
-            raise UserError(f"{path}: must be a folder or not be there")
+        check_target(path)
+    for path in [*targets, *([figures] if figures else [])]:
         not_an_input(path, job.inputs.values())
     record, had = job.record(), recorded(out)
     if overwrite:

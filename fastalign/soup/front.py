@@ -15,7 +15,7 @@ import numpy as np
 
 from fastalign import progress as bars
 from fastalign.data import outputs, palettes
-from fastalign.data.files import read_json, write_json
+from fastalign.data.files import check_folder, read_json, write_json
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
 from fastalign.soup import lora_merge, methods
@@ -142,6 +142,7 @@ def walk(
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(), **sampling,
     }  # fmt: skip
     out, live, grids = Path(out), None, []
+    check_folder(out)
     outputs.not_an_input(out, [*models, base])
     with bars.bar("soups", total=len(rows), unit="soups", show=progress) as advance:
         for k, row in enumerate(rows):

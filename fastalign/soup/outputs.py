@@ -28,7 +28,7 @@ def already_made(plan: plans.Plan, *, overwrite: bool = False) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
-        raise UserError(f"out must be a folder, {out} is a file")
+        raise UserError(f"{out}: must be a folder, this is a file")
     record = recorded(out)
     if record is not None and record.get("key") == plan.key and record.get("flushed"):
         files = record["files"]

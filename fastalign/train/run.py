@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import fingerprint, outputs
-from fastalign.data.files import atomic_write, read_json, write_json
+from fastalign.data.files import atomic_write, check_folder, read_json, write_json
 from fastalign.errors import UserError
 
 KIND, RESULT = "training_run", "training_result"
@@ -57,8 +57,7 @@ class Run:
         self.settings = json.loads(json.dumps({**settings, "contents": contents}))
         self.checkpoints = self.out / "checkpoints"
         self.logs = self.out / "log.jsonl"
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{out}: must be a folder, this is a file")
+        check_folder(self.out)
         outputs.not_an_input(self.out, inputs)
         had, ended = self._had(), self._ended()
         self._new = not self.out.is_dir() or not any(self.out.iterdir())
