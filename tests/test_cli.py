@@ -255,3 +255,32 @@ def test_the_command_line_s_warnings_are_one_line_each(monkeypatch, capsys):
     ):
         text = warnings.formatwarning(RuntimeWarning("two lines,\n \x1b[31mred"), RuntimeWarning, file, 3, "")
         assert text == expected
+
+
+def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypatch):
+    out = tmp_path / "candidates.parquet"
+    fastalign(*sampling)
+    assert fastalign(*sampling[:-1], tmp_path / "whole.parquet", "-n", 14)[0] == 0
+    whole, first = Candidates.from_parquet(tmp_path / "whole.parquet"), Candidates.from_parquet(out)
+    assert [row[:8] for row in whole.texts] == first.texts  # a candidate does not depend on how many there are
+    with monkeypatch.context() as patch:
+        patch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(True))
+        prefill, drawn = Engine.prefill, []
+
+        def interrupted(self, prompt, ids):
+            if len(drawn) == 5:
+                raise KeyboardInterrupt
+            drawn.append(prompt)
+            return prefill(self, prompt, ids)
+
+        patch.setattr(Engine, "prefill", interrupted)
+        assert fastalign("sample", "--out", out, "--more", 6)[0] == 130
+    assert Candidates.from_parquet(out).texts == first.texts
+    code, shown, err = fastalign("sample", "--out", out, "--more", 6)
+    assert code == 0 and "going on from" in err and "6 prompts × 14 candidates" in shown
+    added = Candidates.from_parquet(out)
+    assert added.texts == whole.texts and added.settings == whole.settings
+    assert "there already" in fastalign(*sampling, "-n", 14)[2]
+    assert "give --out with it, and no model" in refused(*sampling, "--more", 6)
+    assert "n must be an integer, at least 1, got 0" in refused("sample", "--out", out, "--more", 0)
+    assert "no such file" in refused("sample", "--out", tmp_path / "none", "--more", 2)

@@ -82,10 +82,8 @@ def adaptive(
         open_ = np.flatnonzero(~enough).tolist()
         if not open_:
             break
-        # Round r of the prompt at place p stands for candidates r * each and on: as prompt p * rounds + r of `each` candidates it has their
-        # random numbers.
         part = sampler.sample(
-            [prompts[p] for p in open_], n=each, prompt_ids=[places[p] * rounds + r for p in open_],
+            [prompts[p] for p in open_], n=each, first=r * each, prompt_ids=[places[p] for p in open_],
             max_new_tokens=max_new_tokens, seed=seed, show_progress=show_progress, **sampling,
         )  # fmt: skip
         part = part.with_rewards(names, score(rewards, *part.pairs(), show_progress=show_progress))

@@ -77,6 +77,16 @@ class Candidates:
             return "selected"
         return "weighted" if self.log_weights is not None else "scored" if self.rewards else "candidates"
 
+    def joined(self, more: Candidates) -> Candidates:
+        """Each prompt's candidates with those that `more` has of it after them; rewards and settings are left out."""
+        if self.prompts != more.prompts:
+            raise UserError("more must have the same prompts in the same order")
+        grids = ("texts", "token_ids", "logprobs")
+        both = {
+            name: [[*a, *b] for a, b in zip(getattr(self, name), getattr(more, name), strict=True)] for name in grids
+        }
+        return Candidates(self.prompts, **both, prompt_ids=self.prompt_ids)
+
     def pairs(self) -> tuple[list[str], list[str]]:
         """(prompts, responses), P * N strings each, prompt by prompt: what `rewards.score` takes."""
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]

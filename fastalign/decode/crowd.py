@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastalign.decode.engine import GROW, Engine, Job
-from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler, Settings
+from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler, Settings, stream_of
 from fastalign.errors import UserError
 from fastalign.rewards import score
 
@@ -45,7 +45,7 @@ class Crowd:
         while self.age < age and self.live:
             hidden = self.engine.step() if self.age else self.engine.admit(self.jobs)
             jobs = self.engine.jobs
-            streams = torch.tensor([job.prompt * self.settings.n + job.candidate for job in jobs])
+            streams = torch.tensor([stream_of(job.prompt, job.candidate) for job in jobs])
             drawn = self.sampler._sample_next(self.engine, hidden, streams, self.age, self.settings)
             ids = drawn.ids.cpu()
             if (ids < 0).any():

@@ -41,7 +41,13 @@ HOW: dict[type[Engine] | type[Rows], str] = {
 
 _CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call it
 _ANY = 2**63 - 1
-_INTEGERS = (("n", 1, _ANY), ("max_new_tokens", 1, _ANY), ("top_k", 0, _ANY), ("seed", 0, 2**64 - 1))
+_INTEGERS = (
+    ("n", 1, _ANY),
+    ("first", 0, _ANY),
+    ("max_new_tokens", 1, _ANY),
+    ("top_k", 0, _ANY),
+    ("seed", 0, 2**64 - 1),
+)
 
 
 @dataclass
@@ -56,6 +62,7 @@ class Settings:
     min_p: float
     stop: list[str]
     seed: int
+    first: int = 0
 
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:
@@ -137,6 +144,7 @@ class Sampler:
         min_p: float = 0.0,
         stop: str | Sequence[str] | None = None,
         seed: int,
+        first: int = 0,
         chat: bool | str = "auto",
         batch_size: int | None = None,
         memory_limit: int | str | None = None,
@@ -159,13 +167,14 @@ class Sampler:
         prompts as they are. batch_size: candidates at once. memory_limit: of the keys and values, in bytes or as "4GB":
         fewer candidates are in the model at once then, and n is bounded by time alone. skip: indices of prompts done
         before: a resumed job draws for the others what an uninterrupted one draws. prompt_ids: the prompts' places in the
-        whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1.
+        whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1. first: the number of the
+        first candidate: a candidate is a function of (seed, prompt, its number), so that 4 from 4 on are the rest of 8.
         Raises UserError, one line, before any work on a bad argument or prompt.
         """
         if stop is not None and not isinstance(stop, (str, list, tuple)):
             raise UserError(f"stop must be a string or strings, none empty, got {stop!r}")
         stop = [stop] if isinstance(stop, str) else list(stop or ())
-        settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
+        settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, first)
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         prompts = check_prompts(prompts, chat)
@@ -177,6 +186,7 @@ class Sampler:
             rows = min(rows, self._fitting(limit, max(map(len, encoded)), n, max_new_tokens))
         ids = _places(prompt_ids, len(prompts))
         record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows, **told(template)}
+        del record["first"]
         done = set(skip)
         parts = []
         for kind, wanted in self._by_path(encoded, max_new_tokens):
@@ -271,7 +281,10 @@ class Sampler:
         ends = set(self._ends.tolist())
 
         def pick(hidden, jobs, steps):
-            streams = [[ids[job.prompt] * n + job.candidate, step] for job, step in zip(jobs, steps, strict=True)]
+            streams = [
+                [stream_of(ids[job.prompt], settings.first + job.candidate), step]
+                for job, step in zip(jobs, steps, strict=True)
+            ]
             drawn = self._sample_next(engine, hidden, torch.tensor(streams), 0, settings)
             tokens = drawn.ids.cpu()
             for row in (tokens < 0).nonzero():
@@ -353,7 +366,8 @@ class Sampler:
                 rows = prefilled.repeat(count, again=first + count < n)
             else:
                 rows = start(kind, self.model, encoded, count)
-            streams = torch.tensor([i * n + j for i in places for j in range(first, first + count)])
+            numbers = range(settings.first + first, settings.first + first + count)
+            streams = torch.tensor([stream_of(i, j) for i in places for j in numbers])
             prompts = [row for row in encoded for _ in range(count)]
             drawn = self._decode(prompts, rows, streams, settings, advance)
             ids_out += drawn[0]
@@ -446,13 +460,18 @@ def _by_length(wanted: list[int], encoded: list[list[int]], width: int, *, mixed
     return [run[i : i + width] for run in runs for i in range(0, len(run), width)]
 
 
+def stream_of(prompt: int, candidate: int) -> int:
+    """The random stream of a candidate, which is the same however many others there are: `rows` of `ops.sample_tokens`."""
+    return prompt << 32 | candidate
+
+
 def _places(prompt_ids: Sequence[int] | None, count: int, *, rising: bool = False) -> list[int]:
     """The prompts' places in the whole set, checked."""
     if prompt_ids is None:
         return list(range(count))
     places = [int(i) for i in prompt_ids]
-    if len(places) != count or len(set(places)) != count or min(places) < 0:
-        raise UserError(f"prompt_ids must be {count} different numbers, one per prompt, none negative")
+    if len(places) != count or len(set(places)) != count or min(places) < 0 or max(places) >= 2**31:
+        raise UserError(f"prompt_ids must be {count} different numbers, one per prompt, from 0 to 2^31 - 1")
     if rising and places != sorted(places):
         raise UserError(f"prompt_ids must be rising, got {places}")
     return places

@@ -173,7 +173,7 @@ def draw(
 def _check(prompts: Sequence[Any], job: dict[str, Any]) -> list[str]:
     """The prompts, and what else needs no model checked before any worker is started. Raises UserError."""
     prompts = check_prompts(prompts, job.get("chat", "auto"))
-    asked = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **job}
+    asked = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "first": 0, **job}
     stop = job.get("stop") or ()
     asked["stop"] = [stop] if isinstance(stop, str) else list(stop)
     Settings(**{field.name: asked[field.name] for field in fields(Settings)})

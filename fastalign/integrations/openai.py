@@ -119,7 +119,7 @@ class OpenAISampler(External):
             asks = (
                 _chat(encoded[i], record) if by_server else {"prompt": encoded[i], "logprobs": 1}
             )  # with 0, llama.cpp gives none
-            body = self._body(asks, some, settings, request_seed(settings.seed, ids[i], first))
+            body = self._body(asks, some, settings, request_seed(settings.seed, ids[i], settings.first + first))
             limit = 65536 + BYTES_PER_TOKEN * some * (settings.max_new_tokens + 1)
             answer = self._http.ask("/chat/completions" if by_server else "/completions", body, limit, stop)
             drawn = _read(answer, some, settings, self.name)

@@ -81,7 +81,7 @@ class VLLMSampler(External):
                         top_p=settings.top_p,
                         min_p=settings.min_p,
                         stop=settings.stop or None,
-                        seed=request_seed(settings.seed, place, first),
+                        seed=request_seed(settings.seed, place, settings.first + first),
                         logprobs=0,  # the drawn token's alone
                         **({"skip_special_tokens": False} if self.text.sees_special(settings.stop) else {}),
                     )
