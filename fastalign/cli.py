@@ -174,7 +174,7 @@ def sample(
     if pilot and palette is None:
         raise UserError("a pilot is scored with a palette's values: give --palette with --pilot")
     if palette is not None:
-        _console().print(pipeline.foretell(palette, n))
+        _console().print(pipeline.foretell(palette, n, prompts=len(texts[:limit])))
     given = named_values("chat-template-arg", chat_template_arg or [])
     more = {"chat_template_kwargs": given} if given else {}  # settings of runs without them stay what they were
     source = pipeline.Model(_source(model, server, engine), dtype=dtype, device=device)
@@ -429,6 +429,8 @@ def eval_(
 def _show_grid(found: dict, console) -> None:
     from rich.table import Table
 
+    from fastalign.decode.worth import words
+
     names, rows = found["values"], found["rows"]
     varied = [j for j in range(len(names)) if len({row["lambda"][j] for row in rows}) > 1]
     table = Table(*(f"λ {names[j]}" for j in varied), box=None, header_style="bold", pad_edge=False)
@@ -437,7 +439,7 @@ def _show_grid(found: dict, console) -> None:
     for row in rows[:GRID_ROWS]:
         reached = zip(row["values"], row["high"], strict=True)
         cells = [f"{mean:.3f}" if high is None else f"{mean:.3f}±{high - mean:.3f}" for mean, high in reached]
-        cells += [f"{row['kl']:.2f}", f"{row['ess']:.1f}", f"{row['needed']:,}" if row["needed"] < 10**6 else "> 1e6"]
+        cells += [f"{row['kl']:.2f}", f"{row['ess']:.1f}", words(*row["needed"])]
         table.add_row(*(f"{row['lambda'][j]:g}" for j in varied), *cells, style="yellow" if row["doubtful"] else None)
     console.print(table)
     if len(rows) > GRID_ROWS:

@@ -258,6 +258,7 @@ def solve_palette(
     dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
     reachable one, and λ is for a point just inside that ("solved_for").
     """
+    from fastalign.decode import worth
     from fastalign.palette import parse_palette, quantile_palette, solve
 
     if (palette is None) == (quantile is None):
@@ -309,6 +310,7 @@ def solve_palette(
         "dual": "joint" if joint else "per_prompt",
         "n": len(flat),
         "candidates": grid.shape[1],
+        "worth": worth(grid, solution.lam).to_json(),
     }
     if plot is not None:
         from fastalign.report.pareto import plot_palette
@@ -356,9 +358,22 @@ def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -
     return whole.log_weights
 
 
-def foretell(palette: str | Path, n: int) -> str:
-    """How many candidates a prompt a palette file's λ needs, and what n are worth, in one line."""
-    return _needs(str(palette), palettes.read(palette, "kl")["kl"], n)
+def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
+    """What n candidates of each of `prompts` prompts will be worth by a palette file, and how many it needs, in one line."""
+    from fastalign.decode import Worth, needed
+    from fastalign.decode.worth import TRUSTED_ESS
+
+    solution = palettes.read(palette, "kl")
+    if solution.get("worth") is not None:
+        worth = Worth.from_json(solution["worth"], f"{palette}: worth")
+        return f"{palette}: {worth.tell(n, prompts=prompts)}"
+    if solution.get("dual") == "joint":  # its KL is of the prompts too
+        return f"{palette}: does not say how many candidates it needs; run `fastalign map` again"
+    kl = solution["kl"]
+    return (
+        f"{palette}: KL {kl:.2f} nats: {n:,} candidates a prompt are worth at most {max(1.0, n * math.exp(-kl)):,.1f} effective ones, "
+        f"{TRUSTED_ESS:.0f} need at least {needed(kl):,}; `fastalign map` again says more"
+    )
 
 
 def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **sampling: Any) -> str:
@@ -367,17 +382,7 @@ def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **s
 
     solution = palettes.read(palette, "lambda")
     found = pilot(model.sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
-    return _needs(f"pilot of {found.prompts} prompts × {found.n} candidates", found.kl, n)
-
-
-def _needs(where: str, kl: float, n: int) -> str:
-    from fastalign.decode.estimates import TRUSTED_ESS, needed
-
-    worth = n * math.exp(-kl)
-    said = (
-        f"{where}: KL {kl:.2f} nats needs about {needed(kl):,} candidates a prompt for {TRUSTED_ESS:.0f} effective ones"
-    )
-    return f"{said}; {n:,} are worth {worth:.1f}" if worth >= 1 else f"{said}; {n:,} are too few for one"
+    return f"pilot: {found.worth.tell(n, prompts=len(prompts))}"
 
 
 def expected(scored: str | Path, palette: str | Path):
@@ -432,7 +437,7 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: 
     job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return read_json(out, kind="lam_grid")
-    from fastalign.decode import estimate, needed
+    from fastalign.decode import estimate
     from fastalign.decode.estimates import TRUSTED_ESS
 
     whole = Candidates.from_parquet(scored, kind="scored")
@@ -446,7 +451,7 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: 
     rows = [
         {
             "lambda": found.lam[i].tolist(), "values": found.values[i].tolist(), "low": numbers(low[i]), "high": numbers(high[i]),
-            "kl": float(found.kl[i]), "ess": float(found.ess[i]), "needed": needed(found.kl[i]),
+            "kl": float(found.kl[i]), "ess": float(found.ess[i]), "needed": list(found.worth[i].needed()),
             "doubtful": bool(found.ess[i] < min(TRUSTED_ESS, whole.n)),
         }
         for i in range(len(found.lam))

@@ -9,8 +9,10 @@ import pytest
 from test_cli import fastalign, refused
 from tiny import tiny_folder
 
-from fastalign.decode import Candidates, best_of_n_kl, estimate, needed
-from fastalign.decode.estimates import TRUSTED_ESS
+from fastalign import UserError
+from fastalign.decode import Candidates, best_of_n_kl, estimate, needed, worth
+from fastalign.decode.worth import TRUSTED_ESS, words
+from fastalign.pipeline import foretell
 
 
 @pytest.fixture
@@ -30,7 +32,10 @@ def palette(scored, tmp_path):
         "map", scored, "--palette", "diversity=0.8,readability=0.3", "--out", tmp_path / "palette.json"
     )
     found = json.loads((tmp_path / "palette.json").read_text())
-    assert code == 0 and f"needs about {needed(found['kl'])} candidates" in " ".join(out.split())
+    told = worth(Candidates.from_parquet(scored).reward_array(), found["lambda"])
+    assert code == 0 and told.tell(24) in " ".join(out.split())
+    low, high = told.at(24)
+    assert low <= found["ess"] <= high
     return tmp_path / "palette.json"
 
 
@@ -62,7 +67,8 @@ def test_eval_along_a_grid(scored, tmp_path):
         one = estimate(array, row["lambda"], warn=False)
         np.testing.assert_allclose(row["values"], one.values[0])
         np.testing.assert_allclose([row["low"], row["high"]], np.concatenate(one.interval()))
-        assert row["doubtful"] == (one.ess[0] < TRUSTED_ESS) and row["needed"] == needed(one.kl[0])
+        assert row["doubtful"] == (one.ess[0] < TRUSTED_ESS) and row["needed"] == list(one.worth[0].needed())
+        assert words(*row["needed"]) in out
         assert f"{one.values[0, 1]:.3f}±{one.interval()[1][0, 1] - one.values[0, 1]:.3f}" in out
     assert "λ throughout: diversity 0.5" in out and "λ readability" in out
     assert {row["doubtful"] for row in found["rows"]} == {True, False}
@@ -74,15 +80,26 @@ def test_sample_foretells_and_a_pilot_corrects_it(palette, tmp_path):
     model = tiny_folder(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("one prompt\nand another\n")
     job = ["sample", "--model", model, "--prompts", tmp_path / "prompts.txt", "-n", 4, "--max-new-tokens", 3]
-    kl = json.loads(palette.read_text())["kl"]
     code, out, _ = fastalign(*job, "--palette", palette, "--pilot", "--out", tmp_path / "c.parquet")
     out = " ".join(out.split())
     assert code == 0 and Candidates.from_parquet(tmp_path / "c.parquet").n == 4
-    before, after = re.findall(r"KL ([\d.]+) nats needs about ([\d,]+) candidates a prompt for 10 effective", out)
-    assert float(before[0]) == pytest.approx(kl, abs=0.005) and int(before[1]) == needed(kl)
-    assert f"4 are worth {4 * math.exp(-kl):.1f}" in out
-    assert "pilot of 2 prompts × 16 candidates" in out and after != before
+    before, after = re.findall(r"4 candidates a prompt are worth (\S+) effective ones \(95 %, from ([^);,]+)", out)
+    assert before[1] == "12 prompts × 24" and after[1] == "2 prompts × 32"
     assert "give --palette with --pilot" in refused(*job, "--pilot", "--out", tmp_path / "d.parquet")
+
+
+def test_a_palette_file_of_before_tells_a_bound(palette, tmp_path):
+    found = json.loads(palette.read_text())
+    worth = found.pop("worth")
+    palette.write_text(json.dumps(found))
+    kl = found["kl"]
+    assert f"1,000 candidates a prompt are worth at most {1000 * math.exp(-kl):.1f}" in foretell(palette, 1000)
+    assert f"10 need at least {needed(kl)};" in foretell(palette, 1000)
+    palette.write_text(json.dumps({**found, "dual": "joint"}))
+    assert "does not say how many candidates it needs" in foretell(palette, 1000)
+    palette.write_text(json.dumps({**found, "worth": {**worth, "high": [1]}}))
+    with pytest.raises(UserError, match=r"palette\.json: worth is not what"):
+        foretell(palette, 1000)
 
 
 def test_mistakes(scored, palette, tmp_path):

@@ -8,6 +8,7 @@ from fastalign.decode.particles import Particles, particles
 from fastalign.decode.rejection import Rejection, speculative_rejection
 from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
+from fastalign.decode.worth import Worth, worth
 
 __all__ = [
     "Adaptive",
@@ -19,6 +20,7 @@ __all__ = [
     "Pilot",
     "Rejection",
     "Sampler",
+    "Worth",
     "adaptive",
     "best_of",
     "best_of_curve",
@@ -30,4 +32,5 @@ __all__ = [
     "pilot",
     "select",
     "speculative_rejection",
+    "worth",
 ]

@@ -10,12 +10,13 @@ import numpy as np
 
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, estimate, needed
+from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler, _places
 from fastalign.decode.select import effective_sample_size, select
+from fastalign.decode.worth import TRUSTED_ESS, Worth
 from fastalign.errors import UserError
 
-PILOT_N, PILOT_PROMPTS = 16, 8
+PILOT_N, PILOT_PROMPTS = 32, 8
 
 
 @dataclass
@@ -137,11 +138,11 @@ def _joined(parts: list[Candidates], prompt: int, max_n: int) -> Candidates:
 
 
 class Pilot(NamedTuple):
-    """What a few candidates say about how many are needed."""
+    """What a few candidates say about how many are needed: see `worth`."""
 
     kl: float  # nats, mean over prompts; too small where ess is near 1
     ess: float  # mean effective sample size of the n
-    needed: int  # candidates a prompt for 10 effective ones
+    worth: Worth  # what any number of candidates will be worth
     n: int
     prompts: int
 
@@ -156,7 +157,7 @@ def pilot(
     seed: int,
     **sampling: Any,
 ) -> Pilot:
-    """Draw n candidates of 8 prompts spread over the set, and tell how many p_lambda needs (`estimates.needed`).
+    """Draw n candidates of 8 prompts spread over the set, and tell how many p_lambda needs (`worth`).
 
     sampling: as in `best_of`. Random numbers are apart from those of a run with the same seed.
     """
@@ -168,4 +169,4 @@ def pilot(
     drawn = sampler.sample(some, n=n, seed=apart, **sampling)
     array = drawn.with_rewards(names, score(rewards, *drawn.pairs())).reward_array(names)
     found = estimate(array, lam, warn=False)
-    return Pilot(float(found.kl[0]), float(found.ess[0]), needed(found.kl[0]), n, len(some))
+    return Pilot(float(found.kl[0]), float(found.ess[0]), found.worth[0], n, len(some))

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastalign.decode.select import _log_weights
+from fastalign.decode.worth import TRUSTED_ESS, Worth, words, worth
 from fastalign.errors import UserError
-
-TRUSTED_ESS = 10.0  # effective draws per prompt below which weighted means are mostly the noise of a few candidates
 
 
 class Estimate(NamedTuple):
@@ -29,6 +28,7 @@ class Estimate(NamedTuple):
     ess: np.ndarray  # (K,) mean effective sample size over prompts, in 1..N
     prompts: int
     n: int  # candidates of each
+    worth: tuple[Worth, ...]  # K, what other numbers of candidates would be worth
 
     @property
     def doubt(self) -> str | None:
@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
         worst = int(self.ess.argmin())
         return (
             f"at lam {np.round(self.lam[worst], 4).tolist()} the {self.n} candidates of a prompt are worth {self.ess[worst]:.1f}: too "
-            f"few to trust the ideal's values; about {needed(self.kl[worst])} candidates a prompt would be"
+            f"few to trust the ideal's values; {TRUSTED_ESS:.0f} need {words(*self.worth[worst].needed())}"
         )
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -75,17 +75,17 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *
         stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
         kl[i] = max(0.0, (np.where(w > 0, w * (log_w + math.log(n)), 0).sum(1)).mean())
         ess[i] = (1 / (w**2).sum(1)).mean()
-    found = Estimate(grid, values, stderr, kl, ess, prompts, n)
+    found = Estimate(grid, values, stderr, kl, ess, prompts, n, tuple(worth(rewards, row) for row in grid))
     if warn and found.doubt:
         warnings.warn(found.doubt, stacklevel=2)
     return found
 
 
 def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
-    """Candidates per prompt for `ess` effective ones at a divergence of `kl` nats: ess · e^kl.
+    """The fewest candidates per prompt for `ess` effective ones at a divergence of `kl` nats: ess · e^kl.
 
-    Importance sampling needs of order e^KL draws and no fewer (Chatterjee, Diaconis, arXiv 1511.01437). A KL that was itself
-    estimated from few candidates is too small.
+    Importance sampling needs of order e^KL draws and no fewer (Chatterjee, Diaconis, arXiv 1511.01437): N are worth at most
+    N e^-KL, and less the heavier the weights' tail. Where candidates are there, `worth` tells how many they need.
     """
     if not kl >= 0:
         raise UserError(f"kl must be at least 0, got {kl!r}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from fastalign.decode.estimates import TRUSTED_ESS, needed
+from fastalign.decode.worth import TRUSTED_ESS, words, worth
 from fastalign.report import duals
 from fastalign.report.html import _figure, _svg, document
 
@@ -65,7 +65,7 @@ def _palettes(study: Study) -> str:
         lam = ", ".join("0" if x == 0 else f"{x:.3g}" for x in end.lam[-1])
         rows.append(
             f"<tr><td>{escape(name)}</td><td>{verdict}</td><td>{lam}</td><td>{end.kl[-1]:.2f}</td><td>{end.ess[-1]:,.1f}</td>"
-            f"<td>{needed(end.kl[-1]):,}</td></tr>"
+            f"<td>{words(*worth(study.rewards, end.lam[-1]).needed())}</td></tr>"
         )
     head = "".join(
         f"<th>{x}</th>" for x in ("Palette", "Verdict", "λ", "KL, nats", "ESS", f"N for ESS {TRUSTED_ESS:g}")
