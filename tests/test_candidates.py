@@ -227,3 +227,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         make(seed=2).to_parquet(path)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["c.parquet"]
+
+
+def test_rewards_that_float32_cannot_hold_are_refused():
+    with pytest.raises(UserError, match=r"rewards\['a'\] must fit float32, got 1e[+]39"):
+        Candidates(["p"], [["a", "b"]], [[[1], [1]]], [[[-0.1], [-0.1]]], rewards={"a": np.array([[1.0, 1e39]])})

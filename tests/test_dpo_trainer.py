@@ -139,6 +139,20 @@ def test_reference_log_probs_are_kept_by_content(folder, tmp_path, monkeypatch):
     assert len(list(kept.iterdir())) == 3
 
 
+def test_a_reference_with_a_hook_is_neither_kept_nor_taken_for_another(folder, tmp_path):
+    kept = cache_dir() / "ref_logps"
+    losses = []
+    for steered in (True, False):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if steered:
+            model.model.layers[0].register_forward_hook(lambda module, given, out: out + 0.3)
+        trained = trainer(DPOTrainer, folder, tmp_path, model=model, precompute_ref_log_probs=True)
+        assert len(list(kept.glob("*"))) == (0 if steered else 1)
+        trained.train()
+        losses.append(logs(trained)[0]["loss"])
+    assert losses == pytest.approx([0.693147, 0.693147], abs=1e-4)
+
+
 def gpt2(folder, dropout=0.0, **options):
     """The same weights at every call."""
     config = GPT2Config(

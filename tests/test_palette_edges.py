@@ -6,6 +6,7 @@ import torch
 from scipy.spatial import ConvexHull
 
 from fastalign import palette
+from fastalign.errors import UserError
 
 
 def proves(certificate, rewards, c, weights=None, groups=None):
@@ -166,3 +167,18 @@ def test_rewards_are_read_where_they_lie_or_copied(dtype, m):
         np.testing.assert_allclose(palette.solve(x, records["c"][:m], **odd).lam, expected.lam, rtol=1e-6)
         turned = np.stack([c, c], 1).T[::-1]
         np.testing.assert_allclose(palette.solve(x, turned, **options).lam[1], expected.lam, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e50, 1e150])
+def test_a_spread_beyond_what_can_be_squared_is_said(scale):
+    rewards = np.random.default_rng(0).normal(size=(100, 2)) * scale
+    with pytest.raises(
+        UserError, match=r"rewards must spread by more than 1e-40 and less than 1e[+]40 in each value, got"
+    ):
+        palette.solve(rewards, np.quantile(rewards, 0.7, axis=0))
+
+
+def test_masked_values_are_not_passed_over():
+    rewards = np.random.default_rng(0).normal(size=(100, 2))
+    with pytest.raises(UserError, match="no masked values"):
+        palette.solve(np.ma.masked_array(rewards, rewards > 1.5), [0.1, 0.1])

@@ -302,3 +302,14 @@ def test_perplexity_of_the_real_model_prefers_fluent_text():
     assert -4 < values[0] < 0
     assert values[0] > values[2] and values[0] > values[1] + 2
     assert values[3] == pytest.approx(-math.log(49152), abs=1e-4)
+
+
+def test_scores_are_forgotten_when_the_model_changes():
+    model = bert(num_labels=1)
+    reward = rewards.from_pairwise(model, tokenizer())
+    before = reward(["who is it"], ["the cat sat"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    found, fresh = (one(["who is it"], ["the cat sat"]) for one in (reward, rewards.from_pairwise(model, tokenizer())))
+    assert found == fresh and found != before

@@ -144,5 +144,10 @@ def test_best_of_keeps_k_and_averages_its_own_draw_out(sampler):
     drawn = best_of(sampler, ["the cat", "why"], LENGTH, lam=[0.1], method="resample", k=4000, **job)
     np.testing.assert_allclose(drawn.values[0], (weights(lengths[..., None], [0.1]) * lengths).sum(1).mean(), rtol=1e-6)
     assert drawn.values[0] == pytest.approx(drawn.picked.rewards["length"].mean(), abs=4 * float(lengths.std()) / 90)
-    with pytest.warns(UserWarning, match="too few to trust .* candidates a prompt would be"):
+    with pytest.warns(UserWarning, match="too few to trust the ideal's values; 10 need"):
         best_of(sampler, ["the cat"], LENGTH, lam=[5.0], method="resample", **job)
+
+
+def test_weights_that_leave_the_numbers_are_said():
+    with pytest.raises(UserError, match=r"lam must leave lambda \. R finite"):
+        select(np.full((1, 2, 2), 3.0), np.array([1e308, 1.0]), seed=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from causal_models import fill
 from model_paths import PROMPTS, ROUNDING, differences, padded, rows_of, sampled, tokens
-from tiny import tiny_tokenizer
+from tiny import tiny_causal_lm, tiny_tokenizer
 
 import fastalign.decode.engine as engine_module
 from fastalign import models
@@ -512,3 +512,74 @@ def test_an_adapter_folder_that_cannot_be_loaded(tmp_path, content, match):
 def test_what_is_public():
     assert {"Probe", "Verdict", "tried", "language_model"} <= set(models.__all__)
     assert issubclass(RepeatedRows, CachedRows)
+
+
+def late(kind, model):
+    """What a user does to a model after another of its class was seen."""
+    if kind == "head hook":
+        model.lm_head.register_forward_hook(lambda module, given, logits: logits.flip(-1))
+    elif kind == "model hook":
+        model.register_forward_hook(lambda module, given, out: setattr(out, "logits", out.logits.flip(-1)))
+    elif kind == "head's forward":
+        plain = model.lm_head.forward
+        model.lm_head.forward = lambda x: plain(x).flip(-1)
+    elif kind == "scaling":
+        model.model.layers[0].self_attn.scaling *= 3
+    elif kind == "activation":
+        model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    elif kind == "head without a weight":
+        model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+    elif kind == "epsilon":
+        model.model.norm.variance_epsilon = 3.0
+
+
+LATE = ["head hook", "model hook", "head's forward", "scaling", "activation", "head without a weight", "epsilon"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("same_model", [True, False])
+@pytest.mark.parametrize("kind", LATE)
+def test_a_verdict_is_not_for_a_model_that_something_was_done_to(kind, same_model):
+    tokenizer = tiny_tokenizer()
+    model = tiny_causal_lm(tokenizer, dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 12, 31, 7, 40]])
+
+    @torch.no_grad()
+    def off(model):
+        wanted = model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+        found = fused_forward(model, ids, input_ids=ids).double()
+        drawn = Sampler(model, tokenizer).sample(["hello"], n=2, max_new_tokens=4, seed=0, chat=False)
+        new, prompt = drawn.token_ids[0][0], tokenizer("hello")["input_ids"]
+        whole = model(input_ids=torch.tensor([[*prompt, *new]]), use_cache=False).logits[0].double().log_softmax(-1)
+        own = whole[len(prompt) - 1 : -1].gather(1, torch.tensor(new)[:, None])[:, 0]
+        return max(
+            float((found - wanted.gather(-1, ids[:, 1:, None])[..., 0]).abs().max()),
+            float((own - torch.tensor(drawn.logprobs[0][0], dtype=torch.float64)).abs().max()),
+        )
+
+    assert off(model) < 1e-4
+    changed = model if same_model else tiny_causal_lm(tokenizer, dtype=torch.float32)
+    before = changed(input_ids=ids).logits.detach().clone()
+    late(kind, changed)
+    assert float((changed(input_ids=ids).logits - before).detach().abs().max()) > 1e-2
+    assert off(changed) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_class_of_the_users_own_runs_by_its_own_forward():
+    """What it does only at some places a trial of a few tokens cannot see."""
+    from transformers import LlamaForCausalLM
+
+    class Bans(LlamaForCausalLM):
+        def forward(self, input_ids=None, **rest):
+            out = super().forward(input_ids=input_ids, **rest)
+            out.logits = out.logits + (input_ids[..., None] == 77) * torch.linspace(-2, 2, out.logits.shape[-1])
+            return out
+
+    tokenizer = tiny_tokenizer()
+    model = Bans(tiny_causal_lm(tokenizer, dtype=torch.float32).config).eval()
+    ids = torch.tensor([[5, 77, 12, 77, 7, 40]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        torch.testing.assert_close(fused_forward(model, ids, input_ids=ids).double(), wanted, atol=1e-5, rtol=0)
+    assert Sampler(model, tokenizer).path() is not Engine

@@ -61,7 +61,7 @@ class Candidates:
                 raise UserError(f"{rule}, got {len(came)} rows of {sorted(set(came))}")
         if self.prompt_ids is None:
             self.prompt_ids = np.arange(count, dtype=np.int64)
-        self.rewards = {name: np.asarray(values, dtype=np.float32) for name, values in self.rewards.items()}
+        self.rewards = {name: _as_float32(name, values) for name, values in self.rewards.items()}
         for name, values in self.rewards.items():
             if values.shape != (count, self.n):
                 raise UserError(f"rewards[{name!r}] must have shape {(count, self.n)}, got {values.shape}")
@@ -254,6 +254,15 @@ class Candidates:
             picked=candidate_id[order].reshape(shape).astype(np.int64) if came == "selected" else None,
             log_weights=table["log_weight"].to_numpy().reshape(shape) if came == "weighted" else None,
         )
+
+
+def _as_float32(name: str, values: Any) -> np.ndarray:
+    wide = np.asarray(values)
+    with np.errstate(over="ignore"):
+        found = wide.astype(np.float32)
+    if (np.isinf(found) & np.isfinite(wide)).any():
+        raise UserError(f"rewards[{name!r}] must fit float32, got {wide[np.isinf(found) & np.isfinite(wide)][0]:g}")
+    return found
 
 
 def _read_table(path: Path):

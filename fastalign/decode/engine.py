@@ -22,7 +22,8 @@ from fastalign.buffers import buffer
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.integrations.layers import CompiledLayers
-from fastalign.models.trial import Probe, Verdict, attention_set, language_model, reads_tokens, tried
+from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.trial import Probe, attention_set, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ class Prefix:
 
 def supports(model: PreTrainedModel) -> Verdict:
     """Whether the engine gives the model's own logits: tried, see `fastalign.models`."""
-    wrapped = reads_tokens(model)
+    wrapped = passable(model)
     return tried(model, "shared-prompt engine", _forced, attends=True) if wrapped else wrapped
 
 

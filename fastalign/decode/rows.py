@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastalign.errors import UserError
 from fastalign.models.caches import cache_name, cache_of
-from fastalign.models.trial import Probe, language_model
+from fastalign.models.identity import language_model
+from fastalign.models.trial import Probe
 
 
 class CachedRows:

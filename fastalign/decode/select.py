@@ -53,4 +53,8 @@ def _log_weights(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
         *prompt, candidate, value = np.argwhere(~np.isfinite(rewards))[0].tolist()
         where = (f"prompt {prompt[0]}, " if prompt else "") + f"candidate {candidate}, value {value}"
         raise UserError(f"rewards must be finite, got {rewards[(*prompt, candidate, value)]} at {where}")
-    return rewards @ lam
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = rewards @ lam
+    if not np.isfinite(scores).all():
+        raise UserError(f"lam must leave lambda . R finite, got {lam.tolist()}")
+    return scores

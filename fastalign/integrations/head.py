@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.errors import UserError
-from fastalign.models.trial import language_model, name_of, tell_once
+from fastalign.models.identity import language_model
+from fastalign.models.trial import name_of, tell_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,8 @@ def head_of(model: PreTrainedModel) -> Head:
     adapter = None
     if hasattr(layer, "base_layer"):
         adapter, layer = _lora(layer), layer.base_layer
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise UserError(f"model must have a linear head, {type(model).__name__}'s is a {type(layer).__name__}")
     config = model.config.get_text_config()
     softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None), None)
     return Head(layer.weight, getattr(layer, "bias", None), softcap, _scale(config), adapter)

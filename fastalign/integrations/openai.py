@@ -462,13 +462,13 @@ def _message(error: urllib.error.HTTPError) -> str:
         content = error.read(65536)
         value = json.loads(content)
     except (OSError, http.client.HTTPException):
-        return error.reason
+        return _line(error.reason)
     except (ValueError, RecursionError):
         value = content.decode("utf-8", "replace")
     for name in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(name):
             value = value[name]
-    return _line(value) or error.reason
+    return _line(value) or _line(error.reason)
 
 
 def _line(value: Any) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastalign.errors import UserError
 from fastalign.integrations.head import head_of
 from fastalign.integrations.layers import CompiledLayers
-from fastalign.models.trial import Probe, Verdict, attention_set, distance, language_model, reads_tokens, tried
+from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.trial import Probe, attention_set, distance, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,7 @@ def _common(a: Tensor, b: Tensor) -> int:
 
 def can_pack(model: PreTrainedModel) -> Verdict:
     """Whether packed pairs give the model's own logits: tried, see `fastalign.models`."""
-    wrapped = reads_tokens(model)
+    wrapped = passable(model)
     return tried(model, "packed pairs", _packed, attends=True) if wrapped else wrapped
 
 

@@ -1,5 +1,6 @@
 """What is known of a transformers model, and the trial that proves each path it may run on."""
 
-from fastalign.models.trial import Probe, Verdict, language_model, tried
+from fastalign.models.identity import Verdict, language_model
+from fastalign.models.trial import Probe, tried
 
 __all__ = ["Probe", "Verdict", "language_model", "tried"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fastalign.models.trial import language_model
+from fastalign.models.identity import language_model
 
 NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 

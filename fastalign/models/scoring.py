@@ -13,8 +13,9 @@ from torch import Tensor
 from fastalign.errors import UserError
 from fastalign.integrations.head import head_of
 from fastalign.integrations.layers import CompiledLayers
+from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.spans import same_law
-from fastalign.models.trial import Probe, Verdict, language_model, name_of, reads_tokens, tell_once, tried
+from fastalign.models.trial import Probe, name_of, tell_once, tried
 
 
 class Scores(NamedTuple):
@@ -35,7 +36,7 @@ class Layout(NamedTuple):
 
 def fused_head(model: Any) -> Verdict:
     """Whether the head on the base model's hidden states gives the model's logits, in a padded batch too."""
-    wrapped = reads_tokens(model)
+    wrapped = passable(model)
     if not wrapped:
         return wrapped
     try:

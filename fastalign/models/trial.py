@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastalign.errors import UserError
+from fastalign.models.identity import Verdict, identity, is_plain, language_model
 from fastalign.models.spans import chunk_length, narrowed, rope_change, rope_is_dynamic
 
 if TYPE_CHECKING:
@@ -43,17 +43,6 @@ class Probe(NamedTuple):
     def rows(self) -> list[tuple[list[int], list[int]]]:
         """(prompt, continuation) of the four."""
         return [(prompt, tail) for prompt, tails in zip(self.prompts, self.tails, strict=True) for tail in tails]
-
-
-class Verdict(NamedTuple):
-    """ok; why not, in one line; error: the largest difference of a log-probability met, in nats."""
-
-    ok: bool
-    why: str = ""
-    error: float = 0.0
-
-    def __bool__(self) -> bool:
-        return self.ok
 
 
 # What a path must give: for each of `probe.rows` the logits (len(tail), V) from which its tokens would be drawn.
@@ -78,18 +67,13 @@ _flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] =
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
-def language_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper; any other model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
 def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdict:
     """Whether `path` gives the model's own logits. Runs the model a dozen times on a dozen tokens, once per class and configuration.
     attends: the path computes attention itself, so that it must also see the tokens that an indexer leaves out.
 
     Raises UserError where the model itself cannot be run on token ids alone.
     """
-    key = (name, *_identity(model))
+    key = (name, *identity(model))
     if key in _kept:
         return _kept[key]
     untold = _flat.setdefault(model, {})
@@ -100,21 +84,21 @@ def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdic
             truth = _truth(model)
             verdict = _compare(path, model, truth)
         untold[key] = verdict, uses + 1
-        if truth.telling and _is_plain(model):
+        if truth.telling and is_plain(model):
             _kept[key] = verdict
     return verdict
 
 
 def is_causal(model: Any) -> Verdict:
     """Whether the logits of a token stay as they are whatever follows it: what drawing token by token takes for granted."""
-    key = ("causal", *_identity(model))
+    key = ("causal", *identity(model))
     if key in _kept:
         return _kept[key]
     with _at_rest(model), narrowed(language_model(model)):
         truth = _truth(model)
     ok = truth.causal <= 1
     verdict = Verdict(ok, "" if ok else "the logits of a token change with the tokens that follow it")
-    if (truth.telling or not ok) and _is_plain(model):
+    if (truth.telling or not ok) and is_plain(model):
         _kept[key] = verdict
     return verdict
 
@@ -127,66 +111,9 @@ def tell_once(model: Any, message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def reads_tokens(model: Any) -> Verdict:
-    """Not ok where a PEFT wrapper's own forward looks at the token ids (aLoRA's invocation) or adds to them (prompt learning), so
-    that no path may pass it by."""
-    for config in getattr(model, "peft_config", {}).values():
-        if getattr(config, "alora_invocation_tokens", None) or getattr(config, "is_prompt_learning", False):
-            return Verdict(False, f"its adapter ({config.peft_type.value}) reads or adds tokens", math.nan)
-    return Verdict(True)
-
-
 def name_of(model: Any) -> str:
     inner = language_model(model)
     return type(inner).__name__
-
-
-def _identity(model: Any) -> tuple:
-    """What a verdict holds for: class, configuration, adapters, dtype, device, and how attention is computed now."""
-    from fastalign import backend
-
-    inner = language_model(model)
-    adapters = {name: str(c) for name, c in getattr(model, "peft_config", {}).items()}
-    config = inner.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache"):
-        config.pop(volatile, None)
-    where = (inner.dtype, inner.device.type, backend.forced())
-    cls = next(
-        c for c in type(inner).__mro__ if not c.__name__.startswith("FSDP")
-    )  # what shards a model puts itself before
-    return cls, repr(config), repr(adapters), *where, inner.config._attn_implementation, _parts(model)
-
-
-def _parts(model: Any) -> tuple:
-    """The classes of a model's modules with what they run, and which adapters are in force."""
-    classes: Counter = Counter()
-    for module in model.modules():
-        cls = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
-        adapters = ()
-        if hasattr(module, "base_layer"):
-            state = (getattr(module, name, None) for name in ("active_adapters", "disable_adapters", "merged"))
-            adapters = tuple(map(str, state))
-        classes[cls, cls.forward, adapters] += 1
-    return tuple(classes.items())
-
-
-def _is_plain(model: Any) -> bool:
-    """Whether nothing hangs on the model's modules that a verdict's key could not tell from something else: hooks, whose
-    closures may hold anything, and forwards of one module; what shards a model, and our own, is known."""
-    for module in model.modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in vars(module):
-            hooks.append(vars(module)["forward"])
-        if any(not _module_of(hook).startswith(("torch.distributed", "accelerate.", "fastalign.")) for hook in hooks):
-            return False
-    return True
-
-
-def _module_of(hook: Any) -> str:
-    found = getattr(hook, "__func__", hook)
-    code = getattr(found, "__code__", None)  # of functools.wraps the name is the wrapped one's
-    named = getattr(found, "__globals__", {}).get("__name__") if code is not None else type(found).__module__
-    return named or ""
 
 
 @contextmanager

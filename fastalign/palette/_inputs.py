@@ -14,6 +14,8 @@ def to_numpy(x) -> np.ndarray:
         if x.is_floating_point() and x.element_size() < 4:
             x = x.float()
         return x.numpy()
+    if np.ma.is_masked(x):
+        raise UserError("an array must have no masked values: leave their rows out")
     return np.asarray(x)
 
 

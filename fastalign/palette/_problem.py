@@ -6,6 +6,7 @@ from math import isfinite
 
 import numpy as np
 
+from fastalign.errors import UserError
 from fastalign.palette import _engine
 from fastalign.palette._batch import LEFT, Points, model_minima, residuals, sweep
 from fastalign.palette._newton import State, newton
@@ -18,6 +19,7 @@ FIRST_ROWS, LAST_SHARE = 16_384, 16
 TOGETHER, PATH, PATH_STEP, MOST_PIVOTS = 4, 64, 8, 512
 ROUNDING = 16 * np.finfo(np.float64).eps
 DOUBTFUL = 1e-12
+LEAST_SPREAD = 1e-40  # and its inverse: squares of what is beyond leave float64
 ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
 
@@ -36,6 +38,7 @@ class Problem:
         if not (isfinite(self.mean.sum()) and isfinite(cov.sum())):
             run.reject_nonfinite()
         self.scale, self.constant = self._measure(cov.diagonal())
+        _check_spread(np.where(self.constant, 1.0, self.scale))
         self.any_constant = bool(self.constant.any())
         self.offset = run.center - palettes
         bound = np.where(self.constant, 0.0, lam_max * self.scale)
@@ -71,6 +74,7 @@ class Problem:
         if len(doubtful):
             size = np.maximum(run.size, np.abs(run.center + self.mean))
             size[size == 0] = 1.0
+            _check_spread(size)
             towards = np.zeros((len(doubtful), len(size)))
             towards[range(len(doubtful)), doubtful] = SHARP / size[doubtful]
             spread = np.zeros(len(size))
@@ -235,3 +239,9 @@ def starts(problem: Problem) -> np.ndarray | None:
         guess = few.points.mu / few.scale
         guess[[c is not None for c in few.certificates]] = 0.0
     return guess
+
+
+def _check_spread(scale: np.ndarray) -> None:
+    for j in np.flatnonzero(~((scale > LEAST_SPREAD) & (scale < 1 / LEAST_SPREAD))):
+        rule = f"rewards must spread by more than {LEAST_SPREAD:g} and less than {1 / LEAST_SPREAD:g} in each value"
+        raise UserError(f"{rule}, got about {scale[j]:.3g} in column {j}: scale it")

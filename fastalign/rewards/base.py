@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class CachedReward:
     """Base of the rewards that come with fastalign: a subclass writes `_score`, this gives `__call__`.
 
     Each distinct (prompt, response) is scored once per call, and the last `cache_size` of them are remembered
-    between calls (0: nothing is). A model whose weights change needs `cache_size=0` or `clear_cache()`.
+    between calls (0: nothing is), until the weights of its model change.
     """
 
     uses_prompt = True  # False: the score is a function of the response alone
@@ -72,10 +72,23 @@ class CachedReward:
         self.name = name
         self.cache_size = cache_size
         self._cache: dict[tuple[str, str], float] = {}  # oldest use first
+        self._scored_by: Any = None  # the state of the model that the cache is of
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """Yield (indices, scores) batch by batch until every index has its score."""
         raise NotImplementedError
+
+    def _live_model(self) -> Any:
+        """The model, once it is loaded."""
+        return None
+
+    def _model_state(self) -> Any:
+        model = self._live_model()
+        if model is None:
+            return None
+        from fastalign.models.identity import weights_state
+
+        return weights_state(model)
 
     def clear_cache(self) -> None:
         self._cache.clear()
@@ -90,6 +103,10 @@ class CachedReward:
             prompts = [as_text(prompt) for prompt in prompts]
         advance = advance or (lambda count: None)
         keys = list(zip(prompts if self.uses_prompt else [""] * len(responses), responses, strict=True))
+        if (
+            self._scored_by is not None and self._scored_by != self._model_state()
+        ):  # trained since, or adapters switched
+            self.clear_cache()
         scores = {}  # this call's own, so that a cache smaller than the call loses nothing
         for key in dict.fromkeys(keys):
             if key in self._cache:
@@ -102,6 +119,7 @@ class CachedReward:
                 for index, value in zip(indices, values, strict=True):
                     scores[missing[index]] = self._remember(missing[index], float(value))
                 advance(len(indices))
+        self._scored_by = self._model_state()
         return np.fromiter((scores[key] for key in keys), dtype=np.float32, count=len(keys))
 
     def _remember(self, key: tuple[str, str], value: float) -> float:

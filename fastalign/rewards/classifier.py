@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +45,8 @@ def from_classifier(
     name: of the reward; "classifier:<label>" unless given.
     The softmax over the labels is used, or the sigmoid of the label's own output where the model's configuration says
     `multi_label_classification`. Texts beyond the context (or `max_length`) are cut by the tokenizer, on its own
-    `truncation_side`. A model whose configuration has no pad token is run one row at a time. Weights that change need
-    `cache_size=0`. Raises UserError, in one line, for a label that is not there and for a model of one output.
+    `truncation_side`. A model whose configuration has no pad token is run one row at a time.
+    Raises UserError, in one line, for a label that is not there and for a model of one output.
     """
     from torch.nn.functional import logsigmoid
 
@@ -170,6 +170,9 @@ class SequenceReward(CachedReward):
         self._tokens.check_ids(encoded["input_ids"], name)
         fallback = self.tokenizer.eos_token_id or 0
         return list(encoded["input_ids"]) or [fallback], encoded.get("token_type_ids")
+
+    def _live_model(self) -> Any:
+        return self.model
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         rows = [self._encode(self._segments(*pair)) for pair in zip(prompts, responses, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,9 @@ class Perplexity(CachedReward):
         rows = text.tokens(prompts, f"reward {self.name!r}: prompts", add_special_tokens=not templated)
         begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, 0]  # the first of these that there is
         return [row or [next(token for token in begin if token is not None)] for row in rows]
+
+    def _live_model(self) -> Any:
+        return None if isinstance(self._model, str) else self._model
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         import torch

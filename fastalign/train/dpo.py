@@ -34,7 +34,8 @@ from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
 from fastalign.integrations.packing import enable, pack_pairs
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
-from fastalign.models.trial import language_model, name_of, reads_tokens, tell_once
+from fastalign.models.identity import described, language_model, reads_tokens
+from fastalign.models.trial import name_of, tell_once
 from fastalign.train import _checks
 from fastalign.train._finite import StopsAtNaN
 from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
@@ -309,10 +310,11 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.is_deepspeed_enabled or not hasattr(dataset, "num_rows"):
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        path = cache_dir() / "ref_logps" / f"{self._content(dataset)}.safetensors"
-        there = all(gather_object([path.is_file()]))  # on the disk of every process
+        content = self._content(dataset)
+        path = cache_dir() / "ref_logps" / f"{content}.safetensors"
+        there = all(gather_object([content is not None and path.is_file()]))  # on the disk of every process
         found = load_file(str(path)) if there else self._all_ref_logps(dataset, name, batch_size)
-        if not there and self.accelerator.is_main_process:
+        if content is not None and not there and self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as beside:
                 save_file(found, str(beside))
@@ -338,12 +340,15 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         chosen, rejected = torch.cat(found).unbind(1)
         return {"ref_chosen_logps": chosen.contiguous(), "ref_rejected_logps": rejected.contiguous()}
 
-    def _content(self, dataset) -> str:
-        """A hash of everything that the reference's log-probabilities depend on."""
+    def _content(self, dataset) -> str | None:
+        """A hash of everything that the reference's log-probabilities depend on; None where a hook may do anything to them."""
         self._prepare()
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        model_told = described(model)
+        if model_told is None:
+            return None
         told = [
-            fastalign.__version__, transformers.__version__, self._precompute_model_hash, _described(model),
+            fastalign.__version__, transformers.__version__, self._precompute_model_hash, model_told,
             self.accelerator.mixed_precision, self.ref_model is None, self.ld_alpha, self.args.max_length,
             self.args.truncation_mode, self._packs,
         ]  # fmt: skip
@@ -354,22 +359,6 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             for ids in dataset.with_format("numpy")[column]:
                 digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
         return digest.hexdigest()[:32]
-
-
-def _described(model: torch.nn.Module) -> dict[str, Any]:
-    """What makes numbers of a model's weights: its class, its configuration, its adapters', and which weight is which."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_PART}
-    adapters = getattr(model, "peft_config", {})
-    return {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "config": config,
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
-        "weights": [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
-    }
-
-
-_NO_PART = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache"}
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from fastalign.errors import UserError
 from fastalign.integrations.head import Head, head_of
 from fastalign.models.caches import cache_name, cache_of
+from fastalign.models.identity import language_model, reads_tokens
 from fastalign.models.scoring import fused_head, score
-from fastalign.models.trial import language_model, reads_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

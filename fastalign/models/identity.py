@@ -1,0 +1,176 @@
+"""Which model it is: what a verdict about a model, or numbers that it gave, hold for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KNOWN = ("torch.distributed", "accelerate.", "fastalign.")  # whose hooks change no number
+_LIBRARIES = ("transformers", "fastalign", "liger_kernel")  # whose forwards are a function of their classes alone
+_PASSING = ("training", "gradient_checkpointing", "max_seq_len_cached")  # attributes that say nothing of the numbers
+_NO_PART = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "_attn_implementation",
+    "use_cache",
+    "architectures",
+)
+
+
+class Verdict(NamedTuple):
+    """ok; why not, in one line; error: the largest difference of a log-probability met, in nats."""
+
+    ok: bool
+    why: str = ""
+    error: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def language_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def identity(model: Any) -> tuple:
+    """Hashable: class, configuration, adapters, dtype, device, how attention is computed, every module's class with what it runs and
+    its settings, and what hangs on this very model."""
+    from fastalign import backend
+
+    inner = language_model(model)
+    where = (inner.dtype, inner.device.type, backend.forced(), inner.config._attn_implementation)
+    return (
+        _class_of(inner),
+        repr(_config(inner)),
+        repr(_adapters(model)),
+        *where,
+        _parts(model),
+        tuple(map(id, _hung_on(model))),
+    )
+
+
+def is_plain(model: Any) -> bool:
+    """Whether nothing hangs on the model's modules that could hold anything: hooks, and forwards of one module. What shards a model, and
+    our own, is known."""
+    return not any(_hung_on(model))
+
+
+def described(model: Any) -> dict[str, Any] | None:
+    """JSON values that say the same in another process, but for the weights' numbers; None where that cannot be said."""
+    if not is_plain(model):
+        return None
+    inner = language_model(model)
+    parts = [
+        (cls.__module__, cls.__qualname__, _code_of(forward), *map(str, rest), count)
+        for (cls, forward, *rest), count in _parts(model)
+    ]
+    return {
+        "config": _config(inner), "attention": inner.config._attn_implementation, "adapters": _adapters(model), "parts": parts,
+        "weights": [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
+    }  # fmt: skip
+
+
+def weights_state(model: Any) -> tuple:
+    """Changes with every change of the weights in this process, and of which adapters are in force."""
+    versions = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    return versions, tuple(map(_adapter_state, model.modules()))
+
+
+def passable(model: Any) -> Verdict:
+    """Whether a path may go by the model's own forward. Not where a PEFT wrapper's reads or adds tokens (see `reads_tokens`), nor where a
+    user's own class may do anything to the logits, at some places only: no trial of a few tokens would see that."""
+    wrapped, inner = reads_tokens(model), language_model(model)
+    if not wrapped:
+        return wrapped
+    for part in (inner, getattr(inner, "base_model", inner)):
+        cls = _class_of(part)
+        if not cls.forward.__module__.startswith(_LIBRARIES):
+            return Verdict(False, f"{cls.__name__} has a forward of its own", math.nan)
+    return wrapped
+
+
+def reads_tokens(model: Any) -> Verdict:
+    """Not ok where a PEFT wrapper's own forward looks at the token ids (aLoRA's invocation) or adds to them (prompt learning), so
+    that no path may pass it by."""
+    for config in getattr(model, "peft_config", {}).values():
+        adds = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)
+        if adds or getattr(config, "alora_invocation_tokens", None):
+            return Verdict(False, f"its adapter ({config.peft_type.value}) reads or adds tokens", math.nan)
+    return Verdict(True)
+
+
+def _class_of(module: nn.Module) -> type:
+    """Its class, but for the one that shards it, which puts itself before."""
+    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def _config(inner: Any) -> dict[str, Any]:
+    return {name: value for name, value in inner.config.to_dict().items() if name not in _NO_PART}
+
+
+def _adapters(model: Any) -> dict[str, str]:
+    return {name: str(config) for name, config in getattr(model, "peft_config", {}).items()}
+
+
+def _parts(model: Any) -> tuple:
+    """((class, its forward, which adapters are in force, settings), how many such modules) ..."""
+    found: Counter = Counter()
+    for module in model.modules():
+        cls = _class_of(module)
+        found[cls, cls.forward, _adapter_state(module), _settings(module)] += 1
+    return tuple(found.items())
+
+
+def _adapter_state(module: nn.Module) -> tuple:
+    if not hasattr(module, "base_layer"):
+        return ()
+    return tuple(str(getattr(module, name, None)) for name in ("active_adapters", "disable_adapters", "merged"))
+
+
+def _settings(module: nn.Module) -> tuple:
+    """A module's own attributes that are numbers, words or functions: its scaling, its epsilon, whether it is causal."""
+    found = []
+    for name, value in vars(module).items():
+        if name in _PASSING or name.startswith("_") or name == "forward":
+            continue
+        if value is None or isinstance(value, bool | int | float | str):
+            found.append((name, value))
+        elif callable(value) and not isinstance(value, nn.Module):
+            found.append((name, getattr(value, "__module__", ""), getattr(value, "__qualname__", str(type(value)))))
+    return tuple(found)
+
+
+def _hung_on(model: Any) -> Iterator[Any]:
+    for module in model.modules():
+        held = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "forward" in vars(module):
+            held.append(vars(module)["forward"])
+        yield from (one for one in held if not _module_of(one).startswith(_KNOWN))
+
+
+def _module_of(hook: Any) -> str:
+    found = getattr(hook, "__func__", hook)
+    code = getattr(found, "__code__", None)  # of functools.wraps the name is the wrapped one's
+    named = getattr(found, "__globals__", {}).get("__name__") if code is not None else type(found).__module__
+    return named or ""
+
+
+def _code_of(forward: Any) -> str:
+    """A hash of a function's instructions and constants."""
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return repr(forward)
+    held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+    held = [one if isinstance(one, bool | int | float | str) else type(one).__qualname__ for one in held]
+    told = code.co_code + repr((code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")], held)).encode()
+    return hashlib.sha256(told).hexdigest()[:16]
