@@ -162,6 +162,11 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         self._elsewhere = self._is_vision_dataset or self.aux_loss_enabled  # on TRL's own path
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
         for m in models:
+            if self._elsewhere and (inner := language_model(m)).base_model is inner:
+                raise UserError(
+                    f"model {name_of(m)} has no base model that TRL's own path, for images and auxiliary losses, could run: set "
+                    "router_aux_loss_coef=0"
+                )
             if not self._elsewhere and not (verdict := reads_tokens(m)):
                 raise UserError(f"model cannot be trained on pairs here: {verdict.why}; TRL's own DPOTrainer takes it")
         self._packs = getattr(self.args, "share_prompt", True) and not self._elsewhere
