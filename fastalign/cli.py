@@ -17,6 +17,7 @@ from fastalign._command import console as _console
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
 from fastalign.data.files import STDOUT
+from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
 
 app = typer.Typer(
@@ -385,7 +386,8 @@ def select(
         console.print(f"best of {told.n}: KL at most {best_of_n_kl(told.n):.3f} nats, where no scores tie")
     else:
         values = zip(found.settings["selection"]["values"], told.values[0], told.stderr[0], strict=True)
-        console.print("expected " + ", ".join(f"{name} {mean:.4f} ± {se:.4f}" for name, mean, se in values))
+        rows = (f"{name} {plus_minus(mean, se, told.prompts, digits=4)}" for name, mean, se in values)
+        console.print("expected " + ", ".join(rows))
         worth = f"effective sample size {told.ess[0]:.1f} of {told.n} a prompt"
         if "spent" in found.settings:  # particles, whose weights say nothing of the distance to the model
             console.print(worth)
@@ -447,7 +449,8 @@ def _show_grid(found: dict, console) -> None:
     fixed = ", ".join(f"{name} {rows[0]['lambda'][j]:g}" for j, name in enumerate(names) if j not in varied)
     if fixed:
         console.print(f"λ throughout: {fixed}")
-    console.print(f"{found['prompts']} prompts × {found['n']} candidates; ± is half of the 95 % interval over prompts")
+    errors = "± is half of the 95 % interval over prompts" if found["prompts"] > 1 else "± n/a (1 prompt)"
+    console.print(f"{found['prompts']} prompts × {found['n']} candidates; {errors}")
     if any(row["doubtful"] for row in rows):
         console.print("in yellow: fewer than 10 effective candidates a prompt, too few to trust", style="yellow")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastalign._command import Overwrite, console, names, registrar
+from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
 
 
@@ -60,10 +61,13 @@ def soup_front(
     table = Table(*(f"ρ {name}" for name in found.models), box=None, header_style="bold", pad_edge=False)
     for name in values:
         table.add_column(name, justify="right", no_wrap=True)
+    count = found.means.shape[1]
     for row, levels, errors in zip(found.rho, found.levels, found.stderr, strict=True):
-        table.add_row(*(f"{x:.3g}" for x in row), *(f"{x:.3f} ± {e:.3f}" for x, e in zip(levels, errors, strict=True)))
+        table.add_row(
+            *(f"{x:.3g}" for x in row), *(plus_minus(x, e, count) for x, e in zip(levels, errors, strict=True))
+        )
     told.print(table)
-    told.print(f"± is one standard error over {found.means.shape[1]} prompts of {n} candidates")
+    told.print(f"± is one standard error over {count} prompt{'s' * (count != 1)} of {n} candidates")
     if found.chosen is not None:
         chosen = found.chosen
         told.print(
@@ -73,7 +77,7 @@ def soup_front(
             level = "free" if chosen["palette"][j] is None else f"{chosen['palette'][j]:.3f}"
             told.print(
                 f"  {name}: asked for {level}, interpolated {chosen['predicted'][j]:.3f}, measured "
-                f"{chosen['measured'][j]:.3f} ± {chosen['stderr'][j]:.3f}"
+                f"{plus_minus(chosen['measured'][j], chosen['stderr'][j], count)}"
             )
         told.print(chosen["verdict"])
     told.print(f"{out / front.RECORD}", soft_wrap=True)

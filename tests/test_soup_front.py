@@ -148,6 +148,9 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     asked += ["-n", 2, "--max-new-tokens", 4, "--palette", tmp_path / "palette.json", "--out", tmp_path / "out"]
     code, told, err = run(*asked)
     assert code == 0 and "chosen: long" in told and "measured" in told, err
+    code, alone, err = run(*asked[:-1], tmp_path / "alone", "--limit", 1)
+    assert code == 0 and "nan" not in alone, err
+    assert alone.count("± n/a (1 prompt)") == 8 and "more prompts would tell" in alone
     found = json.loads((tmp_path / "out" / "soups.json").read_text())
     assert found["chosen"]["palette"] == [2.0, None] and len(found["levels"]) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -1,6 +1,7 @@
 """What many candidates will be worth, told from few, against what many of other prompts measure."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +107,12 @@ def test_it_goes_through_json_and_what_is_broken_is_told():
     for broken in (7, [], {}):
         with pytest.raises(UserError, match=r"p\.json"):
             Worth.from_json(broken, "p.json: worth")
+
+
+def test_the_real_cases_of_the_repository_hold():
+    found = json.loads((Path(__file__).parents[1] / "bench" / "results" / "worth.json").read_text())
+    cases = found["cases"]
+    inside = [(case["low"] or 1) <= case["measured"] <= case["high"] for case in cases]
+    assert len(cases) == 20 and sum(inside) == found["inside"] >= 18 and found["below"] <= 1
+    told = [case for case in cases if case["low"] and case["high"] <= 10 * case["low"]]
+    assert len(told) >= 10  # and most of them say something

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastalign.decode.select import _log_weights
 from fastalign.decode.worth import TRUSTED_ESS, Worth, words, worth
+from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
 
 
@@ -72,7 +73,7 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *
         w = np.exp(log_w)
         means = np.einsum("pn,pnm->pm", w, rewards)
         values[i] = means.mean(0)
-        stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
+        stderr[i] = standard_error(means)
         kl[i] = max(0.0, (np.where(w > 0, w * (log_w + math.log(n)), 0).sum(1)).mean())
         ess[i] = (1 / (w**2).sum(1)).mean()
     found = Estimate(grid, values, stderr, kl, ess, prompts, n, tuple(worth(rewards, row) for row in grid))
@@ -130,7 +131,7 @@ def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> Be
         p = _best_of(k, n)
         means = np.stack([_shared(p, ordered[j]) @ sorted_rewards[j] for j in range(prompts)])
         values[i] = means.mean(0)
-        stderr[i] = means.std(0, ddof=1) / math.sqrt(prompts) if prompts > 1 else np.nan
+        stderr[i] = standard_error(means)
     return BestOfCurve(ks, values, stderr, np.array([best_of_n_kl(k) for k in ks.tolist()]))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
 from fastalign.palette._inputs import as_groups, as_palettes, as_rewards, as_weights
 from fastalign.palette.solve import solve
@@ -54,7 +55,7 @@ def standard_errors(rewards, lam, *, groups=None, weights=None) -> StandardError
     λ solves Σ_i w_i e^{λ·R_i} (R_i − c) = 0 for the values that bind, an M-estimator with Jacobian C = Cov_λ(R):
     Var λ = C⁻¹ V C⁻¹, V = Σ p_i² (R_i − E_λ R)(R_i − E_λ R)ᵀ; V is also the variance of the levels at fixed λ, which to
     first order is how far the policy's true levels lie from those found (White 1982). With groups the prompts are what
-    was drawn: V is the covariance of the groups' own levels over the number of groups.
+    was drawn: V is the covariance of the groups' own levels over the number of groups. NaN of a single group or sample.
     """
     rewards, lam = as_rewards(rewards), np.asarray(lam, dtype=np.float64)
     n, m = rewards.shape
@@ -74,6 +75,8 @@ def standard_errors(rewards, lam, *, groups=None, weights=None) -> StandardError
     if groups is not None:
         apart = mean - mean.mean(axis=0)
         meat = apart.T @ apart / count**2
+    if (n if groups is None else count) < 2:
+        meat = np.full((m, m), np.nan)  # one unit tells no error
     binding = np.flatnonzero(lam)
     error = np.zeros(m)
     if len(binding):
@@ -130,6 +133,7 @@ def held_out(rewards, palette, *, folds: int = 5, seed: int = 0, groups=None, we
         raise UserError(f"folds must lie between 2 and the number of samples or prompts, {count}, got {folds}")
     fold = (np.random.default_rng(seed).permutation(count) % folds)[units]
     levels, variance, ess, feasible = np.zeros(m), np.zeros(m), 0.0, True
+    own = []  # each group's levels
     for f in range(folds):
         train, test = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         part = lambda rows: {  # noqa: E731
@@ -144,9 +148,12 @@ def held_out(rewards, palette, *, folds: int = 5, seed: int = 0, groups=None, we
             found = solve(rewards[train], inside, sense=sense, **part(train))
         p, ids, groups_here = _law(rewards[test], found.lam, part(test)["groups"], weights[test])
         levels += (p @ rewards[test].astype(np.float64)) / groups_here / folds
-        variance += (standard_errors(rewards[test], found.lam, **part(test)).levels / folds) ** 2
+        if groups is None:
+            variance += (standard_errors(rewards[test], found.lam, **part(test)).levels / folds) ** 2
+        else:
+            own.append(np.stack([np.bincount(ids, p * rewards[test, j]) for j in range(m)], axis=1))
         ess += float((1.0 / np.bincount(ids, p * p)).sum())
-    error = np.sqrt(variance)
+    error = np.sqrt(variance) if groups is None else standard_error(np.concatenate(own))
     from fastalign.palette._inputs import as_sign
 
     sign = as_sign(sense, m)

@@ -60,6 +60,13 @@ class Value:
     def decimals(self) -> int:
         return decimals(self.spread)
 
+    def show_error(self, report: Report) -> str:
+        """ "± 0.030", or why there is none: a single prompt, or a single candidate to draw from."""
+        if report.prompts < 2 or report.candidates < 2:
+            few = "prompt" if report.prompts < 2 else "candidate"
+            return f"± n/a (1 {few})"
+        return f"± {self.show(self.se)}"
+
     def show(self, level: float, sign: str = "") -> str:
         """A level as the report prints it."""
         text = f"{level:{sign}.{self.decimals}f}"

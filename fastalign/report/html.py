@@ -136,7 +136,7 @@ def _table(report: Report) -> str:
     )  # fmt: skip
     rows = "".join(
         f"<tr><td>{escape(v.name)}</td><td>{v.lam:.3g}</td><td>{v.show(v.before)}</td><td>{v.show(v.asked)}</td>"
-        f"<td>{v.show(v.predicted)}</td><td class='realised'>{v.show(v.realised)} <span class='se'>± {v.show(v.se)}</span></td>"
+        f"<td>{v.show(v.predicted)}</td><td class='realised'>{v.show(v.realised)} <span class='se'>{v.show_error(report)}</span></td>"
         f"<td>{v.show(v.rao_blackwell)}</td><td><span class='verdict {v.verdict.split()[0]}'>{_VERDICTS[v.verdict]}</span></td></tr>"
         for v in report.values
     )

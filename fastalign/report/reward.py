@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.data.files import atomic_write
+from fastalign.error_bars import wilson
 from fastalign.errors import UserError
 
 BINS = 10
@@ -32,8 +33,8 @@ class Reliability:
 class Head:
     """One value's row.
 
-    pairs: how many speak of it. accuracy: the share whose better text scores higher, ties by half; se its standard
-    error, sqrt(a (1 - a) / pairs). margin: the mean of better less worse. calibration_error: the expected calibration
+    pairs: how many speak of it. accuracy: the share whose better text scores higher, ties by half; low, high its 95 %
+    interval by Wilson with as many trials as there are prompts, whose pairs may stand or fall together. margin: the mean of better less worse. calibration_error: the expected calibration
     error of sigmoid(margin) (arXiv 1706.04599, eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of
     the confidence max(p, 1 - p) in [0.5, 1]. log_loss: the mean of -log sigmoid(margin), nats. All of them 0 where
     there are no pairs.
@@ -41,8 +42,10 @@ class Head:
 
     name: str
     pairs: int
+    prompts: int
     accuracy: float
-    se: float
+    low: float
+    high: float
     margin: float
     calibration_error: float
     log_loss: float
@@ -57,9 +60,12 @@ class RewardReport:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        names = ("name", "pairs", "accuracy", "se", "margin", "calibration_error", "log_loss")
+        names = ("name", "pairs", "prompts", "accuracy", "low", "high", "margin", "calibration_error", "log_loss")
         rows = [
-            {**{n: getattr(head, n) for n in names}, "reliability": [vars(row) for row in head.reliability]}
+            {
+                **{n: getattr(head, n) if head.pairs or n in names[:3] else None for n in names},
+                "reliability": [vars(row) for row in head.reliability],
+            }
             for head in self.heads
         ]
         return {"kind": "reward_report", "version": 1, "values": rows, "settings": self.settings}
@@ -89,12 +95,16 @@ class RewardReport:
 
         figures = {name: html._svg(figure, name) for name, figure in self.figures().items()}
         style = html._STYLE % {"light": html._variables(html._LIGHT), "dark": html._variables(html._DARK)}
-        names = ("Value", "Pairs", "Accuracy ± SE", "Calibration error", "Log loss", "Mean margin")
+        names = ("Value", "Pairs", "Accuracy (95 %)", "Calibration error", "Log loss", "Mean margin")
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(
             f"<tr><td>{escape(h.name)}</td><td>{h.pairs:,}</td>"
-            f"<td class='realised'>{h.accuracy:.3f} <span class='se'>± {h.se:.3f}</span></td>"
-            f"<td>{h.calibration_error:.3f}</td><td>{h.log_loss:.3f}</td><td>{h.margin:.3f}</td></tr>"
+            + (
+                f"<td class='realised'>{h.accuracy:.3f} <span class='se'>({h.low:.3f}–{h.high:.3f})</span></td>"
+                f"<td>{h.calibration_error:.3f}</td><td>{h.log_loss:.3f}</td><td>{h.margin:.3f}</td></tr>"
+                if h.pairs
+                else "<td colspan='4'>n/a (0 pairs)</td></tr>"
+            )
             for h in self.heads
         )
         tables = "".join(_bins_table(h) for h in self.heads)
@@ -126,12 +136,14 @@ def build(
     values: Sequence[str],
     *,
     preference: np.ndarray | None = None,
+    prompts: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> RewardReport:
     """Measure a reward model of m heads on n pairs.
 
     chosen, rejected: (n, m) scores of the two texts. preference: (n, m), above 0 where chosen is the better one in
-    that value, below 0 where rejected is, 0 where the pair does not say; None: chosen, always.
+    that value, below 0 where rejected is, 0 where the pair does not say; None: chosen, always. prompts: n, each pair's; None:
+    every pair has its own.
     Raises UserError for shapes that do not match and scores that are not finite.
     """
     chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
@@ -142,19 +154,28 @@ def build(
             raise UserError(f"{name} must have shape {shape}, pairs by values, got {x.shape}")
         if not np.isfinite(x).all():
             raise UserError(f"{name} must be finite, got {x[~np.isfinite(x)][0]}")
+    own = (
+        np.arange(len(chosen))
+        if prompts is None
+        else np.unique(np.asarray(prompts, dtype=object), return_inverse=True)[1]
+    )
+    if len(own) != len(chosen):
+        raise UserError(f"prompts must be one for each of the {len(chosen)} pairs, got {len(own)}")
     heads = []
     for j, name in enumerate(values):
         said = preference[:, j] != 0
         up = preference[said, j] > 0
         first, second = chosen[said, j], rejected[said, j]
-        heads.append(_measure(str(name), np.where(up, first, second), np.where(up, second, first)))
+        heads.append(
+            _measure(str(name), np.where(up, first, second), np.where(up, second, first), len(np.unique(own[said])))
+        )
     return RewardReport(heads, dict(settings or {}))
 
 
-def _measure(name: str, better: np.ndarray, worse: np.ndarray) -> Head:
+def _measure(name: str, better: np.ndarray, worse: np.ndarray, prompts: int) -> Head:
     n = len(better)
     if not n:
-        return Head(name, 0, 0.0, 0.0, 0.0, 0.0, 0.0, [], better, worse)
+        return Head(name, 0, 0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, [], better, worse)
     margin = better - worse
     right = np.where(margin == 0, 0.5, margin > 0)
     confidence = np.exp(-np.logaddexp(0, -np.abs(margin)))
@@ -167,11 +188,14 @@ def _measure(name: str, better: np.ndarray, worse: np.ndarray) -> Head:
             mean = float(confidence[inside].mean()), float(right[inside].mean())
             rows.append(Reliability(round(low, 10), round(high, 10), int(inside.sum()), *mean))
     accuracy = float(right.mean())
+    low, high = wilson(accuracy, prompts)
     return Head(
         name=name,
         pairs=n,
+        prompts=prompts,
         accuracy=accuracy,
-        se=float(np.sqrt(accuracy * (1 - accuracy) / n)),
+        low=low,
+        high=high,
         margin=float(margin.mean()),
         calibration_error=sum(row.count * abs(row.accuracy - row.confidence) for row in rows) / n,
         log_loss=float(np.logaddexp(0, -margin).mean()),

@@ -26,7 +26,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     table.add_column("verdict", no_wrap=True)
     for v in report.values:
         verdict = {"met": "met", "within error": "met within error"}.get(v.verdict, f"short by {v.show(v.short_by)}")
-        realised = Text.assemble((v.show(v.realised), "bold"), (f" ± {v.show(v.se)}", "dim"))
+        realised = Text.assemble((v.show(v.realised), "bold"), (f" {v.show_error(report)}", "dim"))
         table.add_row(
             Text(v.name),
             v.show(v.before),

@@ -17,6 +17,7 @@ from fastalign import progress as bars
 from fastalign.data import outputs, palettes
 from fastalign.data.files import check_folder, read_json, write_json
 from fastalign.decode.candidates import Candidates
+from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
 from fastalign.soup import lora_merge, methods
 from fastalign.soup import plan as plans
@@ -50,7 +51,7 @@ class SoupFront:
     @property
     def stderr(self) -> np.ndarray:
         """(K, d): standard errors over prompts, with what drawing candidates adds; NaN from one prompt alone."""
-        return _stderr(self.means)
+        return standard_error(self.means, axis=1)
 
     def write(self, path: str | Path) -> None:
         write_json(path, {
@@ -204,8 +205,10 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
     levels, errors = again.levels[0], again.stderr[0]
     away = (levels - palette) / errors  # -inf asked for: inf, met; one prompt: NaN
     short = [name for name, x in zip(values, away, strict=True) if x < -2]
-    unsure = [name for name, x in zip(values, away, strict=True) if -2 <= x < 2 or np.isnan(x)]
-    if short:
+    unsure = [name for name, x in zip(values, away, strict=True) if -2 <= x < 2]
+    if np.isnan(errors).any():
+        verdict = "not judged, for errors are n/a (1 prompt): more prompts would tell"
+    elif short:
         verdict = f"not met: {', '.join(short)} below what was asked for by more than two standard errors"
     elif unsure:
         verdict = (
@@ -279,7 +282,7 @@ def choose(front: SoupFront, palette) -> Choice:
     used = [k for k, share in zip(at, shares, strict=True) if share > 1e-9]
     shares = shares[shares > 1e-9] / shares[shares > 1e-9].sum()
     means = np.tensordot(shares, front.means[used], 1)
-    return Choice(shares @ front.rho[used], means.mean(axis=0), _stderr(means), float(best), used)
+    return Choice(shares @ front.rho[used], means.mean(axis=0), standard_error(means), float(best), used)
 
 
 def _cells(rho: np.ndarray) -> Iterator[list[int]]:
@@ -317,11 +320,3 @@ def _best_within(corners: np.ndarray) -> tuple[float, np.ndarray]:
         k = int(corners.min(axis=1).argmax())
         return float(corners[k].min()), np.eye(count)[k]
     return float(found.x[-1]), np.maximum(found.x[:-1], 0.0)
-
-
-def _stderr(means: np.ndarray) -> np.ndarray:
-    """Over the last but one axis, the prompts."""
-    count = means.shape[-2]
-    if count < 2:
-        return np.full(means.shape[:-2] + means.shape[-1:], np.nan)
-    return means.std(axis=-2, ddof=1) / np.sqrt(count)

@@ -207,10 +207,12 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
                 metrics |= {f"{name}/{head.name}": getattr(head, name) for head in heads if head.pairs}
         return {**metrics, **(self._own_metrics(prediction) if self._own_metrics else {})}
 
-    def _report_of(self, scores, preference, settings=None) -> RewardReport:
+    def _report_of(self, scores, preference, settings=None, prompts=None) -> RewardReport:
         from fastalign.report import reward
 
-        return reward.build(scores[:, 0], scores[:, 1], self.values, preference=preference, settings=settings)
+        return reward.build(
+            scores[:, 0], scores[:, 1], self.values, preference=preference, prompts=prompts, settings=settings
+        )
 
     def report(self, dataset=None, *, settings: dict[str, Any] | None = None) -> RewardReport:
         """The model measured on a dataset of pairs (default: eval_dataset): accuracy, calibration, histograms.
@@ -222,7 +224,10 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
             raise UserError(f"report needs one dataset of pairs, got {type(dataset).__name__}")
         dataset = _checks.pairs("dataset", dataset, tokenized=TOKENIZED)
         found = self.predict(self._prepare_dataset(dataset, self.processing_class, self.args, "report"))
-        return self._report_of(found.predictions, found.label_ids, settings)
+        prompts = None
+        if "prompt" in dataset.column_names and len(dataset) == len(found.predictions):
+            prompts = [repr(prompt) for prompt in dataset["prompt"]]
+        return self._report_of(found.predictions, found.label_ids, settings, prompts)
 
 
 def pair_loss(

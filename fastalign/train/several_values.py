@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastalign.data.text import Text
+from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
 from fastalign.train import run as runs
 
@@ -142,10 +143,10 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
     """Each value at the beginning and at the end of a run: the mean of a tenth of its steps, and its standard error."""
     k = max(1, len(rows) // 10)
 
-    def mean(part: Sequence[dict[str, Any]], name: str) -> list[float]:
+    def mean(part: Sequence[dict[str, Any]], name: str) -> list[float | None]:
         x = np.array([row["values"][name] for row in part])
-        # Steps' means are independent but for the policy's drift within the tenth.
-        return [float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else 0.0]
+        # Steps' means are independent but for the policy's drift within the tenth; one step alone tells no error.
+        return [float(x.mean()), float(standard_error(x)) if len(x) > 1 else None]
 
     table = {name: {"first": mean(rows[:k], name), "last": mean(rows[-k:], name)} for name in names}
     return {
