@@ -6,40 +6,49 @@ import functools
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import fastalign
+from fastalign import progress
 from fastalign.data import outputs
 from fastalign.data.files import STDOUT
-from fastalign.errors import UserError, printable
+from fastalign.errors import Terminated, UserError, printable
 
 JSON = ("map_", "eval_")  # the commands whose output is JSON
 OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and was made otherwise.")]
 
 
-def registrar(app: typer.Typer, *, interrupted: str) -> Callable[[str], Callable[[Callable], Callable]]:
-    """`command(example)` for `app`: a decorator. interrupted: what Ctrl-C says."""
+def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]:
+    """`command(example)` for `app`: a decorator."""
 
-    def command(example: str) -> Callable[[Callable], Callable]:
-        """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback."""
+    def command(example: str, *, keeps: str | None = None, serves: bool = False) -> Callable[[Callable], Callable]:
+        """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback.
+
+        keeps: what Ctrl-C and SIGTERM leave of its work for the same command to go on from. serves: it has nothing to tell while
+        nobody asks.
+        """
+        interrupted = "interrupted" + (f"; {keeps} are kept, and the same command goes on from them" if keeps else "")
 
         def register(function: Callable) -> Callable:
             @functools.wraps(function)
             def guarded(*args, **kwargs):
                 try:
                     _protect(function.__name__, inspect.signature(function).bind(*args, **kwargs).arguments)
-                    with outputs.said_by(lambda line: print(f"fastalign: {line}", file=sys.stderr)):
+                    with _terminable(), outputs.said_by(_say), nullcontext() if serves else progress.at_work(name):
                         return function(*args, **kwargs)
-                except KeyboardInterrupt:
-                    _fail(interrupted, 130)
+                except KeyboardInterrupt as stopped:
+                    _fail(str(stopped) or interrupted, 143 if isinstance(stopped, Terminated) else 130)
                 except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
                     if not _is_users(error):
                         raise
@@ -59,6 +68,24 @@ def console(*, markup: bool = False, out: Path | None = None):
     from rich.console import Console
 
     return Console(highlight=False, markup=markup, emoji=False, stderr=str(out) == STDOUT)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises `Terminated`; but for threads, where no handler can be set, and for who ignores the signal."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _protect(command: str, arguments: Mapping[str, Any]) -> None:
@@ -135,6 +162,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join(printable(str(error)).split()) or type(error).__name__
 
 
+def _say(line: str) -> None:
+    print(f"fastalign: {line}", file=sys.stderr, flush=True)
+
+
 def _fail(message: str, code: int = 1) -> None:
-    print(f"fastalign: {message}", file=sys.stderr)
+    _say(message)
     raise typer.Exit(code)

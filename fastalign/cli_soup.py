@@ -39,10 +39,10 @@ class Method(str, Enum):
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    command = registrar(
-        app, interrupted="interrupted; finished shards are kept, and the same command goes on from them"
+    command = registrar(app)
+    command("fastalign soup positive/ harmless/ coherent/ --weights 0.5,0.3,0.2 --out soup", keeps="finished shards")(
+        soup
     )
-    command("fastalign soup positive/ harmless/ coherent/ --weights 0.5,0.3,0.2 --out soup")(soup)
 
 
 def soup(

@@ -14,9 +14,10 @@ from fastalign.errors import UserError
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    command = registrar(app, interrupted="interrupted; finished soups are kept, and the same command goes on from them")
+    command = registrar(app)
     command(
-        "fastalign soup-front positive/ coherent/ --prompts bundled --rewards positive,coherence --grid 11 --out soups"
+        "fastalign soup-front positive/ coherent/ --prompts bundled --rewards positive,coherence --grid 11 --out soups",
+        keeps="finished soups",
     )(soup_front)
 
 

@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-command = registrar(app, interrupted="interrupted; checkpoints are kept, and the same command goes on from them")
+command = registrar(app)
 
 
 class How(str, Enum):

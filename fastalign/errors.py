@@ -1,4 +1,4 @@
-"""The error a user's mistake raises: one line that names the argument, the rule and what came."""
+"""What ends a command before its time: a user's mistake, one line that names the argument, the rule and what came; and SIGTERM."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     def __init__(self, message: object = ""):
         super().__init__(printable(str(message)))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: all goes as at Ctrl-C, but for the exit code."""
 
 
 def printable(text: str) -> str:

@@ -1,33 +1,155 @@
-"""A progress bar on stderr for long work: drawn on a terminal, silent elsewhere."""
+"""How far long work has come, on stderr: a bar on a terminal; elsewhere a line once it takes seconds, and then now and again."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+FIRST, EVERY = 5.0, 30.0  # seconds to work's first line off a terminal, and from a line to the next
+NEWS = 10.0  # as EVERY, where a step has something to say
+TICK = 0.5
+
+_open: list[Work] = []  # off a terminal, the outermost first
+
+
+@dataclass(eq=False)
+class Work:
+    """total: None where nobody knows how much there is."""
+
+    description: str
+    total: int | None
+    unit: str = ""
+    done: int = 0
+    said: str = ""
+    began: float = field(default_factory=time.monotonic)
+    told: float | None = None
+
+    def __post_init__(self) -> None:
+        self._first = self.done
+
+    def due(self, now: float) -> bool:
+        if self.told is not None:
+            return now - self.told >= EVERY
+        return now - self.began >= (EVERY if self.total is None else FIRST)
+
+    def line(self, now: float) -> str:
+        gone = now - self.began
+        if self.total is None:
+            return f"{self.description}: at work for {_clock(gone)}"
+        rate = (self.done - self._first) / max(gone, 1e-9)
+        parts = [f"{self.description}: {self.done:,.0f}/{self.total:,.0f} {self.unit}".rstrip()]
+        if rate > 0:
+            parts.append(_rate(rate, self.unit))
+        if self.said:
+            parts.append(self.said)
+        if rate > 0 and self.done < self.total:
+            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+        return "  ".join(parts)
 
 
 @contextmanager
-def bar(description: str, *, total: int, unit: str = "", show: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(k)`. Shows count, rate (in `unit` per second) and time left; nothing if not `show` or no terminal."""
-    if not (show and sys.stderr.isatty()):
-        yield lambda count=1: None
+def bar(
+    description: str, *, total: int, unit: str = "", done: int = 0, show: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Yield `advance(count=1, said=None)`: so many more of `total` are done, and what else to show from now on; nothing if not `show`.
+
+    Shows count, rate (in `unit` per second) and time left. done: what was done before, which is not in the rate. Off a terminal
+    quick work shows nothing, unless it has something to say: that is told at once, every 10 seconds and at the end.
+    """
+    if not show:
+        yield lambda count=1, said=None: None
+    elif sys.stderr.isatty():
+        with _drawn(description, total, unit, done) as advance:
+            yield advance
+    else:
+        work = Work(description, total, unit, done)
+        with _told(work):
+            yield lambda count=1, said=None: _advance(work, count, said)
+
+
+@contextmanager
+def at_work(description: str) -> Iterator[None]:
+    """A line now and again, off a terminal, for as long as no bar within has one to print."""
+    if sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # of torchrun, the first process tells
+        yield
         return
+    with _told(Work(description, None)):
+        yield
+
+
+def _advance(work: Work, count: int, said: str | None) -> None:
+    work.done += count
+    if said is None:
+        return
+    work.said = said
+    if work.told is None or work.done >= work.total or time.monotonic() - work.told >= NEWS:
+        _tell([work])
+
+
+@contextmanager
+def _told(work: Work) -> Iterator[None]:
+    _open.append(work)
+    end = threading.Event()
+    if _open[0] is work:
+        threading.Thread(target=_watch, args=(end,), daemon=True).start()
+    try:
+        yield
+    finally:
+        _open.remove(work)
+        end.set()
+
+
+def _watch(end: threading.Event) -> None:
+    """Tell what is due, though a single step may take minutes."""
+    while not end.wait(TICK):
+        now = time.monotonic()
+        if any(work.due(now) for work in _open):
+            _tell(list(_open))
+
+
+def _tell(works: list[Work]) -> None:
+    now = time.monotonic()
+    shown = [work for work in works if work.total is not None] or works
+    for work in {*works, *_open[:1]}:  # the whole command has given a sign of life too
+        work.told = now
+    print("; ".join(work.line(now) for work in shown), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _drawn(description: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task) -> Text:
-            return Text(f"{task.speed:,.0f} {unit}/s" if task.speed and unit else "")
+            return Text(_rate(task.speed, unit) if task.speed and unit else "")
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
+        TextColumn("{task.fields[said]}", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True, markup=False, emoji=False)) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count=1: progress.advance(task, count)
+        task = progress.add_task(description, total=total, completed=done, said="")
+        yield lambda count=1, said=None: progress.update(
+            task, advance=count, **({} if said is None else {"said": said})
+        )
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

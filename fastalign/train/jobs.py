@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastalign import progress
 from fastalign.data import palettes, preferences
 from fastalign.data.files import write_json
 from fastalign.data.preferences import PreferencePairs
@@ -222,22 +223,30 @@ def _arguments(
 
 def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
     """Make the trainer and let it run, from its newest checkpoint where there is one; (trainer, tokens per second)."""
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, TrainerState
+
+    from fastalign.train._stopping import Stopping
 
     checkpoint = newest_checkpoint(run.checkpoints) if run.resumes else None
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
-    progress = runs.Progress(name, 0, show=show)
-    callback = runs.follow(run, progress, shown)
+    stopping = Stopping()
+    callback = runs.follow(run, stopping, shown)
     with runs.one_line():
         trainer = make(callback)
     run.begin(step)
     trainer.remove_callback(PrinterCallback)
-    callback.trainer = trainer
-    progress.total = _steps(trainer)
-    progress.begin()
-    with progress:
+    total = _steps(trainer)
+    if step >= total:  # it was stopped after its last step; transformers would train one more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return trainer, 0.0
+    show = show and runs.is_main()
+    with stopping, progress.bar(name, total=total, unit="steps", done=step, show=show) as advance:
+        callback.trainer, callback.advance = trainer, advance
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer, progress.tokens_per_second
+    if stopping.asked(trainer.accelerator):
+        stopping.end()
+    return trainer, callback.tokens_per_second
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

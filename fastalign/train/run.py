@@ -1,4 +1,4 @@
-"""A training run's folder, its log and its progress line: the same for every `fastalign train` command.
+"""A training run's folder and its log: the same for every `fastalign train` command.
 
 <out>/               the model as transformers reads it, its tokenizer, and (with LoRA) the adapter in adapter/
 <out>/run.json       what the run was asked for; one that goes on must ask for the same
@@ -21,11 +21,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastalign.data import fingerprint, outputs
 from fastalign.data.files import atomic_write, check_folder, read_json, write_json
 from fastalign.errors import UserError
+
+if TYPE_CHECKING:
+    from fastalign.train._stopping import Stopping
 
 KIND, RESULT = "training_run", "training_result"
 _CHECKPOINT = re.compile(
@@ -80,9 +83,13 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind."""
-        if kind is None or not self._new or self._kept() or not is_main():
+    def __exit__(self, kind, error, _) -> None:
+        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind; one that was stopped says what does."""
+        kept = self._kept()
+        if isinstance(error, KeyboardInterrupt) and not error.args:
+            where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
+            error.args = (f"{self.out}: stopped{where}",)
+        if kind is None or not self._new or kept or not is_main():
             return
         self._remove_checkpoints()
         shutil.rmtree(self.out / "runs", ignore_errors=True)  # TensorBoard's
@@ -220,73 +227,53 @@ def board() -> str | None:
     return "tensorboard" if found else None
 
 
-class Progress:
-    """Steps done, time left and tokens per second: a bar on a terminal, a line now and then elsewhere, on stderr."""
+def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)):
+    """A callback for transformers' Trainer: its logs into the run's log and onto the progress line, and a stop where one is asked for.
 
-    def __init__(self, description: str, total: int, *, show: bool = True, every: float = 10.0):
-        self.description, self.total, self.every = description, total, every
-        self.show = show and is_main()
-        self.told, self.tokens_per_second, self.bar = 0.0, 0.0, None
-        self.begin()
-
-    def begin(self) -> None:
-        """Tokens per second count from here."""
-        self.began = time.perf_counter()
-
-    def __enter__(self) -> Progress:
-        if self.show and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                "{task.description}",
-                BarColumn(),
-                MofNCompleteColumn(),
-                "{task.fields[said]}",
-                TimeRemainingColumn(),
-            )
-            columns = tuple(TextColumn(c, markup=False) if isinstance(c, str) else c for c in columns)
-            self.bar = Bar(*columns, console=Console(stderr=True))
-            self.bar.start()
-            self.task = self.bar.add_task(self.description, total=self.total, said="")
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def update(self, step: int, tokens: float, said: str = "") -> None:
-        """step of the run, tokens since the run began, and what else to show."""
-        now = time.perf_counter()
-        self.tokens_per_second = tokens / max(now - self.began, 1e-9)
-        line = f"{self.tokens_per_second:,.0f} tokens/s" + (f"  {said}" if said else "")
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, said=line)
-        elif self.show and (now - self.told > self.every or step == self.total):
-            self.told = now
-            print(f"{self.description}: step {step}/{self.total}  {line}", file=sys.stderr, flush=True)
-
-
-def follow(run: Run, progress: Progress, shown: tuple[str, ...] = ("loss",)):
-    """A callback for transformers' Trainer: its logs into the run's log, its steps onto the progress line.
-
-    Set its `trainer` once that is made. shown: which logged figures stand on the line.
+    Set its `trainer` and `advance` (of a `progress.bar`) once they are made. shown: which logged figures stand on the line. What the
+    next log will tell of the steps since the last is kept in checkpoints, so that a run which goes on from one logs the same.
     """
     from transformers import TrainerCallback
 
     class Follow(TrainerCallback):
         trainer: Any = None
-        said = ""
+        advance: Any = None
+        stopped = False
+        tokens_per_second = 0.0
+
+        def on_train_begin(self, args, state, control, **_):
+            self.began = time.perf_counter()
+            kept = self._since_log(args, state)
+            if kept.is_file():
+                since = json.loads(kept.read_text(encoding="utf-8"))
+                self.trainer._tr_loss.fill_(since["loss"])
+                self.trainer._globalstep_last_logged = since["logged"]
+                self.trainer._metrics["train"].update(since["metrics"])
+
+        def on_step_end(self, args, state, control, **_):
+            seconds = time.perf_counter() - self.began
+            self.tokens_per_second = self.trainer._total_train_tokens / max(seconds, 1e-9)
+            self.advance(1)
+            if stopping.asked(self.trainer.accelerator):
+                self.stopped = control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs=None, **_):
             logs = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-            self.said = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs) or self.said
+            if self.stopped and "loss" not in logs:  # of a whole run
+                return
             if state.is_world_process_zero:
                 run.log({"step": state.global_step, **logs})
+            if "loss" in logs:
+                figures = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs)
+                self.advance(0, f"{self.tokens_per_second:,.0f} tokens/s  {figures}")
 
-        def on_step_end(self, args, state, control, **_):
-            progress.update(state.global_step, self.trainer._total_train_tokens, self.said)
+        def on_save(self, args, state, control, **_):
+            loss, logged = self.trainer._tr_loss.item(), self.trainer._globalstep_last_logged
+            since = {"loss": loss, "logged": logged, "metrics": dict(self.trainer._metrics["train"])}
+            self._since_log(args, state).write_text(json.dumps(since), encoding="utf-8")
+
+        def _since_log(self, args, state) -> Path:
+            return run.checkpoints / f"checkpoint-{state.global_step}" / f"since_log_{args.process_index}.json"
 
     return Follow()
 

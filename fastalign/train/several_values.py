@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastalign import progress
 from fastalign.data.text import Text
 from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
@@ -104,6 +105,7 @@ def train_ppo(
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
     from fastalign.train import PPOConfig
+    from fastalign.train._stopping import Stopping
 
     config = PPOConfig(
         model_name=model, learning_rate=learning_rate, batch_size=batch_size, mini_batch_size=mini_batch_size,
@@ -130,8 +132,9 @@ def train_ppo(
             trainer.load_checkpoint(run.checkpoints)
         run.begin(trainer.current_step)
         total = epochs * len(trainer.dataloader) if max_steps is None else max_steps
-        with runs.Progress("ppo", total, show=show_progress) as progress:
-            _loop(trainer, scorers, lam, run, progress, total, max_new_tokens, save_steps)
+        done, show = trainer.current_step, show_progress and runs.is_main()
+        with Stopping() as stopping, progress.bar("ppo", total=total, unit="steps", done=done, show=show) as advance:
+            _loop(trainer, scorers, lam, run, advance, stopping, total, max_new_tokens, save_steps)
         _save(trainer, run)
     result = {"steps": trainer.current_step}
     if runs.is_main():
@@ -156,12 +159,11 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
     }
 
 
-def _loop(trainer, scorers, lam, run, progress, total: int, max_new_tokens: int, save_steps: int) -> None:
+def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tokens: int, save_steps: int) -> None:
     from fastalign import rewards
 
     names, text = [reward.name for reward in scorers], Text(trainer.tokenizer)
     drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
-    tokens = 0
     while trainer.current_step < total:
         for batch in trainer.dataloader:
             began = time.perf_counter()
@@ -174,7 +176,6 @@ def _loop(trainer, scorers, lam, run, progress, total: int, max_new_tokens: int,
             stats = trainer.step(queries, responses, _tensors(combined))
             seconds = time.perf_counter() - began
             means, count = _over_processes(trainer, scores, combined, sum(map(len, queries)) + sum(map(len, responses)))
-            tokens += count
             step = trainer.current_step
             told = dict(zip(names, means[:-1], strict=True))
             run.log({
@@ -187,12 +188,16 @@ def _loop(trainer, scorers, lam, run, progress, total: int, max_new_tokens: int,
             trainer.log_stats(stats, batch, _tensors(combined))
             if trainer.config.log_with is not None:
                 trainer.accelerator.log({f"values/{name}": mean for name, mean in told.items()}, step=step)
-            said = "  ".join(f"{name} {mean:.3f}" for name, mean in told.items())
-            progress.update(step, tokens, f"{said}  KL {stats['objective/kl']:.2f}")
+            figures = {**told, "λ·R": means[-1], "KL": stats["objective/kl"], "loss": float(stats["ppo/loss/total"])}
+            said = "  ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+            advance(1, f"{count / seconds:,.0f} tokens/s  {said}")
+            stopped = stopping.asked(trainer.accelerator)
+            if stopped or (step % save_steps == 0 and step < total):
+                trainer.save_checkpoint(run.checkpoints)
+            if stopped:
+                stopping.end()
             if step >= total:
                 return
-            if step % save_steps == 0:
-                trainer.save_checkpoint(run.checkpoints)
 
 
 def _trainer(config, model: str, adapters, prompts: Sequence[str], chat: bool | None, dtype: str, max_new_tokens: int):

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from urllib.parse import urlsplit
 
-from fastalign.errors import UserError
+from fastalign.errors import Terminated, UserError
 from fastalign.palette.ui.desk import Desk
 
 HOST = "127.0.0.1"
@@ -50,6 +50,8 @@ def serve(desk: Desk, *, port: int = 0, browser: bool = True, say: Callable[[str
             webbrowser.open(server.address)
         try:
             server.serve_forever()
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             pass
 
