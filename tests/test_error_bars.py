@@ -99,6 +99,7 @@ def test_the_commands_print_it_and_write_no_nan(tmp_path):
     assert out.count("± n/a (1 prompt)") == 2 and "nan" not in out
     out = run("eval", tmp_path / "scored.parquet", "--selected", files["s.parquet"], "--palette", files["p.json"], "--out", files["e.json"])  # fmt: skip
     assert out.count("± n/a (1 prompt)") == 2
+    assert [row["se"] for row in json.loads(files["e.json"].read_text())["values"]] == [None, None]
     out = run("eval", tmp_path / "scored.parquet", "--lam-grid", "a=0:1:2", "--out", files["g.json"])
     assert "± n/a (1 prompt)" in out and "nan" not in out
     for name in ("p.json", "e.json", "g.json"):

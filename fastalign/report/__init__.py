@@ -62,10 +62,7 @@ class Value:
 
     def show_error(self, report: Report) -> str:
         """ "± 0.030", or why there is none: a single prompt, or a single candidate to draw from."""
-        if report.prompts < 2 or report.candidates < 2:
-            few = "prompt" if report.prompts < 2 else "candidate"
-            return f"± n/a (1 {few})"
-        return f"± {self.show(self.se)}"
+        return f"± n/a (1 {report.lone})" if report.lone else f"± {self.show(self.se)}"
 
     def show(self, level: float, sign: str = "") -> str:
         """A level as the report prints it."""
@@ -105,6 +102,11 @@ class Report:
     realised_rewards: np.ndarray = field(repr=False)
     weights: np.ndarray = field(repr=False)
     duals: tuple[Dual, ...] = field(repr=False)  # the per-prompt and the joint form; none of a single prompt
+
+    @property
+    def lone(self) -> str:
+        """What there is a single one of, so that nothing is known of errors: "prompt" or "candidate"; else ""."""
+        return "prompt" if self.prompts < 2 else "candidate" if self.candidates < 2 else ""
 
     @property
     def agrees(self) -> bool:
@@ -160,7 +162,9 @@ class Report:
             "headline": self.headline,
             "agrees": self.agrees,
             "notes": self.notes,
-            "values": [{**{name: getattr(v, name) for name in names}, "lambda": v.lam} for v in self.values],
+            "values": [
+                {**{name: getattr(v, name) for name in names}, "lambda": v.lam, **({"se": None} if self.lone else {})} for v in self.values
+            ],
             "kl": self.kl,
             "ess": self.ess,
             "ess_per_prompt": {"min": self.ess_per_prompt.min(), "median": np.median(self.ess_per_prompt), "mean": self.ess_per_prompt.mean()},
