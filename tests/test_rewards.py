@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -200,9 +201,101 @@ def test_register(monkeypatch):
     assert rewards.score(["length"], ["p"], ["four"])[0, 0] == 0
 
 
+def longer(prompts, responses, unit=1):
+    return [len(r) / unit - len(p) for p, r in zip(prompts, responses, strict=True)]
+
+
+class Longer:
+    name = "longer"
+
+    def __init__(self, unit=1):
+        self.unit = unit
+
+    def __call__(self, prompts, responses):
+        return np.array(longer(prompts, responses, self.unit), dtype=np.float32)
+
+
+class Nameless:
+    """No reward, for want of a name: a function as an object."""
+
+    def __call__(self, prompts, responses):
+        return longer(prompts, responses)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("fastalign.rewards.registry._entries", dict(rewards.registry._entries))
+    monkeypatch.setattr("fastalign.rewards.registry._instances", {})
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        longer,
+        lambda prompts, responses: longer(prompts, responses),
+        lambda prompts, completions, **kwargs: longer(prompts, completions),  # as TRL calls its reward functions
+        lambda p, r, *more: longer(p, r),
+        partial(longer, unit=1),
+        Nameless(),
+        Nameless().__call__,
+        Longer(),
+        Longer,  # a class with a name of its own
+        lambda: Longer(),
+        lambda unit=1: Longer(unit),
+        lambda **options: Longer(**options),
+        partial(Longer, unit=1),
+        lambda: rewards.from_function(longer, "inner"),
+    ],
+)
+def test_register_takes_functions_factories_and_rewards(registry, reward):
+    rewards.register("longer", reward)
+    assert rewards.score("longer", ["p", "pp"], ["four", "four"])[:, 0].tolist() == [3, 2]
+    assert rewards.get("longer") is rewards.get("longer")
+
+
+def test_options_go_to_a_factory_only(registry):
+    rewards.register("made", Longer)
+    assert rewards.get("made", unit=2)([""], ["four"])[0] == 2
+    rewards.register("plain", longer)
+    with pytest.raises(UserError, match="'plain' was registered as it is and takes no options, got unit"):
+        rewards.get("plain", unit=2)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda responses: [0.0], r"parameters \(responses\)"),
+        (lambda prompts, responses, labels: [0.0], r"parameters \(prompts, responses, labels\)"),
+        (lambda *texts: [0.0], r"parameters \(\*texts\)"),
+        (lambda *, prompts, responses: [0.0], r"parameters \(\*, prompts, responses\)"),
+        (max, "wrap it in a def"),
+        (3, "got int"),
+    ],
+)
+def test_register_refuses_what_is_neither(registry, reward, said):
+    with pytest.raises((UserError, TypeError), match=f"reward must be a function of .prompts, responses.*{said}"):
+        rewards.register("odd", reward)
+
+
+def test_a_factory_that_makes_no_reward_is_told(registry):
+    rewards.register("odd", lambda: longer)
+    with pytest.raises(TypeError, match=r"factory of reward 'odd' must return a reward .* got function"):
+        rewards.score("odd", ["p"], ["r"])
+
+
+def test_the_old_name_of_log_likelihood_still_works(registry):
+    with pytest.warns(FutureWarning, match="'perplexity' is now named 'log_likelihood'"):
+        old = rewards.get("perplexity")
+    assert isinstance(old, rewards.LogLikelihood) and old.name == "perplexity"  # files and palettes have this name
+    assert rewards.get("log_likelihood").name == "log_likelihood" and rewards.Perplexity is rewards.LogLikelihood
+    assert "perplexity" not in rewards.available()
+    with pytest.raises(UserError, match="old name"):
+        rewards.register("perplexity", longer)
+
+
 def test_available_names_all_six():
     names = rewards.available()
-    assert list(names)[:6] == ["positive", "harmless", "coherence", "perplexity", "diversity", "readability"]
+    assert list(names)[:6] == ["positive", "harmless", "coherence", "log_likelihood", "diversity", "readability"]
     assert names["diversity"].installed and all(info.description for info in names.values())
 
 
@@ -210,7 +303,7 @@ def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(
-        UserError, match=r"'positive' needs the package vaderSentiment.*pip install fastalign\[demo\]"
+        UserError, match=r"'positive' needs the package vaderSentiment.*pip install 'fastalign\[demo\]'"
     ) as error:
         rewards.score([rewards.Positive()], ["p"], ["r"])
     assert "\n" not in str(error.value)

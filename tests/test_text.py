@@ -252,11 +252,11 @@ def test_rewards_of_conversations():
     tokenizer = tiny_tokenizer(chat=True)
     model = tiny_causal_lm(tokenizer)
     prompts = [[SYSTEM, USER], [USER], [USER, BEGUN], "who sat"]
-    own = rewards.Perplexity(model=model, tokenizer=tokenizer)
+    own = rewards.LogLikelihood(model=model, tokenizer=tokenizer)
     scores = rewards.score([own], prompts, [" a dog"] * 4)[:, 0]
     texts = ["system be brief</s><s>user who sat</s><s>assistant ", "user who sat</s><s>assistant "]
     texts += ["user who sat</s><s>assistant the cat", texts[1]]
-    plain = rewards.Perplexity(model=model, tokenizer=tokenizer, chat=False)
+    plain = rewards.LogLikelihood(model=model, tokenizer=tokenizer, chat=False)
     assert scores == pytest.approx(plain([f"<s>{text}" for text in texts], [" a dog"] * 4), abs=1e-6)
     assert len(set(scores[:3])) == 3
     seen = []
@@ -292,7 +292,7 @@ def test_rewards_tell_what_cannot_be_encoded(prompt, reply, message):
     model = tiny_causal_lm(tokenizer)
     tokenizer.add_tokens([f"<new{i}>" for i in range(9)])
     with pytest.raises(UserError, match=message):
-        rewards.Perplexity(model=model, tokenizer=tokenizer)([prompt], [reply])
+        rewards.LogLikelihood(model=model, tokenizer=tokenizer)([prompt], [reply])
 
 
 def test_a_text_that_is_read_back_is_scored_on_its_own_tokens(metaspace):

@@ -24,7 +24,7 @@ What runs where is tried, at first use, not read from this table (`fastalign inf
 
 {summary}
 
-| model | sampled on | scored on | pairs | sampling, float32 | sampling, float64 | fused_forward | pairs (DPO) | PPO | perplexity |
+| model | sampled on | scored on | pairs | sampling, float32 | sampling, float64 | fused_forward | pairs (DPO) | PPO | log_likelihood |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 

@@ -46,7 +46,7 @@ def from_hub(name: str, *, split: str, what: str):
     try:
         import datasets
     except ImportError:
-        rule = "and a hub name needs the package 'datasets': pip install fastalign[trl]"
+        rule = "and a hub name needs the package 'datasets': pip install 'fastalign[trl]'"
         raise UserError(f"{name}: no such file of {what}, {rule}") from None
     try:
         return datasets.load_dataset(name, split=split)

@@ -42,7 +42,7 @@ def install() -> None:
     try:
         from trl.trainer import utils
     except ImportError:
-        raise UserError("integrations.trl.install() needs trl: pip install fastalign[trl]") from None
+        raise UserError("integrations.trl.install() needs trl: pip install 'fastalign[trl]'") from None
     _check(utils)
     replacements = {
         "_ChunkedLogProbFunction": _head(utils._ChunkedLogProbFunction),

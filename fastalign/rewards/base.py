@@ -24,6 +24,11 @@ class Reward(Protocol):
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray: ...
 
 
+def is_reward(item: object) -> bool:
+    """Whether it is one, and not the class of one."""
+    return isinstance(item, Reward) and callable(item) and not isinstance(item, type)
+
+
 def with_conversations(prompts: Sequence[str | Sequence[dict]]) -> Sequence[str]:
     """The prompts, those that are lists of messages as Conversations. Raises UserError."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):

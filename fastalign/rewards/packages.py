@@ -15,5 +15,5 @@ def require(module: str, distribution: str, reward: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = "" if error.name == module.partition(".")[0] else f" ({error.name} is missing)"
         raise UserError(
-            f"reward {reward!r} needs the package {distribution}{missing}: pip install fastalign[demo]"
+            f"reward {reward!r} needs the package {distribution}{missing}: pip install 'fastalign[demo]'"
         ) from None

