@@ -131,7 +131,13 @@ def test_the_pilot_and_the_run_load_the_model_once(job, tmp_path, monkeypatch):
         Sampler, "from_pretrained", lambda *args, **options: loaded.append(args) or load(*args, **options)
     )
     code, told, _ = fastalign(*job, "--pilot", "--out", tmp_path / "candidates.parquet")
-    assert code == 0 and "pilot of 4 prompts × 16 candidates: KL" in " ".join(told.split()) and len(loaded) == 1
+    told = " ".join(told.split())
+    assert (
+        code == 0
+        and "pilot: 16 candidates a prompt are worth" in told
+        and "4 prompts × 32" in told
+        and len(loaded) == 1
+    )
     assert fastalign(*job, "--resume", "--out", tmp_path / "candidates.parquet")[0] == 0
     assert len(loaded) == 1  # what is there needs no model
 
