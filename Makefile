@@ -1,5 +1,6 @@
 # make demo · make test · make bench · make lint
-# A virtual environment in .venv, torch's CPU build first (pip's default for an open range is a CUDA build of several GB).
+# A virtual environment in .venv, torch first. On Linux pip's torch is a CUDA build of several GB: for a CPU build make .venv and put
+# one in before, with the command of https://pytorch.org/get-started/locally/; it stays, where it is of the version below.
 
 PYTHON ?= python3
 VENV   ?= .venv
