@@ -1,4 +1,7 @@
-"""How a command is registered: its help ends with an example, and a user's mistake ends it with one line."""
+"""How a command is registered: its help ends with an example, a user's mistake ends it with one line, --json prints what it returns.
+
+Exit codes: 0 done, 1 a mistake of the user's, 2 usage, 3 a palette that is proved infeasible, 130 Ctrl-C, 143 SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +28,13 @@ from fastalign.data import outputs
 from fastalign.data.files import STDOUT
 from fastalign.errors import Terminated, UserError, printable
 
+UNWRAPPED = 400  # columns, where nobody's terminal folds the lines
 JSON = ("map_", "eval_")  # the commands whose output is JSON
 OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
+INFEASIBLE = 3
+_AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
+Found = Mapping[str, Any]  # what a command returns and --json prints
+AsJson = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else, on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and was made otherwise.")]
 
 
@@ -41,19 +50,31 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
         interrupted = "interrupted" + (f"; {keeps} are kept, and the same command goes on from them" if keeps else "")
 
         def register(function: Callable) -> Callable:
+            signature = inspect.signature(function, eval_str=True)
+
             @functools.wraps(function)
-            def guarded(*args, **kwargs):
+            def guarded(*args, as_json: bool = False, **kwargs):
+                token = _AS_JSON.set(as_json)
                 try:
-                    _protect(function.__name__, inspect.signature(function).bind(*args, **kwargs).arguments)
+                    _protect(function.__name__, signature.bind(*args, **kwargs).arguments)
                     with _terminable(), outputs.said_by(_say), nullcontext() if serves else progress.at_work(name):
-                        return function(*args, **kwargs)
+                        found = function(*args, **kwargs)
+                    if as_json:
+                        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+                    if kwargs.get("allow_infeasible") is False and found["feasible"] is False:
+                        raise typer.Exit(INFEASIBLE)
                 except KeyboardInterrupt as stopped:
                     _fail(str(stopped) or interrupted, 143 if isinstance(stopped, Terminated) else 130)
                 except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
                     if not _is_users(error):
                         raise
                     _fail(_one_line(error))
+                finally:
+                    _AS_JSON.reset(token)
 
+            if signature.return_annotation is not None:
+                option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+                guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
             name = function.__name__.rstrip("_").replace("_", "-")
             return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
 
@@ -64,10 +85,12 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
 
 def console(*, markup: bool = False, out: Path | None = None):
     """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out: where the command
-    writes: for "-" what is shown goes to stderr."""
+    writes: for "-" what is shown goes to stderr; with --json nothing is shown."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=markup, emoji=False, stderr=str(out) == STDOUT)
+    width = None if sys.stdout.isatty() else UNWRAPPED
+    stderr = str(out) == STDOUT
+    return Console(highlight=False, markup=markup, emoji=False, stderr=stderr, width=width, quiet=_AS_JSON.get())
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from fastalign import cli_soup, cli_soup_front, cli_train
-from fastalign._command import Overwrite, named_values, registrar, warn_in_one_line
+from fastalign._command import Found, Overwrite, named_values, registrar, warn_in_one_line
 from fastalign._command import console as _console
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
-from fastalign.data.files import STDOUT
+from fastalign.data.files import STDOUT, read_json
 from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
 
@@ -156,7 +156,7 @@ def sample(
     workers: Annotated[int | None, typer.Option(help="Of Ray; default one per GPU, else one per machine.")] = None,
     worker_cpus: Annotated[float | None, typer.Option(help="CPUs of each; default all, shared out.")] = None,
     worker_gpus: Annotated[float | None, typer.Option(help="GPUs of each; default 1 where there are any.")] = None,
-) -> None:
+) -> Found:
     """Draw N candidates per prompt from a model; or texts of p_λ straight away, with --method."""
     from fastalign import pipeline
     from fastalign.data import prompts as sources
@@ -166,8 +166,7 @@ def sample(
             raise UserError(
                 "--more goes by what the file says: give --out with it, and no model, prompts or --overwrite"
             )
-        _drawn(out, pipeline.sample_more(out, more, device=device, show_progress=True))
-        return
+        return _drawn(out, pipeline.sample_more(out, more, device=device, show_progress=True))
     if prompts is None:
         raise UserError("give --prompts, or --more with a file to add to")
     texts = sources.load(prompts, column=column)
@@ -197,18 +196,19 @@ def sample(
     )  # fmt: skip
     spent = found.settings.get("spent")
     if spent is None:
-        _drawn(out, found)
-        return
+        return _drawn(out, found)
     each = f"{spent['candidates'] / len(found.prompts):.4g} candidates each"
     what = f"{found.n} particles" if method is Drawing.particles else f"{found.n} picked of {each}"
     _console().print(f"{out}: {len(found.prompts)} prompts × {what}, {spent['tokens']:,} tokens")
     if spent.get("short"):
         _console().print(f"{spent['short']} prompts had too few effective candidates with all {n}", style="yellow")
+    return {"out": str(out), "prompts": len(found.prompts), "n": found.n, "spent": spent}
 
 
-def _drawn(out: Path, found) -> None:
+def _drawn(out: Path, found) -> Found:
     tokens = sum(len(ids) for row in found.token_ids for ids in row)
     _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+    return {"out": str(out), "prompts": len(found.prompts), "n": found.n, "tokens": tokens}
 
 
 def _source(model: str | None, server: str | None, engine: Engine) -> str:
@@ -230,7 +230,7 @@ def score(
     rewards: Annotated[str, typer.Option(help="Comma-separated names; `fastalign info` lists them.")],
     out: Annotated[Path, typer.Option(help="Where the scored candidates go (Parquet).")],
     overwrite: Overwrite = False,
-) -> None:
+) -> Found:
     """Score every candidate with one or more rewards."""
     from fastalign import pipeline
 
@@ -238,11 +238,13 @@ def score(
     found = pipeline.score(candidates, names, out, overwrite=overwrite, show_progress=True)
     console = _console()
     console.print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates")
+    told = {}
     for name in names:
-        values = found.rewards[name]
-        console.print(
-            f"  {name:<12} mean {values.mean():8.4f}   sd {values.std():7.4f}   {values.min():.4f} … {values.max():.4f}"
-        )
+        x = found.rewards[name]
+        told[name] = {"mean": float(x.mean()), "sd": float(x.std()), "min": float(x.min()), "max": float(x.max())}
+        mean, sd, least, most = told[name].values()
+        console.print(f"  {name:<12} mean {mean:8.4f}   sd {sd:7.4f}   {least:.4f} … {most:.4f}")
+    return {"out": str(out), "prompts": len(found.prompts), "n": found.n, "rewards": told}
 
 
 @command("fastalign map scored.parquet --quantile 0.7 --out palette.json")
@@ -265,9 +267,12 @@ def map_(
         Path | None,
         typer.Option(help="Write figures into this folder, as SVG and PNG: the way to the palette, and histograms."),
     ] = None,
+    allow_infeasible: Annotated[
+        bool, typer.Option("--allow-infeasible", help="End with 0, not with 3, where the palette is proved infeasible.")
+    ] = False,
     overwrite: Overwrite = False,
-) -> None:
-    """Solve for the weights λ that realise a palette, or say that none can."""
+) -> Found:
+    """Solve for the weights λ that realise a palette, or say that none can (exit code 3)."""
     from fastalign import pipeline
 
     found = pipeline.solve_palette(
@@ -295,6 +300,7 @@ def map_(
     console.print(f"{out}")
     if plot is not None:
         console.print(f"{plot}")
+    return found
 
 
 @command("fastalign pareto scored.parquet --quantile 0.6,0.7,0.8 --out fronts")
@@ -321,7 +327,7 @@ def pareto(
     lambdas: Annotated[int, typer.Option(help="How many random λ.")] = 1000,
     seed: Seed = 0,
     overwrite: Overwrite = False,
-) -> None:
+) -> Found:
     """What these candidates allow: exact fronts, random λ, the ways to palettes, best-of-N and merged models beside them."""
     from fastalign.report.pareto import write
 
@@ -332,7 +338,7 @@ def pareto(
     console = _console()
     if found is None:
         console.print(f"{out / 'pareto.html'}")
-        return
+        return read_json(out / "pareto.json")
     for kl, front in found.fronts.items():
         best = ", ".join(f"{name} {x:.4f}" for name, x in zip(found.values, front.levels.max(axis=0), strict=True))
         console.print(f"within KL {kl:.2f} nats, one value at a time: {best}")
@@ -343,6 +349,7 @@ def pareto(
         )
     console.print(f"{found.region.desirable.mean():.1%} of {lambdas:,} random λ leave no value below the model's mean")
     console.print(f"{out / 'pareto.html'}")
+    return read_json(out / "pareto.json")
 
 
 @command("fastalign palette-ui scored.parquet", serves=True)
@@ -375,29 +382,37 @@ def select(
     ] = Method.resample,
     seed: Seed = 0,
     overwrite: Overwrite = False,
-) -> None:
+) -> Found:
     """Resample the candidates under p_λ, or keep the best."""
+    import numpy as np
+
     from fastalign import pipeline
 
     found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed, overwrite=overwrite)
     console = _console()
     console.print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
-    told = pipeline.expected(scored, palette)
+    told, result = pipeline.expected(scored, palette), {"out": str(out), "prompts": len(found.prompts), "k": found.n}
     if method is Method.best:
         from fastalign.decode import best_of_n_kl
 
+        result["kl_bound"] = float(best_of_n_kl(told.n))
         console.print(f"best of {told.n}: KL at most {best_of_n_kl(told.n):.3f} nats, where no scores tie")
     else:
-        values = zip(found.settings["selection"]["values"], told.values[0], told.stderr[0], strict=True)
+        values = list(zip(found.settings["selection"]["values"], told.values[0], told.stderr[0], strict=True))
+        errors = {name: None if np.isnan(se) else float(se) for name, _, se in values}
+        result |= {"expected": {name: float(mean) for name, mean, _ in values}, "standard_errors": errors}
+        result |= {"ess": float(told.ess[0]), "n": told.n}
         rows = (f"{name} {plus_minus(mean, se, told.prompts, digits=4)}" for name, mean, se in values)
         console.print("expected " + ", ".join(rows))
         worth = f"effective sample size {told.ess[0]:.1f} of {told.n} a prompt"
         if "spent" in found.settings:  # particles, whose weights say nothing of the distance to the model
             console.print(worth)
         else:
+            result["kl"] = float(told.kl[0])
             console.print(f"KL {told.kl[0]:.3f} nats, {worth}")
             if told.doubt:
                 console.print(told.doubt, style="yellow")
+    return result
 
 
 @command(
@@ -414,7 +429,7 @@ def eval_(
     html: Annotated[Path | None, typer.Option(help="Write a page with figures, one self-contained file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Write each figure into this folder, as SVG and PNG.")] = None,
     overwrite: Overwrite = False,
-) -> None:
+) -> Found:
     """Hold the selected texts against the palette: before, asked for, predicted, realised. Or look along a grid of λ."""
     from fastalign import pipeline
 
@@ -423,12 +438,14 @@ def eval_(
             raise UserError(
                 "--lam-grid needs the scored file alone: leave out --selected, --palette, --html, --figures"
             )
-        _show_grid(pipeline.evaluate_grid(scored, lam_grid, out, overwrite=overwrite), _console(out=out))
-        return
+        found = pipeline.evaluate_grid(scored, lam_grid, out, overwrite=overwrite)
+        _show_grid(found, _console(out=out))
+        return found
     if selected is None or palette is None:
         raise UserError("give --selected and --palette, or --lam-grid")
     found = pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures, overwrite=overwrite)
     found.print(_console(out=out))
+    return found.to_json()
 
 
 def _show_grid(found: dict, console) -> None:
@@ -495,14 +512,14 @@ def info(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
+) -> Found:
     """Version, backend, instruction set, compiled kernels, optional packages, rewards; or a model's paths."""
-    from fastalign.info import show, show_model
+    from fastalign.info import about, show, show_model
 
     if model is not None:
-        show_model(_console(), model, dtype=dtype, device=device)
-    else:
-        show(_console(markup=True))
+        return show_model(_console(), model, dtype=dtype, device=device)
+    show(_console(markup=True))
+    return about()
 
 
 @app.callback()

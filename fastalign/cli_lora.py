@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastalign._command import console
+from fastalign._command import Found, console
 from fastalign.errors import UserError
 
 
 def mix(
     models: Sequence[str], rows, out: Path, *, rank: int | None, dtype: str | None, force: bool, overwrite: bool
-) -> None:
+) -> Found:
     """Adapters into one adapter each for the rows of weights."""
     from fastalign.soup import merge_adapters
 
-    told = console()
-    for made in merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite):
+    told, every = console(), merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
+    for made in every:
         told.print(_line(made), soft_wrap=True, markup=False)
+    return {"adapters": [made._asdict() for made in every]}
 
 
 def extract(
     models: Sequence[str], base: str | None, out: Path, *, rank: int | None, energy: float | None, dtype: str | None, force: bool,
     overwrite: bool,
-) -> None:  # fmt: skip
+) -> Found:  # fmt: skip
     """An adapter out of a tuned model and its base."""
     from fastalign.soup import extract_adapter
 
@@ -40,6 +41,7 @@ def extract(
             f"{len(found.left_out)} other tensors differ too and are not in it ({few}): {found.kept_of_all:.2%} of all difference kept",
             soft_wrap=True, markup=False,
         )  # fmt: skip
+    return {"adapters": [found.made._asdict()], "left_out": found.left_out, "kept_of_all": found.kept_of_all}
 
 
 def _line(made) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastalign import cli_lora
-from fastalign._command import Overwrite, console, numbers, registrar
+from fastalign._command import Found, Overwrite, console, numbers, registrar
 from fastalign.errors import UserError, printable
 
 
@@ -97,7 +97,7 @@ def soup(
     ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
-) -> None:  # fmt: skip
+) -> Found:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
     from fastalign.soup import methods, read_recipe
     from fastalign.soup import plan as plans
@@ -144,7 +144,7 @@ def soup(
             models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
             normalize=normalize, force=force, **sizes,
         )  # fmt: skip
-    _merge(made, dry_run, sync, strict, overwrite)
+    return _merge(made, dry_run, sync, strict, overwrite)
 
 
 def _parameters(given: list[str]) -> dict:
@@ -160,7 +160,7 @@ def _parameters(given: list[str]) -> dict:
     return found
 
 
-def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> None:
+def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Found:
     """Say what is planned, do it unless told not to, and say how fast it was."""
     from fastalign.soup import estimate, execute
     from fastalign.soup import plan as plans
@@ -173,13 +173,16 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> No
         already_made(made, overwrite=overwrite)
         told.print(estimate.told(made), soft_wrap=True, markup=False)
         told.print("dry run: nothing was written")
-        return
+        return {"out": str(out), "plan": list(made.describe()), "estimate": estimate.told(made)}
     found = execute(made, sync=sync, strict=strict, overwrite=overwrite)
+    result = {"out": str(out), "soups": found.models, "shards": len(made.layout), "resumed": found.resumed}
+    result |= {"read_bytes": found.read_bytes, "written_bytes": found.written_bytes, "seconds": found.seconds}
+    result["not_finite"] = found.not_finite or None
     if found.not_finite:
         print(printable(f"fastalign: {out}: {found.not_finite}"), file=sys.stderr)
     if found.resumed == len(made.layout) and not found.read_bytes:
         told.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
-        return
+        return result
     moved = found.read_bytes + found.written_bytes
     went_on = f", {found.resumed} of {len(made.layout)} shards were there already" if found.resumed else ""
     told.print(
@@ -187,3 +190,4 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> No
         soft_wrap=True,
         markup=False,
     )
+    return result

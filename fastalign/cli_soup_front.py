@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastalign._command import Overwrite, console, names, registrar
+from fastalign._command import Found, Overwrite, console, names, registrar
+from fastalign.data.files import read_json
 from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
 
@@ -42,7 +43,7 @@ def soup_front(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> Found:  # fmt: skip
     """Measure soups along ρ with rewards, writing no model; choose the ρ for a palette."""
     from rich.table import Table
 
@@ -82,3 +83,4 @@ def soup_front(
             )
         told.print(chosen["verdict"])
     told.print(f"{out / front.RECORD}", soft_wrap=True)
+    return read_json(out / front.RECORD)

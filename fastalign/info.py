@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from typing import Any
 
 import torch
 
@@ -58,8 +59,20 @@ def show(console) -> None:
     console.print(table)
 
 
-def show_model(console, name: str, *, dtype: str, device: str) -> None:
-    """Load a model and print which path each of its parts takes, and why another is not taken."""
+def about() -> dict[str, Any]:
+    """The same as JSON values."""
+    engine = backend.engine
+    isa = {} if engine is None else {"isa": engine.active_isa(), "available": list(engine.available_isas())}
+    return {
+        "fastalign": fastalign.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "compiled": engine is not None, **isa, "gpu": _gpu(), "gpu_kernels": list(kernels.names()),
+        "packages": {name: _version(name) for name in OPTIONAL},
+        "rewards": {name: what._asdict() for name, what in rewards.available().items()},
+    }  # fmt: skip
+
+
+def show_model(console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
+    """Load a model, print which path each of its parts takes, and why another is not taken, and return that."""
     import warnings
 
     from fastalign.decode import Sampler
@@ -70,6 +83,7 @@ def show_model(console, name: str, *, dtype: str, device: str) -> None:
         rows = paths(sampler)
     for part, path, why in rows:
         console.print(f"{part:26}{path}" + (f" ({why})" if why else ""), soft_wrap=True)
+    return {part: {"path": path, "why": why} for part, path, why in rows}
 
 
 def paths(sampler) -> list[tuple[str, str, str]]:

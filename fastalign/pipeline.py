@@ -316,7 +316,8 @@ def solve_palette(
         from fastalign.report.pareto import plot_palette
 
         plot_palette(scored, result, plot)
-    write_json(out, result | {"made": outputs.completed(record, figures=plot)})
+    result["made"] = outputs.completed(record, figures=plot)
+    write_json(out, result)
     return result
 
 
@@ -457,7 +458,8 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: 
         for i in range(len(found.lam))
     ]  # fmt: skip
     result = {"kind": "lam_grid", "version": 1, "values": names, "prompts": found.prompts, "n": found.n, "rows": rows}
-    write_json(out, result | {"made": record})
+    result["made"] = record
+    write_json(out, result)
     return result
 
 

@@ -232,3 +232,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_rewards_that_float32_cannot_hold_are_refused():
     with pytest.raises(UserError, match=r"rewards\['a'\] must fit float32, got 1e[+]39"):
         Candidates(["p"], [["a", "b"]], [[[1], [1]]], [[[-0.1], [-0.1]]], rewards={"a": np.array([[1.0, 1e39]])})
+
+
+def test_candidates_can_be_looked_at():
+    whole = Candidates(["p <b>", "q"], [["a", "b"]] * 2, [[[1], [2, 3]]] * 2, [[[-0.5], [-0.25, -0.5]]] * 2)
+    assert repr(whole) == "Candidates: 2 prompts × 2"
+    scored = whole.with_rewards(["kind", "tokens"], np.arange(8.0).reshape(4, 2))
+    assert repr(scored) == "Candidates: 2 prompts × 2, 2 rewards"
+    table = scored.to_pandas()
+    assert table.columns.tolist() == [
+        "prompt_id",
+        "candidate_id",
+        "prompt",
+        "text",
+        "tokens",
+        "logprob",
+        "kind",
+        "reward:tokens",
+    ]
+    assert table["logprob"].tolist() == [-0.5, -0.75] * 2 and table["kind"].tolist() == [0, 2, 4, 6]
+    assert table["tokens"].tolist() == [1, 2] * 2 and scored.take(np.array([[1], [0]])).to_pandas()[
+        "text"
+    ].tolist() == ["b", "a"]
+    page = scored._repr_html_()
+    assert "p &lt;b&gt;" in page and "<b>" not in page

@@ -307,3 +307,34 @@ def test_a_job_is_its_settings_and_the_content_of_its_inputs(work):
     assert outputs.differing(record, {**again, "k": [1, 3]}) == "k"
     with pytest.raises(UserError, match=r"^moved.txt: is an input, and cannot be the output$"):
         outputs.claim("moved.txt", outputs.Job("x", {"a": "moved.txt"}), overwrite=True)
+
+
+@every_command
+def test_what_is_printed_as_json(name, work):
+    code, out, err = fastalign(*argued(name, "--out", "out", "--json"))
+    assert code == 0, err
+    found = json.loads(out)  # and nothing else is on stdout
+    assert isinstance(found, dict) and found
+    again = json.loads(fastalign(*argued(name, "--out", "out", "--json"))[1])  # from what is there
+    if name not in ("soup",):  # which tells what it moved
+        assert again == found
+
+
+def test_json_of_info():
+    assert json.loads(fastalign("info", "--json")[1])["fastalign"]
+
+
+def test_an_infeasible_palette_has_a_code_of_its_own(work):
+    asked = ["map", "scored.parquet", "--palette", "9,9"]
+    code, out, err = fastalign(*asked, "--out", "out")
+    assert code == 3 and "infeasible" in out and not err
+    assert fastalign(*asked, "--out", "out")[0] == 3  # also of what is there
+    assert json.loads(Path("out").read_text())["feasible"] is False
+    assert fastalign(*asked, "--out", "out", "--allow-infeasible")[0] == 0
+    code, out, _ = fastalign(*asked, "--out", "out", "--json")
+    assert code == 3 and json.loads(out)["feasible"] is False
+
+
+def test_lines_are_not_folded_where_no_terminal_is(work):
+    code, out, _ = fastalign(*argued("pareto", "--out", "a folder with a long name" * 6))
+    assert code == 0 and "a folder with a long name" * 6 + "/pareto.html" in out

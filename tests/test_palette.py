@@ -413,3 +413,23 @@ def test_quantile_palette():
 def test_mistakes_in_a_quantile_palette(arguments, options, message):
     with pytest.raises(UserError, match=message):
         quantile_palette(*arguments, **options)
+
+
+def test_a_solution_can_be_looked_at():
+    import pandas as pd
+
+    rewards = np.random.default_rng(0).normal(size=(200, 2))
+    table = pd.DataFrame(rewards, columns=["kind", "short"])
+    found = solve(table, [0.2, 0.3])
+    assert found.values == ("kind", "short") and np.allclose(found.lam, solve(rewards, [0.2, 0.3]).lam, rtol=1e-9)
+    header, names, first, second = repr(found).splitlines()
+    assert header.startswith("PaletteSolution: feasible, KL ") and names.split() == ["λ", "asked", "for", "reached"]
+    assert first.split()[::2] == ["kind", "0.2"] and second.split()[0] == "short"
+    assert "<td>kind</td>" in found._repr_html_()
+    beyond = solve(rewards, [9, 0.3], values=["<a>", "b"])
+    assert "infeasible" in repr(beyond) and "nearest" in repr(beyond) and "&lt;a&gt;" in beyond._repr_html_()
+    many = solve(rewards, np.full((12, 2), 0.1))
+    assert (
+        repr(many).startswith("PaletteSolution: 12 palettes of 2 values, 12 feasible")
+        and len(repr(many).splitlines()) == 12
+    )

@@ -12,6 +12,7 @@ The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ _REWARD = "reward:"
 _CONVERSATION = "is_conversation"
 
 
-@dataclass
+@dataclass(repr=False)
 class Candidates:
     """P prompts with N candidates each.
 
@@ -65,6 +66,42 @@ class Candidates:
         for name, values in self.rewards.items():
             if values.shape != (count, self.n):
                 raise UserError(f"rewards[{name!r}] must have shape {(count, self.n)}, got {values.shape}")
+
+    def __repr__(self) -> str:
+        count = len(self.rewards)
+        rewards = f", {count} reward{'s' * (count > 1)}" if count else ""
+        return f"Candidates: {len(self.prompts)} prompts × {self.n}{rewards}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the first texts of the first prompts."""
+        shown = self.to_pandas(prompts=5, candidates=3)
+        return f"<p>{html.escape(repr(self))}</p>{shown.to_html(index=False, max_cols=20)}"
+
+    def to_pandas(self, *, prompts: int | None = None, candidates: int | None = None):
+        """A pandas DataFrame with a row for each candidate (of the first so many prompts and candidates): prompt_id, candidate_id,
+        prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by its name.
+
+        Raises UserError where pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise UserError("to_pandas needs the package pandas: pip install pandas") from None
+        rows, columns = range(len(self.prompts))[:prompts], range(self.n)[:candidates]
+        places = [(i, j) for i in rows for j in columns]
+        table = {
+            "prompt_id": [int(self.prompt_ids[i]) for i, _ in places],
+            "candidate_id": [j if self.picked is None else int(self.picked[i, j]) for i, j in places],
+            "prompt": [str(self.prompts[i]) for i, _ in places],
+            "text": [self.texts[i][j] for i, j in places],
+            "tokens": [len(self.token_ids[i][j]) for i, j in places],
+            "logprob": [float(np.sum(self.logprobs[i][j])) for i, j in places],
+        }
+        if self.log_weights is not None:
+            table["log_weight"] = [float(self.log_weights[i, j]) for i, j in places]
+        for name, values in self.rewards.items():
+            table[name if name not in table else _REWARD + name] = [float(values[i, j]) for i, j in places]
+        return pd.DataFrame(table)
 
     @property
     def n(self) -> int:

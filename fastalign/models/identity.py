@@ -82,7 +82,7 @@ def described(model: Any) -> dict[str, Any] | None:
 
 def weights_state(model: Any) -> tuple:
     """Changes with every change of the weights in this process, and of which adapters are in force."""
-    versions = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    versions = tuple((p.untyped_storage()._cdata, 0 if p.is_inference() else p._version) for p in model.parameters())
     return versions, tuple(map(_adapter_state, model.modules()))
 
 

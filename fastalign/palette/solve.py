@@ -13,17 +13,20 @@ law does not depend on the prompt; otherwise the joint form reaches more, by lea
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastalign.palette._problem import Problem, starts
 from fastalign.palette._setup import set_up
 from fastalign.palette._small import solve_small
+from fastalign.palette.sources import ParquetRewards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PaletteSolution:
     """What `solve` found. Each field leads with K where the palette was (K, m).
 
@@ -49,6 +52,7 @@ class PaletteSolution:
     nearly_infeasible: feasible, but λ rests on fewer than ten effective samples for each value that binds and one more
         (with groups: or on fewer than two in the mean prompt): other samples of the same model may not reach it.
     unique: False where duplicated or collinear rewards leave λ open; `lam` is then the one of least norm Σ (λ_j σ_j)².
+    palette: what was asked for, (m,) or (K, m). values: the rewards' names.
     """
 
     lam: np.ndarray
@@ -64,6 +68,53 @@ class PaletteSolution:
     duality_gap: Any
     nearly_infeasible: Any
     unique: Any
+    palette: ClassVar[np.ndarray | None] = None
+    values: ClassVar[tuple[str, ...]] = ()
+
+    def shown_with(self, palette: np.ndarray, values: tuple[str, ...]) -> PaletteSolution:
+        """Itself, and what its table tells beside the fields."""
+        object.__setattr__(self, "palette", palette)
+        object.__setattr__(self, "values", values)
+        return self
+
+    def __repr__(self) -> str:
+        header, *rows = self._table()
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(row, widths, strict=True)))
+            for row in (header, *rows)
+        ]
+        return "\n".join([self._verdict(), *lines])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        header, *rows = self._table()
+        cells = [
+            "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
+            for tag, row in [("th", header), *(("td", row) for row in rows)]
+        ]
+        return f"<p>{html.escape(self._verdict())}</p><table>{''.join(cells)}</table>"
+
+    def _verdict(self) -> str:
+        if np.ndim(self.lam) == 2:
+            return f"PaletteSolution: {len(self.lam)} palettes of {np.shape(self.lam)[1]} values, {int(np.sum(self.feasible))} feasible"
+        if not self.feasible:
+            return f"PaletteSolution: infeasible, {float(self.scaling):.1%} of the way can be reached"
+        near = ", nearly infeasible" if self.nearly_infeasible else ""
+        return f"PaletteSolution: feasible{near}, KL {float(self.kl):.3f} nats, effective sample size {float(self.ess):.1f}"
+
+    def _table(self) -> list[list[str]]:
+        """A header and a row for each value; of many palettes, for each of the first ten."""
+        lam, names = np.asarray(self.lam), self.values or tuple(map(str, range(np.shape(self.lam)[-1])))
+        if lam.ndim == 2:
+            rows = [[str(k), *(f"{x:.4g}" for x in row), f"{self.kl[k]:.3f}"] for k, row in enumerate(lam[:10])]
+            return [["", *(f"λ {name}" for name in names), "KL"], *rows]
+        columns = {"λ": lam, "asked for": self.palette, "reached": self.levels, "nearest": self.nearest}
+        columns = {name: column for name, column in columns.items() if column is not None}
+        return [
+            ["", *columns],
+            *([name, *(f"{column[j]:.4g}" for column in columns.values())] for j, name in enumerate(names)),
+        ]
 
 
 def solve(
@@ -76,12 +127,13 @@ def solve(
     tol: float = 1e-9,
     lam_max: float | None = None,
     process_group=None,
+    values: Sequence[str] | None = None,
 ) -> PaletteSolution:
     """Weights λ of the policy p_λ ∝ p0 exp(λ·R) with E_λ[R] ≥ palette at the least KL from p0.
 
     rewards: (n, m), rewards of n samples of p0; numpy array (memory-mapped too) or torch tensor of any device; float32
-        and float64 are read in place, on the CPU and on CUDA. Or a `ParquetRewards`, read in chunks, which brings
-        groups and weights of its own.
+        and float64 are read in place, on the CPU and on CUDA. Or a pandas DataFrame; or a `ParquetRewards`, read in chunks,
+        which brings groups and weights of its own.
     palette: (m,), or (K, m) for K palettes solved side by side, each pass serving all of them.
     groups: (n,) integers, the prompt of each sample: the per-prompt dual mean_x log Z(x, λ) − λ·c, whose policy
         keeps the prompts' distribution (every group counts alike). None: the joint dual, log Z over all samples.
@@ -89,6 +141,7 @@ def solve(
     sense: ">=", "<=" (λ_j ≤ 0) or "==" (λ_j of either sign), for all values or one for each.
     tol: bound on the KKT residual. lam_max: upper bound on each |λ_j|. The levels may then fall short of a palette that
         is feasible: `feasible` still tells whether it can be reached without the bound.
+    values: the rewards' names, for what is shown; default those of a DataFrame's or a ParquetRewards' columns.
     process_group: a torch.distributed group over whose ranks the rows are spread (`dist.group.WORLD` for all): each
         rank passes its own rows and the same palette, and gets the same answer. No prompt may lie on two ranks.
 
@@ -99,14 +152,17 @@ def solve(
     Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights
     that are negative or sum to nothing (in any group).
     """
+    if values is None:
+        values = rewards.values if isinstance(rewards, ParquetRewards) else getattr(rewards, "columns", ())
+    shown = np.array(palette, dtype=np.float64), tuple(map(str, values))
     if groups is None and weights is None and lam_max is None and process_group is None:
         found = solve_small(rewards, palette, sense, tol)
         if found is not None:
-            return PaletteSolution(**found)
+            return PaletteSolution(**found).shown_with(*shown)
     run, palettes, sign = set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group)
     problem = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max, starts)
     problem.minimise()
     found = problem.conclude()
     if np.ndim(palette) == 1:
         found = {name: None if x is None else x[0] for name, x in found.items()}
-    return PaletteSolution(**found)
+    return PaletteSolution(**found).shown_with(*shown)
