@@ -272,7 +272,7 @@ def solve_palette(
     job = outputs.Job("map", {"scored": scored}, settings)
     plot = None if plot is None else Path(plot)
     if (record := outputs.claim(out, job, overwrite=overwrite, figures=plot)) is None:
-        return palettes.read(out)
+        return palettes.read(out, *palettes.WHOLE, optional=("nearest",))
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(values or whole.rewards)
     grid = whole.reward_array(names)
@@ -297,6 +297,7 @@ def solve_palette(
         "nearest": None if first.feasible else first.nearest.tolist(),
         "scaling": None if first.feasible else float(first.scaling),
         "sense": sense,
+        "free": _free(asked, sense, flat),
         "solved_for": solved_for.tolist(),
         "lambda": solution.lam.tolist(),
         "before": before.tolist(),
@@ -319,6 +320,14 @@ def solve_palette(
     result["made"] = outputs.completed(record, figures=plot)
     write_json(out, result)
     return result
+
+
+def _free(asked: np.ndarray, sense: Sequence[str], flat: np.ndarray) -> list[bool]:
+    """Whether nothing is asked of a value: its level is one that no candidate lies beyond."""
+    ends = {">=": flat.min(axis=0), "<=": flat.max(axis=0)}
+    return [
+        side in ends and bool(level == ends[side][j]) for j, (level, side) in enumerate(zip(asked, sense, strict=True))
+    ]
 
 
 def select(
@@ -486,7 +495,9 @@ def evaluate(
 
     whole = Candidates.from_parquet(scored, kind="scored")
     picked = Candidates.from_parquet(selected, kind="selected")
-    solution = palettes.read(palette)
+    solution = palettes.read(
+        palette, "palette", "lambda", "levels", "kl", "ess", "feasible", optional=("nearest", "sense")
+    )
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
     found = report.build(

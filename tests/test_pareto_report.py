@@ -12,6 +12,7 @@ from fastalign.errors import UserError
 from fastalign.palette import plots, quantile_palette
 from fastalign.report.pareto import study
 from fastalign.report.pareto_html import page
+from fastalign.soup.front import SoupFront
 
 NAMES = ["kind", "$brief$ <b>", "funny", "plain", "calm"]
 
@@ -62,6 +63,7 @@ def test_the_pareto_command(scored, tmp_path):
     found = json.loads((out / "pareto.json").read_text())
     assert found["kind"] == "pareto" and found["values"] == ["kind", "brief", "funny"]
     assert found["soups"] == [pytest.approx(rewards(4, 2, 3, seed=1).mean(axis=(0, 1)).tolist(), rel=1e-5)]
+    assert found["soup_names"] == ["soup"] and ">soup<" in (out / "front.svg").read_text()
     assert len(found["region"]["lambda"]) == len(found["region"]["desirable"]) == 80
     assert [p["name"] for p in found["palettes"]] == ["q55", "q60", "far"]
     # Every λ in the file realises what the file says, by another part of the program.
@@ -119,6 +121,52 @@ def test_studies_of_every_size_draw(shape, joint):
     assert json.loads(data) == found.to_json()
 
 
+def test_merged_models_have_their_names(tmp_path):
+    names, x = ["kind", "brief"], rewards(6, 8, 2)
+    scored = write_scored(tmp_path / "scored.parquet", x, names)
+    (tmp_path / "a").mkdir()
+    again = write_scored(tmp_path / "a" / "scored.parquet", x + 0.1, names)
+    rho = np.linspace(0, 1, 3)[:, None] * [1, -1] + [0, 1]
+    front = SoupFront(names, ["runs/mild", "runs/bold"], rho, rewards(3, 4, 2, seed=2), np.ones(2), 4)
+    front.write(tmp_path / "soups.json")
+    out = tmp_path / "out"
+    soups = [part for path in (scored, again, tmp_path / "soups.json") for part in ("--soup", path)]
+    assert fastalign("pareto", scored, *soups, "--lambdas", 20, "--out", out)[0] == 0
+    told = json.loads((out / "pareto.json").read_text())["soup_names"]
+    assert told == ["scored", str(again), "bold", "0.5 mild + 0.5 bold", "mild"]
+    for figure in ((out / "front.svg").read_text(), (out / "pareto.html").read_text()):
+        assert ">0.5 mild + 0.5 bold<" in figure and ">bold<" in figure
+
+
+def test_of_many_merged_models_those_furthest_out_are_named():
+    levels = np.random.default_rng(0).normal(size=(66, 2))
+    found = study(["a", "b"], rewards(5, 8, 2), soups=levels, soup_names=[f"s{k}" for k in range(66)], n_lambda=20)
+    told = [text.get_text() for text in found.figures()["front"].axes[0].texts]
+    assert sorted(told) == sorted({f"s{k}" for k in (*levels.argmin(axis=0), *levels.argmax(axis=0))})
+
+
+@pytest.mark.parametrize("values", ["brief,kind", "kind", "funny,kind,brief"])
+def test_a_palette_of_more_values_is_marked_by_those_named(scored, tmp_path, values):
+    mark = tmp_path / "three.json"
+    assert fastalign("map", scored, "--palette", "kind=0.1,brief=0.2,funny=0", "--out", mark)[0] == 0
+    out = tmp_path / "fronts"
+    code, _, err = fastalign("pareto", scored, "--values", values, "--palette", mark, "--lambdas", 10, "--out", out)
+    assert code == 0, err
+    level = {"kind": 0.1, "brief": 0.2, "funny": 0.0}
+    assert json.loads((out / "pareto.json").read_text())["palettes"][0]["palette"] == [
+        level[name] for name in values.split(",")
+    ]
+
+
+def test_two_palettes_of_one_name_are_both_marked(scored, tmp_path):
+    for folder, quantile in (("a", 0.55), ("b", 0.6)):
+        assert fastalign("map", scored, "--quantile", quantile, "--out", tmp_path / folder / "q60.json")[0] == 0
+    marks = [part for folder in "ab" for part in ("--palette", tmp_path / folder / "q60.json")]
+    assert fastalign("pareto", scored, *marks, "--quantile", "0.6", "--lambdas", 10, "--out", tmp_path / "f")[0] == 0
+    told = [mark["name"] for mark in json.loads((tmp_path / "f" / "pareto.json").read_text())["palettes"]]
+    assert told == ["q60", str(marks[1]), str(marks[3])]
+
+
 def test_no_palettes_and_no_soups_is_fine():
     found = study(NAMES[:2], rewards(5, 16, 2), n_lambda=20)
     assert set(found.figures()) == {"front", "region", "ess"} and found.to_json()["palettes"] == []
@@ -159,10 +207,18 @@ def test_palettes_that_do_not_fit_are_told(scored, tmp_path):
     assert code == 0
     said = refused("pareto", scored, "--palette", tmp_path / "most.json", "--out", tmp_path / "fronts")
     assert "must ask for at least its levels in every value, got <=, >=, >=" in said
-    said = refused(
-        "pareto", scored, "--values", "kind", "--palette", tmp_path / "most.json", "--out", tmp_path / "fronts"
-    )
-    assert "its values are kind, brief, funny, not kind" in said
+    for values, says in (
+        ("kind,brief", "must ask for at least its levels in every value, got <=, >="),
+        ("brief", None),  # of which it asks for at least
+    ):
+        command = ("pareto", scored, "--values", values, "--palette", tmp_path / "most.json", "--lambdas", 5)
+        if says:
+            assert says in refused(*command, "--out", tmp_path / "fronts")
+        else:
+            assert fastalign(*command, "--out", tmp_path / "fronts")[0] == 0
+    assert fastalign("map", scored, "--values", "kind", "--quantile", 0.6, "--out", tmp_path / "one.json")[0] == 0
+    said = refused("pareto", scored, "--palette", tmp_path / "one.json", "--out", tmp_path / "f")
+    assert "its values are kind, it has no brief" in said
 
 
 @pytest.mark.parametrize(
@@ -171,6 +227,10 @@ def test_palettes_that_do_not_fit_are_told(scored, tmp_path):
         (lambda x: study(NAMES[:2], x[0]), "rewards must be (prompts, candidates, values), got shape (8, 2)"),
         (lambda x: study(NAMES[:3], x), "values must name the 2 rewards, got 3"),
         (lambda x: study(NAMES[:2], np.where(x > 1, np.nan, x)), "rewards must be finite, got nan"),
+        (
+            lambda x: study(NAMES[:2], x, soups=np.ones((2, 2)), soup_names=["a"]),
+            "soup_names must be 2, one for each of soups, got 1",
+        ),
         (
             lambda x: study(NAMES[:2], x, soups=np.ones((2, 3))),
             "soups must have one level for each of the 2 values, got 3",

@@ -21,6 +21,8 @@ def number(name: str, value: Any, *, missing: float | None = None, least: float 
     except (TypeError, ValueError):
         came = "nothing" if value is None or value == "" else repr(value)
         raise UserError(f"{name} must be a number, got {came}") from None
+    except OverflowError:  # an integer of hundreds of digits
+        found = math.inf
     if not math.isfinite(found):
         raise UserError(f"{name} must be a finite number, got {found}")
     if found < least:

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastalign.data.files import read_json
 from fastalign.data.numbers import number
 from fastalign.errors import UserError
 
+VERSION = 1
 SENSES = (">=", "<=", "==")
+ROWS = ("lambda", "palette", "sense", "levels", "before", "solved_for", "nearest")  # one entry for each value
+NUMBERS = ("kl", "ess", "kkt_residual")
+WHOLE = ("lambda", "palette", "sense", "before", "levels", "kl", "ess", "kkt_residual", "feasible", "candidates")
 
 
-def read(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
+def read(path: str | os.PathLike, *needed: str, optional: Sequence[str] = ()) -> dict[str, Any]:
     """The file's object, with its "values" and what else is needed of it: "lambda", "palette", "sense", "kl" ...
+
+    optional: what is checked like those, where it is there and not null.
 
     Raises FileNotFoundError or UserError, one line that names the file.
     """
     found = read_json(path, kind="palette")
+    if (version := found.get("version", VERSION)) != VERSION:
+        raise UserError(
+            f"{path}: version must be {VERSION}, got {version!r:.60}: run this fastalign's `map` again, with --overwrite"
+        )
     for name in ("values", *needed):
         if name not in found:
-            raise UserError(f"{path}: lacks {name!r}, which a palette file has; run `fastalign map` again")
+            raise UserError(
+                f"{path}: lacks {name!r}, which a palette file has; run `fastalign map` again, with --overwrite"
+            )
     values = found["values"]
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{path}: values must be a list of names, got {values!r:.60}")
     if len(set(values)) < len(values):
         raise UserError(f"{path}: values must be different, got {', '.join(values)}")
-    for name in needed:
-        if name == "kl":
-            number(f"{path}: kl", found[name])
-        elif name in ("lambda", "palette", "sense"):
+    for name in (*needed, *(name for name in optional if found.get(name) is not None)):
+        if name in NUMBERS:
+            _number(f"{path}: {name}", found[name])
+        elif name in ROWS and not (
+            name == "nearest" and found[name] is None
+        ):  # None: the palette itself can be reached
             _row(f"{path}: {name}", found[name], name, len(values))
     return found
+
+
+def of_values(path: str | os.PathLike, found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+    """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one that is not there."""
+    for name in names:
+        if name not in found["values"]:
+            raise UserError(f"{path}: its values are {', '.join(found['values'])}, it has no {name}")
+    return [found["values"].index(name) for name in names]
+
+
+def asked(found: Mapping[str, Any]) -> list[str]:
+    """What is asked of each value, as `fastalign map` takes it: ">= 0.5000", "<= 0.2000", "== 0.1000" or "free"."""
+    free = found.get("free") or [False] * len(found["values"])
+    rows = zip(found["palette"], found["sense"], free, strict=True)
+    return ["free" if nothing or level is None else f"{sense} {level:.4f}" for level, sense, nothing in rows]
 
 
 def _row(where: str, row: Any, name: str, count: int) -> None:
@@ -40,5 +70,11 @@ def _row(where: str, row: Any, name: str, count: int) -> None:
     for i, x in enumerate(row):
         if name == "sense" and x not in SENSES:
             raise UserError(f"{where}[{i}] must be one of {', '.join(SENSES)}, got {x!r:.60}")
-        if name == "lambda" or (name == "palette" and x is not None):  # None: no level is asked of this value
-            number(f"{where}[{i}]", x)
+        if name != "sense" and not (name == "palette" and x is None):  # None: no level is asked of this value
+            _number(f"{where}[{i}]", x)
+
+
+def _number(where: str, x: Any) -> None:
+    if isinstance(x, (str, bool)):  # a number in a text is none, to those who calculate with it
+        raise UserError(f"{where} must be a number, got {x!r:.60}")
+    number(where, x)

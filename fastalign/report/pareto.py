@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +46,7 @@ class Study:
     palettes: dict[str, Way]
     duals: dict[str, tuple[Dual, Dual]]  # both forms at each of the palettes; none of a single prompt
     soups: np.ndarray | None  # (S, m)
+    soup_names: list[str]  # S
 
     @cached_property
     def _tilts(self) -> Tilts:
@@ -84,6 +86,7 @@ class Study:
             "scalarised": {"beta": self.beta, **_lists(self.scalarised)},
             "best_of": [{"n": n, "kl": best_of_n_kl(n), "levels": x.tolist()} for n, x in self.best_of.items()],
             "soups": None if self.soups is None else self.soups.tolist(),
+            "soup_names": self.soup_names,
             "palettes": [
                 {
                     "name": name, "palette": way.palette.tolist(),
@@ -114,6 +117,7 @@ class Study:
             found["front"] = plots.fronts(
                 self.values, {pair: self._pair(*pair) for pair in shown}, before=self.before, cloud=cloud.levels,
                 desirable=self.region.desirable, palettes=asked, soups=self.soups,
+                soup_names=self.soup_names,
             )  # fmt: skip
         if m > 2:
             found["front3d"] = self._in_three(plots, asked)
@@ -167,19 +171,20 @@ class Study:
         return plots.front_in_three(
             self.values[:3], lattice[:, columns], shown, before=self.before[columns],
             palettes=None if asked is None else asked[:, columns],
-            soups=None if self.soups is None else self.soups[:, columns],
+            soups=None if self.soups is None else self.soups[:, columns], soup_names=self.soup_names,
         )  # fmt: skip
 
 
 def study(
     values: Sequence[str], rewards: np.ndarray, *, palettes: Mapping[str, np.ndarray] | None = None,
-    soups: np.ndarray | None = None, joint: bool = False, n_lambda: int = 1000, l1_max: float = L1_MAX, seed: int = 0,
+    soups: np.ndarray | None = None, soup_names: Sequence[str] | None = None, joint: bool = False, n_lambda: int = 1000,
+    l1_max: float = L1_MAX, seed: int = 0,
 ) -> Study:  # fmt: skip
     """Fronts at the KL of best-of-N for a few N, random λ, and the ways to `palettes`, over the same candidates.
 
     values: m names. rewards: (P, N, m), finite. palettes: levels (m,) by name, reached as at least. soups: (S, m),
-    levels that other models reach, such as merged ones. joint: over all candidates at once, which also tilts the
-    prompts. n_lambda, l1_max, seed: of the random λ, see `palette.feasible_region`.
+    levels that other models reach, such as merged ones; soup_names: S, default their numbers. joint: over all candidates
+    at once, which also tilts the prompts. n_lambda, l1_max, seed: of the random λ, see `palette.feasible_region`.
     Raises UserError where shapes do not match or a number is not finite.
     """
     rewards = np.asarray(rewards)
@@ -194,6 +199,10 @@ def study(
             raise UserError(f"soups must have one level for each of the {m} values, got {soups.shape[-1]}")
         if not np.isfinite(soups).all():
             raise UserError(f"soups must be finite, got {soups[~np.isfinite(soups)][0]}")
+    points = 0 if soups is None else len(soups)
+    soup_names = [str(k) for k in range(points)] if soup_names is None else list(soup_names)
+    if len(soup_names) != points:
+        raise UserError(f"soup_names must be {points}, one for each of soups, got {len(soup_names)}")
     tilts = _tilts(rewards, joint)
     several = n > 1 and not joint
     # Best of N is an estimate from n candidates while N is well below n; each is 4 times the one before.
@@ -216,6 +225,7 @@ def study(
         best_of=_best_of(rewards, directions / tilts.scale, ks) if several else {},
         palettes={name: palette_path(flat, c, groups=groups) for name, c in (palettes or {}).items()},
         duals={name: both(rewards, c) for name, c in (palettes or {}).items()} if len(rewards) > 1 else {}, soups=soups,
+        soup_names=soup_names,
     )  # fmt: skip
 
 
@@ -246,7 +256,7 @@ def write(
 ) -> Study | None:  # fmt: skip
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
 
-    palettes: palette files of the same values. quantiles: palettes that ask for this quantile of each value. soups:
+    palettes: palette files of these values and maybe others. quantiles: palettes that ask for this quantile of each value. soups:
     scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
     values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it holds one,
     unless `overwrite` is given.
@@ -268,17 +278,21 @@ def write(
     asked = {f"q{100 * q:g}": quantile_palette(rewards.reshape(-1, len(names)), q) for q in quantiles}
     for path in palettes:
         solution = palette_files.read(path, "palette", "sense")
-        if solution["values"] != names:
-            raise UserError(f"{path}: its values are {', '.join(solution['values'])}, not {', '.join(names)}")
-        if set(solution["sense"]) != {">="}:
-            raise UserError(
-                f"{path}: must ask for at least its levels in every value, got {', '.join(solution['sense'])}"
+        at = palette_files.of_values(path, solution, names)
+        senses, levels = ([solution[row][j] for j in at] for row in ("sense", "palette"))
+        if set(senses) != {">="} or None in levels:
+            came = ", ".join(
+                sense if level is not None else "free" for sense, level in zip(senses, levels, strict=True)
             )
-        asked[Path(path).stem] = np.array(solution["palette"])
-    points = [row for path in soups for row in _soup_levels(path, names)]
+            raise UserError(f"{path}: must ask for at least its levels in every value, got {came}")
+        asked[_unlike(asked, path)] = np.array(levels)
+    merged: dict[str, np.ndarray] = {}
+    for path in soups:
+        for name, row in _soup_levels(path, names).items():
+            merged[_unlike(merged, path, name)] = row
     found = study(
-        names, rewards, palettes=asked, soups=np.array(points) if points else None, joint=joint, n_lambda=n_lambda,
-        l1_max=l1_max, seed=seed,
+        names, rewards, palettes=asked, soups=np.array(list(merged.values())) if merged else None, soup_names=list(merged),
+        joint=joint, n_lambda=n_lambda, l1_max=l1_max, seed=seed,
     )  # fmt: skip
     figures = found.figures()
     save_figures(figures, out)
@@ -289,17 +303,30 @@ def write(
     return found
 
 
-def _soup_levels(path: str | Path, names: Sequence[str]) -> np.ndarray:
-    """(S, m) mean rewards: of one model's scored candidates, or of all soups of a walk."""
+def _soup_levels(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Mean rewards (m,) by name: of one model's scored candidates, or of all soups of a walk, "0.3 a + 0.7 b"."""
     if Path(path).suffix != ".json":
-        return Candidates.from_parquet(path, kind="scored").reward_array(names).mean(axis=(0, 1))[None]
+        return {"": Candidates.from_parquet(path, kind="scored").reward_array(names).mean(axis=(0, 1))}
     from fastalign.soup.front import SoupFront
 
     found = SoupFront.read(path)
     lacking = [name for name in names if name not in found.values]
     if lacking:
         raise UserError(f"{path}: its values are {', '.join(found.values)}, it has no {lacking[0]}")
-    return found.levels[:, [found.values.index(name) for name in names]]
+    models = [Path(model).name or model for model in found.models]
+    recipes = [
+        " + ".join(f"{r:.3g} {model}" for r, model in zip(row, models, strict=True) if r) for row in found.rho.tolist()
+    ]
+    levels = found.levels[:, [found.values.index(name) for name in names]]
+    return {recipe.removeprefix("1 "): row for recipe, row in zip(recipes, levels, strict=True)}
+
+
+def _unlike(taken: Mapping[str, Any], path: str | Path, name: str = "") -> str:
+    """A name for what comes from a file, its own or the file's, that is none of those taken."""
+    plain = name or Path(path).stem
+    longer = f"{name} of {path}" if name else str(path)
+    numbered = (f"{longer} ({k})" for k in itertools.count(2))
+    return next(x for x in itertools.chain((plain, longer), numbered) if x not in taken)
 
 
 def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | Path) -> None:

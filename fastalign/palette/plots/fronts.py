@@ -14,6 +14,7 @@ from fastalign.palette.plots._style import (
     GRID,
     INK,
     MUTED,
+    PAPER,
     PREDICTED,
     REALISED,
     _figure,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SCALARISED, BEST = "#e69f00", "#cc79a7"
 DOTS_AS_IMAGE = 4000  # on all panels together
+NAMED = 8  # merged models
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Shown:
 def fronts(
     values: Sequence[str], shown: Mapping[tuple[int, int], Shown], *, before: np.ndarray, cloud: np.ndarray,
     desirable: np.ndarray, palettes: np.ndarray | None = None, soups: np.ndarray | None = None,
+    soup_names: Sequence[str] = (),
 ) -> Figure:  # fmt: skip
     """One panel for each pair (i, j) of `shown`, whose points have two columns.
 
     before (m,). cloud (T, m): levels of random λ, desirable (T,) those that leave no value below `before`. palettes,
-    soups (·, m): levels asked for, and levels that models merged in weight space reach.
+    soups (·, m): levels asked for, and levels that models merged in weight space reach, with their names: all of a few, of
+    many those furthest out.
     """
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
@@ -73,6 +77,7 @@ def fronts(
                 axes.plot(*points.scalarised.T, linestyle="none", zorder=5, **_look("s", SCALARISED, 5))
             if soups is not None:
                 axes.plot(*soups[:, pick].T, linestyle="none", zorder=5, **_look("D", INK, 5))
+                _name(axes, soups[:, pick], soup_names)
             if palettes is not None:
                 axes.plot(*palettes[:, pick].T, linestyle="none", zorder=6, **_MARKERS["asked for"])
             axes.plot(*before[pick], linestyle="none", zorder=6, **_MARKERS["before"])
@@ -90,7 +95,7 @@ def fronts(
 
 def front_in_three(
     values: Sequence[str], directions: np.ndarray, shown: Shown, *, before: np.ndarray, palettes: np.ndarray | None = None,
-    soups: np.ndarray | None = None,
+    soups: np.ndarray | None = None, soup_names: Sequence[str] = (),
 ) -> Figure:  # fmt: skip
     """The front of three values at the largest KL of `shown` as a surface, from two sides; columns as `values`.
 
@@ -117,6 +122,9 @@ def front_in_three(
                 axes.plot(*shown.scalarised.T, linestyle="none", **_look("s", SCALARISED, 5))
             if soups is not None:
                 axes.plot(*soups.T, linestyle="none", **_look("D", INK, 5))
+                if len(soups) <= NAMED:
+                    for at, name in zip(soups, soup_names, strict=False):
+                        axes.text(*at, f" {_short(name)}", color=INK, fontsize=8)
             if palettes is not None:
                 axes.plot(*palettes.T, linestyle="none", **_MARKERS["asked for"])
             axes.plot(*before[:, None], linestyle="none", **_MARKERS["before"])
@@ -135,6 +143,16 @@ def front_in_three(
         handles = _handles(only, palettes, soups, cloud=False)
         figure.legend(handles=handles, loc="upper center", ncols=len(handles), columnspacing=1.6, handletextpad=0.6)
     return figure
+
+
+def _name(axes, points: np.ndarray, names: Sequence[str]) -> None:
+    """Names beside points (S, 2): of up to `NAMED` each its own, of more those at either end of either value."""
+    shown = range(len(names)) if len(names) <= NAMED else {*points.argmin(axis=0), *points.argmax(axis=0)}
+    for k in sorted(shown):
+        axes.annotate(
+            _short(names[k]), points[k], xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8, zorder=8,
+            bbox=dict(facecolor=PAPER, alpha=0.75, edgecolor="none", pad=0.5),
+        )  # fmt: skip
 
 
 def _cloud(axes, points: np.ndarray, desirable: np.ndarray, *, image: bool) -> None:
