@@ -122,6 +122,9 @@ def test_each_value_spans_what_it_can_realise_alone(desk):
     [
         (b"{", "the question must be JSON"),
         (b"\xff", "the question must be JSON"),
+        (b"[" * 60_000, "the question must be JSON"),
+        (b'{"palette":' * 5_000, "the question must be JSON"),
+        (b'{"palette": [0, ' + b"1" * 5_000 + b"]}", "the question must be JSON"),
         (b"[1, 2]", "the question must be an object with a palette, got list"),
         (b"{}", "palette must be 2 finite numbers (kind, short), got None"),
         (b'{"palette": [1]}', "palette must be 2 finite numbers (kind, short), got [1]"),
@@ -188,6 +191,58 @@ def test_an_address_may_have_a_query(page_server):
     for path in ("/?from=mail", "/values?x=1", "/page.css?v=2"):
         assert ask(page_server, "GET", path)[0] == 200
     assert ask(page_server, "POST", "/solve?x", b'{"palette": [0, 0]}')[0] == 200
+
+
+@pytest.mark.parametrize("length", ["", "x", "-1", "1.5", "+2", "\xb2", "9" * 5000, None])
+def test_a_bad_content_length_is_told(page_server, length):
+    with socket.create_connection(page_server.server_address, timeout=10) as connection:
+        line = "" if length is None else f"Content-Length: {length}\r\n"
+        head = f"POST /{page_server.token}/solve HTTP/1.1\r\nHost: localhost:{page_server.server_port}\r\n{line}\r\n{{}}"
+        connection.sendall(head.encode("latin-1"))
+        told = connection.makefile("rb").read()  # to its end: the connection is closed
+    assert told.startswith(b"HTTP/1.1 400") and b"Content-Length must be" in told
+
+
+@pytest.mark.parametrize("path", ["//[", "http://[/", "*", "?", "/%00", "http://127.0.0.1/x/values"])
+def test_an_odd_address_is_refused(page_server, capfd, path):
+    connection = http.client.HTTPConnection("127.0.0.1", page_server.server_port)
+    connection.putrequest("GET", path)
+    connection.endheaders()
+    assert connection.getresponse().status == 403
+    connection.close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "status"),
+    [
+        ((), "localhost:9000", 403),
+        (("localhost:9000",), "localhost:9000", 200),
+        (("localhost:9000",), "localhost:9001", 403),
+        (("localhost",), "localhost:9001", 200),
+        (("Gpu.Lab",), "gpu.lab", 200),
+        (("a.lab", "gpu.lab:80"), "GPU.lab:80", 200),
+        (("gpu.lab",), "gpu.lab.evil.example", 403),
+        (("gpu.lab",), "evil.example:80/gpu.lab", 403),
+        (("[::1]",), "[::1]:9000", 200),
+    ],
+)
+def test_other_names_are_answered_where_they_are_allowed(desk, allowed, host, status):
+    with served(desk, allowed) as page_server:
+        question = b'{"palette": [0, 0]}'
+        for scheme in ("http", "https"):
+            headers = {"Host": host, "Origin": f"{scheme}://{host}"}
+            assert ask(page_server, "POST", "/solve", question, **headers)[0] == status
+        assert ask(page_server, "GET", "/values", Host=host)[0] == status
+        own = f"127.0.0.1:{page_server.server_port}"
+        assert ask(page_server, "GET", "/values", Host=own)[0] == 200
+        assert ask(page_server, "POST", "/solve", question, Host=own, Origin="http://evil.example")[0] == 403
+
+
+@pytest.mark.parametrize("name", ["", "http://gpu.lab", "gpu.lab/x", "gpu lab", "gpu.lab:x", "a:1:2"])
+def test_an_allowed_host_is_a_name(desk, name):
+    with pytest.raises(UserError, match="allowed-host must be a name or name:port"):
+        server.open_server(desk, 0, [name])
 
 
 def test_one_that_keeps_silent_is_left_and_many_may_wait(desk, monkeypatch, capfd):
