@@ -274,6 +274,7 @@ def map_(
 ) -> Found:
     """Solve for the weights λ that realise a palette, or say that none can (exit code 3)."""
     from fastalign import pipeline
+    from fastalign.data.palettes import asked
 
     found = pipeline.solve_palette(
         scored, out, palette=palette, quantile=quantile, values=_names(values) if values else None, joint=joint,
@@ -282,9 +283,9 @@ def map_(
     from rich.table import Table
 
     table = Table("value", "λ", "before", "asked for", "reached", box=None, header_style="bold")
-    columns = zip(found["values"], found["lambda"], found["before"], found["palette"], found["levels"], strict=True)
-    for name, *numbers in columns:
-        table.add_row(name, *(f"{x:.4f}" for x in numbers))
+    columns = zip(found["values"], found["lambda"], found["before"], asked(found), found["levels"], strict=True)
+    for name, lam, before, wish, level in columns:
+        table.add_row(name, f"{lam:.4f}", f"{before:.4f}", wish, f"{level:.4f}")
     console = _console(out=out)
     console.print(table)
     console.print(
@@ -358,6 +359,12 @@ def palette_ui(
     values: Annotated[str | None, typer.Option(help="Which rewards, comma-separated; default all in the file.")] = None,
     port: Annotated[int, typer.Option(help="Of this machine, where the page is; 0 takes a free one.")] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Say the address, and open nothing.")] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name by which the browser reaches it, through a tunnel or proxy: localhost:9000; may be given again."
+        ),
+    ] = None,
 ) -> None:
     """A page with a slider for each value: live λ, what it realises, what is out of reach, and texts. This machine alone."""
     from fastalign.data.conversations import transcript
@@ -368,7 +375,13 @@ def palette_ui(
     names = _names(values) if values else list(whole.rewards)
     prompts = [transcript(prompt) for prompt in whole.prompts]
     desk = ui.Desk(names, whole.reward_array(names), prompts, whole.texts, str(scored))
-    ui.serve(desk, port=port, browser=not no_browser, say=lambda line: print(line, flush=True))
+    ui.serve(
+        desk,
+        port=port,
+        browser=not no_browser,
+        allowed_hosts=allowed_host or (),
+        say=lambda line: print(line, flush=True),
+    )
 
 
 @command("fastalign select scored.parquet --palette palette.json --out selected.parquet")

@@ -291,4 +291,4 @@ def _needs_trl() -> None:
 
     missing = [name for name in ("trl", "peft", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"training needs the package {missing[0]}: pip install fastalign[trl]")
+        raise UserError(f"training needs the package {missing[0]}: pip install 'fastalign[trl]'")

@@ -103,7 +103,7 @@ def paths(sampler) -> list[tuple[str, str, str]]:
         rows.append(("sampling", HOW[kind], "" if kind is Engine else supports(model).why))
     except UserError as refusal:
         rows.append(("sampling", "refused", str(refusal)))
-    rows.append(("scoring (PPO, perplexity)", scoring.describe(model), scoring.fused_head(model).why))
+    rows.append(("scoring (PPO, log_likelihood)", scoring.describe(model), scoring.fused_head(model).why))
     packs = can_pack(model)
     rows.append(("pairs (DPO)", "packed, each prompt run once" if packs else "padded", packs.why))
     rows.append(("compiled layers", f"{len(CompiledLayers.of(inner))} modules", ""))

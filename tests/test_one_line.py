@@ -1,11 +1,14 @@
 """Files and names that other libraries stumble over end in one line, or are shown as they are."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from fastalign import UserError, palette, pipeline
@@ -14,6 +17,7 @@ from fastalign.data import palettes
 from fastalign.data.files import read_json
 from fastalign.decode import Candidates
 
+ROOT = Path(__file__).parent.parent
 PALETTE = {"kind": "palette", "values": ["a"], "lambda": [0.5], "palette": [0.1], "sense": [">="], "kl": 0.1}
 
 
@@ -58,6 +62,13 @@ def test_a_grid_is_counted_before_it_is_made(tmp_path, count):
         ({"lambda": [float("nan")]}, r"lambda\[0\] must be a finite number, got nan"),
         ({"values": "a"}, "values must be a list of names"),
         ({"values": ["a", "a"]}, "values must be different"),
+        ({"lambda": ["0.5"]}, r"lambda\[0\] must be a number, got '0.5'"),
+        ({"lambda": [True]}, r"lambda\[0\] must be a number, got True"),
+        ({"lambda": [10**400]}, r"lambda\[0\] must be a finite number, got inf"),
+        ({"lambda": {"a": 1}}, "lambda must be a list of 1"),
+        ({"version": 2}, "version must be 1, got 2"),
+        ({"version": "1"}, "version must be 1, got '1'"),
+        ({"version": None}, "version must be 1, got None"),
         ("lambda", "lacks 'lambda', which a palette file has"),
         ("values", "lacks 'values'"),
     ],
@@ -68,6 +79,87 @@ def test_a_palette_file_is_checked(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as told:
         pipeline.select(scored(tmp_path / "s.parquet", "a"), tmp_path / "p.json", tmp_path / "o.parquet", seed=0)
     assert str(told.value).startswith(str(tmp_path / "p.json")) and "\n" not in str(told.value)
+
+
+COMMANDS = {  # that read a palette file, each with what of it it needs
+    "map": ("lambda", "palette", "before", "levels", "kl"),
+    "select": ("lambda",),
+    "eval": ("lambda", "palette", "levels", "kl", "ess"),
+    "pareto": ("palette", "sense"),
+    "sample": ("kl",),
+    "sample --method": ("lambda",),
+    "train dpo": ("lambda",),
+    "train ppo": ("lambda",),
+    "soup-front": ("palette", "sense"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A scored file, its palette and what was selected by it, and a model that is not asked."""
+    folder = tmp_path_factory.mktemp("made")
+    scored(folder / "s.parquet", "a")
+    tiny_folder(folder / "model")
+    for command in (
+        ("map", folder / "s.parquet", "--palette", "0.8", "--out", folder / "p.json"),
+        ("select", folder / "s.parquet", "--palette", folder / "p.json", "--out", folder / "o.parquet"),
+    ):
+        assert run(*command).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("wrong", ["gone", "text", "short", "version"])
+def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, command, wrong):
+    good = json.loads((made / "p.json").read_text())
+    good.pop("worth")  # without which a foretelling goes by the KL
+    palette_file = tmp_path / "p.json"
+    for name in COMMANDS[command] if wrong != "version" else ("version",):
+        bad = dict(good)
+        if wrong == "gone":
+            del bad[name]
+        elif wrong == "version":
+            bad[name] = 7
+        else:
+            bad[name] = "much" if wrong == "text" else []
+        palette_file.write_text(json.dumps(bad))
+        file, model, given = made / "s.parquet", made / "model", ("--palette", palette_file)
+        out, few = tmp_path / "out", ("-n", 2, "--max-new-tokens", 2)
+        found = run(
+            *{
+                "map": ("map", file, "--palette", "0.8", "--out", palette_file),
+                "select": ("select", file, *given, "--out", out),
+                "eval": ("eval", file, "--selected", made / "o.parquet", *given, "--out", out),
+                "pareto": ("pareto", file, *given, "--out", out),
+                "sample": ("sample", "--model", model, "--prompts", "bundled", "--limit", 1, *few, *given, "--out", out),
+                "sample --method": (
+                    "sample", "--model", model, "--prompts", "bundled", "-n", 16, *given, "--method", "adaptive", "--out", out,
+                ),
+                "train dpo": ("train", "dpo", "--model", model, "--data", file, *given, "--out", out),
+                "train ppo": (
+                    "train", "ppo", "--model", model, "--data", "bundled", *given, "--out", out,
+                ),
+                "soup-front": (
+                    "soup-front", model, model, "--prompts", "bundled", "--rewards", "diversity", *few, *given, "--out", out,
+                ),
+            }[command]
+        )  # fmt: skip
+        assert found.exit_code == 1, (name, found.output)
+        lines = [line for line in found.stderr.splitlines() if "there already" not in line]
+        assert len(lines) == 1 and str(palette_file) in lines[0] and name in lines[0], (name, found.stderr)
+        assert not out.exists()
+
+
+def test_map_shows_what_was_asked(tmp_path):
+    file, out = scored(tmp_path / "s.parquet", "a", "b", "c", "d"), tmp_path / "p.json"
+    command = ("map", file, "--palette", "a=0.6,b<=1.7,c==2.65,d=free", "--out", out)
+    for again in (False, True):  # from the solver, and from the file
+        found = run(*command)
+        assert found.exit_code == 0, found.output
+        rows = {line.split()[0]: line for line in found.stdout.splitlines()[1:5]}
+        for name, wish in (("a", ">= 0.6000"), ("b", "<= 1.7000"), ("c", "== 2.6500"), ("d", "free")):
+            assert wish in rows[name], (again, found.stdout)
+    assert json.loads(out.read_text())["free"] == [False, False, False, True]
 
 
 def test_what_else_a_palette_file_needs(tmp_path):
@@ -117,3 +209,14 @@ def test_rewards_of_a_file_are_finite(tmp_path, value, command):
     found = run(command, file, *more[command], "--out", tmp_path / "out.parquet")
     assert found.exit_code == 1
     assert "row 2" in found.stderr and "reward:a" in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_extras_are_quoted_for_every_shell_wherever_they_are_named():
+    text = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("fastalign/**/*.py"), *ROOT.glob("tests/*.py")]
+    bare = [
+        f"{path.name}: {line.strip()}"
+        for path in text
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pip install [^'\"#]*\[[a-z,]+\\?\]", line)
+    ]
+    assert bare == []

@@ -37,8 +37,8 @@ def desk():
 
 
 @contextmanager
-def served(desk):
-    with server.open_server(desk) as found:
+def served(desk, allowed=()):
+    with server.open_server(desk, 0, allowed) as found:
         thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield found
@@ -197,7 +197,9 @@ def test_an_address_may_have_a_query(page_server):
 def test_a_bad_content_length_is_told(page_server, length):
     with socket.create_connection(page_server.server_address, timeout=10) as connection:
         line = "" if length is None else f"Content-Length: {length}\r\n"
-        head = f"POST /{page_server.token}/solve HTTP/1.1\r\nHost: localhost:{page_server.server_port}\r\n{line}\r\n{{}}"
+        head = (
+            f"POST /{page_server.token}/solve HTTP/1.1\r\nHost: localhost:{page_server.server_port}\r\n{line}\r\n{{}}"
+        )
         connection.sendall(head.encode("latin-1"))
         told = connection.makefile("rb").read()  # to its end: the connection is closed
     assert told.startswith(b"HTTP/1.1 400") and b"Content-Length must be" in told
@@ -205,11 +207,9 @@ def test_a_bad_content_length_is_told(page_server, length):
 
 @pytest.mark.parametrize("path", ["//[", "http://[/", "*", "?", "/%00", "http://127.0.0.1/x/values"])
 def test_an_odd_address_is_refused(page_server, capfd, path):
-    connection = http.client.HTTPConnection("127.0.0.1", page_server.server_port)
-    connection.putrequest("GET", path)
-    connection.endheaders()
-    assert connection.getresponse().status == 403
-    connection.close()
+    with socket.create_connection(page_server.server_address, timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost:{page_server.server_port}\r\n\r\n".encode())
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 403")
     assert capfd.readouterr().err == ""
 
 
@@ -292,12 +292,14 @@ def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch)
 
     code, text = run(tmp_path / "scored.parquet", "--values", "short")
     assert code == 0 and text.startswith(opened[0] + "  (Ctrl-C") and len(urlsplit(opened[0]).path) > 20
-    assert run(tmp_path / "scored.parquet", "--no-browser")[0] == 0 and len(opened) == 1
+    names = ["--allowed-host", "localhost:9000", "--allowed-host", "gpu.lab"]
+    assert run(tmp_path / "scored.parquet", "--no-browser", *names)[0] == 0 and len(opened) == 1
     for arguments, told in (
         (["nowhere.parquet"], "no such file"),
         ([tmp_path / "candidates.parquet"], "must be a fastalign scored file"),
         ([tmp_path / "scored.parquet", "--values", "mild"], "rewards asked for: mild"),
         ([tmp_path / "scored.parquet", "--port", 70000], "port must lie in 0..65535, got 70000"),
+        ([tmp_path / "scored.parquet", "--allowed-host", "http://a"], "allowed-host must be a name or name:port"),
     ):
         code, text = run(*arguments)
         assert code == 1 and told in text and text.count("\n") == 1

@@ -151,7 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         if (
             known
             and knows(self.headers.get("Host", ""))
-            and (origin is None or any(origin.startswith(x) and knows(origin[len(x) :]) for x in ("http://", "https://")))
+            and (
+                origin is None or any(origin.startswith(x) and knows(origin[len(x) :]) for x in ("http://", "https://"))
+            )
         ):
             return True
         address = f"http://{HOST}:{self.server.server_port}/"
