@@ -179,6 +179,19 @@ def test_map_draws_the_way_to_its_palette(scored, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"path.svg", "path.png", "histograms.svg", "histograms.png"}
 
 
+def test_the_path_shows_all_of_lambda_below_0_too():
+    t, kl, ess = np.linspace(0, 1, 5), np.linspace(0, 0.1, 5), np.linspace(8, 7, 5)
+    for lam in (np.outer(t, [1.0, -2.0]), np.outer(t, [1.0, 2.0])):  # a value with at most a level has λ <= 0
+        figure = plots.path(["a", "b"], t, lam, kl, ess, limit=1.0, samples=8)
+        left = figure.axes[0]
+        low, high = left.get_ylim()
+        assert low <= lam.min() and lam.max() <= high and (low == 0 or lam.min() < 0)
+        assert [axes.get_ylabel() for axes in figure.axes] == [
+            "λ·σ of each value", "KL to the model, nats", "effective sample size, of 8",
+        ]  # fmt: skip
+        assert "share of the way" in figure.get_supxlabel()
+
+
 def test_histograms_without_draws_show_the_policys_mean():
     x = rewards(5, 16, 2).reshape(-1, 2)
     figure = plots.histograms(x, None, NAMES[:2], weights=np.exp(x[:, 0].astype(float)))

@@ -95,16 +95,20 @@ def path(
         right.set_yscale("log")
         _plain_logs(right.yaxis)
         right.axhline(samples, color=BEFORE, linewidth=1.1)
-        for axes, title in ((left, "λ·σ"), (middle, "KL to the model, nats"), (right, "effective sample size")):
-            axes.set_title(title)
+        labels = ("λ·σ of each value", "KL to the model, nats", f"effective sample size, of {samples:,}")
+        for axes, label in zip((left, middle, right), labels, strict=True):
+            axes.set_ylabel(label)
             axes.grid(True)
             axes.set_xlim(0, max(1.0, float(t[-1])) * 1.02)
             axes.axvline(1.0, color=ASKED, linewidth=1.6, linestyle=(0, (4, 2.5)))
             if limit < 1:
                 axes.axvspan(limit, axes.get_xlim()[1], color=MUTED, alpha=0.13, linewidth=0)
-        for axes in (left, middle):
-            axes.set_ylim(bottom=0)
-        middle.set_xlabel("share of the way from the model's mean to the palette")
+        if lam.min() >= 0:
+            left.set_ylim(bottom=0)
+        else:  # where at most, or exactly, a level is asked
+            left.axhline(0, color=MUTED, linewidth=0.8)
+        middle.set_ylim(bottom=0)
+        figure.supxlabel("share of the way from the model's mean to the palette", fontsize="medium")
         handles = [
             *left.get_legend_handles_labels()[0],
             _line("the palette", ASKED, linewidth=1.6, linestyle=(0, (3, 2))),
