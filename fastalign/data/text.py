@@ -59,7 +59,7 @@ class Text:
                 raise UserError("chat=True needs a tokenizer with a chat template, this one has none")
             for i, prompt in enumerate(prompts):
                 if isinstance(prompt, Conversation):
-                    why = "this tokenizer has none" if chat else "chat=False leaves it out"
+                    why = "this tokenizer has none" if chat else "--no-chat (chat=False) leaves it out"
                     raise UserError(f"prompts[{i}] is a conversation, which needs a chat template: {why}")
             if options:
                 raise UserError(f"{next(iter(options))} is an argument of chat templates, and none is used here")

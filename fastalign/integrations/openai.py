@@ -102,7 +102,9 @@ class OpenAISampler(External):
             return super()._encode(prompts, chat, max_new_tokens, template)
         for i, prompt in enumerate(prompts if chat is False else ()):
             if isinstance(prompt, Conversation) or template:
-                raise UserError(f"prompts[{i}] needs the server's chat template, which chat=False leaves out")
+                raise UserError(
+                    f"prompts[{i}] needs the server's chat template, which --no-chat (chat=False) leaves out"
+                )
         return list(prompts)
 
     def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):
@@ -355,7 +357,7 @@ def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple
     try:
         choices = _typed(answer, "choices", list)
         if len(choices) != count:
-            hint = "; a server without n takes batch_size=1" if len(choices) == 1 else ""
+            hint = "; a server without n takes --batch-size 1 (batch_size=1)" if len(choices) == 1 else ""
             raise _Wrong(f"must hold {count} choices, got {len(choices)}{hint}")
         if all(isinstance(choice, dict) for choice in choices):
             order = [choice.get("index") for choice in choices]
@@ -365,7 +367,7 @@ def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple
     except _Wrong as wrong:
         raise UserError(f"{name}: its answer {wrong}") from None
     if _cannot_be_chance(drawn, settings):
-        why = "the server draws each with the request's seed; use batch_size=1"
+        why = "the server draws each with the request's seed; use --batch-size 1 (batch_size=1)"
         raise UserError(f"{name}: all {count} candidates of a request are the same, which chance does not do: {why}")
     return drawn
 
