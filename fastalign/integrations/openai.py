@@ -357,7 +357,7 @@ def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple
     try:
         choices = _typed(answer, "choices", list)
         if len(choices) != count:
-            hint = "; a server without n takes --batch-size 1 (batch_size=1)" if len(choices) == 1 else ""
+            hint = "; a server without n takes batch_size=1 (--batch-size 1)" if len(choices) == 1 else ""
             raise _Wrong(f"must hold {count} choices, got {len(choices)}{hint}")
         if all(isinstance(choice, dict) for choice in choices):
             order = [choice.get("index") for choice in choices]
@@ -367,7 +367,7 @@ def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple
     except _Wrong as wrong:
         raise UserError(f"{name}: its answer {wrong}") from None
     if _cannot_be_chance(drawn, settings):
-        why = "the server draws each with the request's seed; use --batch-size 1 (batch_size=1)"
+        why = "the server draws each with the request's seed; use batch_size=1 (--batch-size 1)"
         raise UserError(f"{name}: all {count} candidates of a request are the same, which chance does not do: {why}")
     return drawn
 
