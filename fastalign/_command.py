@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -57,7 +58,11 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
                 token = _AS_JSON.set(as_json)
                 try:
                     _protect(function.__name__, signature.bind(*args, **kwargs).arguments)
-                    with _terminable(), outputs.said_by(_say), nullcontext() if serves else progress.at_work(name):
+                    with (
+                        _terminable(),
+                        outputs.said_by(_say, _ask),
+                        nullcontext() if serves else progress.at_work(name),
+                    ):
                         found = function(*args, **kwargs)
                     if as_json:
                         print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False, default=str))
@@ -68,7 +73,7 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
                 except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
                     if not _is_users(error):
                         raise
-                    _fail(_one_line(error))
+                    _fail(_in_options(_one_line(error), signature))
                 finally:
                     _AS_JSON.reset(token)
 
@@ -136,9 +141,9 @@ def names(text: str) -> list[str]:
 
 
 def numbers(option: str, text: str) -> list[float]:
-    """Comma-separated numbers; a mistake names the option."""
+    """Comma-separated numbers, none where there is no text; a mistake names the option."""
     try:
-        return [float(field) for field in names(text)]
+        return [float(field) for field in text.split(",")] if text else []
     except ValueError:
         raise UserError(f"{option} must be numbers, comma-separated, got {text!r}") from None
 
@@ -185,8 +190,39 @@ def _one_line(error: BaseException) -> str:
     return " ".join(printable(str(error)).split()) or type(error).__name__
 
 
+def _in_options(message: str, signature: inspect.Signature) -> str:
+    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is of several words
+    or has a value, as the option that it is."""
+    for name, parameter in signature.parameters.items():
+        declared = [
+            d for d in getattr(parameter.annotation, "__metadata__", ()) if isinstance(d, typer.models.OptionInfo)
+        ]
+        if not declared:
+            continue
+        # In Annotated the first name stands where a default would otherwise.
+        given = [d for d in (declared[0].default, *(declared[0].param_decls or ())) if isinstance(d, str)]
+        on, _, off = (given or ["--" + name.rstrip("_").replace("_", "-")])[0].partition("/")
+        alone = rf"(?<![\w./-]){name}"
+        message = re.sub(rf"^{name.replace('_', '[_-]')}(?=[ \[])", on, message)
+        message = re.sub(rf"{alone}=True\b", on, message)
+        message = re.sub(rf"{alone}=False\b", off or f"no {on}", message)
+        if "_" in name:
+            message = re.sub(rf"{alone}(?![\w./])", on, message)
+    return message
+
+
+def _ask(question: str) -> bool:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return typer.confirm(f"fastalign: {question}", err=True)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+
+
 def _say(line: str) -> None:
-    print(f"fastalign: {line}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun, the first process tells
+        print(f"fastalign: {line}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int = 1) -> None:

@@ -50,6 +50,13 @@ Resume = Annotated[
         "--resume", help="Only go on: the same settings do so by themselves, and this asks where there is nothing."
     ),
 ]
+PairsLam = Annotated[
+    str | None,
+    typer.Option("--lam", "--lam_list", help="With a scored file: weights, positive=1,harmless=0.5 or in order."),
+]
+PairsPalette = Annotated[Path | None, typer.Option(help="With a scored file: λ from `fastalign map`'s file.")]
+PairsHow = Annotated[How, typer.Option(help="Pairs by best against worst λ·R, or chosen ~ p_λ, rejected ~ p0.")]
+PairsPerPrompt = Annotated[int, typer.Option(help="Pairs made of each prompt, at most.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
@@ -64,13 +71,10 @@ def dpo(
     ],
     model: Model,
     out: Out,
-    lam: Annotated[
-        str | None,
-        typer.Option("--lam", "--lam_list", help="With a scored file: weights, positive=1,harmless=0.5 or in order."),
-    ] = None,
-    palette: Annotated[Path | None, typer.Option(help="With a scored file: λ from `fastalign map`'s file.")] = None,
-    how: Annotated[How, typer.Option(help="Pairs by best against worst λ·R, or chosen ~ p_λ, rejected ~ p0.")] = How.best_worst,
-    pairs_per_prompt: Annotated[int, typer.Option(help="Pairs made of each prompt, at most.")] = 1,
+    lam: PairsLam = None,
+    palette: PairsPalette = None,
+    how: PairsHow = How.best_worst,
+    pairs_per_prompt: PairsPerPrompt = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 5e-6,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs at once.")] = 4,
     gradient_accumulation_steps: Accumulation = 1,
@@ -143,7 +147,7 @@ def ppo(
     max_steps: MaxSteps = None,
     ppo_epochs: Annotated[int, typer.Option(help="Passes over each step's rollouts.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per response, at most.")] = 32,
-    kl_coef: Annotated[float, typer.Option("--kl-coef", help="The KL's weight at first.")] = 0.2,
+    init_kl_coef: Annotated[float, typer.Option("--kl-coef", help="The KL's weight at first.")] = 0.2,
     kl_target: Annotated[float, typer.Option(help="Nats per response that the weight is steered to.")] = 6.0,
     lora_r: LoraR = None,
     chat: Chat = None,
@@ -173,7 +177,7 @@ def ppo(
     found = train_ppo(
         model, prompts[:limit], rewards, weights, out, learning_rate=learning_rate, batch_size=batch_size,
         mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
-        max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=kl_coef,
+        max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
         kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume, overwrite=overwrite,
         show_progress=True,
     )  # fmt: skip
@@ -196,15 +200,19 @@ def reward(
         str,
         typer.Option(
             "--data", "--data_name",
-            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf.",
+            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored file.",
         ),
     ],
     model: Model,
     out: Out,
     values: Annotated[
         str | None,
-        typer.Option("--values", "--value_list", help="Several heads: names found in a column 'value' or as columns."),
+        typer.Option("--values", "--value_list", help="Several heads: names found in a column 'value' or as columns, or rewards of a scored file."),
     ] = None,
+    lam: PairsLam = None,
+    palette: PairsPalette = None,
+    how: PairsHow = How.best_worst,
+    pairs_per_prompt: PairsPerPrompt = 1,
     held_out: Annotated[float, typer.Option(help="Share of the prompts kept to measure the model on.")] = 0.1,
     report: Annotated[Path | None, typer.Option(help="A page (.html) or figures (.png, .svg) of that.")] = None,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 1e-5,
@@ -226,9 +234,12 @@ def reward(
     from fastalign.train import jobs
 
     _needs_trl()
-    pairs = jobs.read_pairs(data)
+    heads = names(values) if values is not None else None
+    pairs = jobs.read_pairs(
+        data, lam=_lam(lam), palette=palette, values=heads, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
+    )
     found = jobs.train_reward(
-        model, pairs, out, values=names(values) if values else None, held_out=held_out, report=report,
+        model, pairs, out, values=heads, held_out=held_out, report=report,
         learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
         epochs=epochs, max_steps=max_steps, center=center, lora_r=lora_r, max_length=max_length, chat=chat, seed=seed,
         save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
@@ -256,14 +267,14 @@ def _lam(text: str | None) -> list[float] | dict[str, float] | None:
     """ "1.0,0.5" as a list, "positive=1.0,harmless=0.5" as weights by name."""
     if text is None:
         return None
-    fields = [field.partition("=") for field in names(text)]
+    fields = [field.partition("=") for field in text.split(",")]
     try:
-        if fields and not any(mark for _, mark, _ in fields):
+        if not any(mark for _, mark, _ in fields):
             return [float(field) for field, _, _ in fields]
         found = {name.strip(): float(number) for name, _, number in fields}
     except ValueError:
         found = {}
-    if not fields or len(found) != len(fields):
+    if "" in found or len(found) != len(fields):
         raise UserError(f"lam must be numbers, or name=number each name once, comma-separated, got {text!r}")
     return found
 

@@ -364,14 +364,14 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     for command in (dpo, reward):
         assert "rejected must not be empty" in refused(*command, empty, *on)
         assert "no such file of pairs" in refused(*command, tmp_path / "none.csv", *on)
-        assert "row 0: a prompt must be shorter than max_length, 16 tokens" in refused(
+        assert "row 0: a prompt must be shorter than --max-length, 16 tokens" in refused(
             *command, long, *on, "--max-length", 16
         )
         assert "no such model folder" in refused(*command, pairs, "--model", tmp_path / "none", *out)
         assert "got kind 'candidates'" in refused(*command, candidates, *on)
-        assert "learning_rate must be positive" in refused(*command, pairs, *on, "--learning-rate", 0)
-        assert "batch_size must be an integer, at least 1" in refused(*command, pairs, *on, "--batch-size", 0)
-        assert "lora_r must be an integer, at least 1" in refused(*command, pairs, *on, "--lora-r", 0)
+        assert "--learning-rate must be positive" in refused(*command, pairs, *on, "--learning-rate", 0)
+        assert "--batch-size must be an integer, at least 1" in refused(*command, pairs, *on, "--batch-size", 0)
+        assert "--lora-r must be an integer, at least 1" in refused(*command, pairs, *on, "--lora-r", 0)
         assert "chat needs a chat template" in refused(*command, pairs, *on, "--chat")
         assert "needs lam or a palette" in refused(*command, scored, *on)
     assert "elephant" in refused(*dpo, pairs, *on, "--loss-type", "elephant")
@@ -380,11 +380,11 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "lam must be numbers, or name=number" in refused(*dpo, scored, *on, "--lam", "high")
     assert "give either lam or a palette" in refused(*dpo, scored, *on, "--lam", "1,1", "--palette", empty)
     assert "must be a fastalign palette file" in refused(*dpo, scored, *on, "--palette", _json(tmp_path))
-    assert "held_out must be at least 0" in refused(*reward, pairs, *on, "--held-out", 1)
+    assert "--held-out must be at least 0" in refused(*reward, pairs, *on, "--held-out", 1)
     assert "report needs pairs that are held out" in refused(*reward, pairs, *on, "--held-out", 0, "--report", "r.html")
     assert "must have a column 'value', or one for each of a, b" in refused(*reward, pairs, *on, "--values", "a,b")
     assert "unknown reward 'elephant'" in refused(*ppo, "--values", "elephant", "--lam", "1")
-    assert "lam must have one number per value, 2 (long, brief)" in refused(
+    assert "lam must have one weight per reward, 2 (long, brief)" in refused(
         *ppo, "--values", "long,brief", "--lam", "1"
     )
     assert "lam must weigh each of long once" in refused(*ppo, "--values", "long", "--lam", "brief=1")
@@ -392,8 +392,8 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "give lam" in refused(*ppo, "--values", "long")
     assert "give values" in refused(*ppo, "--lam", "1")
     asked = [*ppo, "--values", "long", "--lam", "1"]
-    assert "multiple of mini_batch_size" in refused(*asked, "--batch-size", 4, "--mini-batch-size", 3)
-    assert "dataset must have at least batch_size" in refused(*asked, "--limit", 2, "--batch-size", 4)
+    assert "multiple of --mini-batch-size" in refused(*asked, "--batch-size", 4, "--mini-batch-size", 3)
+    assert "dataset must have at least --batch-size" in refused(*asked, "--limit", 2, "--batch-size", 4)
     assert "must fit the model's 256 tokens" in refused(*asked, "--max-new-tokens", 300)
     assert "no such prompt file" in refused(*asked, "--data", tmp_path / "none.txt")
     assert "limit must be at least 1" in refused(*asked, "--limit", 0)

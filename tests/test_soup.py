@@ -700,7 +700,7 @@ def test_the_command(models, tmp_path):
         (["--weights", "1,0,0"], "exists, and is not this merge"),
         (["--grid", "1"], "grid must be at least 2"),
         (["--grid", "900"], "at most 10,000 are made"),
-        (["--weights", "1,0,0", "--memory-limit", "lots"], "memory_limit must be a size"),
+        (["--weights", "1,0,0", "--memory-limit", "lots"], "--memory-limit must be a size"),
     ):
         code, _, err = command(*models, *arguments, "--out", out)
         assert code == 1 and part in err and err.count("\n") == 1, err

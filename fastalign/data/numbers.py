@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from fastalign.errors import UserError
 
 
@@ -27,6 +29,20 @@ def number(name: str, value: Any, *, missing: float | None = None, least: float 
         raise UserError(f"{name} must be a finite number, got {found}")
     if found < least:
         raise UserError(f"{name} must be at least {least:g}, got {found:g}")
+    return found
+
+
+def weights(lam: Any, count: int, of: str = "") -> np.ndarray:
+    """lam as (count,) float64, one finite number per reward; of: the rewards' names, for the error. Raises UserError."""
+    rule = f"lam must have one weight per reward, {count}{of and f' ({of})'}"
+    try:
+        found = np.asarray(lam, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"lam must be numbers, one per reward, got {lam!r:.80}") from None
+    if found.shape != (count,):
+        raise UserError(f"{rule}, got {found.size if found.ndim == 1 else f'shape {found.shape}'}")
+    if not np.isfinite(found).all():
+        raise UserError(f"lam must be finite, got {found.tolist()}")
     return found
 
 

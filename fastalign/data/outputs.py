@@ -21,6 +21,7 @@ from fastalign.data.work_folder import sha256
 from fastalign.errors import UserError
 
 _SAY: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
+_ASK: ContextVar[Callable[[str], bool] | None] = ContextVar("ask", default=None)
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,24 @@ def not_an_input(out: str | os.PathLike, inputs: Iterable[Any]) -> None:
 
 
 @contextmanager
-def said_by(line: Callable[[str], None]) -> Iterator[None]:
-    """Within it `say` calls this: what a command shows, and Python's callers do not see."""
-    token = _SAY.set(line)
+def said_by(line: Callable[[str], None], asked: Callable[[str], bool] | None = None) -> Iterator[None]:
+    """Within it `say` calls `line`: what a command shows, and Python's callers do not see; and `ask` calls `asked`."""
+    tokens = _SAY.set(line), _ASK.set(asked)
     try:
         yield
     finally:
-        _SAY.reset(token)
+        _SAY.reset(tokens[0])
+        _ASK.reset(tokens[1])
 
 
 def say(line: str) -> None:
     if (to := _SAY.get()) is not None:
         to(line)
+
+
+def ask(question: str) -> bool:
+    """Whether somebody is there to answer, and says yes."""
+    return (to := _ASK.get()) is not None and to(question)
 
 
 def _digest(path: str | os.PathLike) -> str:

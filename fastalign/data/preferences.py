@@ -22,7 +22,7 @@ from fastalign.data.conversations import EXTRAS, Conversation, check_messages, t
 from fastalign.data.dialogues import with_prompt
 from fastalign.data.files import atomic_write
 from fastalign.data.hub import HH_RLHF, hub_name
-from fastalign.data.numbers import number
+from fastalign.data.numbers import number, weights
 from fastalign.errors import UserError
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -206,11 +206,11 @@ def preference_pairs(
     if not (isinstance(pairs_per_prompt, int) and pairs_per_prompt >= 1):
         raise UserError(f"pairs_per_prompt must be an integer, at least 1, got {pairs_per_prompt!r}")
     whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
-    names, weights = _weights(lam, list(whole.rewards))
+    names, lam = _weights(lam, list(whole.rewards))
     grid = whole.reward_array(names).astype(np.float64)
     if not np.isfinite(grid).all():
         raise UserError("rewards must be finite to make pairs of, got NaN or infinity")
-    scores = grid @ weights  # (P, N)
+    scores = grid @ lam  # (P, N)
     chosen, rejected = _pick(scores, how, pairs_per_prompt, seed)
     found, ties, empty = [], 0, 0
     spoken, sampling = (
@@ -240,15 +240,33 @@ def preference_pairs(
     if not found:
         why = f"{ties} ties, {empty} of empty texts" if ties or empty else "a prompt needs at least 2 candidates, got 1"
         raise UserError(
-            f"no preference pairs: {why} (lam {', '.join(f'{n}={w:g}' for n, w in zip(names, weights, strict=True))})"
+            f"no preference pairs: {why} (lam {', '.join(f'{n}={w:g}' for n, w in zip(names, lam, strict=True))})"
         )
     settings = {
-        "pairs": {"values": names, "lambda": weights.tolist(), "how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed},
+        "pairs": {"values": names, "lambda": lam.tolist(), "how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed},
         "sampling": sampling,
     }  # fmt: skip
     return PreferencePairs(
         found, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
     )
+
+
+def pairs_by_value(scored, values: Sequence[str], **making: Any) -> PreferencePairs:
+    """`preference_pairs` of each value by itself, one after the other, whose name is in the column "value"."""
+    from fastalign.decode import Candidates
+
+    whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
+    unknown = [name for name in values if name not in whole.rewards]
+    if unknown or not values:
+        raise UserError(
+            f"values must be rewards that the file carries ({', '.join(whole.rewards)}), got {unknown[0] if unknown else 'none'}"
+        )
+    made = [preference_pairs(whole, lam={name: 1.0}, **making) for name in values]
+    rows = [{**row, "value": name} for name, pairs in zip(values, made, strict=True) for row in pairs]
+    dropped = {reason: sum(pairs.dropped[reason] for pairs in made) for reason in made[0].dropped}
+    told = {**made[0].settings["pairs"], "values": list(values)}
+    del told["lambda"]
+    return PreferencePairs(rows, dropped, {**made[0].settings, "pairs": told})
 
 
 def _sides(prompt: str, chosen: str, rejected: str, extras: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,17 +357,7 @@ def _weights(lam, names: list[str]) -> tuple[list[str], np.ndarray]:
                 f"lam must weigh rewards that the file carries ({', '.join(names)}), got {unknown or 'none'}"
             )
         names, lam = list(lam), list(lam.values())
-    try:
-        weights = np.asarray(lam, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"lam must be numbers, got {lam!r}") from None
-    if weights.shape != (len(names),):
-        raise UserError(
-            f"lam must have one weight per reward, {len(names)} ({', '.join(names)}), got shape {weights.shape}"
-        )
-    if not np.isfinite(weights).all():
-        raise UserError(f"lam must be finite, got {weights.tolist()}")
-    return names, weights
+    return names, weights(lam, len(names), ", ".join(names))
 
 
 def _kind(column: str, value: Any) -> str:

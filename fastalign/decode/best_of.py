@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.data.numbers import weights
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
@@ -68,9 +69,9 @@ def best_of(
 def prepared(sampler: Sampler | str, rewards: Any, lam: Sequence[float] | None) -> tuple:
     """(Sampler, rewards as a list, their names, lam (m,) float64) from what `best_of` takes."""
     rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
-    lam = np.ones(len(rewards)) if lam is None else np.asarray(lam, dtype=np.float64)
-    if not rewards or lam.shape != (len(rewards),):
-        raise UserError(f"lam must have one weight per reward, {len(rewards)}, got shape {lam.shape}")
+    lam = np.ones(len(rewards)) if lam is None else weights(lam, len(rewards))
+    if not rewards:
+        raise UserError("rewards must be one or more, got none")
     names = [reward if isinstance(reward, str) else reward.name for reward in rewards]
     return Sampler.from_pretrained(sampler) if isinstance(sampler, str) else sampler, rewards, names, lam
 

@@ -27,15 +27,18 @@ def one_line_errors(name: str | os.PathLike, where: str = "") -> Iterator[None]:
 
 @contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
-    """Silence transformers' progress bars where stderr is no terminal."""
+    """Silence transformers' progress bars where stderr is no terminal, and its report of weights, which takes a screen."""
     from transformers.utils import logging
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
     if silence:
         logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if silence:
             logging.enable_progress_bar()
 

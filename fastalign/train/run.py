@@ -73,8 +73,9 @@ class Run:
         whole = ended is not None and all((self.out / name).is_file() for name in self._old_files)
         self.result = ended if same and whole and not overwrite else None
         self.resumes = same and self.result is None and bool(self._kept())
-        if resume and self.result is None and not self.resumes:
-            raise UserError(f"{out}: there is nothing to resume; leave out --resume to begin")
+        nothing = f"{out}: there is nothing to resume"
+        if resume and self.result is None and not self.resumes and not outputs.ask(f"{nothing}; begin a run?"):
+            raise UserError(f"{nothing}; leave out --resume to begin")
         if self.result is not None:
             outputs.say(f"{out}: there already, a run of the same settings has ended")
         elif self.resumes:
@@ -204,6 +205,14 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
 
 def rows_hash(rows: Any) -> str:
     return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_counts(**given: int | None) -> None:
+    """Raise UserError for what is no integer of at least 1 (seed: 0); max_steps may be None."""
+    for name, count in given.items():
+        least = 0 if name == "seed" else 1
+        if (name, count) != ("max_steps", None) and not (isinstance(count, int) and least <= count < 1 << 32):
+            raise UserError(f"{name} must be an integer, at least {least}, got {count!r}")
 
 
 def lora(r: int | None, task: str):

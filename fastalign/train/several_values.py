@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastalign import progress
+from fastalign.data.numbers import weights
 from fastalign.data.text import Text
 from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
@@ -92,15 +93,15 @@ def train_ppo(
     """
     scorers = read_values(values)
     names = [reward.name for reward in scorers]
-    lam = np.asarray(lam, dtype=np.float64)
-    if lam.shape != (len(names),) or not np.isfinite(lam).all():
-        raise UserError(f"lam must have one number per value, {len(names)} ({', '.join(names)}), got {lam.tolist()}")
+    lam = weights(lam, len(names), ", ".join(names))
     if not lam.any():
         raise UserError("lam must not be all zero: there is nothing to learn")
-    for option, count in (("epochs", epochs), ("max_new_tokens", max_new_tokens), ("save_steps", save_steps), ("batch_size", batch_size),
-                          ("gradient_accumulation_steps", gradient_accumulation_steps), ("max_steps", max_steps or 1)):  # fmt: skip
-        if not (isinstance(count, int) and count >= 1):
-            raise UserError(f"{option} must be an integer, at least 1, got {count!r}")
+    runs.check_counts(
+        epochs=epochs, max_new_tokens=max_new_tokens, save_steps=save_steps, batch_size=batch_size, max_steps=max_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps, seed=seed,
+    )  # fmt: skip
+    if not 0 < kl_target < float("inf"):
+        raise UserError(f"kl_target must be positive, got {kl_target}")
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)

@@ -1,0 +1,263 @@
+"""Mistakes at the command line: each one line in the command line's words, and nothing left behind."""
+
+import json
+from typing import Annotated
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import typer
+from tiny import tiny_folder, tiny_tokenizer
+from typer.testing import CliRunner
+
+from fastalign import UserError, decode, rewards
+from fastalign._command import registrar
+from fastalign.cli import app
+from fastalign.data import preferences
+from fastalign.decode import Candidates
+from fastalign.train import jobs, several_values
+
+WORDS = ("cat sat", "dog", "fox ran under", "hat")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Files for commands: a model, a classifier and a body without a head, prompts, pairs, scored candidates."""
+    root = tmp_path_factory.mktemp("given")
+    tiny_folder(root / "model", scale=2.0)
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, num_labels=1, **sizes)
+    for name, kind in (
+        ("classifier", transformers.LlamaForSequenceClassification), ("tagger", transformers.LlamaForTokenClassification),
+        ("body", transformers.LlamaModel),
+    ):  # fmt: skip
+        kind(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "adapter").mkdir()
+    told = {"base_model_name_or_path": str(root / "model"), "peft_type": "LORA", "task_type": "SEQ_CLS"}
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(told))
+    (root / "prompts.txt").write_text("hello\nthe cat\nwho\nwhy")
+    pairs = [{"prompt": f"the {word}", "chosen": " very good", "rejected": " bad"} for word in WORDS]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    texts = [[f"the {word} {i}" for word in WORDS] for i in range(6)]
+    empty = [[[] for _ in row] for row in texts]
+    length = np.array([[len(text) for text in row] for row in texts], dtype=np.float32)
+    whole = Candidates([f"p {i}" for i in range(6)], texts, empty, empty, rewards={"length": length, "short": -length})
+    whole.to_parquet(root / "scored.parquet")
+    return root
+
+
+@pytest.fixture
+def run(given, tmp_path, monkeypatch):
+    """A command in the folder of the files, its output "out" -> (exit code, stderr); and whether it left one."""
+    monkeypatch.setenv("FASTALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(given)
+    out = tmp_path / "out"
+
+    def of(command, *more):
+        result = CliRunner().invoke(app, [*command.split(), *map(str, more), "--out", str(out)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stderr
+
+    of.out = out
+    return of
+
+
+@pytest.fixture
+def refused(run):
+    def of(command, *more):
+        code, err = run(command, *more)
+        assert code == 1 and err.startswith("fastalign: ") and err.count("\n") == 1, err
+        assert not run.out.exists()
+        return err.removeprefix("fastalign: ").rstrip("\n")
+
+    return of
+
+
+SAMPLE = "sample --prompts prompts.txt -n 2 --max-new-tokens 3"
+DPO = "train dpo --data pairs.jsonl"
+PPO = "train ppo --data prompts.txt --batch-size 2 --max-new-tokens 3"
+REWARD = "train reward --model model --max-steps 2"
+ON = "--model model"
+
+
+@pytest.mark.parametrize("command", [SAMPLE, DPO, f"{PPO} --values diversity --lam 1"])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("classifier", "classifier: must be a causal language model, this is a LlamaForSequenceClassification"),
+        ("tagger", "tagger: must be a causal language model, this is a LlamaForTokenClassification"),
+        ("body", "body: must be a causal language model, there is no lm_head.weight in it"),
+        ("adapter", "adapter: must be an adapter of a causal language model, its task_type is SEQ_CLS"),
+    ],
+)
+def test_what_is_no_language_model_is_no_policy(refused, command, model, said):
+    assert refused(f"{command} --model {model}") == said
+
+
+LAM = [
+    ({"lambda": [float("nan"), 1]}, "lambda[0] must be a finite number, got nan"),
+    ({"lambda": [1, None]}, "lambda[1] must be a number, got nothing"),
+    ({"lambda": [1, "a"]}, "lambda[1] must be a number, got 'a'"),
+    ({"lambda": [1]}, "lambda must be a list of 2, one for each value, got [1]"),
+    ({}, "lacks 'lambda', which a palette file has; run `fastalign map` again"),
+]
+
+
+@pytest.mark.parametrize("command", [*(f"{SAMPLE} -n 16 --method {m}" for m in ("rejection", "adaptive", "particles")), PPO,
+                                     "train dpo --data scored.parquet", "train reward --data scored.parquet"])  # fmt: skip
+@pytest.mark.parametrize(("lam", "said"), LAM)
+def test_a_palette_s_lam_is_a_number_for_each_value(refused, command, lam, said, tmp_path):
+    palette = tmp_path / "palette.json"
+    palette.write_text(
+        json.dumps({"kind": "palette", "version": 1, "values": ["diversity", "readability"], "kl": 1.0, **lam})
+    )
+    assert refused(f"{command} {ON} --palette", palette) == f"{palette}: {said}"
+
+
+@pytest.mark.parametrize("command", ["train dpo --data scored.parquet", "train reward --data scored.parquet", PPO])
+@pytest.mark.parametrize(
+    ("lam", "said"),
+    [
+        ("1", "--lam must have one weight per reward, 2 ({}), got 1"),
+        ("1,2,3", "--lam must have one weight per reward, 2 ({}), got 3"),
+        ("nan,1", "--lam must be finite, got [nan, 1.0]"),
+        ("{0}=inf,{1}=1", "--lam must be finite, got [inf, 1.0]"),
+        *((text, f"--lam must be numbers, or name=number each name once, comma-separated, got {text!r}")
+          for text in ("", ",", "1,,1", "a,1", "=1", "length=", "length=1,length=2", "length=1,2")),
+    ],
+)  # fmt: skip
+def test_lam_on_the_command_line_is_a_number_for_each_value(refused, command, lam, said):
+    names = ["diversity", "readability"] if command == PPO else ["length", "short"]
+    values = ["--values", ",".join(names)] if command == PPO else []
+    lam = lam.format(*names) if "{" in lam else lam
+    assert refused(f"{command} {ON} --lam", lam, *values) == (said.format(", ".join(names)) if "{}" in said else said)
+
+
+@pytest.mark.parametrize("lam", [[float("nan"), 1.0], [1.0], ["a", 1], None, [[1.0, 1.0]]])
+def test_and_so_in_python(given, lam):
+    values = ["diversity", "readability"]
+    calls = [
+        lambda: preferences.preference_pairs(given / "scored.parquet", lam=lam, seed=0),
+        lambda: several_values.train_ppo(str(given / "model"), ["a"], values, lam, given / "none"),
+    ]
+    if lam is not None:  # of these it is optional
+        drawing = {"n": 2, "lam": lam, "max_new_tokens": 2, "seed": 0}
+        for draw, more in (
+            (decode.best_of, {}),
+            (decode.speculative_rejection, {}),
+            (decode.particles, {"checkpoints": [1]}),
+        ):
+            calls.append(lambda draw=draw, more=more: draw(str(given / "model"), ["a"], values, **drawing, **more))
+    for call in calls:
+        with pytest.raises(UserError, match=r"^lam must "):
+            call()
+    assert not (given / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (f"{SAMPLE} {ON} --max-new-tokens 0", "--max-new-tokens must be an integer, at least 1, got 0"),
+        (f"{SAMPLE} {ON} -n 0", "-n must be an integer, at least 1, got 0"),
+        (f"{SAMPLE} {ON} --limit 0", "--limit must be at least 1, got 0"),
+        (f"{SAMPLE} {ON} --chat-template-arg x", "--chat-template-arg must be name=value, each name once, got 'x'"),
+        (f"{DPO} {ON} --learning-rate nan", "--learning-rate must be positive, got nan"),
+        (f"{DPO} {ON} --epochs inf", "--epochs must be positive, got inf"),
+        (f"{DPO} {ON} --log-steps 0", "--log-steps must be an integer, at least 1, got 0"),
+        (f"{DPO} {ON} --max-steps 0", "--max-steps must be an integer, at least 1, got 0"),
+        (f"{DPO} {ON} --seed -1", "--seed must be an integer, at least 0, got -1"),
+        (f"{DPO} {ON} --chat", "--chat needs a chat template, and the model's tokenizer has none"),
+        (f"{DPO} {ON} --loss-type ,", "--loss-type must name at least one loss, got none"),
+        (f"{DPO} {ON} --resume", "OUT: there is nothing to resume; leave out --resume to begin"),
+        (f"{PPO} {ON} --values diversity --lam 1 --kl-coef nan", "--kl-coef must be at least 0, got nan"),
+        (f"{PPO} {ON} --values diversity --lam 1 --kl-target 0", "--kl-target must be positive, got 0.0"),
+        (f"{PPO} {ON} --values diversity --lam 1 --seed -1", "--seed must be an integer, at least 0, got -1"),
+        (f"{PPO} {ON} --values diversity --lam 1 --max-steps 0", "--max-steps must be an integer, at least 1, got 0"),
+        (
+            f"{PPO} {ON} --values diversity --lam 1 --mini-batch-size 3",
+            "--batch-size must be a multiple of --mini-batch-size · --gradient-accumulation-steps = 3 · 1 = 3, got 2",
+        ),
+        (f"{REWARD} --data pairs.jsonl --center nan", "--center must be a finite number, got nan"),
+        (f"{REWARD} --data pairs.jsonl --held-out nan", "--held-out must be at least 0 and below 1, got nan"),
+        (f"{REWARD} --data pairs.jsonl --lam 1", "pairs.jsonl: lam and palette make pairs of a scored file, this holds pairs"),
+        (f"{REWARD} --data scored.parquet", "scored.parquet: a scored file needs lam or a palette to make pairs of it"),
+        (
+            f"{REWARD} --data scored.parquet --values length,humor",
+            "--values must be rewards that the file carries (length, short), got humor",
+        ),
+        (f"{REWARD} --data scored.parquet --values ,", "--values must be rewards that the file carries (length, short), got none"),
+        (
+            f"{REWARD} --data scored.parquet --values length --lam 1,1",
+            "give values, a head for each, or lam or a palette, for one head, got both",
+        ),
+        (
+            "soup model model --weights 0.5,0.2",
+            "--weights of a linear soup must sum to 1, got 0.7 (--normalize divides by the sum, --no-normalize keeps them)",
+        ),
+        ("soup model model --weights 0.5,,0.5", "--weights must be numbers, comma-separated, got '0.5,,0.5'"),
+    ],
+)  # fmt: skip
+def test_in_the_command_line_s_words(refused, run, command, said):
+    assert refused(command) == said.replace("OUT", str(run.out))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("a/batch_size/b: no such file", "a/batch_size/b: no such file"),
+        ("my_batch_size and batch_sizes", "my_batch_size and batch_sizes"),
+        ("use force, or batch_size 3", "use force, or --rows 3"),
+        ("force=True or force=False", "--force or no --force"),
+        ("force needs sync=False", "--force needs --no-sync"),
+    ],
+)
+def test_a_parameter_s_name_is_told_from_other_words(message, said):
+    lone = typer.Typer()
+
+    @registrar(lone)("example")
+    def show(
+        batch_size: Annotated[int, typer.Option("--rows", "--batch_size")] = 1,
+        force: Annotated[bool, typer.Option("--force")] = False,
+        sync: Annotated[bool, typer.Option("--sync/--no-sync")] = True,
+    ) -> None:
+        raise UserError(message)
+
+    assert CliRunner().invoke(lone, []).stderr == f"fastalign: {said}\n"
+
+
+def test_a_reward_model_of_a_scored_file_by_each_value_or_by_lam(run):
+    code, err = run(f"{REWARD} --data scored.parquet --values length,short --learning-rate 1e-2")
+    assert code == 0, err
+    heads = rewards.from_heads(str(run.out))
+    assert [head.name for head in heads] == ["length", "short"]
+    pairs = jobs.read_pairs("scored.parquet", values=["length", "short"])
+    assert len(pairs) == 12 and pairs.settings["pairs"]["values"] == ["length", "short"]
+    first, second = pairs[0], pairs[6]
+    assert (first["value"], second["value"]) == ("length", "short")
+    assert first["chosen"] == second["rejected"] == "the fox ran under 0"
+    code, err = run(f"{REWARD} --data scored.parquet --lam length=2 --overwrite")
+    assert code == 0, err
+    assert rewards.from_pairwise(str(run.out)).name == "pairwise"
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
+    import fastalign._command as commands
+
+    asked = []
+    monkeypatch.setattr(commands, "_ask", lambda question: asked.append(question) or answer == "y")
+    code, err = run(f"{REWARD} --data pairs.jsonl --resume")
+    assert asked == [f"{run.out}: there is nothing to resume; begin a run?"]
+    assert code == (answer == "n") and run.out.exists() == (answer == "y"), err
