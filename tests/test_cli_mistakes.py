@@ -111,7 +111,7 @@ LAM = [
     ({"lambda": [1, None]}, "lambda[1] must be a number, got nothing"),
     ({"lambda": [1, "a"]}, "lambda[1] must be a number, got 'a'"),
     ({"lambda": [1]}, "lambda must be a list of 2, one for each value, got [1]"),
-    ({}, "lacks 'lambda', which a palette file has; run `fastalign map` again"),
+    ({}, "lacks 'lambda', which a palette file has; run `fastalign map` again, with --overwrite"),
 ]
 
 
