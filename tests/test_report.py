@@ -107,6 +107,51 @@ def test_the_standard_error_is_the_spread_of_repeated_draws():
     assert [value.se for value in found.values] == pytest.approx(means.std(axis=0), rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("sense", "above", "verdict", "shown"),
+    [
+        (">=", 0.5, "short", "short by 0.50"),
+        (">=", -0.5, "met", None),
+        ("<=", 0.5, "met", None),
+        ("<=", -0.5, "short", "above by 0.50"),
+        ("==", 0.5, "short", "off by 0.50"),
+        ("==", -0.5, "short", "off by 0.50"),
+        ("==", 0.0, "met", None),
+        ("free", 0.5, "met", None),
+    ],
+)
+def test_a_verdict_goes_by_what_was_asked(tmp_path, sense, above, verdict, shown):
+    def edit(arguments):  # λ = 0, one candidate for all: what is realised is predicted, and asked is `above` it
+        arguments["rewards"] = np.random.default_rng(0).normal(size=(6, 1, 1)).astype(np.float32) * np.ones((6, 4, 1))
+        arguments["selected"] = np.zeros((6, 1), dtype=int)
+        arguments["texts"] = [["text"] * 4] * 6
+        mean = float(arguments["rewards"].mean(dtype=np.float64))
+        arguments["palette"] |= {
+            "palette": [mean + above],
+            "levels": [mean],
+            "lambda": [0.0],
+            "feasible": True,
+            "nearest": None,
+        }
+        arguments["palette"] |= {"sense": [">=" if sense == "free" else sense], "free": [sense == "free"]}
+
+    found, _ = make(m=1, n=4, edit=edit)
+    value = found.values[0]
+    assert value.verdict == verdict and value.sense == sense == found.to_json()["values"][0]["sense"]
+    assert (value.short_by > 0) == (verdict == "short") == bool(value.reason)
+    console = Console(file=io.StringIO(), width=100)
+    found.print(console)
+    level = value.show(value.asked)
+    wish = {">=": f" {level} ", "free": " free "}.get(sense, f"{sense} {level}")
+    assert wish in console.file.getvalue() and (shown is None or shown in console.file.getvalue())
+    assert shown is None or shown in page(found, tmp_path)
+
+
+def test_a_sense_that_is_none_is_told():
+    with pytest.raises(UserError, match="palette's 'sense' must have 3 of >=, <=, =="):
+        make(edit=lambda arguments: arguments["palette"].update(sense=[">=", "<", ">="]))
+
+
 def test_json_and_page_hold_the_same_numbers(tmp_path):
     found, _ = make(m=3, k=2)
     plain = found.to_json()

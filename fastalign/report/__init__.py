@@ -36,8 +36,9 @@ class Value:
     other levels is not in it. Exact for "resample"; at most that for the stratified methods in the usual case.
 
     score: (realised - predicted) / se; None where se is 0 and they differ. agrees: within 3 standard errors.
-    verdict: "met", "within error" (below by no more than 3 SE of what the policy meets) or "short".
-    short_by: asked - realised where that is positive, else 0. reason: why it is short, "" if met.
+    sense: ">=", "<=" or "==": at least, at most or exactly `asked`; "free": nothing is asked.
+    verdict: "met", "within error" (off by no more than 3 SE of what the policy meets) or "short".
+    short_by: how far `realised` is on the wrong side of `asked`, else 0. reason: why it is short, "" if met.
     """
 
     name: str
@@ -55,6 +56,20 @@ class Value:
     short_by: float
     reason: str
     nearest: float | None
+    sense: str = ">="
+
+    @property
+    def wish(self) -> str:
+        """What was asked, as the report prints it: a level at least, or "<= 0.20", "== 0.20", "free"."""
+        if self.sense == "free":
+            return "free"
+        return self.show(self.asked) if self.sense == ">=" else f"{self.sense} {self.show(self.asked)}"
+
+    @property
+    def missed(self) -> str:
+        """By how much, and on which side, where it is not met."""
+        side = {"<=": "above by", "==": "off by"}.get(self.sense, "short by")
+        return f"{side} {self.show(self.short_by)}"
 
     @property
     def decimals(self) -> int:
@@ -155,7 +170,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Every number of the report as plain data: no NaN, no numpy."""
         names = ("name", "before", "spread", "asked", "predicted", "realised", "se", "rao_blackwell", "score", "agrees",
-                 "verdict", "short_by", "reason", "nearest")  # fmt: skip
+                 "verdict", "short_by", "reason", "nearest", "sense")  # fmt: skip
         return _plain({
             "kind": "report",
             "version": 1,
@@ -243,7 +258,7 @@ def build(
 
     values: m names. rewards: (P, N, m), finite, every candidate's. selected: (P, k) integers in 0..N-1, the candidates
     chosen. palette: what `fastalign map` writes: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible", and if
-    known "nearest" (m,) or None, "dual" and "sense". prompts: P. texts: P x N. settings: anything worth printing; its "method"
+    known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: anything worth printing; its "method"
     is how the texts were chosen (default "resample"). seed: of the examples drawn at random.
 
     Raises UserError, in one line, where shapes do not match, a number is not finite or an index is out of range.
@@ -283,10 +298,15 @@ def build(
         "prompts": p, "candidates": n, "draws": k,
     }  # fmt: skip
     nearest = solution["nearest"]
+    given = palette.get("sense") or ">="
+    senses = [given] * m if isinstance(given, str) else list(given)
+    if len(senses) != m or not set(senses) <= {">=", "<=", "=="}:
+        raise UserError(f"palette's 'sense' must have {m} of >=, <=, ==, got {senses}")
+    senses = ["free" if free else sense for free, sense in zip(palette.get("free") or [False] * m, senses, strict=True)]
     rows = []
     for j, name in enumerate(values):
         row = {column: float(x[j]) for column, x in columns.items()}
-        rows.append(_judged(clean(name), row, None if nearest is None else float(nearest[j]), ess, frame))
+        rows.append(_judged(clean(name), senses[j], row, None if nearest is None else float(nearest[j]), ess, frame))
     return Report(
         values=rows,
         kl=solution["kl"],
@@ -302,28 +322,35 @@ def build(
     )
 
 
-def _judged(name: str, row: dict[str, float], nearest: float | None, ess: np.ndarray, frame: dict) -> Value:
+def _short(sense: str, asked: float, level: float) -> float:
+    """How far a level is on the wrong side of what is asked, or 0."""
+    return {">=": max(0.0, asked - level), "<=": max(0.0, level - asked), "==": abs(level - asked), "free": 0.0}[sense]
+
+
+def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None, ess: np.ndarray, frame: dict) -> Value:
     """The verdict on one value."""
     # What rounding in the rewards and the solver's tolerance may leave.
     slack = 1e-6 * row["spread"] + 1e-9 * abs(row["before"])
     gap = row["realised"] - row["predicted"]
     score = gap / row["se"] if row["se"] > 0 else (0.0 if abs(gap) <= slack else None)
     agrees = abs(gap) <= 3 * row["se"] + slack
-    short_by = max(0.0, row["asked"] - row["realised"])
+    short_by, counted_on, within = (
+        _short(sense, row["asked"], row[level]) for level in ("realised", "predicted", "rao_blackwell")
+    )
     verdict, reasons = "met", []
     if short_by <= slack:
         short_by = 0.0
     else:
-        policy = min(row["rao_blackwell"], row["predicted"])
-        verdict = "within error" if policy >= row["asked"] - slack and short_by <= 3 * row["se"] + slack else "short"
+        drawn = max(counted_on, within) <= slack and short_by <= 3 * row["se"] + slack
+        verdict = "within error" if drawn else "short"
         if not frame["feasible"]:
             reasons.append(
                 "the palette is infeasible"
                 + (f", the nearest reachable level is {nearest:.4g}" if nearest is not None else "")
             )
-        elif row["predicted"] < row["asked"] - slack:
+        elif counted_on > slack:
             reasons.append(f"λ reaches only {row['predicted']:.4g} (it is bounded, or the palette lies on the edge)")
-        elif row["rao_blackwell"] < row["asked"] - slack:
+        elif within > slack:
             if frame["dual"] == "joint":
                 why = "the joint dual counts on other weights of the prompts"
             else:
@@ -348,6 +375,7 @@ def _judged(name: str, row: dict[str, float], nearest: float | None, ess: np.nda
         short_by=short_by,
         reason="; ".join(reasons),
         nearest=nearest,
+        sense=sense,
         **row,
     )
 

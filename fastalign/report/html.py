@@ -135,7 +135,7 @@ def _table(report: Report) -> str:
                               ("Realised ± SE", "realised"), ("All reweighted", ""), ("Verdict", ""))
     )  # fmt: skip
     rows = "".join(
-        f"<tr><td>{escape(v.name)}</td><td>{v.lam:.3g}</td><td>{v.show(v.before)}</td><td>{v.show(v.asked)}</td>"
+        f"<tr><td>{escape(v.name)}</td><td>{v.lam:.3g}</td><td>{v.show(v.before)}</td><td>{escape(v.wish)}</td>"
         f"<td>{v.show(v.predicted)}</td><td class='realised'>{v.show(v.realised)} <span class='se'>{v.show_error(report)}</span></td>"
         f"<td>{v.show(v.rao_blackwell)}</td><td><span class='verdict {v.verdict.split()[0]}'>{_VERDICTS[v.verdict]}</span></td></tr>"
         for v in report.values
@@ -144,9 +144,9 @@ def _table(report: Report) -> str:
 
 
 def _reasons(report: Report) -> str:
-    items = [
-        f"<b>{escape(v.name)}</b> short by {v.show(v.short_by)}: {escape(v.reason)}." for v in report.values if v.reason
-    ] + [escape(note) for note in report.notes]
+    items = [f"<b>{escape(v.name)}</b> {v.missed}: {escape(v.reason)}." for v in report.values if v.reason] + [
+        escape(note) for note in report.notes
+    ]
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
 
 

@@ -25,12 +25,12 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for v in report.values:
-        verdict = {"met": "met", "within error": "met within error"}.get(v.verdict, f"short by {v.show(v.short_by)}")
+        verdict = {"met": "met", "within error": "met within error"}.get(v.verdict, v.missed)
         realised = Text.assemble((v.show(v.realised), "bold"), (f" {v.show_error(report)}", "dim"))
         table.add_row(
             Text(v.name),
             v.show(v.before),
-            v.show(v.asked),
+            v.wish,
             v.show(v.predicted),
             realised,
             Text(verdict, _STYLES[v.verdict]),
@@ -45,7 +45,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     )  # fmt: skip
     for v in report.values:
         if v.reason:
-            console.print(Text(f"{v.name} short by {v.show(v.short_by)}: {v.reason}.", "yellow"), width=width)
+            console.print(Text(f"{v.name} {v.missed}: {v.reason}.", "yellow"), width=width)
     for note in report.notes:
         console.print(Text(note, "yellow"), width=width)
     if report.examples:
