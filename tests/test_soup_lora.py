@@ -303,7 +303,7 @@ def test_what_cannot_be_mixed_is_refused_with_one_line(base, adapters, tmp_path)
         assert part in str(caught.value)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").write_text("kept")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="holds no adapter that fastalign made"):
         soup.merge_adapters([a], [1.0], tmp_path / "there")
     assert (tmp_path / "there" / "x").read_text() == "kept"
 
