@@ -150,6 +150,14 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
         assert not out.exists()
 
 
+@pytest.mark.parametrize("command", [("map", "--quantile", "0.5"), ("pareto",), ("palette-ui", "--no-browser")])
+def test_values_are_asked_for_once(tmp_path, command):
+    out = ("--out", tmp_path / "out") if command[0] != "palette-ui" else ()
+    found = run(command[0], scored(tmp_path / "s.parquet", "a", "b"), *command[1:], "--values", "a,a", *out)
+    assert found.exit_code == 1 and found.stderr == "fastalign: --values must be different, got a, a\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_map_shows_what_was_asked(tmp_path):
     file, out = scored(tmp_path / "s.parquet", "a", "b", "c", "d"), tmp_path / "p.json"
     command = ("map", file, "--palette", "a=0.6,b<=1.7,c==2.65,d=free", "--out", out)

@@ -146,6 +146,8 @@ class Candidates:
             have = ", ".join(self.rewards) or "none; run `fastalign score` first"
             wanted = ", ".join(missing) or "one at least"
             raise UserError(f"rewards asked for: {wanted}; the candidates carry: {have}")
+        if len(set(names)) < len(names):
+            raise UserError(f"values must be different, got {', '.join(names)}")
         return np.stack([self.rewards[name] for name in names], axis=-1)
 
     def take(self, indices: np.ndarray) -> Candidates:
