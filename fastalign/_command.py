@@ -57,7 +57,10 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
             def guarded(*args, as_json: bool = False, **kwargs):
                 token = _AS_JSON.set(as_json)
                 try:
-                    _protect(function.__name__, signature.bind(*args, **kwargs).arguments)
+                    arguments = signature.bind(*args, **kwargs).arguments
+                    _protect(function.__name__, arguments)
+                    if as_json and str(arguments.get("out")) == STDOUT:
+                        raise UserError("give --out - or --json, not both: each writes JSON to stdout")
                     with (
                         _terminable(),
                         outputs.said_by(_say, _ask),

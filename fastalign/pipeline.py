@@ -427,7 +427,8 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
                 start, stop, count = parts
                 if int(count) > GRID_LIMIT:  # before it is made
                     raise UserError(f"lam-grid must have at most {GRID_LIMIT:,} points, got {int(count):,} for {name}")
-                axes[name] = np.linspace(float(start), float(stop), int(count))
+                with np.errstate(invalid="ignore"):  # infinite ends are refused below
+                    axes[name] = np.linspace(float(start), float(stop), int(count))
         except UserError:
             raise
         except (ValueError, OverflowError):

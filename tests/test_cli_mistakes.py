@@ -181,8 +181,8 @@ def test_and_so_in_python(given, lam):
         (f"{DPO} {ON} --chat", "--chat needs a chat template, and the model's tokenizer has none"),
         (f"{DPO} {ON} --loss-type ,", "--loss-type must name at least one loss, got none"),
         (f"{DPO} {ON} --resume", "OUT: there is nothing to resume; leave out --resume to begin"),
-        (f"{PPO} {ON} --values diversity --lam 1 --kl-coef nan", "--kl-coef must be at least 0, got nan"),
-        (f"{PPO} {ON} --values diversity --lam 1 --kl-target 0", "--kl-target must be positive, got 0.0"),
+        (f"{PPO} {ON} --values diversity --lam 1 --kl-coef nan", "--kl-coef must be at least 0 and finite, got nan"),
+        (f"{PPO} {ON} --values diversity --lam 1 --kl-target 0", "--kl-target must be positive and finite, got 0.0"),
         (f"{PPO} {ON} --values diversity --lam 1 --seed -1", "--seed must be an integer, at least 0, got -1"),
         (f"{PPO} {ON} --values diversity --lam 1 --max-steps 0", "--max-steps must be an integer, at least 1, got 0"),
         (

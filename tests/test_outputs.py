@@ -251,6 +251,7 @@ def test_a_folder_that_may_not_be_written(name, work):
 def test_json_goes_to_stdout(name, work):
     code, out, err = fastalign(*argued(name, "--out", "-"))
     assert code == 0 and json.loads(out)["kind"] in ("palette", "report", "lam_grid") and err
+    assert "give --out - or --json, not both" in refused(*argued(name, "--out", "-", "--json"))
     assert not Path("-").exists()
 
 

@@ -264,6 +264,8 @@ def write(
     from fastalign.palette import quantile_palette
     from fastalign.report.pareto_html import page
 
+    if seed < 0:
+        raise UserError(f"seed must be at least 0, got {seed}")
     out = Path(out)
     inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
     inputs |= {f"soup {i}": path for i, path in enumerate(soups)}

@@ -100,8 +100,11 @@ def train_ppo(
         epochs=epochs, max_new_tokens=max_new_tokens, save_steps=save_steps, batch_size=batch_size, max_steps=max_steps,
         gradient_accumulation_steps=gradient_accumulation_steps, seed=seed,
     )  # fmt: skip
-    if not 0 < kl_target < float("inf"):
-        raise UserError(f"kl_target must be positive, got {kl_target}")
+    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= init_kl_coef < float("inf"):
+        raise UserError(f"kl_coef must be at least 0 and finite, got {init_kl_coef}")
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
