@@ -104,7 +104,7 @@ def train_ppo(
         if not 0 < value < float("inf"):
             raise UserError(f"{name} must be positive and finite, got {value}")
     if not 0 <= init_kl_coef < float("inf"):
-        raise UserError(f"kl_coef must be at least 0 and finite, got {init_kl_coef}")
+        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
