@@ -422,10 +422,55 @@ def test_the_log_forgets_what_comes_after_the_checkpoint(tmp_path):
     with run.logs.open("a") as file:
         file.write('{"step": 4, "x"')
     (run.checkpoints / "step").mkdir(parents=True)
+    os.close(run._lock)  # as of a killed run
     (run.checkpoints / "step-00000002").mkdir()
     (run.checkpoints / "step-00000002" / "state.json").touch()
     runs.Run(tmp_path / "out", {"a": 1}, resume=True).begin(2)
     assert [json.loads(line) for line in run.logs.read_text().splitlines()] == [{"step": 1, "x": 0.5}, {"step": 2}]
+
+
+def ended(out, settings, text, **options):
+    with runs.Run(out, settings, resume=False, **options) as run:
+        run.begin(0)
+        run.log({"step": 1})
+        (out / "model.safetensors").write_text(text)
+        return run.finish({"steps": 1})
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_an_ended_run_is_kept_until_what_overwrites_it_has_ended(tmp_path, killed, checkpoint):
+    out = tmp_path / "out"
+    first = ended(out, {"a": 1}, "first")
+    over = runs.Run(out, {"a": 2}, resume=False, overwrite=True)
+
+    def half():
+        over.begin(0)
+        over.log({"step": 1})
+        if checkpoint:
+            (over.checkpoints / "step-00000001").mkdir(parents=True)
+            (over.checkpoints / "step-00000001" / "state.json").touch()
+
+    if killed:
+        half()
+        os.close(over._lock)
+    else:
+        with pytest.raises(KeyboardInterrupt), over:
+            half()
+            raise KeyboardInterrupt
+    if checkpoint:
+        assert runs.Run(out, {"a": 2}, resume=False).resumes
+    assert runs.Run(out, {"a": 1}, resume=False).result == first
+    assert log(out) == [{"step": 1}] and not (out / "previous").exists() and not over.checkpoints.exists()
+    second = ended(out, {"a": 3}, "second", overwrite=True)
+    assert runs.Run(out, {"a": 3}, resume=False).result == second and not (out / "previous").exists()
+
+
+def test_two_runs_into_one_folder(tmp_path):
+    with runs.Run(tmp_path / "out", {"a": 1}, resume=False) as run:
+        run.begin(0)
+        with pytest.raises(UserError, match="another run is writing it"):
+            runs.Run(tmp_path / "out", {"a": 1}, resume=False).begin(0)
 
 
 def test_a_finished_run_removes_its_checkpoints_and_nothing_else(tmp_path):

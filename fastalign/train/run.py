@@ -5,11 +5,13 @@
 <out>/log.jsonl      one object a logged step
 <out>/checkpoints/   while the run goes on
 <out>/result.json    when it has ended: what came of it, and which files it wrote
+<out>/previous/      while an ended run is being overwritten: its run.json, log.jsonl and result.json
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from fastalign.train._stopping import Stopping
 
 KIND, RESULT = "training_run", "training_result"
+_RECORDS = ("run.json", "log.jsonl", "result.json")
 _CHECKPOINT = re.compile(
     r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial"
 )  # transformers' names, and ppo_checkpoint's
@@ -58,13 +61,17 @@ class Run:
         self.out = Path(out)
         contents = {name: fingerprint.of_model(name) for name in inputs}
         self.settings = json.loads(json.dumps({**settings, "contents": contents}))
+        self._lock: int | None = None
         self.checkpoints = self.out / "checkpoints"
         self.logs = self.out / "log.jsonl"
         check_folder(self.out)
         outputs.not_an_input(self.out, inputs)
-        had, ended = self._had(), self._ended()
+        self.previous = self.out / "previous"
+        if not overwrite and self._settings_in(self.previous) == self.settings:
+            self._restore()  # what began to overwrite this very run has not ended
+        had, ended = self._settings_in(self.out), self._result_in(self.out)
         self._new = not self.out.is_dir() or not any(self.out.iterdir())
-        self._old_files = ended.get("files", []) if ended else []
+        self._old_files = (ended or self._result_in(self.previous) or {}).get("files", [])
         if had is None and self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
             raise UserError(f"{out}: exists, and is no training run's; --overwrite writes into it")
         if had is not None and not overwrite:
@@ -90,7 +97,13 @@ class Run:
         if isinstance(error, KeyboardInterrupt) and not error.args:
             where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
             error.args = (f"{self.out}: stopped{where}",)
-        if kind is None or not self._new or kept or not is_main():
+        if self._lock is not None:
+            os.close(self._lock)
+        if kind is None or kept or not is_main():
+            return
+        if self._settings_in(self.previous) is not None:
+            self._restore()
+        if not self._new:
             return
         self._remove_checkpoints()
         shutil.rmtree(self.out / "runs", ignore_errors=True)  # TensorBoard's
@@ -99,13 +112,32 @@ class Run:
         with contextlib.suppress(OSError):
             self.out.rmdir()
 
-    def _had(self) -> dict[str, Any] | None:
-        there = (self.out / "run.json").is_file()
-        return read_json(self.out / "run.json", kind=KIND)["settings"] if there else None
+    @staticmethod
+    def _settings_in(folder: Path) -> dict[str, Any] | None:
+        path = folder / "run.json"
+        return read_json(path, kind=KIND)["settings"] if path.is_file() else None
 
-    def _ended(self) -> dict[str, Any] | None:
-        there = (self.out / "result.json").is_file()
-        return read_json(self.out / "result.json", kind=RESULT) if there else None
+    @staticmethod
+    def _result_in(folder: Path) -> dict[str, Any] | None:
+        path = folder / "result.json"
+        return read_json(path, kind=RESULT) if path.is_file() else None
+
+    def _set_aside(self) -> None:
+        """An ended run's record; run.json, by which `previous` is known, comes last there and goes last from there."""
+        self.previous.mkdir(exist_ok=True)
+        for name in reversed(_RECORDS):
+            if (self.out / name).is_file():
+                os.replace(self.out / name, self.previous / name)
+
+    def _restore(self) -> None:
+        """The record of the run whose model is still there, in the place of one that has not ended."""
+        if not is_main():
+            return
+        self._remove_checkpoints()
+        for name in reversed(_RECORDS):
+            if (self.previous / name).is_file():
+                os.replace(self.previous / name, self.out / name)
+        self.previous.rmdir()
 
     def _kept(self) -> list[Path]:
         """The whole checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
@@ -117,14 +149,25 @@ class Run:
         """Make the folder; training goes on after `step`, so what an interrupted run logged beyond it is forgotten."""
         if not is_main():
             return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._hold()
         if self.resumes:
             self._rewind(step)
         else:
+            if (self.out / "result.json").is_file():
+                self._set_aside()
             self.logs.unlink(missing_ok=True)
             self._remove_checkpoints()
-        (self.out / "result.json").unlink(missing_ok=True)
         self._before = self._files()
         write_json(self.out / "run.json", {"kind": KIND, "version": 1, "settings": self.settings})
+
+    def _hold(self) -> None:
+        """Against another run into the same folder, until this one ends. Raises UserError."""
+        self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out}: another run is writing it") from None
 
     def _same(self, had: dict[str, Any]) -> None:
         for name in {**had, **self.settings}:
@@ -168,11 +211,12 @@ class Run:
             (self.out / name).unlink(missing_ok=True)
         write_json(self.out / "result.json", result)
         self._remove_checkpoints()
+        shutil.rmtree(self.previous, ignore_errors=True)
         return result
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """The model's and its like in the folder, with what tells whether they are written anew."""
-        own = ("run.json", "log.jsonl", "result.json", "checkpoints", "runs")
+        own = (*_RECORDS, "checkpoints", "runs", "previous")
         found = (path for path in self.out.rglob("*") if path.is_file())
         states = {path.relative_to(self.out): path.stat() for path in found}
         return {name.as_posix(): (s.st_ino, s.st_mtime_ns) for name, s in states.items() if name.parts[0] not in own}
