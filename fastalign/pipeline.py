@@ -313,12 +313,11 @@ def solve_palette(
         "candidates": grid.shape[1],
         "worth": worth(grid, solution.lam).to_json(),
     }
-    if plot is not None:
-        from fastalign.report.pareto import plot_palette
+    with outputs.making(out, result, record, figures=plot):
+        if plot is not None:
+            from fastalign.report.pareto import plot_palette
 
-        plot_palette(scored, result, plot)
-    result["made"] = outputs.completed(record, figures=plot)
-    write_json(out, result)
+            plot_palette(scored, result, plot)
     return result
 
 
@@ -512,11 +511,11 @@ def evaluate(
     )
     if record is None:
         return found
-    if html is not None:
-        found.to_html(html)
-    if figures is not None:
-        from fastalign.report.pareto import save_figures
+    with outputs.making(out, found.to_json(), record, **beside):
+        if html is not None:
+            found.to_html(html)
+        if figures is not None:
+            from fastalign.report.pareto import save_figures
 
-        save_figures(found.figures(), figures)
-    write_json(out, found.to_json() | {"made": outputs.completed(record, **beside)})
+            save_figures(found.figures(), figures)
     return found

@@ -339,3 +339,32 @@ def test_an_infeasible_palette_has_a_code_of_its_own(work):
 def test_lines_are_not_folded_where_no_terminal_is(work):
     code, out, _ = fastalign(*argued("pareto", "--out", "a folder with a long name" * 6))
     assert code == 0 and "a folder with a long name" * 6 + "/pareto.html" in out
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        argued("eval", "--html", "page.html", "--figures", "figures"),
+        argued("map", "--plot", "figures"),
+        argued("pareto"),
+    ],
+    ids=["eval", "map", "pareto"],
+)
+def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(asked, work, monkeypatch):
+    from fastalign.palette import plots
+
+    save, saved = plots.save, []
+
+    def interrupted(figure, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(figure, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "save", interrupted)
+        assert fastalign(*asked, "--out", "out")[0] == 130
+    assert len(saved) == 2
+    code, _, err = fastalign(*asked, "--out", "out")
+    assert code in (0, 3), err
+    assert "there already" in fastalign(*asked, "--out", "out")[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import fingerprint
-from fastalign.data.files import STDOUT, check_folder, check_target
+from fastalign.data.files import STDOUT, check_folder, check_target, write_json
 from fastalign.data.work_folder import sha256
 from fastalign.errors import UserError
 
@@ -48,7 +48,7 @@ def claim(
 ) -> dict[str, Any] | None:
     """The job's record where `out` is to be made; None where it is there already, as this job made it.
 
-    files, figures: what is written with it, files and a folder of SVG and PNG; their digests go into the record (`completed`).
+    files, figures: what is written with it, files and a folder of SVG and PNG; their digests go into the record (`making`).
     Raises UserError, one line: one of them is an input, or no file, or there and not this job's and not to be overwritten.
     """
     out = Path(out)
@@ -69,6 +69,8 @@ def claim(
         raise UserError(f"{out}: exists, made {made}; --overwrite replaces it")
     held = (had or {}).get("companions", {})
     there = _companions(files, figures)
+    if had is not None and had.get("unfinished"):
+        return record
     for name, path in there.items():
         if held.get(name) != sha256(path):
             raise UserError(f"{path}: exists, and is not what this command wrote; --overwrite replaces it")
@@ -79,10 +81,19 @@ def claim(
     return None
 
 
-def completed(record: Mapping[str, Any], files: Sequence[Path] = (), figures: Path | None = None) -> dict[str, Any]:
-    """The record with the digests of what was written beside the output."""
+@contextmanager
+def making(
+    out: str | os.PathLike, value: dict[str, Any], record: Mapping[str, Any], *, files: Sequence[Path] = (),
+    figures: Path | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """Write the object `value` with its record as JSON at `out`, what goes with it in the block, and then the digests of that. What
+    an interrupted one left is known again by the record."""
+    if (files or figures) and str(out) != STDOUT:
+        write_json(out, {**value, "made": {**record, "unfinished": True}})
+    yield
     digests = {name: sha256(path) for name, path in _companions(files, figures).items()}
-    return {**record, "companions": digests} if digests else dict(record)
+    value["made"] = {**record, "companions": digests} if digests else dict(record)
+    write_json(out, value)
 
 
 def _companions(files: Sequence[Path], figures: Path | None) -> dict[str, Path]:
@@ -95,7 +106,7 @@ def _companions(files: Sequence[Path], figures: Path | None) -> dict[str, Path]:
 
 def differing(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The first name of which two records have other values."""
-    names = (name for name in {**had, **wanted} if name != "companions")
+    names = (name for name in {**had, **wanted} if name not in ("companions", "unfinished"))
     return next((name for name in names if had.get(name) != wanted.get(name)), None)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastalign.data import outputs
 from fastalign.data import palettes as palette_files
-from fastalign.data.files import atomic_write, write_json
+from fastalign.data.files import atomic_write
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, best_of_n_kl
 from fastalign.errors import UserError
@@ -297,11 +297,11 @@ def write(
         joint=joint, n_lambda=n_lambda, l1_max=l1_max, seed=seed,
     )  # fmt: skip
     figures = found.figures()
-    save_figures(figures, out)
-    text = page(found, figures)
-    with atomic_write(out / "pareto.html") as beside:
-        beside.write_text(text, encoding="utf-8")
-    write_json(out / "pareto.json", found.to_json() | {"made": outputs.completed(record, **written)})
+    with outputs.making(out / "pareto.json", found.to_json(), record, **written):
+        save_figures(figures, out)
+        text = page(found, figures)
+        with atomic_write(out / "pareto.html") as beside:
+            beside.write_text(text, encoding="utf-8")
     return found
 
 
