@@ -404,6 +404,8 @@ def select(
     found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed, overwrite=overwrite)
     console = _console()
     console.print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
+    if not pipeline.is_feasible(palette):
+        console.print(f"{palette}: infeasible; its λ is for a point just inside what can be reached", style="yellow")
     told, result = pipeline.expected(scored, palette), {"out": str(out), "prompts": len(found.prompts), "k": found.n}
     if method is Method.best:
         from fastalign.decode import best_of_n_kl

@@ -357,6 +357,11 @@ def select(
     return picked
 
 
+def is_feasible(palette: str | Path) -> bool:
+    """What a palette file says of itself; True of one that does not say."""
+    return palettes.read(palette).get("feasible") is not False
+
+
 def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -> np.ndarray:
     """(P, N) log weights of a file of particles, which must have been drawn by this palette's λ."""
     drawn = whole.settings.get("sampling", {})

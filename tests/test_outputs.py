@@ -334,6 +334,8 @@ def test_an_infeasible_palette_has_a_code_of_its_own(work):
     assert fastalign(*asked, "--out", "out", "--allow-infeasible")[0] == 0
     code, out, _ = fastalign(*asked, "--out", "out", "--json")
     assert code == 3 and json.loads(out)["feasible"] is False
+    code, shown, _ = fastalign("select", "scored.parquet", "--palette", "out", "--out", "picked")
+    assert code == 0 and "out: infeasible; its λ is for a point just inside" in shown
 
 
 def test_lines_are_not_folded_where_no_terminal_is(work):

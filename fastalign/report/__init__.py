@@ -124,8 +124,10 @@ class Report:
         return "prompt" if self.prompts < 2 else "candidate" if self.candidates < 2 else ""
 
     @property
-    def agrees(self) -> bool:
-        """Whether every value's realised mean is within 3 standard errors of the prediction."""
+    def agrees(self) -> bool | None:
+        """Whether every value's realised mean is within 3 standard errors of the prediction; None where there is no telling them."""
+        if self.lone:
+            return None
         return all(value.agrees for value in self.values)
 
     @property
@@ -134,6 +136,8 @@ class Report:
         against = "the dual's prediction"
         if not self.is_draw:
             against += f" (texts were picked by {self.method!r}, which are not draws from p_λ)"
+        if self.lone:
+            return f"Of one {self.lone} there is no telling whether the values agree with {against}."
         off = [value for value in self.values if not value.agrees]
         if not off:
             every = "All values agree" if len(self.values) > 1 else f"{self.values[0].name} agrees"
