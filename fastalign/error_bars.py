@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def standard_error(means: np.ndarray, axis: int = 0) -> np.ndarray:
     """Of the mean over an axis of independent units, such as prompts; NaN where there are fewer than two."""
+    import numpy as np  # here, for commands start without it
+
     means = np.asarray(means, dtype=np.float64)
     count = means.shape[axis]
     if count < 2:
