@@ -471,6 +471,14 @@ def test_two_runs_into_one_folder(tmp_path):
         run.begin(0)
         with pytest.raises(UserError, match="another run is writing it"):
             runs.Run(tmp_path / "out", {"a": 1}, resume=False).begin(0)
+    ended(tmp_path / "over", {"a": 1}, "first")
+    with runs.Run(tmp_path / "over", {"a": 2}, resume=False, overwrite=True) as run:
+        run.begin(0)
+        with pytest.raises(
+            UserError, match="another run is writing it"
+        ):  # nor is the ended one put back while it is overwritten
+            runs.Run(tmp_path / "over", {"a": 1}, resume=False)
+        assert (tmp_path / "over" / "previous").is_dir() and run.finish({"steps": 1})["steps"] == 1
 
 
 def test_a_finished_run_removes_its_checkpoints_and_nothing_else(tmp_path):

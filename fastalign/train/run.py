@@ -67,8 +67,10 @@ class Run:
         check_folder(self.out)
         outputs.not_an_input(self.out, inputs)
         self.previous = self.out / "previous"
-        if not overwrite and self._settings_in(self.previous) == self.settings:
-            self._restore()  # what began to overwrite this very run has not ended
+        if not overwrite and self._settings_in(self.previous) == self.settings and is_main():
+            self._hold()
+            self._restore()  # what began to overwrite this very run was stopped
+            self._release()
         had, ended = self._settings_in(self.out), self._result_in(self.out)
         self._new = not self.out.is_dir() or not any(self.out.iterdir())
         self._old_files = (ended or self._result_in(self.previous) or {}).get("files", [])
@@ -97,8 +99,7 @@ class Run:
         if isinstance(error, KeyboardInterrupt) and not error.args:
             where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
             error.args = (f"{self.out}: stopped{where}",)
-        if self._lock is not None:
-            os.close(self._lock)
+        self._release()
         if kind is None or kept or not is_main():
             return
         if self._settings_in(self.previous) is not None:
@@ -131,8 +132,6 @@ class Run:
 
     def _restore(self) -> None:
         """The record of the run whose model is still there, in the place of one that has not ended."""
-        if not is_main():
-            return
         self._remove_checkpoints()
         for name in reversed(_RECORDS):
             if (self.previous / name).is_file():
@@ -167,7 +166,13 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._release()
             raise UserError(f"{self.out}: another run is writing it") from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _same(self, had: dict[str, Any]) -> None:
         for name in {**had, **self.settings}:
