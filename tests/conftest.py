@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors, in Triton's interpreter
 
 import pytest
+import torch
 from hypothesis import settings
 
 import fastalign
@@ -61,3 +62,12 @@ def as_on_a_quick_machine(monkeypatch):
 def each_backend(request):
     with fastalign.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import numpy as np
 import pytest
-import torch
 import transformers
 import typer
 from tiny import tiny_folder, tiny_tokenizer
@@ -18,15 +17,9 @@ from fastalign.data import preferences
 from fastalign.decode import Candidates
 from fastalign.train import jobs, several_values
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ("cat sat", "dog", "fox ran under", "hat")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from fastalign.integrations.transformers import load_causal_lm
 from fastalign.train import run as runs
 from fastalign.train import several_values
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [
     "tell me a story",
     "why",
@@ -33,14 +35,6 @@ PROMPTS = [
     "thank you",
     "no",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

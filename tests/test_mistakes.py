@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from test_outputs import COMMANDS, argued, contents, made, one_thread, work  # noqa: F401
+from test_outputs import COMMANDS, argued, contents, made, work  # noqa: F401
 from typer.testing import CliRunner
 
 from fastalign.cli import app
@@ -52,6 +52,7 @@ TURNS = 1 if os.environ.get("FASTALIGN_TEST_ALL") else 12
 TODAY = [case for i, case in enumerate(CASES) if i % TURNS == int(time.time() // 86400) % TURNS]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "option", "value"), TODAY, ids=lambda value: ascii(value)[1:40])
 def test_a_value_that_means_nothing_is_one_line(name, option, value, work, monkeypatch):  # noqa: F811

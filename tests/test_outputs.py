@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from test_cli import fastalign, refused
 from tiny import tiny_folder
 
@@ -17,17 +16,11 @@ from fastalign.data import files, outputs
 from fastalign.decode import Candidates
 from fastalign.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["the cat sat", "a dog ran", "hello world", "who is it", "why", "tell me"]
 SMALL = ["-n", 2, "--max-new-tokens", 3]
 TRAIN = ["--max-steps", 1, "--batch-size", 2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

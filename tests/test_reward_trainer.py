@@ -18,6 +18,8 @@ from fastalign.report import reward as reports
 from fastalign.train import RewardConfig, RewardTrainer
 from fastalign.train.reward import pair_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -40,15 +42,6 @@ def words():
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def classifier(tokenizer, outputs=1, seed=0):

@@ -18,17 +18,11 @@ from fastalign.decode import Candidates
 from fastalign.errors import Terminated
 from fastalign.train._stopping import Stopping
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 TRAINING = ("dpo", "reward", "ppo")
 STEPS = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
