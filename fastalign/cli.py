@@ -19,6 +19,7 @@ from fastalign._command import numbers as _numbers
 from fastalign.data.files import STDOUT, read_json
 from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
+from fastalign.units import counted
 
 app = typer.Typer(
     name="fastalign",
@@ -198,17 +199,23 @@ def sample(
     if spent is None:
         return _drawn(out, found)
     each = f"{spent['candidates'] / len(found.prompts):.4g} candidates each"
-    what = f"{found.n} particles" if method is Drawing.particles else f"{found.n} picked of {each}"
-    _console().print(f"{out}: {len(found.prompts)} prompts × {what}, {spent['tokens']:,} tokens")
+    what = counted(found.n, "particle") if method is Drawing.particles else f"{found.n} picked of {each}"
+    _console().print(f"{out}: {counted(len(found.prompts), 'prompt')} × {what}, {counted(spent['tokens'], 'token')}")
     if spent.get("short"):
-        _console().print(f"{spent['short']} prompts had too few effective candidates with all {n}", style="yellow")
+        _console().print(
+            f"{counted(spent['short'], 'prompt')} had too few effective candidates with all {n}", style="yellow"
+        )
     return {"out": str(out), "prompts": len(found.prompts), "n": found.n, "spent": spent}
 
 
 def _drawn(out: Path, found) -> Found:
     tokens = sum(len(ids) for row in found.token_ids for ids in row)
-    _console().print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates, {tokens:,} tokens")
+    _console().print(f"{out}: {_size(found)}, {counted(tokens, 'token')}")
     return {"out": str(out), "prompts": len(found.prompts), "n": found.n, "tokens": tokens}
+
+
+def _size(found) -> str:
+    return f"{counted(len(found.prompts), 'prompt')} × {counted(found.n, 'candidate')}"
 
 
 def _source(model: str | None, server: str | None, engine: Engine) -> str:
@@ -237,7 +244,7 @@ def score(
     names = _names(rewards)
     found = pipeline.score(candidates, names, out, overwrite=overwrite, show_progress=True)
     console = _console()
-    console.print(f"{out}: {len(found.prompts)} prompts × {found.n} candidates")
+    console.print(f"{out}: {_size(found)}")
     told = {}
     for name in names:
         x = found.rewards[name]
@@ -334,7 +341,7 @@ def pareto(
 
     found = write(
         scored, out, palettes=palette or [], quantiles=_numbers("quantile", quantile or ""), soups=soup or [], values=_names(values) if values else None,
-        joint=joint, n_lambda=lambdas, seed=seed, overwrite=overwrite,
+        joint=joint, lambdas=lambdas, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     console = _console()
     if found is None:
@@ -403,17 +410,18 @@ def select(
 
     found = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed, overwrite=overwrite)
     console = _console()
-    console.print(f"{out}: {len(found.prompts)} prompts × {found.n} selected")
-    if not pipeline.is_feasible(palette):
+    console.print(f"{out}: {counted(len(found.prompts), 'prompt')} × {found.n} selected")
+    selection = found.settings["selection"]
+    if selection.get("feasible") is False:
         console.print(f"{palette}: infeasible; its λ is for a point just inside what can be reached", style="yellow")
-    told, result = pipeline.expected(scored, palette), {"out": str(out), "prompts": len(found.prompts), "k": found.n}
+    told, result = pipeline.expected(scored, selection), {"out": str(out), "prompts": len(found.prompts), "k": found.n}
     if method is Method.best:
         from fastalign.decode import best_of_n_kl
 
         result["kl_bound"] = float(best_of_n_kl(told.n))
         console.print(f"best of {told.n}: KL at most {best_of_n_kl(told.n):.3f} nats, where no scores tie")
     else:
-        values = list(zip(found.settings["selection"]["values"], told.values[0], told.stderr[0], strict=True))
+        values = list(zip(selection["values"], told.values[0], told.stderr[0], strict=True))
         errors = {name: None if np.isnan(se) else float(se) for name, _, se in values}
         result |= {"expected": {name: float(mean) for name, mean, _ in values}, "standard_errors": errors}
         result |= {"ess": float(told.ess[0]), "n": told.n}
@@ -485,7 +493,7 @@ def _show_grid(found: dict, console) -> None:
     if fixed:
         console.print(f"λ throughout: {fixed}")
     errors = "± is half of the 95 % interval over prompts" if found["prompts"] > 1 else "± n/a (1 prompt)"
-    console.print(f"{found['prompts']} prompts × {found['n']} candidates; {errors}")
+    console.print(f"{counted(found['prompts'], 'prompt')} × {counted(found['n'], 'candidate')}; {errors}")
     if any(row["doubtful"] for row in rows):
         console.print("in yellow: fewer than 10 effective candidates a prompt, too few to trust", style="yellow")
 

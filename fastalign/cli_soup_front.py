@@ -11,6 +11,7 @@ from fastalign._command import Found, Overwrite, console, names, registrar
 from fastalign.data.files import read_json
 from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
+from fastalign.units import counted
 
 
 def add_to(app: typer.Typer) -> None:
@@ -69,7 +70,7 @@ def soup_front(
             *(f"{x:.3g}" for x in row), *(plus_minus(x, e, count) for x, e in zip(levels, errors, strict=True))
         )
     told.print(table)
-    told.print(f"± is one standard error over {count} prompt{'s' * (count != 1)} of {n} candidates")
+    told.print(f"± is one standard error over {counted(count, 'prompt')} of {counted(n, 'candidate')}")
     if found.chosen is not None:
         chosen = found.chosen
         told.print(

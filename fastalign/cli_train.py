@@ -11,6 +11,7 @@ import typer
 from fastalign._command import Found, Overwrite, console, names, registrar
 from fastalign.error_bars import plus_minus
 from fastalign.errors import UserError
+from fastalign.units import counted
 
 app = typer.Typer(
     help="Train towards a palette: DPO on preference pairs, PPO on λ·R, reward models. Needs fastalign\\[trl].",
@@ -185,7 +186,7 @@ def ppo(
         return found
     out_console = console()
     out_console.print(
-        f"{out}: {found['steps']} steps, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} tokens/s"
+        f"{out}: {counted(found['steps'], 'step')}, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} tokens/s"
     )
     steps = max(1, found["steps"] // 10)  # of each end
     for name, row in found["values"].items():
@@ -249,8 +250,8 @@ def reward(
         console().print(
             f"  {head['name']:<12} accuracy n/a (0 pairs)"
             if not head["pairs"]
-            else f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ({head['low']:.3f}–{head['high']:.3f}) on {head['pairs']:,} held-out "
-            f"pairs of {head['prompts']:,} prompts, calibration error {head['calibration_error']:.3f}"
+            else f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ({head['low']:.3f}–{head['high']:.3f}) on {counted(head['pairs'], 'held-out pair')} "
+            f"of {counted(head['prompts'], 'prompt')}, calibration error {head['calibration_error']:.3f}"
         )
     return found
 
@@ -259,7 +260,7 @@ def _told(out: Path, found: dict, pairs) -> None:
     last = "".join(f", {name} {found[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in found)
     lost = f" ({pairs.lost} left out)" if pairs.lost else ""
     console().print(
-        f"{out}: {found['steps']} steps on {found['pairs']:,} pairs{lost}{last}, {found['tokens_per_second']:,.0f} tokens/s"
+        f"{out}: {counted(found['steps'], 'step')} on {counted(found['pairs'], 'pair')}{lost}{last}, {found['tokens_per_second']:,.0f} tokens/s"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from fastalign.units import counted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -23,7 +25,7 @@ def standard_error(means: np.ndarray, axis: int = 0) -> np.ndarray:
 def plus_minus(mean: float, error: float | None, count: int, *, unit: str = "prompt", digits: int = 3) -> str:
     """ "0.371 ± 0.030"; without an error, or of fewer than two units, "0.371 ± n/a (1 prompt)"."""
     if error is None or not math.isfinite(error) or count < 2:
-        return f"{mean:.{digits}f} ± n/a ({count} {unit}{'s' * (count != 1)})"
+        return f"{mean:.{digits}f} ± n/a ({counted(count, unit)})"
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -260,9 +260,12 @@ def solve_palette(
     """
     from fastalign.decode import worth
     from fastalign.palette import parse_palette, quantile_palette, solve
+    from fastalign.palette.quantile import check_quantile
 
     if (palette is None) == (quantile is None):
         raise UserError("give either a palette or a quantile")
+    if quantile is not None:
+        check_quantile("quantile", quantile)
     settings = {
         "palette": palette,
         "quantile": quantile,
@@ -272,7 +275,7 @@ def solve_palette(
     job = outputs.Job("map", {"scored": scored}, settings)
     plot = None if plot is None else Path(plot)
     if (record := outputs.claim(out, job, overwrite=overwrite, figures=plot)) is None:
-        return palettes.read(out, *palettes.WHOLE, optional=("nearest",))
+        return palettes.read(out, *palettes.WHOLE)
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(values or whole.rewards)
     grid = whole.reward_array(names)
@@ -351,15 +354,11 @@ def select(
         "seed": seed,
         "values": solution["values"],
         "lambda": solution["lambda"],
+        "feasible": solution.get("feasible") is not False,
     }
     picked.settings["made"] = record
     picked.to_parquet(out)
     return picked
-
-
-def is_feasible(palette: str | Path) -> bool:
-    """What a palette file says of itself; True of one that does not say."""
-    return palettes.read(palette).get("feasible") is not False
 
 
 def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -> np.ndarray:
@@ -399,14 +398,14 @@ def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **s
     return f"pilot: {found.worth.tell(n, prompts=len(prompts))}"
 
 
-def expected(scored: str | Path, palette: str | Path):
-    """What resampling by a palette file's λ gives on average: an `Estimate` with one row.
+def expected(scored: str | Path, solution: Mapping[str, Any]):
+    """What resampling by λ gives on average: an `Estimate` with one row. solution: the "values" and "lambda" of a palette file, or of
+    a selected file's settings["selection"].
 
     Of particles, by their weights; `kl` and `ess` are then of the weights alone, and no distance to the model.
     """
     from fastalign.decode import estimate
 
-    solution = palettes.read(palette, "lambda")
     whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
     grid = whole.reward_array(solution["values"])
     if whole.log_weights is None:
@@ -500,9 +499,7 @@ def evaluate(
 
     whole = Candidates.from_parquet(scored, kind="scored")
     picked = Candidates.from_parquet(selected, kind="selected")
-    solution = palettes.read(
-        palette, "palette", "lambda", "levels", "kl", "ess", "feasible", optional=("nearest", "sense")
-    )
+    solution = palettes.read(palette, "palette", "lambda", "levels", "kl", "ess", "feasible")
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
     found = report.build(

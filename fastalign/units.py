@@ -24,6 +24,11 @@ def parse_bytes(name: str, value: int | str) -> int:
     return size
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 prompt", "1,024 prompts"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def decimals(spread: float) -> int:
     """Digits after the point that show a hundredth of a spread, two to six; three where there is none."""
     return min(6, max(2, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3

@@ -1,6 +1,7 @@
 """Candidates: what is written is what is read, for each kind of file; order, parts, picks and broken files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -239,6 +240,7 @@ def test_candidates_can_be_looked_at():
     assert repr(whole) == "Candidates: 2 prompts × 2"
     scored = whole.with_rewards(["kind", "tokens"], np.arange(8.0).reshape(4, 2))
     assert repr(scored) == "Candidates: 2 prompts × 2, 2 rewards"
+    assert repr(make(1, 1, rewards=("a",))) == "Candidates: 1 prompt × 1, 1 reward"
     table = scored.to_pandas()
     assert table.columns.tolist() == [
         "prompt_id",
@@ -256,3 +258,28 @@ def test_candidates_can_be_looked_at():
     ].tolist() == ["b", "a"]
     page = scored._repr_html_()
     assert "p &lt;b&gt;" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("log_weights", np.zeros((3, 3)), r"shape \(3, 4\), got \(3, 3\)"),
+        ("log_weights", np.zeros(3), r"shape \(3, 4\), got \(3,\)"),
+        ("log_weights", np.full((3, 4), np.nan), "numbers below inf, got nan"),
+        ("log_weights", np.full((3, 4), "x"), "numbers below inf, got <U1"),
+        ("picked", np.zeros((2, 4), dtype=int), r"shape \(3, 4\), got \(2, 4\)"),
+        ("picked", np.zeros((3, 4)), "integers, at least 0, got float64"),
+        ("picked", np.full((3, 4), -1), "integers, at least 0, got -1"),
+        ("prompt_ids", [0, 1], r"shape \(3,\), got \(2,\)"),
+        ("prompt_ids", ["a", "b", "c"], "integers, at least 0, got <U1"),
+        ("rewards", {"a": np.zeros((3, 3))}, r"shape \(3, 4\), got \(3, 3\)"),
+    ],
+)
+def test_every_field_has_its_shape(field, value, said):
+    with pytest.raises(UserError, match=rf"^{field}(\['a'\])? must (be|have) {said}$"):
+        replace(make(), **{field: value})
+
+
+def test_a_candidate_may_have_no_weight():
+    weights = np.array([[0.0, -np.inf]])
+    assert replace(make(1, 2), log_weights=weights.tolist()).log_weights.tolist() == weights.tolist()

@@ -199,6 +199,22 @@ def test_and_so_in_python(given, lam):
             "soup model model --weights 0.5,0.2",
             "--weights of a linear soup must sum to 1, got 0.7 (--normalize divides by the sum, --no-normalize keeps them)",
         ),
+        (f"{SAMPLE} {ON} --column text", "--column must be left out for prompts.txt: its prompts are texts without columns, got 'text'"),
+        (
+            f"{PPO} {ON} --values diversity --lam 1 --split test",
+            "--split must be left out for prompts.txt: it is no data set of the hub, got 'test'",
+        ),
+        (f"{SAMPLE} {ON} --max-new-tokens 9999", "prompt 0 is too long: 3 tokens + 9999 new exceed the model's context of 256"),
+        ("map scored.parquet --quantile 2", "--quantile must lie between 0 and 1, got 2.0"),
+        ("map scored.parquet --quantile nan", "--quantile must lie between 0 and 1, got nan"),
+        ("map scored.parquet --palette rest=q101", "--palette must ask for quantiles from q0 to q100, got 'q101'"),
+        (
+            "map scored.parquet --palette palettes/p.json",
+            "--palette must be levels, such as length=mean+1sd, got the file palettes/p.json: palette files go to "
+            "`fastalign select`, `eval`, `pareto`, `sample` and `train`, as --palette",
+        ),
+        ("pareto scored.parquet --quantile 0.5,2", "--quantile must lie between 0 and 1, got 2.0"),
+        ("pareto scored.parquet --lambdas 0", "--lambdas must be at least 1, got 0"),
         ("soup model model --weights 0.5,,0.5", "--weights must be numbers, comma-separated, got '0.5,,0.5'"),
     ],
 )  # fmt: skip

@@ -69,6 +69,12 @@ def test_a_grid_is_counted_before_it_is_made(tmp_path, count):
         ({"version": 2}, "version must be 1, got 2"),
         ({"version": "1"}, "version must be 1, got '1'"),
         ({"version": None}, "version must be 1, got None"),
+        ({"sense": ["near"]}, r"sense\[0\] must be one of >=, <=, ==, got 'near'"),
+        ({"sense": ">="}, "sense must be a list of 1"),
+        ({"palette": "0.5"}, "palette must be a list of 1"),
+        ({"free": [1]}, r"free\[0\] must be true or false, got 1"),
+        ({"feasible": "no"}, "feasible must be true or false, got 'no'"),
+        ({"kl": "1"}, "kl must be a number, got '1'"),
         ("lambda", "lacks 'lambda', which a palette file has"),
         ("values", "lacks 'values'"),
     ],
@@ -84,7 +90,7 @@ def test_a_palette_file_is_checked(tmp_path, change, message):
 COMMANDS = {  # that read a palette file, each with what of it it needs
     "map": ("lambda", "palette", "before", "levels", "kl"),
     "select": ("lambda",),
-    "eval": ("lambda", "palette", "levels", "kl", "ess"),
+    "eval": ("lambda", "palette", "levels", "kl", "ess", "feasible"),
     "pareto": ("palette", "sense"),
     "sample": ("kl",),
     "sample --method": ("lambda",),
@@ -170,11 +176,30 @@ def test_map_shows_what_was_asked(tmp_path):
     assert json.loads(out.read_text())["free"] == [False, False, False, True]
 
 
+def test_a_level_that_is_not_there_asks_for_nothing(made, tmp_path):
+    for change in ({"palette": [None]}, {"palette": [None], "sense": None, "free": None}):
+        (tmp_path / "p.json").write_text(json.dumps({**json.loads((made / "p.json").read_text()), **change}))
+        given = ("--palette", tmp_path / "p.json", "--out", "-")
+        found = run("eval", made / "s.parquet", "--selected", made / "o.parquet", *given)
+        assert found.exit_code == 0, found.output
+        value = json.loads(found.stdout)["values"][0]
+        assert (value["sense"], value["verdict"], value["short_by"]) == ("free", "met", 0)
+
+
+def test_a_palette_file_is_read_once(made, tmp_path, monkeypatch):
+    from fastalign.data import files
+
+    read, seen = files.read_json, []
+    monkeypatch.setattr(palettes, "read_json", lambda path, **more: seen.append(path) or read(path, **more))
+    given = ("--palette", made / "p.json", "--out", tmp_path / "o.parquet")
+    assert run("select", made / "s.parquet", *given).exit_code == 0 and len(seen) == 1
+
+
 def test_what_else_a_palette_file_needs(tmp_path):
-    (tmp_path / "p.json").write_text(json.dumps({**PALETTE, "sense": ["near"], "kl": None, "palette": [None]}))
+    (tmp_path / "p.json").write_text(json.dumps({**PALETTE, "sense": None, "kl": None, "palette": [None]}))
     assert palettes.read(tmp_path / "p.json", "lambda", "palette")["palette"] == [None]
     for name, message in (
-        ("sense", "sense.0. must be one of"),
+        ("sense", "sense must be a list of 1"),
         ("kl", "kl must be a number"),
         ("dual", "lacks 'dual'"),
     ):

@@ -57,7 +57,19 @@ def write(path, rows, column):
 @pytest.mark.parametrize("column", ["prompt", "text", "question"])
 def test_every_format(tmp_path, suffix, column):
     path = write(tmp_path / f"p{suffix}", TWO, column)
-    assert prompts.load(path, column=None if column != "question" else column) == TWO
+    assert prompts.load(path, column=None if column != "question" or suffix == ".txt" else column) == TWO
+
+
+@pytest.mark.parametrize("name", ["bundled", "p.txt", "p.json"])
+def test_texts_have_no_columns_and_files_no_splits(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("\n".join(TWO))
+    (tmp_path / "p.json").write_text(json.dumps(TWO))
+    with pytest.raises(UserError, match=f"^column must be left out for {name}: .* got 'question'$"):
+        prompts.load(name, column="question")
+    for load in (prompts.load, hub.load_prompts):
+        with pytest.raises(UserError, match=f"^split must be left out for {name}: .* got 'test'$"):
+            load(name, split="test")
 
 
 @pytest.mark.parametrize("suffix", [s for s in prompts.SUFFIXES if s != ".txt"])

@@ -215,6 +215,18 @@ class Longer:
         return np.array(longer(prompts, responses, self.unit), dtype=np.float32)
 
 
+class Needy(Longer):
+    def __init__(self, unit):
+        super().__init__(unit)
+
+
+class OneText:
+    name = "one"
+
+    def __call__(self, response):
+        return [0.0]
+
+
 class Nameless:
     """No reward, for want of a name: a function as an object."""
 
@@ -245,6 +257,9 @@ def registry(monkeypatch):
         lambda **options: Longer(**options),
         partial(Longer, unit=1),
         lambda: rewards.from_function(longer, "inner"),
+        lambda: longer,
+        lambda: Nameless(),
+        Nameless,
     ],
 )
 def test_register_takes_functions_factories_and_rewards(registry, reward):
@@ -266,6 +281,9 @@ def test_options_go_to_a_factory_only(registry):
     [
         (lambda responses: [0.0], r"parameters \(responses\)"),
         (lambda prompts, responses, labels: [0.0], r"parameters \(prompts, responses, labels\)"),
+        (OneText(), r"parameters \(response\)"),
+        (dict, "class whose objects cannot be called, dict"),
+        (Needy, r"parameters \(unit\)"),
         (lambda *texts: [0.0], r"parameters \(\*texts\)"),
         (lambda *, prompts, responses: [0.0], r"parameters \(\*, prompts, responses\)"),
         (max, "wrap it in a def"),
@@ -277,10 +295,29 @@ def test_register_refuses_what_is_neither(registry, reward, said):
         rewards.register("odd", reward)
 
 
-def test_a_factory_that_makes_no_reward_is_told(registry):
-    rewards.register("odd", lambda: longer)
-    with pytest.raises(TypeError, match=r"factory of reward 'odd' must return a reward .* got function"):
-        rewards.score("odd", ["p"], ["r"])
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (lambda: 3, "int"),
+        (lambda: None, "NoneType"),
+        (lambda: Longer, "type"),
+        (lambda: lambda responses: [0.0], r"one with the parameters \(responses\)"),
+        (OneText, "OneText"),
+    ],
+)
+def test_a_factory_that_makes_no_reward_is_told_before_any_text_is_scored(registry, factory, said):
+    rewards.register("odd", factory)
+    rule = r"factory of reward 'odd' must return a reward or a function of \(prompts, responses\), got"
+    with pytest.raises(UserError, match=f"{rule} {said}$"):
+        rewards.get("odd")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "a b", "a,b", "a=b", "a<b", "a[0]", "a(b)", "{a}", "a:b", "a\nb", '"a"', "rest", 3]
+)
+def test_a_name_that_could_not_stand_on_the_command_line_is_refused(registry, name):
+    with pytest.raises(UserError, match=r"^name must be a word"):
+        rewards.register(name, longer)
 
 
 def test_the_old_name_of_log_likelihood_still_works(registry):

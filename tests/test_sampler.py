@@ -318,8 +318,8 @@ def test_from_pretrained_folder_and_backends(tmp_path):
         ({"chat": True}, "chat template"),
         ({"chat": "yes"}, "chat must be"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"prompts": ["why", "the cat " * 200]}, r"prompts\[1\] is too long: .* context of 256"),
-        ({"max_new_tokens": 300}, r"prompts\[0\] is too long"),
+        ({"prompts": ["why", "the cat " * 200]}, r"prompt 1 is too long: .* context of 256"),
+        ({"max_new_tokens": 300}, r"prompt 0 is too long"),
     ],
 )
 def test_bad_arguments_give_one_line_before_any_work(llama, monkeypatch, change, message):

@@ -215,16 +215,16 @@ def test_templates_of_blocks_and_named_ones():
     "change, message",
     [
         ({"prompts": ["why", "half \ud83d"]}, r"prompts\[1\] must be text that UTF-8 can hold.* character 5"),
-        ({"prompts": ["why", "hi <new8>"]}, r"prompts\[1\] has a token beyond the model's embedding of 320 .*<new8>"),
+        ({"prompts": ["why", "hi <new8>"]}, r"prompt 1 has a token beyond the model's embedding of 320 .*<new8>"),
         (
             {"template": "{{ raise_exception('only\n system') }}"},
-            r"prompts\[0\]: the chat template refuses it: only system",
+            r"prompt 0: the chat template refuses it: only system",
         ),
-        ({"template": "{% for"}, r"prompts\[0\]: the chat template refuses it"),
+        ({"template": "{% for"}, r"prompt 0: the chat template refuses it"),
         ({"template": {"rag": "x", "tool_use": "y"}}, "chat templates rag, tool_use and none that is called default"),
         ({"tempreature": 0.5}, "tempreature is no argument of sample"),
-        ({"prompts": [[USER]], "chat": False}, r"prompts\[0\] is a conversation.*chat=False"),
-        ({"prompts": [[USER]], "template": None}, r"prompts\[0\] is a conversation.*has none"),
+        ({"prompts": [[USER]], "chat": False}, r"prompt 0 is a conversation.*chat=False"),
+        ({"prompts": [[USER]], "template": None}, r"prompt 0 is a conversation.*has none"),
         ({"prompts": [USER]}, "put them in a list"),
         ({"prompts": ["why", [{"content": "x"}]]}, r"prompts\[1\]: message 0 must have a role"),
         ({"prompts": [[{"role": "user", "content": 3}]]}, r"prompts\[0\]: message 0 must have a content"),
@@ -283,8 +283,8 @@ def test_classifiers_read_the_whole_conversation():
 
 
 @pytest.mark.parametrize("prompt, reply, message", [
-    ("why", "half \ud83d", "responses.0. must be text that UTF-8 can hold"),
-    ("why", "hi <new8>", "responses.0. has a token beyond the model's embedding"),
+    ("why", "half \ud83d", "response 0 must be text that UTF-8 can hold"),
+    ("why", "hi <new8>", "response 0 has a token beyond the model's embedding"),
     ("hi <new8>", "x", "has a token beyond the model's embedding"),
 ])  # fmt: skip
 def test_rewards_tell_what_cannot_be_encoded(prompt, reply, message):

@@ -465,7 +465,7 @@ def test_a_dynamic_rope_is_not_sampled_past_its_length(tokenizer):
     """No cache is right there, and no two lengths agree."""
     sampler = Sampler(stretched("dynamic", 20), tokenizer)
     assert sampler.sample(["why"], n=1, max_new_tokens=4, seed=0, chat=False).n == 1
-    with pytest.raises(UserError, match=r"prompts\[1\] is too long.* context of 20"):
+    with pytest.raises(UserError, match=r"prompt 1 is too long.* context of 20"):
         sampler.sample(["why", "the cat sat on the big red"], n=1, max_new_tokens=13, seed=0, chat=False)
 
 

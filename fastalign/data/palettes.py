@@ -12,16 +12,15 @@ from fastalign.errors import UserError
 
 VERSION = 1
 SENSES = (">=", "<=", "==")
-ROWS = ("lambda", "palette", "sense", "levels", "before", "solved_for", "nearest")  # one entry for each value
+ROWS = ("lambda", "palette", "sense", "free", "levels", "before", "solved_for", "nearest")  # one entry for each value
 NUMBERS = ("kl", "ess", "kkt_residual")
 WHOLE = ("lambda", "palette", "sense", "before", "levels", "kl", "ess", "kkt_residual", "feasible", "candidates")
 
 
-def read(path: str | os.PathLike, *needed: str, optional: Sequence[str] = ()) -> dict[str, Any]:
+def read(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
     """The file's object, with its "values" and what else is needed of it: "lambda", "palette", "sense", "kl" ...
 
-    optional: what is checked like those, where it is there and not null.
-
+    What is not needed is checked like that where it is there and not null: a file is right or wrong whoever reads it.
     Raises FileNotFoundError or UserError, one line that names the file.
     """
     found = read_json(path, kind="palette")
@@ -39,13 +38,15 @@ def read(path: str | os.PathLike, *needed: str, optional: Sequence[str] = ()) ->
         raise UserError(f"{path}: values must be a list of names, got {values!r:.60}")
     if len(set(values)) < len(values):
         raise UserError(f"{path}: values must be different, got {', '.join(values)}")
-    for name in (*needed, *(name for name in optional if found.get(name) is not None)):
+    there = [name for name in (*ROWS, *NUMBERS, "feasible") if name in needed or found.get(name) is not None]
+    for name in there:
+        where, value = f"{path}: {name}", found[name]
+        if name == "feasible" and not isinstance(value, bool):
+            raise UserError(f"{where} must be true or false, got {value!r:.60}")
         if name in NUMBERS:
-            _number(f"{path}: {name}", found[name])
-        elif name in ROWS and not (
-            name == "nearest" and found[name] is None
-        ):  # None: the palette itself can be reached
-            _row(f"{path}: {name}", found[name], name, len(values))
+            _number(where, value)
+        elif name in ROWS:
+            _row(where, value, name, len(values))
     return found
 
 
@@ -70,7 +71,9 @@ def _row(where: str, row: Any, name: str, count: int) -> None:
     for i, x in enumerate(row):
         if name == "sense" and x not in SENSES:
             raise UserError(f"{where}[{i}] must be one of {', '.join(SENSES)}, got {x!r:.60}")
-        if name != "sense" and not (name == "palette" and x is None):  # None: no level is asked of this value
+        if name == "free" and not isinstance(x, bool):
+            raise UserError(f"{where}[{i}] must be true or false, got {x!r:.60}")
+        if name not in ("sense", "free") and not (name == "palette" and x is None):  # None: no level is asked of it
             _number(f"{where}[{i}]", x)
 
 

@@ -38,13 +38,17 @@ def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: s
     """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
 
     column: where the prompts are; by default "prompt", else "messages", else "text", else what "chosen" and "rejected"
-    have in common. A .txt file has one prompt a line, a .json file a list of strings or of objects. split: of a hub
-    data set. A prompt is a string or a conversation, a list of messages, which becomes a `data.conversations.Conversation`
+    have in common. A .txt file has one prompt a line, a .json file a list of strings or of objects; of texts without
+    columns a column is refused. split: of a hub
+    data set alone. A prompt is a string or a conversation, a list of messages, which becomes a `data.conversations.Conversation`
     (a str); columns "tools" and "chat_template_kwargs" beside it go to the chat template, as TRL has them.
     Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt and its place.
     """
     name = os.fspath(name_or_path)
     if name == "bundled":
+        sources.no_split(name, split)
+        if column is not None:
+            raise _no_columns(name, column)
         return bundled()
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
@@ -59,12 +63,20 @@ def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: s
     elif suffix not in SUFFIXES:
         raise UserError(f"{name}: prompts must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
     elif suffix == ".txt":
+        sources.no_split(name, split)
+        if column is not None:
+            raise _no_columns(name, column)
         found = _lines(path)
     else:
+        sources.no_split(name, split)
         found = sources.local(path, lambda columns: _columns(name, columns, column))
     if not found:
         raise UserError(f"{name}: holds no prompts")
     return [_prompt(name, i, row, column) for i, row in enumerate(found)]
+
+
+def _no_columns(source: str, column: str) -> UserError:
+    return UserError(f"column must be left out for {source}: its prompts are texts without columns, got {column!r}")
 
 
 def _lines(path: Path) -> list[str]:
@@ -101,6 +113,8 @@ def _prompt(source: str, i: int, row: object, column: str | None) -> str:
                 raise UserError(f"{source}: row {i}: {error}") from None
         else:
             row = row[wanted]
+    elif isinstance(row, str) and column is not None:
+        raise _no_columns(source, column)
     elif not isinstance(row, str):
         raise UserError(f"{source}: entry {i} must be a string or an object, got {type(row).__name__}")
     try:

@@ -28,6 +28,7 @@ def read(name_or_path: str | os.PathLike, *, split: str = "train", what: str = "
     if path.is_file():
         if suffix not in SUFFIXES:
             raise UserError(f"{name}: {what} must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
+        no_split(name, split)
         rows = local(path)
     elif suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or not name.strip():
         raise FileNotFoundError(f"{name}: no such file of {what}")
@@ -39,6 +40,12 @@ def read(name_or_path: str | os.PathLike, *, split: str = "train", what: str = "
         if not isinstance(row, dict):
             raise UserError(f"{name}: row {i} must be an object, got {type(row).__name__}")
     return rows
+
+
+def no_split(source: str, split: str) -> None:
+    """Raises UserError where another split than the first is asked of what has none."""
+    if split != "train":
+        raise UserError(f"split must be left out for {source}: it is no data set of the hub, got {split!r}")
 
 
 def from_hub(name: str, *, split: str, what: str):

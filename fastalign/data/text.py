@@ -60,27 +60,27 @@ class Text:
             for i, prompt in enumerate(prompts):
                 if isinstance(prompt, Conversation):
                     why = "this tokenizer has none" if chat else "--no-chat (chat=False) leaves it out"
-                    raise UserError(f"prompts[{i}] is a conversation, which needs a chat template: {why}")
+                    raise UserError(f"prompt {i} is a conversation, which needs a chat template: {why}")
             if options:
                 raise UserError(f"{next(iter(options))} is an argument of chat templates, and none is used here")
-            found = self.tokens(prompts, "prompts")
+            found = self.tokens(prompts, "prompt")
         else:
-            texts = [self.render(prompt, f"prompts[{i}]", options) for i, prompt in enumerate(prompts)]
-            found = self.tokens(texts, "prompts", add_special_tokens=False)  # the template wrote them
+            texts = [self.render(prompt, f"prompt {i}", options) for i, prompt in enumerate(prompts)]
+            found = self.tokens(texts, "prompt", add_special_tokens=False)  # the template wrote them
         for i, ids in enumerate(found):
             if not ids:
-                raise UserError(f"prompts[{i}] has no tokens: {prompts[i]!r}")
+                raise UserError(f"prompt {i} has no tokens: {prompts[i]!r}")
         return found
 
     def tokens(self, texts: Sequence[str], name: str, **options: Any) -> list[list[int]]:
-        """Token ids of texts as they are. Raises UserError for text that cannot be encoded, by name and index."""
+        """Token ids of texts as they are. Raises UserError for text that cannot be encoded, by name and index: "prompt 3"."""
         texts = list(texts)
         try:
             found = self.tokenizer(texts, **options)["input_ids"] if texts else []
         except Exception:  # whatever a tokenizer raises: ask for each alone, to say which it was
-            found = [self.one(text, f"{name}[{i}]", **options)["input_ids"] for i, text in enumerate(texts)]
+            found = [self.one(text, f"{name} {i}", **options)["input_ids"] for i, text in enumerate(texts)]
         for i, ids in enumerate(found):
-            self.check_ids(ids, f"{name}[{i}]")
+            self.check_ids(ids, f"{name} {i}")
         return [list(ids) for ids in found]
 
     def continuations(self, texts: Sequence[str], name: str) -> list[list[int]]:
@@ -106,7 +106,7 @@ class Text:
             raise UserError(f"{name} cannot be encoded by the tokenizer: {_line(error)}") from None
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
-        """Raise UserError for a token beyond the embedding; name: of the text, "prompts[3]"."""
+        """Raise UserError for a token beyond the embedding; name: of the text, "prompt 3"."""
         if self.rows is not None and ids and max(ids) >= self.rows:
             rule = f"{name} has a token beyond the model's embedding of {self.rows:,} entries"
             raise UserError(f"{rule}, {max(ids)} ({self.tokenizer.convert_ids_to_tokens(max(ids))!r})")

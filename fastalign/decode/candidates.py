@@ -25,6 +25,7 @@ import numpy as np
 from fastalign.data.conversations import Conversation, as_prompt
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
+from fastalign.units import counted
 
 KINDS = ("candidates", "scored", "selected", "weighted")
 _REWARD = "reward:"
@@ -58,19 +59,22 @@ class Candidates:
         for name in ("texts", "token_ids", "logprobs"):
             came = [len(row) for row in getattr(self, name)]
             if len(came) != count or len(set(came)) > 1 or (came and came[0] != self.n):
-                rule = f"{name} must hold {count} rows of {self.n} candidates"
-                raise UserError(f"{rule}, got {len(came)} rows of {sorted(set(came))}")
-        if self.prompt_ids is None:
-            self.prompt_ids = np.arange(count, dtype=np.int64)
+                rule = f"{name} must hold {counted(count, 'row')} of {counted(self.n, 'candidate')}"
+                raise UserError(f"{rule}, got {counted(len(came), 'row')} of {sorted(set(came))}")
+        self.prompt_ids = np.arange(count) if self.prompt_ids is None else np.asarray(self.prompt_ids)
+        self.prompt_ids = _as_numbers("prompt_ids", self.prompt_ids, (count,), np.int64)
+        if self.picked is not None:
+            self.picked = _as_numbers("picked", self.picked, (count, self.n), np.int64)
+        if self.log_weights is not None:
+            self.log_weights = _as_numbers("log_weights", self.log_weights, (count, self.n), np.float64)
         self.rewards = {name: _as_float32(name, values) for name, values in self.rewards.items()}
         for name, values in self.rewards.items():
             if values.shape != (count, self.n):
                 raise UserError(f"rewards[{name!r}] must have shape {(count, self.n)}, got {values.shape}")
 
     def __repr__(self) -> str:
-        count = len(self.rewards)
-        rewards = f", {count} reward{'s' * (count > 1)}" if count else ""
-        return f"Candidates: {len(self.prompts)} prompts × {self.n}{rewards}"
+        rewards = f", {counted(len(self.rewards), 'reward')}" if self.rewards else ""
+        return f"Candidates: {counted(len(self.prompts), 'prompt')} × {self.n}{rewards}"
 
     def _repr_html_(self) -> str:
         """For notebooks: the first texts of the first prompts."""
@@ -293,6 +297,21 @@ class Candidates:
             picked=candidate_id[order].reshape(shape).astype(np.int64) if came == "selected" else None,
             log_weights=table["log_weight"].to_numpy().reshape(shape) if came == "weighted" else None,
         )
+
+
+def _as_numbers(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """int64: numbers of prompts or candidates, from 0 on; float64: log weights, -inf where there is none."""
+    found = np.asarray(values)
+    if found.shape != shape:
+        raise UserError(f"{name} must have shape {shape}, got {found.shape}")
+    kinds, rule = ("iu", "integers, at least 0") if dtype is np.int64 else ("iuf", "numbers below inf")
+    if found.size and found.dtype.kind not in kinds:
+        raise UserError(f"{name} must be {rule}, got {found.dtype}")
+    found = found.astype(dtype, copy=False)
+    wrong = found[(found < 0) if dtype is np.int64 else ~(found < np.inf)]
+    if wrong.size:
+        raise UserError(f"{name} must be {rule}, got {wrong[0]}")
+    return found
 
 
 def _as_float32(name: str, values: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ from fastalign.decode.rows import CachedRows, RepeatedRows, Rows, UncachedRows, 
 from fastalign.errors import UserError
 from fastalign.models.spans import rope_group
 from fastalign.models.trial import is_causal, tell_once, tried
-from fastalign.units import parse_bytes
+from fastalign.units import counted, parse_bytes
 
 ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
@@ -347,8 +347,10 @@ class Sampler:
         encoded = self.text.encode(prompts, chat=chat, options=template)
         for i, ids in enumerate(encoded):
             if self._context and len(ids) + max_new_tokens > self._context:
-                size = f"{len(ids)} tokens + {max_new_tokens} new exceed the model's context of {self._context}"
-                raise UserError(f"prompts[{i}] is too long: {size}")
+                size = (
+                    f"{counted(len(ids), 'token')} + {max_new_tokens} new exceed the model's context of {self._context}"
+                )
+                raise UserError(f"prompt {i} is too long: {size}")
         return encoded
 
     @torch.inference_mode()

@@ -24,6 +24,7 @@ import numpy as np
 
 from fastalign.decode.select import _log_weights
 from fastalign.errors import UserError
+from fastalign.units import counted
 
 TRUSTED_ESS = 10.0  # effective draws per prompt below which weighted means are mostly the noise of a few candidates
 LEAST_CANDIDATES = 8  # for an exponent from halves and quarters
@@ -65,15 +66,16 @@ class Worth(NamedTuple):
         """Both in one line: what n are worth, and how many are needed."""
         low, high = self.at(n, prompts=prompts)
         fewest, most = self.needed(prompts=prompts)
-        source = f"{self.prompts:,} prompt{'s' * (self.prompts != 1)} × {self.candidates:,}"
+        source = f"{counted(self.prompts, 'prompt')} × {self.candidates:,}"
+        drawn = f"{counted(n, 'candidate')} a prompt {'is' if n == 1 else 'are'} worth"
         if low is None:
             return (
-                f"{n:,} candidates a prompt are worth at most {_up(high)} effective ones, how few at least {source} cannot tell; "
+                f"{drawn} at most {_up(high)} effective ones, how few at least {source} cannot tell; "
                 f"{TRUSTED_ESS:.0f} need at least {fewest:,}"
             )
         few = ", too few to say better" if high > 10 * low else ""
         return (
-            f"{n:,} candidates a prompt are worth {_span(_down(low), _up(high))} effective ones (95 %, from {source}{few}); "
+            f"{drawn} {_span(_down(low), _up(high))} effective ones (95 %, from {source}{few}); "
             f"{TRUSTED_ESS:.0f} need {words(fewest, most)}"
         )
 

@@ -102,9 +102,7 @@ class OpenAISampler(External):
             return super()._encode(prompts, chat, max_new_tokens, template)
         for i, prompt in enumerate(prompts if chat is False else ()):
             if isinstance(prompt, Conversation) or template:
-                raise UserError(
-                    f"prompts[{i}] needs the server's chat template, which --no-chat (chat=False) leaves out"
-                )
+                raise UserError(f"prompt {i} needs the server's chat template, which --no-chat (chat=False) leaves out")
         return list(prompts)
 
     def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -55,6 +56,11 @@ def parse_palette(text: str, names: Sequence[str], rewards) -> tuple[np.ndarray,
     rewards: (n, m), whose columns are `names`. Raises UserError, in one line, on what it cannot read.
     """
     fields = [field.strip() for field in text.split(",") if field.strip()]
+    if "=" not in text and Path(text).suffix == ".json":
+        raise UserError(
+            f"palette must be levels, such as {names[0]}=mean+1sd, got the file {text}: palette files go to "
+            "`fastalign select`, `eval`, `pareto`, `sample` and `train`, as --palette"
+        )
     if not any("=" in field for field in fields):
         try:
             levels = [float(field) for field in fields]
@@ -114,7 +120,10 @@ def _level(what: str, sense: str, rewards: np.ndarray, j: int, mean: float, devi
             raise UserError("palette must ask for something where it says ==, got free")
         return float(rewards[:, j].min() if sense == ">=" else rewards[:, j].max())
     if re.fullmatch(r"q[0-9.]+", what):
-        return float(quantile_palette(rewards[:, j : j + 1], float(what[1:]) / 100)[0])
+        percent = float(what[1:]) if what.count(".") < 2 else np.nan
+        if not 0 <= percent <= 100:
+            raise UserError(f"palette must ask for quantiles from q0 to q100, got {what!r}")
+        return float(quantile_palette(rewards[:, j : j + 1], percent / 100)[0])
     moved = _FROM_MEAN.fullmatch(what)
     try:
         if moved is None:

@@ -19,8 +19,7 @@ def quantile_palette(rewards, q: float, *, values: Sequence[int] | None = None) 
     Raises UserError on a q outside [0, 1], a column that does not exist, and NaN or infinite rewards.
     """
     rewards = as_rewards(rewards)
-    if not 0 <= q <= 1:
-        raise UserError(f"q must lie between 0 and 1, got {q}")
+    check_quantile("q", q)
     m = rewards.shape[1]
     columns = range(m) if values is None else list(values)
     for j in columns:
@@ -34,3 +33,9 @@ def quantile_palette(rewards, q: float, *, values: Sequence[int] | None = None) 
         # Between two float32 samples the quantile would be rounded, which λ shows in its fourth digit on steep palettes.
         palette[j] = max(palette[j], float(np.quantile(rewards[:, j].astype(np.float64), q)))
     return palette
+
+
+def check_quantile(name: str, q: float) -> None:
+    """Raises UserError, with the name it was given by, unless q is in [0, 1]."""
+    if not 0 <= q <= 1:
+        raise UserError(f"{name} must lie between 0 and 1, got {q}")

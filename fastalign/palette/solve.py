@@ -24,6 +24,7 @@ from fastalign.palette._problem import Problem, starts
 from fastalign.palette._setup import set_up
 from fastalign.palette._small import solve_small
 from fastalign.palette.sources import ParquetRewards
+from fastalign.units import counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +98,7 @@ class PaletteSolution:
 
     def _verdict(self) -> str:
         if np.ndim(self.lam) == 2:
-            return f"PaletteSolution: {len(self.lam)} palettes of {np.shape(self.lam)[1]} values, {int(np.sum(self.feasible))} feasible"
+            return f"PaletteSolution: {counted(len(self.lam), 'palette')} of {counted(np.shape(self.lam)[1], 'value')}, {int(np.sum(self.feasible))} feasible"
         if not self.feasible:
             return f"PaletteSolution: infeasible, {float(self.scaling):.1%} of the way can be reached"
         near = ", nearly infeasible" if self.nearly_infeasible else ""

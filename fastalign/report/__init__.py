@@ -13,7 +13,7 @@ import numpy as np
 from fastalign.data.files import atomic_write
 from fastalign.errors import UserError
 from fastalign.report.duals import Dual, both
-from fastalign.units import decimals
+from fastalign.units import counted, decimals
 
 __all__ = ["Example", "Report", "Value", "build"]
 
@@ -302,11 +302,7 @@ def build(
         "prompts": p, "candidates": n, "draws": k,
     }  # fmt: skip
     nearest = solution["nearest"]
-    given = palette.get("sense") or ">="
-    senses = [given] * m if isinstance(given, str) else list(given)
-    if len(senses) != m or not set(senses) <= {">=", "<=", "=="}:
-        raise UserError(f"palette's 'sense' must have {m} of >=, <=, ==, got {senses}")
-    senses = ["free" if free else sense for free, sense in zip(palette.get("free") or [False] * m, senses, strict=True)]
+    senses = ["free" if free else sense for free, sense in zip(solution["free"], solution["sense"], strict=True)]
     rows = []
     for j, name in enumerate(values):
         row = {column: float(x[j]) for column, x in columns.items()}
@@ -321,7 +317,7 @@ def build(
         rewards=rewards,
         realised_rewards=realised_rewards,
         weights=weights,
-        duals=both(rewards, solution["palette"], palette.get("sense", ">=")) if p > 1 else (),
+        duals=both(rewards, solution["palette"], solution["sense"]) if p > 1 else (),
         **frame,
     )
 
@@ -364,9 +360,7 @@ def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None,
             reasons.append("texts were picked as the best, not drawn from p_λ")
         elif verdict == "within error":
             count = frame["prompts"] * frame["draws"]
-            reasons.append(
-                f"sampling error of {count} draw{'s' * (count > 1)} ({short_by / row['se']:.1f} standard errors)"
-            )
+            reasons.append(f"sampling error of {counted(count, 'draw')} ({short_by / row['se']:.1f} standard errors)")
         else:
             reasons.append("the draws miss the policy's mean by more than 3 standard errors")
         if np.median(ess) < LOW_ESS and frame["candidates"] > 1:
@@ -441,9 +435,9 @@ def _checked(values, rewards, selected, palette, prompts, texts):
     missing = [name for name in ("palette", "lambda", "levels", "kl", "ess", "feasible") if palette.get(name) is None]
     if missing:
         raise UserError(f"palette must have {', '.join(missing)}, got {', '.join(palette) or 'nothing'}")
-    solution: dict[str, Any] = {}
+    solution = _wishes(palette, rewards)
     for name in ("palette", "lambda", "levels", "nearest"):
-        x = palette.get(name)
+        x = solution["palette"] if name == "palette" else palette.get(name)
         if x is None and name == "nearest":
             solution[name] = None
             continue
@@ -460,6 +454,26 @@ def _checked(values, rewards, selected, palette, prompts, texts):
         if not math.isfinite(solution[name]):
             raise UserError(f"palette's {name!r} must be finite, got {solution[name]}")
     return rewards, selected.astype(np.int64), solution
+
+
+def _wishes(palette: Mapping[str, Any], rewards: np.ndarray) -> dict[str, list]:
+    """What is asked of each value: "palette", its level; "sense", as `palette.solve` has it; "free", whether that asks nothing.
+
+    Of a value without a level (None) nothing is asked: that is one that all candidates have.
+    """
+    m = rewards.shape[2]
+    given = palette.get("sense") or ">="
+    senses = [given] * m if isinstance(given, str) else list(given)
+    if len(senses) != m or not set(senses) <= {">=", "<=", "=="}:
+        raise UserError(f"palette's 'sense' must have {m} of >=, <=, ==, got {senses}")
+    free = list(palette.get("free") or [False] * m)
+    if len(free) != m:
+        raise UserError(f"palette's 'free' must have {m} of true and false, got {free}")
+    levels = list(palette["palette"])
+    for j, level in enumerate(levels):
+        if level is None and j < m:
+            levels[j], senses[j], free[j] = float(rewards[..., j].min()), ">=", True
+    return {"palette": levels, "sense": senses, "free": free}
 
 
 def _plain(x: Any) -> Any:

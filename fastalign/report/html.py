@@ -11,6 +11,7 @@ from typing import Any
 
 from fastalign.palette import plots
 from fastalign.report import Example, Report, Value, clean, duals
+from fastalign.units import counted
 
 # The figures' colours become the page's, so that they turn with it.
 _THEME = {
@@ -86,7 +87,7 @@ def page(report: Report) -> str:
         else f"Text aligned with a level of {report.values[0].name}"
     )
     source = f" from <b>{escape(clean(str(model)))}</b>" if model else ""
-    sub = (f"{_count(report.prompts, 'prompt')} × {_count(report.candidates, 'candidate')}{source}, {report.draws:,} chosen for each prompt"
+    sub = (f"{counted(report.prompts, 'prompt')} × {counted(report.candidates, 'candidate')}{source}, {report.draws:,} chosen for each prompt"
            f" ({escape(report.method)})")  # fmt: skip
     body = [
         f"<h1>{escape(title)}</h1><p class='sub'>{sub}</p>",
@@ -173,15 +174,11 @@ def _figure(name: str, figures: Mapping[str, str], caption: str) -> str:
     return f"<figure>{figures[name]}<figcaption>{caption}</figcaption></figure>"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def _draws(report: Report) -> str:
     count = report.prompts * report.draws
     if count >= 100:
         return f"The {count:,} texts chosen are outlined in green."
-    return f"The {_count(count, 'text')} chosen {'are the ticks' if count > 1 else 'is the tick'} below the axis."
+    return f"The {counted(count, 'text')} chosen {'are the ticks' if count > 1 else 'is the tick'} below the axis."
 
 
 def _pair(example: Example, values: list[Value]) -> str:

@@ -251,7 +251,7 @@ def palette_figures(values: Sequence[str], rewards: np.ndarray, way: Way, *, joi
 
 def write(
     scored: str | Path, out: str | Path, *, palettes: Sequence[str | Path] = (), quantiles: Sequence[float] = (),
-    soups: Sequence[str | Path] = (), values: Sequence[str] | None = None, joint: bool = False, n_lambda: int = 1000,
+    soups: Sequence[str | Path] = (), values: Sequence[str] | None = None, joint: bool = False, lambdas: int = 1000,
     l1_max: float = L1_MAX, seed: int = 0, overwrite: bool = False,
 ) -> Study | None:  # fmt: skip
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
@@ -261,16 +261,20 @@ def write(
     values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it holds one,
     unless `overwrite` is given.
     """
-    from fastalign.palette import quantile_palette
+    from fastalign.palette.quantile import check_quantile, quantile_palette
     from fastalign.report.pareto_html import page
 
     if seed < 0:
         raise UserError(f"seed must be at least 0, got {seed}")
+    if lambdas < 1:
+        raise UserError(f"lambdas must be at least 1, got {lambdas}")
+    for q in quantiles:
+        check_quantile("quantile", q)
     out = Path(out)
     inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
     inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
     settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
-    job = outputs.Job("pareto", inputs, settings | {"lambdas": n_lambda, "l1_max": l1_max, "seed": seed})
+    job = outputs.Job("pareto", inputs, settings | {"lambdas": lambdas, "l1_max": l1_max, "seed": seed})
     written = {"files": [out / "pareto.html"], "figures": out}
     if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
         return None
@@ -294,7 +298,7 @@ def write(
             merged[_unlike(merged, path, name)] = row
     found = study(
         names, rewards, palettes=asked, soups=np.array(list(merged.values())) if merged else None, soup_names=list(merged),
-        joint=joint, n_lambda=n_lambda, l1_max=l1_max, seed=seed,
+        joint=joint, n_lambda=lambdas, l1_max=l1_max, seed=seed,
     )  # fmt: skip
     figures = found.figures()
     with outputs.making(out / "pareto.json", found.to_json(), record, **written):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign.decode.worth import TRUSTED_ESS, words, worth
 from fastalign.report import duals
 from fastalign.report.html import _figure, _svg, document
+from fastalign.units import counted
 
 if TYPE_CHECKING:
     from fastalign.report.pareto import Study
@@ -43,7 +44,7 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
     how = "all at once, prompts tilted too" if study.joint else "within each prompt"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p class='sub'>{prompts:,} prompts × {n:,} candidates, reweighted {how}</p>",
+        f"<p class='sub'>{counted(prompts, 'prompt')} × {counted(n, 'candidate')}, reweighted {how}</p>",
         _palettes(study),
         *_duals(study),
         "<h2>Volumes</h2>",

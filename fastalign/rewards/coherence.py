@@ -50,7 +50,7 @@ class Coherence(CachedReward):
         """Yield (indices, unit vectors (len(indices), 384)) batch by batch."""
         model, tokenizer = self._encoder
         token_ids = Text(tokenizer).tokens(
-            texts, f"reward {self.name!r}: texts", truncation=True, max_length=_MAX_TOKENS
+            texts, f"reward {self.name!r}: text", truncation=True, max_length=_MAX_TOKENS
         )
         for indices in length_batches([len(row) for row in token_ids], self.batch_size):
             rows = [token_ids[index] for index in indices]

@@ -70,7 +70,7 @@ class LogLikelihood(CachedReward):
             prompts = [text.render(prompt, f"reward {self.name!r}: a prompt") for prompt in prompts]
         else:
             prompts = [transcript(prompt) for prompt in prompts]
-        rows = text.tokens(prompts, f"reward {self.name!r}: prompts", add_special_tokens=not templated)
+        rows = text.tokens(prompts, f"reward {self.name!r}: prompt", add_special_tokens=not templated)
         begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, 0]  # the first of these that there is
         return [row or [next(token for token in begin if token is not None)] for row in rows]
 
@@ -87,7 +87,7 @@ class LogLikelihood(CachedReward):
         distinct = sorted(set(prompts))
         text = Text(tokenizer, rows=embedding_rows(model))
         of_prompt = dict(zip(distinct, self._prompt_ids(distinct, text), strict=True))
-        rows = text.continuations(responses, f"reward {self.name!r}: responses")
+        rows = text.continuations(responses, f"reward {self.name!r}: response")
         targets = [row[: limit and limit - 1] for row in rows]
         empty = [index for index, row in enumerate(targets) if not row]
         if empty:

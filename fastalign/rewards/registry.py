@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ class _Entry(NamedTuple):
     package: str | None
 
 
+_NAME = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # what --rewards, --palette and --lam can tell from the rest
 _entries: dict[str, _Entry] = {}
 _instances: dict[str, Reward] = {}
 _OLD_NAMES = {"perplexity": "log_likelihood"}  # which keep working, with a note
@@ -47,16 +49,18 @@ def register(
     """Give `get(name)`, `score([name], ...)` and the commands a reward, which is one of
 
         fn(prompts, responses) -> n numbers     a function, as for `from_function`
-        factory()                               a class, or a function that needs no argument: makes the reward at first
-                                                use; `factory(**options)` where `get` is given options
+        factory()                               a class, or a function that needs no argument: makes a reward or such a
+                                                function at first use; `factory(**options)` where `get` is given options
         a reward                                an object with a `name`, called with (prompts, responses)
 
     Function and factory are told apart by their signature, and nothing is called here: a function has two positional
     parameters without a default, a factory none.
-    Raises UserError where the name is taken and `replace` is False, and for a callable that is neither.
+    Raises UserError where the name is taken and `replace` is False, for one that could not stand on the command line, and for
+    a callable that is neither.
     """
-    if not isinstance(name, str) or not name or name != name.strip():
-        raise UserError(f"name must be a non-empty str with no blanks around it, got {name!r}")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "rest":
+        rule = "name must be a word without blanks, commas, brackets and = < > : \" ', and not 'rest'"
+        raise UserError(f"{rule}, got {name!r}")
     make = _maker(name, reward)
     if name in _OLD_NAMES:
         raise UserError(f"name {name!r} is the old name of the reward {_OLD_NAMES[name]!r}; choose another")
@@ -68,23 +72,45 @@ def register(
 
 def _maker(name: str, reward: Callable[..., object]) -> Callable[..., Reward]:
     """The factory of what was registered."""
-    if isinstance(reward, type):
-        return reward
-    if is_reward(reward):
+    if is_reward(reward) and _takes_texts(reward):
         return _without_options(name, reward)
     rule = "reward must be a function of (prompts, responses), a factory that needs no argument, or a reward"
     if not callable(reward):
         raise TypeError(f"{rule}, got {type(reward).__name__}")
+    is_class = isinstance(reward, type)
+    if is_class and not any("__call__" in vars(base) for base in reward.__mro__):
+        raise UserError(f"{rule}, got a class whose objects cannot be called, {reward.__name__}")
     try:
         parameters = inspect.signature(reward).parameters.values()
     except ValueError:  # of some that are written in C
         raise UserError(f"{rule}, and {reward!r} does not tell its parameters: wrap it in a def") from None
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not needed and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    if not needed and (is_class or not any(p.kind is p.VAR_POSITIONAL for p in parameters)):
         return reward
-    if len(needed) == 2 and all(p.kind is not p.KEYWORD_ONLY for p in needed):
+    if not is_class and _takes_texts(reward) and len(needed) == 2:
         return _without_options(name, from_function(reward, name))
     raise UserError(f"{rule}, got one with the parameters {inspect.signature(reward)}")
+
+
+def _takes_texts(reward: Callable[..., object]) -> bool:
+    """Whether it can be called with (prompts, responses), as far as its signature tells."""
+    try:
+        inspect.signature(reward).bind([], [])
+    except TypeError:
+        return False
+    except ValueError:  # of some that are written in C
+        return True
+    return True
+
+
+def _made(name: str, made: object) -> Reward:
+    """What a factory returned, as a reward."""
+    if not callable(made) or isinstance(made, type) or not _takes_texts(made):
+        came = f"one with the parameters {inspect.signature(made)}" if inspect.isroutine(made) else type(made).__name__
+        raise UserError(
+            f"the factory of reward {name!r} must return a reward or a function of (prompts, responses), got {came}"
+        )
+    return made if is_reward(made) else from_function(made, name)
 
 
 def _without_options(name: str, reward: Reward) -> Callable[..., Reward]:
@@ -118,12 +144,7 @@ def get(name: str, **options) -> Reward:
         raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
     if not options and name in _instances:
         return _instances[name]
-    made = entry.make(**options, **({"name": name} if name in _OLD_NAMES else {}))
-    if not is_reward(made):
-        raise TypeError(
-            f"the factory of reward {name!r} must return a reward (callable, with a .name; see rewards.from_function), "
-            f"got {type(made).__name__}"
-        )
+    made = _made(name, entry.make(**options, **({"name": name} if name in _OLD_NAMES else {})))
     if not options:
         _instances[name] = made
     return made

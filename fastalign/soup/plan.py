@@ -20,7 +20,7 @@ from fastalign.soup.checkpoint import Checkpoint, File, Shard, lay_out
 from fastalign.soup.companions import Companions, companions
 from fastalign.soup.embeddings import Embeddings, in_order_of
 from fastalign.soup.stacks import Model, open_model
-from fastalign.units import parse_bytes
+from fastalign.units import counted, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -91,13 +91,13 @@ class Plan:
     def describe(self) -> list[str]:
         """For people: a line for each input, then what comes out."""
         lines = [
-            f"{one.name}: {len(one.where):,} tensors, {size(one.nbytes)} in {len(one.files)} file(s)"
+            f"{one.name}: {counted(len(one.where), 'tensor')}, {size(one.nbytes)} in {counted(len(one.files), 'file')}"
             for one in self.sources
         ]
         tensors = sum(len(shard.tensors) for shard in self.layout)
-        count = "1 model" if len(self.weights) == 1 else f"{len(self.weights)} models"
+        count = counted(len(self.weights), "model")
         lines.append(
-            f"{self.out}: {count} by {self.recipe['method']}, {tensors:,} tensors, {len(self.layout)} file(s) each, "
+            f"{self.out}: {count} by {self.recipe['method']}, {counted(tensors, 'tensor')}, {counted(len(self.layout), 'file')} each, "
             f"reads {size(self.read_bytes)}, writes {size(self.written_bytes)}"
         )
         return [*lines, *self.notes]
