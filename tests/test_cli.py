@@ -198,7 +198,7 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     assert "must name each of" in refused("map", scored, "--palette", "diversity=1,humor=2", *out)
     assert "palette must be numbers" in refused("map", scored, "--palette", "diversity=high,readability=1", *out)
     assert "either a palette or a quantile" in refused("map", scored, *out)
-    assert "q must lie between 0 and 1" in refused("map", scored, "--quantile", 1.5, *out)
+    assert "--quantile must lie between 0 and 1" in refused("map", scored, "--quantile", 1.5, *out)
     assert "the candidates carry" in refused("map", scored, "--quantile", 0.5, "--values", "humor", *out)
     assert "must be a fastalign scored file" in refused("map", tmp_path / "candidates.parquet", "--quantile", 0.5, *out)
     assert "not a Parquet file" in refused("map", empty, "--quantile", 0.5, *out)

@@ -203,9 +203,9 @@ def test_histograms_without_draws_show_the_policys_mean():
     ("extra", "says"),
     [
         (["--quantile", "0.5,x"], "quantile must be numbers, comma-separated, got '0.5,x'"),
-        (["--quantile", "1.5"], "q must lie between 0 and 1, got 1.5"),
+        (["--quantile", "1.5"], "--quantile must lie between 0 and 1, got 1.5"),
         (["--values", "kind,odd"], "rewards asked for: odd"),
-        (["--lambdas", "0"], "n_lambda must be at least 1, got 0"),
+        (["--lambdas", "0"], "--lambdas must be at least 1, got 0"),
         (["--palette", "nowhere.json"], "nowhere.json: no such file"),
         (["--soup", "nowhere.parquet"], "nowhere.parquet"),
     ],

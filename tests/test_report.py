@@ -5,9 +5,11 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import combinations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from rich.console import Console
 
 from fastalign import palette as palettes
@@ -113,9 +115,9 @@ def test_the_standard_error_is_the_spread_of_repeated_draws():
         (">=", 0.5, "short", "short by 0.50"),
         (">=", -0.5, "met", None),
         ("<=", 0.5, "met", None),
-        ("<=", -0.5, "short", "above by 0.50"),
+        ("<=", -0.5, "above", "above by 0.50"),
         ("==", 0.5, "short", "off by 0.50"),
-        ("==", -0.5, "short", "off by 0.50"),
+        ("==", -0.5, "above", "off by 0.50"),
         ("==", 0.0, "met", None),
         ("free", 0.5, "met", None),
     ],
@@ -138,13 +140,37 @@ def test_a_verdict_goes_by_what_was_asked(tmp_path, sense, above, verdict, shown
     found, _ = make(m=1, n=4, edit=edit)
     value = found.values[0]
     assert value.verdict == verdict and value.sense == sense == found.to_json()["values"][0]["sense"]
-    assert (value.short_by > 0) == (verdict == "short") == bool(value.reason)
+    assert (value.short_by > 0) == (verdict in ("short", "above")) == bool(value.reason)
     console = Console(file=io.StringIO(), width=100)
     found.print(console)
     level = value.show(value.asked)
     wish = {">=": f" {level} ", "free": " free "}.get(sense, f"{sense} {level}")
     assert wish in console.file.getvalue() and (shown is None or shown in console.file.getvalue())
     assert shown is None or shown in page(found, tmp_path)
+
+
+@pytest.mark.parametrize("free", [[True, False, False], [False, True, True], [True] * 3, [True]])
+def test_what_nothing_is_asked_of_has_no_line_at_its_level(tmp_path, free):
+    found, _ = make(m=len(free), edit=lambda arguments: arguments["palette"].update(free=free))
+    figures = found.figures()
+    grid = found.rewards.reshape(-1, len(free))
+    scores = found.weights.reshape(-1)
+    asked = np.where(free, np.nan, [value.asked for value in found.values])
+    figures["of map"] = plots.histograms(grid, None, NAMES[: len(free)], weights=scores, palette=asked)
+    for name in ("histograms", "of map"):
+        axes = [one for one in figures[name].axes if one.get_visible()]
+        drawn = [sum(line.get_color() == plots.ASKED for line in one.lines) for one in axes]
+        assert drawn == [int(not one) for one in free], name
+        assert ("asked for" in [text.get_text() for text in figures[name].legends[0].get_texts()]) == (not all(free))
+    lines = figures["levels"].axes[0].collections
+    rows = [len(one.get_segments()) for one in lines if np.allclose(one.get_colors()[0], to_rgba(plots.ASKED))]
+    assert rows == [len(free) - sum(free)]
+    for one, (i, j) in zip(figures["pareto"].axes, combinations(range(len(free)), 2), strict=False):
+        assert (
+            sum(line.get_color() == plots.ASKED and line.get_linestyle() == "--" for line in one.lines)
+            == 2 - free[i] - free[j]
+        )
+    assert "free" in page(found, tmp_path)
 
 
 def test_a_sense_that_is_none_is_told():

@@ -37,7 +37,8 @@ class Value:
 
     score: (realised - predicted) / se; None where se is 0 and they differ. agrees: within 3 standard errors.
     sense: ">=", "<=" or "==": at least, at most or exactly `asked`; "free": nothing is asked.
-    verdict: "met", "within error" (off by no more than 3 SE of what the policy meets) or "short".
+    verdict: "met", "within error" (off by no more than 3 SE of what the policy meets), or "short" below and "above" beyond what
+    is asked.
     short_by: how far `realised` is on the wrong side of `asked`, else 0. reason: why it is short, "" if met.
     """
 
@@ -222,6 +223,7 @@ class Report:
         before, spread, asked, predicted, realised, se, lam = (
             np.array([getattr(v, c) for v in self.values]) for c in columns
         )
+        asked[[v.sense == "free" for v in self.values]] = np.nan
         m = len(names)
         figures = {
             "levels": plots.levels(names, before=before, spread=spread, palette=asked, predicted=predicted, realised=realised, se=se),
@@ -342,7 +344,7 @@ def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None,
         short_by = 0.0
     else:
         drawn = max(counted_on, within) <= slack and short_by <= 3 * row["se"] + slack
-        verdict = "within error" if drawn else "short"
+        verdict = "within error" if drawn else "above" if row["realised"] > row["asked"] else "short"
         if not frame["feasible"]:
             reasons.append(
                 "the palette is infeasible"

@@ -71,8 +71,8 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
     return found[0], found[1]
 
 
-def table(values: Sequence[str], palette: np.ndarray, spread: np.ndarray, duals: tuple[Dual, Dual]) -> str:
-    """As an HTML table: a row for each value, then the price of it."""
+def table(values: Sequence[str], asked: Sequence[str], spread: np.ndarray, duals: tuple[Dual, Dual]) -> str:
+    """As an HTML table: a row for each value, with what is asked of it in words, then the price of it."""
     within, at_once = duals
 
     def cells(dual: Dual, j: int, *columns: str) -> str:
@@ -88,7 +88,7 @@ def table(values: Sequence[str], palette: np.ndarray, spread: np.ndarray, duals:
         return kl, f"{dual.ess:,.1f} of {dual.samples:,}", "<span class='verdict met'>in reach</span>"
 
     rows = [
-        f"<tr><td>{escape(name)}</td><td>{palette[j]:.{decimals(spread[j])}f}</td>{cells(within, j, 'levels')}"
+        f"<tr><td>{escape(name)}</td><td>{escape(asked[j])}</td>{cells(within, j, 'levels')}"
         f"{cells(at_once, j, 'levels', 'decoded')}</tr>"
         for j, name in enumerate(values)
     ]

@@ -23,7 +23,7 @@ _DARK = {
     "ink": "#e4e8ec", "muted": "#9aa4af", "grid": "#2c333b", "paper": "#14181c", "before": "#8d97a3",
     "asked": "#ff8a3d", "predicted": "#58b0ea", "realised": "#2fc796", "card": "#1b2127",
 }  # fmt: skip
-_VERDICTS = {"met": "met", "within error": "met within error", "short": "short"}
+_VERDICTS = {"met": "met", "within error": "met within error", "short": "short", "above": "above"}
 _CAPTIONS = {
     "levels": "Each value's mean, in units that compare across values. The bar reaches from the candidates' mean to the dual's prediction.",
     "histograms": "All candidates, and the same candidates under the policy p<sub>λ</sub>. {draws}",
@@ -56,7 +56,7 @@ td:first-child { font-weight: 600 }
 .key::before { content: ""; display: inline-block; width: .6em; height: .6em; margin-right: .4em; border-radius: 50%%; background: var(--c) }
 .realised { font-weight: 650 } .se { color: var(--muted); font-weight: 400 }
 .verdict { display: inline-block; padding: 0 .55em; border-radius: 1em; border: 1.5px solid var(--realised); color: var(--realised); font-size: .84rem; font-weight: 600 }
-.verdict.within { border-style: dashed } .verdict.short { border-color: var(--asked); color: var(--asked) }
+.verdict.within { border-style: dashed } .verdict.short, .verdict.above { border-color: var(--asked); color: var(--asked) }
 ul { margin: .8rem 0 0; padding-left: 1.15rem; font-size: .93rem } li { margin: .2rem 0 }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .9rem 1.5rem; margin: 1.4rem 0 .4rem }
 .facts div { font-size: .84rem; color: var(--muted) } .facts b { display: block; font-size: 1.18rem; font-weight: 620; color: var(--ink); font-variant-numeric: tabular-nums }
@@ -166,7 +166,7 @@ def _facts(report: Report) -> str:
 def _duals(report: Report) -> list[str]:
     if not report.duals:
         return []
-    columns = zip(*((v.name, v.asked, v.spread) for v in report.values), strict=True)
+    columns = zip(*((v.name, v.wish, v.spread) for v in report.values), strict=True)
     return ["<h2>Both duals at this palette</h2>", duals.table(*columns, report.duals), duals.NOTE]
 
 

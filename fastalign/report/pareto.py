@@ -342,7 +342,8 @@ def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | 
     groups = _groups(rewards, joint)
     flat = _flat(rewards)
     way = palette_path(flat, solution["palette"], groups=groups, sense=solution["sense"])
-    save_figures(palette_figures(names, rewards, way, joint=joint), folder)
+    asked = np.where(solution["free"], np.nan, way.palette) if solution.get("free") else way.palette
+    save_figures(palette_figures(names, rewards, way._replace(palette=asked), joint=joint), folder)
 
 
 def save_figures(figures: Mapping[str, Any], folder: str | Path) -> None:

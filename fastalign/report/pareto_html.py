@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign.decode.worth import TRUSTED_ESS, words, worth
 from fastalign.report import duals
 from fastalign.report.html import _figure, _svg, document
-from fastalign.units import counted
+from fastalign.units import counted, decimals
 
 if TYPE_CHECKING:
     from fastalign.report.pareto import Study
@@ -79,7 +79,8 @@ def _duals(study: Study) -> list[str]:
         return []
     parts = ["<h2>Both duals at each palette</h2>"]
     for name, found in study.duals.items():
-        table = duals.table(study.values, study.palettes[name].palette, study.spread, found)
+        asked = [f"{c:.{decimals(s)}f}" for c, s in zip(study.palettes[name].palette, study.spread, strict=True)]
+        table = duals.table(study.values, asked, study.spread, found)
         parts += [f"<h3>{escape(name)}</h3>", table]
     return [*parts, duals.NOTE]
 

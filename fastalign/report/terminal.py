@@ -13,7 +13,7 @@ from fastalign.report import Example, Report
 
 WIDTH = 100
 LONGEST = 360
-_STYLES = {"met": "green", "within error": "green", "short": "yellow"}
+_STYLES = {"met": "green", "within error": "green", "short": "yellow", "above": "yellow"}
 
 
 def show(report: Report, console: Console, *, examples: int = 3) -> None:

@@ -93,7 +93,7 @@ def _figure(width: float, height: float):
 
 
 def _in_spreads(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    return np.where(spread > 0, (level - before) / np.where(spread > 0, spread, 1), 0.0)
+    return np.where((spread > 0) | np.isnan(level), (level - before) / np.where(spread > 0, spread, 1), 0.0)
 
 
 def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

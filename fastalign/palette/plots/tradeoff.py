@@ -38,7 +38,7 @@ def pareto(
 
     cloud: levels (T, m) and KL (T,) of T policies; the dots, strong where the KL is at most `kl`, the chosen policy's.
     fronts, limits: by pair (i, j), i < j, curves (S, 2): the most that is reachable at that KL, and at any.
-    The realised mean has a bar of 3 standard errors `se` each way. A single value is drawn against the KL instead.
+    palette (m,): NaN where nothing is asked, which is not drawn. The realised mean has a bar of 3 standard errors `se` each way. A single value is drawn against the KL instead.
     Of many values the 15 pairs are kept that trade off most against each other (lowest correlation over the cloud).
     """
     points, cost = cloud
@@ -68,8 +68,9 @@ def pareto(
                 axes.plot(*limits[i, j].T, color=MUTED, linewidth=1.2, linestyle=(0, (1.5, 2)))
             if fronts and (i, j) in fronts:
                 axes.plot(*fronts[i, j].T, color=PREDICTED, linewidth=1.8)
-            axes.axvline(palette[i], color=ASKED, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
-            axes.axhline(palette[j], color=ASKED, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
+            for line, k in ((axes.axvline, i), (axes.axhline, j)):
+                if np.isfinite(palette[k]):
+                    line(palette[k], color=ASKED, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
             axes.plot(before[i], before[j], linestyle="none", **_MARKERS["before"])
             axes.errorbar(
                 realised[i],
@@ -109,7 +110,8 @@ def _level_by_kl(value, before, points, cost, kl, palette, predicted, realised, 
         axes = figure.add_subplot()
         order = np.argsort(cost)
         axes.plot(cost[order], points[order, 0], color=PREDICTED, linewidth=1.8)
-        axes.axhline(palette[0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)))
+        if np.isfinite(palette[0]):
+            axes.axhline(palette[0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)))
         axes.plot(0, before[0], linestyle="none", zorder=3, **_MARKERS["before"])
         axes.errorbar(kl, realised[0], yerr=3 * se[0], fmt="none", ecolor=REALISED, elinewidth=1.3, zorder=3)
         axes.plot(kl, predicted[0], linestyle="none", zorder=4, **_MARKERS["predicted"])

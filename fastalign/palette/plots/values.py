@@ -41,7 +41,7 @@ def levels(
 ) -> Figure:  # fmt: skip
     """One row per value: the mean before, asked for, predicted and realised (its bar: 3 standard errors each way).
 
-    All (m,). The scale is (level - before) / spread, spread the standard deviation of all candidates; a value
+    All (m,); palette is NaN where nothing is asked. The scale is (level - before) / spread, spread the standard deviation of all candidates; a value
     with no spread stays at 0.
     """
     m = len(values)
@@ -58,7 +58,10 @@ def levels(
         axes.hlines(rows + 0.17, at["realised"] - bar, at["realised"] + bar, color=REALISED, linewidth=1.7, zorder=2)
         axes.plot(np.zeros(m), rows, linestyle="none", zorder=3, **_MARKERS["before"])
         axes.plot(at["predicted"], rows, linestyle="none", zorder=4, **_MARKERS["predicted"])
-        axes.vlines(at["asked for"], rows - 0.33, rows + 0.33, color=ASKED, linewidth=2.4, zorder=3)
+        asked = np.isfinite(palette)
+        axes.vlines(
+            at["asked for"][asked], rows[asked] - 0.33, rows[asked] + 0.33, color=ASKED, linewidth=2.4, zorder=3
+        )
         axes.plot(at["realised"], rows + 0.17, linestyle="none", zorder=5, **_MARKERS["realised"])
         axes.set_yticks(rows, [_short(v) for v in values], color=INK, fontsize=10.5)
         axes.set_ylim(m - 0.45, -0.55)
@@ -84,7 +87,7 @@ def histograms(
     """Each value's distribution over all candidates and over the texts chosen, with the means and the level asked for.
 
     before: (n, m), after: (d, m), or None where none are chosen yet. weights: (n,), the policy's weights of the
-    candidates: draws its whole distribution too, which is what few draws hint at. palette: (m,).
+    candidates: draws its whole distribution too, which is what few draws hint at. palette: (m,), NaN where nothing is asked.
     """
     m = len(values)
     chosen = after is not None
@@ -117,7 +120,7 @@ def histograms(
             elif weights is not None:
                 mean = np.average(before[:, j], weights=weights)
                 axes.plot([mean] * 2, [0, 1.0], color=PREDICTED, linewidth=1.8, transform=top)
-            if palette is not None:
+            if palette is not None and np.isfinite(palette[j]):
                 axes.plot(
                     [palette[j]] * 2, [0, 1.0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)), transform=top
                 )
@@ -137,14 +140,14 @@ def histograms(
         if chosen:
             few = weights is not None and len(after) < 100
             handles.append(_line("realised mean" if few else "realised, its mean", REALISED, linewidth=1.8))
-        if palette is not None:
+        if palette is not None and np.isfinite(palette).any():
             handles.append(_line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))))
         _legend(figure, handles)
     return figure
 
 
 def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np.ndarray, spread: np.ndarray) -> Figure:
-    """Levels (m,) by name on m spokes, as (level - before) / spread: 0 is the ring of the candidates' means.
+    """Levels (m,) by name on m spokes, as (level - before) / spread: 0 is the ring of the candidates' means; NaN is not drawn.
 
     Series named "before", "asked for", "predicted" and "realised" keep their house colours. The scale is on the plot.
     """
@@ -152,6 +155,7 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
     angles = np.linspace(0, 2 * np.pi, m, endpoint=False)
     heights = {name: _in_spreads(np.asarray(x), before, spread) for name, x in series.items()}
     everything = np.concatenate([[0.0], *heights.values()])
+    everything = everything[np.isfinite(everything)]
     step = _nice_step(float(np.ptp(everything)) or 1.0)
     low = np.floor(everything.min() / step - 0.35) * step
     high = np.ceil(everything.max() / step + 0.05) * step
