@@ -15,7 +15,8 @@ from fastalign._command import registrar
 from fastalign.cli import app
 from fastalign.data import preferences
 from fastalign.decode import Candidates
-from fastalign.train import jobs, several_values
+from fastalign.train import AutoModelForCausalLMWithValueHead, jobs, several_values
+from fastalign.train.dpo import DPOConfig, DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +98,27 @@ ON = "--model model"
 )
 def test_what_is_no_language_model_is_no_policy(refused, command, model, said):
     assert refused(f"{command} --model {model}") == said
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("classifier", "must be a causal language model, this is a LlamaForSequenceClassification"),
+        ("tagger", "must be a causal language model, this is a LlamaForTokenClassification"),
+        ("adapter", "must be an adapter of a causal language model, its task_type is SEQ_CLS"),
+    ],
+)
+def test_and_so_where_python_names_it(given, model, said):
+    path = given / model
+    args = DPOConfig(output_dir=str(given / "none"), report_to=[], bf16=False, use_cpu=True)
+    for call in (
+        lambda: AutoModelForCausalLMWithValueHead.from_pretrained(path),
+        lambda: DPOTrainer(str(path), args=args),
+        lambda: DPOTrainer(str(given / "model"), str(path), args=args),
+    ):
+        with pytest.raises(UserError) as told:
+            call()
+        assert str(told.value) == f"{path}: {said}"
 
 
 LAM = [

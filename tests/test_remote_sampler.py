@@ -518,6 +518,17 @@ def test_half_a_surrogate_pair_can_still_be_written(server, tmp_path):
     assert "a?b" in Candidates.from_parquet(tmp_path / "c.parquet").texts[0]
 
 
+@pytest.mark.parametrize("numbers", [[0, 0], [1, 1], [0, 0.0, 0]])
+def test_choices_of_one_number_are_refused(server, numbers):
+    true = server.complete
+    server.complete = lambda path, body: {
+        "choices": [{**choice, "index": i} for choice, i in zip(true(path, body)["choices"], numbers, strict=False)]
+    }
+    with pytest.raises(UserError, match=f"must number its choices 0 to {len(numbers) - 1}, once each, got") as told:
+        OpenAISampler(server.url).sample(["why"], n=len(numbers), max_new_tokens=4, seed=0)
+    assert "\n" not in str(told.value)
+
+
 def test_a_server_that_gives_every_candidate_the_same_seed_is_found_out(server):
     true = server.complete
     server.complete = lambda path, body: {

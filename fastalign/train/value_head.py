@@ -325,8 +325,9 @@ def _load(name: str | os.PathLike, model_args: tuple, is_trainable: bool, option
     from transformers import AutoModelForCausalLM
 
     from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
-    from fastalign.integrations.transformers import resolve
+    from fastalign.integrations.transformers import check_language_model, resolve
 
+    check_language_model(name)
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
     options.setdefault("dtype", torch.float32)
