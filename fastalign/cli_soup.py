@@ -40,9 +40,7 @@ class Method(str, Enum):
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
     command = registrar(app)
-    command("fastalign soup positive/ harmless/ coherent/ --weights 0.5,0.3,0.2 --out soup", keeps="finished shards")(
-        soup
-    )
+    command("fastalign soup positive/ harmless/ coherent/ --weights 0.5,0.3,0.2 --out soup")(soup)
 
 
 def soup(

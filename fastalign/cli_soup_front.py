@@ -18,8 +18,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the command."""
     command = registrar(app)
     command(
-        "fastalign soup-front positive/ coherent/ --prompts bundled --rewards positive,coherence --grid 11 --out soups",
-        keeps="finished soups",
+        "fastalign soup-front positive/ coherent/ --prompts bundled --rewards positive,coherence --grid 11 --out soups"
     )(soup_front)
 
 

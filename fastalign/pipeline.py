@@ -104,9 +104,7 @@ def sample(
     settings["model_content"] = fingerprint.of_model(model.name)
     check_target(out)
     outputs.not_an_input(out, [model.name, palette])
-    if out.exists() and not overwrite:
-        _same_settings(out, outputs.recorded(out, "sampling"), settings)
-        outputs.say(f"{out}: there already, of the same settings")
+    if not overwrite and _there(out, settings):
         return Candidates.from_parquet(out)
     job = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
 
@@ -126,6 +124,8 @@ def sample(
 
     joined = Candidates.concat if method == "whole" else aligned.joined
     with _parts(out, settings, overwrite=overwrite, resume=resume) as parts:
+        if not overwrite and _there(out, settings):  # made since
+            return Candidates.from_parquet(out)
         whole = joined(_drawn(parts, len(prompts), kind, draw))
         whole.settings["sampling"] = settings
         whole.to_parquet(out)
@@ -161,10 +161,18 @@ def sample_more(out: str | Path, more: int, *, device: str = "auto", show_progre
 
 
 @contextmanager
+def _held(out: str | Path) -> Iterator[WorkFolder]:
+    """`<out>.parts`, held against another run that writes `out`."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out.with_name(out.name + ".parts"), writes=out, keeps="batches") as parts:
+        yield parts
+
+
+@contextmanager
 def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool) -> Iterator[WorkFolder]:
     """`<out>.parts`, with what an interrupted run of the same settings finished; it is gone once the block has succeeded."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with hold(out.with_name(out.name + ".parts"), writes=out) as parts:
+    with _held(out) as parts:
         kept = parts.whole()
         if kept:
             try:
@@ -196,6 +204,15 @@ def _keep(parts: WorkFolder, batches: Iterable[tuple[list[int], Candidates]]) ->
         path = parts.making(f"part-{min(indices):08d}.parquet")
         part.to_parquet(path)
         parts.made({path.name: sha256(path)})
+
+
+def _there(out: Path, settings: dict) -> bool:
+    """Whether `out` is there, of these settings. Raises UserError where it is there otherwise."""
+    if not out.exists():
+        return False
+    _same_settings(out, outputs.recorded(out, "sampling"), settings)
+    outputs.say(f"{out}: there already, of the same settings")
+    return True
 
 
 def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
@@ -233,10 +250,13 @@ def score(
     from fastalign import rewards
 
     whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
-    values = rewards.score(list(names), *whole.pairs(), show_progress=show_progress)
-    whole = whole.with_rewards(list(names), values)
-    whole.settings["made"] = record
-    whole.to_parquet(out)
+    with _held(out):
+        if outputs.claim(out, job, overwrite=overwrite) is None:  # made since
+            return Candidates.from_parquet(out, kind="scored")
+        values = rewards.score(list(names), *whole.pairs(), show_progress=show_progress)
+        whole = whole.with_rewards(list(names), values)
+        whole.settings["made"] = record
+        whole.to_parquet(out)
     return whole
 
 

@@ -363,3 +363,19 @@ def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(ask
     code, _, err = fastalign(*asked, "--out", "out")
     assert code in (0, 3), err
     assert "there already" in fastalign(*asked, "--out", "out")[2]
+
+
+def test_two_runs_of_score_into_one_file_do_not_meet(work, monkeypatch):
+    from fastalign import pipeline, rewards
+
+    score = rewards.score
+
+    def meanwhile(*arguments, **options):
+        with pytest.raises(UserError, match=r"^out: another run is writing it$"):
+            pipeline.score("candidates.parquet", ["readability"], "out", overwrite=True)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(rewards, "score", meanwhile)
+    before = set(contents(work))
+    pipeline.score("candidates.parquet", ["diversity"], "out")
+    assert set(contents(work)) - before == {"out"} and not Path("out.parts").exists()

@@ -166,3 +166,70 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     asked[asked.index("length,vowels")] = "vowels"
     code, _, err = run(*asked)
     assert code == 1 and "asks for length, the rewards are vowels" in err and err.count("\n") == 1
+
+
+def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_path, monkeypatch):
+    def study(seed, grid, **more):
+        rho = soup.simplex_grid(2, grid)
+        return front.study(models[:2], rho, PROMPTS, ["length", "vowels"], out, **{**DRAW, "seed": seed}, **more)
+
+    def content(folder=None):
+        return {path.name: path.read_bytes() for path in (folder or out).rglob("*") if path.is_file()}
+
+    out = tmp_path / "out"
+    study(1, 4, palette=np.array([1.0, -np.inf]))
+    before, sample, calls = content(), Sampler.sample, []
+
+    def stopped(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "sample", stopped)
+        with pytest.raises(KeyboardInterrupt, match=r"^interrupted; finished soups are kept, and the same command"):
+            study(0, 3, overwrite=True)
+    assert content() == before
+    with pytest.raises(UserError, match=r"out.parts: holds an interrupted run of other soups or settings; --overwrite"):
+        study(0, 2)
+    with pytest.raises(UserError, match=r"002.parquet: exists, and is of other soups or settings; --overwrite"):
+        study(0, 3)
+    assert len(calls) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "sample", lambda *a, **s: calls.append(1) or sample(*a, **s))
+        found = study(0, 3, overwrite=True)
+    assert len(calls) == 4  # the third soup alone
+    assert sorted(content()) == [
+        "000.parquet",
+        "001.parquet",
+        "002.parquet",
+        "soups.json",
+        "soups.png",
+        "soups.svg",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    out = tmp_path / "alone"
+    assert np.array_equal(study(0, 3).means, found.means)
+    assert content()["soups.json"] == content(tmp_path / "out")["soups.json"]
+
+
+def test_two_walks_into_one_folder_do_not_meet(models, tmp_path, monkeypatch):
+    sample = Sampler.sample
+
+    def meanwhile(*arguments, **settings):
+        with pytest.raises(UserError, match=f"^{tmp_path / 'out'}: another run is writing it$"):
+            soup.walk(models, [[0, 1, 0]], PROMPTS, ["length"], tmp_path / "out", overwrite=True, **DRAW)
+        return sample(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "sample", meanwhile)
+        soup.walk(models, [[1, 0, 0]], PROMPTS, ["length"], tmp_path / "out", **DRAW)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["000.parquet", "out"]
+
+
+def test_a_stranger_s_summary_is_not_replaced(models, tmp_path):
+    (tmp_path / "soups.json").write_text("precious")
+    with pytest.raises(UserError, match=r"soups.json: exists, and is of other soups or settings; --overwrite"):
+        front.study(models, [[1, 0, 0]], PROMPTS, ["length"], tmp_path, **DRAW)
+    assert [path.name for path in tmp_path.iterdir()] == ["soups.json"]

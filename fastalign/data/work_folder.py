@@ -131,9 +131,9 @@ class WorkFolder:
 
 
 @contextmanager
-def hold(path: Path, *, writes: Path, what: str = "run") -> Iterator[WorkFolder]:
+def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = None) -> Iterator[WorkFolder]:
     """The work folder at `path`, made where it is not there, held against other runs. writes, what: the output that it is for, and
-    what writes it.
+    what writes it. keeps: what its finished files are, where the same job goes on from them: who interrupts it is told.
 
     A folder in which nothing was made is gone afterwards. Raises UserError, one line: another run holds it, or it is not ours.
     """
@@ -148,7 +148,12 @@ def hold(path: Path, *, writes: Path, what: str = "run") -> Iterator[WorkFolder]
             raise UserError(f"{writes}: another {what} is writing it")
         mark = _open_mark(path)
         try:
-            yield WorkFolder(path, mark)
+            work = WorkFolder(path, mark)
+            yield work
+        except KeyboardInterrupt as stopped:
+            if keeps and work.digests and not stopped.args:
+                stopped.args = (f"interrupted; finished {keeps} are kept, and the same command goes on from them",)
+            raise
         finally:
             os.close(mark)
             if _is(folder, path) and [one.name for one in path.iterdir()] == [MARK]:

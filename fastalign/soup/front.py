@@ -14,18 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastalign import progress as bars
-from fastalign.data import outputs, palettes
-from fastalign.data.files import check_folder, read_json, write_json
-from fastalign.decode.candidates import Candidates
+from fastalign.data import palettes
+from fastalign.data.files import read_json, write_json
 from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
 from fastalign.soup import lora_merge, methods
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import open_checkpoint
+from fastalign.soup.front_files import FIGURES, RECORD, Files, making
 from fastalign.soup.lora_files import open_adapter
 from fastalign.soup.memory import interpolate
-
-RECORD = "soups.json"
 
 
 @dataclass(frozen=True)
@@ -116,63 +114,23 @@ def walk(
         rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes them; every
             soup is asked the same prompts with the same random numbers, so that differences between soups are less noisy
             than their levels.
-        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups that an
-            interrupted walk left are taken as they are, those of others raise, unless they are to be overwritten.
+        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups are taken as they
+            are, those of others raise, unless they are to be overwritten. They are made in `<out>.parts`, where an interrupted
+            walk leaves the finished ones, and come into `out` together.
 
     Raises UserError or FileNotFoundError, one line each.
     """
-    from fastalign.decode import Sampler
-    from fastalign.integrations.transformers import load_causal_lm
-    from fastalign.rewards import score
-
-    rows = methods.weight_rows(rho, len(models))
-    rewards = [rewards] if isinstance(rewards, str) else list(rewards)
-    names = [reward if isinstance(reward, str) else reward.name for reward in rewards]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
-    if base is None:
-        methods.linear_rows(rows, None)
-        held = [open_checkpoint(model) for model in models]
-        told = [plans.told(one) for one in held]
-    else:
-        opened = [open_adapter(model) for model in models]
-        told = [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in opened]
-        told.append(plans.told(open_checkpoint(base)))
-    made_with = {
-        "models": told, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": str(dtype), "rewards": names,
-        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(), **sampling,
-    }  # fmt: skip
-    out, live, grids = Path(out), None, []
-    check_folder(out)
-    outputs.not_an_input(out, [*models, base])
-    with bars.bar("soups", total=len(rows), unit="soups", show=progress) as advance:
-        for k, row in enumerate(rows):
-            path = out / f"{k:03d}.parquet"
-            wanted = json.loads(json.dumps(made_with | {"rho": row.tolist()}))
-            same = outputs.recorded(path, "soup") == wanted
-            if path.exists() and not same and not overwrite:
-                raise UserError(f"{path}: exists, and is of other soups or settings; --overwrite replaces it")
-            if same:
-                scored = Candidates.from_parquet(path, kind="scored")
-            else:
-                if live is None:
-                    live, tokenizer = load_causal_lm(models[0] if base is None else base, dtype=dtype, device=device)
-                _set(live, models, row, base)
-                sampler = Sampler(live, tokenizer)
-                scored = sampler.sample(prompts, n=n, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-                scored = scored.with_rewards(names, score(rewards, *scored.pairs()))
-                scored.settings["soup"] = wanted
-                scored.to_parquet(path)
-            grids.append(scored.reward_array(names).astype(np.float64))
-            advance(1)
-    grid = np.stack(grids)  # (K, P, n, d)
-    labels = [Path(os.fspath(model)).name or os.fspath(model) for model in models]
-    return SoupFront(names, labels, rows, grid.mean(axis=2), grid.reshape(-1, len(names)).std(axis=0), n)
+    asked = _Walk(
+        models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device,
+        progress=progress, **sampling,
+    )  # fmt: skip
+    with making(out, [*models, base], asked.job, overwrite=overwrite) as files:
+        return asked.into(files)
 
 
 def study(
     models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], out: str | os.PathLike, *,
-    palette: np.ndarray | None = None, seed: int, **settings: Any,
+    palette: np.ndarray | None = None, seed: int, base: str | os.PathLike | None = None, overwrite: bool = False, **settings: Any,
 ) -> SoupFront:  # fmt: skip
     """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures in `out`.
 
@@ -180,22 +138,100 @@ def study(
     """
     from fastalign.palette import plots
 
-    found = walk(models, rho, prompts, rewards, out, seed=seed, **settings)
-    marks = {}
-    if palette is not None:
-        choice = choose(found, palette)
-        again = walk(models, choice.rho[None], prompts, rewards, Path(out) / "chosen", seed=seed + 1, **settings)
-        marks = {
-            "palette": np.asarray(palette, dtype=np.float64), "predicted": choice.levels, "measured": again.levels[0],
-            "measured_stderr": again.stderr[0],
-        }  # fmt: skip
-        found = replace(found, chosen=_chosen(found.values, marks["palette"], choice, again))
-    found.write(Path(out) / RECORD)
-    if len(found.values) > 1:
-        figure = plots.soups(found.values, found.models, found.rho, found.levels, found.stderr, **marks)
-        for suffix in ("svg", "png"):
-            plots.save(figure, Path(out) / f"soups.{suffix}")
+    settings |= {"base": base}
+    first = _Walk(models, rho, prompts, rewards, seed=seed, **settings)
+    with making(out, [*models, base], first.job, overwrite=overwrite) as files:
+        record = Path(out) / RECORD
+        files.check(RECORD, ours=_is_front(record))
+        for name in FIGURES:
+            files.check(name, ours=_is_front(record))
+        found, marks = first.into(files), {}
+        if palette is not None:
+            choice = choose(found, palette)
+            again = _Walk(models, choice.rho[None], prompts, rewards, seed=seed + 1, **settings).into(files, "chosen/")
+            marks = {
+                "palette": np.asarray(palette, dtype=np.float64), "predicted": choice.levels, "measured": again.levels[0],
+                "measured_stderr": again.stderr[0],
+            }  # fmt: skip
+            found = replace(found, chosen=_chosen(found.values, marks["palette"], choice, again))
+        if len(found.values) > 1:
+            figure = plots.soups(found.values, found.models, found.rho, found.levels, found.stderr, **marks)
+            for name in FIGURES:
+                with files.making(name) as path:
+                    plots.save(figure, path)
+        with files.making(RECORD) as path:
+            found.write(path)
     return found
+
+
+class _Walk:
+    """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
+
+    def __init__(
+        self, models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], *, base, dtype: Any = "auto",
+        device: Any = "auto", progress: bool = True, **sampling: Any,
+    ):  # fmt: skip
+        self._models, self._base, self._prompts = models, base, prompts
+        self._rows = methods.weight_rows(rho, len(models))
+        self._rewards = [rewards] if isinstance(rewards, str) else list(rewards)
+        self._names = names = [reward if isinstance(reward, str) else reward.name for reward in self._rewards]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
+        if base is None:
+            methods.linear_rows(self._rows, None)
+            told = [plans.told(open_checkpoint(model)) for model in models]
+        else:
+            opened = [open_adapter(model) for model in models]
+            told = [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in opened]
+            told.append(plans.told(open_checkpoint(base)))
+        self._sampling, self._loading, self._progress = sampling, {"dtype": dtype, "device": device}, progress
+        prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+        made_with = {
+            "models": told,
+            "dtype": str(dtype),
+            "rewards": names,
+            "prompts_sha256": prompts_sha256,
+            **sampling,
+        }
+        self._made_with = json.loads(json.dumps(made_with))
+        self.job = self._made_with | {"rho": self._rows.tolist()}
+
+    def into(self, files: Files, under: str = "") -> SoupFront:
+        """Measure what is not there yet; under: of the files' names."""
+        from fastalign.decode import Sampler
+        from fastalign.integrations.transformers import load_causal_lm
+        from fastalign.rewards import score
+
+        live, grids, names = None, [], self._names
+        asked = [
+            (f"{under}{k:03d}.parquet", self._made_with | {"rho": row.tolist()}) for k, row in enumerate(self._rows)
+        ]
+        there = [files.measured(name, wanted) for name, wanted in asked]  # all are looked at before any is made
+        with bars.bar("soups", total=len(asked), unit="soups", show=self._progress) as advance:
+            for row, (name, wanted), scored in zip(self._rows, asked, there, strict=True):
+                if scored is None:
+                    if live is None:
+                        first = self._models[0] if self._base is None else self._base
+                        live, tokenizer = load_causal_lm(first, **self._loading)
+                    _set(live, self._models, row, self._base)
+                    scored = Sampler(live, tokenizer).sample(self._prompts, **self._sampling)
+                    scored = scored.with_rewards(names, score(self._rewards, *scored.pairs()))
+                    scored.settings["soup"] = wanted
+                    with files.making(name) as path:
+                        scored.to_parquet(path)
+                grids.append(scored.reward_array(names).astype(np.float64))
+                advance(1)
+        grid = np.stack(grids)  # (K, P, n, d)
+        labels = [Path(os.fspath(model)).name or os.fspath(model) for model in self._models]
+        spread = grid.reshape(-1, len(names)).std(axis=0)
+        return SoupFront(names, labels, self._rows, grid.mean(axis=2), spread, grid.shape[2])
+
+
+def _is_front(path: Path) -> bool:
+    try:
+        return not path.exists() or bool(SoupFront.read(path))
+    except (UserError, OSError):
+        return False
 
 
 def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: SoupFront) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def already_made(plan: plans.Plan, *, overwrite: bool = False) -> bool:
 @contextmanager
 def folder_beside(plan: plans.Plan) -> Iterator[WorkFolder]:
     """The folder that becomes `out`, held against another merge; what an interrupted one of the same key left stays."""
-    with hold(plan.work, writes=plan.out, what="merge") as work:
+    with hold(plan.work, writes=plan.out, what="merge", keeps="shards" if flushes() else None) as work:
         work.begin({"kind": "soup", "key": plan.key, "flushed": flushes()}, anew=not flushes())
         if foreign := work.foreign():
             raise UserError(f"{foreign[0]}: lies where {plan.out} is made, and no merge put it there: move it away")
