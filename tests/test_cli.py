@@ -277,13 +277,69 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
             return prefill(self, prompt, ids)
 
         patch.setattr(Engine, "prefill", interrupted)
-        assert fastalign("sample", "--out", out, "--more", 6)[0] == 130
+        assert fastalign("sample", "--out", out, "--more", 6, "--batch-size", 16)[0] == 130
     assert Candidates.from_parquet(out).texts == first.texts
     code, shown, err = fastalign("sample", "--out", out, "--more", 6)
     assert code == 0 and "going on from" in err and "6 prompts × 14 candidates" in shown
     added = Candidates.from_parquet(out)
     assert added.texts == whole.texts and added.settings == whole.settings
     assert "there already" in fastalign(*sampling, "-n", 14)[2]
-    assert "give --out with it, and no model" in refused(*sampling, "--more", 6)
-    assert "n must be an integer, at least 1, got 0" in refused("sample", "--out", out, "--more", 0)
+    assert "--more must be at least 1, got 0" in refused("sample", "--out", out, "--more", 0)
     assert "no such file" in refused("sample", "--out", tmp_path / "none", "--more", 2)
+
+
+def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
+    """Every option but those of where, how fast and how it is told."""
+    kept = {"out", "more", "resume", "device", "batch_size", "memory_limit", "as_json", "help"}
+    words = {"method": "rejection", "engine": "vllm", "palette": "p.json", "chat_template_arg": "a=b"}
+    command = typer.main.get_group(app).commands["sample"]
+    options = {one.name: one for one in command.params}
+    assert kept - {"help"} < set(options) and len(options) > 25
+    for name, one in options.items():
+        if name not in kept:
+            value = [] if getattr(one, "is_flag", False) else [words.get(name, "1")]
+            line = refused("sample", "--out", tmp_path / "out", "--more", 2, one.opts[0], *value)
+            assert line.endswith(f"own model, prompts and settings: leave out {one.opts[0]}\n"), line
+    line = refused("sample", "--out", tmp_path / "out", "--more", 2, "--candidates", 4, "--seed", 0)
+    assert line.endswith(": leave out -n, --seed\n")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got 'tpu'"),
+        (["--dtype", "int8"], "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
+        (["--ray", "bogus"], "--ray must be 'auto', 'local' or an address, host:port, got 'bogus'"),
+        (["--ray", "auto", "--workers", 0], "--workers must be at least 1, got 0"),
+        (["--worker-cpus", -1], "--worker-cpus must be at least 0, got -1.0"),
+        (["--worker-gpus", 0], "workers are Ray's: give --ray auto or --ray ADDRESS with them"),
+        (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (["--memory-limit", "much"], "--memory-limit must be a size"),
+    ],
+)
+def test_what_cannot_be_is_refused_though_the_output_is_there(sampling, wrong, said):
+    assert fastalign(*sampling)[0] == 0
+    assert said in refused(*sampling, *wrong)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("knobs", [["--batch-size", 1], ["--memory-limit", "1MB"]])
+def test_a_stopped_run_goes_on_in_less_memory(sampling, tmp_path, monkeypatch, engine, knobs):
+    monkeypatch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(engine, "" if engine else "so"))
+    assert fastalign(*sampling[:-1], tmp_path / "whole.parquet")[0] == 0
+    write, written = Candidates.to_parquet, []
+
+    def killed(self, path):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Candidates, "to_parquet", killed)
+        assert fastalign(*sampling)[0] == 130
+    code, _, err = fastalign(*sampling, *knobs)
+    assert code == 0 and "going on from the 2 batches" in err, err
+    whole, found = (Candidates.from_parquet(tmp_path / name) for name in ("whole.parquet", "candidates.parquet"))
+    assert found.texts == whole.texts and found.settings["sampling"] == whole.settings["sampling"]
+    assert "there already" in fastalign(*sampling)[2]

@@ -15,6 +15,7 @@ from fastalign._command import registrar
 from fastalign.cli import app
 from fastalign.data import preferences
 from fastalign.decode import Candidates
+from fastalign.losses.preference import LOSS_TYPES
 from fastalign.train import AutoModelForCausalLMWithValueHead, jobs, several_values
 from fastalign.train.dpo import DPOConfig, DPOTrainer
 
@@ -194,7 +195,8 @@ def test_and_so_in_python(given, lam):
         (f"{DPO} {ON} --max-steps 0", "--max-steps must be an integer, at least 1, got 0"),
         (f"{DPO} {ON} --seed -1", "--seed must be an integer, at least 0, got -1"),
         (f"{DPO} {ON} --chat", "--chat needs a chat template, and the model's tokenizer has none"),
-        (f"{DPO} {ON} --loss-type ,", "--loss-type must name at least one loss, got none"),
+        (f"{DPO} {ON} --loss-type ,", f"--loss-type must be of {', '.join(LOSS_TYPES)}, at least one, got none"),
+        (f"{DPO} {ON} --loss-type ipo,nope", f"--loss-type must be of {', '.join(LOSS_TYPES)}, at least one, got nope"),
         (f"{DPO} {ON} --resume", "OUT: there is nothing to resume; leave out --resume to begin"),
         (f"{PPO} {ON} --values diversity --lam 1 --kl-coef nan", "--kl-coef must be at least 0 and finite, got nan"),
         (f"{PPO} {ON} --values diversity --lam 1 --kl-target 0", "--kl-target must be positive and finite, got 0.0"),

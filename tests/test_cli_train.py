@@ -460,6 +460,18 @@ def test_an_ended_run_is_kept_until_what_overwrites_it_has_ended(tmp_path, kille
     assert runs.Run(out, {"a": 3}, resume=False).result == second and not (out / "previous").exists()
 
 
+def test_how_the_reference_is_held_is_no_setting(tmp_path):
+    """Earlier versions wrote it into run.json."""
+    for had in ({"precompute_ref": True}, {}):
+        with runs.Run(tmp_path / "out", {"a": 1}, resume=False) as run:
+            run.begin(0)
+            record = json.loads((run.out / "run.json").read_text())
+            (run.out / "run.json").write_text(json.dumps({**record, "settings": {**record["settings"], **had}}))
+            (run.checkpoints / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+            (run.checkpoints / "checkpoint-1" / "trainer_state.json").write_text("{}")
+        assert runs.Run(tmp_path / "out", {"a": 1}, resume=False).resumes
+
+
 def test_two_runs_into_one_folder(tmp_path):
     with runs.Run(tmp_path / "out", {"a": 1}, resume=False) as run:
         run.begin(0)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign.data.sampling import Settings
 from fastalign.decode.engine import GROW, Engine, Job
-from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler, Settings, stream_of
+from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler, stream_of
 from fastalign.errors import UserError
 from fastalign.rewards import score
 

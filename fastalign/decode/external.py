@@ -10,10 +10,11 @@ import hashlib
 
 import numpy as np
 
+from fastalign.data.sampling import Settings
 from fastalign.data.text import Text
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import Engine
-from fastalign.decode.sampler import Sampler, Settings
+from fastalign.decode.sampler import Sampler
 from fastalign.errors import UserError
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign.data.sampling import Settings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import Job
-from fastalign.decode.sampler import Sampler, Settings, _places
+from fastalign.decode.sampler import Sampler, _places
 from fastalign.errors import UserError
 
 METHODS = (

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from fastalign.data.sampling import Settings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import GROW, Job
-from fastalign.decode.sampler import Sampler, Settings, _places
+from fastalign.decode.sampler import Sampler, _places
 from fastalign.errors import UserError
 from fastalign.units import parse_bytes
 

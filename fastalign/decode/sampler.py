@@ -11,14 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastalign import backend as backends
+from fastalign.data.sampling import Settings, check
 from fastalign.data.text import Text, check_prompts, embedding_rows, told
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import GROW, Engine, Job, draw, supports
@@ -40,48 +39,6 @@ HOW: dict[type[Engine] | type[Rows], str] = {
 }
 
 _CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call it
-_ANY = 2**63 - 1
-_INTEGERS = (
-    ("n", 1, _ANY),
-    ("first", 0, _ANY),
-    ("max_new_tokens", 1, _ANY),
-    ("top_k", 0, _ANY),
-    ("seed", 0, 2**64 - 1),
-)
-
-
-@dataclass
-class Settings:
-    """What `Sampler.sample` takes besides the prompts, checked."""
-
-    n: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    stop: list[str]
-    seed: int
-    first: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least, most in _INTEGERS:
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
-                limit = f"at least {least}" if most == _ANY else f"in {least}..2^64-1"
-                raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
-            setattr(self, name, int(value))
-        for name in ("temperature", "top_p", "min_p"):
-            if not isinstance(getattr(self, name), Real):
-                raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise UserError(f"stop must be a string or strings, none empty, got {self.stop!r}")
 
 
 class Sampler:
@@ -171,12 +128,10 @@ class Sampler:
         first candidate: a candidate is a function of (seed, prompt, its number), so that 4 from 4 on are the rest of 8.
         Raises UserError, one line, before any work on a bad argument or prompt.
         """
-        if stop is not None and not isinstance(stop, (str, list, tuple)):
-            raise UserError(f"stop must be a string or strings, none empty, got {stop!r}")
-        stop = [stop] if isinstance(stop, str) else list(stop or ())
-        settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, first)
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        settings = check({
+            "n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "stop": stop, "seed": seed, "first": first, "batch_size": batch_size, "memory_limit": memory_limit,
+        })  # fmt: skip
         prompts = check_prompts(prompts, chat)
         template = self.text.template_options(chat_template_kwargs, tools, template)
         encoded = self._encode(prompts, chat, max_new_tokens, template)

@@ -20,7 +20,6 @@ import tempfile
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ import numpy as np
 from fastalign.data import fingerprint
 from fastalign.data.conversations import Conversation
 from fastalign.data.files import atomic_write
+from fastalign.data.sampling import KNOBS, check, check_ray
 from fastalign.data.text import check_prompts
 from fastalign.data.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.external import request_seed
-from fastalign.decode.sampler import ROWS_AT_ONCE, Settings
+from fastalign.decode.sampler import ROWS_AT_ONCE
 from fastalign.decode.select import select
 from fastalign.errors import UserError
 
@@ -76,7 +76,8 @@ def run(
         raise UserError(f"lam must have one weight per reward, {len(rewards)}, got {len(lam)}")
     job = {"model": model, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
     selection = None if lam is None else {"lam": [float(x) for x in lam], "k": k, "method": method, "seed": seed}
-    settings = {**job, "rewards": names, "selection": selection}
+    settings = {name: value for name, value in job.items() if name not in (*KNOBS, "device")}
+    settings |= {"rewards": names, "selection": selection}
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     settings["model_content"] = fingerprint.of_model(model)
     settings = json.loads(json.dumps(settings, default=str))
@@ -84,12 +85,13 @@ def run(
     with hold(out, writes=out) as parts:
         if kept := parts.whole():
             had = parts.job
-            changed = [name for name in {**had, **settings} if had.get(name) != settings.get(name)]
+            names = [name for name in {**had, **settings} if name not in (*KNOBS, "device")]
+            changed = [name for name in names if had.get(name) != settings.get(name)]
             if changed:
                 name = changed[0]
                 told = f"{name}={had.get(name)!r}, this run asks for {settings.get(name)!r}"
                 raise UserError(f"{out} was made with {told}: use the same settings to go on, or another folder")
-        parts.begin(settings)
+        parts.begin(parts.job if kept else settings)
         done = {int(i) for path in kept for i in Candidates.from_parquet(path).prompt_ids}
         draw(
             job, prompts, parts, skip=done, rewards=rewards, selection=selection, ray=ray, workers=workers,
@@ -119,6 +121,7 @@ def draw(
     or one per machine with all of its cores. fastalign and the model must be there on every machine.
     Raises UserError once all else is done where a block's worker died time and again.
     """
+    check_ray(ray, workers, worker_cpus, worker_gpus)
     prompts = _check(prompts, job)
     wanted = sorted(set(range(len(prompts))) - set(skip))
     if not wanted:
@@ -173,10 +176,7 @@ def draw(
 def _check(prompts: Sequence[Any], job: dict[str, Any]) -> list[str]:
     """The prompts, and what else needs no model checked before any worker is started. Raises UserError."""
     prompts = check_prompts(prompts, job.get("chat", "auto"))
-    asked = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "first": 0, **job}
-    stop = job.get("stop") or ()
-    asked["stop"] = [stop] if isinstance(stop, str) else list(stop)
-    Settings(**{field.name: asked[field.name] for field in fields(Settings)})
+    check(job)
     return prompts
 
 
@@ -280,9 +280,6 @@ def _knock(address: str) -> None:
 
 def _shape(ray, workers: int | None, cpus: float | None, gpus: float | None) -> tuple[int, float, float]:
     """How many workers, and the CPUs and GPUs of each; what does not fit would wait for ever, and is refused."""
-    for name, value, least in (("workers", workers, 1), ("worker_cpus", cpus, 0), ("worker_gpus", gpus, 0)):
-        if value is not None and not value >= least:
-            raise UserError(f"{name} must be at least {least}, got {value}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     if gpus is None:

@@ -32,9 +32,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fastalign.data.conversations import Conversation
+from fastalign.data.sampling import Settings
 from fastalign.data.text import cut
 from fastalign.decode.external import External, asked, one_prompt, request_seed, split
-from fastalign.decode.sampler import Settings
 from fastalign.errors import UserError
 
 BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation

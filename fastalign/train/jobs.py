@@ -90,7 +90,12 @@ def train_dpo(
     resume, overwrite: see `train.run.Run`.
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
     """
+    from fastalign.losses.preference import LOSS_TYPES
+
     _positive(learning_rate=learning_rate, beta=beta, epochs=epochs, max_length=max_length)
+    types = [name.strip() for name in loss_type.split(",") if name.strip()]
+    if wrong := [name for name in types if name not in LOSS_TYPES] or ([] if types else ["none"]):
+        raise UserError(f"loss_type must be of {', '.join(LOSS_TYPES)}, at least one, got {wrong[0]}")
     runs.check_counts(
         batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
         log_steps=log_steps, max_steps=max_steps, seed=seed,
@@ -101,7 +106,7 @@ def train_dpo(
         "command": "dpo", "model": model, "pairs": runs.rows_hash(pairs), "learning_rate": learning_rate,
         "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs,
         "max_steps": max_steps, "beta": beta, "loss_type": loss_type, "lora_r": lora_r, "max_length": max_length,
-        "precompute_ref": precompute_ref, "chat": chat, "dtype": dtype, "seed": seed,
+        "chat": chat, "dtype": dtype, "seed": seed,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "CAUSAL_LM")
     run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
@@ -113,7 +118,6 @@ def train_dpo(
         preferences.check_lengths(rows, tokenizer, max_length)
         from fastalign.train import DPOConfig, DPOTrainer
 
-        types = [name.strip() for name in loss_type.split(",") if name.strip()]
         with runs.one_line():
             args = DPOConfig(
                 **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps),

@@ -116,7 +116,8 @@ def _plain(config: Any) -> dict[str, Any] | None:
 
 
 def _by_sampler(model: Any, tokenizer: Any, queries: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
-    from fastalign.decode.sampler import Sampler, Settings
+    from fastalign.data.sampling import Settings
+    from fastalign.decode.sampler import Sampler
 
     seed = int(torch.randint(2**63 - 1, ()))
     ids, _ = Sampler(model, tokenizer).draw([query.tolist() for query in queries], Settings(**settings, seed=seed))

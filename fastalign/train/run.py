@@ -38,6 +38,7 @@ _CHECKPOINT = re.compile(
     r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial"
 )  # transformers' names, and ppo_checkpoint's
 _LAST = ("trainer_state.json", "state.json")
+_KNOB = "precompute_ref"  # of memory, which earlier versions counted as a setting
 _CARD = "README.md"  # TRL writes one beside them
 
 
@@ -116,7 +117,9 @@ class Run:
     @staticmethod
     def _settings_in(folder: Path) -> dict[str, Any] | None:
         path = folder / "run.json"
-        return read_json(path, kind=KIND)["settings"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        return {name: value for name, value in read_json(path, kind=KIND)["settings"].items() if name != _KNOB}
 
     @staticmethod
     def _result_in(folder: Path) -> dict[str, Any] | None:

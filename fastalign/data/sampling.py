@@ -1,0 +1,96 @@
+"""What sampling is asked for, checked without a model or torch: before anything long begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+from fastalign.errors import UserError
+from fastalign.units import parse_bytes
+
+KNOBS = ("batch_size", "memory_limit")  # of speed and memory: what is drawn does not depend on them
+DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
+_ANY = 2**63 - 1
+_INTEGERS = (
+    ("n", 1, _ANY),
+    ("first", 0, _ANY),
+    ("max_new_tokens", 1, _ANY),
+    ("top_k", 0, _ANY),
+    ("seed", 0, 2**64 - 1),
+)
+
+
+@dataclass
+class Settings:
+    """What `Sampler.sample` takes besides the prompts, checked."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: list[str]
+    seed: int
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in _INTEGERS:
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+                limit = f"at least {least}" if most == _ANY else f"in {least}..2^64-1"
+                raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
+            setattr(self, name, int(value))
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise UserError(f"stop must be a string or strings, none empty, got {self.stop!r}")
+
+
+def check(job: Mapping[str, Any]) -> Settings:
+    """The settings of a job, arguments of `Sampler.iter_batches`; others of them are passed over. Raises UserError."""
+    asked = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "first": 0, **job}
+    stop = job.get("stop")
+    if stop is not None and not isinstance(stop, (str, list, tuple)):
+        raise UserError(f"stop must be a string or strings, none empty, got {stop!r}")
+    asked["stop"] = [stop] if isinstance(stop, str) else list(stop or ())
+    check_knobs(job)
+    return Settings(**{field.name: asked[field.name] for field in fields(Settings)})
+
+
+def check_knobs(job: Mapping[str, Any]) -> None:
+    batch_size, limit = (job.get(name) for name in KNOBS)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if limit is not None:
+        parse_bytes("memory_limit", limit)
+
+
+def check_loading(dtype: Any, device: Any) -> None:
+    """Raise UserError for names that no device or type of numbers has; whether a device is there is seen when a model is loaded."""
+    if isinstance(device, str) and not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
+    if isinstance(dtype, str) and DTYPES.get(dtype, dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):
+        raise UserError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}")
+
+
+def check_ray(address: str | None, workers: int | None, worker_cpus: float | None, worker_gpus: float | None) -> None:
+    """Raise UserError for what is no address of a cluster, and for workers that cannot be."""
+    given = {"workers": (workers, 1), "worker_cpus": (worker_cpus, 0), "worker_gpus": (worker_gpus, 0)}
+    for name, (value, least) in given.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
+    if address is None and any(value is not None for value, _ in given.values()):
+        raise UserError("workers are Ray's: give --ray auto or --ray ADDRESS with them")
+    if address is not None and not re.fullmatch(r"auto|local|\S+:\d+|\w+://\S+", address):
+        raise UserError(f"ray must be 'auto', 'local' or an address, host:port, got {address!r}")
