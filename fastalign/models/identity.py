@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _KNOWN = ("torch.distributed", "accelerate.", "fastalign.")  # whose hooks change no number
 _LIBRARIES = ("transformers", "fastalign", "liger_kernel")  # whose forwards are a function of their classes alone
 _PASSING = ("training", "gradient_checkpointing", "max_seq_len_cached")  # attributes that say nothing of the numbers
+_PLAIN = (bool, int, float, str)  # to isinstance, faster than their union
 _NO_PART = (
     "_name_or_path",
     "name_or_path",
@@ -111,7 +113,12 @@ def reads_tokens(model: Any) -> Verdict:
 
 def _class_of(module: nn.Module) -> type:
     """Its class, but for the one that shards it, which puts itself before."""
-    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+    return _unsharded(type(module))
+
+
+@functools.lru_cache(maxsize=4096)
+def _unsharded(cls: type) -> type:
+    return next(c for c in cls.__mro__ if not c.__name__.startswith("FSDP"))
 
 
 def _config(inner: Any) -> dict[str, Any]:
@@ -132,7 +139,8 @@ def _parts(model: Any) -> tuple:
 
 
 def _adapter_state(module: nn.Module) -> tuple:
-    if not hasattr(module, "base_layer"):
+    # hasattr of a module takes long where it is not, and all of this is asked of at every minibatch
+    if "base_layer" not in module._modules and not hasattr(type(module), "base_layer"):
         return ()
     return tuple(str(getattr(module, name, None)) for name in ("active_adapters", "disable_adapters", "merged"))
 
@@ -141,9 +149,9 @@ def _settings(module: nn.Module) -> tuple:
     """A module's own attributes that are numbers, words or functions: its scaling, its epsilon, whether it is causal."""
     found = []
     for name, value in vars(module).items():
-        if name in _PASSING or name.startswith("_") or name == "forward":
+        if name[:1] == "_" or name in _PASSING or name == "forward":
             continue
-        if value is None or isinstance(value, bool | int | float | str):
+        if value is None or isinstance(value, _PLAIN):
             found.append((name, value))
         elif callable(value) and not isinstance(value, nn.Module):
             found.append((name, getattr(value, "__module__", ""), getattr(value, "__qualname__", str(type(value)))))
