@@ -32,6 +32,7 @@ from fastalign.errors import Terminated, UserError, printable
 UNWRAPPED = 400  # columns, where nobody's terminal folds the lines
 JSON = ("map_", "eval_")  # the commands whose output is JSON
 OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
+PLACES = ("model", "models", "base", "prompts", "data")  # which may be paths, and are texts
 INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Found = Mapping[str, Any]  # what a command returns and --json prints
@@ -55,6 +56,7 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
             def guarded(*args, as_json: bool = False, **kwargs):
                 token = _AS_JSON.set(as_json)
                 try:
+                    kwargs = {name: _at_home(name, value) for name, value in kwargs.items()}
                     arguments = signature.bind(*args, **kwargs).arguments
                     _protect(function.__name__, arguments)
                     if as_json and str(arguments.get("out")) == STDOUT:
@@ -117,6 +119,15 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _at_home(name: str, value: Any) -> Any:
+    """A path whose ~ no shell has put the home folder for."""
+    if isinstance(value, list):
+        return [_at_home(name, one) for one in value]
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and name in PLACES else value
+
+
 def _protect(command: str, arguments: Mapping[str, Any]) -> None:
     """No command writes over, or into, what another of its arguments names."""
     given = [value for name, value in arguments.items() if name not in OUTPUTS]
@@ -143,8 +154,11 @@ def given(context: typer.Context) -> dict[str, str]:
     return {name: option for name, option in told.items() if context.get_parameter_source(name).name == "COMMANDLINE"}
 
 
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def names(option: str, text: str) -> list[str]:
+    """Comma-separated names, at least one."""
+    if not (found := [name.strip() for name in text.split(",") if name.strip()]):
+        raise UserError(f"{option} must be names, comma-separated, at least one, got {text!r}")
+    return found
 
 
 def numbers(option: str, text: str) -> list[float]:

@@ -242,9 +242,12 @@ def score(
     overwrite: Overwrite = False,
 ) -> Found:
     """Score every candidate with one or more rewards."""
+    from fastalign.rewards import check_names
+
+    names = _names("rewards", rewards)
+    check_names(names)
     from fastalign import pipeline
 
-    names = _names(rewards)
     found = pipeline.score(candidates, names, out, overwrite=overwrite, show_progress=True)
     console = _console()
     console.print(f"{out}: {_size(found)}")
@@ -287,7 +290,7 @@ def map_(
     from fastalign.data.palettes import asked
 
     found = pipeline.solve_palette(
-        scored, out, palette=palette, quantile=quantile, values=_names(values) if values else None, joint=joint,
+        scored, out, palette=palette, quantile=quantile, values=_names("values", values) if values is not None else None, joint=joint,
         plot=plot, overwrite=overwrite,
     )  # fmt: skip
     from rich.table import Table
@@ -343,7 +346,7 @@ def pareto(
     from fastalign.report.pareto import write
 
     found = write(
-        scored, out, palettes=palette or [], quantiles=_numbers("quantile", quantile or ""), soups=soup or [], values=_names(values) if values else None,
+        scored, out, palettes=palette or [], quantiles=_numbers("quantile", quantile or ""), soups=soup or [], values=_names("values", values) if values is not None else None,
         joint=joint, lambdas=lambdas, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     console = _console()
@@ -382,7 +385,7 @@ def palette_ui(
     from fastalign.palette import ui
 
     whole = Candidates.from_parquet(scored, kind="scored")
-    names = _names(values) if values else list(whole.rewards)
+    names = _names("values", values) if values is not None else list(whole.rewards)
     prompts = [transcript(prompt) for prompt in whole.prompts]
     desk = ui.Desk(names, whole.reward_array(names), prompts, whole.texts, str(scored))
     ui.serve(
@@ -524,7 +527,6 @@ def bench(
     there = [path for path in sorted(out.glob("*")) if path.name == "table.md" or path.suffix == ".json"]
     if there and not overwrite:
         raise UserError(f"{there[0]}: exists; --overwrite measures again and replaces it")
-    out.mkdir(parents=True, exist_ok=True)
     runner.run(names or [], out, say=lambda line: console.print(line, soft_wrap=True))
     with atomic_write(out / "table.md") as beside:
         beside.write_text("\n".join(runner.table(out)) + "\n", encoding="utf-8")

@@ -48,16 +48,22 @@ def soup_front(
     from rich.table import Table
 
     from fastalign.data import prompts as sources
-    from fastalign.soup import front, simplex_grid
+    from fastalign.data import sampling
+    from fastalign.rewards import check_names
 
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    values = names(rewards)
+    drawing = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_p": top_p}
+    sampling.check(drawing)
+    sampling.check_loading(dtype, device)
+    values = names("rewards", rewards)
+    check_names(values)
+    from fastalign.soup import front, simplex_grid
+
     asked = front.read_palette(palette, values) if palette is not None else None
     found = front.study(
-        models, simplex_grid(len(models), grid), sources.load(prompts)[:limit], values, out, palette=asked, n=n,
-        max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device, temperature=temperature, top_p=top_p,
-        overwrite=overwrite,
+        models, simplex_grid(len(models), grid), sources.load(prompts)[:limit], values, out, palette=asked, base=base,
+        dtype=dtype, device=device, overwrite=overwrite, **drawing,
     )  # fmt: skip
     told = console()
     table = Table(*(f"ρ {name}" for name in found.models), box=None, header_style="bold", pad_edge=False)

@@ -235,7 +235,7 @@ def reward(
     from fastalign.train import jobs
 
     _needs_trl()
-    heads = names(values) if values is not None else None
+    heads = names("values", values) if values is not None else None
     pairs = jobs.read_pairs(
         data, lam=_lam(lam), palette=palette, values=heads, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
     )
@@ -295,7 +295,7 @@ def _values_and_lam(values: str | None, lam: str | None, palette: Path | None):
         if not isinstance(weights, dict):
             raise UserError("give values, the rewards to train on, or lam by name")
         return list(weights), weights
-    return names(values), weights
+    return names("values", values), weights
 
 
 def _needs_trl() -> None:

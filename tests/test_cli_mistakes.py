@@ -1,6 +1,7 @@
 """Mistakes at the command line: each one line in the command line's words, and nothing left behind."""
 
 import json
+import sys
 from typing import Annotated
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_and_so_in_python(given, lam):
             f"{REWARD} --data scored.parquet --values length,humor",
             "--values must be rewards that the file carries (length, short), got humor",
         ),
-        (f"{REWARD} --data scored.parquet --values ,", "--values must be rewards that the file carries (length, short), got none"),
+        (f"{REWARD} --data scored.parquet --values ,", "--values must be names, comma-separated, at least one, got ','"),
         (
             f"{REWARD} --data scored.parquet --values length --lam 1,1",
             "give values, a head for each, or lam or a palette, for one head, got both",
@@ -294,3 +295,43 @@ def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
     code, err = run(f"{REWARD} --data pairs.jsonl --resume")
     assert asked == [f"{run.out}: there is nothing to resume; begin a run?"]
     assert code == (answer == "n") and run.out.exists() == (answer == "y"), err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sample --prompts prompts.txt -n 0", "-n must be an integer, at least 1, got 0"),
+        ("sample --prompts prompts.txt --temperature -1", "temperature must be at least 0 (0 is greedy), got -1.0"),
+        ("sample --prompts prompts.txt --top-p 2", "--top-p must lie in (0, 1], got 2.0"),
+        ("sample --prompts prompts.txt --min-p nan", "--min-p must lie in [0, 1], got nan"),
+        ("sample --prompts prompts.txt --dtype int8", "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
+        ("score none.parquet --rewards nope", "unknown reward 'nope'; available: "),
+        ("soup-front model model --prompts none.txt --rewards nope", "unknown reward 'nope'; available: "),
+        ("soup-front model model --prompts none.txt --rewards diversity --top-p 0", "--top-p must lie in (0, 1], got 0.0"),
+        ("soup-front model model --prompts none.txt --rewards diversity --device tpu", "device must be 'auto', 'cpu', "),
+        *((f"{command} {option} ,", f"{option} must be names, comma-separated, at least one, got ','") for command, option in (
+            ("score none.parquet", "--rewards"), ("map none.parquet --quantile 0.5", "--values"), ("pareto none.parquet", "--values"),
+            ("soup-front model model --prompts none.txt", "--rewards"),
+        )),
+    ],
+)  # fmt: skip
+def test_what_costs_nothing_to_check_comes_first(refused, monkeypatch, command, said):
+    """Before files are read or torch is imported."""
+    for heavy in ("fastalign.pipeline", "fastalign.decode", "fastalign.soup", "fastalign.report.pareto", "torch"):
+        if "map" not in command and "pareto" not in command:
+            monkeypatch.setitem(sys.modules, heavy, None)  # to import it is an error
+    assert said in refused(command + (" --model none" if command.startswith("sample") else ""))
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--values"])
+def test_no_text_is_no_name(refused, option):
+    command = ["sample --model model", "map scored.parquet --quantile 0.5"][option == "--values"]
+    assert f"{option} must be " in refused(command, option, "")
+
+
+def test_a_tilde_is_the_home_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = ["map", "scored.parquet", "--quantile", "0.5", "--allow-infeasible", "--out", "~/palette.json"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "palette.json").is_file()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -458,6 +459,23 @@ def test_an_ended_run_is_kept_until_what_overwrites_it_has_ended(tmp_path, kille
     assert log(out) == [{"step": 1}] and not (out / "previous").exists() and not over.checkpoints.exists()
     second = ended(out, {"a": 3}, "second", overwrite=True)
     assert runs.Run(out, {"a": 3}, resume=False).result == second and not (out / "previous").exists()
+
+
+def test_other_processes_wait_until_an_ended_run_is_put_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = ended(out, {"a": 1}, "first")
+    over = runs.Run(out, {"a": 2}, resume=False, overwrite=True)
+    over.begin(0)
+    os.close(over._lock)  # killed
+    found, ranks = {}, {"MainThread": True, "other": False}
+    monkeypatch.setattr(runs, "is_main", lambda: ranks[threading.current_thread().name])
+    other = threading.Thread(target=lambda: found.update(r=runs.Run(out, {"a": 1}, resume=False).result), name="other")
+    other.start()
+    other.join(0.3)
+    assert other.is_alive() and not found
+    assert runs.Run(out, {"a": 1}, resume=False).result == first
+    other.join(10)
+    assert found["r"] == first
 
 
 def test_how_the_reference_is_held_is_no_setting(tmp_path):

@@ -379,3 +379,10 @@ def test_two_runs_of_score_into_one_file_do_not_meet(work, monkeypatch):
     before = set(contents(work))
     pipeline.score("candidates.parquet", ["diversity"], "out")
     assert set(contents(work)) - before == {"out"} and not Path("out.parts").exists()
+
+
+def test_a_hard_link_of_an_input_s_file_is_no_output(work):
+    os.link("model0/model.safetensors", "weights")
+    assert "weights: is model0/model.safetensors, of an input" in refused(
+        *argued("sample", "--out", "weights", "--overwrite")
+    )

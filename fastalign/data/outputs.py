@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -132,13 +133,18 @@ def recorded(path: str | os.PathLike, key: str = "made") -> dict[str, Any] | Non
 
 def not_an_input(out: str | os.PathLike, inputs: Iterable[Any]) -> None:
     """Raises UserError where `out` is one of these files or folders, by any link, or lies in one of the folders."""
+    there = os.stat(out) if os.path.exists(out) else None
     for path in inputs:
         try:
             found = os.stat(path)
         except (OSError, TypeError, ValueError):
             continue  # a name, and no file
-        if os.path.exists(out) and os.path.samestat(os.stat(out), found):
+        if there is not None and os.path.samestat(there, found):
             raise UserError(f"{out}: is an input, and cannot be the output")
+        if there is not None and there.st_nlink > 1 and stat.S_ISREG(there.st_mode) and os.path.isdir(path):
+            names = (one.path for one in os.scandir(path) if one.is_file())
+            if name := next((name for name in names if os.path.samestat(os.stat(name), there)), None):
+                raise UserError(f"{out}: is {name}, of an input, and cannot be the output")
         if os.path.isdir(path) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
             raise UserError(f"{out}: lies in {path}, an input, and cannot be the output")
 

@@ -45,6 +45,8 @@ def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: s
     Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt and its place.
     """
     name = os.fspath(name_or_path)
+    if not name.strip():
+        raise UserError(f"prompts must be 'bundled', a file or a data set's name, got {name!r}")
     if name == "bundled":
         sources.no_split(name, split)
         if column is not None:

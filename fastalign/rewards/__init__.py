@@ -10,7 +10,7 @@ from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
 from fastalign.rewards.log_likelihood import LogLikelihood
 from fastalign.rewards.positive import Positive
-from fastalign.rewards.registry import available, get, register, score
+from fastalign.rewards.registry import available, check_names, get, register, score
 from fastalign.rewards.words import Diversity, Readability
 
 Perplexity = LogLikelihood  # its old name
@@ -25,6 +25,7 @@ __all__ = [
     "Readability",
     "Reward",
     "available",
+    "check_names",
     "from_classifier",
     "from_function",
     "from_heads",

@@ -132,6 +132,13 @@ def available() -> dict[str, RewardInfo]:
     }
 
 
+def check_names(names: Sequence[str | Reward]) -> None:
+    """Raise UserError, listing the names, for one under which no reward is registered; nothing is made."""
+    for name in names:
+        if isinstance(name, str) and _OLD_NAMES.get(name, name) not in _entries:
+            raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
+
+
 def get(name: str, **options) -> Reward:
     """The reward registered under `name`.
 
@@ -139,9 +146,8 @@ def get(name: str, **options) -> Reward:
     of its class, such as `get("log_likelihood", model="./mine")`) a new one is made.
     Raises UserError, listing the names, where there is none.
     """
-    entry = _entries.get(_current(name))
-    if entry is None:
-        raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
+    check_names([name])
+    entry = _entries[_current(name)]
     if not options and name in _instances:
         return _instances[name]
     made = _made(name, entry.make(**options, **({"name": name} if name in _OLD_NAMES else {})))

@@ -39,6 +39,7 @@ _CHECKPOINT = re.compile(
 )  # transformers' names, and ppo_checkpoint's
 _LAST = ("trainer_state.json", "state.json")
 _KNOB = "precompute_ref"  # of memory, which earlier versions counted as a setting
+PATIENCE = 60  # seconds that one process waits for the first
 _CARD = "README.md"  # TRL writes one beside them
 
 
@@ -68,10 +69,15 @@ class Run:
         check_folder(self.out)
         outputs.not_an_input(self.out, inputs)
         self.previous = self.out / "previous"
-        if not overwrite and self._settings_in(self.previous) == self.settings and is_main():
-            self._hold()
-            self._restore()  # what began to overwrite this very run was stopped
-            self._release()
+        if (
+            not overwrite and self._settings_in(self.previous) == self.settings
+        ):  # what began to overwrite this very run was stopped
+            if is_main():
+                self._hold()
+                self._restore()
+                self._release()
+            else:
+                self._wait_for_restored()
         had, ended = self._settings_in(self.out), self._result_in(self.out)
         self._new = not self.out.is_dir() or not any(self.out.iterdir())
         self._old_files = (ended or self._result_in(self.previous) or {}).get("files", [])
@@ -116,10 +122,11 @@ class Run:
 
     @staticmethod
     def _settings_in(folder: Path) -> dict[str, Any] | None:
-        path = folder / "run.json"
-        if not path.is_file():
+        try:
+            held = read_json(folder / "run.json", kind=KIND)["settings"]
+        except FileNotFoundError:  # or another process has moved it just now
             return None
-        return {name: value for name, value in read_json(path, kind=KIND)["settings"].items() if name != _KNOB}
+        return {name: value for name, value in held.items() if name != _KNOB}
 
     @staticmethod
     def _result_in(folder: Path) -> dict[str, Any] | None:
@@ -140,6 +147,14 @@ class Run:
             if (self.previous / name).is_file():
                 os.replace(self.previous / name, self.out / name)
         self.previous.rmdir()
+
+    def _wait_for_restored(self) -> None:
+        """Until the first process has done it: there is no process group yet, and run.json goes last from `previous`."""
+        until = time.monotonic() + PATIENCE
+        while (self.previous / "run.json").is_file():
+            if time.monotonic() > until:
+                raise UserError(f"{self.previous}: the first process did not put it back")
+            time.sleep(0.02)
 
     def _kept(self) -> list[Path]:
         """The whole checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
