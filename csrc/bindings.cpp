@@ -18,7 +18,6 @@
 #include "layer.h"
 #include "linear_logprobs.h"
 #include "map_newton.h"
-#include "map_small.h"
 #include "map_statistics.h"
 #include "own_attention.h"
 #include "resample.h"
@@ -343,43 +342,20 @@ PYBIND11_MODULE(_C, m) {
     FASTALIGN_CALL(map_statistics, moments, in, at, count, threads);
   });
 
-  m.def("is_positive_definite", [](const py::array_t<double, py::array::c_style | py::array::forcecast>& a, double ridge) {
-    return FASTALIGN_CALL(is_positive_definite, a.data(), int64_t(a.shape(0)), ridge);
-  });
-
-  // out: lambda, levels (m), KL, effective sample size, residual, gap. Returns how often the rows were read; 0: not for here.
-  m.def("map_small", [](const py::array& out, const py::array& rewards, const py::array& palette, const py::array& sign,
-                        double log_norm, double tol, double flat) {
-    const MapInput in = map_input_of(py::make_tuple(rewards, py::none(), py::none(), py::none(), py::none(), 0));
-    require(in.m <= kMostValues, "map_small takes at most 64 values");
-    double *const to = data_of<double>(out, 2 * in.m + 4), *const scalars = to + 2 * in.m;
-    int64_t passes = 0;
-    const MapAnswer answer = {to, to + in.m, scalars, scalars + 1, scalars + 2, scalars + 3, &passes};
-    const double *const asked = data_of<double>(palette, in.m), *const signs = data_of<double>(sign, in.m);
-    py::gil_scoped_release release;
-    return FASTALIGN_CALL(map_small, answer, in, asked, signs, log_norm, tol, flat) ? passes : int64_t(0);
-  });
-
-  // points: (mu, value, gradient, hessian, top, ess); problem: (scale, offset, lower, upper, start, constant, skip): numpy
-  // arrays as fastalign/palette/_engine.py makes them
-  m.def("map_newton", [](const py::tuple& points, const py::object& passes, const py::object& certificate,
-                         const py::object& certified, const py::tuple& rewards, const py::tuple& problem, double log_norm,
-                         double tol, bool keep, int threads) {
+  // found: (first, scale, mu, value, gradient, ess, residual, certificate, certified, passes); asked: (palettes, sign, start, constant,
+  // skip): numpy arrays as fastalign/palette/_native.py makes them
+  m.def("map_newton", [](const py::tuple& found, const py::tuple& rewards, const py::tuple& asked, double tol, double lam_max,
+                         int threads) {
     const MapInput in = map_input_of(rewards);
-    const int64_t m = in.m, k = int64_t(py::len(passes));
-    require(m <= kMostValues && in.offsets == nullptr && (keep || k == 1),
-            "map_newton takes one group and at most 64 values, and many palettes only with keep");
+    const int64_t m = in.m, k = int64_t(py::len(found[9]));
     const auto of = [](const py::tuple& t, int i, int64_t count) { return data_of<double>(t[i], count); };
-    const MapPoints where = {of(points, 0, k * m), of(points, 1, k), of(points, 2, k * m),
-                             of(points, 3, k * m * m), of(points, 4, k), of(points, 5, k)};
-    const MapProblem what = {in, k, log_norm, tol, of(problem, 0, m), of(problem, 1, k * m), of(problem, 2, m),
-                             of(problem, 3, m), of(problem, 4, k * m), data_of<bool>(problem[5], m),
-                             data_of<bool>(problem[6], k)};
-    int64_t* const counted = data_of<int64_t>(passes, k);
-    double* const directions = data_of<double>(certificate, k * m);
-    bool* const found = data_of<bool>(certified, k);
+    const MapSolution out = {of(found, 0, 3 + m + m * m), of(found, 1, m), of(found, 2, k * m), of(found, 3, k),
+                             of(found, 4, k * m), of(found, 5, k), of(found, 6, k), of(found, 7, k * m),
+                             data_of<bool>(found[8], k), data_of<int64_t>(found[9], k)};
+    const MapProblem problem = {in, k, of(asked, 0, k * m), of(asked, 1, m), of(asked, 2, k * m), tol, lam_max,
+                                data_of<bool>(asked[3], m), data_of<bool>(asked[4], k)};
     py::gil_scoped_release release;
-    FASTALIGN_CALL(map_newton, where, counted, directions, found, what, keep, threads);
+    return int(FASTALIGN_CALL(map_newton, out, problem, threads));
   });
 
   m.def("sample_tokens", [](const py::object& ids, const py::object& log_probs, const py::tuple& logits, double temperature,

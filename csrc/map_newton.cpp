@@ -1,379 +1,448 @@
-// map_newton: projected Newton with an exact active set and a safeguarded line search (fastalign/palette/_newton.py, which
-// the tests hold it to), on map_dual.h. A start is first sought in float, whose passes take a third of the time, beside a
-// palette that is solved or, of many palettes, in a power series; what is returned was evaluated in double. A pass that
-// only confirms makes no covariance: a step may use that of a point nearby, and takes its own as soon as the residual does
-// not fall a hundredfold. Built once per level.
+// map_newton: projected Newton (Bertsekas 1982) with the quadratic model over the bounds solved exactly by an active set, and a
+// safeguarded line search. All palettes step together, so that a pass serves every one that is still at work. Built once
+// per level.
 #include "map_newton.h"
 
-#include "map_dual.h"
+#include "map_pass.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int kMaxPasses = 200, kLineSearch = 40, kPolishSteps = 3;
+// Beyond this lambda (in standard deviations) a policy holds single samples; only the feasibility test can tell then.
 constexpr double kHuge = 1e12;
-// A rough search ends at a residual from which one step more leaves about its square; from where that and the
-// Hessian's own distance cost less than a pass, its Hessian serves on.
-constexpr double kRoughEnough = 3e-3, kRoughModel = 4e-4, kContraction = 1e-2, kWellConditioned = 1e-3;
-// A search in the series ends where one step more is as good as its digits; where its last terms are a larger share of
-// Z than this it is not trusted.
-constexpr double kSeriesEnough = 1e-5, kSeriesTrust = 1e-3;
-// Coefficients that pay: at most so many a palette, and one in so many rows.
-constexpr int kLeastDegree = 4, kMostDegree = 16, kSeriesShare = 4, kRowsEach = 8;
-constexpr int64_t kNearest = 1024, kManyPalettes = 8;
+// What rounding may take from a covariance, as a share of the second moment; of the mean, what a deviation must exceed to be
+// more than rounding; of a reward's variance, what counts as none.
+constexpr double kRounding = 16 * 0x1p-52, kDoubtful = 1e-6, kFlat = 2e-13;
+// So many chunks are read for a start, where there are this many times as many; and to what residual.
+constexpr int64_t kFewChunks = 64, kFewShare = 8;
+constexpr double kFewEnough = 1e-3;
+// Of so many palettes every fourth is solved before the rest, which begin beside it; so many are looked at for the nearest.
+constexpr int64_t kManyPalettes = 8, kNearest = 1024;
 
-struct Solver : Dual {
-  void assign(Point& to, const Point& from) const {
-    to.value = from.value, to.top = from.top, to.ess = from.ess, to.model = from.model, to.fresh = from.fresh;
-    copy(to.mu, from.mu, m), copy(to.gradient, from.gradient, m), copy(to.hessian, from.hessian, m * m);
+static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+static bool finite(double x) { return x - x == 0; }
+static void copy(double* to, const double* from, int64_t count) { std::memcpy(to, from, size_t(count) * sizeof(double)); }
+static double dot(const double* a, const double* b, int64_t m) {
+  double sum = 0;
+  for (int64_t j = 0; j < m; ++j) sum += a[j] * b[j];
+  return sum;
+}
+static double norm(const double* a, int64_t m) { return __builtin_sqrt(dot(a, a, m)); }
+
+// l <- the factors of A = L D L^T, D on the diagonal, for the rows and columns `free` of h, less ridge times the identity;
+// a pivot below rounding is raised to it. False where one was not positive.
+static bool factorise(double* l, const double* h, const int64_t* free, int64_t count, int64_t m, double ridge) {
+  bool positive = true;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double s = h[free[i] * m + free[j]] - (i == j ? ridge : 0.0);
+      for (int64_t k = 0; k < j; ++k) s -= l[i * m + k] * l[j * m + k] * l[k * m + k];
+      if (i > j) {
+        l[i * m + j] = s / l[j * m + j];
+        continue;
+      }
+      positive = positive && s > 0;
+      const double least = 0x1p-52 * h[free[i] * m + free[i]] + 1e-290;
+      l[i * m + i] = s > least ? s : least;
+    }
   }
+  return positive;
+}
 
-  double residual(const Point& p) const {
+// What all palettes share, in units of the rewards' standard deviations.
+struct Dual {
+  MapProblem problem;
+  int64_t m;
+  const double *mean, *scale;        // at lambda = 0, from the center
+  double *lower, *upper, *hessian;   // bounds on mu; the covariance at lambda = 0
+  double norm_of_weights;            // log sum w, of what passes read
+
+  double offset(int64_t k, int64_t j) const { return problem.rewards.center[j] - problem.palettes[k * m + j]; }
+  bool constant(int64_t j) const { return problem.constant != nullptr && problem.constant[j]; }
+
+  void gradient(double* out, int64_t k, const double* mean_there) const {
+    for (int64_t j = 0; j < m; ++j) out[j] = constant(j) ? 0.0 : (mean_there[j] + offset(k, j)) / scale[j];
+  }
+  // What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
+  void curvature(double* out, const double* moments) const {
+    const double *mean_there = moments + 3, *cov = mean_there + m;
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < m; ++j) out[i * m + j] = cov[i * m + j] / (scale[i] * scale[j]);
+      const double moved = mean_there[i] / scale[i];
+      out[i * m + i] += kRounding * (out[i * m + i] + moved * moved);
+    }
+  }
+  double residual(const double* mu, const double* gradient) const {
     double most = 0;
     for (int64_t j = 0; j < m; ++j) {
-      const double off = __builtin_fabs(p.mu[j] - clip(p.mu[j] - p.gradient[j], problem.lower[j], problem.upper[j]));
+      const double off = __builtin_fabs(mu[j] - clip(mu[j] - gradient[j], lower[j], upper[j]));
       if (!(off <= most)) most = off;
     }
     return most;
   }
+};
 
-  // x <- -A^-1 b over the free variables (LDL^T); returns the least pivot as a share of its diagonal.
-  double solve_free(double* x, const double* h, const double* b, Desk& desk, int64_t count) const {
-    double *l = desk.factor, worst = 1;
-    const int64_t* free = desk.free;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        double s = h[free[i] * m + free[j]];
-        for (int64_t k = 0; k < j; ++k) s -= l[i * m + k] * l[j * m + k] * l[k * m + k];
-        if (i > j) {
-          l[i * m + j] = s / l[j * m + j];
-          continue;
-        }
-        const double diagonal = h[free[i] * m + free[i]], least = 0x1p-52 * diagonal + 1e-290;
-        if (!(s > least)) s = least;
-        if (s < worst * diagonal) worst = s / diagonal;
-        l[i * m + i] = s;
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      double s = -b[free[i]];
-      for (int64_t k = 0; k < i; ++k) s -= l[i * m + k] * x[k];
-      x[i] = s;
-    }
-    for (int64_t i = 0; i < count; ++i) x[i] /= l[i * m + i];
-    for (int64_t i = count - 1; i >= 0; --i) {
-      for (int64_t k = i + 1; k < count; ++k) x[i] -= l[k * m + i] * x[k];
-    }
-    return worst;
+// What a thread works in.
+struct Workspace {
+  double *factor, *solved, *slope;
+  int64_t* free;
+  bool* held;
+};
+
+// z <- argmin within the bounds of 1/2 (z-x)' H (z-x) + gradient.(z-x) from x, by a primal active set; see _newton.py.
+static void model_minimum(double* z, const Dual& dual, const double* x, const double* gradient, double* h, const Workspace& work) {
+  const int64_t m = dual.m;
+  const double *lower = dual.lower, *upper = dual.upper;
+  double *g = work.slope, *l = work.factor, *step = work.solved, largest = 0;
+  int64_t* free = work.free;
+  bool* held = work.held;
+  for (int64_t j = 0; j < m; ++j) largest = h[j * m + j] > largest ? h[j * m + j] : largest;
+  // A constant reward, or a policy of a single sample, leaves nothing to divide by.
+  for (int64_t j = 0; j < m; ++j) {
+    if (!(h[j * m + j] >= 1e-14 * largest + 1e-280)) h[j * m + j] = 1e-14 * largest + 1e-280;
   }
-
-  // z <- argmin within the bounds of 1/2 (z-x)' H (z-x) + gradient.(z-x) from x, by a primal active set; see _newton.py.
-  double model_minimum(double* z, const Point& point, const double* gradient, Desk& desk) const {
-    const double *x = point.mu, *lower = problem.lower, *upper = problem.upper;
-    double *h = point.hessian, *g = desk.slope, largest = 0, worst = 1;
-    for (int64_t j = 0; j < m; ++j) largest = h[j * m + j] > largest ? h[j * m + j] : largest;
-    for (int64_t j = 0; j < m; ++j) {
-      if (!(h[j * m + j] >= 1e-14 * largest + 1e-280)) h[j * m + j] = 1e-14 * largest + 1e-280;
-    }
-    bool held[kMostValues];
-    for (int64_t j = 0; j < m; ++j) {
-      z[j] = x[j], g[j] = gradient[j];
-      held[j] = !((x[j] > lower[j] || g[j] < 0) && (x[j] < upper[j] || g[j] > 0) && lower[j] < upper[j]);
-    }
-    for (int64_t round = 0; round < 10 * m + 20; ++round) {
-      int64_t count = 0;
-      for (int64_t j = 0; j < m; ++j) {
-        if (!held[j]) desk.free[count++] = j;
-      }
-      if (count > 0) {
-        const double pivot = solve_free(desk.solved, h, g, desk, count);
-        worst = pivot < worst ? pivot : worst;
-        double t = kInf;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t j = desk.free[i];
-          const double goal = z[j] + desk.solved[i];
-          if (goal < lower[j] || goal > upper[j]) {
-            const double room = ((goal < lower[j] ? lower[j] : upper[j]) - z[j]) / desk.solved[i];
-            t = room < t ? room : t;
-          }
-        }
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t j = desk.free[i];
-          const double goal = z[j] + desk.solved[i];
-          const bool out = goal < lower[j] || goal > upper[j];
-          const double end = goal < lower[j] ? lower[j] : upper[j];
-          if (out && (end - z[j]) / desk.solved[i] <= t) {
-            z[j] = end;
-            held[j] = true;
-          } else {
-            z[j] += (t < kInf ? t : 1.0) * desk.solved[i];
-          }
-        }
-        for (int64_t j = 0; j < m; ++j) {
-          g[j] = gradient[j];
-          for (int64_t i = 0; i < m; ++i) g[j] += h[j * m + i] * (z[i] - x[i]);
-        }
-        if (t < kInf) continue;
-      }
-      int64_t most = -1;
-      double wrong = 0;
-      for (int64_t j = 0; j < m; ++j) {
-        if (!held[j] || !(lower[j] < upper[j])) continue;
-        const double pull = z[j] <= lower[j] ? -g[j] : g[j];
-        if (pull > wrong) wrong = pull, most = j;
-      }
-      if (most < 0 || wrong <= 1e-13 * (1 + __builtin_fabs(gradient[most]))) break;
-      held[most] = false;
-    }
-    return worst;
+  for (int64_t j = 0; j < m; ++j) {
+    z[j] = x[j], g[j] = gradient[j];
+    held[j] = !((x[j] > lower[j] || g[j] < 0) && (x[j] < upper[j] || g[j] > 0) && lower[j] < upper[j]);
   }
+  for (int64_t round = 0; round < 10 * m + 20; ++round) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < m; ++j) {
+      if (!held[j]) free[count++] = j;
+    }
+    if (count > 0) {
+      factorise(l, h, free, count, m, 0);
+      for (int64_t i = 0; i < count; ++i) {
+        step[i] = -g[free[i]];
+        for (int64_t k = 0; k < i; ++k) step[i] -= l[i * m + k] * step[k];
+      }
+      for (int64_t i = 0; i < count; ++i) step[i] /= l[i * m + i];
+      for (int64_t i = count - 1; i >= 0; --i) {
+        for (int64_t k = i + 1; k < count; ++k) step[i] -= l[k * m + i] * step[k];
+      }
+      const auto end_of = [&](int64_t j, double goal) { return goal < lower[j] ? lower[j] : goal > upper[j] ? upper[j] : goal; };
+      double t = kInf;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = free[i];
+        const double goal = z[j] + step[i], end = end_of(j, goal);
+        if (goal != end && (end - z[j]) / step[i] < t) t = (end - z[j]) / step[i];
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t j = free[i];
+        const double goal = z[j] + step[i], end = end_of(j, goal);
+        held[j] = goal != end && (end - z[j]) / step[i] <= t;
+        z[j] = held[j] ? end : z[j] + (t < kInf ? t : 1.0) * step[i];
+      }
+      for (int64_t j = 0; j < m; ++j) {
+        g[j] = gradient[j];
+        for (int64_t i = 0; i < m; ++i) g[j] += h[j * m + i] * (z[i] - x[i]);
+      }
+      if (t < kInf) continue;
+    }
+    int64_t most = -1;
+    double wrong = 0;
+    for (int64_t j = 0; j < m; ++j) {
+      if (!held[j] || !(lower[j] < upper[j])) continue;
+      const double pull = z[j] <= lower[j] ? -g[j] : g[j];
+      if (pull > wrong) wrong = pull, most = j;
+    }
+    if (most < 0 || wrong <= 1e-13 * (1 + __builtin_fabs(gradient[most]))) break;
+    held[most] = false;
+  }
+}
 
-  // What a step to desk.goal is worth; cut where the model cannot be trusted so far.
-  struct Step {
-    double slope, length, pivot;
+// Minimum in (0, 1) of the cubic with values f0, f1 and slopes d0 < 0, d1 > 0 at its ends, kept inside.
+static double shorten(double f0, double d0, double f1, double d1) {
+  const double a = d0 + d1 - 3 * (f1 - f0), square = a * a - d0 * d1;
+  if (!finite(square) || square < 0) return 0.1;
+  const double root = __builtin_sqrt(square), whole = d1 - d0 + 2 * root;
+  return clip(whole > 0 ? 1 - (d1 + root - a) / whole : 0.5, 0.05, 0.8);
+}
+
+// One palette's iteration between the passes that it asks for: the best point so far, and the trial that is to be evaluated.
+struct Newton {
+  struct Point {
+    double *mu, *gradient, value, top, ess;
   };
-  Step step_from(const Point& point, Desk& desk) const {
-    Step s;
-    s.pivot = model_minimum(desk.goal, point, point.gradient, desk);
-    for (int64_t j = 0; j < m; ++j) desk.step[j] = desk.goal[j] - point.mu[j];
-    s.slope = dot(point.gradient, desk.step, m);
-    s.length = norm(desk.step, m);
-    return s;
+  Point point, trial;
+  double *hessian, *step;
+  double left, slope, t, tol;
+  int64_t k, passes, iterations;
+  int tries, polished;
+  bool certified, going;
+
+  void begin(int64_t palette, double tolerance) { k = palette, tol = tolerance, iterations = tries = polished = 0; }
+
+  // trial <- what the pass found there
+  void see(const Dual& dual, const double* moments) {
+    double shift = 0;
+    for (int64_t j = 0; j < dual.m; ++j) shift += trial.mu[j] / dual.scale[j] * dual.offset(k, j);
+    trial.value = moments[0] - dual.norm_of_weights + shift;
+    trial.top = moments[2] + shift;
+    trial.ess = moments[1];
+    dual.gradient(trial.gradient, k, moments + 3);
   }
-  void cut(Step& s, double size, Desk& desk) const {
-    const double reach = 1e3 * (1 + size) / (s.length > 1e-300 ? s.length : 1e-300);
-    if (!(reach < 1)) return;
-    for (int64_t j = 0; j < m; ++j) desk.step[j] *= reach;
-    s.slope *= reach;
+  // point <- trial
+  void take(const Dual& dual, const double* moments) {
+    const Point kept = point;
+    point = trial, trial = kept;
+    dual.curvature(hessian, moments);
   }
-  void go(Point& trial, const Point& from, double t, const Desk& desk) const {
-    for (int64_t j = 0; j < m; ++j) trial.mu[j] = clip(from.mu[j] + t * desk.step[j], problem.lower[j], problem.upper[j]);
-  }
-  // Minimum in (0, 1) of the cubic with values f0, f1 and slopes d0 < 0, d1 > 0 at its ends, kept inside.
-  static double shorten(double f0, double d0, double f1, double d1) {
-    const double a = d0 + d1 - 3 * (f1 - f0), square = a * a - d0 * d1;
-    if (!finite(square) || square < 0) return 0.1;
-    const double root = __builtin_sqrt(square), whole = d1 - d0 + 2 * root;
-    return clip(whole > 0 ? 1 - (d1 + root - a) / whole : 0.5, 0.05, 0.8);
+  // max_i mu.(R_i - c) < 0: no mixture of the samples reaches c (Farkas).
+  bool falls_short(const Point& p, int64_t m) const { return p.top < -tol * norm(p.mu, m); }
+
+  void place_trial(const Dual& dual) {
+    for (int64_t j = 0; j < dual.m; ++j) trial.mu[j] = clip(point.mu[j] + t * step[j], dual.lower[j], dual.upper[j]);
   }
 
-  // Newton in float from `point` (desk.points[0]): desk.goal <- where the exact search may begin. Returns the residual
-  // at the point whose model led there; 1 where that says nothing.
-  double search(Point& point, Point& trial, Desk& desk, int64_t k, How how, double enough, int64_t& passes) {
-    for (int done = 0; done < kMaxPasses; ++done) {
-      const double size = norm(point.mu, m), left = residual(point);
-      Step s = {};
-      if (!(point.top < -problem.tol * size) && size <= kHuge) s = step_from(point, desk);
-      if (!(s.slope < 0)) {
-        copy(desk.goal, point.mu, m);
-        return 1;
-      }
-      if (left <= enough && s.length <= 1 + size) return left;
-      cut(s, size, desk);
-      bool better = false;
-      double t = 1;
-      for (int tries = 0; tries < 8 && !better; ++tries) {
-        go(trial, point, t, desk);
-        evaluate(trial, desk, k, how);
-        ++passes;
-        better = trial.value <= point.value + 1e-4 * t * s.slope || trial.top < -problem.tol * norm(trial.mu, m);
-        if (!better) t *= shorten(point.value, t * s.slope, trial.value, t * dot(trial.gradient, desk.step, m));
-      }
-      if (!better) {  // the last bits of a float: the exact search goes on from here
-        copy(desk.goal, point.mu, m);
-        return 1;
-      }
-      swap(point, trial);
-    }
-    copy(desk.goal, point.mu, m);
-    return 1;
-  }
-  static void swap(Point& a, Point& b) {
-    const Point kept = a;
-    a = b, b = kept;
+  // step <- to the model's minimum
+  void inner_solve(const Dual& dual, const Workspace& work) {
+    model_minimum(step, dual, point.mu, point.gradient, hessian, work);
+    for (int64_t j = 0; j < dual.m; ++j) step[j] -= point.mu[j];
+    slope = dot(point.gradient, step, dual.m);
   }
 
-  // Newton from `point`, whose value and gradient are exact. True where it met a certificate, mu / |mu|.
-  bool newton(Point& point, Point& trial, Desk& desk, int64_t k, int64_t& passes, double* certificate) {
-    const double tol = problem.tol;
-    bool bounded = true, certified = false;
-    for (int64_t j = 0; j < m; ++j) bounded = bounded && finite(problem.upper[j] - problem.lower[j]);
-    int polished = 0;
-    const auto refresh = [&] {
-      evaluate(point, desk, k, How::exact);
-      ++passes;
-    };
-    for (int done = 0; done < kMaxPasses; ++done) {
-      const double size = norm(point.mu, m);
-      if (!certified && point.top < -tol * size) {
-        for (int64_t j = 0; j < m; ++j) certificate[j] = point.mu[j] / size;
-        certified = true;
-        if (!bounded) return true;
-      }
-      const double left = residual(point);
-      if (left == 0 || size > kHuge) return certified;
-      Step s = step_from(point, desk);
-      const bool borrowed = point.model != Model::own;
-      if ((point.model == Model::rough && s.pivot < kWellConditioned) || (borrowed && !(s.slope < 0))) {
-        refresh();
-        continue;
-      }
-      if (!(s.slope < 0)) return certified;
-      if (left <= tol) {
-        if (s.length <= 10 * tol * size || polished == kPolishSteps) return certified;
-        if (borrowed) {
-          refresh();
-          continue;
-        }
-        ++polished;
-      }
-      cut(s, size, desk);
-      // Where it is flat, what is left to gain lies below a float's digits.
-      const How how = polished > 0 ? How::exact : left * left <= tol ? How::slope : borrowed ? How::cheap : How::curved;
-      double t = 1;
-      bool taken = false;
-      for (int tries = 0; tries < kLineSearch; ++tries) {
-        go(trial, point, t, desk);
-        copy(trial.hessian, point.hessian, m * m), trial.model = point.model;
-        // Near the minimum the dual stands still at its last bits; there the residual is what must fall.
-        const auto better = [&] {
-          return trial.value <= point.value + 1e-4 * t * s.slope ||
-                 (trial.value <= point.value + 1e-12 * (1 + __builtin_fabs(point.value)) && residual(trial) < 0.5 * left);
-        };
-        const auto look = [&](How as) {
-          evaluate(trial, desk, k, as);
-          ++passes;
-          taken = better();
-        };
-        look(how);
-        // A value that was summed in float may hide that.
-        if (!taken && how != How::exact && residual(trial) < 0.5 * left) look(How::exact);
-        if (taken) break;
-        if (left <= tol) return certified;
-        if (!certified && trial.top < -tol * norm(trial.mu, m)) {
-          taken = true;
-          break;
-        }
-        if (borrowed) break;
-        t *= shorten(point.value, t * s.slope, trial.value, t * dot(trial.gradient, desk.step, m));
-      }
-      if (!taken && !borrowed) return certified;
-      if (!taken) {
-        refresh();
-        continue;
-      }
-      swap(point, trial);
-      const double now = residual(point);
-      if (!point.fresh && now > tol && now > kContraction * left) refresh();
-    }
-    return certified;
+  // The residual may be met while lambda is still off where the dual is flat: a few steps more, until lambda stands still.
+  bool check_convergence(double length, double size) {
+    if (!(slope < 0)) return true;
+    if (!(left <= tol)) return false;
+    return length <= 10 * tol * size || polished++ == kPolishSteps;
   }
 
-  // Palette k from mu = 0, from a start, in the series, or beside the nearest palette of those at multiples of `known` (0:
-  // none), which are solved.
-  void solve_one(const MapPoints& points, int64_t* passes, double* certificate, bool* certified, Desk& desk, int64_t k,
-                 int64_t known) {
-    Point origin = {points.value[k], points.top[k], points.ess[k], points.mu + k * m, points.gradient + k * m,
-                    points.hessian + k * m * m, Model::own, true};
-    Point point = desk.point(0), trial = desk.point(1);
-    desk.base.topped = desk.base.weighed = false;  // the bits must not depend on what this thread did before
-    if (residual(origin) == 0) return;  // nothing is asked for that is not there
-    assign(point, origin);
-    if (series.degree > 0 && begin_in_series(point, trial, desk, k)) {
-      evaluate(trial, desk, k, How::slope);
-      ++passes[k];
-    } else {
-      trial.value = kInf;
+  // Places the next trial; false where the iteration ends.
+  bool next(const Dual& dual, const Workspace& work, double* certificate) {
+    const int64_t m = dual.m;
+    const double size = norm(point.mu, m);
+    if (!certified && falls_short(point, m)) {
+      certified = true;
+      bool bounded = true;  // then the minimum exists whatever the palette, and the search goes on
+      for (int64_t j = 0; j < m; ++j) {
+        certificate[j] = point.mu[j] / size;
+        bounded = bounded && finite(dual.upper[j] - dual.lower[j]);
+      }
+      if (!bounded) return false;
     }
-    if (!(trial.value < origin.value)) {
-      assign(point, origin);
-      const double* start = problem.start != nullptr ? problem.start + k * m : nullptr;
-      const int64_t beside = known > 0 ? nearest(k, known, certified) : -1;
-      if (beside >= 0) start = begin_beside(points, desk, k, beside);
-      seek(point, trial, desk, k, passes[k], start);
-    }
-    if (trial.value < origin.value) swap(point, trial);
-    else assign(point, origin);
-    certified[k] = newton(point, trial, desk, k, passes[k], certificate + k * m);
-    assign(origin, point);
-    points.value[k] = point.value, points.top[k] = point.top, points.ess[k] = point.ess;
-  }
-
-  // Where palette k's minimum lies by the quadratic model of the solved palette p.
-  const double* begin_beside(const MapPoints& points, Desk& desk, int64_t k, int64_t p) const {
-    Point solved = {0, 0, 0, points.mu + p * m, points.gradient + p * m, desk.point(2).hessian, Model::near, false};
-    copy(solved.hessian, points.hessian + p * m * m, m * m);
-    double *slope = desk.point(2).gradient, *goal = desk.point(2).mu;
-    for (int64_t j = 0; j < m; ++j) {
-      const double apart = problem.offset[k * m + j] - problem.offset[p * m + j];
-      slope[j] = problem.constant[j] ? 0.0 : solved.gradient[j] + apart / problem.scale[j];
-    }
-    model_minimum(goal, solved, slope, desk);
-    return goal;
-  }
-
-  // trial <- where palette k's minimum lies by the series, with its covariance. False where the series does not say.
-  bool begin_in_series(Point& point, Point& trial, Desk& desk, int64_t k) {
-    copy(point.mu, series.center, m);
-    evaluate(point, desk, k, How::series);
-    int64_t ignored = 0;
-    const double left = search(point, trial, desk, k, How::series, kSeriesEnough, ignored);
-    if (!(left <= kSeriesEnough) || !(series.last_share(desk.factors, Total(desk.all, m).gram[0]) <= kSeriesTrust)) return false;
-    copy(trial.mu, desk.goal, m), copy(trial.hessian, point.hessian, m * m);
-    trial.model = Model::rough;
-    Base& base = desk.base;
-    for (int64_t j = 0; j < m; ++j) base.lambda[j] = series.center[j] / problem.scale[j];
-    base.top = series.top;
-    base.topped = true;
+    left = dual.residual(point.mu, point.gradient);
+    if (left == 0 || size > kHuge || iterations++ == kMaxPasses) return false;
+    inner_solve(dual, work);
+    const double length = norm(step, m);
+    if (check_convergence(length, size)) return false;
+    const double reach = 1e3 * (1 + size) / (length > 1e-300 ? length : 1e-300);  // beyond, the model is not trusted
+    for (int64_t j = 0; j < m && reach < 1; ++j) step[j] *= reach;
+    if (reach < 1) slope *= reach;
+    t = 1, tries = 0;
+    place_trial(dual);
     return true;
   }
 
-  // trial <- an exact look at what a search in float finds from start, or from the point; infinite where it found nothing.
-  void seek(Point& point, Point& trial, Desk& desk, int64_t k, int64_t& passes, const double* start) {
-    const double from = point.value;
-    if (start != nullptr) {
-      for (int64_t j = 0; j < m; ++j) trial.mu[j] = clip(start[j], problem.lower[j], problem.upper[j]);
-      evaluate(trial, desk, k, How::rough);
-      ++passes;
-      if (trial.value < from) swap(point, trial);
-    } else if (!columns.kept && in.n >= kEnoughRows) {
-      int64_t ignored = 0;
-      Point origin = desk.point(2);
-      assign(origin, point);
-      std::memset(trial.mu, 0, size_t(m) * sizeof(double));
-      few_norm = 0;
-      evaluate(trial, desk, k, How::few);
-      few_norm = trial.value;
-      trial.value = 0;
-      if (finite(few_norm)) {
-        swap(point, trial);
-        search(point, trial, desk, k, How::few, kRoughEnough, ignored);
-        copy(trial.mu, desk.goal, m);
-        evaluate(trial, desk, k, How::rough);
-        ++passes;
-        if (trial.value < from) swap(point, trial);
-        else assign(point, origin);
-      }
+  // After the trial's pass: takes it, or shortens the step. False where the iteration ends.
+  bool line_search(const Dual& dual, const Workspace& work, const double* moments, double* certificate) {
+    ++passes;
+    see(dual, moments);
+    // Near the minimum the dual stands still at its last bits; there the residual is what must fall.
+    const bool better = trial.value <= point.value + 1e-4 * t * slope ||
+                        (trial.value <= point.value + 1e-12 * (1 + __builtin_fabs(point.value)) &&
+                         dual.residual(trial.mu, trial.gradient) < 0.5 * left);
+    if (!better && left <= tol) return false;
+    if (better || (!certified && falls_short(trial, dual.m))) {
+      take(dual, moments);
+      return next(dual, work, certificate);
     }
-    const double near = search(point, trial, desk, k, How::rough, columns.kept ? kRoughEnough : 5 * kRoughEnough, passes);
-    const Model model = point.model;
-    copy(trial.mu, desk.goal, m), copy(trial.hessian, point.hessian, m * m);
-    trial.model = model == Model::own ? Model::near : model;
-    trial.value = kInf;
-    if (finite(norm(trial.mu, m))) {
-      evaluate(trial, desk, k, near <= kRoughModel ? How::slope : How::exact);
-      ++passes;
+    if (++tries == kLineSearch) return false;
+    t *= shorten(point.value, t * slope, trial.value, t * dot(trial.gradient, step, dual.m));
+    place_trial(dual);
+    return true;
+  }
+};
+
+class NewtonSolver {
+ public:
+  NewtonSolver(const MapSolution& out, const MapProblem& problem, const Pass& pass, Crew& crew)
+      : out_(out), problem_(problem), pass_(pass), crew_(crew), m_(problem.rewards.m), count_(problem.count) {
+    const int64_t m = m_, each = m * m + 5 * m, work = m * m + 4 * m, moments = pass.moments;
+    memory_ = allocate_zeros<double>(2 * m + m * m + moments + count_ * (each + m + moments) + pass.threads * work);
+    newton_ = static_cast<Newton*>(std::calloc(size_t(count_), sizeof(Newton)));
+    active_ = static_cast<int64_t*>(std::calloc(size_t(count_), sizeof(int64_t)));
+    double* at = memory_;
+    const auto take = [&](int64_t size) { double* given = at; at += size; return given; };
+    dual_ = {problem, m, out.first + 3, out.scale, take(m), take(m), take(m * m), out.first[0]};
+    few_ = take(moments), lambda_ = take(count_ * m), found_ = take(count_ * moments);
+    for (int64_t k = 0; k < count_; ++k) {
+      newton_[k].point = {take(m), take(m), 0, 0, 0}, newton_[k].trial = {take(m), take(m), 0, 0, 0};
+      newton_[k].step = take(m), newton_[k].hessian = take(m * m);
     }
+    work_ = at;
+  }
+  NewtonSolver(const NewtonSolver&) = delete;
+  ~NewtonSolver() {
+    std::free(memory_);
+    std::free(newton_);
+    std::free(active_);
   }
 
-  // The solved palette that asks for the nearest to what k does; -1: none. Those of a coarser grid alone are looked at.
-  int64_t nearest(int64_t k, int64_t stride, const bool* certified) const {
+  // The units and every palette's point at 0; false where a unit is in doubt.
+  bool measure() {
+    const double* cov = dual_.mean + m_;
+    bool measured = true;
+    for (int64_t j = 0; j < m_ && problem_.constant == nullptr; ++j) {
+      const double deviation = __builtin_sqrt(cov[j * m_ + j]), mean = __builtin_fabs(dual_.mean[j]);
+      out_.scale[j] = deviation;
+      measured = measured && finite(mean) && deviation > kDoubtful * mean && deviation > 1e-40 && deviation < 1e40;
+    }
+    return measured;
+  }
+
+  MapVerdict solve() {
+    setup();
+    int64_t stride = 1;
+    while (problem_.start == nullptr && count_ / stride >= kManyPalettes) stride *= 4;
+    for (bool first = true; stride >= 1; stride /= 4, first = false) {
+      const int64_t here = choose(stride, first);
+      if (problem_.start != nullptr) start_at_given(here);
+      else if (!first) start_beside(here, 4 * stride);
+      else if (pass_.chunks >= kFewShare * kFewChunks) start_on_few(here, stride);
+      iterate(here, 1, problem_.tol);
+    }
+    for (int64_t k = 0; k < count_; ++k) {
+      const Newton& own = newton_[k];
+      copy(out_.mu + k * m_, own.point.mu, m_), copy(out_.gradient + k * m_, own.point.gradient, m_);
+      out_.value[k] = own.point.value, out_.ess[k] = own.point.ess;
+      out_.residual[k] = dual_.residual(own.point.mu, own.point.gradient);
+      out_.passes[k] = own.passes + 1, out_.certified[k] = own.certified;
+    }
+    return is_steep() ? MapVerdict::steep : MapVerdict::flat;
+  }
+
+ private:
+  const MapSolution& out_;
+  const MapProblem& problem_;
+  const Pass& pass_;
+  Crew& crew_;
+  const int64_t m_, count_;
+  double *memory_, *few_, *lambda_, *found_, *work_;
+  Newton* newton_;
+  int64_t* active_;
+  Dual dual_;
+
+  Workspace workspace(int thread) const {
+    double* at = work_ + thread * (m_ * m_ + 4 * m_);
+    return {at, at + m_ * m_, at + m_ * m_ + m_, reinterpret_cast<int64_t*>(at + m_ * m_ + 2 * m_),
+            reinterpret_cast<bool*>(at + m_ * m_ + 3 * m_)};
+  }
+  double* certificate(int64_t k) const { return out_.certificate + k * m_; }
+
+  void setup() {
+    for (int64_t j = 0; j < m_; ++j) {
+      const double bound = dual_.constant(j) ? 0.0 : problem_.lam_max * dual_.scale[j];
+      dual_.lower[j] = problem_.sign[j] > 0 ? 0.0 : -bound;
+      dual_.upper[j] = problem_.sign[j] < 0 ? 0.0 : bound;
+    }
+    dual_.curvature(dual_.hessian, out_.first);
+    for (int64_t k = 0; k < count_; ++k) put_at_zero(k, out_.first, problem_.tol);
+  }
+  void put_at_zero(int64_t k, const double* moments, double tol) {
+    Newton& own = newton_[k];
+    own.begin(k, tol);
+    std::memset(own.trial.mu, 0, size_t(m_) * sizeof(double));
+    own.see(dual_, moments);
+    own.take(dual_, moments);
+  }
+
+  // Whether no combination of the rewards that vary is constant.
+  bool is_steep() const {
+    const Workspace work = workspace(0);
+    int64_t moving = 0;
+    for (int64_t j = 0; j < m_; ++j) {
+      if (!dual_.constant(j)) work.free[moving++] = j;
+    }
+    return factorise(work.factor, dual_.hessian, work.free, moving, m_, kFlat * double(moving));
+  }
+
+  // Makes the palettes at multiples of the stride the active ones, but for those of the grid before; returns how many.
+  int64_t choose(int64_t stride, bool first) {
+    int64_t here = 0;
+    for (int64_t i = 0; i * stride < count_; ++i) {
+      if ((first || i % 4 != 0) && !skipped(i * stride)) active_[here++] = i * stride;
+    }
+    return here;
+  }
+  bool skipped(int64_t k) const { return problem_.skip != nullptr && problem_.skip[k]; }
+
+  // Newton on the first `here` palettes of the active ones, from their points, over every stride-th chunk.
+  void iterate(int64_t here, int64_t stride, double tol) {
+    each(here, [&](Newton& own, const Workspace& work, int64_t) {
+      own.begin(own.k, tol);
+      own.going = own.next(dual_, work, certificate(own.k));
+    });
+    while ((here = still_going(here)) > 0) {
+      evaluate(here, stride);
+      each(here, [&](Newton& own, const Workspace& work, int64_t i) {
+        own.going = own.line_search(dual_, work, found_ + i * pass_.moments, certificate(own.k));
+      });
+    }
+  }
+  int64_t still_going(int64_t here) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < here; ++i) {
+      if (newton_[active_[i]].going) active_[kept++] = active_[i];
+    }
+    return kept;
+  }
+  template <typename F> void each(int64_t here, const F& f) {
+    crew_.each(here, [&](int thread, int64_t i) { f(newton_[active_[i]], workspace(thread), i); });
+  }
+  // found_ <- the moments at the trials of the first `here` active palettes
+  void evaluate(int64_t here, int64_t stride) {
+    for (int64_t i = 0; i < here; ++i) {
+      for (int64_t j = 0; j < m_; ++j) lambda_[i * m_ + j] = newton_[active_[i]].trial.mu[j] / dual_.scale[j];
+    }
+    pass_.run(found_, lambda_, here, stride, crew_);
+  }
+
+  // Where the trials of the first `here` active palettes lie lower than their points they take their place.
+  void start_at_trials(int64_t here) {
+    evaluate(here, 1);
+    each(here, [&](Newton& own, const Workspace&, int64_t i) {
+      ++own.passes;
+      own.see(dual_, found_ + i * pass_.moments);
+      if (own.trial.value < own.point.value) own.take(dual_, found_ + i * pass_.moments);
+    });
+  }
+  void start_at_given(int64_t here) {
+    for (int64_t i = 0; i < here; ++i) {
+      Newton& own = newton_[active_[i]];
+      for (int64_t j = 0; j < m_; ++j) {
+        own.trial.mu[j] = clip(problem_.start[own.k * m_ + j] * dual_.scale[j], dual_.lower[j], dual_.upper[j]);
+      }
+    }
+    start_at_trials(here);
+  }
+
+  // Each begins where its minimum lies by the model of the nearest palette that is solved, of those at multiples of `known`.
+  void start_beside(int64_t here, int64_t known) {
+    while (count_ / known > kNearest) known *= 4;
+    each(here, [&](Newton& own, const Workspace& work, int64_t) {
+      const int64_t p = nearest(own.k, known);
+      if (p < 0) return;
+      const Newton& solved = newton_[p];
+      copy(own.hessian, solved.hessian, m_ * m_);
+      for (int64_t j = 0; j < m_; ++j) {
+        const double apart = (dual_.offset(own.k, j) - dual_.offset(p, j)) / dual_.scale[j];
+        own.step[j] = solved.point.gradient[j] + (dual_.constant(j) ? 0.0 : apart);
+      }
+      model_minimum(own.trial.mu, dual_, solved.point.mu, own.step, own.hessian, work);
+      copy(own.hessian, dual_.hessian, m_ * m_);
+    });
+    start_at_trials(here);
+  }
+  int64_t nearest(int64_t k, int64_t known) const {
     int64_t best = -1;
     double least = kInf;
-    for (int64_t p = 0; p < problem.count; p += stride) {
-      if (problem.skip[p] || certified[p]) continue;
+    for (int64_t p = 0; p < count_; p += known) {
+      if (newton_[p].certified || skipped(p)) continue;
       double apart = 0;
-      for (int64_t j = 0; j < m; ++j) {
-        const double d = (problem.offset[k * m + j] - problem.offset[p * m + j]) / problem.scale[j];
+      for (int64_t j = 0; j < m_; ++j) {
+        const double d = (dual_.offset(k, j) - dual_.offset(p, j)) / dual_.scale[j];
         apart += d * d;
       }
       if (apart < least) least = apart, best = p;
@@ -381,83 +450,38 @@ struct Solver : Dual {
     return best;
   }
 
-  void solve_all(const MapPoints& points, int64_t* passes, double* certificate, bool* certified) {
-    const int64_t count = problem.count;
-    int64_t stride = 1;
-    while (problem.start == nullptr && count / stride >= kManyPalettes) stride *= 4;
-    for (bool first = true; stride >= 1; stride /= 4, first = false) {
-      // Palettes at multiples of the stride; those of the grid before, four times as coarse, are solved.
-      int64_t known = 4 * stride;
-      while (count / known > kNearest) known *= 4;
-      const auto solve = [&](Desk& desk, int64_t i) {
-        const int64_t k = i * stride;
-        if (problem.skip[k] || (!first && i % 4 == 0)) return;
-        solve_one(points, passes, certificate, certified, desk, k, first ? 0 : known);
-      };
-      const int64_t here = (count + stride - 1) / stride;
-      if (columns.kept) crew.each(here, [&](int thread, int64_t i) { solve(*desks[thread], i); });
-      else for (int64_t i = 0; i < here; ++i) solve(*desks[0], i);  // one palette, whose passes the crew shares
-      if (first) expand_about(points, certified, stride);
-    }
-  }
-
-  // The series about the middle of what the palettes at multiples of the stride came to, where many are left that it serves.
-  void expand_about(const MapPoints& points, const bool* certified, int64_t stride) {
-    const int degree = columns.kept && m <= kMostSeries ? series_degree() : 0;
-    if (degree == 0) return;
-    double* middle = desks[0]->goal;
-    for (int64_t j = 0; j < m; ++j) {
-      double low = kInf, high = -kInf;
-      for (int64_t k = 0; k < problem.count; k += stride) {
-        if (problem.skip[k] || certified[k]) continue;
-        const double mu = points.mu[k * m + j];
-        low = mu < low ? mu : low, high = mu > high ? mu : high;
-      }
-      if (!(low <= high)) return;
-      middle[j] = 0.5 * (low + high);
-    }
-    expand(middle, degree);
-  }
-  // The highest degree whose moments cost little beside the passes that they spare; 0: none.
-  int series_degree() const {
-    int best = 0;
-    for (int degree = kLeastDegree; degree <= kMostDegree; ++degree) {
-      const int64_t size = Series::size(m, degree);
-      if (size <= kSeriesShare * problem.count && size * kRowsEach <= in.n) best = degree;
-    }
-    return best;
+  // Each begins where it is solved on a few of the chunks.
+  void start_on_few(int64_t here, int64_t grid) {
+    const int64_t stride = pass_.chunks / kFewChunks;
+    std::memset(lambda_, 0, size_t(m_) * sizeof(double));
+    pass_.run(few_, lambda_, 1, stride, crew_);
+    dual_.norm_of_weights = few_[0];
+    for (int64_t i = 0; i < here; ++i) put_at_zero(active_[i], few_, kFewEnough);
+    iterate(here, stride, kFewEnough);
+    dual_.norm_of_weights = out_.first[0];
+    choose(grid, true);
+    each(here, [&](Newton& own, const Workspace&, int64_t) {
+      const bool useful = !own.certified && finite(norm(own.point.mu, m_));
+      copy(own.step, own.point.mu, m_);
+      put_at_zero(own.k, out_.first, problem_.tol);
+      for (int64_t j = 0; j < m_; ++j) own.trial.mu[j] = useful ? own.step[j] : 0.0;
+      own.certified = false, own.passes = 0;
+    });
+    start_at_trials(here);
   }
 };
 
-void map_newton(const MapPoints& points, int64_t* passes, double* certificate, bool* certified, const MapProblem& problem,
-                bool keep, int threads) {
-  const MapInput& in = problem.rewards;
-  const int64_t chunks = (in.n + kChunkRows - 1) / kChunkRows;
-  threads = int(at_most(threads, keep ? problem.count : chunks));
-  if (!keep) threads = int(at_most(threads, 1 + ((in.n * (in.m + 4) * (in.m + 4)) >> 21)));
-  Desk** desks = static_cast<Desk**>(std::malloc(size_t(threads) * sizeof(Desk*)));
-  for (int t = 0; t < threads; ++t) desks[t] = new Desk(in.m, keep ? in.n : 0);
-  Crew::gather(threads, [&](Crew& crew) {
-    Solver solver = {{problem, in, crew, {}, desks, nullptr, 0, in.m, chunks, 0}};
-    const int64_t share = in.n / kFewRows;
-    solver.few_stride = kRun * (share > kFewShare ? share : kFewShare);
-    if (keep) {
-      solver.columns.wide = solver.keep_columns<double>();
-      solver.columns.narrow = solver.keep_columns<float>();
-      solver.columns.reach = solver.largest_values();
-      solver.columns.kept = true;
-    } else {
-      solver.chunk_sums = allocate_zeros<double>(chunks * Total::size(in.m));
-    }
-    solver.solve_all(points, passes, certificate, certified);
-    std::free(solver.chunk_sums);
-    std::free(solver.series.coefficients);
-    std::free(solver.columns.wide);
-    std::free(solver.columns.narrow);
-    std::free(solver.columns.reach);
+MapVerdict map_newton(const MapSolution& out, const MapProblem& problem, int threads) {
+  const Pass pass(problem.rewards, problem.count, threads);
+  MapVerdict verdict = MapVerdict::unmeasured;
+  Crew::gather(pass.threads, [&](Crew& crew) {
+    double* const zero = allocate_zeros<double>(problem.rewards.m);
+    pass.run(out.first, zero, 1, 1, crew);
+    std::free(zero);
+    NewtonSolver solver(out, problem, pass, crew);
+    if (solver.measure()) verdict = solver.solve();
   });
-  for (int t = 0; t < threads; ++t) delete desks[t];
-  std::free(desks);
+  return verdict;
 }
 
 }  // namespace fastalign::FASTALIGN_LEVEL

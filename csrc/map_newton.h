@@ -1,35 +1,37 @@
-// The MAP dual minimised for K palettes, whole solves without a word to Python: fastalign/palette/_newton.py's method.
+// The MAP dual minimised for K palettes, whole solves without Python between the passes: fastalign/palette/_newton.py's
+// method, on the passes of map_pass.h.
 #pragma once
 
 #include "map_statistics.h"
 
 namespace fastalign {
 
-// K points of the dual, as fastalign/palette/_batch.py's Points has them. In: the points at mu = 0; out: the last ones.
-struct MapPoints {
-  double *mu, *value, *gradient, *hessian, *top, *ess;  // (K, m), (K,), (K, m), (K, m, m), (K,), (K,)
-};
-
-constexpr int64_t kMostValues = 64;
-// What rounding may take from a covariance, as a share of the second moment.
-constexpr double kRounding = 16 * 0x1p-52;
-
 struct MapProblem {
-  MapInput rewards;  // one group of all rows, m <= kMostValues
+  MapInput rewards;
   int64_t count;
-  double log_norm, tol;         // log sum of the weights; bound on the residual
-  const double *scale, *offset;  // (m,), (K, m): mu = lambda scale; center - palette
-  const double *lower, *upper;   // (m,) of mu
-  const double* start;           // (K, m) mu to begin at, or null
-  const bool *constant, *skip;   // (m,) rewards that do not vary; (K,) palettes to leave alone
+  const double *palettes, *sign;  // (K, m); (m,) 1: at least, -1: at most, 0: exactly
+  const double* start;            // (K, m) lambda to begin at, or null
+  double tol, lam_max;            // bounds on the residual and on |lambda|
+  // Null: the rewards' standard deviations are taken for units and none is constant. Else given: constant (m,) rewards are
+  // left at lambda = 0, skip (K,) palettes alone.
+  const bool *constant, *skip;
 };
+
+// What was found. first: the moments at lambda = 0, scale (m,) the rewards' units, given where constant is. The rest leads
+// with K; mu = lambda scale. residual: how far off the minimum; passes: how often all rows were read; certificate (K, m): where certified, a direction
+// mu / |mu| in which every law falls short of the palette.
+struct MapSolution {
+  double *first, *scale, *mu, *value, *gradient, *ess, *residual, *certificate;
+  bool* certified;
+  int64_t* passes;
+};
+
+enum class MapVerdict { unmeasured, flat, steep };
 
 }  // namespace fastalign
 
 FASTALIGN_DECLARE(
-  // passes (K,): how often all rows were read; certificate (K, m) and certified (K,): a direction mu / |mu| in which
-  // every row falls short. keep: whether the columns are held in memory, else there is one palette.
-  // The same bits at any number of threads.
-  void map_newton(const MapPoints& points, int64_t* passes, double* certificate, bool* certified, const MapProblem& problem,
-                  bool keep, int threads);
+  // unmeasured: some reward is not finite, or varies by no more than rounding may have made: `first` and `scale` alone were
+  // written. flat: some combination of the rewards may be constant. The same bits at any number of threads.
+  MapVerdict map_newton(const MapSolution& out, const MapProblem& problem, int threads);
 )

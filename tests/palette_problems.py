@@ -4,6 +4,7 @@ forty digits."""
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import product
 
 import mpmath
 import numpy as np
@@ -41,13 +42,35 @@ def random_problem(seed: int, dtype=np.float64):
     rewards = x.astype(dtype)
     x = rewards.astype(np.float64)
     senses = [str(s) for s in (rng.choice(SENSES[:3], m) if sense == "mixed" else [sense] * m)]
-    mean, deviation = x.mean(axis=0), x.std(axis=0)
+    palette = _palette_at(place, rng, x, senses)
+    return rewards, palette, senses, f"seed {seed}: {kind}, {place}, {n} x {m}, {' '.join(senses)}"
+
+
+def random_problem_of_prompts(seed: int, dtype=np.float64):
+    """The same with few samples in up to three prompts, in any order, and their numbers (n,) last."""
+    rewards, _, senses, told = random_problem(seed, dtype)
+    rng = np.random.default_rng(seed + 1_000_000)
+    rewards = rewards[: int(rng.integers(1, 15))]
+    groups = rng.integers(0, rng.integers(1, 4), len(rewards)) * 7 - 3
+    place = rng.choice(PLACES)
+    palette = _palette_at(place, rng, mixtures(rewards, groups), senses)
+    return rewards, palette, senses, f"{told}; {place}, prompts {groups.tolist()}", groups
+
+
+def mixtures(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The means of every choice of one sample a prompt: the corners of what policies per prompt can reach."""
+    each = [rewards[groups == g].astype(np.float64) for g in np.unique(groups)]
+    return np.array([np.mean(choice, axis=0) for choice in product(*each)])
+
+
+def _palette_at(place: str, rng, x: np.ndarray, senses) -> np.ndarray:
+    m, mean, deviation = x.shape[1], x.mean(axis=0), x.std(axis=0)
     inside = rng.dirichlet(np.ones(len(x))) @ x
     # The face that lies farthest in some direction: its corners' mixtures are on the edge.
     d = np.array([{">=": 1.0, "<=": -1.0, "==": rng.choice([-1.0, 1.0])}[s] for s in senses]) * rng.random(m)
     corner = x[np.argmax(x @ (d / np.where(deviation > 0, deviation, 1)))]
     other = x[rng.integers(len(x))]
-    palette = {
+    return {
         "inside": inside,
         "mean": mean,
         "sample": other,
@@ -57,21 +80,22 @@ def random_problem(seed: int, dtype=np.float64):
         "far outside": mean + 50 * d * deviation,
         "largest": np.where(d > 0, x.max(axis=0), x.min(axis=0)),
     }[place]
-    return rewards, palette, senses, f"seed {seed}: {kind}, {place}, {n} x {m}, {' '.join(senses)}"
 
 
-def spread(rewards: np.ndarray) -> np.ndarray:
-    """Each reward's deviation, or its size where it has none: the units of the tolerance."""
-    deviation, size = rewards.std(axis=0), np.abs(rewards).max(axis=0)
+def spread(rewards: np.ndarray, groups=None) -> np.ndarray:
+    """Each reward's deviation, within groups, or its size where it has none: the units of the tolerance."""
+    ids = np.zeros(len(rewards), dtype=int) if groups is None else np.unique(groups, return_inverse=True)[1]
+    variance = np.mean([rewards[ids == g].var(axis=0) for g in range(ids.max() + 1)], axis=0)
+    deviation, size = np.sqrt(variance), np.abs(rewards).max(axis=0)
     return np.where(deviation > 1e-14 * size, deviation, np.where(size > 0, size, 1.0))
 
 
-def exact_slack(rewards: np.ndarray, palette: np.ndarray, senses) -> float:
+def exact_slack(rewards: np.ndarray, palette: np.ndarray, senses, unit=None) -> float:
     """max t such that some mixture meets every constraint with t deviations to spare (an equality: within -t).
 
     By linear programming in floating point, and in rational numbers where that comes out near 0.
     """
-    unit = spread(rewards)
+    unit = spread(rewards) if unit is None else unit
     rows = []
     for j, sense in enumerate(senses):
         gap = [(Fraction(float(r)) - Fraction(float(palette[j]))) / Fraction(float(unit[j])) for r in rewards[:, j]]
@@ -144,31 +168,42 @@ def _inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
     return [row[size:] for row in work]
 
 
-def precise_lambda(rewards, palette, senses, lam, digits: int = 40):
-    """λ·spread in forty digits by Newton on the values in `lam`'s support, and the KKT residual there in deviations."""
-    unit = spread(rewards)
-    active = np.flatnonzero(lam)
+def precise_lambda(rewards, palette, senses, lam, groups=None, digits: int = 40):
+    """λ·spread in forty digits by Newton on the values in `lam`'s support; the KKT residual there in deviations; and how far
+    the last step still went: along a direction in which the dual hardly falls, λ is not to be known."""
+    unit = spread(rewards, groups)
+    ids = np.zeros(len(rewards), dtype=int) if groups is None else np.unique(groups, return_inverse=True)[1]
+    members = [np.flatnonzero(ids == g) for g in range(ids.max() + 1)]
+    active, last = np.flatnonzero(lam), 0.0
     with mpmath.workdps(digits):
         x = [[(mpmath.mpf(float(r)) - mpmath.mpf(float(c))) / mpmath.mpf(float(u)) for r, c, u in
               zip(row, palette, unit, strict=True)] for row in rewards]  # fmt: skip
         mu = [mpmath.mpf(float(lam[j])) * mpmath.mpf(float(unit[j])) for j in active]
         for step in range(7):
             scores = [mpmath.fsum(m * row[j] for m, j in zip(mu, active, strict=True)) for row in x]
-            top = max(scores)
-            p = [mpmath.exp(s - top) for s in scores]
-            total = mpmath.fsum(p)
-            p = [q / total for q in p]
-            mean = [mpmath.fsum(q * row[j] for q, row in zip(p, x, strict=True)) for j in range(len(palette))]
+            p = [mpmath.mpf(0)] * len(x)  # of each group, which all count alike
+            for rows in members:
+                top = max(scores[i] for i in rows)
+                e = {i: mpmath.exp(scores[i] - top) for i in rows}
+                total = mpmath.fsum(e.values()) * len(members)
+                for i in rows:
+                    p[i] = e[i] / total
+            level = lambda rows, j: mpmath.fsum(p[i] * x[i][j] for i in rows)  # noqa: B023, E731
+            each = [[level(rows, j) * len(members) for j in range(len(palette))] for rows in members]
+            mean = [mpmath.fsum(own[j] for own in each) / len(members) for j in range(len(palette))]
             if step == 6 or not len(active):
                 break
             cov = mpmath.matrix(len(active))
             for a, j in enumerate(active):
                 for b, k in enumerate(active):
                     cov[a, b] = mpmath.fsum(
-                        q * (row[j] - mean[j]) * (row[k] - mean[k]) for q, row in zip(p, x, strict=True)
+                        p[i] * (x[i][j] - own[j]) * (x[i][k] - own[k])
+                        for rows, own in zip(members, each, strict=True)
+                        for i in rows
                     )
             delta = mpmath.lu_solve(cov, mpmath.matrix([-mean[j] for j in active]))
             mu = [m + d for m, d in zip(mu, delta, strict=True)]
+            last = max(abs(float(d)) for d in delta)
         left = mpmath.mpf(0)
         for j, sense in enumerate(senses):
             m = mu[list(active).index(j)] if j in active else mpmath.mpf(0)
@@ -176,4 +211,4 @@ def precise_lambda(rewards, palette, senses, lam, digits: int = 40):
             left = max(left, abs(m - (max(moved, 0) if sense == ">=" else min(moved, 0) if sense == "<=" else moved)))
         out = np.zeros(len(palette))
         out[active] = [float(m) for m in mu]
-        return out, float(left)
+        return out, float(left), last

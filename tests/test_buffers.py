@@ -137,13 +137,18 @@ def test_a_soup_takes_buffers_of_one_size():
 )
 def test_arrays_of_another_layout_are_refused(spoil):
     rewards, m = np.random.default_rng(0).normal(size=(20, 3)), 3
-    out, palette, sign = np.empty(2 * m + 4), np.zeros(m), np.ones(m)
-    assert backend.engine.map_small(out, rewards, palette, sign, 3.0, 1e-8, 1e-12) >= 0
-    for i, x in enumerate((palette, sign)):
-        given = [palette, sign]
-        given[i] = spoil(x)
+    description = (rewards, np.zeros(m), None, None, None, 0)
+    found = [np.empty(n) for n in (3 + m + m * m, m, m, 1, m, 1, 1, m)] + [
+        np.empty(1, dtype=bool),
+        np.empty(1, dtype=np.int64),
+    ]
+    palette, sign = np.full(m, -0.1), np.ones(m)
+    assert backend.engine.map_newton((*found,), description, (palette, sign, None, None, None), 1e-8, np.inf, 1) == 2
+    for i in range(2):
+        given = [palette, sign, None, None, None]
+        given[i] = spoil(given[i])
         with pytest.raises(RuntimeError, match="called wrongly"):
-            backend.engine.map_small(out, rewards, *given, 3.0, 1e-8, 1e-12)
+            backend.engine.map_newton((*found,), description, (*given,), 1e-8, np.inf, 1)
     for wrong in (
         rewards.astype(">f8"),
         rewards.T,

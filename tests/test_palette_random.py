@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from palette_problems import exact_slack, precise_lambda, random_problem, spread
+from palette_problems import exact_slack, mixtures, precise_lambda, random_problem, random_problem_of_prompts, spread
 
 from fastalign.palette import solve
 
@@ -14,35 +14,40 @@ COUNT = int(os.environ.get("FASTALIGN_PALETTE_PROBLEMS", "100"))
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("first", range(0, COUNT, 50))
-def test_verdict_and_lambda_are_exact(first, dtype):
+@pytest.mark.parametrize("problem", [random_problem, random_problem_of_prompts])
+def test_verdict_and_lambda_are_exact(problem, first, dtype):
     for seed in range(first, min(first + 50, COUNT)):
-        check(*random_problem(seed, dtype))
+        check(*problem(seed, dtype))
 
 
-def check(rewards, palette, senses, told):
-    found = solve(rewards, palette, sense=senses)
+def check(rewards, palette, senses, told, groups=None):
+    found = solve(rewards, palette, sense=senses, groups=groups)
     rewards = rewards.astype(np.float64)
-    unit = spread(rewards)
-    room = exact_slack(rewards, palette, senses)
+    unit = spread(rewards, groups)
+    corners = rewards if groups is None else mixtures(rewards, groups)
+    slack = lambda levels: exact_slack(corners, levels, senses, unit)  # noqa: E731
+    room = slack(palette)
     assert found.feasible == (room >= -TOL), f"{told}: slack {room:g}"
     signs = np.array([{">=": 1, "<=": -1, "==": 0}[s] for s in senses])
     if not found.feasible:
         d = found.certificate
         assert (d * signs >= 0).all() and np.isfinite(found.nearest).all(), told
-        assert ((rewards - palette) @ d).max() < 0, told
-        assert exact_slack(rewards, found.nearest, senses) > -1e-8, told
+        assert ((corners - palette) @ d).max() < 0, told
+        assert slack(found.nearest) > -1e-8, told
         assert 0 <= found.scaling <= 1, told
-        mean = rewards.mean(axis=0)
-        assert abs(exact_slack(rewards, mean + found.scaling * (palette - mean), senses)) < 1e-7, told
+        mean = corners.mean(axis=0)
+        assert abs(slack(mean + found.scaling * (palette - mean))) < 1e-7, told
         return
     assert all(np.isfinite(x).all() for x in (found.lam, found.levels, found.kl, found.ess)), told
     assert (found.lam * signs >= 0).all(), told
     assert found.kkt_residual <= TOL or room < 1e-6, f"{told}: residual {found.kkt_residual:g}, slack {room:g}"
     if room < 1e-6 or not found.unique:
         return
-    exact, left = precise_lambda(rewards, palette, senses, found.lam)
+    exact, left, last = precise_lambda(rewards, palette, senses, found.lam, groups)
     # At the mean λ is 0 but for the rounding of the palette: which values bind is then rounding too.
     assert left < 1e-12, f"{told}: support of λ is wrong, {left:g}"
+    if last > 1e-9 * (1 + np.abs(exact).max()):
+        return
     np.testing.assert_allclose(
         found.lam * unit, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max() + 1e-12, err_msg=told
     )

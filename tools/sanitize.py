@@ -34,7 +34,7 @@ LIBRARY = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libts
 FOUND = 77  # the exit status of a process in which a sanitizer found something
 TESTS = (
     "buffers", "layouts", "token_logprobs", "token_logratios", "linear_token_logprobs", "linear_sample_tokens", "sample_tokens",
-    "resample", "gae", "map_statistics", "layers", "engine", "palette_engine", "palette_edges", "soup_kernel", "soup_tasks",
+    "resample", "gae", "map_statistics", "layers", "engine", "palette_native", "palette_edges", "soup_kernel", "soup_tasks",
     "soup_memory",
 )  # fmt: skip
 SHORT = ("buffers", "layouts")
@@ -182,8 +182,8 @@ def work() -> dict[str, Callable[[], list]]:
         ops.linear_token_logprobs(x, w, labels).sum().backward()
         return [x.grad, w.grad]
 
-    def solved(palettes):
-        found = palette.solve(rewards, palettes)
+    def solved(palettes, groups=None):
+        found = palette.solve(rewards, palettes, groups=groups)
         return [torch.from_numpy(np.array(x)) for x in (found.lam, found.levels)]
 
     return {
@@ -197,6 +197,7 @@ def work() -> dict[str, Callable[[], list]]:
         "map_statistics": lambda: list(ops.map_statistics(torch.from_numpy(rewards), torch.zeros(64, 3))),
         "one palette": lambda: solved(levels_[1]),
         "palettes": lambda: solved(levels_),
+        "palettes per prompt": lambda: solved(levels_, np.arange(20_000) // 50),
         "soup": lambda: mix_tensors([logits, logits.flip(0)], [[0.25, 0.75]], torch.float32),
     }
 
@@ -209,7 +210,7 @@ def hammer(threads: int, rounds: int, crew: int) -> None:
     calls = work()
     expected = {name: [x.clone() for x in call()] for name, call in calls.items()}
     # torch's own loops stay in one thread, which is OpenMP's; the engine's crews take more.
-    for name in ("fastalign.ops.map_statistics", "fastalign.palette._engine"):
+    for name in ("fastalign.ops.map_statistics", "fastalign.palette._native"):
         sys.modules[name].threads = lambda: crew
     failed: list[str] = []
     begin = threading.Barrier(threads)

@@ -1,13 +1,14 @@
 """Projected Newton on one palette's dual within bounds on λ, as a generator: it yields the μ at which it wants a pass.
 
 Bertsekas 1982, with the model over the bounds solved exactly by an active set, and a safeguarded line search. μ is λ
-in units of the rewards' standard deviations. csrc/map_newton.cpp is the same iteration in the engine, for rewards in
-memory; tests/test_palette_engine.py holds the two to the same answers.
+in units of the rewards' standard deviations. csrc/map_newton.cpp is the same iteration compiled, for rewards in memory;
+tests/test_palette_native.py holds the two to the same answers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,19 @@ MAX_PASSES = 200
 HUGE = 1e12
 # The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by 10 tol or less.
 POLISH_STEPS = 3
+
+
+class Minima(NamedTuple):
+    """The last point of each of K palettes. certificate: μ / |μ| where `certified`, a direction in which all fall short."""
+
+    mu: np.ndarray  # (K, m)
+    value: np.ndarray  # (K,)
+    gradient: np.ndarray  # (K, m)
+    ess: np.ndarray  # (K,)
+    residual: np.ndarray  # (K,)
+    passes: np.ndarray  # (K,) over all rows
+    certificate: np.ndarray  # (K, m)
+    certified: np.ndarray  # (K,) bool
 
 
 @dataclass
@@ -30,33 +44,40 @@ class Point:
     ess: float
 
 
-class State:
-    """A palette's Newton iteration between passes: the trial asked for, the best point, the certificate if met."""
+def minimise(evaluate, points: list[Point], skip: np.ndarray, lower, upper, tol: float) -> Minima:
+    """All palettes' iterations in step, so that a pass serves every one that is still at work.
 
-    def __init__(self, steps):
-        self.steps, self.passes = steps, 0
-        self.trial = self.point = self.certificate = None
+    evaluate(ks, μ (len(ks), m)) -> their Points. points: where each begins, found in a first pass. skip: (K,) those to
+    leave there.
+    """
+    count, m = len(points), len(lower)
+    points, passes = list(points), np.ones(count, dtype=np.int64)
+    certificate, certified = np.full((count, m), np.nan), np.zeros(count, dtype=bool)
+    steps = {int(k): newton(points[k], lower, upper, tol) for k in np.flatnonzero(~skip)}
+    sent: dict = dict.fromkeys(steps)
+    while sent:
+        trials = {}
+        for k, point in sent.items():
+            try:
+                trials[k] = steps[k].send(point)
+            except StopIteration as stop:
+                points[k], proof = stop.value
+                if proof is not None:
+                    certificate[k], certified[k] = proof, True
+        sent = {}
+        if trials:
+            passes[list(trials)] += 1
+            sent = dict(zip(trials, evaluate(np.array(list(trials)), np.array(list(trials.values()))), strict=True))
+    mu, value, gradient, ess = (
+        np.array([getattr(p, name) for p in points]) for name in ("mu", "value", "gradient", "ess")
+    )
+    left = np.array([residual(p.mu, p.gradient, lower, upper) for p in points])
+    return Minima(mu, value, gradient, ess, left, passes, certificate, certified)
 
-    def begin(self) -> bool:
-        return self._resume(None)
 
-    def advance(self, point: Point) -> bool:
-        self.passes += 1
-        return self._resume(point)
-
-    def _resume(self, sent) -> bool:
-        try:
-            self.trial = self.steps.send(sent)
-            return True
-        except StopIteration as stop:
-            self.point, self.certificate = stop.value
-            return False
-
-
-def residual(point: Point, lower: np.ndarray, upper: np.ndarray) -> float:
+def residual(mu: np.ndarray, gradient: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
     """max_j |μ_j − clip(μ_j − γ_j, lower_j, upper_j)|, which is 0 at the minimum over the bounds and nowhere else."""
-    mu = point.mu
-    return float(np.abs(mu - np.minimum(np.maximum(mu - point.gradient, lower), upper)).max())
+    return float(np.abs(mu - np.minimum(np.maximum(mu - gradient, lower), upper)).max())
 
 
 def newton(point: Point, lower: np.ndarray, upper: np.ndarray, tol: float):
@@ -71,7 +92,7 @@ def newton(point: Point, lower: np.ndarray, upper: np.ndarray, tol: float):
             certificate = point.mu / size
             if not bounded:
                 return point, certificate
-        left = residual(point, lower, upper)
+        left = residual(point.mu, point.gradient, lower, upper)
         if left == 0.0 or size > HUGE:
             return point, certificate
         step = model_minimum(point.hessian, point.gradient, point.mu, lower, upper) - point.mu
@@ -92,7 +113,7 @@ def newton(point: Point, lower: np.ndarray, upper: np.ndarray, tol: float):
             # Near the minimum g stands still at its last bits; there the residual is what must fall.
             if trial.value <= point.value + 1e-4 * t * slope or (
                 trial.value <= point.value + 1e-12 * (1.0 + abs(point.value))
-                and residual(trial, lower, upper) < 0.5 * left
+                and residual(trial.mu, trial.gradient, lower, upper) < 0.5 * left
             ):
                 break
             if left <= tol:

@@ -1,4 +1,4 @@
-"""One data set and K palettes in units of the rewards' standard deviations: iterated side by side, then judged."""
+"""One data set and K palettes in units of the rewards' standard deviations: minimised side by side, then judged."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from math import isfinite
 import numpy as np
 
 from fastalign.errors import UserError
-from fastalign.palette import _engine
-from fastalign.palette._batch import LEFT, Points, model_minima, residuals, sweep
-from fastalign.palette._newton import State, newton
+from fastalign.palette import _native, _newton
+from fastalign.palette._newton import Point, residual
 from fastalign.palette._uniqueness import flat_directions, least_norm
 from fastalign.palette.feasibility import SHARP, Reachable
 
-# Rows on which λ is first sought: a start that spares passes over all; then a 16th of all, which spares one more.
-FIRST_ROWS, LAST_SHARE = 16_384, 16
-# So many palettes go through the steps in arrays; so many start from the answers to every eighth of them.
-TOGETHER, PATH, PATH_STEP, MOST_PIVOTS = 4, 64, 8, 512
+# Rows on which λ is first sought where there are many times as many: a start that spares passes over all.
+FIRST_ROWS, FIRST_SHARE = 16_384, 8
 ROUNDING = 16 * np.finfo(np.float64).eps
 DOUBTFUL = 1e-12
 LEAST_SPREAD = 1e-40  # and its inverse: squares of what is beyond leave float64
@@ -24,43 +21,49 @@ ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
 
 class Problem:
-    """run: a pass (see `passes`). sign (m,): 1 for ≥, -1 for ≤, 0 for =. start_from(problem) -> (K, m) λ or None."""
+    """The duals of `palettes` (K, m) at their minima.
 
-    def __init__(self, run, palettes: np.ndarray, sign: np.ndarray, tol: float, lam_max: float, start_from=None):
+    run: a pass (see `passes`). sign (m,): 1 for ≥, -1 for ≤, 0 for =. start: (K, m) λ to begin at, or None.
+    """
+
+    def __init__(self, run, palettes: np.ndarray, sign: np.ndarray, tol: float, lam_max: float, start=None):
         self.run, self.palettes, self.sign, self.tol, self.lam_max = run, palettes, sign, tol, lam_max
         count, m = palettes.shape
-        self.in_engine = _engine.serves(run, count)
-        guess = None if start_from is None else start_from(self)
-        # λ = 0 and the starts share the first read.
-        begin = guess is not None and not self.in_engine
-        first = run(np.vstack([np.zeros((1, m)), guess]) if begin else np.zeros((1, m)))
-        self.mean, cov = first.mean[0], first.cov[0]
-        if not (isfinite(self.mean.sum()) and isfinite(cov.sum())):
-            run.reject_nonfinite()
-        self.scale, self.constant = self._measure(cov.diagonal())
-        _check_spread(np.where(self.constant, 1.0, self.scale))
-        self.any_constant = bool(self.constant.any())
-        self.offset = run.center - palettes
-        bound = np.where(self.constant, 0.0, lam_max * self.scale)
-        self.lower, self.upper = np.where(sign > 0, 0.0, -bound), np.where(sign < 0, 0.0, bound)
-        self.short = np.zeros(count, dtype=bool)
-        if self.any_constant:
-            # It cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
-            miss = self.miss((self.offset + self.mean) / self.scale)
-            self.short = (self.constant & (miss > 4 * run.eps + tol)).any(axis=1)
-        self.reachable = Reachable(run, self.scale, sign)
-        self.points = self.view(slice(None), np.zeros((count, m)), first, slice(0, 1))
-        self.points.hessian = np.repeat(self.points.hessian, count, axis=0)
-        self.points.ess = np.repeat(self.points.ess, count)
-        self.spread = self.points.hessian[0].copy()  # the covariance under p0, in units of σ
-        self.guess = guess
-        if begin:
-            everything = np.arange(count)
-            begun = self.view(everything, np.clip(guess * self.scale, self.lower, self.upper), first, 1 + everything)
-            lower = np.flatnonzero(begun.value < self.points.value)  # a start that is no lower than 0 tells nothing
-            self.points[lower] = begun[lower]
+        self.constant, self.short = np.zeros(m, dtype=bool), np.zeros(count, dtype=bool)
+        native = _native.serves(run)
+        found = _native.minimise(self, start, measured=False) if native else None
+        if found is None:
+            if start is None and not native:
+                start = self._start_on_part()
+            guess = None if native else start
+            first = run(np.zeros((1, m)) if guess is None else np.vstack([np.zeros((1, m)), guess]))
+            self._measure(first)
+            found = _native.minimise(self, start, measured=True) if native else self._minimise(first, guess)
+        self.minima = found
 
-    def _measure(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _start_on_part(self) -> np.ndarray | None:
+        """(K, m) λ solved on a part of the rows; None where there are not many times as many."""
+        part = self.run.part(FIRST_ROWS) if self.run.rows >= FIRST_SHARE * FIRST_ROWS else None
+        if part is None:
+            return None
+        few = Problem(part, self.palettes, self.sign, 1e-3, self.lam_max)
+        if few.constant.any() or few.short.any():
+            return None
+        return np.where(few.minima.certified[:, None], 0.0, few.minima.mu / few.scale)
+
+    def _measure(self, first) -> None:
+        """The units from the moments at λ = 0, and which palettes ask too much of a reward that is constant."""
+        self.mean, self.cov = first.mean[0], first.cov[0]
+        if not (isfinite(self.mean.sum()) and isfinite(self.cov.sum())):
+            self.run.reject_nonfinite()
+        self.scale, self.constant = self._units(self.cov.diagonal())
+        _check_spread(np.where(self.constant, 1.0, self.scale))
+        self.steep = False
+        # It cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
+        miss = self._miss((self.run.center + self.mean - self.palettes) / self.scale)
+        self.short = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
+
+    def _units(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each reward is measured by, (m,): its standard deviation under p0; and whether it is constant.
 
         A variance that is small beside the square of the mean it is about may be all rounding, or be lost in it. There the
@@ -84,131 +87,104 @@ class Problem:
             deviation[doubtful] = np.where(constant, size, np.maximum(deviation, spread))[doubtful]
         return deviation, constant
 
-    def miss(self, gradient: np.ndarray) -> np.ndarray:
+    def _miss(self, gradient: np.ndarray) -> np.ndarray:
         """By how many standard deviations each level misses what is asked of it; at most 0 where it does not."""
         return np.where(self.sign == 0, np.abs(gradient), -self.sign * gradient)
 
-    def view(self, ks: np.ndarray, mu: np.ndarray, stats, rows=slice(None)) -> Points:
-        """The duals of the palettes `ks` at μ (K, m), from the rows `rows` of a pass's statistics."""
-        offset, mean = self.offset[ks], stats.mean[rows]
-        shift = np.einsum("kj,kj->k", mu / self.scale, offset)
-        gradient = (mean + offset) / self.scale
-        if self.any_constant:
-            gradient[:, self.constant] = 0.0
-        hessian = stats.cov[rows] / (self.scale * self.scale[:, None])
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """On μ (m,)."""
+        bound = np.where(self.constant, 0.0, self.lam_max * self.scale)
+        return np.where(self.sign > 0, 0.0, -bound), np.where(self.sign < 0, 0.0, bound)
+
+    def _points(self, ks, mu: np.ndarray, stats) -> list[Point]:
+        """The duals of the palettes `ks` at their μ (len(ks), m), from a pass's statistics there."""
+        offset = self.run.center - self.palettes[ks]
+        shift = (mu / self.scale * offset).sum(axis=1)
+        gradient = np.where(self.constant, 0.0, (stats.mean + offset) / self.scale)
+        hessian = stats.cov / (self.scale * self.scale[:, None])
         # What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
-        diagonal = hessian.reshape(len(hessian), -1)[:, :: mu.shape[1] + 1]
-        diagonal += ROUNDING * (diagonal + (mean / self.scale) ** 2)
-        return Points(mu, stats.log_z[rows] + shift, gradient, hessian, stats.max_score[rows] + shift, stats.ess[rows])
+        diagonal = hessian.reshape(len(mu), -1)[:, :: mu.shape[1] + 1]
+        diagonal += ROUNDING * (diagonal + (stats.mean / self.scale) ** 2)
+        top = stats.max_score + shift
+        return [Point(*each) for each in zip(mu, stats.log_z + shift, gradient, hessian, top, stats.ess, strict=True)]
 
-    def evaluate(self, ks: np.ndarray, mu: np.ndarray) -> Points:
-        return self.view(ks, mu, self.run(mu / self.scale))
+    def _evaluate(self, ks, mu: np.ndarray) -> list[Point]:
+        return self._points(ks, mu, self.run(mu / self.scale))
 
-    def minimise(self) -> None:
-        """All palettes' Newton iterations in step: a pass serves every palette that is still at work."""
-        count = len(self.palettes)
-        self.passes, self.certificates = np.ones(count, dtype=int), [None] * count
-        if self.in_engine:
-            start = None if self.guess is None else self.guess * self.scale
-            passes, self.certificates = _engine.minimise(self, self.points, start, self.short)
-            self.passes += passes
-            return
-        todo = np.flatnonzero(~self.short)
-        if len(todo) >= PATH and self.guess is None:
-            pivots = todo[:: max(PATH_STEP, len(todo) // MOST_PIVOTS)]
-            self._settle(pivots)
-            todo = np.setdiff1d(todo, pivots, assume_unique=True)
-            self._start_beside(pivots, todo)
-        self._settle(todo)
-
-    def _start_beside(self, pivots: np.ndarray, ks: np.ndarray) -> None:
-        """Start each palette from the nearest one that is solved, by a Newton step on that one's model."""
-        pivots = np.array([p for p in pivots if self.certificates[p] is None])
-        if not len(pivots):
-            return
-        apart = [(((self.palettes[pivots] - self.palettes[k]) / self.scale) ** 2).sum(axis=1).argmin() for k in ks]
-        beside = self.points[pivots[np.array(apart)]]
-        beside.gradient = beside.gradient + (self.offset[ks] - self.offset[pivots[np.array(apart)]]) / self.scale
-        beside.gradient[:, self.constant] = 0.0
-        mu, found = model_minima(beside, self.lower, self.upper)
-        ks, mu = ks[found], mu[found]
-        if len(ks):
-            begun = self.evaluate(ks, mu)
-            self.passes[ks] += 1
-            lower = begun.value < self.points.value[ks]
-            self.points[ks[lower]] = begun[lower]
-
-    def _settle(self, ks: np.ndarray) -> None:
-        if len(ks) >= TOGETHER:
-            points = self.points[ks]
-            state, passes = sweep(
-                lambda rows, mu: self.evaluate(ks[rows], mu), points, self.lower, self.upper, self.tol
-            )
-            self.points[ks] = points
-            self.passes[ks] += passes
-            ks = ks[state == LEFT]
-        states = {k: State(newton(self.points.one(k), self.lower, self.upper, self.tol)) for k in ks}
-        active = np.array([k for k in ks if states[k].begin()], dtype=int)
-        while len(active):
-            found = self.evaluate(active, np.array([states[k].trial for k in active]))
-            active = np.array([k for row, k in enumerate(active) if states[k].advance(found.one(row))], dtype=int)
-        for k, state in states.items():
-            self.points.put(k, state.point)
-            self.passes[k] += state.passes
-            self.certificates[k] = state.certificate
+    def _minimise(self, first, guess) -> _newton.Minima:
+        """In Python, from 0 or where the guess is lower: they share the first read."""
+        (lower, upper), ks = self._bounds(), np.arange(len(self.palettes))
+        part = lambda rows: type(first)(*(x[rows] for x in first))  # noqa: E731
+        points = self._points(ks, np.zeros(self.palettes.shape), part(np.zeros_like(ks)))
+        if guess is not None:
+            begun = self._points(ks, np.clip(guess * self.scale, lower, upper), part(1 + ks))
+            points = [b if b.value < p.value else p for b, p in zip(begun, points, strict=True)]
+        return _newton.minimise(self._evaluate, points, self.short, lower, upper, self.tol)
 
     def conclude(self) -> dict:
         """The verdicts, and the solutions in the rewards' own units: every field of PaletteSolution, K leading."""
-        points, count = self.points, len(self.palettes)
-        left = residuals(points, self.lower, self.upper)
+        mu, value, gradient, ess, left, passes, _, _ = self.minima
         reached = (left <= self.tol) & ~self.short
         if isfinite(self.lam_max):  # else no residual could hide what is missing
-            reached &= (self.miss(points.gradient) <= self.tol).all(axis=1)
-        feasible, beyond = reached.copy(), {"nearest": {}, "certificate": {}, "scaling": {}}
-        for k in np.flatnonzero(~reached):
-            palette = self.palettes[k]
-            known = None if self.certificates[k] is None else self.certificates[k] / self.scale
-            nearest, certificate, distance = self.reachable.nearest(palette, known)
-            feasible[k] = distance <= self.tol and not self.short[k]
-            if not feasible[k]:
-                beyond["nearest"][k], beyond["certificate"][k] = nearest, certificate
-                if certificate is None:  # beyond by too little to be proved in double
-                    beyond["certificate"][k], beyond["scaling"][k] = np.full(len(palette), np.nan), 1.0
-                    continue
-                beyond["scaling"][k] = self.reachable.scaling(self.run.center + self.mean, palette, certificate)
+            reached &= (self._miss(gradient) <= self.tol).all(axis=1)
+        feasible, beyond = (reached, {}) if reached.all() else self._judge(reached)
         solved = feasible | isfinite(self.lam_max)
-        unique = np.ones(count, dtype=bool)
-        steep = flat_directions(self.spread, self.constant)
-        for k in np.flatnonzero(solved) if steep is not None else ():
-            mu, unique[k] = least_norm(points.one(k), steep, self.lower, self.upper, self.constant)
-            if mu is None:
-                continue
-            again = self.evaluate(np.array([k]), mu[None])
-            self.passes[k] += 1
-            if residuals(again, self.lower, self.upper)[0] <= max(self.tol, left[k]):
-                points[[k]], left[k] = again, residuals(again, self.lower, self.upper)[0]
-        lam = points.mu / self.scale
-        lam[np.abs(points.mu) <= self.tol] = 0.0
+        unique = np.ones(len(mu), dtype=bool)
+        if not self.steep:
+            unique = self._least_norm(solved)
+        lam = mu / self.scale
+        lam[np.abs(mu) <= self.tol] = 0.0
         if isfinite(self.lam_max):
             lam = np.clip(lam, -self.lam_max, self.lam_max)
-        levels = points.gradient * self.scale + self.palettes
-        if self.any_constant:
+        levels = gradient * self.scale + self.palettes
+        if self.constant.any():
             levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
-        gap = np.einsum("kj,kj->k", points.mu, points.gradient)
+        gap = (mu * gradient).sum(axis=1)
         found = {
-            "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - points.value), "ess": points.ess.copy(),
-            "kkt_residual": left, "duality_gap": gap,
+            "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - value), "ess": ess, "kkt_residual": left,
+            "duality_gap": gap,
         }  # fmt: skip
+        flagged = feasible & too_thin(ess, lam, self.run.rows, self.run.group_count)
         for x in () if solved.all() else found.values():  # the dual has no minimum
             x[~solved] = np.nan
-        flagged = feasible & too_thin(points.ess, lam, self.run.rows, self.run.group_count)
-        found |= {"feasible": feasible, "iterations": self.passes, "nearly_infeasible": flagged, "unique": unique}
-        for name, rows in beyond.items():
-            found[name] = None
-            if rows:
-                found[name] = np.full((count,) if name == "scaling" else self.palettes.shape, np.nan)
-                found[name][list(rows)] = list(rows.values())
-        return found
+        found |= {"feasible": feasible, "iterations": passes, "nearly_infeasible": flagged, "unique": unique}
+        return found | {name: beyond.get(name) for name in ("nearest", "certificate", "scaling")}
+
+    def _judge(self, reached: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Which palettes can be reached (K,), and of those that cannot `nearest`, `certificate`, `scaling`, else NaN."""
+        reachable, feasible = Reachable(self.run, self.scale, self.sign), reached.copy()
+        nearest, certificate = np.full((2, *self.palettes.shape), np.nan)
+        scaling = np.full(len(reached), np.nan)
+        for k in np.flatnonzero(~reached):
+            palette = self.palettes[k]
+            known = self.minima.certificate[k] / self.scale if self.minima.certified[k] else None
+            there, direction, distance = reachable.nearest(palette, known)
+            feasible[k] = distance <= self.tol and not self.short[k]
+            if feasible[k]:
+                continue
+            nearest[k], scaling[k] = there, 1.0
+            if direction is not None:  # else beyond by too little to be proved in double
+                certificate[k] = direction
+                scaling[k] = reachable.scaling(self.run.center + self.mean, palette, direction)
+        beyond = {"nearest": nearest, "certificate": certificate, "scaling": scaling}
+        return feasible, {} if feasible.all() else beyond
+
+    def _least_norm(self, solved: np.ndarray) -> np.ndarray:
+        """Moves each minimum that is one of many to the one of least norm; (K,) whether it is the only one."""
+        minima, unique = self.minima, np.ones(len(solved), dtype=bool)
+        directions = flat_directions(self.cov / (self.scale * self.scale[:, None]), self.constant)
+        lower, upper = self._bounds()
+        for k in np.flatnonzero(solved) if directions is not None else ():
+            mu, unique[k] = least_norm(minima.mu[k], minima.gradient[k], directions, lower, upper, self.constant)
+            if mu is None:
+                continue
+            again = self._evaluate([k], mu[None])[0]
+            minima.passes[k] += 1
+            left = residual(again.mu, again.gradient, lower, upper)
+            if left <= max(self.tol, minima.residual[k]):
+                minima.mu[k], minima.gradient[k], minima.residual[k] = again.mu, again.gradient, left
+                minima.value[k], minima.ess[k] = again.value, again.ess
+        return unique
 
 
 def too_thin(ess, lam: np.ndarray, rows: int, groups: int):
@@ -217,28 +193,6 @@ def too_thin(ess, lam: np.ndarray, rows: int, groups: int):
     enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), rows / 2)
     thin = (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough
     return thin & (binding > 0)
-
-
-def starts(problem: Problem) -> np.ndarray | None:
-    """(K, m) λ solved on a part of the rows, and then on more of them; None where there are not many times as many, or
-    where the engine itself starts so."""
-    run, guess = problem.run, None
-    if problem.in_engine:
-        return None
-    sizes = [FIRST_ROWS] if run.rows >= 8 * FIRST_ROWS else []
-    sizes += [run.rows // LAST_SHARE] if run.rows >= 3 * LAST_SHARE * FIRST_ROWS else []
-    for size in sizes:
-        part = run.part(size)
-        if part is None:
-            return guess
-        before = guess
-        few = Problem(part, problem.palettes, problem.sign, 1e-3, problem.lam_max, lambda _, x=before: x)
-        if few.constant.any() or few.short.any():
-            return guess
-        few.minimise()
-        guess = few.points.mu / few.scale
-        guess[[c is not None for c in few.certificates]] = 0.0
-    return guess
 
 
 def _check_spread(scale: np.ndarray) -> None:

@@ -63,7 +63,7 @@ class Reachable:
             self.farthest(guess, palette)
         points = [self._seen_from(palette, met) for met in self._met.values()]
         spare = -np.diag(self.sign)[:, self.sign != 0]
-        shortest = np.inf
+        shortest, seen = np.inf, {p.tobytes() for p in points}
         for _ in range(MAX_POINTS):
             # Least-norm point of conv(points) − K as one non-negative least-squares problem: the row of ones asks the
             # weights to sum to 1, and dividing by their sum afterwards makes the answer exact for any residual.
@@ -84,11 +84,12 @@ class Reachable:
                 return palette + nearest * self.scale, None, 0.0
             point, score = self.farthest(d, palette)
             # score + distance² is Frank-Wolfe's gap; where it is rounding, or nothing moved any more, it is nearest.
-            met = distance >= shortest and any(np.array_equal(point, p) for p in points)
+            met = distance >= shortest and point.tobytes() in seen  # among `points`, or dropped from them before
             if score + distance**2 <= 1e-15 * (1.0 + size) * distance or met:
                 break
             shortest = min(shortest, distance)
             points = [*used, point]
+            seen.add(point.tobytes())
         for direction in (d, self._across(d, np.array(used), left)):
             if (proof := self._proof(direction, palette)) is not None:
                 return palette - d * self.scale, proof, distance

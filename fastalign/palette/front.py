@@ -162,9 +162,7 @@ def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, to
     work, start = np.arange(count), None
     for _ in range(MOST_STEPS):
         asked = tilts.mean + t[work, None] * away[work]
-        problem = Problem(tilts.run, asked, as_sign(">=", m), tol, np.inf, start)
-        problem.minimise()
-        found = problem.conclude()
+        found = Problem(tilts.run, asked, as_sign(">=", m), tol, np.inf, start).conclude()
         within = found["feasible"] & (found["kl"] <= kl)
         low[work[within]], best[work[within]] = t[work[within]], found["lam"][within]
         high[work[~within]] = np.minimum(high[work[~within]], t[work[~within]])
@@ -185,8 +183,7 @@ def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, to
         work = work[~done]
         if not len(work):
             break
-        guess = lam[work]
-        start = lambda _, guess=guess: guess  # noqa: E731
+        start = lam[work]
     return low, tilts.at(best)
 
 

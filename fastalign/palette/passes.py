@@ -6,7 +6,7 @@ Each pass is called at λ (K, m) and returns `MapStatistics` of numpy arrays; th
     eps     the rounding of the rewards' own dtype
     rows, group_count    how many there are; 0 groups in the joint form
     total   log Σ weights, or with groups log of how many there are: what a merge of passes weighs each by
-    part(rows)           the same on about so many of the rows, or None where that is no use
+    part(rows)           the same on about so many of the rows; None where they may not stand for the whole: with groups or weights
     reject_nonfinite()   raises UserError on the first NaN or infinite reward
 """
 
@@ -19,45 +19,35 @@ from fastalign.errors import UserError
 from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
 from fastalign.palette._inputs import reject_nonfinite
 
-BLOCK_ROWS, FEW_GROUPS = 64, 64
-
-
-def rough(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each reward's mean, to the rewards' own precision, and root mean square over some 256 of the rows."""
-    some = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
-    each = np.full(len(some), 1 / len(some))
-    with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
-        # A center between two float32 would be another one where the engine subtracts it from them in float32.
-        center = (each @ some).astype(rewards.dtype).astype(np.float64)
-        return center, np.sqrt(each @ (some * some))
-
 
 class ArrayPass(MapPass):
     """Over an array in memory, or mapped into it: read in place."""
 
     def __init__(self, rewards: np.ndarray, *, center=None, log_weights=None, groups=None):
-        middle, self.size = rough(rewards)
-        super().__init__(rewards, center=middle if center is None else center, log_weights=log_weights, groups=groups)
-        self.rows, self.eps = len(rewards), float(np.finfo(rewards.dtype).eps)
-        self.group_count = 0 if groups is None else len(self.offsets) - 1
-        self.total = self.log_norm if groups is None else float(np.log(self.group_count))
+        self.some = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
+        if center is None:
+            with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
+                # To the rewards' own precision: what is subtracted in float32 is then what is added in float64.
+                center = (self.some.sum(axis=0) / len(self.some)).astype(rewards.dtype)
+        super().__init__(rewards, center=center, log_weights=log_weights, groups=groups)
+        self.rows, self.group_count = len(rewards), 0 if groups is None else len(self.offsets) - 1
+
+    @property
+    def eps(self) -> float:
+        return float(np.finfo(self.rewards.dtype).eps)
+
+    @property
+    def size(self) -> np.ndarray:
+        return np.sqrt((self.some * self.some).mean(axis=0))
+
+    @property
+    def total(self) -> float:
+        return float(np.log(self.group_count)) if self.group_count else self.log_norm
 
     def part(self, rows: int) -> ArrayPass | None:
-        stride = self.rows // rows
-        if self.groups is None:  # runs of neighbours: single rows far apart would cost as many reads as all of them
-            starts = np.arange(0, self.rows - BLOCK_ROWS + 1, BLOCK_ROWS * stride)
-            chosen = (starts[:, None] + np.arange(BLOCK_ROWS)).ravel()
-        else:  # whole groups
-            sizes = np.diff(self.offsets)
-            if len(sizes) < FEW_GROUPS * stride:
-                return None
-            chosen = np.repeat(np.arange(len(sizes)) % stride == 0, sizes).nonzero()[0]
-            chosen = chosen if self.order is None else self.order[chosen]
-        log_weights = None if self.log_weights is None else np.ascontiguousarray(self.log_weights[chosen])
-        if log_weights is not None and self.groups is None and not (log_weights > -np.inf).any():
+        if self.groups is not None or self.log_weights is not None:
             return None
-        groups = None if self.groups is None else self.groups[chosen]
-        return ArrayPass(self.rewards[chosen], center=self.center, log_weights=log_weights, groups=groups)
+        return ArrayPass(self.rewards[:: self.rows // rows], center=self.center)
 
     def reject_nonfinite(self) -> None:
         reject_nonfinite(self.rewards)
@@ -69,12 +59,8 @@ class DevicePass:
     def __init__(self, rewards: torch.Tensor, *, log_weights=None, groups=None):
         self.rewards = rewards
         self.sample = ArrayPass(self._fetch(rewards))
-        self.center, self.size, self.eps, self.rows = (
-            self.sample.center,
-            self.sample.size,
-            self.sample.eps,
-            len(rewards),
-        )
+        self.center, self.size, self.eps = self.sample.center, self.sample.size, self.sample.eps
+        self.rows = len(rewards)
         self.log_weights, self.groups = log_weights, groups
         move = lambda x: None if x is None else torch.as_tensor(x, device=rewards.device)  # noqa: E731
         self.options = {
@@ -163,7 +149,6 @@ class ChunkedPass:
         return round(np.exp(self.total)) if self.grouped else 0
 
     def part(self, rows: int) -> ArrayPass | None:
-        # Only rows that all count alike can stand for the whole.
         if self.grouped or self.source.weighted:
             return None
         return ArrayPass(self.sample.rewards[:: max(1, self.sample.rows // rows)], center=self.center)

@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastalign.palette._problem import Problem, starts
+from fastalign.palette._problem import Problem
 from fastalign.palette._setup import set_up
-from fastalign.palette._small import solve_small
 from fastalign.palette.sources import ParquetRewards
 from fastalign.units import counted
 
@@ -156,14 +155,8 @@ def solve(
     if values is None:
         values = rewards.values if isinstance(rewards, ParquetRewards) else getattr(rewards, "columns", ())
     shown = np.array(palette, dtype=np.float64), tuple(map(str, values))
-    if groups is None and weights is None and lam_max is None and process_group is None:
-        found = solve_small(rewards, palette, sense, tol)
-        if found is not None:
-            return PaletteSolution(**found).shown_with(*shown)
     run, palettes, sign = set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group)
-    problem = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max, starts)
-    problem.minimise()
-    found = problem.conclude()
+    found = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max).conclude()
     if np.ndim(palette) == 1:
         found = {name: None if x is None else x[0] for name, x in found.items()}
     return PaletteSolution(**found).shown_with(*shown)

@@ -1,0 +1,43 @@
+"""The compiled Newton (csrc/map_newton.cpp) over an array in memory: whole solves, with no Python between their passes.
+
+What lies elsewhere (disk, GPU, other ranks), has more values, or finds no compiled module goes through `_newton`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastalign import backend
+from fastalign.backend import threads
+from fastalign.palette._newton import Minima
+from fastalign.palette.passes import ArrayPass
+
+MOST_VALUES = 64
+UNMEASURED, FLAT, STEEP = range(3)
+
+
+def serves(run) -> bool:
+    return isinstance(run, ArrayPass) and run.on_engine and len(run.center) <= MOST_VALUES
+
+
+def minimise(problem, start: np.ndarray | None, measured: bool) -> Minima | None:
+    """Solves all of a `Problem`'s palettes, and writes what it finds to it on the way: moments at λ = 0 and units.
+
+    start: (K, m) λ to begin at, or None. measured: whether the problem knows its units. None where they are for it to find.
+    """
+    count, m = problem.palettes.shape
+    if not measured:
+        problem.scale = np.empty(m)
+    first, passes, certified = np.empty(3 + m + m * m), np.empty(count, dtype=np.int64), np.empty(count, dtype=bool)
+    mu, gradient, certificate = np.empty((3, count, m))
+    value, ess, residual = np.empty((3, count))
+    given = (problem.constant, problem.short) if measured else (None, None)
+    start = None if start is None else np.ascontiguousarray(start, dtype=np.float64)
+    verdict = backend.engine.map_newton(
+        (first, problem.scale, mu, value, gradient, ess, residual, certificate, certified, passes),
+        problem.run.description, (problem.palettes, problem.sign, start, *given), problem.tol, problem.lam_max, threads(),
+    )  # fmt: skip
+    if verdict == UNMEASURED:
+        return None
+    problem.mean, problem.cov, problem.steep = first[3 : 3 + m], first[3 + m :].reshape(m, m), verdict == STEEP
+    return Minima(mu, value, gradient, ess, residual, passes, certificate, certified)
