@@ -2,6 +2,7 @@
 // Built once per level.
 #include "soup_tasks.h"
 
+#include "philox.h"
 #include "soup_wide.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
@@ -21,47 +22,18 @@ template <typename C> static inline key_of<C> key(const C* p) {
 
 constexpr int kWords = 64;  // that are made together
 
-// Lanes of 64 bits, whose low halves are the numbers: what stands above them is never looked at.
-typedef uint64_t wide_words __attribute__((vector_size(kVectorBytes)));
-
-static inline wide_words product(wide_words a, wide_words b) {  // of the low halves
-#if defined(__AVX512F__)
-  return (wide_words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (wide_words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (wide_words)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffff) * (b & 0xffffffff);
-#endif
-}
-
 // Element j's number is word (j % 64) / 16 of Philox4x32-10 with key `seed` and counter (stream, j / 64 * 16 + j % 16).
 static void random_words(uint32_t* words, uint64_t seed, uint64_t stream, uint64_t block) {
   constexpr int L = kWords / 4, W = kVectorBytes / 8, V = L / W;
-  const wide_words none = {};
-  wide_words c0[V], c1[V], c2[V], c3[V];
+  wide_words c[4][V];
   for (int v = 0; v < V; ++v) {
-    for (int l = 0; l < W; ++l) c2[v][l] = block * L + uint64_t(v * W + l);
-    c0[v] = none + stream, c1[v] = none + (stream >> 32), c3[v] = c2[v] >> 32;
+    for (int l = 0; l < W; ++l) c[2][v][l] = block * L + uint64_t(v * W + l);
+    c[0][v] = wide_words{} + stream, c[1][v] = wide_words{} + (stream >> 32), c[3][v] = c[2][v] >> 32;
   }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  const wide_words m0 = none + 0xD2511F53u, m1 = none + 0xCD9E8D57u;
-  for (int round = 0; round < 10; ++round) {
+  philox(c, seed);
+  for (int i = 0; i < 4; ++i) {
     for (int v = 0; v < V; ++v) {
-      const wide_words p0 = product(c0[v], m0), p1 = product(c2[v], m1);
-      c0[v] = (p1 >> 32) ^ c1[v] ^ k0;
-      c1[v] = p1;
-      c2[v] = (p0 >> 32) ^ c3[v] ^ k1;
-      c3[v] = p0;
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int v = 0; v < V; ++v) {
-    for (int l = 0; l < W; ++l) {
-      words[v * W + l] = uint32_t(c0[v][l]), words[L + v * W + l] = uint32_t(c1[v][l]);
-      words[2 * L + v * W + l] = uint32_t(c2[v][l]), words[3 * L + v * W + l] = uint32_t(c3[v][l]);
+      for (int l = 0; l < W; ++l) words[i * L + v * W + l] = uint32_t(c[i][v][l]);
     }
   }
 }
