@@ -24,9 +24,6 @@ from fastalign.data.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.errors import UserError
 
-# Where a palette is out of reach, λ is solved for the point this far from the mean to the nearest reachable one:
-# on the very edge λ is infinite and each prompt keeps a single candidate.
-INWARD = 0.9
 GRID_LIMIT = 10_000  # points of `evaluate_grid`
 
 
@@ -292,6 +289,7 @@ def solve_palette(
     """
     from fastalign.decode import worth
     from fastalign.palette import parse_palette, quantile_palette, solve
+    from fastalign.palette.feasibility import INWARD
     from fastalign.palette.quantile import check_quantile
 
     if (palette is None) == (quantile is None):

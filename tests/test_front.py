@@ -16,6 +16,7 @@ from fastalign.palette import (
     solve,
     spread_directions,
 )
+from fastalign.palette.feasibility import INWARD
 
 
 def samples(n: int, m: int, seed: int = 0) -> np.ndarray:
@@ -159,7 +160,7 @@ def test_the_way_to_a_palette():
     a_ub = np.c_[-rewards.T / 8, beyond - mean]
     a_eq = np.c_[(groups == np.arange(8)[:, None]).astype(float), np.zeros(8)]
     most = linprog(np.r_[np.zeros(256), -1.0], A_ub=a_ub, b_ub=-mean, A_eq=a_eq, b_eq=np.ones(8)).x[-1]
-    assert way.limit == pytest.approx(most, rel=1e-6) and way.t[-1] == pytest.approx(0.99 * most, rel=1e-6)
+    assert way.limit == pytest.approx(most, rel=1e-6) and way.t[-1] == pytest.approx(INWARD * most, rel=1e-6)
     assert len(way.t) == 5 and np.isfinite(way.policies.lam).all()
     exactly = palette_path(rewards, palette, steps=3, groups=groups, sense="==")
     np.testing.assert_allclose(exactly.policies.levels, exactly.palettes, rtol=1e-8)

@@ -20,7 +20,7 @@ from fastalign.cli import app
 from fastalign.decode import Candidates
 from fastalign.errors import UserError
 from fastalign.palette.ui import Desk, server
-from fastalign.palette.ui.desk import SHORT_OF_EDGE
+from fastalign.palette.feasibility import INWARD
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["kind", "short"]
@@ -94,14 +94,16 @@ def test_out_of_reach_comes_with_what_can_be_reached(desk):
     found = desk.answer({"palette": asked.tolist()})
     told = palette.solve(desk.flat, asked, groups=desk.groups)
     assert not found["feasible"] and found["beyond"]["scaling"] == pytest.approx(told.scaling) and told.scaling < 1
-    # A hair inside of the nearest, where λ is finite; and both ways out are in reach.
-    np.testing.assert_allclose(found["beyond"]["nearest"], told.nearest, atol=0.004)
+    # Inside of the nearest, where λ is finite and the λ of `fastalign map`; and both ways out are in reach.
+    inside = desk.mean + INWARD * (told.nearest - desk.mean)
+    np.testing.assert_allclose(found["beyond"]["nearest"], inside, rtol=1e-6)
+    np.testing.assert_allclose(found["lambda"], palette.solve(desk.flat, inside, groups=desk.groups).lam, rtol=1e-6)
     assert (np.array(found["levels"]) >= np.array(found["beyond"]["nearest"]) - 1e-6).all()
     for way in ("nearest", "scaled"):
         there = desk.answer({"palette": found["beyond"][way]})
         assert there["feasible"] and np.isfinite(there["lambda"]).all(), way
     scaled = np.array(found["beyond"]["scaled"])
-    np.testing.assert_allclose(scaled, desk.mean + SHORT_OF_EDGE * told.scaling * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(scaled, desk.mean + INWARD * told.scaling * 3.0, rtol=1e-6)
 
 
 def test_each_value_spans_what_it_can_realise_alone(desk):

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# Where a palette is out of reach, λ is solved for the point this share of the way from the mean to the nearest one within
+# reach: on the very edge λ is infinite, and each prompt keeps a single candidate.
+INWARD = 0.9
 MAX_POINTS = 1000
 # Points of the hull that are kept from one projection for the next: palettes that are projected together lie together.
 KEPT_POINTS = 64

@@ -17,12 +17,12 @@ from fastalign.errors import UserError
 from fastalign.palette._inputs import as_palettes, as_sign
 from fastalign.palette._problem import Problem
 from fastalign.palette._setup import pass_over
+from fastalign.palette.feasibility import INWARD
 from fastalign.palette.solve import solve
 
 TOGETHER = 1024  # λ in one read of the rewards
 TOP = 1e-9  # nats to the highest score: a policy so close to its limit is there
 MOST_STEPS = 100
-SHORT_OF_LIMIT = 0.99  # of the way to a palette that is out of reach: at its end λ is infinite
 
 
 class Policies(NamedTuple):
@@ -188,7 +188,7 @@ def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, to
 
 
 def palette_path(rewards, palette, *, steps: int = 41, groups=None, weights=None, sense=">=") -> Way:
-    """λ(c) along the way from the mean to `palette` (m,), or as far as the samples allow: `steps` palettes, one solve.
+    """λ(c) along the way from the mean to `palette` (m,), or to nine tenths of what the samples allow: `steps` palettes, one solve.
 
     rewards, groups, weights, sense: as `palette.solve` takes them.
     """
@@ -199,7 +199,7 @@ def palette_path(rewards, palette, *, steps: int = 41, groups=None, weights=None
     options = {"groups": groups, "weights": weights, "sense": sense}
     whole = solve(rewards, palette, **options)
     limit = 1.0 if whole.feasible else float(whole.scaling)
-    t = np.linspace(0.0, 1.0 if whole.feasible else SHORT_OF_LIMIT * limit, steps)
+    t = np.linspace(0.0, 1.0 if whole.feasible else INWARD * limit, steps)
     palettes = tilts.mean + t[:, None] * (palette - tilts.mean)
     found = solve(rewards, palettes[1:], **options)
     lam = np.concatenate([np.zeros((1, len(palette))), found.lam])

@@ -9,6 +9,7 @@ import numpy as np
 from fastalign.error_bars import standard_error
 from fastalign.errors import UserError
 from fastalign.palette._inputs import as_groups, as_palettes, as_rewards, as_weights
+from fastalign.palette.feasibility import INWARD
 from fastalign.palette.solve import solve
 
 
@@ -144,7 +145,7 @@ def held_out(rewards, palette, *, folds: int = 5, seed: int = 0, groups=None, we
         if not found.feasible:
             feasible = False
             before = np.average(rewards[train], axis=0, weights=weights[train])
-            inside = before + 0.99 * found.scaling * (palette - before)
+            inside = before + INWARD * found.scaling * (palette - before)
             found = solve(rewards[train], inside, sense=sense, **part(train))
         p, ids, groups_here = _law(rewards[test], found.lam, part(test)["groups"], weights[test])
         levels += (p @ rewards[test].astype(np.float64)) / groups_here / folds

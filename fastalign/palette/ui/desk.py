@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from fastalign.errors import UserError
+from fastalign.palette.feasibility import INWARD
 from fastalign.palette.quantile import quantile_palette
 from fastalign.palette.solve import solve
 from fastalign.units import decimals
 
-# On the edge of what is reachable λ is infinite: shown is the point this share of the way to it from the mean.
-SHORT_OF_EDGE = 0.999
 QUANTILES = (0.6, 0.7, 0.8, 0.9)
 SHOWN, PICKED, LONGEST = 3, 3, 3000  # prompts in an answer, candidates of each under p_λ, characters of a text
 _SENSES = (">=", "==", "<=")
@@ -73,7 +72,7 @@ class Desk:
         """asked: "palette" (m numbers), and if wanted "sense" (m of >=, ==, <=), "joint" (bool), "first" (a prompt).
 
         Where the palette is infeasible, "beyond" has the nearest feasible one and the largest feasible scaling towards
-        it, each pulled in by `SHORT_OF_EDGE`, and λ and all that follows from it are those of the nearest.
+        it, each pulled in by `INWARD`, and λ and all that follows from it are those of the nearest.
         Raises UserError, in one line, on anything else.
         """
         palette, sense, joint, first = self._read(asked)
@@ -83,9 +82,14 @@ class Desk:
             found = solve(self.flat, palette, groups=groups, sense=sense)
             beyond = None
             if not found.feasible:
-                scaled = self.mean + SHORT_OF_EDGE * found.scaling * (palette - self.mean)
-                nearest = self.mean + SHORT_OF_EDGE * (found.nearest - self.mean)
-                beyond = {"nearest": nearest.tolist(), "scaling": float(found.scaling), "scaled": scaled.tolist()}
+                scaled = self.mean + INWARD * found.scaling * (palette - self.mean)
+                nearest = self.mean + INWARD * (found.nearest - self.mean)
+                beyond = {
+                    "nearest": nearest.tolist(),
+                    "scaling": float(found.scaling),
+                    "scaled": scaled.tolist(),
+                    "inward": INWARD,
+                }
                 found = solve(self.flat, nearest, groups=groups, sense=sense)
             took = time.perf_counter() - began
         solved_for = palette if beyond is None else np.array(beyond["nearest"])

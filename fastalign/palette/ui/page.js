@@ -190,7 +190,7 @@ function drawVerdict(answer) {
     box.replaceChildren(make("b", "", "In reach."), (answer.thin ? thin : " No policy that reaches it is nearer to the model.") + more);
     return;
   }
-  const { nearest, scaling, scaled } = answer.beyond;
+  const { nearest, scaling, scaled, inward } = answer.beyond;
   const buttons = make("div", "buttons");
   const go = (text, palette, id) => {
     const button = make("button", "", text);
@@ -200,13 +200,13 @@ function drawVerdict(answer) {
     buttons.append(button);
   };
   const levels = about.values.map((value, j) => `${value.name} ${show(nearest[j], j)}`).join(", ");
-  const percent = `${(100 * scaling).toFixed(1)} %`;
-  go("Go to the nearest", nearest, "nearest");
-  if (scaling > 0.001) go(`Go ${percent} of the way`, scaled, "scaled");
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  go("Go to what is shown", nearest, "nearest");
+  if (scaling > 0.001) go(`Go ${percent(inward * scaling)} of the way`, scaled, "scaled");
   box.replaceChildren(
     make("b", "", "Out of reach:"),
-    ` no reweighting of these candidates gives it. The nearest that one can: ${levels}, which is what is shown here. ` +
-      `On the straight way from the model's mean, ${percent} can be had.`,
+    ` no reweighting of these candidates gives it. Shown is ${percent(inward)} of the way from the model's mean to the nearest that one can: ` +
+      `${levels}. Straight towards the palette, ${percent(scaling)} of the way can be had.`,
     buttons,
   );
 }
