@@ -1,5 +1,5 @@
-"""The MAP solve against scipy's L-BFGS-B, cvxpy with Clarabel and the 150 Adam steps of the paper's code; one pass
-over the rewards against numpy and torch."""
+"""The MAP solve, per prompt and joint, against scipy's L-BFGS-B, cvxpy with Clarabel and the 150 Adam steps of the paper's
+code; one pass over the rewards against numpy and torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,79 @@ from fastalign.palette import quantile_palette, solve
 
 
 def cases() -> Iterator[Case]:
+    yield from per_prompt_cases()
+    yield from joint_cases()
+
+
+def per_prompt_cases() -> Iterator[Case]:
+    for prompts, bar in ((10_000, 20), (2_000, 14)):
+        yield one_per_prompt(prompts, 100, 6, bar, rounds=5)
+    yield one_per_prompt(16, 32, 3, None, rounds=50)  # what `fastalign demo` solves
+    rewards, groups = candidates(200, 100, 3)
+    starts, wide = np.arange(0, len(rewards), 100), rewards.astype(np.float64)
+    many = around(rewards, 1000, within(rewards, groups))
+    yield Case(
+        "solve per prompt, 200 prompts x 100, m = 3, 1,000 palettes",
+        lambda: solve(rewards, many, groups=groups),
+        {"scipy L-BFGS-B, one by one": lambda: [lbfgsb_per_prompt(wide, one, starts) for one in many]},
+        {"scipy L-BFGS-B, one by one": 60},
+        check=lambda: agree_on_many(rewards, many, lambda x, c: lbfgsb_per_prompt(x, c, starts), groups=groups),
+        rounds=3,
+    )
+
+
+def one_per_prompt(prompts: int, n: int, m: int, bar: float | None, rounds: int) -> Case:
+    rewards, groups = candidates(prompts, n, m)
+    starts, wide = np.arange(0, len(rewards), n), rewards.astype(np.float64)
+    palette = rewards.mean(axis=0, dtype=np.float64) + 0.5 * within(rewards, groups) * (np.arange(m) < 3)
+
+    def check() -> None:
+        ours, theirs = solve(rewards, palette, groups=groups), lbfgsb_per_prompt(wide, palette, starts)
+        assert ours.kkt_residual <= 1e-9
+        np.testing.assert_allclose(ours.lam, theirs, atol=1e-5 * (1 + ours.lam.max()))
+
+    return Case(
+        f"solve per prompt, {prompts:,} prompts x {n}, m = {m}",
+        lambda: solve(rewards, palette, groups=groups),
+        {"scipy L-BFGS-B": lambda: lbfgsb_per_prompt(wide, palette, starts)},
+        {} if bar is None else {"scipy L-BFGS-B": bar},
+        check=check,
+        rounds=rounds,
+    )
+
+
+def joint_cases() -> Iterator[Case]:
     rewards = samples(1_000_000, 6)
     palette = quantile_palette(rewards, 0.7, values=[0, 1, 2])
     wide = rewards.astype(np.float64)
     yield Case(
-        "solve, n = 1,000,000, m = 6",
+        "solve, joint, n = 1,000,000, m = 6",
         lambda: solve(rewards, palette),
         {"scipy L-BFGS-B": lambda: scipy_lbfgsb(wide, palette)},
         {"scipy L-BFGS-B": 25},
         check=lambda: agree(rewards, palette, scipy_lbfgsb, 1e-3),
         rounds=5,
         note=lambda: residuals(rewards, palette, scipy_lbfgsb),
+    )
+    paper = samples(2312, 6)  # as many as MAP's authors publish
+    asked, few = quantile_palette(paper, 0.6, values=[0, 1, 2]), paper.astype(np.float64)
+    yield Case(
+        "solve, joint, n = 2,312, m = 6",
+        lambda: solve(paper, asked),
+        {"scipy L-BFGS-B": lambda: scipy_lbfgsb(few, asked), "150 Adam steps": lambda: adam(paper, asked)},
+        {"scipy L-BFGS-B": 6},
+        check=lambda: agree(paper, asked, scipy_lbfgsb, 1e-4),
+        rounds=50,
+    )
+    beyond = 0.9 * paper.max(axis=0)
+    yield Case(
+        "a palette out of reach, joint, n = 2,312, m = 6: verdict, proof, nearest",
+        lambda: solve(paper, beyond),
+        {"scipy linprog (HiGHS), the verdict alone": lambda: out_of_reach_by_highs(few, beyond)},
+        check=lambda: np.testing.assert_equal(
+            bool(solve(paper, beyond).feasible), not out_of_reach_by_highs(few, beyond)
+        ),
+        rounds=20,
     )
     lam = torch.from_numpy(solve(rewards, palette).lam)
     tensor, double = torch.from_numpy(rewards), torch.from_numpy(wide)
@@ -41,7 +103,7 @@ def cases() -> Iterator[Case]:
     small = samples(20_000, 3)
     level = quantile_palette(small, 0.7)
     yield Case(
-        "solve, n = 20,000, m = 3",
+        "solve, joint, n = 20,000, m = 3",
         lambda: solve(small, level),
         {
             "cvxpy + Clarabel": lambda: cvxpy_clarabel(small, level),
@@ -55,15 +117,14 @@ def cases() -> Iterator[Case]:
     )
     many = around(small, 1000)
     yield Case(
-        "solve 1,000 palettes, n = 20,000, m = 3",
+        "solve, joint, n = 20,000, m = 3, 1,000 palettes",
         lambda: solve(small, many),
         {"scipy L-BFGS-B, one by one": lambda: [scipy_lbfgsb(small.astype(np.float64), one) for one in many]},
-        {"scipy L-BFGS-B, one by one": 100},
-        check=lambda: agree_on_many(small, many),
+        check=lambda: agree_on_many(small, many, scipy_lbfgsb),
         rounds=3,
     )
     yield Case(
-        "solve, n = 10,000,000, m = 6",
+        "solve, joint, n = 10,000,000, m = 6",
         lambda: solve(*huge()),
         {
             "one sum over the data, numpy": lambda: huge()[0].sum(dtype=np.float64),
@@ -75,7 +136,7 @@ def cases() -> Iterator[Case]:
         note=lambda: residuals(*huge()),
     )
     yield Case(
-        "solve, n = 10,000,000, m = 64",
+        "solve, joint, n = 10,000,000, m = 64",
         lambda: solve(*wide_and_huge()),
         {"one sum over the data, torch": lambda: torch.from_numpy(wide_and_huge()[0]).sum()},
         rounds=1,
@@ -104,18 +165,33 @@ def wide_and_huge() -> tuple[np.ndarray, np.ndarray]:
     return rewards, rewards[:1_000_000].mean(axis=0, dtype=np.float64) + ask
 
 
-def around(rewards: np.ndarray, count: int) -> np.ndarray:
+def around(rewards: np.ndarray, count: int, deviation: np.ndarray | None = None) -> np.ndarray:
     """Palettes from a little below the mean to 0.7 standard deviations above it, drawn apart for each value."""
     ask = np.random.default_rng(1).uniform(-0.2, 0.7, (count, rewards.shape[1]))
-    return rewards.mean(axis=0, dtype=np.float64) + ask * rewards.std(axis=0, dtype=np.float64)
+    deviation = rewards.std(axis=0, dtype=np.float64) if deviation is None else deviation
+    return rewards.mean(axis=0, dtype=np.float64) + ask * deviation
 
 
-def agree_on_many(rewards: np.ndarray, palettes: np.ndarray) -> None:
-    found = solve(rewards, palettes)
+def agree_on_many(rewards: np.ndarray, palettes: np.ndarray, peer, groups=None) -> None:
+    found = solve(rewards, palettes, groups=groups)
     assert found.feasible.all() and found.kkt_residual.max() <= 1e-9
     for k in range(0, len(palettes), 100):
-        theirs = scipy_lbfgsb(rewards.astype(np.float64), palettes[k])
+        theirs = peer(rewards.astype(np.float64), palettes[k])
         np.testing.assert_allclose(found.lam[k], theirs, atol=1e-4 * (1 + found.lam[k].max()))
+
+
+def candidates(prompts: int, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts * n, m) rewards, half of whose spread lies between prompts, and their prompts."""
+    level = np.random.default_rng(1).normal(size=(prompts, m)).astype(np.float32)
+    groups = np.repeat(np.arange(prompts), n)
+    return samples(prompts * n, m) + 0.5 * level[groups], groups
+
+
+def within(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(m,) the standard deviation within prompts."""
+    wide = rewards.astype(np.float64)
+    mean = np.stack([np.bincount(groups, x) for x in wide.T], axis=1) / np.bincount(groups)[:, None]
+    return np.sqrt(((wide - mean[groups]) ** 2).mean(axis=0))
 
 
 def samples(n: int, m: int) -> np.ndarray:
@@ -139,6 +215,32 @@ def scipy_lbfgsb(rewards: np.ndarray, palette: np.ndarray) -> np.ndarray:
     options = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
     start = np.zeros(len(palette))
     return minimize(dual, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start), options=options).x
+
+
+def lbfgsb_per_prompt(rewards: np.ndarray, palette: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The same on mean_x log Z(x, λ), with numpy's sums by group; starts: each prompt's first row."""
+    from scipy.optimize import minimize
+
+    sizes = np.diff(np.append(starts, len(rewards)))
+
+    def dual(lam):
+        s = rewards @ lam
+        top = np.maximum.reduceat(s, starts)
+        e = np.exp(s - np.repeat(top, sizes))
+        total = np.add.reduceat(e, starts)
+        weight = e * np.repeat(1 / (total * len(starts)), sizes)
+        return (top + np.log(total / sizes)).mean() - lam @ palette, weight @ rewards - palette
+
+    options = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
+    start = np.zeros(len(palette))
+    return minimize(dual, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start), options=options).x
+
+
+def out_of_reach_by_highs(rewards: np.ndarray, palette: np.ndarray) -> bool:
+    from scipy.optimize import linprog
+
+    n = len(rewards)
+    return linprog(np.zeros(n), A_ub=-rewards.T, b_ub=-palette, A_eq=np.ones((1, n)), b_eq=[1.0]).status == 2
 
 
 def cvxpy_clarabel(rewards: np.ndarray, palette: np.ndarray) -> np.ndarray:

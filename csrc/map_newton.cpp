@@ -82,15 +82,19 @@ struct Dual {
   }
 };
 
-// What a thread works in.
-struct Workspace {
+// What the active set works in.
+struct Scratch {
   double *factor, *solved, *slope;
   int64_t* free;
   bool* held;
+  static int64_t size(int64_t m) { return m * m + 4 * m; }
+  Scratch(double* at, int64_t m)
+      : factor(at), solved(at + m * m), slope(solved + m), free(reinterpret_cast<int64_t*>(slope + m)),
+        held(reinterpret_cast<bool*>(free + m)) {}
 };
 
 // z <- argmin within the bounds of 1/2 (z-x)' H (z-x) + gradient.(z-x) from x, by a primal active set; see _newton.py.
-static void model_minimum(double* z, const Dual& dual, const double* x, const double* gradient, double* h, const Workspace& work) {
+static void model_minimum(double* z, const Dual& dual, const double* x, const double* gradient, double* h, const Scratch& work) {
   const int64_t m = dual.m;
   const double *lower = dual.lower, *upper = dual.upper;
   double *g = work.slope, *l = work.factor, *step = work.solved, largest = 0;
@@ -164,8 +168,9 @@ struct Newton {
   struct Point {
     double *mu, *gradient, value, top, ess;
   };
+  const Dual* dual;
   Point point, trial;
-  double *hessian, *step;
+  double *hessian, *step, *scratch, *certificate;
   double left, slope, t, tol;
   int64_t k, passes, iterations;
   int tries, polished;
@@ -174,32 +179,32 @@ struct Newton {
   void begin(int64_t palette, double tolerance) { k = palette, tol = tolerance, iterations = tries = polished = 0; }
 
   // trial <- what the pass found there
-  void see(const Dual& dual, const double* moments) {
+  void see(const double* moments) {
     double shift = 0;
-    for (int64_t j = 0; j < dual.m; ++j) shift += trial.mu[j] / dual.scale[j] * dual.offset(k, j);
-    trial.value = moments[0] - dual.norm_of_weights + shift;
+    for (int64_t j = 0; j < dual->m; ++j) shift += trial.mu[j] / dual->scale[j] * dual->offset(k, j);
+    trial.value = moments[0] - dual->norm_of_weights + shift;
     trial.top = moments[2] + shift;
     trial.ess = moments[1];
-    dual.gradient(trial.gradient, k, moments + 3);
+    dual->gradient(trial.gradient, k, moments + 3);
   }
   // point <- trial
-  void take(const Dual& dual, const double* moments) {
+  void take(const double* moments) {
     const Point kept = point;
     point = trial, trial = kept;
-    dual.curvature(hessian, moments);
+    dual->curvature(hessian, moments);
   }
   // max_i mu.(R_i - c) < 0: no mixture of the samples reaches c (Farkas).
-  bool falls_short(const Point& p, int64_t m) const { return p.top < -tol * norm(p.mu, m); }
+  bool falls_short(const Point& p) const { return p.top < -tol * norm(p.mu, dual->m); }
 
-  void place_trial(const Dual& dual) {
-    for (int64_t j = 0; j < dual.m; ++j) trial.mu[j] = clip(point.mu[j] + t * step[j], dual.lower[j], dual.upper[j]);
+  void place_trial() {
+    for (int64_t j = 0; j < dual->m; ++j) trial.mu[j] = clip(point.mu[j] + t * step[j], dual->lower[j], dual->upper[j]);
   }
 
   // step <- to the model's minimum
-  void inner_solve(const Dual& dual, const Workspace& work) {
-    model_minimum(step, dual, point.mu, point.gradient, hessian, work);
-    for (int64_t j = 0; j < dual.m; ++j) step[j] -= point.mu[j];
-    slope = dot(point.gradient, step, dual.m);
+  void inner_solve() {
+    model_minimum(step, *dual, point.mu, point.gradient, hessian, Scratch(scratch, dual->m));
+    for (int64_t j = 0; j < dual->m; ++j) step[j] -= point.mu[j];
+    slope = dot(point.gradient, step, dual->m);
   }
 
   // The residual may be met while lambda is still off where the dual is flat: a few steps more, until lambda stands still.
@@ -210,47 +215,47 @@ struct Newton {
   }
 
   // Places the next trial; false where the iteration ends.
-  bool next(const Dual& dual, const Workspace& work, double* certificate) {
-    const int64_t m = dual.m;
+  bool next() {
+    const int64_t m = dual->m;
     const double size = norm(point.mu, m);
-    if (!certified && falls_short(point, m)) {
+    if (!certified && falls_short(point)) {
       certified = true;
       bool bounded = true;  // then the minimum exists whatever the palette, and the search goes on
       for (int64_t j = 0; j < m; ++j) {
         certificate[j] = point.mu[j] / size;
-        bounded = bounded && finite(dual.upper[j] - dual.lower[j]);
+        bounded = bounded && finite(dual->upper[j] - dual->lower[j]);
       }
       if (!bounded) return false;
     }
-    left = dual.residual(point.mu, point.gradient);
+    left = dual->residual(point.mu, point.gradient);
     if (left == 0 || size > kHuge || iterations++ == kMaxPasses) return false;
-    inner_solve(dual, work);
+    inner_solve();
     const double length = norm(step, m);
     if (check_convergence(length, size)) return false;
     const double reach = 1e3 * (1 + size) / (length > 1e-300 ? length : 1e-300);  // beyond, the model is not trusted
     for (int64_t j = 0; j < m && reach < 1; ++j) step[j] *= reach;
     if (reach < 1) slope *= reach;
     t = 1, tries = 0;
-    place_trial(dual);
+    place_trial();
     return true;
   }
 
   // After the trial's pass: takes it, or shortens the step. False where the iteration ends.
-  bool line_search(const Dual& dual, const Workspace& work, const double* moments, double* certificate) {
+  bool line_search(const double* moments) {
     ++passes;
-    see(dual, moments);
+    see(moments);
     // Near the minimum the dual stands still at its last bits; there the residual is what must fall.
     const bool better = trial.value <= point.value + 1e-4 * t * slope ||
                         (trial.value <= point.value + 1e-12 * (1 + __builtin_fabs(point.value)) &&
-                         dual.residual(trial.mu, trial.gradient) < 0.5 * left);
+                         dual->residual(trial.mu, trial.gradient) < 0.5 * left);
     if (!better && left <= tol) return false;
-    if (better || (!certified && falls_short(trial, dual.m))) {
-      take(dual, moments);
-      return next(dual, work, certificate);
+    if (better || (!certified && falls_short(trial))) {
+      take(moments);
+      return next();
     }
     if (++tries == kLineSearch) return false;
-    t *= shorten(point.value, t * slope, trial.value, t * dot(trial.gradient, step, dual.m));
-    place_trial(dual);
+    t *= shorten(point.value, t * slope, trial.value, t * dot(trial.gradient, step, dual->m));
+    place_trial();
     return true;
   }
 };
@@ -259,8 +264,8 @@ class NewtonSolver {
  public:
   NewtonSolver(const MapSolution& out, const MapProblem& problem, const Pass& pass, Crew& crew)
       : out_(out), problem_(problem), pass_(pass), crew_(crew), m_(problem.rewards.m), count_(problem.count) {
-    const int64_t m = m_, each = m * m + 5 * m, work = m * m + 4 * m, moments = pass.moments;
-    memory_ = allocate_zeros<double>(2 * m + m * m + moments + count_ * (each + m + moments) + pass.threads * work);
+    const int64_t m = m_, each = m * m + 5 * m + Scratch::size(m), moments = pass.moments;
+    memory_ = allocate_zeros<double>(2 * m + m * m + moments + count_ * (each + m + moments));
     newton_ = static_cast<Newton*>(std::calloc(size_t(count_), sizeof(Newton)));
     active_ = static_cast<int64_t*>(std::calloc(size_t(count_), sizeof(int64_t)));
     double* at = memory_;
@@ -268,10 +273,11 @@ class NewtonSolver {
     dual_ = {problem, m, out.first + 3, out.scale, take(m), take(m), take(m * m), out.first[0]};
     few_ = take(moments), lambda_ = take(count_ * m), found_ = take(count_ * moments);
     for (int64_t k = 0; k < count_; ++k) {
-      newton_[k].point = {take(m), take(m), 0, 0, 0}, newton_[k].trial = {take(m), take(m), 0, 0, 0};
-      newton_[k].step = take(m), newton_[k].hessian = take(m * m);
+      Newton& own = newton_[k];
+      own.point = {take(m), take(m), 0, 0, 0}, own.trial = {take(m), take(m), 0, 0, 0};
+      own.step = take(m), own.hessian = take(m * m), own.scratch = take(Scratch::size(m));
+      own.dual = &dual_, own.certificate = out.certificate + k * m;
     }
-    work_ = at;
   }
   NewtonSolver(const NewtonSolver&) = delete;
   ~NewtonSolver() {
@@ -319,17 +325,10 @@ class NewtonSolver {
   const Pass& pass_;
   Crew& crew_;
   const int64_t m_, count_;
-  double *memory_, *few_, *lambda_, *found_, *work_;
+  double *memory_, *few_, *lambda_, *found_;
   Newton* newton_;
   int64_t* active_;
   Dual dual_;
-
-  Workspace workspace(int thread) const {
-    double* at = work_ + thread * (m_ * m_ + 4 * m_);
-    return {at, at + m_ * m_, at + m_ * m_ + m_, reinterpret_cast<int64_t*>(at + m_ * m_ + 2 * m_),
-            reinterpret_cast<bool*>(at + m_ * m_ + 3 * m_)};
-  }
-  double* certificate(int64_t k) const { return out_.certificate + k * m_; }
 
   void setup() {
     for (int64_t j = 0; j < m_; ++j) {
@@ -344,13 +343,13 @@ class NewtonSolver {
     Newton& own = newton_[k];
     own.begin(k, tol);
     std::memset(own.trial.mu, 0, size_t(m_) * sizeof(double));
-    own.see(dual_, moments);
-    own.take(dual_, moments);
+    own.see(moments);
+    own.take(moments);
   }
 
   // Whether no combination of the rewards that vary is constant.
   bool is_steep() const {
-    const Workspace work = workspace(0);
+    const Scratch work(newton_[0].scratch, m_);
     int64_t moving = 0;
     for (int64_t j = 0; j < m_; ++j) {
       if (!dual_.constant(j)) work.free[moving++] = j;
@@ -370,14 +369,14 @@ class NewtonSolver {
 
   // Newton on the first `here` palettes of the active ones, from their points, over every stride-th chunk.
   void iterate(int64_t here, int64_t stride, double tol) {
-    each(here, [&](Newton& own, const Workspace& work, int64_t) {
+    each(here, [&](Newton& own, int64_t) {
       own.begin(own.k, tol);
-      own.going = own.next(dual_, work, certificate(own.k));
+      own.going = own.next();
     });
     while ((here = still_going(here)) > 0) {
       evaluate(here, stride);
-      each(here, [&](Newton& own, const Workspace& work, int64_t i) {
-        own.going = own.line_search(dual_, work, found_ + i * pass_.moments, certificate(own.k));
+      each(here, [&](Newton& own, int64_t i) {
+        own.going = own.line_search(found_ + i * pass_.moments);
       });
     }
   }
@@ -389,7 +388,7 @@ class NewtonSolver {
     return kept;
   }
   template <typename F> void each(int64_t here, const F& f) {
-    crew_.each(here, [&](int thread, int64_t i) { f(newton_[active_[i]], workspace(thread), i); });
+    crew_.each(here, [&](int, int64_t i) { f(newton_[active_[i]], i); });
   }
   // found_ <- the moments at the trials of the first `here` active palettes
   void evaluate(int64_t here, int64_t stride) {
@@ -402,10 +401,10 @@ class NewtonSolver {
   // Where the trials of the first `here` active palettes lie lower than their points they take their place.
   void start_at_trials(int64_t here) {
     evaluate(here, 1);
-    each(here, [&](Newton& own, const Workspace&, int64_t i) {
+    each(here, [&](Newton& own, int64_t i) {
       ++own.passes;
-      own.see(dual_, found_ + i * pass_.moments);
-      if (own.trial.value < own.point.value) own.take(dual_, found_ + i * pass_.moments);
+      own.see(found_ + i * pass_.moments);
+      if (own.trial.value < own.point.value) own.take(found_ + i * pass_.moments);
     });
   }
   void start_at_given(int64_t here) {
@@ -421,7 +420,7 @@ class NewtonSolver {
   // Each begins where its minimum lies by the model of the nearest palette that is solved, of those at multiples of `known`.
   void start_beside(int64_t here, int64_t known) {
     while (count_ / known > kNearest) known *= 4;
-    each(here, [&](Newton& own, const Workspace& work, int64_t) {
+    each(here, [&](Newton& own, int64_t) {
       const int64_t p = nearest(own.k, known);
       if (p < 0) return;
       const Newton& solved = newton_[p];
@@ -430,7 +429,7 @@ class NewtonSolver {
         const double apart = (dual_.offset(own.k, j) - dual_.offset(p, j)) / dual_.scale[j];
         own.step[j] = solved.point.gradient[j] + (dual_.constant(j) ? 0.0 : apart);
       }
-      model_minimum(own.trial.mu, dual_, solved.point.mu, own.step, own.hessian, work);
+      model_minimum(own.trial.mu, dual_, solved.point.mu, own.step, own.hessian, Scratch(own.scratch, m_));
       copy(own.hessian, dual_.hessian, m_ * m_);
     });
     start_at_trials(here);
@@ -460,7 +459,7 @@ class NewtonSolver {
     iterate(here, stride, kFewEnough);
     dual_.norm_of_weights = out_.first[0];
     choose(grid, true);
-    each(here, [&](Newton& own, const Workspace&, int64_t) {
+    each(here, [&](Newton& own, int64_t) {
       const bool useful = !own.certified && finite(norm(own.point.mu, m_));
       copy(own.step, own.point.mu, m_);
       put_at_zero(own.k, out_.first, problem_.tol);

@@ -19,8 +19,8 @@ from fastalign import palette
 from fastalign.cli import app
 from fastalign.decode import Candidates
 from fastalign.errors import UserError
-from fastalign.palette.ui import Desk, server
 from fastalign.palette.feasibility import INWARD
+from fastalign.palette.ui import Desk, server
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["kind", "short"]

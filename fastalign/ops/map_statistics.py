@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import log
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ class MapPass:
         self.rewards, self.log_weights, self.groups = rewards, log_weights, groups
         self.center = np.zeros(m) if center is None else np.ascontiguousarray(center, dtype=np.float64)
         self.order, self.offsets = (None, None) if groups is None else rows_by_group(groups)
-        self.log_norm = self._log_norm()
+        if log_weights is not None:
+            _ = self.log_norm  # which raises where no weight is positive
         self.on_engine = backend.choose(torch.device("cpu")) == "cpu"
         count = 0 if groups is None else len(self.offsets) - 1
         self.description = (rewards, self.center, log_weights, self.order, self.offsets, count)
@@ -91,7 +93,8 @@ class MapPass:
         found = reference.map_statistics(*tensors)
         return MapStatistics(**{name: x.numpy() for name, x in found.items()})
 
-    def _log_norm(self) -> float:
+    @cached_property
+    def log_norm(self) -> float:
         """log Σ w, with groups its mean over them."""
         n = len(self.rewards)
         if self.log_weights is None:

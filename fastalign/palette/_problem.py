@@ -129,9 +129,7 @@ class Problem:
             reached &= (self._miss(gradient) <= self.tol).all(axis=1)
         feasible, beyond = (reached, {}) if reached.all() else self._judge(reached)
         solved = feasible | isfinite(self.lam_max)
-        unique = np.ones(len(mu), dtype=bool)
-        if not self.steep:
-            unique = self._least_norm(solved)
+        unique = np.ones(len(mu), dtype=bool) if self.steep else self._least_norm(solved)
         lam = mu / self.scale
         lam[np.abs(mu) <= self.tol] = 0.0
         if isfinite(self.lam_max):
