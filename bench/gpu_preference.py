@@ -12,7 +12,7 @@ from fastalign.kernels import _spread, preference
 from torch import Tensor
 
 import fastalign
-from fastalign._pairwise import FUSED
+from fastalign.ops.pairwise import FUSED
 from fastalign.ops.preference import pairwise_loss
 
 

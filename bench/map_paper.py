@@ -24,10 +24,11 @@ import numpy as np
 from fastalign.bench.bench_map import adam, cvxpy_clarabel, residual, scipy_lbfgsb
 from fastalign.bench.common import machine
 
-from fastalign.data.files import atomic_write, write_json
-from fastalign.errors import UserError
-from fastalign.palette import held_out, plots, quantile_palette, solve, standard_errors
-from fastalign.report.pareto import study
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, write_json
+from fastalign.palette import held_out, quantile_palette, solve, standard_errors
+from fastalign.report import figures as plots
+from fastalign.report.study import study
 
 QUANTILES = (50, 60, 70, 80, 90, 99)
 ASKED = ("humor", "helpful", "harmless")

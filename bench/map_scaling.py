@@ -14,8 +14,9 @@ import numpy as np
 from fastalign.bench.bench_map import samples
 from fastalign.bench.common import machine
 
-from fastalign.data.files import write_json
-from fastalign.palette import plots, quantile_palette, solve
+from fastalign._base.files import write_json
+from fastalign.palette import quantile_palette, solve
+from fastalign.report import figures as plots
 
 COUNTS = [round(10**e) for e in np.arange(3, 7.01, 0.5)]
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from fastalign import rewards
+from fastalign._base.files import write_json
 from fastalign.data import prompts
-from fastalign.data.files import write_json
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -44,7 +44,7 @@ def main() -> None:
 def run(seed: int, options: argparse.Namespace) -> dict:
     from transformers import AutoTokenizer
 
-    from fastalign.integrations.transformers import resolve
+    from fastalign.models.loading import resolve
     from fastalign.train.ppo import PPOConfig, PPOTrainer
     from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
@@ -111,7 +111,7 @@ def run(seed: int, options: argparse.Namespace) -> dict:
 
 
 def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
-    from fastalign.palette import plots
+    from fastalign.report import figures as plots
 
     with plots._figure(8.6, 3.4) as figure:
         panels = figure.subplots(1, len(options.values) + 1)
@@ -140,7 +140,7 @@ def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
 
 def compare(found: list[dict], path: Path) -> None:
     """Mean rewards before and after training under each λ, with two standard errors."""
-    from fastalign.palette import plots
+    from fastalign.report import figures as plots
 
     with plots._figure(5.2, 4.2) as figure:
         axes = figure.subplots()

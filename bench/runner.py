@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fastalign.bench.common import machine, measure
 
-from fastalign.data.files import atomic_write, write_json
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, write_json
 
 GROUPS = {
     "losses": ("linear_token_logprobs", "token_logprobs", "gae"),

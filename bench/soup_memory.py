@@ -44,7 +44,7 @@ def make_model(folder: Path, nbytes: int, *, holes: bool) -> None:
     """Shards and index, of random numbers (the same 16 MB over and over) or of holes."""
     import torch
 
-    from fastalign.data.files import write_json
+    from fastalign._base.files import write_json
     from fastalign.soup.checkpoint import INDEX, index_of, lay_out
 
     folder.mkdir(parents=True)
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="default a temporary one")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soup_memory.json")
     given = parser.parse_args()
-    from fastalign.data.files import write_json
+    from fastalign._base.files import write_json
 
     rows, disk = [], None
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:

@@ -17,11 +17,11 @@ import numpy as np
 from fastalign.bench.common import machine
 
 from fastalign import rewards
+from fastalign._base.files import write_json
 from fastalign.data import prompts
-from fastalign.data.files import write_json
 from fastalign.decode import Sampler, best_of_curve, particles, speculative_rejection
-from fastalign.demo import MODEL, REWARDS, TOP_P
-from fastalign.palette import plots
+from fastalign.jobs.demo import MODEL, REWARDS, TOP_P
+from fastalign.report import figures as plots
 
 KEEPS = (0.25, 0.35, 0.5, 0.7)
 # as shares of max_new_tokens

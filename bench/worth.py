@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from fastalign import palette, rewards
+from fastalign._base.files import write_json
 from fastalign.data import prompts
-from fastalign.data.files import write_json
 from fastalign.decode import Candidates, Sampler, effective_sample_size, worth
-from fastalign.demo import MODEL
+from fastalign.jobs.demo import MODEL
 
 ASKED = ({"positive": 0.7, "harmless": 0.7, "coherence": 0.7}, {"positive": 0.8}, {"harmless": 0.8}, {"coherence": 0.9},
          {"diversity": 0.6, "readability": 0.8})  # quantiles  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from fastalign.data import preferences
-from fastalign.integrations.transformers import load_causal_lm
+from fastalign.models.loading import load_causal_lm
 from fastalign.train import DPOConfig, DPOTrainer
 
 

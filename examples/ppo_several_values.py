@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
-from fastalign import progress, rewards
+from fastalign import rewards
+from fastalign._base import progress
 from fastalign.data import prompts
-from fastalign.integrations.transformers import resolve
+from fastalign.models.loading import resolve
 from fastalign.train import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from fastalign._lazy import lazy
+from fastalign._base.errors import UserError
+from fastalign._base.lazy import lazy
 from fastalign.backend import use_backend
-from fastalign.errors import UserError
 
 if TYPE_CHECKING:
     from fastalign import data, decode, integrations, losses, ops, palette, reference, rewards, soup, train

@@ -1,5 +1,5 @@
 """`python -m fastalign`: the command line."""
 
-from fastalign.cli import main
+from fastalign.cli.main import main
 
 main()

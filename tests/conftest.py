@@ -12,7 +12,8 @@ import torch
 from hypothesis import settings
 
 import fastalign
-from fastalign import kernels, progress
+from fastalign import kernels
+from fastalign._base import progress
 
 LARGE = 24  # cases of a matrix
 FIRST = """scale processes kernels dpo_trainer cli_train cli gradients vocab_parallel linear_token_logprobs resample ppo_resume

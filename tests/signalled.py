@@ -10,7 +10,7 @@ import sys
 
 _server = multiprocessing.get_context("forkserver")  # imports once for all
 _server.set_forkserver_preload(
-    ["fastalign.cli", "fastalign.train.dpo", "fastalign.train.reward", "fastalign.train.ppo", "fastalign.train.value_head", "peft", "datasets",
+    ["fastalign.cli.main", "fastalign.train.dpo", "fastalign.train.reward", "fastalign.train.ppo", "fastalign.train.value_head", "peft", "datasets",
      "transformers.models.llama.modeling_llama", "fastalign.decode.sampler", "fastalign.soup.front", "accelerate", "tensorboard",
      "torch.utils.tensorboard"]
 )  # fmt: skip
@@ -49,6 +49,6 @@ def _main(arguments, errors, at, call, number, times) -> None:
 
     setattr(owner, name, signalled)
     sys.argv = ["fastalign", *arguments]
-    from fastalign.cli import main
+    from fastalign.cli.main import main
 
     main()

@@ -7,8 +7,9 @@ import pytest
 from test_cli import fastalign, refused
 from tiny import tiny_folder
 
-from fastalign import pipeline, rewards
+from fastalign import rewards
 from fastalign.decode import Candidates, Sampler, adaptive, aligned, particles, speculative_rejection
+from fastalign.jobs import align as pipeline
 from fastalign.rewards import registry
 
 VALUES, LAM = ["vowels", "length"], [1.0, 0.2]

@@ -8,7 +8,7 @@ import torch
 
 import fastalign
 from fastalign import backend
-from fastalign.buffers import buffer, rows
+from fastalign.ops.buffers import buffer, rows
 
 PACKAGE = Path(fastalign.__file__).parent
 # memory.py asks whether two tensors are one and the same.

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastalign._base.errors import UserError
 from fastalign.decode import Candidates
-from fastalign.errors import UserError
 
 
 def make(prompts=3, n=4, *, rewards=(), seed=0):

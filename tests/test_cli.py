@@ -14,9 +14,9 @@ import typer
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from fastalign import cli
-from fastalign.cli import app
-from fastalign.data import files
+from fastalign._base import files
+from fastalign.cli.main import app
+from fastalign.cli.main import main as cli
 from fastalign.decode import Candidates
 from fastalign.decode.engine import Engine
 from fastalign.models import Verdict
@@ -248,7 +248,7 @@ def test_info_tells_what_runs():
 def test_the_command_line_s_warnings_are_one_line_each(monkeypatch, capsys):
     import warnings
 
-    from fastalign._command import warn_in_one_line
+    from fastalign.cli.command import warn_in_one_line
 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
     warn_in_one_line()

@@ -12,12 +12,14 @@ from tiny import tiny_folder, tiny_tokenizer
 from typer.testing import CliRunner
 
 from fastalign import UserError, decode, rewards
-from fastalign._command import registrar
-from fastalign.cli import app
-from fastalign.data import preferences
+from fastalign.cli.command import registrar
+from fastalign.cli.main import app
 from fastalign.decode import Candidates
+from fastalign.jobs import ppo as several_values
+from fastalign.jobs import preference as jobs
+from fastalign.jobs.pairs import preference_pairs
 from fastalign.losses.preference import LOSS_TYPES
-from fastalign.train import AutoModelForCausalLMWithValueHead, jobs, several_values
+from fastalign.train import AutoModelForCausalLMWithValueHead
 from fastalign.train.dpo import DPOConfig, DPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +168,7 @@ def test_lam_on_the_command_line_is_a_number_for_each_value(refused, command, la
 def test_and_so_in_python(given, lam):
     values = ["diversity", "readability"]
     calls = [
-        lambda: preferences.preference_pairs(given / "scored.parquet", lam=lam, seed=0),
+        lambda: preference_pairs(given / "scored.parquet", lam=lam, seed=0),
         lambda: several_values.train_ppo(str(given / "model"), ["a"], values, lam, given / "none"),
     ]
     if lam is not None:  # of these it is optional
@@ -288,7 +290,7 @@ def test_a_reward_model_of_a_scored_file_by_each_value_or_by_lam(run):
 
 @pytest.mark.parametrize("answer", ["y", "n"])
 def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
-    import fastalign._command as commands
+    import fastalign.cli.command as commands
 
     asked = []
     monkeypatch.setattr(commands, "_ask", lambda question: asked.append(question) or answer == "y")
@@ -317,7 +319,7 @@ def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
 )  # fmt: skip
 def test_what_costs_nothing_to_check_comes_first(refused, monkeypatch, command, said):
     """Before files are read or torch is imported."""
-    for heavy in ("fastalign.pipeline", "fastalign.decode", "fastalign.soup", "fastalign.report.pareto", "torch"):
+    for heavy in ("fastalign.jobs.align", "fastalign.decode", "fastalign.soup", "fastalign.report.pareto", "torch"):
         if "map" not in command and "pareto" not in command:
             monkeypatch.setitem(sys.modules, heavy, None)  # to import it is an error
     assert said in refused(command + (" --model none" if command.startswith("sample") else ""))

@@ -12,7 +12,7 @@ from tiny import tiny_folder
 from fastalign import UserError
 from fastalign.decode import Candidates, best_of_n_kl, estimate, needed, worth
 from fastalign.decode.worth import TRUSTED_ESS, words
-from fastalign.pipeline import foretell
+from fastalign.jobs.align import foretell
 
 
 @pytest.fixture

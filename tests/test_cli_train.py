@@ -16,13 +16,13 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from fastalign import rewards
-from fastalign.cli import app
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 from fastalign.data import preferences
 from fastalign.decode import Candidates
-from fastalign.errors import UserError
-from fastalign.integrations.transformers import load_causal_lm
-from fastalign.train import run as runs
-from fastalign.train import several_values
+from fastalign.jobs import ppo as several_values
+from fastalign.jobs import run as runs
+from fastalign.models.loading import load_causal_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -276,7 +276,7 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "fastalign.cli",
+        "fastalign.cli.main",
     ]
     done = subprocess.run(
         [*torchrun, "train", *map(str, asked), "--batch-size", "2", "--out", tmp_path / "two"],
@@ -338,11 +338,11 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
 SLOW = """
 import sys, time, torch
 torch.set_num_threads(1)
-from fastalign.train import run
+from fastalign.jobs import run
 write = run.Run.log
 run.Run.log = lambda self, row: (write(self, row), time.sleep(0.25))
 sys.argv[0] = "fastalign"
-from fastalign.cli import main
+from fastalign.cli.main import main
 main()
 """
 

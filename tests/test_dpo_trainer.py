@@ -13,8 +13,8 @@ from tiny import tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastalign import UserError
-from fastalign.integrations.gguf import cache_dir
 from fastalign.losses import dpo_loss
+from fastalign.models.gguf import cache_dir
 from fastalign.train import DPOConfig, DPOTrainer
 
 WORDS = "the quick brown fox jumps over a lazy dog near some quiet river bank".split()

@@ -8,11 +8,11 @@ from scipy.stats import binom
 from test_cli import fastalign
 
 from fastalign import palette
+from fastalign._base.error_bars import plus_minus, standard_error, wilson
 from fastalign.decode import Candidates, estimate
-from fastalign.error_bars import plus_minus, standard_error, wilson
+from fastalign.jobs import ppo as several_values
 from fastalign.report import reward
 from fastalign.soup.front import SoupFront
-from fastalign.train import several_values
 
 
 @pytest.mark.parametrize(("right", "n", "low", "high"), [(2, 2, 0.342, 1.0), (0, 5, 0.0, 0.434), (8, 10, 0.490, 0.943), (81, 263, 0.255, 0.366)])  # fmt: skip

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from fastalign import pipeline, soup
-from fastalign.cli import app
-from fastalign.data import fingerprint
-from fastalign.data.files import atomic_write, write_json
+from fastalign import soup
+from fastalign._base import fingerprint
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, write_json
+from fastalign.cli.main import app
 from fastalign.decode import Candidates
-from fastalign.errors import UserError
+from fastalign.jobs import align as pipeline
 from tests.tiny import tiny_folder
 
 

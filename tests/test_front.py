@@ -6,7 +6,7 @@ import pytest
 from scipy.optimize import linprog, minimize_scalar
 from scipy.special import logsumexp
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.palette import (
     feasible_region,
     front_towards,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from fastalign.integrations.transformers import fused_forward, head_of
+from fastalign.models.loading import fused_forward, head_of
 from fastalign.ops import token_logprobs
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

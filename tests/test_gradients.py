@@ -8,9 +8,9 @@ import torch
 from tiny import tiny_causal_lm
 
 from fastalign import backend, losses, ops, use_backend
-from fastalign._pairwise import power_score
-from fastalign.integrations.layers import CompiledLayers
 from fastalign.losses.preference import LOSS_TYPES
+from fastalign.models.compiled_layers import CompiledLayers
+from fastalign.ops.pairwise import power_score
 from fastalign.ops.preference import FUSED
 
 B, T, V, H = 2, 3, 7, 4

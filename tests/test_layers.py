@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_causal_lm
 
 from fastalign import backend, use_backend
-from fastalign.integrations.layers import CompiledLayers, _GatedMLP, _RMSNorm, _Rotate, _SiluGate
+from fastalign.models.compiled_layers import CompiledLayers, _GatedMLP, _RMSNorm, _Rotate, _SiluGate
 
 pytestmark = pytest.mark.skipif(backend.engine is None, reason="the compiled engine is not built")
 WIDTHS = [1, 3, 16, 17, 64, 100, 576]
@@ -122,7 +122,7 @@ def test_norm_and_gate_of_any_size(rows, width, seed):
 
 LEVELS = """
 import torch
-from fastalign.integrations.layers import _RMSNorm, _Rotate, _SiluGate
+from fastalign.models.compiled_layers import _RMSNorm, _Rotate, _SiluGate
 torch.manual_seed(4)
 x, y, w = torch.randn(5, 77).requires_grad_(), torch.randn(5, 77).requires_grad_(), torch.randn(77).requires_grad_()
 q, (cos, sin) = torch.randn(2, 3, 5, 22).requires_grad_(), torch.randn(2, 2, 5, 22)

@@ -11,7 +11,7 @@ import typer
 from test_outputs import COMMANDS, argued, contents, made, work  # noqa: F401
 from typer.testing import CliRunner
 
-from fastalign.cli import app
+from fastalign.cli.main import app
 
 GROUP = typer.main.get_group(app)
 BAD = {

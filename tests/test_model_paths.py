@@ -9,7 +9,7 @@ from model_paths import CHECKS, sweep
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from fastalign.cli import app
+from fastalign.cli.main import app
 
 # Each of another kind, and each once wrong: fused projections, masks, sinks, latent attention, states, heads, two calls a layer.
 ALWAYS = (

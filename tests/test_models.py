@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
-from fastalign.errors import UserError
-from fastalign.integrations import gguf
-from fastalign.integrations.transformers import load_causal_lm, resolve
+from fastalign._base.errors import UserError
+from fastalign.models import gguf
+from fastalign.models.loading import load_causal_lm, resolve
 
 
 @pytest.fixture

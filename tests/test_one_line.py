@@ -11,11 +11,12 @@ import pytest
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from fastalign import UserError, palette, pipeline
-from fastalign.cli import app
+from fastalign import UserError, palette
+from fastalign._base.files import read_json
+from fastalign.cli.main import app
 from fastalign.data import palettes
-from fastalign.data.files import read_json
 from fastalign.decode import Candidates
+from fastalign.jobs import align as pipeline
 
 ROOT = Path(__file__).parent.parent
 PALETTE = {"kind": "palette", "values": ["a"], "lambda": [0.5], "palette": [0.1], "sense": [">="], "kl": 0.1}
@@ -187,7 +188,7 @@ def test_a_level_that_is_not_there_asks_for_nothing(made, tmp_path):
 
 
 def test_a_palette_file_is_read_once(made, tmp_path, monkeypatch):
-    from fastalign.data import files
+    from fastalign._base import files
 
     read, seen = files.read_json, []
     monkeypatch.setattr(palettes, "read_json", lambda path, **more: seen.append(path) or read(path, **more))

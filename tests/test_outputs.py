@@ -12,9 +12,9 @@ import pytest
 from test_cli import fastalign, refused
 from tiny import tiny_folder
 
-from fastalign.data import files, outputs
+from fastalign._base import files, outputs
+from fastalign._base.errors import UserError
 from fastalign.decode import Candidates
-from fastalign.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +133,7 @@ def test_what_is_there_stays_unless_told(name, work, monkeypatch):
         out.write_text("precious")
     before = contents(work)
     with monkeypatch.context() as patch:  # before anything long begins
-        patch.setattr("fastalign.integrations.transformers.load_causal_lm", lambda *_, **__: pytest.fail("loaded"))
+        patch.setattr("fastalign.models.loading.load_causal_lm", lambda *_, **__: pytest.fail("loaded"))
         patch.setattr("fastalign.rewards.score", lambda *_, **__: pytest.fail("scored"))
         line = refused(*argued(name, "--out", out))
     assert "out" in line and "exists" in line and contents(work) == before
@@ -278,7 +278,7 @@ def test_what_is_written_beside_the_output_is_held_to_the_same(option, work):
 def test_every_command_that_writes_says_how_to_overwrite():
     import typer
 
-    from fastalign.cli import app
+    from fastalign.cli.main import app
 
     group = typer.main.get_group(app)
     found = {name: one for name, one in group.commands.items() if not hasattr(one, "commands")}
@@ -346,7 +346,7 @@ def test_lines_are_not_folded_where_no_terminal_is(work):
     ids=["eval", "map", "pareto"],
 )
 def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(asked, work, monkeypatch):
-    from fastalign.palette import plots
+    from fastalign.report import figures as plots
 
     save, saved = plots.save, []
 
@@ -366,7 +366,8 @@ def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(ask
 
 
 def test_two_runs_of_score_into_one_file_do_not_meet(work, monkeypatch):
-    from fastalign import pipeline, rewards
+    from fastalign import rewards
+    from fastalign.jobs import align as pipeline
 
     score = rewards.score
 

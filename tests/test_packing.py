@@ -7,7 +7,7 @@ from test_fused_forward import MODELS, SMALL
 from test_fused_forward import build as plain
 
 from fastalign import UserError
-from fastalign.integrations.packing import can_pack, enable, pack_pairs, packed_hidden
+from fastalign.models.packing import can_pack, enable, pack_pairs, packed_hidden
 
 WINDOWED = {
     "mistral (window)": ("Mistral", SMALL | {"num_key_value_heads": 2, "sliding_window": 4}),

@@ -6,7 +6,7 @@ import torch
 from scipy.spatial import ConvexHull
 
 from fastalign import palette
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 def proves(certificate, rewards, c, weights=None, groups=None):

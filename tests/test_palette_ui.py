@@ -16,11 +16,14 @@ import pytest
 from typer.testing import CliRunner
 
 from fastalign import palette
-from fastalign.cli import app
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 from fastalign.decode import Candidates
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.palette.feasibility import INWARD
-from fastalign.palette.ui import Desk, server
+from fastalign.report.ui import Desk, server
+from fastalign.report.ui import Desk, server
+from fastalign.report.ui.session import SHORT_OF_EDGE
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["kind", "short"]
@@ -270,8 +273,8 @@ def test_the_page_asks_for_nothing_from_elsewhere():
 def test_the_wheel_carries_the_page():
     tomllib = pytest.importorskip("tomllib")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    assert "fastalign.palette.ui" in declared["packages"]
-    assert set(declared["package-data"]["fastalign.palette.ui"]) == {name for name, _ in server._FILES.values()}
+    assert "fastalign.report.ui" in declared["packages"]
+    assert set(declared["package-data"]["fastalign.report.ui"]) == {name for name, _ in server._FILES.values()}
 
 
 def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.palette import hypervolume, pareto_front
 
 

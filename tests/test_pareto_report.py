@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from test_cli import fastalign, refused
 
+from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, best_of_n_kl, estimate
-from fastalign.errors import UserError
-from fastalign.palette import plots, quantile_palette
-from fastalign.report.pareto import study
+from fastalign.palette import quantile_palette
+from fastalign.report import figures as plots
 from fastalign.report.pareto_html import page
+from fastalign.report.study import study
 from fastalign.soup.front import SoupFront
 
 NAMES = ["kind", "$brief$ <b>", "funny", "plain", "calm"]

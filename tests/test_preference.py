@@ -11,7 +11,6 @@ from trl_losses import trl_cpo, trl_dpo, trl_kto, trl_orpo
 
 import fastalign
 from fastalign import UserError
-from fastalign._pairwise import FUSED
 from fastalign.losses import (
     LinearDPOLoss,
     cpo_loss,
@@ -26,6 +25,7 @@ from fastalign.losses import (
 from fastalign.losses._pairwise import F_DIVERGENCES, TABLE, Margin, Options
 from fastalign.losses.preference import CPO_LOSS_TYPES, LOSS_TYPES
 from fastalign.ops import pairwise_loss
+from fastalign.ops.pairwise import FUSED
 from fastalign.ops.preference import forward_op
 
 DIVERGENT = [kind for kind in LOSS_TYPES if kind == "sft" or TABLE[kind].takes_f_divergence]

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_tokenizer
 
+from fastalign._base.errors import UserError
 from fastalign.data import hub, preferences
 from fastalign.decode import Candidates
-from fastalign.errors import UserError
+from fastalign.jobs.pairs import preference_pairs
 
 ROWS = [
     {"prompt": "Who is there?", "chosen": "A cat.", "rejected": "No one."},
@@ -161,14 +162,14 @@ def scored():
 
 
 def test_best_against_worst(scored, tmp_path):
-    found = preferences.preference_pairs(scored, lam={"one": 2.0}, seed=0)
+    found = preference_pairs(scored, lam={"one": 2.0}, seed=0)
     assert [(row["chosen"], row["rejected"]) for row in found] == [("d", "a"), ("h", "j")]  # q's candidates tie
     assert (found[0]["chosen_score"], found[0]["rejected_score"]) == (6.0, 0.0)
     assert found.dropped == {"ties": 1, "pairs with an empty text": 0, "prompts with one candidate": 0}
     assert found.lost == "1 ties"
-    more = preferences.preference_pairs(scored, lam=[2.0, 0.0], pairs_per_prompt=9, seed=0)
+    more = preference_pairs(scored, lam=[2.0, 0.0], pairs_per_prompt=9, seed=0)
     assert [(row["chosen"], row["rejected"]) for row in more] == [("d", "a"), ("c", "b"), ("h", "j"), ("k", "i")]
-    other = preferences.preference_pairs(scored, lam=[0.0, 1.0], seed=0)
+    other = preference_pairs(scored, lam=[0.0, 1.0], seed=0)
     assert [(row["chosen"], row["rejected"]) for row in other] == [("a", "d"), ("e", "g"), ("h", "k")]
     found.to_parquet(tmp_path / "pairs.parquet")
     again = preferences.load(tmp_path / "pairs.parquet")
@@ -185,7 +186,7 @@ def test_drawn_pairs_follow_their_distributions():
     texts = [[f"t{j}" for j in range(n)] for _ in range(count)]
     empty = [[[] for _ in row] for row in texts]
     whole = Candidates([f"p{i}" for i in range(count)], texts, empty, empty, rewards={"r": np.tile(scores, (count, 1))})
-    found = preferences.preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
+    found = preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
     p = np.exp(1.5 * scores) / np.exp(1.5 * scores).sum()
     joint = np.outer(p, np.full(n, 1 / n))
     np.fill_diagonal(joint, 0)
@@ -198,9 +199,9 @@ def test_drawn_pairs_follow_their_distributions():
     off = ~np.eye(n, dtype=bool)
     chi2 = ((counts - expected)[off] ** 2 / expected[off]).sum()
     assert chi2 < 32.9  # 11 degrees of freedom, p = 5e-4
-    again = preferences.preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
+    again = preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
     assert list(again) == list(found)
-    assert list(preferences.preference_pairs(whole, lam=[1.5], how="sampled", seed=2)) != list(found)
+    assert list(preference_pairs(whole, lam=[1.5], how="sampled", seed=2)) != list(found)
 
 
 def test_mistakes_in_making_pairs(scored, tmp_path):
@@ -213,12 +214,12 @@ def test_mistakes_in_making_pairs(scored, tmp_path):
         ({"lam": [1.0, 1.0], "pairs_per_prompt": 0}, "pairs_per_prompt must be an integer"),
     ]:
         with pytest.raises(UserError, match=said):
-            preferences.preference_pairs(scored, seed=0, **options)
+            preference_pairs(scored, seed=0, **options)
     single = scored.take(np.zeros((3, 1), dtype=np.int64))
     with pytest.raises(UserError, match="at least 2 candidates"):
-        preferences.preference_pairs(single, lam=[1.0, 1.0], seed=0)
+        preference_pairs(single, lam=[1.0, 1.0], seed=0)
     with pytest.raises(FileNotFoundError):
-        preferences.preference_pairs(tmp_path / "none.parquet", lam=[1.0], seed=0)
+        preference_pairs(tmp_path / "none.parquet", lam=[1.0], seed=0)
 
 
 @pytest.mark.parametrize("rule", ["length", "positive"])
@@ -299,7 +300,7 @@ def test_pairs_of_conversations_are_messages():
         [[SYSTEM, ASK], begun, spoken, "who?"], [[" cat", " dog"]] * 4, [[[1], [2]]] * 4, [[[-1.0], [-1.0]]] * 4,
         rewards={"r": [[1.0, 0.0]] * 4}, settings={"sampling": {"chat_template_kwargs": {"x": 1}}},
     )  # fmt: skip
-    pairs = preferences.preference_pairs(scored, lam=[1.0], seed=0).rows
+    pairs = preference_pairs(scored, lam=[1.0], seed=0).rows
     reply = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
     assert [pair["prompt"] for pair in pairs] == [[SYSTEM, ASK], [SYSTEM, ASK], [ASK], [ASK]]
     assert [pair["chosen"] for pair in pairs] == [reply(" cat"), reply("a cat"), reply(" cat"), reply(" cat")]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fastalign import progress
+from fastalign._base import progress
 
 USUAL = progress.FIRST, progress.NEWS, progress.EVERY + progress.TICK  # other than in tests
 

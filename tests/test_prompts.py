@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastalign._base.errors import UserError
 from fastalign.data import hub, preferences, prompts
 from fastalign.data.conversations import Conversation
-from fastalign.errors import UserError
 
 TWO = ["Hello, you.", 'She said "hi" – twice\u2028over']
 

@@ -18,12 +18,12 @@ from protocol_server import ProtocolServer, draw
 from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
-from fastalign import pipeline
+from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, Sampler, best_of
-from fastalign.errors import UserError
-from fastalign.integrations import openai
-from fastalign.integrations.openai import OpenAISampler
-from fastalign.integrations.vllm import VLLMSampler
+from fastalign.decode.samplers import openai
+from fastalign.decode.samplers.openai import OpenAISampler
+from fastalign.decode.samplers.vllm import VLLMSampler
+from fastalign.jobs import align as pipeline
 
 PROMPTS = ["the cat", "tell me a story of the big dog", "why"]
 SHORT = {"n": 5, "max_new_tokens": 6, "seed": 7}
@@ -556,7 +556,7 @@ def test_left_early_no_more_is_asked(server):
 
 def test_the_command_over_a_server(server, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [sys.executable, "-m", "fastalign.cli", "sample", "--server", server.url, "--prompts", "prompts.txt"]
+    command = [sys.executable, "-m", "fastalign.cli.main", "sample", "--server", server.url, "--prompts", "prompts.txt"]
     command += ["-n", "5", "--max-new-tokens", "6", "--seed", "7", "--out", "c.parquet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

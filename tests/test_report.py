@@ -14,8 +14,8 @@ from rich.console import Console
 
 from fastalign import palette as palettes
 from fastalign import report
-from fastalign.errors import UserError
-from fastalign.palette import plots
+from fastalign._base.errors import UserError
+from fastalign.report import figures as plots
 from fastalign.report.tradeoff import Tradeoff
 
 NAMES = ["positive", "harmless", "coherence", "brevity", "warmth", "wit"]

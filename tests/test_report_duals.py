@@ -10,8 +10,8 @@ from test_report import make, page
 from fastalign import palette as palettes
 from fastalign.palette import quantile_palette
 from fastalign.report.duals import both
-from fastalign.report.pareto import study
 from fastalign.report.pareto_html import page as pareto_page
+from fastalign.report.study import study
 
 BY_HAND = np.array([[[0.0], [0.0]], [[0.0], [1.0]]])
 

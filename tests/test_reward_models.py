@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastalign import rewards
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 WORDS = "the a cat dog sat ran on mat is good bad very and . user assistant".split()
 PROMPTS = ["the cat", "a dog is", "the cat", "", "is the mat good", "the dog ran"]

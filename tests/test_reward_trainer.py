@@ -11,8 +11,8 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 
 from fastalign import rewards
+from fastalign._base.errors import UserError
 from fastalign.data import preferences
-from fastalign.errors import UserError
 from fastalign.losses import bradley_terry_loss
 from fastalign.report import reward as reports
 from fastalign.train import RewardConfig, RewardTrainer

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastalign import rewards
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.rewards.base import CachedReward, PerTextReward
 from fastalign.rewards.words import syllables
 

@@ -8,10 +8,10 @@ import torch
 from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
+from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, Sampler
 from fastalign.decode.engine import Engine
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
-from fastalign.errors import UserError
 
 PROMPTS = [
     "the cat",
@@ -274,7 +274,7 @@ def test_a_memory_limit_bounds_the_keys_and_values_and_changes_no_token(tokenize
 def test_progress_counts_every_token(ending, monkeypatch):
     from contextlib import contextmanager
 
-    from fastalign import progress
+    from fastalign._base import progress
 
     seen = []
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny import tiny_folder
 
-from fastalign import pipeline
-from fastalign.decode import Candidates, Sampler, scale
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign.decode import Candidates, Sampler
+from fastalign.jobs import align as pipeline
+from fastalign.jobs import ray as scale
 from fastalign.rewards import score
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'fastalign[ray]'")

@@ -6,8 +6,8 @@ from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 from fastalign import rewards
+from fastalign._base.errors import UserError
 from fastalign.decode import Sampler, best_of, effective_sample_size, select
-from fastalign.errors import UserError
 
 RNG = np.random.default_rng(0)
 REWARDS = RNG.normal(size=(5, 7, 3)).astype(np.float32)

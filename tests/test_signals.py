@@ -13,10 +13,10 @@ import torch
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
-from fastalign.cli import app
+from fastalign._base.errors import Terminated
+from fastalign.cli.main import app
 from fastalign.decode import Candidates
-from fastalign.errors import Terminated
-from fastalign.train._stopping import Stopping
+from fastalign.jobs.stopping import Stopping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,13 +42,13 @@ def given(tmp_path_factory):
     sample = ["sample", "--model", models[0], *drawing, "--batch-size", 8]
     assert CliRunner().invoke(app, [*map(str, sample), "--out", str(root / "c.parquet")]).exit_code == 0
     values = ["--values", "readability,diversity", "--lam", "1,1"]
-    part, log = "fastalign.decode.candidates.Candidates.to_parquet", "fastalign.train.run.Run.log"
+    part, log = "fastalign.decode.candidates.Candidates.to_parquet", "fastalign.jobs.run.Run.log"
     return {
         "sample": (sample, part, 3),
         "score": (["score", root / "c.parquet", "--rewards", "diversity"], "fastalign.rewards.score", 1),
         "soup": (
             ["soup", *models, "--weights", "0.3,0.7", "--max-shard-size", "30kB"],
-            "fastalign.data.work_folder.WorkFolder.made",
+            "fastalign._base.work_folder.WorkFolder.made",
             3,
         ),
         "soup-front": (["soup-front", *models, *drawing, "--rewards", "diversity", "--grid", 3], part, 2),
@@ -159,7 +159,7 @@ def test_stopped_after_the_last_step_it_goes_on_with_saving(name, given, whole, 
 @pytest.mark.parametrize("name", TRAINING)
 def test_stopped_before_training_begins_nothing_stays(name, number, given, tmp_path):
     out, told = tmp_path / "out", tmp_path / "stderr"
-    at = "fastalign.train.run.Run.begin"
+    at = "fastalign.jobs.run.Run.begin"
     code = signalled.run([*given[name][0], "--out", out], told, at=at, call=1, number=number)
     assert code == CODES[number] and not out.exists()
     assert told.read_text() == f"fastalign: {out}: stopped before its first checkpoint\n"

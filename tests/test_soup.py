@@ -14,9 +14,9 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from fastalign import soup, use_backend
-from fastalign.cli import app
-from fastalign.data.work_folder import MARK
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.work_folder import MARK
+from fastalign.cli.main import app
 from fastalign.soup.checkpoint import INDEX
 from fastalign.soup.lora_files import write_adapter
 from fastalign.soup.methods import simplex_grid
@@ -60,7 +60,7 @@ def close(found, wanted, ulps=1):
 
 
 def test_a_soup_is_the_weighted_sum_and_loads_with_its_tokenizer(models, tmp_path):
-    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.models.loading import load_causal_lm
 
     out = tmp_path / "out"
     found = soup.merge(models, RHO, out)
@@ -97,7 +97,7 @@ def test_many_soups_in_one_reading_equal_each_alone(models, tmp_path):
 
 
 def test_shards_and_their_order_do_not_matter(models, tmp_path):
-    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.models.loading import load_causal_lm
 
     first = soup.merge(models, RHO, tmp_path / "whole").out
     cut = [
@@ -177,7 +177,7 @@ def test_task_arithmetic_and_slerp(models, tmp_path):
 
 
 def test_in_memory_as_in_files(models, tmp_path):
-    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.models.loading import load_causal_lm
 
     on_disk = load(soup.merge(models, RHO, tmp_path / "out").out)
     module, _ = load_causal_lm(models[1], dtype=torch.bfloat16)
@@ -709,7 +709,7 @@ def test_the_command(models, tmp_path):
 def test_merges_of_files_do_without_torch(models, tmp_path):
     code = f"""
 import sys
-from fastalign.cli import main
+from fastalign.cli.main import main
 models, out = {[str(model) for model in models]!r}, {str(tmp_path)!r}
 for i, more in enumerate((["--weights", "0.5,0.3,0.2"], ["--method", "karcher", "--dtype", "float16"],
                           ["--method", "ties", "--base", models[0], "--weights", "1,1,1"])):

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup import open_checkpoint
 from fastalign.soup.checkpoint import INDEX, MAX_HEADER, lay_out, read_header
 

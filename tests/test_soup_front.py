@@ -9,9 +9,9 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from fastalign import rewards, soup
-from fastalign.cli import app
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 from fastalign.decode import Candidates, Sampler
-from fastalign.errors import UserError
 from fastalign.rewards import registry
 from fastalign.soup import front
 

@@ -10,8 +10,8 @@ from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 from typer.testing import CliRunner
 
 from fastalign import soup
-from fastalign.cli import app
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 from fastalign.soup.lora_files import CONFIG, WEIGHTS, open_adapter
 
 IDS = torch.tensor([[5, 17, 200, 9, 31, 7]])

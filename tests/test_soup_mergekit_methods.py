@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fastalign import backend, soup
-from fastalign.cli import app
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 
 SHAPES = {
     "a.weight": (24, 40),

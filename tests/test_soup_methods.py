@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fastalign import cli_soup, soup
-from fastalign.cli import app
-from fastalign.errors import UserError
+from fastalign import soup
+from fastalign._base.errors import UserError
+from fastalign.cli import soup as cli_soup
+from fastalign.cli.main import app
 from fastalign.soup import estimate, geometry
 from fastalign.soup import plan as plans
 from fastalign.soup.settings import Places, parse

@@ -9,7 +9,7 @@ import transformers
 from tiny import tiny_tokenizer
 
 from fastalign import soup
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.lora_files import CONFIG
 
 IDS = torch.arange(4, 20)[None]

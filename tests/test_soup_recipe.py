@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fastalign import soup
-from fastalign.cli import app
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 
 F64 = torch.float64
 LAYERS = 5

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from fastalign import soup
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
 from fastalign import backend, soup
-from fastalign.cli import app
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign.cli.main import app
 
 CHAT = ["<|im_start|>", "<|im_end|>"]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

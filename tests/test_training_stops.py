@@ -172,7 +172,7 @@ def test_the_command_ends_with_1_and_saves_nothing(tmp_path, monkeypatch):
     from tiny import tiny_folder
     from typer.testing import CliRunner
 
-    from fastalign.cli import app
+    from fastalign.cli.main import app
 
     folder = tiny_folder(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))

@@ -11,13 +11,13 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 
 import fastalign.decode.engine as engine_module
 from fastalign import models
+from fastalign._base.errors import UserError
 from fastalign.decode import Sampler
 from fastalign.decode.engine import Engine, supports
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
-from fastalign.errors import UserError
-from fastalign.integrations import layers, packing
-from fastalign.integrations.transformers import fused_forward
-from fastalign.models import trial
+from fastalign.models import compiled_layers as layers
+from fastalign.models import packing, trial
+from fastalign.models.loading import fused_forward
 from fastalign.models.scoring import fused_head, score
 from fastalign.train._pairs import PairBatch, add_pair_forward
 
@@ -472,7 +472,7 @@ def test_a_dynamic_rope_is_not_sampled_past_its_length(tokenizer):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_peft_model_is_sampled(tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
-    from fastalign.integrations.transformers import load_causal_lm
+    from fastalign.models.loading import load_causal_lm
 
     model = llama()
     model.save_pretrained(tmp_path / "base")

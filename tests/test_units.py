@@ -1,7 +1,7 @@
 import pytest
 
 from fastalign import UserError
-from fastalign.units import parse_bytes
+from fastalign._base.units import parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fastalign.data.files import atomic_write
+from fastalign._base.files import atomic_write
 
 LIMIT = 1.05
 

@@ -170,7 +170,7 @@ def ours(recipe: dict, out: Path) -> str | None:
     import yaml
 
     from fastalign import soup
-    from fastalign.errors import UserError
+    from fastalign._base.errors import UserError
 
     path = out.with_suffix(".yml")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastalign import kernels
-from fastalign.data.files import atomic_write
+from fastalign._base.files import atomic_write
 
 
 @dataclass(frozen=True)

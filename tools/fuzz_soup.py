@@ -122,7 +122,7 @@ def write_twin(found, path: Path, draw: random.Random) -> Path:
 def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
     """What became of one file: "refused" or "merged" (or "refused later"). Anything else is an error that gets out."""
     from fastalign import soup
-    from fastalign.errors import UserError
+    from fastalign._base.errors import UserError
     from fastalign.soup import parameters as asked
     from fastalign.soup import plan
 

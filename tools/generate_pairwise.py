@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastalign._pairwise import FUSED, TABLE, Margin
+from fastalign.ops.pairwise import FUSED, TABLE, Margin
 
 TARGET = Path(__file__).parents[1] / "kernels" / "fastalign_kernels" / "_pairwise.py"
 

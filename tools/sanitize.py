@@ -137,7 +137,7 @@ def plant(kind: str) -> None:
     import torch
 
     from fastalign.backend import engine
-    from fastalign.buffers import buffer
+    from fastalign.ops.buffers import buffer
 
     x, y = torch.zeros(1000), torch.zeros(1000)
     longer = [(*buffer(each)[:1], 1064, "float32") for each in (y, x)]

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fastalign._lazy import lazy
+from fastalign._base.lazy import lazy
 
 if TYPE_CHECKING:
     from fastalign.data import hub, preferences, prompts

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 EXTRAS = ("tools", "chat_template_kwargs")  # columns of TRL's data sets beside a prompt
 

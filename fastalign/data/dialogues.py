@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import check_messages, text_of
-from fastalign.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

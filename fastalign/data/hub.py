@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastalign._base.errors import UserError
 from fastalign.data import prompts, rows
 from fastalign.data.conversations import Conversation
 from fastalign.data.dialogues import prompt_of
-from fastalign.errors import UserError
 
 IMDB = ("imdb", "stanfordnlp/imdb")
 HH_RLHF = ("hh-rlhf", "Anthropic/hh-rlhf")

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastalign.data.files import read_json
-from fastalign.data.numbers import number
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import read_json
+from fastalign._base.numbers import number
 
 VERSION = 1
 SENSES = (">=", "<=", "==")

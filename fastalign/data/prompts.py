@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastalign._base.errors import UserError
 from fastalign.data import rows as sources
 from fastalign.data.conversations import EXTRAS, Conversation, check_utf8
 from fastalign.data.dialogues import prompt_of
-from fastalign.errors import UserError
 
 COLUMNS = ("prompt", "messages", "text")
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from fastalign.errors import UserError
-from fastalign.units import parse_bytes
+from fastalign._base.errors import UserError
+from fastalign._base.units import parse_bytes
 
 KNOBS = ("batch_size", "memory_limit")  # of speed and memory: what is drawn does not depend on them
 DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import Conversation, as_prompt, check_options, check_tools, check_utf8, text_of
-from fastalign.errors import UserError
 
 TAIL = 8  # tokens of a prompt that its continuation is decoded with
 SLACK = 4  # tokens beyond a stop string's bytes: one has at least one byte, but for half characters at either end

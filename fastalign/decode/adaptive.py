@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler, _places
 from fastalign.decode.select import effective_sample_size, select
 from fastalign.decode.worth import TRUSTED_ESS, Worth
-from fastalign.errors import UserError
 
 PILOT_N, PILOT_PROMPTS = 32, 8
 

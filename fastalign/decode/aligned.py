@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.decode.adaptive import adaptive
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.particles import particles
 from fastalign.decode.rejection import speculative_rejection, usual_checkpoints
 from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler
-from fastalign.errors import UserError
 
 # By method, the kind of file that it makes: the text picked for each prompt, or all particles with their weights.
 KINDS = {"rejection": "selected", "particles": "weighted", "adaptive": "selected"}
@@ -60,7 +60,7 @@ def blocks(
     settings["spent"] of a part: tokens and candidates drawn; for "adaptive" also how many prompts did not get enough of them.
     skip: indices of prompts done before. The other arguments are those of the method's function.
     """
-    from fastalign import progress
+    from fastalign._base import progress
 
     options = {"lam": list(lam), "max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
     options |= {name: value for name, value in sampling.items() if value is not None}

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data.numbers import weights
+from fastalign._base.errors import UserError
+from fastalign._base.numbers import weights
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
-from fastalign.errors import UserError
 
 
 @dataclass

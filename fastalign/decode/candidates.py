@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+from fastalign._base.units import counted
 from fastalign.data.conversations import Conversation, as_prompt
-from fastalign.data.files import atomic_write
-from fastalign.errors import UserError
-from fastalign.units import counted
 
 KINDS = ("candidates", "scored", "selected", "weighted")
 _REWARD = "reward:"

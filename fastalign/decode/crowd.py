@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign._base.errors import UserError
 from fastalign.data.sampling import Settings
 from fastalign.decode.engine import GROW, Engine, Job
 from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler, stream_of
-from fastalign.errors import UserError
 from fastalign.rewards import score
 
 

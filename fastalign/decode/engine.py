@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign import backend
+from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.buffers import buffer
-from fastalign.errors import UserError
-from fastalign.integrations.head import Head, head_of
-from fastalign.integrations.layers import CompiledLayers
+from fastalign.models.compiled_layers import CompiledLayers
+from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.trial import Probe, attention_set, tried
+from fastalign.ops.buffers import buffer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastalign._base.error_bars import standard_error
+from fastalign._base.errors import UserError
 from fastalign.decode.select import _log_weights
 from fastalign.decode.worth import TRUSTED_ESS, Worth, words, worth
-from fastalign.error_bars import standard_error
-from fastalign.errors import UserError
 
 
 class Estimate(NamedTuple):

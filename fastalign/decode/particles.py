@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign._base.errors import UserError
 from fastalign.data.sampling import Settings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
@@ -22,7 +23,6 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import Job
 from fastalign.decode.sampler import Sampler, _places
-from fastalign.errors import UserError
 
 METHODS = (
     "systematic",
@@ -99,7 +99,7 @@ def particles(
 
     Raises UserError (one line) on bad arguments.
     """
-    from fastalign import progress
+    from fastalign._base import progress
 
     sampler, rewards, names, lam = prepared(sampler, rewards, lam)
     if not 0 <= ess <= 1:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastalign._base.errors import UserError
+from fastalign._base.units import parse_bytes
 from fastalign.data.sampling import Settings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
@@ -20,8 +22,6 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.crowd import Crowd, checkpoints_of, groups
 from fastalign.decode.engine import GROW, Job
 from fastalign.decode.sampler import Sampler, _places
-from fastalign.errors import UserError
-from fastalign.units import parse_bytes
 
 
 def usual_checkpoints(max_new_tokens: int) -> list[int]:
@@ -86,7 +86,7 @@ def speculative_rejection(
 
     Raises UserError (one line) on bad arguments.
     """
-    from fastalign import progress
+    from fastalign._base import progress
 
     sampler, rewards, names, lam = prepared(sampler, rewards, lam)
     if not 0 < keep <= 1:

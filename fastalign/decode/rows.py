@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.models.caches import cache_name, cache_of
 from fastalign.models.identity import language_model
 from fastalign.models.trial import Probe

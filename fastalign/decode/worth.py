@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.decode.select import _log_weights
-from fastalign.errors import UserError
-from fastalign.units import counted
 
 TRUSTED_ESS = 10.0  # effective draws per prompt below which weighted means are mostly the noise of a few candidates
 LEAST_CANDIDATES = 8  # for an exponent from halves and quarters

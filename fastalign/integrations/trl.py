@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 # What `_ChunkedLogProbFunction.forward` must take after ctx: the contract this adapter was written against.
 _SIGNATURE = (

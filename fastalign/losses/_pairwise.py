@@ -1,5 +1,5 @@
-"""The pairwise losses' table, which the ops below share: `fastalign._pairwise`."""
+"""The pairwise losses' table, which the ops below share: `fastalign.ops.pairwise`."""
 
-from fastalign._pairwise import F_DIVERGENCES, TABLE, Margin, Options, PairwiseLoss
+from fastalign.ops.pairwise import F_DIVERGENCES, TABLE, Margin, Options, PairwiseLoss
 
 __all__ = ["F_DIVERGENCES", "TABLE", "Margin", "Options", "PairwiseLoss"]

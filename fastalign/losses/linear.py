@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign._pairwise import FUSED
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.losses.preference import (
     cpo_loss,
     dpo_loss,
@@ -29,6 +28,7 @@ from fastalign.losses.preference import (
 )
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
 from fastalign.ops._fused import on_triton
+from fastalign.ops.pairwise import FUSED
 from fastalign.ops.preference import pairwise_loss
 
 Adapter = tuple[Tensor, Tensor, float]

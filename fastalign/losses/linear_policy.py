@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.losses.linear import Adapter, _LinearLoss
 from fastalign.losses.policy import PolicyLoss, grpo_loss, ppo_loss
 

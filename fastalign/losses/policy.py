@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.losses._tokens import aggregate, check_aggregation, check_beside, check_tokens, valid, wide
 from fastalign.ops.policy import KL, Clip, PolicyRows, Tokens, kl_estimate, policy_rows, value_rows
 

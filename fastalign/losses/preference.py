@@ -1,7 +1,7 @@
 """Preference losses from sequence log-probabilities: DPO and its family, KTO, ORPO, SimPO, CPO.
 
 All arithmetic is in float32 (float64 for float64 inputs). Losses come one per row, for the caller to average; rewards
-carry no gradient. The formulas lie in `fastalign._pairwise.TABLE`.
+carry no gradient. The formulas lie in `fastalign.ops.pairwise.TABLE`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign._pairwise import (
+from fastalign._base.errors import UserError
+from fastalign.ops.pairwise import (
     F_DIVERGENCES,
     TABLE,
     Margin,
@@ -26,7 +27,6 @@ from fastalign._pairwise import (
     power_margin,
     power_score,
 )
-from fastalign.errors import UserError
 
 LOSS_TYPES = (*TABLE, "sft")
 CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo")

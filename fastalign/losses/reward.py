@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.losses._tokens import wide
 
 

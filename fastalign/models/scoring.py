@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
-from fastalign.integrations.head import head_of
-from fastalign.integrations.layers import CompiledLayers
+from fastalign._base.errors import UserError
+from fastalign.models.compiled_layers import CompiledLayers
+from fastalign.models.head import head_of
 from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.spans import same_law
 from fastalign.models.trial import Probe, name_of, tell_once, tried

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.models.identity import Verdict, identity, is_plain, language_model
 from fastalign.models.spans import chunk_length, narrowed, rope_change, rope_is_dynamic
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
-from fastalign.buffers import buffer
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.ops._dtypes import DTYPES
+from fastalign.ops.buffers import buffer
 
 
 def logits(name: str, x: Tensor, last: str = "V") -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
-from fastalign.once import once
 from fastalign.ops._library import define
+from fastalign.ops.once import once
 
 
 def on_triton(device: torch.device) -> bool:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastalign import backend
 from fastalign.backend import threads
-from fastalign.buffers import buffer
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
+from fastalign.ops.buffers import buffer
 
 TOKENS = 1024  # of a tile
 VOCAB = 4096

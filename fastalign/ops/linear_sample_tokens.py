@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.buffers import buffer
-from fastalign.errors import UserError
 from fastalign.ops import _checks, _linear_cpu
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
+from fastalign.ops.buffers import buffer
 from fastalign.ops.linear_token_logprobs import _check
 from fastalign.ops.sample_tokens import SampledTokens
 from fastalign.ops.sample_tokens import _check as _check_draw

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
-from fastalign.errors import UserError
-from fastalign.once import once
+from fastalign._base.errors import UserError
 from fastalign.ops import _checks, _dtensor, _linear_cpu
 from fastalign.ops._dtypes import DTYPES, compute_dtype
 from fastalign.ops._library import define
 from fastalign.ops._linear_cpu import kept_size
+from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
 
 KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient

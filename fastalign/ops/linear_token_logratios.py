@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.ops.linear_token_logprobs import linear_token_logprobs
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.errors import UserError
 from fastalign.ops._library import define
 
 

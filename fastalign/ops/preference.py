@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign._pairwise import FUSED, TABLE, Margin, Options, check_options
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._fused import on_triton, spread
 from fastalign.ops._library import define
+from fastalign.ops.pairwise import FUSED, TABLE, Margin, Options, check_options
 
 
 class PairLosses(NamedTuple):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.buffers import buffer, rows
-from fastalign.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._library import define
+from fastalign.ops.buffers import buffer, rows
 
 METHODS = (
     "multinomial",

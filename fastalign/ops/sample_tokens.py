@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.buffers import buffer
-from fastalign.buffers import rows as described_rows
-from fastalign.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
+from fastalign.ops.buffers import buffer
+from fastalign.ops.buffers import rows as described_rows
 
 MAX_VOCAB = 2**31 - 1
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
-from fastalign.buffers import buffer, rows
-from fastalign.once import once
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
+from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.once import once
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
 

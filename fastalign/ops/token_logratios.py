@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.buffers import buffer, rows
-from fastalign.errors import UserError
-from fastalign.once import once
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops._library import define
+from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
 
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign import backend, reference
-from fastalign.errors import UserError
-from fastalign.once import once
+from fastalign._base.errors import UserError
 from fastalign.ops import _checks
 from fastalign.ops._dtypes import compute_dtype
 from fastalign.ops.linear_token_logprobs import _budget, _check
 from fastalign.ops.linear_token_logprobs import backward_op as head_backward
 from fastalign.ops.linear_token_logprobs import forward_op as head_forward
+from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
 from fastalign.ops.token_logprobs import backward_op as rows_backward
 from fastalign.ops.token_logprobs import forward_op as rows_forward

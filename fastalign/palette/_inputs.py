@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 def to_numpy(x) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.palette._inputs import (
     as_groups,
     as_palettes,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.palette._inputs import as_palettes, as_sign
 from fastalign.palette._problem import Problem
 from fastalign.palette._setup import pass_over

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
 from fastalign.palette._inputs import reject_nonfinite
 

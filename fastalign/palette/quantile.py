@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.palette._inputs import as_rewards, reject_nonfinite
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 CHUNK_ROWS = 1 << 18
 SAMPLE_ROWS = 1 << 17  # kept in memory, to start from

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastalign.error_bars import standard_error
-from fastalign.errors import UserError
+from fastalign._base.error_bars import standard_error
+from fastalign._base.errors import UserError
 from fastalign.palette._inputs import as_groups, as_palettes, as_rewards, as_weights
 from fastalign.palette.feasibility import INWARD
 from fastalign.palette.solve import solve

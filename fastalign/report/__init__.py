@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data.files import atomic_write
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+from fastalign._base.units import counted, decimals
 from fastalign.report.duals import Dual, both
-from fastalign.units import counted, decimals
 
 __all__ = ["Example", "Report", "Value", "build"]
 
@@ -215,7 +215,7 @@ class Report:
 
     def figures(self) -> dict[str, Any]:
         """The page's matplotlib figures by name: levels, histograms, radar (from three values on), pareto."""
-        from fastalign.palette import plots
+        from fastalign.report import figures as plots
         from fastalign.report.tradeoff import Tradeoff
 
         names = [value.name for value in self.values]

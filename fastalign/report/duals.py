@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastalign._base.units import decimals
 from fastalign.palette.solve import solve
-from fastalign.units import decimals
 
 NOTE = (
     "<p class='note'>Within each prompt, every prompt keeps its weight: that is what a decoder realises. All at once, the "

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from fastalign.palette import plots
+from fastalign._base.units import counted
 from fastalign.report import Example, Report, Value, clean, duals
-from fastalign.units import counted
+from fastalign.report import figures as plots
 
 # The figures' colours become the page's, so that they turn with it.
 _THEME = {

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from fastalign._base.units import counted, decimals
 from fastalign.decode.worth import TRUSTED_ESS, words, worth
 from fastalign.report import duals
 from fastalign.report.html import _figure, _svg, document
-from fastalign.units import counted, decimals
 
 if TYPE_CHECKING:
-    from fastalign.report.pareto import Study
+    from fastalign.report.study import Study
 
 _TITLES = {
     "front": "Fronts, two values at a time", "front3d": "The front of three values", "region": "Which λ are desirable",

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.data.files import atomic_write
-from fastalign.error_bars import wilson
-from fastalign.errors import UserError
+from fastalign._base.error_bars import wilson
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
 
 BINS = 10
 
@@ -83,7 +83,7 @@ class RewardReport:
             with atomic_write(path) as beside:
                 beside.write_text(text, encoding="utf-8")
         elif suffix in (".png", ".svg"):
-            from fastalign.palette import plots
+            from fastalign.report import figures as plots
 
             for name, figure in self.figures().items():
                 plots.save(figure, path.with_name(f"{path.stem}-{name}{path.suffix}"))
@@ -216,7 +216,7 @@ def _bins_table(head: Head) -> str:
 
 
 def _scores(heads: Sequence[Head]):
-    from fastalign.palette import plots
+    from fastalign.report import figures as plots
 
     columns = min(3, len(heads))
     rows = -(-len(heads) // columns)
@@ -243,7 +243,7 @@ def _scores(heads: Sequence[Head]):
 
 
 def _reliability(heads: Sequence[Head]):
-    from fastalign.palette import plots
+    from fastalign.report import figures as plots
 
     columns = min(3, len(heads))
     rows = -(-len(heads) // columns)

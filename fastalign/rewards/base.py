@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import as_prompt, as_text
-from fastalign.errors import UserError
 
 
 @runtime_checkable

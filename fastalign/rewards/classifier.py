@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.data.text import Text, embedding_rows
-from fastalign.errors import UserError
 from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
 
@@ -215,8 +215,8 @@ def _open(model, tokenizer):
     """The model and its tokenizer, loaded (safetensors only, none of the checkpoint's own code) where named."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
-    from fastalign.integrations.transformers import resolve
+    from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
+    from fastalign.models.loading import resolve
 
     if not isinstance(model, (str, os.PathLike)):
         if tokenizer is None:

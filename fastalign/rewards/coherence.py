@@ -35,7 +35,7 @@ class Coherence(CachedReward):
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        from fastalign.integrations._loading import quiet_unless_terminal
+        from fastalign._base.quiet import quiet_unless_terminal
 
         device = self.device
         if device == "auto":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import as_text
-from fastalign.errors import UserError
 from fastalign.rewards.base import Reward, as_scores, check_texts, with_conversations
 
 

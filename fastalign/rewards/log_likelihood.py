@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import transcript
 from fastalign.data.text import Text, embedding_rows
-from fastalign.errors import UserError
 from fastalign.rewards.base import CachedReward
 from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
 
@@ -54,7 +54,7 @@ class LogLikelihood(CachedReward):
 
     def _load(self):
         if isinstance(self._model, str):
-            from fastalign.integrations.transformers import load_causal_lm
+            from fastalign.models.loading import load_causal_lm
 
             self._model, loaded = load_causal_lm(self._model)
             self._tokenizer = self._tokenizer or loaded

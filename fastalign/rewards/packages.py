@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 def require(module: str, distribution: str, reward: str) -> ModuleType:

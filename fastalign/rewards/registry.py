@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastalign import progress
+from fastalign._base import progress
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import as_text
-from fastalign.errors import UserError
 from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts, is_reward, with_conversations
 from fastalign.rewards.function import from_function
 

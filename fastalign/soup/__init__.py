@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fastalign._lazy import lazy
+from fastalign._base.lazy import lazy
 from fastalign.soup.checkpoint import open_checkpoint
 from fastalign.soup.merge import Merged, execute, merge
 from fastalign.soup.methods import METHODS, simplex_grid

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup import compare
 from fastalign.soup.checkpoint import Checkpoint
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.dtypes import SIZES
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -271,14 +271,14 @@ def _checkpoint(name: str, folder: Path | None, files: list[File]) -> Checkpoint
 
 def _local(name: str) -> str:
     """The folder of a model that is not a folder of safetensors by itself: a GGUF file, an alias or a hub name."""
-    from fastalign.integrations.transformers import resolve
+    from fastalign.models.loading import resolve
 
     found = resolve(name)
     if os.path.isdir(found):
         return found
     from huggingface_hub import snapshot_download
 
-    from fastalign.integrations._loading import one_line_errors
+    from fastalign._base.quiet import one_line_errors
 
     with one_line_errors(name, "no such local folder, and not to be had from the hub: "):
         return snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])

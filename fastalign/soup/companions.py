@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastalign.data.files import atomic_write, read_json, sync, write_json
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, read_json, sync, write_json
 from fastalign.soup.checkpoint import Checkpoint
 from fastalign.soup.compare import models_of
 from fastalign.soup.dtypes import SIZES, WORDS

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint, is_adapter
 from fastalign.soup.dtypes import FLOATS
 from fastalign.soup.vocabulary import OLD_FILES, ROWS, tokens_of
@@ -137,7 +137,7 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    from fastalign.data.files import read_json
+    from fastalign._base.files import read_json
 
     found = read_json(path)
     if not isinstance(found, dict):

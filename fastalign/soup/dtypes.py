@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 if TYPE_CHECKING:
     import torch

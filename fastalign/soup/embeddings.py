@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint, File, Tensor
 from fastalign.soup.dtypes import FLOATS, SIZES, in_torch
 from fastalign.soup.vocabulary import ROWS, Vocabulary, embeddings_of

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastalign.data import outputs
-from fastalign.data.files import check_folder
-from fastalign.data.work_folder import WorkFolder, hold, sha256
+from fastalign._base import outputs
+from fastalign._base.errors import UserError
+from fastalign._base.files import check_folder
+from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
-from fastalign.errors import UserError
 
 RECORD = "soups.json"
 FIGURES = ("soups.svg", "soups.png")

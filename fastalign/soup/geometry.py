@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 _PARALLEL = 0.9995  # cosines beyond: the great circle is a straight line
 

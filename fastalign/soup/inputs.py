@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint, File
 
 _OTHER_FILES = 256  # that a process has open besides

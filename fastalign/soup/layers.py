@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _BEFORE = re.compile(r"emb(?!ed_out)|\bwte\b|\bwpe\b|rotary|relative_pe")

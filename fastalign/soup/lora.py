@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import fastalign
-from fastalign import progress as bars
-from fastalign.data.files import atomic_write
-from fastalign.errors import UserError
+from fastalign._base import progress as bars
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
 from fastalign.soup import dtypes, methods
 from fastalign.soup.companions import stays_within
 from fastalign.soup.lora_files import Adapter, base_name, open_adapter, target_folder, wide, write_adapter

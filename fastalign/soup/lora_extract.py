@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import fastalign
-from fastalign import progress as bars
-from fastalign.data.files import atomic_write
-from fastalign.errors import UserError
+from fastalign._base import progress as bars
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
 from fastalign.soup import compare, dtypes
 from fastalign.soup import plan as plans
 from fastalign.soup.architecture import is_tied, is_transposed

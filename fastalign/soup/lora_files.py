@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.data.files import read_json, write_json
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import read_json, write_json
 from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
 from fastalign.soup.checkpoint import File, lay_out, read_header
 from fastalign.soup.dtypes import FLOATS, of_torch

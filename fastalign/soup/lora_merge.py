@@ -16,7 +16,8 @@ from torch import Tensor
 
 import fastalign
 from fastalign import backend
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.units import parse_bytes
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import plan as plans
 from fastalign.soup.architecture import is_tied, is_transposed
@@ -27,7 +28,6 @@ from fastalign.soup.lora_files import Adapter, Factors, base_name, open_adapter
 from fastalign.soup.merge import Merged, execute, warned
 from fastalign.soup.tensors import mix_tensors
 from fastalign.soup.vocabulary import EMBEDDINGS
-from fastalign.units import parse_bytes
 
 _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 

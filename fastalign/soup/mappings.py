@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 def known(held: Mapping[Any, Any], keys: set[str], where: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastalign.errors import UserError, printable
+from fastalign._base.errors import UserError, printable
 from fastalign.soup import compare, dtypes, methods, parameters
 from fastalign.soup.checkpoint import Checkpoint, File, open_checkpoint
 from fastalign.soup.finite import NotFinite

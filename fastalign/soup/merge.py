@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastalign import backend
-from fastalign import progress as bars
-from fastalign.data import files
-from fastalign.errors import UserError, printable
+from fastalign._base import files
+from fastalign._base import progress as bars
+from fastalign._base.errors import UserError, printable
 from fastalign.soup import plan as plans
 from fastalign.soup.finite import NotFinite
 from fastalign.soup.inputs import allow_open_files, files_of, opened, unchanged

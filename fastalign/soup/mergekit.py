@@ -17,7 +17,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.mappings import known, text
 from fastalign.soup.mergekit_models import Run, model_named, runs_of, stack_of
 from fastalign.soup.parameters import METHODS

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastalign import backend
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup import geometry, sparsify
 from fastalign.soup.checkpoint import Checkpoint
 from fastalign.soup.parameters import METHODS as _TABLE

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.files import flushes, read_json, write_json
-from fastalign.data.outputs import not_an_input
-from fastalign.data.work_folder import WorkFolder, hold
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import flushes, read_json, write_json
+from fastalign._base.outputs import not_an_input
+from fastalign._base.work_folder import WorkFolder, hold
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import INDEX, Shard, index_of
 from fastalign.soup.finite import NotFinite

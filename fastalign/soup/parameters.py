@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.settings import Setting, parse
 
 MAX_INPUTS = 128  # of the kernel

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import fastalign
 from fastalign import backend
-from fastalign.data.fingerprint import of_files, of_weights
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.fingerprint import of_files, of_weights
+from fastalign._base.units import counted, parse_bytes
 from fastalign.soup import compare, dtypes, methods
 from fastalign.soup import parameters as asked
 from fastalign.soup.checkpoint import Checkpoint, File, Shard, lay_out
 from fastalign.soup.companions import Companions, companions
 from fastalign.soup.embeddings import Embeddings, in_order_of
 from fastalign.soup.stacks import Model, open_model
-from fastalign.units import counted, parse_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup import mergekit
 from fastalign.soup.mappings import entries, known, layer_range, text
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastalign.data.files import flushes, sync
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import flushes, sync
 from fastalign.soup import plan as plans
 from fastalign.soup.checkpoint import Checkpoint, Shard
 from fastalign.soup.compare import read_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.tasks import Choice, stream_of
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint, File, Piece, Tensor, open_checkpoint
 from fastalign.soup.compare import LAYER_COUNTS, config_of
 from fastalign.soup.layers import comes_before, layer_counts, layer_of

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastalign import backend
-from fastalign.data.files import flushes
-from fastalign.data.work_folder import sha256
+from fastalign._base.files import flushes
+from fastalign._base.work_folder import sha256
 from fastalign.soup.dtypes import SIZES, code
 from fastalign.soup.tasks import KEEPS, Tasks
 

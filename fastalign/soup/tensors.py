@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign import backend, reference
-from fastalign.buffers import buffer
+from fastalign.ops.buffers import buffer
 
 
 def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastalign.data.files import read_json
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import read_json
 from fastalign.soup.checkpoint import Checkpoint
 
 # What embeddings and heads, which have a row for each token, are called.

@@ -1,6 +1,6 @@
 """Trainers on the fused losses: DPO, PPO, reward models. TRL and peft are imported only when one is asked for."""
 
-from fastalign._lazy import lazy
+from fastalign._base.lazy import lazy
 
 _HOMES = {
     "DPOConfig": "dpo",

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fastalign.data import numbers
+from fastalign._base import numbers
+from fastalign._base.errors import UserError
 from fastalign.data.conversations import text_of
 from fastalign.data.dialogues import with_prompt
 from fastalign.data.preferences import NUMBERS
-from fastalign.errors import UserError
 
 
 def pairs(name: str, dataset: Any, *, tokenized: Sequence[str] = ()) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 SHOWN = 8  # rows in a message
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign.integrations.head import Head
 from fastalign.losses import kl_penalty
+from fastalign.models.head import Head
 from fastalign.reference import transform_logits
 
 TOKENS_AT_ONCE = 128  # of the exact KL: two tiles of logits, 50 MB in all for 49,152 entries

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.integrations.head import head_of
-from fastalign.integrations.packing import Pack, is_enabled, packed_hidden
+from fastalign.models.head import head_of
+from fastalign.models.packing import Pack, is_enabled, packed_hidden
 from fastalign.models.scoring import score
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
 

@@ -27,16 +27,16 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 import fastalign
-from fastalign import progress
-from fastalign.data.files import atomic_write
-from fastalign.data.numbers import number
+from fastalign._base import progress
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+from fastalign._base.numbers import number
 from fastalign.data.preferences import NUMBERS
-from fastalign.errors import UserError
-from fastalign.integrations.gguf import cache_dir
-from fastalign.integrations.packing import enable, pack_pairs
-from fastalign.integrations.transformers import check_language_model
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
+from fastalign.models.gguf import cache_dir
 from fastalign.models.identity import described, language_model, reads_tokens
+from fastalign.models.loading import check_language_model
+from fastalign.models.packing import enable, pack_pairs
 from fastalign.models.trial import name_of, tell_once
 from fastalign.train import _checks
 from fastalign.train._finite import StopsAtNaN
@@ -90,7 +90,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     """TRL 1.16's DPOTrainer, same arguments (and `tokenizer=` for `processing_class=`), same losses and logs, faster.
 
     Also logs "tokens_per_second" (tokens as TRL counts them: the padded batch's attention mask). Models that cannot
-    take packed rows (`integrations.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
+    take packed rows (`models.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
     models with an auxiliary loss run on TRL's own path.
 
     Reference log-probabilities are taken with dropout off. Under precompute_ref_log_probs they are kept in the cache folder

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 
 @dataclass

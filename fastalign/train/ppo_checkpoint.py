@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.data.files import atomic_write, read_json
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, read_json
 
 KIND = "ppo_checkpoint"
 

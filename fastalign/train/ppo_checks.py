@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 from fastalign.train.ppo_config import PPOConfig
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 KL_PENALTIES = ("kl", "abs", "mse", "full")
 

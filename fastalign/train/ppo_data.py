@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 COLUMNS = ("label", "query", "response")
 

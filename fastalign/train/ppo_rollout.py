@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as padded
 
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
 
 ROWS_AT_ONCE = 128
 # What `decode.Sampler` does; any other option is left to transformers.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.integrations.head import Head
+from fastalign.models.head import Head
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 

@@ -18,8 +18,8 @@ import trl
 from torch import Tensor
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from fastalign.data.numbers import number
-from fastalign.errors import UserError
+from fastalign._base.errors import UserError
+from fastalign._base.numbers import number
 from fastalign.losses import bradley_terry_loss
 from fastalign.rewards.classifier import NOTE
 from fastalign.train import _checks
@@ -302,8 +302,8 @@ def _load(name: str, tokenizer, args, outputs: int, quantization_config):
     from trl.trainer.reward_trainer import suppress_seqcls_warning
     from trl.trainer.utils import create_model_from_path
 
-    from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
-    from fastalign.integrations.transformers import resolve
+    from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
+    from fastalign.models.loading import resolve
 
     folder = resolve(name)
     options = {"use_safetensors": True, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}

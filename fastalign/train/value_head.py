@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fastalign.errors import UserError
-from fastalign.integrations.head import Head, head_of
+from fastalign._base.errors import UserError
 from fastalign.models.caches import cache_name, cache_of
+from fastalign.models.head import Head, head_of
 from fastalign.models.identity import language_model, reads_tokens
 from fastalign.models.scoring import fused_head, score
 
@@ -324,8 +324,8 @@ def _load(name: str | os.PathLike, model_args: tuple, is_trainable: bool, option
     """The model, and the folder that may hold its value head."""
     from transformers import AutoModelForCausalLM
 
-    from fastalign.integrations._loading import one_line_errors, quiet_unless_terminal
-    from fastalign.integrations.transformers import check_language_model, resolve
+    from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
+    from fastalign.models.loading import check_language_model, resolve
 
     check_language_model(name)
     if "torch_dtype" in options:

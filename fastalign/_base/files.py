@@ -1,0 +1,152 @@
+"""Files written whole or not at all: beside the target, flushed to disk, then renamed over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from fastalign._base.errors import UserError
+
+STDOUT = "-"  # as the path of a JSON file
+_FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
+
+    A link stays, and what it leads to is replaced; a file's permissions stay. On an error or an interrupt the temporary is
+    removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor an empty folder (nor, with
+    `replace`, any folder, which goes with all that is in it); an OSError that says of no other file names `path`.
+    """
+    target = Path(os.path.realpath(path))
+    found = _status(path)
+    if found is not None and not (stat.S_ISDIR(found.st_mode) and (replace or not any(target.iterdir()))):
+        check_target(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        if found is not None and not beside.is_dir():
+            check_target(path)
+            os.chmod(beside, stat.S_IMODE(found.st_mode))
+        _sync(beside)
+        become(beside, target)
+        sync(target.parent)
+    except OSError as error:
+        other = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(beside)
+        if error.errno is None or other:
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def become(beside: Path, target: Path) -> None:
+    """Rename a file or folder; a folder that is there under the new name goes once the new one has it."""
+    if not (beside.is_dir() and target.is_dir()):
+        os.replace(beside, target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.replace(target, old)
+    os.replace(beside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(path: str | Path) -> None:
+    """Raises UserError, one line, where `path` is there and is no file: what takes long asks before it begins."""
+    found = _status(path)
+    if found is None or stat.S_ISREG(found.st_mode):
+        return
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    what = next((name for is_kind, name in kinds.items() if is_kind(found.st_mode)), "a device")
+    raise UserError(f"{path}: must be a file or not be there, it is {what}")
+
+
+def check_folder(path: str | Path) -> None:
+    """The same of what must be a folder or not be there."""
+    found = _status(path)
+    if found is not None and not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path}: must be a folder, this is {'a file' if stat.S_ISREG(found.st_mode) else 'no folder'}")
+
+
+def _status(path: str | Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; to stdout where the path is "-". NaN and infinities are refused: JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if str(path) == STDOUT:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    with atomic_write(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, *, kind: str | None = None) -> Any:
+    """Read a JSON file; with `kind`, it must be an object whose "kind" is that.
+
+    Raises FileNotFoundError or UserError with one line that names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep to be read as JSON") from None
+    if kind is not None and not (isinstance(value, dict) and value.get("kind") == kind):
+        came = value.get("kind") if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{path}: must be a fastalign {kind} file, got kind {came!r}")
+    return value
+
+
+@contextmanager
+def unflushed() -> Iterator[None]:
+    """Within it nothing is flushed: what is written reaches the disk when the system finds the time."""
+    token = _FLUSHES.set(False)
+    try:
+        yield
+    finally:
+        _FLUSHES.reset(token)
+
+
+def flushes() -> bool:
+    return _FLUSHES.get()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for child in path.rglob("*"):
+            if child.is_file():
+                sync(child)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush one file, or a folder's entries, to the disk."""
+    if not flushes():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""What a model is by content, not by path: what was made with it is not taken for what another of the same name makes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastalign._base.files import read_json
+from fastalign._base.work_folder import sha256
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_REST = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # configuration, tokenizer, remote code
+_WHOLE = 1 << 20  # bytes of weights that are hashed whole
+_PAGES, _PAGE = 256, 4096  # of larger files: so many evenly, from the first to the last
+
+
+def of_model(name: str | os.PathLike) -> str:
+    """A hash of a local folder's or file's content; of a model from the hub its name and, where it is known, its commit.
+
+    Weights of more than 1 MB count by size, their first megabyte and 256 pages spread over them, so that this takes
+    milliseconds; all else that a model is loaded from counts whole. An adapter's base counts with it.
+    Raises UserError where an adapter's configuration is not JSON.
+    """
+    path = Path(os.fspath(name).removeprefix("vllm:")).expanduser()
+    base = _base(path / "adapter_config.json")
+    parts = [_of_one(path, name), *([_of_one(Path(base).expanduser(), base)] if base else [])]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _of_one(path: Path, name: str | os.PathLike) -> str:
+    if not path.exists():
+        return f"{name}@{_commit(os.fspath(name))}"
+    return of_files(path.iterdir() if path.is_dir() else [path])
+
+
+def _base(config: Path) -> str | None:
+    found = read_json(config) if config.is_file() else {}
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    return base if isinstance(base, str) and base else None
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """A hash of the files among these that a model is loaded from, and of their names."""
+    held = {}
+    for path in paths:
+        if path.suffix in (*_WEIGHTS, *_REST) and path.is_file():
+            held[path.name] = of_weights(path) if path.suffix in _WEIGHTS else sha256(path)
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def of_weights(path: Path) -> str:
+    """A hash of a file of weights: whole up to 1 MB, else of its size, first megabyte and pages spread evenly over it."""
+    size = path.stat().st_size
+    if size <= _WHOLE:
+        return sha256(path)
+    found = hashlib.sha256(size.to_bytes(8, "little"))
+    with open(path, "rb", buffering=0) as file:
+        found.update(os.pread(file.fileno(), _WHOLE, 0))  # a header, most often all of it
+        for i in range(_PAGES):
+            found.update(os.pread(file.fileno(), _PAGE, (size - _PAGE) * i // (_PAGES - 1)))
+    return found.hexdigest()
+
+
+def _commit(name: str) -> str:
+    """That of the snapshot in the hub's cache which the name stands for."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the hub can have, as a server's address
+        return ""
+    return Path(found).parent.name if isinstance(found, str) else ""

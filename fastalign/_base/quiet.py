@@ -1,0 +1,48 @@
+"""How every loader behaves: quiet off a terminal, one line for what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastalign._base.errors import UserError
+
+
+@contextmanager
+def one_line_errors(name: str | os.PathLike, where: str = "") -> Iterator[None]:
+    """Turn what transformers raises for a model it cannot load into one UserError line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno is not None:  # the system's own: disk full, no permission
+            raise
+        raise UserError(f"{name}: cannot be loaded as a model: {where}{_first_line(error)}") from None
+    except Exception as error:  # safetensors, JSON, tokenizers and transformers each have their own types
+        raise UserError(f"{name}: cannot be loaded as a model: {_first_line(error)}") from None
+
+
+@contextmanager
+def quiet_unless_terminal() -> Iterator[None]:
+    """Silence transformers' progress bars where stderr is no terminal, and its report of weights, which takes a screen."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    silence = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if silence:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,34 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fastalign._base.errors import UserError
+
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes from a number, or from "512MB", "4 GB", "1.5GiB" (powers of 1000, of 1024 with an i).
+
+    Raises UserError that names the argument.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
+    size = found and int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2]])
+    if not size:
+        raise UserError(f"{name} must be a size such as 4GB or 512MiB, or a number of bytes, got {value!r}")
+    return size
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 prompt", "1,024 prompts"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def decimals(spread: float) -> int:
+    """Digits after the point that show a hundredth of a spread, two to six; three where there is none."""
+    return min(6, max(2, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3

@@ -1,0 +1,250 @@
+"""How a command is registered: its help ends with an example, a user's mistake ends it with one line, --json prints what it returns.
+
+Exit codes: 0 done, 1 a mistake of the user's, 2 usage, 3 a palette that is proved infeasible, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fastalign
+from fastalign._base import outputs, progress
+from fastalign._base.errors import Terminated, UserError, printable
+from fastalign._base.files import STDOUT
+
+UNWRAPPED = 400  # columns, where nobody's terminal folds the lines
+JSON = ("map_", "eval_")  # the commands whose output is JSON
+OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
+PLACES = ("model", "models", "base", "prompts", "data")  # which may be paths, and are texts
+INFEASIBLE = 3
+_AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
+Found = Mapping[str, Any]  # what a command returns and --json prints
+AsJson = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else, on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and was made otherwise.")]
+
+
+def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]:
+    """`command(example)` for `app`: a decorator."""
+
+    def command(example: str, *, serves: bool = False) -> Callable[[Callable], Callable]:
+        """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback.
+
+        serves: it has nothing to tell while nobody asks.
+        """
+
+        def register(function: Callable) -> Callable:
+            signature = inspect.signature(function, eval_str=True)
+
+            @functools.wraps(function)
+            def guarded(*args, as_json: bool = False, **kwargs):
+                token = _AS_JSON.set(as_json)
+                try:
+                    kwargs = {name: _at_home(name, value) for name, value in kwargs.items()}
+                    arguments = signature.bind(*args, **kwargs).arguments
+                    _protect(function.__name__, arguments)
+                    if as_json and str(arguments.get("out")) == STDOUT:
+                        raise UserError("give --out - or --json, not both: each writes JSON to stdout")
+                    with (
+                        _terminable(),
+                        outputs.said_by(_say, _ask),
+                        nullcontext() if serves else progress.at_work(name),
+                    ):
+                        found = function(*args, **kwargs)
+                    if as_json:
+                        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+                    if kwargs.get("allow_infeasible") is False and found["feasible"] is False:
+                        raise typer.Exit(INFEASIBLE)
+                except KeyboardInterrupt as stopped:
+                    _fail(str(stopped) or "interrupted", 143 if isinstance(stopped, Terminated) else 130)
+                except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+                    if not _is_users(error):
+                        raise
+                    _fail(_in_options(_one_line(error), signature))
+                finally:
+                    _AS_JSON.reset(token)
+
+            if signature.return_annotation is not None:
+                option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+                guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+            name = function.__name__.rstrip("_").replace("_", "-")
+            return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
+
+        return register
+
+    return command
+
+
+def console(*, markup: bool = False, out: Path | None = None):
+    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out: where the command
+    writes: for "-" what is shown goes to stderr; with --json nothing is shown."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else UNWRAPPED
+    stderr = str(out) == STDOUT
+    return Console(highlight=False, markup=markup, emoji=False, stderr=stderr, width=width, quiet=_AS_JSON.get())
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises `Terminated`; but for threads, where no handler can be set, and for who ignores the signal."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """A path whose ~ no shell has put the home folder for."""
+    if isinstance(value, list):
+        return [_at_home(name, one) for one in value]
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and name in PLACES else value
+
+
+def _protect(command: str, arguments: Mapping[str, Any]) -> None:
+    """No command writes over, or into, what another of its arguments names."""
+    given = [value for name, value in arguments.items() if name not in OUTPUTS]
+    flat = [one for value in given for one in (value if isinstance(value, list) else [value])]
+    texts = [str(one) for one in flat if isinstance(one, str | Path)]
+    named = [part.removeprefix("vllm:").partition("#")[0] for text in texts for part in {text, *text.split(",")}]
+    written = {name: arguments[name] for name in OUTPUTS if arguments.get(name) is not None}
+    for name, path in written.items():
+        if str(path) == STDOUT and (name != "out" or command not in JSON):
+            raise UserError(
+                f"{name} must be a path; - is stdout, for the JSON of {' and '.join(JSON).replace('_', '')}"
+            )
+    for path in written.values():
+        if str(path) != STDOUT:
+            outputs.not_an_input(path, [name for name in named if name])
+    places = [os.path.realpath(path) for path in written.values()]
+    if len(set(places)) < len(places):
+        raise UserError(f"{' and '.join(written)} must be different, got {', '.join(map(str, written.values()))}")
+
+
+def given(context: typer.Context) -> dict[str, str]:
+    """The parameters that stand on the command line, as they are called there."""
+    told = {one.name: one.opts[0] for one in context.command.params if one.name}
+    return {name: option for name, option in told.items() if context.get_parameter_source(name).name == "COMMANDLINE"}
+
+
+def names(option: str, text: str) -> list[str]:
+    """Comma-separated names, at least one."""
+    if not (found := [name.strip() for name in text.split(",") if name.strip()]):
+        raise UserError(f"{option} must be names, comma-separated, at least one, got {text!r}")
+    return found
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Comma-separated numbers, none where there is no text; a mistake names the option."""
+    try:
+        return [float(field) for field in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"{option} must be numbers, comma-separated, got {text!r}") from None
+
+
+def named_values(option: str, fields: list[str]) -> dict[str, Any]:
+    """name=value each, once: a value is JSON where it can be read as that, else text."""
+    found: dict[str, Any] = {}
+    for field in fields:
+        name, mark, value = field.partition("=")
+        name = name.strip()
+        if not mark or not name or name in found:
+            raise UserError(f"{option} must be name=value, each name once, got {field!r}")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
+
+
+def warn_in_one_line() -> None:
+    """From now on fastalign's own warnings are one line each, without the line of code that raised them."""
+    plain = warnings.formatwarning
+
+    def one_line(message, category, filename, lineno, line=None) -> str:
+        ours = Path(filename).is_relative_to(Path(fastalign.__file__).parent)
+        return f"fastalign: {_one_line(message)}\n" if ours else plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = one_line
+
+
+def _is_users(error: BaseException) -> bool:
+    """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
+    if isinstance(error, UserError | OSError):
+        return True
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("FASTALIGN_ISA")  # the compiled engine's own check of it
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(fastalign.__file__).parent)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return " ".join(printable(str(error)).split()) or type(error).__name__
+
+
+def _in_options(message: str, signature: inspect.Signature) -> str:
+    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is of several words
+    or has a value, as the option that it is."""
+    for name, parameter in signature.parameters.items():
+        declared = [
+            d for d in getattr(parameter.annotation, "__metadata__", ()) if isinstance(d, typer.models.OptionInfo)
+        ]
+        if not declared:
+            continue
+        # In Annotated the first name stands where a default would otherwise.
+        given = [d for d in (declared[0].default, *(declared[0].param_decls or ())) if isinstance(d, str)]
+        on, _, off = (given or ["--" + name.rstrip("_").replace("_", "-")])[0].partition("/")
+        alone = rf"(?<![\w./-]){name}"
+        message = re.sub(rf"^{name.replace('_', '[_-]')}(?=[ \[])", on, message)
+        message = re.sub(rf"{alone}=True\b", on, message)
+        message = re.sub(rf"{alone}=False\b", off or f"no {on}", message)
+        if "_" in name:
+            message = re.sub(rf"{alone}(?![\w./])", on, message)
+    return message
+
+
+def _ask(question: str) -> bool:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return typer.confirm(f"fastalign: {question}", err=True)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun, the first process tells
+        print(f"fastalign: {line}", file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int = 1) -> None:
+    _say(message)
+    raise typer.Exit(code)

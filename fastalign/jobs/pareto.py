@@ -1,0 +1,124 @@
+"""The command `pareto`: the study of a scored file as a folder of figures, a page and JSON; and `map --plot`'s figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base import outputs
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+from fastalign.data import palettes as palette_files
+from fastalign.decode.candidates import Candidates
+from fastalign.palette.front import palette_path
+from fastalign.report.study import L1_MAX, Study, flat, groups_of, palette_figures, study
+
+
+def write(
+    scored: str | Path, out: str | Path, *, palettes: Sequence[str | Path] = (), quantiles: Sequence[float] = (),
+    soups: Sequence[str | Path] = (), values: Sequence[str] | None = None, joint: bool = False, lambdas: int = 1000,
+    l1_max: float = L1_MAX, seed: int = 0, overwrite: bool = False,
+) -> Study | None:  # fmt: skip
+    """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
+
+    palettes: palette files of these values and maybe others. quantiles: palettes that ask for this quantile of each value. soups:
+    scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
+    values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it holds one,
+    unless `overwrite` is given.
+    """
+    from fastalign.palette.quantile import check_quantile, quantile_palette
+    from fastalign.report.pareto_html import page
+
+    if seed < 0:
+        raise UserError(f"seed must be at least 0, got {seed}")
+    if lambdas < 1:
+        raise UserError(f"lambdas must be at least 1, got {lambdas}")
+    for q in quantiles:
+        check_quantile("quantile", q)
+    out = Path(out)
+    inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
+    inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
+    settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
+    job = outputs.Job("pareto", inputs, settings | {"lambdas": lambdas, "l1_max": l1_max, "seed": seed})
+    written = {"files": [out / "pareto.html"], "figures": out}
+    if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
+        return None
+    whole = Candidates.from_parquet(scored, kind="scored")
+    names = list(values or whole.rewards)
+    rewards = whole.reward_array(names)
+    asked = {f"q{100 * q:g}": quantile_palette(rewards.reshape(-1, len(names)), q) for q in quantiles}
+    for path in palettes:
+        solution = palette_files.read(path, "palette", "sense")
+        at = palette_files.of_values(path, solution, names)
+        senses, levels = ([solution[row][j] for j in at] for row in ("sense", "palette"))
+        if set(senses) != {">="} or None in levels:
+            came = ", ".join(
+                sense if level is not None else "free" for sense, level in zip(senses, levels, strict=True)
+            )
+            raise UserError(f"{path}: must ask for at least its levels in every value, got {came}")
+        asked[_unlike(asked, path)] = np.array(levels)
+    merged: dict[str, np.ndarray] = {}
+    for path in soups:
+        for name, row in _soup_levels(path, names).items():
+            merged[_unlike(merged, path, name)] = row
+    found = study(
+        names, rewards, palettes=asked, soups=np.array(list(merged.values())) if merged else None, soup_names=list(merged),
+        joint=joint, n_lambda=lambdas, l1_max=l1_max, seed=seed,
+    )  # fmt: skip
+    figures = found.figures()
+    with outputs.making(out / "pareto.json", found.to_json(), record, **written):
+        save_figures(figures, out)
+        text = page(found, figures)
+        with atomic_write(out / "pareto.html") as beside:
+            beside.write_text(text, encoding="utf-8")
+    return found
+
+
+def _soup_levels(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Mean rewards (m,) by name: of one model's scored candidates, or of all soups of a walk, "0.3 a + 0.7 b"."""
+    if Path(path).suffix != ".json":
+        return {"": Candidates.from_parquet(path, kind="scored").reward_array(names).mean(axis=(0, 1))}
+    from fastalign.soup.front import SoupFront
+
+    found = SoupFront.read(path)
+    lacking = [name for name in names if name not in found.values]
+    if lacking:
+        raise UserError(f"{path}: its values are {', '.join(found.values)}, it has no {lacking[0]}")
+    models = [Path(model).name or model for model in found.models]
+    recipes = [
+        " + ".join(f"{r:.3g} {model}" for r, model in zip(row, models, strict=True) if r) for row in found.rho.tolist()
+    ]
+    levels = found.levels[:, [found.values.index(name) for name in names]]
+    return {recipe.removeprefix("1 "): row for recipe, row in zip(recipes, levels, strict=True)}
+
+
+def _unlike(taken: Mapping[str, Any], path: str | Path, name: str = "") -> str:
+    """A name for what comes from a file, its own or the file's, that is none of those taken."""
+    plain = name or Path(path).stem
+    longer = f"{name} of {path}" if name else str(path)
+    numbered = (f"{longer} ({k})" for k in itertools.count(2))
+    return next(x for x in itertools.chain((plain, longer), numbered) if x not in taken)
+
+
+def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | Path) -> None:
+    """Figures of a palette file's content, see `palette_figures`, into a folder; as its own dual has it."""
+    names, joint = solution["values"], solution["dual"] == "joint"
+    rewards = Candidates.from_parquet(scored, kind="scored").reward_array(names)
+    groups = groups_of(rewards, joint)
+    rows = flat(rewards)
+    way = palette_path(rows, solution["palette"], groups=groups, sense=solution["sense"])
+    asked = np.where(solution["free"], np.nan, way.palette) if solution.get("free") else way.palette
+    save_figures(palette_figures(names, rewards, way._replace(palette=asked), joint=joint), folder)
+
+
+def save_figures(figures: Mapping[str, Any], folder: str | Path) -> None:
+    """Each figure as SVG and PNG into a folder."""
+    from fastalign.report import figures as plots
+
+    for name, figure in figures.items():
+        for suffix in ("svg", "png"):
+            plots.save(figure, Path(folder) / f"{name}.{suffix}")

@@ -1,0 +1,267 @@
+"""PPO on several values at once: every rollout is scored with every reward, and λ · R is what the policy learns."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base import progress
+from fastalign._base.error_bars import standard_error
+from fastalign._base.errors import UserError
+from fastalign._base.numbers import weights
+from fastalign.data.text import Text
+from fastalign.jobs import run as runs
+
+
+def read_values(names: Sequence[Any]) -> list[Any]:
+    """Rewards by registered name, as objects, or from a reward model's folder: one of each of its heads.
+
+    A folder may be cut down to one head: "folder#head". Raises UserError for a name that is neither.
+    """
+    from fastalign import rewards
+
+    found: list[Any] = []
+    for name in names:
+        folder, mark, head = str(name).partition("#")
+        if not isinstance(name, str):
+            found.append(name)
+        elif name in rewards.available():
+            found.append(rewards.get(name))
+        elif (Path(folder).expanduser() / "config.json").is_file():
+            heads = rewards.from_heads(folder)
+            known = [h.name for h in heads]
+            if mark and head not in known:
+                raise UserError(f"{folder}: has no head {head!r}, it has {', '.join(known)}")
+            found += [h for h in heads if not mark or h.name == head]
+        else:
+            found.append(rewards.get(name))  # says what there is
+    names = [reward.name for reward in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"values must be different, got {', '.join(names)}")
+    return found
+
+
+def train_ppo(
+    model: str,
+    prompts: Sequence[str],
+    values: Sequence[Any],
+    lam: Sequence[float],
+    out: str | os.PathLike,
+    *,
+    learning_rate: float = 1.41e-5,
+    batch_size: int = 32,
+    mini_batch_size: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    ppo_epochs: int = 4,
+    max_new_tokens: int = 32,
+    init_kl_coef: float = 0.2,
+    kl_target: float = 6.0,
+    lora_r: int | None = None,
+    chat: bool | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    save_steps: int = 25,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Train a model by PPO on λ · R of its own responses, into the folder `out`; see `jobs.run`.
+
+    Args:
+        prompts: what it answers; each epoch goes through all of them, in batches of `batch_size`.
+        values: m rewards, see `read_values`. lam: a weight for each.
+        mini_batch_size: rollouts at once in an optimiser step; None: batch_size / gradient_accumulation_steps, at
+            most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL coefficient is steered to, from init_kl_coef.
+        chat: prompts go through the chat template; None: where there is one.
+        lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
+        resume, overwrite: see `train.run.Run`.
+
+    Returns:
+        What is in <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
+        standard error, and the KL. <out>/log.jsonl has a line a step: the mean of every value, of λ · R, the KL to the
+        model before training, losses, tokens per second.
+
+    Raises:
+        UserError: one line, before anything is trained.
+    """
+    scorers = read_values(values)
+    names = [reward.name for reward in scorers]
+    lam = weights(lam, len(names), ", ".join(names))
+    if not lam.any():
+        raise UserError("lam must not be all zero: there is nothing to learn")
+    runs.check_counts(
+        epochs=epochs, max_new_tokens=max_new_tokens, save_steps=save_steps, batch_size=batch_size, max_steps=max_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps, seed=seed,
+    )  # fmt: skip
+    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= init_kl_coef < float("inf"):
+        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
+    if mini_batch_size is None:
+        share = max(1, batch_size // gradient_accumulation_steps)
+        mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
+    from fastalign.jobs.stopping import Stopping
+    from fastalign.train import PPOConfig
+
+    config = PPOConfig(
+        model_name=model, learning_rate=learning_rate, batch_size=batch_size, mini_batch_size=mini_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, ppo_epochs=ppo_epochs, init_kl_coef=init_kl_coef,
+        target=kl_target, seed=seed, log_with=runs.board(),
+        project_kwargs={"project_dir": str(out), "logging_dir": str(Path(out) / "runs")},
+    )  # fmt: skip
+    settings = {
+        "command": "ppo", "model": model, "values": names, "lambda": lam.tolist(), "prompts": runs.rows_hash(prompts),
+        "learning_rate": learning_rate, "batch_size": batch_size, "mini_batch_size": mini_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
+        "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,
+        "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
+    }  # fmt: skip
+    adapters = runs.lora(lora_r, "CAUSAL_LM")
+    folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
+    inputs = [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs)
+    if run.result is not None:
+        return run.result
+    with runs.quiet(), run:
+        trainer = _trainer(config, model, adapters, prompts, chat, dtype, max_new_tokens)
+        if run.resumes:
+            trainer.load_checkpoint(run.checkpoints)
+        run.begin(trainer.current_step)
+        total = epochs * len(trainer.dataloader) if max_steps is None else max_steps
+        done, show = trainer.current_step, show_progress and runs.is_main()
+        with Stopping() as stopping, progress.bar("ppo", total=total, unit="steps", done=done, show=show) as advance:
+            _loop(trainer, scorers, lam, run, advance, stopping, total, max_new_tokens, save_steps)
+        _save(trainer, run)
+    result = {"steps": trainer.current_step}
+    if runs.is_main():
+        result |= summary(_logged(run), names)
+    return run.finish(result)
+
+
+def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Each value at the beginning and at the end of a run: the mean of a tenth of its steps, and its standard error."""
+    k = max(1, len(rows) // 10)
+
+    def mean(part: Sequence[dict[str, Any]], name: str) -> list[float | None]:
+        x = np.array([row["values"][name] for row in part])
+        # Steps' means are independent but for the policy's drift within the tenth; one step alone tells no error.
+        return [float(x.mean()), float(standard_error(x)) if len(x) > 1 else None]
+
+    table = {name: {"first": mean(rows[:k], name), "last": mean(rows[-k:], name)} for name in names}
+    return {
+        "values": table,
+        "kl": float(np.mean([row["kl"] for row in rows[-k:]])),
+        "tokens_per_second": float(np.mean([row["tokens_per_second"] for row in rows])),
+    }
+
+
+def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tokens: int, save_steps: int) -> None:
+    from fastalign import rewards
+
+    names, text = [reward.name for reward in scorers], Text(trainer.tokenizer)
+    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    while trainer.current_step < total:
+        for batch in trainer.dataloader:
+            began = time.perf_counter()
+            queries = list(batch["input_ids"])
+            responses = trainer.generate(queries, return_prompt=False, **drawing)
+            pairs = zip(queries, responses, strict=True)
+            batch["response"] = [text.continuation(query.tolist(), response.tolist()) for query, response in pairs]
+            scores = rewards.score(scorers, batch["query"], batch["response"])  # (n, m)
+            combined = scores.astype(np.float64) @ lam
+            stats = trainer.step(queries, responses, _tensors(combined))
+            seconds = time.perf_counter() - began
+            means, count = _over_processes(trainer, scores, combined, sum(map(len, queries)) + sum(map(len, responses)))
+            step = trainer.current_step
+            told = dict(zip(names, means[:-1], strict=True))
+            run.log({
+                "step": step, "values": told, "score": means[-1], "kl": stats["objective/kl"],
+                "kl_coef": stats["objective/kl_coef"], "loss/policy": float(stats["ppo/loss/policy"]),
+                "loss/value": float(stats["ppo/loss/value"]), "entropy": float(stats["ppo/policy/entropy"]),
+                "response_tokens": stats["tokens/responses_len_mean"], "seconds": seconds,
+                "tokens_per_second": count / seconds,
+            })  # fmt: skip
+            trainer.log_stats(stats, batch, _tensors(combined))
+            if trainer.config.log_with is not None:
+                trainer.accelerator.log({f"values/{name}": mean for name, mean in told.items()}, step=step)
+            figures = {**told, "λ·R": means[-1], "KL": stats["objective/kl"], "loss": float(stats["ppo/loss/total"])}
+            said = "  ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+            advance(1, f"{count / seconds:,.0f} tokens/s  {said}")
+            stopped = stopping.asked(trainer.accelerator)
+            if stopped or (step % save_steps == 0 and step < total):
+                trainer.save_checkpoint(run.checkpoints)
+            if stopped:
+                stopping.end()
+            if step >= total:
+                return
+
+
+def _trainer(config, model: str, adapters, prompts: Sequence[str], chat: bool | None, dtype: str, max_new_tokens: int):
+    import torch
+
+    from fastalign.models.loading import load_causal_lm
+    from fastalign.rewards.encoding import context_length
+    from fastalign.train import AutoModelForCausalLMWithValueHead, PPOTrainer
+
+    loaded, tokenizer = load_causal_lm(model, dtype=dtype, device="cpu")
+    rows = prompt_rows(prompts, tokenizer, chat)
+    limit = context_length(loaded.config, tokenizer)
+    for i, row in enumerate(rows):
+        if limit is not None and len(row["input_ids"]) + max_new_tokens > limit:
+            rule = f"prompt and max_new_tokens must fit the model's {limit} tokens"
+            raise UserError(f"prompts: row {i}: {rule}, got {len(row['input_ids'])} + {max_new_tokens}")
+    torch.manual_seed(config.seed)  # the value head is new
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(loaded, peft_config=adapters)
+    return PPOTrainer(config, policy, None, tokenizer, dataset=rows)
+
+
+def prompt_rows(prompts: Sequence[str], tokenizer, chat: bool | None) -> list[dict[str, Any]]:
+    """Rows of a PPO data set: "input_ids", through the chat template where that is asked for, and "query", the text."""
+    import torch
+
+    encoded = Text(tokenizer).encode(prompts, chat="auto" if chat is None else chat)
+    return [{"input_ids": torch.tensor(ids), "query": prompt} for ids, prompt in zip(encoded, prompts, strict=True)]
+
+
+def _tensors(scores: np.ndarray) -> list:
+    import torch
+
+    return [torch.tensor(score, dtype=torch.float32) for score in scores.tolist()]
+
+
+def _over_processes(trainer, scores: np.ndarray, combined: np.ndarray, tokens: int) -> tuple[list[float], int]:
+    """Means of the m values and of λ · R over every process's rollouts, and all their tokens."""
+    import torch
+
+    sums = np.concatenate([scores.sum(0, dtype=np.float64), [combined.sum(), len(scores), tokens]])
+    sums = trainer.accelerator.reduce(torch.tensor(sums, dtype=torch.float32, device=trainer.accelerator.device), "sum")
+    *totals, rows, count = sums.tolist()
+    return [total / rows for total in totals], int(count)
+
+
+def _save(trainer, run) -> None:
+    """The policy as any language model, and for PPO's own from_pretrained its value head beside it."""
+    from fastalign.train.value_head import _save_value_head
+
+    if not trainer.is_peft_model:
+        trainer.save_pretrained(run.out)
+        return
+    policy = trainer.policy
+    if runs.is_main():
+        runs.save(policy.pretrained_model, trainer.tokenizer, run.out)
+        _save_value_head({f"v_head.{name}": x for name, x in policy.v_head.state_dict().items()}, run.out)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _logged(run) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in run.logs.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,350 @@
+"""DPO and reward models from file to folder: what `fastalign train dpo` and `fastalign train reward` run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastalign._base import progress
+from fastalign._base.errors import UserError
+from fastalign._base.files import write_json
+from fastalign._base.numbers import number
+from fastalign.data import palettes, preferences
+from fastalign.data.preferences import PreferencePairs
+from fastalign.jobs import pairs
+from fastalign.jobs import run as runs
+
+
+def read_pairs(
+    data: str | os.PathLike,
+    *,
+    lam: Sequence[float] | Mapping[str, float] | None = None,
+    palette: str | os.PathLike | None = None,
+    values: Sequence[str] | None = None,
+    how: str = "best_worst",
+    pairs_per_prompt: int = 1,
+    seed: int = 0,
+) -> PreferencePairs:
+    """Pairs from `data`: read where it holds pairs, made where it is a scored file, by λ or by each of some values alone.
+
+    lam: see `pairs.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values: rewards of a
+    scored file, whose names stand in the pairs' column "value".
+    Raises UserError where a scored file comes without any of these, or λ without a scored file.
+    """
+    kind = _parquet_kind(data)
+    if kind in ("candidates", "selected"):
+        raise UserError(f"{data}: must hold pairs or be a fastalign scored file, got kind {kind!r}")
+    if lam is not None and palette is not None:
+        raise UserError("give either lam or a palette")
+    by_values = values is not None and kind == "scored"
+    if by_values and (lam is not None or palette is not None):
+        raise UserError("give values, a head for each, or lam or a palette, for one head, got both")
+    if kind != "scored":
+        if lam is not None or palette is not None:
+            raise UserError(f"{data}: lam and palette make pairs of a scored file, this holds pairs")
+        return preferences.load(data)
+    if palette is not None:
+        found = palettes.read(palette, "lambda")
+        lam = dict(zip(found["values"], found["lambda"], strict=True))
+    making = {"how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
+    if by_values:
+        return pairs.pairs_by_value(data, values, **making)
+    if lam is None:
+        raise UserError(f"{data}: a scored file needs lam or a palette to make pairs of it")
+    return pairs.preference_pairs(data, lam=lam, **making)
+
+
+def train_dpo(
+    model: str,
+    pairs: PreferencePairs,
+    out: str | os.PathLike,
+    *,
+    learning_rate: float = 5e-6,
+    batch_size: int = 4,
+    gradient_accumulation_steps: int = 1,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    lora_r: int | None = None,
+    max_length: int = 1024,
+    precompute_ref: bool = False,
+    chat: bool | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    save_steps: int = 100,
+    log_steps: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `jobs.run`.
+
+    loss_type: one of TRL's, or several separated by commas. lora_r: train adapters of that rank, merged at the end.
+    precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder, even where not every
+        pair will be met; where each will, that is done anyway.
+    chat: pairs of text become messages; None: where the tokenizer has a chat template, unless the pairs' candidates
+        were sampled without it. epochs, max_steps: max_steps counts where given.
+    resume, overwrite: see `train.run.Run`.
+    Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
+    """
+    from fastalign.losses.preference import LOSS_TYPES
+
+    _positive(learning_rate=learning_rate, beta=beta, epochs=epochs, max_length=max_length)
+    types = [name.strip() for name in loss_type.split(",") if name.strip()]
+    if wrong := [name for name in types if name not in LOSS_TYPES] or ([] if types else ["none"]):
+        raise UserError(f"loss_type must be of {', '.join(LOSS_TYPES)}, at least one, got {wrong[0]}")
+    runs.check_counts(
+        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
+        log_steps=log_steps, max_steps=max_steps, seed=seed,
+    )  # fmt: skip
+    from fastalign.models.loading import load_causal_lm
+
+    settings = {
+        "command": "dpo", "model": model, "pairs": runs.rows_hash(pairs), "learning_rate": learning_rate,
+        "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs,
+        "max_steps": max_steps, "beta": beta, "loss_type": loss_type, "lora_r": lora_r, "max_length": max_length,
+        "chat": chat, "dtype": dtype, "seed": seed,
+    }  # fmt: skip
+    adapters = runs.lora(lora_r, "CAUSAL_LM")
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    if run.result is not None:
+        return run.result
+    with runs.quiet(), run:
+        loaded, tokenizer = load_causal_lm(model, dtype=dtype, device="cpu")
+        rows = _as_trained(pairs, tokenizer, chat)
+        preferences.check_lengths(rows, tokenizer, max_length)
+        from fastalign.train import DPOConfig, DPOTrainer
+
+        with runs.one_line():
+            args = DPOConfig(
+                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps),
+                beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute_ref or None,
+            )  # fmt: skip
+            make = lambda callback: DPOTrainer(  # noqa: E731
+                loaded, args=args, train_dataset=_dataset(rows), processing_class=tokenizer, peft_config=adapters,
+                callbacks=[callback],
+            )  # fmt: skip
+        trainer, speed = _train(run, "dpo", make, ("loss", "rewards/accuracies"), show_progress)
+        runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
+    names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    return _finish(run, trainer, pairs, len(pairs), speed, names)
+
+
+def train_reward(
+    model: str,
+    pairs: PreferencePairs,
+    out: str | os.PathLike,
+    *,
+    values: Sequence[str] | None = None,
+    held_out: float = 0.1,
+    report: str | os.PathLike | None = None,
+    learning_rate: float = 1e-5,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    center: float = 0.0,
+    lora_r: int | None = None,
+    max_length: int = 1024,
+    chat: bool | None = None,
+    seed: int = 0,
+    save_steps: int = 100,
+    log_steps: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Train a Bradley–Terry reward model into the folder `out`, and measure it on the prompts held out.
+
+    values: names of several heads, see `RewardConfig`. held_out: the share of prompts kept for the measurement; 0: none.
+    report: a page (.html) or figures (.png, .svg) of it. center: see `bradley_terry_loss`. The rest as in `train_dpo`.
+    Returns what is in <out>/result.json; <out>/report.json has the calibration table.
+    """
+    _positive(learning_rate=learning_rate, epochs=epochs, max_length=max_length)
+    runs.check_counts(
+        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
+        log_steps=log_steps, max_steps=max_steps, seed=seed,
+    )  # fmt: skip
+    number("center", center, least=0.0)
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out must be at least 0 and below 1, got {held_out}")
+    if report is not None and not held_out:
+        raise UserError("report needs pairs that are held out, got held_out 0")
+    settings = {
+        "command": "reward", "model": model, "pairs": runs.rows_hash(pairs), "values": values, "held_out": held_out,
+        "learning_rate": learning_rate, "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
+        "center": center, "lora_r": lora_r, "max_length": max_length, "chat": chat, "seed": seed,
+    }  # fmt: skip
+    adapters = runs.lora(lora_r, "SEQ_CLS")
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    if report is not None and run.result is not None:
+        raise UserError(f"report is written when a run ends, and that in {out} has ended: --overwrite trains again")
+    if report is not None and Path(report).exists() and not overwrite:
+        raise UserError(f"{report}: exists; --overwrite replaces it")
+    if run.result is not None:
+        return run.result
+    with runs.quiet(), run:
+        from fastalign.train import RewardConfig, RewardTrainer
+
+        tokenizer = _tokenizer(model)
+        every = PreferencePairs(_as_trained(pairs, tokenizer, chat))
+        preferences.check_lengths(every, tokenizer, max_length)
+        train, test = every.split(held_out, seed=seed) if held_out else (every, None)
+        with runs.one_line():
+            args = RewardConfig(
+                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps),
+                values=None if values is None else list(values), max_length=max_length,
+                center_rewards_coefficient=center or None, per_device_eval_batch_size=2 * batch_size,
+            )  # fmt: skip
+            make = lambda callback: RewardTrainer(  # noqa: E731
+                model, args, train_dataset=train.to_dataset(), processing_class=tokenizer, peft_config=adapters,
+                callbacks=[callback],
+            )  # fmt: skip
+        trainer, speed = _train(run, "reward", make, ("loss", "accuracy"), show_progress)
+        more: dict[str, Any] = {}
+        if test is not None:
+            measured = trainer.report(test.to_dataset(), settings=settings)
+            heads = measured.to_json()["values"]
+            more["held_out"] = [{k: v for k, v in head.items() if k != "reliability"} for head in heads]
+            if runs.is_main():
+                write_json(run.out / "report.json", measured.to_json())
+                if report is not None:
+                    measured.write(report)
+        runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
+    names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
+    return _finish(run, trainer, pairs, len(train), speed, names, more)
+
+
+def _arguments(
+    run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps
+):
+    """What DPO and reward training tell transformers' Trainer alike."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    board = runs.board()
+    if board:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.out / "runs")  # the only way to tell transformers
+    return {
+        "output_dir": str(run.checkpoints), "learning_rate": learning_rate, "num_train_epochs": epochs,
+        "max_steps": max_steps or -1, "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "data_seed": seed,
+        # Unless told, accelerate takes processes without a GPU for unrelated ones.
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": gpu, "dataloader_pin_memory": gpu,
+        "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1, "logging_steps": log_steps,
+        "logging_first_step": True, "disable_tqdm": True, "report_to": board or "none",
+    }  # fmt: skip
+
+
+def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
+    """Make the trainer and let it run, from its newest checkpoint where there is one; (trainer, tokens per second)."""
+    from transformers import PrinterCallback, TrainerState
+
+    from fastalign.jobs.stopping import Stopping
+
+    checkpoint = newest_checkpoint(run.checkpoints) if run.resumes else None
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
+    stopping = Stopping()
+    callback = runs.follow(run, stopping, shown)
+    with runs.one_line():
+        trainer = make(callback)
+    run.begin(step)
+    trainer.remove_callback(PrinterCallback)
+    total = _steps(trainer)
+    if step >= total:  # it was stopped after its last step; transformers would train one more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return trainer, 0.0
+    show = show and runs.is_main()
+    with stopping, progress.bar(name, total=total, unit="steps", done=step, show=show) as advance:
+        callback.trainer, callback.advance = trainer, advance
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stopping.asked(trainer.accelerator):
+        stopping.end()
+    return trainer, callback.tokens_per_second
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint; transformers writes trainer_state.json last."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _steps(trainer) -> int:
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    per_epoch = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+    return max(1, -(-int(per_epoch * args.num_train_epochs * 1000) // 1000))
+
+
+def _finish(
+    run, trainer, pairs, count: int, speed: float, names: dict[str, str], more: dict | None = None
+) -> dict[str, Any]:
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    last = {name: logged[-1][column] for name, column in names.items() if logged and column in logged[-1]}
+    steps = trainer.state.global_step
+    found = {
+        "steps": steps,
+        "pairs": count,
+        "dropped": pairs.dropped,
+        **last,
+        "tokens_per_second": speed,
+        **(more or {}),
+    }
+    return run.finish(found)
+
+
+def _as_trained(pairs: PreferencePairs, tokenizer, chat: bool | None) -> list[dict[str, Any]]:
+    """The pairs' three columns and what else the trainers read, as messages where that is how they are to be read."""
+    if chat is None:
+        chat = (
+            tokenizer.chat_template is not None and pairs.settings.get("sampling", {}).get("chat", "auto") is not False
+        )
+        chat = chat and not any("\n\nHuman:" in row["prompt"] for row in pairs if isinstance(row["prompt"], str))
+    if chat and tokenizer.chat_template is None:
+        raise UserError("chat needs a chat template, and the model's tokenizer has none")
+    dropped = ("chosen_score", "rejected_score")
+    rows = [{k: v for k, v in row.items() if k not in dropped} for row in pairs]
+    return [preferences.as_chat(row) for row in rows] if chat else rows
+
+
+def _dataset(rows: list[dict[str, Any]]):
+    return PreferencePairs(rows).to_dataset()
+
+
+def _tokenizer(model: str):
+    from transformers import AutoTokenizer
+
+    from fastalign._base.quiet import one_line_errors
+    from fastalign.models.loading import resolve
+
+    folder = resolve(model)
+    with one_line_errors(model):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _parquet_kind(data: str | os.PathLike) -> str | None:
+    """The "kind" that fastalign noted in a Parquet file; None for others."""
+    path = Path(data).expanduser()
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}")).get("kind")
+    except (pa.ArrowException, OSError, ValueError, AttributeError):
+        return None  # for the reader to say
+
+
+def _positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive, got {value}")

@@ -1,0 +1,296 @@
+"""Sample, score and select on many machines: prompts through a Ray Data pipeline, results as Parquet parts.
+
+Workers are Ray actors that hold the model and the rewards; a task is a block of prompts, from sampling to selection,
+so that candidates cross the network once, as the Parquet file that the driver writes. A worker that dies is
+started again by Ray and its block is drawn anew, a few times at most: a block that kills every worker that meets it is
+named once all others are done. A part is written whole or not at all, by the driver alone, so that
+each prompt is there once, and a run that was cut off goes on with what is missing.
+
+Random numbers are a function of (seed, the prompt's place, candidate, step): the result depends neither on the number of
+workers nor on what became of them, but for the rounding of the model's arithmetic. Another number of threads or of
+candidates in the batch moves log-probs by some 1e-5, and with that, now and then, a rare token of a large vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import tempfile
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base import fingerprint
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+from fastalign._base.work_folder import WorkFolder, hold, sha256
+from fastalign.data.conversations import Conversation
+from fastalign.data.sampling import KNOBS, check, check_ray
+from fastalign.data.text import check_prompts
+from fastalign.decode.candidates import Candidates
+from fastalign.decode.sampler import ROWS_AT_ONCE
+from fastalign.decode.samplers.external import request_seed
+from fastalign.decode.select import select
+
+RETRIES = 3  # of a block whose worker died
+TASKS_PER_WORKER = 8  # at least, where there are prompts enough: workers then end at about the same time
+
+
+def run(
+    model: str,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    rewards: Any = (),
+    lam: Sequence[float] | None = None,
+    k: int = 1,
+    method: str = "resample",
+    ray: str = "auto",
+    workers: int | None = None,
+    worker_cpus: float | None = None,
+    worker_gpus: float | None = None,
+    show_progress: bool = False,
+    **sampling: Any,
+) -> list[Path]:
+    """Sample n candidates per prompt, score them where rewards are given, select k where lam is; parts in folder `out`.
+
+    model: any name that `Sampler.from_pretrained` takes. rewards: names or Reward objects. lam: one weight per reward.
+    k, method: as in `decode.select`, each prompt with a random stream of its own. sampling: dtype, device and what
+    `Sampler.iter_batches` takes. ray, workers, worker_cpus, worker_gpus: see `draw`. `Candidates.concat` of
+    `Candidates.from_parquet` of the parts is the whole.
+    Called again with the same settings it draws for the prompts that are missing in `out`. Returns the parts, in order.
+    Raises UserError, one line, on bad arguments and where `out` holds another job's parts.
+    """
+    out = Path(out)
+    rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    names = [reward if isinstance(reward, str) else reward.name for reward in rewards]
+    if lam is not None and (not rewards or len(lam) != len(rewards)):
+        raise UserError(f"lam must have one weight per reward, {len(rewards)}, got {len(lam)}")
+    job = {"model": model, "n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+    selection = None if lam is None else {"lam": [float(x) for x in lam], "k": k, "method": method, "seed": seed}
+    settings = {name: value for name, value in job.items() if name not in (*KNOBS, "device")}
+    settings |= {"rewards": names, "selection": selection}
+    settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    settings["model_content"] = fingerprint.of_model(model)
+    settings = json.loads(json.dumps(settings, default=str))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out, writes=out) as parts:
+        if kept := parts.whole():
+            had = parts.job
+            names = [name for name in {**had, **settings} if name not in (*KNOBS, "device")]
+            changed = [name for name in names if had.get(name) != settings.get(name)]
+            if changed:
+                name = changed[0]
+                told = f"{name}={had.get(name)!r}, this run asks for {settings.get(name)!r}"
+                raise UserError(f"{out} was made with {told}: use the same settings to go on, or another folder")
+        parts.begin(parts.job if kept else settings)
+        done = {int(i) for path in kept for i in Candidates.from_parquet(path).prompt_ids}
+        draw(
+            job, prompts, parts, skip=done, rewards=rewards, selection=selection, ray=ray, workers=workers,
+            worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
+        )  # fmt: skip
+        return parts.whole()
+
+
+def draw(
+    job: dict[str, Any],
+    prompts: Sequence[str],
+    parts: WorkFolder,
+    *,
+    skip: Collection[int] = (),
+    rewards: Sequence[Any] = (),
+    selection: dict[str, Any] | None = None,
+    ray: str = "auto",
+    workers: int | None = None,
+    worker_cpus: float | None = None,
+    worker_gpus: float | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Make part-<first prompt>.parquet in `parts` for every prompt whose place is not in `skip`, as they are done.
+
+    job: model, dtype, device, and the arguments of `Sampler.iter_batches`. ray: a cluster's address; "local" is this
+    machine; "auto" is the cluster that this machine belongs to, else this machine. Workers: by default one per GPU,
+    or one per machine with all of its cores. fastalign and the model must be there on every machine.
+    Raises UserError once all else is done where a block's worker died time and again.
+    """
+    check_ray(ray, workers, worker_cpus, worker_gpus)
+    prompts = _check(prompts, job)
+    wanted = sorted(set(range(len(prompts))) - set(skip))
+    if not wanted:
+        return
+    from fastalign._base import progress
+
+    with (
+        _cluster(ray) as engine,
+        progress.bar("prompts", total=len(wanted), unit="prompts", show=show_progress) as step,
+    ):
+        workers, cpus, gpus = _shape(engine, workers, worker_cpus, worker_gpus)
+        size = max(1, min(ROWS_AT_ONCE // job["n"], len(wanted) // (workers * TASKS_PER_WORKER)))
+        blocks = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        rows = [
+            {
+                "places": block,
+                "prompts": [str(prompts[i]) for i in block],
+                "spoken": [isinstance(prompts[i], Conversation) for i in block],
+            }
+            for block in blocks
+        ]
+        workers = min(workers, len(rows))
+        data = engine.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Worker,
+            fn_constructor_args=(job, list(rewards), selection),
+            compute=engine.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_task_retries=RETRIES,
+        )
+        lost = {block[0]: block for block in blocks}
+        for row in data.iter_rows():
+            if row["wrong"]:
+                raise UserError(row["wrong"])
+            if row["bug"]:
+                raise RuntimeError(row["bug"])
+            del lost[int(row["first"])]
+            path = parts.making(f"part-{row['first']:08d}.parquet")
+            with atomic_write(path) as beside:
+                beside.write_bytes(row["part"])
+            parts.made({path.name: sha256(path)})
+            step(int(row["count"]))
+    if lost:
+        first, *others = [f"{block[0]} to {block[-1]}" for block in lost.values()]
+        more = f" (and {len(others)} more blocks)" if others else ""
+        raise UserError(
+            f"prompts {first}{more}: the worker that drew them died {1 + RETRIES} times, of memory perhaps; all others are "
+            "kept, and the same job goes on with what is missing"
+        )
+
+
+def _check(prompts: Sequence[Any], job: dict[str, Any]) -> list[str]:
+    """The prompts, and what else needs no model checked before any worker is started. Raises UserError."""
+    prompts = check_prompts(prompts, job.get("chat", "auto"))
+    check(job)
+    return prompts
+
+
+class _Worker:
+    """An actor: block of prompts in, their Parquet part out. The model is loaded with the first block.
+
+    A user's mistake (no such model) comes back as one line, "wrong": from the constructor it would be the death of
+    an actor, and as an exception a page of what Ray wraps around it. Another exception comes back as its traceback,
+    "bug": Ray is told to pass over blocks that fail, so that what fails here is a worker's death alone.
+    """
+
+    def __init__(self, job: dict[str, Any], rewards: list[Any], selection: dict[str, Any] | None):
+        self.job, self.rewards, self.selection, self.sampler = dict(job), rewards, selection, None
+        self.loading = {name: self.job.pop(name) for name in ("dtype", "device") if name in self.job}
+        self.model = self.job.pop("model")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from fastalign.decode import Sampler
+
+        places = [int(i) for i in row["places"]]
+        texts = zip(map(str, row["prompts"]), row["spoken"], strict=True)
+        prompts = [Conversation.parse(text) if spoken else text for text, spoken in texts]
+        found = {"first": places[0], "count": len(places), "part": b"", "wrong": "", "bug": ""}
+        try:
+            self.sampler = self.sampler or Sampler.from_pretrained(self.model, **self.loading)
+            part = self._part(places, prompts)
+        except (UserError, OSError) as error:
+            return {
+                **found,
+                "wrong": f"{' '.join(str(error).split())} (in the block of prompts {places[0]} to {places[-1]})",
+            }
+        except Exception:
+            return {**found, "bug": f"in the block of prompts {places[0]} to {places[-1]}: {traceback.format_exc()}"}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "part.parquet"
+            part.to_parquet(path)
+            return {**found, "part": path.read_bytes()}
+
+    def _part(self, places: list[int], prompts: list[str]) -> Candidates:
+        from fastalign.rewards import score
+
+        part = self.sampler.sample(prompts, prompt_ids=places, **self.job)
+        if not self.rewards:
+            return part
+        names = [reward if isinstance(reward, str) else reward.name for reward in self.rewards]
+        part = part.with_rewards(names, score(self.rewards, *part.pairs()))
+        if self.selection is None:
+            return part
+        grid, wants = part.reward_array(names), self.selection
+        seeds = [request_seed(wants["seed"], int(i), 0) for i in part.prompt_ids]
+        picks = [
+            select(grid[j : j + 1], wants["lam"], k=wants["k"], method=wants["method"], seed=seed)
+            for j, seed in enumerate(seeds)
+        ]
+        part = part.take(np.concatenate(picks))
+        part.settings = {**part.settings, "selection": {**wants, "values": names}}
+        return part
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """The ray module, connected; what was not connected before is disconnected after."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"Ray cannot be imported ({error}): pip install 'fastalign[ray]'") from None
+    import logging
+
+    mine = not ray.is_initialized()
+    if mine:
+        where = {} if address == "auto" else {"address": address}
+        try:
+            _knock(address)
+            ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"ray={address!r}: no cluster that can be reached ({reason})") from None
+    context = ray.data.DataContext.get_current()
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
+    borne, context.max_errored_blocks = context.max_errored_blocks, -1  # the others go on: see `draw`
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it logs of errors, it raises too
+    try:
+        yield ray
+    finally:
+        context.enable_progress_bars = shown
+        context.max_errored_blocks = borne
+        logger.setLevel(level)
+        if mine:
+            ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at host:port: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _shape(ray, workers: int | None, cpus: float | None, gpus: float | None) -> tuple[int, float, float]:
+    """How many workers, and the CPUs and GPUs of each; what does not fit would wait for ever, and is refused."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    if gpus is None:
+        gpus = 1 if have["GPU"] else 0
+    if workers is None:
+        workers = max(1, int(have["GPU"] // gpus)) if gpus else len(nodes)
+    if cpus is None:
+        on_each = -(-workers // len(nodes))
+        cpus = max(1, min(int(node.get("CPU", 0)) for node in nodes) // on_each)
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        room = sum(int(node.get(kind, 0) // each) for node in nodes) if each else workers
+        if room < workers:
+            raise UserError(f"{workers} workers with {each:g} {kind} each: the cluster has room for {room}")
+    return workers, cpus, gpus

@@ -1,0 +1,393 @@
+"""A training run's folder and its log: the same for every `fastalign train` command.
+
+<out>/               the model as transformers reads it, its tokenizer, and (with LoRA) the adapter in adapter/
+<out>/run.json       what the run was asked for; one that goes on must ask for the same
+<out>/log.jsonl      one object a logged step
+<out>/checkpoints/   while the run goes on
+<out>/result.json    when it has ended: what came of it, and which files it wrote
+<out>/previous/      while an ended run is being overwritten: its run.json, log.jsonl and result.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastalign._base import fingerprint, outputs
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, check_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from fastalign.jobs.stopping import Stopping
+
+KIND, RESULT = "training_run", "training_result"
+_RECORDS = ("run.json", "log.jsonl", "result.json")
+_CHECKPOINT = re.compile(
+    r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial"
+)  # transformers' names, and ppo_checkpoint's
+_LAST = ("trainer_state.json", "state.json")
+_KNOB = "precompute_ref"  # of memory, which earlier versions counted as a setting
+PATIENCE = 60  # seconds that one process waits for the first
+_CARD = "README.md"  # TRL writes one beside them
+
+
+def is_main() -> bool:
+    """Whether this process writes; the others of a torchrun only work."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Run:
+    """The folder `out` of one run. settings: JSON values that make the run what it is; inputs: models and reward models.
+
+    result: of a run of these settings that has ended there. resumes: whether one was interrupted there, and this goes on.
+    Raises UserError, one line: the folder is an input; it holds another run or something else, and is not to be overwritten; there
+    is nothing to `resume`.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike, settings: Mapping[str, Any], *, resume: bool, overwrite: bool = False,
+        inputs: Sequence[str] = (),
+    ):  # fmt: skip
+        self.out = Path(out)
+        contents = {name: fingerprint.of_model(name) for name in inputs}
+        self.settings = json.loads(json.dumps({**settings, "contents": contents}))
+        self._lock: int | None = None
+        self.checkpoints = self.out / "checkpoints"
+        self.logs = self.out / "log.jsonl"
+        check_folder(self.out)
+        outputs.not_an_input(self.out, inputs)
+        self.previous = self.out / "previous"
+        if (
+            not overwrite and self._settings_in(self.previous) == self.settings
+        ):  # what began to overwrite this very run was stopped
+            if is_main():
+                self._hold()
+                self._restore()
+                self._release()
+            else:
+                self._wait_for_restored()
+        had, ended = self._settings_in(self.out), self._result_in(self.out)
+        self._new = not self.out.is_dir() or not any(self.out.iterdir())
+        self._old_files = (ended or self._result_in(self.previous) or {}).get("files", [])
+        if had is None and self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
+            raise UserError(f"{out}: exists, and is no training run's; --overwrite writes into it")
+        if had is not None and not overwrite:
+            self._same(had)
+        same = had == self.settings
+        whole = ended is not None and all((self.out / name).is_file() for name in self._old_files)
+        self.result = ended if same and whole and not overwrite else None
+        self.resumes = same and self.result is None and bool(self._kept())
+        nothing = f"{out}: there is nothing to resume"
+        if resume and self.result is None and not self.resumes and not outputs.ask(f"{nothing}; begin a run?"):
+            raise UserError(f"{nothing}; leave out --resume to begin")
+        if self.result is not None:
+            outputs.say(f"{out}: there already, a run of the same settings has ended")
+        elif self.resumes:
+            outputs.say(f"{out}: going on from {self._kept()[-1].name}, where a run of the same settings was stopped")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind; one that was stopped says what does."""
+        kept = self._kept()
+        if isinstance(error, KeyboardInterrupt) and not error.args:
+            where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
+            error.args = (f"{self.out}: stopped{where}",)
+        self._release()
+        if kind is None or kept or not is_main():
+            return
+        if self._settings_in(self.previous) is not None:
+            self._restore()
+        if not self._new:
+            return
+        self._remove_checkpoints()
+        shutil.rmtree(self.out / "runs", ignore_errors=True)  # TensorBoard's
+        for path in (self.out / "run.json", self.logs):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.out.rmdir()
+
+    @staticmethod
+    def _settings_in(folder: Path) -> dict[str, Any] | None:
+        try:
+            held = read_json(folder / "run.json", kind=KIND)["settings"]
+        except FileNotFoundError:  # or another process has moved it just now
+            return None
+        return {name: value for name, value in held.items() if name != _KNOB}
+
+    @staticmethod
+    def _result_in(folder: Path) -> dict[str, Any] | None:
+        path = folder / "result.json"
+        return read_json(path, kind=RESULT) if path.is_file() else None
+
+    def _set_aside(self) -> None:
+        """An ended run's record; run.json, by which `previous` is known, comes last there and goes last from there."""
+        self.previous.mkdir(exist_ok=True)
+        for name in reversed(_RECORDS):
+            if (self.out / name).is_file():
+                os.replace(self.out / name, self.previous / name)
+
+    def _restore(self) -> None:
+        """The record of the run whose model is still there, in the place of one that has not ended."""
+        self._remove_checkpoints()
+        for name in reversed(_RECORDS):
+            if (self.previous / name).is_file():
+                os.replace(self.previous / name, self.out / name)
+        self.previous.rmdir()
+
+    def _wait_for_restored(self) -> None:
+        """Until the first process has done it: there is no process group yet, and run.json goes last from `previous`."""
+        until = time.monotonic() + PATIENCE
+        while (self.previous / "run.json").is_file():
+            if time.monotonic() > until:
+                raise UserError(f"{self.previous}: the first process did not put it back")
+            time.sleep(0.02)
+
+    def _kept(self) -> list[Path]:
+        """The whole checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
+        found = self.checkpoints.glob("*/*state.json")
+        kept = [path.parent for path in found if _CHECKPOINT.fullmatch(path.parent.name) and path.name in _LAST]
+        return sorted(kept, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def begin(self, step: int) -> None:
+        """Make the folder; training goes on after `step`, so what an interrupted run logged beyond it is forgotten."""
+        if not is_main():
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        if self.resumes:
+            self._rewind(step)
+        else:
+            if (self.out / "result.json").is_file():
+                self._set_aside()
+            self.logs.unlink(missing_ok=True)
+            self._remove_checkpoints()
+        self._before = self._files()
+        write_json(self.out / "run.json", {"kind": KIND, "version": 1, "settings": self.settings})
+
+    def _hold(self) -> None:
+        """Against another run into the same folder, until this one ends. Raises UserError."""
+        self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release()
+            raise UserError(f"{self.out}: another run is writing it") from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _same(self, had: dict[str, Any]) -> None:
+        for name in {**had, **self.settings}:
+            if had.get(name) != self.settings.get(name):
+                rule = "use the same settings to go on, another output, or --overwrite"
+                was, asked = had.get(name), self.settings.get(name)
+                if name == "contents":
+                    raise UserError(f"{self.out} was made with another model of that name: {rule}")
+                raise UserError(f"{self.out} was made with {name}={was!r}, this run asks for {asked!r}: {rule}")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one object to the log; numbers that are not finite are left out."""
+        if not is_main():
+            return
+        plain = {k: v for k, v in row.items() if not isinstance(v, float) or abs(v) < float("inf")}
+        with self.logs.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _rewind(self, step: int) -> None:
+        if not self.logs.is_file():
+            return
+        kept = []
+        for line in self.logs.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off in the middle
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+        with atomic_write(self.logs) as beside:
+            beside.write_text("".join(kept), encoding="utf-8")
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep what came of it and return it; the checkpoints go, and what an overwritten run wrote and this one did not."""
+        result = {"kind": RESULT, "version": 1, **result, "settings": self.settings}
+        if not is_main():
+            return result
+        files = self._files()
+        result["files"] = sorted(name for name, state in files.items() if self._before.get(name) != state)
+        for name in {*self._old_files} - {*result["files"]}:
+            (self.out / name).unlink(missing_ok=True)
+        write_json(self.out / "result.json", result)
+        self._remove_checkpoints()
+        shutil.rmtree(self.previous, ignore_errors=True)
+        return result
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """The model's and its like in the folder, with what tells whether they are written anew."""
+        own = (*_RECORDS, "checkpoints", "runs", "previous")
+        found = (path for path in self.out.rglob("*") if path.is_file())
+        states = {path.relative_to(self.out): path.stat() for path in found}
+        return {name.as_posix(): (s.st_ino, s.st_mtime_ns) for name, s in states.items() if name.parts[0] not in own}
+
+    def _remove_checkpoints(self) -> None:
+        """What else lies among them stays."""
+        if not self.checkpoints.is_dir():
+            return
+        for path in self.checkpoints.iterdir():
+            if _CHECKPOINT.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+        (self.checkpoints / _CARD).unlink(missing_ok=True)
+        if not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+
+
+def save(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write a model for `from_pretrained` into `out`: adapters merged, and beside it in adapter/ on their own."""
+    if not is_main():
+        return
+    from fastalign.train.value_head import _staged
+
+    with _staged(out) as beside:
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(beside / "adapter", selected_adapters=["default"])
+            model = model.merge_and_unload()
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def rows_hash(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_counts(**given: int | None) -> None:
+    """Raise UserError for what is no integer of at least 1 (seed: 0); max_steps may be None."""
+    for name, count in given.items():
+        least = 0 if name == "seed" else 1
+        if (name, count) != ("max_steps", None) and not (isinstance(count, int) and least <= count < 1 << 32):
+            raise UserError(f"{name} must be an integer, at least {least}, got {count!r}")
+
+
+def lora(r: int | None, task: str):
+    """peft's LoraConfig of rank r on its usual layers, alpha 2r; None for None. task: "CAUSAL_LM" or "SEQ_CLS"."""
+    if r is None:
+        return None
+    if not (isinstance(r, int) and r >= 1):
+        raise UserError(f"lora_r must be an integer, at least 1, got {r!r}")
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("lora_r needs the package peft: pip install 'fastalign[trl]'") from None
+    return LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, task_type=task)
+
+
+def board() -> str | None:
+    """ "tensorboard" where it is installed."""
+    import importlib.util
+
+    found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    return "tensorboard" if found else None
+
+
+def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)):
+    """A callback for transformers' Trainer: its logs into the run's log and onto the progress line, and a stop where one is asked for.
+
+    Set its `trainer` and `advance` (of a `progress.bar`) once they are made. shown: which logged figures stand on the line. What the
+    next log will tell of the steps since the last is kept in checkpoints, so that a run which goes on from one logs the same.
+    """
+    from transformers import TrainerCallback
+
+    class Follow(TrainerCallback):
+        trainer: Any = None
+        advance: Any = None
+        stopped = False
+        tokens_per_second = 0.0
+
+        def on_train_begin(self, args, state, control, **_):
+            self.began = time.perf_counter()
+            kept = self._since_log(args, state)
+            if kept.is_file():
+                since = json.loads(kept.read_text(encoding="utf-8"))
+                self.trainer._tr_loss.fill_(since["loss"])
+                self.trainer._globalstep_last_logged = since["logged"]
+                self.trainer._metrics["train"].update(since["metrics"])
+
+        def on_step_end(self, args, state, control, **_):
+            seconds = time.perf_counter() - self.began
+            self.tokens_per_second = self.trainer._total_train_tokens / max(seconds, 1e-9)
+            self.advance(1)
+            if stopping.asked(self.trainer.accelerator):
+                self.stopped = control.should_save = control.should_training_stop = True
+
+        def on_log(self, args, state, control, logs=None, **_):
+            logs = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+            if self.stopped and "loss" not in logs:  # of a whole run
+                return
+            if state.is_world_process_zero:
+                run.log({"step": state.global_step, **logs})
+            if "loss" in logs:
+                figures = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs)
+                self.advance(0, f"{self.tokens_per_second:,.0f} tokens/s  {figures}")
+
+        def on_save(self, args, state, control, **_):
+            loss, logged = self.trainer._tr_loss.item(), self.trainer._globalstep_last_logged
+            since = {"loss": loss, "logged": logged, "metrics": dict(self.trainer._metrics["train"])}
+            self._since_log(args, state).write_text(json.dumps(since), encoding="utf-8")
+
+        def _since_log(self, args, state) -> Path:
+            return run.checkpoints / f"checkpoint-{state.global_step}" / f"since_log_{args.process_index}.json"
+
+    return Follow()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings meant for programmers, and other libraries' bars where stderr is no terminal, are not shown."""
+    from transformers.utils import logging
+
+    from fastalign._base.quiet import quiet_unless_terminal
+
+    try:
+        import datasets
+    except ImportError:  # PPO needs none
+        datasets = None
+    silence = datasets is not None and not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    level = logging.get_verbosity()
+    if silence:
+        datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    try:
+        with quiet_unless_terminal(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if silence:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """What another library's constructor says against an argument, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        lines = str(error).strip().splitlines()
+        raise UserError(lines[0].replace("`", "") if lines else type(error).__name__) from error

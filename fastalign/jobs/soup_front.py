@@ -1,0 +1,96 @@
+"""The command `soup-front`: soups measured along ρ, the ρ that a palette asks for, figures and soups.json in one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base.errors import UserError
+from fastalign.data import palettes
+from fastalign.soup.front import Choice, SoupFront, Walk, choose
+from fastalign.soup.front_files import FIGURES, RECORD, making
+
+
+def study(
+    models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], out: str | os.PathLike, *,
+    palette: np.ndarray | None = None, seed: int, base: str | os.PathLike | None = None, overwrite: bool = False, **settings: Any,
+) -> SoupFront:  # fmt: skip
+    """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures in `out`.
+
+    settings: as `walk` takes them. The verdict holds what was measured, not what was chosen by, against the palette.
+    """
+    from fastalign.report import figures as plots
+
+    settings |= {"base": base}
+    first = Walk(models, rho, prompts, rewards, seed=seed, **settings)
+    with making(out, [*models, base], first.job, overwrite=overwrite) as files:
+        record = Path(out) / RECORD
+        files.check(RECORD, ours=_is_front(record))
+        for name in FIGURES:
+            files.check(name, ours=_is_front(record))
+        found, marks = first.into(files), {}
+        if palette is not None:
+            choice = choose(found, palette)
+            again = Walk(models, choice.rho[None], prompts, rewards, seed=seed + 1, **settings).into(files, "chosen/")
+            marks = {
+                "palette": np.asarray(palette, dtype=np.float64), "predicted": choice.levels, "measured": again.levels[0],
+                "measured_stderr": again.stderr[0],
+            }  # fmt: skip
+            found = replace(found, chosen=_chosen(found.values, marks["palette"], choice, again))
+        if len(found.values) > 1:
+            figure = plots.soups(found.values, found.models, found.rho, found.levels, found.stderr, **marks)
+            for name in FIGURES:
+                with files.making(name) as path:
+                    plots.save(figure, path)
+        with files.making(RECORD) as path:
+            found.write(path)
+    return found
+
+
+def _is_front(path: Path) -> bool:
+    try:
+        return not path.exists() or bool(SoupFront.read(path))
+    except (UserError, OSError):
+        return False
+
+
+def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: SoupFront) -> dict[str, Any]:
+    def plain(x: np.ndarray) -> list[float | None]:
+        return [float(v) if np.isfinite(v) else None for v in x]
+
+    levels, errors = again.levels[0], again.stderr[0]
+    away = (levels - palette) / errors  # -inf asked for: inf, met; one prompt: NaN
+    short = [name for name, x in zip(values, away, strict=True) if x < -2]
+    unsure = [name for name, x in zip(values, away, strict=True) if -2 <= x < 2]
+    if np.isnan(errors).any():
+        verdict = "not judged, for errors are n/a (1 prompt): more prompts would tell"
+    elif short:
+        verdict = f"not met: {', '.join(short)} below what was asked for by more than two standard errors"
+    elif unsure:
+        verdict = (
+            f"within two standard errors of the palette in {', '.join(unsure)}: more prompts or candidates would tell"
+        )
+    else:
+        verdict = "met, by more than two standard errors in every value"
+    return {
+        "rho": choice.rho.tolist(), "palette": plain(palette), "predicted": plain(choice.levels),
+        "predicted_stderr": plain(choice.stderr), "margin": choice.margin, "between": choice.between,
+        "measured": plain(levels), "stderr": plain(errors), "verdict": verdict,
+    }  # fmt: skip
+
+
+def read_palette(path: str | os.PathLike, values: Sequence[str]) -> np.ndarray:
+    """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
+    found = palettes.read(path, "palette", "sense")
+    lacking = [name for name in found["values"] if name not in values]
+    if lacking:
+        raise UserError(f"{path}: asks for {lacking[0]}, the rewards are {', '.join(values)}")
+    if set(found["sense"]) != {">="}:
+        raise UserError(f"{path}: must ask for at least its levels in every value, got {', '.join(found['sense'])}")
+    asked = dict(zip(found["values"], found["palette"], strict=True))
+    return np.array([-np.inf if asked.get(name) is None else float(asked[name]) for name in values])

@@ -1,0 +1,322 @@
+"""A transformers model's norms, gated MLPs and rotations on the compiled engine: one pass each where eager torch takes five to ten.
+
+`CompiledLayers` looks for modules of the usual forms (RMSNorm, Llama's MLP, rotary embeddings of halves) and gives each
+a forward of its own where that gives the same numbers on a random input; anything else stays as it is. Whatever the
+engine does not do takes the old forward: other dtypes than float32, other devices, autocast, weights that FSDP holds.
+Less is kept for the backward pass: a norm keeps its input and a number per token, an MLP neither its gate's activation
+nor the product of its halves, which its backward pass makes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastalign import backend
+from fastalign.backend import threads
+from fastalign.ops.buffers import buffer
+from fastalign.ops.once import once_differentiable
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+ROTATION = "apply_rotary_pos_emb"  # by this name in every model of transformers
+
+
+class CompiledLayers:
+    """Within `with CompiledLayers.of(model):` its forward passes run their small operations on the engine.
+
+    Outside the model is as it was. Gradients are right wherever backward is called; but a forward pass that is run again
+    then (gradient checkpointing) would not find what the first one kept, so such models run as they are.
+    """
+
+    @classmethod
+    def of(cls, model: nn.Module) -> CompiledLayers:
+        if model not in _known:
+            _known[model] = cls(model)
+        return _known[model]
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        self._forwards: list[tuple[nn.Module, Callable]] = []
+        self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # theirs, then ours
+        self._undo = contextlib.ExitStack()
+        if backend.engine is None:
+            return
+        tried: dict[tuple, Callable | None] = {}  # modules of one class and shape are tried once
+        for module in model.modules():
+            candidates = _norm_forwards if _is_norm(module) else _mlp_forwards if _is_mlp(module) else None
+            if candidates is None:
+                continue
+            kind = (type(module), _settings(module), *(p.shape for p in module.parameters()))
+            if kind not in tried:
+                tried[kind] = next((f for f in candidates(type(module).forward) if _agrees(module, f)), None)
+            if tried[kind] is not None:
+                self._forwards.append((module, types.MethodType(tried[kind], module)))
+        for place in {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "q_proj")}:
+            original = getattr(place, ROTATION, None)
+            if original is not None and _rotates_halves(original):
+                self._rotations.append((place, original, _rotation(original)))
+
+    def __len__(self) -> int:
+        """How many modules have a compiled forward."""
+        return len(self._forwards)
+
+    def __enter__(self) -> CompiledLayers:
+        model = self._model()
+        checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        if checkpointed or backend.choose(torch.device("cpu")) != "cpu":
+            return self
+        for module, forward in self._forwards:
+            if "forward" not in vars(module):  # somebody else's forward stays
+                vars(module)["forward"] = forward
+                self._undo.callback(vars(module).pop, "forward", None)
+        for place, original, compiled in self._rotations:
+            setattr(place, ROTATION, compiled)
+            self._undo.callback(setattr, place, ROTATION, original)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._undo.pop_all().close()
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, CompiledLayers] = weakref.WeakKeyDictionary()
+
+
+# ---- which modules, and whether theirs is what the engine does ----
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "RMSNorm" in type(module).__name__ and _eps(module) is not None and weight is not None and weight.ndim == 1
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in MLP) and hasattr(module, "act_fn")
+
+
+def _eps(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _settings(module: nn.Module) -> str:
+    """Everything plain that the module keeps beside its tensors: of one class, one may scale and another not."""
+    kept = {
+        k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))) and k != "training"
+    }
+    kept.pop("layer_idx", None)
+    return (
+        f"{kept} {type(getattr(module, 'act_fn', None))} {getattr(getattr(module, 'act_fn', None), '__dict__', None)}"
+    )
+
+
+def _norm_forwards(original: Callable) -> Iterator[Callable]:
+    for offset in (0.0, 1.0):  # Gemma's weight is the deviation from one
+        yield _norm_forward(original, offset)
+
+
+def _norm_forward(original: Callable, offset: float) -> Callable:
+    def forward(self, hidden_states, *args, **kwargs):
+        if args or kwargs or not _ours(hidden_states, self.weight):
+            return original(self, hidden_states, *args, **kwargs)
+        y = _RMSNorm.apply(hidden_states, self.weight, _eps(self), offset)
+        if y.requires_grad:
+            y.fastalign_norm = (hidden_states.detach(), self.weight.detach(), _eps(self), offset)  # to make it again
+        return y
+
+    return forward
+
+
+def _mlp_forwards(original: Callable) -> Iterator[Callable]:
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs or not _ours(x):
+            return original(self, x, *args, **kwargs)
+        gate, up, down = layers = [getattr(self, name) for name in MLP]
+        if all(map(_plain, layers)) and _ours(*(layer.weight for layer in layers)):
+            return _GatedMLP.apply(x, *(layer.weight for layer in layers))
+        g, u = gate(x), up(x)  # adapters and hooks have their say
+        return down(_SiluGate.apply(g, u) if _ours(g, u) and g.shape == u.shape else self.act_fn(g) * u)
+
+    yield forward
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module, forward: Callable) -> bool:
+    """Whether `forward` gives what the module gives on random inputs, tiny and large ones too, to float32's rounding."""
+    parameters = list(module.parameters())
+    if not parameters or any(
+        p.device.type != "cpu" or type(p) is not nn.Parameter or p.dtype != torch.float32 for p in parameters
+    ):
+        return False
+    width = parameters[0].shape[-1]
+    scales = torch.tensor([1.0, 1e-3, 30.0, 1.0])[:, None]
+    x = (scales * torch.randn(4, width, generator=torch.Generator().manual_seed(0))).view(2, 2, width)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            expected = type(module).forward(module, x)
+            found = forward(module, x)
+    except Exception:  # it takes more than one tensor: not what the engine does
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return False
+    size = expected.abs().amax(-1, keepdim=True)
+    return bool(((found - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
+
+
+def _ours(*tensors: Tensor) -> bool:
+    return not torch.is_autocast_enabled("cpu") and all(
+        type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors
+    )
+
+
+def _plain(layer: nn.Module) -> bool:
+    """A linear layer that nobody listens to: its product may be taken without calling it."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and layer.bias is None and not hooks and "forward" not in vars(layer)
+
+
+@functools.lru_cache
+@torch.no_grad()
+def _rotates_halves(original: Callable) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 8, generator=draw), torch.randn(1, 1, 3, 8, generator=draw)
+    cos, sin = torch.randn(2, 1, 3, 8, generator=draw).unbind()
+    try:
+        expected = original(q, k, cos, sin)
+    except Exception:  # another signature: not this rotation
+        return False
+    found = (_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin))
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+def _rotation(original: Callable) -> Callable:
+    def rotate(q, k, cos, sin, *args, **kwargs):
+        batch, _, length, d = q.shape
+        same = cos.shape == sin.shape == (batch, length, d) and k.shape[2:] == q.shape[2:]
+        if args or kwargs or not same or cos.requires_grad or not _ours(q, k, cos, sin):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+    return rotate
+
+
+# ---- the passes ----
+
+
+class _RMSNorm(torch.autograd.Function):
+    """(offset + weight) x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, rstd = _normed(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        dy, width, count = dy.contiguous(), x.shape[-1], threads()
+        dx = torch.empty_like(x)
+        shares = x.new_empty(count, width) if ctx.needs_input_grad[1] else None
+        backend.engine.rms_norm_backward(
+            *map(buffer, (dx, shares, dy, x, rstd, weight)), len(rstd), width, ctx.offset, count
+        )
+        return dx, None if shares is None else shares.sum(0), None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(y of x's shape, 1 / sqrt(mean(x²) + eps) of each row)."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y, rstd = torch.empty_like(x), x.new_empty(rows)
+    backend.engine.rms_norm(*map(buffer, (y, rstd, x, weight)), rows, width, eps, offset, threads())
+    return y, rstd
+
+
+def _gate(g: Tensor, u: Tensor) -> Tensor:
+    out = torch.empty_like(g)
+    backend.engine.silu_gate(*map(buffer, (out, g, u)), g.numel(), threads())
+    return out
+
+
+def _gate_backward(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(dg, du); in dh's place then stands the gate's output."""
+    dg, du = torch.empty_like(g), torch.empty_like(u)
+    backend.engine.silu_gate_backward(*map(buffer, (dg, du, dh, g, u)), g.numel(), threads())
+    return dg, du
+
+
+class _SiluGate(torch.autograd.Function):
+    """silu(g) u (Shazeer 2020, arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, u: Tensor) -> Tensor:
+        g, u = g.contiguous(), u.contiguous()
+        ctx.save_for_backward(g, u)
+        return _gate(g, u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh: Tensor):
+        return _gate_backward(dh.clone(memory_format=torch.contiguous_format), *ctx.saved_tensors)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """(silu(x Wgᵀ) ∘ x Wuᵀ) Wdᵀ, which keeps x (or what a norm made it of) and the first two products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        g, u = rows @ gate.T, rows @ up.T
+        source, weight, *ctx.norm = getattr(x, "fastalign_norm", (rows, None))
+        ctx.save_for_backward(source, weight, g, u, gate, up, down)
+        return (_gate(g, u) @ down.T).view(*x.shape[:-1], len(down))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        source, weight, g, u, gate, up, down = ctx.saved_tensors
+        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
+        h = dy @ down
+        dg, du = _gate_backward(h, g, u)
+        dx, *weights = ctx.needs_input_grad
+        if any(weights[:2]):
+            x = source if weight is None else _normed(source.contiguous(), weight.contiguous(), *ctx.norm)[0]
+            rows = x.reshape(-1, x.shape[-1])
+        return (
+            (dg @ gate).addmm_(du, up).view(*shape[:-1], gate.shape[1]) if dx else None,
+            dg.T @ rows if weights[0] else None,
+            du.T @ rows if weights[1] else None,
+            dy.T @ h if weights[2] else None,
+        )
+
+
+class _Rotate(torch.autograd.Function):
+    """x cos + (−x₂, x₁) sin for heads (B, heads, L, d) of halves (x₁, x₂) (Su et al. 2021, arXiv 2104.09864)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return _rotated(dy, *ctx.saved_tensors, True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    batch, heads, length, d = x.shape
+    x = x.transpose(1, 2).contiguous()  # as the projection wrote it: no copy
+    out = torch.empty_like(x)
+    backend.engine.rotate(*map(buffer, (out, x, cos, sin)), batch * length, heads, d, inverse, threads())
+    return out.transpose(1, 2)

@@ -1,0 +1,143 @@
+"""The head of any transformers causal model, and a forward pass that never makes its logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign._base.errors import UserError
+from fastalign.models.identity import language_model
+from fastalign.models.trial import name_of, tell_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # every family has its own name
+
+
+class Head(NamedTuple):
+    """logits = softcap(logit_scale · (hidden @ weightᵀ + adapter + bias)): the arguments of `ops.linear_token_logprobs`.
+
+    weight (V, H); bias (V,) or None; adapter (A (r, H), B (V, r), scale) of a LoRA on the head, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    adapter: tuple[Tensor, Tensor, float] | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `ops.linear_token_logprobs`."""
+        return self._asdict()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states (..., H)."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.adapter is not None:
+            a, b, scale = self.adapter
+            logits = logits + scale * (hidden @ a.T) @ b.T
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Read the head of a causal model: its weight and bias, and what its configuration does to the logits.
+
+    Raises UserError where the model has no output embeddings, or an adapter on them that is not one plain LoRA.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise UserError(f"model must have output embeddings, {type(model).__name__} has none")
+    adapter = None
+    if hasattr(layer, "base_layer"):
+        adapter, layer = _lora(layer), layer.base_layer
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise UserError(f"model must have a linear head, {type(model).__name__}'s is a {type(layer).__name__}")
+    config = model.config.get_text_config()
+    softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None), None)
+    return Head(layer.weight, getattr(layer, "bias", None), softcap, _scale(config), adapter)
+
+
+def fused_forward(
+    model: PreTrainedModel,
+    labels: Tensor,
+    *,
+    shift_labels: bool = True,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("log_probs",),
+    **inputs: Any,
+):
+    """Per-token log-probabilities of `labels` under a causal model, its (batch, time, vocab) logits never held.
+
+    Equals `ops.token_logprobs(model(**inputs).logits[:, :-1], labels[:, 1:])`; positions whose label is ignored are
+    not projected.
+
+    Args:
+        model: any transformers causal model, PEFT-wrapped or not, tied head or not. What stands between its hidden states and
+            its logits is tried at first use; where it is not what the fused head does, the full logits are made.
+        labels: (batch, time) int64, usually the input ids with the prompt and the padding set to `ignore_index`.
+        shift_labels: position t predicts labels[:, t + 1] and the result is (batch, time - 1); False: labels[:, t].
+        temperature, ignore_index, outputs: as in `ops.linear_token_logprobs`.
+        inputs: what the model's forward takes: input_ids, attention_mask, position_ids ...
+
+    Returns:
+        What `ops.linear_token_logprobs` returns.
+    """
+    from fastalign.models.scoring import fused_head
+    from fastalign.ops import linear_token_logprobs, token_logprobs
+
+    inputs = {**inputs, "use_cache": False, "return_dict": True}
+    options = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
+    verdict = fused_head(model)
+    if not verdict.ok:
+        tell_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
+        logits = model(**inputs).logits[:, -labels.shape[1] :]  # behind virtual tokens
+        if shift_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return token_logprobs(logits, labels, **options)
+    inner = language_model(model)
+    hidden = inner.base_model(**inputs).last_hidden_state
+    if shift_labels:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    return linear_token_logprobs(hidden, labels=labels, **head_of(inner).arguments(), **options)
+
+
+def _scale(config: Any) -> float:
+    """The factor on the logits: every family has its own name for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """The one plain LoRA on the head: None where none is in force. Raises UserError for any other adapter, whose part of the logits
+    is not a product of two matrices."""
+    active = list(getattr(layer, "active_adapters", ()))
+    if layer.disable_adapters or layer.merged or not active:
+        return None
+    name = active[0]
+    if len(active) > 1:
+        raise UserError(f"an adapter on the head must be one LoRA, got {', '.join(active)}")
+    if name not in getattr(layer, "lora_A", {}):
+        if name in getattr(layer, "lora_embedding_A", {}) or not hasattr(layer, "lora_A"):
+            raise UserError(f"an adapter on the head must be a LoRA, got {type(layer).__name__} {name!r}")
+        return None  # this adapter is not on the head
+    if getattr(layer, "lora_variant", {}).get(name) is not None or getattr(layer, "use_dora", {}).get(name):
+        raise UserError(f"an adapter on the head must be a plain LoRA, {name!r} is one of its variants")
+    if layer.lora_B[name].bias is not None:
+        raise UserError(f"an adapter on the head must be a LoRA without a bias, {name!r} has one")
+    dropout = layer.lora_dropout[name]
+    if layer.training and not isinstance(dropout, torch.nn.Identity):
+        raise UserError(f"an adapter on the head must have no dropout while it trains, {name!r} has")
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])

@@ -1,0 +1,227 @@
+"""Pairs of sequences as one row without padding, what the two of a pair share computed once.
+
+`pack_pairs` lays a batch end to end: each pair's common beginning, the rest of its first sequence, the rest of its
+second. Every token keeps its own position and sees exactly what it saw in its own sequence, so that hidden states are
+those of the padded batch. `packed_hidden` runs any transformers causal model on such a row through the attention
+function that is registered here: a segment attends to itself, and to the prefix it continues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign._base.errors import UserError
+from fastalign.models.compiled_layers import CompiledLayers
+from fastalign.models.head import head_of
+from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.trial import Probe, attention_set, distance, tried
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "fastalign_packed"
+
+
+class Segment(NamedTuple):
+    """Tokens [start, end) of the row, which also see [prefix_start, prefix_end); no prefix where these are equal."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+
+@dataclass
+class Pack:
+    """A padded batch (R, T) as one row of L tokens."""
+
+    input_ids: Tensor  # (1, L) int64
+    position_ids: Tensor  # (1, L) int64, each token's position in its own sequence
+    place: Tensor  # (R, T) int64: where in the row each place of the batch is computed; 0 at padding
+    segments: tuple[Segment, ...]  # in order, without gaps
+    calls: int = 0  # of the attention function: a model that never calls it has not been packed
+    _masks: dict = field(default_factory=dict)
+
+    def mask(self, segment: Segment, window: int | None) -> Tensor | None:
+        """(tokens, prefix + tokens) bool, True where seen; None where the plain causal mask says the same."""
+        start, end, prefix_start, prefix_end = segment
+        if prefix_start == prefix_end and (window is None or end - start <= window):
+            return None
+        key = (start, window)
+        if key not in self._masks:
+            own = self.position_ids[0, start:end]
+            seen = torch.cat((self.position_ids[0, prefix_start:prefix_end], own))
+            apart = own[:, None] - seen[None, :]
+            self._masks[key] = (apart >= 0) if window is None else (apart >= 0) & (apart < window)
+        return self._masks[key]
+
+
+def pack_pairs(input_ids: Tensor, attention_mask: Tensor) -> Pack:
+    """Pack the pairs (b, b + B) of a padded batch of 2B rows, each pair's longest common beginning only once.
+
+    input_ids, attention_mask: (2B, T), padded on either side.
+    """
+    count, device = len(input_ids) // 2, input_ids.device
+    keep = attention_mask.bool().cpu()
+    rows = [ids[mask] for ids, mask in zip(input_ids.cpu(), keep, strict=True)]
+    tokens, positions, segments = [], [], []
+    place = torch.zeros(input_ids.shape, dtype=torch.int64)
+    base = 0
+    for b in range(count):
+        first, second = rows[b], rows[b + count]
+        shared = _common(first, second)
+        rest = len(second) - shared
+        tokens += [first, second[shared:]]
+        positions += [torch.arange(len(first)), torch.arange(shared, len(second))]
+        middle, end = base + len(first), base + len(first) + rest
+        if len(first):
+            segments.append(Segment(base, middle, base, base))
+        if rest:
+            segments.append(Segment(middle, end, base, base + shared))
+        place[b, keep[b]] = torch.arange(base, middle)
+        place[b + count, keep[b + count]] = torch.cat((torch.arange(base, base + shared), torch.arange(middle, end)))
+        base = end
+    row, position = torch.cat(tokens)[None], torch.cat(positions)[None]
+    return Pack(row.to(device), position.to(device), place.to(device), tuple(segments))
+
+
+def _common(a: Tensor, b: Tensor) -> int:
+    """The length of the longest common beginning."""
+    n = min(len(a), len(b))
+    apart = (a[:n] != b[:n]).nonzero()
+    return n if len(apart) == 0 else int(apart[0])
+
+
+def can_pack(model: PreTrainedModel) -> Verdict:
+    """Whether packed pairs give the model's own logits: tried, see `fastalign.models`."""
+    wrapped = passable(model)
+    return tried(model, "packed pairs", _packed, attends=True) if wrapped else wrapped
+
+
+def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
+    """The path of a trial: the probe's prompts as two pairs; and what is not packed must stay right as well."""
+    inner = language_model(model)
+    rows = [prompt + tails[side] for side in (0, 1) for prompt, tails in zip(probe.prompts, probe.tails, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.tensor([row + [row[0]] * (int(lengths.max()) - len(row)) for row in rows], device=inner.device)
+    pack = pack_pairs(ids, torch.arange(ids.shape[1])[None] < lengths[:, None])
+    register()
+    with attention_set(inner, NAME):
+        logits = head_of(inner).logits(packed_hidden(inner, pack))
+        alone = inner(input_ids=ids[:1, : len(rows[0])], use_cache=False).logits[0]
+    found = []
+    for p, (prompt, tails) in enumerate(zip(probe.prompts, probe.tails, strict=True)):
+        for side, tail in enumerate(tails):
+            first = len(prompt) - 1
+            found.append(logits[pack.place[p + 2 * side, first : first + len(tail)]])
+    if (
+        distance(*(x[: len(found[0])].double().log_softmax(-1) for x in (found[0], alone[len(probe.prompts[0]) - 1 :])))
+        > 1e-2
+    ):
+        raise UserError("its attention beside packs is another")
+    return found
+
+
+def register() -> None:
+    """Make the attention function that reads packs known to transformers, as NAME."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def enable(model: PreTrainedModel) -> Verdict:
+    """Give the model the attention function that reads packs, where that is right (`can_pack`); without a pack it does what "sdpa"
+    does."""
+    verdict = can_pack(model)
+    if verdict:
+        register()
+        language_model(model).set_attn_implementation(NAME)
+    return verdict
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    return language_model(model).config._attn_implementation == NAME
+
+
+def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
+    """The last hidden states (L, H) of a packed row under an `enable`d causal model (not its PEFT or DDP wrapper).
+
+    Raises UserError where the model did not hand the pack on to its attention.
+    """
+    calls = pack.calls
+    # A mask of four dimensions is taken as it is: none is made for the row, and `attention` reads none.
+    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device)
+    with CompiledLayers.of(model):
+        hidden = model.base_model(
+            input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unread, use_cache=False, pack=pack, **inputs
+        ).last_hidden_state  # fmt: skip
+    if pack.calls == calls:
+        raise UserError(f"{type(model).__name__} cannot run packed: it keeps arguments from its attention")
+    return hidden[0]
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    pack: Pack | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (1, heads, L, d), key and value (1, kv heads, L, d) -> (1, L, heads, d)."""
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise UserError("attention sinks and position biases cannot run packed")
+    if pack is None:
+        if softcap is not None:
+            return _capped(query, key, value, attention_mask, dropout, scaling, softcap).transpose(1, 2), None
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    pack.calls += 1
+    # Split, not sliced: a slice's gradient is a whole row of zeros with a segment in it.
+    lengths = [segment.end - segment.start for segment in pack.segments]
+    pieces = {
+        s.start: qkv for s, *qkv in zip(pack.segments, *(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    }
+    found = []
+    for segment in pack.segments:
+        q, k, v = pieces[segment.start]
+        shared = segment.prefix_end - segment.prefix_start
+        if shared:
+            _, *first = pieces[segment.prefix_start]
+            k, v = (torch.cat((x[:, :, :shared], own), 2) for x, own in zip(first, (k, v), strict=True))
+        mask = pack.mask(segment, sliding_window)
+        if softcap is not None:
+            if mask is None:
+                mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+            found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
+        else:
+            options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+            found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options))
+    return torch.cat(found, 2).transpose(1, 2), None
+
+
+def _capped(q, k, v, mask, dropout, scaling, softcap) -> Tensor:
+    """softmax(softcap · tanh(q kᵀ scaling / softcap)) v, as Gemma 2's eager attention."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    p = scores.softmax(-1, dtype=torch.float32).to(q.dtype) if q.dtype != torch.float64 else scores.softmax(-1)
+    return F.dropout(p, dropout) @ v
