@@ -11,8 +11,8 @@ from tiny import tiny_tokenizer
 
 from fastalign._base.errors import UserError
 from fastalign.decode import Sampler
+from fastalign.integrations.transformers import fused_forward
 from fastalign.models import scoring
-from fastalign.models.loading import fused_forward
 from fastalign.models.packing import enable, is_enabled, pack_pairs
 from fastalign.train._pairs import PairBatch, add_pair_forward
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead

@@ -5,7 +5,7 @@
 Runs recipes of its own, which use what the two have in common, and every *.yml in FOLDER, such as the examples in mergekit's
 repository, with small random models in place of those that they name. Each is run with tensors stored as it says, and in float32,
 where rounding hides nothing. --store keeps what mergekit made of the own recipes, two numbers a layer, for
-tests/test_mergekit.py, which holds fastalign to them where mergekit is not installed.
+tests/soup/test_mergekit.py, which holds fastalign to them where mergekit is not installed.
 """
 
 from __future__ import annotations

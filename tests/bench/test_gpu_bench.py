@@ -1,0 +1,39 @@
+"""bench/gpu.py where there is no GPU: it says so; its table says what it would have measured on."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = Path(__file__).parents[2] / "bench" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu", GPU)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_succeeds(tmp_path):
+    done = subprocess.run([sys.executable, GPU, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and "no GPU here" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_names_device_driver_and_versions_and_shows_what_failed(gpu):
+    times = {"fastalign": {"p20": 1.0, "p50": 2.0, "p80": 3.0}, "peer": {"p20": 4.0, "p50": 5.0, "p80": 6.0}}
+    good = {"op": "gae", "name": "a", "published": "7 ms", "error": "", "ms": times, "bandwidth": 0.5, "flop_rate": 0.0}
+    good |= {"peak_mb": {"fastalign": 1.0, "peer": 2.0}, "peers_failed": {"other": "ImportError: x"}}
+    bad = {"op": "gae", "name": "b", "published": "", "error": "AssertionError: off by 1", "ms": {}, "peak_mb": {}}
+    where = {"device": "D1", "driver": "9.9", "cuda": "13", "fastalign": "0", "versions": {"torch": "2"}, "date": "d"}
+    text = gpu.table({"machine": where, "ceilings": {"bytes_per_s": 3e12, "flops_per_s": 8e14}, "results": [good, bad]})
+    assert "**2.50 ×**" in text and "2 → 1 MB" in text and "7 ms" in text
+    assert "failed: ImportError: x" in text and "WRONG: AssertionError: off by 1" in text
+    assert all(word in text for word in ("D1", "driver 9.9", "torch 2", "3.00 TB/s", "800 TFLOP/s"))
+    assert "WRONG" in gpu.line(bad) and "2.50 × peer" in gpu.line(good)

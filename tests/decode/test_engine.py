@@ -1,0 +1,183 @@
+"""The shared-prompt engine against a plain loop over the model: the same tokens, whatever joins and leaves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from scipy.stats import chisquare
+from small_models import MODELS, SMALL, WINDOWED, build
+
+from fastalign.backend import use_backend
+from fastalign.decode.engine import Engine, Job, Prefix, _Step, draw, supports
+from fastalign.ops import sample_tokens
+
+PROMPTS = {0: [5, 9, 11, 40, 7, 8, 21], 3: [3], 4: [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]}
+N, LIMIT, END = 6, 9, set(range(3, 97, 5))
+
+
+def stream(job):
+    return torch.tensor([job.prompt * N + job.candidate])
+
+
+def by_hand(model, prompt, job, temperature=1.0):
+    """The whole sequence through the model for every token."""
+    ids, logprobs = [], []
+    for step in range(LIMIT):
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[:, -1]
+        drawn = sample_tokens(logits, temperature=temperature, seed=1, offset=step, rows=stream(job))
+        ids.append(int(drawn.ids))
+        logprobs.append(float(drawn.log_probs))
+        if ids[-1] in END:
+            break
+    return ids, logprobs
+
+
+def by_engine(model, rows, counts=None, temperature=1.0):
+    engine = Engine(model, rows)
+    counts = counts or dict.fromkeys(PROMPTS, N)
+    found = {Job(p, c): ([], []) for p, n in counts.items() for c in range(n)}
+    seen = []
+
+    def pick(hidden, jobs, steps):
+        logits = engine.logits(hidden)
+        drawn = [
+            sample_tokens(row[None], temperature=temperature, seed=1, offset=step, rows=stream(job))
+            for row, job, step in zip(logits, jobs, steps, strict=True)
+        ]
+        return torch.cat([d.ids for d in drawn]), torch.cat([d.log_probs for d in drawn])
+
+    def took(jobs, ids, logprobs):
+        for job, token, logprob in zip(jobs, ids, logprobs, strict=True):
+            found[job][0].append(token)
+            found[job][1].append(logprob)
+        return [len(found[job][0]) == LIMIT or found[job][0][-1] in END for job in jobs]
+
+    for _ in draw(engine, PROMPTS, iter(found), counts, pick, took):
+        assert len(engine.jobs) <= rows
+        seen.append(len(engine.jobs))
+    assert not engine.jobs and not engine.prefixes
+    return found, seen
+
+
+@pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
+@torch.no_grad()
+def test_the_same_tokens_as_a_plain_loop(name):
+    model = build(name)
+    assert supports(model)
+    expected = {Job(p, c): by_hand(model, PROMPTS[p], Job(p, c)) for p in PROMPTS for c in range(N)}
+    found, _ = by_engine(model, rows=5)
+    for job, (ids, logprobs) in expected.items():
+        assert found[job][0] == ids, job
+        assert found[job][1] == pytest.approx(logprobs, abs=1e-4)
+    assert max(len(logprobs) for _, logprobs in found.values()) > 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_rows_in_flight_change_nothing(rows):
+    model = build("llama")
+    whole, _ = by_engine(model, rows=18)
+    found, seen = by_engine(model, rows=rows)
+    assert {job: ids for job, (ids, _) in found.items()} == {job: ids for job, (ids, _) in whole.items()}
+    assert max(seen) <= min(rows, 18) and len(seen) > 1
+
+
+def test_a_place_is_taken_again_at_once():
+    model = build("llama")
+    found, seen = by_engine(model, rows=4)
+    tokens = sum(len(ids) for ids, _ in found.values())
+    assert len(seen) <= tokens / 4 * 1.6 + LIMIT  # a batch-by-batch run waits for the longest of each
+
+
+def test_the_model_is_left_as_it_was():
+    model = build("llama")
+    before = model.config._attn_implementation
+    ids = torch.tensor([PROMPTS[4]])
+    logits = model(input_ids=ids).logits
+    by_engine(model, rows=3)
+    assert model.config._attn_implementation == before
+    torch.testing.assert_close(model(input_ids=ids).logits, logits)
+
+
+def test_first_tokens_follow_the_models_law():
+    model = build("llama")
+    prompt = PROMPTS[4]
+    p = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
+    engine = Engine(model, 4000)
+    engine.prefill(0, prompt)
+    logits = engine.logits(engine.admit([Job(0, c) for c in range(4000)]))
+    ids = sample_tokens(logits, seed=5).ids
+    count = torch.bincount(ids, minlength=97).double()
+    likely = p * 4000 >= 5
+    observed = torch.cat((count[likely], count[~likely].sum()[None]))
+    expected = torch.cat((p[likely], p[~likely].sum()[None])).double()
+    assert chisquare(observed.numpy(), (expected / expected.sum() * 4000).numpy()).pvalue > 1e-3
+
+
+def fused(q, k, v):
+    """As GPT-2's and Phi-3's one projection hands them out: side by side in each row."""
+    sizes = [x.shape[1] * x.shape[3] for x in (q, k, v)]
+    row = torch.cat([x.flatten(1) for x in (q, k, v)], 1)
+    return [
+        y.view(len(y), 1, -1, x.shape[3]).transpose(1, 2) for x, y in zip((q, k, v), row.split(sizes, 1), strict=True)
+    ]
+
+
+def interleaved(q, k, v):
+    """As GPT-NeoX's, head by head."""
+    group = q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (-1, group)).flatten(2)  # a head's keys and values follow its queries
+    heads = torch.cat([x.flatten(2) for x in (q, k, v)], 2)
+    q, k, v = heads.split([x.shape[2] for x in (q, k.flatten(2), v.flatten(2))], 2)
+    q = q.unflatten(2, (group, -1))
+    return [q.flatten(1, 2).unsqueeze(2) if group > 1 else q, k.unsqueeze(2), v.unsqueeze(2)]
+
+
+@pytest.mark.parametrize("lay", [lambda *x: x, fused, interleaved])
+@pytest.mark.parametrize(
+    ("heads", "kv", "d", "dv", "own"),
+    [(9, 3, 64, 64, 30), (2, 2, 7, 7, 300), (4, 1, 20, 20, 1), (4, 4, 24, 16, 40), (6, 2, 5, 19, 3)],
+)
+def test_compiled_step_equals_the_plain_one(heads, kv, d, dv, own, lay):
+    torch.manual_seed(0)
+    jobs = [Job(p, c) for p, c in ((0, 0), (7, 0), (0, 1), (7, 1), (7, 2))]  # rows of prompt 0 are no neighbours
+    lengths = torch.tensor([own - 1, 0, own // 2, 0, own - 1])
+    prefixes = {p: Prefix(n, {0: torch.randn(kv, n, d)}, {0: torch.randn(kv, n, dv)}) for p, n in ((0, 33), (7, 1))}
+    q, k, v = (30 * torch.randn(5, h, 1, size) for h, size in ((heads, d), (kv, d), (kv, dv)))
+    laid = lay(q, k, v)
+    assert all(map(torch.equal, laid, (q, k, v)))
+    own_keys, own_values = torch.randn(5, kv, own + 3, d), torch.randn(5, kv, own + 3, dv)
+    found = []
+    for name in ("cpu", "reference"):
+        engine = SimpleNamespace(
+            jobs=jobs, prefixes=prefixes, rows=5, keys={0: own_keys.clone()}, values={0: own_values.clone()}
+        )
+        with use_backend(name):
+            step = _Step(engine, 5, own, lengths, lengths + 5)
+            assert step.compiled == (name == "cpu")
+            found.append((step.attend(0, *laid, d**-0.5, None, None), engine.keys[0], engine.values[0]))
+    (ours, *caches), (plain, *others) = found
+    assert ours.shape == (5, heads, 1, dv)
+    assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, caches, others))
+
+
+FUSED = {"GPTNeoX": SMALL, "Phi3": SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}, "Persimmon": SMALL}
+
+
+@pytest.mark.parametrize("family", FUSED)
+@torch.no_grad()
+def test_one_projection_of_queries_keys_and_values_in_float32(family):
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**FUSED[family])
+    ).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 2:  # so large that attention is far from flat
+            p.normal_(0, 0.7 if "emb" in name else 0.6 / p.shape[-1] ** 0.5)
+    found, _ = by_engine(model, rows=5)
+    for job, (ids, logprobs) in found.items():
+        prompt = PROMPTS[job.prompt]
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.double().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)

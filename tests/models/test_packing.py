@@ -1,0 +1,100 @@
+"""A packed row gives the hidden states and gradients of the padded batch, whatever the architecture."""
+
+import pytest
+import torch
+import transformers
+from small_models import MODELS, WINDOWED, build
+
+from fastalign import UserError
+from fastalign.models.packing import can_pack, enable, pack_pairs, packed_hidden
+
+
+def batch(side="right"):
+    """Pairs with a shared prompt, with nothing in common, the same twice, one a beginning of the other, one a token."""
+    torch.manual_seed(2)
+    prompt, new = torch.randint(3, 97, (7,)), lambda n: torch.randint(3, 97, (n,))
+    same = new(5)
+    chosen = [torch.cat((prompt, new(3))), new(4), same, torch.cat((same, new(2))), same[:1]]
+    rejected = [torch.cat((prompt, new(6))), new(6), same, same, new(9)]
+    rows = chosen + rejected
+    ids, mask = torch.zeros(10, 13, dtype=torch.int64), torch.zeros(10, 13, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(13 - len(row), 13)
+        ids[r, at], mask[r, at] = row, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
+def test_hidden_states_and_gradients_equal_the_padded_batchs(name):
+    model = build(name)
+    assert can_pack(model)
+    ids, mask = batch()
+    keep = mask.bool()
+    expected = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    g = torch.randn_like(expected)
+    (expected * g)[keep].sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    enable(model)
+    pack = pack_pairs(ids, mask)
+    found = packed_hidden(model, pack)
+    assert len(found) == pack.input_ids.shape[1] < int(mask.sum())
+    error = 1e-4 if found.dtype == torch.float32 else 1e-6  # their norms compute in float32
+    found = found[pack.place]
+    torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=error * float(expected.detach().abs().max()))
+    (found * g)[keep].sum().backward()
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for n, gradient in gradients.items():
+        grad = dict(model.named_parameters())[n].grad
+        torch.testing.assert_close(grad, gradient, msg=n, rtol=0, atol=error * largest)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2 (softcap)", "mistral (window)"])
+def test_without_a_pack_the_model_is_what_it_was(name):
+    model = build(name)
+    ids, mask = batch()
+    keep = mask.bool()
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    enable(model)
+    found = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=1e-6)
+
+
+def test_left_padding_is_packed_to_the_same_row():
+    right, left = (pack_pairs(*batch(side)) for side in ("right", "left"))
+    assert right.segments == left.segments
+    torch.testing.assert_close(right.input_ids, left.input_ids)
+    torch.testing.assert_close(right.position_ids, left.position_ids)
+    for pack, side in ((right, "right"), (left, "left")):
+        ids, mask = batch(side)
+        torch.testing.assert_close(pack.input_ids[0][pack.place][mask.bool()], ids[mask.bool()])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_gradient_checkpointing(reentrant):
+    model = build("llama").train()
+    enable(model)
+    ids, mask = batch()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        packed_hidden(model, pack_pairs(ids, mask)).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for n, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], gradient, msg=n)
+
+
+def test_models_that_cannot_be_packed_are_told_apart():
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    assert not can_pack(mamba)
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2))
+    assert not can_pack(bloom)
+    model = build("llama")  # its attention is not the packed one
+    with pytest.raises(UserError, match="cannot run packed"):
+        packed_hidden(model, pack_pairs(*batch()))
