@@ -67,7 +67,7 @@ def steps(tiny: bool) -> list[tuple[str, list[str]]]:
             continue
         for line in filter(None, map(str.strip, block.splitlines())):
             if line.startswith("fastalign ") and not line.startswith(LEFT_OUT):
-                found.append((line, [sys.executable, "-W", "ignore", "-m", "fastalign.cli.main", *command(line, tiny)]))
+                found.append((line, [sys.executable, "-W", "ignore", "-m", "fastalign", *command(line, tiny)]))
     return found
 
 

@@ -572,7 +572,3 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warn_in_one_line()
     _only(next(iter(sys.argv[1:]), None))()
-
-
-if __name__ == "__main__":
-    main()

@@ -276,7 +276,7 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "fastalign.cli.main",
+        "fastalign",
     ]
     done = subprocess.run(
         [*torchrun, "train", *map(str, asked), "--batch-size", "2", "--out", tmp_path / "two"],

@@ -556,7 +556,7 @@ def test_left_early_no_more_is_asked(server):
 
 def test_the_command_over_a_server(server, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    command = [sys.executable, "-m", "fastalign.cli.main", "sample", "--server", server.url, "--prompts", "prompts.txt"]
+    command = [sys.executable, "-m", "fastalign", "sample", "--server", server.url, "--prompts", "prompts.txt"]
     command += ["-n", "5", "--max-new-tokens", "6", "--seed", "7", "--out", "c.parquet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
