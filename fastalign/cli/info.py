@@ -89,8 +89,8 @@ def show_model(console, name: str, *, dtype: str, device: str) -> dict[str, Any]
 def paths(sampler) -> list[tuple[str, str, str]]:
     """(part, path, why not a faster one) of a loaded `Sampler`'s model."""
     from fastalign._base.errors import UserError
-    from fastalign.decode.engine import Engine, supports
     from fastalign.decode.sampler import HOW
+    from fastalign.decode.shared_prompt import SharedPromptEngine, supports
     from fastalign.models import language_model, scoring
     from fastalign.models.compiled_layers import CompiledLayers
     from fastalign.models.packing import can_pack
@@ -100,7 +100,7 @@ def paths(sampler) -> list[tuple[str, str, str]]:
     rows = [("model", f"{type(inner).__name__}, {str(inner.dtype).removeprefix('torch.')} on {inner.device}", "")]
     try:
         kind = sampler.path()
-        rows.append(("sampling", HOW[kind], "" if kind is Engine else supports(model).why))
+        rows.append(("sampling", HOW[kind], "" if kind is SharedPromptEngine else supports(model).why))
     except UserError as refusal:
         rows.append(("sampling", "refused", str(refusal)))
     rows.append(("scoring (PPO, log_likelihood)", scoring.describe(model), scoring.fused_head(model).why))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -23,18 +23,21 @@ _INTEGERS = (
 )
 
 
-@dataclass
-class Settings:
-    """What `Sampler.sample` takes besides the prompts, checked."""
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Of `Sampler.sample`: what its candidates depend on besides model and prompts, checked. Raises UserError.
+
+    stop: a string, strings or None; a list ever after. first: the number of the first candidate.
+    """
 
     n: int
     max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    stop: list[str]
-    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: str | Sequence[str] | None = None
+    seed: int = 0
     first: int = 0
 
     def __post_init__(self) -> None:
@@ -43,7 +46,7 @@ class Settings:
             if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
                 limit = f"at least {least}" if most == _ANY else f"in {least}..2^64-1"
                 raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
-            setattr(self, name, int(value))
+            object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p"):
             if not isinstance(getattr(self, name), Real):
                 raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")
@@ -53,19 +56,21 @@ class Settings:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        stop = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
+        if not isinstance(stop, (list, tuple)) or any(not isinstance(text, str) or not text for text in stop):
             raise UserError(f"stop must be a string or strings, none empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", list(stop))
+
+    @classmethod
+    def of(cls, job: Mapping[str, Any]) -> SamplingSettings:
+        """Those among a job's arguments."""
+        return cls(**{field.name: job[field.name] for field in fields(cls) if field.name in job})
 
 
-def check(job: Mapping[str, Any]) -> Settings:
+def check(job: Mapping[str, Any]) -> SamplingSettings:
     """The settings of a job, arguments of `Sampler.iter_batches`; others of them are passed over. Raises UserError."""
-    asked = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "first": 0, **job}
-    stop = job.get("stop")
-    if stop is not None and not isinstance(stop, (str, list, tuple)):
-        raise UserError(f"stop must be a string or strings, none empty, got {stop!r}")
-    asked["stop"] = [stop] if isinstance(stop, str) else list(stop or ())
     check_knobs(job)
-    return Settings(**{field.name: asked[field.name] for field in fields(Settings)})
+    return SamplingSettings.of(job)
 
 
 def check_knobs(job: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ from fastalign._base.errors import UserError
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
-from fastalign.decode.sampler import Sampler, _places
+from fastalign.decode.sampler import Sampler
 from fastalign.decode.select import effective_sample_size, select
+from fastalign.decode.streams import places_of
 from fastalign.decode.worth import TRUSTED_ESS, Worth
 
 PILOT_N, PILOT_PROMPTS = 32, 8
@@ -76,7 +77,7 @@ def adaptive(
         raise UserError(f"ess must be at least 1 and gain at least 0, got {ess} and {gain}")
     if method != "best" and ess > max_n:
         raise UserError(f"ess must be at most max_n, {max_n}, got {ess}")
-    rounds, places = max_n // each, _places(prompt_ids, len(prompts), rising=True)
+    rounds, places = max_n // each, places_of(prompt_ids, len(prompts), rising=True)
     drawn: list[list[Candidates]] = [[] for _ in prompts]
     enough = np.zeros(len(prompts), dtype=bool)
     for r in range(rounds):

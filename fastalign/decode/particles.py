@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from fastalign._base.errors import UserError
-from fastalign.data.sampling import Settings
+from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.crowd import Crowd, checkpoints_of, groups
-from fastalign.decode.engine import Job
-from fastalign.decode.sampler import Sampler, _places
+from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
+from fastalign.decode.sampler import Sampler
+from fastalign.decode.streams import places_of
+from fastalign.decode.token_loop import Job
 
 METHODS = (
     "systematic",
@@ -107,12 +108,11 @@ def particles(
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
-    stop = [stop] if isinstance(stop, str) else list(stop or ())
-    settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
+    settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
     prompts = check_prompts(prompts, chat)
     template = sampler.text.template_options(chat_template_kwargs, tools, template)
-    encoded = sampler._encode(prompts, chat, max_new_tokens, template)
-    places = _places(prompt_ids, len(prompts), rising=True)
+    encoded = sampler.encode(prompts, chat, max_new_tokens, template)
+    places = places_of(prompt_ids, len(prompts), rising=True)
     by_place = dict(zip(places, prompts, strict=True))
     record = {
         "model": sampler.name,
@@ -126,21 +126,21 @@ def particles(
     log_weights, resampled = np.zeros((len(prompts), n)), np.zeros(len(prompts), dtype=np.int64)
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
         for group in groups(sampler, encoded, settings, batch_size, None):
-            crowd = Crowd(sampler, {places[i]: encoded[i] for i in group}, settings)
-            run = _Run(crowd, by_place, rewards, lam, promise)
+            flight = Lockstep(sampler, {places[i]: encoded[i] for i in group}, settings)
+            run = _Run(flight, by_place, rewards, lam, promise)
             for age in checkpoints:
-                crowd.advance(age)
-                if not crowd.live:
+                flight.advance(age)
+                if not flight.live:
                     break
                 run.weigh()
                 resampled[group] += run.resample(ess, method)
-            crowd.advance(max_new_tokens)
+            flight.advance(max_new_tokens)
             array = run.finish()
             log_weights[group] = run.log_weights
             ids = np.array([places[i] for i in group], dtype=np.int64)
-            part = Candidates([prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=ids)
+            part = Candidates([prompts[i] for i in group], *flight.rows(), settings=record, prompt_ids=ids)
             parts.append(part.with_rewards(names, array))
-            tokens += crowd.drawn
+            tokens += flight.drawn
             advance(len(group))
     candidates = Candidates.concat(parts)
     array = candidates.reward_array(names)
@@ -166,25 +166,27 @@ def particles(
 
 
 class _Run:
-    """The weights of a crowd's particles: log_weights (prompts, n) include the estimate of Z so far."""
+    """The weights of particles in lockstep: log_weights (prompts, n) include the estimate of Z so far."""
 
-    def __init__(self, crowd: Crowd, prompts, rewards, lam, promise):
-        self.crowd, self.prompts, self.rewards, self.lam, self.promise = crowd, prompts, rewards, lam, promise
-        self.shape = (-1, crowd.settings.n)
-        self.log_weights = np.zeros(len(crowd.jobs)).reshape(self.shape)
+    def __init__(self, flight: Lockstep, prompts, rewards, lam, promise):
+        self.flight, self.prompts, self.rewards, self.lam, self.promise = flight, prompts, rewards, lam, promise
+        self.shape = (-1, flight.settings.n)
+        self.log_weights = np.zeros(len(flight.jobs)).reshape(self.shape)
         self.promised = np.zeros_like(self.log_weights)
 
     def weigh(self) -> None:
         """Multiply by what texts promise now over what they promised before."""
-        crowd = self.crowd
+        flight = self.flight
         now = self.promised.reshape(-1).copy()
-        over = np.array([job in crowd.ended for job in crowd.jobs])
+        over = np.array([job in flight.ended for job in flight.jobs])
         asked = np.ones_like(over) if self.promise is None else over
         # A text that has ended promises what it is worth.
-        now[asked] = crowd.score(self.rewards, self.prompts, [crowd.jobs[i] for i in np.flatnonzero(asked)]) @ self.lam
+        now[asked] = (
+            flight.score(self.rewards, self.prompts, [flight.jobs[i] for i in np.flatnonzero(asked)]) @ self.lam
+        )
         if not asked.all():
-            open_ = [crowd.jobs[i] for i in np.flatnonzero(~asked)]
-            found = self.promise([self.prompts[job.prompt] for job in open_], [crowd.text(job) for job in open_])
+            open_ = [flight.jobs[i] for i in np.flatnonzero(~asked)]
+            found = self.promise([self.prompts[job.prompt] for job in open_], [flight.text(job) for job in open_])
             found = np.asarray(found, dtype=np.float64)
             if found.shape != (len(open_),) or not np.isfinite(found).all():
                 raise UserError(f"promise must return {len(open_)} finite numbers, got shape {found.shape}")
@@ -195,8 +197,8 @@ class _Run:
 
     def resample(self, ess: float, method: str) -> np.ndarray:
         """Even out the weights of prompts whose effective sample size is below ess n; which those are, (prompts,) bool."""
-        crowd, n = self.crowd, self.shape[1]
-        jobs = crowd.grid({job: job for job in crowd.jobs})
+        flight, n = self.flight, self.shape[1]
+        jobs = flight.grid({job: job for job in flight.jobs})
         below = np.zeros(len(jobs), dtype=bool)
         ancestors: dict[Job, Job] = {}
         for p, row in enumerate(jobs):
@@ -204,7 +206,7 @@ class _Run:
             below[p] = np.exp(log_w).sum() ** 2 < ess * n * np.exp(2 * log_w).sum()
             if not below[p]:
                 continue
-            seed = (crowd.settings.seed, row[0].prompt, crowd.age)
+            seed = (flight.settings.seed, row[0].prompt, flight.age)
             counts = np.bincount(_resample(self.log_weights[p], n, method, seed), minlength=n)
             # One copy of each survivor stays where it is; the others take the places of those that go.
             spare = np.repeat(np.arange(n), np.maximum(counts - 1, 0))
@@ -212,12 +214,12 @@ class _Run:
             ancestors |= {row[to]: row[of] for to, of in zip(gone, spare, strict=True)}
             self.promised[p, gone] = self.promised[p, spare]
             self.log_weights[p] = _log_mean_exp(self.log_weights[p])
-        crowd.replace(ancestors)
+        flight.replace(ancestors)
         return below
 
     def finish(self) -> np.ndarray:
         """Put exp(lambda . R) in the place of all promises; the rewards (jobs, m)."""
-        array = self.crowd.score(self.rewards, self.prompts, self.crowd.jobs)
+        array = self.flight.score(self.rewards, self.prompts, self.flight.jobs)
         self.log_weights += (array @ self.lam).reshape(self.shape) - self.promised
         return array
 

@@ -15,13 +15,15 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import parse_bytes
-from fastalign.data.sampling import Settings
+from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.crowd import Crowd, checkpoints_of, groups
-from fastalign.decode.engine import GROW, Job
-from fastalign.decode.sampler import Sampler, _places
+from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
+from fastalign.decode.sampler import Sampler
+from fastalign.decode.shared_prompt import GROW
+from fastalign.decode.streams import places_of
+from fastalign.decode.token_loop import Job
 
 
 def usual_checkpoints(max_new_tokens: int) -> list[int]:
@@ -94,12 +96,11 @@ def speculative_rejection(
     if checkpoints is None:
         checkpoints = usual_checkpoints(max_new_tokens)
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
-    stop = [stop] if isinstance(stop, str) else list(stop or ())
-    settings = Settings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
+    settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
     prompts = check_prompts(prompts, chat)
     template = sampler.text.template_options(chat_template_kwargs, tools, template)
-    encoded = sampler._encode(prompts, chat, max_new_tokens, template)
-    places = _places(prompt_ids, len(prompts), rising=True)
+    encoded = sampler.encode(prompts, chat, max_new_tokens, template)
+    places = places_of(prompt_ids, len(prompts), rising=True)
     by_place = dict(zip(places, prompts, strict=True))
     limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
     record = {
@@ -113,14 +114,14 @@ def speculative_rejection(
     parts, complete, tokens = [], {}, 0
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
         for group in groups(sampler, encoded, settings, batch_size, limit):
-            crowd = Crowd(sampler, {places[i]: encoded[i] for i in group}, settings)
-            scores = _race(crowd, by_place, rewards, lam, checkpoints, keep, limit)
+            flight = Lockstep(sampler, {places[i]: encoded[i] for i in group}, settings)
+            scores = _race(flight, by_place, rewards, lam, checkpoints, keep, limit)
             ids = np.array([places[i] for i in group], dtype=np.int64)
-            part = Candidates([prompts[i] for i in group], *crowd.rows(), settings=record, prompt_ids=ids)
-            parts.append(part.with_rewards(names, np.stack([scores[one] for one in crowd.jobs])))
-            for i, row in zip(group, crowd.grid({one: one in crowd.ended for one in crowd.jobs}), strict=True):
+            part = Candidates([prompts[i] for i in group], *flight.rows(), settings=record, prompt_ids=ids)
+            parts.append(part.with_rewards(names, np.stack([scores[one] for one in flight.jobs])))
+            for i, row in zip(group, flight.grid({one: one in flight.ended for one in flight.jobs}), strict=True):
                 complete[i] = row
-            tokens += crowd.drawn
+            tokens += flight.drawn
             advance(len(group))
     candidates = Candidates.concat(parts)
     whole = np.array([complete[i] for i in range(len(prompts))])
@@ -136,28 +137,28 @@ def speculative_rejection(
     )
 
 
-def _race(crowd: Crowd, prompts, rewards, lam, checkpoints: list[int], keep: float, limit: int | None):
-    """Run a crowd to its end; each candidate's last rewards (m,)."""
-    new = crowd.settings.max_new_tokens
+def _race(flight: Lockstep, prompts, rewards, lam, checkpoints: list[int], keep: float, limit: int | None):
+    """Run them all to their end; each candidate's last rewards (m,)."""
+    new = flight.settings.max_new_tokens
     scores: dict[Job, np.ndarray] = {}
     final: set[Job] = set()  # scored since they ended
     racing: dict[int, list[Job]] = {}
-    for one in crowd.jobs:
+    for one in flight.jobs:
         racing.setdefault(one.prompt, []).append(one)
 
     def rescore() -> None:
         todo = [one for members in racing.values() for one in members if one not in final]
-        scores.update(zip(todo, crowd.score(rewards, prompts, todo), strict=True))
-        final.update(crowd.ended.intersection(todo))
+        scores.update(zip(todo, flight.score(rewards, prompts, todo), strict=True))
+        final.update(flight.ended.intersection(todo))
 
     # Room for keys and values grows by GROW tokens at a time: what would then outgrow the limit has to go before.
     grows = range(GROW, new, GROW) if limit is not None else range(0)
     for age in sorted({*checkpoints, *grows}):
-        crowd.advance(age)
-        if not crowd.live:
+        flight.advance(age)
+        if not flight.live:
             break
-        most = len(crowd.live) if limit is None else crowd.fitting(limit, (age // GROW + 1) * GROW)
-        live, lost = set(crowd.live), []
+        most = len(flight.live) if limit is None else flight.fitting(limit, (age // GROW + 1) * GROW)
+        live, lost = set(flight.live), []
         if age in checkpoints or len(live) > most:
             rescore()
             for prompt, members in racing.items():
@@ -169,7 +170,7 @@ def _race(crowd: Crowd, prompts, rewards, lam, checkpoints: list[int], keep: flo
                     ranked = [one for one in ranked if one not in live or one in fitting]
                 lost += live.intersection(members).difference(ranked)
                 racing[prompt] = ranked
-        crowd.drop(lost)
-    crowd.advance(new)
+        flight.drop(lost)
+    flight.advance(new)
     rescore()
     return scores

@@ -10,15 +10,21 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.decode.token_loop import Job
 from fastalign.models.caches import cache_name, cache_of
 from fastalign.models.identity import language_model
 from fastalign.models.trial import Probe
+
+if TYPE_CHECKING:
+    from fastalign.ops import SampledTokens
+
+COMPACT_BELOW = 0.75  # of the rows alive: see `Batch`
 
 
 class CachedRows:
@@ -115,6 +121,46 @@ class UncachedRows:
 
 
 Rows = CachedRows | UncachedRows
+
+
+class Batch:
+    """A batch's rows as the token loop takes them: all begin together, and none joins them.
+
+    Rows that have ended are taken out once so few are alive that it pays for the copy of the cache; until then they run on, unread.
+    """
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.jobs: list[Job] = []
+        self._at: list[int] = []  # each job's row
+        self._last = torch.zeros(len(rows.logits), dtype=torch.int64)  # the token that each row drew last
+
+    def admit(self, jobs: Sequence[Job]) -> Tensor:
+        self.jobs, self._at = list(jobs), list(range(len(jobs)))
+        return self.rows.logits
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        device = self.rows.logits.device
+        if len(self._at) < COMPACT_BELOW * len(self._last):
+            kept = torch.tensor(self._at)
+            if self.rows.keep(kept.to(device)):
+                self._last, self._at = self._last[kept], list(range(len(kept)))
+        self.rows.step(self._last.to(device))
+        return self.rows.logits if len(self._at) == len(self._last) else self.rows.logits[self._at]
+
+    def place(self, first: int, ids: Tensor) -> None:
+        self._last[self._at[first:]] = ids
+
+    def drop(self, rows: Sequence[int]) -> None:
+        gone = set(rows)
+        self.jobs = [job for row, job in enumerate(self.jobs) if row not in gone]
+        self._at = [at for row, at in enumerate(self._at) if row not in gone]
+
+    def sample(self, logits: Tensor, *, rows: Tensor, **options: Any) -> SampledTokens:
+        from fastalign import ops
+
+        return ops.sample_tokens(logits, rows=rows.to(logits.device), **options)
 
 
 def trial(kind: type[Rows]):

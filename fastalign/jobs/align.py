@@ -66,7 +66,7 @@ def sample(
 ) -> Candidates:
     """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `jobs.ray.draw`.
 
-    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.aligned`, which draw by
+    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.tilted`, which draw by
     the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
 
     Each finished batch is kept in `<out>.parts`; after an interruption the same call goes on from there, and gives the
@@ -76,7 +76,7 @@ def sample(
     input, or something that is not fastalign's to write.
     """
     from fastalign.data.text import check_prompts
-    from fastalign.decode import aligned
+    from fastalign.decode import tilted
 
     check({"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling})
     check_ray(ray, workers, worker_cpus, worker_gpus)
@@ -96,9 +96,9 @@ def sample(
             raise UserError(f"give --palette with --method {method}: it draws by that file's λ")
         if ray is not None:
             raise UserError(f"Ray's workers draw whole candidates alone: leave out --ray or --method {method}")
-        aligned.check(method, n=n, ess=ess, memory_limit=sampling.get("memory_limit"))
+        tilted.check(method, n=n, ess=ess, memory_limit=sampling.get("memory_limit"))
         asked = palettes.read(palette, "lambda")
-        kind, by = aligned.KINDS[method], {"values": asked["values"], "lam": asked["lambda"], "ess": ess}
+        kind, by = tilted.KINDS[method], {"values": asked["values"], "lam": asked["lambda"], "ess": ess}
         settings |= {"method": method, "values": by["values"], "lambda": by["lam"], "ess": ess}
     elif ess is not None:
         raise UserError("ess is where --method adaptive stops: give that method")
@@ -122,9 +122,9 @@ def sample(
             _keep(parts, model.sampler.iter_batches(prompts, skip=finished, show_progress=show_progress, **job))
         else:
             more = {"skip": finished, "show_progress": show_progress, **by, **job}
-            _keep(parts, aligned.blocks(method, model.sampler, prompts, **more))
+            _keep(parts, tilted.blocks(method, model.sampler, prompts, **more))
 
-    joined = Candidates.concat if method == "whole" else aligned.joined
+    joined = Candidates.concat if method == "whole" else tilted.joined
     with _parts(out, settings, overwrite=overwrite, resume=resume) as parts:
         if not overwrite and _there(out, settings):  # made since
             return Candidates.from_parquet(out)

@@ -33,7 +33,7 @@ from fastalign.data.conversations import Conversation
 from fastalign.data.sampling import KNOBS, check, check_ray
 from fastalign.data.text import check_prompts
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.sampler import ROWS_AT_ONCE
+from fastalign.decode.samplers.base import ROWS_AT_ONCE
 from fastalign.decode.samplers.external import request_seed
 from fastalign.decode.select import select
 

@@ -116,11 +116,13 @@ def _plain(config: Any) -> dict[str, Any] | None:
 
 
 def _by_sampler(model: Any, tokenizer: Any, queries: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
-    from fastalign.data.sampling import Settings
+    from fastalign.data.sampling import SamplingSettings
     from fastalign.decode.sampler import Sampler
 
     seed = int(torch.randint(2**63 - 1, ()))
-    ids, _ = Sampler(model, tokenizer).draw([query.tolist() for query in queries], Settings(**settings, seed=seed))
+    ids, _ = Sampler(model, tokenizer).draw(
+        [query.tolist() for query in queries], SamplingSettings(**settings, seed=seed)
+    )
     return [torch.tensor(row, device=model.device) for (row,) in ids]
 
 

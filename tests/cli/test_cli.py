@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 from commands import fastalign, refused
+from fastalign.decode.engine import Engine
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from fastalign._base import files
 from fastalign.cli import main as cli
 from fastalign.cli.main import app
 from fastalign.decode import Candidates
-from fastalign.decode.engine import Engine
 from fastalign.models import Verdict
 
 

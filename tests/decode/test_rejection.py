@@ -4,11 +4,11 @@ import enumerable
 import numpy as np
 import pytest
 import torch
+from fastalign.decode.engine import GROW, Engine
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 from fastalign import UserError, rewards
 from fastalign.decode import Sampler, best_of, speculative_rejection
-from fastalign.decode.engine import GROW, Engine
 from fastalign.decode.rows import CachedRows
 
 LENGTH = rewards.from_function(lambda prompts, responses: [len(text) for text in responses], "length")

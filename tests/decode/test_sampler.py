@@ -5,12 +5,12 @@ import string
 
 import pytest
 import torch
+from fastalign.decode.engine import Engine
 from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, Sampler
-from fastalign.decode.engine import Engine
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
 
 PROMPTS = [

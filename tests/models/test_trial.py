@@ -3,17 +3,17 @@
 import contextlib
 import warnings
 
+import fastalign.decode.engine as engine_module
 import pytest
 import torch
 from causal_models import fill
+from fastalign.decode.engine import Engine, supports
 from model_paths import PROMPTS, ROUNDING, differences, padded, rows_of, sampled, tokens
 from tiny import tiny_causal_lm, tiny_tokenizer
 
-import fastalign.decode.engine as engine_module
 from fastalign import models
 from fastalign._base.errors import UserError
 from fastalign.decode import Sampler
-from fastalign.decode.engine import Engine, supports
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
 from fastalign.integrations.transformers import fused_forward
 from fastalign.models import compiled_layers as layers

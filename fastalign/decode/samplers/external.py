@@ -7,43 +7,28 @@ are the engine's own, so a seed gives the same result on the same engine only.
 from __future__ import annotations
 
 import hashlib
-
-import numpy as np
+from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.data.sampling import Settings
+from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import Text
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.engine import Engine
-from fastalign.decode.sampler import Sampler
+from fastalign.decode.samplers.base import BaseSampler, Request
 
 
-class External(Sampler):
-    """A sampler without a model of its own; a subclass draws in `_shared`.
+class External(BaseSampler):
+    """A sampler without a model of its own.
 
     name: told in errors and in the candidates' settings. tokenizer: of the model, or None. context: the longest
-    text in tokens, or None where the engine alone knows it.
+    text in tokens, or 0 where the engine alone knows it.
     """
 
-    _config = None
-
-    def __init__(self, name: str, tokenizer, context: int | None):
-        self.name, self.tokenizer, self.backend = name, tokenizer, "auto"
-        self._context, self.text = context, Text(tokenizer)
+    def __init__(self, name: str, tokenizer: Any, context: int):
+        self.name, self.tokenizer, self.context, self.text = name, tokenizer, context, Text(tokenizer)
 
     @property
-    def model(self):
+    def model(self) -> Any:
         raise UserError(f"{self.name} runs in another engine: this needs the model itself, loaded by Sampler")
-
-    def path(self, *, engine: bool = True) -> type[Engine]:
-        """Its prompts are drawn for one by one, in `_shared`."""
-        return Engine
-
-    def _rest(self) -> None:
-        """Its mode is the engine's own."""
-
-    def _fitting(self, limit: int, longest: int, n: int, new: int) -> int:
-        raise UserError(f"memory_limit is for models that run here; {self.name} sets its own")
 
 
 def request_seed(seed: int, place: int, first: int) -> int:
@@ -61,15 +46,13 @@ def split(n: int, at_once: int) -> list[tuple[int, int]]:
     return [(first, min(at_once, n - first)) for first in range(0, n, at_once)]
 
 
-def asked(settings: Settings) -> int:
+def asked(settings: SamplingSettings) -> int:
     """How many candidates to ask an engine for: one where all are the same (engines refuse n > 1 there)."""
     return settings.n if settings.temperature > 0 else 1
 
 
-def one_prompt(prompt: str, place: int, drawn: list[tuple[str, list[int], list[float]]], settings: Settings, record):
-    """The Candidates of one prompt from (text, token ids, log-probs) of each that was asked for."""
-    drawn = drawn if len(drawn) == settings.n else drawn * settings.n
-    texts, tokens, logprobs = ([list(column)] for column in zip(*drawn, strict=True))
-    part = Candidates([prompt], texts, tokens, logprobs, settings=record)
-    part.prompt_ids = np.array([place], dtype=np.int64)
-    return part
+def one_prompt(request: Request, i: int, drawn: list[tuple[str, list[int], list[float]]]) -> Candidates:
+    """The Candidates of the prompt at i from (text, token ids, log-probs) of each that was asked for."""
+    drawn = drawn if len(drawn) == request.settings.n else drawn * request.settings.n
+    texts, tokens, log_probs = ([list(column)] for column in zip(*drawn, strict=True))
+    return request.part([i], texts, tokens, log_probs)

@@ -28,13 +28,15 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign.data.conversations import Conversation
-from fastalign.data.sampling import Settings
+from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import cut
+from fastalign.decode.candidates import Candidates
+from fastalign.decode.samplers.base import Request
 from fastalign.decode.samplers.external import External, asked, one_prompt, request_seed, split
 
 BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation
@@ -53,7 +55,7 @@ class OpenAISampler(External):
     Raises UserError, one line, where the server refuses, cannot be reached or answers what makes no sense.
     """
 
-    _rows = 64
+    rows_at_once = 64
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class OpenAISampler(External):
         self._http = _Http(_checked_url(url), _checked_key(key), timeout, tries)
         self.served = model or self._only_model()
         self.in_flight = in_flight
-        super().__init__(f"{self._http.base}#{self.served}", tokenizer, None)
+        super().__init__(f"{self._http.base}#{self.served}", tokenizer, 0)
 
     @classmethod
     def from_pretrained(
@@ -97,29 +99,37 @@ class OpenAISampler(External):
             raise UserError(f"{self._http.base} serves {some}: name one, as {self._http.base}#MODEL")
         return served[0]
 
-    def _encode(self, prompts, chat, max_new_tokens, template=None):
+    def encode(
+        self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int, template: Mapping[str, Any] | None = None
+    ) -> list[Any]:
         if self.tokenizer is not None:
-            return super()._encode(prompts, chat, max_new_tokens, template)
+            return super().encode(prompts, chat, max_new_tokens, template)
         for i, prompt in enumerate(prompts if chat is False else ()):
             if isinstance(prompt, Conversation) or template:
                 raise UserError(f"prompt {i} needs the server's chat template, which --no-chat (chat=False) leaves out")
         return list(prompts)
 
-    def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):
+    def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
+        wanted = sorted(request.wanted, key=lambda i: len(request.encoded[i]))
+        return self._parts(request, wanted) if wanted else iter(())
+
+    def _parts(self, request: Request, wanted: list[int]) -> Iterator[tuple[list[int], Candidates]]:
         from fastalign._base import progress
 
+        settings, encoded = request.settings, request.encoded
         count = asked(settings)
-        pieces = split(count, rows)
+        pieces = split(count, request.rows)
         tasks = ((i, first, some) for i in wanted for first, some in pieces)
         found: dict[int, dict[int, list]] = {i: {} for i in wanted}
-        by_server = self.tokenizer is None and record["chat"] is not False
+        by_server = self.tokenizer is None and request.record["chat"] is not False
 
         def work(task, stop):
             i, first, some = task
             asks = (
-                _chat(encoded[i], record) if by_server else {"prompt": encoded[i], "logprobs": 1}
+                _chat(encoded[i], request.record) if by_server else {"prompt": encoded[i], "logprobs": 1}
             )  # with 0, llama.cpp gives none
-            body = self._body(asks, some, settings, request_seed(settings.seed, ids[i], settings.first + first))
+            seed = request_seed(settings.seed, request.places[i], settings.first + first)
+            body = self._body(asks, some, settings, seed)
             limit = 65536 + BYTES_PER_TOKEN * some * (settings.max_new_tokens + 1)
             answer = self._http.ask("/chat/completions" if by_server else "/completions", body, limit, stop)
             drawn = _read(answer, some, settings, self.name)
@@ -128,21 +138,20 @@ class OpenAISampler(External):
             return drawn
 
         total = len(wanted) * settings.n * settings.max_new_tokens
-        with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
+        with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
             for (i, first, some), drawn in as_done(work, tasks, min(self.in_flight, len(wanted) * len(pieces))):
                 found[i][first] = drawn
                 advance(some * settings.max_new_tokens * (settings.n // count))
                 if len(found[i]) == len(pieces):
                     parts = found.pop(i)
-                    candidates = [one for start in sorted(parts) for one in parts[start]]
-                    yield [i], one_prompt(prompts[i], ids[i], candidates, settings, record)
+                    yield [i], one_prompt(request, i, [one for start in sorted(parts) for one in parts[start]])
 
-    def _without_special(self, prompt: list[int], text: str, tokens: list[int], settings: Settings) -> str:
+    def _without_special(self, prompt: list[int], text: str, tokens: list[int], settings: SamplingSettings) -> str:
         return self.text.continuation(
             prompt, tokens or self.text.tokens([text], "the answer", add_special_tokens=False)[0], settings.stop
         )
 
-    def _body(self, asks: dict[str, Any], n: int, settings: Settings, seed: int) -> dict[str, Any]:
+    def _body(self, asks: dict[str, Any], n: int, settings: SamplingSettings, seed: int) -> dict[str, Any]:
         return {
             "model": self.served,
             **asks,
@@ -350,7 +359,7 @@ class _Https(_Http1, urllib.request.HTTPSHandler):
         return self.do_open(self._connection, request, context=self._context)
 
 
-def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple[str, list[int], list[float]]]:
+def _read(answer: dict, count: int, settings: SamplingSettings, name: str) -> list[tuple[str, list[int], list[float]]]:
     """(text, token ids, log-probs) of each candidate, everything in the answer checked."""
     try:
         choices = _typed(answer, "choices", list)
@@ -373,7 +382,7 @@ def _read(answer: dict, count: int, settings: Settings, name: str) -> list[tuple
     return drawn
 
 
-def _cannot_be_chance(drawn: list, settings: Settings) -> bool:
+def _cannot_be_chance(drawn: list, settings: SamplingSettings) -> bool:
     """Whether all are the same text with probability under 1e-12, as far as log-probs before truncation can tell."""
     text, _, logprobs = drawn[0]
     if settings.temperature < 1 or settings.top_k or settings.min_p or any(one[0] != text for one in drawn):
@@ -382,7 +391,7 @@ def _cannot_be_chance(drawn: list, settings: Settings) -> bool:
     return (len(drawn) - 1) * most < math.log(1e-12)
 
 
-def _read_choice(choice: Any, settings: Settings) -> tuple[str, list[int], list[float]]:
+def _read_choice(choice: Any, settings: SamplingSettings) -> tuple[str, list[int], list[float]]:
     if not isinstance(choice, dict):
         raise _Wrong(f"must hold objects as choices, got {type(choice).__name__}")
     if "message" in choice:

@@ -9,11 +9,14 @@ logprobs_mode is "processed_logprobs", and ours are those of the distribution th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign._base.quiet import one_line_errors
 from fastalign.data.text import cut
+from fastalign.decode.candidates import Candidates
+from fastalign.decode.samplers.base import Request
 from fastalign.decode.samplers.external import External, asked, one_prompt, request_seed, split
 
 PER_REQUEST = 256  # larger n has hung (vLLM issue 6646); a cached prompt costs a second request little
@@ -25,7 +28,7 @@ class VLLMSampler(External):
     An LLM of your own should have enable_prefix_caching=True and logprobs_mode="processed_logprobs".
     """
 
-    _rows = 8192
+    rows_at_once = 8192
 
     def __init__(self, llm: Any, *, name: str = "vllm"):
         super().__init__(name, llm.get_tokenizer(), llm.llm_engine.model_config.max_model_len)
@@ -49,19 +52,24 @@ class VLLMSampler(External):
             llm = vllm.LLM(model=resolve(name_or_path), dtype=str(dtype).removeprefix("torch."), **options)
         return cls(llm, name=f"vllm:{name_or_path}")
 
-    def _shared(self, wanted, ids, prompts, encoded, settings, rows, record, show_progress):
+    def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
+        wanted = sorted(request.wanted, key=lambda i: len(request.encoded[i]))
+        return self._parts(request, wanted) if wanted else iter(())
+
+    def _parts(self, request: Request, wanted: list[int]) -> Iterator[tuple[list[int], Candidates]]:
         from fastalign._base import progress
 
+        settings = request.settings
         count = asked(settings)
-        width = max(1, rows // count)
+        width = max(1, request.rows // count)
         total = len(wanted) * settings.n * settings.max_new_tokens
-        with progress.bar("sampling", total=total, unit="tok", show=show_progress) as advance:
+        with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
             for start in range(0, len(wanted), width):
                 batch = wanted[start : start + width]
-                drawn = self._generate([(ids[i], encoded[i]) for i in batch], count, settings)
+                drawn = self._generate([(request.places[i], request.encoded[i]) for i in batch], count, settings)
                 for i, candidates in zip(batch, drawn, strict=True):
                     advance(settings.n * settings.max_new_tokens)
-                    yield [i], one_prompt(prompts[i], ids[i], candidates, settings, record)
+                    yield [i], one_prompt(request, i, candidates)
 
     def _generate(self, batch, count, settings):
         """(text, token ids, log-probs) [prompt][candidate] of (place, prompt's token ids) pairs."""

@@ -1,7 +1,7 @@
 """Candidates of one age: all of a few prompts' drawn together to a checkpoint, where some are dropped or copied.
 
 What `decode.rejection` and `decode.particles` are made of. Every candidate is in flight at once, so that those of a prompt can
-be held against each other half-way; a place in the crowd has the random stream that `Sampler.sample` gives the
+be held against each other half-way; a place has the random stream that `Sampler.sample` gives the
 candidate of that number, so that one which nothing replaces is drawn as it is there.
 """
 
@@ -11,27 +11,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastalign._base.errors import UserError
-from fastalign.data.sampling import Settings
-from fastalign.decode.engine import GROW, Engine, Job
-from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler, stream_of
+from fastalign.data.sampling import SamplingSettings
+from fastalign.decode.sampler import Sampler
+from fastalign.decode.samplers.base import ROWS_AT_ONCE
+from fastalign.decode.shared_prompt import GROW, SharedPromptEngine
+from fastalign.decode.token_loop import Job
 from fastalign.rewards import score
 
 
-class Crowd:
-    """n candidates of each of some prompts (by their numbers) in flight."""
+class Lockstep:
+    """n candidates of each of some prompts (by their numbers) in flight, all of one age."""
 
-    def __init__(self, sampler: Sampler, encoded: Mapping[int, Sequence[int]], settings: Settings):
+    def __init__(self, sampler: Sampler, encoded: Mapping[int, Sequence[int]], settings: SamplingSettings):
         self.sampler, self.encoded, self.settings = sampler, encoded, settings
         self.age = 0  # tokens drawn by those that have not ended
         self.drawn = 0  # tokens drawn in all
         self.ended: set[Job] = set()
         self.jobs = [Job(prompt, place) for prompt in encoded for place in range(settings.n)]
-        self.ids: dict[Job, list[int]] = {job: [] for job in self.jobs}
-        self.logprobs: dict[Job, list[float]] = {job: [] for job in self.jobs}
-        self.engine = Engine(sampler.model, len(self.jobs), prompts=len(encoded))
+        self.engine = SharedPromptEngine(sampler.model, len(self.jobs), prompts=len(encoded))
+        self.loop = sampler.token_loop(self.engine, settings, encoded)
         for prompt, ids in encoded.items():
             self.engine.prefill(prompt, ids)
 
@@ -42,37 +42,18 @@ class Crowd:
 
     def advance(self, age: int) -> None:
         """Draw until each live one has that many tokens or has ended."""
-        ends, limit = set(self.sampler._ends.tolist()), self.settings.max_new_tokens
         while self.age < age and self.live:
-            hidden = self.engine.step() if self.age else self.engine.admit(self.jobs)
-            jobs = self.engine.jobs
-            streams = torch.tensor([stream_of(job.prompt, job.candidate) for job in jobs])
-            drawn = self.sampler._sample_next(self.engine, hidden, streams, self.age, self.settings)
-            ids = drawn.ids.cpu()
-            if (ids < 0).any():
-                raise UserError(f"{self.sampler.name}: the logits of new token {self.age} are NaN, or all of them -inf")
-            self.engine.place(0, ids)
+            self.drawn += len(self.live)
+            self.ended.update(self.loop.step(() if self.age else self.jobs))
             self.age += 1
-            self.drawn += len(jobs)
-            over = []
-            for row, (job, token, logprob) in enumerate(
-                zip(jobs, ids.tolist(), drawn.log_probs.float().tolist(), strict=True)
-            ):
-                self.ids[job].append(token)
-                self.logprobs[job].append(logprob)
-                if (
-                    self.age == limit
-                    or token in ends
-                    or self.sampler.text.stopped(self.encoded[job.prompt], self.ids[job], self.settings.stop)
-                ):
-                    over.append(row)
-            self.ended.update(jobs[row] for row in over)
-            self.engine.drop(over)
 
     def fitting(self, limit: int, tokens: int) -> int:
         """How many candidates of that many tokens keep their keys and values, and their prompts', within `limit` bytes."""
         model, prefixes = self.sampler.model, self.engine.prefixes.values()
-        own, shared = Engine.row_bytes(model, tokens), sum(Engine.row_bytes(model, p.length) for p in prefixes)
+        own, shared = (
+            SharedPromptEngine.row_bytes(model, tokens),
+            sum(SharedPromptEngine.row_bytes(model, p.length) for p in prefixes),
+        )
         return (limit - shared) // own
 
     def drop(self, jobs: Sequence[Job]) -> None:
@@ -84,7 +65,8 @@ class Crowd:
     def replace(self, ancestors: Mapping[Job, Job]) -> None:
         """Make each of these a copy of another, which is not itself replaced; it goes on with its own random stream."""
         for job, of in ancestors.items():
-            self.ids[job], self.logprobs[job] = list(self.ids[of]), list(self.logprobs[of])
+            for drawn in (self.loop.ids, self.loop.log_probs):
+                drawn[job] = list(drawn[of])
             (self.ended.add if of in self.ended else self.ended.discard)(job)
         rows = {job: row for row, job in enumerate(self.engine.jobs)}
         sources = {job: rows[ancestors.get(job, job)] for job in self.jobs if ancestors.get(job, job) in rows}
@@ -100,7 +82,7 @@ class Crowd:
         self.engine.rearrange([sources[job] for job in places], places)
 
     def text(self, job: Job) -> str:
-        return self.sampler.text.continuation(self.encoded[job.prompt], self.ids[job], self.settings.stop)
+        return self.sampler.text.continuation(self.encoded[job.prompt], self.loop.ids[job], self.settings.stop)
 
     def grid(self, values: Mapping[Job, Any]) -> list[list[Any]]:
         """[prompt][place] of a mapping from every job."""
@@ -110,7 +92,11 @@ class Crowd:
 
     def rows(self) -> tuple[list, list, list]:
         """Texts, token ids, log-probabilities: [prompt][place] each."""
-        return self.grid({job: self.text(job) for job in self.jobs}), self.grid(self.ids), self.grid(self.logprobs)
+        return (
+            self.grid({job: self.text(job) for job in self.jobs}),
+            self.grid(self.loop.ids),
+            self.grid(self.loop.log_probs),
+        )
 
     def score(self, rewards: Sequence[Any], prompts: Sequence[str], jobs: Sequence[Job]) -> np.ndarray:
         """(jobs, m) float64 rewards of their texts as they stand."""
@@ -119,14 +105,18 @@ class Crowd:
 
 
 def groups(
-    sampler: Sampler, encoded: Sequence[Sequence[int]], settings: Settings, batch_size: int | None, limit: int | None
+    sampler: Sampler,
+    encoded: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    batch_size: int | None,
+    limit: int | None,
 ) -> list[list[int]]:
     """The prompts that go together: as many as keep within batch_size candidates, and whose keys and values fit in `limit`
     bytes, with room for all candidates' first tokens or for one candidate's last; one at least.
 
     Raises UserError where the model cannot run on the engine, or where one prompt does not fit.
     """
-    if sampler.path() is not Engine:
+    if sampler.path() is not SharedPromptEngine:
         raise UserError(
             f"{sampler.name}: candidates are dropped and copied half-way on the shared-prompt engine alone, which cannot run "
             "this model; draw whole ones with best_of"
@@ -135,12 +125,12 @@ def groups(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     n, model = settings.n, sampler.model
     last = -(-settings.max_new_tokens // GROW) * GROW
-    own = max(n * Engine.row_bytes(model, GROW), Engine.row_bytes(model, last))
+    own = max(n * SharedPromptEngine.row_bytes(model, GROW), SharedPromptEngine.row_bytes(model, last))
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     found: list[list[int]] = []
     size = 0
     for i in order:
-        more = own + Engine.row_bytes(model, len(encoded[i]))
+        more = own + SharedPromptEngine.row_bytes(model, len(encoded[i]))
         if limit is not None and more > limit:
             rule = f"memory_limit must hold {n} candidates of {GROW} tokens and one of {last}, {more:,} bytes"
             raise UserError(f"{rule}, got {limit:,}")

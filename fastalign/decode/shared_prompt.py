@@ -7,10 +7,10 @@ once, of the same prompt or of another, so that every row of every product is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
+from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
@@ -28,15 +29,10 @@ from fastalign.ops.buffers import buffer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fastalign.ops import SampledTokens
+
 NAME = "fastalign_shared_prompt"
 GROW = 32  # tokens by which the room for own keys and values grows
-
-
-class Job(NamedTuple):
-    """One candidate to draw."""
-
-    prompt: int
-    candidate: int
 
 
 @dataclass
@@ -55,7 +51,7 @@ def supports(model: PreTrainedModel) -> Verdict:
     return tried(model, "shared-prompt engine", _forced, attends=True) if wrapped else wrapped
 
 
-class Engine:
+class SharedPromptEngine:
     """The rows in flight and their keys and values. Not thread-safe; one job at a time on a model.
 
     rows: most candidates in flight; prompts: most prompts, None for any number. Memory beyond the model: `row_bytes` of
@@ -174,6 +170,19 @@ class Engine:
         """(rows, V) from hidden states (rows, H)."""
         return self.head.logits(hidden)
 
+    def sample(self, hidden: Tensor, *, rows: Tensor, **options: Any) -> SampledTokens:
+        """`ops.sample_tokens` of the logits of hidden states (rows, H), which are not held on a GPU where nothing truncates them."""
+        from fastalign import ops
+
+        rows = rows.to(hidden.device)
+        # Compiled for a CPU, the fused op's second look at the head's weight costs more than the logits do.
+        if backend.choose(hidden.device) == "triton" and not (
+            options["top_k"] or options["top_p"] < 1 or options["min_p"]
+        ):
+            own = {name: options[name] for name in ("temperature", "seed")}
+            return ops.linear_sample_tokens(hidden, **self.head.arguments(), rows=rows, **own)
+        return ops.sample_tokens(self.logits(hidden), rows=rows, **options)
+
 
 class _Prefill:
     """Plain causal attention that keeps what it saw."""
@@ -204,7 +213,7 @@ class _Prefill:
 class _Step:
     """One new token of each row: its prompt's part once per prompt, its own part row by row."""
 
-    def __init__(self, engine: Engine, count: int, longest: int, lengths: Tensor, positions: Tensor):
+    def __init__(self, engine: SharedPromptEngine, count: int, longest: int, lengths: Tensor, positions: Tensor):
         self.engine, self.count, self.longest, self.calls = engine, count, longest, 0
         self.lengths, self.positions = lengths, positions
         by_prompt: dict[int, list[int]] = {}
@@ -317,7 +326,7 @@ def attention(
 def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
     """The engine's path of a trial: both prompts' continuations in flight together, token by token, ended ones dropped."""
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
-    engine, found = Engine(model, len(tails)), {job: [] for job in tails}
+    engine, found = SharedPromptEngine(model, len(tails)), {job: [] for job in tails}
     for p, prompt in enumerate(probe.prompts):
         engine.prefill(p, prompt)
     hidden = engine.admit(list(tails))
@@ -332,21 +341,13 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
 
 
 def draw(
-    engine: Engine,
-    prompts: Mapping[int, Sequence[int]],
-    jobs: Iterator[Job],
-    counts: Mapping[int, int],
-    pick: Callable[[Tensor, list[Job], list[int]], tuple[Tensor, Tensor]],
-    took: Callable[[list[Job], list[int], list[float]], list[bool]],
-) -> Iterator[None]:
-    """Draw every job to its end, as many in flight as the engine takes; yields after every step.
+    loop: TokenLoop, prompts: Mapping[int, Sequence[int]], jobs: Iterator[Job], counts: Mapping[int, int]
+) -> Iterator[list[Job]]:
+    """Draw every job to its end, as many in flight as the engine takes; yields, after every step, those that ended with it.
 
     prompts: token ids; counts: candidates of each prompt, after which it is forgotten.
-    pick(hidden (rows, H), jobs, steps): the rows' next tokens and their log-probabilities, (rows,) each on the CPU;
-    steps: how many tokens each has drawn. took(jobs, ids, logprobs): told what was drawn, says which end with it.
     """
-    left = dict(counts)
-    steps: dict[Job, int] = {}
+    engine, left = loop.engine, dict(counts)
     waiting = next(jobs, None)
     while waiting is not None or engine.jobs:
         new: list[Job] = []
@@ -357,28 +358,9 @@ def draw(
                 engine.prefill(waiting.prompt, prompts[waiting.prompt])
             new.append(waiting)
             waiting = next(jobs, None)
-        over: list[int] = []
-        for begin, hidden in _runs(engine, new):
-            now = engine.jobs[begin:]
-            ids, logprobs = pick(hidden, now, [steps.get(job, 0) for job in now])
-            engine.place(begin, ids)
-            for job in now:
-                steps[job] = steps.get(job, 0) + 1
-            ended = took(now, ids.tolist(), logprobs.tolist())
-            over += [begin + row for row, end in enumerate(ended) if end]
-        for row in over:
-            job = engine.jobs[row]
-            del steps[job]
+        ended = loop.step(new)
+        for job in ended:
             left[job.prompt] -= 1
             if left[job.prompt] == 0:
                 engine.forget(job.prompt)
-        engine.drop(over)
-        yield
-
-
-def _runs(engine: Engine, new: list[Job]) -> Iterator[tuple[int, Tensor]]:
-    """(first row, hidden states of the rows from there on): those in flight, then the new ones, which join them."""
-    if engine.jobs:
-        yield 0, engine.step()
-    if new:
-        yield len(engine.jobs), engine.admit(new)
+        yield ended

@@ -18,7 +18,8 @@ from fastalign.decode.adaptive import adaptive
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.particles import particles
 from fastalign.decode.rejection import speculative_rejection, usual_checkpoints
-from fastalign.decode.sampler import ROWS_AT_ONCE, Sampler
+from fastalign.decode.sampler import Sampler
+from fastalign.decode.samplers.base import ROWS_AT_ONCE
 
 # By method, the kind of file that it makes: the text picked for each prompt, or all particles with their weights.
 KINDS = {"rejection": "selected", "particles": "weighted", "adaptive": "selected"}

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from fastalign.decode.engine import Engine, Job, Prefix, _Step, draw, supports
 from scipy.stats import chisquare
 from small_models import MODELS, SMALL, WINDOWED, build
 
 from fastalign.backend import use_backend
-from fastalign.decode.engine import Engine, Job, Prefix, _Step, draw, supports
 from fastalign.ops import sample_tokens
 
 PROMPTS = {0: [5, 9, 11, 40, 7, 8, 21], 3: [3], 4: [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]}
