@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import typer
 from commands import fastalign, refused
-from fastalign.decode.engine import Engine
 from tiny import tiny_folder
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from fastalign._base import files
 from fastalign.cli import main as cli
 from fastalign.cli.main import app
 from fastalign.decode import Candidates
+from fastalign.decode.shared_prompt import SharedPromptEngine
 from fastalign.models import Verdict
 
 
@@ -106,7 +106,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     out = tmp_path / "candidates.parquet"
     expected = Candidates.from_parquet(out)
     out.unlink()
-    drawn, prefill = [], Engine.prefill
+    drawn, prefill = [], SharedPromptEngine.prefill
 
     def interrupted(self, prompt, ids):
         if len(drawn) == 5:  # of six: some are finished by then
@@ -114,14 +114,16 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
         drawn.append(prompt)
         return prefill(self, prompt, ids)
 
-    monkeypatch.setattr(Engine, "prefill", interrupted)
+    monkeypatch.setattr(SharedPromptEngine, "prefill", interrupted)
     code, _, err = fastalign(*sampling)
     assert code == 130 and "the same command goes on" in err and err.count("\n") == 1
     finished = len(list((tmp_path / "candidates.parquet.parts").glob("part-*")))
     assert not out.exists() and 1 <= finished <= 5
     assert "was made with seed=0, this run asks for 1" in refused(*sampling, "--seed", 1)
     again = []
-    monkeypatch.setattr(Engine, "prefill", lambda self, prompt, ids: again.append(prompt) or prefill(self, prompt, ids))
+    monkeypatch.setattr(
+        SharedPromptEngine, "prefill", lambda self, prompt, ids: again.append(prompt) or prefill(self, prompt, ids)
+    )
     code, _, err = fastalign(*sampling)
     assert code == 0 and f"{out}: going on from the {finished} batches" in err
     assert len(again) == len(expected.prompts) - finished  # what was finished is not drawn again
@@ -131,7 +133,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
         for a, b in zip(row, other, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     assert not (tmp_path / "candidates.parquet.parts").exists()
-    monkeypatch.setattr(Engine, "prefill", interrupted)
+    monkeypatch.setattr(SharedPromptEngine, "prefill", interrupted)
     code, _, err = fastalign(*sampling)  # finished: nothing is drawn
     assert code == 0 and f"{out}: there already, of the same settings" in err
 
@@ -253,7 +255,7 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
     assert [row[:8] for row in whole.texts] == first.texts  # a candidate does not depend on how many there are
     with monkeypatch.context() as patch:
         patch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(True))
-        prefill, drawn = Engine.prefill, []
+        prefill, drawn = SharedPromptEngine.prefill, []
 
         def interrupted(self, prompt, ids):
             if len(drawn) == 5:
@@ -261,7 +263,7 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
             drawn.append(prompt)
             return prefill(self, prompt, ids)
 
-        patch.setattr(Engine, "prefill", interrupted)
+        patch.setattr(SharedPromptEngine, "prefill", interrupted)
         assert fastalign("sample", "--out", out, "--more", 6, "--batch-size", 16)[0] == 130
     assert Candidates.from_parquet(out).texts == first.texts
     code, shown, err = fastalign("sample", "--out", out, "--more", 6)

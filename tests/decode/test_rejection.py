@@ -4,12 +4,12 @@ import enumerable
 import numpy as np
 import pytest
 import torch
-from fastalign.decode.engine import GROW, Engine
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 from fastalign import UserError, rewards
 from fastalign.decode import Sampler, best_of, speculative_rejection
 from fastalign.decode.rows import CachedRows
+from fastalign.decode.shared_prompt import GROW, SharedPromptEngine
 
 LENGTH = rewards.from_function(lambda prompts, responses: [len(text) for text in responses], "length")
 VOWELS = rewards.from_function(lambda prompts, responses: [sum(map(t.count, "aeiou")) for t in responses], "vowels")
@@ -83,19 +83,19 @@ def test_checkpoints_are_an_eighth_a_quarter_and_half(sampler):
 def test_memory_pressure_drops_the_worst_and_the_limit_holds(monkeypatch):
     tokenizer = tiny_tokenizer()
     sampler = Sampler(tiny_causal_lm(tokenizer), tokenizer)
-    sampler._ends = torch.tensor([], dtype=torch.int64)
+    sampler.ends = []
     n, new = 20, 2 * GROW + 8
-    prompt, row = (Engine.row_bytes(sampler.model, k) for k in (len(tokenizer("why")["input_ids"]), GROW))
+    prompt, row = (SharedPromptEngine.row_bytes(sampler.model, k) for k in (len(tokenizer("why")["input_ids"]), GROW))
     limit = n * row + prompt
     seen = []
-    step = Engine.step
+    step = SharedPromptEngine.step
 
     def watched(engine):
         logits = step(engine)
         seen.append(sum(x.nbytes for x in (*engine.keys.values(), *engine.values.values())))
         return logits
 
-    monkeypatch.setattr(Engine, "step", watched)
+    monkeypatch.setattr(SharedPromptEngine, "step", watched)
     job = {"n": n, "max_new_tokens": new, "seed": 1, "checkpoints": [], "memory_limit": limit}
     found = speculative_rejection(sampler, ["why"], LENGTH, **job)
     assert max(seen) + prompt <= limit

@@ -144,7 +144,7 @@ def remote(request, model, tokenizer, monkeypatch):
 def teacher_forced(model, tokenizer, drawn, temperature=1.0):
     """Log-probs of what was drawn, from one plain forward each."""
     local = Sampler(model, tokenizer)
-    encoded = local._encode(drawn.prompts, "auto", 1)
+    encoded = local.encode(drawn.prompts, "auto", 1)
     for prompt, row in zip(encoded, drawn.token_ids, strict=True):
         for ids in row:
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature

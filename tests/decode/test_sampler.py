@@ -5,13 +5,13 @@ import string
 
 import pytest
 import torch
-from fastalign.decode.engine import Engine
 from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, Sampler
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
+from fastalign.decode.shared_prompt import SharedPromptEngine
 
 PROMPTS = [
     "the cat",
@@ -27,12 +27,17 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-PATHS = {"engine": Engine, "copied cache": CachedRows, "prompt repeated": RepeatedRows, "no cache": UncachedRows}
+PATHS = {
+    "engine": SharedPromptEngine,
+    "copied cache": CachedRows,
+    "prompt repeated": RepeatedRows,
+    "no cache": UncachedRows,
+}
 
 
 def on(path, sampler):
     """On another path than the engine, as a model runs that it cannot take."""
-    assert sampler.path() is Engine
+    assert sampler.path() is SharedPromptEngine
     sampler.path = lambda **_: PATHS[path]
     return sampler
 
@@ -209,8 +214,8 @@ def test_a_chat_template_gets_no_second_start_token():
     plain = tokenizer("<s>user why</s><s>assistant ")["input_ids"]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
     sampler = Sampler(tiny_causal_lm(tokenizer), tokenizer)
-    assert sampler._encode(["why"], "auto", 1) == [plain]
-    assert sampler._encode(["why"], False, 1)[0][0] == 1
+    assert sampler.encode(["why"], "auto", 1) == [plain]
+    assert sampler.encode(["why"], False, 1)[0][0] == 1
 
 
 def test_batches_can_be_skipped_and_joined(plain):
@@ -255,15 +260,17 @@ def test_a_memory_limit_bounds_the_keys_and_values_and_changes_no_token(tokenize
         on("copied cache", sampler)
     whole = sampler.sample(PROMPTS, **SHORT)
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
-    held, step = [], Engine.step
+    held, step = [], SharedPromptEngine.step
 
     def watched(engine):
         prompts = sum(x.nbytes for p in engine.prefixes.values() for x in (*p.keys.values(), *p.values.values()))
-        held.append(prompts + len(engine.jobs) * Engine.row_bytes(sampler.model, 32))
+        held.append(prompts + len(engine.jobs) * SharedPromptEngine.row_bytes(sampler.model, 32))
         return step(engine)
 
-    monkeypatch.setattr(Engine, "step", watched)
-    limit = 5 * Engine.row_bytes(sampler.model, longest) + 3 * Engine.row_bytes(sampler.model, 32)
+    monkeypatch.setattr(SharedPromptEngine, "step", watched)
+    limit = 5 * SharedPromptEngine.row_bytes(sampler.model, longest) + 3 * SharedPromptEngine.row_bytes(
+        sampler.model, 32
+    )
     again = sampler.sample(PROMPTS, memory_limit=limit, **SHORT)
     assert again.token_ids == whole.token_ids
     assert not shares or 0 < max(held) <= limit
@@ -362,8 +369,8 @@ def test_gpu_kernels_draw_from_the_fused_head(tokenizer, monkeypatch):
     options = {"n": 3, "max_new_tokens": 4, "seed": 5, "chat": False, "show_progress": False}
     expected = Sampler(model, tokenizer, backend="cpu").sample(["hello world", "why"], **options)
     held = []
-    logits = Engine.logits
-    monkeypatch.setattr(Engine, "logits", lambda *args: held.append(1) or logits(*args))
+    logits = SharedPromptEngine.logits
+    monkeypatch.setattr(SharedPromptEngine, "logits", lambda *args: held.append(1) or logits(*args))
     found = Sampler(model, tokenizer, backend="triton").sample(["hello world", "why"], **options)
     assert found.token_ids == expected.token_ids and not held
     for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from fastalign.decode.engine import Engine, Job, Prefix, _Step, draw, supports
 from scipy.stats import chisquare
 from small_models import MODELS, SMALL, WINDOWED, build
 
 from fastalign.backend import use_backend
+from fastalign.data.sampling import SamplingSettings
+from fastalign.decode.shared_prompt import Prefix, SharedPromptEngine, _Step, draw, supports
+from fastalign.decode.streams import stream_of
+from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.ops import sample_tokens
 
 PROMPTS = {0: [5, 9, 11, 40, 7, 8, 21], 3: [3], 4: [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]}
@@ -17,7 +20,7 @@ N, LIMIT, END = 6, 9, set(range(3, 97, 5))
 
 
 def stream(job):
-    return torch.tensor([job.prompt * N + job.candidate])
+    return torch.tensor([stream_of(*job)])
 
 
 def by_hand(model, prompt, job, temperature=1.0):
@@ -34,30 +37,16 @@ def by_hand(model, prompt, job, temperature=1.0):
 
 
 def by_engine(model, rows, counts=None, temperature=1.0):
-    engine = Engine(model, rows)
+    engine = SharedPromptEngine(model, rows)
     counts = counts or dict.fromkeys(PROMPTS, N)
-    found = {Job(p, c): ([], []) for p, n in counts.items() for c in range(n)}
+    settings = SamplingSettings(N, LIMIT, temperature=temperature, seed=1)
+    loop = TokenLoop(engine, settings, END, lambda job, ids: False)
     seen = []
-
-    def pick(hidden, jobs, steps):
-        logits = engine.logits(hidden)
-        drawn = [
-            sample_tokens(row[None], temperature=temperature, seed=1, offset=step, rows=stream(job))
-            for row, job, step in zip(logits, jobs, steps, strict=True)
-        ]
-        return torch.cat([d.ids for d in drawn]), torch.cat([d.log_probs for d in drawn])
-
-    def took(jobs, ids, logprobs):
-        for job, token, logprob in zip(jobs, ids, logprobs, strict=True):
-            found[job][0].append(token)
-            found[job][1].append(logprob)
-        return [len(found[job][0]) == LIMIT or found[job][0][-1] in END for job in jobs]
-
-    for _ in draw(engine, PROMPTS, iter(found), counts, pick, took):
+    for _ in draw(loop, PROMPTS, (Job(p, c) for p, n in counts.items() for c in range(n)), counts):
         assert len(engine.jobs) <= rows
         seen.append(len(engine.jobs))
     assert not engine.jobs and not engine.prefixes
-    return found, seen
+    return {job: (loop.ids[job], loop.log_probs[job]) for job in loop.ids}, seen
 
 
 @pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
@@ -103,7 +92,7 @@ def test_first_tokens_follow_the_models_law():
     model = build("llama")
     prompt = PROMPTS[4]
     p = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
-    engine = Engine(model, 4000)
+    engine = SharedPromptEngine(model, 4000)
     engine.prefill(0, prompt)
     logits = engine.logits(engine.admit([Job(0, c) for c in range(4000)]))
     ids = sample_tokens(logits, seed=5).ids

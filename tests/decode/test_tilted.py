@@ -8,7 +8,7 @@ from commands import fastalign, refused
 from tiny import tiny_folder
 
 from fastalign import rewards
-from fastalign.decode import Candidates, Sampler, adaptive, aligned, particles, speculative_rejection
+from fastalign.decode import Candidates, Sampler, adaptive, particles, speculative_rejection, tilted
 from fastalign.jobs import align as pipeline
 from fastalign.rewards import registry
 
@@ -102,10 +102,10 @@ def test_particles_keep_their_weights_and_select_draws_by_them(job, model, tmp_p
     assert "must be a fastalign scored file, got kind 'weighted'" in told
 
 
-@pytest.mark.parametrize("method", aligned.KINDS)
+@pytest.mark.parametrize("method", tilted.KINDS)
 def test_an_interrupted_run_goes_on_to_the_same_file(job, tmp_path, monkeypatch, method):
     assert fastalign(*job, "--method", method, "--out", tmp_path / "whole.parquet")[0] == 0
-    out, draw, drawn = tmp_path / "cut.parquet", aligned._DRAW[method], []
+    out, draw, drawn = tmp_path / "cut.parquet", tilted._DRAW[method], []
 
     def interrupted(prompts, places, *rest):
         if len(drawn) == 2:
@@ -113,10 +113,10 @@ def test_an_interrupted_run_goes_on_to_the_same_file(job, tmp_path, monkeypatch,
         drawn.append(places)
         return draw(prompts, places, *rest)
 
-    monkeypatch.setitem(aligned._DRAW, method, interrupted)
+    monkeypatch.setitem(tilted._DRAW, method, interrupted)
     code, _, err = fastalign(*job, "--method", method, "--out", out)
     assert code == 130 and "goes on from them" in err and len(list(tmp_path.glob("cut.parquet.parts/part-*"))) == 2
-    monkeypatch.setitem(aligned._DRAW, method, draw)
+    monkeypatch.setitem(tilted._DRAW, method, draw)
     assert "was made with method=" in refused(*job, "--out", out)
     assert fastalign(*job, "--method", method, "--out", out)[0] == 0
     found, true = (Candidates.from_parquet(path) for path in (out, tmp_path / "whole.parquet"))

@@ -3,18 +3,18 @@
 import contextlib
 import warnings
 
-import fastalign.decode.engine as engine_module
 import pytest
 import torch
 from causal_models import fill
-from fastalign.decode.engine import Engine, supports
 from model_paths import PROMPTS, ROUNDING, differences, padded, rows_of, sampled, tokens
 from tiny import tiny_causal_lm, tiny_tokenizer
 
+import fastalign.decode.shared_prompt as engine_module
 from fastalign import models
 from fastalign._base.errors import UserError
 from fastalign.decode import Sampler
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
+from fastalign.decode.shared_prompt import SharedPromptEngine, supports
 from fastalign.integrations.transformers import fused_forward
 from fastalign.models import compiled_layers as layers
 from fastalign.models import packing, trial
@@ -329,7 +329,7 @@ def test_adapters_that_read_the_tokens_run_under_their_wrapper(tokenizer):
     )  # fmt: skip
     model = peft.get_peft_model(llama(), config).eval()
     assert not supports(model) and not packing.can_pack(model) and not fused_head(model)
-    assert Sampler(model, tokenizer).path() is not Engine
+    assert Sampler(model, tokenizer).path() is not SharedPromptEngine
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -484,7 +484,7 @@ def test_a_peft_model_is_sampled(tokenizer, tmp_path):
     )
     tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
     tuned.save_pretrained(tmp_path / "adapter")
-    assert Sampler(tuned, tokenizer).path() is Engine and sampled(tuned, tokenizer) < ROUNDING
+    assert Sampler(tuned, tokenizer).path() is SharedPromptEngine and sampled(tuned, tokenizer) < ROUNDING
     again, _ = load_causal_lm(tmp_path / "adapter")
     ids = torch.tensor([tokens(10, 0)])
     with torch.no_grad():
@@ -492,7 +492,7 @@ def test_a_peft_model_is_sampled(tokenizer, tmp_path):
     prompted = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert Sampler(prompted, tokenizer).path() is not Engine and sampled(prompted, tokenizer) < ROUNDING
+        assert Sampler(prompted, tokenizer).path() is not SharedPromptEngine and sampled(prompted, tokenizer) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -582,4 +582,4 @@ def test_a_class_of_the_users_own_runs_by_its_own_forward():
     with torch.no_grad():
         wanted = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(fused_forward(model, ids, input_ids=ids).double(), wanted, atol=1e-5, rtol=0)
-    assert Sampler(model, tokenizer).path() is not Engine
+    assert Sampler(model, tokenizer).path() is not SharedPromptEngine
