@@ -53,26 +53,26 @@ def cases() -> Iterator[Case]:
 def draw(prompts, n, new, *, ends):
     """With `ends`, texts also end at a full stop, so that their lengths differ."""
     sampler = texts()[0]
-    stops = sampler._ends
-    sampler._ends = _ends(sampler.model, sampler.tokenizer, ends)
+    stops = sampler.ends
+    sampler.ends = _ends(sampler.model, sampler.tokenizer, ends)
     try:
         return sampler.sample(prompts, n=n, max_new_tokens=new, seed=0, chat=False)
     finally:
-        sampler._ends = stops
+        sampler.ends = stops
 
 
 def generate(prompts, n, new, *, ends):
     model, tokenizer = texts()[0].model, texts()[0].tokenizer
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    stops = _ends(model, tokenizer, ends).tolist()
+    stops = _ends(model, tokenizer, ends)
     return model.generate(
         **inputs, do_sample=True, num_return_sequences=n, max_new_tokens=new, eos_token_id=stops or None,
         min_new_tokens=None if ends else new, pad_token_id=tokenizer.pad_token_id, top_k=0,
     )  # fmt: skip
 
 
-def _ends(model, tokenizer, ends: bool) -> torch.Tensor:
-    return torch.tensor([tokenizer.eos_token_id, *tokenizer(".\n")["input_ids"]] if ends else [], dtype=torch.int64)
+def _ends(model, tokenizer, ends: bool) -> list[int]:
+    return [tokenizer.eos_token_id, *tokenizer(".\n")["input_ids"]] if ends else []
 
 
 @torch.inference_mode()
