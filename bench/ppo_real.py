@@ -112,8 +112,9 @@ def run(seed: int, options: argparse.Namespace) -> dict:
 
 def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
     from fastalign.report import figures as plots
+    from fastalign.report.figures import style
 
-    with plots._figure(8.6, 3.4) as figure:
+    with style.figure(8.6, 3.4) as figure:
         panels = figure.subplots(1, len(options.values) + 1)
         for number, name in enumerate([*options.values, None]):
             axes = panels[number]
@@ -141,8 +142,9 @@ def plot(runs: list[dict], options: argparse.Namespace, path: Path) -> None:
 def compare(found: list[dict], path: Path) -> None:
     """Mean rewards before and after training under each λ, with two standard errors."""
     from fastalign.report import figures as plots
+    from fastalign.report.figures import style
 
-    with plots._figure(5.2, 4.2) as figure:
+    with style.figure(5.2, 4.2) as figure:
         axes = figure.subplots()
         before = [run["before"] for each in found for run in each["runs"]]
         points = [(before, "before", plots.MUTED)]

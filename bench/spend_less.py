@@ -22,6 +22,7 @@ from fastalign.data import prompts
 from fastalign.decode import Sampler, best_of_curve, particles, speculative_rejection
 from fastalign.jobs.demo import MODEL, REWARDS, TOP_P
 from fastalign.report import figures as plots
+from fastalign.report.figures import style
 
 KEEPS = (0.25, 0.35, 0.5, 0.7)
 # as shares of max_new_tokens
@@ -166,7 +167,7 @@ def say(curve: dict) -> None:
 def figure(result: dict):
     """Gain over tokens for each aim: best-of-k, every schedule, and what was run."""
     n = result["settings"]["n"]
-    with plots._figure(10, 7.2) as page:
+    with style.figure(10, 7.2) as page:
         axes = page.subplots(2, 2, sharex=True, sharey=True)
         for ax, curve in zip(axes.flat, result["curves"], strict=True):
             ax.axhspan(95, 110, 0, 0.5, color=plots.GRID, zorder=0, label="the bar: 95 % for half the tokens")

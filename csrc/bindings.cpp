@@ -146,7 +146,7 @@ MapInput map_input_of(const py::tuple& t) {
           data_of<double>(t[2], n), data_of<int64_t>(t[3], n), data_of<int64_t>(t[4], groups + 1), groups};
 }
 
-// (tile, rows, cols, labels, bias, row, first, temperature, softcap, logit_scale), as fastalign/ops/_linear_cpu.py makes it:
+// (tile, rows, cols, labels, bias, row, first, temperature, softcap, logit_scale), as fastalign/ops/linear_cpu.py makes it:
 // the tile begins at `row` of all rows and at `first` of the vocabulary.
 struct TileOfHead {
   HeadTile tile;

@@ -14,7 +14,7 @@ from fastalign.decode import Sampler
 from fastalign.integrations.transformers import fused_forward
 from fastalign.models import scoring
 from fastalign.models.packing import enable, is_enabled, pack_pairs
-from fastalign.train._pairs import PairBatch, add_pair_forward
+from fastalign.train.pairs import PairBatch, add_pair_forward
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 PROMPTS = ["the quick brown fox sat on", "hello, why"]

@@ -97,9 +97,9 @@ def _head(original: Any) -> Any:
         def apply(
             hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=_OPTIONAL
         ):
-            from fastalign.ops import _dtensor
+            from fastalign.ops import dtensor
 
-            weight, bias = _dtensor.gathered(weight), _dtensor.gathered(bias)
+            weight, bias = dtensor.gathered(weight), dtensor.gathered(bias)
             if hidden.device.type != "cpu":
                 return original.apply(
                     hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
@@ -134,7 +134,7 @@ def _compacts(original: Callable) -> Callable:
 def _selective_log_softmax(original: Callable) -> Callable:
     def selective_log_softmax(logits, index, temperature: float = 1.0, row_mask=None):
         from fastalign.ops import token_logprobs
-        from fastalign.ops._dtypes import DTYPES
+        from fastalign.ops.dtypes import DTYPES
 
         ours = logits.device.type == "cpu" and logits.dtype in DTYPES and index.shape == logits.shape[:-1]
         if not ours or temperature <= 0:

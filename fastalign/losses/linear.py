@@ -27,7 +27,7 @@ from fastalign.losses.preference import (
     wpo_weights,
 )
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
-from fastalign.ops._fused import on_triton
+from fastalign.ops.fused import on_triton
 from fastalign.ops.pairwise import FUSED
 from fastalign.ops.preference import pairwise_loss
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign.losses._tokens import aggregate, check_aggregation, check_beside, check_tokens, valid, wide
+from fastalign.losses.tokens import aggregate, check_aggregation, check_beside, check_tokens, valid, wide
 from fastalign.ops.policy import KL, Clip, PolicyRows, Tokens, kl_estimate, policy_rows, value_rows
 
 KL_ESTIMATORS = ("k1", "k2", "k3")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastalign._base.errors import UserError
-from fastalign.losses._tokens import wide
+from fastalign.losses.tokens import wide
 
 
 def bradley_terry_loss(

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._library import define
+from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.library import define
 
 
 def gae(
@@ -37,8 +37,8 @@ def gae(
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
     """
-    _checks.logits("rewards", rewards)
-    _checks.logits("values", values)
+    checks.logits("rewards", rewards)
+    checks.logits("values", values)
     for name, x in (("values", values), ("mask", mask)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")

@@ -12,10 +12,10 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops import _checks, _linear_cpu
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._library import define
+from fastalign.ops import checks, linear_cpu
 from fastalign.ops.buffers import buffer
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.library import define
 from fastalign.ops.linear_token_logprobs import _check
 from fastalign.ops.sample_tokens import SampledTokens
 from fastalign.ops.sample_tokens import _check as _check_draw
@@ -55,7 +55,7 @@ def linear_sample_tokens(
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
     """
-    _checks.logits("hidden", hidden, last="H")
+    checks.logits("hidden", hidden, last="H")
     if hidden.ndim != 2:
         raise UserError(f"hidden must have shape (B, H), got {tuple(hidden.shape)}")
     no_labels = hidden.new_zeros(len(hidden), dtype=torch.int64)
@@ -63,10 +63,10 @@ def linear_sample_tokens(
     if weight.shape[0] > 2**31 - 1:
         raise UserError(f"weight must have shape (V, H) with V below 2^31, got {tuple(weight.shape)}")
     _check_draw(hidden, temperature, 0, 1.0, 0.0, offset, rows)
-    _checks.seed(seed)
+    checks.seed(seed)
     a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
     tensors = [None if x is None else x.detach() for x in (hidden, weight, bias, a, b)]
-    options = (float(temperature), softcap, float(logit_scale), _checks.as_signed(seed), offset, rows)
+    options = (float(temperature), softcap, float(logit_scale), checks.as_signed(seed), offset, rows)
     if backend.choose(hidden.device) == "reference":
         given = None if a is None else (*tensors[3:], adapter_scale)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -81,7 +81,7 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
         temperature = 1.0 if greedy else max(temperature, MIN_TEMPERATURE)
         count, dtype = len(hidden), compute_dtype(hidden.dtype)
         labels = torch.full((count,), -1)
-        tiles = _linear_cpu._Tiles(
+        tiles = linear_cpu._Tiles(
             hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), None
         )
         steps = -(-tiles.vocab // tiles.width)
@@ -108,7 +108,7 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
         for step in chosen[sound].unique().tolist():
             part = slice(step * tiles.width, (step + 1) * tiles.width)
             w, b_part = weight[part].to(dtype), None if b is None else b[part].to(dtype)
-            for few in ((chosen == step) & sound).nonzero().flatten().split(_linear_cpu.TOKENS):
+            for few in ((chosen == step) & sound).nonzero().flatten().split(linear_cpu.TOKENS):
                 x = tiles.hidden[few] @ w.t()
                 if b_part is not None:
                     x.addmm_(tiles.low[few], b_part.t())

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
-from fastalign.ops import _checks, _dtensor, _linear_cpu
-from fastalign.ops._dtypes import DTYPES, compute_dtype
-from fastalign.ops._library import define
-from fastalign.ops._linear_cpu import kept_size
+from fastalign.ops import checks, dtensor, linear_cpu
+from fastalign.ops.dtypes import DTYPES, compute_dtype
+from fastalign.ops.library import define
+from fastalign.ops.linear_cpu import kept_size
 from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
 
@@ -80,17 +80,17 @@ def linear_token_logprobs(
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
     """
-    if _dtensor.among(hidden, weight, bias, adapter):
-        return _dtensor.linear_token_logprobs(
+    if dtensor.among(hidden, weight, bias, adapter):
+        return dtensor.linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, outputs=outputs, grad_filter=grad_filter, adapter=adapter,
             memory_budget=memory_budget,
         )  # fmt: skip
     _check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget)
-    _checks.outputs(outputs, OUTPUTS)
+    checks.outputs(outputs, OUTPUTS)
     chosen = backend.choose(hidden.device)
     if chosen == "reference":
-        _checks.labels_in_range(labels, weight.shape[0], ignore_index)
+        checks.labels_in_range(labels, weight.shape[0], ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
             found = reference.linear_token_logprobs(
                 hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, adapter
@@ -114,8 +114,8 @@ def linear_token_logprobs(
 def _check(
     hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget
 ) -> None:
-    _checks.logits("hidden", hidden, last="H")
-    _checks.labels("hidden", hidden, labels)
+    checks.logits("hidden", hidden, last="H")
+    checks.labels("hidden", hidden, labels)
     _head("weight", weight, hidden, 2, "(V, H)")
     if weight.shape[1] != hidden.shape[-1]:
         raise UserError(f"hidden.shape[-1] must equal weight.shape[1], got {hidden.shape[-1]} and {weight.shape[1]}")
@@ -134,10 +134,10 @@ def _check(
                 f"adapter's A (r, H) and B (V, r) must fit weight (V, H), "
                 f"got {tuple(a.shape)}, {tuple(b.shape)} and {tuple(weight.shape)}"
             )
-    _checks.positive("temperature", temperature)
-    _checks.positive("logit_scale", logit_scale)
+    checks.positive("temperature", temperature)
+    checks.positive("logit_scale", logit_scale)
     if softcap is not None:
-        _checks.positive("softcap", softcap)
+        checks.positive("softcap", softcap)
     if grad_filter is not None and not (isinstance(grad_filter, int | float) and 0 < grad_filter < 1):
         raise UserError(f"grad_filter must be a number between 0 and 1, or None, got {grad_filter!r}")
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 0):
@@ -225,7 +225,7 @@ _OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_s
 forward_op = define(
     f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_cpu.forward,
+    linear_cpu.forward,
     _forward_fake,
     triton="linear_token_logprobs.forward",
     vmap_in_turn=True,
@@ -234,7 +234,7 @@ backward_op = define(
     "linear_token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
     f"Tensor entropy, Tensor kept, Tensor unit, {_TENSORS}, {_OPTIONS}, float grad_filter, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_cpu.backward,
+    linear_cpu.backward,
     _backward_fake,
     triton="linear_token_logprobs.backward",
     vmap_in_turn=True,

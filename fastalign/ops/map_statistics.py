@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops._library import define
+from fastalign.ops.library import define
 
 
 class MapStatistics(NamedTuple):

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._fused import on_triton, spread
-from fastalign.ops._library import define
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.fused import on_triton, spread
+from fastalign.ops.library import define
 
 
 class PolicyRows(NamedTuple):

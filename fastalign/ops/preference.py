@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._fused import on_triton, spread
-from fastalign.ops._library import define
+from fastalign.ops import checks
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.fused import on_triton, spread
+from fastalign.ops.library import define
 from fastalign.ops.pairwise import FUSED, TABLE, Margin, Options, check_options
 
 
@@ -70,7 +70,7 @@ def pairwise_loss(
 
 
 def _check(log_probs, ref_log_probs, mask) -> None:
-    _checks.logits("log_probs", log_probs, "T")
+    checks.logits("log_probs", log_probs, "T")
     if log_probs.ndim != 2 or len(log_probs) % 2:
         raise UserError(f"log_probs must have shape (2B, T), chosen then rejected, got {tuple(log_probs.shape)}")
     if not isinstance(mask, Tensor):
@@ -79,7 +79,7 @@ def _check(log_probs, ref_log_probs, mask) -> None:
         raise UserError(f"mask.shape must equal log_probs.shape, got {tuple(mask.shape)} and {tuple(log_probs.shape)}")
     beside = {"mask": mask}
     if ref_log_probs is not None:
-        _checks.logits("ref_log_probs", ref_log_probs, "T")
+        checks.logits("ref_log_probs", ref_log_probs, "T")
         if ref_log_probs.shape not in (log_probs.shape, log_probs.shape[:1]):
             raise UserError(
                 f"ref_log_probs must have shape {tuple(log_probs.shape)} or {tuple(log_probs.shape[:1])}, "

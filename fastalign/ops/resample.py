@@ -8,9 +8,9 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops import _checks
-from fastalign.ops._library import define
+from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.library import define
 
 METHODS = (
     "multinomial",
@@ -51,8 +51,8 @@ def resample(
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
     """
     _check(log_weights, k, method, mask)
-    _checks.seed(seed)
-    log_weights, seed = log_weights.detach(), _checks.as_signed(seed)
+    checks.seed(seed)
+    log_weights, seed = log_weights.detach(), checks.as_signed(seed)
     if backend.choose(log_weights.device) == "reference":
         return reference.resample(log_weights, k, method, mask, seed)
     return resample_op(log_weights, k, METHODS.index(method), mask, seed)

@@ -11,11 +11,11 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._library import define
+from fastalign.ops import checks
 from fastalign.ops.buffers import buffer
 from fastalign.ops.buffers import rows as described_rows
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.library import define
 
 MAX_VOCAB = 2**31 - 1
 
@@ -66,13 +66,13 @@ def sample_tokens(
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
     """
     _check(logits, temperature, top_k, top_p, min_p, offset, rows)
-    _checks.seed(seed)
+    checks.seed(seed)
     options = (
         float(temperature),
         min(top_k, MAX_VOCAB),
         float(top_p),
         float(min_p),
-        _checks.as_signed(seed),
+        checks.as_signed(seed),
         offset,
         rows,
     )
@@ -82,7 +82,7 @@ def sample_tokens(
 
 
 def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
-    _checks.logits("logits", logits)
+    checks.logits("logits", logits)
     if logits.ndim != 2 or logits.shape[1] > MAX_VOCAB:
         raise UserError(f"logits must have shape (B, V) with V below 2^31, got {tuple(logits.shape)}")
     if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):

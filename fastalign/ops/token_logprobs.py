@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign.backend import threads
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._library import define
+from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.library import define
 from fastalign.ops.once import once
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -58,14 +58,14 @@ def token_logprobs(
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
     """
-    _checks.logits("logits", logits)
-    _checks.labels("logits", logits, labels)
-    _checks.positive("temperature", temperature)
+    checks.logits("logits", logits)
+    checks.labels("logits", logits, labels)
+    checks.positive("temperature", temperature)
     if softcap is not None:
-        _checks.positive("softcap", softcap)
-    _checks.outputs(outputs, OUTPUTS)
+        checks.positive("softcap", softcap)
+    checks.outputs(outputs, OUTPUTS)
     if backend.choose(logits.device) == "reference":
-        _checks.labels_in_range(labels, logits.shape[-1], ignore_index)
+        checks.labels_in_range(labels, logits.shape[-1], ignore_index)
         found = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
     else:
         statistics = tuple(outputs) != ("log_probs",)
@@ -104,7 +104,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):
     described, kept = rows(logits)
     labels = labels.contiguous()
-    _checks.labels_in_range(labels, logits.shape[-1], ignore_index)
+    checks.labels_in_range(labels, logits.shape[-1], ignore_index)
     out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
     made = [buffer(x) if x.shape == labels.shape else None for x in out]
     backend.engine.token_logprobs_forward(

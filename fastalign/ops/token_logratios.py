@@ -8,10 +8,10 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
-from fastalign.ops._library import define
+from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.library import define
 from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
 
@@ -36,17 +36,17 @@ def token_logratios(
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
     """
-    _checks.logits("policy_logits", policy_logits)
-    _checks.logits("ref_logits", ref_logits)
+    checks.logits("policy_logits", policy_logits)
+    checks.logits("ref_logits", ref_logits)
     for what in ("shape", "dtype", "device"):
         policy, ref = getattr(policy_logits, what), getattr(ref_logits, what)
         if policy != ref:
             policy, ref = (tuple(policy), tuple(ref)) if what == "shape" else (policy, ref)
             raise UserError(f"ref_logits.{what} must equal policy_logits.{what}, got {ref} and {policy}")
-    _checks.labels("policy_logits", policy_logits, labels)
-    _checks.positive("temperature", temperature)
+    checks.labels("policy_logits", policy_logits, labels)
+    checks.positive("temperature", temperature)
     if backend.choose(policy_logits.device) == "reference":
-        _checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
+        checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
         return reference.token_logratios(policy_logits, ref_logits, labels, temperature, ignore_index)
     return _TokenLogratios.apply(policy_logits, ref_logits, labels, float(temperature), ignore_index)[0]
 
@@ -82,7 +82,7 @@ def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     policy, policy_kept = rows(policy_logits)
     ref, ref_kept = rows(ref_logits)
     labels = labels.contiguous()
-    _checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
+    checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
     out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
     backend.engine.token_logratios_forward(
         *map(buffer, out), policy, ref, buffer(labels), ignore_index, temperature, threads()

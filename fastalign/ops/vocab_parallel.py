@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
+from fastalign.ops import checks
+from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.linear_token_logprobs import _budget, _check
 from fastalign.ops.linear_token_logprobs import backward_op as head_backward
 from fastalign.ops.linear_token_logprobs import forward_op as head_forward
@@ -64,17 +64,17 @@ def vocab_parallel_token_logprobs(
     """
 
     def check():
-        _checks.logits("logits_shard", _some(logits_shard), last="V_r")
-        _checks.labels("logits_shard", logits_shard, labels)
-        _checks.positive("temperature", temperature)
+        checks.logits("logits_shard", _some(logits_shard), last="V_r")
+        checks.labels("logits_shard", logits_shard, labels)
+        checks.positive("temperature", temperature)
         if softcap is not None:
-            _checks.positive("softcap", softcap)
-        _checks.outputs(outputs, OUTPUTS)
+            checks.positive("softcap", softcap)
+        checks.outputs(outputs, OUTPUTS)
         return {"size": logits_shard.shape[-1], "labels.numel()": labels.numel()}
 
     part = _agree(check, logits_shard, group, sizes)
     if backend.choose(logits_shard.device) == "reference":
-        _checks.labels_in_range(labels, part.vocab, ignore_index)
+        checks.labels_in_range(labels, part.vocab, ignore_index)
         found = reference.token_logprobs(_whole(logits_shard, part, -1), labels, temperature, softcap, ignore_index)
     else:
         found = _named(
@@ -136,14 +136,14 @@ def vocab_parallel_linear_token_logprobs(
         for name, x in (("bias", bias), ("adapter's B", adapter and adapter[1])):
             if x is not None and len(x) != len(weight_shard):
                 raise UserError(f"{name} must have weight_shard's rows, got {len(x)} and {len(weight_shard)}")
-        _checks.outputs(outputs, OUTPUTS)
+        checks.outputs(outputs, OUTPUTS)
         return {"size": len(weight_shard), "labels.numel()": labels.numel(), "hidden.shape[-1]": hidden.shape[-1]}
 
     part = _agree(check, hidden, group, sizes)
     chosen = backend.choose(hidden.device)
     a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
     if chosen == "reference":
-        _checks.labels_in_range(labels, part.vocab, ignore_index)
+        checks.labels_in_range(labels, part.vocab, ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
             whole_b = None if b is None else _whole(b, part, 0)
             found = reference.linear_token_logprobs(
@@ -234,7 +234,7 @@ def _some(x: Any, dim: int = -1) -> Any:
 def _combine(found: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, part: _Part, dtype, statistics):
     """From what each process found in its slice to the same of the whole row; float64, as the rows are few."""
     if labels.device.type == "cpu":  # elsewhere it would wait for the device
-        _checks.labels_in_range(labels, part.vocab, ignore_index)
+        checks.labels_in_range(labels, part.vocab, ignore_index)
     ignored, (_, inside) = labels == ignore_index, part.within(labels, ignore_index, ELSEWHERE)
     if found is None:
         nothing = torch.zeros(labels.shape, dtype=dtype, device=labels.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign._base.units import counted, decimals
 from fastalign.decode.worth import TRUSTED_ESS, words, worth
 from fastalign.report import duals
-from fastalign.report.html import _figure, _svg, document
+from fastalign.report.page import document, figure_of, svg_of
 
 if TYPE_CHECKING:
     from fastalign.report.study import Study
@@ -52,7 +52,7 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
     ]
     for name, figure in figures.items():
         fill = {key: escape(x) if isinstance(x, str) and key == "palette" else x for key, x in facts.items()}
-        body += [f"<h2>{_TITLES[name].format(**fill)}</h2>", _figure(name, {name: _svg(figure, name)}, _CAPTIONS[name].format(**fill))]  # fmt: skip
+        body += [f"<h2>{_TITLES[name].format(**fill)}</h2>", figure_of(name, {name: svg_of(figure, name)}, _CAPTIONS[name].format(**fill))]  # fmt: skip
     return document(title, body, study.to_json())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -91,10 +90,9 @@ class RewardReport:
             raise UserError(f"a reward report's path must end in .html, .png or .svg, got {str(path)!r}")
 
     def _page(self) -> str:
-        from fastalign.report import html
+        from fastalign.report import html, page
 
-        figures = {name: html._svg(figure, name) for name, figure in self.figures().items()}
-        style = html._STYLE % {"light": html._variables(html._LIGHT), "dark": html._variables(html._DARK)}
+        drawn = {name: page.svg_of(figure, name) for name, figure in self.figures().items()}
         names = ("Value", "Pairs", "Accuracy (95 %)", "Calibration error", "Log loss", "Mean margin")
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(
@@ -111,23 +109,22 @@ class RewardReport:
         settings = "".join(
             f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in html.flat(self.settings)
         )
-        data = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-        return (
-            "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-            "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
-            "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-            f"<title>Reward model on held-out pairs</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
-            "<h1>Reward model on held-out pairs</h1>\n"
-            f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
-            "<h2>Scores of the better and the worse text</h2>\n"
-            f"<figure>{figures['scores']}<figcaption>Score of each text, by its side of the pair.</figcaption></figure>\n"
-            "<h2>Is it as often right as it is sure?</h2>\n"
-            f"<figure>{figures['reliability']}<figcaption>On the line a text that the model prefers with probability p is the "
-            "better one in a share p of the pairs. Below it the model is too sure. Circles grow with the number of pairs."
-            "</figcaption></figure>\n"
-            f"{tables}\n<h2>Settings</h2>\n<table class='settings'><tbody>{settings}</tbody></table>\n</main>\n"
-            f"<script type='application/json' id='report'>{data}</script>\n</body>\n</html>\n"
+        title = "Reward model on held-out pairs"
+        sure = (
+            "On the line a text that the model prefers with probability p is the better one in a share p of the pairs. Below it the "
+            "model is too sure. Circles grow with the number of pairs."
         )
+        body = [
+            f"<h1>{title}</h1>",
+            f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>",
+            "<h2>Scores of the better and the worse text</h2>",
+            page.figure_of("scores", drawn, "Score of each text, by its side of the pair."),
+            "<h2>Is it as often right as it is sure?</h2>",
+            page.figure_of("reliability", drawn, sure),
+            tables,
+            f"<h2>Settings</h2>\n<table class='settings'><tbody>{settings}</tbody></table>",
+        ]
+        return page.document(title, body, self.to_json())
 
 
 def build(
@@ -217,37 +214,39 @@ def _bins_table(head: Head) -> str:
 
 def _scores(heads: Sequence[Head]):
     from fastalign.report import figures as plots
+    from fastalign.report.figures import style
 
     columns = min(3, len(heads))
     rows = -(-len(heads) // columns)
-    with plots._figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
+    with style.figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(heads) :]:
             axes.set_visible(False)
         for axes, head in zip(grid.flat, heads, strict=False):
-            axes.set_title(plots._short(head.name, 30))
+            axes.set_title(style.short(head.name, 30))
             axes.set_xlabel("score")
             if not head.pairs:
                 continue
-            edges = plots._bins(np.concatenate([head.better, head.worse]))
+            edges = style.bins(np.concatenate([head.better, head.worse]))
             share = np.full(head.pairs, 100 / head.pairs)
             axes.hist(head.worse, edges, weights=share, color=plots.BEFORE, alpha=0.32, linewidth=0)
             axes.hist(head.better, edges, weights=share, histtype="step", color=plots.REALISED, linewidth=1.6)
             axes.grid(axis="y")
         grid[0, 0].set_ylabel("texts, %")
-        plots._legend(
+        style.legend(
             figure,
-            [plots._patch("worse text", plots.BEFORE), plots._line("better text", plots.REALISED, linewidth=1.6)],
+            [style.patch("worse text", plots.BEFORE), style.line("better text", plots.REALISED, linewidth=1.6)],
         )
     return figure
 
 
 def _reliability(heads: Sequence[Head]):
     from fastalign.report import figures as plots
+    from fastalign.report.figures import style
 
     columns = min(3, len(heads))
     rows = -(-len(heads) // columns)
-    with plots._figure(max(4.2, 3.0 * columns), 0.5 + 3.0 * rows) as figure:
+    with style.figure(max(4.2, 3.0 * columns), 0.5 + 3.0 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(heads) :]:
             axes.set_visible(False)
@@ -259,7 +258,7 @@ def _reliability(heads: Sequence[Head]):
                 y = [row.accuracy for row in head.reliability]
                 axes.plot(x, y, color=plots.PREDICTED, linewidth=1.2)
                 axes.scatter(x, y, s=18 + 260 * share, color=plots.PREDICTED, alpha=0.85, linewidth=0, zorder=3)
-            axes.set_title(f"{plots._short(head.name)}  (error {head.calibration_error:.3f})")
+            axes.set_title(f"{style.short(head.name)}  (error {head.calibration_error:.3f})")
             axes.set_xlabel("confidence")
             axes.set_xlim(0.48, 1.02)
             axes.set_ylim(-0.03, 1.03)

@@ -38,9 +38,9 @@ from fastalign.models.identity import described, language_model, reads_tokens
 from fastalign.models.loading import check_language_model
 from fastalign.models.packing import enable, pack_pairs
 from fastalign.models.trial import name_of, tell_once
-from fastalign.train import _checks
-from fastalign.train._finite import StopsAtNaN
-from fastalign.train._pairs import PairBatch, add_pair_forward, split, take
+from fastalign.train import checks
+from fastalign.train.finite import StopsAtNaN
+from fastalign.train.pairs import PairBatch, add_pair_forward, split, take
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # whose value for a batch is not the mean of its pairs' own
 CPU_TOKENS = 1024  # enough rows for the products' full rate
@@ -110,13 +110,13 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         positional = list(positional)
         for at, name in enumerate(("train_dataset", "eval_dataset"), 1):  # after data_collator
             if at < len(positional):
-                positional[at] = _checks.pairs(name, positional[at])
+                positional[at] = checks.pairs(name, positional[at])
             elif kwargs.get(name) is not None:
-                kwargs[name] = _checks.pairs(name, kwargs[name])
+                kwargs[name] = checks.pairs(name, kwargs[name])
         for name in (model, ref_model):
             if isinstance(name, str | os.PathLike):
                 check_language_model(name)
-        _checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
+        checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
         if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
             raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")
         self._ready = self._lazy_reference = False
@@ -149,7 +149,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Comes after the models are there and before any of their passes."""
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        _checks.room(dataset_name, dataset, prepared, args.max_length)
+        checks.room(dataset_name, dataset, prepared, args.max_length)
         return prepared
 
     def _set_signature_columns_if_needed(self):

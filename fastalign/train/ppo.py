@@ -29,8 +29,8 @@ from fastalign._base.errors import UserError
 from fastalign.losses import ppo_loss, value_loss, whiten
 from fastalign.ops import gae
 from fastalign.train import ppo_batch, ppo_checkpoint, ppo_checks, ppo_rollout, ppo_stats
-from fastalign.train._finite import not_finite, stopped
-from fastalign.train._kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
+from fastalign.train.finite import not_finite, stopped
+from fastalign.train.kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
 from fastalign.train.ppo_config import PPOConfig
 from fastalign.train.ppo_data import PromptLoader, lists, used_columns
 from fastalign.train.ppo_sharded import inside, is_sharded, whole_head, whole_layers

@@ -22,8 +22,8 @@ from fastalign._base.errors import UserError
 from fastalign._base.numbers import number
 from fastalign.losses import bradley_terry_loss
 from fastalign.rewards.classifier import NOTE
-from fastalign.train import _checks
-from fastalign.train._finite import StopsAtNaN
+from fastalign.train import checks
+from fastalign.train.finite import StopsAtNaN
 
 if TYPE_CHECKING:
     from fastalign.report.reward import RewardReport
@@ -95,8 +95,8 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = RewardConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-Reward")
-        train_dataset = _checks.pairs("train_dataset", train_dataset, tokenized=TOKENIZED)
-        eval_dataset = _checks.pairs("eval_dataset", eval_dataset, tokenized=TOKENIZED)
+        train_dataset = checks.pairs("train_dataset", train_dataset, tokenized=TOKENIZED)
+        eval_dataset = checks.pairs("eval_dataset", eval_dataset, tokenized=TOKENIZED)
         self.values = _names(getattr(args, "values", None))
         if isinstance(model, str):
             model, processing_class = _load(model, processing_class, args, len(self.values), quantization_config)
@@ -222,7 +222,7 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None or isinstance(dataset, dict):
             raise UserError(f"report needs one dataset of pairs, got {type(dataset).__name__}")
-        dataset = _checks.pairs("dataset", dataset, tokenized=TOKENIZED)
+        dataset = checks.pairs("dataset", dataset, tokenized=TOKENIZED)
         found = self.predict(self._prepare_dataset(dataset, self.processing_class, self.args, "report"))
         prompts = None
         if "prompt" in dataset.column_names and len(dataset) == len(found.predictions):
@@ -324,7 +324,7 @@ def _check_model(model, tokenizer, values: Sequence[str]) -> None:
     outputs = getattr(model.config, "num_labels", None)
     if outputs != len(values):
         raise UserError(f"model must have one output per value, {len(values)} ({', '.join(values)}), got {outputs}")
-    _checks.vocabularies(model, None, tokenizer)
+    checks.vocabularies(model, None, tokenizer)
     if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError("tokenizer must have a pad token or an eos token, got neither")
 

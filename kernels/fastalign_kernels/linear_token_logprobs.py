@@ -26,8 +26,8 @@ from fastalign.kernels._products import alive_lists, library_add, library_produc
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
 
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
+from fastalign.ops import checks
+from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.linear_token_logprobs import _forward_fake
 
 SPLIT = 16  # vocabulary blocks of one program, at most: long enough to hide its start, short enough to end together
@@ -43,7 +43,7 @@ def forward(
 ):  # fmt: skip
     """The op's forward pass; keeps no tiles. A label out of range gives NaN (on CPU tensors it raises)."""
     if labels.device.type == "cpu":
-        _checks.labels_in_range(labels, weight.shape[0], ignore_index)
+        checks.labels_in_range(labels, weight.shape[0], ignore_index)
     found = _forward_fake(
         hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
         unit, 0,

@@ -13,7 +13,7 @@ from fastalign.kernels._rows import lanes_and_options, row_start, rows_of
 from fastalign.kernels.token_logprobs import TILES, row_state, store_state
 from torch import Tensor
 
-from fastalign.ops import _checks
+from fastalign.ops import checks
 from fastalign.ops.token_logratios import _forward_fake
 
 
@@ -47,7 +47,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     vocab = policy_logits.shape[-1]
     if labels.device.type == "cpu":
-        _checks.labels_in_range(labels, vocab, ignore_index)
+        checks.labels_in_range(labels, vocab, ignore_index)
     out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
     policy, policy_rows = rows_of(policy_logits)
     ref, ref_rows = rows_of(ref_logits)

@@ -19,7 +19,7 @@ from fastalign.integrations.transformers import fused_forward
 from fastalign.models import compiled_layers as layers
 from fastalign.models import packing, trial
 from fastalign.models.scoring import fused_head, score
-from fastalign.train._pairs import PairBatch, add_pair_forward
+from fastalign.train.pairs import PairBatch, add_pair_forward
 
 SIZES = dict(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -12,7 +12,7 @@ from fastalign import UserError, reference
 from fastalign.ops import linear_sample_tokens, sample_tokens
 from fastalign.ops.linear_sample_tokens import sample_op
 
-head = sys.modules["fastalign.ops._linear_cpu"]
+head = sys.modules["fastalign.ops.linear_cpu"]
 layout = pytest.importorskip("fastalign.kernels._head_layout")
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ from fastalign.ops import linear_token_logprobs, token_logprobs
 from fastalign.ops.linear_token_logprobs import backward_op, forward_op
 from fastalign.ops.token_logprobs import OUTPUTS
 
-head = sys.modules["fastalign.ops._linear_cpu"]
+head = sys.modules["fastalign.ops.linear_cpu"]
 gpu_head = pytest.importorskip("fastalign.kernels.linear_token_logprobs")
 layout = pytest.importorskip("fastalign.kernels._head_layout")
 NEG_INF = float("-inf")
@@ -492,7 +492,7 @@ def test_small_gradients_survive_float16_tiles(small_tiles, frozen):
 def test_triton_gives_nan_where_it_cannot_raise(monkeypatch, small_tiles):
     hidden, weight, _, _ = problem(((4,), 8, 100))
     labels = torch.tensor([3, 100, -1, 99])
-    monkeypatch.setattr(gpu_head._checks, "labels_in_range", lambda *_: None)
+    monkeypatch.setattr(gpu_head.checks, "labels_in_range", lambda *_: None)
     for frozen in (False, True):
         (a,) = leaves(hidden)
         with fastalign.use_backend("triton"):

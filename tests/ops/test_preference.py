@@ -22,10 +22,9 @@ from fastalign.losses import (
     simpo_loss,
     wpo_weights,
 )
-from fastalign.losses._pairwise import F_DIVERGENCES, TABLE, Margin, Options
 from fastalign.losses.preference import CPO_LOSS_TYPES, LOSS_TYPES
 from fastalign.ops import pairwise_loss
-from fastalign.ops.pairwise import FUSED
+from fastalign.ops.pairwise import F_DIVERGENCES, FUSED, TABLE, Margin, Options
 from fastalign.ops.preference import forward_op
 
 DIVERGENT = [kind for kind in LOSS_TYPES if kind == "sft" or TABLE[kind].takes_f_divergence]

@@ -329,9 +329,9 @@ def test_gradient_in_the_logits_place(in_small_blocks, statistics):
 def test_an_unknown_label_is_nan_where_nobody_waits(monkeypatch, bad):
     """A GPU cannot raise without the host waiting for it."""
     pytest.importorskip("triton")
-    from fastalign.ops import _checks
+    from fastalign.ops import checks
 
-    monkeypatch.setattr(_checks, "labels_in_range", lambda *_: None)
+    monkeypatch.setattr(checks, "labels_in_range", lambda *_: None)
     logits = torch.randn(3, 40, requires_grad=True)
     with use_backend("triton"):
         found = token_logprobs(logits, torch.tensor([3, bad, -100]), outputs=OUTPUTS)

@@ -8,8 +8,8 @@ import torch
 from ppo_setup import lora, policy, rollouts, snapshot, trainer
 
 from fastalign.models import Verdict
-from fastalign.train import _kl
-from fastalign.train._kl import AdaptiveKLController, FixedKLController
+from fastalign.train import kl
+from fastalign.train.kl import AdaptiveKLController, FixedKLController
 from fastalign.train.ppo_stats import RunningMoments
 
 
@@ -243,7 +243,7 @@ def test_the_controller_follows_the_steps():
 
 
 def test_the_exact_kl_in_parts(monkeypatch):
-    monkeypatch.setattr(_kl, "TOKENS_AT_ONCE", 2)
+    monkeypatch.setattr(kl, "TOKENS_AT_ONCE", 2)
     stats = trainer(policy(), policy(seed=1), kl_penalty="full", rate=0.0).step(*rollouts())
     monkeypatch.undo()
     whole = trainer(policy(), policy(seed=1), kl_penalty="full", rate=0.0).step(*rollouts())

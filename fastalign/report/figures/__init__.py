@@ -3,7 +3,10 @@
 Every function returns a matplotlib Figure that belongs to no window or global state; `save` writes it.
 """
 
-from fastalign.report.figures._style import (
+from fastalign.report.figures.fronts import Shown, front_in_three, fronts
+from fastalign.report.figures.lam import path, region, samples_left
+from fastalign.report.figures.soups import soups
+from fastalign.report.figures.style import (
     ASKED,
     BEFORE,
     GRID,
@@ -12,23 +15,13 @@ from fastalign.report.figures._style import (
     PAPER,
     PREDICTED,
     REALISED,
-    _bins,
-    _figure,
-    _legend,
-    _line,
-    _patch,
-    _short,
     save,
     write,
 )  # fmt: skip
-from fastalign.report.figures.fronts import Shown, front_in_three, fronts
-from fastalign.report.figures.lam import path, region, samples_left
-from fastalign.report.figures.soups import soups
 from fastalign.report.figures.tradeoff import MAX_PAIRS, pairs, pareto
 from fastalign.report.figures.values import histograms, levels, radar
 
 __all__ = [
-    "ASKED", "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "Shown", "_bins", "_figure",
-    "_legend", "_line", "_patch", "_short", "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path",
+    "ASKED", "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "Shown", "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path",
     "radar", "region", "samples_left", "save", "soups", "write",
 ]  # fmt: skip

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastalign.report.figures._style import (
-    _MARKERS,
-    BEFORE,
-    GRID,
-    INK,
-    MUTED,
-    PAPER,
-    PREDICTED,
-    REALISED,
-    _figure,
-    _handle,
-    _line,
-    _points,
-    _short,
-)
+from fastalign.report.figures import style
+from fastalign.report.figures.style import BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +47,7 @@ def fronts(
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
     size = {1: 5.6, 5: 2.35}.get(columns, 3.55)
-    with _figure(size * columns, size * 0.95 * rows + 0.8) as figure:
+    with style.figure(size * columns, size * 0.95 * rows + 0.8) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, ((i, j), points) in zip(grid.flat, shown.items(), strict=False):
             pick = [i, j]
@@ -79,10 +66,10 @@ def fronts(
                 axes.plot(*soups[:, pick].T, linestyle="none", zorder=5, **_look("D", INK, 5))
                 _name(axes, soups[:, pick], soup_names)
             if palettes is not None:
-                axes.plot(*palettes[:, pick].T, linestyle="none", zorder=6, **_MARKERS["asked for"])
-            axes.plot(*before[pick], linestyle="none", zorder=6, **_MARKERS["before"])
-            axes.set_xlabel(_short(values[i], 30))
-            axes.set_ylabel(_short(values[j], 30))
+                axes.plot(*palettes[:, pick].T, linestyle="none", zorder=6, **style.MARKERS["asked for"])
+            axes.plot(*before[pick], linestyle="none", zorder=6, **style.MARKERS["before"])
+            axes.set_xlabel(style.short(values[i], 30))
+            axes.set_ylabel(style.short(values[j], 30))
             axes.locator_params(nbins=3 if columns == 5 else 5)
             axes.margins(0.06)
         for axes in grid.flat[len(shown) :]:
@@ -106,7 +93,7 @@ def front_in_three(
     share = directions / directions.sum(axis=1, keepdims=True)
     mesh = Triangulation(share[:, 0] + share[:, 1] / 2, share[:, 1] * np.sqrt(3) / 2)
     kl, surface = list(shown.fronts.items())[-1]
-    with _figure(9.6, 4.9) as figure:
+    with style.figure(9.6, 4.9) as figure:
         # A layout by constraints leaves half of the page to what a turned box might need.
         figure.set_layout_engine("none")
         for side, angle in enumerate((22, 68)):
@@ -124,14 +111,14 @@ def front_in_three(
                 axes.plot(*soups.T, linestyle="none", **_look("D", INK, 5))
                 if len(soups) <= NAMED:
                     for at, name in zip(soups, soup_names, strict=False):
-                        axes.text(*at, f" {_short(name)}", color=INK, fontsize=8)
+                        axes.text(*at, f" {style.short(name)}", color=INK, fontsize=8)
             if palettes is not None:
-                axes.plot(*palettes.T, linestyle="none", **_MARKERS["asked for"])
-            axes.plot(*before[:, None], linestyle="none", **_MARKERS["before"])
+                axes.plot(*palettes.T, linestyle="none", **style.MARKERS["asked for"])
+            axes.plot(*before[:, None], linestyle="none", **style.MARKERS["before"])
             axes.view_init(elev=24, azim=angle)
             axes.set_box_aspect((1, 1, 0.9), zoom=0.86)
             for axis, name in zip("xyz", values, strict=True):
-                getattr(axes, f"set_{axis}label")(_short(name, 24), labelpad=6)
+                getattr(axes, f"set_{axis}label")(style.short(name, 24), labelpad=6)
                 own = getattr(axes, f"{axis}axis")
                 own.set_pane_color((1, 1, 1, 0))
                 own._axinfo["grid"].update(color=GRID, linewidth=0.7)
@@ -150,7 +137,7 @@ def _name(axes, points: np.ndarray, names: Sequence[str]) -> None:
     shown = range(len(names)) if len(names) <= NAMED else {*points.argmin(axis=0), *points.argmax(axis=0)}
     for k in sorted(shown):
         axes.annotate(
-            _short(names[k]), points[k], xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8, zorder=8,
+            style.short(names[k]), points[k], xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8, zorder=8,
             bbox=dict(facecolor=PAPER, alpha=0.75, edgecolor="none", pad=0.5),
         )  # fmt: skip
 
@@ -163,28 +150,28 @@ def _cloud(axes, points: np.ndarray, desirable: np.ndarray, *, image: bool) -> N
 
 
 def _handles(shown: Shown, palettes, soups, *, cloud: bool = True) -> list:
-    handles = [_handle("before", "the model")]
+    handles = [style.handle("before", "the model")]
     if cloud:
         handles += [
-            _points("random λ", ".", BEFORE, 8),
-            _points("λ with no value below the model", ".", REALISED, 8),
+            style.points("random λ", ".", BEFORE, 8),
+            style.points("λ with no value below the model", ".", REALISED, 8),
         ]
     handles += [
-        _line(f"front at KL {kl:.2f}", PREDICTED, linewidth=1.8, alpha=alpha)
+        style.line(f"front at KL {kl:.2f}", PREDICTED, linewidth=1.8, alpha=alpha)
         for alpha, kl in zip(_alphas(shown.fronts), shown.fronts, strict=True)
     ]
     if shown.limit is not None:
-        handles.append(_line("limit of these candidates", MUTED, linewidth=1.2, linestyle=(0, (1.5, 2))))
+        handles.append(style.line("limit of these candidates", MUTED, linewidth=1.2, linestyle=(0, (1.5, 2))))
     handles += [
-        _points(f"best of {n}", "^", BEST, size)
+        style.points(f"best of {n}", "^", BEST, size)
         for size, n in zip(_sizes(shown.best_of), shown.best_of, strict=True)
     ]  # fmt: skip
     if shown.scalarised is not None:
-        handles.append(_points("linear scalarisation", "s", SCALARISED, 5))
+        handles.append(style.points("linear scalarisation", "s", SCALARISED, 5))
     if soups is not None:
-        handles.append(_points("merged models", "D", INK, 5))
+        handles.append(style.points("merged models", "D", INK, 5))
     if palettes is not None:
-        handles.append(_handle("asked for", "palettes"))
+        handles.append(style.handle("asked for", "palettes"))
     return handles
 
 

@@ -7,24 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastalign.report.figures._style import (
-    _MARKERS,
-    ASKED,
-    BEFORE,
-    MUTED,
-    PAPER,
-    PREDICTED,
-    REALISED,
-    SERIES,
-    _figure,
-    _handle,
-    _legend,
-    _line,
-    _plain_logs,
-    _points,
-    _short,
-)
+from fastalign.report.figures import style
 from fastalign.report.figures.fronts import DOTS_AS_IMAGE
+from fastalign.report.figures.style import ASKED, BEFORE, MUTED, PAPER, PREDICTED, REALISED, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +30,7 @@ def region(
     rows = -(-len(shown) // columns)
     size = {1: 5.0, 5: 2.35}.get(columns, 3.4)
     share = f"{desirable.mean():.0%}" if desirable.mean() >= 0.1 else f"{desirable.mean():.1%}"
-    with _figure(size * columns, size * 0.95 * rows + 0.6) as figure:
+    with style.figure(size * columns, size * 0.95 * rows + 0.6) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         edge, left_out = float(lam.max()) * 1.04, False
         for axes, (i, j) in zip(grid.flat, shown, strict=False):
@@ -56,25 +41,25 @@ def region(
                 )  # fmt: skip
             for at in (chosen or {}).values():
                 beyond = max(at[i], at[j]) >= edge
-                look = _MARKERS["asked for"] | (_HOLLOW if beyond else {})
+                look = style.MARKERS["asked for"] | (_HOLLOW if beyond else {})
                 axes.plot(min(at[i], edge), min(at[j], edge), linestyle="none", clip_on=False, zorder=3, **look)
                 left_out |= beyond
             axes.set_xlim(-0.03 * edge, edge)
             axes.set_ylim(-0.03 * edge, edge)
-            axes.set_xlabel("λ·σ of " + _short(values[i], 24))
-            axes.set_ylabel("λ·σ of " + _short(values[j], 24))
+            axes.set_xlabel("λ·σ of " + style.short(values[i], 24))
+            axes.set_ylabel("λ·σ of " + style.short(values[j], 24))
             axes.locator_params(nbins=3 if columns == 5 else 6)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
         handles = [
-            _points("random λ", ".", BEFORE, 8),
-            _points(f"no value below the model ({share})", ".", REALISED, 8),
+            style.points("random λ", ".", BEFORE, 8),
+            style.points(f"no value below the model ({share})", ".", REALISED, 8),
         ]
         if chosen:
-            handles.append(_handle("asked for", "palettes"))
+            handles.append(style.handle("asked for", "palettes"))
         if left_out:
-            handles.append(_points("palettes beyond the axes", "X", ASKED, 9.5, **_HOLLOW))
-        _legend(figure, handles)
+            handles.append(style.points("palettes beyond the axes", "X", ASKED, 9.5, **_HOLLOW))
+        style.legend(figure, handles)
     return figure
 
 
@@ -85,15 +70,15 @@ def path(
 
     limit: the largest t that can be reached; drawn where that is less than 1, the palette.
     """
-    with _figure(9.8, 3.5) as figure:
+    with style.figure(9.8, 3.5) as figure:
         left, middle, right = figure.subplots(1, 3)
         for j, name in enumerate(values):
             color, dash = SERIES[j % len(SERIES)]
-            left.plot(t, lam[:, j], color=color, linestyle=dash, linewidth=1.8, label=_short(name))
+            left.plot(t, lam[:, j], color=color, linestyle=dash, linewidth=1.8, label=style.short(name))
         middle.plot(t, kl, color=PREDICTED, linewidth=1.8)
         right.plot(t, ess, color=PREDICTED, linewidth=1.8)
         right.set_yscale("log")
-        _plain_logs(right.yaxis)
+        style.plain_logs(right.yaxis)
         right.axhline(samples, color=BEFORE, linewidth=1.1)
         labels = ("λ·σ of each value", "KL to the model, nats", f"effective sample size, of {samples:,}")
         for axes, label in zip((left, middle, right), labels, strict=True):
@@ -111,13 +96,13 @@ def path(
         figure.supxlabel("share of the way from the model's mean to the palette", fontsize="medium")
         handles = [
             *left.get_legend_handles_labels()[0],
-            _line("the palette", ASKED, linewidth=1.6, linestyle=(0, (3, 2))),
+            style.line("the palette", ASKED, linewidth=1.6, linestyle=(0, (3, 2))),
         ]
         if limit < 1:
             from matplotlib.patches import Patch
 
             handles.append(Patch(facecolor=MUTED, alpha=0.2, linewidth=0, label=f"out of reach, from {limit:.0%}"))
-        _legend(figure, handles)
+        style.legend(figure, handles)
     return figure
 
 
@@ -129,7 +114,7 @@ def samples_left(
 
     fronts: by KL, (KL (S,), ESS (S,)) of its policies. trusted: below so many, weighted means are mostly noise.
     """
-    with _figure(6.4, 4.3) as figure:
+    with style.figure(6.4, 4.3) as figure:
         from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 
@@ -147,23 +132,23 @@ def samples_left(
         for at, left in (fronts or {}).values():
             axes.plot(at, left, linestyle="none", **_FRONT)
         if chosen is not None:
-            axes.plot(*chosen, linestyle="none", zorder=4, **_MARKERS["asked for"])
+            axes.plot(*chosen, linestyle="none", zorder=4, **style.MARKERS["asked for"])
         axes.axhspan(0.8, min(trusted, samples), color=ASKED, alpha=0.1, linewidth=0)
         axes.set_yscale("log")
-        _plain_logs(axes.yaxis)
+        style.plain_logs(axes.yaxis)
         axes.set_ylim(0.8, samples * 1.25)
         axes.set_xlim(left=0)
         axes.set_xlabel("KL to the model, nats")
         axes.set_ylabel(f"effective sample size, of {samples:,}")
-        handles = [_points("random λ", ".", BEFORE, 8), _points("no value below the model", ".", REALISED, 8)]
+        handles = [style.points("random λ", ".", BEFORE, 8), style.points("no value below the model", ".", REALISED, 8)]
         if fronts:
             handles.append(Line2D([], [], linestyle="none", label="fronts", **_FRONT))
         if chosen is not None:
-            handles.append(_handle("asked for", "palettes"))
-        handles.append(_line("N·exp(−KL)", MUTED, linewidth=1.3, linestyle=(0, (1.5, 2))))
+            handles.append(style.handle("asked for", "palettes"))
+        handles.append(style.line("N·exp(−KL)", MUTED, linewidth=1.3, linestyle=(0, (1.5, 2))))
 
         handles.append(
             Patch(facecolor=ASKED, alpha=0.15, linewidth=0, label=f"below {min(trusted, samples):g}: mostly noise")
         )
-        _legend(figure, handles)
+        style.legend(figure, handles)
     return figure

@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastalign.palette.pareto import pareto_front
-from fastalign.report.figures._style import (
-    _MARKERS,
-    BEFORE,
-    INK,
-    MUTED,
-    PAPER,
-    PREDICTED,
-    _figure,
-    _handle,
-    _legend,
-    _line,
-    _points,
-    _short,
-)  # fmt: skip
+from fastalign.report.figures import style
+from fastalign.report.figures.style import BEFORE, INK, MUTED, PAPER, PREDICTED
 from fastalign.report.figures.tradeoff import pairs
 
 if TYPE_CHECKING:
@@ -46,7 +34,7 @@ def soups(
     size = 5.8 if columns == 1 else 3.6
     best = np.isin(np.arange(len(levels)), pareto_front(levels))
     stderr = np.nan_to_num(stderr)
-    with _figure(size * columns, size * 0.92 * rows + 0.6) as figure:
+    with style.figure(size * columns, size * 0.92 * rows + 0.6) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, (i, j) in zip(grid.flat, shown, strict=False):
             for k, other in _neighbours(rho):
@@ -64,37 +52,41 @@ def soups(
                     side = np.where(levels[k, [i, j]] >= middle, 1, -1)
                     end = levels[k, i], levels[k, j] + side[1] * stderr[k, j]  # beyond the bar, which would cross it
                     axes.annotate(
-                        f"{_short(name, 18)} alone", end, xytext=(20 * side[0], 4 * side[1]), textcoords="offset points",
+                        f"{style.short(name, 18)} alone", end, xytext=(20 * side[0], 4 * side[1]), textcoords="offset points",
                         ha="right" if side[0] > 0 else "left", va="bottom" if side[1] > 0 else "top", color=INK, fontsize=9,
                         zorder=8, path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
                     )  # fmt: skip
             if palette is not None and np.isfinite(palette[[i, j]]).all():
                 axes.plot(
-                    palette[i], palette[j], linestyle="none", zorder=6, **{**_MARKERS["asked for"], "markersize": 13}
+                    palette[i],
+                    palette[j],
+                    linestyle="none",
+                    zorder=6,
+                    **{**style.MARKERS["asked for"], "markersize": 13},
                 )
             if predicted is not None:
-                axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **_MARKERS["predicted"])
+                axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **style.MARKERS["predicted"])
             if measured is not None:
                 bars = np.nan_to_num(measured_stderr)
                 axes.errorbar(
                     measured[i], measured[j], xerr=bars[i], yerr=bars[j], linestyle="none", elinewidth=0.9, zorder=7,
-                    **{**_MARKERS["realised"], "markersize": 6},
+                    **{**style.MARKERS["realised"], "markersize": 6},
                 )  # fmt: skip
-            axes.set_xlabel(_short(values[i], 30))
-            axes.set_ylabel(_short(values[j], 30))
+            axes.set_xlabel(style.short(values[i], 30))
+            axes.set_ylabel(style.short(values[j], 30))
             axes.locator_params(nbins=5)
             axes.margins(0.12)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
         handles = [
-            _points("soups ± standard error", "D", BEFORE, 5),
-            _points("of those, none better", "D", PREDICTED, 5),
-            _line("neighbours in ρ", MUTED, linewidth=0.7),
+            style.points("soups ± standard error", "D", BEFORE, 5),
+            style.points("of those, none better", "D", PREDICTED, 5),
+            style.line("neighbours in ρ", MUTED, linewidth=0.7),
         ]
-        handles += [_handle("asked for", "palette")] * (palette is not None)
-        handles += [_handle("predicted", "chosen ρ, interpolated")] * (predicted is not None)
-        handles += [_handle("realised", "chosen ρ, measured")] * (measured is not None)
-        _legend(figure, handles)
+        handles += [style.handle("asked for", "palette")] * (palette is not None)
+        handles += [style.handle("predicted", "chosen ρ, interpolated")] * (predicted is not None)
+        handles += [style.handle("realised", "chosen ρ, measured")] * (measured is not None)
+        style.legend(figure, handles)
     return figure
 
 

@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastalign.report.figures._style import (
-    _MARKERS,
-    ASKED,
-    BEFORE,
-    MUTED,
-    PREDICTED,
-    REALISED,
-    _dot,
-    _figure,
-    _handle,
-    _legend,
-    _line,
-    _short,
-)  # fmt: skip
+from fastalign.report.figures import style
+from fastalign.report.figures.style import ASKED, BEFORE, MUTED, PREDICTED, REALISED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +37,7 @@ def pareto(
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
     size = {1: 5.2, 5: 2.35}.get(columns, 3.55)
-    with _figure(size * columns, size * 0.95 * rows + 0.7) as figure:
+    with style.figure(size * columns, size * 0.95 * rows + 0.7) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, (i, j) in zip(grid.flat, shown, strict=False):
             near = cost <= kl
@@ -71,7 +59,7 @@ def pareto(
             for line, k in ((axes.axvline, i), (axes.axhline, j)):
                 if np.isfinite(palette[k]):
                     line(palette[k], color=ASKED, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
-            axes.plot(before[i], before[j], linestyle="none", **_MARKERS["before"])
+            axes.plot(before[i], before[j], linestyle="none", **style.MARKERS["before"])
             axes.errorbar(
                 realised[i],
                 realised[j],
@@ -82,22 +70,22 @@ def pareto(
                 elinewidth=1.3,
                 zorder=3,
             )
-            axes.plot(palette[i], palette[j], linestyle="none", zorder=4, **_MARKERS["asked for"])
-            axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **_MARKERS["predicted"])
-            axes.plot(realised[i], realised[j], linestyle="none", zorder=6, **_MARKERS["realised"])
-            axes.set_xlabel(_short(values[i], 30))
-            axes.set_ylabel(_short(values[j], 30))
+            axes.plot(palette[i], palette[j], linestyle="none", zorder=4, **style.MARKERS["asked for"])
+            axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **style.MARKERS["predicted"])
+            axes.plot(realised[i], realised[j], linestyle="none", zorder=6, **style.MARKERS["realised"])
+            axes.set_xlabel(style.short(values[i], 30))
+            axes.set_ylabel(style.short(values[j], 30))
             axes.locator_params(nbins=3 if columns == 5 else 5)
             axes.margins(0.07)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
-        handles = [_handle("before"), _handle("asked for"), _handle("predicted"), _handle("realised", "realised ± 3 SE"),
-                   _dot("policies of random λ")]  # fmt: skip
+        handles = [style.handle("before"), style.handle("asked for"), style.handle("predicted"), style.handle("realised", "realised ± 3 SE"),
+                   style.dot("policies of random λ")]  # fmt: skip
         if fronts:
-            handles.append(_line(f"front at KL {kl:.2f}", PREDICTED, linewidth=1.8))
+            handles.append(style.line(f"front at KL {kl:.2f}", PREDICTED, linewidth=1.8))
         if limits:
-            handles.append(_line("limit of these candidates", MUTED, linewidth=1.2, linestyle=(0, (1.5, 2))))
-        _legend(figure, handles)
+            handles.append(style.line("limit of these candidates", MUTED, linewidth=1.2, linestyle=(0, (1.5, 2))))
+        style.legend(figure, handles)
         if m * (m - 1) // 2 > len(shown):
             figure.supxlabel(
                 f"the {len(shown)} pairs of {m * (m - 1) // 2} that trade off most", fontsize=9, color=MUTED
@@ -106,22 +94,22 @@ def pareto(
 
 
 def _level_by_kl(value, before, points, cost, kl, palette, predicted, realised, se) -> Figure:
-    with _figure(6.0, 4.2) as figure:
+    with style.figure(6.0, 4.2) as figure:
         axes = figure.add_subplot()
         order = np.argsort(cost)
         axes.plot(cost[order], points[order, 0], color=PREDICTED, linewidth=1.8)
         if np.isfinite(palette[0]):
             axes.axhline(palette[0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)))
-        axes.plot(0, before[0], linestyle="none", zorder=3, **_MARKERS["before"])
+        axes.plot(0, before[0], linestyle="none", zorder=3, **style.MARKERS["before"])
         axes.errorbar(kl, realised[0], yerr=3 * se[0], fmt="none", ecolor=REALISED, elinewidth=1.3, zorder=3)
-        axes.plot(kl, predicted[0], linestyle="none", zorder=4, **_MARKERS["predicted"])
-        axes.plot(kl, realised[0], linestyle="none", zorder=5, **_MARKERS["realised"])
+        axes.plot(kl, predicted[0], linestyle="none", zorder=4, **style.MARKERS["predicted"])
+        axes.plot(kl, realised[0], linestyle="none", zorder=5, **style.MARKERS["realised"])
         axes.set_xlabel("KL to the model, nats")
-        axes.set_ylabel(_short(value, 30))
+        axes.set_ylabel(style.short(value, 30))
         axes.grid(True)
-        handles = [_handle("before"), _line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))), _handle("predicted"),
-                   _handle("realised", "realised ± 3 SE"), _line("most at each KL", PREDICTED, linewidth=1.8)]  # fmt: skip
-        _legend(figure, handles)
+        handles = [style.handle("before"), style.line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))), style.handle("predicted"),
+                   style.handle("realised", "realised ± 3 SE"), style.line("most at each KL", PREDICTED, linewidth=1.8)]  # fmt: skip
+        style.legend(figure, handles)
     return figure
 
 

@@ -8,28 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastalign.report.figures._style import (
-    _MARKERS,
-    ASKED,
-    BEFORE,
-    GRID,
-    INK,
-    MUTED,
-    PAPER,
-    PREDICTED,
-    REALISED,
-    SERIES,
-    _bins,
-    _body,
-    _figure,
-    _handle,
-    _in_spreads,
-    _legend,
-    _line,
-    _nice_step,
-    _patch,
-    _short,
-)  # fmt: skip
+from fastalign.report.figures import style
+from fastalign.report.figures.style import ASKED, BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,25 +25,25 @@ def levels(
     with no spread stays at 0.
     """
     m = len(values)
-    with _figure(7.6, 0.9 + 0.52 * m) as figure:
+    with style.figure(7.6, 0.9 + 0.52 * m) as figure:
         axes = figure.add_subplot()
         rows = np.arange(m)
         at = {
-            name: _in_spreads(x, before, spread)
+            name: style.in_deviations(x, before, spread)
             for name, x in (("asked for", palette), ("predicted", predicted), ("realised", realised))
         }
         bar = 3 * np.where(spread > 0, se / np.where(spread > 0, spread, 1), 0)
         axes.axvline(0, color=BEFORE, linewidth=1.1, zorder=1)
         axes.hlines(rows, 0, at["predicted"], color=GRID, linewidth=6, zorder=1)
         axes.hlines(rows + 0.17, at["realised"] - bar, at["realised"] + bar, color=REALISED, linewidth=1.7, zorder=2)
-        axes.plot(np.zeros(m), rows, linestyle="none", zorder=3, **_MARKERS["before"])
-        axes.plot(at["predicted"], rows, linestyle="none", zorder=4, **_MARKERS["predicted"])
+        axes.plot(np.zeros(m), rows, linestyle="none", zorder=3, **style.MARKERS["before"])
+        axes.plot(at["predicted"], rows, linestyle="none", zorder=4, **style.MARKERS["predicted"])
         asked = np.isfinite(palette)
         axes.vlines(
             at["asked for"][asked], rows[asked] - 0.33, rows[asked] + 0.33, color=ASKED, linewidth=2.4, zorder=3
         )
-        axes.plot(at["realised"], rows + 0.17, linestyle="none", zorder=5, **_MARKERS["realised"])
-        axes.set_yticks(rows, [_short(v) for v in values], color=INK, fontsize=10.5)
+        axes.plot(at["realised"], rows + 0.17, linestyle="none", zorder=5, **style.MARKERS["realised"])
+        axes.set_yticks(rows, [style.short(v) for v in values], color=INK, fontsize=10.5)
         axes.set_ylim(m - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -71,10 +51,10 @@ def levels(
         axes.margins(x=0.06)
         axes.set_xlabel("change of the mean, in standard deviations of the candidates")
         handles = [
-            _handle("before"),
-            _line("asked for", ASKED, linewidth=2.4),
-            _handle("predicted"),
-            _handle("realised", "realised ± 3 SE"),
+            style.handle("before"),
+            style.line("asked for", ASKED, linewidth=2.4),
+            style.handle("predicted"),
+            style.handle("realised", "realised ± 3 SE"),
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=4, columnspacing=1.8, handletextpad=0.6)
     return figure
@@ -94,14 +74,14 @@ def histograms(
     after = after if chosen else np.empty((0, m))
     columns = min(3, m)
     rows = -(-m // columns)
-    with _figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
+    with style.figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         cut = False
         for axes, j in zip(grid.flat, range(m), strict=False):
-            low, high = _body(before[:, j], after[:, j])
+            low, high = style.body(before[:, j], after[:, j])
             cut |= bool(before[:, j].min() < low or before[:, j].max() > high)
             inside = np.clip(before[:, j], low, high)
-            edges = _bins(np.concatenate([inside, after[:, j]]))
+            edges = style.bins(np.concatenate([inside, after[:, j]]))
             all_alike = np.full(len(before), 100 / len(before))
             axes.hist(inside, edges, weights=all_alike, color=BEFORE, alpha=0.32, linewidth=0)
             if weights is not None:
@@ -124,7 +104,7 @@ def histograms(
                 axes.plot(
                     [palette[j]] * 2, [0, 1.0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)), transform=top
                 )
-            axes.set_title(_short(values[j], 30))
+            axes.set_title(style.short(values[j], 30))
             axes.tick_params(axis="x", pad=8)
             axes.locator_params(nbins=5)
             axes.grid(axis="y")
@@ -134,15 +114,15 @@ def histograms(
             axes.set_visible(False)
         if cut:
             figure.supxlabel("candidates beyond an axis are counted in its end bins", fontsize=9, color=MUTED)
-        handles = [_patch("all candidates", BEFORE), _line("their mean", MUTED)]
+        handles = [style.patch("all candidates", BEFORE), style.line("their mean", MUTED)]
         if weights is not None:
-            handles.append(_line("under the policy" if chosen else "under the policy, its mean", PREDICTED))
+            handles.append(style.line("under the policy" if chosen else "under the policy, its mean", PREDICTED))
         if chosen:
             few = weights is not None and len(after) < 100
-            handles.append(_line("realised mean" if few else "realised, its mean", REALISED, linewidth=1.8))
+            handles.append(style.line("realised mean" if few else "realised, its mean", REALISED, linewidth=1.8))
         if palette is not None and np.isfinite(palette).any():
-            handles.append(_line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))))
-        _legend(figure, handles)
+            handles.append(style.line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))))
+        style.legend(figure, handles)
     return figure
 
 
@@ -153,13 +133,13 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
     """
     m = len(values)
     angles = np.linspace(0, 2 * np.pi, m, endpoint=False)
-    heights = {name: _in_spreads(np.asarray(x), before, spread) for name, x in series.items()}
+    heights = {name: style.in_deviations(np.asarray(x), before, spread) for name, x in series.items()}
     everything = np.concatenate([[0.0], *heights.values()])
     everything = everything[np.isfinite(everything)]
-    step = _nice_step(float(np.ptp(everything)) or 1.0)
+    step = style.nice_step(float(np.ptp(everything)) or 1.0)
     low = np.floor(everything.min() / step - 0.35) * step
     high = np.ceil(everything.max() / step + 0.05) * step
-    with _figure(5.4, 5.4) as figure:
+    with style.figure(5.4, 5.4) as figure:
         axes = figure.add_subplot(projection="polar")
         axes.set_theta_zero_location("N")
         axes.set_theta_direction(-1)
@@ -178,10 +158,10 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
         axes.vlines(angles, low, high, color=GRID, linewidth=0.8, zorder=1)
         others = cycle(zip(SERIES, "os^Dvp*", strict=True))
         for name, height in heights.items():
-            look = _MARKERS.get(name)
+            look = style.MARKERS.get(name)
             if look is None:
                 (color, dash), marker = next(others)
-                look = dict(_MARKERS["before"], color=color, linestyle=dash, marker=marker)
+                look = dict(style.MARKERS["before"], color=color, linestyle=dash, marker=marker)
             around = (np.append(angles, angles[0]), np.append(height, height[0]))
             if name == "asked for":  # a broad band, to be seen also where the policy is exactly on it
                 axes.plot(*around, color=ASKED, linewidth=6, alpha=0.35, label=name, zorder=2)
@@ -197,7 +177,7 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
             text = "0" if abs(ring) < step / 9 else f"{ring:+.3g} σ"
             axes.text(np.pi / max(m, 2), ring, text, fontsize=8, color=MUTED, ha="center", va="center",
                       bbox=dict(facecolor=PAPER, linewidth=0, pad=0.8, alpha=0.8), zorder=4)  # fmt: skip
-        axes.set_xticks(angles, [_short(v, 16) for v in values], color=INK, fontsize=10.5)
+        axes.set_xticks(angles, [style.short(v, 16) for v in values], color=INK, fontsize=10.5)
         axes.tick_params(axis="x", pad=10)
         figure.legend(loc="outside upper center", ncols=4, columnspacing=1.4, handletextpad=0.5)
         figure.supxlabel("ring 0: mean of the candidates · σ: their standard deviation", fontsize=9, color=MUTED)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastalign import backend
 from fastalign._base.errors import UserError
-from fastalign.ops._dtypes import DTYPES
 from fastalign.ops.buffers import buffer
+from fastalign.ops.dtypes import DTYPES
 
 
 def logits(name: str, x: Tensor, last: str = "V") -> None:

@@ -25,7 +25,7 @@ SERIES = [
     ("#1b2026", (0, (3, 1))), ("#56b4e9", (0, (8, 2))), ("#66707b", (0, (1.2, 2.5))),
 ]  # fmt: skip
 
-_MARKERS = {
+MARKERS = {
     "before": dict(marker="o", color=BEFORE, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7),
     "asked for": dict(marker="X", color=ASKED, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=9.5),
     "predicted": dict(marker="D", color=PREDICTED, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7.5),
@@ -82,7 +82,7 @@ def write(figure: Figure, target, kind: str) -> None:
 
 
 @contextmanager
-def _figure(width: float, height: float):
+def figure(width: float, height: float):
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -92,11 +92,11 @@ def _figure(width: float, height: float):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _in_spreads(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np.ndarray:
+def in_deviations(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return np.where((spread > 0) | np.isnan(level), (level - before) / np.where(spread > 0, spread, 1), 0.0)
 
 
-def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+def body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """The range to draw: all of it, or the middle 90 % and half as much on each side, and all of `after`,
     where a few outliers would squeeze the rest."""
     least, most = float(before.min()), float(before.max())
@@ -107,7 +107,7 @@ def _body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     return max(least, after.min(initial=low - margin)), min(most, after.max(initial=high + margin))
 
 
-def _bins(x: np.ndarray) -> np.ndarray:
+def bins(x: np.ndarray) -> np.ndarray:
     """12 to 32 bins by Freedman & Diaconis' rule over all of x; rewards of few distinct values get one bin each."""
     distinct = np.unique(x)
     if len(distinct) == 1:
@@ -123,47 +123,47 @@ def _bins(x: np.ndarray) -> np.ndarray:
     return np.linspace(distinct[0], distinct[-1], count + 1)
 
 
-def _nice_step(extent: float) -> float:
+def nice_step(extent: float) -> float:
     """1, 2 or 5 times a power of ten, such that 3 to 7 of them span `extent`."""
     power = 10.0 ** np.floor(np.log10(extent / 3))
     return max(s * power for s in (1, 2, 5) if s * power <= extent / 3 * (1 + 1e-9))
 
 
-def _short(name: str, width: int = 24) -> str:
+def short(name: str, width: int = 24) -> str:
     # A $ would start mathematics.
     return (name if len(name) <= width else name[: width - 1] + "…").replace("$", r"\$")
 
 
-def _handle(name: str, label: str | None = None):
+def handle(name: str, label: str | None = None):
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], linestyle="none", label=label or name, **_MARKERS[name])
+    return Line2D([], [], linestyle="none", label=label or name, **MARKERS[name])
 
 
-def _line(label: str, color: str, **look):
+def line(label: str, color: str, **look):
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, label=label, **{"linewidth": 1.4, **look})
 
 
-def _dot(label: str):
-    return _points(label, ".", BEFORE, 7, alpha=0.7)
+def dot(label: str):
+    return points(label, ".", BEFORE, 7, alpha=0.7)
 
 
-def _points(label: str, marker: str, color: str, size: float, **look):
+def points(label: str, marker: str, color: str, size: float, **look):
     from matplotlib.lines import Line2D
 
     look = {"markeredgewidth": 0, **look}
     return Line2D([], [], linestyle="none", marker=marker, color=color, markersize=size, label=label, **look)
 
 
-def _patch(label: str, color: str):
+def patch(label: str, color: str):
     from matplotlib.patches import Patch
 
     return Patch(facecolor=color, alpha=0.32, linewidth=0, label=label)
 
 
-def _plain_logs(axis) -> None:
+def plain_logs(axis) -> None:
     """A logarithmic axis with its numbers written out, at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -172,7 +172,7 @@ def _plain_logs(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure, handles) -> None:
+def legend(figure, handles) -> None:
     wide = figure.get_figwidth() > 8
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles) if wide and len(handles) < 7 else 4 if wide else 3,
                   columnspacing=1.6, handletextpad=0.6)  # fmt: skip

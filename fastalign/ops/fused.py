@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
-from fastalign.ops._library import define
+from fastalign.ops.library import define
 from fastalign.ops.once import once
 
 

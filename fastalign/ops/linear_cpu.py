@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastalign import backend
 from fastalign.backend import threads
-from fastalign.ops import _checks
-from fastalign.ops._dtypes import compute_dtype
+from fastalign.ops import checks
 from fastalign.ops.buffers import buffer
+from fastalign.ops.dtypes import compute_dtype
 
 TOKENS = 1024  # of a tile
 VOCAB = 4096
@@ -144,7 +144,7 @@ def forward(
     hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
     unit, memory_budget,
 ):  # fmt: skip
-    _checks.labels_in_range(labels, weight.shape[0], ignore_index)
+    checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
     tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
     store = torch.empty(kept_size(weight, labels, memory_budget, tiles.dtype), dtype=tiles.dtype)
