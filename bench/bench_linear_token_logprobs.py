@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastalign.bench.common import Case
 
 from fastalign.ops import linear_token_logprobs
-from fastalign.ops.linear_token_logprobs import KEPT_BYTES
+from fastalign.ops.head import KEPT_BYTES
 
 TRL, PLAIN, COMPILED = "TRL chunked head", "F.linear + cross_entropy", "torch.compile(F.linear + cross_entropy)"
 TILE = 4096

@@ -268,7 +268,7 @@ def worker(name: str, kind: str, module: Path, short: bool) -> int:
     else:
         import pytest
 
-        files = [str(ROOT / "tests" / f"test_{each}.py") for each in (SHORT if short else TESTS)]
+        files = [str(*(ROOT / "tests").rglob(f"test_{each}.py")) for each in (SHORT if short else TESTS)]
         chosen = "not triton and not reference and not blocks"  # what runs in the engine
         return int(pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", "-k", chosen, *files]))
     return 0

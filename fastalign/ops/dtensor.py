@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.ops import head
+from fastalign.ops.vocab_parallel import vocab_parallel_linear_token_logprobs
 
 
 def is_dtensor(x: Any) -> bool:
@@ -28,9 +30,6 @@ def gathered(x: Any) -> Any:
 
 def linear_token_logprobs(hidden, weight, labels, *, bias, adapter, **options):
     """See `ops.linear_token_logprobs` on DTensors."""
-    from fastalign.ops.linear_token_logprobs import linear_token_logprobs
-    from fastalign.ops.vocab_parallel import vocab_parallel_linear_token_logprobs
-
     a, b, scale = (None, None, 1.0) if adapter is None else adapter
     slices = None
     if is_dtensor(hidden):
@@ -38,7 +37,7 @@ def linear_token_logprobs(hidden, weight, labels, *, bias, adapter, **options):
         hidden, a = _local(hidden, "hidden"), _local(a, "adapter's A")
     if slices is None:
         weight, bias, a, b = (gathered(x) for x in (weight, bias, a, b))
-        function = linear_token_logprobs
+        function = head.token_logprobs
     else:
         weight, bias, b = (x if x is None else x.to_local() for x in (weight, bias, b))
         function, options = vocab_parallel_linear_token_logprobs, {**options, **slices}

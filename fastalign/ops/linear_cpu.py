@@ -20,7 +20,7 @@ NARROW_BYTES = 32 << 20  # for a tile's widened weight and its gradient: wide mo
 NEG_INF = float("-inf")
 
 
-class _Tiles:
+class Tiles:
     """The scored rows of `hidden`, and the tiles of logits that they make with the head, in the compute type."""
 
     def __init__(self, hidden, weight, bias, a, b, labels, adapter_scale, transform, index):
@@ -146,7 +146,7 @@ def forward(
 ):  # fmt: skip
     checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
-    tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
+    tiles = Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
     store = torch.empty(kept_size(weight, labels, memory_budget, tiles.dtype), dtype=tiles.dtype)
     kept = _Kept(store, tiles.count, weight)
     stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
@@ -229,7 +229,7 @@ def backward(
         return (g * unit).masked_fill_(g == 0, 0).to(hidden.dtype), *(hidden.new_empty(0) for _ in range(4))
     alive = scored & ((small[0] != 0) | (small[1] != 0))
     index = _index(alive)
-    tiles = _Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
+    tiles = Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
     small = small if index is None else small.index_select(1, index)
     kept = _Kept(kept, int(scored.sum()), weight)
     among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the kept rows that count

@@ -15,10 +15,10 @@ from fastalign.backend import threads
 from fastalign.ops import checks, linear_cpu
 from fastalign.ops.buffers import buffer
 from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.head import check as check_head
 from fastalign.ops.library import define
-from fastalign.ops.linear_token_logprobs import _check
 from fastalign.ops.sample_tokens import SampledTokens
-from fastalign.ops.sample_tokens import _check as _check_draw
+from fastalign.ops.sample_tokens import check as check_draw
 
 MIN_TEMPERATURE = 1e-30  # below, logits over the temperature would overflow; the largest logit is all there is anyway
 NEG_INF = float("-inf")
@@ -59,10 +59,10 @@ def linear_sample_tokens(
     if hidden.ndim != 2:
         raise UserError(f"hidden must have shape (B, H), got {tuple(hidden.shape)}")
     no_labels = hidden.new_zeros(len(hidden), dtype=torch.int64)
-    _check(hidden, weight, no_labels, bias, 1.0, softcap, logit_scale, None, adapter, None)
+    check_head(hidden, weight, no_labels, bias, 1.0, softcap, logit_scale, None, adapter, None)
     if weight.shape[0] > 2**31 - 1:
         raise UserError(f"weight must have shape (V, H) with V below 2^31, got {tuple(weight.shape)}")
-    _check_draw(hidden, temperature, 0, 1.0, 0.0, offset, rows)
+    check_draw(hidden, temperature, 0, 1.0, 0.0, offset, rows)
     checks.seed(seed)
     a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
     tensors = [None if x is None else x.detach() for x in (hidden, weight, bias, a, b)]
@@ -81,7 +81,7 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
         temperature = 1.0 if greedy else max(temperature, MIN_TEMPERATURE)
         count, dtype = len(hidden), compute_dtype(hidden.dtype)
         labels = torch.full((count,), -1)
-        tiles = linear_cpu._Tiles(
+        tiles = linear_cpu.Tiles(
             hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), None
         )
         steps = -(-tiles.vocab // tiles.width)

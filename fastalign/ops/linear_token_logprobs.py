@@ -1,27 +1,11 @@
-"""linear_token_logprobs: log-probabilities of labels from hidden states and the head's weight, without the logits.
-
-Tiles of logits (tokens × part of the vocabulary) are made by torch's matrix product, read once by the engine, and
-overwritten by the next. The backward pass makes each tile again, turns it into its gradient in place, and adds the
-two products with it: four products in all. Tiles kept from the forward pass spare one, as far as they lie where the
-weight's gradient will lie (they go as it comes, so the peak stays). A frozen head takes two: its hidden gradient is
-made going forward, since it is linear in the gradient of each log-probability and so only wants scaling.
-"""
+"""linear_token_logprobs: log-probabilities of labels from hidden states and the head's weight, without the logits."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastalign import backend, reference
-from fastalign._base.errors import UserError
-from fastalign.ops import checks, dtensor, linear_cpu
-from fastalign.ops.dtypes import DTYPES, compute_dtype
-from fastalign.ops.library import define
-from fastalign.ops.linear_cpu import kept_size
-from fastalign.ops.once import once
-from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
-
-KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient
+from fastalign.ops import dtensor, head
+from fastalign.ops.token_logprobs import TokenLogprobs
 
 
 def linear_token_logprobs(
@@ -80,162 +64,8 @@ def linear_token_logprobs(
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
     """
-    if dtensor.among(hidden, weight, bias, adapter):
-        return dtensor.linear_token_logprobs(
-            hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, outputs=outputs, grad_filter=grad_filter, adapter=adapter,
-            memory_budget=memory_budget,
-        )  # fmt: skip
-    _check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget)
-    checks.outputs(outputs, OUTPUTS)
-    chosen = backend.choose(hidden.device)
-    if chosen == "reference":
-        checks.labels_in_range(labels, weight.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):
-            found = reference.linear_token_logprobs(
-                hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, adapter
-            )
-    else:
-        a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
-        inputs = (hidden, weight, bias, a, b)
-        learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-        head_learns = learns[1] or learns[2] or learns[3] or learns[4]
-        log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
-            *inputs, labels, float(adapter_scale), float(temperature), float(softcap or 0.0), float(logit_scale),
-            ignore_index, tuple(outputs) != ("log_probs",), learns[0] and not head_learns,
-            _budget(memory_budget, weight, learns[1]) if head_learns and chosen == "cpu" else 0, float(grad_filter or 0.0),
-        )  # fmt: skip
-        found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
-    if tuple(outputs) == ("log_probs",):
-        return found["log_probs"]
-    return TokenLogprobs(**{name: found[name] for name in outputs})
-
-
-def _check(
-    hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget
-) -> None:
-    checks.logits("hidden", hidden, last="H")
-    checks.labels("hidden", hidden, labels)
-    _head("weight", weight, hidden, 2, "(V, H)")
-    if weight.shape[1] != hidden.shape[-1]:
-        raise UserError(f"hidden.shape[-1] must equal weight.shape[1], got {hidden.shape[-1]} and {weight.shape[1]}")
-    if bias is not None:
-        _head("bias", bias, hidden, 1, "(V,)")
-        if bias.shape[0] != weight.shape[0]:
-            raise UserError(f"bias.shape[0] must equal weight.shape[0], got {bias.shape[0]} and {weight.shape[0]}")
-    if adapter is not None:
-        if not (isinstance(adapter, tuple | list) and len(adapter) == 3 and isinstance(adapter[2], int | float)):
-            raise TypeError(f"adapter must be (A, B, scale) with a number as scale, got {type(adapter).__name__}")
-        a, b, _ = adapter
-        _head("adapter's A", a, hidden, 2, "(r, H)")
-        _head("adapter's B", b, hidden, 2, "(V, r)")
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
-            raise UserError(
-                f"adapter's A (r, H) and B (V, r) must fit weight (V, H), "
-                f"got {tuple(a.shape)}, {tuple(b.shape)} and {tuple(weight.shape)}"
-            )
-    checks.positive("temperature", temperature)
-    checks.positive("logit_scale", logit_scale)
-    if softcap is not None:
-        checks.positive("softcap", softcap)
-    if grad_filter is not None and not (isinstance(grad_filter, int | float) and 0 < grad_filter < 1):
-        raise UserError(f"grad_filter must be a number between 0 and 1, or None, got {grad_filter!r}")
-    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 0):
-        raise UserError(f"memory_budget must be a number of bytes, at least 0, or None, got {memory_budget!r}")
-
-
-def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES or compute_dtype(x.dtype) != compute_dtype(hidden.dtype):
-        kinds = "float64" if hidden.dtype == torch.float64 else "float32, bfloat16 or float16"
-        raise TypeError(f"{name} must be {kinds} where hidden is {hidden.dtype}, got {x.dtype}")
-    if x.device != hidden.device:
-        raise UserError(f"{name} must be on hidden's device, got {x.device} and {hidden.device}")
-    if x.ndim != ndim or 0 in x.shape:
-        raise UserError(f"{name} must have shape {rule} with no size 0, got {tuple(x.shape)}")
-
-
-def _budget(memory_budget: int | None, weight: Tensor, learns: bool) -> int:
-    if memory_budget is not None:
-        return memory_budget
-    if weight.dtype == torch.float64:  # for checking, where a second backward pass is to give the same bits
-        return 0
-    return KEPT_BYTES + (weight.numel() * weight.dtype.itemsize if learns else 0)
-
-
-class _LinearTokenLogprobs(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-        unit, memory_budget, grad_filter,
-    ):  # fmt: skip
-        return forward_op(
-            hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index,
-            statistics, unit, memory_budget,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
-        ctx.options, (ctx.statistics, _, _, ctx.grad_filter) = inputs[6:11], inputs[11:]
-        _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept, unit = output
-        ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept, unit)
-        ctx.save_for_backward(row_max, row_sum, entropy, kept, unit, *inputs[:6])
-
-    @staticmethod
-    def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
-        if grad_log_probs is None and grad_entropy is None:
-            return (None,) * 15
-        saved = ctx.saved_tensors
-        grad_log_probs = torch.zeros_like(saved[0]) if grad_log_probs is None else grad_log_probs
-        grad_entropy = torch.zeros_like(saved[0]) if grad_entropy is None or not ctx.statistics else grad_entropy
-        needs = list(ctx.needs_input_grad[:5])
-        grads = once(backward_op, grad_log_probs, grad_entropy, *saved, *ctx.options, ctx.grad_filter, needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (*grads, *[None] * 10)
-
-
-def _forward_fake(
-    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-    unit, memory_budget,
-):  # fmt: skip
-    dtype = compute_dtype(hidden.dtype)
-    always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
-    shape = labels.shape if statistics else (*labels.shape, 0)
-    asked = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
-    kept = hidden.new_empty(kept_size(weight, labels, memory_budget, dtype), dtype=dtype)
-    unit = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
-    return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, unit)
-
-
-def _backward_fake(
-    grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
-    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
-):  # fmt: skip
-    pairs = zip((hidden, weight, bias, a, b), needs, strict=True)
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in pairs)
-
-
-_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor labels"
-_OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_scale, int ignore_index"
-
-forward_op = define(
-    f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    linear_cpu.forward,
-    _forward_fake,
-    triton="linear_token_logprobs.forward",
-    vmap_in_turn=True,
-)
-backward_op = define(
-    "linear_token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
-    f"Tensor entropy, Tensor kept, Tensor unit, {_TENSORS}, {_OPTIONS}, float grad_filter, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    linear_cpu.backward,
-    _backward_fake,
-    triton="linear_token_logprobs.backward",
-    vmap_in_turn=True,
-)
+    run = dtensor.linear_token_logprobs if dtensor.among(hidden, weight, bias, adapter) else head.token_logprobs
+    return run(
+        hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+        ignore_index=ignore_index, outputs=outputs, grad_filter=grad_filter, adapter=adapter, memory_budget=memory_budget,
+    )  # fmt: skip

@@ -65,7 +65,7 @@ def sample_tokens(
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
     """
-    _check(logits, temperature, top_k, top_p, min_p, offset, rows)
+    check(logits, temperature, top_k, top_p, min_p, offset, rows)
     checks.seed(seed)
     options = (
         float(temperature),
@@ -81,7 +81,7 @@ def sample_tokens(
     return SampledTokens(*sample_op(logits.detach(), *options))
 
 
-def _check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
+def check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
     checks.logits("logits", logits)
     if logits.ndim != 2 or logits.shape[1] > MAX_VOCAB:
         raise UserError(f"logits must have shape (B, V) with V below 2^31, got {tuple(logits.shape)}")

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
-from fastalign.ops import checks
+from fastalign.ops import checks, head
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.linear_token_logprobs import _budget, _check
-from fastalign.ops.linear_token_logprobs import backward_op as head_backward
-from fastalign.ops.linear_token_logprobs import forward_op as head_forward
+from fastalign.ops.head import backward_op as head_backward
+from fastalign.ops.head import forward_op as head_forward
 from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
 from fastalign.ops.token_logprobs import backward_op as rows_backward
@@ -129,7 +128,7 @@ def vocab_parallel_linear_token_logprobs(
 
     def check():
         lora = tuple(_some(x, 0) for x in adapter) if isinstance(adapter, tuple | list) else adapter
-        _check(
+        head.check(
             hidden, _some(weight_shard, 0), labels, _some(bias, 0), temperature, softcap, logit_scale, grad_filter,
             lora, memory_budget,
         )  # fmt: skip
@@ -152,7 +151,7 @@ def vocab_parallel_linear_token_logprobs(
             )  # fmt: skip
     else:
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
-        budget = _budget(memory_budget, weight_shard, learns[0]) if any(learns) and chosen == "cpu" else 0
+        budget = head.budget(memory_budget, weight_shard, learns[0]) if any(learns) and chosen == "cpu" else 0
         *found, _ = _VocabParallelLinear.apply(
             hidden, weight_shard, bias, a, b, labels, float(adapter_scale), float(temperature), float(softcap or 0.0),
             float(logit_scale), ignore_index, tuple(outputs) != ("log_probs",), budget, float(grad_filter or 0.0), part,

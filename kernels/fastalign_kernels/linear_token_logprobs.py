@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastalign.ops import checks
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.linear_token_logprobs import _forward_fake
+from fastalign.ops.head import forward_fake
 
 SPLIT = 16  # vocabulary blocks of one program, at most: long enough to hide its start, short enough to end together
 PROGRAMS = 1024  # that many at least, as far as there are blocks
@@ -44,7 +44,7 @@ def forward(
     """The op's forward pass; keeps no tiles. A label out of range gives NaN (on CPU tensors it raises)."""
     if labels.device.type == "cpu":
         checks.labels_in_range(labels, weight.shape[0], ignore_index)
-    found = _forward_fake(
+    found = forward_fake(
         hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
         unit, 0,
     )  # fmt: skip

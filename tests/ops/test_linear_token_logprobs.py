@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastalign
 from fastalign import UserError, reference
 from fastalign.ops import linear_token_logprobs, token_logprobs
-from fastalign.ops.linear_token_logprobs import backward_op, forward_op
+from fastalign.ops.head import backward_op, forward_op
 from fastalign.ops.token_logprobs import OUTPUTS
 
 head = sys.modules["fastalign.ops.linear_cpu"]

@@ -9,7 +9,7 @@ import pytest
 
 from fastalign import backend
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 pytestmark = pytest.mark.skipif(backend.engine is None, reason="the compiled engine is not built")
