@@ -34,7 +34,7 @@ LIBRARY = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libts
 FOUND = 77  # the exit status of a process in which a sanitizer found something
 TESTS = (
     "buffers", "layouts", "token_logprobs", "token_logratios", "linear_token_logprobs", "linear_sample_tokens", "sample_tokens",
-    "resample", "gae", "map_statistics", "layers", "engine", "palette_native", "palette_edges", "soup_kernel", "soup_tasks",
+    "resample", "gae", "map_statistics", "layers", "shared_prompt", "palette_native", "palette_edges", "soup_kernel", "soup_tasks",
     "soup_memory",
 )  # fmt: skip
 SHORT = ("buffers", "layouts")

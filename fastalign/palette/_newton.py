@@ -2,7 +2,7 @@
 
 Bertsekas 1982, with the model over the bounds solved exactly by an active set, and a safeguarded line search. μ is λ
 in units of the rewards' standard deviations. csrc/map_newton.cpp is the same iteration compiled, for rewards in memory;
-tests/test_palette_native.py holds the two to the same answers.
+tests/palette/test_palette_native.py holds the two to the same answers.
 """
 
 from __future__ import annotations

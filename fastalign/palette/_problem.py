@@ -9,10 +9,6 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign.palette import _native, _newton
 from fastalign.palette._newton import Point, residual
-from fastalign._base.errors import UserError
-from fastalign.palette import _engine
-from fastalign.palette._batch import LEFT, Points, model_minima, residuals, sweep
-from fastalign.palette._newton import State, newton
 from fastalign.palette._uniqueness import flat_directions, least_norm
 from fastalign.palette.feasibility import SHARP, Reachable
 

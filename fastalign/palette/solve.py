@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastalign.palette._problem import Problem
 from fastalign._base.units import counted
-from fastalign.palette._problem import Problem, starts
+from fastalign.palette._problem import Problem
 from fastalign.palette._setup import set_up
 from fastalign.palette.sources import ParquetRewards
 

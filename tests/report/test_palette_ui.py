@@ -19,11 +19,8 @@ from fastalign import palette
 from fastalign._base.errors import UserError
 from fastalign.cli.main import app
 from fastalign.decode import Candidates
-from fastalign._base.errors import UserError
 from fastalign.palette.feasibility import INWARD
 from fastalign.report.ui import Desk, server
-from fastalign.report.ui import Desk, server
-from fastalign.report.ui.session import SHORT_OF_EDGE
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["kind", "short"]

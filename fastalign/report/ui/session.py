@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette.feasibility import INWARD
-from fastalign._base.errors import UserError
 from fastalign._base.units import decimals
+from fastalign.palette.feasibility import INWARD
 from fastalign.palette.quantile import quantile_palette
 from fastalign.palette.solve import solve
 
