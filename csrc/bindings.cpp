@@ -343,7 +343,7 @@ PYBIND11_MODULE(_C, m) {
   });
 
   // found: (first, scale, mu, value, gradient, ess, residual, certificate, certified, passes); asked: (palettes, sign, start, constant,
-  // skip): numpy arrays as fastalign/palette/_native.py makes them
+  // skip): numpy arrays as fastalign/palette/native.py makes them
   m.def("map_newton", [](const py::tuple& found, const py::tuple& rewards, const py::tuple& asked, double tol, double lam_max,
                          int threads) {
     const MapInput in = map_input_of(rewards);

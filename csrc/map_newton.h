@@ -1,4 +1,4 @@
-// The MAP dual minimised for K palettes, whole solves without Python between the passes: fastalign/palette/_newton.py's
+// The MAP dual minimised for K palettes, whole solves without Python between the passes: fastalign/palette/newton.py's
 // method, on the passes of map_pass.h.
 #pragma once
 

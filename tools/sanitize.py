@@ -210,7 +210,7 @@ def hammer(threads: int, rounds: int, crew: int) -> None:
     calls = work()
     expected = {name: [x.clone() for x in call()] for name, call in calls.items()}
     # torch's own loops stay in one thread, which is OpenMP's; the engine's crews take more.
-    for name in ("fastalign.ops.map_statistics", "fastalign.palette._native"):
+    for name in ("fastalign.ops.map_statistics", "fastalign.palette.native"):
         sys.modules[name].threads = lambda: crew
     failed: list[str] = []
     begin = threading.Barrier(threads)

@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -72,8 +71,13 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
                         raise typer.Exit(INFEASIBLE)
                 except KeyboardInterrupt as stopped:
                     _fail(str(stopped) or "interrupted", 143 if isinstance(stopped, Terminated) else 130)
-                except (UserError, OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+                except (typer.Exit, typer.Abort, typer.BadParameter):
+                    raise
+                except Exception as error:
                     if not _is_users(error):
+                        print(
+                            "fastalign: a fault of fastalign's own; please report it with what follows", file=sys.stderr
+                        )
                         raise
                     _fail(_in_options(_one_line(error), signature))
                 finally:
@@ -195,13 +199,10 @@ def warn_in_one_line() -> None:
 
 
 def _is_users(error: BaseException) -> bool:
-    """Ours to explain: a UserError, the operating system's refusal, or an argument check that fastalign itself raised."""
-    if isinstance(error, UserError | OSError):
-        return True
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("FASTALIGN_ISA")  # the compiled engine's own check of it
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(fastalign.__file__).parent)
+    """A mistake that a message explains: a UserError, or the operating system's refusal. All else is a fault of ours."""
+    return isinstance(error, UserError | OSError) or str(error).startswith(
+        "FASTALIGN_ISA"
+    )  # which the engine itself checks
 
 
 def _one_line(error: BaseException) -> str:

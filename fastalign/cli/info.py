@@ -35,15 +35,13 @@ def show(console) -> None:
     table.add_row("fastalign", fastalign.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    engine = backend.engine
+    engine, forced = backend.engine, _forced()
     if engine is None:
         table.add_row("CPU backend", f"reference: the compiled engine is not built ({backend.BUILD_COMMAND})")
     else:
-        table.add_row(
-            "CPU backend", f"compiled, {engine.active_isa()} (available: {', '.join(engine.available_isas())})"
-        )
-        ops = sorted({name.removesuffix("_forward") for name in dir(engine)} & set(fastalign.ops.__all__))
-        table.add_row("CPU kernels", ", ".join(ops))
+        isa = f"{engine.active_isa()} (available: {', '.join(engine.available_isas())})"
+        table.add_row("CPU backend", forced or f"compiled, {isa}")
+        table.add_row("CPU kernels", ", ".join(_cpu_kernels()))
     table.add_row("GPU backend", _gpu())
     table.add_row("GPU kernels", ", ".join(kernels.names()) or "none in this version")
     console.print(table)
@@ -65,7 +63,8 @@ def about() -> dict[str, Any]:
     isa = {} if engine is None else {"isa": engine.active_isa(), "available": list(engine.available_isas())}
     return {
         "fastalign": fastalign.__version__, "python": platform.python_version(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "compiled": engine is not None, **isa, "gpu": _gpu(), "gpu_kernels": list(kernels.names()),
+        "threads": torch.get_num_threads(), "compiled": engine is not None, **isa, "cpu_kernels": _cpu_kernels(),
+        "backend": backend.forced(), "gpu": _gpu(), "gpu_kernels": list(kernels.names()),
         "packages": {name: _version(name) for name in OPTIONAL},
         "rewards": {name: what._asdict() for name, what in rewards.available().items()},
     }  # fmt: skip
@@ -110,14 +109,24 @@ def paths(sampler) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _forced() -> str:
+    """What FASTALIGN_BACKEND asks for, in words; "" for nothing."""
+    return "" if backend.forced() == "auto" else f"{backend.forced()} (FASTALIGN_BACKEND)"
+
+
+def _cpu_kernels() -> list[str]:
+    """The ops that the compiled engine runs, by their public names; its function of the fused head is called head_forward."""
+    found = {name.replace("head_", "linear_token_logprobs_").removesuffix("_forward") for name in dir(backend.engine)}
+    return sorted(found & set(fastalign.ops.__all__))
+
+
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
-    return (
-        f"reference on {torch.cuda.get_device_name()}"
-        if not kernels.names()
-        else f"triton on {torch.cuda.get_device_name()}"
+    runs = _forced() or (
+        "triton" if backend.has_triton() else "reference: Triton is not installed (pip install triton)"
     )
+    return f"{runs} on {torch.cuda.get_device_name()}"
 
 
 def _version(name: str) -> str | None:

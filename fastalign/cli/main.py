@@ -483,7 +483,7 @@ def eval_(
 def _show_grid(found: dict, console) -> None:
     from rich.table import Table
 
-    from fastalign.decode.worth import words
+    from fastalign.decode.worth import TRUSTED_ESS, words
 
     names, rows = found["values"], found["rows"]
     varied = [j for j in range(len(names)) if len({row["lambda"][j] for row in rows}) > 1]
@@ -504,7 +504,10 @@ def _show_grid(found: dict, console) -> None:
     errors = "± is half of the 95 % interval over prompts" if found["prompts"] > 1 else "± n/a (1 prompt)"
     console.print(f"{counted(found['prompts'], 'prompt')} × {counted(found['n'], 'candidate')}; {errors}")
     if any(row["doubtful"] for row in rows):
-        console.print("in yellow: fewer than 10 effective candidates a prompt, too few to trust", style="yellow")
+        least = min(TRUSTED_ESS, found["n"])
+        console.print(
+            f"in yellow: fewer than {least:g} effective candidates a prompt, too few to trust", style="yellow"
+        )
 
 
 cli_soup.add_to(app)

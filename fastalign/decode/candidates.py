@@ -213,7 +213,7 @@ class Candidates:
         numbers = np.tile(np.arange(n, dtype=np.int32), count)
         origin = numbers if self.picked is None else self.picked.reshape(-1).astype(np.int32)
         columns = {
-            "prompt_id": pa.array(np.repeat(self.prompt_ids, n).astype(np.int32)),
+            "prompt_id": pa.array(np.repeat(self.prompt_ids, n)),
             "candidate_id": pa.array(origin),
             "prompt": pa.array(self.pairs()[0], pa.string()),
             "text": pa.array(self.pairs()[1], pa.string()),

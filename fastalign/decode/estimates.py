@@ -15,7 +15,7 @@ import numpy as np
 
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
-from fastalign.decode.select import _log_weights
+from fastalign.decode.select import log_weights_of
 from fastalign.decode.worth import TRUSTED_ESS, Worth, words, worth
 
 
@@ -67,7 +67,7 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *
     values, stderr = np.empty((len(grid), m)), np.empty((len(grid), m))
     kl, ess = np.empty(len(grid)), np.empty(len(grid))
     for i, row in enumerate(grid):
-        scores = _log_weights(rewards, row)
+        scores = log_weights_of(rewards, row)
         log_w = scores - scores.max(1, keepdims=True)
         log_w -= np.log(np.exp(log_w).sum(1, keepdims=True))
         w = np.exp(log_w)
@@ -118,7 +118,7 @@ def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> Be
     rewards (P, N, m); lam (m,); ks in 1..N.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    scores = np.atleast_2d(_log_weights(rewards, lam))
+    scores = np.atleast_2d(log_weights_of(rewards, lam))
     prompts, n, m = rewards.shape
     ks = np.asarray(ks, dtype=np.int64)
     if ks.ndim != 1 or not len(ks) or ks.min() < 1 or ks.max() > n:

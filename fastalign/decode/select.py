@@ -22,7 +22,7 @@ def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "r
     """
     from fastalign import ops
 
-    weights = torch.from_numpy(np.atleast_2d(_log_weights(rewards, lam)))
+    weights = torch.from_numpy(np.atleast_2d(log_weights_of(rewards, lam)))
     if method in ("best", "gumbel_top_k") and k > weights.shape[1]:
         rule = f"k must be at most {weights.shape[1]}, the candidates per prompt"
         raise UserError(f"{rule}, for method {method!r}, which picks each once; got {k}")
@@ -35,12 +35,12 @@ def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
 
     rewards (P, N, m) -> (P,) float64; (N, m) -> a scalar.
     """
-    scores = _log_weights(rewards, lam)
+    scores = log_weights_of(rewards, lam)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights.sum(axis=-1) ** 2 / (weights**2).sum(axis=-1)
 
 
-def _log_weights(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
+def log_weights_of(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
     """lambda . R in float64: (P, N, m) -> (P, N), (N, m) -> (N,)."""
     rewards, lam = np.asarray(rewards, dtype=np.float64), np.asarray(lam, dtype=np.float64)
     if rewards.ndim not in (2, 3) or 0 in rewards.shape:

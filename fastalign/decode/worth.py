@@ -24,7 +24,7 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
-from fastalign.decode.select import _log_weights
+from fastalign.decode.select import log_weights_of
 
 TRUSTED_ESS = 10.0  # effective draws per prompt below which weighted means are mostly the noise of a few candidates
 LEAST_CANDIDATES = 8  # for an exponent from halves and quarters
@@ -139,7 +139,7 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
     Raises UserError on wrong shapes and numbers that are not finite.
     """
     lam = np.asarray(lam, dtype=np.float64)
-    scores = np.atleast_2d(_log_weights(rewards, lam))
+    scores = np.atleast_2d(log_weights_of(rewards, lam))
     prompts, n = scores.shape
     sizes = [n]
     while sizes[-1] > 1:

@@ -249,7 +249,7 @@ def _over_processes(trainer, scores: np.ndarray, combined: np.ndarray, tokens: i
 
 def _save(trainer, run) -> None:
     """The policy as any language model, and for PPO's own from_pretrained its value head beside it."""
-    from fastalign.train.value_head import _save_value_head
+    from fastalign.train.value_head import save_value_head
 
     if not trainer.is_peft_model:
         trainer.save_pretrained(run.out)
@@ -257,7 +257,7 @@ def _save(trainer, run) -> None:
     policy = trainer.policy
     if runs.is_main():
         runs.save(policy.pretrained_model, trainer.tokenizer, run.out)
-        _save_value_head({f"v_head.{name}": x for name, x in policy.v_head.state_dict().items()}, run.out)
+        save_value_head({f"v_head.{name}": x for name, x in policy.v_head.state_dict().items()}, run.out)
     trainer.accelerator.wait_for_everyone()
 
 

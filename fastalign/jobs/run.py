@@ -260,9 +260,9 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     """Write a model for `from_pretrained` into `out`: adapters merged, and beside it in adapter/ on their own."""
     if not is_main():
         return
-    from fastalign.train.value_head import _staged
+    from fastalign.train.value_head import staged
 
-    with _staged(out) as beside:
+    with staged(out) as beside:
         if hasattr(model, "peft_config"):
             model.save_pretrained(beside / "adapter", selected_adapters=["default"])
             model = model.merge_and_unload()

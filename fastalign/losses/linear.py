@@ -49,7 +49,7 @@ def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: in
     return torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)), 1)
 
 
-class _LinearLoss(nn.Module):
+class LinearLoss(nn.Module):
     """The head's options and what all losses do with it."""
 
     def __init__(
@@ -115,7 +115,7 @@ class _LinearLoss(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
 
 
-class _LinearPairLoss(_LinearLoss):
+class _LinearPairLoss(LinearLoss):
     """What the losses over [chosen; rejected] rows share."""
 
     def _project_pairs(self, hidden, weight, labels, bias, adapter, outputs=()) -> TokenLogprobs:
@@ -348,7 +348,7 @@ class LinearORPOLoss(_LinearPairLoss):
         return losses.mean(), metrics
 
 
-class LinearKTOLoss(_LinearLoss):
+class LinearKTOLoss(LinearLoss):
     """`kto_loss` on hidden states. beta, weights and loss_type as there; head as in `LinearDPOLoss`."""
 
     def __init__(

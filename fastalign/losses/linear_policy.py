@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign.losses.linear import Adapter, _LinearLoss
+from fastalign.losses.linear import Adapter, LinearLoss
 from fastalign.losses.policy import PolicyLoss, grpo_loss, ppo_loss
 
 
-class _LinearPolicyLoss(_LinearLoss):
+class _LinearPolicyLoss(LinearLoss):
     def __init__(self, options: dict[str, Any], head: dict[str, Any]):
         super().__init__(**head)
         self.options = options

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import as_rewards, reject_nonfinite
+from fastalign.palette.inputs import as_rewards, reject_nonfinite
 from fastalign.palette.quantile import quantile_palette
 
 UNITS = ("deviations", "absolute", "relative")

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import as_palettes, as_sign
-from fastalign.palette._problem import Problem
-from fastalign.palette._setup import pass_over
 from fastalign.palette.feasibility import INWARD
+from fastalign.palette.inputs import as_palettes, as_sign
+from fastalign.palette.problem import Problem
+from fastalign.palette.setup import pass_over
 from fastalign.palette.solve import solve
 
 TOGETHER = 1024  # λ in one read of the rewards

@@ -10,7 +10,7 @@ from bisect import bisect_left
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import to_numpy
+from fastalign.palette.inputs import to_numpy
 
 BLOCK = 256
 

@@ -17,7 +17,7 @@ import torch
 
 from fastalign._base.errors import UserError
 from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
-from fastalign.palette._inputs import reject_nonfinite
+from fastalign.palette.inputs import reject_nonfinite
 
 
 class ArrayPass(MapPass):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import as_rewards, reject_nonfinite
+from fastalign.palette.inputs import as_rewards, reject_nonfinite
 
 
 def quantile_palette(rewards, q: float, *, values: Sequence[int] | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import as_groups, as_palettes, as_rewards, as_sign, as_weights
+from fastalign.palette.inputs import as_groups, as_palettes, as_rewards, as_sign, as_weights
 from fastalign.palette.solve import solve
 
 

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastalign._base.units import counted
-from fastalign.palette._problem import Problem
-from fastalign.palette._setup import set_up
+from fastalign.palette.problem import Problem
+from fastalign.palette.setup import set_up
 from fastalign.palette.sources import ParquetRewards
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import as_groups, as_palettes, as_rewards, as_weights
 from fastalign.palette.feasibility import INWARD
+from fastalign.palette.inputs import as_groups, as_palettes, as_rewards, as_weights
 from fastalign.palette.solve import solve
 
 
@@ -155,7 +155,7 @@ def held_out(rewards, palette, *, folds: int = 5, seed: int = 0, groups=None, we
             own.append(np.stack([np.bincount(ids, p * rewards[test, j]) for j in range(m)], axis=1))
         ess += float((1.0 / np.bincount(ids, p * p)).sum())
     error = np.sqrt(variance) if groups is None else standard_error(np.concatenate(own))
-    from fastalign.palette._inputs import as_sign
+    from fastalign.palette.inputs import as_sign
 
     sign = as_sign(sense, m)
     miss = np.where(sign == 0, np.abs(levels - palette), sign * (palette - levels))

@@ -7,6 +7,7 @@ A pair's prompt is run once, no padding is run at all, and only completion token
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -123,6 +124,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         if getattr(args, "precompute_ref_log_probs", False) is None:
             peft = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
             self._lazy_reference = ref_model is None and not peft and _whole(args, kwargs)
+            args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = self._lazy_reference
         super().__init__(model, ref_model, args, *positional, **kwargs)
         self._prepare()

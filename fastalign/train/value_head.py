@@ -242,9 +242,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """
         state = self.state_dict() if weights is None else weights
         inner = {name: x for name, x in state.items() if not name.startswith("v_head.")}
-        with _staged(save_directory) as beside:
+        with staged(save_directory) as beside:
             self.pretrained_model.save_pretrained(beside, state_dict=inner, **options)
-            _save_value_head({name: x for name, x in state.items() if name.startswith("v_head.")}, beside)
+            save_value_head({name: x for name, x in state.items() if name.startswith("v_head.")}, beside)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> None:
         """Upload what `save_pretrained` writes; options go to huggingface_hub's upload_folder."""
@@ -288,14 +288,14 @@ def upload(folder: str, repo_id: str, *, private: bool | None = None, token: Any
         raise UserError(f"push_to_hub to {repo_id!r} failed: {reason}") from None
 
 
-def _save_value_head(tensors: dict[str, Tensor], folder: Path) -> None:
+def save_value_head(tensors: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     (folder / VALUE_HEAD).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / VALUE_HEAD)
 
 
-class _staged:
+class staged:
     """A folder to write in; its files are then renamed one by one into the target."""
 
     def __init__(self, target: str | os.PathLike):

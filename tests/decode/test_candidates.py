@@ -77,7 +77,7 @@ def test_columns_and_types_of_the_file(tmp_path):
     make(rewards=("positive",)).take(PICKS).to_parquet(tmp_path / "c.parquet")
     schema = pq.read_schema(tmp_path / "c.parquet")
     assert {field.name: str(field.type) for field in schema} == {
-        "prompt_id": "int32",
+        "prompt_id": "int64",
         "candidate_id": "int32",
         "prompt": "string",
         "text": "string",

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from fastalign import UserError
 from fastalign.palette import quantile_palette, solve
-from fastalign.palette._inputs import as_rewards
+from fastalign.palette.inputs import as_rewards
 
 
 def samples(n, m, seed=0, kind="normal"):

@@ -13,8 +13,8 @@ from palette_problems import random_problem, random_problem_of_prompts
 from test_palette import samples
 
 from fastalign import use_backend
-from fastalign.palette import _native, quantile_palette, solve
-from fastalign.palette._setup import pass_over
+from fastalign.palette import native, quantile_palette, solve
+from fastalign.palette.setup import pass_over
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def in_python(monkeypatch):
 
     def call(*arguments, **options):
         with monkeypatch.context() as patched:
-            patched.setattr(_native, "serves", lambda run: False)
+            patched.setattr(native, "serves", lambda run: False)
             return solve(*arguments, **options)
 
     return call
@@ -179,13 +179,13 @@ def test_every_instruction_set():
     from fastalign import _C
 
     code = (
-        "import numpy as np; from fastalign.palette import solve, _native, quantile_palette\n"
+        "import numpy as np; from fastalign.palette import solve, native, quantile_palette\n"
         "for m in (1, 3, 6, 8, 11):\n"
         "    x = np.random.default_rng(m).normal(size=(1003, m)).astype(np.float32); c = quantile_palette(x, 0.55)\n"
         "    for groups in (None, np.arange(1003) // 17):\n"
-        "        serves = _native.serves; found = solve(x, np.stack([c, 0.9 * c]), groups=groups)\n"
-        "        _native.serves = lambda _: False; want = solve(x, np.stack([c, 0.9 * c]), groups=groups)\n"
-        "        _native.serves = serves; assert found.kkt_residual.max() <= 1e-9\n"
+        "        serves = native.serves; found = solve(x, np.stack([c, 0.9 * c]), groups=groups)\n"
+        "        native.serves = lambda _: False; want = solve(x, np.stack([c, 0.9 * c]), groups=groups)\n"
+        "        native.serves = serves; assert found.kkt_residual.max() <= 1e-9\n"
         "        np.testing.assert_allclose(found.lam, want.lam, rtol=1e-8)\n"
         "from fastalign import _C; print(_C.active_isa())"
     )
@@ -200,7 +200,7 @@ def test_every_instruction_set():
 def test_what_is_served():
     rewards = samples(100, 3)
     for groups in (None, np.arange(100) // 5):
-        assert _native.serves(pass_over(rewards, groups, None))
-    assert not _native.serves(pass_over(np.zeros((5, 65)), None, None))
+        assert native.serves(pass_over(rewards, groups, None))
+    assert not native.serves(pass_over(np.zeros((5, 65)), None, None))
     with use_backend("reference"):
-        assert not _native.serves(pass_over(rewards, None, None))
+        assert not native.serves(pass_over(rewards, None, None))

@@ -13,7 +13,7 @@ from test_palette import samples
 
 from fastalign import UserError
 from fastalign.palette import ParquetRewards, quantile_palette, solve
-from fastalign.palette._inputs import as_rewards
+from fastalign.palette.inputs import as_rewards
 from fastalign.palette.passes import ArrayPass, DevicePass
 
 NAMES = ["humor", "helpful", "harmless"]

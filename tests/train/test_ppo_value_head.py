@@ -182,9 +182,7 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with torch.no_grad():
         model.v_head.summary.bias.add_(1)
-    monkeypatch.setattr(
-        "fastalign.train.value_head._save_value_head", lambda *_: (_ for _ in ()).throw(OSError("full"))
-    )
+    monkeypatch.setattr("fastalign.train.value_head.save_value_head", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         model.save_pretrained(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

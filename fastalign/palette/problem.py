@@ -7,10 +7,10 @@ from math import isfinite
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette import _native, _newton
-from fastalign.palette._newton import Point, residual
-from fastalign.palette._uniqueness import flat_directions, least_norm
+from fastalign.palette import native, newton
 from fastalign.palette.feasibility import SHARP, Reachable
+from fastalign.palette.newton import Point, residual
+from fastalign.palette.uniqueness import flat_directions, least_norm
 
 # Rows on which λ is first sought where there are many times as many: a start that spares passes over all.
 FIRST_ROWS, FIRST_SHARE = 16_384, 8
@@ -30,15 +30,15 @@ class Problem:
         self.run, self.palettes, self.sign, self.tol, self.lam_max = run, palettes, sign, tol, lam_max
         count, m = palettes.shape
         self.constant, self.short = np.zeros(m, dtype=bool), np.zeros(count, dtype=bool)
-        native = _native.serves(run)
-        found = _native.minimise(self, start, measured=False) if native else None
+        compiled = native.serves(run)
+        found = native.minimise(self, start, measured=False) if compiled else None
         if found is None:
-            if start is None and not native:
+            if start is None and not compiled:
                 start = self._start_on_part()
-            guess = None if native else start
+            guess = None if compiled else start
             first = run(np.zeros((1, m)) if guess is None else np.vstack([np.zeros((1, m)), guess]))
             self._measure(first)
-            found = _native.minimise(self, start, measured=True) if native else self._minimise(first, guess)
+            found = native.minimise(self, start, measured=True) if compiled else self._minimise(first, guess)
         self.minima = found
 
     def _start_on_part(self) -> np.ndarray | None:
@@ -111,7 +111,7 @@ class Problem:
     def _evaluate(self, ks, mu: np.ndarray) -> list[Point]:
         return self._points(ks, mu, self.run(mu / self.scale))
 
-    def _minimise(self, first, guess) -> _newton.Minima:
+    def _minimise(self, first, guess) -> newton.Minima:
         """In Python, from 0 or where the guess is lower: they share the first read."""
         (lower, upper), ks = self._bounds(), np.arange(len(self.palettes))
         part = lambda rows: type(first)(*(x[rows] for x in first))  # noqa: E731
@@ -119,7 +119,7 @@ class Problem:
         if guess is not None:
             begun = self._points(ks, np.clip(guess * self.scale, lower, upper), part(1 + ks))
             points = [b if b.value < p.value else p for b, p in zip(begun, points, strict=True)]
-        return _newton.minimise(self._evaluate, points, self.short, lower, upper, self.tol)
+        return newton.minimise(self._evaluate, points, self.short, lower, upper, self.tol)
 
     def conclude(self) -> dict:
         """The verdicts, and the solutions in the rewards' own units: every field of PaletteSolution, K leading."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastalign._base.errors import UserError
-from fastalign.palette._inputs import (
+from fastalign.palette.inputs import (
     as_groups,
     as_palettes,
     as_rewards,

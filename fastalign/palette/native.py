@@ -1,6 +1,6 @@
 """The compiled Newton (csrc/map_newton.cpp) over an array in memory: whole solves, with no Python between their passes.
 
-What lies elsewhere (disk, GPU, other ranks), has more values, or finds no compiled module goes through `_newton`.
+What lies elsewhere (disk, GPU, other ranks), has more values, or finds no compiled module goes through `newton`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 
 from fastalign import backend
 from fastalign.backend import threads
-from fastalign.palette._newton import Minima
+from fastalign.palette.newton import Minima
 from fastalign.palette.passes import ArrayPass
 
 MOST_VALUES = 64
