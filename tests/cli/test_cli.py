@@ -16,6 +16,7 @@ from tiny import tiny_folder
 from typer.testing import CliRunner
 
 from fastalign._base import files
+from fastalign.backend import use_backend
 from fastalign.cli import main as cli
 from fastalign.cli.main import app
 from fastalign.decode import Candidates
@@ -228,8 +229,10 @@ def test_bench_writes_results_and_a_table(tmp_path):
 def test_info_tells_what_runs():
     code, out, _ = fastalign("info")
     assert code == 0
-    for word in ("CPU backend", "token_logprobs", "map_statistics", "vaderSentiment", "positive"):
+    for word in ("CPU backend", " linear_token_logprobs,", "map_statistics", "vaderSentiment", "positive"):
         assert word in out
+    with use_backend("reference"):
+        assert "CPU backend  reference (FASTALIGN_BACKEND)" in fastalign("info")[1]
 
 
 def test_the_command_line_s_warnings_are_one_line_each(monkeypatch, capsys):

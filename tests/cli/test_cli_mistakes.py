@@ -337,3 +337,16 @@ def test_a_tilde_is_the_home_folder(run, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "palette.json").is_file()
+
+
+@pytest.mark.parametrize("fault", [TypeError, ValueError, KeyError, RuntimeError, ImportError])
+def test_a_fault_of_ours_shows_its_traceback(fault):
+    lone = typer.Typer()
+
+    @registrar(lone)("x")
+    def broken() -> None:
+        raise fault("len() of a number")
+
+    result = CliRunner().invoke(lone, [])
+    assert type(result.exception) is fault
+    assert result.stderr == "fastalign: a fault of fastalign's own; please report it with what follows\n"

@@ -283,3 +283,9 @@ def test_every_field_has_its_shape(field, value, said):
 def test_a_candidate_may_have_no_weight():
     weights = np.array([[0.0, -np.inf]])
     assert replace(make(1, 2), log_weights=weights.tolist()).log_weights.tolist() == weights.tolist()
+
+
+def test_prompt_ids_are_those_written_however_large(tmp_path):
+    one = Candidates(["p"], [["a"]], [[[1]]], [[[-1.0]]], prompt_ids=np.array([2**31 + 5]))
+    one.to_parquet(tmp_path / "c.parquet")
+    assert Candidates.from_parquet(tmp_path / "c.parquet").prompt_ids.tolist() == [2**31 + 5]

@@ -368,3 +368,13 @@ def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, 
             [float(x) for line in done.stdout.splitlines() if line.startswith("LOSSES") for x in line.split()[1:]]
         )
     assert len(found[0]) == 9 and found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_the_callers_configuration_stays_as_it_is(folder, tmp_path):
+    config = DPOConfig(output_dir=str(tmp_path), report_to="none", precompute_ref_log_probs=None, use_cpu=True)
+    before = config.to_dict()
+    trained = DPOTrainer(
+        str(folder), args=config, train_dataset=Dataset.from_list(rows(4)), processing_class=tiny_tokenizer()
+    )
+    assert trained.args.precompute_ref_log_probs is True
+    assert config.to_dict() == before
