@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from fastalign._base.devices import check_loading
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.files import STDOUT, read_json
@@ -182,7 +183,7 @@ def sample(
         drawing["chat_template_kwargs"] = template  # settings of runs without them stay what they were
     knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
     sampling.check({"n": n, **drawing, **knobs})
-    sampling.check_loading(dtype, device)
+    check_loading(dtype, device)
     sampling.check_ray(ray, workers, worker_cpus, worker_gpus)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastalign._base.devices import check_loading
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.files import read_json
@@ -55,7 +56,7 @@ def soup_front(
         raise UserError(f"limit must be at least 1, got {limit}")
     drawing = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_p": top_p}
     sampling.check(drawing)
-    sampling.check_loading(dtype, device)
+    check_loading(dtype, device)
     values = names("rewards", rewards)
     check_names(values)
     from fastalign.jobs import soup_front as job

@@ -12,7 +12,6 @@ from fastalign._base.errors import UserError
 from fastalign._base.units import parse_bytes
 
 KNOBS = ("batch_size", "memory_limit")  # of speed and memory: what is drawn does not depend on them
-DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 _ANY = 2**63 - 1
 _INTEGERS = (
     ("n", 1, _ANY),
@@ -79,14 +78,6 @@ def check_knobs(job: Mapping[str, Any]) -> None:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None:
         parse_bytes("memory_limit", limit)
-
-
-def check_loading(dtype: Any, device: Any) -> None:
-    """Raise UserError for names that no device or type of numbers has; whether a device is there is seen when a model is loaded."""
-    if isinstance(device, str) and not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
-        raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
-    if isinstance(dtype, str) and DTYPES.get(dtype, dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):
-        raise UserError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}")
 
 
 def check_ray(address: str | None, workers: int | None, worker_cpus: float | None, worker_gpus: float | None) -> None:

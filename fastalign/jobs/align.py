@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from fastalign._base import fingerprint, outputs
+from fastalign._base.devices import check_loading
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_target, read_json, write_json
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.data import palettes
 from fastalign.data.conversations import transcript
-from fastalign.data.sampling import KNOBS, check, check_knobs, check_loading, check_ray
+from fastalign.data.sampling import KNOBS, check, check_knobs, check_ray
 from fastalign.decode.candidates import Candidates
 
 GRID_LIMIT = 10_000  # points of `evaluate_grid`

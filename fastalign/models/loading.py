@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastalign._base.devices import DTYPES, check_loading
 from fastalign._base.errors import UserError
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
-from fastalign.data.sampling import DTYPES, check_loading
 from fastalign.models import gguf
 
 if TYPE_CHECKING:

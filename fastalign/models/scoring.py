@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from fastalign.models.head import head_of
 from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.spans import same_law
 from fastalign.models.trial import Probe, name_of, tell_once, tried
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Scores(NamedTuple):
@@ -156,3 +159,47 @@ def _path(run: Run, logits: Callable[[Any, Tensor], Tensor] = lambda model, x: x
 
 def _fused_head(model: Any, probe: Probe) -> list[Tensor]:
     return _path(_hidden, lambda model, x: head_of(language_model(model)).logits(x))(model, probe)
+
+
+def fused_forward(
+    model: PreTrainedModel,
+    labels: Tensor,
+    *,
+    shift_labels: bool = True,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("log_probs",),
+    **inputs: Any,
+):
+    """Per-token log-probabilities of `labels` under a causal model, its (batch, time, vocab) logits never held.
+
+    Equals `ops.token_logprobs(model(**inputs).logits[:, :-1], labels[:, 1:])`; positions whose label is ignored are
+    not projected.
+
+    Args:
+        model: any transformers causal model, PEFT-wrapped or not, tied head or not. What stands between its hidden states and
+            its logits is tried at first use; where it is not what the fused head does, the full logits are made.
+        labels: (batch, time) int64, usually the input ids with the prompt and the padding set to `ignore_index`.
+        shift_labels: position t predicts labels[:, t + 1] and the result is (batch, time - 1); False: labels[:, t].
+        temperature, ignore_index, outputs: as in `ops.linear_token_logprobs`.
+        inputs: what the model's forward takes: input_ids, attention_mask, position_ids ...
+
+    Returns:
+        What `ops.linear_token_logprobs` returns.
+    """
+    from fastalign.ops import linear_token_logprobs, token_logprobs
+
+    inputs = {**inputs, "use_cache": False, "return_dict": True}
+    options = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
+    verdict = fused_head(model)
+    if not verdict.ok:
+        tell_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
+        logits = model(**inputs).logits[:, -labels.shape[1] :]  # behind virtual tokens
+        if shift_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return token_logprobs(logits, labels, **options)
+    inner = language_model(model)
+    hidden = inner.base_model(**inputs).last_hidden_state
+    if shift_labels:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    return linear_token_logprobs(hidden, labels=labels, **head_of(inner).arguments(), **options)

@@ -1,0 +1,18 @@
+"""Names of devices and of types of numbers, checked without torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastalign._base.errors import UserError
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
+
+
+def check_loading(dtype: Any, device: Any) -> None:
+    """Raise UserError for names that no device or type of numbers has; whether a device is there is seen when a model is loaded."""
+    if isinstance(device, str) and not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
+    if isinstance(dtype, str) and DTYPES.get(dtype, dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):
+        raise UserError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}")
