@@ -131,8 +131,10 @@ def recorded(path: str | os.PathLike, key: str = "made") -> dict[str, Any] | Non
     return made if isinstance(made, dict) else None
 
 
-def not_an_input(out: str | os.PathLike, inputs: Iterable[Any]) -> None:
-    """Raises UserError where `out` is one of these files or folders, by any link, or lies in one of the folders."""
+def not_an_input(out: str | os.PathLike, inputs: Iterable[Any], *, folder: bool = False) -> None:
+    """Raises UserError where `out` is one of these files or folders, by any link, or lies in one of the folders.
+
+    folder: `out` is one that is wholly the command's own, so that no input may lie in it either."""
     there = os.stat(out) if os.path.exists(out) else None
     for path in inputs:
         try:
@@ -145,8 +147,11 @@ def not_an_input(out: str | os.PathLike, inputs: Iterable[Any]) -> None:
             names = (one.path for one in os.scandir(path) if one.is_file())
             if name := next((name for name in names if os.path.samestat(os.stat(name), there)), None):
                 raise UserError(f"{out}: is {name}, of an input, and cannot be the output")
-        if os.path.isdir(path) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+        inner, outer = Path(os.path.realpath(out)), Path(os.path.realpath(path))
+        if os.path.isdir(path) and inner.is_relative_to(outer):
             raise UserError(f"{out}: lies in {path}, an input, and cannot be the output")
+        if folder and outer.is_relative_to(inner):
+            raise UserError(f"{out}: {path}, an input, lies in it, so it cannot be the output's folder")
 
 
 @contextmanager

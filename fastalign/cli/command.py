@@ -31,6 +31,7 @@ UNWRAPPED = 400  # columns, where nobody's terminal folds the lines
 JSON = ("map_", "eval_")  # the commands whose output is JSON
 OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
 PLACES = ("model", "models", "base", "prompts", "data")  # which may be paths, and are texts
+FOLDERS = ("dpo", "ppo", "reward", "soup", "soup_front")  # the commands whose out is a folder of their own
 INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Found = Mapping[str, Any]  # what a command returns and --json prints
@@ -143,9 +144,10 @@ def _protect(command: str, arguments: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{name} must be a path; - is stdout, for the JSON of {' and '.join(JSON).replace('_', '')}"
             )
-    for path in written.values():
+    for name, path in written.items():
         if str(path) != STDOUT:
-            outputs.not_an_input(path, [name for name in named if name])
+            own = name == "out" and command in FOLDERS
+            outputs.not_an_input(path, [place for place in named if place], folder=own)
     places = [os.path.realpath(path) for path in written.values()]
     if len(set(places)) < len(places):
         raise UserError(f"{' and '.join(written)} must be different, got {', '.join(map(str, written.values()))}")

@@ -67,7 +67,7 @@ class Run:
         self.checkpoints = self.out / "checkpoints"
         self.logs = self.out / "log.jsonl"
         check_folder(self.out)
-        outputs.not_an_input(self.out, inputs)
+        outputs.not_an_input(self.out, inputs, folder=True)
         self.previous = self.out / "previous"
         if (
             not overwrite and self._settings_in(self.previous) == self.settings

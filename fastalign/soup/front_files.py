@@ -81,7 +81,7 @@ def making(
     walk holds it, or left files of another job there and they are not to be overwritten.
     """
     check_folder(out)
-    outputs.not_an_input(out, inputs)
+    outputs.not_an_input(out, inputs, folder=True)
     out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(f"{out.name}.parts"), writes=out, keeps="soups") as parts:

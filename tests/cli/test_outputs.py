@@ -120,6 +120,14 @@ def test_an_input_is_never_the_output(name, by, work):
         assert contents(work) == before
 
 
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != "pareto"])
+def test_a_folder_among_whose_files_an_input_is_is_never_the_output(name, work):
+    before = contents(work)
+    for target in (".", work, "../work"):
+        assert "an input, lies in it" in refused(*argued(name, "--out", target, "--overwrite"))
+    assert contents(work) == before
+
+
 @every_command
 def test_what_is_there_stays_unless_told(name, work, monkeypatch):
     inner = COMMANDS[name][2]
