@@ -135,3 +135,11 @@ def test_every_package_is_in_the_wheel():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastalign").rglob("__init__.py")}
     assert "fastalign.models" in found
     assert [name for name in sorted(found) if f'"{name}",' not in text] == []
+
+
+def test_the_architecture_page_is_what_the_imports_say():
+    done = subprocess.run(
+        [sys.executable, "-c", "import draw_architecture as it; assert it.PAGE.read_text(encoding='utf-8') == it.page()"],
+        cwd=ROOT / "tools", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, "python tools/draw_architecture.py" + done.stderr[-500:]

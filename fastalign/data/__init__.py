@@ -1,4 +1,4 @@
-"""Prompts, preference pairs and files: what goes in, and how results are written."""
+"""Prompts, conversations, preference pairs and palettes, as users bring them."""
 
 from typing import TYPE_CHECKING
 

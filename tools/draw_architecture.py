@@ -1,0 +1,82 @@
+"""Draw docs/architecture.md: the package's layers from its imports, the purpose of each from its own first line.
+
+`python tools/draw_architecture.py` writes it anew; a test holds the file to what it would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+HEAD = """# Architecture
+
+One sentence for each package, from the top layer down. An import goes down only, never up and never in a circle;
+`make lint` holds the code to it. The arrows are the imports there are. Those that nearly all have, to `_base` and
+`backend`, are left out.
+"""
+TAIL = """
+Below Python lie three places that the ops choose among (`fastalign/backend.py`):
+
+- `csrc/`: the CPU engine in C++17, imported as `fastalign._C`. One source per op; `bindings.cpp` alone knows Python. Kernels are
+  compiled once per instruction set and chosen at run time.
+- `kernels/`: Triton kernels, one file per op, imported as `fastalign.kernels` when a GPU tensor arrives.
+- `fastalign/reference.py`: every op in plain torch, the definition that both answer to.
+
+An op is five things of one name: its reference, its C++ kernel, its Triton kernel, `ops/<op>.py` (checks, choice of backend,
+autograd) and `tests/ops/test_<op>.py`.
+
+A text's way through the house: `data.prompts` → `decode.Sampler` (on `decode.shared_prompt`, by `decode.token_loop`) →
+`rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` is that way from file to file, and each command of
+`cli` is one step of it.
+"""
+
+
+def layers() -> list[list[str]]:
+    """Of the contract in pyproject.toml, the top one first."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    ordered = next(one["layers"] for one in contracts if one["type"] == "layers")
+    return [[name.strip() for name in layer.replace("|", ":").split(":")] for layer in ordered]
+
+
+def home(path: Path) -> str:
+    """The package or module at the top of fastalign/ that a file belongs to."""
+    return path.relative_to(ROOT / "fastalign").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastalign"):
+            inner = node.module.split(".")[1:2]
+            found.update(inner or [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastalign."))
+    return found
+
+
+def purpose(name: str) -> str:
+    package = ROOT / "fastalign" / name
+    source = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
+    return (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()[0]
+
+
+def page() -> str:
+    names = [name for layer in layers() for name in layer if name != "__main__"]
+    uses: dict[str, set[str]] = {name: set() for name in names}
+    for path in (ROOT / "fastalign").rglob("*.py"):
+        if (own := home(path)) in uses:
+            uses[own] |= imports(path) & uses.keys() - {own, "_base", "backend"}
+    rows = [f"| `{name}` | {purpose(name)} |" for name in names]
+    arrows = [f"  {name} --> {other}" for name in names for other in names if other in uses[name]]
+    diagram = ["```mermaid", "flowchart TD", *arrows, "```"]
+    return "\n".join([HEAD, "| package | what it is |", "| --- | --- |", *rows, "", *diagram, TAIL])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    sys.stdout.write(f"{PAGE.relative_to(ROOT)}\n")
