@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README.partition("**Before and after.**")[2], re.S)[:2]
+BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README.partition("## Before and after")[2], re.S)[:2]
 
 
 def run(code, **given):

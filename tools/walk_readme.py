@@ -1,4 +1,4 @@
-"""Runs README's commands and Python, in order, in an empty folder.
+"""Runs README's and the guide's commands and Python, in order, in an empty folder.
 
     python tools/walk_readme.py [--tiny]
 
@@ -61,7 +61,8 @@ def prepare(folder: Path) -> None:
 def steps(tiny: bool) -> list[tuple[str, list[str]]]:
     """(what README has, what is run) ..."""
     found = []
-    for kind, block in re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/guide.md"))
+    for kind, block in re.findall(r"```(\w*)\n(.*?)```", text, re.S):
         if kind == "python":
             found.append((block.strip().splitlines()[-1], [sys.executable, "-W", "ignore", "-c", python(block, tiny)]))
             continue

@@ -75,7 +75,7 @@ def merge(
             (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs none.
         out: the folder to make. It must not exist, be empty, or hold this very merge, finished; or, with overwrite, another
             merge, which is replaced once this one is whole.
-        method: one of METHODS; docs in README.md. "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two
+        method: one of METHODS; see docs/guide.md. "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two
             models along the great circle of each tensor, by the second's share of the weights; "ties", "dare_linear",
             "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties": task vectors of which some elements stay;
             "nuslerp", slerp of two models or task vectors, or of their rows; "sce", "nearswap", "arcee_fusion", "ram": mergekit's,
