@@ -12,6 +12,7 @@ from fastalign import rewards, soup
 from fastalign._base.errors import UserError
 from fastalign.cli.main import app
 from fastalign.decode import Candidates, Sampler
+from fastalign.jobs import soup_front
 from fastalign.rewards import registry
 from fastalign.soup import front
 
@@ -171,7 +172,7 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
 def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_path, monkeypatch):
     def study(seed, grid, **more):
         rho = soup.simplex_grid(2, grid)
-        return front.study(models[:2], rho, PROMPTS, ["length", "vowels"], out, **{**DRAW, "seed": seed}, **more)
+        return soup_front.study(models[:2], rho, PROMPTS, ["length", "vowels"], out, **{**DRAW, "seed": seed}, **more)
 
     def content(folder=None):
         return {path.name: path.read_bytes() for path in (folder or out).rglob("*") if path.is_file()}
@@ -231,5 +232,5 @@ def test_two_walks_into_one_folder_do_not_meet(models, tmp_path, monkeypatch):
 def test_a_stranger_s_summary_is_not_replaced(models, tmp_path):
     (tmp_path / "soups.json").write_text("precious")
     with pytest.raises(UserError, match=r"soups.json: exists, and is of other soups or settings; --overwrite"):
-        front.study(models, [[1, 0, 0]], PROMPTS, ["length"], tmp_path, **DRAW)
+        soup_front.study(models, [[1, 0, 0]], PROMPTS, ["length"], tmp_path, **DRAW)
     assert [path.name for path in tmp_path.iterdir()] == ["soups.json"]
