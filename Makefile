@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint
+# make demo · make test · make bench · make bench-compare REF=<commit> · make lint
 # A virtual environment in .venv, torch first. On Linux pip's torch is a CUDA build of several GB: for a CPU build make .venv and put
 # one in before, with the command of https://pytorch.org/get-started/locally/; it stays, where it is of the version below.
 
@@ -9,7 +9,7 @@ JOBS   ?= logical
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench bench-compare lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastalign demo --out out/demo $(ARGS)
@@ -18,7 +18,12 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m bench $(ARGS)
+	mkdir -p out
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=out/bench.json $(ARGS)
+	$(BIN)/python -m bench.tables out/bench.json
+
+bench-compare: $(VENV)/.dev
+	$(BIN)/python -m bench.commits $(or $(REF),HEAD~1) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

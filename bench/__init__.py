@@ -1,1 +1,1 @@
-"""Benchmarks against what people use today: `fastalign bench`, or `make bench` in the repository."""
+"""Benchmarks against what people use today, for pytest-benchmark: `make bench`, `pytest bench --benchmark-only`, `fastalign bench`."""

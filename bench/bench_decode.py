@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
 
+import pytest
 import torch
 import torch.nn.functional as F
-from fastalign.bench.common import Case
 
+pytestmark = pytest.mark.decode
 GENERATE = "transformers generate"
 NEW = 24
 
@@ -31,21 +31,28 @@ def texts() -> tuple:
     return sampler, [one], [" ".join(choose.choices(words, k=choose.randint(8, 96))) for _ in range(32)]
 
 
-def cases() -> Iterator[Case]:
-    for n, bar in ((64, 8), (256, 12)):
-        yield Case(
-            f"one prompt of 265 tokens, {NEW} new, N = {n}",
-            lambda n=n: draw(texts()[1], n, NEW, ends=False),
-            {GENERATE: lambda n=n: generate(texts()[1], n, NEW, ends=False)},
-            {GENERATE: bar},
-            floor=lambda n=n: linear_layers(texts()[0].model, n, NEW),
-            rounds=2 if n < 256 else 1,
-        )
-    yield Case(
-        "32 prompts of 8 to 96 words, up to 32 new, N = 32",
-        lambda: draw(texts()[2], 32, 32, ends=True),
-        {GENERATE: lambda: [generate(texts()[2][i : i + 4], 32, 32, ends=True) for i in range(0, 32, 4)]},
-        {GENERATE: 5},
+@pytest.mark.parametrize(
+    ("n", "bar"),
+    [pytest.param(n, bar, id=f"one prompt of 265 tokens, {NEW} new, N = {n}") for n, bar in ((64, 8), (256, 12))],
+)
+def test_one_prompt(compare, n, bar):
+    sampler, one, _ = texts()
+    compare(
+        lambda: draw(one, n, NEW, ends=False),
+        {GENERATE: lambda: generate(one, n, NEW, ends=False)},
+        floor=lambda: linear_layers(sampler.model, n, NEW),
+        bars={GENERATE: bar},
+        rounds=2 if n < 256 else 1,
+    )
+
+
+@pytest.mark.parametrize("n", [pytest.param(32, id="32 prompts of 8 to 96 words, up to 32 new, N = 32")])
+def test_many_prompts(compare, n):
+    _, _, many = texts()
+    compare(
+        lambda: draw(many, n, 32, ends=True),
+        {GENERATE: lambda: [generate(many[i : i + 4], n, 32, ends=True) for i in range(0, len(many), 4)]},
+        bars={GENERATE: 5},
         rounds=1,
     )
 

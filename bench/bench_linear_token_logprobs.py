@@ -1,37 +1,42 @@
-"""The fused head against TRL's chunked head, F.linear + cross_entropy, and torch.compile of the plain form.
+"""The fused head against TRL's chunked head, F.linear + cross_entropy, and torch.compile of the plain form; forward and backward.
 
-The floor is the matrix products that the pass consists of, in the tiles of the op, timed in the same turn: four with
-a head that learns (the logits twice, but for the tiles that are kept, and two gradients), two with a frozen one.
+The floor is the matrix products that the pass consists of, in the tiles of the op: four with a head that learns (the logits
+twice, but for the tiles that are kept, and two gradients), two with a frozen one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import pytest
 import torch
 import torch.nn.functional as F
-from fastalign.bench.common import Case
+from fastalign.bench.peers import both_passes, head_products
 
 from fastalign.ops import linear_token_logprobs
 from fastalign.ops.head import KEPT_BYTES
 
+pytestmark = pytest.mark.losses
 TRL, PLAIN, COMPILED = "TRL chunked head", "F.linear + cross_entropy", "torch.compile(F.linear + cross_entropy)"
 TILE = 4096
+SMOL = (1024, 576, 49_152)
+CASES = {  # tokens × width × vocabulary, the bar against TRL, and what is unusual
+    "1,024 x 576 x 49,152 float32": (SMOL, 2.5, {"compiled": True}),
+    "1,024 x 576 x 49,152 float32, frozen head": (SMOL, 4, {"frozen": True}),
+    "1,024 x 576 x 49,152 bfloat16": (SMOL, 5, {"dtype": torch.bfloat16}),
+    "1,024 x 576 x 49,152 float32, half of it prompt": (SMOL, 4, {"prompt": 0.5}),
+    "1,024 x 896 x 151,936 float32": ((1024, 896, 151_936), 2.5, {}),
+    "1,024 x 2,048 x 128,256 float32": ((1024, 2048, 128_256), 2.5, {}),
+}
 
 
-def cases() -> Iterator[Case]:
-    yield head("1,024 × 576 × 49,152 float32", 1024, 576, 49_152, bar=2.5, compiled=True)
-    yield head("1,024 × 576 × 49,152 float32, frozen head", 1024, 576, 49_152, frozen=True, bar=4)
-    yield head("1,024 × 576 × 49,152 bfloat16", 1024, 576, 49_152, dtype=torch.bfloat16, bar=5)
-    yield head("1,024 × 576 × 49,152 float32, half of it prompt", 1024, 576, 49_152, prompt=0.5, bar=4)
-    yield head("1,024 × 896 × 151,936 float32", 1024, 896, 151_936, bar=2.5)
-    yield head("1,024 × 2,048 × 128,256 float32", 1024, 2048, 128_256, bar=2.5)
+@pytest.mark.parametrize("case", CASES)
+def test_head(compare, case):
+    (tokens, width, vocab), bar, options = CASES[case]
+    head(compare, tokens, width, vocab, bar=bar, **options)
 
 
-def head(name, tokens, width, vocab, *, dtype=torch.float32, frozen=False, prompt=0.0, bar, compiled=False) -> Case:
-    """One shape, forward and backward; prompt: the share of positions whose label is ignored."""
-    from trl.kernels import ChunkedLogProbFunction
-
+def head(compare, tokens, width, vocab, *, bar, dtype=torch.float32, frozen=False, prompt=0.0, compiled=False):
+    """prompt: the share of positions whose label is ignored."""
+    chunked = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, width) * 0.05).to(dtype).requires_grad_(not frozen)
@@ -39,19 +44,12 @@ def head(name, tokens, width, vocab, *, dtype=torch.float32, frozen=False, promp
     labels[: int(prompt * tokens)] = -100
     keep = labels != -100
 
-    def both(log_probs):
-        def run():
-            hidden.grad = weight.grad = None
-            log_probs().sum().backward()
-
-        return run
-
     def ours():
         return linear_token_logprobs(hidden, weight, labels)
 
     def trl():  # what TRL does on the CPU: every position, then the mask
         everything = (hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())
-        return ChunkedLogProbFunction.apply(*everything)[0].masked_fill(~keep, 0)
+        return chunked.apply(*everything)[0].masked_fill(~keep, 0)
 
     def plain():
         return -F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
@@ -60,31 +58,14 @@ def head(name, tokens, width, vocab, *, dtype=torch.float32, frozen=False, promp
         error = (ours() - trl())[keep].abs().max()
         assert error < (0.1 if dtype == torch.bfloat16 else 1e-4), error
 
-    peers = {TRL: both(trl), PLAIN: both(plain)}
-    if compiled:
-        peers[COMPILED] = both(torch.compile(plain))
+    forms = {TRL: trl, PLAIN: plain} | ({COMPILED: torch.compile(plain)} if compiled else {})
     budget = KEPT_BYTES + weight.numel() * weight.dtype.itemsize
     kept = None if frozen else budget // (int(keep.sum()) * TILE * 4)
-    products = floor(hidden.detach()[keep].float(), weight.detach().float(), kept)
-    return Case(name, both(ours), peers, {TRL: bar}, floor=products, check=check, rounds=3)
-
-
-def floor(hidden, weight, kept: int | None):
-    """The products of the pass, tile by tile: logits (again, but for `kept` tiles), gradients of hidden and of weight.
-
-    None: of a frozen head, whose logits are made once and whose gradient is not.
-    """
-    tile, grad = torch.empty(len(hidden), TILE), torch.zeros_like(hidden)
-    grad_weight = torch.zeros_like(weight) if kept is not None else None
-
-    def run():
-        for step, begin in enumerate(range(0, len(weight), TILE)):
-            part = weight[begin : begin + TILE]
-            logits = tile[:, : len(part)]
-            for _ in range(1 if kept is None or step < kept else 2):
-                torch.mm(hidden, part.T, out=logits)
-            grad.addmm_(logits, part)
-            if grad_weight is not None:
-                torch.mm(logits.T, hidden, out=grad_weight[begin : begin + TILE])
-
-    return run
+    compare(
+        both_passes(ours, hidden, weight),
+        {name: both_passes(form, hidden, weight) for name, form in forms.items()},
+        floor=head_products(hidden.detach()[keep].float(), weight.detach().float(), TILE, kept),
+        bars={TRL: bar},
+        check=check,
+        rounds=3,
+    )

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
+import pytest
 import torch
-from fastalign.bench.common import Case
 
 from fastalign.ops import resample
 
+pytestmark = pytest.mark.sampling
+SHAPES = ((4096, 64, 1), (64, 16_384, 64), (1, 1_000_000, 1000))
+PEERS = {
+    "multinomial": ("softmax + multinomial", lambda x, k: torch.multinomial(x.softmax(-1), k, replacement=True)),
+    "systematic": ("numpy", lambda x, k: numpy_systematic(x.numpy(), k)),
+    "gumbel_top_k": ("softmax + multinomial", lambda x, k: torch.multinomial(x.softmax(-1), k)),
+    "best": ("topk", lambda x, k: x.topk(k)),
+}
+CASES = [
+    pytest.param(*shape, method, id=f"{method}, {shape[0]:,} prompts x {shape[1]:,} candidates, k = {shape[2]:,}")
+    for shape in SHAPES
+    for method in PEERS
+]
 
-def cases() -> Iterator[Case]:
+
+@pytest.mark.parametrize(("prompts", "n", "k", "method"), CASES)
+def test_resample(compare, prompts, n, k, method):
     torch.manual_seed(0)
-    for prompts, n, k in ((4096, 64, 1), (64, 16_384, 64), (1, 1_000_000, 1000)):
-        log_weights = torch.randn(prompts, n) * 2
-        where = f"{prompts:,} prompts × {n:,} candidates, k = {k:,}"
-
-        def ours(method, log_weights=log_weights, k=k):
-            return lambda: resample(log_weights, k, method=method, seed=0)
-
-        def torchs(replacement, log_weights=log_weights, k=k):
-            return lambda: torch.multinomial(log_weights.softmax(-1), k, replacement=replacement)
-
-        yield Case(
-            f"multinomial, {where}", ours("multinomial"), {"softmax + multinomial": torchs(True)},
-            check=lambda log_weights=log_weights, k=k: check(log_weights, k),
-        )  # fmt: skip
-        yield Case(
-            f"systematic, {where}",
-            ours("systematic"),
-            {"numpy": lambda log_weights=log_weights, k=k: numpy_systematic(log_weights.numpy(), k)},
-        )
-        yield Case(f"gumbel_top_k, {where}", ours("gumbel_top_k"), {"softmax + multinomial": torchs(False)})
-        yield Case(f"best, {where}", ours("best"), {"topk": lambda log_weights=log_weights, k=k: log_weights.topk(k)})
+    log_weights = torch.randn(prompts, n) * 2
+    name, peer = PEERS[method]
+    compare(
+        lambda: resample(log_weights, k, method=method, seed=0),
+        {name: lambda: peer(log_weights, k)},
+        check=lambda: check(log_weights, k, method),
+    )
 
 
 def numpy_systematic(log_weights, k):
@@ -43,11 +42,20 @@ def numpy_systematic(log_weights, k):
     return np.stack([np.searchsorted(row, share * row[-1]) for row, share in zip(mass, shares, strict=True)])
 
 
-def check(log_weights, k) -> None:
-    """Systematic counts lie within one of k p, and the best are torch's."""
-    expected = k * log_weights.double().softmax(-1)
-    ids = resample(log_weights, k, method="systematic", seed=0)
-    found = torch.zeros_like(expected).scatter_add(1, ids, torch.ones_like(ids, dtype=torch.float64))
-    assert (found - expected).abs().max() < 1 + 1e-6
-    best = log_weights.gather(1, resample(log_weights, k, method="best", seed=0))
-    assert torch.equal(best, log_weights.topk(k).values)
+def check(log_weights, k, method) -> None:
+    """Systematic counts lie within one of k p, the best are torch's, and what is drawn without replacement differs."""
+    ids = resample(log_weights, k, method=method, seed=0)
+    if method == "systematic":
+        expected = k * log_weights.double().softmax(-1)
+        found = torch.zeros_like(expected).scatter_add(1, ids, torch.ones_like(ids, dtype=torch.float64))
+        assert (found - expected).abs().max() < 1 + 1e-6
+    elif method == "best":
+        assert torch.equal(log_weights.gather(1, ids), log_weights.topk(k).values)
+    elif method == "gumbel_top_k":
+        assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
+    else:  # the mean log-weight of what is drawn is within five standard errors of its expectation
+        p = log_weights.double().softmax(-1)
+        mean = (p * log_weights).sum(-1)
+        variance = (p * log_weights.square()).sum(-1) - mean.square()
+        error = (log_weights.gather(1, ids).double().mean(-1) - mean).mean() / (variance / k / len(p)).mean().sqrt()
+        assert error.abs() < 5, error

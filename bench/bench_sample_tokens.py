@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import pytest
 import torch
-from fastalign.bench.common import Case
 
 from fastalign import reference
 from fastalign.ops import sample_tokens
 
+pytestmark = pytest.mark.sampling
 ROWS, VOCAB = 1024, 49_152
-BARS = {"no filter": 60, "top_k 50": 10, "top_p 0.9": 10}
-FILTERS = ({}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}, {"min_p": 0.05}, {"top_k": 5000})
+CASES = {  # dtype, filters, bar
+    "float32, no filter": (torch.float32, {}, 60),
+    "float32, top_k 50": (torch.float32, {"top_k": 50}, 10),
+    "float32, top_p 0.9": (torch.float32, {"top_p": 0.9}, 10),
+    "float32, top_k 50, top_p 0.9": (torch.float32, {"top_k": 50, "top_p": 0.9}, None),
+    "float32, min_p 0.05": (torch.float32, {"min_p": 0.05}, None),
+    "float32, top_k 5000": (torch.float32, {"top_k": 5000}, None),
+    "bfloat16, no filter": (torch.bfloat16, {}, None),
+}
 
 
-def cases() -> Iterator[Case]:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{ROWS:,} x {VOCAB:,} {case}")
+def test_tokens(compare, case):
+    dtype, options, bar = CASES[case]
     torch.manual_seed(0)
-    logits = torch.randn(ROWS, VOCAB) * 3
-    for options in FILTERS:
-        told = ", ".join(f"{name} {value}" for name, value in options.items()) or "no filter"
-        peer = "transformers' warpers + softmax + multinomial" if options else "softmax + multinomial"
-        yield Case(
-            f"{ROWS:,} × {VOCAB:,} float32, {told}",
-            lambda options=options: sample_tokens(logits, seed=0, **options),
-            {peer: peers(logits, options)},
-            {peer: BARS[told]} if told in BARS else {},
-            logits.nbytes,
-            lambda options=options: check(logits[:32], options),
-            rounds=5,
-        )
-    narrow = logits.bfloat16()
-    yield Case(
-        f"{ROWS:,} × {VOCAB:,} bfloat16, no filter",
-        lambda: sample_tokens(narrow, seed=0),
-        {"softmax + multinomial": peers(narrow, {})},
-        floor_bytes=narrow.nbytes,
-        check=lambda: check(narrow[:32], {}),
+    logits = (torch.randn(ROWS, VOCAB) * 3).to(dtype)
+    peer = "transformers' warpers + softmax + multinomial" if options else "softmax + multinomial"
+    compare(
+        lambda: sample_tokens(logits, seed=0, **options),
+        {peer: drawn_by_torch(logits, options)},
+        floor=logits.nbytes,
+        bars={} if bar is None else {peer: bar},
+        check=lambda: check(logits[:32], options),
         rounds=5,
     )
 
@@ -48,7 +44,7 @@ def warpers(options):
     return [kind(options[name]) for name, kind in kinds.items() if name in options]
 
 
-def peers(logits, options):
+def drawn_by_torch(logits, options):
     """What transformers' generate does with the last logits."""
     chain = warpers(options)
 

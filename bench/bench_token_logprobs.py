@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import pytest
 import torch
-from fastalign.bench.common import Case
+from fastalign.bench.peers import both_passes, torch_log_probs
 
 from fastalign.ops import token_logprobs
 
+pytestmark = pytest.mark.losses
+TRL, TORCH = "TRL selective_log_softmax", "log_softmax + gather"
+# One sequence of 512 tokens; and four of 128, where TRL's loop over sequences makes smaller temporaries.
+SHAPES = ((1, 512, 49_152), (4, 128, 49_152), (1, 512, 151_936))
+CASES = [
+    pytest.param(*shape, dtype, grad, id=f"{shape[0]} x {shape[1]} x {shape[2]:,} {str(dtype)[6:]}, forward{' + backward' * grad}")
+    for shape in SHAPES
+    for dtype in (torch.float32, torch.bfloat16)
+    for grad in (False, True)
+]  # fmt: skip
 
-def cases() -> Iterator[Case]:
-    from trl.trainer.utils import selective_log_softmax
 
-    def plain(logits, labels):
-        return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+@pytest.mark.parametrize(("batch", "length", "vocab", "dtype", "grad"), CASES)
+def test_log_probs(compare, batch, length, vocab, dtype, grad):
+    trl = pytest.importorskip("trl.trainer.utils").selective_log_softmax
+    torch.manual_seed(0)
+    logits = (torch.randn(batch, length, vocab) * 3).to(dtype).requires_grad_(grad)
+    labels = torch.randint(0, vocab, (batch, length))
 
-    # One sequence of 512 tokens; and four of 128, where TRL's loop over sequences makes smaller temporaries.
-    shapes = [(1, 512, 49_152), (4, 128, 49_152), (1, 512, 151_936)]
-    for batch, length, vocab in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.manual_seed(0)
-            logits = (torch.randn(batch, length, vocab) * 3).to(dtype)
-            labels = torch.randint(0, vocab, (batch, length))
-            name = f"{batch} × {length} × {vocab:,} {str(dtype).removeprefix('torch.')}"
-            bars = batch == 1
+    def call(f):
+        return both_passes(lambda: f(logits, labels), logits) if grad else lambda: f(logits, labels)
 
-            def check(logits=logits, labels=labels):
-                part = logits[:1, :64], labels[:1, :64]
-                error = (token_logprobs(*part) - plain(part[0].double(), part[1])).abs().max()
-                assert error < 1e-5, error
+    def check():
+        part = logits[:1, :64].detach(), labels[:1, :64]
+        torch.testing.assert_close(
+            token_logprobs(*part).double(), torch_log_probs(part[0].double(), part[1]), rtol=0, atol=1e-5
+        )
 
-            def forward(f, logits=logits, labels=labels):
-                return lambda: f(logits, labels)
-
-            def both(f, logits=logits, labels=labels):
-                leaf = logits.detach().requires_grad_()
-
-                def run():
-                    leaf.grad = None
-                    f(leaf, labels).sum().backward()
-
-                return run
-
-            size = logits.numel() * logits.element_size()
-            trl, torchs = "TRL selective_log_softmax", "log_softmax + gather"
-            yield Case(
-                f"{name}, forward", forward(token_logprobs),
-                {trl: forward(selective_log_softmax), torchs: forward(plain)}, {trl: 7} if bars else {}, size, check,
-            )  # fmt: skip
-            yield Case(
-                f"{name}, forward + backward", both(token_logprobs),
-                {trl: both(selective_log_softmax), torchs: both(plain)}, {trl: 10} if bars else {}, 3 * size,
-            )  # fmt: skip
+    compare(
+        call(token_logprobs),
+        {TRL: call(trl), TORCH: call(torch_log_probs)},
+        floor=logits.nbytes * (3 if grad else 1),
+        bars={TRL: 10 if grad else 7} if batch == 1 else {},
+        check=check,
+    )

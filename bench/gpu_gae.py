@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from fastalign.bench.bench_gae import python_loop
 from fastalign.bench.gpu_common import KernelCase, Work
+from fastalign.bench.peers import python_loop
 from fastalign.kernels import gae as kernel
 
 from fastalign import reference

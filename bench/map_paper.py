@@ -21,8 +21,8 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from fastalign.bench.bench_map import adam, cvxpy_clarabel, residual, scipy_lbfgsb
-from fastalign.bench.common import machine
+from fastalign.bench.machine import machine
+from fastalign.bench.map_peers import adam, cvxpy_clarabel, residual, scipy_lbfgsb
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, write_json
@@ -190,7 +190,12 @@ def table(models: dict[str, dict], values: list[str]) -> list[str]:
         f"![{model}: {name}](results/map_paper_{model}_{name}.png)" for model in models for name in ("front", "region")
     ]
     here = machine()
-    return [*lines, "", f"Measured on {here['cpu']}, {here['threads']} threads, {here['isa']}, {here['date']}.", ""]
+    return [
+        *lines,
+        "",
+        f"Measured on {here['processor']}, {here['threads']} threads, {here['isa']}, {here['date']}.",
+        "",
+    ]
 
 
 def main() -> None:

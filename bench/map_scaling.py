@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from fastalign.bench.bench_map import samples
-from fastalign.bench.common import machine
+from fastalign.bench.machine import machine
+from fastalign.bench.map_peers import samples
 
 from fastalign._base.files import write_json
 from fastalign.palette import quantile_palette, solve

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from fastalign.bench.common import machine
+from fastalign.bench.machine import machine
 
 from fastalign import rewards
 from fastalign._base.files import write_json

@@ -519,25 +519,19 @@ cli_soup_front.add_to(app)
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="losses, sampling, map, training, decode, soup, or parts of names; default all."),
+        typer.Argument(
+            help="losses, sampling, map, training, decode, soup, or what pytest's -k takes: head, 'gae or resample'; default all."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results (JSON) and their table (Markdown).")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the results (pytest-benchmark's JSON) and their table.")] = Path(
         "bench-results"
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure fastalign against what people use today, in one process, in turn. Needs the peers installed."""
-    from fastalign._base.files import atomic_write
-    from fastalign.bench import runner
+    """Measure fastalign against what people use today, in one process, in turn. Needs fastalign\\[bench] and the peers."""
+    from fastalign.cli.bench import run
 
-    console = _console()
-    there = [path for path in sorted(out.glob("*")) if path.name == "table.md" or path.suffix == ".json"]
-    if there and not overwrite:
-        raise UserError(f"{there[0]}: exists; --overwrite measures again and replaces it")
-    runner.run(names or [], out, say=lambda line: console.print(line, soft_wrap=True))
-    with atomic_write(out / "table.md") as beside:
-        beside.write_text("\n".join(runner.table(out)) + "\n", encoding="utf-8")
-    console.print(f"{out / 'table.md'}")
+    _console().print(f"{run(names or [], out, overwrite=overwrite)}")
 
 
 @command("fastalign info")

@@ -212,18 +212,22 @@ def test_help_has_an_example(command):
     assert code == 0 and f"Example: fastalign {command}" in out
 
 
-def test_bench_writes_results_and_a_table(tmp_path):
-    code, out, _ = fastalign("bench", "resample: systematic, 4,096", "--out", tmp_path)
-    assert code == 0 and "× numpy" in out
-    (result,) = json.loads((tmp_path / "resample.json").read_text())["results"]
+def test_bench_writes_results_and_a_table(tmp_path, monkeypatch):
+    assert fastalign("bench", "gae and 64", "--out", tmp_path)[0] == 0
+    (result,) = json.loads((tmp_path / "bench.json").read_text())["benchmarks"]
+    ratio = result["extra_info"]["ratio"]["Python loop over time"]["p50"]
+    assert result["stats"]["median"] > 0 and f"**{ratio:,.0f} ×**" in (tmp_path / "table.md").read_text()
+    assert "exists; --overwrite measures again" in refused("bench", "gae", "--out", tmp_path)
+    monkeypatch.setattr("fastalign.cli.bench.find_spec", lambda name: None)
+    assert "pip install 'fastalign[bench]'" in refused("bench", "--out", tmp_path / "other")
+
+
+def test_bench_knows_its_names_from_collection_alone(tmp_path):
+    told = refused("bench", "elephant", "--out", tmp_path / "other")
     assert (
-        result["ms"]["fastalign"]["p50"] > 0
-        and f"{result['ratio']['numpy']['p50']:.1f} ×" in (tmp_path / "table.md").read_text()
+        "names must be losses, sampling, map, training, decode, soup or what pytest's -k finds, got 'elephant'" in told
     )
-    assert "benchmarks must be among losses, sampling, map, training, decode" in refused(
-        "bench", "resample: elephant", "--out", tmp_path / "other"
-    )
-    assert "exists; --overwrite measures again" in refused("bench", "resample: systematic, 4,096", "--out", tmp_path)
+    assert not (tmp_path / "other").exists()
 
 
 def test_info_tells_what_runs():

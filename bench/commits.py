@@ -1,0 +1,89 @@
+"""python -m bench.commits REF [pytest's arguments]: every benchmark of this checkout, its build against that of the commit REF.
+
+REF is built in a temporary worktree. Each case runs in two processes, one a build, in turn (`--against`); the ratio told is REF's
+time over ours. A case that REF cannot run is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+# A process a case: other plugins would take seconds of each.
+ALONE, PLUGIN = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, ("-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
+# In the other build's process, its two ends of the pipes: how often to repeat the call, and the seconds that one took.
+questions: TextIO | None = None
+answers: TextIO | None = None
+
+
+class OtherBuild:
+    """The same benchmark in a process with another build of fastalign. folder: has the package; its name is the commit's."""
+
+    def __init__(self, folder: str, item: pytest.Item):
+        self.name, self.errors = Path(folder).name, tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-W", "ignore", __file__, "--serve", f"{item.path}::{item.name}"]
+        pipe, environment = subprocess.PIPE, os.environ | ALONE | {"PYTHONPATH": folder}
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, stderr=self.errors, text=True
+        )
+
+    def seconds(self, repeats: int) -> float:
+        try:
+            print(repeats, file=self.process.stdin, flush=True)
+            return float(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.errors.seek(0)
+            pytest.skip(f"not at {self.name}: {self.errors.read()[-500:]}")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def answer(seconds: Callable[[int], float]) -> None:
+    """Time our call as often as it is asked for."""
+    for repeats in questions:
+        print(seconds(int(repeats)), file=answers, flush=True)
+
+
+def serve(test: str) -> int:
+    import fastalign.bench  # the other build's, before pytest finds this checkout's
+
+    fastalign.bench.__path__[:] = [str(HERE)]
+    from fastalign.bench import commits
+
+    commits.questions, commits.answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what pytest prints
+    return pytest.main([test, *PLUGIN, "--benchmark-disable", "-rs"])
+
+
+def main(ref: str, arguments: list[str]) -> int:
+    git = ["git", "-C", str(HERE)]
+    commit = subprocess.run([*git, "rev-parse", "--short", f"{ref}^{{commit}}"], stdout=subprocess.PIPE, text=True)
+    if commit.returncode:
+        return commit.returncode
+    with tempfile.TemporaryDirectory() as folder:
+        tree, build = Path(folder, "tree"), Path(folder, commit.stdout.strip())
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(tree), ref], check=True)
+        try:
+            command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(build)]
+            subprocess.run(command, cwd=tree, check=True)
+        finally:
+            subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
+        os.environ |= ALONE
+        options = [*PLUGIN, "--benchmark-only", "--benchmark-quiet", "-rs", "--against", str(build)]
+        return pytest.main([str(HERE), *options, *arguments])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        sys.exit(serve(sys.argv[2]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,133 @@
+"""The fixture `compare`, on top of pytest-benchmark's: ours and its peers in one process, in turn, so that the machine's drift cancels."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from fastalign.bench import commits
+from fastalign.bench.machine import machine, peak_mb, read_bandwidth
+from fastalign.bench.tables import GROUPS, line
+
+MIN_SECONDS = 0.02  # a shorter call is repeated until one measurement lasts so long
+# The BLAS under numpy keeps its threads spinning for some 20 ms after a call: they must not take the next one's core.
+REST_SECONDS = 0.1
+LONG_SECONDS = 20.0  # a peer's first call of that length needs no warming up: it counts
+OURS = "fastalign"
+Call = Callable[[], Any]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--against", metavar="FOLDER", help="a build of another commit: the one peer; see commits.py")
+
+
+def pytest_configure(config):
+    for name in GROUPS:
+        config.addinivalue_line("markers", f"{name}: a group of benchmarks")
+
+
+@pytest.fixture
+def compare(benchmark, request):
+    """`compare(ours, peers)` measures one case and puts all but our own times into `benchmark.extra_info`."""
+    gc.collect()
+    gc.freeze()  # what is imported need not be looked through before every call
+    request.addfinalizer(gc.unfreeze)
+
+    def run(
+        ours: Call,
+        peers: Mapping[str, Call],
+        *,
+        floor: Call | int | None = None,
+        bars: Mapping[str, float] | None = None,
+        check: Callable[[], str | None] | None = None,
+        rounds: int = 7,
+    ) -> None:
+        """Call everything once, check, then time ours and every peer in turn.
+
+        Args:
+            ours, peers: calls without arguments. One with `prepare` has it called, untimed, before each call; one with `peak_mb`
+                tells its memory itself (worker.py).
+            floor: what ours cannot beat: a call, timed in the same turn, or the bytes of memory that must be read. One that is beaten
+                is no floor, and left out.
+            bars: peer -> the ratio to reach.
+            check: raises where ours and a peer do not agree, which fails the benchmark; may return a text to be kept.
+            rounds: in each of which all are timed; ratios are taken round by round.
+        """
+        if commits.questions:
+            return commits.answer(lambda repeats: _seconds(ours, repeats))
+        if other := request.config.getoption("against"):
+            build = commits.OtherBuild(other, request.node)
+            request.addfinalizer(build.close)
+            peers, floor, bars = {build.name: build}, None, None
+        timed = {**peers, "floor": floor} if callable(floor) else dict(peers)
+        first, peaks = {}, {}
+        for name, call in {OURS: ours, **timed}.items():
+            first[name], peaks[name] = _warm(call)
+        found = check() if check else None
+        if benchmark.disabled:
+            return benchmark.pedantic(lambda: None)
+        repeats = {name: max(1, min(1000, int(MIN_SECONDS / seconds))) for name, seconds in first.items()}
+        times = {name: [first[name]] if first[name] > LONG_SECONDS else [] for name in timed}
+
+        def one_round_of_each_peer():
+            own = benchmark.stats.stats.data
+            for name, call in timed.items():
+                if len(times[name]) < len(own):
+                    times[name].append(_seconds(call, repeats[name]))
+            if len(own) < rounds:
+                _rest(ours)
+
+        benchmark.group = request.node.path.stem.removeprefix("bench_")
+        _rest(ours)
+        # As `teardown`, since pytest-benchmark repeats no call within a round that has a `setup`.
+        benchmark.pedantic(ours, teardown=one_round_of_each_peer, rounds=rounds, iterations=repeats[OURS])
+        own = benchmark.stats.stats.data
+        benchmark.extra_info |= machine() | {
+            "rounds": rounds,
+            "ratio": {name: _spread([x / y for x, y in zip(times[name], own, strict=True)]) for name in peers},
+            "peers": {name: _spread(times[name]) for name in peers},  # seconds
+            "bars": dict(bars or {}),
+            "peak_mb": {name: peaks[name] for name in (OURS, *peers)},
+        }
+        least = statistics.median(times["floor"]) if callable(floor) else floor and floor / read_bandwidth()
+        if least and least <= statistics.median(own):
+            benchmark.extra_info["floor"] = least  # seconds
+        if found:
+            benchmark.extra_info["check"] = found
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print(line(benchmark.stats.as_dict()), flush=True)
+
+    return run
+
+
+def _warm(call: Call) -> tuple[float, float | None]:
+    """Seconds and MB of a first call."""
+    seconds: list[float] = []
+    peak = peak_mb(lambda: seconds.append(_seconds(call, 1)))
+    return max(seconds[0], 1e-7), getattr(call, "peak_mb", peak)
+
+
+def _seconds(call: Call, repeats: int) -> float:
+    """Of one call."""
+    if isinstance(call, commits.OtherBuild):
+        return call.seconds(repeats)
+    _rest(call)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) / repeats
+
+
+def _rest(call: Call) -> None:
+    gc.collect()
+    getattr(call, "prepare", lambda: None)()
+    time.sleep(REST_SECONDS)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}

@@ -1,0 +1,73 @@
+"""This machine: its processor and software, the memory that a call takes, and the rate at which memory is read."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fastalign
+from fastalign import backend
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "numpy", "scipy", "cvxpy", "clarabel")
+
+
+def machine() -> dict[str, Any]:
+    """What numbers are measured on, and when."""
+    processor = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            named = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            processor = next(named, processor)
+    versions = {"python": platform.python_version(), "fastalign": fastalign.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "isa": backend.engine.active_isa() if backend.engine else "none",
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+@functools.cache
+def read_bandwidth() -> float:
+    """Bytes per second of a sum over 256 MB with torch's threads: the best of seven."""
+    data, times = torch.ones(1 << 26), []
+    for _ in range(8):  # the first makes the threads
+        began = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - began)
+    return data.nbytes / min(times[1:])
+
+
+def peak_mb(call: Callable[[], Any]) -> float | None:
+    """Growth of the resident set over one call; None where the system does not tell."""
+    gc.collect()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # resets the high-water mark
+    except OSError:
+        call()
+        return None
+    before = status_kb("VmRSS")
+    call()
+    return max(0.0, (status_kb("VmHWM") - before) / 1024)
+
+
+def status_kb(field: str, pid: int | str = "self") -> int:
+    """A figure of a process as Linux tells it; 0 where the process is ending. OSError elsewhere."""
+    with open(f"/proc/{pid}/status") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith(field + ":")), 0)

@@ -1,0 +1,123 @@
+"""python -m bench.tables [RUN.json]: what `pytest bench --benchmark-json=RUN.json` measured, kept and shown.
+
+Puts the run's benchmarks in the place of their earlier selves in results/benchmarks.json, drops those that no longer exist, and
+writes RESULTS.md and README's table from it. Without a run, only these two.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, write_json
+
+HERE = Path(__file__).resolve().parent
+GROUPS = ("losses", "sampling", "map", "training", "decode", "soup")  # as which benchmarks are marked
+RESULTS, README = HERE / "results" / "benchmarks.json", HERE.parent / "README.md"
+BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end -->"
+KEPT = ("group", "name", "fullname", "extra_info", "stats")  # of what pytest-benchmark tells of each
+
+
+def line(benchmark: dict) -> str:
+    """One benchmark on the terminal."""
+    found = benchmark["extra_info"]
+    parts = [f"{benchmark['group']}: {title(benchmark)}: {_ms(benchmark['stats']['median'])}"]
+    for peer, ratio in found["ratio"].items():
+        bar = found["bars"].get(peer)
+        told = "" if bar is None else f" (bar {bar:.3g}{'' if ratio['p50'] >= bar else ', MISSED'})"
+        low, middle, high = (_figures(ratio[name]) for name in ("p20", "p50", "p80"))
+        parts.append(f"{middle} × {peer} [{low}–{high}]{told}")
+    parts += [f"floor {_ms(found['floor'])}"] if "floor" in found else []
+    parts += [found["check"]] if "check" in found else []
+    return ", ".join(parts)
+
+
+def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
+    """Every comparison as a row of a Markdown table; headline: of each group the first that has a bar and reaches it."""
+    lines = [
+        "| op | case | against | faster by (p20–p80) | bar | time | floor | peak memory, theirs → ours | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    machines, shown = [], set()
+    for benchmark in sorted(benchmarks, key=lambda one: one["group"]):
+        found = benchmark["extra_info"]
+        place = f"{found['processor']}, {found['threads']} threads, {found['isa']}, torch {found['versions']['torch']}"
+        floor = _ms(found["floor"]) if "floor" in found else ""
+        for peer, ratio in found["ratio"].items():
+            bar = found["bars"].get(peer)
+            if headline and (bar is None or ratio["p50"] < bar or benchmark["group"] in shown):
+                continue
+            shown.add(benchmark["group"])
+            machines += [place] * (place not in machines)
+            memory = [found["peak_mb"].get(name) for name in (peer, "fastalign")]
+            cells = [benchmark["group"], title(benchmark), peer]
+            low, middle, high = (_figures(ratio[name]) for name in ("p20", "p50", "p80"))
+            cells += [f"**{middle} ×** ({low}–{high})"]
+            cells += ["" if bar is None else f"{bar:.3g}{'' if ratio['p50'] >= bar else ', missed'}"]
+            cells += [_ms(benchmark["stats"]["median"]), floor]
+            cells += ["" if None in memory else f"{memory[0]:,.0f} → {memory[1]:,.0f} MB"]
+            cells += [f"{found['date']} on {machines.index(place) + 1}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *(f"{i}. {place}" for i, place in enumerate(machines, 1))]
+
+
+def title(benchmark: dict) -> str:
+    """What stands in brackets behind the test's name, or that name."""
+    name, _, case = benchmark["name"].removesuffix("]").partition("[")
+    return (case or name.removeprefix("test_").replace("_", " ")).replace(" x ", " × ")
+
+
+def _ms(seconds: float) -> str:
+    return f"{_figures(1e3 * seconds)} ms"
+
+
+def _figures(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def existing() -> list[str]:
+    """The benchmarks that there are, as pytest names them."""
+    command = [sys.executable, "-m", "pytest", str(HERE), "--collect-only", "-q", "-o", "addopts="]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
+    return [line for line in told.splitlines() if "::" in line]
+
+
+def keep(run: Path, names: Sequence[str]) -> None:
+    """Merge a run into RESULTS, of which only these names stay; what was not run keeps its numbers and their date."""
+    known = {one["fullname"]: one for one in json.loads(RESULTS.read_text())["benchmarks"]}
+    for one in json.loads(run.read_text())["benchmarks"]:
+        one["stats"].pop("data", None)
+        known[one["fullname"]] = {key: one[key] for key in KEPT}
+    write_json(RESULTS, {"benchmarks": [known[name] for name in names if name in known]})
+
+
+def write() -> None:
+    """RESULTS.md and, between its two marks, README's table."""
+    benchmarks = json.loads(RESULTS.read_text())["benchmarks"]
+    text = README.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{README} lacks the lines {BEGIN} and {END}")
+    (head, rest), every = text.split(BEGIN, 1), table(benchmarks)
+    lines = [head + BEGIN, "", *table(benchmarks, headline=True), "", END + rest.split(END, 1)[1]]
+    with atomic_write(README) as beside:
+        beside.write_text("\n".join(lines), encoding="utf-8")
+    lines = [
+        "# Every comparison",
+        "",
+        "Written by `make bench`; do not edit. Ours and theirs in turn in one run.",
+        "",
+        *every,
+        "",
+    ]
+    with atomic_write(HERE / "RESULTS.md") as beside:
+        beside.write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        keep(Path(sys.argv[1]), existing())
+    write()

@@ -1,0 +1,51 @@
+"""`fastalign bench`: the package's benchmarks under pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+
+
+def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
+    """Run the benchmarks that pytest's -k finds by one of the names, all by default; what they print is pytest's.
+
+    Writes out/bench.json (pytest-benchmark's) and out/table.md, which is returned.
+
+    Raises:
+        UserError: pytest or pytest-benchmark is missing, a name finds nothing, results are there, or a benchmark failed.
+    """
+    if missing := [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)} must be installed for benchmarks: pip install 'fastalign[bench]'")
+    from pytest import ExitCode
+
+    import fastalign.bench
+    from fastalign.bench.tables import GROUPS, table
+
+    found, lines = out / "bench.json", out / "table.md"
+    for path in (found, lines):
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists; --overwrite measures again and replaces it")
+    pytest = [sys.executable, "-m", "pytest", fastalign.bench.__path__[0], "-q", "-p", "pytest_benchmark.plugin"]
+    pytest += ["-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "-o", "addopts="]
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # other plugins take time, and may change the order
+    for name in names:
+        collected = subprocess.run([*pytest, "--collect-only", "-k", name], env=alone, capture_output=True)
+        if collected.returncode in (ExitCode.NO_TESTS_COLLECTED, ExitCode.USAGE_ERROR):
+            raise UserError(f"names must be {', '.join(GROUPS)} or what pytest's -k finds, got {name!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = ["-k", " or ".join(f"({name})" for name in names)] if names else []
+    measured = ["--benchmark-only", "--benchmark-quiet", "-rs", f"--benchmark-json={found}", *chosen]
+    if subprocess.run([*pytest, *measured], env=alone).returncode:
+        raise UserError("a benchmark failed: see above")
+    with atomic_write(lines) as beside:
+        text = "\n".join(table(json.loads(found.read_text())["benchmarks"]))
+        beside.write_text(text + "\n", encoding="utf-8")
+    return lines

@@ -1,0 +1,119 @@
+"""The benchmarks under pytest-benchmark: what `compare` tells, what stays of it, and that every op has one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastalign import ops
+
+pytest.importorskip("pytest_benchmark")
+from fastalign.bench import tables
+
+PYTEST = [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "--benchmark-only"]
+ALONE = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+BENCH = Path(__file__).parents[2] / "bench"
+TINY = """
+import time
+import pytest
+
+def test_sum(compare):
+    compare(
+        lambda: time.sleep(0.001),
+        {"slower": lambda: time.sleep(0.003)},
+        floor=lambda: None, bars={"slower": 2.0}, check=lambda: "the same", rounds=3,
+    )
+
+def test_floor_that_is_beaten(compare):
+    compare(lambda: None, {}, floor=lambda: time.sleep(0.001), rounds=2)
+
+def test_wrong(compare):
+    def check():
+        assert 1 + 1 == 3
+    compare(lambda: None, {"other": lambda: None}, check=check)
+"""
+
+
+def test_what_a_benchmark_tells(tmp_path):
+    (tmp_path / "bench_tiny.py").write_text(TINY)
+    done = subprocess.run(
+        [*PYTEST, "-p", "fastalign.bench.conftest", "bench_tiny.py", "--benchmark-json=out.json"],
+        cwd=tmp_path, env=ALONE | {"FASTALIGN_ISA": "baseline"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "assert (1 + 1) == 3" in done.stdout, done.stdout
+    sums, floor = json.loads((tmp_path / "out.json").read_text())["benchmarks"]  # and not the one whose check fails
+    found = sums["extra_info"]
+    ratio = found["ratio"]["slower"]
+    assert sums["group"] == "tiny" and found["check"] == "the same" and found["bars"] == {"slower": 2.0}
+    assert 1.2 < ratio["p20"] <= ratio["p50"] <= ratio["p80"] and found["rounds"] == len(sums["stats"]["data"]) == 3
+    assert found["peers"]["slower"]["p50"] == pytest.approx(ratio["p50"] * sums["stats"]["median"], rel=0.3)
+    assert found["floor"] < sums["stats"]["median"] and "floor" not in floor["extra_info"]
+    assert set(found["peak_mb"]) == {"fastalign", "slower"} and found["threads"] >= 1 and found["processor"]
+    assert found["isa"] in ("baseline", "none") and {"torch", "numpy", "fastalign"} <= set(found["versions"])
+    assert f"tiny: sum: {1e3 * sums['stats']['median']:.3g} ms" in done.stdout
+
+
+SLOWER = """
+def gae(*arguments, quick=gae):
+    __import__("time").sleep(0.01)
+    return quick(*arguments)
+"""
+
+
+def test_another_build_is_a_peer_in_a_process_of_its_own(tmp_path):
+    build = tmp_path / "abc123"
+    shutil.copytree(BENCH.parent / "fastalign", build / "fastalign")
+    with open(build / "fastalign" / "ops" / "gae.py", "a") as file:
+        file.write(SLOWER)
+    options = [f"--benchmark-json={tmp_path}/out.json", "--against", build]
+    done = subprocess.run(
+        [*PYTEST, BENCH / "bench_gae.py", "-k", "64", *options],
+        cwd=BENCH.parent,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    (found,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert list(found["extra_info"]["ratio"]) == ["abc123"] and found["extra_info"]["ratio"]["abc123"]["p50"] > 5
+
+
+def test_every_op_has_its_benchmark():
+    own = {getattr(ops, name).__module__.rpartition(".")[2] for name in ops.__all__} - {"vocab_parallel"}
+    assert len(own) >= 9
+    assert [op for op in sorted(own | {"policy"}) if not (BENCH / f"bench_{op}.py").is_file()] == []
+
+
+def row(name, ratio, date="2026-01-01", bar=2.0):
+    stats = {"median": 1e-3, "data": [1e-3]}
+    found = {"processor": "P", "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "peak_mb": {}}
+    found |= {"ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
+    return {"group": "x", "name": f"test_x[{name}]", "fullname": name, "extra_info": found, "stats": stats}
+
+
+def test_a_run_replaces_its_own_rows_and_what_is_gone_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "benchmarks.json")
+    tables.RESULTS.write_text(json.dumps({"benchmarks": [row("a", 3.0), row("b", 3.0), row("gone", 3.0)]}))
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": [row("b", 1.5, "2026-02-02") | {"params": {}}]}))
+    tables.keep(tmp_path / "run.json", ["a", "b", "never run"])
+    kept = json.loads(tables.RESULTS.read_text())["benchmarks"]
+    assert [(one["fullname"], one["extra_info"]["date"]) for one in kept] == [("a", "2026-01-01"), ("b", "2026-02-02")]
+    assert "data" not in kept[1]["stats"] and "params" not in kept[1]
+    every, shown = ("\n".join(tables.table(kept, headline=headline)) for headline in (False, True))
+    assert "| a | peer | **3 ×** (3–3) | 2 | 1 ms |" in every and "**1.5 ×** (1.5–1.5) | 2, missed" in every
+    assert "**3 ×**" in shown and "1.5" not in shown and "1. P, 2 threads, avx2, torch 2" in shown
+
+
+def test_the_committed_tables_are_made_from_the_committed_numbers():
+    benchmarks = json.loads(tables.RESULTS.read_text())["benchmarks"]
+    shown = tables.README.read_text(encoding="utf-8").partition(tables.BEGIN)[2].partition(tables.END)[0]
+    assert shown.strip().splitlines() == tables.table(benchmarks, headline=True)
+    assert "missed" not in shown
+    every = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    assert every.endswith("\n".join([*tables.table(benchmarks), ""]))
+    for one in benchmarks:
+        assert one["extra_info"].get("floor", 0) <= one["stats"]["median"]
