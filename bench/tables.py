@@ -12,9 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write, write_json
-
 HERE = Path(__file__).resolve().parent
 GROUPS = ("losses", "sampling", "map", "training", "decode", "soup")  # as which benchmarks are marked
 RESULTS, README = HERE / "results" / "benchmarks.json", HERE.parent / "README.md"
@@ -88,6 +85,8 @@ def existing() -> list[str]:
 
 def keep(run: Path, names: Sequence[str]) -> None:
     """Merge a run into RESULTS, of which only these names stay; what was not run keeps its numbers and their date."""
+    from fastalign._base.files import write_json
+
     known = {one["fullname"]: one for one in json.loads(RESULTS.read_text())["benchmarks"]}
     for one in json.loads(run.read_text())["benchmarks"]:
         one["stats"].pop("data", None)
@@ -97,6 +96,9 @@ def keep(run: Path, names: Sequence[str]) -> None:
 
 def write() -> None:
     """RESULTS.md and, between its two marks, README's table."""
+    from fastalign._base.errors import UserError
+    from fastalign._base.files import atomic_write
+
     benchmarks = json.loads(RESULTS.read_text())["benchmarks"]
     text = README.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
