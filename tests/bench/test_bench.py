@@ -24,7 +24,7 @@ import pytest
 def test_sum(compare):
     compare(
         lambda: time.sleep(0.001),
-        {"slower": lambda: time.sleep(0.003)},
+        {"slower": lambda: time.sleep(0.05)},
         floor=lambda: None, bars={"slower": 2.0}, check=lambda: "the same", rounds=3,
     )
 
@@ -49,8 +49,12 @@ def test_what_a_benchmark_tells(tmp_path):
     found = sums["extra_info"]
     ratio = found["ratio"]["slower"]
     assert sums["group"] == "tiny" and found["check"] == "the same" and found["bars"] == {"slower": 2.0}
-    assert 1.2 < ratio["p20"] <= ratio["p50"] <= ratio["p80"] and found["rounds"] == len(sums["stats"]["data"]) == 3
-    assert found["peers"]["slower"]["p50"] == pytest.approx(ratio["p50"] * sums["stats"]["median"], rel=0.3)
+    assert (
+        1 < ratio["p50"]
+        and ratio["p20"] <= ratio["p50"] <= ratio["p80"]
+        and found["rounds"] == len(sums["stats"]["data"]) == 3
+    )
+    assert found["peers"]["slower"]["p20"] >= 0.05
     assert found["floor"] < sums["stats"]["median"] and "floor" not in floor["extra_info"]
     assert set(found["peak_mb"]) == {"fastalign", "slower"} and found["threads"] >= 1 and found["processor"]
     assert found["isa"] in ("baseline", "none") and {"torch", "numpy", "fastalign"} <= set(found["versions"])
