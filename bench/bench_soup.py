@@ -132,7 +132,7 @@ def copy_seconds(files: int) -> float:
 def worst_error(models: list[str], row: list[float], method: str, made: Path) -> float:
     """The largest error of any element, in units of a bfloat16's last place; where terms cancel, of 2^-20 of their sum of sizes."""
     from fastalign.soup import open_checkpoint
-    from fastalign.soup.memory import mapped
+    from fastalign.soup.checkpoint import mapped
 
     held = [mapped(open_checkpoint(model)) for model in models]
     worst = 0.0

@@ -11,7 +11,7 @@ import sys
 _server = multiprocessing.get_context("forkserver")  # imports once for all
 _server.set_forkserver_preload(
     ["fastalign.cli.main", "fastalign.train.dpo", "fastalign.train.reward", "fastalign.train.ppo", "fastalign.train.value_head", "peft", "datasets",
-     "transformers.models.llama.modeling_llama", "fastalign.decode.sampler", "fastalign.soup.front", "accelerate", "tensorboard",
+     "transformers.models.llama.modeling_llama", "fastalign.decode.sampler", "fastalign.soup.measure", "accelerate", "tensorboard",
      "torch.utils.tensorboard"]
 )  # fmt: skip
 

@@ -204,7 +204,7 @@ def load(folder: Path) -> dict:
 
 def digest(folder: Path) -> dict[str, list[float]]:
     """Two sums over each layer and over what lies outside, along fixed directions: Σ x cos and Σ x sin of elements' places."""
-    from fastalign.soup.layers import layer_of
+    from fastalign.soup.stacks import layer_of
 
     groups: dict[str, list] = {}
     for name, tensor in sorted(load(folder).items()):

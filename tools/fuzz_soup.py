@@ -107,7 +107,7 @@ def _as_json(data: bytes, length: int, draw: random.Random) -> bytes:
 
 def write_twin(found, path: Path, draw: random.Random) -> Path:
     """The same file with other bytes in its floating-point tensors."""
-    from fastalign.soup.dtypes import FLOATS
+    from fastalign.soup.checkpoint import FLOATS
 
     twin = path.with_name(f"twin-{path.name}")
     shutil.copyfile(path, twin)
@@ -123,8 +123,8 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
     """What became of one file: "refused" or "merged" (or "refused later"). Anything else is an error that gets out."""
     from fastalign import soup
     from fastalign._base.errors import UserError
-    from fastalign.soup import parameters as asked
     from fastalign.soup import plan
+    from fastalign.soup.methods import base as asked
 
     def told(error: Exception) -> None:
         line = str(error)

@@ -30,7 +30,7 @@ def make_models(root: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from fastalign.soup.lora_files import write_adapter
+    from fastalign.soup.lora import write_adapter
 
     for i in range(2):
         torch.manual_seed(i)

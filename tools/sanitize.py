@@ -164,7 +164,7 @@ def work() -> dict[str, Callable[[], list]]:
     import torch
 
     from fastalign import ops, palette
-    from fastalign.soup.tensors import mix_tensors
+    from fastalign.soup.stream import mix_tensors
 
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731

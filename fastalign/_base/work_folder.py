@@ -25,7 +25,7 @@ MARK = ".fastalign-work"
 _KIND = "work folder"
 _HALF = re.compile(
     r"\.(?P<whole>.+)\.\d+\.partial|(?P<other>.+)\.partial"
-)  # files.atomic_write's name, and soup/shard.py's
+)  # files.atomic_write's name, and soup/outputs.py's
 
 
 class WorkFolder:

@@ -134,9 +134,9 @@ def soup(
     if adapters and base is None:
         return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
     if adapters:
-        from fastalign.soup import lora_merge
+        from fastalign.soup.lora import apply
 
-        made = lora_merge.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
+        made = apply.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
     else:
         made = plans.make(
             models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
@@ -160,18 +160,18 @@ def _parameters(given: list[str]) -> dict:
 
 def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Found:
     """Say what is planned, do it unless told not to, and say how fast it was."""
-    from fastalign.soup import estimate, execute
-    from fastalign.soup import plan as plans
     from fastalign.soup.outputs import already_made
+    from fastalign.soup.plan import size
+    from fastalign.soup.run import estimated, execute
 
     out, told = made.out, console()
     for line in made.describe():
         told.print(printable(line), soft_wrap=True, markup=False)
     if dry_run:
         already_made(made, overwrite=overwrite)
-        told.print(estimate.told(made), soft_wrap=True, markup=False)
+        told.print(estimated(made), soft_wrap=True, markup=False)
         told.print("dry run: nothing was written")
-        return {"out": str(out), "plan": list(made.describe()), "estimate": estimate.told(made)}
+        return {"out": str(out), "plan": list(made.describe()), "estimate": estimated(made)}
     found = execute(made, sync=sync, strict=strict, overwrite=overwrite)
     result = {"out": str(out), "soups": found.models, "shards": len(made.layout), "resumed": found.resumed}
     result |= {"read_bytes": found.read_bytes, "written_bytes": found.written_bytes, "seconds": found.seconds}
@@ -184,7 +184,7 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Fo
     moved = found.read_bytes + found.written_bytes
     went_on = f", {found.resumed} of {len(made.layout)} shards were there already" if found.resumed else ""
     told.print(
-        f"{out}: {plans.size(moved)} moved in {found.seconds:.2f} s, {moved / found.seconds / 1e9:.2f} GB/s{went_on}",
+        f"{out}: {size(moved)} moved in {found.seconds:.2f} s, {moved / found.seconds / 1e9:.2f} GB/s{went_on}",
         soft_wrap=True,
         markup=False,
     )

@@ -12,8 +12,8 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign.data import palettes
-from fastalign.soup.front import Choice, SoupFront, Walk, choose
-from fastalign.soup.front_files import FIGURES, RECORD, making
+from fastalign.soup.front import Choice, SoupFront, choose
+from fastalign.soup.measure import FIGURES, RECORD, Walk, making
 
 
 def study(

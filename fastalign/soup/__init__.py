@@ -4,15 +4,16 @@ from typing import TYPE_CHECKING
 
 from fastalign._base.lazy import lazy
 from fastalign.soup.checkpoint import open_checkpoint
-from fastalign.soup.merge import Merged, execute, merge
 from fastalign.soup.methods import METHODS, simplex_grid
-from fastalign.soup.recipe import read_recipe
+from fastalign.soup.recipes import read_recipe
+from fastalign.soup.run import Merged, execute, merge
 
 if TYPE_CHECKING:
-    from fastalign.soup.front import SoupFront, choose, walk
-    from fastalign.soup.lora import merge_adapters
-    from fastalign.soup.lora_extract import extract_adapter
-    from fastalign.soup.lora_merge import apply_adapters
+    from fastalign.soup.front import SoupFront, choose
+    from fastalign.soup.lora.apply import apply_adapters
+    from fastalign.soup.lora.extract import extract_adapter
+    from fastalign.soup.lora.mix import merge_adapters
+    from fastalign.soup.measure import walk
     from fastalign.soup.memory import interpolate, mix
 
 __all__ = [
@@ -22,6 +23,6 @@ __all__ = [
 
 # Merges of files do without torch; what works on tensors in memory is imported with it, when it is asked for.
 __getattr__, __dir__ = lazy(__name__, {
-    "SoupFront": "front", "choose": "front", "walk": "front", "merge_adapters": "lora", "extract_adapter": "lora_extract",
-    "apply_adapters": "lora_merge", "interpolate": "memory", "mix": "memory",
+    "SoupFront": "front", "choose": "front", "walk": "measure", "merge_adapters": "lora.mix", "extract_adapter": "lora.extract",
+    "apply_adapters": "lora.apply", "interpolate": "memory", "mix": "memory",
 })  # fmt: skip

@@ -1,15 +1,21 @@
-"""What a checkpoint's tensors do not say of themselves and the model's class does: which are stored (in, out), which are tied."""
+"""What model a checkpoint's files are: its configuration, what its class says of its tensors, and whether checkpoints are the
+same model with other weights."""
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.soup import compare
-from fastalign.soup.checkpoint import Checkpoint
+from fastalign.soup.checkpoint import FLOATS, Checkpoint, is_adapter, read_bytes
+from fastalign.soup.vocabulary import OLD_FILES, ROWS, tokens_of
+
+# ---- what the class says ----
 
 
 def is_transposed(model: Checkpoint, module: str) -> bool | None:
@@ -17,7 +23,7 @@ def is_transposed(model: Checkpoint, module: str) -> bool | None:
 
     A checkpoint without a config.json is taken to hold nn.Linear's (out, in).
     """
-    config = compare.config_of(model)
+    config = config_of(model)
     if not config:
         return False
     found = _conv1d(json.dumps(config, sort_keys=True))
@@ -28,7 +34,7 @@ def is_transposed(model: Checkpoint, module: str) -> bool | None:
 
 def is_tied(model: Checkpoint) -> bool:
     """Whether the head and the embedding are one; a config.json leaves out what is its class's default."""
-    config = compare.config_of(model)
+    config = config_of(model)
     if "tie_word_embeddings" in config or not config:
         return bool(config.get("tie_word_embeddings"))
     found = _config(config)
@@ -67,3 +73,174 @@ def _config(held: Mapping[str, Any]) -> Any | None:
         return CONFIG_MAPPING[kind].from_dict(dict(held))
     except Exception as error:
         raise UserError(f"config.json: not a configuration of {kind} ({' '.join(str(error).split())[:200]})") from None
+
+
+# ---- the same model ----
+
+
+# What a configuration may differ in and the weights still mean the same.
+_FREE = {
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "dtype", "torch_dtype",
+    "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "bos_token_id",
+    "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "attention_dropout", "hidden_dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout",
+    "initializer_range", "task_specific_params", "gradient_checkpointing", "auto_map", "pretraining_tp",
+}  # fmt: skip
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens: bool = True) -> list[str]:
+    """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
+
+    force: let configurations and tokenizers differ; tensors never may. tokens: whether vocabularies must be the same, False
+    where embeddings are brought to one.
+    Raises UserError that names the first difference. Reads no weights but those that are not floating-point, and
+    those that one checkpoint stores twice and another once.
+    """
+    models = models_of(checkpoints)
+    first = models[0]
+    for one in models:
+        if (one.folder is not None and is_adapter(one.folder)) or any(".lora_A." in name for name in one):
+            raise UserError(
+                f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters alone, which "
+                "are mixed exactly (soup.merge_adapters), or merge it into its base first (soup.apply_adapters)"
+            )
+    configs = [config_of(one) for one in models]
+    for one, config in zip(models, configs, strict=True):
+        if "quantization_config" in config:
+            raise UserError(
+                f"{one.name}: its weights are quantised, which cannot be averaged; take the full-precision ones"
+            )
+    if not force:
+        free = set() if tokens else {"vocab_size"}
+        if any(one.pieces for one in checkpoints):  # runs of layers are taken, so that what is said of each may differ
+            free |= {
+                key
+                for config in configs
+                for key, value in config.items()
+                if key in LAYER_COUNTS or ("layer" in key and isinstance(value, list))
+            }
+        for other, config in zip(models[1:], configs[1:], strict=True):
+            _same_config(first, configs[0], other, config, free)
+            if tokens:
+                _same_vocabulary(first, other)
+    first = checkpoints[0]
+    names = _common_names(checkpoints, tied=all(config.get("tie_word_embeddings") for config in configs))
+    for name in names:
+        mine = first[name]
+        for other in checkpoints[1:]:
+            theirs = other[name]
+            first_row = 0 if tokens or not name.endswith(ROWS) else 1
+            if theirs.shape[first_row:] != mine.shape[first_row:]:
+                raise UserError(
+                    f"{name} must have one shape in all models, is {list(mine.shape)} in {first.name} and "
+                    f"{list(theirs.shape)} in {other.name}"
+                )
+            if (mine.dtype in FLOATS) != (theirs.dtype in FLOATS):
+                raise UserError(
+                    f"{name} is {mine.dtype} in {first.name} and {theirs.dtype} in {other.name}: cannot be mixed"
+                )
+            if mine.dtype not in FLOATS and (mine.dtype != theirs.dtype or not _equal(first, name, other, name)):
+                raise UserError(
+                    f"{name} ({mine.dtype}) must be equal in all models, for it cannot be averaged; "
+                    f"{other.name}'s differs from {first.name}'s"
+                )
+    return names
+
+
+def models_of(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The models, and in place of stacks those that they are made of, each once."""
+    held = (one for stack in checkpoints for one in ([piece.model for piece in stack.pieces] or [stack]))
+    return list({one.name: one for one in held}.values())
+
+
+def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
+    if a[name].nbytes != b[other].nbytes:
+        return False
+    return all(x == y for x, y in zip(read_bytes(a, name), read_bytes(b, other), strict=True))
+
+
+def _common_names(checkpoints: Sequence[Checkpoint], *, tied: bool) -> list[str]:
+    """With tied embeddings a checkpoint may store one tensor under two names; another stores it once."""
+    common = set.intersection(*(set(one) for one in checkpoints))
+    for one in checkpoints:
+        for name in one:
+            if name in common:
+                continue
+            tensor = one[name]
+            twins = (
+                twin for twin in common if tied and one[twin].shape == tensor.shape and one[twin].dtype == tensor.dtype
+            )
+            if any(_equal(one, name, one, twin) for twin in twins):
+                continue
+            lacks = next(other for other in checkpoints if name not in other)
+            raise UserError(f"{name} is in {one.name} and not in {lacks.name}: the models' tensors must be the same")
+    first = checkpoints[0]
+    ordered = [name for file in first.files for name in file.tensors]
+    return [name for name in ordered if name in common]
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.folder and checkpoint.folder / "config.json"
+    return _json(path) if path and path.is_file() else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    from fastalign._base.files import read_json
+
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str]) -> None:
+    """free: keys that may differ, beside those that always may."""
+    if not mine or not theirs:  # a bare file says nothing
+        return
+    for key in sorted(
+        (mine.keys() | theirs.keys()) - _FREE - free, key=lambda key: (key not in ("model_type", "architectures"), key)
+    ):
+        # A file of another version of transformers may leave out what the other spells out.
+        if key in mine and key in theirs and mine[key] != theirs[key]:
+            raise UserError(
+                f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
+                f"{json.dumps(theirs[key])} in {other.name} (force=True takes the first model's)"
+            )
+
+
+def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
+    if first.folder is None or other.folder is None:
+        return
+    for file in ("tokenizer.json", *OLD_FILES):
+        mine, theirs = first.folder / file, other.folder / file
+        if not (mine.is_file() and theirs.is_file()):
+            continue
+        if os.path.samefile(mine, theirs) or _same_bytes(mine, theirs):
+            if file == "tokenizer.json":
+                return
+        elif file != "tokenizer.json" or (what := _tokens_differ(_json(mine), _json(theirs))):
+            told = f": {what}" if file == "tokenizer.json" else ""
+            raise UserError(
+                f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
+                f"{told} (force=True takes the first model's)"
+            )
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    filecmp.clear_cache()  # it goes by times, which may be too coarse to show a change
+    return filecmp.cmp(a, b, shallow=False)
+
+
+def _tokens_differ(mine: dict, theirs: dict) -> str:
+    """What differs in the tokens of two tokenizer.json; "" for nothing. Padding and truncation are settings, not tokens."""
+    a, b = tokens_of(mine), tokens_of(theirs)
+    if a != b:
+        token = next(token for token in (*a, *b) if a.get(token) != b.get(token))
+        return f"token {token!r} is {a.get(token, 'absent')} and {b.get(token, 'absent')}"
+    return "" if _merges(mine) == _merges(theirs) else "their merges"
+
+
+def _merges(tokenizer: dict) -> list[tuple[str, ...]]:
+    held = (tokenizer.get("model") or {}).get("merges") or ()
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in held]

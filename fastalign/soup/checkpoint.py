@@ -10,21 +10,78 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import reprlib
+import resource
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastalign._base.errors import UserError
-from fastalign.soup.dtypes import SIZES
+
+if TYPE_CHECKING:
+    import torch
+
+# ---- storage types ----
+
+
+# In the order of SoupType in csrc/soup.h: what can be mixed.
+FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
+WORDS = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+SIZES = {
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_NAMES = {word: name for name, word in WORDS.items()}
+_SHORT = {
+    "fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16",
+    "half": "float16", "e4m3": "float8_e4m3fn", "fp8": "float8_e4m3fn", "e5m2": "float8_e5m2",
+}  # fmt: skip
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str:
+    """The name in the file of a floating-point type, from a torch.dtype or "bfloat16", "bf16", "fp8", ..."""
+    word = str(dtype).removeprefix("torch.")
+    name = _NAMES.get(_SHORT.get(word, word))
+    if name not in FLOATS:
+        raise UserError(f"dtype must be one of {', '.join(WORDS[name] for name in FLOATS)}, got {dtype!r}")
+    return name
+
+
+def in_torch(name: str) -> torch.dtype:
+    """torch's type for a name in the file."""
+    import torch
+
+    return getattr(torch, WORDS[name])
+
+
+def of_torch(dtype: torch.dtype) -> str | None:
+    """The name in the file of torch's type, None where the format has none."""
+    return _NAMES.get(str(dtype).removeprefix("torch."))
+
+
+def code(name: str) -> int:
+    """The engine's number of a type that can be mixed."""
+    return FLOATS.index(name)
+
+
+# ---- what a file holds ----
+
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 64
+_BLOCK = 1 << 22  # bytes of a tensor that are read at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -342,3 +399,86 @@ def index_of(shards: list[Shard]) -> dict[str, Any]:
         "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
         "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
     }
+
+
+# ---- its files, open ----
+
+
+_OTHER_FILES = 256  # that a process has open besides
+
+
+@contextmanager
+def opened(checkpoints: Sequence[Checkpoint]) -> Iterator[dict[Path, int]]:
+    """Every file's descriptor."""
+    with ExitStack() as stack:
+        found: dict[Path, int] = {}
+        for file in files_of(checkpoints):
+            if file.path not in found:
+                found[file.path] = os.open(file.path, os.O_RDONLY)
+                stack.callback(os.close, found[file.path])
+        yield found
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files as far as the system lets it, where a merge needs more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"this merge has {count:,} files open at once, the system allows {hard:,}: make fewer soups at once"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def files_of(checkpoints: Sequence[Checkpoint]) -> Iterator[File]:
+    for one in checkpoints:
+        yield from one.files
+
+
+def unchanged(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises UserError where a file is not what it was when its header was read."""
+    for file in files_of(checkpoints):
+        status = os.stat(file.path)
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+            raise UserError(f"{file.path}: changed while it was read; nothing was made of it")
+
+
+def read_bytes(checkpoint: Checkpoint, name: str, block: int = _BLOCK) -> Iterator[bytes]:
+    """A tensor's bytes, a block at a time."""
+    tensor, path = checkpoint[name], checkpoint.files[checkpoint.where[name]].path
+    with open(path, "rb") as file:
+        file.seek(tensor.offset)
+        left = tensor.nbytes
+        while left:
+            data = file.read(min(block, left))
+            if not data:
+                raise UserError(f"{path}: ended while it was read")
+            left -= len(data)
+            yield data
+
+
+def mapped(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors as views of its files, which are read where they are used."""
+    return {name: tensor for file in checkpoint.files for name, tensor in mapped_file(file).items()}
+
+
+def mapped_file(file: File) -> dict[str, torch.Tensor]:
+    """One file's tensors, likewise."""
+    import torch
+
+    found = {}
+    with open(file.path, "rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    for name, tensor in file.tensors.items():
+        dtype = in_torch(tensor.dtype)
+        if tensor.count == 0:
+            found[name] = torch.empty(tensor.shape, dtype=dtype)
+        elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
+            data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
+            found[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
+        else:
+            flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
+            found[name] = flat.view(tensor.shape)
+    return found

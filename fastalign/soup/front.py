@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastalign._base import progress as bars
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
 from fastalign._base.files import read_json, write_json
-from fastalign.soup import lora_merge, methods
-from fastalign.soup import plan as plans
-from fastalign.soup.checkpoint import open_checkpoint
-from fastalign.soup.front_files import Files, making
-from fastalign.soup.lora_files import open_adapter
-from fastalign.soup.memory import interpolate
 
 
 @dataclass(frozen=True)
@@ -86,128 +76,6 @@ class Choice(NamedTuple):
     stderr: np.ndarray  # (d,)
     margin: float
     between: list[int]
-
-
-def walk(
-    models: Sequence[str | os.PathLike],
-    rho,
-    prompts: Sequence[str],
-    rewards: Sequence[Any],
-    out: str | os.PathLike,
-    *,
-    n: int,
-    max_new_tokens: int,
-    seed: int,
-    base: str | os.PathLike | None = None,
-    dtype: Any = "auto",
-    device: Any = "auto",
-    overwrite: bool = False,
-    progress: bool = True,
-    **sampling: Any,
-) -> SoupFront:
-    """Measure the soups of `models` at each row of `rho`: one live model is set to each in turn, sampled and scored.
-
-    Args:
-        models: m checkpoints of one architecture with their tokenizer; with `base`, m LoRA adapters of it.
-        rho: (K, m); rows sum to 1, but for adapters.
-        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes them; every
-            soup is asked the same prompts with the same random numbers, so that differences between soups are less noisy
-            than their levels.
-        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups are taken as they
-            are, those of others raise, unless they are to be overwritten. They are made in `<out>.parts`, where an interrupted
-            walk leaves the finished ones, and come into `out` together.
-
-    Raises UserError or FileNotFoundError, one line each.
-    """
-    asked = Walk(
-        models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device,
-        progress=progress, **sampling,
-    )  # fmt: skip
-    with making(out, [*models, base], asked.job, overwrite=overwrite) as files:
-        return asked.into(files)
-
-
-class Walk:
-    """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
-
-    def __init__(
-        self, models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], *, base, dtype: Any = "auto",
-        device: Any = "auto", progress: bool = True, **sampling: Any,
-    ):  # fmt: skip
-        self._models, self._base, self._prompts = models, base, prompts
-        self._rows = methods.weight_rows(rho, len(models))
-        self._rewards = [rewards] if isinstance(rewards, str) else list(rewards)
-        self._names = names = [reward if isinstance(reward, str) else reward.name for reward in self._rewards]
-        if not names or len(set(names)) < len(names):
-            raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
-        if base is None:
-            methods.linear_rows(self._rows, None)
-            told = [plans.told(open_checkpoint(model)) for model in models]
-        else:
-            opened = [open_adapter(model) for model in models]
-            told = [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in opened]
-            told.append(plans.told(open_checkpoint(base)))
-        self._sampling, self._loading, self._progress = sampling, {"dtype": dtype, "device": device}, progress
-        prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-        made_with = {
-            "models": told,
-            "dtype": str(dtype),
-            "rewards": names,
-            "prompts_sha256": prompts_sha256,
-            **sampling,
-        }
-        self._made_with = json.loads(json.dumps(made_with))
-        self.job = self._made_with | {"rho": self._rows.tolist()}
-
-    def into(self, files: Files, under: str = "") -> SoupFront:
-        """Measure what is not there yet; under: of the files' names."""
-        from fastalign.decode import Sampler
-        from fastalign.models.loading import load_causal_lm
-        from fastalign.rewards import score
-
-        live, grids, names = None, [], self._names
-        asked = [
-            (f"{under}{k:03d}.parquet", self._made_with | {"rho": row.tolist()}) for k, row in enumerate(self._rows)
-        ]
-        there = [files.measured(name, wanted) for name, wanted in asked]  # all are looked at before any is made
-        with bars.bar("soups", total=len(asked), unit="soups", show=self._progress) as advance:
-            for row, (name, wanted), scored in zip(self._rows, asked, there, strict=True):
-                if scored is None:
-                    if live is None:
-                        first = self._models[0] if self._base is None else self._base
-                        live, tokenizer = load_causal_lm(first, **self._loading)
-                    _set(live, self._models, row, self._base)
-                    scored = Sampler(live, tokenizer).sample(self._prompts, **self._sampling)
-                    scored = scored.with_rewards(names, score(self._rewards, *scored.pairs()))
-                    scored.settings["soup"] = wanted
-                    with files.making(name) as path:
-                        scored.to_parquet(path)
-                grids.append(scored.reward_array(names).astype(np.float64))
-                advance(1)
-        grid = np.stack(grids)  # (K, P, n, d)
-        labels = [Path(os.fspath(model)).name or os.fspath(model) for model in self._models]
-        spread = grid.reshape(-1, len(names)).std(axis=0)
-        return SoupFront(names, labels, self._rows, grid.mean(axis=2), spread, grid.shape[2])
-
-
-def _set(live, models: Sequence[str | os.PathLike], row: np.ndarray, base: str | os.PathLike | None) -> None:
-    """The live model's weights to one soup's, in place."""
-    import torch
-
-    if base is None:
-        interpolate(live, models, row)
-        return
-    own = live.state_dict()
-    changed = lora_merge.plan(base, models, row, "unused").blocks_of
-    lacking = next((name for name in changed if name not in own), None)
-    if lacking is not None:
-        raise UserError(f"{lacking} is changed by the adapters and is not in {base} as it was loaded")
-    with torch.no_grad():
-        for name, blocks in changed.items():
-            flat, at = own[name].view(-1), 0
-            for (block,) in blocks():
-                flat[at : at + block.numel()] = block.reshape(-1).to(flat.device)
-                at += block.numel()
 
 
 def choose(front: SoupFront, palette) -> Choice:

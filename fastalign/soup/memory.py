@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from fastalign._base.errors import UserError, printable
-from fastalign.soup import compare, dtypes, methods, parameters
-from fastalign.soup.checkpoint import Checkpoint, File, open_checkpoint
-from fastalign.soup.finite import NotFinite
-from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.architecture import same_model
+from fastalign.soup.checkpoint import (
+    FLOATS,
+    Checkpoint,
+    in_torch,
+    mapped,
+    of_torch,
+    open_checkpoint,
+    parse_dtype,
+)
+from fastalign.soup.methods import linear_rows, weight_rows
+from fastalign.soup.methods.base import check
+from fastalign.soup.steps import NotFinite
+from fastalign.soup.stream import mix_tensors
 
 Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
 
@@ -39,7 +48,7 @@ def mix(
     """
     held, rows, told = _prepare(models, weights, normalize)
     seen, several = NotFinite(), np.ndim(weights) == 2
-    target = None if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
+    target = None if dtype is None else in_torch(parse_dtype(dtype))
     soups: list[dict[str, Tensor]] = [{} for _ in rows]
     for name, first in held[0].items():
         tensors = [one[name].to(first.device) for one in held]
@@ -140,12 +149,12 @@ def _prepare(
     """Each model's tensors, of the same names and shapes; the weights' rows; what the models are called."""
     if isinstance(models, str | os.PathLike | nn.Module | Mapping) or not models:
         raise UserError("models must be a list of modules, state dicts, folders, files or hub names")
-    parameters.check("linear", len(models), with_base=False)
-    rows = methods.linear_rows(methods.weight_rows(weights, len(models)), normalize).tolist()
+    check("linear", len(models), with_base=False)
+    rows = linear_rows(weight_rows(weights, len(models)), normalize).tolist()
     opened = [open_checkpoint(one) if isinstance(one, str | os.PathLike) else one for one in models]
     told = [one.name if isinstance(one, Checkpoint) else f"model {number}" for number, one in enumerate(opened)]
     checkpoints = [one for one in opened if isinstance(one, Checkpoint)]
-    stored = set(compare.same_model(checkpoints)) if checkpoints else set()
+    stored = set(same_model(checkpoints)) if checkpoints else set()
     held = [
         {name: tensor for name, tensor in mapped(one).items() if name in stored}
         if isinstance(one, Checkpoint)
@@ -176,29 +185,6 @@ def _tensors(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     )
 
 
-def mapped(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A checkpoint's tensors as views of its files, which are read where they are used."""
-    return {name: tensor for file in checkpoint.files for name, tensor in mapped_file(file).items()}
-
-
-def mapped_file(file: File) -> dict[str, Tensor]:
-    """One file's tensors, likewise."""
-    found = {}
-    with open(file.path, "rb") as opened:
-        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    for name, tensor in file.tensors.items():
-        dtype = dtypes.in_torch(tensor.dtype)
-        if tensor.count == 0:
-            found[name] = torch.empty(tensor.shape, dtype=dtype)
-        elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
-            data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
-            found[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
-        else:
-            flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
-            found[name] = flat.view(tensor.shape)
-    return found
-
-
 def _common_names(held: Sequence[Mapping[str, Tensor]], told: Sequence[str]) -> list[str]:
     """Those in every model. A model may hold one tensor under two names, as tied embeddings are, another under one."""
     common = set.intersection(*(set(one) for one in held))
@@ -216,7 +202,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_float(tensor: Tensor) -> bool:
-    return dtypes.of_torch(tensor.dtype) in dtypes.FLOATS
+    return of_torch(tensor.dtype) in FLOATS
 
 
 def _described(tensor: Tensor) -> str:

@@ -15,12 +15,20 @@ from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign._base.fingerprint import of_files, of_weights
 from fastalign._base.units import counted, parse_bytes
-from fastalign.soup import compare, dtypes, methods
-from fastalign.soup import parameters as asked
-from fastalign.soup.checkpoint import Checkpoint, File, Shard, lay_out
-from fastalign.soup.companions import Companions, companions
-from fastalign.soup.embeddings import Embeddings, in_order_of
+from fastalign.soup import methods
+from fastalign.soup.architecture import same_model
+from fastalign.soup.checkpoint import (
+    FLOATS,
+    Checkpoint,
+    File,
+    Shard,
+    lay_out,
+    parse_dtype,
+)
+from fastalign.soup.methods import base as asked
+from fastalign.soup.sidecar import Companions, companions
 from fastalign.soup.stacks import Model, open_model
+from fastalign.soup.vocabulary import Embeddings, in_order_of
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +144,7 @@ def make(
         raise UserError(f"normalize is for linear soups, not for {method}")
     given = [1 / len(models)] * len(models) if weights is None else weights
     methods.Weights(given, len(models))  # a mistake there is told before files are opened
-    out_dtype = None if dtype is None else dtypes.parse(dtype)
+    out_dtype = None if dtype is None else parse_dtype(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
     if pad_to_multiple_of is not None and not (type(pad_to_multiple_of) is int and pad_to_multiple_of >= 1):
@@ -147,12 +155,12 @@ def make(
         opened, None if base is None else inputs[0], companion=companion, tokenizer=tokenizer, multiple=pad_to_multiple_of,
         chat_template=chat_template,
     )  # fmt: skip
-    names = compare.same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force, tokens=tokenizer is None)
+    names = same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force, tokens=tokenizer is None)
     sources, first, embeddings = inputs, opened[0], None
     if vocabulary is not None:
         inputs, embeddings = in_order_of(vocabulary, inputs, names, _work(out))
         opened = inputs[len(inputs) - len(opened) :]
-    mixed = [name for name in names if opened[0][name].dtype in dtypes.FLOATS]
+    mixed = [name for name in names if opened[0][name].dtype in FLOATS]
     rows = methods.Weights(given, len(models), names)
     steps = methods.steps(method, opened, None if base is None else inputs[0], rows, values, normalize, mixed)
     layout = lay_out(((name, out_type(first, name, out_dtype), opened[0][name].shape) for name in names), shard_size)
@@ -161,18 +169,18 @@ def make(
         "method": method,
         "normalize": normalize,
         "dtype": out_dtype,
-        "models": [told(one) for one in sources[len(sources) - len(opened) :]],
-        "base": None if base is None else told(sources[0]),
+        "models": [identity_of(one) for one in sources[len(sources) - len(opened) :]],
+        "base": None if base is None else identity_of(sources[0]),
         "parameters": asked.told(values),
     }
     blocks_of: dict[str, Any] = {}
     if values.get("filter_wise"):
-        from fastalign.soup import filter_wise
+        from fastalign.soup.methods import filter_wise
 
         stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
         blocks_of = filter_wise.blocks_of(inputs, mixed, values["floor"], stored, limit)
     elif methods.by_whole_tensors(method, values):
-        from fastalign.soup import whole_tensors
+        from fastalign.soup.methods import whole as whole_tensors
 
         stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
         settings = methods.settings_of(method, rows, values, mixed)
@@ -210,15 +218,17 @@ def content(files: Sequence[File], along: Companions) -> dict[str, Any]:
 
 def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
     own = first[name].dtype
-    return out_dtype if out_dtype is not None and own in dtypes.FLOATS else own
+    return out_dtype if out_dtype is not None and own in FLOATS else own
 
 
-def told(checkpoint: Checkpoint) -> dict[str, Any]:
+def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """A model's name without the place where it lies, and what identifies its files: a hash of header and size. Of a stack,
     that of each piece."""
     if checkpoint.pieces:
         return {
-            "layers": [{**told(piece.model), "first": piece.first, "last": piece.last} for piece in checkpoint.pieces]
+            "layers": [
+                {**identity_of(piece.model), "first": piece.first, "last": piece.last} for piece in checkpoint.pieces
+            ]
         }
     local = os.path.exists(os.path.expanduser(checkpoint.name))
     name = Path(checkpoint.name).expanduser().resolve().name if local else checkpoint.name

@@ -5,53 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastalign import backend
 from fastalign._base.files import flushes
 from fastalign._base.work_folder import sha256
-from fastalign.soup.dtypes import SIZES, code
-from fastalign.soup.tasks import KEEPS, Tasks
+from fastalign.soup.checkpoint import SIZES, code
+from fastalign.soup.steps import KEEPS, Seen, Segment, StreamError, Tasks
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CACHE_BYTES = 1 << 20  # of a thread's chunks: about a core's second-level cache
 LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 17  # elements
 PAGE = 4096
 _A_THREADS = 1 << 24  # bytes to digest for which a thread is worth its start
-
-
-class Segment(NamedTuple):
-    """n elements that lie together in every input and output; files are descriptors, offsets bytes.
-
-    weights: (outputs × inputs), row by row.
-    """
-
-    n: int
-    in_types: tuple[str, ...]
-    in_files: tuple[int, ...]
-    in_offsets: tuple[int, ...]
-    out_files: tuple[int, ...]
-    out_offsets: tuple[int, ...]
-    weights: list[float]
-
-
-class Seen(NamedTuple):
-    """What went by. digests: what was added to each output's digest, 0 where none was asked for; inputs, outputs: for each
-    (count, segment, element): how many numbers were not finite, and where the first was. Outputs' are counted only where
-    the inputs' beside them were finite."""
-
-    digests: list[int]
-    inputs: list[tuple[int, int, int]]
-    outputs: list[tuple[int, int, int]]
-
-
-class StreamError(OSError):
-    """A file that could not be read or written. `segment`, `file`: which, counted from 0; errno 0: it ended early."""
-
-    def __init__(self, writing: bool, error: int, segment: int, file: int):
-        super().__init__(error, os.strerror(error) if error else "ended while it was read")
-        self.writing, self.segment, self.file = writing, segment, file
 
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
@@ -186,3 +157,27 @@ def _follows(a: Segment, b: Segment, out_width: int) -> bool:
     same = (a.in_types, a.in_files, a.out_files, a.weights) == (b.in_types, b.in_files, b.out_files, b.weights)
     ends = tuple(at + a.n * SIZES[name] for at, name in zip(a.in_offsets, a.in_types, strict=True))
     return same and ends == b.in_offsets and tuple(at + a.n * out_width for at in a.out_offsets) == b.out_offsets
+
+
+# ---- in memory ----
+
+
+def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:
+    """K sums Σ rows[k][i] tensors[i] in `dtype`, contiguous. tensors: one shape and device, floating-point types of FLOATS.
+
+    Added up in float32, in float64 where an input or `dtype` is; beyond float8_e4m3fn's range, its largest number.
+    """
+    import torch
+
+    from fastalign import reference
+    from fastalign.ops.buffers import buffer
+
+    if backend.choose(tensors[0].device) != "cpu":
+        return reference.weighted_sums(tensors, rows, dtype)
+    outs = [torch.empty(tensors[0].shape, dtype=dtype) for _ in rows]
+    kept = [tensor.detach().contiguous() for tensor in tensors]
+    backend.engine.soup_memory(
+        [buffer(out) for out in outs], [buffer(tensor) for tensor in kept], [float(w) for row in rows for w in row],
+        backend.threads(),
+    )  # fmt: skip
+    return outs

@@ -18,7 +18,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.work_folder import MARK
 from fastalign.cli.main import app
 from fastalign.soup.checkpoint import INDEX
-from fastalign.soup.lora_files import write_adapter
+from fastalign.soup.lora import write_adapter
 from fastalign.soup.methods import simplex_grid
 
 RHO = [0.5, 0.3, 0.2]
@@ -329,7 +329,7 @@ def test_flushing_left_to_the_system(models, tmp_path, monkeypatch):
     for first, then, resumes in ((True, True, True), (True, False, False), (False, True, False), (False, False, False)):
         out = tmp_path / f"{first}_{then}"
         with monkeypatch.context() as patch:
-            patch.setattr("fastalign.soup.companions.Companions.copy", stop)
+            patch.setattr("fastalign.soup.sidecar.Companions.copy", stop)
             with pytest.raises(KeyboardInterrupt):
                 soup.merge(models, RHO, out, max_shard_size="30kB", sync=first)
         found = soup.merge(models, RHO, out, max_shard_size="30kB", sync=then)
@@ -345,13 +345,13 @@ def test_little_memory_gives_the_same(models, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such call")
 def test_much_output_leaves_no_pages_behind_and_little_does(models, tmp_path, monkeypatch):
-    from fastalign.soup import shard
+    from fastalign.soup import outputs
 
     told, advise = [], os.posix_fadvise
     monkeypatch.setattr(os, "posix_fadvise", lambda *what: (told.append(what), advise(*what)))
     soup.merge(models, RHO, tmp_path / "little")
     assert not told
-    monkeypatch.setattr(shard, "_KEPT", 0)
+    monkeypatch.setattr(outputs, "_KEPT", 0)
     soup.merge(models, RHO, tmp_path / "much")
     assert {what[3] for what in told} == {os.POSIX_FADV_DONTNEED}
     little, much = files(tmp_path / "little"), files(tmp_path / "much")
@@ -394,7 +394,7 @@ def stopped(models, out, monkeypatch, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastalign.soup.companions.Companions.copy", stop)
+        patch.setattr("fastalign.soup.sidecar.Companions.copy", stop)
         with pytest.raises(KeyboardInterrupt):
             soup.merge(models, options.pop("weights", [0.25, 0.75]), out, max_shard_size="4MB", **options)
     return out.with_name(f".{out.name}.soup")
@@ -612,7 +612,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from fastalign import soup
-from fastalign.soup.lora_files import write_adapter
+from fastalign.soup.lora import write_adapter
 
 def files(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -627,7 +627,7 @@ write_adapter(disk / "wide", wide, {}, {})
 models = sorted(disk.glob("*.safetensors"))
 soup.merge(models, [0.5, 0.5], disk / "done", progress=False)
 kept = files(disk)
-sys.modules["fastalign.soup.merge"].check_space = lambda *_: None  # the disk fills after the check
+sys.modules["fastalign.soup.run"].check_space = lambda *_: None  # the disk fills after the check
 for call in (
     lambda out: soup.merge(models, [[0.5, 0.5], [1, 0]], out, max_shard_size="500kB", progress=False),
     lambda out: soup.apply_adapters(models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", progress=False),

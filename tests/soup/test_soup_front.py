@@ -14,7 +14,6 @@ from fastalign.cli.main import app
 from fastalign.decode import Candidates, Sampler
 from fastalign.jobs import soup_front
 from fastalign.rewards import registry
-from fastalign.soup import front
 
 PROMPTS = ["tell me a story", "the cat", "why", "hello world"]
 DRAW = {"n": 3, "max_new_tokens": 4, "seed": 0, "progress": False}
@@ -79,7 +78,7 @@ def made(rho, levels, noise=0.0):
     means = levels[:, None] + noise * np.random.default_rng(0).normal(size=(1, 50, levels.shape[1]))
     means += levels[:, None] - means.mean(axis=1, keepdims=True)
     names = [f"v{j}" for j in range(levels.shape[1])]
-    return front.SoupFront(
+    return soup.SoupFront(
         names, ["a", "b", "c"][: len(rho[0])], np.asarray(rho, dtype=float), means, np.ones(len(names)), 4
     )
 
@@ -111,13 +110,13 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         with pytest.raises(UserError, match=part):
             soup.choose(two, palette)
     two.write(tmp_path / "soups.json")
-    back = front.SoupFront.read(tmp_path / "soups.json")
+    back = soup.SoupFront.read(tmp_path / "soups.json")
     assert np.array_equal(back.means, two.means) and back.models == two.models
     held = json.loads((tmp_path / "soups.json").read_text())
     for change, part in (({"means": [[[1.0]]]}, "do not fit"), ({"rho": "x"}, "not a whole soup_front file")):
         (tmp_path / "bad.json").write_text(json.dumps(held | change))
         with pytest.raises(UserError, match=part):
-            front.SoupFront.read(tmp_path / "bad.json")
+            soup.SoupFront.read(tmp_path / "bad.json")
     with pytest.raises(UserError, match="must sum to 1"):
         soup.walk(models, [[0.5, 0.4, 0]], PROMPTS, ["length"], tmp_path / "out", **DRAW)
     with pytest.raises(UserError, match="each once"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastalign import backend, reference
-from fastalign.soup.dtypes import FLOATS, in_torch
-from fastalign.soup.stream import Segment, dots
-from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.checkpoint import FLOATS, in_torch
+from fastalign.soup.steps import Segment
+from fastalign.soup.stream import dots, mix_tensors
 
 pytestmark = pytest.mark.skipif(backend.engine is None, reason="the engine is not built")
 
@@ -110,8 +110,9 @@ def test_many_models_and_special_numbers():
 
 LEVELS = """
 import torch
-from fastalign.soup.stream import Segment, dots
-from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.steps import Segment
+from fastalign.soup.stream import dots
+from fastalign.soup.stream import mix_tensors
 torch.manual_seed(0)
 x = [torch.randn(3000).to(t) for t in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32)]
 for dtype in (torch.float32, torch.float64):

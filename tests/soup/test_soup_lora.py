@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fastalign import soup
 from fastalign._base.errors import UserError
 from fastalign.cli.main import app
-from fastalign.soup.lora_files import CONFIG, WEIGHTS, open_adapter
+from fastalign.soup.lora import CONFIG, WEIGHTS, open_adapter
 
 IDS = torch.tensor([[5, 17, 200, 9, 31, 7]])
 SETTINGS = [

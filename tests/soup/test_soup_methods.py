@@ -10,9 +10,10 @@ from fastalign import soup
 from fastalign._base.errors import UserError
 from fastalign.cli import soup as cli_soup
 from fastalign.cli.main import app
-from fastalign.soup import estimate, geometry
 from fastalign.soup import plan as plans
-from fastalign.soup.settings import Places, parse
+from fastalign.soup.methods import spheres as geometry
+from fastalign.soup.methods.settings import Places, parse
+from fastalign.soup.run import estimate, estimated
 
 F64 = torch.float64
 NAMES = [
@@ -255,7 +256,7 @@ def test_checkpoints_with_nothing_to_mix(tmp_path):
     for i, options in enumerate([{"weights": [0.5, 0.5]}, {"weights": None, "method": "karcher"}]):
         soup.merge(pair, **options, out=tmp_path / f"out{i}", progress=False)
         assert torch.equal(load_file(tmp_path / f"out{i}" / "model.safetensors")["ids"], torch.arange(3))
-    assert "nothing is mixed" in estimate.told(plans.make(pair, [0.5, 0.5], tmp_path / "dry"))
+    assert "nothing is mixed" in estimated(plans.make(pair, [0.5, 0.5], tmp_path / "dry"))
 
 
 def test_what_is_asked_for_wrongly(files, tmp_path):
@@ -316,6 +317,6 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(files, tmp_path):
         assert "time: about " in result.output and "dry run: nothing was written" in result.output
     assert not any(tmp_path.iterdir())
     plan = plans.make(paths(files, 1, 2), [[0.5, 0.5], [1.0, 0.0]], tmp_path / "out")
-    found = estimate.estimate(plan)
+    found = estimate(plan)
     assert found.sample == 4 * 8 * 24 * 40  # the whole of one tensor: two inputs, two outputs
     assert found.seconds > 0 and found.rate == pytest.approx((plan.read_bytes + plan.written_bytes) / found.seconds)

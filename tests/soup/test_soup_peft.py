@@ -10,7 +10,7 @@ from tiny import tiny_tokenizer
 
 from fastalign import soup
 from fastalign._base.errors import UserError
-from fastalign.soup.lora_files import CONFIG
+from fastalign.soup.lora import CONFIG
 
 IDS = torch.arange(4, 20)[None]
 SMALL = dict(vocab_size=320, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)

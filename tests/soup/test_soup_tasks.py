@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fastalign import backend
-from fastalign.soup.dtypes import of_torch
-from fastalign.soup.stream import Segment, merge_tasks
-from fastalign.soup.task_vectors import mask, merge_tensor, random_words
-from fastalign.soup.tasks import Choice, Tasks, stream_of
+from fastalign.soup.by_torch import mask, merge_tensor, random_words
+from fastalign.soup.checkpoint import of_torch
+from fastalign.soup.steps import Choice, Segment, Tasks, stream_of
+from fastalign.soup.stream import merge_tasks
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 

@@ -239,7 +239,7 @@ def quietly(*arguments, **options):
 
 def test_types_and_blocks(pair, tmp_path, monkeypatch):
     """A wide row is not rounded to a narrow model's type on its way; the output keeps the first model's; small blocks change nothing."""
-    from fastalign.soup import embeddings
+    from fastalign.soup import vocabulary
 
     narrow = [
         retyped(one, tmp_path / one.name, dtype)
@@ -252,7 +252,7 @@ def test_types_and_blocks(pair, tmp_path, monkeypatch):
     assert all(torch.equal(made[tokens[token]], own[token]) for token in own.keys() - vocab(narrow[0]).keys())
     kept = quietly(narrow, [0.5, 0.5], tmp_path / "kept", tokenizer="union", pad_to_multiple_of=64)
     assert {x.dtype for x in load_file(kept / "model.safetensors").values()} == {torch.bfloat16}
-    monkeypatch.setattr(embeddings, "_BLOCK", 8 * 16 * 4 * 7)
+    monkeypatch.setattr(vocabulary, "_BLOCK", 8 * 16 * 4 * 7)
     again = quietly(narrow, [0.5, 0.5], tmp_path / "again", tokenizer="union", pad_to_multiple_of=64, dtype="float32")
     for name, x in load_file(again / "model.safetensors").items():
         torch.testing.assert_close(x, load_file(out / "model.safetensors")[name], rtol=1e-6, atol=1e-7)
@@ -272,7 +272,7 @@ def test_a_stack_has_two_models_tokenizers(pair, tmp_path):
 
 
 def test_interrupted_and_gone_on_with(pair, tmp_path, monkeypatch):
-    module = sys.modules["fastalign.soup.merge"]
+    module = sys.modules["fastalign.soup.run"]
 
     def stopped(plan, shard, *rest):
         if shard is plan.layout[2]:

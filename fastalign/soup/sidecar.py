@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, read_json, sync, write_json
-from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.compare import models_of
-from fastalign.soup.dtypes import SIZES, WORDS
+from fastalign.soup.architecture import models_of
+from fastalign.soup.checkpoint import SIZES, WORDS, Checkpoint
 from fastalign.soup.stacks import config_changes
 from fastalign.soup.vocabulary import OLD_FILES, Vocabulary, vocabulary_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastalign._base.errors import UserError
-from fastalign.soup.tasks import Choice, stream_of
+from fastalign.soup.steps import Choice, stream_of
 
 
 def choice(

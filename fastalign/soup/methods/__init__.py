@@ -11,12 +11,13 @@ import numpy as np
 
 from fastalign import backend
 from fastalign._base.errors import UserError
-from fastalign.soup import geometry, sparsify
 from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.parameters import METHODS as _TABLE
-from fastalign.soup.settings import Places, Setting, parse
-from fastalign.soup.stream import Segment, StreamError, dots
-from fastalign.soup.tasks import Tasks
+from fastalign.soup.methods import sparse as sparsify
+from fastalign.soup.methods import spheres as geometry
+from fastalign.soup.methods.base import METHODS as _TABLE
+from fastalign.soup.methods.settings import Places, Setting, parse
+from fastalign.soup.steps import Segment, StreamError, Tasks
+from fastalign.soup.stream import dots
 
 METHODS = tuple(_TABLE)
 Step = list[float] | Tasks  # weights of the inputs, (K × inputs) row by row; or a merge of task vectors

@@ -18,15 +18,24 @@ import fastalign
 from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign._base.units import parse_bytes
-from fastalign.soup import compare, dtypes, methods
-from fastalign.soup import plan as plans
-from fastalign.soup.architecture import is_tied, is_transposed
-from fastalign.soup.checkpoint import Checkpoint, lay_out, open_checkpoint
-from fastalign.soup.companions import TOKENIZER, Companions
-from fastalign.soup.lora import modules_of, same_bases, shapes_agree, spans, stacked
-from fastalign.soup.lora_files import Adapter, Factors, base_name, open_adapter
-from fastalign.soup.merge import Merged, execute, warned
-from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
+from fastalign.soup.checkpoint import (
+    FLOATS,
+    SIZES,
+    Checkpoint,
+    in_torch,
+    lay_out,
+    open_checkpoint,
+    parse_dtype,
+    read_bytes,
+)
+from fastalign.soup.lora import Adapter, Factors, base_name, open_adapter
+from fastalign.soup.lora.mix import modules_of, same_bases, shapes_agree, spans, stacked
+from fastalign.soup.methods import weight_rows
+from fastalign.soup.plan import DEFAULT_MEMORY, Plan, content, identity_of, out_type
+from fastalign.soup.run import Merged, execute, warned
+from fastalign.soup.sidecar import TOKENIZER, Companions
+from fastalign.soup.stream import mix_tensors
 from fastalign.soup.vocabulary import EMBEDDINGS
 
 _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
@@ -67,24 +76,24 @@ def apply_adapters(
 
 def plan(
     base, adapters, weights, out, *, dtype=None, max_shard_size="5GB", memory_limit=None, force=False
-) -> plans.Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Check everything that `apply_adapters` takes (see there). Writes nothing."""
     if isinstance(adapters, str | os.PathLike) or not adapters:
         raise UserError(f"adapters must be a list of folders, got {adapters!r}")
-    rows = methods.weight_rows(weights, len(adapters))
-    out_dtype = None if dtype is None else dtypes.parse(dtype)
-    limit = parse_bytes("memory_limit", plans.DEFAULT_MEMORY if memory_limit is None else memory_limit)
+    rows = weight_rows(weights, len(adapters))
+    out_dtype = None if dtype is None else parse_dtype(dtype)
+    limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
     held = [open_adapter(one) for one in adapters]
     same_bases(held, force=force)
     shapes_agree(held)
     model = open_checkpoint(base)
-    names = compare.same_model((model,))
-    layout = lay_out(((name, plans.out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
+    names = same_model((model,))
+    layout = lay_out(((name, out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
     changed = _changed(model, held)
     along = Companions(model.folder, model.folder, {})
     recipe = {
-        "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": plans.told(model),
+        "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": identity_of(model),
         "adapters": [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in held],
     }  # fmt: skip
     single = np.ndim(weights) == 1
@@ -92,19 +101,17 @@ def plan(
     basis = {
         "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size,
         "by": backend.engine.active_isa() if backend.engine_runs() else "torch",
-        **plans.content(files, along),
+        **content(files, along),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     ones = [1.0] * len(rows)
     stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
     room = min(_BLOCK, limit // 2)
     blocks_of = {
-        name: functools.partial(
-            _blocks, name, model, held, rows, module, transposed, dtypes.in_torch(stored[name]), room
-        )
+        name: functools.partial(_blocks, name, model, held, rows, module, transposed, in_torch(stored[name]), room)
         for name, (module, transposed) in changed.items()
     }
-    return plans.Plan(
+    return Plan(
         (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key,
         lambda name: ones, along, blocks_of, _left_behind(model, held),
     )  # fmt: skip
@@ -124,14 +131,14 @@ def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str 
         turned = (
             factors.embedding or shape != update or (update[0] == update[1] and _turned_square(model, module, owner))
         )
-        if model[name].dtype not in dtypes.FLOATS:
+        if model[name].dtype not in FLOATS:
             raise UserError(f"{name} is {model[name].dtype} in {model.name}: nothing can be added to it")
         found[name] = (module, turned)
     for one in held:
         for key, tensor in one.whole.items():
             name = base_name(key)
             _in_base(model, name, one.name, added=".base_layer." in key)
-            if model[name].shape != tuple(tensor.shape) or model[name].dtype not in dtypes.FLOATS:
+            if model[name].shape != tuple(tensor.shape) or model[name].dtype not in FLOATS:
                 raise UserError(
                     f"{name} is {model[name].dtype} {list(model[name].shape)} in {model.name}, {one.name} stores it whole as "
                     f"{list(tensor.shape)}"
@@ -168,7 +175,7 @@ def _left_behind(model: Checkpoint, held: Sequence[Adapter]) -> tuple[str, ...]:
 def _turned_square(model: Checkpoint, module: str, adapter: Adapter) -> bool:
     """Whether a square weight is stored (in, out). The adapter's own flag is that of whichever module peft came to last, and
     counts only for a checkpoint without a configuration."""
-    if not compare.config_of(model):
+    if not config_of(model):
         return bool(adapter.config.get("fan_in_fan_out"))
     turned = is_transposed(model, module)
     if turned is None and (
@@ -221,11 +228,11 @@ def _blocks(
     if transposed:
         pairs = [None if pair is None else (pair[1].T, pair[0].T) for pair in pairs]
     sums = [[1 - float(sum(row[i] for i, _ in whole)), *(float(row[i]) for i, _ in whole)] for row in rows]
-    width = shape[1] * dtypes.SIZES[before.dtype]
+    width = shape[1] * SIZES[before.dtype]
     runs = list(spans(shape[0], shape[1] * exact.itemsize * (len(rows) + 2), room))
-    read = compare.read_bytes(model, name, width * (runs[0].stop - runs[0].start))
+    read = read_bytes(model, name, width * (runs[0].stop - runs[0].start))
     for span, data in zip(runs, read, strict=True):
-        base = torch.frombuffer(bytearray(data), dtype=dtypes.in_torch(before.dtype)).view(-1, shape[1])
+        base = torch.frombuffer(bytearray(data), dtype=in_torch(before.dtype)).view(-1, shape[1])
         starts = mix_tensors([base, *(tensor[span] for _, tensor in whole)], sums, exact)
         for start, pair in zip(starts, pairs, strict=True):
             if pair is not None:

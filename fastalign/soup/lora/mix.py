@@ -21,9 +21,10 @@ import fastalign
 from fastalign._base import progress as bars
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
-from fastalign.soup import dtypes, methods
-from fastalign.soup.companions import stays_within
-from fastalign.soup.lora_files import Adapter, base_name, open_adapter, target_folder, wide, write_adapter
+from fastalign.soup.checkpoint import in_torch, parse_dtype
+from fastalign.soup.lora import Adapter, base_name, open_adapter, target_folder, wide, write_adapter
+from fastalign.soup.methods import weight_rows
+from fastalign.soup.sidecar import stays_within
 
 _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
@@ -63,10 +64,10 @@ def merge_adapters(
     Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum to 1.
     Raises UserError or FileNotFoundError, before anything is written.
     """
-    rows = methods.weight_rows(weights, len(_listed(adapters)))
+    rows = weight_rows(weights, len(_listed(adapters)))
     if rank is not None and not (type(rank) is int and rank >= 1):
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
-    stored = None if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
+    stored = None if dtype is None else in_torch(parse_dtype(dtype))
     target = target_folder(out, overwrite=overwrite)
     held = [open_adapter(one) for one in adapters]
     same_bases(held, force=force)

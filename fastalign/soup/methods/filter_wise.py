@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.soup import geometry
-from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.compare import read_bytes
-from fastalign.soup.dtypes import SIZES, in_torch
-from fastalign.soup.settings import Places, Setting
-from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.checkpoint import SIZES, Checkpoint, in_torch, read_bytes
+from fastalign.soup.methods import spheres as geometry
+from fastalign.soup.methods.settings import Places, Setting
+from fastalign.soup.stream import mix_tensors
 
 _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.soup import geometry
-from fastalign.soup.checkpoint import Checkpoint
-from fastalign.soup.compare import read_bytes
-from fastalign.soup.dtypes import in_torch
-from fastalign.soup.tensors import mix_tensors
+from fastalign.soup.checkpoint import Checkpoint, in_torch, read_bytes
+from fastalign.soup.methods import spheres as geometry
+from fastalign.soup.stream import mix_tensors
 
 Merge = Callable[[Tensor | None, list[Tensor], np.ndarray, Mapping[str, Any]], list[Tensor]]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.soup import mergekit
-from fastalign.soup.mappings import entries, known, layer_range, text
+from fastalign.soup.recipes.fields import entries, known, layer_range, text
+from fastalign.soup.recipes.mergekit import translate
 
 _MOST = 1_000_000  # bytes of a recipe
 _KEYS = {
@@ -35,7 +35,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         found = _load(path)
         if not isinstance(found, Mapping):
             raise UserError(f"must be a mapping of names to values, got {type(found).__name__}")
-        return mergekit.translate(found) if "merge_method" in found else _own(found)
+        return translate(found) if "merge_method" in found else _own(found)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

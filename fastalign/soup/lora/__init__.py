@@ -20,10 +20,8 @@ from torch import Tensor
 from fastalign._base.errors import UserError
 from fastalign._base.files import read_json, write_json
 from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
-from fastalign.soup.checkpoint import File, lay_out, read_header
-from fastalign.soup.dtypes import FLOATS, of_torch
-from fastalign.soup.memory import mapped_file
-from fastalign.soup.shard import bytes_of, naming
+from fastalign.soup.checkpoint import FLOATS, File, lay_out, mapped_file, of_torch, read_header
+from fastalign.soup.outputs import bytes_of, naming
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

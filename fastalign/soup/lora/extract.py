@@ -14,13 +14,11 @@ import fastalign
 from fastalign._base import progress as bars
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
-from fastalign.soup import compare, dtypes
-from fastalign.soup import plan as plans
-from fastalign.soup.architecture import is_tied, is_transposed
-from fastalign.soup.checkpoint import Checkpoint, open_checkpoint
-from fastalign.soup.lora import MadeAdapter
-from fastalign.soup.lora_files import target_folder, wide, write_adapter
-from fastalign.soup.memory import mapped
+from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
+from fastalign.soup.checkpoint import FLOATS, Checkpoint, in_torch, mapped, open_checkpoint, parse_dtype
+from fastalign.soup.lora import target_folder, wide, write_adapter
+from fastalign.soup.lora.mix import MadeAdapter
+from fastalign.soup.plan import identity_of
 from fastalign.soup.vocabulary import EMBEDDINGS
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
@@ -70,12 +68,12 @@ def extract_adapter(
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
-    stored = torch.float32 if dtype is None else dtypes.in_torch(dtypes.parse(dtype))
+    stored = torch.float32 if dtype is None else in_torch(parse_dtype(dtype))
     target = target_folder(out, overwrite=overwrite)
     models = open_checkpoint(tuned), open_checkpoint(base)
-    names = [name for name in compare.same_model(models, force=force) if models[0][name].dtype in dtypes.FLOATS]
+    names = [name for name in same_model(models, force=force) if models[0][name].dtype in FLOATS]
     modules = _modules(models[0], names, targets)
-    config = compare.config_of(models[1])
+    config = config_of(models[1])
     turned = {name for name in modules if is_transposed(models[1], name.removesuffix(".weight"))}
     tied = next((name for name in modules if name.endswith(EMBEDDINGS) and is_tied(models[1])), None)
     if tied is not None:
@@ -103,7 +101,7 @@ def extract_adapter(
         raise UserError(f"{models[0].name} and {models[1].name} are equal in all {len(modules)} targeted modules")
     recipe = {
         "fastalign": fastalign.__version__, "method": "extract", "rank": rank, "energy": energy,
-        "models": [plans.told(model) for model in models], "kept": kept / aimed,
+        "models": [identity_of(model) for model in models], "kept": kept / aimed,
     }  # fmt: skip
     metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
     settings = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.soup.settings import Setting, parse
+from fastalign.soup.methods.settings import Setting, parse
 
 MAX_INPUTS = 128  # of the kernel
 RESCALES = ("expected", "l1", "none")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.soup.layers import comes_before, layer_of
+from fastalign.soup.stacks import comes_before, layer_of
 
 _MOST = 1000  # patterns, or points over the layers, of one setting
 

@@ -1,0 +1,234 @@
+"""Soups measured along ρ with none written: one live model is set to each in turn, sampled and scored.
+
+The files of a walk's folder come in together, once all are made, and one walk at a time makes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base import outputs
+from fastalign._base import progress as bars
+from fastalign._base.errors import UserError
+from fastalign._base.files import check_folder
+from fastalign._base.work_folder import WorkFolder, hold, sha256
+from fastalign.decode.candidates import Candidates
+from fastalign.soup.checkpoint import open_checkpoint
+from fastalign.soup.front import SoupFront
+from fastalign.soup.lora import apply as lora_merge
+from fastalign.soup.lora import open_adapter
+from fastalign.soup.memory import interpolate
+from fastalign.soup.methods import linear_rows, weight_rows
+from fastalign.soup.plan import identity_of
+
+RECORD = "soups.json"
+FIGURES = ("soups.svg", "soups.png")
+
+
+class Files:
+    """Those of `out`, and of `parts` beside it, where new ones are made; see `making`."""
+
+    def __init__(self, out: Path, parts: WorkFolder, overwrite: bool):
+        self._out, self._parts, self._overwrite, self._new, self._used = out, parts, overwrite, [], set()
+
+    def measured(self, name: str, wanted: Mapping[str, Any]) -> Candidates | None:
+        """A soup's scored candidates, where they are there as `wanted` has it. Raises UserError where others are."""
+        self._used.add(name)
+        for folder in (self._out, self._parts.path):
+            if outputs.recorded(folder / name, "soup") == wanted:
+                if folder != self._out:
+                    self._new.append(name)
+                return Candidates.from_parquet(folder / name, kind="scored")
+        self._free(name)
+        return None
+
+    def check(self, name: str, *, ours: bool) -> None:
+        """Raise UserError where a file that is to be replaced is not `ours`."""
+        if not ours:
+            self._free(name)
+
+    def _free(self, name: str) -> None:
+        if (self._out / name).exists() and not self._overwrite:
+            raise UserError(f"{self._out / name}: exists, and is of other soups or settings; --overwrite replaces it")
+
+    @contextmanager
+    def making(self, name: str) -> Iterator[Path]:
+        """Where to write a file of `out`."""
+        path = self._parts.making(name)
+        yield path
+        self._parts.made({name: sha256(path)})
+        self._new.append(name)
+        self._used.add(name)
+
+    def settle(self) -> None:
+        """What is new comes into `out`, the record last; what an overwritten walk left there goes, its record first."""
+        self._out.mkdir(exist_ok=True)
+        old = [path for path in self._out.glob("**/*.parquet") if outputs.recorded(path, "soup")]
+        if (record := self._out / RECORD).exists() and (RECORD in self._new or self._overwrite):
+            old += [self._out / name for name in FIGURES]
+            record.unlink()
+        for path in old if self._overwrite else ():
+            if path.relative_to(self._out).as_posix() not in self._used:
+                path.unlink(missing_ok=True)
+        for name in sorted(self._new, key=lambda name: name == RECORD):
+            (self._out / name).parent.mkdir(exist_ok=True)
+            os.replace(self._parts.path / name, self._out / name)
+        chosen = self._out / "chosen"
+        if chosen.is_dir() and not any(chosen.iterdir()):
+            chosen.rmdir()
+
+
+@contextmanager
+def making(
+    out: str | os.PathLike, inputs: Iterable[Any], job: Mapping[str, Any], *, overwrite: bool
+) -> Iterator[Files]:
+    """The files of `out`, held against another walk; those made in the block come into `out` when it has succeeded.
+
+    job: what `<out>.parts` is for; what an interrupted walk of the same left there is taken up. Raises UserError, one line: another
+    walk holds it, or left files of another job there and they are not to be overwritten.
+    """
+    check_folder(out)
+    outputs.not_an_input(out, inputs, folder=True)
+    out = Path(os.path.realpath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with hold(out.with_name(f"{out.name}.parts"), writes=out, keeps="soups") as parts:
+        if parts.whole() and parts.job != job and not overwrite:
+            raise UserError(f"{parts.path}: holds an interrupted run of other soups or settings; --overwrite drops it")
+        parts.begin(job)
+        files = Files(out, parts, overwrite)
+        yield files
+        files.settle()
+        parts.remove()
+
+
+# ---- the walk ----
+
+
+def walk(
+    models: Sequence[str | os.PathLike],
+    rho,
+    prompts: Sequence[str],
+    rewards: Sequence[Any],
+    out: str | os.PathLike,
+    *,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    base: str | os.PathLike | None = None,
+    dtype: Any = "auto",
+    device: Any = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+    **sampling: Any,
+) -> SoupFront:
+    """Measure the soups of `models` at each row of `rho`: one live model is set to each in turn, sampled and scored.
+
+    Args:
+        models: m checkpoints of one architecture with their tokenizer; with `base`, m LoRA adapters of it.
+        rho: (K, m); rows sum to 1, but for adapters.
+        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes them; every
+            soup is asked the same prompts with the same random numbers, so that differences between soups are less noisy
+            than their levels.
+        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups are taken as they
+            are, those of others raise, unless they are to be overwritten. They are made in `<out>.parts`, where an interrupted
+            walk leaves the finished ones, and come into `out` together.
+
+    Raises UserError or FileNotFoundError, one line each.
+    """
+    asked = Walk(
+        models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device,
+        progress=progress, **sampling,
+    )  # fmt: skip
+    with making(out, [*models, base], asked.job, overwrite=overwrite) as files:
+        return asked.into(files)
+
+
+class Walk:
+    """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
+
+    def __init__(
+        self, models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], *, base, dtype: Any = "auto",
+        device: Any = "auto", progress: bool = True, **sampling: Any,
+    ):  # fmt: skip
+        self._models, self._base, self._prompts = models, base, prompts
+        self._rows = weight_rows(rho, len(models))
+        self._rewards = [rewards] if isinstance(rewards, str) else list(rewards)
+        self._names = names = [reward if isinstance(reward, str) else reward.name for reward in self._rewards]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
+        if base is None:
+            linear_rows(self._rows, None)
+            told = [identity_of(open_checkpoint(model)) for model in models]
+        else:
+            opened = [open_adapter(model) for model in models]
+            told = [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in opened]
+            told.append(identity_of(open_checkpoint(base)))
+        self._sampling, self._loading, self._progress = sampling, {"dtype": dtype, "device": device}, progress
+        prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+        made_with = {
+            "models": told,
+            "dtype": str(dtype),
+            "rewards": names,
+            "prompts_sha256": prompts_sha256,
+            **sampling,
+        }
+        self._made_with = json.loads(json.dumps(made_with))
+        self.job = self._made_with | {"rho": self._rows.tolist()}
+
+    def into(self, files: Files, under: str = "") -> SoupFront:
+        """Measure what is not there yet; under: of the files' names."""
+        from fastalign.decode import Sampler
+        from fastalign.models.loading import load_causal_lm
+        from fastalign.rewards import score
+
+        live, grids, names = None, [], self._names
+        asked = [
+            (f"{under}{k:03d}.parquet", self._made_with | {"rho": row.tolist()}) for k, row in enumerate(self._rows)
+        ]
+        there = [files.measured(name, wanted) for name, wanted in asked]  # all are looked at before any is made
+        with bars.bar("soups", total=len(asked), unit="soups", show=self._progress) as advance:
+            for row, (name, wanted), scored in zip(self._rows, asked, there, strict=True):
+                if scored is None:
+                    if live is None:
+                        first = self._models[0] if self._base is None else self._base
+                        live, tokenizer = load_causal_lm(first, **self._loading)
+                    _set(live, self._models, row, self._base)
+                    scored = Sampler(live, tokenizer).sample(self._prompts, **self._sampling)
+                    scored = scored.with_rewards(names, score(self._rewards, *scored.pairs()))
+                    scored.settings["soup"] = wanted
+                    with files.making(name) as path:
+                        scored.to_parquet(path)
+                grids.append(scored.reward_array(names).astype(np.float64))
+                advance(1)
+        grid = np.stack(grids)  # (K, P, n, d)
+        labels = [Path(os.fspath(model)).name or os.fspath(model) for model in self._models]
+        spread = grid.reshape(-1, len(names)).std(axis=0)
+        return SoupFront(names, labels, self._rows, grid.mean(axis=2), spread, grid.shape[2])
+
+
+def _set(live, models: Sequence[str | os.PathLike], row: np.ndarray, base: str | os.PathLike | None) -> None:
+    """The live model's weights to one soup's, in place."""
+    import torch
+
+    if base is None:
+        interpolate(live, models, row)
+        return
+    own = live.state_dict()
+    changed = lora_merge.plan(base, models, row, "unused").blocks_of
+    lacking = next((name for name in changed if name not in own), None)
+    if lacking is not None:
+        raise UserError(f"{lacking} is changed by the adapters and is not in {base} as it was loaded")
+    with torch.no_grad():
+        for name, blocks in changed.items():
+            flat, at = own[name].view(-1), 0
+            for (block,) in blocks():
+                flat[at : at + block.numel()] = block.reshape(-1).to(flat.device)
+                at += block.numel()

@@ -1,0 +1,122 @@
+"""What is done with one tensor or a run of its bytes, and what is seen of it: plain values, for the native module and for torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Segment(NamedTuple):
+    """n elements that lie together in every input and output; files are descriptors, offsets bytes.
+
+    weights: (outputs × inputs), row by row.
+    """
+
+    n: int
+    in_types: tuple[str, ...]
+    in_files: tuple[int, ...]
+    in_offsets: tuple[int, ...]
+    out_files: tuple[int, ...]
+    out_offsets: tuple[int, ...]
+    weights: list[float]
+
+
+class Seen(NamedTuple):
+    """What went by. digests: what was added to each output's digest, 0 where none was asked for; inputs, outputs: for each
+    (count, segment, element): how many numbers were not finite, and where the first was. Outputs' are counted only where
+    the inputs' beside them were finite."""
+
+    digests: list[int]
+    inputs: list[tuple[int, int, int]]
+    outputs: list[tuple[int, int, int]]
+
+
+class StreamError(OSError):
+    """A file that could not be read or written. `segment`, `file`: which, counted from 0; errno 0: it ended early."""
+
+    def __init__(self, writing: bool, error: int, segment: int, file: int):
+        super().__init__(error, os.strerror(error) if error else "ended while it was read")
+        self.writing, self.segment, self.file = writing, segment, file
+
+
+KEEPS = ("all", "band", "random", "ranked")  # in the order of TaskKeep in csrc/soup_tasks.h
+
+
+class Choice(NamedTuple):
+    """Which elements of one task vector stay, and by how much they are scaled.
+
+    all: every one. band: those whose rank by size lies in [first, last), the least having rank 0; among equals the earlier
+    is the less, or with largest_first the greater. random: each by chance, with `probability`. ranked: by chance, with a
+    probability that grows with the rank within the row, from probability - spread to probability + spread.
+
+    scale: of what stays. own_scale: each is divided by its own probability. match_sum: scaled so that the sum of sizes is
+    that of the whole task vector, where both are at least 1e-7. stream: which random numbers.
+    """
+
+    keep: str = "all"
+    first: int = 0
+    last: int = 0
+    largest_first: bool = False
+    probability: float = 1.0
+    spread: float = 0.0
+    own_scale: bool = False
+    match_sum: bool = False
+    scale: float = 1.0
+    stream: int = 0
+
+
+class Tasks(NamedTuple):
+    """How one tensor is merged: a choice for each model, weights (outputs × models), and what is done with them."""
+
+    choices: tuple[Choice, ...]
+    weights: tuple[tuple[float, ...], ...]
+    factor: float  # of the merged task vector, λ
+    elect: bool
+    normalize: bool
+    seed: int
+    row: int  # elements of the tensor's last dimension
+
+
+def stream_of(name: str, model: int) -> int:
+    """The stream of random numbers of a tensor and a model: of nothing else, so that shards and threads do not matter."""
+    return int.from_bytes(hashlib.sha256(f"{model} {name}".encode()).digest()[:8], "little") >> 1
+
+
+class NotFinite:
+    """Counts, and the first tensor of each, by input and by output. As JSON: {"inputs": {name: [count, tensor]}, "outputs": ...}.
+
+    An output's count is of elements whose inputs are all finite, or lie in other chunks: they are beyond its type's range.
+    """
+
+    def __init__(self, record: Mapping[str, Any] | None = None):
+        self.record: dict[str, dict[str, list[Any]]] = {"inputs": {}, "outputs": {}}
+        self.join(record or {})
+
+    def __bool__(self) -> bool:
+        return any(self.record.values())
+
+    def add(self, side: str, name: str, count: int, tensor: str) -> None:
+        """side: "inputs" or "outputs"; an output's name is its folder's, "" for a single one."""
+        if count:
+            self.record[side].setdefault(name, [0, tensor])[0] += count
+
+    def join(self, record: Mapping[str, Any]) -> None:
+        for side, held in record.items():
+            for name, (count, tensor) in held.items():
+                self.add(side, name, count, tensor)
+
+    def told(self) -> str:
+        """For people, in one line."""
+        inputs = [
+            f"{count:,} numbers of {name} are NaN or infinite (first in {tensor})"
+            for name, (count, tensor) in self.record["inputs"].items()
+        ]
+        outputs = [
+            f"{count:,} numbers of the output{f' {name}' if name else ''} are beyond its type's range (first in {tensor})"
+            for name, (count, tensor) in self.record["outputs"].items()
+        ]
+        told = [*inputs[:3], *outputs[:3]]
+        more = len(inputs) + len(outputs) - len(told)
+        return "; ".join(told) + (f"; and so of {more} more models" if more else "")
