@@ -124,7 +124,7 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
     from fastalign import soup
     from fastalign._base.errors import UserError
     from fastalign.soup import plan
-    from fastalign.soup.methods import base as asked
+    from fastalign.soup.methods import METHODS as KINDS
 
     def told(error: Exception) -> None:
         line = str(error)
@@ -141,7 +141,7 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
         raise AssertionError(f"{path}: a tensor lies beyond the file")
     out, method, cut = scratch / "out", METHODS[number % len(METHODS)], number % 4 == 0
     twin = write_twin(found, path, draw)
-    kind, refused = asked.METHODS[method], 0
+    kind, refused = KINDS[method], 0
     parameters = {"density": 0.5} if "density" in kind.parameters else None
     weights = None if kind.weights == "none" else [0.25, 0.75]
     try:

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastalign._base.errors import UserError, printable
 from fastalign.cli import lora as cli_lora
 from fastalign.cli.command import Found, Overwrite, console, numbers, registrar
 
 
-class Method(str, Enum):
-    linear = "linear"
-    task_arithmetic = "task_arithmetic"
-    slerp = "slerp"
-    nuslerp = "nuslerp"
-    multislerp = "multislerp"
-    karcher = "karcher"
-    ties = "ties"
-    dare_linear = "dare_linear"
-    dare_ties = "dare_ties"
-    della = "della"
-    della_linear = "della_linear"
-    breadcrumbs = "breadcrumbs"
-    breadcrumbs_ties = "breadcrumbs_ties"
-    model_stock = "model_stock"
-    warp = "warp"
-    ema = "ema"
-    sce = "sce"
-    nearswap = "nearswap"
-    arcee_fusion = "arcee_fusion"
-    ram = "ram"
+class _Command(TyperCommand):
+    """Its help lists the methods and their parameters, which are imported only then."""
+
+    def format_help(self, *args: Any) -> None:
+        from fastalign.soup import METHODS
+
+        options = {one.name: one for one in self.params}
+        options["method"].metavar = f"[{'|'.join(METHODS)}]"
+        taken = [f"{one.name} ({', '.join(one.parameters)})" for one in METHODS.values() if one.parameters]
+        options["set_"].help += f" What they take: {', '.join(taken)}."
+        super().format_help(*args)
+
+
+def _known(method: str) -> str:
+    from fastalign.soup import METHODS
+
+    if method not in METHODS:
+        raise typer.BadParameter(f"must be one of {', '.join(METHODS)}, got {method!r}")
+    return method
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
     command = registrar(app)
     command("fastalign soup positive/ harmless/ coherent/ --weights 0.5,0.3,0.2 --out soup")(soup)
+    app.registered_commands[-1].cls = _Command
 
 
 def soup(
@@ -60,8 +59,8 @@ def soup(
         int | None, typer.Option(help="Instead: all weights that sum to 1 on a grid of so many points a side.")
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...")
-    ] = Method.linear,
+        str, typer.Option(callback=_known, help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...")
+    ] = "linear",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of the method, such as density=0.3; may be repeated.")
     ] = None,
@@ -97,12 +96,12 @@ def soup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
 ) -> Found:  # fmt: skip
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
-    from fastalign.soup import methods, read_recipe
     from fastalign.soup import plan as plans
+    from fastalign.soup import read_recipe, simplex_grid
     from fastalign.soup.checkpoint import is_adapter
 
     if recipe is not None:
-        if models or base or weights or grid or set_ or extract or method is not Method.linear:
+        if models or base or weights or grid or set_ or extract or method != "linear":
             raise UserError("--recipe says what is merged: give no models and none of their options beside it")
         written = read_recipe(recipe)
         given = {"dtype": dtype, "normalize": normalize, "force": force or None}
@@ -121,15 +120,15 @@ def soup(
         )
     if energy is not None or (rank is not None and (base is not None or not adapters)):
         raise UserError("--rank is for adapters that are written, --energy for --extract")
-    if adapters and method is not Method.linear:
-        raise UserError(f"adapters are mixed by linear, got --method {method.value}")
+    if adapters and method != "linear":
+        raise UserError(f"adapters are mixed by linear, got --method {method}")
     if adapters and normalize is not None:
         raise UserError("adapters' weights are taken as they are: --normalize is for whole models")
     if weights is not None and grid is not None:
         raise UserError("give --weights, one for each model, or --grid, not both")
-    if weights is None and grid is None and (adapters or method is Method.linear):
+    if weights is None and grid is None and (adapters or method == "linear"):
         raise UserError("give --weights, one for each model, or --grid")
-    rows = methods.simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
+    rows = simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
     sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
     if adapters and base is None:
         return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
@@ -139,7 +138,7 @@ def soup(
         made = apply.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
     else:
         made = plans.make(
-            models, rows, out, method=method.value, base=base, parameters=_parameters(set_ or []), dtype=dtype,
+            models, rows, out, method=method, base=base, parameters=_parameters(set_ or []), dtype=dtype,
             normalize=normalize, force=force, **sizes,
         )  # fmt: skip
     return _merge(made, dry_run, sync, strict, overwrite)

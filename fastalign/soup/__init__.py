@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from fastalign._base.lazy import lazy
 from fastalign.soup.checkpoint import open_checkpoint
-from fastalign.soup.methods import METHODS, simplex_grid
+from fastalign.soup.methods import METHODS
+from fastalign.soup.methods.settings import simplex_grid
 from fastalign.soup.recipes import read_recipe
 from fastalign.soup.run import Merged, execute, merge
 

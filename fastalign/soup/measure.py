@@ -26,7 +26,8 @@ from fastalign.soup.front import SoupFront
 from fastalign.soup.lora import apply as lora_merge
 from fastalign.soup.lora import open_adapter
 from fastalign.soup.memory import interpolate
-from fastalign.soup.methods import linear_rows, weight_rows
+from fastalign.soup.methods.linear import linear_rows
+from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.plan import identity_of
 
 RECORD = "soups.json"
@@ -222,7 +223,9 @@ def _set(live, models: Sequence[str | os.PathLike], row: np.ndarray, base: str |
         interpolate(live, models, row)
         return
     own = live.state_dict()
-    changed = lora_merge.plan(base, models, row, "unused").blocks_of
+    made = lora_merge.plan(base, models, row, "unused")
+    steps = {name: made.step_of(name) for shard in made.layout for name in shard.tensors}
+    changed = {name: blocks for name, blocks in steps.items() if callable(blocks)}
     lacking = next((name for name in changed if name not in own), None)
     if lacking is not None:
         raise UserError(f"{lacking} is changed by the adapters and is not in {base} as it was loaded")

@@ -21,8 +21,9 @@ from fastalign.soup.checkpoint import (
     open_checkpoint,
     parse_dtype,
 )
-from fastalign.soup.methods import linear_rows, weight_rows
-from fastalign.soup.methods.base import check
+from fastalign.soup.methods import METHODS
+from fastalign.soup.methods.linear import linear_rows
+from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.steps import NotFinite
 from fastalign.soup.stream import mix_tensors
 
@@ -149,7 +150,7 @@ def _prepare(
     """Each model's tensors, of the same names and shapes; the weights' rows; what the models are called."""
     if isinstance(models, str | os.PathLike | nn.Module | Mapping) or not models:
         raise UserError("models must be a list of modules, state dicts, folders, files or hub names")
-    check("linear", len(models), with_base=False)
+    METHODS["linear"].check_inputs(len(models), with_base=False)
     rows = linear_rows(weight_rows(weights, len(models)), normalize).tolist()
     opened = [open_checkpoint(one) if isinstance(one, str | os.PathLike) else one for one in models]
     told = [one.name if isinstance(one, Checkpoint) else f"model {number}" for number, one in enumerate(opened)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +16,19 @@ from fastalign._base.files import flushes, read_json, sync, write_json
 from fastalign._base.outputs import not_an_input
 from fastalign._base.work_folder import WorkFolder, hold
 from fastalign.soup.checkpoint import FLOATS, INDEX, SIZES, Checkpoint, Shard, in_torch, index_of, read_bytes, unchanged
+from fastalign.soup.methods.base import Blocks, Step
 from fastalign.soup.plan import Plan, size
 from fastalign.soup.steps import NotFinite, Seen, Segment, StreamError, Tasks
 from fastalign.soup.stream import (
     added,
     allocate,
+    bytes_moved,
     chunk_for,
     digest,
     digest_of,
     joined,
     merge_tasks,
+    pieces,
     stream,
     write_behind,
 )
@@ -155,61 +160,20 @@ def write_shard(
     threads: int,
     moved: Callable[[int], None],
 ) -> tuple[list[str], NotFinite]:
-    """The files' digests, and what was met of numbers that are not finite."""
-    found, digests = NotFinite(), [0] * len(targets)
+    """Written under names of their own, flushed, and renamed once they are whole. Returns the files' digests, and what was met of
+    numbers that are not finite."""
     partial = [path.with_name(path.name + ".partial") for path in targets]
     try:
         with ExitStack() as stack:
             outs = []
             for path, header in zip(partial, headers, strict=True):
                 # Not cut short, but new: closing a file that was cut to nothing, ext4 begins to write it at once.
-                out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                stack.callback(os.close, out)
-                outs.append(out)
+                outs.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644))
+                stack.callback(os.close, outs[-1])
                 with naming(path):
-                    allocate(out, len(header) + shard.nbytes)
-
-            def write(k: int, data: bytes | memoryview, offset: int) -> None:
-                with naming(partial[k]):
-                    _write_all(outs[k], data, offset)
-                if flushes():
-                    digests[k] += added(data, offset)
-
-            for k, header in enumerate(headers):
-                write(k, header, 0)
-            for out_type, segments, tasks in _work(plan, shard, headers, outs, files):
-                moved_by = _moved(segments, out_type)
-                try:
-                    if tasks is None:
-                        seen = stream(segments, out_type, chunk=chunk, threads=threads)
-                    else:
-                        seen = merge_tasks(segments[0], tasks, out_type, chunk=chunk, threads=threads)
-                except StreamError as error:
-                    path = _which(error, segments, partial, outs, files)
-                    raise OSError(error.errno or 5, error.strerror, str(path)) from None
-                digests = [total + more for total, more in zip(digests, seen.digests, strict=True)]
-                _note(found, plan, shard, len(headers[0]), segments, out_type, seen)
-                moved(moved_by)
-                if flushes():
-                    write_behind(outs)
-                    if plan.written_bytes > _KEPT:
-                        _let_go(outs)
-            for name, tensor in shard.tensors.items():
-                if name in plan.blocks_of:
-                    at = tensor.offset
-                    for blocks in plan.blocks_of[name]():
-                        for k, (header, block) in enumerate(zip(headers, blocks, strict=True)):
-                            write(k, bytes_of(block), len(header) + at)
-                            _note_block(found, plan, k, name, block)
-                        at += blocks[0].nbytes
-                    moved(sum(one[name].nbytes for one in plan.inputs) + tensor.nbytes * len(outs))
-                elif tensor.dtype not in FLOATS:
-                    for k, header in enumerate(headers):
-                        at = len(header) + tensor.offset
-                        for block in read_bytes(plan.inputs[0], name):
-                            write(k, block, at)
-                            at += len(block)
-                    moved(tensor.nbytes * (len(plan.inputs) + len(outs)))
+                    allocate(outs[-1], len(header) + shard.nbytes)
+            writer = _Writer(plan, shard, headers, partial, outs, files, chunk, threads, moved)
+            writer.write_all()
             unchanged(plan.sources)
             for out, path in zip(outs, partial, strict=True):
                 if flushes():
@@ -218,52 +182,152 @@ def write_shard(
         for path, target in zip(partial, targets, strict=True):
             os.replace(path, target)
             sync(target.parent)
-        return [
-            digest(total, target) if flushes() else "" for total, target in zip(digests, targets, strict=True)
-        ], found
+        digests = zip(writer.digests, targets, strict=True)
+        return [digest(total, target) if flushes() else "" for total, target in digests], writer.seen
     except BaseException:
         for path in partial:
             path.unlink(missing_ok=True)
         raise
 
 
-def _let_go(outs: Sequence[int]) -> None:
-    """Pages that have reached the disk may leave the cache."""
-    if hasattr(os, "posix_fadvise"):
-        for out in outs:
-            os.posix_fadvise(out, 0, 0, os.POSIX_FADV_DONTNEED)
+@dataclass
+class _Writer:
+    """Fills a shard's files, open as `outs`, one in each output."""
 
+    plan: Plan
+    shard: Shard
+    headers: list[bytes]
+    paths: list[Path]
+    outs: list[int]
+    files: dict[Path, int]  # the inputs', open
+    chunk: int
+    threads: int
+    moved: Callable[[int], None]
 
-def _work(
-    plan: Plan, shard: Shard, headers: list[bytes], outs: list[int], files: dict[Path, int]
-) -> Iterator[tuple[str, list[Segment], Tasks | None]]:
-    """Batches of segments of one output type, neighbours joined, each batch moving some 64 MB; or a whole tensor's tasks."""
-    by_type: dict[str, list[str]] = {}
-    for name, tensor in shard.tensors.items():
-        if tensor.dtype in FLOATS and tensor.nbytes and name not in plan.blocks_of:
-            by_type.setdefault(tensor.dtype, []).append(name)
+    def __post_init__(self) -> None:
+        self.digests, self.seen = [0] * len(self.outs), NotFinite()
 
-    def whole_tensor(name: str, weights: list[float]) -> Segment:
-        target = shard.tensors[name]
-        return segment(
-            plan, name, target.count, outs, [len(header) + target.offset for header in headers], files, weights
+    def write_all(self) -> None:
+        for k, header in enumerate(self.headers):
+            self.write(k, header, 0)
+        # Steps as they come: what a step reads is in the cache when its tensor is merged.
+        steps = (
+            (name, tensor.dtype, self.step_of(name)) for name, tensor in self.shard.tensors.items() if tensor.nbytes
         )
+        for (kind, dtype), group in itertools.groupby(steps, key=lambda one: (type(one[2]), one[1])):
+            if kind is list:
+                self.sums(((name, weights) for name, _, weights in group), dtype)
+                continue
+            for name, _, step in group:
+                if kind is Tasks:
+                    self.run([self.segment(name, [])], dtype, step)
+                elif step is None:
+                    self.copy(name)
+                else:
+                    self.blocks(name, step)
 
-    for out_type, names in by_type.items():
-        steps = ((name, plan.step_of(name)) for name in names)  # as they come: what a step reads is in the cache then
-        if plan.sparse:
-            for name, tasks in steps:
-                yield out_type, [whole_tensor(name, [])], tasks
-            continue
+    def step_of(self, name: str) -> Step | None:
+        """None where a tensor is copied."""
+        return self.plan.step_of(name) if self.shard.tensors[name].dtype in FLOATS else None
+
+    def write(self, k: int, data: bytes | memoryview, offset: int) -> None:
+        left, at = memoryview(data), offset
+        with naming(self.paths[k]):
+            while left:
+                done = os.pwrite(self.outs[k], left, at)
+                left, at = left[done:], at + done
+        if flushes():
+            self.digests[k] += added(data, offset)
+
+    def copy(self, name: str) -> None:
+        """A tensor that is the same in all inputs."""
+        tensor = self.shard.tensors[name]
+        for k, header in enumerate(self.headers):
+            at = len(header) + tensor.offset
+            for block in read_bytes(self.plan.inputs[0], name):
+                self.write(k, block, at)
+                at += len(block)
+        self.moved(tensor.nbytes * (len(self.plan.inputs) + len(self.outs)))
+
+    def blocks(self, name: str, make: Blocks) -> None:
+        at = self.shard.tensors[name].offset
+        for blocks in make():
+            for k, (header, block) in enumerate(zip(self.headers, blocks, strict=True)):
+                self.write(k, bytes_of(block), len(header) + at)
+                self.look_at_block(name, k, block)
+            at += blocks[0].nbytes
+        self.moved(sum(one[name].nbytes for one in self.plan.inputs) + self.shard.tensors[name].nbytes * len(self.outs))
+
+    def sums(self, tensors: Iterator[tuple[str, list[float]]], dtype: str) -> None:
+        """Weighted sums of tensors of one type: neighbours joined, then in batches that move some 64 MB each."""
         batch: list[Segment] = []
-        for whole in joined((whole_tensor(*one) for one in steps), SIZES[out_type]):
-            for piece in _pieces(whole, out_type):
+        for whole in joined((self.segment(*one) for one in tensors), SIZES[dtype]):
+            for piece in pieces(whole, dtype, _BATCH):
                 batch.append(piece)
-                if _moved(batch, out_type) >= _BATCH:
-                    yield out_type, batch, None
+                if sum(bytes_moved(one, dtype) for one in batch) >= _BATCH:
+                    self.run(batch, dtype)
                     batch = []
         if batch:
-            yield out_type, batch, None
+            self.run(batch, dtype)
+
+    def segment(self, name: str, weights: list[float]) -> Segment:
+        tensor = self.shard.tensors[name]
+        offsets = [len(header) + tensor.offset for header in self.headers]
+        return segment(self.plan, name, tensor.count, self.outs, offsets, self.files, weights)
+
+    def run(self, segments: list[Segment], dtype: str, tasks: Tasks | None = None) -> None:
+        try:
+            if tasks is None:
+                seen = stream(segments, dtype, chunk=self.chunk, threads=self.threads)
+            else:
+                seen = merge_tasks(segments[0], tasks, dtype, chunk=self.chunk, threads=self.threads)
+        except StreamError as error:
+            raise OSError(error.errno or 5, error.strerror, str(self.path_of(error, segments))) from None
+        self.digests = [total + more for total, more in zip(self.digests, seen.digests, strict=True)]
+        self.look_at(segments, dtype, seen)
+        self.moved(sum(bytes_moved(one, dtype) for one in segments))
+        if flushes():
+            write_behind(self.outs)
+            if self.plan.written_bytes > _KEPT and hasattr(os, "posix_fadvise"):
+                for out in self.outs:  # pages that have reached the disk may leave the cache
+                    os.posix_fadvise(out, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def path_of(self, error: StreamError, segments: list[Segment]) -> Path:
+        if error.writing:
+            return self.paths[self.outs.index(segments[error.segment].out_files[error.file])]
+        descriptor = segments[error.segment].in_files[error.file]
+        return next(path for path, opened in self.files.items() if opened == descriptor)
+
+    def look_at(self, segments: list[Segment], dtype: str, seen: Seen) -> None:
+        """Note numbers that are not finite by the names of their tensors."""
+
+        def tensor_at(segment: int, element: int) -> str:
+            at = segments[segment].out_offsets[0] - len(self.headers[0]) + element * SIZES[dtype]
+            tensors = self.shard.tensors.items()
+            return next(name for name, held in tensors if held.offset <= at < held.offset + held.nbytes)
+
+        for side, names, counts in (
+            ("inputs", [one.name for one in self.plan.inputs], seen.inputs),
+            ("outputs", self.plan.folders, seen.outputs),
+        ):
+            for name, (count, *first) in zip(names, counts, strict=True):
+                if count:
+                    self.seen.add(side, name, count, tensor_at(*first))
+
+    def look_at_block(self, name: str, k: int, block: torch.Tensor) -> None:
+        """The same of a block; of its inputs' numbers those count that came out as none."""
+        count = block.numel() - int(block.double().isfinite().sum())
+        if count:
+            bad = next((one.name for one in self.plan.inputs if not _all_finite(one, name)), None)
+            side, owner = ("inputs", bad) if bad is not None else ("outputs", self.plan.folders[k])
+            self.seen.add(side, owner, count, name)
+
+
+def _all_finite(one: Checkpoint, name: str) -> bool:
+    import torch
+
+    dtype = in_torch(one[name].dtype)
+    return all(torch.frombuffer(bytearray(x), dtype=dtype).double().isfinite().all() for x in read_bytes(one, name))
 
 
 def segment(
@@ -288,66 +352,10 @@ def segment(
     )
 
 
-def _pieces(whole: Segment, out_type: str) -> Iterator[Segment]:
-    """A segment as parts that move about 64 MB each."""
-    widths = [SIZES[name] for name in whole.in_types]
-    step = max(1, _BATCH // (sum(widths) + SIZES[out_type] * len(whole.out_files)) // 4096) * 4096
-    for first in range(0, whole.n, step):
-        yield whole._replace(
-            n=min(step, whole.n - first),
-            in_offsets=tuple(at + first * width for at, width in zip(whole.in_offsets, widths, strict=True)),
-            out_offsets=tuple(at + first * SIZES[out_type] for at in whole.out_offsets),
-        )
-
-
-def _moved(segments: list[Segment], out_type: str) -> int:
-    return sum(of.n * (sum(SIZES[t] for t in of.in_types) + SIZES[out_type] * len(of.out_files)) for of in segments)
-
-
-def _note(
-    found: NotFinite, plan: Plan, shard: Shard, header: int, segments: list[Segment], out_type: str, seen: Seen
-) -> None:
-    """Into `found` what the engine counted, by the names of the tensors."""
-
-    def tensor_at(segment: int, element: int) -> str:
-        at = segments[segment].out_offsets[0] - header + element * SIZES[out_type]
-        return next(name for name, held in shard.tensors.items() if held.offset <= at < held.offset + held.nbytes)
-
-    for side, names, counts in (
-        ("inputs", [one.name for one in plan.inputs], seen.inputs),
-        ("outputs", plan.folders, seen.outputs),
-    ):
-        for name, (count, *first) in zip(names, counts, strict=True):
-            if count:
-                found.add(side, name, count, tensor_at(*first))
-
-
-def _note_block(found: NotFinite, plan: Plan, k: int, name: str, block: torch.Tensor) -> None:
-    """The same of a tensor that was made apart: of its inputs' numbers those count that came out as none."""
-    count = block.numel() - int(block.double().isfinite().sum())
-    if count:
-        bad = [one.name for one in plan.inputs if not _all_finite(one, name)]
-        found.add("inputs" if bad else "outputs", bad[0] if bad else plan.folders[k], count, name)
-
-
-def _all_finite(one: Checkpoint, name: str) -> bool:
-    import torch
-
-    dtype = in_torch(one[name].dtype)
-    return all(torch.frombuffer(bytearray(x), dtype=dtype).double().isfinite().all() for x in read_bytes(one, name))
-
-
 def bytes_of(block: torch.Tensor) -> memoryview:
     import torch
 
     return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def _write_all(out: int, data: bytes | memoryview, offset: int) -> None:
-    left = memoryview(data)
-    while left:
-        done = os.pwrite(out, left, offset)
-        left, offset = left[done:], offset + done
 
 
 @contextmanager
@@ -357,15 +365,6 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _which(
-    error: StreamError, segments: list[Segment], partial: list[Path], outs: list[int], files: dict[Path, int]
-) -> Path:
-    if error.writing:
-        return partial[outs.index(segments[error.segment].out_files[error.file])]
-    descriptor = segments[error.segment].in_files[error.file]
-    return next(path for path, opened in files.items() if opened == descriptor)
 
 
 def chunk_of(plan: Plan, threads: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,11 @@ from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign._base.fingerprint import of_files, of_weights
 from fastalign._base.units import counted, parse_bytes
-from fastalign.soup import methods
 from fastalign.soup.architecture import same_model
-from fastalign.soup.checkpoint import (
-    FLOATS,
-    Checkpoint,
-    File,
-    Shard,
-    lay_out,
-    parse_dtype,
-)
-from fastalign.soup.methods import base as asked
+from fastalign.soup.checkpoint import FLOATS, Checkpoint, File, Shard, lay_out, parse_dtype
+from fastalign.soup.methods import method_named
+from fastalign.soup.methods.base import Job, Step
+from fastalign.soup.methods.settings import Weights, to_json
 from fastalign.soup.sidecar import Companions, companions
 from fastalign.soup.stacks import Model, open_model
 from fastalign.soup.vocabulary import Embeddings, in_order_of
@@ -51,10 +46,8 @@ class Plan:
     out_dtype: str | None
     memory_limit: int
     key: str = field(repr=False)
-    step_of: Callable[[str], methods.Step] = field(repr=False)  # what is done for a tensor
+    step_of: Callable[[str], Step] = field(repr=False)  # what is done for a tensor
     companions: Companions = field(repr=False)
-    # Tensors that are made apart: name -> blocks in their order, each K tensors of the same next elements, as stored.
-    blocks_of: Mapping[str, Callable[[], Iterator[Sequence[torch.Tensor]]]] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()  # what the user may not expect
     embeddings: Embeddings | None = None  # made first, where the vocabulary changes: the inputs read these
 
@@ -134,16 +127,15 @@ def make(
         raise UserError(f"models must be a list of folders, files or hub names, got {models!r}")
     if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(out)):
         raise UserError(f"out must be a folder to make, got {os.fspath(out)!r}, which holds the current one")
-    kind = asked.check(method, len(models), with_base=base is not None)
-    values = asked.read(method, parameters, len(models))
+    kind = method_named(method, len(models), with_base=base is not None)
+    values = kind.read(parameters, len(models))
     if weights is None and kind.weights == "rows":
         raise UserError(f"{method} needs weights, one for each model")
     if weights is not None and kind.weights == "none":
         raise UserError(f"{method} takes no weights: it makes them itself")
     if normalize is not None and method != "linear":
         raise UserError(f"normalize is for linear soups, not for {method}")
-    given = [1 / len(models)] * len(models) if weights is None else weights
-    methods.Weights(given, len(models))  # a mistake there is told before files are opened
+    rows = Weights([1 / len(models)] * len(models) if weights is None else weights, len(models))
     out_dtype = None if dtype is None else parse_dtype(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
@@ -160,10 +152,11 @@ def make(
     if vocabulary is not None:
         inputs, embeddings = in_order_of(vocabulary, inputs, names, _work(out))
         opened = inputs[len(inputs) - len(opened) :]
-    mixed = [name for name in names if opened[0][name].dtype in FLOATS]
-    rows = methods.Weights(given, len(models), names)
-    steps = methods.steps(method, opened, None if base is None else inputs[0], rows, values, normalize, mixed)
     layout = lay_out(((name, out_type(first, name, out_dtype), opened[0][name].shape) for name in names), shard_size)
+    stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
+    mixed = [name for name in names if opened[0][name].dtype in FLOATS]
+    job = Job(opened, None if base is None else inputs[0], rows, values, normalize, mixed, stored, limit)
+    kind.check(job)
     recipe = {
         "fastalign": fastalign.__version__,
         "method": method,
@@ -171,32 +164,28 @@ def make(
         "dtype": out_dtype,
         "models": [identity_of(one) for one in sources[len(sources) - len(opened) :]],
         "base": None if base is None else identity_of(sources[0]),
-        "parameters": asked.told(values),
+        "parameters": to_json(values),
     }
-    blocks_of: dict[str, Any] = {}
-    if values.get("filter_wise"):
-        from fastalign.soup.methods import filter_wise
-
-        stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
-        blocks_of = filter_wise.blocks_of(inputs, mixed, values["floor"], stored, limit)
-    elif methods.by_whole_tensors(method, values):
-        from fastalign.soup.methods import whole as whole_tensors
-
-        stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
-        settings = methods.settings_of(method, rows, values, mixed)
-        blocks_of = whole_tensors.blocks_of(
-            method, opened, None if base is None else inputs[0], mixed, settings, stored
-        )
-    written_by = backend.engine.active_isa() if backend.engine_runs() else "torch"
-    basis = {
-        "recipe": recipe, "weights": rows.told(), "single": rows.single, "along": [along.changes, along.template, along.tokens], "rows": embeddings and embeddings.key, "shard": shard_size, "by": written_by,
-        **content([file for one in sources for file in one.files], along),
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    return Plan(
-        opened, inputs, Path(out), rows.told(), rows.single, tuple(layout), recipe, out_dtype, limit, key, steps, along, blocks_of,
-        (vocabulary.note,) if vocabulary and vocabulary.note else (), embeddings,
+    key = key_of(
+        [file for one in sources for file in one.files], along, recipe=recipe, weights=rows.to_json(), single=rows.single,
+        shard=shard_size, along=[along.changes, along.template, along.tokens], rows=embeddings and embeddings.key,
     )  # fmt: skip
+    notes = (vocabulary.note,) if vocabulary and vocabulary.note else ()
+    return Plan(
+        opened, inputs, Path(out), rows.to_json(), rows.single, tuple(layout), recipe, out_dtype, limit, key,
+        partial(kind.step, job), along, notes, embeddings,
+    )  # fmt: skip
+
+
+def key_of(files: Sequence[File], sidecar: Companions, **basis: Any) -> str:
+    """A hash of what decides a merge's bytes, wherever it lies: `basis`, weights by their files' headers and parts of them, what
+    comes along, and what computes it."""
+    basis |= {
+        "files": [[file.modified, file.identity, of_weights(file.path)] for file in files],
+        "with": of_files(sidecar.sources()),
+        "by": backend.engine.active_isa() if backend.engine_runs() else "torch",
+    }
+    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 
 
 def _target(out: str | os.PathLike) -> Path:
@@ -206,14 +195,6 @@ def _target(out: str | os.PathLike) -> Path:
 def _work(out: str | os.PathLike) -> Path:
     target = _target(out)
     return target.with_name(f".{target.name}.soup")
-
-
-def content(files: Sequence[File], along: Companions) -> dict[str, Any]:
-    """What decides a merge's bytes, wherever it lies: weights by their files' headers and parts of them, and what comes along."""
-    return {
-        "files": [[file.modified, file.identity, of_weights(file.path)] for file in files],
-        "with": of_files(along.sources()),
-    }
 
 
 def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:

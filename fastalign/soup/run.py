@@ -247,31 +247,35 @@ def estimate(plan: Plan) -> Estimate | None:
     width = sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
     row = tensor.shape[-1] if tensor.shape else 1
     n = min(tensor.count, max(1, _SAMPLE // width // row) * row)
-    if name in plan.blocks_of:
-        began = time.perf_counter()
-        for _ in plan.blocks_of[name]():
+    began = time.perf_counter()
+    step = plan.step_of(name)
+    if callable(step):
+        for _ in step():
             pass
-        seconds = (time.perf_counter() - began) / tensor.count * sum(one.count for one in tensors.values())
-        return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, tensor.count * width)
+        each, moved = (time.perf_counter() - began) / tensor.count, tensor.count * width
+    else:
+        prepared = time.perf_counter() - began
+        moved, took = n * width, _time_of(plan, name, step, n, tensor.dtype, threads)
+        each = prepared / tensor.count + took / n
+    seconds = each * sum(one.count for one in tensors.values())
+    return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, moved)
+
+
+def _time_of(plan: Plan, name: str, step: list[float] | Tasks, n: int, dtype: str, threads: int) -> float:
+    """Seconds to merge and flush the first n elements of a tensor."""
+    outputs, chunk = len(plan.weights), chunk_of(plan, threads)
     folder = next(one for one in (plan.out.absolute(), *plan.out.absolute().parents) if one.is_dir())
     with opened(plan.sources) as files, tempfile.TemporaryFile(dir=folder) as out:
+        offsets = [k * n * SIZES[dtype] for k in range(outputs)]
+        sparse = isinstance(step, Tasks)
+        part = segment(plan, name, n, [out.fileno()] * outputs, offsets, files, [] if sparse else step)
         began = time.perf_counter()
-        step = plan.step_of(name)
-        prepared = time.perf_counter() - began
-        offsets = [k * n * SIZES[tensor.dtype] for k in range(outputs)]
-        weights = [] if isinstance(step, Tasks) else step
-        part = segment(plan, name, n, [out.fileno()] * outputs, offsets, files, weights)
-        began = time.perf_counter()
-        chunk = chunk_of(plan, threads)
-        if isinstance(step, Tasks):
-            merge_tasks(part, _shortened(step, n, tensor.count), tensor.dtype, chunk=chunk, threads=threads)
+        if sparse:
+            merge_tasks(part, _shortened(step, n, plan.inputs[0][name].count), dtype, chunk=chunk, threads=threads)
         else:
-            stream([part], tensor.dtype, chunk=chunk, threads=threads)
+            stream([part], dtype, chunk=chunk, threads=threads)
         os.fsync(out.fileno())
-        took = time.perf_counter() - began
-    each = prepared / tensor.count + took / n
-    seconds = each * sum(one.count for one in tensors.values())
-    return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, n * width)
+        return time.perf_counter() - began
 
 
 def estimated(plan: Plan) -> str:

@@ -139,6 +139,23 @@ def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarra
     return np.array(found).reshape(m, m)
 
 
+def bytes_moved(segment: Segment, out_type: str) -> int:
+    """Read and written."""
+    return segment.n * (sum(SIZES[t] for t in segment.in_types) + SIZES[out_type] * len(segment.out_files))
+
+
+def pieces(whole: Segment, out_type: str, nbytes: int) -> Iterator[Segment]:
+    """A segment as parts that move about so many bytes each."""
+    widths = [SIZES[name] for name in whole.in_types]
+    step = max(1, nbytes // (sum(widths) + SIZES[out_type] * len(whole.out_files)) // PAGE) * PAGE
+    for first in range(0, whole.n, step):
+        yield whole._replace(
+            n=min(step, whole.n - first),
+            in_offsets=tuple(at + first * width for at, width in zip(whole.in_offsets, widths, strict=True)),
+            out_offsets=tuple(at + first * SIZES[out_type] for at in whole.out_offsets),
+        )
+
+
 def joined(segments: Iterator[Segment], out_width: int) -> Iterator[Segment]:
     """Neighbours that lie together in every file, as one."""
     held: Segment | None = None

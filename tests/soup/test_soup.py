@@ -19,7 +19,7 @@ from fastalign._base.work_folder import MARK
 from fastalign.cli.main import app
 from fastalign.soup.checkpoint import INDEX
 from fastalign.soup.lora import write_adapter
-from fastalign.soup.methods import simplex_grid
+from fastalign.soup.methods.settings import simplex_grid
 
 RHO = [0.5, 0.3, 0.2]
 

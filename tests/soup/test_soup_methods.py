@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from fastalign import soup
 from fastalign._base.errors import UserError
-from fastalign.cli import soup as cli_soup
 from fastalign.cli.main import app
 from fastalign.soup import plan as plans
 from fastalign.soup.methods import spheres as geometry
@@ -283,7 +282,6 @@ def test_what_is_asked_for_wrongly(files, tmp_path):
     refused("none of its patterns matches embed.weight", [{"*.mlp.*": 1.0}, 1, 1], base=False, normalize=True)
     refused("lambda must be finite", one, method="ties", parameters={"lambda": float("inf")})
     refused("companion must be first, one of the models, or base", one, base=False, companion="base")
-    assert {one.value for one in cli_soup.Method} == set(soup.METHODS)
     args = [
         *map(str, paths(files, 1, 2)),
         "--method",
@@ -304,6 +302,14 @@ def test_what_is_asked_for_wrongly(files, tmp_path):
     assert all(torch.equal(found[name], same[name]) for name in NAMES)
     result = CliRunner().invoke(app, ["soup", *args, "--set", "density", "--out", str(tmp_path / "no")])
     assert result.exit_code == 1 and "--set must be name=value" in result.output
+
+
+def test_the_command_knows_every_method_and_its_parameters():
+    shown = CliRunner(env={"COLUMNS": "2000"}).invoke(app, ["soup", "--help"]).output
+    assert f"[{'|'.join(soup.METHODS)}]" in shown
+    assert all(name in shown for one in soup.METHODS.values() for name in one.parameters)
+    wrong = CliRunner(env={"COLUMNS": "2000"}).invoke(app, ["soup", "a", "b", "--method", "tie", "--out", "c"])
+    assert wrong.exit_code == 2 and f"must be one of {', '.join(soup.METHODS)}, got 'tie'" in wrong.output
 
 
 def test_a_dry_run_tells_the_time_and_leaves_nothing(files, tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 import fastalign
-from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign._base.units import parse_bytes
 from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
@@ -31,8 +28,9 @@ from fastalign.soup.checkpoint import (
 )
 from fastalign.soup.lora import Adapter, Factors, base_name, open_adapter
 from fastalign.soup.lora.mix import modules_of, same_bases, shapes_agree, spans, stacked
-from fastalign.soup.methods import weight_rows
-from fastalign.soup.plan import DEFAULT_MEMORY, Plan, content, identity_of, out_type
+from fastalign.soup.methods.base import Step
+from fastalign.soup.methods.settings import weight_rows
+from fastalign.soup.plan import DEFAULT_MEMORY, Plan, identity_of, key_of, out_type
 from fastalign.soup.run import Merged, execute, warned
 from fastalign.soup.sidecar import TOKENIZER, Companions
 from fastalign.soup.stream import mix_tensors
@@ -98,22 +96,18 @@ def plan(
     }  # fmt: skip
     single = np.ndim(weights) == 1
     files = [*model.files, *(one.file for one in held)]
-    basis = {
-        "recipe": recipe, "weights": rows.tolist(), "single": single, "shard": shard_size,
-        "by": backend.engine.active_isa() if backend.engine_runs() else "torch",
-        **content(files, along),
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    ones = [1.0] * len(rows)
+    key = key_of(files, along, recipe=recipe, weights=rows.tolist(), single=single, shard=shard_size)
     stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
     room = min(_BLOCK, limit // 2)
-    blocks_of = {
-        name: functools.partial(_blocks, name, model, held, rows, module, transposed, in_torch(stored[name]), room)
-        for name, (module, transposed) in changed.items()
-    }
+
+    def step_of(name: str) -> Step:
+        if name not in changed:
+            return [1.0] * len(rows)
+        return functools.partial(_blocks, name, model, held, rows, *changed[name], in_torch(stored[name]), room)
+
     return Plan(
-        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key,
-        lambda name: ones, along, blocks_of, _left_behind(model, held),
+        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, step_of, along,
+        _left_behind(model, held),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.soup.checkpoint import in_torch, parse_dtype
 from fastalign.soup.lora import Adapter, base_name, open_adapter, target_folder, wide, write_adapter
-from fastalign.soup.methods import weight_rows
+from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.sidecar import stays_within
 
 _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")

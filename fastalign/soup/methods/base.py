@@ -1,18 +1,41 @@
-"""What each method takes: how many models, a base or none, and its parameters with their bounds."""
+"""What a method of merging is: what it takes, how that is checked, and what it does for one tensor.
+
+A method is one object (METHODS in this package): its class holds its parameters, its checks and its arithmetic. `Method.step` says
+what becomes of a tensor: weights for a weighted sum of the inputs, Tasks for a merge of sparse task vectors, or a function
+that makes the tensor block by block, in torch.
+"""
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
+from fastalign import backend
 from fastalign._base.errors import UserError
-from fastalign.soup.methods.settings import Setting, parse
+from fastalign.soup.checkpoint import Checkpoint, in_torch, read_bytes
+from fastalign.soup.methods.settings import Places, Setting, Weights, parse
+from fastalign.soup.steps import Segment, StreamError, Tasks
+from fastalign.soup.stream import dots, mix_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_INPUTS = 128  # of the kernel
-RESCALES = ("expected", "l1", "none")
+Blocks = Callable[
+    [], Iterator[Sequence["Tensor"]]
+]  # in their order, each K tensors of the same next elements, as stored
+Step = list[float] | Tasks | Blocks  # weights of the inputs are (K × inputs), row by row
+
+
+# ---- kinds of parameters ----
 
 
 @dataclass(frozen=True)
@@ -24,17 +47,15 @@ class Number:
     most: float = math.inf
     each: bool = False
 
-    def read(self, name: str, value: Any, m: int) -> Any:
-        def one(argument: str, held: Any) -> Setting:
-            return parse(argument, held, least=self.least, most=self.most)
-
+    def read(self, name: str, value: Any, m: int) -> Setting | list[Setting]:
+        bounds = {"least": self.least, "most": self.most}
         if not self.each:
-            return one(name, value)
+            return parse(name, value, **bounds)
         if not isinstance(value, list | tuple):
-            return [one(name, value)] * m
+            return [parse(name, value, **bounds)] * m
         if len(value) != m:
             raise UserError(f"{name} must be one for all or one for each of {m} models, got {len(value)}")
-        return [one(f"{name} of model {i}", held) for i, held in enumerate(value)]
+        return [parse(f"{name} of model {i}", one, **bounds) for i, one in enumerate(value)]
 
 
 @dataclass(frozen=True)
@@ -64,121 +85,176 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Rescale:
-    """expected: divided by the probability of staying; l1: so that the sum of sizes is as it was; none."""
+class Word:
+    """One of some words."""
 
     default: str
+    words: tuple[str, ...]
 
     def read(self, name: str, value: Any, m: int) -> str:
-        if value not in RESCALES:
-            raise UserError(f"{name} must be one of {', '.join(RESCALES)}, got {reprlib.repr(value)}")
+        if value not in self.words:
+            raise UserError(f"{name} must be one of {', '.join(self.words)}, got {reprlib.repr(value)}")
         return value
 
 
+Parameters = Mapping[str, Number | Whole | Flag | Word]
+
+
+# ---- methods ----
+
+
 @dataclass(frozen=True)
+class Job:
+    """What a method is given: the checkpoints, what was asked for, and how the outputs are stored."""
+
+    models: Sequence[Checkpoint]
+    base: Checkpoint | None
+    weights: Weights
+    values: Mapping[str, Any]  # the parameters, as Method.read gives them
+    normalize: bool | None  # of a linear soup
+    names: Sequence[str]  # of the tensors that are mixed
+    stored: Mapping[str, str]  # their types in the outputs
+    memory: int  # bytes for buffers
+
+    @cached_property
+    def places(self) -> Places:
+        return Places(self.names)
+
+    @property
+    def inputs(self) -> tuple[Checkpoint, ...]:
+        """The base, where there is one, then the models."""
+        return (*(() if self.base is None else (self.base,)), *self.models)
+
+    def weights_of(self, name: str) -> np.ndarray:
+        """(K, m). Raises UserError where a model has none for this tensor."""
+        return self.weights.at(name, self.places[name])
+
+    def values_of(self, name: str) -> dict[str, Any]:
+        """The parameters of one tensor. Raises UserError where none of a parameter's patterns matches its name."""
+
+        def one(argument: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [one(f"{argument} of model {i}", x) for i, x in enumerate(value)]
+            found = value.at(name, self.places[name]) if isinstance(value, Setting) else value
+            if found is None:
+                raise UserError(f"{argument}: none of its patterns matches {name}")
+            return found
+
+        return {argument: one(argument, value) for argument, value in self.values.items()}
+
+    def gram(self, name: str) -> np.ndarray:
+        """Dot products of the models' tensors, or where there is a base of what they differ by from it: (m, m) float64."""
+        tensors = [one[name] for one in self.inputs]
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(one.files[one.where[name]].path, "rb")) for one in self.inputs]
+            segment = Segment(
+                tensors[0].count, tuple(tensor.dtype for tensor in tensors), tuple(file.fileno() for file in files),
+                tuple(tensor.offset for tensor in tensors), (), (), [],
+            )  # fmt: skip
+            try:
+                found = dots(segment, centered=self.base is not None, threads=backend.threads())
+            except StreamError as error:
+                raise OSError(error.errno or 5, error.strerror, str(files[error.file].name)) from None
+        return found if self.base is None else found[1:, 1:]
+
+
 class Method:
-    """base: "no", "yes" or "may". weights: "rows" where they must be given, "equal" where they may be left out, "none"."""
+    """base: "no", "yes" or "may". least, most: models. weights: "rows" where they must be given, "equal" where they may be left out,
+    "none"."""
 
-    base: str = "no"
-    least: int = 1
-    most: int = MAX_INPUTS
-    weights: str = "rows"
-    parameters: Mapping[str, Number | Whole | Flag | Rescale] = field(default_factory=dict)
+    name: str
+    base = "no"
+    least = 1
+    most = MAX_INPUTS
+    weights = "rows"
+    parameters: ClassVar[Parameters] = {}
 
+    def check_inputs(self, m: int, *, with_base: bool) -> None:
+        """Raises UserError where it does not take so many models, or a base."""
+        if self.base == "yes" and not with_base:
+            raise UserError(f"{self.name} needs base, the model that the others were trained from")
+        if m + with_base > MAX_INPUTS:
+            raise UserError(f"at most {MAX_INPUTS} models can be mixed at once (base included), got {m + with_base}")
+        if not self.least <= m <= self.most:
+            wanted = f"{self.least}" if self.least == self.most else f"at least {self.least}"
+            raise UserError(f"{self.name} takes {wanted} models, got {m}")
 
-def _tasks(*, density: float | None = None, normalize: bool = False, rescale: str = "none", **more) -> Method:
-    return Method(
-        base="yes",
-        parameters={
-            "density": Number(density, 0, 1, each=True),
-            "lambda": Number(1.0),
-            "normalize": Flag(normalize),
-            "rescale": Rescale(rescale),
-            **more,
-        },
-    )
+    def read(self, given: Mapping[str, Any] | None, m: int) -> dict[str, Any]:
+        """Every parameter, from what a user gave and the defaults.
 
+        A number may be {pattern: number or numbers over the layers}; one that models may differ in a list, one for each
+        model. Raises UserError that names the parameter.
+        """
+        if given is not None and not isinstance(given, Mapping):
+            raise UserError(f"parameters must map names to values, got {reprlib.repr(given)}")
+        unknown = [name for name in given or () if name not in self.parameters]
+        if unknown:
+            takes = f"takes {', '.join(self.parameters)}" if self.parameters else "takes none"
+            raise UserError(f"{reprlib.repr(unknown[0])} is no parameter of {self.name}, which {takes}")
+        found = {}
+        for name, kind in self.parameters.items():
+            value = kind.default if given is None or name not in given else given[name]
+            if value is None:
+                raise UserError(f"{self.name} needs the parameter {name}")
+            found[name] = kind.read(name, value, m)
+        return found
 
-_SEED = {"seed": Whole(0)}
-_EPSILON = {"epsilon": Number(0.15, 0, 1, each=True)}
-_GAMMA = {"gamma": Number(0.01, 0, 1, each=True)}
+    def check(self, job: Job) -> None:
+        """Raises UserError for what can be known of a tensor's numbers before any is read."""
+        for name in job.names:
+            job.weights_of(name), job.values_of(name)
 
-METHODS: dict[str, Method] = {
-    "linear": Method(weights="equal"),
-    "task_arithmetic": Method(base="yes", parameters={"lambda": Number(1.0), "normalize": Flag(False)}),
-    "slerp": Method(least=2, most=2),
-    "ties": _tasks(density=0.2, normalize=True),
-    "dare_linear": _tasks(rescale="expected", **_SEED),
-    "dare_ties": _tasks(rescale="expected", **_SEED),
-    "della": _tasks(normalize=True, rescale="expected", **_EPSILON, **_SEED),
-    "della_linear": _tasks(rescale="expected", **_EPSILON, **_SEED),
-    "breadcrumbs": _tasks(density=0.9, **_GAMMA),
-    "breadcrumbs_ties": _tasks(density=0.9, **_GAMMA),
-    "multislerp": Method(
-        base="may", weights="equal", parameters={"normalize_weights": Flag(True), "eps": Number(1e-8, 0, 1)}
-    ),
-    "nuslerp": Method(
-        base="may", least=2, most=2, parameters={"nuslerp_row_wise": Flag(False), "nuslerp_flatten": Flag(True)}
-    ),
-    "sce": Method(base="yes", weights="none", parameters={"select_topk": Number(1.0, 0, 1)}),
-    "nearswap": Method(base="yes", most=1, weights="none", parameters={"t": Number(None, 0)}),
-    "arcee_fusion": Method(base="yes", most=1, weights="none"),
-    "ram": Method(base="yes", weights="none", parameters={"epsilon": Number(1e-5, 0)}),
-    "karcher": Method(weights="equal", parameters={"max_iter": Whole(10, 0, 10_000), "tol": Number(1e-5, 0, 1)}),
-    "model_stock": Method(
-        base="yes", least=2, weights="none", parameters={"floor": Number(0.0, 0, 1), "filter_wise": Flag(False)}
-    ),
-    "warp": Method(base="yes", least=2, weights="equal", parameters={"eta": Number(1.0)}),
-    "ema": Method(weights="none", parameters={"decay": Number(None, 0, 1)}),
-}
+    def step(self, job: Job, name: str) -> Step:
+        """What is done for a tensor."""
+        raise NotImplementedError
 
 
-def check(method: str, m: int, *, with_base: bool) -> Method:
-    """The method of that name. Raises UserError where there is none, or it does not take so many models or a base."""
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    found = METHODS[method]
-    if found.base == "yes" and not with_base:
-        raise UserError(f"{method} needs base, the model that the others were trained from")
-    if found.base == "no" and with_base:
-        takers = ", ".join(name for name, one in METHODS.items() if one.base != "no")
-        raise UserError(f"{method} takes no base; those that do: {takers}")
-    if m + with_base > MAX_INPUTS:
-        raise UserError(f"at most {MAX_INPUTS} models can be mixed at once (base included), got {m + with_base}")
-    if not found.least <= m <= found.most:
-        wanted = f"{found.least}" if found.least == found.most else f"at least {found.least}"
-        raise UserError(f"{method} takes {wanted} models, got {m}")
-    return found
+class WeightedSum(Method):
+    """A weighted sum of the models, or of their task vectors and the base, whose weights may differ from tensor to tensor."""
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        """(K, m): of the models, or of their task vectors where there is a base."""
+        raise NotImplementedError
+
+    def step(self, job: Job, name: str) -> Step:
+        with np.errstate(invalid="ignore", over="ignore"):  # of a tensor with NaN or infinities, NaN is made
+            rows = self.rows(job, name)
+        if (
+            job.base is not None
+        ):  # task arithmetic (arXiv 2212.04089) as a sum of models: the base's weight is 1 less theirs
+            rows = np.concatenate([1 - rows.sum(1, keepdims=True), rows], 1)
+        return rows.ravel().tolist()
 
 
-def read(method: str, given: Mapping[str, Any] | None, m: int) -> dict[str, Any]:
-    """Every parameter of a method, from what a user gave and the defaults.
+class ByTensor(Method):
+    """A function of whole tensors: one tensor of every model is held."""
 
-    A number may be {pattern: number or numbers over the layers}; density, epsilon and gamma may be lists, one for each
-    model. Raises UserError that names the parameter.
-    """
-    if given is not None and not isinstance(given, Mapping):
-        raise UserError(f"parameters must map names to values, got {reprlib.repr(given)}")
-    wanted = METHODS[method].parameters
-    unknown = [name for name in given or () if name not in wanted]
-    if unknown:
-        takes = f"takes {', '.join(wanted)}" if wanted else "takes none"
-        raise UserError(f"{reprlib.repr(unknown[0])} is no parameter of {method}, which {takes}")
-    found = {}
-    for name, kind in wanted.items():
-        value = kind.default if given is None or name not in given else given[name]
-        if value is None:
-            raise UserError(f"{method} needs the parameter {name}")
-        found[name] = kind.read(name, value, m)
-    return found
+    def merge(self, base: Tensor, models: list[Tensor], values: Mapping[str, Any]) -> Tensor:
+        """The output, computed in float32, or in float64 where a model or the output is stored so."""
+        raise NotImplementedError
+
+    def step(self, job: Job, name: str) -> Step:
+        return whole_tensor(job, name, lambda base, models: [self.merge(base, models, job.values_of(name))])
 
 
-def told(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON, for the record."""
+def whole_tensor(job: Job, name: str, merge: Callable[[Tensor | None, list[Tensor]], list[Tensor]]) -> Blocks:
+    """What makes a tensor at once; merge: from the base and the models to K outputs, in float32 or float64."""
 
-    def one(value: Any) -> Any:
-        if isinstance(value, Setting):
-            return value.told()
-        return [one(held) for held in value] if isinstance(value, list) else value
+    def blocks() -> Iterator[list[Tensor]]:
+        if job.models[0][name].count:
+            shape = job.models[0][name].shape
+            base, models, dtype = inputs_as(job, name, [b"".join(read_bytes(one, name)) for one in job.inputs])
+            made = merge(None if base is None else base.view(shape), [one.view(shape) for one in models])
+            yield [x if x.dtype == dtype else mix_tensors([x], [[1.0]], dtype)[0] for x in made]
 
-    return {name: one(value) for name, value in values.items()}
+    return blocks
+
+
+def inputs_as(job: Job, name: str, data: Sequence[bytes]) -> tuple[Tensor | None, list[Tensor], torch.dtype]:
+    """A tensor's bytes in the inputs as flat tensors to compute in, base and models; and the type that it is stored in."""
+    import torch
+
+    types, dtype = [in_torch(one[name].dtype) for one in job.inputs], in_torch(job.stored[name])
+    wide = torch.float64 if torch.float64 in (dtype, *types) else torch.float32
+    found = [torch.frombuffer(bytearray(x), dtype=of).to(wide) for x, of in zip(data, types, strict=True)]
+    return (None, found, dtype) if job.base is None else (found[0], found[1:], dtype)

@@ -1,12 +1,14 @@
-"""Numbers that may differ from tensor to tensor: one for all, one for each pattern of names, or a line over the layers."""
+"""Numbers that may differ from tensor to tensor: one for all, one for each pattern of names, or a line over the layers; and weights."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign.soup.stacks import comes_before, layer_of
@@ -61,7 +63,7 @@ class Setting:
         pattern, values = self.rules[0] if self.rules else ("", ())
         return values[0] if pattern == "*" and len(set(values)) == 1 else None
 
-    def told(self) -> float | dict[str, Any]:
+    def to_json(self) -> float | dict[str, Any]:
         """As a user would write it."""
         if self.constant is not None:
             return self.constant
@@ -96,9 +98,9 @@ class Runs(Setting):
         found = {part.constant for part in self.parts}
         return found.pop() if len(found) == 1 else None
 
-    def told(self) -> float | dict[str, Any]:
-        return super().told() if self.constant is not None else {"runs": [
-            {"layers": length, "value": part.told()} for length, part in zip(self.lengths, self.parts, strict=True)
+    def to_json(self) -> float | dict[str, Any]:
+        return super().to_json() if self.constant is not None else {"runs": [
+            {"layers": length, "value": part.to_json()} for length, part in zip(self.lengths, self.parts, strict=True)
         ]}  # fmt: skip
 
     def mapped(self, of: Callable[[float], float]) -> Setting:
@@ -158,3 +160,78 @@ def _bounds(least: float, most: float) -> str:
     if math.isinf(most):
         return f"{least:g} or more"
     return f"{most:g} or less" if math.isinf(least) else f"within [{least:g}, {most:g}]"
+
+
+def to_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's parameters, for the record."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Setting):
+            return value.to_json()
+        return [one(x) for x in value] if isinstance(value, list) else value
+
+    return {name: one(value) for name, value in values.items()}
+
+
+# ---- weights ----
+
+
+def weight_rows(weights, m: int) -> np.ndarray:
+    """`weights` as (K, m) float64. Raises UserError for any other shape and for numbers that are not finite."""
+    try:
+        rows = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"weights must be {m} numbers, or rows of {m} numbers, got {weights!r}") from None
+    if rows.ndim not in (1, 2) or rows.shape[-1] != m or rows.size == 0:
+        raise UserError(f"weights must have shape ({m},) or (K, {m}) for {m} models, got {rows.shape}")
+    if not np.isfinite(rows).all():
+        raise UserError("weights must be finite numbers")
+    return np.atleast_2d(rows)
+
+
+class Weights:
+    """Of every tensor: the same rows for all, or one row of Settings. `single`: one output, not a list of them."""
+
+    def __init__(self, weights: Any, m: int):
+        self.settings: list[Setting] | None = None
+        if isinstance(weights, list | tuple) and any(isinstance(one, Setting | Mapping) for one in weights):
+            if len(weights) != m:
+                raise UserError(f"weights must be one for each of {m} models, got {len(weights)}")
+            self.settings = [parse(f"weight of model {i}", one) for i, one in enumerate(weights)]
+            self.single = True
+        else:
+            self.rows = weight_rows(weights, m)
+            self.single = np.ndim(weights) == 1
+
+    def at(self, name: str, place: float) -> np.ndarray:
+        """(K, m) of a tensor. Raises UserError where a model has none for it."""
+        if self.settings is None:
+            return self.rows
+        found = [one.at(name, place) for one in self.settings]
+        if None in found:
+            raise UserError(f"weight of model {found.index(None)}: none of its patterns matches {name}")
+        return np.array([found], dtype=np.float64)
+
+    def to_json(self) -> list[list[Any]]:
+        """One row for each output."""
+        return self.rows.tolist() if self.settings is None else [[one.to_json() for one in self.settings]]
+
+
+def simplex_grid(m: int, points: int) -> np.ndarray:
+    """All weights of m models that sum to 1 in steps of 1 / (points - 1): (K, m), the first model's weight falling."""
+    if not (isinstance(points, int) and points >= 2):
+        raise UserError(f"grid must be at least 2 points a side, got {points!r}")
+    if math.comb(points - 1 + m - 1, m - 1) > 10_000:
+        raise UserError(
+            f"grid {points} of {m} models has {math.comb(points + m - 2, m - 1):,} soups, at most 10,000 are made"
+        )
+
+    def parts(total: int, left: int) -> Iterator[tuple[int, ...]]:
+        if left == 1:
+            yield (total,)
+            return
+        for mine in range(total, -1, -1):
+            for rest in parts(total - mine, left - 1):
+                yield (mine, *rest)
+
+    return np.array(list(parts(points - 1, m)), dtype=np.float64) / (points - 1)

@@ -1,49 +1,137 @@
-"""Which elements of a task vector each sparse method keeps."""
+"""Merges of task vectors of which only some elements stay: TIES, DARE, DELLA, breadcrumbs. What a method keeps, and how the
+vectors are added up; steps.py says what that means, by_torch.py defines it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastalign._base.errors import UserError
-from fastalign.soup.steps import Choice, stream_of
+from fastalign.soup.methods.base import Flag, Job, Method, Number, Parameters, Whole, Word
+from fastalign.soup.steps import Choice, Tasks, stream_of
 
 
-def choice(
-    method: str,
-    n: int,
-    name: str,
-    model: int,
-    *,
-    density: float,
-    rescale: str,
-    epsilon: float = 0.0,
-    gamma: float = 0.0,
-) -> Choice:
-    """The choice for a tensor of n elements and a model.
+def _parameters(
+    *, density: float | None = None, normalize: bool = False, rescale: str = "none", **more: Number | Whole
+) -> Parameters:
+    return {
+        "density": Number(density, 0, 1, each=True),
+        "lambda": Number(1.0),
+        "normalize": Flag(normalize),
+        "rescale": Word(rescale, ("expected", "l1", "none")),
+        **more,
+    }
 
-    TIES (arXiv 2306.01708) keeps the share `density` of largest size; DARE (2311.03099) each with that probability; DELLA
-    (2406.11617) with a probability from density - epsilon to density + epsilon by its rank in its row; breadcrumbs
-    (2312.06795) drop the share `gamma` of the largest and of the smallest as many as leave `density`.
 
-    rescale: "expected" divides what stays by its probability (DARE's and DELLA's papers), "l1" keeps the sum of sizes
-    (mergekit), "none" does neither.
+_EPSILON, _GAMMA, _SEED = Number(0.15, 0, 1, each=True), Number(0.01, 0, 1, each=True), Whole(0)
+
+
+class Sparse(Method):
+    """base + λ of the weighted task vectors' sum; normalize divides it by their weights.
+
+    elect: only elements with the sign of the weighted sum count (TIES, arXiv 2306.01708: elect and disjoint merge). rescale:
+    "expected" divides what stays by its probability (DARE's and DELLA's papers), "l1" keeps the sum of sizes (mergekit), "none"
+    does neither.
     """
-    if method in ("ties", "breadcrumbs", "breadcrumbs_ties") and rescale == "expected":
-        raise UserError(f"rescale must be l1 or none for {method}, which drops nothing by chance")
-    if density >= 1:
-        return Choice()
-    if density <= 0 or n == 0:
-        return Choice("band")  # nothing
-    match_sum, expected = rescale == "l1", rescale == "expected"
-    if method == "ties":
-        kept = max(1, int(density * n))
-        return Choice("band", n - kept, n, largest_first=True, match_sum=match_sum)
-    if method.startswith("breadcrumbs"):
+
+    base = "yes"
+    elect = False
+
+    def read(self, given, m: int) -> dict[str, Any]:
+        values = super().read(given, m)
+        if values["rescale"] == "expected" and "seed" not in self.parameters:
+            raise UserError(f"rescale must be l1 or none for {self.name}, which drops nothing by chance")
+        return values
+
+    def check(self, job: Job) -> None:
+        for name in job.names:
+            self.step(job, name)
+
+    def step(self, job: Job, name: str) -> Tasks:
+        tensor, values = job.models[0][name], job.values_of(name)
+        choices = []
+        for i in range(len(job.models)):
+            own = {key: value[i] for key, value in values.items() if isinstance(value, list)}
+            if own["density"] >= 1:
+                choices.append(Choice())
+            elif own["density"] <= 0 or tensor.count == 0:
+                choices.append(Choice("band"))  # nothing
+            else:
+                choices.append(self.choice(name, tensor.count, stream_of(name, i), rescale=values["rescale"], **own))
+        weights = tuple(tuple(row) for row in job.weights_of(name).tolist())
+        row = tensor.shape[-1] if tensor.shape else 1
+        seed = values.get("seed", 0)
+        return Tasks(tuple(choices), weights, values["lambda"], self.elect, values["normalize"], seed, row)
+
+    def choice(self, name: str, n: int, stream: int, **options: Any) -> Choice:
+        """Which of a task vector's n elements stay, where its density is within (0, 1)."""
+        raise NotImplementedError
+
+
+class Ties(Sparse):
+    """The share `density` of largest size (arXiv 2306.01708)."""
+
+    name = "ties"
+    elect = True
+    parameters = _parameters(density=0.2, normalize=True)
+
+    def choice(self, name: str, n: int, stream: int, *, density: float, rescale: str) -> Choice:
+        return Choice("band", n - max(1, int(density * n)), n, largest_first=True, match_sum=rescale == "l1")
+
+
+class Dare(Sparse):
+    """Each with the probability `density` (arXiv 2311.03099)."""
+
+    name = "dare_linear"
+    parameters = _parameters(rescale="expected", seed=_SEED)
+
+    def choice(self, name: str, n: int, stream: int, *, density: float, rescale: str) -> Choice:
+        scale = 1 / density if rescale == "expected" else 1.0
+        return Choice("random", probability=density, match_sum=rescale == "l1", scale=scale, stream=stream)
+
+
+class DareTies(Dare):
+    name = "dare_ties"
+    elect = True
+
+
+class Della(Sparse):
+    """With a probability from density - epsilon to density + epsilon by the rank of the size in its row (arXiv 2406.11617)."""
+
+    name = "della"
+    elect = True
+    parameters = _parameters(normalize=True, rescale="expected", epsilon=_EPSILON, seed=_SEED)
+
+    def choice(self, name: str, n: int, stream: int, *, density: float, epsilon: float, rescale: str) -> Choice:
+        if not (density - epsilon > 0 and density + epsilon < 1):
+            raise UserError(f"della needs density ± epsilon within (0, 1), got {density:g} ± {epsilon:g} for {name}")
+        return Choice(
+            "ranked",
+            probability=density,
+            spread=epsilon,
+            own_scale=rescale == "expected",
+            match_sum=rescale == "l1",
+            stream=stream,
+        )
+
+
+class DellaLinear(Della):
+    name = "della_linear"
+    elect = False
+    parameters = _parameters(rescale="expected", epsilon=_EPSILON, seed=_SEED)
+
+
+class Breadcrumbs(Sparse):
+    """All but the share `gamma` of the largest, and of the smallest as many as leave `density` (arXiv 2312.06795)."""
+
+    name = "breadcrumbs"
+    parameters = _parameters(density=0.9, gamma=_GAMMA)
+
+    def choice(self, name: str, n: int, stream: int, *, density: float, gamma: float, rescale: str) -> Choice:
         kept = int(density * n)
         dropped = max(0, n - kept - int(gamma * n))  # of the smallest; fewer large ones go where density says so
-        return Choice("band", dropped, dropped + kept, match_sum=match_sum)
-    stream = stream_of(name, model)
-    if method.startswith("dare"):
-        scale = 1 / density if expected else 1.0
-        return Choice("random", probability=density, match_sum=match_sum, scale=scale, stream=stream)
-    if not (density - epsilon > 0 and density + epsilon < 1):
-        raise UserError(f"della needs density ± epsilon within (0, 1), got {density:g} ± {epsilon:g} for {name}")
-    return Choice("ranked", probability=density, spread=epsilon, own_scale=expected, match_sum=match_sum, stream=stream)
+        return Choice("band", dropped, dropped + kept, match_sum=rescale == "l1")
+
+
+class BreadcrumbsTies(Breadcrumbs):
+    name = "breadcrumbs_ties"
+    elect = True

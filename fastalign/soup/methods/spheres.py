@@ -1,18 +1,28 @@
 """Means on spheres: weights of models, tensor by tensor, that follow from the tensors' dot products alone.
 
 Every method here gives a point in the span of its inputs, so that one reading for the dot products and one for the
-weighted sum make it, and no tensor is held.
+weighted sum make it, and no tensor is held; but for NuSLERP and Model Stock row by row, which torch makes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign.soup.checkpoint import SIZES, read_bytes
+from fastalign.soup.methods.base import Flag, Job, Number, Parameters, Step, WeightedSum, Whole, inputs_as, whole_tensor
+from fastalign.soup.stream import mix_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PARALLEL = 0.9995  # cosines beyond: the great circle is a straight line
+_BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 
 
 def slerp(gram: np.ndarray, t: float) -> np.ndarray:
@@ -30,6 +40,28 @@ def slerp(gram: np.ndarray, t: float) -> np.ndarray:
     return np.array([math.sin((1 - t) * theta), math.sin(t * theta)]) / math.sin(theta)
 
 
+class Slerp(WeightedSum):
+    """Two models along the great circle of each tensor, by the second's share of the weights."""
+
+    name = "slerp"
+    least = most = 2
+
+    def check(self, job: Job) -> None:
+        for name in job.names:
+            self.shares(job.weights_of(name))
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        gram = job.gram(name)
+        return np.stack([slerp(gram, t) for t in self.shares(job.weights_of(name))])
+
+    def shares(self, rows: np.ndarray) -> list[float]:
+        """t of each row."""
+        sums = rows.sum(1)
+        if (rows < 0).any() or (sums <= 0).any():
+            raise UserError("slerp's weights must be 0 or more, and not all 0")
+        return (rows[:, 1] / sums).tolist()
+
+
 def nuslerp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weights (..., 2) of two vectors along their great circle, by the second's share of `weights` (2,); gram (..., 2, 2).
 
@@ -44,6 +76,45 @@ def nuslerp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
     divisor = np.where(flat, 1.0, sine)
     first = np.where(flat, 1 - t, np.sin((1 - t) * angle) / divisor)
     return np.stack([first, np.where(flat, t, np.sin(t * angle) / divisor)], -1)
+
+
+class NuSlerp(WeightedSum):
+    """SLERP of two models, or of their task vectors: of each tensor as a whole, or without nuslerp_flatten for each row of the last
+    dimension, with nuslerp_row_wise for each of the vectors that run along the first."""
+
+    name = "nuslerp"
+    base = "may"
+    least = most = 2
+    parameters: ClassVar[Parameters] = {"nuslerp_row_wise": Flag(False), "nuslerp_flatten": Flag(True)}
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        gram = job.gram(name)
+        return np.stack([nuslerp(gram, row) for row in job.weights_of(name)])
+
+    def step(self, job: Job, name: str) -> Step:
+        if job.values["nuslerp_flatten"]:
+            return super().step(job, name)
+        weights, along_first = job.weights_of(name), job.values["nuslerp_row_wise"]
+        return whole_tensor(job, name, lambda base, models: self.by_rows(base, models, weights, along_first))
+
+    def by_rows(
+        self, base: Tensor | None, models: list[Tensor], weights: np.ndarray, along_first: bool
+    ) -> list[Tensor]:
+        import torch
+
+        first, second = models if base is None else [model - base for model in models]
+        turned = along_first and first.ndim > 1
+        if turned:
+            first, second = first.transpose(0, -1), second.transpose(0, -1)
+        dot = (first * second).sum(-1)
+        gram = torch.stack([(first * first).sum(-1), dot, dot, (second * second).sum(-1)], -1).double().numpy()
+        made = []
+        for row in weights:
+            shares = torch.from_numpy(nuslerp(gram.reshape(*dot.shape, 2, 2), row)).to(first.dtype)
+            one = shares[..., :1] * first + shares[..., 1:] * second
+            one = one.transpose(0, -1) if turned else one
+            made.append((one if base is None else base + one).contiguous())
+        return made
 
 
 def multislerp(gram: np.ndarray, weights: np.ndarray, *, normalize: bool, eps: float) -> np.ndarray:
@@ -72,6 +143,21 @@ def multislerp(gram: np.ndarray, weights: np.ndarray, *, normalize: bool, eps: f
     tangent = weights - (weights @ dots) * mean
     angle = _length(cosines, tangent) + eps
     return (mean * math.cos(angle) + tangent * (math.sin(angle) / angle)) * (lengths @ weights) * inverse
+
+
+class MultiSlerp(WeightedSum):
+    """The barycentre of the models, or of their task vectors, on their sphere. As in mergekit, a lone model is itself, whatever its
+    weight."""
+
+    name = "multislerp"
+    base = "may"
+    weights = "equal"
+    parameters: ClassVar[Parameters] = {"normalize_weights": Flag(True), "eps": Number(1e-8, 0, 1)}
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        gram, values = job.gram(name), job.values_of(name)
+        options = {"normalize": values["normalize_weights"], "eps": values["eps"]}
+        return np.stack([multislerp(gram, row, **options) for row in job.weights_of(name)])
 
 
 def karcher(gram: np.ndarray, weights: np.ndarray, *, steps: int, tol: float) -> np.ndarray:
@@ -112,6 +198,20 @@ def karcher(gram: np.ndarray, weights: np.ndarray, *, steps: int, tol: float) ->
     return float(weights @ lengths) * mean * inverse
 
 
+class Karcher(WeightedSum):
+    """The Karcher mean of the models."""
+
+    name = "karcher"
+    weights = "equal"
+    parameters: ClassVar[Parameters] = {"max_iter": Whole(10, 0, 10_000), "tol": Number(1e-5, 0, 1)}
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        gram, values = job.gram(name), job.values_of(name)
+        return np.stack(
+            [karcher(gram, row, steps=values["max_iter"], tol=values["tol"]) for row in job.weights_of(name)]
+        )
+
+
 def model_stock(gram: np.ndarray, *, floor: float) -> np.ndarray:
     """The share t (...,) of the models' mean in t mean + (1 - t) base (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos)
     with cos the mean cosine between task vectors; gram (..., m, m) their dot products.
@@ -130,6 +230,46 @@ def model_stock(gram: np.ndarray, *, floor: float) -> np.ndarray:
     return np.where(flat, 0.0, m * cosine / np.where(flat, 1.0, divisor))
 
 
+class ModelStock(WeightedSum):
+    """As far from the base as the models agree: a share t for each tensor, or with filter_wise, as in the paper, for each of its rows
+    (along its last dimension), which torch makes some rows at a time."""
+
+    name = "model_stock"
+    base = "yes"
+    least = 2
+    weights = "none"
+    parameters: ClassVar[Parameters] = {"floor": Number(0.0, 0, 1), "filter_wise": Flag(False)}
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        t = model_stock(job.gram(name), floor=job.values_of(name)["floor"])
+        return np.full((1, len(job.models)), t / len(job.models))
+
+    def step(self, job: Job, name: str) -> Step:
+        if not job.values["filter_wise"]:
+            return super().step(job, name)
+        return lambda: self.blocks(job, name, job.values_of(name)["floor"])
+
+    def blocks(self, job: Job, name: str, floor: float) -> Iterator[list[Tensor]]:
+        shape, room = job.models[0][name].shape, min(_BLOCK, job.memory // 2)
+        row = shape[-1] if shape else 1
+        widest = 8 if "F64" in (job.stored[name], *(one[name].dtype for one in job.inputs)) else 4
+        rows = max(1, room // (row * widest * (2 * len(job.inputs) + 2)))
+        readers = [read_bytes(one, name, rows * row * SIZES[one[name].dtype]) for one in job.inputs]
+        for data in itertools.zip_longest(*readers):
+            base, models, dtype = inputs_as(job, name, data)
+            made = self.by_rows(base.view(-1, row), [model.view(-1, row) for model in models], floor)
+            yield mix_tensors([made], [[1.0]], dtype)
+
+    def by_rows(self, base: Tensor, models: Sequence[Tensor], floor: float) -> Tensor:
+        """t mean + (1 - t) base row by row, tensors (rows, n)."""
+        import torch
+
+        deltas = torch.stack([model - base for model in models], 1)  # (rows, m, n)
+        with np.errstate(invalid="ignore", over="ignore"):  # of a row with NaN or infinities, NaN is made
+            t = model_stock((deltas @ deltas.mT).double().numpy(), floor=floor)
+        return base + torch.from_numpy(t).to(base.dtype)[:, None] * deltas.mean(1)
+
+
 def warp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weights (m,) of task vectors under WARP's spherical merge (arXiv 2406.16768, section 3.2 and appendix B.3); gram (m, m).
 
@@ -146,6 +286,20 @@ def warp(gram: np.ndarray, weights: np.ndarray) -> np.ndarray:
         mine, theirs = slerp(pair @ gram @ pair.T, float(weights[i] / used))
         made = mine * made + theirs * other
     return made
+
+
+class Warp(WeightedSum):
+    """Task vectors merged along great circles, then `eta` of the way from the base."""
+
+    name = "warp"
+    base = "yes"
+    least = 2
+    weights = "equal"
+    parameters: ClassVar[Parameters] = {"eta": Number(1.0)}
+
+    def rows(self, job: Job, name: str) -> np.ndarray:
+        gram = job.gram(name)
+        return job.values_of(name)["eta"] * np.stack([warp(gram, row) for row in job.weights_of(name)])
 
 
 def _length(gram: np.ndarray, coefficients: np.ndarray) -> float:

@@ -82,7 +82,7 @@ def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if sum(given) > 1:
         raise UserError("weights must be given once: each model's weight, or weights, or grid")
     if given[2]:
-        from fastalign.soup.methods import simplex_grid
+        from fastalign.soup.methods.settings import simplex_grid
 
         weights = simplex_grid(len(paths), recipe["grid"])
     found["weights"] = recipe.get("weights") if weights is None else weights

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.soup.methods.base import METHODS
+from fastalign.soup.methods import METHODS
 from fastalign.soup.methods.settings import Runs, Setting, numbers
 from fastalign.soup.recipes.fields import entries, known, layer_range, text
 
