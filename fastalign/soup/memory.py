@@ -12,15 +12,7 @@ from torch import Tensor, nn
 
 from fastalign._base.errors import UserError, printable
 from fastalign.soup.architecture import same_model
-from fastalign.soup.checkpoint import (
-    FLOATS,
-    Checkpoint,
-    in_torch,
-    mapped,
-    of_torch,
-    open_checkpoint,
-    parse_dtype,
-)
+from fastalign.soup.checkpoint import FLOATS, Checkpoint, in_torch, mapped, of_torch, open_checkpoint, parse_dtype
 from fastalign.soup.methods import METHODS
 from fastalign.soup.methods.linear import linear_rows
 from fastalign.soup.methods.settings import weight_rows

@@ -10,7 +10,6 @@ from fastalign import soup
 from fastalign._base.errors import UserError
 from fastalign.cli.main import app
 from fastalign.soup import plan as plans
-from fastalign.soup.methods import spheres as geometry
 from fastalign.soup.methods.settings import Places, parse
 from fastalign.soup.run import estimate, estimated
 
@@ -191,11 +190,11 @@ def test_model_stock_goes_as_far_as_the_models_agree(files, tmp_path):
         cosine = sum(torch.cosine_similarity(deltas[i], deltas[j], dim=0) for i, j in pairs) / 3
         t = 3 * cosine / (1 + 2 * cosine)
         torch.testing.assert_close(found[name].flatten(), t * sum(models) / 3 + (1 - t) * base, rtol=1e-9, atol=1e-9)
-    same = np.full((2, 2), 4.0)
-    assert geometry.model_stock(same, floor=0) == pytest.approx(1.0)
-    assert geometry.model_stock(np.diag([1.0, 2.0]), floor=0) == 0.0
-    assert geometry.model_stock(np.array([[1.0, -1.0], [-1.0, 1.0]]), floor=0) == 0.0  # no finite answer: the base
-    assert geometry.model_stock(1e-10 * same, floor=1e-6) < 0.01 < geometry.model_stock(1e-10 * same, floor=0)
+    same, share = np.full((2, 2), 4.0), soup.METHODS["model_stock"].share
+    assert share(same, floor=0) == pytest.approx(1.0)
+    assert share(np.diag([1.0, 2.0]), floor=0) == 0.0
+    assert share(np.array([[1.0, -1.0], [-1.0, 1.0]]), floor=0) == 0.0  # no finite answer: the base
+    assert share(1e-10 * same, floor=1e-6) < 0.01 < share(1e-10 * same, floor=0)
 
 
 def test_warp_merges_task_vectors_on_great_circles(files, tmp_path):

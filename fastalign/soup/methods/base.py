@@ -59,45 +59,33 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A whole number."""
+class Fixed:
+    """A value that is the same for all tensors and models. rule: in words, what it must be."""
 
-    default: int
-    least: int = 0
-    most: int = 2**63 - 1
+    default: Any
+    rule: str
+    holds: Callable[[Any], bool]
 
-    def read(self, name: str, value: Any, m: int) -> int:
-        if not (type(value) is int and self.least <= value <= self.most):
-            raise UserError(
-                f"{name} must be a whole number within [{self.least}, {self.most}], got {reprlib.repr(value)}"
-            )
+    def read(self, name: str, value: Any, m: int) -> Any:
+        if not self.holds(value):
+            raise UserError(f"{name} must be {self.rule}, got {reprlib.repr(value)}")
         return value
 
 
-@dataclass(frozen=True)
-class Flag:
-    default: bool
-
-    def read(self, name: str, value: Any, m: int) -> bool:
-        if type(value) is not bool:
-            raise UserError(f"{name} must be true or false, got {reprlib.repr(value)}")
-        return value
+def flag(default: bool) -> Fixed:
+    return Fixed(default, "true or false", lambda value: type(value) is bool)
 
 
-@dataclass(frozen=True)
-class Word:
-    """One of some words."""
-
-    default: str
-    words: tuple[str, ...]
-
-    def read(self, name: str, value: Any, m: int) -> str:
-        if value not in self.words:
-            raise UserError(f"{name} must be one of {', '.join(self.words)}, got {reprlib.repr(value)}")
-        return value
+def whole_number(default: int, least: int = 0, most: int = 2**63 - 1) -> Fixed:
+    rule = f"a whole number within [{least}, {most}]"
+    return Fixed(default, rule, lambda value: type(value) is int and least <= value <= most)
 
 
-Parameters = Mapping[str, Number | Whole | Flag | Word]
+def word(default: str, *words: str) -> Fixed:
+    return Fixed(default, f"one of {', '.join(words)}", lambda value: value in words)
+
+
+Parameters = Mapping[str, Number | Fixed]
 
 
 # ---- methods ----

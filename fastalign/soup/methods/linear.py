@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.soup.methods.base import Flag, Job, Number, Parameters, WeightedSum
+from fastalign.soup.methods.base import Job, Number, Parameters, WeightedSum, flag
 
 
 def linear_rows(rows: np.ndarray, normalize: bool | None) -> np.ndarray:
@@ -44,7 +44,7 @@ class TaskArithmetic(WeightedSum):
 
     name = "task_arithmetic"
     base = "yes"
-    parameters: ClassVar[Parameters] = {"lambda": Number(1.0), "normalize": Flag(False)}
+    parameters: ClassVar[Parameters] = {"lambda": Number(1.0), "normalize": flag(False)}
 
     def rows(self, job: Job, name: str) -> np.ndarray:
         rows, values = job.weights_of(name), job.values_of(name)

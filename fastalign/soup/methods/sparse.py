@@ -6,23 +6,23 @@ from __future__ import annotations
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.soup.methods.base import Flag, Job, Method, Number, Parameters, Whole, Word
+from fastalign.soup.methods.base import Fixed, Job, Method, Number, Parameters, flag, whole_number, word
 from fastalign.soup.steps import Choice, Tasks, stream_of
 
 
 def _parameters(
-    *, density: float | None = None, normalize: bool = False, rescale: str = "none", **more: Number | Whole
+    *, density: float | None = None, normalize: bool = False, rescale: str = "none", **more: Number | Fixed
 ) -> Parameters:
     return {
         "density": Number(density, 0, 1, each=True),
         "lambda": Number(1.0),
-        "normalize": Flag(normalize),
-        "rescale": Word(rescale, ("expected", "l1", "none")),
+        "normalize": flag(normalize),
+        "rescale": word(rescale, "expected", "l1", "none"),
         **more,
     }
 
 
-_EPSILON, _GAMMA, _SEED = Number(0.15, 0, 1, each=True), Number(0.01, 0, 1, each=True), Whole(0)
+_EPSILON, _GAMMA, _SEED = Number(0.15, 0, 1, each=True), Number(0.01, 0, 1, each=True), whole_number(0)
 
 
 class Sparse(Method):

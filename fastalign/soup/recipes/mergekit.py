@@ -55,15 +55,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _PARAMETERS = {name for defaults in _DEFAULTS.values() for name in defaults}
 _MODEL_STOCK_FLOOR = 1e-6
 _NUMBERED = re.compile(r"[.*]\d+[.*]")
-_FLAGS = (
-    "normalize",
-    "normalize_weights",
-    "rescale",
-    "int8_mask",
-    "filter_wise",
-    "nuslerp_row_wise",
-    "nuslerp_flatten",
-)
+_FLAGS = {name for defaults in _DEFAULTS.values() for name, default in defaults.items() if type(default) is bool}
 
 
 def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
