@@ -170,7 +170,7 @@ class Walk:
             told = [identity_of(open_checkpoint(model)) for model in models]
         else:
             opened = [open_adapter(model) for model in models]
-            told = [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in opened]
+            told = [one.identity for one in opened]
             told.append(identity_of(open_checkpoint(base)))
         self._sampling, self._loading, self._progress = sampling, {"dtype": dtype, "device": device}, progress
         prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

@@ -85,9 +85,8 @@ class Plan:
         return len(self.weights) * sum(shard.nbytes for shard in self.layout)
 
     def metadata(self, k: int) -> dict[str, str]:
-        """Of output k, for its files' headers. `format` is what transformers asks for."""
-        recipe = self.recipe | {"weights": self.weights[k]}
-        return {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
+        """Of output k, for its files' headers."""
+        return metadata_of(self.recipe | {"weights": self.weights[k]})
 
     def describe(self) -> list[str]:
         """For people: a line for each input, then what comes out."""
@@ -195,6 +194,12 @@ def _target(out: str | os.PathLike) -> Path:
 def _work(out: str | os.PathLike) -> Path:
     target = _target(out)
     return target.with_name(f".{target.name}.soup")
+
+
+def metadata_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """For a file's header: what was made of what. `format` is what transformers asks for."""
+    recipe = {"fastalign": fastalign.__version__, **recipe}
+    return {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
 
 
 def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:

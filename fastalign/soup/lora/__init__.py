@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,11 @@ class Adapter:
     factors: Mapping[str, Factors] = field(repr=False)
     whole: Mapping[str, Tensor] = field(repr=False)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its name without the place where it lies, and a hash of its file's header and size."""
+        return {"name": self.folder.resolve().name, "files": [self.file.identity]}
+
 
 def open_adapter(folder: str | os.PathLike) -> Adapter:
     """Read an adapter's configuration and header, and map its tensors.
@@ -94,6 +100,76 @@ def open_adapter(folder: str | os.PathLike) -> Adapter:
     return Adapter(
         name, path, config, file, {module: _factors(name, module, x, config) for module, x in found.items()}, whole
     )
+
+
+def open_adapters(folders: Sequence[str | os.PathLike], *, force: bool) -> list[Adapter]:
+    """Adapters that can be mixed. Raises as open_adapter does, and UserError where they do not fit one another."""
+    adapters = [open_adapter(one) for one in listed(folders)]
+    _same_bases(adapters, force=force)
+    _shapes_agree(adapters)
+    return adapters
+
+
+def listed(adapters: Sequence[str | os.PathLike]) -> Sequence[str | os.PathLike]:
+    if isinstance(adapters, str | os.PathLike) or not adapters:
+        raise UserError(f"adapters must be a list of folders, got {adapters!r}")
+    return adapters
+
+
+def _same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
+    """Raises UserError where adapters say that they were trained on different models."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        mine, theirs = (one.config.get("base_model_name_or_path") for one in (first, other))
+        if mine and theirs and mine != theirs and not force:
+            raise UserError(
+                f"adapters must be of one base model, {first.name} was trained on {mine} and {other.name} on {theirs} "
+                "(force mixes them)"
+            )
+
+
+def _shapes_agree(adapters: Sequence[Adapter]) -> None:
+    """Raises UserError where two adapters' updates of one module differ in shape."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for one in adapters:
+        for module, (a, b, _, embedding) in one.factors.items():
+            shape = (b.shape[0], a.shape[1], embedding)
+            who, first = seen.setdefault(module, (one.name, shape))
+            if first != shape:
+                raise UserError(
+                    f"{module} must have one shape in all adapters, is {list(first[:2])} in {who} and {list(shape[:2])} in "
+                    f"{one.name}"
+                )
+    values = [one.config.get("bias") or "none" for one in adapters]
+    other = next((i for i, value in enumerate(values) if value != values[0]), None)
+    if other is not None:
+        raise UserError(
+            f"bias must be the same in all adapters, is {values[0]!r} in {adapters[0].name} and {values[other]!r} in "
+            f"{adapters[other].name}"
+        )
+
+
+def modules_of(adapters: Sequence[Adapter]) -> list[str]:
+    """Every module that some adapter updates, the first's first."""
+    return list(dict.fromkeys(module for one in adapters for module in one.factors))
+
+
+def stacked(
+    adapters: Sequence[Adapter], row: np.ndarray, module: str, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """A (R, in) and B (out, R) with B A = Σ ρ s B_i A_i; None where no adapter of a weight other than 0 has the module.
+
+    dtype: None for float32, float64 where a factor is.
+    """
+    parts = [
+        (rho, one.factors[module]) for rho, one in zip(row, adapters, strict=True) if rho and module in one.factors
+    ]
+    if not parts:
+        return None
+    dtype = dtype or wide(*(tensor for _, of in parts for tensor in (of.a, of.b)))
+    a = torch.cat([of.a.to(dtype) for _, of in parts])
+    b = torch.cat([of.b.to(dtype) * (rho * of.scale) for rho, of in parts], 1)
+    return a, b
 
 
 def _check_kind(name: str, config: Any) -> None:
@@ -161,6 +237,29 @@ def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, modul
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{name}: {key} of {module} must be a number, got {value!r}")
     return value
+
+
+class MadeAdapter(NamedTuple):
+    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all modules;
+    worst: the module of which least is, and its share."""
+
+    out: Path
+    modules: int
+    ranks: tuple[int, int]  # least and most
+    kept: float
+    worst: tuple[str, float]
+
+
+def made_adapter(
+    out: Path, factors: Mapping[str, tuple[Tensor, Tensor, bool]], norms: Mapping[str, tuple[float, float]]
+) -> MadeAdapter:
+    """norms: for each module the squared norm of what is kept, and of its whole update."""
+    ranks = [len(a) for a, _, _ in factors.values()]
+    kept, total = (sum(column) for column in zip(*norms.values(), strict=True))
+    shares = {module: mine / of if of else 1.0 for module, (mine, of) in norms.items()}
+    worst = min(shares, key=shares.get)
+    share = kept / total if total else 1.0
+    return MadeAdapter(out, len(factors), (min(ranks), max(ranks)), share, (worst, shares[worst]))
 
 
 def write_adapter(

@@ -26,8 +26,7 @@ from fastalign.soup.checkpoint import (
     parse_dtype,
     read_bytes,
 )
-from fastalign.soup.lora import Adapter, Factors, base_name, open_adapter
-from fastalign.soup.lora.mix import modules_of, same_bases, shapes_agree, spans, stacked
+from fastalign.soup.lora import Adapter, Factors, base_name, listed, modules_of, open_adapters, stacked
 from fastalign.soup.methods.base import Step
 from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.plan import DEFAULT_MEMORY, Plan, identity_of, key_of, out_type
@@ -76,15 +75,11 @@ def plan(
     base, adapters, weights, out, *, dtype=None, max_shard_size="5GB", memory_limit=None, force=False
 ) -> Plan:  # fmt: skip
     """Check everything that `apply_adapters` takes (see there). Writes nothing."""
-    if isinstance(adapters, str | os.PathLike) or not adapters:
-        raise UserError(f"adapters must be a list of folders, got {adapters!r}")
-    rows = weight_rows(weights, len(adapters))
+    rows = weight_rows(weights, len(listed(adapters)))
     out_dtype = None if dtype is None else parse_dtype(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
-    held = [open_adapter(one) for one in adapters]
-    same_bases(held, force=force)
-    shapes_agree(held)
+    held = open_adapters(adapters, force=force)
     model = open_checkpoint(base)
     names = same_model((model,))
     layout = lay_out(((name, out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
@@ -92,7 +87,7 @@ def plan(
     along = Companions(model.folder, model.folder, {})
     recipe = {
         "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": identity_of(model),
-        "adapters": [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in held],
+        "adapters": [one.identity for one in held],
     }  # fmt: skip
     single = np.ndim(weights) == 1
     files = [*model.files, *(one.file for one in held)]
@@ -223,9 +218,9 @@ def _blocks(
         pairs = [None if pair is None else (pair[1].T, pair[0].T) for pair in pairs]
     sums = [[1 - float(sum(row[i] for i, _ in whole)), *(float(row[i]) for i, _ in whole)] for row in rows]
     width = shape[1] * SIZES[before.dtype]
-    runs = list(spans(shape[0], shape[1] * exact.itemsize * (len(rows) + 2), room))
-    read = read_bytes(model, name, width * (runs[0].stop - runs[0].start))
-    for span, data in zip(runs, read, strict=True):
+    step = max(1, room // max(1, shape[1] * exact.itemsize * (len(rows) + 2)))
+    for i, data in enumerate(read_bytes(model, name, width * step)):
+        span = slice(i * step, (i + 1) * step)
         base = torch.frombuffer(bytearray(data), dtype=in_torch(before.dtype)).view(-1, shape[1])
         starts = mix_tensors([base, *(tensor[span] for _, tensor in whole)], sums, exact)
         for start, pair in zip(starts, pairs, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,15 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import fastalign
 from fastalign._base import progress as bars
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
 from fastalign.soup.checkpoint import FLOATS, Checkpoint, in_torch, mapped, open_checkpoint, parse_dtype
-from fastalign.soup.lora import target_folder, wide, write_adapter
-from fastalign.soup.lora.mix import MadeAdapter
-from fastalign.soup.plan import identity_of
+from fastalign.soup.lora import MadeAdapter, made_adapter, target_folder, wide, write_adapter
+from fastalign.soup.plan import identity_of, metadata_of
 from fastalign.soup.vocabulary import EMBEDDINGS
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
@@ -79,7 +76,7 @@ def extract_adapter(
     if tied is not None:
         raise UserError(f"{tied} is tied to the embedding in {models[1].name}: an adapter cannot change it alone")
     new, old = (mapped(model) for model in models)
-    factors, shares, left_out, kept, aimed, rest = {}, {}, [], 0.0, 0.0, 0.0
+    factors, norms, left_out, rest = {}, {}, [], 0.0
     with bars.bar("extract", total=len(names), unit="tensors", show=progress) as advance:
         for name in names:
             exact = wide(new[name], old[name])
@@ -91,28 +88,25 @@ def extract_adapter(
                 a, b, mine = _low_rank(difference.T if name in turned else difference, whole, rank, energy)
                 module = name.removesuffix(".weight")
                 factors[module] = (a.to(stored), b.to(stored), False)
-                shares[module] = mine / whole
-                kept, aimed = kept + mine, aimed + whole
+                norms[module] = mine, whole
             elif whole:
                 left_out.append(name)
                 rest += whole
             advance(1)
     if not factors:
         raise UserError(f"{models[0].name} and {models[1].name} are equal in all {len(modules)} targeted modules")
+    made = made_adapter(target, factors, norms)
     recipe = {
-        "fastalign": fastalign.__version__, "method": "extract", "rank": rank, "energy": energy,
-        "models": [identity_of(model) for model in models], "kept": kept / aimed,
+        "method": "extract", "rank": rank, "energy": energy, "models": [identity_of(model) for model in models],
+        "kept": made.kept,
     }  # fmt: skip
-    metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
     settings = {
         "task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": bool(turned),
     }  # fmt: skip
     with atomic_write(target, replace=overwrite) as beside:
-        write_adapter(beside, factors, settings, metadata)
-    ranks = [len(a) for a, _, _ in factors.values()]
-    worst = min(shares, key=shares.get)
-    made = MadeAdapter(target, len(factors), (min(ranks), max(ranks)), kept / aimed, (worst, shares[worst]))
-    return Extracted(made, kept / (aimed + rest), left_out)
+        write_adapter(beside, factors, settings, metadata_of(recipe))
+    aimed = sum(whole for _, whole in norms.values())
+    return Extracted(made, made.kept * aimed / (aimed + rest), left_out)
 
 
 def _modules(model: Checkpoint, names: Sequence[str], targets: Sequence[str] | None) -> set[str]:

@@ -6,38 +6,37 @@ Averaging the As and the Bs apart is not this sum: (Σ ρ B)(Σ ρ A) has the cr
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import fastalign
 from fastalign._base import progress as bars
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.soup.checkpoint import in_torch, parse_dtype
-from fastalign.soup.lora import Adapter, base_name, open_adapter, target_folder, wide, write_adapter
+from fastalign.soup.lora import (
+    Adapter,
+    MadeAdapter,
+    base_name,
+    listed,
+    made_adapter,
+    modules_of,
+    open_adapters,
+    stacked,
+    target_folder,
+    write_adapter,
+)
 from fastalign.soup.methods.settings import weight_rows
+from fastalign.soup.plan import metadata_of
 from fastalign.soup.sidecar import stays_within
 
 _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
-
-
-class MadeAdapter(NamedTuple):
-    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all modules;
-    worst: the module of which least is, and its share."""
-
-    out: Path
-    modules: int
-    ranks: tuple[int, int]  # least and most
-    kept: float
-    worst: tuple[str, float]
 
 
 def merge_adapters(
@@ -64,14 +63,12 @@ def merge_adapters(
     Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum to 1.
     Raises UserError or FileNotFoundError, before anything is written.
     """
-    rows = weight_rows(weights, len(_listed(adapters)))
+    rows = weight_rows(weights, len(listed(adapters)))
     if rank is not None and not (type(rank) is int and rank >= 1):
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
     stored = None if dtype is None else in_torch(parse_dtype(dtype))
     target = target_folder(out, overwrite=overwrite)
-    held = [open_adapter(one) for one in adapters]
-    same_bases(held, force=force)
-    shapes_agree(held)
+    held = open_adapters(adapters, force=force)
     whole = [_whole(held, row) for row in rows]
     made = []
     total = len(rows) * len(modules_of(held))
@@ -81,71 +78,9 @@ def merge_adapters(
     ):
         for k, row in enumerate(rows):
             single = np.ndim(weights) == 1
-            made.append(_one(held, row, beside if single else beside / str(k), rank, stored, whole[k], advance))
+            made.append(_mixed(held, row, beside if single else beside / str(k), rank, stored, whole[k], advance))
             made[-1] = made[-1]._replace(out=target if single else target / str(k))
     return made
-
-
-def _listed(adapters) -> Sequence:
-    if isinstance(adapters, str | os.PathLike) or not adapters:
-        raise UserError(f"adapters must be a list of folders, got {adapters!r}")
-    return adapters
-
-
-def modules_of(adapters: Sequence[Adapter]) -> list[str]:
-    """Every module that some adapter updates, the first's first."""
-    return list(dict.fromkeys(module for one in adapters for module in one.factors))
-
-
-def same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
-    """Raises UserError where adapters say that they were trained on different models."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        mine, theirs = (one.config.get("base_model_name_or_path") for one in (first, other))
-        if mine and theirs and mine != theirs and not force:
-            raise UserError(
-                f"adapters must be of one base model, {first.name} was trained on {mine} and {other.name} on {theirs} "
-                "(force mixes them)"
-            )
-
-
-def shapes_agree(adapters: Sequence[Adapter]) -> None:
-    """Raises UserError where two adapters' updates of one module differ in shape."""
-    seen: dict[str, tuple[str, Any]] = {}
-    for one in adapters:
-        for module, (a, b, _, embedding) in one.factors.items():
-            shape = (b.shape[0], a.shape[1], embedding)
-            who, first = seen.setdefault(module, (one.name, shape))
-            if first != shape:
-                raise UserError(
-                    f"{module} must have one shape in all adapters, is {list(first[:2])} in {who} and {list(shape[:2])} in "
-                    f"{one.name}"
-                )
-    values = [one.config.get("bias") or "none" for one in adapters]
-    other = next((i for i, value in enumerate(values) if value != values[0]), None)
-    if other is not None:
-        raise UserError(
-            f"bias must be the same in all adapters, is {values[0]!r} in {adapters[0].name} and {values[other]!r} in "
-            f"{adapters[other].name}"
-        )
-
-
-def stacked(
-    adapters: Sequence[Adapter], row: np.ndarray, module: str, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """A (R, in) and B (out, R) with B A = Σ ρ s B_i A_i; None where no adapter of a weight other than 0 has the module.
-
-    dtype: None for float32, float64 where a factor is.
-    """
-    parts = [
-        (rho, one.factors[module]) for rho, one in zip(row, adapters, strict=True) if rho and module in one.factors
-    ]
-    if not parts:
-        return None
-    dtype = dtype or wide(*(tensor for _, of in parts for tensor in (of.a, of.b)))
-    a = torch.cat([of.a.to(dtype) for _, of in parts])
-    b = torch.cat([of.b.to(dtype) * (rho * of.scale) for rho, of in parts], 1)
-    return a, b
 
 
 def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
@@ -161,48 +96,36 @@ def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, 
     return root[:, None] * (v[:rank] @ q_a.T), q_b @ u[:, :rank] * root, float(energy[:rank].sum()), float(energy.sum())
 
 
-def _one(held, row, folder: Path, rank: int | None, stored, whole, advance) -> MadeAdapter:
-    factors, shares, kept, total = {}, {}, 0.0, 0.0
-    for module in modules_of(held):
+def _mixed(
+    adapters: Sequence[Adapter], row: np.ndarray, folder: Path, rank: int | None, dtype: torch.dtype | None,
+    whole: Mapping[str, Tensor], advance: Callable[[int], None],
+) -> MadeAdapter:  # fmt: skip
+    """One soup, written to `folder`."""
+    factors, norms = {}, {}
+    for module in modules_of(adapters):
         advance(1)
-        pair = stacked(held, row, module)
+        pair = stacked(adapters, row, module)
         if pair is None:
             continue
         a, b = pair
         if rank is not None and rank < len(a):
-            small_a, small_b, mine, of = compressed(a, b, rank)
+            small_a, small_b, *norms[module] = compressed(a, b, rank)
             a, b = small_a.to(a.dtype), small_b.to(b.dtype)
-            shares[module] = mine / of if of else 1.0
-            kept, total = kept + mine, total + of
         else:
             norm = float(torch.sum((b.double().T @ b.double()) * (a.double() @ a.double().T)))
-            shares[module] = 1.0
-            kept, total = kept + norm, total + norm
-        embedding = next(one.factors[module].embedding for one in held if module in one.factors)
-        factors[module] = (a.to(stored or a.dtype), b.to(stored or b.dtype), embedding)
+            norms[module] = norm, norm
+        embedding = next(one.factors[module].embedding for one in adapters if module in one.factors)
+        factors[module] = (a.to(dtype or a.dtype), b.to(dtype or b.dtype), embedding)
+        if not all(x.isfinite().all() for x in factors[module][:2]):
+            raise UserError(f"{module}: its factors are not finite, or too large for the type to store them in")
     if not factors:
         raise UserError("weights must not all be 0: nothing would be left of the adapters")
-    _check_finite(factors)
-    recipe = {
-        "fastalign": fastalign.__version__, "method": "lora", "rank": rank, "weights": row.tolist(),
-        "adapters": [{"name": one.folder.resolve().name, "files": [one.file.identity]} for one in held],
-    }  # fmt: skip
-    metadata = {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
-    write_adapter(folder, factors, _settings(held, set(factors)), metadata, whole)
-    for path in sorted({path for pattern in _KEPT for path in held[0].folder.glob(pattern) if path.is_file()}):
+    recipe = {"method": "lora", "rank": rank, "weights": row.tolist(), "adapters": [one.identity for one in adapters]}
+    write_adapter(folder, factors, _settings(adapters, set(factors)), metadata_of(recipe), whole)
+    for path in sorted({path for pattern in _KEPT for path in adapters[0].folder.glob(pattern) if path.is_file()}):
         stays_within(path)
         shutil.copyfile(path, folder / path.name)
-    ranks = [len(a) for a, _, _ in factors.values()]
-    worst = min(shares, key=shares.get)
-    return MadeAdapter(
-        folder, len(factors), (min(ranks), max(ranks)), kept / total if total else 1.0, (worst, shares[worst])
-    )
-
-
-def _check_finite(factors) -> None:
-    for module, (a, b, _) in factors.items():
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise UserError(f"{module}: its factors are not finite, or too large for the type to store them in")
+    return made_adapter(folder, factors, norms)
 
 
 def _settings(held: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
@@ -242,10 +165,3 @@ def _whole(held: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
         exact = sum(float(rho) * tensor.double() for rho, tensor in zip(row, tensors, strict=True))
         found[key] = exact.to(tensors[0].dtype)
     return found
-
-
-def spans(rows: int, row_bytes: int, room: int) -> Iterator[slice]:
-    """Runs of rows that take at most `room` bytes, one row at least."""
-    step = max(1, room // max(1, row_bytes))
-    for first in range(0, rows, step):
-        yield slice(first, min(rows, first + step))
