@@ -98,7 +98,7 @@ def random_words(n: int, seed: int, stream: int) -> Tensor:
 # ---- from file to file ----
 
 
-def stream(segments: Sequence[Segment], out_type: str, chunk: int) -> Seen:
+def weighted_sums(segments: Sequence[Segment], out_type: str, chunk: int) -> Seen:
     seen = _Seen(segments[0])
     for number, of in enumerate(segments):
         m = len(of.in_files)

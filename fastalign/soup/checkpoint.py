@@ -135,6 +135,10 @@ class Checkpoint:
     def __getitem__(self, tensor: str) -> Tensor:
         return self.files[self.where[tensor]].tensors[tensor]
 
+    def path_of(self, tensor: str) -> Path:
+        """The file that it lies in."""
+        return self.files[self.where[tensor]].path
+
     def __iter__(self):
         return iter(self.where)
 
@@ -447,7 +451,7 @@ def unchanged(checkpoints: Sequence[Checkpoint]) -> None:
 
 def read_bytes(checkpoint: Checkpoint, name: str, block: int = _BLOCK) -> Iterator[bytes]:
     """A tensor's bytes, a block at a time."""
-    tensor, path = checkpoint[name], checkpoint.files[checkpoint.where[name]].path
+    tensor, path = checkpoint[name], checkpoint.path_of(name)
     with open(path, "rb") as file:
         file.seek(tensor.offset)
         left = tensor.nbytes

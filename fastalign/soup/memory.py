@@ -131,9 +131,9 @@ def _look(
 
 def _tell(seen: NotFinite, *, strict: bool) -> None:
     if seen and strict:
-        raise UserError(f"strict: {seen.told()}")
+        raise UserError(f"strict: {seen.message()}")
     if seen:
-        warnings.warn(printable(seen.told()), stacklevel=3)
+        warnings.warn(printable(seen.message()), stacklevel=3)
 
 
 def _prepare(

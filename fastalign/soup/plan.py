@@ -21,8 +21,9 @@ from fastalign.soup.checkpoint import FLOATS, Checkpoint, File, Shard, lay_out, 
 from fastalign.soup.methods import method_named
 from fastalign.soup.methods.base import Job, Step
 from fastalign.soup.methods.settings import Weights, to_json
-from fastalign.soup.sidecar import Companions, companions
+from fastalign.soup.sidecar import Sidecar, sidecar_of
 from fastalign.soup.stacks import Model, open_model
+from fastalign.soup.steps import Segment, segment_of
 from fastalign.soup.vocabulary import Embeddings, in_order_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Plan:
     memory_limit: int
     key: str = field(repr=False)
     step_of: Callable[[str], Step] = field(repr=False)  # what is done for a tensor
-    companions: Companions = field(repr=False)
+    sidecar: Sidecar = field(repr=False)
     notes: tuple[str, ...] = ()  # what the user may not expect
     embeddings: Embeddings | None = None  # made first, where the vocabulary changes: the inputs read these
 
@@ -83,6 +84,18 @@ class Plan:
     @property
     def written_bytes(self) -> int:
         return len(self.weights) * sum(shard.nbytes for shard in self.layout)
+
+    def files_of(self, shard: Shard) -> list[str]:
+        """A shard's file in each output, below `out`."""
+        return [(Path(folder) / shard.file).as_posix() for folder in self.folders]
+
+    def segment(
+        self, name: str, inputs: Mapping[Path, int], files: Sequence[int], offsets: Sequence[int], weights: list[float]
+    ) -> Segment:
+        """A whole tensor, from every input's open file to each output's offset."""
+        return segment_of(self.inputs, name, inputs)._replace(
+            out_files=tuple(files), out_offsets=tuple(offsets), weights=weights
+        )
 
     def metadata(self, k: int) -> dict[str, str]:
         """Of output k, for its files' headers."""
@@ -142,7 +155,7 @@ def make(
         raise UserError(f"pad_to_multiple_of must be a whole number from 1 on, got {pad_to_multiple_of!r}")
     opened = tuple(open_model(model) for model in models)
     inputs = opened if base is None else (open_model(base), *opened)
-    along, vocabulary = companions(
+    sidecar, vocabulary = sidecar_of(
         opened, None if base is None else inputs[0], companion=companion, tokenizer=tokenizer, multiple=pad_to_multiple_of,
         chat_template=chat_template,
     )  # fmt: skip
@@ -166,17 +179,17 @@ def make(
         "parameters": to_json(values),
     }
     key = key_of(
-        [file for one in sources for file in one.files], along, recipe=recipe, weights=rows.to_json(), single=rows.single,
-        shard=shard_size, along=[along.changes, along.template, along.tokens], rows=embeddings and embeddings.key,
+        [file for one in sources for file in one.files], sidecar, recipe=recipe, weights=rows.to_json(), single=rows.single,
+        shard=shard_size, along=[sidecar.changes, sidecar.template, sidecar.tokens], rows=embeddings and embeddings.key,
     )  # fmt: skip
     notes = (vocabulary.note,) if vocabulary and vocabulary.note else ()
     return Plan(
         opened, inputs, Path(out), rows.to_json(), rows.single, tuple(layout), recipe, out_dtype, limit, key,
-        partial(kind.step, job), along, notes, embeddings,
+        partial(kind.step, job), sidecar, notes, embeddings,
     )  # fmt: skip
 
 
-def key_of(files: Sequence[File], sidecar: Companions, **basis: Any) -> str:
+def key_of(files: Sequence[File], sidecar: Sidecar, **basis: Any) -> str:
     """A hash of what decides a merge's bytes, wherever it lies: `basis`, weights by their files' headers and parts of them, what
     comes along, and what computes it."""
     basis |= {

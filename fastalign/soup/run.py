@@ -19,24 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastalign import backend
 from fastalign._base import files
 from fastalign._base import progress as bars
-from fastalign._base.errors import UserError, printable
-from fastalign.soup.checkpoint import FLOATS, SIZES, allow_open_files, files_of, opened, unchanged
-from fastalign.soup.outputs import (
-    accompany,
-    already_made,
-    check_space,
-    chunk_of,
-    finished,
-    folder_beside,
-    names_of,
-    recorded,
-    segment,
-    write_shard,
-)
+from fastalign._base.errors import printable
+from fastalign.soup.checkpoint import FLOATS, SIZES, allow_open_files, opened, unchanged
+from fastalign.soup.outputs import already_made, chunk_of, growing, recorded
 from fastalign.soup.plan import Plan, make, size
 from fastalign.soup.stacks import Model
 from fastalign.soup.steps import NotFinite, Tasks
-from fastalign.soup.stream import merge_tasks, stream
+from fastalign.soup.stream import merge_tasks, weighted_sums
 
 if TYPE_CHECKING:
     import torch
@@ -151,69 +140,50 @@ def execute(
 
 def _execute(plan: Plan, strict: bool, overwrite: bool, progress: bool) -> Merged:
     began = time.perf_counter()
-    threads = backend.threads()
-    chunk = chunk_of(plan, threads)
+    chunk_of(plan)  # a memory limit that is too low is told of first
+    count, seen, resumed, read, written = len(plan.weights), NotFinite(), 0, 0, 0
     if already_made(plan, overwrite=overwrite):
-        seen = NotFinite((recorded(plan.target) or {}).get("not_finite"))
-        _tell(seen, strict=strict)
-        return Merged(plan.out, len(plan.weights), 0, 0, len(plan.layout), time.perf_counter() - began, seen.told())
-    allow_open_files(len(plan.weights) + sum(1 for _ in files_of(plan.inputs)))
-    headers = [[shard.header(plan.metadata(k)) for k in range(len(plan.weights))] for shard in plan.layout]
+        seen.join((recorded(plan.target) or {}).get("not_finite") or {}, strict=strict)
+        return Merged(plan.out, count, 0, 0, len(plan.layout), time.perf_counter() - began, seen.message())
+    allow_open_files(count + sum(len(one.files) for one in plan.inputs))
     plan.target.parent.mkdir(parents=True, exist_ok=True)
-    resumed = read = written = 0
-    seen = NotFinite()
-    with folder_beside(plan) as work:
-        done = finished(plan, work)
-        check_space(plan, work, headers, done)
-        if plan.embeddings and len(done) < len(plan.layout):
-            plan.embeddings.write(work.making)
+    with growing(plan) as outputs:
+        outputs.check_space()
+        if plan.embeddings and outputs.todo:
+            plan.embeddings.write(outputs.work.making)
             unchanged(plan.sources)
-        total = (plan.read_bytes + plan.written_bytes) // 10**6
+        total = plan.read_bytes + plan.written_bytes
         with (
-            bars.bar("merge", total=total, unit="MB", show=progress) as advance,
-            opened(plan.inputs if len(done) < len(plan.layout) else ()) as inputs,
+            bars.bar("merge", total=total // 10**6, unit="MB", show=progress) as advance,
+            opened(plan.inputs if outputs.todo else ()) as inputs,
         ):
-            moved = _Steps(advance)
-            for shard, headed in zip(plan.layout, headers, strict=True):
-                names = names_of(plan, shard)
+            moved = _Megabytes(advance)
+            for shard in plan.layout:
                 nbytes_in = sum(one[name].nbytes for name in shard.tensors for one in plan.inputs)
-                if shard in done:
+                if shard in outputs.done:
                     resumed += 1
-                    seen.join(work.note(names[0]))
-                    moved(nbytes_in + shard.nbytes * len(names))
+                    seen.join(outputs.work.note(plan.files_of(shard)[0]), strict=strict)
+                    moved(nbytes_in + shard.nbytes * count)
                 else:
-                    targets = [work.making(name) for name in names]
-                    digests, met = write_shard(plan, shard, headed, targets, inputs, chunk, threads, moved)
-                    if files.flushes():
-                        work.made(dict(zip(names, digests, strict=True)), met.record)
-                    seen.join(met.record)
-                    read, written = read + nbytes_in, written + shard.nbytes * len(names)
-                _tell(seen, strict=strict)
+                    seen.join(outputs.write(shard, inputs, moved).record, strict=strict)
+                    read, written = read + nbytes_in, written + shard.nbytes * count
         if plan.embeddings:
             plan.embeddings.remove()
-        accompany(plan, work, seen)
-        work.become(plan.target)
+        outputs.accompany(seen)
+        outputs.work.become(plan.target)
         files.sync(plan.target.parent)
-    return Merged(plan.out, len(plan.weights), read, written, resumed, time.perf_counter() - began, seen.told())
+    return Merged(plan.out, count, read, written, resumed, time.perf_counter() - began, seen.message())
 
 
-def _tell(seen: NotFinite, *, strict: bool) -> None:
-    """Raises UserError where strict."""
-    if strict and seen:
-        raise UserError(f"strict: {seen.told()}")
-
-
-class _Steps:
+class _Megabytes:
     """Bytes as they come, whole megabytes as the bar takes them."""
 
     def __init__(self, advance: Callable[[int], None]):
-        self.advance, self.bytes, self.told = advance, 0, 0
+        self.advance, self.bytes = advance, 0
 
     def __call__(self, nbytes: int) -> None:
-        self.bytes += nbytes
-        now = self.bytes // 10**6
-        self.advance(now - self.told)
-        self.told = now
+        before, self.bytes = self.bytes, self.bytes + nbytes
+        self.advance(self.bytes // 10**6 - before // 10**6)
 
 
 # ---- how long it will take ----
@@ -243,7 +213,7 @@ def estimate(plan: Plan) -> Estimate | None:
     name = max(there, key=lambda one: tensors[one].count, default=None)
     if name is None or tensors[name].count == 0:
         return None
-    tensor, outputs, threads = tensors[name], len(plan.weights), backend.threads()
+    tensor, outputs = tensors[name], len(plan.weights)
     width = sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
     row = tensor.shape[-1] if tensor.shape else 1
     n = min(tensor.count, max(1, _SAMPLE // width // row) * row)
@@ -255,25 +225,24 @@ def estimate(plan: Plan) -> Estimate | None:
         each, moved = (time.perf_counter() - began) / tensor.count, tensor.count * width
     else:
         prepared = time.perf_counter() - began
-        moved, took = n * width, _time_of(plan, name, step, n, tensor.dtype, threads)
+        moved, took = n * width, _time_of(plan, name, step, n, tensor.dtype)
         each = prepared / tensor.count + took / n
     seconds = each * sum(one.count for one in tensors.values())
     return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, moved)
 
 
-def _time_of(plan: Plan, name: str, step: list[float] | Tasks, n: int, dtype: str, threads: int) -> float:
+def _time_of(plan: Plan, name: str, step: list[float] | Tasks, n: int, dtype: str) -> float:
     """Seconds to merge and flush the first n elements of a tensor."""
-    outputs, chunk = len(plan.weights), chunk_of(plan, threads)
+    outputs, options = len(plan.weights), {"chunk": chunk_of(plan), "threads": backend.threads()}
     folder = next(one for one in (plan.out.absolute(), *plan.out.absolute().parents) if one.is_dir())
-    with opened(plan.sources) as files, tempfile.TemporaryFile(dir=folder) as out:
-        offsets = [k * n * SIZES[dtype] for k in range(outputs)]
-        sparse = isinstance(step, Tasks)
-        part = segment(plan, name, n, [out.fileno()] * outputs, offsets, files, [] if sparse else step)
+    with opened(plan.sources) as inputs, tempfile.TemporaryFile(dir=folder) as out:
+        offsets, weights = [k * n * SIZES[dtype] for k in range(outputs)], step if isinstance(step, list) else []
+        part = plan.segment(name, inputs, [out.fileno()] * outputs, offsets, weights)._replace(n=n)
         began = time.perf_counter()
-        if sparse:
-            merge_tasks(part, _shortened(step, n, plan.inputs[0][name].count), dtype, chunk=chunk, threads=threads)
+        if isinstance(step, Tasks):
+            merge_tasks(part, _shortened(step, n, plan.inputs[0][name].count), dtype, **options)
         else:
-            stream([part], dtype, chunk=chunk, threads=threads)
+            weighted_sums([part], dtype, **options)
         os.fsync(out.fileno())
         return time.perf_counter() - began
 

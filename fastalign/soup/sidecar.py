@@ -23,7 +23,7 @@ TOKENIZER = (
 _TEMPLATE = "chat_template.jinja"
 
 
-class Companions(NamedTuple):
+class Sidecar(NamedTuple):
     """folder: whose configuration it is; tokenizer: the folder of the tokenizer; changes: what files of JSON say otherwise, by their
     names; template: the chat template, None for the tokenizer's own; tokens: what tokenizer.json holds, None for the folder's."""
 
@@ -69,10 +69,10 @@ class Companions(NamedTuple):
                 _change(target / "tokenizer_config.json", {"chat_template": None})
 
 
-def companions(
+def sidecar_of(
     models: Sequence[Checkpoint], base: Checkpoint | None, *, companion: str, tokenizer: str | None, multiple: int | None,
     chat_template: str | None,
-) -> tuple[Companions, Vocabulary | None]:  # fmt: skip
+) -> tuple[Sidecar, Vocabulary | None]:  # fmt: skip
     """Whose files come along (see `merge`), and where a tokenizer is asked for what the embeddings have rows for.
 
     multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no template."""
@@ -106,7 +106,7 @@ def companions(
     elif multiple is not None:
         raise UserError("pad_to_multiple_of needs a tokenizer, to whose tokens rows are added")
     template = _template(chat_template, held)
-    return Companions(chosen.folder, folder, changes, template, found and found.tokenizer), found
+    return Sidecar(chosen.folder, folder, changes, template, found and found.tokenizer), found
 
 
 def _changes(chosen: Checkpoint, lead: Checkpoint, found: Vocabulary) -> dict[str, dict[str, Any]]:

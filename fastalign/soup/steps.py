@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from fastalign._base.errors import UserError
+from fastalign.soup.checkpoint import Checkpoint
 
 
 class Segment(NamedTuple):
@@ -21,6 +25,15 @@ class Segment(NamedTuple):
     out_files: tuple[int, ...]
     out_offsets: tuple[int, ...]
     weights: list[float]
+
+
+def segment_of(inputs: Sequence[Checkpoint], name: str, files: Mapping[Path, int]) -> Segment:
+    """A whole tensor of the inputs; files: their open files. Outputs are left out."""
+    tensors = [one[name] for one in inputs]
+    return Segment(
+        tensors[0].count, tuple(of.dtype for of in tensors), tuple(files[one.path_of(name)] for one in inputs),
+        tuple(of.offset for of in tensors), (), (), [],
+    )  # fmt: skip
 
 
 class Seen(NamedTuple):
@@ -102,12 +115,15 @@ class NotFinite:
         if count:
             self.record[side].setdefault(name, [0, tensor])[0] += count
 
-    def join(self, record: Mapping[str, Any]) -> None:
+    def join(self, record: Mapping[str, Any], *, strict: bool = False) -> None:
+        """strict: raise UserError where anything was met."""
         for side, held in record.items():
             for name, (count, tensor) in held.items():
                 self.add(side, name, count, tensor)
+        if strict and self:
+            raise UserError(f"strict: {self.message()}")
 
-    def told(self) -> str:
+    def message(self) -> str:
         """For people, in one line."""
         inputs = [
             f"{count:,} numbers of {name} are NaN or infinite (first in {tensor})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,15 @@ CACHE_BYTES = 1 << 20  # of a thread's chunks: about a core's second-level cache
 LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 17  # elements
 PAGE = 4096
 _A_THREADS = 1 << 24  # bytes to digest for which a thread is worth its start
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A descriptor's error says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
@@ -49,14 +59,14 @@ def write_behind(files: Sequence[int]) -> None:
             backend.engine.write_behind(file)
 
 
-def stream(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> Seen:
+def weighted_sums(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> Seen:
     """Read every segment's inputs once and write its outputs, by chunks of so many elements. Raises StreamError.
 
     All segments have the same files."""
     if not backend.engine_runs():
         from fastalign.soup import by_torch
 
-        return by_torch.stream(segments, out_type, chunk)
+        return by_torch.weighted_sums(segments, out_type, chunk)
     coded = [(s.n, [code(t) for t in s.in_types], *s[2:]) for s in segments]
     return _seen(*backend.engine.soup_files(coded, code(out_type), chunk, threads, flushes()))
 

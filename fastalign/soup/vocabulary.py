@@ -255,7 +255,7 @@ def _owners(model: Checkpoint) -> list[Checkpoint]:
 
 def _owner(model: Checkpoint, name: str) -> Checkpoint:
     """The model that a tensor is of; a stack's are of several."""
-    path = model.files[model.where[name]].path
+    path = model.path_of(name)
     return next(one for one in _owners(model) if any(file.path == path for file in one.files))
 
 
@@ -321,6 +321,6 @@ def _write(table: _Table, sources: Sequence[Checkpoint], files: Sequence) -> Non
 def _mapped(model: Checkpoint, name: str) -> np.ndarray:
     """(rows, bytes of a row), read where it is used."""
     tensor = model[name]
-    path = model.files[model.where[name]].path
+    path = model.path_of(name)
     shape = (tensor.shape[0], tensor.nbytes // tensor.shape[0])
     return np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=shape)

@@ -329,7 +329,7 @@ def test_flushing_left_to_the_system(models, tmp_path, monkeypatch):
     for first, then, resumes in ((True, True, True), (True, False, False), (False, True, False), (False, False, False)):
         out = tmp_path / f"{first}_{then}"
         with monkeypatch.context() as patch:
-            patch.setattr("fastalign.soup.sidecar.Companions.copy", stop)
+            patch.setattr("fastalign.soup.sidecar.Sidecar.copy", stop)
             with pytest.raises(KeyboardInterrupt):
                 soup.merge(models, RHO, out, max_shard_size="30kB", sync=first)
         found = soup.merge(models, RHO, out, max_shard_size="30kB", sync=then)
@@ -394,7 +394,7 @@ def stopped(models, out, monkeypatch, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastalign.soup.sidecar.Companions.copy", stop)
+        patch.setattr("fastalign.soup.sidecar.Sidecar.copy", stop)
         with pytest.raises(KeyboardInterrupt):
             soup.merge(models, options.pop("weights", [0.25, 0.75]), out, max_shard_size="4MB", **options)
     return out.with_name(f".{out.name}.soup")
@@ -627,7 +627,7 @@ write_adapter(disk / "wide", wide, {}, {})
 models = sorted(disk.glob("*.safetensors"))
 soup.merge(models, [0.5, 0.5], disk / "done", progress=False)
 kept = files(disk)
-sys.modules["fastalign.soup.run"].check_space = lambda *_: None  # the disk fills after the check
+sys.modules["fastalign.soup.outputs"].Outputs.check_space = lambda _: None  # the disk fills after the check
 for call in (
     lambda out: soup.merge(models, [[0.5, 0.5], [1, 0]], out, max_shard_size="500kB", progress=False),
     lambda out: soup.apply_adapters(models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", progress=False),

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import warnings
 
 import numpy as np
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 from fastalign import backend, soup
 from fastalign._base.errors import UserError
 from fastalign.cli.main import app
+from fastalign.soup.outputs import Outputs
 
 CHAT = ["<|im_start|>", "<|im_end|>"]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -272,17 +272,15 @@ def test_a_stack_has_two_models_tokenizers(pair, tmp_path):
 
 
 def test_interrupted_and_gone_on_with(pair, tmp_path, monkeypatch):
-    module = sys.modules["fastalign.soup.run"]
-
-    def stopped(plan, shard, *rest):
-        if shard is plan.layout[2]:
+    def stopped(outputs, shard, *rest):
+        if shard is outputs.plan.layout[2]:
             raise KeyboardInterrupt
-        return write(plan, shard, *rest)
+        return write(outputs, shard, *rest)
 
-    write, options = module.write_shard, {"tokenizer": "union", "max_shard_size": "20kB"}
+    write, options = Outputs.write, {"tokenizer": "union", "max_shard_size": "20kB"}
     wanted = quietly(pair, [0.5, 0.5], tmp_path / "wanted", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shard", stopped)
+        patch.setattr(Outputs, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
             quietly(pair, [0.5, 0.5], tmp_path / "out", **options)
     left = tmp_path / ".out.soup"

@@ -22,7 +22,8 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import read_json, write_json
 from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
 from fastalign.soup.checkpoint import FLOATS, File, lay_out, mapped_file, of_torch, read_header
-from fastalign.soup.outputs import bytes_of, naming
+from fastalign.soup.outputs import bytes_of
+from fastalign.soup.stream import naming
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -31,7 +31,7 @@ from fastalign.soup.methods.base import Step
 from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.plan import DEFAULT_MEMORY, Plan, identity_of, key_of, out_type
 from fastalign.soup.run import Merged, execute, warned
-from fastalign.soup.sidecar import TOKENIZER, Companions
+from fastalign.soup.sidecar import TOKENIZER, Sidecar
 from fastalign.soup.stream import mix_tensors
 from fastalign.soup.vocabulary import EMBEDDINGS
 
@@ -84,14 +84,14 @@ def plan(
     names = same_model((model,))
     layout = lay_out(((name, out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
     changed = _changed(model, held)
-    along = Companions(model.folder, model.folder, {})
+    sidecar = Sidecar(model.folder, model.folder, {})
     recipe = {
         "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": identity_of(model),
         "adapters": [one.identity for one in held],
     }  # fmt: skip
     single = np.ndim(weights) == 1
     files = [*model.files, *(one.file for one in held)]
-    key = key_of(files, along, recipe=recipe, weights=rows.tolist(), single=single, shard=shard_size)
+    key = key_of(files, sidecar, recipe=recipe, weights=rows.tolist(), single=single, shard=shard_size)
     stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
     room = min(_BLOCK, limit // 2)
 
@@ -101,7 +101,7 @@ def plan(
         return functools.partial(_blocks, name, model, held, rows, *changed[name], in_torch(stored[name]), room)
 
     return Plan(
-        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, step_of, along,
+        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, step_of, sidecar,
         _left_behind(model, held),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign.soup.checkpoint import Checkpoint, in_torch, read_bytes
 from fastalign.soup.methods.settings import Places, Setting, Weights, parse
-from fastalign.soup.steps import Segment, StreamError, Tasks
+from fastalign.soup.steps import StreamError, Tasks, segment_of
 from fastalign.soup.stream import dots, mix_tensors
 
 if TYPE_CHECKING:
@@ -132,17 +132,15 @@ class Job:
 
     def gram(self, name: str) -> np.ndarray:
         """Dot products of the models' tensors, or where there is a base of what they differ by from it: (m, m) float64."""
-        tensors = [one[name] for one in self.inputs]
+        paths = list(dict.fromkeys(one.path_of(name) for one in self.inputs))
         with ExitStack() as stack:
-            files = [stack.enter_context(open(one.files[one.where[name]].path, "rb")) for one in self.inputs]
-            segment = Segment(
-                tensors[0].count, tuple(tensor.dtype for tensor in tensors), tuple(file.fileno() for file in files),
-                tuple(tensor.offset for tensor in tensors), (), (), [],
-            )  # fmt: skip
+            files = {path: stack.enter_context(open(path, "rb")).fileno() for path in paths}
+            segment = segment_of(self.inputs, name, files)
             try:
                 found = dots(segment, centered=self.base is not None, threads=backend.threads())
             except StreamError as error:
-                raise OSError(error.errno or 5, error.strerror, str(files[error.file].name)) from None
+                path = self.inputs[error.file].path_of(name)
+                raise OSError(error.errno or 5, error.strerror, str(path)) from None
         return found if self.base is None else found[1:, 1:]
 
 
