@@ -7,7 +7,7 @@ import filecmp
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,12 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens
             if tokens:
                 _same_vocabulary(first, other)
     first = checkpoints[0]
-    names = _common_names(checkpoints, tied=all(config.get("tie_word_embeddings") for config in configs))
+    tied = all(config.get("tie_word_embeddings") for config in configs)
+
+    def same(one: Checkpoint, name: str, twin: str) -> bool:
+        return tied and one[name][:2] == one[twin][:2] and _equal(one, name, one, twin)
+
+    names = common_names(checkpoints, [one.name for one in checkpoints], same)
     for name in names:
         mine = first[name]
         for other in checkpoints[1:]:
@@ -160,24 +165,18 @@ def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
     return all(x == y for x, y in zip(read_bytes(a, name), read_bytes(b, other), strict=True))
 
 
-def _common_names(checkpoints: Sequence[Checkpoint], *, tied: bool) -> list[str]:
-    """With tied embeddings a checkpoint may store one tensor under two names; another stores it once."""
-    common = set.intersection(*(set(one) for one in checkpoints))
-    for one in checkpoints:
+def common_names(
+    models: Sequence[Collection[str]], labels: Sequence[str], same: Callable[[Any, str, str], bool]
+) -> list[str]:
+    """Tensors of all models, in the first one's order. A model may hold one tensor under two names, as tied embeddings are, another
+    under one; same: whether a model's two names are of one tensor. Raises UserError where another is lacking."""
+    common = set.intersection(*(set(one) for one in models))
+    for one, label in zip(models, labels, strict=True):
         for name in one:
-            if name in common:
-                continue
-            tensor = one[name]
-            twins = (
-                twin for twin in common if tied and one[twin].shape == tensor.shape and one[twin].dtype == tensor.dtype
-            )
-            if any(_equal(one, name, one, twin) for twin in twins):
-                continue
-            lacks = next(other for other in checkpoints if name not in other)
-            raise UserError(f"{name} is in {one.name} and not in {lacks.name}: the models' tensors must be the same")
-    first = checkpoints[0]
-    ordered = [name for file in first.files for name in file.tensors]
-    return [name for name in ordered if name in common]
+            if name not in common and not any(same(one, name, twin) for twin in common):
+                lacks = next(other for other, names in zip(labels, models, strict=True) if name not in names)
+                raise UserError(f"{name} is in {label} and not in {lacks}: the models' tensors must be the same")
+    return [name for name in models[0] if name in common]
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:

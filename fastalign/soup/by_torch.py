@@ -99,55 +99,54 @@ def random_words(n: int, seed: int, stream: int) -> Tensor:
 
 
 def weighted_sums(segments: Sequence[Segment], out_type: str, chunk: int) -> Seen:
-    seen = _Seen(segments[0])
+    run = _Run(segments[0], in_torch(out_type))
     for number, of in enumerate(segments):
         m = len(of.in_files)
         rows = [of.weights[k * m : (k + 1) * m] for k in range(len(of.out_files))]
         for first in range(0, of.n, chunk):
-            n = min(chunk, of.n - first)
-            inputs = _inputs(of, number, first, n)
-            outs = reference.weighted_sums(inputs, rows, in_torch(out_type))
-            seen.add(inputs, outs, number, first, partial(reference.weighted_sums, inputs, rows, torch.float32))
-            for k, out in enumerate(outs):
-                data = memoryview(out.view(torch.uint8).numpy())
-                _write(of.out_files[k], data, of.out_offsets[k] + first * SIZES[out_type], number, k)
-    return seen.found
+            inputs = _inputs(of, number, first, min(chunk, of.n - first))
+            run.write(of, number, first, inputs, partial(reference.weighted_sums, inputs, rows))
+    return run.seen
 
 
 def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str) -> Seen:
-    inputs, seen = _inputs(tensor, 0, 0, tensor.n), _Seen(tensor)
-    outs = merge_tensor(inputs, tasks, in_torch(out_type))
-    seen.add(inputs, outs, 0, 0, lambda: merge_tensor(inputs, tasks, torch.float32))
-    for k, out in enumerate(outs):
-        _write(tensor.out_files[k], memoryview(out.view(torch.uint8).numpy()), tensor.out_offsets[k], 0, k)
-    return seen.found
+    run, inputs = _Run(tensor, in_torch(out_type)), _inputs(tensor, 0, 0, tensor.n)
+    run.write(tensor, 0, 0, inputs, partial(merge_tensor, inputs, tasks))
+    return run.seen
 
 
-class _Seen:
-    """As the engine counts: see `Seen`."""
+class _Run:
+    """Writes outputs of one type, and counts what is not finite as the native module does: see `Seen`."""
 
-    def __init__(self, of: Segment):
-        self.found = Seen([0] * len(of.out_files), [(0, 0, 0)] * len(of.in_files), [(0, 0, 0)] * len(of.out_files))
+    def __init__(self, of: Segment, dtype: torch.dtype):
+        self.dtype = dtype
+        self.seen = Seen([0] * len(of.out_files), [(0, 0, 0)] * len(of.in_files), [(0, 0, 0)] * len(of.out_files))
 
-    def add(
-        self, inputs: list[Tensor], outs: list[Tensor], segment: int, first: int, wide: Callable[[], list[Tensor]]
+    def write(
+        self, of: Segment, number: int, first: int, inputs: list[Tensor], make: Callable[[torch.dtype], list[Tensor]]
     ) -> None:
-        """wide: the outputs in float32, for a type that has no infinity."""
+        """make: the outputs in a type. first: the element of the segment that they begin with."""
+        outs = make(self.dtype)
         bad = [~x.double().isfinite() for x in inputs]
-        _count(self.found.inputs, bad, segment, first)
+        _count(self.seen.inputs, bad, number, first)
         if not any(which.any() for which in bad):
-            bad = [~x.double().isfinite() for x in outs]
-            if outs[0].dtype == torch.float8_e4m3fn:
-                bad = [x.abs() > 464 for x in wide()]  # beyond what rounds to its largest number, 448
-            _count(self.found.outputs, bad, segment, first)
+            if (
+                self.dtype == torch.float8_e4m3fn
+            ):  # which has no infinity: beyond what rounds to its largest number, 448
+                bad = [x.abs() > 464 for x in make(torch.float32)]
+            else:
+                bad = [~x.double().isfinite() for x in outs]
+            _count(self.seen.outputs, bad, number, first)
+        for k, out in enumerate(outs):
+            data, offset = memoryview(out.view(-1).view(torch.uint8).numpy()), first * self.dtype.itemsize
+            _write(of.out_files[k], data, of.out_offsets[k] + offset, number, k)
 
 
-def _count(held: list[tuple[int, int, int]], bad: list[Tensor], segment: int, first: int) -> None:
+def _count(counts: list[tuple[int, int, int]], bad: list[Tensor], segment: int, first: int) -> None:
     for i, which in enumerate(bad):
-        count = int(which.sum())
-        if count:
-            place = held[i][1:] if held[i][0] else (segment, first + int(which.nonzero()[0]))
-            held[i] = (held[i][0] + count, *place)
+        if n := int(which.sum()):
+            place = counts[i][1:] if counts[i][0] else (segment, first + int(which.nonzero()[0]))
+            counts[i] = (counts[i][0] + n, *place)
 
 
 def dots(segment: Segment, chunk: int, *, centered: bool) -> np.ndarray:
@@ -162,24 +161,24 @@ def dots(segment: Segment, chunk: int, *, centered: bool) -> np.ndarray:
 
 
 def _inputs(of: Segment, number: int, first: int, n: int) -> list[Tensor]:
-    found = []
+    tensors = []
     for i, name in enumerate(of.in_types):
         data = _read(of.in_files[i], n * SIZES[name], of.in_offsets[i] + first * SIZES[name], number, i)
-        found.append(torch.frombuffer(data, dtype=in_torch(name)))
-    return found
+        tensors.append(torch.frombuffer(data, dtype=in_torch(name)))
+    return tensors
 
 
 def _read(file: int, nbytes: int, offset: int, segment: int, number: int) -> bytearray:
-    found = bytearray()
-    while len(found) < nbytes:
+    data = bytearray()
+    while len(data) < nbytes:
         try:
-            data = os.pread(file, nbytes - len(found), offset + len(found))
+            more = os.pread(file, nbytes - len(data), offset + len(data))
         except OSError as error:
             raise StreamError(False, error.errno, segment, number) from None
-        if not data:
+        if not more:
             raise StreamError(False, 0, segment, number)
-        found += data
-    return found
+        data += more
+    return data
 
 
 def _write(file: int, data: memoryview, offset: int, segment: int, number: int) -> None:
