@@ -26,10 +26,10 @@ def is_transposed(model: Checkpoint, module: str) -> bool | None:
     config = config_of(model)
     if not config:
         return False
-    found = _conv1d(json.dumps(config, sort_keys=True))
-    if found is None:
+    modules = _conv1d(json.dumps(config, sort_keys=True))
+    if modules is None:
         return None
-    return any(name == module or name.endswith(f".{module}") or module.endswith(f".{name}") for name in found)
+    return any(name == module or name.endswith(f".{module}") or module.endswith(f".{name}") for name in modules)
 
 
 def is_tied(model: Checkpoint) -> bool:
@@ -37,8 +37,8 @@ def is_tied(model: Checkpoint) -> bool:
     config = config_of(model)
     if "tie_word_embeddings" in config or not config:
         return bool(config.get("tie_word_embeddings"))
-    found = _config(config)
-    return found is not None and bool(getattr(found.get_text_config(), "tie_word_embeddings", False))
+    made = _config(config)
+    return made is not None and bool(getattr(made.get_text_config(), "tie_word_embeddings", False))
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,9 +48,9 @@ def _conv1d(config: str) -> frozenset[str] | None:
     import transformers
     from transformers.pytorch_utils import Conv1D
 
-    held = json.loads(config)
-    made = _config(held)
-    name = (held.get("architectures") or [""])[0]
+    config_dict = json.loads(config)
+    made = _config(config_dict)
+    name = (config_dict.get("architectures") or [""])[0]
     cls = getattr(transformers, name, None) if isinstance(name, str) and name else None
     if made is None:
         return None
@@ -62,15 +62,15 @@ def _conv1d(config: str) -> frozenset[str] | None:
     return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
-def _config(held: Mapping[str, Any]) -> Any | None:
+def _config(config: Mapping[str, Any]) -> Any | None:
     """transformers' configuration object; None where it does not know the type, as with remote code."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = held.get("model_type")
-    if "auto_map" in held or kind not in CONFIG_MAPPING:
+    kind = config.get("model_type")
+    if "auto_map" in config or kind not in CONFIG_MAPPING:
         return None
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(held))
+        return CONFIG_MAPPING[kind].from_dict(dict(config))
     except Exception as error:
         raise UserError(f"config.json: not a configuration of {kind} ({' '.join(str(error).split())[:200]})") from None
 
@@ -155,8 +155,8 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens
 
 def models_of(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """The models, and in place of stacks those that they are made of, each once."""
-    held = (one for stack in checkpoints for one in ([piece.model for piece in stack.pieces] or [stack]))
-    return list({one.name: one for one in held}.values())
+    models = (one for stack in checkpoints for one in ([piece.model for piece in stack.pieces] or [stack]))
+    return list({one.name: one for one in models}.values())
 
 
 def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
@@ -187,10 +187,10 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     from fastalign._base.files import read_json
 
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must be a JSON object, got {type(found).__name__}")
-    return found
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str]) -> None:
@@ -219,10 +219,10 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
             if file == "tokenizer.json":
                 return
         elif file != "tokenizer.json" or (what := _tokens_differ(_json(mine), _json(theirs))):
-            told = f": {what}" if file == "tokenizer.json" else ""
+            detail = f": {what}" if file == "tokenizer.json" else ""
             raise UserError(
                 f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
-                f"{told} (force=True takes the first model's)"
+                f"{detail} (force=True takes the first model's)"
             )
 
 
@@ -241,5 +241,5 @@ def _tokens_differ(mine: dict, theirs: dict) -> str:
 
 
 def _merges(tokenizer: dict) -> list[tuple[str, ...]]:
-    held = (tokenizer.get("model") or {}).get("merges") or ()
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in held]
+    merges = (tokenizer.get("model") or {}).get("merges") or ()
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]

@@ -27,7 +27,7 @@ def merge_tensor(inputs: Sequence[Tensor], tasks: Tasks, dtype: torch.dtype) -> 
     deltas = [
         sparse(model - base, choice, tasks.seed, tasks.row) for model, choice in zip(models, tasks.choices, strict=True)
     ]
-    found = []
+    outs = []
     for row in tasks.weights:
         weighted = torch.stack([x * (w * c.scale) for x, w, c in zip(deltas, row, tasks.choices, strict=True)])
         weights = torch.tensor(row, dtype=wide)[:, None]
@@ -42,8 +42,8 @@ def merge_tensor(inputs: Sequence[Tensor], tasks: Tasks, dtype: torch.dtype) -> 
             divisor = divisor if divisor.abs() >= 1e-8 else torch.ones((), dtype=wide)
         if tasks.normalize:
             merged = merged / divisor
-        found.append(reference.weighted_sums([base + tasks.factor * merged], [[1.0]], dtype)[0].view(inputs[0].shape))
-    return found
+        outs.append(reference.weighted_sums([base + tasks.factor * merged], [[1.0]], dtype)[0].view(inputs[0].shape))
+    return outs
 
 
 def sparse(delta: Tensor, choice: Choice, seed: int, row: int) -> Tensor:

@@ -230,20 +230,20 @@ def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
         raise bad(f"its header names more than {MAX_TENSORS:,} tensors")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise bad(f"its header names {_short(twice)!r} twice")
-        return found
+        return entries
 
     def no_constant(text: str):
         raise bad(f"its header holds {text}")
 
     try:
         text = header.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
-        for name in found:
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        for name in content:
             name.encode("utf-8")  # JSON can spell half a character
     except UserError:
         raise
@@ -251,7 +251,7 @@ def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
         raise bad("its header is nested too deeply") from None
     except ValueError as error:
         raise bad(f"its header is not JSON in UTF-8 ({_short(str(error))})") from None
-    return found
+    return content
 
 
 def _tensor(name: str, entry: Any, begin: int, room: int, bad: Callable[[str], UserError]) -> Tensor:
@@ -291,18 +291,18 @@ def _sharded(name: str, folder: Path, index: Path) -> Checkpoint:
 
     if index.stat().st_size > MAX_HEADER:
         raise bad(f"it has {index.stat().st_size:,} bytes, at most {MAX_HEADER:,} are read")
-    held = _parse(index.read_bytes().lstrip(), bad).get("weight_map")
-    if not (isinstance(held, dict) and held and all(isinstance(file, str) for file in held.values())):
+    weight_map = _parse(index.read_bytes().lstrip(), bad).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
         raise bad("weight_map must map tensors to files")
-    names = sorted(set(held.values()))
+    names = sorted(set(weight_map.values()))
     for file in names:
         if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
             raise bad(f"{_short(file)!r} is not the name of a *.safetensors file beside it")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: no such file, and {INDEX} names it")
-    found = _checkpoint(name, folder, [read_header(folder / file) for file in names])
-    lacking = next((tensor for tensor in held if tensor not in found), None)
-    unknown = next((tensor for tensor in found if tensor not in held), None)
+    checkpoint = _checkpoint(name, folder, [read_header(folder / file) for file in names])
+    lacking = next((tensor for tensor in weight_map if tensor not in checkpoint), None)
+    unknown = next((tensor for tensor in checkpoint if tensor not in weight_map), None)
     if lacking is not None or unknown is not None:
         what = (
             f"names {_short(lacking)!r}, which no file holds"
@@ -310,10 +310,10 @@ def _sharded(name: str, folder: Path, index: Path) -> Checkpoint:
             else f"lacks {_short(unknown)!r}, which a file holds"
         )
         raise bad(f"it {what}")
-    moved = next((tensor for tensor in found if held[tensor] != names[found.where[tensor]]), None)
+    moved = next((tensor for tensor in checkpoint if weight_map[tensor] != names[checkpoint.where[tensor]]), None)
     if moved is not None:
-        raise bad(f"it looks for {_short(moved)!r} in {held[moved]}, {names[found.where[moved]]} holds it")
-    return found
+        raise bad(f"it looks for {_short(moved)!r} in {weight_map[moved]}, {names[checkpoint.where[moved]]} holds it")
+    return checkpoint
 
 
 def _checkpoint(name: str, folder: Path | None, files: list[File]) -> Checkpoint:
@@ -334,15 +334,15 @@ def _local(name: str) -> str:
     """The folder of a model that is not a folder of safetensors by itself: a GGUF file, an alias or a hub name."""
     from fastalign.models.loading import resolve
 
-    found = resolve(name)
-    if os.path.isdir(found):
-        return found
+    resolved = resolve(name)
+    if os.path.isdir(resolved):
+        return resolved
     from huggingface_hub import snapshot_download
 
     from fastalign._base.quiet import one_line_errors
 
     with one_line_errors(name, "no such local folder, and not to be had from the hub: "):
-        return snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        return snapshot_download(resolved, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
 
 
 # ---- layouts of new checkpoints ----
@@ -361,11 +361,11 @@ class Shard:
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Length and header, padded so that the body begins with a page of the file."""
-        held: dict[str, Any] = {"__metadata__": dict(metadata)}
+        entries: dict[str, Any] = {"__metadata__": dict(metadata)}
         for name, tensor in self.tensors.items():
             offsets = [tensor.offset, tensor.offset + tensor.nbytes]
-            held[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        text = json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+            entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         text += b" " * (-(len(text) + 8) % 4096)
         if len(text) > MAX_HEADER:
             raise UserError(f"{self.file}: its header would take {len(text):,} bytes, the format allows {MAX_HEADER:,}")
@@ -389,11 +389,11 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_size:
     shards = []
     for number, group in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        held, offset = {}, 0
+        tensors_of_shard, offset = {}, 0
         for name, dtype, shape, nbytes in sorted(group, key=lambda entry: -SIZES[entry[1]]):
-            held[name] = Tensor(dtype, shape, offset, nbytes)
+            tensors_of_shard[name] = Tensor(dtype, shape, offset, nbytes)
             offset += nbytes
-        shards.append(Shard(file, held))
+        shards.append(Shard(file, tensors_of_shard))
     return shards
 
 
@@ -415,12 +415,12 @@ _OTHER_FILES = 256  # that a process has open besides
 def opened(checkpoints: Sequence[Checkpoint]) -> Iterator[dict[Path, int]]:
     """Every file's descriptor."""
     with ExitStack() as stack:
-        found: dict[Path, int] = {}
+        files: dict[Path, int] = {}
         for file in files_of(checkpoints):
-            if file.path not in found:
-                found[file.path] = os.open(file.path, os.O_RDONLY)
-                stack.callback(os.close, found[file.path])
-        yield found
+            if file.path not in files:
+                files[file.path] = os.open(file.path, os.O_RDONLY)
+                stack.callback(os.close, files[file.path])
+        yield files
 
 
 def allow_open_files(count: int) -> None:
@@ -472,17 +472,17 @@ def mapped_file(file: File) -> dict[str, torch.Tensor]:
     """One file's tensors, likewise."""
     import torch
 
-    found = {}
+    tensors = {}
     with open(file.path, "rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, tensor in file.tensors.items():
         dtype = in_torch(tensor.dtype)
         if tensor.count == 0:
-            found[name] = torch.empty(tensor.shape, dtype=dtype)
+            tensors[name] = torch.empty(tensor.shape, dtype=dtype)
         elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
             data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
-            found[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
+            tensors[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
         else:
             flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
-            found[name] = flat.view(tensor.shape)
-    return found
+            tensors[name] = flat.view(tensor.shape)
+    return tensors

@@ -51,12 +51,12 @@ class SoupFront:
     @classmethod
     def read(cls, path: str | Path) -> SoupFront:
         """Raises FileNotFoundError or UserError, one line that names the file."""
-        found = read_json(path, kind="soup_front")
+        record = read_json(path, kind="soup_front")
         try:
-            means, rho = np.array(found["means"], dtype=np.float64), np.array(found["rho"], dtype=np.float64)
+            means, rho = np.array(record["means"], dtype=np.float64), np.array(record["rho"], dtype=np.float64)
             made = cls(
-                list(found["values"]), list(found["models"]), rho, means, np.array(found["spread"], dtype=np.float64),
-                int(found["candidates"]), found["chosen"],
+                list(record["values"]), list(record["models"]), rho, means, np.array(record["spread"], dtype=np.float64),
+                int(record["candidates"]), record["chosen"],
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a whole soup_front file ({error})") from None
@@ -86,14 +86,14 @@ def choose(front: SoupFront, palette) -> Choice:
     the interpolated prompts' means; that values bend between the measured ρ, and that the best of noisy points looks better
     than it is, it does not count: measure the ρ chosen, with another seed.
     """
-    asked = np.asarray(palette, dtype=np.float64)
-    if asked.shape != (len(front.values),) or np.isnan(asked).any() or (asked == np.inf).any():
+    wanted = np.asarray(palette, dtype=np.float64)
+    if wanted.shape != (len(front.values),) or np.isnan(wanted).any() or (wanted == np.inf).any():
         raise UserError(f"palette must have one level for each of {', '.join(front.values)}, got {palette!r}")
-    kept = np.isfinite(asked)
+    kept = np.isfinite(wanted)
     if not kept.any():
         raise UserError("palette must ask for a level of one value at least")
     unit = np.where(front.spread > 0, front.spread, 1.0)
-    margins = ((front.levels - asked) / unit)[:, kept]
+    margins = ((front.levels - wanted) / unit)[:, kept]
     best, at, shares = -np.inf, [0], np.ones(1)
     for cell in _cells(front.rho):
         corners = margins[cell]
@@ -133,13 +133,13 @@ def _best_within(corners: np.ndarray) -> tuple[float, np.ndarray]:
     from scipy.optimize import linprog
 
     count, d = corners.shape
-    found = linprog(
+    solved = linprog(
         np.r_[np.zeros(count), -1.0],
         A_ub=np.c_[-corners.T, np.ones(d)], b_ub=np.zeros(d),
         A_eq=np.r_[np.ones(count), 0.0][None], b_eq=[1.0],
         bounds=[(0, None)] * count + [(None, None)],
     )  # fmt: skip
-    if not found.success:  # rounding alone can do that: the best corner stands
+    if not solved.success:  # rounding alone can do that: the best corner stands
         k = int(corners.min(axis=1).argmax())
         return float(corners[k].min()), np.eye(count)[k]
-    return float(found.x[-1]), np.maximum(found.x[:-1], 0.0)
+    return float(solved.x[-1]), np.maximum(solved.x[:-1], 0.0)

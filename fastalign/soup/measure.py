@@ -144,12 +144,12 @@ def walk(
 
     Raises UserError or FileNotFoundError, one line each.
     """
-    asked = Walk(
+    job = Walk(
         models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device,
         progress=progress, **sampling,
     )  # fmt: skip
-    with making(out, [*models, base], asked.job, overwrite=overwrite) as files:
-        return asked.into(files)
+    with making(out, [*models, base], job.job, overwrite=overwrite) as files:
+        return job.into(files)
 
 
 class Walk:
@@ -167,15 +167,15 @@ class Walk:
             raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
         if base is None:
             linear_rows(self._rows, None)
-            told = [identity_of(open_checkpoint(model)) for model in models]
+            identities = [identity_of(open_checkpoint(model)) for model in models]
         else:
             opened = [open_adapter(model) for model in models]
-            told = [one.identity for one in opened]
-            told.append(identity_of(open_checkpoint(base)))
+            identities = [one.identity for one in opened]
+            identities.append(identity_of(open_checkpoint(base)))
         self._sampling, self._loading, self._progress = sampling, {"dtype": dtype, "device": device}, progress
         prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
         made_with = {
-            "models": told,
+            "models": identities,
             "dtype": str(dtype),
             "rewards": names,
             "prompts_sha256": prompts_sha256,
@@ -191,12 +191,12 @@ class Walk:
         from fastalign.rewards import score
 
         live, grids, names = None, [], self._names
-        asked = [
+        files_wanted = [
             (f"{under}{k:03d}.parquet", self._made_with | {"rho": row.tolist()}) for k, row in enumerate(self._rows)
         ]
-        there = [files.measured(name, wanted) for name, wanted in asked]  # all are looked at before any is made
-        with bars.bar("soups", total=len(asked), unit="soups", show=self._progress) as advance:
-            for row, (name, wanted), scored in zip(self._rows, asked, there, strict=True):
+        there = [files.measured(name, wanted) for name, wanted in files_wanted]  # all are looked at before any is made
+        with bars.bar("soups", total=len(files_wanted), unit="soups", show=self._progress) as advance:
+            for row, (name, wanted), scored in zip(self._rows, files_wanted, there, strict=True):
                 if scored is None:
                     if live is None:
                         first = self._models[0] if self._base is None else self._base

@@ -70,9 +70,9 @@ def _is_whole(folder: Path, digests: dict[str, str], names: Iterable[str]) -> bo
 
 def chunk_of(plan: Plan) -> int:
     """Elements that a thread holds at once. Raises UserError where the memory limit is too low."""
-    threads, held = backend.threads(), len(plan.weights) if plan.sparse else 1  # outputs at once
+    threads, outputs = backend.threads(), len(plan.weights) if plan.sparse else 1  # outputs at once
     widths = max(
-        sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * held
+        sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
         for shard in plan.layout
         for name, tensor in shard.tensors.items()
     )

@@ -123,11 +123,11 @@ def merge(
     return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, progress=progress))
 
 
-def warned(found: Merged) -> Merged:
+def warned(merged: Merged) -> Merged:
     """Tells Python's caller of a merge what was met of numbers that are not finite."""
-    if found.not_finite:
-        warnings.warn(printable(f"{found.out}: {found.not_finite}"), stacklevel=3)
-    return found
+    if merged.not_finite:
+        warnings.warn(printable(f"{merged.out}: {merged.not_finite}"), stacklevel=3)
+    return merged
 
 
 def execute(
@@ -250,12 +250,12 @@ def _time_of(plan: Plan, name: str, step: list[float] | Tasks, n: int, dtype: st
 def estimated(plan: Plan) -> str:
     """For people, on one line."""
     try:
-        found = estimate(plan)
+        result = estimate(plan)
     except OSError as error:
         return f"time: unknown, a sample could not be merged ({error.strerror})"
-    if found is None:
+    if result is None:
         return "time: none to speak of, nothing is mixed"
-    return f"time: about {_duration(found.seconds)}, {size(found.rate)}/s, measured on {size(found.sample)} of it"
+    return f"time: about {_duration(result.seconds)}, {size(result.rate)}/s, measured on {size(result.sample)} of it"
 
 
 def _shortened(tasks: Tasks, n: int, whole: int) -> Tasks:

@@ -35,13 +35,13 @@ class Sidecar(NamedTuple):
 
     def sources(self) -> list[Path]:
         """The files that are copied; with remote code, every *.py, for one may import another."""
-        held = [(self.folder, _SETTINGS), (self.tokenizer, TOKENIZER)]
-        held += [(folder, ("*.py",)) for folder in (self.folder, self.tokenizer) if folder and _has_code(folder)]
-        found = {
-            path.name: path for folder, patterns in held if folder for one in patterns for path in folder.glob(one)
+        chosen = [(self.folder, _SETTINGS), (self.tokenizer, TOKENIZER)]
+        chosen += [(folder, ("*.py",)) for folder in (self.folder, self.tokenizer) if folder and _has_code(folder)]
+        by_name = {
+            path.name: path for folder, patterns in chosen if folder for one in patterns for path in folder.glob(one)
         }
         stale = OLD_FILES if self.tokens is not None else ()
-        paths = sorted(path for path in found.values() if path.is_file() and path.name not in stale)
+        paths = sorted(path for path in by_name.values() if path.is_file() and path.name not in stale)
         for path in paths:
             stays_within(path)
         return paths
@@ -76,13 +76,13 @@ def sidecar_of(
     """Whose files come along (see `merge`), and where a tokenizer is asked for what the embeddings have rows for.
 
     multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no template."""
-    held = [*models_of(models), *(models_of([base]) if base is not None else ())]
+    every = [*models_of(models), *(models_of([base]) if base is not None else ())]
     if companion == "base" and base is not None:
         chosen = base
     elif companion == "first":
         chosen = models[0]
     else:
-        chosen = next((one for one in held if one.name == companion), None)
+        chosen = next((one for one in every if one.name == companion), None)
         if chosen is None:
             raise UserError(
                 f"companion must be first, one of the models, or base where there is one, got {companion!r}"
@@ -93,26 +93,26 @@ def sidecar_of(
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise UserError(f"tokenizer must be companion, union or a folder with a tokenizer, got {tokenizer!r}")
     changes: dict[str, dict[str, Any]] = {"config.json": dict(config_changes(chosen if chosen.pieces else models[0]))}
-    found = None
+    vocabulary = None
     if tokenizer is not None:
         lead = models_of([chosen])[0]
         preferred = base if base is not None else chosen if companion != "first" else None
-        found = vocabulary_of(
-            held, lead, folder, union=tokenizer == "union", multiple=multiple or 1,
+        vocabulary = vocabulary_of(
+            every, lead, folder, union=tokenizer == "union", multiple=multiple or 1,
             base=preferred and models_of([preferred])[0].name,
         )  # fmt: skip
-        for name, change in _changes(chosen, lead, found).items():
+        for name, change in _changes(chosen, lead, vocabulary).items():
             changes[name] = changes.get(name, {}) | change
     elif multiple is not None:
         raise UserError("pad_to_multiple_of needs a tokenizer, to whose tokens rows are added")
-    template = _template(chat_template, held)
-    return Sidecar(chosen.folder, folder, changes, template, found and found.tokenizer), found
+    template = _template(chat_template, every)
+    return Sidecar(chosen.folder, folder, changes, template, vocabulary and vocabulary.tokenizer), vocabulary
 
 
-def _changes(chosen: Checkpoint, lead: Checkpoint, found: Vocabulary) -> dict[str, dict[str, Any]]:
+def _changes(chosen: Checkpoint, lead: Checkpoint, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
     """What the files say otherwise with these tokens: how many there are, and the numbers of those that have a meaning."""
     changes: dict[str, dict[str, Any]] = {}
-    before = {number: token for token, number in found.known[lead.name].items()}
+    before = {number: token for token, number in vocabulary.known[lead.name].items()}
 
     def renumbered(number: Any, what: str) -> Any:
         if isinstance(number, list):
@@ -120,35 +120,35 @@ def _changes(chosen: Checkpoint, lead: Checkpoint, found: Vocabulary) -> dict[st
         token = before.get(number) if type(number) is int else None
         if token is None:
             return number
-        if token not in found.tokens:
+        if token not in vocabulary.tokens:
             raise UserError(f"{what} {number} is {token!r} in {lead.name}, which the tokenizer does not have")
-        return found.tokens[token]
+        return vocabulary.tokens[token]
 
     for name in _SETTINGS[:2]:
         path = chosen.folder and chosen.folder / name
-        held = read_json(path) if path and path.is_file() else {}
-        special = {key: value for key, value in held.items() if key.endswith("_token_id")}
+        config = read_json(path) if path and path.is_file() else {}
+        special = {key: value for key, value in config.items() if key.endswith("_token_id")}
         changes[name] = {
             key: new for key, value in special.items() if (new := renumbered(value, f"{name}: {key}")) != value
         }
         if name == "config.json":
-            text = held.get("text_config")
-            nested = "vocab_size" not in held and isinstance(text, dict) and "vocab_size" in text
-            size = {"vocab_size": found.rows}
+            text = config.get("text_config")
+            nested = "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text
+            size = {"vocab_size": vocabulary.rows}
             changes[name] |= {"text_config": text | size} if nested else size
     return changes
 
 
-def _template(asked: str | None, held: Iterable[Checkpoint]) -> str | None:
+def _template(template: str | None, models: Iterable[Checkpoint]) -> str | None:
     """The text of the chat template; "auto": that which most models have, the first of equals."""
-    if asked is None:
+    if template is None:
         return None
-    if asked == "auto":
-        found = Counter(filter(None, (_own_template(one.folder) for one in held)))
-        return found.most_common(1)[0][0] if found else None
-    if "{{" not in asked and "{%" not in asked:
-        raise UserError(f"chat_template must be auto or a template's text, with {{{{ or {{%, got {asked[:80]!r}")
-    return asked
+    if template == "auto":
+        counts = Counter(filter(None, (_own_template(one.folder) for one in models)))
+        return counts.most_common(1)[0][0] if counts else None
+    if "{{" not in template and "{%" not in template:
+        raise UserError(f"chat_template must be auto or a template's text, with {{{{ or {{%, got {template[:80]!r}")
+    return template
 
 
 def stays_within(path: Path) -> None:
@@ -164,8 +164,8 @@ def stays_within(path: Path) -> None:
 def _has_code(folder: Path) -> bool:
     """Whether classes of the model or its tokenizer are defined in files beside it."""
     for name in ("config.json", "tokenizer_config.json"):
-        found = read_json(folder / name) if (folder / name).is_file() else {}
-        if isinstance(found, dict) and "auto_map" in found:
+        config = read_json(folder / name) if (folder / name).is_file() else {}
+        if isinstance(config, dict) and "auto_map" in config:
             return True
     return False
 
@@ -176,8 +176,8 @@ def _own_template(folder: Path | None) -> str | None:
     if (folder / _TEMPLATE).is_file():
         return (folder / _TEMPLATE).read_text(encoding="utf-8").strip()
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = read_json(folder / name) if (folder / name).is_file() else {}
-        text = found.get("chat_template") if isinstance(found, dict) else None
+        config = read_json(folder / name) if (folder / name).is_file() else {}
+        text = config.get("chat_template") if isinstance(config, dict) else None
         if isinstance(text, list):  # several by name
             text = next((one.get("template") for one in text if one.get("name") == "default"), None)
         if isinstance(text, str) and text.strip():
@@ -195,5 +195,5 @@ def _stored_in(config: Path, out_type: str | None) -> dict[str, str]:
 def _change(path: Path, changes: Mapping[str, Any]) -> None:
     """Set keys of a JSON object, None taking one away."""
     if changes:
-        found = read_json(path) | changes
-        write_json(path, {key: value for key, value in found.items() if value is not None or key not in changes})
+        config = read_json(path) | changes
+        write_json(path, {key: value for key, value in config.items() if value is not None or key not in changes})

@@ -31,8 +31,8 @@ class Layer(NamedTuple):
 
 def layer_of(name: str) -> Layer | None:
     """By the first whole number in the name; None where there is none."""
-    found = _LAYER.search(name)
-    return Layer(name[: found.start(1)], int(found.group(1)), name[found.end(1) :]) if found else None
+    match = _LAYER.search(name)
+    return Layer(name[: match.start(1)], int(match.group(1)), name[match.end(1) :]) if match else None
 
 
 def comes_before(name: str) -> bool:
@@ -49,10 +49,10 @@ def comes_before(name: str) -> bool:
 
 def layer_counts(names: Iterable[str]) -> dict[str, int]:
     """Beginning of names -> how many layers begin so, where they are numbered 0, 1, 2 ..."""
-    found: dict[str, set[int]] = {}
+    numbers: dict[str, set[int]] = {}
     for layer in filter(None, map(layer_of, names)):
-        found.setdefault(layer.begin, set()).add(layer.number)
-    return {begin: len(held) for begin, held in found.items() if held == set(range(len(held)))}
+        numbers.setdefault(layer.begin, set()).add(layer.number)
+    return {begin: len(layers) for begin, layers in numbers.items() if layers == set(range(len(layers)))}
 
 
 # ---- stacks ----
@@ -71,10 +71,10 @@ def open_model(model: Model) -> Checkpoint:
         return open_checkpoint(model)
     if not model or not all(isinstance(piece, list | tuple) and len(piece) == 3 for piece in model):
         raise UserError(f"a stack must be a list of (model, first layer, last layer + 1), got {model!r:.80}")
-    held = {os.fspath(name): open_checkpoint(name) for name, _, _ in model}
+    opened = {os.fspath(name): open_checkpoint(name) for name, _, _ in model}
     pieces = []
     for name, first, last in model:
-        one = held[os.fspath(name)]
+        one = opened[os.fspath(name)]
         begin, count = _layers(one)
         if not (type(first) is int and type(last) is int and 0 <= first < last <= count):
             raise UserError(f"{one.name}: layers {first} to {last} asked for, it has 0 to {count}")
@@ -92,26 +92,26 @@ def open_model(model: Model) -> Checkpoint:
 
 def _layers(model: Checkpoint) -> tuple[str, int]:
     """What the names of its layers begin with, and how many there are."""
-    counts, told = layer_counts(model), _told(config_of(model))
-    fitting = {begin: count for begin, count in counts.items() if told is None or count == told}
+    counts, stated = layer_counts(model), _stated_count(config_of(model))
+    fitting = {begin: count for begin, count in counts.items() if stated is None or count == stated}
     if len(fitting) != 1:
         came = ", ".join(f"{count} named {begin}*" for begin, count in counts.items()) or "none"
-        said = f"its configuration says {told}, " if told is not None else ""
+        said = f"its configuration says {stated}, " if stated is not None else ""
         raise UserError(f"{model.name}: cannot tell which are its layers: {said}its tensors have {came}")
     return next(iter(fitting.items()))
 
 
-def _told(config: Mapping[str, Any]) -> int | None:
+def _stated_count(config: Mapping[str, Any]) -> int | None:
     """How many layers a configuration says that there are."""
     return next((config[key] for key in LAYER_COUNTS if key in config), None)
 
 
 def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
-    found: dict[Path, tuple[File, dict[str, Tensor]]] = {}
+    files_taken: dict[Path, tuple[File, dict[str, Tensor]]] = {}
 
     def take(piece: Piece, name: str, called: str) -> None:
         file = piece.model.files[piece.model.where[name]]
-        found.setdefault(file.path, (file, {}))[1][called] = piece.model[name]
+        files_taken.setdefault(file.path, (file, {}))[1][called] = piece.model[name]
 
     alike = pieces[0].model is pieces[-1].model
 
@@ -132,10 +132,10 @@ def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
                 take(piece, name, f"{begin}{count + layer.number - piece.first}{layer.end}")
         count += piece.last - piece.first
     outside(pieces[-1], before=False)
-    files = tuple(replace(file, tensors=tensors) for file, tensors in found.values())
+    files = tuple(replace(file, tensors=tensors) for file, tensors in files_taken.values())
     where = {name: number for number, file in enumerate(files) for name in file.tensors}
-    told = " + ".join(f"{piece.model.name}[{piece.first}:{piece.last}]" for piece in pieces)
-    return Checkpoint(told, pieces[0].model.folder, files, where, pieces)
+    name_of_stack = " + ".join(f"{piece.model.name}[{piece.first}:{piece.last}]" for piece in pieces)
+    return Checkpoint(name_of_stack, pieces[0].model.folder, files, where, pieces)
 
 
 def config_changes(model: Checkpoint) -> Mapping[str, Any]:
@@ -143,14 +143,16 @@ def config_changes(model: Checkpoint) -> Mapping[str, Any]:
     if not model.pieces:
         return {}
     configs = [config_of(piece.model) for piece in model.pieces]
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for key, value in configs[0].items():
         if key in LAYER_COUNTS:
-            found[key] = sum(piece.last - piece.first for piece in model.pieces)
+            changes[key] = sum(piece.last - piece.first for piece in model.pieces)
         elif "layer" in key and isinstance(value, list):
             lists = [config.get(key) for config in configs]
-            if all(isinstance(x, list) and len(x) == _told(one) for x, one in zip(lists, configs, strict=True)):
-                found[key] = [
-                    x for held, piece in zip(lists, model.pieces, strict=True) for x in held[piece.first : piece.last]
+            if all(isinstance(x, list) and len(x) == _stated_count(one) for x, one in zip(lists, configs, strict=True)):
+                changes[key] = [
+                    x
+                    for entries, piece in zip(lists, model.pieces, strict=True)
+                    for x in entries[piece.first : piece.last]
                 ]
-    return found
+    return changes

@@ -117,8 +117,8 @@ class NotFinite:
 
     def join(self, record: Mapping[str, Any], *, strict: bool = False) -> None:
         """strict: raise UserError where anything was met."""
-        for side, held in record.items():
-            for name, (count, tensor) in held.items():
+        for side, counts in record.items():
+            for name, (count, tensor) in counts.items():
                 self.add(side, name, count, tensor)
         if strict and self:
             raise UserError(f"strict: {self.message()}")
@@ -133,6 +133,6 @@ class NotFinite:
             f"{count:,} numbers of the output{f' {name}' if name else ''} are beyond its type's range (first in {tensor})"
             for name, (count, tensor) in self.record["outputs"].items()
         ]
-        told = [*inputs[:3], *outputs[:3]]
-        more = len(inputs) + len(outputs) - len(told)
-        return "; ".join(told) + (f"; and so of {more} more models" if more else "")
+        shown = [*inputs[:3], *outputs[:3]]
+        more = len(inputs) + len(outputs) - len(shown)
+        return "; ".join(shown) + (f"; and so of {more} more models" if more else "")

@@ -116,7 +116,7 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
         return by_torch.merge_tasks(tensor, tasks, out_type)
     coded = (tensor.n, [code(t) for t in tensor.in_types], *tensor[2:6], [w for row in tasks.weights for w in row])
     choices = [(KEEPS.index(choice.keep), *choice[1:]) for choice in tasks.choices]
-    found = backend.engine.soup_tasks(
+    result = backend.engine.soup_tasks(
         coded,
         choices,
         code(out_type),
@@ -129,7 +129,7 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
         threads,
         flushes(),
     )
-    return _seen(*found)
+    return _seen(*result)
 
 
 def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarray:
@@ -143,10 +143,10 @@ def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarra
         return by_torch.dots(segment, MOST_CHUNK, centered=centered)
     m = len(segment.in_files)
     coded = (segment.n, [code(t) for t in segment.in_types], *segment[2:])
-    failed, *what, found = backend.engine.soup_dots(coded, centered, MOST_CHUNK, threads)
+    failed, *what, products = backend.engine.soup_dots(coded, centered, MOST_CHUNK, threads)
     if failed:
         raise StreamError(*what)
-    return np.array(found).reshape(m, m)
+    return np.array(products).reshape(m, m)
 
 
 def bytes_moved(segment: Segment, out_type: str) -> int:
@@ -168,16 +168,16 @@ def pieces(whole: Segment, out_type: str, nbytes: int) -> Iterator[Segment]:
 
 def joined(segments: Iterator[Segment], out_width: int) -> Iterator[Segment]:
     """Neighbours that lie together in every file, as one."""
-    held: Segment | None = None
+    run: Segment | None = None
     for segment in segments:
-        if held is not None and _follows(held, segment, out_width):
-            held = held._replace(n=held.n + segment.n)
+        if run is not None and _follows(run, segment, out_width):
+            run = run._replace(n=run.n + segment.n)
         else:
-            if held is not None:
-                yield held
-            held = segment
-    if held is not None:
-        yield held
+            if run is not None:
+                yield run
+            run = segment
+    if run is not None:
+        yield run
 
 
 def _follows(a: Segment, b: Segment, out_width: int) -> bool:

@@ -45,10 +45,10 @@ class Vocabulary(NamedTuple):
 
 def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """The tokens of a tokenizer.json and their numbers, added ones among them."""
-    held = (tokenizer.get("model") or {}).get("vocab") or {}
-    found = dict(held.items() if isinstance(held, dict) else ((token, i) for i, (token, *_) in enumerate(held)))
-    found.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
-    return found
+    words = (tokenizer.get("model") or {}).get("vocab") or {}
+    tokens = dict(words.items() if isinstance(words, dict) else ((token, i) for i, (token, *_) in enumerate(words)))
+    tokens.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
+    return tokens
 
 
 def vocabulary_of(
@@ -60,12 +60,12 @@ def vocabulary_of(
     if path is None or not path.is_file():
         raise UserError(f"tokenizer needs a tokenizer.json to count its tokens, {folder or 'a bare file'} has none")
     own = read_json(path)
-    read = {one.name: found for one in models if (found := _read(one)) is not None}
+    read = {one.name: tokenizer for one in models if (tokenizer := _read(one)) is not None}
     made = _union(own, lead, [(one, read[one.name]) for one in models if one.name in read]) if union else own
     tokens = tokens_of(made)
     if set(tokens.values()) != set(range(len(tokens))):
         raise UserError(f"{folder}: its tokenizer's {len(tokens):,} tokens are not numbered 0 to {len(tokens) - 1:,}")
-    known = {name: tokens_of(found) for name, found in read.items()}
+    known = {name: tokens_of(tokenizer) for name, tokenizer in read.items()}
     standing = known.get(lead.name, tokens)
     return Vocabulary(
         tokens,
@@ -79,8 +79,8 @@ def vocabulary_of(
 
 def embeddings_of(model: Checkpoint) -> list[str]:
     """The names of the tensors that have a row for each token. Raises UserError where they cannot be told."""
-    found = [name for name in model if name.endswith(ROWS)]
-    inputs = [name for name in found if name.endswith(tuple(f"{one}.weight" for one in _INPUTS)) and model[name].count]
+    names = [name for name in model if name.endswith(ROWS)]
+    inputs = [name for name in names if name.endswith(tuple(f"{one}.weight" for one in _INPUTS)) and model[name].count]
     if not inputs:
         raise UserError(f"{model.name}: no tensor is called as input embeddings are (*.{', *.'.join(_INPUTS)})")
     rows, *width = model[inputs[0]].shape
@@ -89,10 +89,10 @@ def embeddings_of(model: Checkpoint) -> list[str]:
         shape = model[name].shape
         return (shape[:1] == (rows,) and [rows] != width) or (len(shape) > 1 and any(one in name for one in _INPUTS))
 
-    other = next((name for name in model if name not in found and looks_like_one(name)), None)
+    other = next((name for name in model if name not in names and looks_like_one(name)), None)
     if other is not None:
         raise UserError(f"{other} of {model.name} may have a row for each token, and is not known for an embedding")
-    return found
+    return names
 
 
 def _note(own: Mapping[str, Any], made: Mapping[str, Any], lead: str) -> str:
@@ -132,12 +132,12 @@ def _union(
         )
     special = {one["content"]: one for one in added}
     plain: dict[str, None] = {}
-    for model, held in others:
+    for model, tokenizer in others:
         rows = _rows(model)
-        for one in held.get("added_tokens") or ():
+        for one in tokenizer.get("added_tokens") or ():
             if one["id"] < rows:
                 special.setdefault(one["content"], one)
-        plain |= {token: None for token, i in sorted(tokens_of(held).items(), key=lambda x: x[1]) if i < rows}
+        plain |= {token: None for token, i in sorted(tokens_of(tokenizer).items(), key=lambda x: x[1]) if i < rows}
     new = [token for token in plain if token not in mine and token not in special]
     new += [token for token in special if token not in mine]
     numbers = {**mine, **{token: len(mine) + i for i, token in enumerate(new)}}
@@ -240,8 +240,8 @@ def in_order_of(
     files = tuple(folder / f"rows-{i}.bin" if end else None for i, end in enumerate(ends))
     basis = hashlib.sha256(repr((vocabulary.rows, [table.base for table in tables])).encode())
     for table in tables:
-        for held in table.numbers:
-            basis.update(held.tobytes())
+        for numbers_of_input in table.numbers:
+            basis.update(numbers_of_input.tobytes())
     made = tuple(
         _with(one, [(table.name, table.made[i]) for table in tables], files[i], vocabulary.rows)
         for i, one in enumerate(inputs)
@@ -261,11 +261,11 @@ def _owner(model: Checkpoint, name: str) -> Checkpoint:
 
 def _numbers(vocabulary: Vocabulary, model: str, rows: int) -> np.ndarray:
     known = vocabulary.known[model]
-    found = np.full(len(vocabulary.tokens), -1)
+    numbers = np.full(len(vocabulary.tokens), -1)
     for token, i in vocabulary.tokens.items():
         number = known.get(token, -1)
-        found[i] = number if number < rows else -1  # a token without a row is one that the model does not know
-    return found
+        numbers[i] = number if number < rows else -1  # a token without a row is one that the model does not know
+    return numbers
 
 
 def _with(model: Checkpoint, tables: Sequence[tuple[str, Tensor | None]], path: Path | None, rows: int) -> Checkpoint:
@@ -291,9 +291,9 @@ def _write(table: _Table, sources: Sequence[Checkpoint], files: Sequence) -> Non
 
     from fastalign.soup.stream import mix_tensors
 
-    held = [_mapped(one, table.name) for one in sources]
+    mapped_rows = [_mapped(one, table.name) for one in sources]
     types = [in_torch(one[table.name].dtype) for one in sources]
-    width = held[0].shape[1] // types[0].itemsize
+    width = mapped_rows[0].shape[1] // types[0].itemsize
     count, step = len(table.numbers[0]), max(1, _BLOCK // (8 * width * (len(sources) + 2)))
     sums = [torch.zeros(width, dtype=torch.float64) for _ in sources]
     for first in range(0, count, step):
@@ -302,7 +302,7 @@ def _write(table: _Table, sources: Sequence[Checkpoint], files: Sequence) -> Non
         rows = torch.zeros(len(sources), len(numbers[0]), width, dtype=torch.float64)
         for i, number in enumerate(numbers):
             if known[i].any():
-                rows[i, known[i]] = torch.from_numpy(held[i][number[number >= 0]]).view(types[i]).double()
+                rows[i, known[i]] = torch.from_numpy(mapped_rows[i][number[number >= 0]]).view(types[i]).double()
         others = rows.sum(0) / known.sum(0).clamp(min=1)[:, None]
         if table.base is not None:
             others = torch.where(known[table.base, :, None], rows[table.base], others)

@@ -80,14 +80,14 @@ def open_adapter(folder: str | os.PathLike) -> Adapter:
     config = read_json(path / CONFIG)
     _check_kind(name, config)
     file = read_header(path / WEIGHTS)
-    found: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in mapped_file(file).items():
         if not key.startswith(_PREFIX):
             raise UserError(f"{name}: tensor {key[:80]!r} must begin with {_PREFIX}, as peft writes it")
         module, factor = _split(key.removeprefix(_PREFIX))
         if factor:
-            found.setdefault(module, {})[factor] = tensor
+            factors.setdefault(module, {})[factor] = tensor
         elif "lora_" in module:
             raise UserError(
                 f"{name}: tensor {key[:80]!r} is neither a factor A nor B of a linear layer or an embedding"
@@ -96,10 +96,10 @@ def open_adapter(folder: str | os.PathLike) -> Adapter:
             raise UserError(f"{name}: tensor {key[:80]!r} must be floating-point, is {tensor.dtype}")
         else:
             whole[key] = tensor
-    if not found:
+    if not factors:
         raise UserError(f"{name}: the adapter holds no factors")
     return Adapter(
-        name, path, config, file, {module: _factors(name, module, x, config) for module, x in found.items()}, whole
+        name, path, config, file, {module: _factors(name, module, x, config) for module, x in factors.items()}, whole
     )
 
 
@@ -206,12 +206,12 @@ def base_name(key: str) -> str:
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
-def _factors(name: str, module: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Factors:
-    embedding = "eA" in found or "eB" in found
+def _factors(name: str, module: str, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> Factors:
+    embedding = "eA" in tensors or "eB" in tensors
     kinds = ("eA", "eB") if embedding else ("A", "B")
-    if set(found) != set(kinds):
+    if set(tensors) != set(kinds):
         raise UserError(f"{name}: {module} must have one factor A and one B")
-    a, b = (found[kind] for kind in kinds)
+    a, b = (tensors[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2:
         raise UserError(f"{name}: {module}'s factors have shapes {list(a.shape)} and {list(b.shape)}: a convolution's are not merged")  # fmt: skip
     if not all(of_torch(x.dtype) in FLOATS for x in (a, b)):

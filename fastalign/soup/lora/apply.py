@@ -79,18 +79,18 @@ def plan(
     out_dtype = None if dtype is None else parse_dtype(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
     shard_size = parse_bytes("max_shard_size", max_shard_size)
-    held = open_adapters(adapters, force=force)
+    opened = open_adapters(adapters, force=force)
     model = open_checkpoint(base)
     names = same_model((model,))
     layout = lay_out(((name, out_type(model, name, out_dtype), model[name].shape) for name in names), shard_size)
-    changed = _changed(model, held)
+    changed = _changed(model, opened)
     sidecar = Sidecar(model.folder, model.folder, {})
     recipe = {
         "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": identity_of(model),
-        "adapters": [one.identity for one in held],
+        "adapters": [one.identity for one in opened],
     }  # fmt: skip
     single = np.ndim(weights) == 1
-    files = [*model.files, *(one.file for one in held)]
+    files = [*model.files, *(one.file for one in opened)]
     key = key_of(files, sidecar, recipe=recipe, weights=rows.tolist(), single=single, shard=shard_size)
     stored = {name: shard.tensors[name].dtype for shard in layout for name in shard.tensors}
     room = min(_BLOCK, limit // 2)
@@ -98,20 +98,20 @@ def plan(
     def step_of(name: str) -> Step:
         if name not in changed:
             return [1.0] * len(rows)
-        return functools.partial(_blocks, name, model, held, rows, *changed[name], in_torch(stored[name]), room)
+        return functools.partial(_blocks, name, model, opened, rows, *changed[name], in_torch(stored[name]), room)
 
     return Plan(
         (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, step_of, sidecar,
-        _left_behind(model, held),
+        _left_behind(model, opened),
     )  # fmt: skip
 
 
-def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str | None, bool]]:
+def _changed(model: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, tuple[str | None, bool]]:
     """By tensor of the base: the module whose factors change it, if any, and whether W is the transpose of B A."""
-    found: dict[str, tuple[str | None, bool]] = {}
-    for module in modules_of(held):
+    changed: dict[str, tuple[str | None, bool]] = {}
+    for module in modules_of(adapters):
         name = f"{module}.weight"
-        owner = next(one for one in held if module in one.factors)
+        owner = next(one for one in adapters if module in one.factors)
         factors = owner.factors[module]
         _in_base(model, name, owner.name)
         shape, update = model[name].shape, (factors.b.shape[0], factors.a.shape[1])
@@ -122,8 +122,8 @@ def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str 
         )
         if model[name].dtype not in FLOATS:
             raise UserError(f"{name} is {model[name].dtype} in {model.name}: nothing can be added to it")
-        found[name] = (module, turned)
-    for one in held:
+        changed[name] = (module, turned)
+    for one in adapters:
         for key, tensor in one.whole.items():
             name = base_name(key)
             _in_base(model, name, one.name, added=".base_layer." in key)
@@ -133,11 +133,11 @@ def _changed(model: Checkpoint, held: Sequence[Adapter]) -> dict[str, tuple[str 
                     f"{list(tensor.shape)}"
                 )
             if tensor.numel():
-                found.setdefault(name, (None, False))
-    return found
+                changed.setdefault(name, (None, False))
+    return changed
 
 
-def _left_behind(model: Checkpoint, held: Sequence[Adapter]) -> tuple[str, ...]:
+def _left_behind(model: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """A line for each adapter whose own chat template or tokenizer is not the base's, which the output gets."""
 
     def others(one: Adapter) -> list[str]:
@@ -156,7 +156,7 @@ def _left_behind(model: Checkpoint, held: Sequence[Adapter]) -> tuple[str, ...]:
     return tuple(
         f"{one.name}: its {', '.join(names)} {'differs' if len(names) == 1 else 'differ'} from {model.name}'s, and the output "
         "gets the base's"
-        for one in held
+        for one in adapters
         if (names := others(one))
     )
 
@@ -197,7 +197,7 @@ def _in_base(model: Checkpoint, name: str, adapter: str, *, added: bool = False)
 def _blocks(
     name: str,
     model: Checkpoint,
-    held: Sequence[Adapter],
+    adapters: Sequence[Adapter],
     rows: np.ndarray,
     module: str | None,
     transposed: bool,
@@ -209,11 +209,14 @@ def _blocks(
     height = before.shape[0] if before.shape else 1
     shape = height, before.count // height
     whole = [
-        (i, one.whole[key].reshape(shape)) for i, one in enumerate(held) for key in one.whole if base_name(key) == name
+        (i, one.whole[key].reshape(shape))
+        for i, one in enumerate(adapters)
+        for key in one.whole
+        if base_name(key) == name
     ]
     # One type wider than what is stored: what is written is the exact sum's rounding but for ties.
     exact = torch.float64 if dtype.itemsize >= 4 else torch.float32
-    pairs = [stacked(held, row, module, exact) if module else None for row in rows]
+    pairs = [stacked(adapters, row, module, exact) if module else None for row in rows]
     if transposed:
         pairs = [None if pair is None else (pair[1].T, pair[0].T) for pair in pairs]
     sums = [[1 - float(sum(row[i] for i, _ in whole)), *(float(row[i]) for i, _ in whole)] for row in rows]

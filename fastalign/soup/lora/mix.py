@@ -68,17 +68,17 @@ def merge_adapters(
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
     stored = None if dtype is None else in_torch(parse_dtype(dtype))
     target = target_folder(out, overwrite=overwrite)
-    held = open_adapters(adapters, force=force)
-    whole = [_whole(held, row) for row in rows]
+    opened = open_adapters(adapters, force=force)
+    whole = [_whole(opened, row) for row in rows]
     made = []
-    total = len(rows) * len(modules_of(held))
+    total = len(rows) * len(modules_of(opened))
     with (
         bars.bar("adapters", total=total, unit="modules", show=progress) as advance,
         atomic_write(target, replace=overwrite) as beside,
     ):
         for k, row in enumerate(rows):
             single = np.ndim(weights) == 1
-            made.append(_mixed(held, row, beside if single else beside / str(k), rank, stored, whole[k], advance))
+            made.append(_mixed(opened, row, beside if single else beside / str(k), rank, stored, whole[k], advance))
             made[-1] = made[-1]._replace(out=target if single else target / str(k))
     return made
 
@@ -128,10 +128,10 @@ def _mixed(
     return made_adapter(folder, factors, norms)
 
 
-def _settings(held: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
+def _settings(adapters: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
     """What the soup's configuration takes over; the targets as they are spelt where that means the same in all."""
-    first = held[0].config
-    found = {
+    first = adapters[0].config
+    settings = {
         key: first.get(key)
         for key in ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "bias", "modules_to_save")
         if first.get(key) is not None
@@ -141,27 +141,27 @@ def _settings(held: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
     def targets(one: Adapter) -> list:
         return [sorted(x) if isinstance(x := one.config.get(key), list) else x for key in spelt]
 
-    if all(set(one.factors) == modules and targets(one) == targets(held[0]) for one in held):
-        found |= {key: value for key, value in zip(spelt, targets(held[0]), strict=True) if value is not None}
-    return found
+    if all(set(one.factors) == modules and targets(one) == targets(adapters[0]) for one in adapters):
+        settings |= {key: value for key, value in zip(spelt, targets(adapters[0]), strict=True) if value is not None}
+    return settings
 
 
-def _whole(held: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
+def _whole(adapters: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
     """Tensors that adapters store whole: without the base, only their average can be told from what they began as."""
-    found = {}
-    for key in dict.fromkeys(key for one in held for key in one.whole):
-        having = [one for one in held if key in one.whole]
+    mixed = {}
+    for key in dict.fromkeys(key for one in adapters for key in one.whole):
+        having = [one for one in adapters if key in one.whole]
         tensors = [one.whole[key] for one in having]
         if any(tensor.shape != tensors[0].shape for tensor in tensors):
             raise UserError(f"{base_name(key)} must have one shape in all adapters that store it whole")
         if ".base_layer." in key and all(torch.equal(tensor, tensors[0]) for tensor in tensors):
-            found[key] = tensors[0]  # the base model's own, which peft puts beside an embedding's factors
+            mixed[key] = tensors[0]  # the base model's own, which peft puts beside an embedding's factors
             continue
-        if len(having) < len(held) or abs(row.sum() - 1) > 1e-6:
+        if len(having) < len(adapters) or abs(row.sum() - 1) > 1e-6:
             raise UserError(
                 f"{base_name(key)} is stored whole (modules_to_save or bias): without the base model it can be mixed only where "
                 "all adapters store it and the weights sum to 1; give base to merge them onto it"
             )
         exact = sum(float(rho) * tensor.double() for rho, tensor in zip(row, tensors, strict=True))
-        found[key] = exact.to(tensors[0].dtype)
-    return found
+        mixed[key] = exact.to(tensors[0].dtype)
+    return mixed

@@ -23,9 +23,9 @@ def method_named(name: str, m: int, *, with_base: bool) -> Method:
     """Raises UserError where there is no such method, or it does not take so many models or a base."""
     if name not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    found = METHODS[name]
-    if found.base == "no" and with_base:
+    method = METHODS[name]
+    if method.base == "no" and with_base:
         takers = ", ".join(one.name for one in METHODS.values() if one.base != "no")
         raise UserError(f"{name} takes no base; those that do: {takers}")
-    found.check_inputs(m, with_base=with_base)
-    return found
+    method.check_inputs(m, with_base=with_base)
+    return method

@@ -123,10 +123,10 @@ class Job:
         def one(argument: str, value: Any) -> Any:
             if isinstance(value, list):
                 return [one(f"{argument} of model {i}", x) for i, x in enumerate(value)]
-            found = value.at(name, self.places[name]) if isinstance(value, Setting) else value
-            if found is None:
+            number = value.at(name, self.places[name]) if isinstance(value, Setting) else value
+            if number is None:
                 raise UserError(f"{argument}: none of its patterns matches {name}")
-            return found
+            return number
 
         return {argument: one(argument, value) for argument, value in self.values.items()}
 
@@ -137,11 +137,11 @@ class Job:
             files = {path: stack.enter_context(open(path, "rb")).fileno() for path in paths}
             segment = segment_of(self.inputs, name, files)
             try:
-                found = dots(segment, centered=self.base is not None, threads=backend.threads())
+                products = dots(segment, centered=self.base is not None, threads=backend.threads())
             except StreamError as error:
                 path = self.inputs[error.file].path_of(name)
                 raise OSError(error.errno or 5, error.strerror, str(path)) from None
-        return found if self.base is None else found[1:, 1:]
+        return products if self.base is None else products[1:, 1:]
 
 
 class Method:
@@ -177,13 +177,13 @@ class Method:
         if unknown:
             takes = f"takes {', '.join(self.parameters)}" if self.parameters else "takes none"
             raise UserError(f"{reprlib.repr(unknown[0])} is no parameter of {self.name}, which {takes}")
-        found = {}
+        values = {}
         for name, kind in self.parameters.items():
             value = kind.default if given is None or name not in given else given[name]
             if value is None:
                 raise UserError(f"{self.name} needs the parameter {name}")
-            found[name] = kind.read(name, value, m)
-        return found
+            values[name] = kind.read(name, value, m)
+        return values
 
     def check(self, job: Job) -> None:
         """Raises UserError for what can be known of a tensor's numbers before any is read."""
@@ -242,5 +242,5 @@ def inputs_as(job: Job, name: str, data: Sequence[bytes]) -> tuple[Tensor | None
 
     types, dtype = [in_torch(one[name].dtype) for one in job.inputs], in_torch(job.stored[name])
     wide = torch.float64 if torch.float64 in (dtype, *types) else torch.float32
-    found = [torch.frombuffer(bytearray(x), dtype=of).to(wide) for x, of in zip(data, types, strict=True)]
-    return (None, found, dtype) if job.base is None else (found[0], found[1:], dtype)
+    tensors = [torch.frombuffer(bytearray(x), dtype=of).to(wide) for x, of in zip(data, types, strict=True)]
+    return (None, tensors, dtype) if job.base is None else (tensors[0], tensors[1:], dtype)

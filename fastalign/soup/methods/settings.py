@@ -27,10 +27,10 @@ class Places:
         self._layers: dict[str, tuple[str, int]] = {}
         self._last: dict[str, int] = {}
         for name in names:
-            found = layer_of(name)
-            if found:
-                self._layers[name] = found.begin, found.number
-                self._last[found.begin] = max(found.number, self._last.get(found.begin, 0))
+            layer = layer_of(name)
+            if layer:
+                self._layers[name] = layer.begin, layer.number
+                self._last[layer.begin] = max(layer.number, self._last.get(layer.begin, 0))
 
     def __getitem__(self, name: str) -> float:
         if name not in self._layers:
@@ -95,8 +95,8 @@ class Runs(Setting):
 
     @property
     def constant(self) -> float | None:
-        found = {part.constant for part in self.parts}
-        return found.pop() if len(found) == 1 else None
+        constants = {part.constant for part in self.parts}
+        return constants.pop() if len(constants) == 1 else None
 
     def to_json(self) -> float | dict[str, Any]:
         return super().to_json() if self.constant is not None else {"runs": [
@@ -117,7 +117,7 @@ def parse(argument: str, value: Any, *, least: float = -math.inf, most: float = 
     if isinstance(value, Setting):
         rules = value.rules
     elif isinstance(value, Mapping):
-        rules = tuple((_pattern(argument, key), numbers(argument, held)) for key, held in value.items())
+        rules = tuple((_pattern(argument, key), numbers(argument, numbers_of)) for key, numbers_of in value.items())
     else:
         rules = (("*", (_number(argument, value),)),)
     if not 1 <= len(rules) <= _MOST:
@@ -142,12 +142,12 @@ def _number(argument: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
-        found = float(value)  # also of "1e-5", which YAML takes for text
+        number = float(value)  # also of "1e-5", which YAML takes for text
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{argument} must be a number, got {reprlib.repr(value)}") from None
-    if not math.isfinite(found):
-        raise UserError(f"{argument} must be finite, got {found}")
-    return found
+    if not math.isfinite(number):
+        raise UserError(f"{argument} must be finite, got {number}")
+    return number
 
 
 def _pattern(argument: str, key: Any) -> str:
@@ -207,10 +207,10 @@ class Weights:
         """(K, m) of a tensor. Raises UserError where a model has none for it."""
         if self.settings is None:
             return self.rows
-        found = [one.at(name, place) for one in self.settings]
-        if None in found:
-            raise UserError(f"weight of model {found.index(None)}: none of its patterns matches {name}")
-        return np.array([found], dtype=np.float64)
+        row = [one.at(name, place) for one in self.settings]
+        if None in row:
+            raise UserError(f"weight of model {row.index(None)}: none of its patterns matches {name}")
+        return np.array([row], dtype=np.float64)
 
     def to_json(self) -> list[list[Any]]:
         """One row for each output."""

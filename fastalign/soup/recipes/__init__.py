@@ -32,10 +32,10 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        found = _load(path)
-        if not isinstance(found, Mapping):
-            raise UserError(f"must be a mapping of names to values, got {type(found).__name__}")
-        return translate(found) if "merge_method" in found else _own(found)
+        recipe = _load(path)
+        if not isinstance(recipe, Mapping):
+            raise UserError(f"must be a mapping of names to values, got {type(recipe).__name__}")
+        return translate(recipe) if "merge_method" in recipe else _own(recipe)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -46,12 +46,12 @@ def _load(path: Path) -> Any:
     if path.stat().st_size > _MOST:
         raise UserError(f"a recipe has at most {_MOST:,} bytes, this file has {path.stat().st_size:,}")
     try:
-        found = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"not YAML ({' '.join(str(error).split())[:120]})") from None
-    if len(found) > 1:
-        raise UserError(f"holds {len(found)} recipes: give each a file of its own, the first merged ones first")
-    return found[0] if found else None
+    if len(documents) > 1:
+        raise UserError(f"holds {len(documents)} recipes: give each a file of its own, the first merged ones first")
+    return documents[0] if documents else None
 
 
 def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,18 +65,21 @@ def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
     models = entries(recipe, "models")
     paths, own = [], []
     for i, entry in enumerate(models):
-        held = entry if isinstance(entry, Mapping) else {"model": entry}
-        known(held, {"model", "weight", *_EACH}, f"model {i}")
-        paths.append(_model(held, "model", f"model {i}"))
-        own.append({key: value for key, value in held.items() if key != "model"})
-    found: dict[str, Any] = {key: value for key, value in recipe.items() if key not in ("grid", "models")}
-    found["models"] = paths
+        model = entry if isinstance(entry, Mapping) else {"model": entry}
+        known(model, {"model", "weight", *_EACH}, f"model {i}")
+        paths.append(_model(model, "model", f"model {i}"))
+        own.append({key: value for key, value in model.items() if key != "model"})
+    arguments: dict[str, Any] = {key: value for key, value in recipe.items() if key not in ("grid", "models")}
+    arguments["models"] = paths
     if recipe.get("base") is not None:
-        found["base"] = _model(recipe, "base", "a recipe")
+        arguments["base"] = _model(recipe, "base", "a recipe")
     parameters = recipe.get("parameters") or {}
     if not isinstance(parameters, Mapping):
         raise UserError(f"parameters must map names to values, got {reprlib.repr(parameters)}")
-    found["parameters"] = {**parameters, **{key: _each(own, key) for key in _EACH if any(key in one for one in own)}}
+    arguments["parameters"] = {
+        **parameters,
+        **{key: _each(own, key) for key in _EACH if any(key in one for one in own)},
+    }
     weights = _each(own, "weight") if any("weight" in one for one in own) else None
     given = [weights is not None, "weights" in recipe, "grid" in recipe]
     if sum(given) > 1:
@@ -85,23 +88,23 @@ def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
         from fastalign.soup.methods.settings import simplex_grid
 
         weights = simplex_grid(len(paths), recipe["grid"])
-    found["weights"] = recipe.get("weights") if weights is None else weights
-    return found
+    arguments["weights"] = recipe.get("weights") if weights is None else weights
+    return arguments
 
 
-def _model(held: Mapping[str, Any], key: str, where: str) -> str | list[tuple[str, int, int]]:
+def _model(mapping: Mapping[str, Any], key: str, where: str) -> str | list[tuple[str, int, int]]:
     """A path, or a stack: a list of {model: path, layers: [first, last]}."""
-    if not isinstance(held.get(key), list):
-        return text(held, key, where)
-    found = []
-    for piece in entries(held, key):
+    if not isinstance(mapping.get(key), list):
+        return text(mapping, key, where)
+    pieces = []
+    for piece in entries(mapping, key):
         if not isinstance(piece, Mapping):
             raise UserError(
                 f"{where}: a piece of a stack must be {{model: path, layers: [first, last]}}, got {reprlib.repr(piece)}"
             )
         known(piece, {"model", "layers"}, f"{where}: a piece of a stack")
-        found.append((text(piece, "model", where), *layer_range(piece.get("layers"), f"{where}: layers")))
-    return found
+        pieces.append((text(piece, "model", where), *layer_range(piece.get("layers"), f"{where}: layers")))
+    return pieces
 
 
 def _each(models: list[dict[str, Any]], key: str) -> list[Any]:

@@ -9,26 +9,26 @@ from typing import Any
 from fastalign._base.errors import UserError
 
 
-def known(held: Mapping[Any, Any], keys: set[str], where: str) -> None:
+def known(mapping: Mapping[Any, Any], keys: set[str], where: str) -> None:
     """Raises UserError for a key that is none of `keys`."""
-    unknown = [key for key in held if key not in keys]
+    unknown = [key for key in mapping if key not in keys]
     if unknown:
         raise UserError(f"{where} may have {', '.join(sorted(keys))}, got {reprlib.repr(unknown[0])}")
 
 
-def entries(held: Mapping[str, Any], key: str) -> list[Any]:
+def entries(mapping: Mapping[str, Any], key: str) -> list[Any]:
     """A list that is not empty."""
-    found = held.get(key)
-    if not isinstance(found, list) or not 1 <= len(found) <= 1000:
-        raise UserError(f"{key} must be a list of 1 to 1000 entries, got {reprlib.repr(found)}")
-    return found
+    value = mapping.get(key)
+    if not isinstance(value, list) or not 1 <= len(value) <= 1000:
+        raise UserError(f"{key} must be a list of 1 to 1000 entries, got {reprlib.repr(value)}")
+    return value
 
 
-def text(held: Mapping[str, Any], key: str, where: str) -> str:
-    found = held.get(key)
-    if not isinstance(found, str) or not found:
-        raise UserError(f"{where}: {key} must be text, got {reprlib.repr(found)}")
-    return found
+def text(mapping: Mapping[str, Any], key: str, where: str) -> str:
+    value = mapping.get(key)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: {key} must be text, got {reprlib.repr(value)}")
+    return value
 
 
 def layer_range(value: Any, where: str) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if method == "slerp":
         for run in runs:
             run.order_for_slerp(base)
-    asked = [
+    parameters_of = [
         _Parameters(method, run, renumbered=len(runs) > 1 or any(at and at[0] for at in run.ranges)) for run in runs
     ]
     merged = [[i for i, one in enumerate(run.models) if not (kind.base != "no" and one == base)] for run in runs]
@@ -85,7 +85,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
     def together(of: Callable[[_Parameters, Sequence[int]], Setting]) -> Setting:
         """A setting of all slices."""
-        parts = [of(one, places) for one, places in zip(asked, merged, strict=True)]
+        parts = [of(one, places) for one, places in zip(parameters_of, merged, strict=True)]
         return parts[0] if len(runs) == 1 else Runs([run.length for run in runs], parts)
 
     def shared(name: str) -> Setting:
@@ -95,24 +95,24 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return [together(lambda one, places, i=i: one.of_model(name, places[i])) for i in range(len(merged[0]))]
 
     def same(name: str, of: Callable[[_Parameters, str], Any]) -> Any:
-        found = {of(one, name) for one in asked}
-        if len(found) > 1:
+        values = {of(one, name) for one in parameters_of}
+        if len(values) > 1:
             raise UserError(f"{name} must be the same in all slices to be read here")
-        return found.pop()
+        return values.pop()
 
-    found: dict[str, Any] = {"method": method, "weights": None}
-    found["models"] = [stack_of(runs, [places[i] for places in merged]) for i in range(len(merged[0]))]
+    arguments: dict[str, Any] = {"method": method, "weights": None}
+    arguments["models"] = [stack_of(runs, [places[i] for places in merged]) for i in range(len(merged[0]))]
     if kind.base != "no" and base in runs[0].models:
-        found["base"] = stack_of(runs, [run.models.index(base) for run in runs])
+        arguments["base"] = stack_of(runs, [run.models.index(base) for run in runs])
     if method == "slerp":
         t = shared("t")
-        found["weights"] = [t.mapped(lambda x: 1 - x), t]
+        arguments["weights"] = [t.mapped(lambda x: 1 - x), t]
     elif method == "passthrough":
-        found |= {"method": "linear", "normalize": False, "weights": each("scale")}
-        if len(found["models"]) != 1:
-            raise UserError(f"passthrough takes one model, in each slice, got {len(found['models'])}")
+        arguments |= {"method": "linear", "normalize": False, "weights": each("scale")}
+        if len(arguments["models"]) != 1:
+            raise UserError(f"passthrough takes one model, in each slice, got {len(arguments['models'])}")
     elif "weight" in _DEFAULTS[method]:
-        found["weights"] = each("weight")
+        arguments["weights"] = each("weight")
     parameters: dict[str, Any] = {}
     for name, wanted in kind.parameters.items():
         if getattr(wanted, "each", False):
@@ -124,21 +124,21 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         elif name in _DEFAULTS[method]:
             parameters[name] = same(name, _Parameters.whole) if name == "max_iter" else shared(name)
     if method == "linear":
-        found["normalize"] = same("normalize", _Parameters.flag)
+        arguments["normalize"] = same("normalize", _Parameters.flag)
     if method == "model_stock":
         parameters["floor"] = _MODEL_STOCK_FLOOR
-    found["parameters"] = parameters
+    arguments["parameters"] = parameters
     dtype = recipe.get("out_dtype") or recipe.get("dtype")
     if dtype is not None:
-        found["dtype"] = text({"dtype": dtype}, "dtype", "the configuration").removeprefix("torch.")
-    if "base" in found:
-        found["companion"] = "base"
+        arguments["dtype"] = text({"dtype": dtype}, "dtype", "the configuration").removeprefix("torch.")
+    if "base" in arguments:
+        arguments["companion"] = "base"
     elif base is not None and any(base in run.models for run in runs):
-        found["companion"] = base
+        arguments["companion"] = base
     tokenizer = _tokenizer(recipe)
     if "tokenizer" in tokenizer and base is not None and not any(base in run.models for run in runs):
         raise UserError("with a tokenizer, the base_model must be one of the models")
-    return found | tokenizer
+    return arguments | tokenizer
 
 
 # ---- tokenizer ----
@@ -146,29 +146,29 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Whose tokenizer it is, and what its rows are padded to; no `tokens` by their names."""
-    found: dict[str, Any] = {}
-    held = recipe.get("tokenizer")
-    if held is not None:
-        if not isinstance(held, Mapping):
-            raise UserError(f"tokenizer must be a mapping with source, got {reprlib.repr(held)}")
+    arguments: dict[str, Any] = {}
+    tokenizer = recipe.get("tokenizer")
+    if tokenizer is not None:
+        if not isinstance(tokenizer, Mapping):
+            raise UserError(f"tokenizer must be a mapping with source, got {reprlib.repr(tokenizer)}")
         if recipe.get("tokenizer_source") is not None:
             raise UserError("the configuration must have either tokenizer or tokenizer_source")
-        known(held, {"source", "pad_to_multiple_of"}, "tokenizer")
-        multiple = held.get("pad_to_multiple_of") or None
+        known(tokenizer, {"source", "pad_to_multiple_of"}, "tokenizer")
+        multiple = tokenizer.get("pad_to_multiple_of") or None
         if isinstance(multiple, float) and multiple.is_integer():
             multiple = int(multiple)
         if multiple is not None:
-            found["pad_to_multiple_of"] = multiple
-    source = recipe.get("tokenizer_source") if held is None else held.get("source", "union")
+            arguments["pad_to_multiple_of"] = multiple
+    source = recipe.get("tokenizer_source") if tokenizer is None else tokenizer.get("source", "union")
     if source is not None:
         if not isinstance(source, str) or not source:
             raise UserError(f"tokenizer_source must be base, union or a model, got {reprlib.repr(source)}")
-        found["tokenizer"] = {"base": "companion", "union": "union"}.get(source) or model_named(
+        arguments["tokenizer"] = {"base": "companion", "union": "union"}.get(source) or model_named(
             source, "tokenizer_source"
         )
     if recipe.get("chat_template") is not None:
-        found["chat_template"] = text(recipe, "chat_template", "the configuration")
-    return found
+        arguments["chat_template"] = text(recipe, "chat_template", "the configuration")
+    return arguments
 
 
 # ---- parameters ----
@@ -181,7 +181,7 @@ class _Parameters:
         self.method, self.models, self.scopes = method, run.models, run.scopes
         self.renumbered = renumbered  # a layer has another number in the output than in its model
         defaults = _DEFAULTS[method]
-        for scope in (held for one in run.scopes for held in one if held):
+        for scope in (scope_of_model for one in run.scopes for scope_of_model in one if scope_of_model):
             unknown = [name for name in scope if name not in _PARAMETERS]  # another method's is passed over, as there
             if unknown:
                 raise UserError(
@@ -189,14 +189,14 @@ class _Parameters:
                 )
 
     def of_model(self, name: str, i: int) -> Setting:
-        told = f"{name} of {self.models[i]}"
-        found = self._setting(name, self.scopes[i], told)
-        numbered = next((pattern for pattern, _ in found.rules if _NUMBERED.search(pattern)), None)
+        label = f"{name} of {self.models[i]}"
+        setting = self._setting(name, self.scopes[i], label)
+        numbered = next((pattern for pattern, _ in setting.rules if _NUMBERED.search(pattern)), None)
         if self.renumbered and numbered:  # mergekit looks for it in the source's names
             raise UserError(
-                f"{told}: filters with a layer's number are not read here in slices, got {numbered.strip('*')!r}"
+                f"{label}: filters with a layer's number are not read here in slices, got {numbered.strip('*')!r}"
             )
-        return found
+        return setting
 
     def shared(self, name: str) -> Setting:
         return self._setting(name, self.scopes[0][-2:], name)
@@ -205,58 +205,58 @@ class _Parameters:
         return bool(self._number(name, "must be true or false, or a number,"))
 
     def whole(self, name: str) -> int:
-        found = self._number(name, "must be a whole number")
-        if found != int(found):
-            raise UserError(f"{name} must be a whole number, got {found}")
-        return int(found)
+        number = self._number(name, "must be a whole number")
+        if number != int(number):
+            raise UserError(f"{name} must be a whole number, got {number}")
+        return int(number)
 
     def _number(self, name: str, rule: str) -> float:
         """A flag's or count's: all of mergekit's parameters are numbers, and so its own files have true as 1.0, 5 as 5.0."""
-        found = self._plain(name)
+        value = self._plain(name)
         try:
-            number = float(found)
+            number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"{name} {rule} for all tensors to be read here, got {reprlib.repr(found)}")
+            raise UserError(f"{name} {rule} for all tensors to be read here, got {reprlib.repr(value)}")
         return number
 
     def _plain(self, name: str) -> Any:
-        held = [scope[name] for scope in self.scopes[0][-2:] if scope and name in scope]
-        return held[0] if held else _DEFAULTS[self.method].get(name)
+        values = [scope[name] for scope in self.scopes[0][-2:] if scope and name in scope]
+        return values[0] if values else _DEFAULTS[self.method].get(name)
 
-    def _setting(self, name: str, scopes: Sequence[Any], told: str) -> Setting:
-        rules = [rule for scope in scopes if scope and name in scope for rule in _rules(told, scope[name])]
+    def _setting(self, name: str, scopes: Sequence[Any], label: str) -> Setting:
+        rules = [rule for scope in scopes if scope and name in scope for rule in _rules(label, scope[name])]
         default = _DEFAULTS[self.method][name]
         if default is not None:
             rules.append(("*", (float(default),)))
         if not rules:
-            raise UserError(f"{told} is missing, and {self.method} needs it")
+            raise UserError(f"{label} is missing, and {self.method} needs it")
         return Setting(rules)
 
 
-def _rules(told: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
+def _rules(label: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
     """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is part of the name counts."""
     conditions = [value] if isinstance(value, Mapping) else value
     if not (isinstance(conditions, list) and any(isinstance(one, Mapping) for one in conditions)):
-        return [("*", _numbers(told, value))] if value != [] else []
-    found = []
+        return [("*", _numbers(label, value))] if value != [] else []
+    rules = []
     for one in conditions:
         if not isinstance(one, Mapping) or "value" not in one:
-            raise UserError(f"{told}: each entry must have value, and may have filter, got {reprlib.repr(one)}")
-        known(one, {"value", "filter"}, f"{told}: an entry")
+            raise UserError(f"{label}: each entry must have value, and may have filter, got {reprlib.repr(one)}")
+        known(one, {"value", "filter"}, f"{label}: an entry")
         part = one.get("filter")
         if part is not None and not isinstance(part, str):
-            raise UserError(f"{told}: filter must be text, got {reprlib.repr(part)}")
+            raise UserError(f"{label}: filter must be text, got {reprlib.repr(part)}")
         if one["value"] != []:
-            found.append((_contains(part), _numbers(told, one["value"])))
-    return found
+            rules.append((_contains(part), _numbers(label, one["value"])))
+    return rules
 
 
-def _numbers(told: str, value: Any) -> tuple[float, ...]:
+def _numbers(label: str, value: Any) -> tuple[float, ...]:
     """true is 1 and false 0."""
     plain = [float(x) if type(x) is bool else x for x in (value if isinstance(value, list) else [value])]
-    return numbers(told, plain)
+    return numbers(label, plain)
 
 
 def _contains(part: str | None) -> str:
@@ -293,8 +293,8 @@ class Run:
         if len(self.models) != 2 or base not in self.models:
             raise UserError(f"slerp takes two models, one of them the base_model, got {len(self.models)} and {base}")
         if self.models[1] == base:
-            for held in (self.models, self.ranges, self.scopes):
-                held.reverse()
+            for column in (self.models, self.ranges, self.scopes):
+                column.reverse()
 
 
 def runs_of(recipe: Mapping[str, Any]) -> list[Run]:
@@ -304,36 +304,36 @@ def runs_of(recipe: Mapping[str, Any]) -> list[Run]:
     outer = recipe.get("parameters")
     if "models" in recipe:
         return [_run(entries(recipe, "models"), [outer], sliced=False)]
-    found = []
-    for held in entries(recipe, "slices"):
-        if not isinstance(held, Mapping):
-            raise UserError(f"a slice must be a mapping with sources, got {reprlib.repr(held)}")
-        known(held, {"sources", "parameters"}, "a slice")
-        found.append(_run(entries(held, "sources"), [held.get("parameters"), outer], sliced=True))
-    return found
+    runs = []
+    for one in entries(recipe, "slices"):
+        if not isinstance(one, Mapping):
+            raise UserError(f"a slice must be a mapping with sources, got {reprlib.repr(one)}")
+        known(one, {"sources", "parameters"}, "a slice")
+        runs.append(_run(entries(one, "sources"), [one.get("parameters"), outer], sliced=True))
+    return runs
 
 
 def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> Run:
-    found = Run([], [], [])
+    run = Run([], [], [])
     for i, source in enumerate(sources):
         if not isinstance(source, Mapping):
             raise UserError(f"model {i} must be a mapping with model, got {reprlib.repr(source)}")
         known(source, {"model", "parameters", *(["layer_range"] if sliced else [])}, f"model {i}")
         if "model" not in source:
             raise UserError(f"model {i} lacks model, the path")
-        found.models.append(model_named(source["model"], f"model {i}"))
-        found.ranges.append(
+        run.models.append(model_named(source["model"], f"model {i}"))
+        run.ranges.append(
             layer_range(_whole(source.get("layer_range")), f"layer_range of model {i}") if sliced else None
         )
-        found.scopes.append([source.get("parameters"), *outer])
-    for scope in (held for one in found.scopes for held in one):
+        run.scopes.append([source.get("parameters"), *outer])
+    for scope in (one_scope for one in run.scopes for one_scope in one):
         if not isinstance(scope, Mapping | None):
             raise UserError(f"parameters must map names to values, got {reprlib.repr(scope)}")
-    if len(set(found.models)) != len(found.models):
+    if len(set(run.models)) != len(run.models):
         raise UserError("a model may be there once only")
-    if sliced and len({last - first for first, last in found.ranges}) > 1:
+    if sliced and len({last - first for first, last in run.ranges}) > 1:
         raise UserError("layer_range must have as many layers for every model of a slice")
-    return found
+    return run
 
 
 def _whole(value: Any) -> Any:
@@ -345,8 +345,8 @@ def _whole(value: Any) -> Any:
 
 def stack_of(runs: Sequence[Run], places: Sequence[int]) -> str | list[tuple[str, int, int]]:
     """The model that is at each slice's place, put together; without layer ranges, the model itself."""
-    held = [(run.models[i], run.ranges[i]) for run, i in zip(runs, places, strict=True)]
-    return held[0][0] if held[0][1] is None else [(model, *layers) for model, layers in held]
+    pieces = [(run.models[i], run.ranges[i]) for run, i in zip(runs, places, strict=True)]
+    return pieces[0][0] if pieces[0][1] is None else [(model, *layers) for model, layers in pieces]
 
 
 def model_named(value: Any, where: str) -> str:
