@@ -15,9 +15,12 @@ def mix(
     """Adapters into one adapter each for the rows of weights."""
     from fastalign.soup import merge_adapters
 
-    told, every = console(), merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
+    terminal, every = (
+        console(),
+        merge_adapters(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite),
+    )
     for made in every:
-        told.print(_line(made), soft_wrap=True, markup=False)
+        terminal.print(_line(made), soft_wrap=True, markup=False)
     return {"adapters": [made._asdict() for made in every]}
 
 
@@ -30,18 +33,22 @@ def extract(
 
     if len(models) != 1 or base is None:
         raise UserError("--extract takes one model, and --base, what it was tuned from")
-    found = extract_adapter(
+    extracted = extract_adapter(
         models[0], base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
     )
-    told = console()
-    told.print(_line(found.made), soft_wrap=True, markup=False)
-    if found.left_out:
-        few = ", ".join(found.left_out[:3]) + (" ..." if len(found.left_out) > 3 else "")
-        told.print(
-            f"{len(found.left_out)} other tensors differ too and are not in it ({few}): {found.kept_of_all:.2%} of all difference kept",
+    terminal = console()
+    terminal.print(_line(extracted.made), soft_wrap=True, markup=False)
+    if extracted.left_out:
+        few = ", ".join(extracted.left_out[:3]) + (" ..." if len(extracted.left_out) > 3 else "")
+        terminal.print(
+            f"{len(extracted.left_out)} other tensors differ too and are not in it ({few}): {extracted.kept_of_all:.2%} of all difference kept",
             soft_wrap=True, markup=False,
         )  # fmt: skip
-    return {"adapters": [found.made._asdict()], "left_out": found.left_out, "kept_of_all": found.kept_of_all}
+    return {
+        "adapters": [extracted.made._asdict()],
+        "left_out": extracted.left_out,
+        "kept_of_all": extracted.kept_of_all,
+    }
 
 
 def _line(made) -> str:

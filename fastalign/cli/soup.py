@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from fastalign._base.errors import UserError, printable
 from fastalign.cli import lora as cli_lora
-from fastalign.cli.command import Found, Overwrite, console, numbers, registrar
+from fastalign.cli.command import Found, Overwrite, console, named_values, numbers, registrar
 
 
 class _Command(TyperCommand):
@@ -144,17 +144,11 @@ def soup(
     return _merge(made, dry_run, sync, strict, overwrite)
 
 
-def _parameters(given: list[str]) -> dict:
-    """name=value pairs; a value is a number, true, false or a word."""
-    found = {}
-    for text in given:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not (name and equals and value):
-            raise UserError(f"--set must be name=value such as density=0.3, got {text!r}")
-        found[name] = {"true": True, "false": False}.get(value.lower(), value)
-        if value.lstrip("-").isdigit():
-            found[name] = int(value)
-    return found
+def _parameters(given: list[str]) -> dict[str, Any]:
+    """name=value pairs; a value is JSON, or a word."""
+    values = named_values("--set", given)
+    words = {"true": True, "false": False}
+    return {name: words.get(x.strip().lower(), x.strip()) if isinstance(x, str) else x for name, x in values.items()}
 
 
 def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Found:
@@ -163,27 +157,27 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Fo
     from fastalign.soup.plan import size
     from fastalign.soup.run import estimated, execute
 
-    out, told = made.out, console()
+    out, terminal = made.out, console()
     for line in made.describe():
-        told.print(printable(line), soft_wrap=True, markup=False)
+        terminal.print(printable(line), soft_wrap=True, markup=False)
     if dry_run:
         already_made(made, overwrite=overwrite)
-        told.print(estimated(made), soft_wrap=True, markup=False)
-        told.print("dry run: nothing was written")
+        terminal.print(estimated(made), soft_wrap=True, markup=False)
+        terminal.print("dry run: nothing was written")
         return {"out": str(out), "plan": list(made.describe()), "estimate": estimated(made)}
-    found = execute(made, sync=sync, strict=strict, overwrite=overwrite)
-    result = {"out": str(out), "soups": found.models, "shards": len(made.layout), "resumed": found.resumed}
-    result |= {"read_bytes": found.read_bytes, "written_bytes": found.written_bytes, "seconds": found.seconds}
-    result["not_finite"] = found.not_finite or None
-    if found.not_finite:
-        print(printable(f"fastalign: {out}: {found.not_finite}"), file=sys.stderr)
-    if found.resumed == len(made.layout) and not found.read_bytes:
-        told.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
+    merged = execute(made, sync=sync, strict=strict, overwrite=overwrite)
+    result = {"out": str(out), "soups": merged.models, "shards": len(made.layout), "resumed": merged.resumed}
+    result |= {"read_bytes": merged.read_bytes, "written_bytes": merged.written_bytes, "seconds": merged.seconds}
+    result["not_finite"] = merged.not_finite or None
+    if merged.not_finite:
+        print(printable(f"fastalign: {out}: {merged.not_finite}"), file=sys.stderr)
+    if merged.resumed == len(made.layout) and not merged.read_bytes:
+        terminal.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
         return result
-    moved = found.read_bytes + found.written_bytes
-    went_on = f", {found.resumed} of {len(made.layout)} shards were there already" if found.resumed else ""
-    told.print(
-        f"{out}: {size(moved)} moved in {found.seconds:.2f} s, {moved / found.seconds / 1e9:.2f} GB/s{went_on}",
+    moved = merged.read_bytes + merged.written_bytes
+    went_on = f", {merged.resumed} of {len(made.layout)} shards were there already" if merged.resumed else ""
+    terminal.print(
+        f"{out}: {size(moved)} moved in {merged.seconds:.2f} s, {moved / merged.seconds / 1e9:.2f} GB/s{went_on}",
         soft_wrap=True,
         markup=False,
     )

@@ -83,8 +83,8 @@ def _chances(delta: Tensor, choice: Choice, row: int) -> Tensor:
         return torch.full((len(delta),), choice.probability, dtype=torch.float64)
     order = delta.view(-1, row).abs().argsort(dim=1, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(row).expand_as(order))
-    step = 2 * choice.spread / (row - 1)
-    return ((choice.probability - choice.spread) + ranks.double() * step).view(-1)
+    step = 2 * choice.epsilon / (row - 1)
+    return ((choice.probability - choice.epsilon) + ranks.double() * step).view(-1)
 
 
 def random_words(n: int, seed: int, stream: int) -> Tensor:

@@ -19,14 +19,14 @@ from fastalign._base.files import read_json, write_json
 class SoupFront:
     """K soups of m models, measured by d values on the same P prompts with n candidates each.
 
-    means: each prompt's mean over its candidates. spread: standard deviation of each value over all candidates.
+    means: each prompt's mean over its candidates. std: standard deviation of each value over all candidates.
     """
 
     values: list[str]
     models: list[str]
     rho: np.ndarray  # (K, m)
     means: np.ndarray = field(repr=False)  # (K, P, d)
-    spread: np.ndarray  # (d,)
+    std: np.ndarray  # (d,)
     candidates: int
     chosen: dict[str, Any] | None = None
 
@@ -44,7 +44,7 @@ class SoupFront:
         write_json(path, {
             "kind": "soup_front", "version": 1, "values": self.values, "models": self.models, "rho": self.rho.tolist(),
             "levels": self.levels.tolist(), "stderr": [[None if np.isnan(x) else x for x in row] for row in self.stderr.tolist()],
-            "spread": self.spread.tolist(), "prompts": self.means.shape[1], "candidates": self.candidates,
+            "spread": self.std.tolist(), "prompts": self.means.shape[1], "candidates": self.candidates,
             "means": self.means.tolist(), "chosen": self.chosen,
         })  # fmt: skip
 
@@ -69,7 +69,7 @@ class SoupFront:
 
 class Choice(NamedTuple):
     """A ρ for a palette. levels, stderr: interpolated between the measured soups, prompt by prompt; margin: the least
-    (level - palette) / spread of any value, 0 or more where the palette is met; between: the soups' numbers."""
+    (level - palette) / std of any value, 0 or more where the palette is met; between: the soups' numbers."""
 
     rho: np.ndarray  # (m,)
     levels: np.ndarray  # (d,)
@@ -79,7 +79,7 @@ class Choice(NamedTuple):
 
 
 def choose(front: SoupFront, palette) -> Choice:
-    """The ρ with the largest least margin (level - palette) / spread, over all values, on the measured soups' surface.
+    """The ρ with the largest least margin (level - palette) / std, over all values, on the measured soups' surface.
 
     palette: (d,), asked for as at least; a value of -inf is free. Between neighbouring ρ (the cells of a Delaunay
     triangulation) levels are taken to be linear, so that each cell is a small linear programme. Its standard error is that of
@@ -92,7 +92,7 @@ def choose(front: SoupFront, palette) -> Choice:
     kept = np.isfinite(wanted)
     if not kept.any():
         raise UserError("palette must ask for a level of one value at least")
-    unit = np.where(front.spread > 0, front.spread, 1.0)
+    unit = np.where(front.std > 0, front.std, 1.0)
     margins = ((front.levels - wanted) / unit)[:, kept]
     best, at, shares = -np.inf, [0], np.ones(1)
     for cell in _cells(front.rho):

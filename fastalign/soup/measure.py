@@ -211,8 +211,8 @@ class Walk:
                 advance(1)
         grid = np.stack(grids)  # (K, P, n, d)
         labels = [Path(os.fspath(model)).name or os.fspath(model) for model in self._models]
-        spread = grid.reshape(-1, len(names)).std(axis=0)
-        return SoupFront(names, labels, self._rows, grid.mean(axis=2), spread, grid.shape[2])
+        std = grid.reshape(-1, len(names)).std(axis=0)
+        return SoupFront(names, labels, self._rows, grid.mean(axis=2), std, grid.shape[2])
 
 
 def _set(live, models: Sequence[str | os.PathLike], row: np.ndarray, base: str | os.PathLike | None) -> None:

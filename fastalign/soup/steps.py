@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 
     all: every one. band: those whose rank by size lies in [first, last), the least having rank 0; among equals the earlier
     is the less, or with largest_first the greater. random: each by chance, with `probability`. ranked: by chance, with a
-    probability that grows with the rank within the row, from probability - spread to probability + spread.
+    probability that grows with the rank within the row, from probability - epsilon to probability + epsilon.
 
     scale: of what stays. own_scale: each is divided by its own probability. match_sum: scaled so that the sum of sizes is
     that of the whole task vector, where both are at least 1e-7. stream: which random numbers.
@@ -73,7 +73,7 @@ class Choice(NamedTuple):
     last: int = 0
     largest_first: bool = False
     probability: float = 1.0
-    spread: float = 0.0
+    epsilon: float = 0.0
     own_scale: bool = False
     match_sum: bool = False
     scale: float = 1.0

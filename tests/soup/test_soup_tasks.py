@@ -45,8 +45,8 @@ def every_choice(n):
         "none": (Choice("band"), Choice("band", 0, n)),
         "random": (Choice("random", probability=0.3, scale=1 / 0.3, stream=7), Choice("random", probability=0.9, match_sum=True)),
         "ranked": (
-            Choice("ranked", probability=0.5, spread=0.2, own_scale=True, stream=3),
-            Choice("ranked", probability=0.4, spread=0.3, match_sum=True, stream=2**62 + 5),
+            Choice("ranked", probability=0.5, epsilon=0.2, own_scale=True, stream=3),
+            Choice("ranked", probability=0.4, epsilon=0.3, match_sum=True, stream=2**62 + 5),
         ),
     }  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_what_stays_by_chance_is_as_likely_as_asked_and_keeps_the_mean():
     delta = torch.randn(n, dtype=F64)
     kept = mask(delta, Choice("random", probability=0.3, stream=4), 1, row)
     assert abs(kept.double().mean() - 0.3) < 4 * (0.21 / n) ** 0.5
-    ranked = Choice("ranked", probability=0.5, spread=0.4, stream=4)
+    ranked = Choice("ranked", probability=0.5, epsilon=0.4, stream=4)
     kept = mask(delta, ranked, 1, row).view(-1, row)
     least = delta.view(-1, row).abs().argsort(1)
     by_rank = kept.double().gather(1, least).mean(0)  # over 64 rows

@@ -107,7 +107,7 @@ class Della(Sparse):
         return Choice(
             "ranked",
             probability=density,
-            spread=epsilon,
+            epsilon=epsilon,
             own_scale=rescale == "expected",
             match_sum=rescale == "l1",
             stream=stream,
