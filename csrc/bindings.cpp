@@ -196,7 +196,7 @@ void release_pages(void* data, size_t bytes) {
 #endif
 }
 
-// (n, in_types, in_files, in_offsets, out_files, out_offsets, weights), as fastalign/soup/stream.py makes it
+// (n, in_types, in_files, in_offsets, out_files, out_offsets, weights), Segment in fastalign/soup/steps.py
 SoupSegment segment_of(const py::tuple& t) {
   SoupSegment of;
   of.n = t[0].cast<int64_t>();

@@ -7,7 +7,7 @@
 
 namespace fastalign {
 
-// The order is that of fastalign/soup/dtypes.py.
+// The order is that of FLOATS in fastalign/soup/checkpoint.py.
 enum class SoupType : int { float64, float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 };
 constexpr int kSoupTypes = 6;
 constexpr int kSoupInputs = 128;  // at most

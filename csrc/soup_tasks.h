@@ -1,5 +1,5 @@
 // Merges of task vectors, a model less its base, of which only some elements stay: TIES, DARE, DELLA, breadcrumbs.
-// The definition is fastalign/soup/task_vectors.py. Input 0 is the base. Each function takes n elements, from element
+// The definition is fastalign/soup/by_torch.py. Input 0 is the base. Each function takes n elements, from element
 // `first` of the tensor on, and needs scratch of soup_task_scratch bytes. One thread.
 #pragma once
 

@@ -1,4 +1,5 @@
-"""What the engine does with files (stream.py), by torch, where it is not built: the same segments, the same results."""
+"""Merges of task vectors, defined in plain torch; and what the native module does from file to file (stream.py), by torch where it is
+not built: the same segments, the same results."""
 
 from __future__ import annotations
 

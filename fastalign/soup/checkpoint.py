@@ -71,7 +71,7 @@ def of_torch(dtype: torch.dtype) -> str | None:
 
 
 def code(name: str) -> int:
-    """The engine's number of a type that can be mixed."""
+    """The native module's number of a type that can be mixed."""
     return FLOATS.index(name)
 
 
@@ -173,7 +173,7 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
 
 
 def is_adapter(name: str | os.PathLike) -> bool:
-    """Whether this is a folder that holds a LoRA adapter (lora_files.py) and no model."""
+    """Whether this is a folder that holds a LoRA adapter (lora/) and no model."""
     return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
 

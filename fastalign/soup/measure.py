@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastalign._base import outputs
 from fastalign._base import progress as bars
@@ -115,7 +116,7 @@ def making(
 
 def walk(
     models: Sequence[str | os.PathLike],
-    rho,
+    rho: ArrayLike,
     prompts: Sequence[str],
     rewards: Sequence[Any],
     out: str | os.PathLike,
@@ -156,7 +157,7 @@ class Walk:
     """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
 
     def __init__(
-        self, models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], *, base, dtype: Any = "auto",
+        self, models: Sequence[str | os.PathLike], rho: ArrayLike, prompts: Sequence[str], rewards: Sequence[Any], *, base, dtype: Any = "auto",
         device: Any = "auto", progress: bool = True, **sampling: Any,
     ):  # fmt: skip
         self._models, self._base, self._prompts = models, base, prompts

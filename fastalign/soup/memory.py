@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from fastalign._base.errors import UserError, printable
@@ -24,7 +25,7 @@ Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
 
 def mix(
     models: Sequence[Source],
-    weights,
+    weights: ArrayLike,
     *,
     dtype: str | torch.dtype | None = None,
     normalize: bool | None = None,
@@ -57,7 +58,12 @@ def mix(
 
 
 def interpolate(
-    model: nn.Module, others: Sequence[Source], weights, *, normalize: bool | None = None, strict: bool = False
+    model: nn.Module,
+    others: Sequence[Source],
+    weights: ArrayLike,
+    *,
+    normalize: bool | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Set a live model's weights to Σ ρ w over `others`, in place, and return it.
 
@@ -131,7 +137,7 @@ def _tell(seen: NotFinite, *, strict: bool) -> None:
 
 
 def _prepare(
-    sources: Sequence[Source], weights, normalize: bool | None
+    sources: Sequence[Source], weights: ArrayLike, normalize: bool | None
 ) -> tuple[list[dict[str, Tensor]], list[list[float]], list[str]]:
     """Each model's tensors, of the same names and shapes; the weights' rows; what the models are called."""
     if isinstance(sources, str | os.PathLike | nn.Module | Mapping) or not sources:

@@ -28,6 +28,7 @@ from fastalign.soup.vocabulary import Embeddings, in_order_of
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import ArrayLike
 
 DEFAULT_MEMORY = "512MB"
 
@@ -118,7 +119,7 @@ class Plan:
 
 def make(
     models: Sequence[Model],
-    weights,
+    weights: ArrayLike | Sequence[float | Mapping[str, Any]] | None,
     out: str | os.PathLike,
     *,
     method: str = "linear",

@@ -29,6 +29,7 @@ from fastalign.soup.stream import merge_tasks, weighted_sums
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import ArrayLike
 
 
 class Merged(NamedTuple):
@@ -46,7 +47,7 @@ class Merged(NamedTuple):
 
 def merge(
     models: Sequence[Model],
-    weights,
+    weights: ArrayLike | Sequence[float | Mapping[str, Any]] | None,
     out: str | os.PathLike,
     *,
     method: str = "linear",
@@ -76,13 +77,10 @@ def merge(
             (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs none.
         out: the folder to make. It must not exist, be empty, or hold this very merge, finished; or, with overwrite, another
             merge, which is replaced once this one is whole.
-        method: one of METHODS; see docs/guide.md. "linear", Σ ρ w; "task_arithmetic", base + Σ λ (w - base); "slerp", two
-            models along the great circle of each tensor, by the second's share of the weights; "ties", "dare_linear",
-            "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties": task vectors of which some elements stay;
-            "nuslerp", slerp of two models or task vectors, or of their rows; "sce", "nearswap", "arcee_fusion", "ram": mergekit's,
-            see whole_tensors.py; "multislerp", "karcher": means on the sphere; "model_stock": as far from the base as the models agree;
-            "warp": task vectors along great circles, then `eta` of the way from the base; "ema": the moving average of
-            checkpoints, the oldest first.
+        method: one of METHODS, whose docstrings (`help(soup.METHODS["ties"])`) say what each does: "linear", Σ ρ w;
+            "task_arithmetic", base + Σ λ (w - base); of task vectors some elements, "ties", "dare_linear", "dare_ties", "della",
+            "della_linear", "breadcrumbs", "breadcrumbs_ties"; means on spheres, "slerp", "nuslerp", "multislerp", "karcher", "warp",
+            "model_stock"; "ema", the moving average of checkpoints; mergekit's "sce", "nearswap", "arcee_fusion", "ram".
         base: what the models were trained from, for the methods that work on the differences.
         parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number}, or
             {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.

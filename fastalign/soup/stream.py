@@ -1,4 +1,4 @@
-"""Weighted sums and merges of task vectors from file to file, by the engine; by_torch.py does them where it is not built."""
+"""Weighted sums and merges of task vectors from file to file by the native module, where it is built, else by_torch.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def allocate(file: int, nbytes: int) -> None:
 
 
 def write_behind(files: Sequence[int]) -> None:
-    """The disk may begin with what was written, where the engine can tell the system so."""
+    """The disk may begin with what was written, where the native module can tell the system so."""
     if backend.engine_runs():
         for file in files:
             backend.engine.write_behind(file)
@@ -83,7 +83,7 @@ def _joined(low: int, high: int) -> int:
 
 
 def added(data: bytes | memoryview, offset: int) -> int:
-    """What these bytes of a file add to its digest, modulo 2^128; only where the engine is built."""
+    """What these bytes of a file add to its digest, modulo 2^128; only where the native module is built."""
     return _joined(*backend.engine.soup_digest(data, offset)) if backend.engine_runs() else 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 import fastalign
@@ -41,7 +42,7 @@ _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 def apply_adapters(
     base: str | os.PathLike,
     adapters: Sequence[str | os.PathLike],
-    weights,
+    weights: ArrayLike,
     out: str | os.PathLike,
     *,
     dtype: str | torch.dtype | None = None,
@@ -72,8 +73,16 @@ def apply_adapters(
 
 
 def plan(
-    base, adapters, weights, out, *, dtype=None, max_shard_size="5GB", memory_limit=None, force=False
-) -> Plan:  # fmt: skip
+    base: str | os.PathLike,
+    adapters: Sequence[str | os.PathLike],
+    weights: ArrayLike,
+    out: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    memory_limit: int | str | None = None,
+    force: bool = False,
+) -> Plan:
     """Check everything that `apply_adapters` takes (see there). Writes nothing."""
     rows = weight_rows(weights, len(listed(adapters)))
     out_dtype = None if dtype is None else parse_dtype(dtype)

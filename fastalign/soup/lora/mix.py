@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastalign._base import progress as bars
@@ -41,7 +42,7 @@ _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"
 
 def merge_adapters(
     adapters: Sequence[str | os.PathLike],
-    weights,
+    weights: ArrayLike,
     out: str | os.PathLike,
     *,
     rank: int | None = None,
