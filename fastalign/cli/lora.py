@@ -1,4 +1,5 @@
-"""What `fastalign soup` does with LoRA adapters: mixes them, merges them onto their base, takes one out of two models."""
+"""What `fastalign soup` does with LoRA adapters: mixes them, merges them onto their base, takes one out of two
+models."""
 
 from __future__ import annotations
 

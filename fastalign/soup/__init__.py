@@ -1,4 +1,5 @@
-"""Soups: weighted sums of separately aligned models' weights, from file to file or in memory; and of their LoRA adapters."""
+"""Soups: weighted sums of separately aligned models' weights, from file to file or in memory; and of their LoRA
+adapters."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
-"""What model a checkpoint's files are: its configuration, what its class says of its tensors, and whether checkpoints are the
-same model with other weights."""
+"""What model a checkpoint's files are: its configuration, what its class says of its tensors, and whether checkpoints
+are the same model with other weights."""
 
 from __future__ import annotations
 
@@ -92,10 +92,9 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens: bool = True) -> list[str]:
     """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
 
-    force: let configurations and tokenizers differ; tensors never may. tokens: whether vocabularies must be the same, False
-    where embeddings are brought to one.
-    Raises UserError that names the first difference. Reads no weights but those that are not floating-point, and
-    those that one checkpoint stores twice and another once.
+    force: let configurations and tokenizers differ; tensors never may. tokens: whether vocabularies must be the same,
+    False where embeddings are brought to one. Raises UserError that names the first difference. Reads no weights but
+    those that are not floating-point, and those that one checkpoint stores twice and another once.
     """
     models = models_of(checkpoints)
     first = models[0]
@@ -168,8 +167,9 @@ def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
 def common_names(
     models: Sequence[Collection[str]], labels: Sequence[str], same: Callable[[Any, str, str], bool]
 ) -> list[str]:
-    """Tensors of all models, in the first one's order. A model may hold one tensor under two names, as tied embeddings are, another
-    under one; same: whether a model's two names are of one tensor. Raises UserError where another is lacking."""
+    """Tensors of all models, in the first one's order. A model may hold one tensor under two names, as tied
+    embeddings are, another under one; same: whether a model's two names are of one tensor. Raises UserError where
+    another is lacking."""
     common = set.intersection(*(set(one) for one in models))
     for one, label in zip(models, labels, strict=True):
         for name in one:
@@ -232,7 +232,8 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 
 def _tokens_differ(mine: dict, theirs: dict) -> str:
-    """What differs in the tokens of two tokenizer.json; "" for nothing. Padding and truncation are settings, not tokens."""
+    """What differs in the tokens of two tokenizer.json; "" for nothing. Padding and truncation are settings, not
+    tokens."""
     a, b = tokens_of(mine), tokens_of(theirs)
     if a != b:
         token = next(token for token in (*a, *b) if a.get(token) != b.get(token))

@@ -1,5 +1,5 @@
-"""Merges of task vectors, defined in plain torch; and what the native module does from file to file (stream.py), by torch where it is
-not built: the same segments, the same results."""
+"""Merges of task vectors, defined in plain torch; and what the native module does from file to file (stream.py), by
+torch where it is not built: the same segments, the same results."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def _chances(delta: Tensor, choice: Choice, row: int) -> Tensor:
 
 
 def random_words(n: int, seed: int, stream: int) -> Tensor:
-    """Elements' 32-bit random numbers, (n,) int64: j's is word (j % 64) // 16 of Philox4x32-10 with key `seed` and the counter
-    (stream, j // 64 * 16 + j % 16)."""
+    """Elements' 32-bit random numbers, (n,) int64: j's is word (j % 64) // 16 of Philox4x32-10 with key `seed` and
+    the counter (stream, j // 64 * 16 + j % 16)."""
     blocks = -(-n // _BLOCK)
     words = reference.philox(seed, torch.tensor(stream), torch.arange(blocks * _BLOCK // 4))
     return words.view(blocks, _BLOCK // 4, 4).transpose(1, 2).reshape(-1)[:n]

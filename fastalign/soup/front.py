@@ -82,9 +82,9 @@ def choose(front: SoupFront, palette) -> Choice:
     """The ρ with the largest least margin (level - palette) / std, over all values, on the measured soups' surface.
 
     palette: (d,), asked for as at least; a value of -inf is free. Between neighbouring ρ (the cells of a Delaunay
-    triangulation) levels are taken to be linear, so that each cell is a small linear programme. Its standard error is that of
-    the interpolated prompts' means; that values bend between the measured ρ, and that the best of noisy points looks better
-    than it is, it does not count: measure the ρ chosen, with another seed.
+    triangulation) levels are taken to be linear, so that each cell is a small linear programme. Its standard error is
+    that of the interpolated prompts' means; that values bend between the measured ρ, and that the best of noisy
+    points looks better than it is, it does not count: measure the ρ chosen, with another seed.
     """
     wanted = np.asarray(palette, dtype=np.float64)
     if wanted.shape != (len(front.values),) or np.isnan(wanted).any() or (wanted == np.inf).any():
@@ -109,7 +109,8 @@ def choose(front: SoupFront, palette) -> Choice:
 
 
 def _cells(rho: np.ndarray) -> Iterator[list[int]]:
-    """Sets of neighbouring rows; in more than one dimension of a Delaunay triangulation, or each alone where there is none."""
+    """Sets of neighbouring rows; in more than one dimension of a Delaunay triangulation, or each alone where there is
+    none."""
     flat = rho - rho.mean(axis=0)
     _, s, v = np.linalg.svd(flat, full_matrices=False)
     dimensions = int((s > 1e-9 * max(1.0, s[0])).sum())

@@ -94,8 +94,8 @@ def making(
 ) -> Iterator[Files]:
     """The files of `out`, held against another walk; those made in the block come into `out` when it has succeeded.
 
-    job: what `<out>.parts` is for; what an interrupted walk of the same left there is taken up. Raises UserError, one line: another
-    walk holds it, or left files of another job there and they are not to be overwritten.
+    job: what `<out>.parts` is for; what an interrupted walk of the same left there is taken up. Raises UserError, one
+    line: another walk holds it, or left files of another job there and they are not to be overwritten.
     """
     check_folder(out)
     outputs.not_an_input(out, inputs, folder=True)
@@ -136,12 +136,12 @@ def walk(
     Args:
         models: m checkpoints of one architecture with their tokenizer; with `base`, m LoRA adapters of it.
         rho: (K, m); rows sum to 1, but for adapters.
-        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes them; every
-            soup is asked the same prompts with the same random numbers, so that differences between soups are less noisy
-            than their levels.
-        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups are taken as they
-            are, those of others raise, unless they are to be overwritten. They are made in `<out>.parts`, where an interrupted
-            walk leaves the finished ones, and come into `out` together.
+        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes
+            them; every soup is asked the same prompts with the same random numbers, so that differences between soups
+            are less noisy than their levels.
+        out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups are
+            taken as they are, those of others raise, unless they are to be overwritten. They are made in
+            `<out>.parts`, where an interrupted walk leaves the finished ones, and come into `out` together.
 
     Raises UserError or FileNotFoundError, one line each.
     """

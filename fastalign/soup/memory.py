@@ -67,9 +67,9 @@ def interpolate(
 ) -> nn.Module:
     """Set a live model's weights to Σ ρ w over `others`, in place, and return it.
 
-    model: of the same architecture, its own dtypes and device; none of `others` may share its memory, since it is overwritten.
-    others: m modules, state dicts or checkpoints; weights: (m,). strict: as `mix` takes it; all is added up twice then.
-    Raises UserError, with the model as it was, where names or shapes differ.
+    model: of the same architecture, its own dtypes and device; none of `others` may share its memory, since it is
+    overwritten. others: m modules, state dicts or checkpoints; weights: (m,). strict: as `mix` takes it; all is added
+    up twice then. Raises UserError, with the model as it was, where names or shapes differ.
     """
     states, rows, labels = _prepare(others, weights, normalize)
     if np.ndim(weights) != 1:

@@ -1,4 +1,5 @@
-"""The outputs of a merge: the folder that they grow in, beside the one that they become, and their shards, one after another."""
+"""The outputs of a merge: the folder that they grow in, beside the one that they become, and their shards, one after
+another."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ _KEPT = 1 << 30
 
 
 def already_made(plan: Plan, *, overwrite: bool = False) -> bool:
-    """Whether `out` holds this very merge, finished. Raises UserError where it holds anything else, but for another merge that is
-    to be overwritten, and where it is an input or in one."""
+    """Whether `out` holds this very merge, finished. Raises UserError where it holds anything else, but for another
+    merge that is to be overwritten, and where it is an input or in one."""
     not_an_input(plan.target, (one.folder for one in plan.sources))
     out = plan.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -115,7 +116,8 @@ class Outputs:
             raise UserError(f"{self.plan.out}: needs {size(needed)}, the disk has {size(free)} free")
 
     def write(self, shard: Shard, inputs: dict[Path, int], moved: Callable[[int], None]) -> NotFinite:
-        """Write a shard's files under names of their own, flush, and rename them. inputs: open files; moved: is told of bytes."""
+        """Write a shard's files under names of their own, flush, and rename them. inputs: open files; moved: is told
+        of bytes."""
         names, headers = self.plan.files_of(shard), self.headers[shard.file]
         targets = [self.work.making(name) for name in names]
         partial = [path.with_name(path.name + ".partial") for path in targets]

@@ -35,8 +35,8 @@ DEFAULT_MEMORY = "512MB"
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that can be done. `inputs`: the base, where there is one, and the models; `weights`: as asked for, a row for
-    each output."""
+    """A merge that can be done. `inputs`: the base, where there is one, and the models; `weights`: as asked for, a
+    row for each output."""
 
     models: tuple[Checkpoint, ...]
     inputs: tuple[Checkpoint, ...]
@@ -191,8 +191,8 @@ def make(
 
 
 def key_of(files: Sequence[File], sidecar: Sidecar, **basis: Any) -> str:
-    """A hash of what decides a merge's bytes, wherever it lies: `basis`, weights by their files' headers and parts of them, what
-    comes along, and what computes it."""
+    """A hash of what decides a merge's bytes, wherever it lies: `basis`, weights by their files' headers and parts of
+    them, what comes along, and what computes it."""
     basis |= {
         "files": [[file.modified, file.identity, of_weights(file.path)] for file in files],
         "with": of_files(sidecar.sources()),
@@ -222,8 +222,8 @@ def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
 
 
 def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A model's name without the place where it lies, and what identifies its files: a hash of header and size. Of a stack,
-    that of each piece."""
+    """A model's name without the place where it lies, and what identifies its files: a hash of header and size. Of a
+    stack, that of each piece."""
     if checkpoint.pieces:
         return {
             "layers": [

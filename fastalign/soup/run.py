@@ -70,36 +70,46 @@ def merge(
     """Merge checkpoints of one architecture into one soup, or into many in a single reading.
 
     Args:
-        models: m folders, *.safetensors files or hub names; or stacks, lists of (model, first, last) from the bottom up, that
-            have those models' layers first ... last - 1 one upon another, what comes before them from the lowest model and what
-            comes after them from the highest.
-        weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read once. One of
-            (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs none.
-        out: the folder to make. It must not exist, be empty, or hold this very merge, finished; or, with overwrite, another
-            merge, which is replaced once this one is whole.
+        models: m folders, *.safetensors files or hub names; or stacks, lists of (model, first, last) from the bottom
+            up, that have those models' layers first ... last - 1 one upon another, what comes before them from the
+            lowest model and what comes after them from the highest.
+        weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read
+            once. One of (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs
+            none.
+        out: the folder to make. It must not exist, be empty, or hold this very merge, finished; or, with overwrite,
+            another merge, which is replaced once this one is whole.
         method: one of METHODS, whose docstrings (`help(soup.METHODS["ties"])`) say what each does: "linear", Σ ρ w;
-            "task_arithmetic", base + Σ λ (w - base); of task vectors some elements, "ties", "dare_linear", "dare_ties", "della",
-            "della_linear", "breadcrumbs", "breadcrumbs_ties"; means on spheres, "slerp", "nuslerp", "multislerp", "karcher", "warp",
-            "model_stock"; "ema", the moving average of checkpoints; mergekit's "sce", "nearswap", "arcee_fusion", "ram".
+            "task_arithmetic", base + Σ λ (w - base); of task vectors some elements, "ties", "dare_linear",
+                "dare_ties", "della",
+            "della_linear", "breadcrumbs", "breadcrumbs_ties"; means on spheres, "slerp", "nuslerp", "multislerp",
+                "karcher", "warp",
+            "model_stock"; "ema", the moving average of checkpoints; mergekit's "sce", "nearswap", "arcee_fusion",
+                "ram".
         base: what the models were trained from, for the methods that work on the differences.
-        parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number}, or
-            {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
-        companion: whose configuration and tokenizer the outputs get, "first", "base", or a model as it is named in models.
-        tokenizer: "companion", the folder of another, or "union", the companion's with the other models' tokens added to it.
-            Embeddings and heads get a row for each of its tokens, in its order: a model's own; for a token that it lacks the base's
-            (or a named companion's), else the mean of those that have it. None leaves embeddings as they are, with the companion's.
-        pad_to_multiple_of: with a tokenizer, the number of rows is made a multiple of it, by rows that are the mean of the others.
+        parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number},
+            or {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
+        companion: whose configuration and tokenizer the outputs get, "first", "base", or a model as it is named in
+            models.
+        tokenizer: "companion", the folder of another, or "union", the companion's with the other models' tokens added
+            to it. Embeddings and heads get a row for each of its tokens, in its order: a model's own; for a token
+            that it lacks the base's (or a named companion's), else the mean of those that have it. None leaves
+            embeddings as they are, with the companion's.
+        pad_to_multiple_of: with a tokenizer, the number of rows is made a multiple of it, by rows that are the mean
+            of the others.
         chat_template: the text of another chat template, or "auto" for the one that most of the models have.
         dtype: to store floating-point tensors in; None keeps the first model's, tensor by tensor.
-        normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
+        normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they
+            sum to 1.
         max_shard_size: of one output file, such as "5GB"; a larger tensor has a file of its own.
         memory_limit: for buffers, such as "512MB" (the default).
         force: mix though the configurations or tokenizers differ; the first model's are copied.
-        sync: False leaves it to the system when the outputs reach the disk: at the speed of memory, for soups that are looked at
-            and thrown away. A power cut may then leave any part of them torn, so that an interrupted merge begins anew.
+        sync: False leaves it to the system when the outputs reach the disk: at the speed of memory, for soups that
+            are looked at and thrown away. A power cut may then leave any part of them torn, so that an interrupted
+            merge begins anew.
 
-        strict: raise UserError, before the output has its name, where an input holds NaN or an infinity or the output's type
-            cannot hold a number. Else that is counted: a warning, `Merged.not_finite`, and "not_finite" in soup.json.
+        strict: raise UserError, before the output has its name, where an input holds NaN or an infinity or the
+            output's type cannot hold a number. Else that is counted: a warning, `Merged.not_finite`, and "not_finite"
+            in soup.json.
 
     Sums are made in float32, in float64 where an input or the output is float64, and rounded once, to nearest even.
     Integer and boolean tensors are copied, and must be equal. The first model's configuration, tokenizer, generation
@@ -199,10 +209,11 @@ class Estimate(NamedTuple):
 
 
 def estimate(plan: Plan) -> Estimate | None:
-    """From the rate of a sample of the inputs, written to the disk where the output will be, flushed, and removed; of what
-    torch makes tensor by tensor, from the largest one, which is not written.
+    """From the rate of a sample of the inputs, written to the disk where the output will be, flushed, and removed; of
+    what torch makes tensor by tensor, from the largest one, which is not written.
 
-    None where nothing of the plan is floating-point. Raises OSError where the inputs cannot be read or nothing be written.
+    None where nothing of the plan is floating-point. Raises OSError where the inputs cannot be read or nothing be
+    written.
     """
     tensors = {
         name: tensor for shard in plan.layout for name, tensor in shard.tensors.items() if tensor.dtype in FLOATS

@@ -24,8 +24,9 @@ _TEMPLATE = "chat_template.jinja"
 
 
 class Sidecar(NamedTuple):
-    """folder: whose configuration it is; tokenizer: the folder of the tokenizer; changes: what files of JSON say otherwise, by their
-    names; template: the chat template, None for the tokenizer's own; tokens: what tokenizer.json holds, None for the folder's."""
+    """folder: whose configuration it is; tokenizer: the folder of the tokenizer; changes: what files of JSON say
+    otherwise, by their names; template: the chat template, None for the tokenizer's own; tokens: what tokenizer.json
+    holds, None for the folder's."""
 
     folder: Path | None
     tokenizer: Path | None
@@ -75,7 +76,8 @@ def sidecar_of(
 ) -> tuple[Sidecar, Vocabulary | None]:  # fmt: skip
     """Whose files come along (see `merge`), and where a tokenizer is asked for what the embeddings have rows for.
 
-    multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no template."""
+    multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no
+    template."""
     every = [*models_of(models), *(models_of([base]) if base is not None else ())]
     if companion == "base" and base is not None:
         chosen = base
@@ -110,7 +112,8 @@ def sidecar_of(
 
 
 def _changes(chosen: Checkpoint, lead: Checkpoint, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """What the files say otherwise with these tokens: how many there are, and the numbers of those that have a meaning."""
+    """What the files say otherwise with these tokens: how many there are, and the numbers of those that have a
+    meaning."""
     changes: dict[str, dict[str, Any]] = {}
     before = {number: token for token, number in vocabulary.known[lead.name].items()}
 
@@ -152,7 +155,8 @@ def _template(template: str | None, models: Iterable[Checkpoint]) -> str | None:
 
 
 def stays_within(path: Path) -> None:
-    """Raises UserError where a file that is copied is a link out of its folder; a snapshot of the hub's cache links to its blobs."""
+    """Raises UserError where a file that is copied is a link out of its folder; a snapshot of the hub's cache links
+    to its blobs."""
     folder = path.parent.resolve()
     home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not any(path.resolve().is_relative_to(one) for one in (folder, home)):

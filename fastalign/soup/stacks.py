@@ -36,7 +36,8 @@ def layer_of(name: str) -> Layer | None:
 
 
 def comes_before(name: str) -> bool:
-    """Whether a tensor outside of layers comes before them, as embeddings do, or after them, as the final norm and the head.
+    """Whether a tensor outside of layers comes before them, as embeddings do, or after them, as the final norm and
+    the head.
 
     Raises UserError where the name does not tell.
     """
@@ -64,8 +65,8 @@ Model = str | os.PathLike | Sequence[tuple[str | os.PathLike, int, int]]
 def open_model(model: Model) -> Checkpoint:
     """A checkpoint, or a stack: (model, first, last) pieces, layers first ... last - 1 of each, from the bottom up.
 
-    The stack's layers are numbered anew. What comes before the layers is the first piece's model's, what comes after them the
-    last one's. Raises as open_checkpoint does, and UserError where a model has no such layers.
+    The stack's layers are numbered anew. What comes before the layers is the first piece's model's, what comes after
+    them the last one's. Raises as open_checkpoint does, and UserError where a model has no such layers.
     """
     if not isinstance(model, list | tuple):
         return open_checkpoint(model)
@@ -139,7 +140,8 @@ def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
 
 
 def config_changes(model: Checkpoint) -> Mapping[str, Any]:
-    """What a stack's config.json says other than its first piece's: the number of layers, and lists with an entry for each."""
+    """What a stack's config.json says other than its first piece's: the number of layers, and lists with an entry for
+    each."""
     if not model.pieces:
         return {}
     configs = [config_of(piece.model) for piece in model.pieces]

@@ -1,4 +1,5 @@
-"""What is done with one tensor or a run of its bytes, and what is seen of it: plain values, for the native module and for torch."""
+"""What is done with one tensor or a run of its bytes, and what is seen of it: plain values, for the native module and
+for torch."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ def segment_of(inputs: Sequence[Checkpoint], name: str, files: Mapping[Path, int
 
 
 class Seen(NamedTuple):
-    """What went by. digests: what was added to each output's digest, 0 where none was asked for; inputs, outputs: for each
-    (count, segment, element): how many numbers were not finite, and where the first was. Outputs' are counted only where
-    the inputs' beside them were finite."""
+    """What went by. digests: what was added to each output's digest, 0 where none was asked for; inputs, outputs: for
+    each (count, segment, element): how many numbers were not finite, and where the first was. Outputs' are counted
+    only where the inputs' beside them were finite."""
 
     digests: list[int]
     inputs: list[tuple[int, int, int]]
@@ -60,12 +61,13 @@ KEEPS = ("all", "band", "random", "ranked")  # in the order of TaskKeep in csrc/
 class Choice(NamedTuple):
     """Which elements of one task vector stay, and by how much they are scaled.
 
-    all: every one. band: those whose rank by size lies in [first, last), the least having rank 0; among equals the earlier
-    is the less, or with largest_first the greater. random: each by chance, with `probability`. ranked: by chance, with a
-    probability that grows with the rank within the row, from probability - epsilon to probability + epsilon.
+    all: every one. band: those whose rank by size lies in [first, last), the least having rank 0; among equals the
+    earlier is the less, or with largest_first the greater. random: each by chance, with `probability`. ranked: by
+    chance, with a probability that grows with the rank within the row, from probability - epsilon to probability +
+    epsilon.
 
-    scale: of what stays. own_scale: each is divided by its own probability. match_sum: scaled so that the sum of sizes is
-    that of the whole task vector, where both are at least 1e-7. stream: which random numbers.
+    scale: of what stays. own_scale: each is divided by its own probability. match_sum: scaled so that the sum of
+    sizes is that of the whole task vector, where both are at least 1e-7. stream: which random numbers.
     """
 
     keep: str = "all"
@@ -93,14 +95,17 @@ class Tasks(NamedTuple):
 
 
 def stream_of(name: str, model: int) -> int:
-    """The stream of random numbers of a tensor and a model: of nothing else, so that shards and threads do not matter."""
+    """The stream of random numbers of a tensor and a model: of nothing else, so that shards and threads do not
+    matter."""
     return int.from_bytes(hashlib.sha256(f"{model} {name}".encode()).digest()[:8], "little") >> 1
 
 
 class NotFinite:
-    """Counts, and the first tensor of each, by input and by output. As JSON: {"inputs": {name: [count, tensor]}, "outputs": ...}.
+    """Counts, and the first tensor of each, by input and by output. As JSON: {"inputs": {name: [count, tensor]},
+    "outputs": ...}.
 
-    An output's count is of elements whose inputs are all finite, or lie in other chunks: they are beyond its type's range.
+    An output's count is of elements whose inputs are all finite, or lie in other chunks: they are beyond its type's
+    range.
     """
 
     def __init__(self, record: Mapping[str, Any] | None = None):

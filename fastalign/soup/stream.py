@@ -1,4 +1,5 @@
-"""Weighted sums and merges of task vectors from file to file by the native module, where it is built, else by_torch.py."""
+"""Weighted sums and merges of task vectors from file to file by the native module, where it is built, else
+by_torch.py."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
-    """Elements a chunk, from the bytes one element takes in all inputs and outputs held at once; 0 where the limit is too low."""
+    """Elements a chunk, from the bytes one element takes in all inputs and outputs held at once; 0 where the limit is
+    too low."""
     chunk = max(LEAST_CHUNK, min(MOST_CHUNK, CACHE_BYTES // widths // PAGE * PAGE))
     allowed = memory_limit // (threads * widths)
     step = PAGE if allowed >= PAGE else 64  # whole pages of every output, whatever its type
@@ -44,7 +46,8 @@ def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
 
 
 def allocate(file: int, nbytes: int) -> None:
-    """Make a file so long, with its place on the disk where the file system can. Raises OSError: ENOSPC before a byte is written."""
+    """Make a file so long, with its place on the disk where the file system can. Raises OSError: ENOSPC before a byte
+    is written."""
     if not backend.engine_runs():
         return os.ftruncate(file, nbytes)
     error = backend.engine.allocate(file, nbytes)
@@ -133,7 +136,8 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
 
 
 def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarray:
-    """Dot products of a segment's inputs with one another, (m, m) float64; outputs are not looked at. Raises StreamError.
+    """Dot products of a segment's inputs with one another, (m, m) float64; outputs are not looked at. Raises
+    StreamError.
 
     centered: of what the inputs differ by from input 0.
     """
@@ -190,7 +194,8 @@ def _follows(a: Segment, b: Segment, out_width: int) -> bool:
 
 
 def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:
-    """K sums Σ rows[k][i] tensors[i] in `dtype`, contiguous. tensors: one shape and device, floating-point types of FLOATS.
+    """K sums Σ rows[k][i] tensors[i] in `dtype`, contiguous. tensors: one shape and device, floating-point types of
+    FLOATS.
 
     Added up in float32, in float64 where an input or `dtype` is; beyond float8_e4m3fn's range, its largest number.
     """

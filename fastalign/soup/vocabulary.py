@@ -1,7 +1,8 @@
 """The tokens that models know, and those of what is made of them: a tokenizer's, or the union of all tokenizers.
 
-Unions mean what mergekit 0.1.5 makes of them: one tokenizer stays as it is, and what others know beside is added to it. mergekit
-numbers the new tokens as they come out of a hash table, here they keep the order that they have in their model.
+Unions mean what mergekit 0.1.5 makes of them: one tokenizer stays as it is, and what others know beside is added to
+it. mergekit numbers the new tokens as they come out of a hash table, here they keep the order that they have in their
+model.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 class Vocabulary(NamedTuple):
-    """What the output has rows for. tokens: numbered from 0 on; rows: as many, or more for padding; known: each model's own, by its
-    name; base: the model whose row others take for a token that they lack, where it knows it; None for the mean of all that do;
-    tokenizer: what tokenizer.json holds, where it is no model's own; note: what the user may not expect of it, or ""."""
+    """What the output has rows for. tokens: numbered from 0 on; rows: as many, or more for padding; known: each
+    model's own, by its name; base: the model whose row others take for a token that they lack, where it knows it;
+    None for the mean of all that do; tokenizer: what tokenizer.json holds, where it is no model's own; note: what the
+    user may not expect of it, or ""."""
 
     tokens: Mapping[str, int]
     rows: int
@@ -54,8 +56,9 @@ def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 def vocabulary_of(
     models: Sequence[Checkpoint], lead: Checkpoint, folder: Any, *, union: bool, multiple: int, base: str | None
 ) -> Vocabulary:
-    """models: all that are merged; lead: whose tokenizer counts for a model that has none, and is extended by a union; folder:
-    whose tokenizer the output has; multiple: what rows are padded to a multiple of. Raises UserError."""
+    """models: all that are merged; lead: whose tokenizer counts for a model that has none, and is extended by a
+    union; folder: whose tokenizer the output has; multiple: what rows are padded to a multiple of. Raises
+    UserError."""
     path = folder and folder / "tokenizer.json"
     if path is None or not path.is_file():
         raise UserError(f"tokenizer needs a tokenizer.json to count its tokens, {folder or 'a bare file'} has none")
@@ -123,7 +126,8 @@ def _read(model: Checkpoint) -> dict[str, Any] | None:
 def _union(
     own: dict[str, Any], lead: Checkpoint, others: Sequence[tuple[Checkpoint, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """`own`, the tokenizer of `lead`, and the tokens that others have beside, as tokens added to it; itself where there is none."""
+    """`own`, the tokenizer of `lead`, and the tokens that others have beside, as tokens added to it; itself where
+    there is none."""
     mine, added = tokens_of(own), list(own.get("added_tokens") or ())
     beyond = next((token for token, i in mine.items() if i >= _rows(lead)), None)
     if beyond is not None:
@@ -160,8 +164,8 @@ _BLOCK = 32_000_000  # bytes of rows at once
 
 
 class _Table(NamedTuple):
-    """One tensor. numbers: for each input, the row of each token, -1 where it has none; made: for each input, where the new one
-    lies in its file, None for one that stays or is cut; base: the input whose rows others take."""
+    """One tensor. numbers: for each input, the row of each token, -1 where it has none; made: for each input, where
+    the new one lies in its file, None for one that stays or is cut; base: the input whose rows others take."""
 
     name: str
     numbers: list[np.ndarray]
@@ -171,8 +175,8 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What is to be written before a merge. sources: the inputs as they are; files: those that are written, None for an input
-    that needs none; key: what decides their bytes beside the inputs'."""
+    """What is to be written before a merge. sources: the inputs as they are; files: those that are written, None for
+    an input that needs none; key: what decides their bytes beside the inputs'."""
 
     sources: tuple[Checkpoint, ...]
     files: tuple[Path | None, ...]
@@ -204,7 +208,8 @@ class Embeddings:
 def in_order_of(
     vocabulary: Vocabulary, inputs: Sequence[Checkpoint], names: Sequence[str], folder: Path
 ) -> tuple[tuple[Checkpoint, ...], Embeddings]:
-    """The inputs with rows for the vocabulary's tokens, as they will be when `Embeddings.write` has made its files in `folder`.
+    """The inputs with rows for the vocabulary's tokens, as they will be when `Embeddings.write` has made its files in
+    `folder`.
 
     Where a model has the same tokens and at least as many rows, these are cut and nothing is written. Raises UserError.
     """

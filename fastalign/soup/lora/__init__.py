@@ -1,7 +1,7 @@
 """LoRA adapters as peft writes them, adapter_config.json beside adapter_model.safetensors: read, checked, and written.
 
-A module's update is delta W = s B A with s = alpha / r, or alpha / sqrt(r) with rslora; A is (r, in) and B (out, r). Of an
-embedding, A is (r, vocabulary), B (width, r), and the update is the transpose.
+A module's update is delta W = s B A with s = alpha / r, or alpha / sqrt(r) with rslora; A is (r, in) and B (out, r).
+Of an embedding, A is (r, vocabulary), B (width, r), and the update is the transpose.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """factors: by module, as the base model names it; whole: tensors stored whole (modules_to_save, biases), by their key."""
+    """factors: by module, as the base model names it; whole: tensors stored whole (modules_to_save, biases), by their
+    key."""
 
     name: str
     folder: Path
@@ -226,7 +227,8 @@ def _factors(name: str, module: str, tensors: dict[str, Tensor], config: Mapping
 
 
 def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, module: str) -> float:
-    """A module's rank or alpha: of the first key of the pattern that its name ends with, as peft reads it; else of all."""
+    """A module's rank or alpha: of the first key of the pattern that its name ends with, as peft reads it; else of
+    all."""
     value = config.get(key, 8)
     for ending, mine in (config.get(pattern) or {}).items():
         try:
@@ -241,8 +243,8 @@ def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, modul
 
 
 class MadeAdapter(NamedTuple):
-    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all modules;
-    worst: the module of which least is, and its share."""
+    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all
+    modules; worst: the module of which least is, and its share."""
 
     out: Path
     modules: int

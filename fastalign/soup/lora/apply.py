@@ -54,15 +54,17 @@ def apply_adapters(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """Write the base model with Σ ρ_i s_i B_i A_i added, as `merge` writes a soup: streamed, whole or not there, resumed.
+    """Write the base model with Σ ρ_i s_i B_i A_i added, as `merge` writes a soup: streamed, whole or not there,
+    resumed.
 
-    base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as `merge_adapters` takes them; weights
-    (K, m) make K models in one reading of the base. Tensors that an adapter stores whole count as their difference from the
-    base's. dtype, max_shard_size, memory_limit, sync, strict, overwrite: as `merge` takes them; beside memory_limit, one module's factors are held.
-    The sums are made in float64 where float32 or wider is stored, else in float32, and rounded once.
+    base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as `merge_adapters` takes them;
+    weights (K, m) make K models in one reading of the base. Tensors that an adapter stores whole count as their
+    difference from the base's. dtype, max_shard_size, memory_limit, sync, strict, overwrite: as `merge` takes them;
+    beside memory_limit, one module's factors are held. The sums are made in float64 where float32 or wider is stored,
+    else in float32, and rounded once.
 
-    Raises UserError or FileNotFoundError before a byte is written: also where a module is not in the base, or shares its
-    weight with another (tied embeddings), which the adapter does not change.
+    Raises UserError or FileNotFoundError before a byte is written: also where a module is not in the base, or shares
+    its weight with another (tied embeddings), which the adapter does not change.
     """
     made = plan(
         base, adapters, weights, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force
@@ -171,8 +173,8 @@ def _left_behind(model: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, .
 
 
 def _turned_square(model: Checkpoint, module: str, adapter: Adapter) -> bool:
-    """Whether a square weight is stored (in, out). The adapter's own flag is that of whichever module peft came to last, and
-    counts only for a checkpoint without a configuration."""
+    """Whether a square weight is stored (in, out). The adapter's own flag is that of whichever module peft came to
+    last, and counts only for a checkpoint without a configuration."""
     if not config_of(model):
         return bool(adapter.config.get("fan_in_fan_out"))
     turned = is_transposed(model, module)

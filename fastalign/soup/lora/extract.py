@@ -56,8 +56,8 @@ def extract_adapter(
         force: though configurations or tokenizers differ. overwrite: an adapter that fastalign made may be at `out`.
 
     Large matrices are reduced by a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
-    algorithm 4.4), with fixed random numbers; the share kept is computed, not estimated. It holds one tensor's difference.
-    Raises UserError or FileNotFoundError before anything is written.
+    algorithm 4.4), with fixed random numbers; the share kept is computed, not estimated. It holds one tensor's
+    difference. Raises UserError or FileNotFoundError before anything is written.
     """
     if rank is None and energy is None:
         raise UserError("give rank, or energy, the share of the difference to keep")
@@ -155,7 +155,8 @@ def _low_rank(d: Tensor, whole: float, rank: int | None, energy: float | None) -
 
 
 def _svd(d: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values and vectors of d within a subspace of this dimension, found at random; all at full width."""
+    """The largest singular values and vectors of d within a subspace of this dimension, found at random; all at full
+    width."""
     if width >= min(d.shape) // 2:
         return torch.linalg.svd(d, full_matrices=False)
     draw = torch.randn(d.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=d.dtype)

@@ -54,15 +54,17 @@ def merge_adapters(
     """The soup Σ ρ_i s_i B_i A_i of LoRA adapters, as one adapter that peft loads.
 
     Args:
-        adapters: m folders with adapter_config.json and adapter_model.safetensors. A module that one lacks counts as zero in it.
+        adapters: m folders with adapter_config.json and adapter_model.safetensors. A module that one lacks counts as
+            zero in it.
         weights: (m,) for one adapter at `out`; (K, m) for K at `out`/0 ... They need not sum to 1.
-        rank: None keeps the sum exact, of rank Σ r_i; a number writes the best approximation of at most that rank in the
-            Frobenius norm, found from the factors alone (QR of each side, SVD of the small product).
+        rank: None keeps the sum exact, of rank Σ r_i; a number writes the best approximation of at most that rank in
+            the Frobenius norm, found from the factors alone (QR of each side, SVD of the small product).
         dtype: to store in; None: float32, float64 where an input is. peft itself holds adapters in float32.
-        force: mix though the adapters name different base models. overwrite: adapters that this made before may be at `out`.
+        force: mix though the adapters name different base models. overwrite: adapters that this made before may be at
+            `out`.
 
-    Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum to 1.
-    Raises UserError or FileNotFoundError, before anything is written.
+    Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum
+    to 1. Raises UserError or FileNotFoundError, before anything is written.
     """
     rows = weight_rows(weights, len(listed(adapters)))
     if rank is not None and not (type(rank) is int and rank >= 1):

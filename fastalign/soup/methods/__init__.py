@@ -1,5 +1,5 @@
-"""The methods of merging, each one object: its parameters, its checks and its arithmetic. What `merge`, recipes, mergekit's YAML and
-the command take is read from here."""
+"""The methods of merging, each one object: its parameters, its checks and its arithmetic. What `merge`, recipes,
+mergekit's YAML and the command take is read from here."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a method of merging is: what it takes, how that is checked, and what it does for one tensor.
 
-A method is one object (METHODS in this package): its class holds its parameters, its checks and its arithmetic. `Method.step` says
-what becomes of a tensor: weights for a weighted sum of the inputs, Tasks for a merge of sparse task vectors, or a function
-that makes the tensor block by block, in torch.
+A method is one object (METHODS in this package): its class holds its parameters, its checks and its arithmetic.
+`Method.step` says what becomes of a tensor: weights for a weighted sum of the inputs, Tasks for a merge of sparse
+task vectors, or a function that makes the tensor block by block, in torch.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Job:
         return {argument: one(argument, value) for argument, value in self.values.items()}
 
     def gram(self, name: str) -> np.ndarray:
-        """Dot products of the models' tensors, or where there is a base of what they differ by from it: (m, m) float64."""
+        """Dot products of the models' tensors, or where there is a base of what they differ by from it: (m, m)
+        float64."""
         paths = list(dict.fromkeys(one.path_of(name) for one in self.inputs))
         with ExitStack() as stack:
             files = {path: stack.enter_context(open(path, "rb")).fileno() for path in paths}
@@ -145,8 +146,8 @@ class Job:
 
 
 class Method:
-    """base: "no", "yes" or "may". least, most: models. weights: "rows" where they must be given, "equal" where they may be left out,
-    "none"."""
+    """base: "no", "yes" or "may". least, most: models. weights: "rows" where they must be given, "equal" where they
+    may be left out, "none"."""
 
     name: str
     base = "no"
@@ -196,7 +197,8 @@ class Method:
 
 
 class WeightedSum(Method):
-    """A weighted sum of the models, or of their task vectors and the base, whose weights may differ from tensor to tensor."""
+    """A weighted sum of the models, or of their task vectors and the base, whose weights may differ from tensor to
+    tensor."""
 
     def rows(self, job: Job, name: str) -> np.ndarray:
         """(K, m): of the models, or of their task vectors where there is a base."""
@@ -237,7 +239,8 @@ def whole_tensor(job: Job, name: str, merge: Callable[[Tensor | None, list[Tenso
 
 
 def inputs_as(job: Job, name: str, data: Sequence[bytes]) -> tuple[Tensor | None, list[Tensor], torch.dtype]:
-    """A tensor's bytes in the inputs as flat tensors to compute in, base and models; and the type that it is stored in."""
+    """A tensor's bytes in the inputs as flat tensors to compute in, base and models; and the type that it is stored
+    in."""
     import torch
 
     types, dtype = [in_torch(one[name].dtype) for one in job.inputs], in_torch(job.stored[name])

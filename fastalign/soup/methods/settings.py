@@ -1,4 +1,5 @@
-"""Numbers that may differ from tensor to tensor: one for all, one for each pattern of names, or a line over the layers; and weights."""
+"""Numbers that may differ from tensor to tensor: one for all, one for each pattern of names, or a line over the
+layers; and weights."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class Places:
 
 
 class Setting:
-    """(pattern, numbers) pairs, the first whose pattern the tensor's name matches counts; several numbers are a line over
-    the layers through points at equal distances. A pattern is a glob ("*.mlp.*")."""
+    """(pattern, numbers) pairs, the first whose pattern the tensor's name matches counts; several numbers are a line
+    over the layers through points at equal distances. A pattern is a glob ("*.mlp.*")."""
 
     def __init__(self, rules: Iterable[tuple[str, tuple[float, ...]]]):
         self.rules = tuple(rules)
@@ -75,8 +76,8 @@ class Setting:
 
 
 class Runs(Setting):
-    """A Setting for each run of layers, one after another, with lines over the run's own layers. Tensors before the layers
-    have the first run's, as in its first layer, those after them the last run's, likewise."""
+    """A Setting for each run of layers, one after another, with lines over the run's own layers. Tensors before the
+    layers have the first run's, as in its first layer, those after them the last run's, likewise."""
 
     def __init__(self, lengths: Sequence[int], parts: Sequence[Setting]):
         self.lengths, self.parts = tuple(lengths), tuple(parts)

@@ -1,5 +1,5 @@
-"""Merges of task vectors of which only some elements stay: TIES, DARE, DELLA, breadcrumbs. What a method keeps, and how the
-vectors are added up; steps.py says what that means, by_torch.py defines it."""
+"""Merges of task vectors of which only some elements stay: TIES, DARE, DELLA, breadcrumbs. What a method keeps, and
+how the vectors are added up; steps.py says what that means, by_torch.py defines it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _EPSILON, _GAMMA, _SEED = Number(0.15, 0, 1, each=True), Number(0.01, 0, 1, each
 class Sparse(Method):
     """base + λ of the weighted task vectors' sum; normalize divides it by their weights.
 
-    elect: only elements with the sign of the weighted sum count (TIES, arXiv 2306.01708: elect and disjoint merge). rescale:
-    "expected" divides what stays by its probability (DARE's and DELLA's papers), "l1" keeps the sum of sizes (mergekit), "none"
-    does neither.
+    elect: only elements with the sign of the weighted sum count (TIES, arXiv 2306.01708: elect and disjoint merge).
+    rescale: "expected" divides what stays by its probability (DARE's and DELLA's papers), "l1" keeps the sum of sizes
+    (mergekit), "none" does neither.
     """
 
     base = "yes"
@@ -95,7 +95,8 @@ class DareTies(Dare):
 
 
 class Della(Sparse):
-    """With a probability from density - epsilon to density + epsilon by the rank of the size in its row (arXiv 2406.11617)."""
+    """With a probability from density - epsilon to density + epsilon by the rank of the size in its row (arXiv
+    2406.11617)."""
 
     name = "della"
     elect = True

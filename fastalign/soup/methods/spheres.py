@@ -41,7 +41,8 @@ class OnSphere(WeightedSum):
         return np.stack([self.mean(gram, row, values) for row in job.weights_of(name)])
 
     def mean(self, gram: np.ndarray, weights: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
-        """What the mean of m vectors is a sum with, (m,). gram: (m, m), the vectors' dot products; weights: (m,), as given."""
+        """What the mean of m vectors is a sum with, (m,). gram: (m, m), the vectors' dot products; weights: (m,), as
+        given."""
         raise NotImplementedError
 
 
@@ -82,8 +83,8 @@ def slerp(gram: np.ndarray, t: float) -> np.ndarray:
 
 
 class NuSlerp(OnSphere):
-    """SLERP of two models, or of their task vectors: of each tensor as a whole, or without nuslerp_flatten for each row of the last
-    dimension, with nuslerp_row_wise for each of the vectors that run along the first.
+    """SLERP of two models, or of their task vectors: of each tensor as a whole, or without nuslerp_flatten for each
+    row of the last dimension, with nuslerp_row_wise for each of the vectors that run along the first.
 
     As mergekit's: halves where the weights' sum is nearly 0, a straight line where the vectors are.
     """
@@ -135,8 +136,8 @@ class MultiSlerp(OnSphere):
     """The barycentre of the models, or of their task vectors, on their sphere (Goddard's Multi-SLERP, mergekit).
 
     Directions are carried to the tangent space at their weighted mean's direction, averaged there, carried back, and
-    given the weighted mean length. As in mergekit, a lone model is itself, whatever its weight. Raises UserError where more
-    than two directions cancel out.
+    given the weighted mean length. As in mergekit, a lone model is itself, whatever its weight. Raises UserError
+    where more than two directions cancel out.
     """
 
     name = "multislerp"
@@ -168,11 +169,11 @@ class MultiSlerp(OnSphere):
 
 
 class Karcher(OnSphere):
-    """The Karcher mean: the direction whose squared angles to the models', weighted, sum to the least (arXiv 2603.04972), at
-    their weighted mean length; weights are divided by their sum.
+    """The Karcher mean: the direction whose squared angles to the models', weighted, sum to the least (arXiv
+    2603.04972), at their weighted mean length; weights are divided by their sum.
 
-    Each step goes along the mean of the logarithms. As in mergekit, vectors no longer than `tol` have no direction, and it
-    ends where a step is shorter than `tol`.
+    Each step goes along the mean of the logarithms. As in mergekit, vectors no longer than `tol` have no direction,
+    and it ends where a step is shorter than `tol`.
     """
 
     name = "karcher"
@@ -211,8 +212,9 @@ class Karcher(OnSphere):
 
 
 class ModelStock(OnSphere):
-    """As far from the base as the models agree: t mean + (1 - t) base, with a share t for each tensor, or with filter_wise, as in the
-    paper, for each of its rows (along its last dimension), which torch makes some rows at a time."""
+    """As far from the base as the models agree: t mean + (1 - t) base, with a share t for each tensor, or with
+    filter_wise, as in the paper, for each of its rows (along its last dimension), which torch makes some rows at a
+    time."""
 
     name = "model_stock"
     base = "yes"
@@ -221,11 +223,11 @@ class ModelStock(OnSphere):
     parameters: ClassVar[Parameters] = {"floor": Number(0.0, 0, 1), "filter_wise": flag(False)}
 
     def share(self, gram: np.ndarray, floor: float) -> np.ndarray:
-        """t (...,) (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos) with cos the mean cosine between task vectors; gram
-        (..., m, m) their dot products.
+        """t (...,) (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos) with cos the mean cosine between task
+        vectors; gram (..., m, m) their dot products.
 
-        floor: the least product of two lengths that a dot product is divided by. The paper has none; mergekit's is 1e-6, which
-        takes vectors shorter than a thousandth for less alike than they are.
+        floor: the least product of two lengths that a dot product is divided by. The paper has none; mergekit's is
+        1e-6, which takes vectors shorter than a thousandth for less alike than they are.
         """
         m = gram.shape[-1]
         lengths = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
@@ -267,10 +269,11 @@ class ModelStock(OnSphere):
 
 
 class Warp(OnSphere):
-    """WARP's spherical merge of task vectors (arXiv 2406.16768, section 3.2 and appendix B.3), then `eta` of the way from the base.
+    """WARP's spherical merge of task vectors (arXiv 2406.16768, section 3.2 and appendix B.3), then `eta` of the way
+    from the base.
 
-    Two task vectors are interpolated along their great circle; each further one with what was made of those before it, at
-    its share of the weights so far.
+    Two task vectors are interpolated along their great circle; each further one with what was made of those before
+    it, at its share of the weights so far.
     """
 
     name = "warp"

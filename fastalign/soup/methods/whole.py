@@ -1,7 +1,7 @@
 """Methods that are no weighted sum of whole tensors: SCE, NearSwap, Arcee Fusion, RAM, by torch, tensor by tensor.
 
-They are mergekit's, and mean what mergekit makes of them, but for Arcee Fusion's quartiles of more than a million elements,
-for which it draws a sample and which are exact here.
+They are mergekit's, and mean what mergekit makes of them, but for Arcee Fusion's quartiles of more than a million
+elements, for which it draws a sample and which are exact here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class Sce(ByTensor):
-    """Select, calculate, erase (arXiv 2408.07990): of the task vectors' elements those stay in which they vary most, the
-    share select_topk of those that vary; each vector weighs as its mean square, and counts where it has the sign of the sum."""
+    """Select, calculate, erase (arXiv 2408.07990): of the task vectors' elements those stay in which they vary most,
+    the share select_topk of those that vary; each vector weighs as its mean square, and counts where it has the sign
+    of the sum."""
 
     name = "sce"
     base = "yes"
@@ -43,7 +44,8 @@ class Sce(ByTensor):
 
 
 class NearSwap(ByTensor):
-    """The model's element where it is within t of the base's; else the base's, moved towards it by the share t / distance."""
+    """The model's element where it is within t of the base's; else the base's, moved towards it by the share t /
+    distance."""
 
     name = "nearswap"
     base = "yes"
@@ -58,8 +60,9 @@ class NearSwap(ByTensor):
 
 
 class ArceeFusion(ByTensor):
-    """The model's elements that matter, the base's elsewhere: those whose distance from the base's, times the divergence of
-    their row's softmaxes, is at least the tensor's median and 1.5 times the distance of its quartiles."""
+    """The model's elements that matter, the base's elsewhere: those whose distance from the base's, times the
+    divergence of their row's softmaxes, is at least the tensor's median and 1.5 times the distance of its
+    quartiles."""
 
     name = "arcee_fusion"
     base = "yes"
@@ -80,8 +83,8 @@ class ArceeFusion(ByTensor):
 
 
 class Ram(ByTensor):
-    """Reinforced agent merging (arXiv 2601.13572): each element moves by the mean of the task vectors that move it by more
-    than epsilon."""
+    """Reinforced agent merging (arXiv 2601.13572): each element moves by the mean of the task vectors that move it by
+    more than epsilon."""
 
     name = "ram"
     base = "yes"

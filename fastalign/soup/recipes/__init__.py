@@ -23,10 +23,10 @@ _EACH = ("density", "epsilon", "gamma")
 def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     """A recipe as `merge`'s arguments, all but `out`: `merge(**read_recipe("soup.yaml"), out="soup")`.
 
-    fastalign's own form is merge's arguments by name, with models as a list of paths, or of mappings with `model` and its
-    `weight`, `density`, `epsilon` or `gamma`; `grid: 11` stands for weights on a grid. A file with `merge_method` is
-    mergekit's, and means what it means there.
-    Raises FileNotFoundError or UserError with one line that names the file and the mistake.
+    fastalign's own form is merge's arguments by name, with models as a list of paths, or of mappings with `model` and
+    its `weight`, `density`, `epsilon` or `gamma`; `grid: 11` stands for weights on a grid. A file with `merge_method`
+    is mergekit's, and means what it means there. Raises FileNotFoundError or UserError with one line that names the
+    file and the mistake.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,12 +1,12 @@
 """mergekit's YAML as `merge`'s arguments, for the methods that both have, meaning what mergekit 0.1.5 makes of it.
 
-Where that is not what the papers say: what DARE and DELLA keep is scaled so that the sum of sizes is as it was, not by each
-element's probability; TIES elects signs and divides with the models' weights, which the paper does not have; breadcrumbs'
-share of small elements follows from density and gamma; Model Stock takes vectors shorter than 1e-3 for less alike than they
-are; SLERP's and other lines over the layers begin again at the final norm and the head. Random numbers are our own, and of
-elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergekit whichever its sort leaves there. All is computed in
-float32 and rounded once; mergekit rounds the models to `dtype` before and works in it, so that in float16 its TIES ranks and elects
-signs otherwise for one element in a thousand.
+Where that is not what the papers say: what DARE and DELLA keep is scaled so that the sum of sizes is as it was, not
+by each element's probability; TIES elects signs and divides with the models' weights, which the paper does not have;
+breadcrumbs' share of small elements follows from density and gamma; Model Stock takes vectors shorter than 1e-3 for
+less alike than they are; SLERP's and other lines over the layers begin again at the final norm and the head. Random
+numbers are our own, and of elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergekit
+whichever its sort leaves there. All is computed in float32 and rounded once; mergekit rounds the models to `dtype`
+before and works in it, so that in float16 its TIES ranks and elects signs otherwise for one element in a thousand.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ _FLAGS = {name for defaults in _DEFAULTS.values() for name, default in defaults.
 
 
 def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A mergekit configuration as `merge`'s arguments. Raises UserError: what it asks for is not understood, or not done here."""
+    """A mergekit configuration as `merge`'s arguments. Raises UserError: what it asks for is not understood, or not
+    done here."""
     known(recipe, _KEYS, "the configuration")
     method = text(recipe, "merge_method", "the configuration")
     if method not in _DEFAULTS:
@@ -211,7 +212,8 @@ class _Parameters:
         return int(number)
 
     def _number(self, name: str, rule: str) -> float:
-        """A flag's or count's: all of mergekit's parameters are numbers, and so its own files have true as 1.0, 5 as 5.0."""
+        """A flag's or count's: all of mergekit's parameters are numbers, and so its own files have true as 1.0, 5 as
+        5.0."""
         value = self._plain(name)
         try:
             number = float(value)
@@ -236,7 +238,8 @@ class _Parameters:
 
 
 def _rules(label: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
-    """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is part of the name counts."""
+    """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is part of the name
+    counts."""
     conditions = [value] if isinstance(value, Mapping) else value
     if not (isinstance(conditions, list) and any(isinstance(one, Mapping) for one in conditions)):
         return [("*", _numbers(label, value))] if value != [] else []
