@@ -14,4 +14,5 @@ __all__ = [
     "UserError", "data", "decode", "integrations", "losses", "ops", "palette", "reference", "rewards", "soup", "train",
     "use_backend",
 ]  # fmt: skip
-__getattr__, __dir__ = lazy(__name__, {name: name for name in __all__ if name not in ("UserError", "use_backend")})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, {name: name for name in __all__ if name not in ("UserError", "use_backend")})

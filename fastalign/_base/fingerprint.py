@@ -17,7 +17,7 @@ _WHOLE = 1 << 20  # bytes of weights that are hashed whole
 _PAGES, _PAGE = 256, 4096  # of larger files: so many evenly, from the first to the last
 
 
-def of_model(name: str | os.PathLike) -> str:
+def of_model(name: str | os.PathLike[str]) -> str:
     """A hash of a local folder's or file's content; of a model from the hub its name and, where it is known, its commit.
 
     Weights of more than 1 MB count by size, their first megabyte and 256 pages spread over them, so that this takes
@@ -30,7 +30,7 @@ def of_model(name: str | os.PathLike) -> str:
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _of_one(path: Path, name: str | os.PathLike) -> str:
+def _of_one(path: Path, name: str | os.PathLike[str]) -> str:
     if not path.exists():
         return f"{name}@{_commit(os.fspath(name))}"
     return of_files(path.iterdir() if path.is_dir() else [path])

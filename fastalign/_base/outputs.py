@@ -40,7 +40,7 @@ class Job:
 
 
 def claim(
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     job: Job,
     *,
     overwrite: bool = False,
@@ -84,7 +84,7 @@ def claim(
 
 @contextmanager
 def making(
-    out: str | os.PathLike, value: dict[str, Any], record: Mapping[str, Any], *, files: Sequence[Path] = (),
+    out: str | os.PathLike[str], value: dict[str, Any], record: Mapping[str, Any], *, files: Sequence[Path] = (),
     figures: Path | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Write the object `value` with its record as JSON at `out`, what goes with it in the block, and then the digests of that. What
@@ -111,7 +111,7 @@ def differing(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     return next((name for name in names if had.get(name) != wanted.get(name)), None)
 
 
-def recorded(path: str | os.PathLike, key: str = "made") -> dict[str, Any] | None:
+def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] | None:
     """What a JSON or Parquet file says, under `key`, of the job that made it; None where it is not there or says nothing of the kind."""
     path = Path(path)
     if not path.is_file():
@@ -175,6 +175,6 @@ def ask(question: str) -> bool:
     return (to := _ASK.get()) is not None and to(question)
 
 
-def _digest(path: str | os.PathLike) -> str:
+def _digest(path: str | os.PathLike[str]) -> str:
     found = Path(os.fspath(path)).expanduser()
     return sha256(found) if found.is_file() else fingerprint.of_model(path)

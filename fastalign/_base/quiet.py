@@ -11,7 +11,7 @@ from fastalign._base.errors import UserError
 
 
 @contextmanager
-def one_line_errors(name: str | os.PathLike, where: str = "") -> Iterator[None]:
+def one_line_errors(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
     """Turn what transformers raises for a model it cannot load into one UserError line that names it."""
     try:
         yield

@@ -31,6 +31,8 @@ _HALF = re.compile(
 class WorkFolder:
     """A folder that this process holds: see `hold`. job: what it was begun for, None where it is new."""
 
+    path: Path
+
     def __init__(self, path: Path, mark: int):
         self.path, self._mark = path, mark
         self.job, self._files = _read(mark, path)
@@ -41,7 +43,7 @@ class WorkFolder:
         if self.job != job or anew:
             self.clear()
             os.ftruncate(self._mark, 0)
-            self.job = job
+            self.job: dict[str, Any] | None = job
             self._write({"kind": _KIND, "job": job})
         for path in self._there():
             if self._name(path) not in self._files:  # half a file

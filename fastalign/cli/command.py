@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -26,6 +26,9 @@ import fastalign
 from fastalign._base import outputs, progress
 from fastalign._base.errors import Terminated, UserError, printable
 from fastalign._base.files import STDOUT
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 UNWRAPPED = 400  # columns, where nobody's terminal folds the lines
 JSON = ("map_", "eval_")  # the commands whose output is JSON
@@ -39,16 +42,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print what was found as JS
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and was made otherwise.")]
 
 
-def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]:
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+
+class Registrar(Protocol):
+    def __call__(self, example: str, *, serves: bool = False) -> Decorator: ...
+
+
+def registrar(app: typer.Typer) -> Registrar:
     """`command(example)` for `app`: a decorator."""
 
-    def command(example: str, *, serves: bool = False) -> Callable[[Callable], Callable]:
+    def command(example: str, *, serves: bool = False) -> Decorator:
         """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback.
 
         serves: it has nothing to tell while nobody asks.
         """
 
-        def register(function: Callable) -> Callable:
+        def register(function: Command) -> Command:
             signature = inspect.signature(function, eval_str=True)
 
             @functools.wraps(function)
@@ -95,7 +106,7 @@ def registrar(app: typer.Typer) -> Callable[..., Callable[[Callable], Callable]]
     return command
 
 
-def console(*, markup: bool = False, out: Path | None = None):
+def console(*, markup: bool = False, out: Path | None = None) -> Console:
     """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out: where the command
     writes: for "-" what is shown goes to stderr; with --json nothing is shown."""
     from rich.console import Console

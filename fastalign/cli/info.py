@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fastalign
 from fastalign import backend, kernels, rewards
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 OPTIONAL = {
     "triton": "GPU kernels",
@@ -27,7 +30,7 @@ OPTIONAL = {
 }
 
 
-def show(console) -> None:
+def show(console: Console) -> None:
     """Print it on a rich console."""
     from rich.table import Table
 
@@ -70,7 +73,7 @@ def about() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show_model(console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
+def show_model(console: Console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
     """Load a model, print which path each of its parts takes, and why another is not taken, and return that."""
     import warnings
 
@@ -85,7 +88,7 @@ def show_model(console, name: str, *, dtype: str, device: str) -> dict[str, Any]
     return {part: {"path": path, "why": why} for part, path, why in rows}
 
 
-def paths(sampler) -> list[tuple[str, str, str]]:
+def paths(sampler: Any) -> list[tuple[str, str, str]]:
     """(part, path, why not a faster one) of a loaded `Sampler`'s model."""
     from fastalign._base.errors import UserError
     from fastalign.decode.sampler import HOW

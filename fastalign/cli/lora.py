@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign.cli.command import Found, console
 
 
 def mix(
-    models: Sequence[str], rows, out: Path, *, rank: int | None, dtype: str | None, force: bool, overwrite: bool
+    models: Sequence[str], rows: Any, out: Path, *, rank: int | None, dtype: str | None, force: bool, overwrite: bool
 ) -> Found:
     """Adapters into one adapter each for the rows of weights."""
     from fastalign.soup import merge_adapters

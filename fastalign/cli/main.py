@@ -19,12 +19,12 @@ from fastalign._base.units import counted
 from fastalign.cli import soup as cli_soup
 from fastalign.cli import soup_front as cli_soup_front
 from fastalign.cli import train as cli_train
-from fastalign.cli.command import Found, Overwrite, given, named_values, registrar, warn_in_one_line
+from fastalign.cli.command import Found, Overwrite, Registrar, given, named_values, registrar, warn_in_one_line
 from fastalign.cli.command import console as _console
 from fastalign.cli.command import names as _names
 from fastalign.cli.command import numbers as _numbers
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="fastalign",
     help="Align language models to several human values: sample, score, solve for a palette, select, train, look.",
     no_args_is_help=True,
@@ -35,7 +35,7 @@ app = typer.Typer(
 
 
 app.add_typer(cli_train.app, name="train")
-command = registrar(app)
+command: Registrar = registrar(app)
 
 
 GRID_ROWS = 60  # of `eval --lam-grid`, on the terminal

@@ -11,14 +11,14 @@ import typer
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
-from fastalign.cli.command import Found, Overwrite, console, names, registrar
+from fastalign.cli.command import Found, Overwrite, Registrar, console, names, registrar
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Train towards a palette: DPO on preference pairs, PPO on λ·R, reward models. Needs fastalign\\[trl].",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-command = registrar(app)
+command: Registrar = registrar(app)
 
 
 class How(str, Enum):

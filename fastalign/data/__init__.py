@@ -8,4 +8,5 @@ if TYPE_CHECKING:
     from fastalign.data import hub, preferences, prompts
 
 __all__ = ["hub", "preferences", "prompts"]
-__getattr__, __dir__ = lazy(__name__, {name: name for name in __all__})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy(__name__, {name: name for name in __all__})

@@ -58,7 +58,7 @@ class Conversation(str):
             return cls(value.get("messages"), **{name: value.get(name) for name in EXTRAS})
         return cls(value)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Conversation.parse, (str(self),)
 
     @property

@@ -41,7 +41,7 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
 
 
-def split_messages(chosen: list, rejected: list) -> tuple[list, list, list]:
+def split_messages(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """Two conversations of one beginning as (prompt, chosen, rejected), each of which keeps a message of its own.
 
     Raises UserError where they share no message.

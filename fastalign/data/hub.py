@@ -30,7 +30,7 @@ def first_words(text: str, k: int) -> str:
 
 
 def load_prompts(
-    name_or_path: str | os.PathLike, *, words: int | None = None, column: str | None = None, split: str = "train"
+    name_or_path: str | os.PathLike[str], *, words: int | None = None, column: str | None = None, split: str = "train"
 ) -> list[str]:
     """Prompts for rollouts, from whatever `data.prompts.load` reads and also from imdb and hh-rlhf.
 

@@ -17,7 +17,7 @@ NUMBERS = ("kl", "ess", "kkt_residual")
 WHOLE = ("lambda", "palette", "sense", "before", "levels", "kl", "ess", "kkt_residual", "feasible", "candidates")
 
 
-def read(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
     """The file's object, with its "values" and what else is needed of it: "lambda", "palette", "sense", "kl" ...
 
     What is not needed is checked like that where it is there and not null: a file is right or wrong whoever reads it.
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
     return found
 
 
-def of_values(path: str | os.PathLike, found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+def of_values(path: str | os.PathLike[str], found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
     """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one that is not there."""
     for name in names:
         if name not in found["values"]:

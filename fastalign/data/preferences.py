@@ -54,13 +54,13 @@ class PreferencePairs:
         """What was left out, in words; "" where nothing was."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
 
-    def to_dataset(self, *, chat: bool = False):
+    def to_dataset(self, *, chat: bool = False) -> Any:
         """A `datasets.Dataset`. chat: prompts and completions of plain text become messages of a user and an assistant."""
         from datasets import Dataset
 
         return Dataset.from_list([as_chat(row) for row in self._even()] if chat else self._even())
 
-    def to_parquet(self, path: str | os.PathLike) -> None:
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the pairs, whole or not at all; `load` reads them back."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -92,7 +92,7 @@ class PreferencePairs:
         return train, test
 
 
-def load(name_or_path: str | os.PathLike, *, split: str = "train", on_bad: str | None = None) -> PreferencePairs:
+def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: str | None = None) -> PreferencePairs:
     """Pairs from "bundled", a .jsonl, .json, .csv or .parquet file, or a data set's hub name.
 
     Rows have columns prompt, chosen and rejected. Completions of messages may begin with a prompt of text
@@ -152,7 +152,7 @@ def check(row: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def check_lengths(pairs: Sequence[Mapping[str, Any]], tokenizer, max_length: int, source: str = "pairs") -> None:
+def check_lengths(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, source: str = "pairs") -> None:
     """Raise UserError for the first pair whose prompt alone, tokenized, fills `max_length` tokens."""
     if max_length < 2:
         raise UserError(f"max_length must be at least 2, one token of prompt and one of completion, got {max_length}")

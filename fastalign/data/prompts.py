@@ -34,7 +34,7 @@ def bundled(k: int | None = None) -> list[str]:
     return prompts[:k]
 
 
-def load(name_or_path: str | os.PathLike, *, column: str | None = None, split: str = "train") -> list[str]:
+def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, split: str = "train") -> list[str]:
     """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
 
     column: where the prompts are; by default "prompt", else "messages", else "text", else what "chosen" and "rejected"

@@ -15,7 +15,7 @@ from fastalign._base.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read(name_or_path: str | os.PathLike, *, split: str = "train", what: str = "data") -> list[dict[str, Any]]:
+def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: str = "data") -> list[dict[str, Any]]:
     """The rows of a file of rows, or of a split of a hub data set; at least one.
 
     what: how messages call it ("pairs"). Raises FileNotFoundError or UserError, one line that names the file.
@@ -48,7 +48,7 @@ def no_split(source: str, split: str) -> None:
         raise UserError(f"split must be left out for {source}: it is no data set of the hub, got {split!r}")
 
 
-def from_hub(name: str, *, split: str, what: str):
+def from_hub(name: str, *, split: str, what: str) -> Any:
     """A data set by its hub name, as `datasets.Dataset`; UserError in one line where it is not to be had."""
     try:
         import datasets

@@ -29,11 +29,14 @@ class Text:
     rows: entries of the model's embedding, which no token may lie beyond; None: not known.
     """
 
+    tokenizer: Any
+    rows: int | None
+
     def __init__(self, tokenizer: Any, *, rows: int | None = None):
         self.tokenizer, self.rows = tokenizer, rows
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
         special = {int(i) for i, token in added.items() if getattr(token, "special", False)}
-        self.special = frozenset(special | set(getattr(tokenizer, "all_special_ids", None) or ()))
+        self.special: frozenset[int] = frozenset(special | set(getattr(tokenizer, "all_special_ids", None) or ()))
         self._before = lru_cache(4096)(self._decode)
         self._names = lru_cache(1)(lambda: [self._decode((i,), False) for i in self.special])
         self._naming = lru_cache(64)(self._names_special)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,13 @@ from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
+from fastalign.decode.samplers.base import SamplingOptions
 from fastalign.decode.select import effective_sample_size, select
 from fastalign.decode.streams import places_of
 from fastalign.decode.worth import TRUSTED_ESS, Worth
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PILOT_N, PILOT_PROMPTS = 32, 8
 
@@ -52,7 +56,7 @@ def adaptive(
     seed: int,
     prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Adaptive:
     """`best_of` with as many candidates as each prompt needs, drawn `each` at a time, max_n at most (a multiple of `each`).
 
@@ -156,7 +160,7 @@ def pilot(
     lam: Sequence[float] | None = None,
     n: int = PILOT_N,
     seed: int,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Pilot:
     """Draw n candidates of 8 prompts spread over the set, and tell how many p_lambda needs (`worth`).
 

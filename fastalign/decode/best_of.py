@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,11 @@ from fastalign._base.numbers import weights
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
+from fastalign.decode.samplers.base import BaseSampler, SamplingOptions
 from fastalign.decode.select import effective_sample_size, select
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -45,7 +49,7 @@ def best_of(
     max_new_tokens: int,
     seed: int,
     show_progress: bool = False,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> BestOf:
     """Draw n candidates per prompt, score them, keep k.
 
@@ -66,7 +70,9 @@ def best_of(
     return chosen(candidates.with_rewards(names, values), names, lam, method=method, k=k, seed=seed)
 
 
-def prepared(sampler: Sampler | str, rewards: Any, lam: Sequence[float] | None) -> tuple:
+def prepared(
+    sampler: Sampler | str, rewards: Any, lam: Sequence[float] | None
+) -> tuple[BaseSampler, list[Any], list[str], np.ndarray]:
     """(Sampler, rewards as a list, their names, lam (m,) float64) from what `best_of` takes."""
     rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     lam = np.ones(len(rewards)) if lam is None else weights(lam, len(rewards))

@@ -81,7 +81,7 @@ class Candidates:
         shown = self.to_pandas(prompts=5, candidates=3)
         return f"<p>{html.escape(repr(self))}</p>{shown.to_html(index=False, max_cols=20)}"
 
-    def to_pandas(self, *, prompts: int | None = None, candidates: int | None = None):
+    def to_pandas(self, *, prompts: int | None = None, candidates: int | None = None) -> Any:
         """A pandas DataFrame with a row for each candidate (of the first so many prompts and candidates): prompt_id, candidate_id,
         prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by its name.
 
@@ -204,7 +204,7 @@ class Candidates:
             log_weights=stacked("log_weights"),
         )
 
-    def to_parquet(self, path: str | os.PathLike) -> None:
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the file of this `kind`, whole or not at all."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -234,7 +234,7 @@ class Candidates:
             pq.write_table(table, beside, compression="zstd")
 
     @classmethod
-    def from_parquet(cls, path: str | os.PathLike, *, kind: str | Sequence[str] | None = None) -> Candidates:
+    def from_parquet(cls, path: str | os.PathLike[str], *, kind: str | Sequence[str] | None = None) -> Candidates:
         """Read any of the kinds; with `kind`, the file must be of it (or one of them).
 
         Raises FileNotFoundError or UserError: one line that names the file and what is wrong with it.

@@ -17,21 +17,25 @@ from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.sampler import Sampler
 from fastalign.decode.samplers.base import ROWS_AT_ONCE
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine
-from fastalign.decode.token_loop import Job
+from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.rewards import score
 
 
 class Lockstep:
     """n candidates of each of some prompts (by their numbers) in flight, all of one age."""
 
+    sampler: Sampler
+    encoded: Mapping[int, Sequence[int]]
+    settings: SamplingSettings
+
     def __init__(self, sampler: Sampler, encoded: Mapping[int, Sequence[int]], settings: SamplingSettings):
         self.sampler, self.encoded, self.settings = sampler, encoded, settings
-        self.age = 0  # tokens drawn by those that have not ended
-        self.drawn = 0  # tokens drawn in all
+        self.age: int = 0  # tokens drawn by those that have not ended
+        self.drawn: int = 0  # tokens drawn in all
         self.ended: set[Job] = set()
-        self.jobs = [Job(prompt, place) for prompt in encoded for place in range(settings.n)]
-        self.engine = SharedPromptEngine(sampler.model, len(self.jobs), prompts=len(encoded))
-        self.loop = sampler.token_loop(self.engine, settings, encoded)
+        self.jobs: list[Job] = [Job(prompt, place) for prompt in encoded for place in range(settings.n)]
+        self.engine: SharedPromptEngine = SharedPromptEngine(sampler.model, len(self.jobs), prompts=len(encoded))
+        self.loop: TokenLoop = sampler.token_loop(self.engine, settings, encoded)
         for prompt, ids in encoded.items():
             self.engine.prefill(prompt, ids)
 
@@ -90,7 +94,7 @@ class Lockstep:
         flat = [values[job] for job in self.jobs]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
-    def rows(self) -> tuple[list, list, list]:
+    def rows(self) -> tuple[list[list[str]], list[list[list[int]]], list[list[list[float]]]]:
         """Texts, token ids, log-probabilities: [prompt][place] each."""
         return (
             self.grid({job: self.text(job) for job in self.jobs}),

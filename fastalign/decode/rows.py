@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,9 @@ COMPACT_BELOW = 0.75  # of the rows alive: see `Batch`
 class CachedRows:
     """The rows in flight and the logits (rows, V) of each one's next token."""
 
-    pads = True  # whether prompts of different lengths may stand in one batch
+    model: Any
+
+    pads: bool = True  # whether prompts of different lengths may stand in one batch
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
         inner = language_model(model)
@@ -42,10 +44,10 @@ class CachedRows:
         lengths = torch.tensor([len(ids) for ids in prompts], device=inner.device)
         longest = int(lengths.max())
         ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=inner.device)
-        self.mask = (torch.arange(longest, device=inner.device) >= longest - lengths[:, None]).long()
-        self.positions = lengths  # of the next token
+        self.mask: Tensor = (torch.arange(longest, device=inner.device) >= longest - lengths[:, None]).long()
+        self.positions: Tensor = lengths  # of the next token
         self.cache: Any = None
-        self.logits = self._run(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
+        self.logits: Tensor = self._run(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
     def repeat(self, count: int, *, again: bool) -> CachedRows:
         """`count` candidates of each prompt; again: whether these rows are to be repeated once more."""
@@ -98,6 +100,8 @@ class RepeatedRows(CachedRows):
 class UncachedRows:
     """For models without a usable cache: texts of one length, each run whole at every token."""
 
+    model: Any
+
     pads = False
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
@@ -105,8 +109,8 @@ class UncachedRows:
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(inner).forward).parameters else {}
         )
-        self.ids = torch.tensor([list(row) for row in prompts], device=inner.device)
-        self.logits = self._run()
+        self.ids: Tensor = torch.tensor([list(row) for row in prompts], device=inner.device)
+        self.logits: Tensor = self._run()
 
     def keep(self, rows: Tensor) -> bool:
         self.ids, self.logits = self.ids[rows], self.logits[rows]
@@ -163,7 +167,7 @@ class Batch:
         return ops.sample_tokens(logits, rows=rows.to(logits.device), **options)
 
 
-def trial(kind: type[Rows]):
+def trial(kind: type[Rows]) -> Callable[[Any, Probe], list[Tensor]]:
     """The path of `models.tried` for one of these kinds: the probe's continuations, forced, ended ones taken out."""
 
     def path(model: Any, probe: Probe) -> list[Tensor]:

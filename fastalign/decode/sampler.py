@@ -42,17 +42,21 @@ _CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  #
 class Sampler(BaseSampler):
     """A model with its tokenizer, ready to sample; backend: of the ops, a name that `use_backend` takes."""
 
+    model: Any
+    tokenizer: Any
+    backend: str
+
     def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
         with backends.use_backend(backend):  # an unknown name raises here
             self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
-        self.name = getattr(model, "name_or_path", "") or type(model).__name__
+        self.name: str = getattr(model, "name_or_path", "") or type(model).__name__
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-        self.ends = sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None})
+        self.ends: list[int] = sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None})
         self._config = model.config.get_text_config(decoder=True)
         lengths = (getattr(self._config, name, None) or 0 for name in _CONTEXT)  # some write "none" as -1
-        self.context = next((length for length in lengths if length > 0), 0)
-        self.text = Text(tokenizer, rows=embedding_rows(model))
+        self.context: int = next((length for length in lengths if length > 0), 0)
+        self.text: Text = Text(tokenizer, rows=embedding_rows(model))
 
     @classmethod
     def from_pretrained(
@@ -95,12 +99,14 @@ class Sampler(BaseSampler):
                     parts.append(self._by_batches(kind, batches, request))
         return self._joined(parts)
 
-    def _joined(self, parts: list[Iterator]) -> Iterator:
+    def _joined(self, parts: list[Iterator[tuple[list[int], Candidates]]]) -> Iterator[tuple[list[int], Candidates]]:
         for part in parts:
             self.model.eval()  # no dropout: it may have been trained since
             yield from part
 
-    def draw(self, encoded: Sequence[list[int]], settings: SamplingSettings) -> tuple[list, list]:
+    def draw(
+        self, encoded: Sequence[list[int]], settings: SamplingSettings
+    ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
         """Token ids and log-probabilities, [prompt][candidate] each, of prompts that are token ids: in batches, without texts."""
         self.model.eval()
         drawn: dict[int, tuple[list, list]] = {}

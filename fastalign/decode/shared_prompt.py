@@ -58,6 +58,9 @@ class SharedPromptEngine:
     the new tokens of each candidate in flight, and of each such prompt once.
     """
 
+    model: PreTrainedModel
+    prompts: int
+
     def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
@@ -68,8 +71,8 @@ class SharedPromptEngine:
         self.head: Head = head_of(self.model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
-        self.lengths = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
-        self.last = torch.zeros(rows, dtype=torch.int64)  # the token drawn last, whose keys are not
+        self.lengths: Tensor = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
+        self.last: Tensor = torch.zeros(rows, dtype=torch.int64)  # the token drawn last, whose keys are not
         self.keys: dict[int, Tensor] = {}  # layer -> (rows, kv heads, room, d)
         self.values: dict[int, Tensor] = {}
 
@@ -144,7 +147,7 @@ class SharedPromptEngine:
 
     def shrink(self) -> None:
         """Give back the memory of places that no row in flight takes: `rows` is as many as there are."""
-        self.rows = len(self.jobs)
+        self.rows: int = len(self.jobs)
         self.lengths, self.last = self.lengths[: self.rows], self.last[: self.rows]
         for caches in (self.keys, self.values):
             for layer, cache in caches.items():
@@ -313,8 +316,8 @@ def _part(q, k, v, scaling: float, softcap: float | None, mask) -> tuple[Tensor,
 
 
 def attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, *, plan, sliding_window=None, softcap=None, **kwargs
-):  # fmt: skip
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float=0.0, scaling: float | None=None, *, plan: Any, sliding_window: int | None=None, softcap: float | None=None, **kwargs: Any
+) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface, `plan` being the engine's: -> (rows, tokens, heads, d)."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases cannot run on the shared-prompt engine")

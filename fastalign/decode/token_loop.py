@@ -57,6 +57,14 @@ class TokenLoop:
     which its random streams go; by default the prompt's own number. name: of the model, for errors. backend: of `sample_tokens`.
     """
 
+    engine: Engine
+    settings: SamplingSettings
+    ends: set[int]
+    stopped: Callable[[Job, list[int]], bool]
+    places: Mapping[int, int] | Sequence[int] | None
+    name: str
+    backend: str
+
     def __init__(
         self,
         engine: Engine,
@@ -64,7 +72,7 @@ class TokenLoop:
         ends: Sequence[int],
         stopped: Callable[[Job, list[int]], bool],
         *,
-        places: Mapping[int, int] | None = None,
+        places: Mapping[int, int] | Sequence[int] | None = None,
         name: str = "the model",
         backend: str = "auto",
     ):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,18 +26,26 @@ from fastalign.data.conversations import transcript
 from fastalign.data.sampling import KNOBS, check, check_knobs, check_ray
 from fastalign.decode.candidates import Candidates
 
+if TYPE_CHECKING:
+    from fastalign.decode import Estimate
+    from fastalign.report import Report
+
 GRID_LIMIT = 10_000  # points of `evaluate_grid`
 
 
 class Model:
     """A model by the name that `Sampler.from_pretrained` takes: loaded once, when it is first needed."""
 
+    name: str
+    dtype: str
+    device: str
+
     def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto"):
         self.name, self.dtype, self.device = name, str(dtype), device
         check_loading(self.dtype, device)
 
     @cached_property
-    def sampler(self):
+    def sampler(self) -> Any:
         from fastalign.decode import Sampler
 
         return Sampler.from_pretrained(self.name, dtype=self.dtype, device=self.device)
@@ -430,7 +438,7 @@ def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **s
     return f"pilot: {found.worth.tell(n, prompts=len(prompts))}"
 
 
-def expected(scored: str | Path, solution: Mapping[str, Any]):
+def expected(scored: str | Path, solution: Mapping[str, Any]) -> Estimate:
     """What resampling by λ gives on average: an `Estimate` with one row. solution: the "values" and "lambda" of a palette file, or of
     a selected file's settings["selection"].
 
@@ -518,7 +526,7 @@ def evaluate(
     figures: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     overwrite: bool = False,
-):
+) -> Report:
     """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report.
 
     figures: a folder for each figure as SVG and PNG.

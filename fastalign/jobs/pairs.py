@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +13,19 @@ from fastalign._base.numbers import weights
 from fastalign.data.conversations import EXTRAS, Conversation
 from fastalign.data.preferences import PreferencePairs
 
+if TYPE_CHECKING:
+    from fastalign.decode import Candidates
+
 METHODS = ("best_worst", "sampled")
 
 
 def preference_pairs(
-    scored, *, lam: Sequence[float] | Mapping[str, float], how: str = "best_worst", pairs_per_prompt: int = 1, seed: int
+    scored: str | os.PathLike[str] | Candidates,
+    *,
+    lam: Sequence[float] | Mapping[str, float],
+    how: str = "best_worst",
+    pairs_per_prompt: int = 1,
+    seed: int,
 ) -> PreferencePairs:
     """Pairs from scored candidates: which of two candidates of one prompt p_lambda(y|x) prefers.
 
@@ -90,7 +99,9 @@ def preference_pairs(
     )
 
 
-def pairs_by_value(scored, values: Sequence[str], **making: Any) -> PreferencePairs:
+def pairs_by_value(
+    scored: str | os.PathLike[str] | Candidates, values: Sequence[str], **making: Any
+) -> PreferencePairs:
     """`preference_pairs` of each value by itself, one after the other, whose name is in the column "value"."""
     from fastalign.decode import Candidates
 

@@ -51,7 +51,7 @@ def train_ppo(
     prompts: Sequence[str],
     values: Sequence[Any],
     lam: Sequence[float],
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     learning_rate: float = 1.41e-5,
     batch_size: int = 32,
@@ -223,7 +223,7 @@ def _trainer(config, model: str, adapters, prompts: Sequence[str], chat: bool | 
     return PPOTrainer(config, policy, None, tokenizer, dataset=rows)
 
 
-def prompt_rows(prompts: Sequence[str], tokenizer, chat: bool | None) -> list[dict[str, Any]]:
+def prompt_rows(prompts: Sequence[str], tokenizer: Any, chat: bool | None) -> list[dict[str, Any]]:
     """Rows of a PPO data set: "input_ids", through the chat template where that is asked for, and "query", the text."""
     import torch
 

@@ -19,10 +19,10 @@ from fastalign.jobs import run as runs
 
 
 def read_pairs(
-    data: str | os.PathLike,
+    data: str | os.PathLike[str],
     *,
     lam: Sequence[float] | Mapping[str, float] | None = None,
-    palette: str | os.PathLike | None = None,
+    palette: str | os.PathLike[str] | None = None,
     values: Sequence[str] | None = None,
     how: str = "best_worst",
     pairs_per_prompt: int = 1,
@@ -60,7 +60,7 @@ def read_pairs(
 def train_dpo(
     model: str,
     pairs: PreferencePairs,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     learning_rate: float = 5e-6,
     batch_size: int = 4,
@@ -137,11 +137,11 @@ def train_dpo(
 def train_reward(
     model: str,
     pairs: PreferencePairs,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     values: Sequence[str] | None = None,
     held_out: float = 0.1,
-    report: str | os.PathLike | None = None,
+    report: str | os.PathLike[str] | None = None,
     learning_rate: float = 1e-5,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
@@ -330,7 +330,7 @@ def _tokenizer(model: str):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _parquet_kind(data: str | os.PathLike) -> str | None:
+def _parquet_kind(data: str | os.PathLike[str]) -> str | None:
     """The "kind" that fastalign noted in a Parquet file; None for others."""
     path = Path(data).expanduser()
     if path.suffix.lower() != ".parquet" or not path.is_file():

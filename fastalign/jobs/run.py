@@ -57,15 +57,15 @@ class Run:
     """
 
     def __init__(
-        self, out: str | os.PathLike, settings: Mapping[str, Any], *, resume: bool, overwrite: bool = False,
+        self, out: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool, overwrite: bool = False,
         inputs: Sequence[str] = (),
     ):  # fmt: skip
-        self.out = Path(out)
+        self.out: Path = Path(out)
         contents = {name: fingerprint.of_model(name) for name in inputs}
-        self.settings = json.loads(json.dumps({**settings, "contents": contents}))
+        self.settings: dict[str, Any] = json.loads(json.dumps({**settings, "contents": contents}))
         self._lock: int | None = None
-        self.checkpoints = self.out / "checkpoints"
-        self.logs = self.out / "log.jsonl"
+        self.checkpoints: Path = self.out / "checkpoints"
+        self.logs: Path = self.out / "log.jsonl"
         check_folder(self.out)
         outputs.not_an_input(self.out, inputs, folder=True)
         self.previous = self.out / "previous"
@@ -87,8 +87,8 @@ class Run:
             self._same(had)
         same = had == self.settings
         whole = ended is not None and all((self.out / name).is_file() for name in self._old_files)
-        self.result = ended if same and whole and not overwrite else None
-        self.resumes = same and self.result is None and bool(self._kept())
+        self.result: dict[str, Any] | None = ended if same and whole and not overwrite else None
+        self.resumes: bool = same and self.result is None and bool(self._kept())
         nothing = f"{out}: there is nothing to resume"
         if resume and self.result is None and not self.resumes and not outputs.ask(f"{nothing}; begin a run?"):
             raise UserError(f"{nothing}; leave out --resume to begin")
@@ -100,7 +100,7 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind, error, _) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind; one that was stopped says what does."""
         kept = self._kept()
         if isinstance(error, KeyboardInterrupt) and not error.args:
@@ -282,7 +282,7 @@ def check_counts(**given: int | None) -> None:
             raise UserError(f"{name} must be an integer, at least {least}, got {count!r}")
 
 
-def lora(r: int | None, task: str):
+def lora(r: int | None, task: str) -> Any:
     """peft's LoraConfig of rank r on its usual layers, alpha 2r; None for None. task: "CAUSAL_LM" or "SEQ_CLS"."""
     if r is None:
         return None
@@ -303,7 +303,7 @@ def board() -> str | None:
     return "tensorboard" if found else None
 
 
-def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)):
+def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> Any:
     """A callback for transformers' Trainer: its logs into the run's log and onto the progress line, and a stop where one is asked for.
 
     Set its `trainer` and `advance` (of a `progress.bar`) once they are made. shown: which logged figures stand on the line. What the

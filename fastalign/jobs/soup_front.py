@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,10 +15,13 @@ from fastalign.data import palettes
 from fastalign.soup.front import Choice, SoupFront, choose
 from fastalign.soup.measure import FIGURES, RECORD, Walk, making
 
+if TYPE_CHECKING:
+    from fastalign.palette.inputs import Array
+
 
 def study(
-    models: Sequence[str | os.PathLike], rho, prompts: Sequence[str], rewards: Sequence[Any], out: str | os.PathLike, *,
-    palette: np.ndarray | None = None, seed: int, base: str | os.PathLike | None = None, overwrite: bool = False, **settings: Any,
+    models: Sequence[str | os.PathLike[str]], rho: Array, prompts: Sequence[str], rewards: Sequence[Any], out: str | os.PathLike[str], *,
+    palette: np.ndarray | None = None, seed: int, base: str | os.PathLike[str] | None = None, overwrite: bool = False, **settings: Any,
 ) -> SoupFront:  # fmt: skip
     """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures in `out`.
 
@@ -84,7 +87,7 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
     }  # fmt: skip
 
 
-def read_palette(path: str | os.PathLike, values: Sequence[str]) -> np.ndarray:
+def read_palette(path: str | os.PathLike[str], values: Sequence[str]) -> np.ndarray:
     """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
     found = palettes.read(path, "palette", "sense")
     lacking = [name for name in found["values"] if name not in values]

@@ -28,10 +28,10 @@ from fastalign.losses.preference import (
 )
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
 from fastalign.ops.fused import on_triton
+from fastalign.ops.head import Adapter
 from fastalign.ops.pairwise import FUSED
 from fastalign.ops.preference import pairwise_loss
 
-Adapter = tuple[Tensor, Tensor, float]
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
@@ -65,16 +65,24 @@ class LinearLoss(nn.Module):
     ):
         """The options of `ops.linear_token_logprobs`, and token_metrics: entropy, mean logits and accuracy too."""
         super().__init__()
-        self.head = {
+        self.head: dict[str, Any] = {
             "temperature": temperature,
             "softcap": softcap,
             "logit_scale": logit_scale,
             "ignore_index": ignore_index,
         }
-        self.backward_options = {"grad_filter": grad_filter, "memory_budget": memory_budget}
+        self.backward_options: dict[str, Any] = {"grad_filter": grad_filter, "memory_budget": memory_budget}
         self.token_metrics = token_metrics
 
-    def _project(self, hidden, weight, labels, bias, adapter, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+    def _project(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        adapter: Adapter | None,
+        outputs: tuple[str, ...] = (),
+    ) -> TokenLogprobs:
         """log_probs, `outputs`, and the statistics where token metrics are wanted, each (R, T)."""
         if hidden.ndim != 3 or labels.shape != hidden.shape[:-1]:
             raise UserError(
@@ -86,7 +94,9 @@ class LinearLoss(nn.Module):
         found = linear_token_logprobs(hidden, weight, labels, bias=bias, adapter=adapter, outputs=asked, **options)
         return found if isinstance(found, TokenLogprobs) else TokenLogprobs(log_probs=found)
 
-    def _reference(self, labels, ref_hidden, ref_weight, ref_bias) -> Tensor | None:
+    def _reference(
+        self, labels: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+    ) -> Tensor | None:
         """The reference model's log_probs (R, T) from its own hidden states and head, or None where it has none."""
         if ref_hidden is None:
             return None
@@ -118,12 +128,28 @@ class LinearLoss(nn.Module):
 class _LinearPairLoss(LinearLoss):
     """What the losses over [chosen; rejected] rows share."""
 
-    def _project_pairs(self, hidden, weight, labels, bias, adapter, outputs=()) -> TokenLogprobs:
+    def _project_pairs(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        adapter: Adapter | None,
+        outputs: tuple[str, ...] = (),
+    ) -> TokenLogprobs:
         if labels.shape[0] % 2:
             raise UserError(f"hidden must have an even number of rows, chosen then rejected, got {labels.shape[0]}")
         return self._project(hidden, weight, labels, bias, adapter, outputs)
 
-    def _pair_metrics(self, found, mask, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+    def _pair_metrics(
+        self,
+        found: TokenLogprobs,
+        mask: Tensor,
+        chosen_rewards: Tensor,
+        rejected_rewards: Tensor,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+    ) -> dict[str, Tensor]:
         is_chosen = torch.arange(len(mask), device=mask.device) < len(mask) // 2
         return {
             "rewards/chosen": chosen_rewards.mean(),
@@ -160,10 +186,19 @@ class LinearDPOLoss(_LinearPairLoss):
         discopop_tau: float = 0.05,
         ld_alpha: float | None = None,
         use_weighting: bool = False,
-        **head: Any,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
     ):
-        super().__init__(**head)
-        self.options = {
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
+        self.options: dict[str, Any] = {
             "beta": beta,
             "loss_type": loss_type,
             "loss_weights": loss_weights,
@@ -253,12 +288,21 @@ class LinearCPOLoss(_LinearPairLoss):
         simpo_gamma: float = 0.5,
         alpha: float = 0.0,
         cpo_alpha: float = 1.0,
-        **head: Any,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
     ):
-        super().__init__(**head)
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
         if loss_type == "alphapo":
             loss_type, cpo_alpha = "simpo", 0.0
-        self.options = {
+        self.options: dict[str, Any] = {
             "beta": beta,
             "loss_type": loss_type,
             "label_smoothing": label_smoothing,
@@ -298,17 +342,40 @@ class LinearSimPOLoss(LinearCPOLoss):
         gamma: float = 1.0,
         label_smoothing: float = 0.0,
         alpha: float = 0.0,
-        **head: Any,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
     ):
-        simpo = {"loss_type": "simpo", "simpo_gamma": gamma, "cpo_alpha": 0.0}
-        super().__init__(beta=beta, label_smoothing=label_smoothing, alpha=alpha, **simpo, **head)
+        super().__init__(
+            beta=beta, loss_type="simpo", label_smoothing=label_smoothing, simpo_gamma=gamma, alpha=alpha, cpo_alpha=0.0,
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
 
 
 class LinearORPOLoss(_LinearPairLoss):
     """`orpo_loss` on hidden states, with the chosen rows' likelihood term. head as in `LinearDPOLoss`."""
 
-    def __init__(self, *, beta: float = 0.1, **head: Any):
-        super().__init__(**head)
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
+    ):
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
         self.beta = beta
 
     def forward(
@@ -358,10 +425,19 @@ class LinearKTOLoss(LinearLoss):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         loss_type: str = "kto",
-        **head: Any,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
     ):
-        super().__init__(**head)
-        self.options = {
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
+        self.options: dict[str, Any] = {
             "beta": beta,
             "desirable_weight": desirable_weight,
             "undesirable_weight": undesirable_weight,
@@ -422,7 +498,17 @@ class LinearKTOLoss(LinearLoss):
         token_metrics.pop("mean_token_accuracy", None)
         return losses.mean(), metrics | token_metrics
 
-    def _kl(self, kl_hidden, kl_labels, ref_kl_hidden, weight, bias, adapter, ref_weight, ref_bias) -> Tensor:
+    def _kl(
+        self,
+        kl_hidden: Tensor | None,
+        kl_labels: Tensor | None,
+        ref_kl_hidden: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapter: Adapter | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+    ) -> Tensor:
         if kl_hidden is None or kl_labels is None or ref_kl_hidden is None:
             raise UserError("kl, or kl_hidden with kl_labels and ref_kl_hidden, must be given for loss_type 'kto'")
         mask = self._mask(kl_labels)

@@ -6,19 +6,20 @@ without gradient. Labels stand beside the hidden state that predicts them, as in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign.losses.linear import Adapter, LinearLoss
+from fastalign.losses.linear import LinearLoss
 from fastalign.losses.policy import PolicyLoss, grpo_loss, ppo_loss
+from fastalign.ops.head import Adapter
 
 
 class _LinearPolicyLoss(LinearLoss):
-    def __init__(self, options: dict[str, Any], head: dict[str, Any]):
-        super().__init__(**head)
-        self.options = options
+    options: dict[str, Any]
+    _loss: Callable[..., PolicyLoss]
 
     def forward(
         self,
@@ -95,9 +96,19 @@ class LinearPPOLoss(_LinearPolicyLoss):
         kl_estimator: str = "k3",
         entropy_coef: float = 0.0,
         aggregation: str = "token_mean",
-        **head: Any,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
     ):
-        options = {
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
+        self.options = {
             "clip_range": clip_range,
             "clip_range_high": clip_range_high,
             "dual_clip": dual_clip,
@@ -106,7 +117,6 @@ class LinearPPOLoss(_LinearPolicyLoss):
             "entropy_coef": entropy_coef,
             "aggregation": aggregation,
         }
-        super().__init__(options, head)
 
 
 class LinearGRPOLoss(_LinearPolicyLoss):
@@ -130,9 +140,19 @@ class LinearGRPOLoss(_LinearPolicyLoss):
         sapo_temperatures: tuple[float, float] = (1.0, 1.05),
         vespo_positive: tuple[float, float] = (2.0, 3.0),
         vespo_negative: tuple[float, float] = (3.0, 2.0),
-        **head: Any,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        grad_filter: float | None = None,
+        memory_budget: int = 0,
+        token_metrics: bool = False,
     ):
-        options = {
+        super().__init__(
+            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
+            memory_budget=memory_budget, token_metrics=token_metrics,
+        )  # fmt: skip
+        self.options = {
             "loss_type": loss_type,
             "importance": importance,
             "clip_range": clip_range,
@@ -147,7 +167,6 @@ class LinearGRPOLoss(_LinearPolicyLoss):
             "vespo_positive": vespo_positive,
             "vespo_negative": vespo_negative,
         }
-        super().__init__(options, head)
 
 
 def _metrics(result: PolicyLoss) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class CompiledLayers:
             self._undo.callback(setattr, place, ROTATION, original)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._undo.pop_all().close()
 
 

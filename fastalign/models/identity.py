@@ -44,7 +44,7 @@ def language_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def identity(model: Any) -> tuple:
+def identity(model: Any) -> tuple[Any, ...]:
     """Hashable: class, configuration, adapters, dtype, device, how attention is computed, every module's class with what it runs and
     its settings, and what hangs on this very model."""
     from fastalign import backend
@@ -82,7 +82,7 @@ def described(model: Any) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def weights_state(model: Any) -> tuple:
+def weights_state(model: Any) -> tuple[Any, ...]:
     """Changes with every change of the weights in this process, and of which adapters are in force."""
     versions = tuple((p.untyped_storage()._cdata, 0 if p.is_inference() else p._version) for p in model.parameters())
     return versions, tuple(map(_adapter_state, model.modules()))

@@ -26,7 +26,7 @@ NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "For
 
 
 def load_causal_lm(
-    name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+    name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode and its tokenizer (left padding, a pad token set).
 
@@ -56,7 +56,7 @@ def load_causal_lm(
     return model, tokenizer
 
 
-def check_language_model(name_or_path: str | os.PathLike) -> None:
+def check_language_model(name_or_path: str | os.PathLike[str]) -> None:
     """Raises FileNotFoundError or UserError, one line, for a classifier or its adapter, by its configuration alone."""
     from transformers import PretrainedConfig
 
@@ -68,14 +68,14 @@ def check_language_model(name_or_path: str | os.PathLike) -> None:
         _check_kind(config.get("architectures"), name_or_path)
 
 
-def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike) -> None:
+def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike[str]) -> None:
     """transformers makes a language model of a classifier too: its body, and a head of random numbers."""
     kind = next(iter(architectures or []), "")
     if kind.endswith(NO_LANGUAGE_MODEL):
         raise UserError(f"{name}: must be a causal language model, this is a {kind}")
 
 
-def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathLike) -> None:
+def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathLike[str]) -> None:
     head = model.get_output_embeddings()
     own = [key for key, x in model.named_parameters(remove_duplicate=False) if x is getattr(head, "weight", None)]
     if own and missing.issuperset(own):
@@ -127,7 +127,7 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def resolve(name_or_path: str | os.PathLike) -> str:
+def resolve(name_or_path: str | os.PathLike[str]) -> str:
     """The local folder or hub name that transformers can load for `name_or_path` (a GGUF file is converted).
 
     Raises FileNotFoundError or UserError (one line) where a local path does not exist or holds no model.

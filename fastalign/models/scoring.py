@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from fastalign.models.trial import Probe, name_of, tell_once, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fastalign.ops.token_logprobs import LogProbs, More, TokenLogprobs
 
 
 class Scores(NamedTuple):
@@ -161,6 +163,39 @@ def _fused_head(model: Any, probe: Probe) -> list[Tensor]:
     return _path(_hidden, lambda model, x: head_of(language_model(model)).logits(x))(model, probe)
 
 
+@overload
+def fused_forward(
+    model: PreTrainedModel,
+    labels: Tensor,
+    *,
+    shift_labels: bool = True,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: LogProbs = ("log_probs",),
+    **inputs: Any,
+) -> Tensor | TokenLogprobs: ...
+@overload
+def fused_forward(
+    model: PreTrainedModel,
+    labels: Tensor,
+    *,
+    shift_labels: bool = True,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: More,
+    **inputs: Any,
+) -> Tensor | TokenLogprobs: ...
+@overload
+def fused_forward(
+    model: PreTrainedModel,
+    labels: Tensor,
+    *,
+    shift_labels: bool = True,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...],
+    **inputs: Any,
+) -> Tensor | TokenLogprobs: ...
 def fused_forward(
     model: PreTrainedModel,
     labels: Tensor,
@@ -170,7 +205,7 @@ def fused_forward(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("log_probs",),
     **inputs: Any,
-):
+) -> Tensor | TokenLogprobs:
     """Per-token log-probabilities of `labels` under a causal model, its (batch, time, vocab) logits never held.
 
     Equals `ops.token_logprobs(model(**inputs).logits[:, :-1], labels[:, 1:])`; positions whose label is ignored are

@@ -7,11 +7,22 @@ or write raises in csrc/bindings.cpp. Both are faults of the caller's code and n
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
+Buffer = tuple[int, int, str]  # address, elements, dtype
+Rows = tuple[int, str, int, int, int, int, int]  # address, dtype, rows, inner, outer stride, inner stride, V
 
-def buffer(x: Tensor | None) -> tuple[int, int, str] | None:
+
+@overload
+def buffer(x: Tensor) -> Buffer: ...
+@overload
+def buffer(x: None) -> None: ...
+@overload
+def buffer(x: Tensor | None) -> Buffer | None: ...
+def buffer(x: Tensor | None) -> Buffer | None:
     """(address, elements, dtype) of a contiguous tensor on the CPU; None for None. The caller keeps it alive."""
     if x is None:
         return None
@@ -20,7 +31,7 @@ def buffer(x: Tensor | None) -> tuple[int, int, str] | None:
     return x.data_ptr(), x.numel(), _NAMES[x.dtype]
 
 
-def rows(x: Tensor) -> tuple[tuple, Tensor]:
+def rows(x: Tensor) -> tuple[Rows, Tensor]:
     """(address, dtype, rows, inner, outer stride, inner stride, V) of x (..., V), and the tensor to keep alive meanwhile.
 
     Copies only if the last dimension is not contiguous or the leading ones cannot be walked with two strides.
@@ -52,7 +63,7 @@ def two_strides(x: Tensor) -> tuple[int, int, int] | None:
     return dims[0][1], max(dims[1][0], 1), dims[1][1]
 
 
-class _Names(dict):
+class _Names(dict[torch.dtype, str]):
     """A torch.dtype's name, "float32": made once, since str() of one takes as long as all the rest."""
 
     def __missing__(self, dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign._base.errors import UserError
 from fastalign.ops import head
+from fastalign.ops.token_logprobs import TokenLogprobs
 from fastalign.ops.vocab_parallel import vocab_parallel_linear_token_logprobs
 
 
@@ -28,7 +29,9 @@ def gathered(x: Any) -> Any:
     return _Whole.apply(x) if is_dtensor(x) else x
 
 
-def linear_token_logprobs(hidden, weight, labels, *, bias, adapter, **options):
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, adapter: head.Adapter | None, **options: Any
+) -> Tensor | TokenLogprobs:
     """See `ops.linear_token_logprobs` on DTensors."""
     a, b, scale = (None, None, 1.0) if adapter is None else adapter
     slices = None

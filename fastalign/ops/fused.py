@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 from fastalign.ops.once import once
 
 
@@ -29,7 +29,7 @@ def _spread_fake(rows, mask, scales, weights, dtype):
     return over.new_empty(over.shape, dtype=dtype)
 
 
-_spread_op = define(
+_spread_op: Op = define(
     "spread_over_tokens(Tensor? rows, Tensor? mask, Tensor? scales, Tensor? weights, ScalarType dtype) -> Tensor",
     _spread_cpu,
     _spread_fake,

@@ -11,7 +11,7 @@ from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 
 
 def gae(
@@ -70,7 +70,7 @@ def _gae_fake(rewards, values, mask, gamma, lam):
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
-gae_op = define(
+gae_op: Op = define(
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
     _gae_cpu,
     _gae_fake,

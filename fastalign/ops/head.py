@@ -9,7 +9,7 @@ made going forward, since it is linear in the gradient of each log-probability a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,12 +18,23 @@ from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.ops import checks, linear_cpu
 from fastalign.ops.dtypes import DTYPES, compute_dtype
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 from fastalign.ops.linear_cpu import kept_size
 from fastalign.ops.once import once
-from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
+from fastalign.ops.token_logprobs import OUTPUTS, Options, TokenLogprobs
 
+Adapter: TypeAlias = "tuple[Tensor, Tensor, float]"  # A (r, H), B (V, r), scale
 KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient
+
+
+class LinearOptions(Options, total=False):
+    """Of `linear_token_logprobs`, besides `outputs`."""
+
+    bias: Tensor | None
+    logit_scale: float
+    grad_filter: float | None
+    adapter: Adapter | None
+    memory_budget: int | None
 
 
 def token_logprobs(
@@ -38,7 +49,7 @@ def token_logprobs(
     ignore_index: int,
     outputs: tuple[str, ...],
     grad_filter: float | None,
-    adapter: tuple[Tensor, Tensor, float] | None,
+    adapter: Adapter | None,
     memory_budget: int | None,
 ) -> Tensor | TokenLogprobs:
     """See `ops.linear_token_logprobs`."""
@@ -72,7 +83,18 @@ def token_logprobs(
     return TokenLogprobs(**{name: found[name] for name in outputs})
 
 
-def check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget) -> None:
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    grad_filter: float | None,
+    adapter: Adapter | None,
+    memory_budget: int | None,
+) -> None:
     checks.logits("hidden", hidden, last="H")
     checks.labels("hidden", hidden, labels)
     _head("weight", weight, hidden, 2, "(V, H)")
@@ -170,16 +192,16 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 def forward_fake(
-    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-    unit, memory_budget,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, labels: Tensor, adapter_scale: float, temperature: float, softcap: float, logit_scale: float, ignore_index: int, statistics: bool,
+    unit: bool, memory_budget: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
     always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
     asked = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
     kept = hidden.new_empty(kept_size(weight, labels, memory_budget, dtype), dtype=dtype)
-    unit = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
-    return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, unit)
+    gradient = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
+    return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, gradient)
 
 
 def _backward_fake(
@@ -193,7 +215,7 @@ def _backward_fake(
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor labels"
 _OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_scale, int ignore_index"
 
-forward_op = define(
+forward_op: Op = define(
     f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     linear_cpu.forward,
@@ -201,7 +223,7 @@ forward_op = define(
     triton="linear_token_logprobs.forward",
     vmap_in_turn=True,
 )
-backward_op = define(
+backward_op: Op = define(
     "linear_token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
     f"Tensor entropy, Tensor kept, Tensor unit, {_TENSORS}, {_OPTIONS}, float grad_filter, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",

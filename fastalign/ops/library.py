@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fastalign import backend
+
+Op = Callable[..., Any]
 
 _library = torch.library.Library("fastalign", "DEF")
 
 
 def define(
     schema: str,
-    cpu: Callable,
-    fake: Callable,
+    cpu: Op,
+    fake: Op,
     *,
     triton: str,
     leading_dims: bool = False,
     vmap_in_turn: bool = False,
-) -> Callable:
+) -> Op:
     """Define `fastalign::<schema>` with its CPU implementation and its shapes; returns the callable op.
 
     `triton`: "file.function" in fastalign.kernels, the launcher that takes the same arguments on GPU tensors.
@@ -63,7 +66,7 @@ def define(
     return op
 
 
-def _one_more_dimension(op: Callable) -> Callable:
+def _one_more_dimension(op: Op) -> Op:
     def batched(info, in_dims, *args):
         def leading(x, dim):
             if not isinstance(x, torch.Tensor):
@@ -76,7 +79,7 @@ def _one_more_dimension(op: Callable) -> Callable:
     return batched
 
 
-def _each_in_turn(op: Callable) -> Callable:
+def _each_in_turn(op: Op) -> Op:
     def batched(info, in_dims, *args):
         def example(x, dim, i):
             return x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x

@@ -5,6 +5,9 @@ A tile is tokens × part of the vocabulary; one lies in memory at a time, but fo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -19,23 +22,44 @@ VOCAB = 4096
 NARROW_BYTES = 32 << 20  # for a tile's widened weight and its gradient: wide models with narrow weights get less VOCAB
 NEG_INF = float("-inf")
 
+P, R = ParamSpec("P"), TypeVar("R")
+
 
 class Tiles:
     """The scored rows of `hidden`, and the tiles of logits that they make with the head, in the compute type."""
 
-    def __init__(self, hidden, weight, bias, a, b, labels, adapter_scale, transform, index):
-        self.dtype = compute_dtype(hidden.dtype)
+    weight: Tensor
+    b: Tensor | None
+    transform: tuple[float, float, float]
+
+    count: int
+    vocab: int
+    width: int
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        labels: Tensor,
+        adapter_scale: float,
+        transform: tuple[float, float, float],
+        index: Tensor | None,
+    ):
+        self.dtype: torch.dtype = compute_dtype(hidden.dtype)
         self.weight, self.b, self.transform = weight, b, transform
-        self.hidden = _rows(hidden, index).to(self.dtype).contiguous()
+        self.hidden: Tensor = _rows(hidden, index).to(self.dtype).contiguous()
         labels = labels.reshape(-1)
-        self.labels = labels.contiguous() if index is None else labels.index_select(0, index)
-        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        self.low = None if a is None else adapter_scale * (self.hidden @ a.to(self.dtype).T)
+        self.labels: Tensor = labels.contiguous() if index is None else labels.index_select(0, index)
+        self.bias: Tensor | None = None if bias is None else bias.to(self.dtype).contiguous()
+        self.low: Tensor | None = None if a is None else adapter_scale * (self.hidden @ a.to(self.dtype).T)
         self.count, self.vocab, self.width = len(self.labels), weight.shape[0], tile_width(weight)
         self._tile = torch.empty(min(self.count, TOKENS) * min(self.width, self.vocab), dtype=self.dtype)
         self._wide = torch.empty(self.width * weight.shape[1], dtype=self.dtype) if weight.dtype != self.dtype else None
 
-    def columns(self):
+    def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """(begin, end, weight[begin:end], B[begin:end]) over the vocabulary; a widened weight lives one step."""
         for begin in range(0, self.vocab, self.width):
             end = min(begin + self.width, self.vocab)
@@ -44,7 +68,7 @@ class Tiles:
                 w = self._wide[: w.numel()].view(w.shape).copy_(w)
             yield begin, end, w, None if self.b is None else self.b[begin:end].to(self.dtype)
 
-    def rows(self):
+    def rows(self) -> Iterator[slice]:
         for begin in range(0, self.count, TOKENS):
             yield slice(begin, min(begin + TOKENS, self.count))
 
@@ -58,7 +82,7 @@ class Tiles:
         if b is not None:
             tile.addmm_(self.low[rows], b.t())
 
-    def describe(self, tile: Tensor, rows: slice, first: int) -> tuple:
+    def describe(self, tile: Tensor, rows: slice, first: int) -> tuple[Any, ...]:
         """For the engine: the tile, and where among all rows and in the whole vocabulary it begins."""
         labels, bias = buffer(self.labels), buffer(self.bias)
         return (buffer(tile), *tile.shape, labels, bias, rows.start, first, *self.transform)
@@ -129,21 +153,21 @@ def _index(mask: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask.nonzero().flatten()
 
 
-def _plain(implementation):
+def _plain(implementation: Callable[P, R]) -> Callable[P, R]:
     """Without the caller's autocast, which would round the products, and without a tape."""
 
-    def run(*args):
+    def run(*args: P.args, **options: P.kwargs) -> R:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return implementation(*args)
+            return implementation(*args, **options)
 
     return run
 
 
 @_plain
 def forward(
-    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-    unit, memory_budget,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, labels: Tensor, adapter_scale: float, temperature: float, softcap: float, logit_scale: float, ignore_index: int, statistics: bool,
+    unit: bool, memory_budget: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
     tiles = Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
@@ -187,7 +211,7 @@ def forward(
 class _UnitGradient:
     """d log p(label) / d hidden, by the online softmax: dz/dx of the label times its weight, less the mean over p."""
 
-    def __init__(self, tiles, a, adapter_scale):
+    def __init__(self, tiles: Tiles, a: Tensor | None, adapter_scale: float):
         self.tiles, self.a, self.adapter_scale = tiles, a, adapter_scale
         self.total = torch.zeros(tiles.count, tiles.weight.shape[1], dtype=tiles.dtype)
         self.low = None if a is None else torch.zeros(tiles.count, a.shape[0], dtype=tiles.dtype)
@@ -216,9 +240,9 @@ class _UnitGradient:
 
 @_plain
 def backward(
-    grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
-    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
-):  # fmt: skip
+    grad_log_probs: Tensor, grad_entropy: Tensor, row_max: Tensor, row_sum: Tensor, entropy: Tensor, kept: Tensor, unit: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, labels: Tensor,
+    adapter_scale: float, temperature: float, softcap: float, logit_scale: float, ignore_index: int, grad_filter: float, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
     if entropy.shape != labels.shape:  # not asked for
         entropy = grad_entropy = torch.zeros_like(row_max)
@@ -240,7 +264,16 @@ def backward(
     return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
 
 
-def _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs) -> list[Tensor | None]:
+def _gradients(
+    tiles: Tiles,
+    small: Tensor,
+    kept: _Kept,
+    among: Tensor | None,
+    a: Tensor | None,
+    adapter_scale: float,
+    grad_filter: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
     """Of the scored rows of hidden, of weight, bias, A and B; None where not needed."""
     to_hidden, to_weight, to_bias, to_a, to_b = needs
     dtype, count, filtered = tiles.dtype, tiles.count, grad_filter > 0
@@ -293,7 +326,7 @@ def _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs) 
 class _HeadGradient:
     """The gradient of weight or of B: summed in the compute type over all rows, then rounded once."""
 
-    def __init__(self, tiles, of):
+    def __init__(self, tiles: Tiles, of: Tensor):
         rows = min(tiles.width, tiles.vocab)
         self.grad = torch.empty(of.shape, dtype=of.dtype)
         self._wide = None if of.dtype == tiles.dtype else torch.empty(rows, of.shape[1], dtype=tiles.dtype)

@@ -16,7 +16,7 @@ from fastalign.ops import checks, linear_cpu
 from fastalign.ops.buffers import buffer
 from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.head import check as check_head
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 from fastalign.ops.sample_tokens import SampledTokens
 from fastalign.ops.sample_tokens import check as check_draw
 
@@ -143,7 +143,7 @@ def _sample_fake(hidden, weight, bias, a, b, adapter_scale, temperature, softcap
     return ids, hidden.new_empty(hidden.shape[:1], dtype=compute_dtype(hidden.dtype))
 
 
-sample_op = define(
+sample_op: Op = define(
     "linear_sample_tokens(Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float adapter_scale, "
     "float temperature, float softcap, float logit_scale, int seed, int offset, Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, overload
+
 from torch import Tensor
 
 from fastalign.ops import dtensor, head
-from fastalign.ops.token_logprobs import TokenLogprobs
+from fastalign.ops.head import Adapter, LinearOptions
+from fastalign.ops.token_logprobs import LogProbs, More, TokenLogprobs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    outputs: LogProbs = ("log_probs",),
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, outputs: More, **options: Unpack[LinearOptions]
+) -> TokenLogprobs: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, outputs: tuple[str, ...], **options: Unpack[LinearOptions]
+) -> Tensor | TokenLogprobs: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -20,7 +43,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("log_probs",),
     grad_filter: float | None = None,
-    adapter: tuple[Tensor, Tensor, float] | None = None,
+    adapter: Adapter | None = None,
     memory_budget: int | None = None,
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of logit_scale · (hidden Wᵀ + bias), a language model's head, without holding the logits.

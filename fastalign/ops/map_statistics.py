@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 
 
 class MapStatistics(NamedTuple):
@@ -66,16 +66,29 @@ class MapPass:
     rewards: (n, m) float32 or float64, rows contiguous. center (m,) and log_weights (n,) float64; groups (n,) integers.
     """
 
-    def __init__(self, rewards: np.ndarray, *, center=None, log_weights=None, groups=None):
+    rewards: np.ndarray
+    log_weights: np.ndarray | None
+    groups: np.ndarray | None
+    order: np.ndarray | None
+    offsets: np.ndarray | None
+
+    def __init__(
+        self,
+        rewards: np.ndarray,
+        *,
+        center: np.ndarray | None = None,
+        log_weights: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ):
         _, m = rewards.shape
         self.rewards, self.log_weights, self.groups = rewards, log_weights, groups
-        self.center = np.zeros(m) if center is None else np.ascontiguousarray(center, dtype=np.float64)
+        self.center: np.ndarray = np.zeros(m) if center is None else np.ascontiguousarray(center, dtype=np.float64)
         self.order, self.offsets = (None, None) if groups is None else rows_by_group(groups)
         if log_weights is not None:
             _ = self.log_norm  # which raises where no weight is positive
-        self.on_engine = backend.choose(torch.device("cpu")) == "cpu"
+        self.on_engine: bool = backend.choose(torch.device("cpu")) == "cpu"
         count = 0 if groups is None else len(self.offsets) - 1
-        self.description = (rewards, self.center, log_weights, self.order, self.offsets, count)
+        self.description: tuple[Any, ...] = (rewards, self.center, log_weights, self.order, self.offsets, count)
 
     def __call__(self, lam: np.ndarray) -> MapStatistics:
         if not self.on_engine:
@@ -139,7 +152,7 @@ def _statistics_fake(rewards, lam, center, log_weights, groups):
     return tuple(rewards.new_empty(shape, dtype=torch.float64) for shape in shapes)
 
 
-statistics_op = define(
+statistics_op: Op = define(
     "map_statistics(Tensor rewards, Tensor lam, Tensor? center, Tensor? log_weights, Tensor? groups) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _statistics_cpu,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.fused import on_triton, spread
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 
 
 class PolicyRows(NamedTuple):
@@ -105,12 +105,12 @@ class Tokens:
     """The tensors of a policy loss in plain torch: wide, and 0 where nothing is valid."""
 
     def __init__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor):
-        self.dtype = compute_dtype(logprobs.dtype)
-        self.mask = mask != 0
-        self.logprobs = self.valid(logprobs)
+        self.dtype: torch.dtype = compute_dtype(logprobs.dtype)
+        self.mask: Tensor = mask != 0
+        self.logprobs: Tensor = self.valid(logprobs)
         old = self.logprobs if old_logprobs is None else self.valid(old_logprobs)
-        self.log_ratio = self.logprobs - old.detach()
-        self.advantages = self.valid(advantages.detach())  # (B, 1) or (B, T)
+        self.log_ratio: Tensor = self.logprobs - old.detach()
+        self.advantages: Tensor = self.valid(advantages.detach())  # (B, 1) or (B, T)
 
     def valid(self, x: Tensor) -> Tensor:
         """x (B, T) where valid, 0 elsewhere; x (B, 1), one number a row, where the row has a valid token."""
@@ -280,7 +280,7 @@ def _value_fake(values, old_values, returns, mask, clip_range):
 # objective (B,), entropy (B,), the other fields of PolicyRows (7, B); and the gradient of objective by a valid token's
 # log-probability: shares (B,) + scales (B,) · weights (B, T). Under "token" it is the weights alone; otherwise the
 # weights are empty unless there is a KL term.
-policy_op = define(
+policy_op: Op = define(
     "policy_rows(Tensor logprobs, Tensor? entropy, Tensor? old_logprobs, Tensor advantages, Tensor mask, "
     "Tensor? ref_logprobs, str importance, float low, float high, float cap, float kl_coef, str kl_estimator, "
     "bool kl_times_ratio) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -291,7 +291,7 @@ policy_op = define(
 )
 
 # objective (B,), the other fields of ValueRows (2, B), the gradient of objective by each value (B, T)
-value_op = define(
+value_op: Op = define(
     "value_rows(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float clip_range) -> "
     "(Tensor, Tensor, Tensor)",
     _value_cpu,

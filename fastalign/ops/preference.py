@@ -11,7 +11,7 @@ from fastalign._base.errors import UserError
 from fastalign.ops import checks
 from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.fused import on_triton, spread
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 from fastalign.ops.pairwise import FUSED, TABLE, Margin, Options, check_options
 
 
@@ -152,7 +152,7 @@ def _forward_fake(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothi
 
 
 # losses (B,), chosen rewards (B,), rejected rewards (B,), sums (2B,), d loss / d sum (2B,)
-forward_op = define(
+forward_op: Op = define(
     "pairwise_loss_forward(Tensor log_probs, Tensor? ref_log_probs, Tensor mask, str loss_type, float beta, "
     "float label_smoothing, float discopop_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,

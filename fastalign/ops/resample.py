@@ -10,7 +10,7 @@ from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 
 METHODS = (
     "multinomial",
@@ -93,7 +93,7 @@ def _resample_fake(log_weights, k, method, mask, seed):
     return log_weights.new_empty((log_weights.shape[0], k), dtype=torch.int64)
 
 
-resample_op = define(
+resample_op: Op = define(
     "resample(Tensor log_weights, int k, int method, Tensor? mask, int seed) -> Tensor",
     _resample_cpu,
     _resample_fake,

@@ -15,7 +15,7 @@ from fastalign.ops import checks
 from fastalign.ops.buffers import buffer
 from fastalign.ops.buffers import rows as described_rows
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 
 MAX_VOCAB = 2**31 - 1
 
@@ -81,7 +81,9 @@ def sample_tokens(
     return SampledTokens(*sample_op(logits.detach(), *options))
 
 
-def check(logits, temperature, top_k, top_p, min_p, offset, rows) -> None:
+def check(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, offset: int, rows: Tensor | None
+) -> None:
     checks.logits("logits", logits)
     if logits.ndim != 2 or logits.shape[1] > MAX_VOCAB:
         raise UserError(f"logits must have shape (B, V) with V below 2^31, got {tuple(logits.shape)}")
@@ -122,7 +124,7 @@ def _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     return ids, logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
 
 
-sample_op = define(
+sample_op: Op = define(
     "sample_tokens(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int offset, "
     "Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,

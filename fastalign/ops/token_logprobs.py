@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 from fastalign.ops.once import once
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
 
@@ -28,6 +31,31 @@ class TokenLogprobs(NamedTuple):
     is_top1: Tensor | None = None
 
 
+# `outputs` of one name gives a tensor; of several, or of another one, a TokenLogprobs.
+LogProbs: TypeAlias = "tuple[Literal['log_probs']]"
+More: TypeAlias = (
+    "tuple[str, str, Unpack[tuple[str, ...]]] | tuple[Literal['entropy', 'mean_logits', 'log_sum_sq_probs', 'is_top1']]"
+)
+
+
+class Options(TypedDict, total=False):
+    """Of `token_logprobs`, besides `outputs`."""
+
+    temperature: float
+    softcap: float | None
+    ignore_index: int
+
+
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, outputs: LogProbs = ("log_probs",), **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def token_logprobs(logits: Tensor, labels: Tensor, *, outputs: More, **options: Unpack[Options]) -> TokenLogprobs: ...
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, outputs: tuple[str, ...], **options: Unpack[Options]
+) -> Tensor | TokenLogprobs: ...
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -165,7 +193,7 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
-forward_op = define(
+forward_op: Op = define(
     "token_logprobs_forward(Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
     "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
@@ -173,7 +201,7 @@ forward_op = define(
     triton="token_logprobs.forward",
     leading_dims=True,
 )
-backward_op = define(
+backward_op: Op = define(
     "token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
     "Tensor entropy, Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
     "bool statistics) -> Tensor",

@@ -11,7 +11,7 @@ from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.library import define
+from fastalign.ops.library import Op, define
 from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
 
@@ -96,7 +96,7 @@ def _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index):
     return tuple(policy_logits.new_empty(labels.shape, dtype=dtype) for _ in range(5))
 
 
-forward_op = define(
+forward_op: Op = define(
     "token_logratios_forward(Tensor policy_logits, Tensor ref_logits, Tensor labels, float temperature, "
     "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,

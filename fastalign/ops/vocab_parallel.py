@@ -10,7 +10,7 @@ add, is summed over the processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import torch
 import torch.distributed as dist
@@ -20,17 +20,48 @@ from fastalign import backend, reference
 from fastalign._base.errors import UserError
 from fastalign.ops import checks, head
 from fastalign.ops.dtypes import compute_dtype
+from fastalign.ops.head import LinearOptions
 from fastalign.ops.head import backward_op as head_backward
 from fastalign.ops.head import forward_op as head_forward
 from fastalign.ops.once import once
-from fastalign.ops.token_logprobs import OUTPUTS, TokenLogprobs
+from fastalign.ops.token_logprobs import OUTPUTS, LogProbs, More, Options, TokenLogprobs
 from fastalign.ops.token_logprobs import backward_op as rows_backward
 from fastalign.ops.token_logprobs import forward_op as rows_forward
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NEG_INF = float("-inf")
 IGNORED, ELSEWHERE = -1, -2  # labels within a slice: skipped by the ops; scored, but no entry of this slice
 
 
+class Split(TypedDict, total=False):
+    """Over which processes, and how."""
+
+    group: dist.ProcessGroup | None
+    sizes: Sequence[int] | None
+
+
+class SplitOptions(Options, Split, total=False):
+    """Of `vocab_parallel_token_logprobs`, besides `outputs`."""
+
+
+class SplitLinearOptions(LinearOptions, Split, total=False):
+    """Of `vocab_parallel_linear_token_logprobs`, besides `outputs`."""
+
+
+@overload
+def vocab_parallel_token_logprobs(
+    logits_shard: Tensor, labels: Tensor, *, outputs: LogProbs = ("log_probs",), **options: Unpack[SplitOptions]
+) -> Tensor: ...
+@overload
+def vocab_parallel_token_logprobs(
+    logits_shard: Tensor, labels: Tensor, *, outputs: More, **options: Unpack[SplitOptions]
+) -> TokenLogprobs: ...
+@overload
+def vocab_parallel_token_logprobs(
+    logits_shard: Tensor, labels: Tensor, *, outputs: tuple[str, ...], **options: Unpack[SplitOptions]
+) -> Tensor | TokenLogprobs: ...
 def vocab_parallel_token_logprobs(
     logits_shard: Tensor,
     labels: Tensor,
@@ -85,6 +116,28 @@ def vocab_parallel_token_logprobs(
     return _asked(found, outputs)
 
 
+@overload
+def vocab_parallel_linear_token_logprobs(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    labels: Tensor,
+    *,
+    outputs: LogProbs = ("log_probs",),
+    **options: Unpack[SplitLinearOptions],
+) -> Tensor: ...
+@overload
+def vocab_parallel_linear_token_logprobs(
+    hidden: Tensor, weight_shard: Tensor, labels: Tensor, *, outputs: More, **options: Unpack[SplitLinearOptions]
+) -> TokenLogprobs: ...
+@overload
+def vocab_parallel_linear_token_logprobs(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    labels: Tensor,
+    *,
+    outputs: tuple[str, ...],
+    **options: Unpack[SplitLinearOptions],
+) -> Tensor | TokenLogprobs: ...
 def vocab_parallel_linear_token_logprobs(
     hidden: Tensor,
     weight_shard: Tensor,
@@ -99,7 +152,7 @@ def vocab_parallel_linear_token_logprobs(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("log_probs",),
     grad_filter: float | None = None,
-    adapter: tuple[Tensor, Tensor, float] | None = None,
+    adapter: head.Adapter | None = None,
     memory_budget: int | None = None,
 ) -> Tensor | TokenLogprobs:
     """`linear_token_logprobs` with a head whose rows are split over the processes of `group`, as in tensor parallelism.

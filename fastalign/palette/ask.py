@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette.inputs import as_rewards, reject_nonfinite
+from fastalign.palette.inputs import Array, as_rewards, reject_nonfinite
 from fastalign.palette.quantile import quantile_palette
 
 UNITS = ("deviations", "absolute", "relative")
@@ -17,7 +17,7 @@ _TERM = re.compile(r"\s*([^<>=]+?)\s*(==|>=|<=|=)\s*([^<>=]+?)\s*")
 _FROM_MEAN = re.compile(r"mean\s*([+-]\s*[0-9.eE+-]+?)\s*(sd|%|)")
 
 
-def raised_palette(rewards, amounts, *, unit: str = "deviations") -> np.ndarray:
+def raised_palette(rewards: Array, amounts: Array | Mapping[int, float], *, unit: str = "deviations") -> np.ndarray:
     """The palette mean + amounts: raise some values, lose nothing in those whose amount is 0.
 
     rewards: (n, m). amounts: (m,), or a mapping from column number to amount, 0 for the others. unit: "deviations" of
@@ -37,7 +37,7 @@ def raised_palette(rewards, amounts, *, unit: str = "deviations") -> np.ndarray:
     return mean + amounts * {"deviations": deviation, "absolute": 1.0, "relative": np.abs(mean)}[unit]
 
 
-def single_value_palette(rewards, value: int, level: float) -> np.ndarray:
+def single_value_palette(rewards: Array, value: int, level: float) -> np.ndarray:
     """The palette that asks `level` of one column and nothing of the others: their least reward, which all samples have."""
     rewards = as_rewards(rewards)
     palette = rewards.min(axis=0).astype(np.float64)
@@ -47,7 +47,7 @@ def single_value_palette(rewards, value: int, level: float) -> np.ndarray:
     return palette
 
 
-def parse_palette(text: str, names: Sequence[str], rewards) -> tuple[np.ndarray, list[str]]:
+def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.ndarray, list[str]]:
     """A palette in words: the levels (m,), and "==", ">=" or "<=" for each of `names`.
 
     text: bare numbers in the order of `names`, or terms `name=what`, comma-separated, each name once, where "=" means
@@ -96,14 +96,14 @@ def parse_palette(text: str, names: Sequence[str], rewards) -> tuple[np.ndarray,
     return levels, senses
 
 
-def lambda_of_rlhf(beta: float, weights) -> np.ndarray:
+def lambda_of_rlhf(beta: float, weights: Array) -> np.ndarray:
     """λ = w / β: max_p E_p[w·R] − β KL(p ‖ p0) is solved by p ∝ p0 exp(w·R / β)."""
     if not beta > 0:
         raise UserError(f"beta must be positive, got {beta}")
     return np.asarray(weights, dtype=np.float64) / beta
 
 
-def rlhf_of_lambda(lam) -> tuple[float, np.ndarray]:
+def rlhf_of_lambda(lam: Array) -> tuple[float, np.ndarray]:
     """(β, w) with λ = w / β and Σ |w| = 1: the KL penalty and the rewards' weights that train towards p_λ."""
     lam = np.asarray(lam, dtype=np.float64)
     total = float(np.abs(lam).sum())

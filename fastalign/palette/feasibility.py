@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastalign.palette.passes import Pass
+
 # Where a palette is out of reach, λ is solved for the point this share of the way from the mean to the nearest one within
 # reach: on the very edge λ is infinite, and each prompt keeps a single candidate.
 INWARD = 0.9
@@ -28,7 +30,11 @@ class Reachable:
     run: a pass over the rewards. sign (m,): 1 where a palette asks for at least its level, -1 at most, 0 exactly.
     """
 
-    def __init__(self, run, scale: np.ndarray, sign: np.ndarray):
+    run: Pass
+    scale: np.ndarray
+    sign: np.ndarray
+
+    def __init__(self, run: Pass, scale: np.ndarray, sign: np.ndarray):
         self.run, self.scale, self.sign = run, scale, sign
         self._met: dict[bytes, np.ndarray] = {}  # points of the hull, from run.center; the oldest first
 
@@ -50,7 +56,9 @@ class Reachable:
     def _seen_from(self, palette: np.ndarray, met: np.ndarray) -> np.ndarray:
         return (met + (self.run.center - palette)) / self.scale
 
-    def nearest(self, palette: np.ndarray, direction: np.ndarray | None = None):
+    def nearest(
+        self, palette: np.ndarray, direction: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None, float]:
         """Projection of `palette` (m,) onto C, in the metric Σ ((a − b) / scale)².
 
         direction: (m,), a first guess at the separating direction (in λ's units), for the first palette.

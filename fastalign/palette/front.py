@@ -8,6 +8,7 @@ per-prompt laws p(y|x) and the KL is the prompts' mean.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign.palette.feasibility import INWARD
-from fastalign.palette.inputs import as_palettes, as_sign
+from fastalign.palette.inputs import Array, Rewards, Sense, as_palettes, as_sign
+from fastalign.palette.passes import Pass
 from fastalign.palette.problem import Problem
 from fastalign.palette.setup import pass_over
 from fastalign.palette.solve import solve
@@ -55,8 +57,11 @@ class Way(NamedTuple):
 class Tilts:
     """The policies of any λ over given samples. rewards, groups, weights: as `palette.solve` takes them."""
 
-    def __init__(self, rewards, *, groups=None, weights=None):
-        self.run = pass_over(rewards, groups, weights)
+    mean: np.ndarray
+    cov: np.ndarray
+
+    def __init__(self, rewards: Rewards, *, groups: Array | None = None, weights: Array | None = None):
+        self.run: Pass = pass_over(rewards, groups, weights)
         m = len(self.run.center)
         first = self.run(np.zeros((1, m)))
         self.mean, self.cov = self.run.center + first.mean[0], first.cov[0]
@@ -65,14 +70,14 @@ class Tilts:
         deviation = np.sqrt(np.maximum(np.diagonal(self.cov), 0.0))
         size = np.maximum(self.run.size, np.abs(self.mean))
         # A constant reward cannot be moved; its own size is as good a unit as any.
-        self.constant = ~(deviation > 1e-14 * size)
-        self.scale = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
+        self.constant: np.ndarray = ~(deviation > 1e-14 * size)
+        self.scale: np.ndarray = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
 
     def at(self, lam: np.ndarray) -> Policies:
         """The policies of `lam` (K, m)."""
         return self._look(lam)[0]
 
-    def _look(self, lam: np.ndarray):
+    def _look(self, lam: np.ndarray) -> tuple[Policies, np.ndarray, np.ndarray]:
         """Policies; and at each λ the variance (K,) of its score λ·R, and by how much that falls short of the highest."""
         stats = [self.run(lam[i : i + TOGETHER]) for i in range(0, len(lam), TOGETHER)]
         log_z, mean, cov, ess, top = (np.concatenate(x) for x in zip(*stats, strict=True))
@@ -81,7 +86,14 @@ class Tilts:
         return Policies(lam, self.run.center + mean, np.maximum(score - log_z, 0.0), ess), variance, top - score
 
 
-def kl_front(rewards, kl: float, directions=None, *, groups=None, weights=None) -> Policies:
+def kl_front(
+    rewards: Rewards,
+    kl: float,
+    directions: Array | None = None,
+    *,
+    groups: Array | None = None,
+    weights: Array | None = None,
+) -> Policies:
     """The policies with the highest w·E[R / σ] among all within `kl` nats of p0, one for each direction w.
 
     rewards (n, m), groups, weights: as `palette.solve` takes them. kl > 0; inf for the limit, where each prompt's (with
@@ -92,7 +104,7 @@ def kl_front(rewards, kl: float, directions=None, *, groups=None, weights=None) 
     return front_of(Tilts(rewards, groups=groups, weights=weights), kl, directions)
 
 
-def front_of(tilts: Tilts, kl: float, directions=None) -> Policies:
+def front_of(tilts: Tilts, kl: float, directions: Array | None = None) -> Policies:
     """`kl_front` of samples that are set up already."""
     m = len(tilts.mean)
     if not kl > 0:
@@ -137,7 +149,15 @@ def _lengths(tilts: Tilts, unit: np.ndarray, kl: float) -> np.ndarray:
     return t
 
 
-def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, tol: float = 1e-9):
+def front_towards(
+    rewards: Rewards,
+    palettes: Array,
+    kl: float,
+    *,
+    groups: Array | None = None,
+    weights: Array | None = None,
+    tol: float = 1e-9,
+) -> tuple[np.ndarray, Policies]:
     """How far towards each palette the policies within `kl` nats of p0 go, and the one that goes farthest.
 
     palettes: (K, m), each above the mean in one value at least. Returns t (K,), the largest with
@@ -187,7 +207,15 @@ def front_towards(rewards, palettes, kl: float, *, groups=None, weights=None, to
     return low, tilts.at(best)
 
 
-def palette_path(rewards, palette, *, steps: int = 41, groups=None, weights=None, sense=">=") -> Way:
+def palette_path(
+    rewards: Rewards,
+    palette: Array,
+    *,
+    steps: int = 41,
+    groups: Array | None = None,
+    weights: Array | None = None,
+    sense: Sense = ">=",
+) -> Way:
     """λ(c) along the way from the mean to `palette` (m,), or to nine tenths of what the samples allow: `steps` palettes, one solve.
 
     rewards, groups, weights, sense: as `palette.solve` takes them.
@@ -207,7 +235,15 @@ def palette_path(rewards, palette, *, steps: int = 41, groups=None, weights=None
     return Way(palette, t[known], palettes[known], tilts.at(lam[known]), limit)
 
 
-def feasible_region(rewards, n_lambda: int, l1_max: float, seed: int, *, groups=None, weights=None) -> Region:
+def feasible_region(
+    rewards: Rewards,
+    n_lambda: int,
+    l1_max: float,
+    seed: int,
+    *,
+    groups: Array | None = None,
+    weights: Array | None = None,
+) -> Region:
     """What random λ realise, and which are desirable: those that leave no value below its mean under p0.
 
     λ is uniform over {λ ≥ 0, Σ λ_j σ_j ≤ l1_max}, with σ_j the standard deviation of reward j, so that no value's unit
@@ -230,7 +266,7 @@ def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
     return Region(found, (found.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1), tilts.mean)
 
 
-def spread_directions(m: int, count: int = 60, *, columns=None) -> np.ndarray:
+def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None = None) -> np.ndarray:
     """(K, m) directions ≥ 0 of length 1. columns: the values to spread over, default all; the others are 0.
 
     Over two values evenly by angle; over three on a triangular lattice with at least `count` points, row by row; over more

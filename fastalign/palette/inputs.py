@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastalign._base.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def to_numpy(x) -> np.ndarray:
+    from fastalign.palette.sources import ParquetRewards
+
+Array: TypeAlias = "ArrayLike | Tensor"  # whatever numpy takes, a DataFrame too; or a tensor of any device
+Rewards: TypeAlias = "Array | ParquetRewards"
+Sense: TypeAlias = "str | Sequence[str]"
+
+
+def to_numpy(x: Any) -> np.ndarray:
     """A numpy array of a tensor on any device, or of anything that numpy takes; no copy where none is needed."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
@@ -19,7 +32,7 @@ def to_numpy(x) -> np.ndarray:
     return np.asarray(x)
 
 
-def as_rewards(rewards) -> np.ndarray:
+def as_rewards(rewards: Array) -> np.ndarray:
     """rewards as (n, m) float32 or float64, rows contiguous and whole numbers of values apart; n and m at least 1."""
     rewards = to_numpy(rewards)
     if rewards.ndim != 2:
@@ -36,7 +49,7 @@ def as_rewards(rewards) -> np.ndarray:
     return rewards.astype(np.float32 if rewards.dtype == np.float16 else np.float64)
 
 
-def as_palettes(palette, m: int) -> np.ndarray:
+def as_palettes(palette: Array, m: int) -> np.ndarray:
     """palette as (K, m) float64, K = 1 where it was (m,)."""
     palettes = np.require(to_numpy(palette), np.float64, ["C", "ALIGNED"])
     if palettes.ndim not in (1, 2) or palettes.shape[-1] != m or palettes.size == 0:
@@ -47,7 +60,7 @@ def as_palettes(palette, m: int) -> np.ndarray:
     return palettes.reshape(-1, m)
 
 
-def as_sign(sense, m: int) -> np.ndarray:
+def as_sign(sense: Sense, m: int) -> np.ndarray:
     """(m,): 1 for ">=", -1 for "<=", 0 for "=="; sense is one of them, or one for each reward."""
     signs = {">=": 1.0, "<=": -1.0, "==": 0.0}
     if isinstance(sense, str) and sense in signs:
@@ -61,7 +74,7 @@ def as_sign(sense, m: int) -> np.ndarray:
     return np.array([signs[each] for each in senses])
 
 
-def as_groups(groups, n: int) -> np.ndarray:
+def as_groups(groups: Array, n: int) -> np.ndarray:
     groups = np.asarray(to_numpy(groups))
     if groups.shape != (n,):
         raise UserError(f"groups must have shape ({n},), one prompt id for each row of rewards, got {groups.shape}")
@@ -70,7 +83,7 @@ def as_groups(groups, n: int) -> np.ndarray:
     return groups
 
 
-def as_weights(weights, n: int) -> np.ndarray:
+def as_weights(weights: Array, n: int) -> np.ndarray:
     weights = np.asarray(to_numpy(weights), dtype=np.float64)
     if weights.shape != (n,):
         raise UserError(f"weights must have shape ({n},), one for each row of rewards, got {weights.shape}")

@@ -5,22 +5,27 @@ What lies elsewhere (disk, GPU, other ranks), has more values, or finds no compi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from fastalign import backend
 from fastalign.backend import threads
 from fastalign.palette.newton import Minima
-from fastalign.palette.passes import ArrayPass
+from fastalign.palette.passes import ArrayPass, Pass
+
+if TYPE_CHECKING:
+    from fastalign.palette.problem import Problem
 
 MOST_VALUES = 64
 UNMEASURED, FLAT, STEEP = range(3)
 
 
-def serves(run) -> bool:
+def serves(run: Pass) -> bool:
     return isinstance(run, ArrayPass) and run.on_engine and len(run.center) <= MOST_VALUES
 
 
-def minimise(problem, start: np.ndarray | None, measured: bool) -> Minima | None:
+def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Minima | None:
     """Solves all of a `Problem`'s palettes, and writes what it finds to it on the way: moments at λ = 0 and units.
 
     start: (K, m) λ to begin at, or None. measured: whether the problem knows its units. None where they are for it to find.

@@ -7,6 +7,7 @@ tests/palette/test_palette_native.py holds the two to the same answers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,7 +45,14 @@ class Point:
     ess: float
 
 
-def minimise(evaluate, points: list[Point], skip: np.ndarray, lower, upper, tol: float) -> Minima:
+def minimise(
+    evaluate: Callable[[np.ndarray, np.ndarray], list[Point]],
+    points: list[Point],
+    skip: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    tol: float,
+) -> Minima:
     """All palettes' iterations in step, so that a pass serves every one that is still at work.
 
     evaluate(ks, μ (len(ks), m)) -> their Points. points: where each begins, found in a first pass. skip: (K,) those to
@@ -80,7 +88,9 @@ def residual(mu: np.ndarray, gradient: np.ndarray, lower: np.ndarray, upper: np.
     return float(np.abs(mu - np.minimum(np.maximum(mu - gradient, lower), upper)).max())
 
 
-def newton(point: Point, lower: np.ndarray, upper: np.ndarray, tol: float):
+def newton(
+    point: Point, lower: np.ndarray, upper: np.ndarray, tol: float
+) -> Generator[np.ndarray, Point, tuple[Point, np.ndarray | None]]:
     """Yields the μ to evaluate, is sent its Point; returns (last point, certificate or None). Begins at `point`."""
     # With finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
     bounded = bool(np.isfinite(upper - lower).all())
@@ -138,7 +148,9 @@ def _shorten(f0: float, d0: float, f1: float, d1: float) -> float:
     return min(max(t, 0.05), 0.8)
 
 
-def model_minimum(hessian, gradient, x, lower, upper) -> np.ndarray:
+def model_minimum(
+    hessian: np.ndarray, gradient: np.ndarray, x: np.ndarray, lower: np.ndarray, upper: np.ndarray
+) -> np.ndarray:
     """argmin over lower ≤ z ≤ upper of ½ (z−x)ᵀ H (z−x) + gradient·(z−x), from a feasible x, by a primal active set."""
     diagonal = np.diagonal(hessian)
     # A constant reward, or a policy of a single sample, leaves nothing to divide by.

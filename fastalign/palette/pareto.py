@@ -10,12 +10,12 @@ from bisect import bisect_left
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette.inputs import to_numpy
+from fastalign.palette.inputs import Array, to_numpy
 
 BLOCK = 256
 
 
-def pareto_front(points) -> np.ndarray:
+def pareto_front(points: Array) -> np.ndarray:
     """Indices, ascending, of the points that no other dominates: none is at least as high in all and higher in one.
 
     points: (n, d), n >= 0, d >= 1. Equal points do not dominate each other: all copies are kept.
@@ -32,7 +32,7 @@ def pareto_front(points) -> np.ndarray:
     return np.flatnonzero(kept[which.reshape(n)])
 
 
-def hypervolume(points, reference) -> float:
+def hypervolume(points: Array, reference: Array) -> float:
     """Volume of all that some point dominates and that dominates `reference`: ∪ [reference, point].
 
     points: (n, d), n >= 0. reference: (d,). A point that does not exceed it in every coordinate adds nothing.

@@ -1,16 +1,11 @@
 """One pass over the rewards wherever they lie: in an array, on a GPU, in chunks on disk, or in shards on many ranks.
 
-Each pass is called at λ (K, m) and returns `MapStatistics` of numpy arrays; the solver needs nothing else of the data.
-    center  (m,) amid the data, so that an offset costs no digits; moments are about it
-    size    (m,) the rewards' root mean square on some of the rows
-    eps     the rounding of the rewards' own dtype
-    rows, group_count    how many there are; 0 groups in the joint form
-    total   log Σ weights, or with groups log of how many there are: what a merge of passes weighs each by
-    part(rows)           the same on about so many of the rows; None where they may not stand for the whole: with groups or weights
-    reject_nonfinite()   raises UserError on the first NaN or infinite reward
+The solver needs nothing of the data but a `Pass`.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +14,60 @@ from fastalign._base.errors import UserError
 from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
 from fastalign.palette.inputs import reject_nonfinite
 
+if TYPE_CHECKING:
+    from fastalign.palette.sources import ParquetRewards
+
+
+class Pass(Protocol):
+    """Called at λ (K, m) it returns `MapStatistics` of numpy arrays."""
+
+    @property
+    def center(self) -> np.ndarray:
+        """(m,) amid the data, so that an offset costs no digits; moments are about it."""
+
+    @property
+    def size(self) -> np.ndarray:
+        """(m,) the rewards' root mean square on some of the rows."""
+
+    @property
+    def eps(self) -> float:
+        """The rounding of the rewards' own dtype."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def group_count(self) -> int:
+        """0 in the joint form."""
+
+    @property
+    def total(self) -> float:
+        """log Σ weights, or with groups log of how many there are: what a merge of passes weighs each by."""
+
+    def __call__(self, lam: np.ndarray) -> MapStatistics: ...
+
+    def part(self, rows: int) -> Pass | None:
+        """The same on about so many of the rows; None where they may not stand for the whole: with groups or weights."""
+
+    def reject_nonfinite(self) -> None:
+        """Raises UserError on the first NaN or infinite reward."""
+
 
 class ArrayPass(MapPass):
     """Over an array in memory, or mapped into it: read in place."""
 
-    def __init__(self, rewards: np.ndarray, *, center=None, log_weights=None, groups=None):
-        self.some = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
+    rows: int
+    group_count: int
+
+    def __init__(
+        self,
+        rewards: np.ndarray,
+        *,
+        center: np.ndarray | None = None,
+        log_weights: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ):
+        self.some: np.ndarray = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
         if center is None:
             with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
                 # To the rewards' own precision: what is subtracted in float32 is then what is added in float64.
@@ -56,14 +99,24 @@ class ArrayPass(MapPass):
 class DevicePass:
     """Over a tensor on a GPU, which stays there."""
 
-    def __init__(self, rewards: torch.Tensor, *, log_weights=None, groups=None):
+    center: np.ndarray
+    size: np.ndarray
+    eps: float
+    log_weights: np.ndarray | None
+    groups: np.ndarray | None
+    total: float
+    group_count: int
+
+    def __init__(
+        self, rewards: torch.Tensor, *, log_weights: np.ndarray | None = None, groups: np.ndarray | None = None
+    ):
         self.rewards = rewards
-        self.sample = ArrayPass(self._fetch(rewards))
+        self.sample: ArrayPass = ArrayPass(self._fetch(rewards))
         self.center, self.size, self.eps = self.sample.center, self.sample.size, self.sample.eps
-        self.rows = len(rewards)
+        self.rows: int = len(rewards)
         self.log_weights, self.groups = log_weights, groups
         move = lambda x: None if x is None else torch.as_tensor(x, device=rewards.device)  # noqa: E731
-        self.options = {
+        self.options: dict[str, torch.Tensor | None] = {
             "center": move(self.center), "log_weights": move(log_weights), "groups": move(groups)
         }  # fmt: skip
         # The weights lie on the host anyhow: their sums, and what is wrong with them, are found there.
@@ -119,7 +172,15 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
 class ChunkedPass:
     """Over chunks of rows that are read anew in every pass; see `sources`. One more read takes a sample of them."""
 
-    def __init__(self, source):
+    source: ParquetRewards
+    grouped: bool
+    rows: int
+    center: np.ndarray
+    size: np.ndarray
+    eps: float
+    total: float
+
+    def __init__(self, source: ParquetRewards):
         self.source, self.grouped = source, source.grouped
         kept, self.rows = [], 0
         stride = max(1, source.rows // source.sample_rows)
@@ -128,7 +189,7 @@ class ChunkedPass:
             self.rows += len(rewards)
         if not self.rows:
             raise UserError("rewards must hold at least one sample and one reward, got no rows")
-        self.sample = ArrayPass(np.concatenate(kept))
+        self.sample: ArrayPass = ArrayPass(np.concatenate(kept))
         self.center, self.size, self.eps, self.total = self.sample.center, self.sample.size, self.sample.eps, np.nan
 
     def __call__(self, lam: np.ndarray) -> MapStatistics:
@@ -163,17 +224,26 @@ class ChunkedPass:
 class ShardedPass:
     """Over the rows of every rank of a torch.distributed group: each rank has a pass of its own and gets the same answer."""
 
-    def __init__(self, own, process_group, grouped: bool):
+    own: Pass
+    group: Any
+    grouped: bool
+    rows: int
+    eps: float
+    center: np.ndarray
+    shift: np.ndarray
+    total: float
+
+    def __init__(self, own: Pass, process_group: Any, grouped: bool):
         import torch.distributed as dist
 
         self.own, self.group, self.grouped = own, process_group, grouped
         device = "cuda" if dist.get_backend(process_group) == "nccl" else "cpu"
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         m = len(own.center)
         told = self._gather(np.concatenate(([own.rows, own.eps], own.center, own.size)))
         weight = told[:, 0] / told[:, 0].sum()
         self.rows, self.eps = int(told[:, 0].sum()), float(told[:, 1].max())
-        self.size = np.sqrt(weight @ told[:, 2 + m :] ** 2)
+        self.size: np.ndarray = np.sqrt(weight @ told[:, 2 + m :] ** 2)
         self._recenter(weight @ told[:, 2 : 2 + m])
 
     def _recenter(self, center: np.ndarray) -> None:
@@ -230,7 +300,7 @@ class ShardedPass:
         together(failed, self.group)
 
 
-def together(failed: str, process_group) -> None:
+def together(failed: str, process_group: Any) -> None:
     """Raises on every rank what went wrong on any, so that none waits for another that gave up."""
     import torch.distributed as dist
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
+from typing import Any
 
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign.ops.map_statistics import MapStatistics
 from fastalign.palette import native, newton
 from fastalign.palette.feasibility import SHARP, Reachable
 from fastalign.palette.newton import Point, residual
+from fastalign.palette.passes import Pass
 from fastalign.palette.uniqueness import flat_directions, least_norm
 
 # Rows on which λ is first sought where there are many times as many: a start that spares passes over all.
@@ -26,7 +30,25 @@ class Problem:
     run: a pass (see `passes`). sign (m,): 1 for ≥, -1 for ≤, 0 for =. start: (K, m) λ to begin at, or None.
     """
 
-    def __init__(self, run, palettes: np.ndarray, sign: np.ndarray, tol: float, lam_max: float, start=None):
+    palettes: np.ndarray
+    sign: np.ndarray
+    constant: np.ndarray
+    mean: np.ndarray
+    cov: np.ndarray
+    scale: np.ndarray
+    run: Pass
+    tol: float
+    lam_max: float
+
+    def __init__(
+        self,
+        run: Pass,
+        palettes: np.ndarray,
+        sign: np.ndarray,
+        tol: float,
+        lam_max: float,
+        start: np.ndarray | None = None,
+    ):
         self.run, self.palettes, self.sign, self.tol, self.lam_max = run, palettes, sign, tol, lam_max
         count, m = palettes.shape
         self.constant, self.short = np.zeros(m, dtype=bool), np.zeros(count, dtype=bool)
@@ -51,7 +73,7 @@ class Problem:
             return None
         return np.where(few.minima.certified[:, None], 0.0, few.minima.mu / few.scale)
 
-    def _measure(self, first) -> None:
+    def _measure(self, first: MapStatistics) -> None:
         """The units from the moments at λ = 0, and which palettes ask too much of a reward that is constant."""
         self.mean, self.cov = first.mean[0], first.cov[0]
         if not (isfinite(self.mean.sum()) and isfinite(self.cov.sum())):
@@ -61,7 +83,7 @@ class Problem:
         self.steep = False
         # It cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
         miss = self._miss((self.run.center + self.mean - self.palettes) / self.scale)
-        self.short = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
+        self.short: np.ndarray = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
 
     def _units(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each reward is measured by, (m,): its standard deviation under p0; and whether it is constant.
@@ -96,7 +118,7 @@ class Problem:
         bound = np.where(self.constant, 0.0, self.lam_max * self.scale)
         return np.where(self.sign > 0, 0.0, -bound), np.where(self.sign < 0, 0.0, bound)
 
-    def _points(self, ks, mu: np.ndarray, stats) -> list[Point]:
+    def _points(self, ks: Sequence[int] | np.ndarray, mu: np.ndarray, stats: MapStatistics) -> list[Point]:
         """The duals of the palettes `ks` at their μ (len(ks), m), from a pass's statistics there."""
         offset = self.run.center - self.palettes[ks]
         shift = (mu / self.scale * offset).sum(axis=1)
@@ -108,10 +130,10 @@ class Problem:
         top = stats.max_score + shift
         return [Point(*each) for each in zip(mu, stats.log_z + shift, gradient, hessian, top, stats.ess, strict=True)]
 
-    def _evaluate(self, ks, mu: np.ndarray) -> list[Point]:
+    def _evaluate(self, ks: Sequence[int] | np.ndarray, mu: np.ndarray) -> list[Point]:
         return self._points(ks, mu, self.run(mu / self.scale))
 
-    def _minimise(self, first, guess) -> newton.Minima:
+    def _minimise(self, first: MapStatistics, guess: np.ndarray | None) -> newton.Minima:
         """In Python, from 0 or where the guess is lower: they share the first read."""
         (lower, upper), ks = self._bounds(), np.arange(len(self.palettes))
         part = lambda rows: type(first)(*(x[rows] for x in first))  # noqa: E731
@@ -121,7 +143,7 @@ class Problem:
             points = [b if b.value < p.value else p for b, p in zip(begun, points, strict=True)]
         return newton.minimise(self._evaluate, points, self.short, lower, upper, self.tol)
 
-    def conclude(self) -> dict:
+    def conclude(self) -> dict[str, Any]:
         """The verdicts, and the solutions in the rewards' own units: every field of PaletteSolution, K leading."""
         mu, value, gradient, ess, left, passes, _, _ = self.minima
         reached = (left <= self.tol) & ~self.short
@@ -148,7 +170,7 @@ class Problem:
         found |= {"feasible": feasible, "iterations": passes, "nearly_infeasible": flagged, "unique": unique}
         return found | {name: beyond.get(name) for name in ("nearest", "certificate", "scaling")}
 
-    def _judge(self, reached: np.ndarray) -> tuple[np.ndarray, dict]:
+    def _judge(self, reached: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Which palettes can be reached (K,), and of those that cannot `nearest`, `certificate`, `scaling`, else NaN."""
         reachable, feasible = Reachable(self.run, self.scale, self.sign), reached.copy()
         nearest, certificate = np.full((2, *self.palettes.shape), np.nan)
@@ -185,7 +207,7 @@ class Problem:
         return unique
 
 
-def too_thin(ess, lam: np.ndarray, rows: int, groups: int):
+def too_thin(ess: Any, lam: np.ndarray, rows: int, groups: int) -> Any:
     """Whether too few samples are left for the values that bind, if any do: ess (...,) of lam (..., m)."""
     binding = (lam != 0).sum(axis=-1)
     enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), rows / 2)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette.inputs import as_rewards, reject_nonfinite
+from fastalign.palette.inputs import Array, as_rewards, reject_nonfinite
 
 
-def quantile_palette(rewards, q: float, *, values: Sequence[int] | None = None) -> np.ndarray:
+def quantile_palette(rewards: Array, q: float, *, values: Sequence[int] | None = None) -> np.ndarray:
     """The palette max(mean, q-quantile) in the columns `values` (None: all), the mean in the others.
 
     rewards: (n, m), numpy array or torch tensor. q: in [0, 1]. values: column numbers. Returns (m,) float64.

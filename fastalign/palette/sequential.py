@@ -11,12 +11,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.palette.inputs import as_groups, as_palettes, as_rewards, as_sign, as_weights
+from fastalign.palette.inputs import Array, Sense, as_groups, as_palettes, as_rewards, as_sign, as_weights
 from fastalign.palette.solve import solve
 
 
 def solve_in_turn(
-    rewards, palette, *, order: Sequence[int] | None = None, rounds: int = 1, groups=None, weights=None, sense=">="
+    rewards: Array,
+    palette: Array,
+    *,
+    order: Sequence[int] | None = None,
+    rounds: int = 1,
+    groups: Array | None = None,
+    weights: Array | None = None,
+    sense: Sense = ">=",
 ) -> np.ndarray:
     """λ after each round, (rounds, m), from aligning to one value after the other, starting at λ = 0.
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from fastalign._base.errors import UserError
 from fastalign.palette.inputs import (
+    Array,
+    Rewards,
+    Sense,
     as_groups,
     as_palettes,
     as_rewards,
@@ -14,11 +20,20 @@ from fastalign.palette.inputs import (
     check_options,
     log_of,
 )
-from fastalign.palette.passes import ArrayPass, ChunkedPass, DevicePass, ShardedPass, together
+from fastalign.palette.passes import ArrayPass, ChunkedPass, DevicePass, Pass, ShardedPass, together
 from fastalign.palette.sources import ParquetRewards
 
 
-def set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group):
+def set_up(
+    rewards: Rewards,
+    palette: Array,
+    groups: Array | None,
+    weights: Array | None,
+    sense: Sense,
+    tol: float,
+    lam_max: float | None,
+    process_group: Any,
+) -> tuple[Pass, np.ndarray, np.ndarray]:
     """The pass over the rewards, the palettes (K, m) and the constraints' signs (m,)."""
     if process_group is None:
         return _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max)
@@ -33,14 +48,22 @@ def set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group
     return ShardedPass(own, process_group, grouped), palettes, sign
 
 
-def _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max):
+def _set_up_own(
+    rewards: Rewards,
+    palette: Array,
+    groups: Array | None,
+    weights: Array | None,
+    sense: Sense,
+    tol: float,
+    lam_max: float | None,
+) -> tuple[Pass, np.ndarray, np.ndarray]:
     check_options(tol, lam_max)
     run = pass_over(rewards, groups, weights)
     m = len(run.center)
     return run, as_palettes(palette, m), as_sign(sense, m)
 
 
-def pass_over(rewards, groups, weights):
+def pass_over(rewards: Rewards, groups: Array | None, weights: Array | None) -> Pass:
     """The pass over this process's rewards, which may be an array, a tensor of any device or a `ParquetRewards`."""
     if isinstance(rewards, ParquetRewards):
         if groups is not None or weights is not None:

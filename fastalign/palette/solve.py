@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastalign._base.units import counted
+from fastalign.palette.inputs import Array, Rewards, Sense
 from fastalign.palette.problem import Problem
 from fastalign.palette.setup import set_up
 from fastalign.palette.sources import ParquetRewards
@@ -118,15 +119,15 @@ class PaletteSolution:
 
 
 def solve(
-    rewards,
-    palette,
+    rewards: Rewards,
+    palette: Array,
     *,
-    groups=None,
-    weights=None,
-    sense=">=",
+    groups: Array | None = None,
+    weights: Array | None = None,
+    sense: Sense = ">=",
     tol: float = 1e-9,
     lam_max: float | None = None,
-    process_group=None,
+    process_group: Any = None,
     values: Sequence[str] | None = None,
 ) -> PaletteSolution:
     """Weights λ of the policy p_λ ∝ p0 exp(λ·R) with E_λ[R] ≥ palette at the least KL from p0.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,16 @@ class ParquetRewards:
     groups, weights: the names of the columns of the prompt's number (rows sorted by it) and of the rows' weights.
     Raises UserError on a column that is not there or not of numbers; on missing values and unsorted groups as it reads.
     """
+
+    paths: list[Path]
+    values: list[str]
+    groups: str | None
+    weights: str | None
+    grouped: bool
+    weighted: bool
+    chunk_rows: int
+    sample_rows: int
+    rows: int
 
     def __init__(
         self,
@@ -43,7 +54,7 @@ class ParquetRewards:
         self.paths, self.values, self.groups, self.weights = paths, list(values), groups, weights
         self.grouped, self.weighted = groups is not None, weights is not None
         self.chunk_rows, self.sample_rows, self.rows = chunk_rows, SAMPLE_ROWS, 0
-        self.columns = [*self.values, *(name for name in (groups, weights) if name is not None)]
+        self.columns: list[str] = [*self.values, *(name for name in (groups, weights) if name is not None)]
         wide = False
         for file in paths:
             if not file.is_file():
@@ -63,7 +74,7 @@ class ParquetRewards:
             raise UserError(
                 f"rewards must hold at least one sample and one reward, got {self.rows} rows of {self.values}"
             )
-        self.dtype = np.dtype(np.float64 if wide else np.float32)
+        self.dtype: np.dtype[Any] = np.dtype(np.float64 if wide else np.float32)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
         """(rewards (k, m), log weights or None, groups or None), chunk by chunk; no group is cut in two."""

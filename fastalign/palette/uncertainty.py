@@ -9,7 +9,7 @@ import numpy as np
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
 from fastalign.palette.feasibility import INWARD
-from fastalign.palette.inputs import as_groups, as_palettes, as_rewards, as_weights
+from fastalign.palette.inputs import Array, Sense, as_groups, as_palettes, as_rewards, as_weights
 from fastalign.palette.solve import solve
 
 
@@ -50,7 +50,9 @@ class HeldOut:
     feasible: bool
 
 
-def standard_errors(rewards, lam, *, groups=None, weights=None) -> StandardErrors:
+def standard_errors(
+    rewards: Array, lam: Array, *, groups: Array | None = None, weights: Array | None = None
+) -> StandardErrors:
     """Sandwich standard errors of λ at `lam` (m,), a solution of `solve` on the same rewards, groups and weights.
 
     λ solves Σ_i w_i e^{λ·R_i} (R_i − c) = 0 for the values that bind, an M-estimator with Jacobian C = Cov_λ(R):
@@ -87,7 +89,16 @@ def standard_errors(rewards, lam, *, groups=None, weights=None) -> StandardError
     return StandardErrors(error, np.sqrt(np.diagonal(meat)))
 
 
-def bootstrap(rewards, palette, *, draws: int = 200, seed: int = 0, groups=None, weights=None, sense=">=") -> Bootstrap:
+def bootstrap(
+    rewards: Array,
+    palette: Array,
+    *,
+    draws: int = 200,
+    seed: int = 0,
+    groups: Array | None = None,
+    weights: Array | None = None,
+    sense: Sense = ">=",
+) -> Bootstrap:
     """`solve` on `draws` resamples of the rows (with groups: of whole groups) drawn with replacement."""
     rewards = as_rewards(rewards)
     n, m = rewards.shape
@@ -118,7 +129,16 @@ def bootstrap(rewards, palette, *, draws: int = 200, seed: int = 0, groups=None,
     return Bootstrap(lam, levels, float(np.isfinite(lam[:, 0]).mean()))
 
 
-def held_out(rewards, palette, *, folds: int = 5, seed: int = 0, groups=None, weights=None, sense=">=") -> HeldOut:
+def held_out(
+    rewards: Array,
+    palette: Array,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    groups: Array | None = None,
+    weights: Array | None = None,
+    sense: Sense = ">=",
+) -> HeldOut:
     """λ solved on all folds but one, and the levels it reaches on that one: is the palette met where λ was not made?
 
     Folds are random sets of rows, with groups of whole groups. A training part that cannot reach the palette is solved

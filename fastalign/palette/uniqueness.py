@@ -21,7 +21,9 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
     return None if steep.all() else vectors[:, steep].T
 
 
-def least_norm(mu, gradient, rows: np.ndarray, lower, upper, constant) -> tuple[np.ndarray | None, bool]:
+def least_norm(
+    mu: np.ndarray, gradient: np.ndarray, rows: np.ndarray, lower: np.ndarray, upper: np.ndarray, constant: np.ndarray
+) -> tuple[np.ndarray | None, bool]:
     """The minimiser of least |μ| within the bounds that has the scores of `mu` (m,), or None where that is `mu`; and
     whether it was unique at all. gradient: (m,) there. rows: what `flat_directions` returned.
     """

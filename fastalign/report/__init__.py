@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.units import counted, decimals
 from fastalign.report.duals import Dual, both
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Example", "Report", "Value", "build"]
 
@@ -207,7 +210,7 @@ class Report:
         with atomic_write(path) as beside:
             beside.write_text(text, encoding="utf-8")
 
-    def print(self, console) -> None:
+    def print(self, console: Console) -> None:
         """The table and a few texts before and after on a rich console, within 100 columns."""
         from fastalign.report.terminal import show
 

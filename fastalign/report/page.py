@@ -89,7 +89,7 @@ def figure_of(name: str, figures: Mapping[str, str], caption: str) -> str:
     return f"<figure>{figures[name]}<figcaption>{caption}</figcaption></figure>"
 
 
-def svg_of(figure, name: str) -> str:
+def svg_of(figure: Any, name: str) -> str:
     """The figure as an <svg> element: themed colours, ids of its own."""
     buffer = io.BytesIO()
     figure.patch.set_alpha(0)

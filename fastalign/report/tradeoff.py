@@ -16,11 +16,11 @@ class Tradeoff:
 
     def __init__(self, rewards: np.ndarray):
         prompts, n, m = rewards.shape
-        self.rewards = np.asarray(rewards[:: -(-prompts * n // MAX_ROWS)], dtype=np.float64)
+        self.rewards: np.ndarray = np.asarray(rewards[:: -(-prompts * n // MAX_ROWS)], dtype=np.float64)
         flat = self.rewards.reshape(-1, m)
         spread = flat.std(axis=0)
-        self.spread = np.where(spread > 0, spread, 1.0)
-        self.center = flat.mean(axis=0)
+        self.spread: np.ndarray = np.where(spread > 0, spread, 1.0)
+        self.center: np.ndarray = flat.mean(axis=0)
         self._flat = torch.from_numpy(np.ascontiguousarray((flat - self.center) / self.spread))
         self._groups = torch.arange(len(self.rewards)).repeat_interleave(n)
 

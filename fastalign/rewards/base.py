@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastalign._base.errors import UserError
 from fastalign.data.conversations import as_prompt, as_text
@@ -29,7 +30,7 @@ def is_reward(item: object) -> bool:
     return isinstance(item, Reward) and callable(item) and not isinstance(item, type)
 
 
-def with_conversations(prompts: Sequence[str | Sequence[dict]]) -> Sequence[str]:
+def with_conversations(prompts: Sequence[str | Sequence[dict[str, Any]]]) -> Sequence[str]:
     """The prompts, those that are lists of messages as Conversations. Raises UserError."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         return prompts  # for check_texts to refuse
@@ -50,7 +51,7 @@ def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
         )
 
 
-def as_scores(name: str, values, count: int) -> np.ndarray:
+def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
     """What a reward returned as float32 (count,); TypeError or UserError, naming the reward, if it is not that."""
     try:
         scores = np.asarray(values, dtype=np.float32)

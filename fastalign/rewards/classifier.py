@@ -23,9 +23,9 @@ _FORMS = ("auto", "response", "pair", "chat", "plain")
 
 
 def from_classifier(
-    model,
+    model: Any,
     label: str | int,
-    tokenizer=None,
+    tokenizer: Any = None,
     *,
     name: str | None = None,
     text: TextForm = "response",
@@ -65,8 +65,8 @@ def from_classifier(
 
 
 def from_pairwise(
-    model,
-    tokenizer=None,
+    model: Any,
+    tokenizer: Any = None,
     *,
     name: str = "pairwise",
     text: TextForm = "auto",
@@ -88,8 +88,8 @@ def from_pairwise(
 
 
 def from_heads(
-    model,
-    tokenizer=None,
+    model: Any,
+    tokenizer: Any = None,
     *,
     names: Sequence[str] | None = None,
     text: TextForm = "auto",
@@ -118,16 +118,19 @@ def from_heads(
 class SequenceReward(CachedReward):
     """A sequence classifier as a reward; made by `from_classifier` and `from_pairwise`."""
 
+    model: Any
+    tokenizer: Any
+
     def __init__(
         self,
-        name,
-        model,
-        tokenizer,
-        read,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        read: Callable[[torch.Tensor], torch.Tensor],
         text: TextForm,
         batch_size: int,
         max_length: int | None,
-        cache_size,
+        cache_size: int,
     ):
         super().__init__(name, cache_size=cache_size)
         if not callable(text) and text not in _FORMS:
@@ -140,10 +143,10 @@ class SequenceReward(CachedReward):
             text = noted if noted in _FORMS else "chat" if has_template else "pair"
         self.model, self.tokenizer = model, tokenizer
         self._tokens = Text(tokenizer, rows=embedding_rows(model))
-        self.reads_messages = text == "chat"
-        self.uses_prompt = text != "response"
+        self.reads_messages: bool = text == "chat"
+        self.uses_prompt: bool = text != "response"
         self.text = text
-        self.batch_size = check_count("batch_size", batch_size)
+        self.batch_size: int = check_count("batch_size", batch_size)
         self.max_length = context_length(model.config, tokenizer)
         if max_length is not None:
             self.max_length = check_count("max_length", max_length)
@@ -205,13 +208,13 @@ class _Head(SequenceReward):
             yield indices, scores[:, own]
 
 
-def plain_text(text: str, tokenizer) -> str:
+def plain_text(text: str, tokenizer: Any) -> str:
     """A text as reward models of plain text are trained on it: with the tokenizer's eos token at its end."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
 
 
-def _open(model, tokenizer):
+def _open(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The model and its tokenizer, loaded (safetensors only, none of the checkpoint's own code) where named."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

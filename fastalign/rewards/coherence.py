@@ -26,7 +26,7 @@ class Coherence(CachedReward):
     def __init__(self, name: str = "coherence", *, device: str = "auto", batch_size: int = 64, cache_size: int = 65536):
         super().__init__(name, cache_size=cache_size)
         self.device = device
-        self.batch_size = check_count("batch_size", batch_size)
+        self.batch_size: int = check_count("batch_size", batch_size)
 
     @cached_property
     def _encoder(self):

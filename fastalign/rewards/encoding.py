@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastalign._base.errors import UserError
 
@@ -31,7 +31,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left
     return out.to(device)
 
 
-def context_length(config, tokenizer) -> int | None:
+def context_length(config: Any, tokenizer: Any) -> int | None:
     """Most tokens that the model takes, by its tokenizer or its configuration; None where neither says."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     limits = [limit for limit in limits if limit and 0 < limit < 1_000_000_000]  # tokenizers write "none" as 1e30
@@ -45,7 +45,7 @@ def check_count(argument: str, value: int) -> int:
 
 
 @contextmanager
-def evaluating(model) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Inference mode with dropout off; the model's own train/eval mode is put back afterwards."""
     import torch
 

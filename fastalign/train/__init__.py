@@ -1,15 +1,32 @@
 """Trainers on the fused losses: DPO, PPO, reward models. TRL and peft are imported only when one is asked for."""
 
+from typing import TYPE_CHECKING
+
 from fastalign._base.lazy import lazy
 
-_HOMES = {
-    "DPOConfig": "dpo",
-    "DPOTrainer": "dpo",
-    "PPOConfig": "ppo",
-    "PPOTrainer": "ppo",
-    "AutoModelForCausalLMWithValueHead": "value_head",
-    "RewardConfig": "reward",
-    "RewardTrainer": "reward",
-}
-__all__ = list(_HOMES)
-__getattr__, __dir__ = lazy(__name__, _HOMES)
+if TYPE_CHECKING:
+    from fastalign.train.dpo import DPOConfig, DPOTrainer
+    from fastalign.train.ppo import PPOConfig, PPOTrainer
+    from fastalign.train.reward import RewardConfig, RewardTrainer
+    from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
+else:
+    _HOMES = {
+        "DPOConfig": "dpo",
+        "DPOTrainer": "dpo",
+        "PPOConfig": "ppo",
+        "PPOTrainer": "ppo",
+        "AutoModelForCausalLMWithValueHead": "value_head",
+        "RewardConfig": "reward",
+        "RewardTrainer": "reward",
+    }
+    __getattr__, __dir__ = lazy(__name__, _HOMES)
+
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "DPOConfig",
+    "DPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+]

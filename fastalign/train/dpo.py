@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ class PairCollator(DataCollatorForPreference):
         return super().torch_call(examples) | extra
 
 
-class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
+class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
     """TRL 1.16's DPOTrainer, same arguments (and `tokenizer=` for `processing_class=`), same losses and logs, faster.
 
     Also logs "tokens_per_second" (tokens as TRL counts them: the padded batch's attention mask). Models that cannot
@@ -103,33 +103,52 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             no room, vocabularies that differ; in training a loss or gradient that is NaN or infinite, before the step.
     """
 
-    def __init__(self, model=None, ref_model=None, args=None, *positional, tokenizer=None, **kwargs):
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        args: trl.DPOConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[transformers.EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[transformers.TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config: transformers.BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        *,
+        tokenizer: Any = None,
+    ):
         if tokenizer is not None:
-            if kwargs.get("processing_class") is not None:
+            if processing_class is not None:
                 raise UserError("tokenizer and processing_class are the same argument: give one")
-            kwargs["processing_class"] = tokenizer
-        positional = list(positional)
-        for at, name in enumerate(("train_dataset", "eval_dataset"), 1):  # after data_collator
-            if at < len(positional):
-                positional[at] = checks.pairs(name, positional[at])
-            elif kwargs.get(name) is not None:
-                kwargs[name] = checks.pairs(name, kwargs[name])
+            processing_class = tokenizer
+        if train_dataset is not None:
+            train_dataset = checks.pairs("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            eval_dataset = checks.pairs("eval_dataset", eval_dataset)
         for name in (model, ref_model):
             if isinstance(name, str | os.PathLike):
                 check_language_model(name)
-        checks.vocabularies(model, ref_model, kwargs.get("processing_class"))
+        checks.vocabularies(model, ref_model, processing_class)
         if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
             raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")
         self._ready = self._lazy_reference = False
         if getattr(args, "precompute_ref_log_probs", False) is None:
-            peft = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-            self._lazy_reference = ref_model is None and not peft and _whole(args, kwargs)
+            peft = peft_config is not None or hasattr(model, "peft_config")
+            self._lazy_reference = ref_model is None and not peft and _whole(args, train_dataset, eval_dataset)
             args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = self._lazy_reference
-        super().__init__(model, ref_model, args, *positional, **kwargs)
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
+            optimizers, quantization_config, peft_config,
+        )  # fmt: skip
         self._prepare()
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         given = eval_dataset is not None and not isinstance(eval_dataset, str)
         if given and self._lazy_reference and self.ref_model is None and self.state.global_step > 0:
             # The policy is no longer the reference, whose log-probabilities of these pairs nobody took.
@@ -145,8 +164,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             if self._packs:
                 enable(reference)
             self._let_score_pairs(reference)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+            self.ref_model: Any = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Comes after the models are there and before any of their passes."""
@@ -165,7 +184,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             return
         self._ready = True
         if type(self.data_collator) is DataCollatorForPreference:
-            self.data_collator = PairCollator(**vars(self.data_collator))
+            self.data_collator: Any = PairCollator(**vars(self.data_collator))
         self._elsewhere = self._is_vision_dataset or self.aux_loss_enabled  # on TRL's own path
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m is not None]
         for m in models:
@@ -194,7 +213,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
     def _let_score_pairs(self, model) -> None:
         add_pair_forward(language_model(model))
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._prepare()
         if self._elsewhere:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -213,14 +232,16 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
         self._flush("train")
         return total
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
         self._prepare()
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if not self._elsewhere:
             self._flush("eval")
         return found
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._prepare()
         if self._elsewhere or return_outputs:  # logits are asked for
             return super()._compute_loss(model, inputs, return_outputs)
@@ -237,7 +258,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):
             self._add(inputs, found, mask, chosen, rejected, chosen - ref_chosen, rejected - ref_rejected)
         return loss * self._share
 
-    def compute_ref_log_probs(self, model, inputs):
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The reference's sequence log-probabilities (chosen (B,), rejected (B,)) of one collated batch."""
         self._prepare()
         if self._elsewhere:
@@ -385,9 +406,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _whole(args: DPOConfig, given: dict[str, Any]) -> bool:
+def _whole(args: DPOConfig, train: Any, evaluated: Any) -> bool:
     """Whether training meets every pair at least once, of datasets that have an end, and keeps one reference."""
-    train, evaluated = given.get("train_dataset"), given.get("eval_dataset")
     datasets = [train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
     if not all(d is None or hasattr(d, "num_rows") for d in datasets) or train is None:
         return False

@@ -17,14 +17,14 @@ SHOWN = 8  # rows in a message
 class StopsAtNaN:
     """For a transformers Trainer, before it among the bases; batches of pairs as TRL collates them."""
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(value := loss.detach().item()):
             self._stop("loss", value, inputs)
         self._seen = [*getattr(self, "_seen", []), inputs["input_ids"]]
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Asked once before each step of the optimiser."""
         found = super()._get_grad_norm(model, grad_norm)
         if not_finite(found, self.accelerator):

@@ -28,6 +28,10 @@ class AdaptiveKLController:
     Source: Ziegler et al., "Fine-tuning language models from human preferences", arXiv 1909.08593, section 2.2.
     """
 
+    value: float
+    target: float
+    horizon: float
+
     def __init__(self, init_kl_coef: float, target: float, horizon: float):
         self.value, self.target, self.horizon = init_kl_coef, target, horizon
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def split(pairs: int, tokens: Tensor, limit: int | None) -> list[slice]:
     return [*groups, slice(begin, pairs)]
 
 
-def take(inputs: dict, pairs: int, group: slice) -> dict:
+def take(inputs: dict[str, Any], pairs: int, group: slice) -> dict[str, Any]:
     """The pairs of `group` from a collated batch: rows (2B, ...) by halves, (B, ...) as they are."""
     found = {}
     for name, x in inputs.items():

@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from fastalign.train.ppo_data import PromptLoader, lists, used_columns
 from fastalign.train.ppo_sharded import inside, is_sharded, whole_head, whole_layers
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead, create_reference_model, upload
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 __all__ = ["PPOConfig", "PPOTrainer"]
 
 
@@ -47,6 +50,13 @@ class PPOTrainer:
     ...     scores = [reward(tokenizer.decode(response)) for response in responses]
     ...     stats = trainer.step(batch["input_ids"], responses, scores)
     """
+
+    config: PPOConfig
+    is_encoder_decoder: bool
+    is_distributed: bool
+    is_peft_model: bool
+    model: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -87,13 +97,13 @@ class PPOTrainer:
             raise UserError("PPOTrainer needs accelerate: pip install accelerate") from None
 
         self.config = config = PPOConfig() if config is None else config
-        self.tokenizer = processing_class if tokenizer is None else tokenizer
+        self.tokenizer: Any = processing_class if tokenizer is None else tokenizer
         ppo_checks.arguments(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
         # Unless told, accelerate takes processes without a GPU for unrelated ones.
         told = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
         try:
             project = ProjectConfiguration(**config.project_kwargs)
-            self.accelerator = Accelerator(log_with=config.log_with, project_config=project, **told)
+            self.accelerator: Accelerator = Accelerator(log_with=config.log_with, project_config=project, **told)
         except (ValueError, TypeError) as error:
             raise UserError(f"log_with or accelerator_kwargs: {str(error).splitlines()[0]}") from None
         processes = self.accelerator.num_processes
@@ -105,7 +115,7 @@ class PPOTrainer:
         self.is_encoder_decoder, self.is_distributed = False, processes > 1
         self.is_peft_model = config.is_peft_model = model.is_peft_model
 
-        self.pad = ppo_checks.pad_token(self.tokenizer)
+        self.pad: int = ppo_checks.pad_token(self.tokenizer)
         if ref_model is None and not self.is_peft_model:
             ref_model = create_reference_model(model, num_shared_layers)
         elif num_shared_layers is not None:
@@ -120,16 +130,18 @@ class PPOTrainer:
             optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
         self.model, self.optimizer = self._prepare(model, optimizer)
         self.policy: AutoModelForCausalLMWithValueHead = self.accelerator.unwrap_model(self.model)
-        self.ref_model = None if ref_model is None else self._prepare_reference(ref_model)
+        self.ref_model: Any = None if ref_model is None else self._prepare_reference(ref_model)
         self.lr_scheduler = lr_scheduler  # not prepared: accelerate would step it once per process
-        self.data_collator = lists if data_collator is None else data_collator
-        self.dataset = None
-        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        self.data_collator: Callable[[list[Any]], Any] = lists if data_collator is None else data_collator
+        self.dataset: Any = None
+        self.dataloader: PromptLoader | None = (
+            None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        )
         controller = AdaptiveKLController if config.adap_kl_ctrl else FixedKLController
         options = (config.target, config.horizon) if config.adap_kl_ctrl else ()
-        self.kl_ctl = controller(config.init_kl_coef, *options)
-        self.running = ppo_stats.RunningMoments()
-        self.current_step = 0
+        self.kl_ctl: AdaptiveKLController | FixedKLController = controller(config.init_kl_coef, *options)
+        self.running: ppo_stats.RunningMoments = ppo_stats.RunningMoments()
+        self.current_step: int = 0
         self._checkpoint: str | None = None  # the last that was saved or loaded
         if config.log_with is not None:
             told = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
@@ -298,7 +310,7 @@ class PPOTrainer:
                 logs["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=rows)
         self.accelerator.log(logs, step=self.current_step)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write model, value head and tokenizer, for `from_pretrained` here and in transformers. Every process calls it."""
         weights = None
         if is_sharded(self.policy):
@@ -316,7 +328,7 @@ class PPOTrainer:
                 upload(folder, repo_id, **options)
         self.accelerator.wait_for_everyone()
 
-    def save_checkpoint(self, path: str | os.PathLike) -> None:
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Keep all that the run needs to go on as if it had not stopped, see `ppo_checkpoint`. Every process calls it."""
         state = {
             "kl_coef": self.kl_ctl.value,
@@ -327,7 +339,7 @@ class PPOTrainer:
         kept = ppo_checkpoint.save(path, self.current_step, self.policy, self._raw_optimizer, state, self.accelerator)
         self._checkpoint = str(kept)
 
-    def load_checkpoint(self, path: str | os.PathLike) -> None:
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Go on from the newest checkpoint in `path`, in a trainer built as the one that saved it.
 
         `current_step` says how many steps are done; `dataloader` first gives the rest of the interrupted epoch.
@@ -437,7 +449,9 @@ class PPOTrainer:
         sums = self.accelerator.reduce(sums, "sum") if processes > 1 else sums
         return (sums / every).cpu().numpy(), np.concatenate(ratios)
 
-    def train_minibatch(self, rollouts, old: dict[str, Tensor], indices: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+    def train_minibatch(
+        self, rollouts: ppo_batch.Rollouts, old: dict[str, Tensor], indices: Tensor
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
         """The loss of some rows, the statistics' sums over their tokens, and their ratios."""
         config = self.config
         ids, labels = rollouts.rows(indices)

@@ -10,7 +10,15 @@ from fastalign.train.ppo_config import PPOConfig
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 
-def arguments(config, model, ref_model, tokenizer, lr_scheduler, optimizer, training_data_collator) -> None:
+def arguments(
+    config: Any,
+    model: Any,
+    ref_model: Any,
+    tokenizer: Any,
+    lr_scheduler: Any,
+    optimizer: Any,
+    training_data_collator: Any,
+) -> None:
     if not isinstance(config, PPOConfig):
         raise TypeError(f"config must be a PPOConfig, got {type(config).__name__}")
     if not isinstance(model, AutoModelForCausalLMWithValueHead):

@@ -29,11 +29,11 @@ class PPOConfig:
     query_dataset: str = "stanfordnlp/imdb"  # likewise
     reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"  # likewise
     remove_unused_columns: bool = True  # of a dataset: keeps what a model takes, and "query", "response", "label"
-    tracker_kwargs: dict = field(default_factory=dict)
-    accelerator_kwargs: dict = field(default_factory=dict)
-    project_kwargs: dict = field(default_factory=dict)
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
+    project_kwargs: dict[str, Any] = field(default_factory=dict)
     tracker_project_name: str = "fastalign"
-    push_to_hub_if_best_kwargs: dict = field(default_factory=dict)  # must stay empty
+    push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)  # must stay empty
     steps: int = 20000  # a note for the script, as `step` is called by it
     learning_rate: float = 1.41e-5
     adap_kl_ctrl: bool = True  # steer the KL towards `target`; False: init_kl_coef stays

@@ -13,7 +13,7 @@ from fastalign._base.errors import UserError
 COLUMNS = ("label", "query", "response")
 
 
-class PromptLoader(DataLoader):
+class PromptLoader(DataLoader[Any]):
     """Batches of this process's rows. A global batch is a slice of the epoch's order; process r has the r-th part of
     it, so that one process with the whole batch sees the same. Rows that fill no batch are left out of the epoch."""
 
@@ -24,7 +24,7 @@ class PromptLoader(DataLoader):
             raise UserError(
                 f"dataset must have at least batch_size · processes = {batch_size} · {world} rows, got {len(dataset)}"
             )
-        self.order = _Order(len(dataset), batch_size, seed, rank, world)
+        self.order: _Order = _Order(len(dataset), batch_size, seed, rank, world)
         self.to = device
         # A generator of its own: DataLoader draws a seed per iteration, which a resumed run would draw once more.
         super().__init__(dataset, batch_sampler=self.order, collate_fn=collate, generator=torch.Generator())
@@ -50,6 +50,14 @@ class PromptLoader(DataLoader):
 class _Order(Sampler):
     """Indices by batch: epoch e's permutation is a function of (seed, e) alone."""
 
+    rows: int
+    batch_size: int
+    seed: int
+    rank: int
+    world: int
+    epoch: int
+    done: int
+
     def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world: int):
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
         self.epoch, self.done, self.resumed = 0, 0, False
@@ -60,7 +68,7 @@ class _Order(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         if self.done and not self.resumed:  # the last iteration was broken off: this is a new epoch
             self.epoch, self.done = self.epoch + 1, 0
-        self.resumed = False
+        self.resumed: bool = False
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.rows, generator=generator).tolist()
         for batch in range(self.done, len(self)):
@@ -68,7 +76,7 @@ class _Order(Sampler):
             yield order[first : first + self.batch_size]
 
 
-def lists(rows: list) -> Any:
+def lists(rows: list[Any]) -> Any:
     """The classic collator: a list per column, rows of numbers as tensors; rows that are no mappings take torch's own.
 
     Raises UserError where rows are of unlike columns, or torch's collator cannot make a batch of them.

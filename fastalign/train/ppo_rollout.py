@@ -25,6 +25,9 @@ _NEUTRAL = {
 class LengthSampler:
     """Draws a length in [min_value, max_value) at each call, from Python's random numbers."""
 
+    min_value: int
+    max_value: int
+
     def __init__(self, min_value: int, max_value: int):
         if not min_value < max_value:
             raise UserError(f"max_value must be above min_value, got {max_value} and {min_value}")

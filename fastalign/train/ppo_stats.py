@@ -23,6 +23,9 @@ MEANS = (
 class Stopwatch:
     """Seconds by part of a step, under TRL's names."""
 
+    began: float
+    parts: dict[str, float]
+
     def __init__(self) -> None:
         self.began, self.parts = time.perf_counter(), {}
 
@@ -39,6 +42,9 @@ class Stopwatch:
 class RunningMoments:
     """Mean and deviation of all scores so far (Chan, Golub and LeVeque 1983, parallel updates)."""
 
+    mean: float
+    sum_squares: float
+
     def __init__(self) -> None:
         self.count, self.mean, self.sum_squares = 0, 0.0, 0.0  # sum of squares about the mean
 
@@ -48,7 +54,7 @@ class RunningMoments:
         apart, total = mean - self.mean, self.count + count
         self.sum_squares += float((x - mean).square().sum()) + apart**2 * self.count * count / total
         self.mean += apart * count / total
-        self.count = total
+        self.count: int = total
 
     @property
     def std(self) -> float:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 import trl
 from torch import Tensor
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -72,32 +73,36 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         UserError: columns that lack, empty completions, values that the data does not know, nothing within max_length.
     """
 
+    compute_metrics: Any
+
     def __init__(
         self,
-        model,
+        model: Any,
         args: trl.RewardConfig | None = None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        *positional,
-        tokenizer=None,
-        compute_metrics=None,
-        quantization_config=None,
-        **kwargs,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[transformers.EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[transformers.TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: transformers.BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        *,
+        tokenizer: Any = None,
     ):
         if tokenizer is not None:
             if processing_class is not None:
                 raise UserError("tokenizer and processing_class are the same argument: give one")
             processing_class = tokenizer
-        if positional:
-            compute_metrics, *positional = positional
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = RewardConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-Reward")
         train_dataset = checks.pairs("train_dataset", train_dataset, tokenized=TOKENIZED)
         eval_dataset = checks.pairs("eval_dataset", eval_dataset, tokenized=TOKENIZED)
-        self.values = _names(getattr(args, "values", None))
+        self.values: list[str] = _names(getattr(args, "values", None))
         if isinstance(model, str):
             model, processing_class = _load(model, processing_class, args, len(self.values), quantization_config)
             quantization_config = None
@@ -105,12 +110,12 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         self._text = None
         with _accepted(model, args):
             super().__init__(
-                model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, *positional,
-                quantization_config=quantization_config, **kwargs,
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+                optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config,
             )  # fmt: skip
         if type(self.data_collator) is DataCollatorForPreference:
-            self.data_collator = RewardCollator(**vars(self.data_collator))
-        self.label_names = ["preference"]
+            self.data_collator: Any = RewardCollator(**vars(self.data_collator))
+        self.label_names: list[str] = ["preference"]
         self._own_metrics, self.compute_metrics = self.compute_metrics, self._measure
         self._note()
 
@@ -154,7 +159,9 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         if "preference" not in self._signature_columns:
             self._signature_columns += ["preference"]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         chosen, rejected = outputs.logits.chunk(2)  # (B, m) each
         preference = inputs.get("preference")
@@ -186,7 +193,9 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         for name, value in (("min", every.min()), ("mean", every.mean()), ("max", every.max())):
             metrics[f"{name}_reward"].append(value.item())
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
         """The scores come as (B, 2, m), chosen then rejected, so that a batch's first dimension is its pairs."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -214,7 +223,7 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
             scores[:, 0], scores[:, 1], self.values, preference=preference, prompts=prompts, settings=settings
         )
 
-    def report(self, dataset=None, *, settings: dict[str, Any] | None = None) -> RewardReport:
+    def report(self, dataset: Any = None, *, settings: dict[str, Any] | None = None) -> RewardReport:
         """The model measured on a dataset of pairs (default: eval_dataset): accuracy, calibration, histograms.
 
         settings: lines for the report's table. `.to_json()` has the numbers, `.write("x.html")` the page.

@@ -33,8 +33,8 @@ class ValueHead(nn.Module):
 
     def __init__(self, size: int, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.summary = nn.Linear(size, 1, dtype=dtype)
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.summary: nn.Linear = nn.Linear(size, 1, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.summary(self.dropout(hidden).to(self.summary.weight.dtype)).squeeze(-1)
@@ -57,10 +57,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     is_encoder_decoder = False
     # TRL 0.11's, for scripts that read them.
-    transformers_parent_class = AutoModelForCausalLM
-    lm_head_namings = ("lm_head", "embed_out")
-    supported_args = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
-    supported_modules = ("v_head",)
+    transformers_parent_class: Any = AutoModelForCausalLM
+    lm_head_namings: tuple[str, ...] = ("lm_head", "embed_out")
+    supported_args: tuple[str, ...] = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+    supported_modules: tuple[str, ...] = ("v_head",)
     short_names = True  # of `state_dict`; False: as the modules have them, which what shards a model relies on
 
     def __init__(
@@ -90,7 +90,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             size = self.causal_lm.config.get_text_config(decoder=True).hidden_size
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dropout = getattr(config, "summary_dropout_prob", summary_dropout_prob)
-        self.v_head = ValueHead(size, dropout=dropout, dtype=wide)
+        self.v_head: ValueHead = ValueHead(size, dropout=dropout, dtype=wide)
         if v_head_init_strategy == "normal":
             nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
             nn.init.zeros_(self.v_head.summary.bias)
@@ -104,7 +104,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
+        pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel,
         *model_args: Any,
         peft_config: Any = None,
         is_trainable: bool = True,
@@ -233,7 +233,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.pretrained_model.gradient_checkpointing_disable()
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, weights: dict[str, Tensor] | None = None, **options: Any
+        self, save_directory: str | os.PathLike[str], *, weights: dict[str, Tensor] | None = None, **options: Any
     ) -> None:
         """Write the model as transformers (or peft) writes it, and the value head in a folder of its own beside it.
 
@@ -298,17 +298,17 @@ def save_value_head(tensors: dict[str, Tensor], folder: Path) -> None:
 class staged:
     """A folder to write in; its files are then renamed one by one into the target."""
 
-    def __init__(self, target: str | os.PathLike):
-        self.target = Path(target)
+    def __init__(self, target: str | os.PathLike[str]):
+        self.target: Path = Path(target)
 
     def __enter__(self) -> Path:
         if self.target.is_file():
             raise UserError(f"{self.target}: must be a folder, this is a file")
         self.target.mkdir(parents=True, exist_ok=True)
-        self.beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.target))
+        self.beside: Path = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.target))
         return self.beside
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 for path in sorted(self.beside.rglob("*")):
@@ -320,7 +320,9 @@ class staged:
             shutil.rmtree(self.beside, ignore_errors=True)
 
 
-def _load(name: str | os.PathLike, model_args: tuple, is_trainable: bool, options: dict) -> tuple[Any, Path | None]:
+def _load(
+    name: str | os.PathLike[str], model_args: tuple, is_trainable: bool, options: dict
+) -> tuple[Any, Path | None]:
     """The model, and the folder that may hold its value head."""
     from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -41,11 +41,32 @@ class Request:
         """The prompts' indices, in order."""
         return [i for i in range(len(self.prompts)) if i not in self.skip]
 
-    def part(self, indices: Sequence[int], texts: list, token_ids: list, log_probs: list) -> Candidates:
+    def part(
+        self,
+        indices: Sequence[int],
+        texts: list[list[str]],
+        token_ids: list[list[list[int]]],
+        log_probs: list[list[list[float]]],
+    ) -> Candidates:
         """Of the prompts at these indices: [prompt][candidate] each."""
         part = Candidates([self.prompts[i] for i in indices], texts, token_ids, log_probs, settings=self.record)
         part.prompt_ids = np.array([self.places[i] for i in indices], dtype=np.int64)
         return part
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What the functions that draw and then choose pass on to `BaseSampler.sample`, which see."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: str | Sequence[str] | None
+    chat: bool | str
+    batch_size: int | None
+    memory_limit: int | str | None
+    tools: Sequence[Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class BaseSampler(ABC):
@@ -58,7 +79,7 @@ class BaseSampler(ABC):
     name: str
     text: Text
     context: int
-    rows_at_once = ROWS_AT_ONCE  # where batch_size is not given
+    rows_at_once: int = ROWS_AT_ONCE  # where batch_size is not given
 
     def sample(
         self,

@@ -23,6 +23,11 @@ class External(BaseSampler):
     text in tokens, or 0 where the engine alone knows it.
     """
 
+    name: str
+    tokenizer: Any
+    context: int
+    text: Text
+
     def __init__(self, name: str, tokenizer: Any, context: int):
         self.name, self.tokenizer, self.context, self.text = name, tokenizer, context, Text(tokenizer)
 

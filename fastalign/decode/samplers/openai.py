@@ -75,7 +75,7 @@ class OpenAISampler(External):
             tokenizer = _load_tokenizer(tokenizer)
         key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         self._http = _Http(_checked_url(url), _checked_key(key), timeout, tries)
-        self.served = model or self._only_model()
+        self.served: str = model or self._only_model()
         self.in_flight = in_flight
         super().__init__(f"{self._http.base}#{self.served}", tokenizer, 0)
 
@@ -181,14 +181,16 @@ def _chat(prompt: str, record: dict[str, Any]) -> dict[str, Any]:
     return asks | ({"tools": tools} if tools else {}) | ({"chat_template_kwargs": options} if options else {})
 
 
-def as_done(work: Callable, tasks: Iterable, threads: int) -> Iterator[tuple[Any, Any]]:
+def as_done(
+    work: Callable[[Any, threading.Event], Any], tasks: Iterable[Any], threads: int
+) -> Iterator[tuple[Any, Any]]:
     """(task, work(task, stop)) of each task as it ends, `threads` at once; the first error is raised here.
 
     Left early or after an error, `stop` is set and no more are begun. The threads are daemons: an interrupt does not
     wait for answers.
     """
     tasks, lock, stop = iter(tasks), threading.Lock(), threading.Event()
-    done: queue.SimpleQueue = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         while not stop.is_set():

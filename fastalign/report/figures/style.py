@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from fastalign._base.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
 
 INK, MUTED, GRID, PAPER = "#1b2026", "#66707b", "#e1e5ea", "#fefefe"
@@ -20,7 +23,7 @@ BEFORE, ASKED, PREDICTED, REALISED = "#8a93a0", "#d55e00", "#0072b2", "#009e73"
 
 # For lines that have no house colour: each with its own dash, so that print in grey tells them apart. A palette's own
 # colour is not among them.
-SERIES = [
+SERIES: list[tuple[str, Any]] = [
     ("#0072b2", "-"), ("#e69f00", (0, (5, 1.5))), ("#009e73", (0, (1.2, 1.2))), ("#cc79a7", (0, (6, 1.5, 1.2, 1.5))),
     ("#1b2026", (0, (3, 1))), ("#56b4e9", (0, (8, 2))), ("#66707b", (0, (1.2, 2.5))),
 ]  # fmt: skip
@@ -71,7 +74,7 @@ def save(figure: Figure, path: str | Path) -> None:
         write(figure, beside, kind)
 
 
-def write(figure: Figure, target, kind: str) -> None:
+def write(figure: Figure, target: Any, kind: str) -> None:
     """The figure as `kind` into a path or binary file, the same bytes every time."""
     import matplotlib
 
@@ -134,36 +137,36 @@ def short(name: str, width: int = 24) -> str:
     return (name if len(name) <= width else name[: width - 1] + "…").replace("$", r"\$")
 
 
-def handle(name: str, label: str | None = None):
+def handle(name: str, label: str | None = None) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linestyle="none", label=label or name, **MARKERS[name])
 
 
-def line(label: str, color: str, **look):
+def line(label: str, color: str, **look: Any) -> Line2D:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, label=label, **{"linewidth": 1.4, **look})
 
 
-def dot(label: str):
+def dot(label: str) -> Line2D:
     return points(label, ".", BEFORE, 7, alpha=0.7)
 
 
-def points(label: str, marker: str, color: str, size: float, **look):
+def points(label: str, marker: str, color: str, size: float, **look: Any) -> Line2D:
     from matplotlib.lines import Line2D
 
     look = {"markeredgewidth": 0, **look}
     return Line2D([], [], linestyle="none", marker=marker, color=color, markersize=size, label=label, **look)
 
 
-def patch(label: str, color: str):
+def patch(label: str, color: str) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(facecolor=color, alpha=0.32, linewidth=0, label=label)
 
 
-def plain_logs(axis) -> None:
+def plain_logs(axis: Any) -> None:
     """A logarithmic axis with its numbers written out, at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -172,7 +175,7 @@ def plain_logs(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure, handles) -> None:
+def legend(figure: Figure, handles: Sequence[Any]) -> None:
     wide = figure.get_figwidth() > 8
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles) if wide and len(handles) < 7 else 4 if wide else 3,
                   columnspacing=1.6, handletextpad=0.6)  # fmt: skip

@@ -15,6 +15,7 @@ import webbrowser
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastalign._base.errors import Terminated, UserError
@@ -79,21 +80,24 @@ def open_server(desk: Desk, port: int = 0, allowed_hosts: Sequence[str] = ()) ->
 class Server(ThreadingHTTPServer):
     """address: where the page is, with the token."""
 
+    desk: Desk
+    token: str
+
     request_queue_size = WAITING
 
     def __init__(self, desk: Desk, port: int, allowed_hosts: Sequence[str]):
         self.desk, self.token = desk, secrets.token_urlsafe(16)
         super().__init__((HOST, port), _Handler)
         own = [f"{name}:{self.server_port}" for name in (HOST, "localhost")]
-        self.hosts = {name.lower() for name in (*own, *allowed_hosts)}
-        self.address = f"http://{HOST}:{self.server_port}/{self.token}/"
+        self.hosts: set[str] = {name.lower() for name in (*own, *allowed_hosts)}
+        self.address: str = f"http://{HOST}:{self.server_port}/{self.token}/"
 
     def knows(self, host: str) -> bool:
         """Whether it may be asked by this name, with or without a port."""
         host = host.lower()
         return bool(_HOST.fullmatch(host)) and (host in self.hosts or re.sub(r":\d+$", "", host) in self.hosts)
 
-    def handle_error(self, request, client_address) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # one that left is no news
             super().handle_error(request, client_address)
 

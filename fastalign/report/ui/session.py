@@ -25,6 +25,11 @@ _SENSES = (">=", "==", "<=")
 class Desk:
     """values: m names. rewards: (P, N, m), finite. prompts: P. texts: P rows of N. source: the file, for the command."""
 
+    values: list[str]
+    prompts: Sequence[str]
+    texts: Sequence[Sequence[str]]
+    source: str
+
     def __init__(
         self,
         values: Sequence[str],
@@ -34,15 +39,15 @@ class Desk:
         source: str = "scored.parquet",
     ):
         self.values, self.prompts, self.texts, self.source = list(values), prompts, texts, source
-        self.rewards = np.asarray(rewards)
+        self.rewards: np.ndarray = np.asarray(rewards)
         if self.rewards.ndim != 3 or not self.rewards.size:
             raise UserError(f"rewards must be (prompts, candidates, values), none empty, got {self.rewards.shape}")
         if not np.isfinite(self.rewards).all():
             raise UserError(f"rewards must be finite, got {self.rewards[~np.isfinite(self.rewards)][0]}")
-        self.flat = np.ascontiguousarray(self.rewards.reshape(-1, len(self.values)))
-        self.groups = np.repeat(np.arange(len(self.rewards)), self.rewards.shape[1])
-        self.mean = self.flat.mean(axis=0, dtype=np.float64)
-        self.spread = self.flat.std(axis=0, dtype=np.float64)
+        self.flat: np.ndarray = np.ascontiguousarray(self.rewards.reshape(-1, len(self.values)))
+        self.groups: np.ndarray = np.repeat(np.arange(len(self.rewards)), self.rewards.shape[1])
+        self.mean: np.ndarray = self.flat.mean(axis=0, dtype=np.float64)
+        self.spread: np.ndarray = self.flat.std(axis=0, dtype=np.float64)
         self._one = Lock()  # the solver runs on all cores already
         solve(np.array([[0.0], [1.0]]), [2.0])  # loads what the first palette out of reach would wait for
 
