@@ -1,5 +1,4 @@
-"""Soups: weighted sums of separately aligned models' weights, from file to file or in memory; and of their LoRA
-adapters."""
+"""Soups: weighted sums of separately aligned models' weights, from file to file or in memory, and of LoRA adapters."""
 
 from typing import TYPE_CHECKING
 
