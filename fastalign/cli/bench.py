@@ -35,7 +35,8 @@ def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
             raise UserError(f"{path}: exists; --overwrite measures again and replaces it")
     pytest = [sys.executable, "-m", "pytest", fastalign.bench.__path__[0], "-q", "-p", "pytest_benchmark.plugin"]
     pytest += ["-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "-o", "addopts="]
-    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # other plugins take time, and may change the order
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # another run's
+    alone |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # other plugins take time, and may change the order
     for name in names:
         collected = subprocess.run([*pytest, "--collect-only", "-k", name], env=alone, capture_output=True)
         if collected.returncode in (ExitCode.NO_TESTS_COLLECTED, ExitCode.USAGE_ERROR):

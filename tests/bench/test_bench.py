@@ -15,7 +15,8 @@ pytest.importorskip("pytest_benchmark")
 from fastalign.bench import tables
 
 PYTEST = [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "--benchmark-only"]
-ALONE = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of this run
+ALONE |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 BENCH = Path(__file__).parents[2] / "bench"
 TINY = """
 import time
