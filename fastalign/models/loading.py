@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -66,6 +66,7 @@ def check_language_model(name_or_path: str | os.PathLike[str]) -> None:
     with one_line_errors(name_or_path):
         config, _ = PretrainedConfig.get_config_dict(resolve(name_or_path))  # which runs no code of the checkpoint's
         _check_kind(config.get("architectures"), name_or_path)
+        _check_head(config, name_or_path)
 
 
 def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike[str]) -> None:
@@ -73,6 +74,19 @@ def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike[str
     kind = next(iter(architectures or []), "")
     if kind.endswith(NO_LANGUAGE_MODEL):
         raise UserError(f"{name}: must be a causal language model, this is a {kind}")
+
+
+def _check_head(config: dict[str, Any], name: str | os.PathLike[str]) -> None:
+    """A body alone can be a language model's only where its head is its embedding."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    kind = next(iter(config.get("architectures") or []), "")
+    known = config.get("model_type") in CONFIG_MAPPING
+    if known and kind == MODEL_MAPPING_NAMES.get(config["model_type"]):
+        settings = CONFIG_MAPPING[config["model_type"]].from_dict(config).get_text_config()
+        if not settings.tie_word_embeddings:
+            raise UserError(f"{name}: must be a causal language model, a {kind} has no head")
 
 
 def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathLike[str]) -> None:

@@ -109,6 +109,7 @@ def test_what_is_no_language_model_is_no_policy(refused, command, model, said):
     [
         ("classifier", "must be a causal language model, this is a LlamaForSequenceClassification"),
         ("tagger", "must be a causal language model, this is a LlamaForTokenClassification"),
+        ("body", "must be a causal language model, a LlamaModel has no head"),
         ("adapter", "must be an adapter of a causal language model, its task_type is SEQ_CLS"),
     ],
 )
