@@ -17,10 +17,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 TABLE = ROOT / "docs" / "models.md"
 HEAD = """# Models
 
-Written by `python tools/model_sweep.py` with transformers {version}: each causal language model of transformers that can be built
-small, with weights large enough that attention matters, on a CPU in float32 and float64. "right" is equal to plain
-`model(input_ids).logits` to rounding, whichever path was taken; a path that a model cannot take is refused in one line.
-What runs where is tried, at first use, not read from this table (`fastalign info --model NAME` says it for any model).
+`python tools/model_sweep.py` wrote this page with transformers {version}. It covers every causal language model that can be built
+small, with weights large enough that attention matters, on a CPU in float32 and float64. "right" means equal to plain
+`model(input_ids).logits` up to rounding, on whichever path was taken. A path that a model cannot take is refused with one
+line. fastalign does not read this table: it tests each path when a model is first used (`fastalign info --model NAME` shows
+the result for any model).
 
 {summary}
 
