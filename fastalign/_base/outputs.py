@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import STDOUT, check_folder, check_target, write_json
 from fastalign._base.work_folder import sha256
 
+FINGERPRINTS = ("model_content", "contents")
 _SAY: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
 _ASK: ContextVar[Callable[[str], bool] | None] = ContextVar("ask", default=None)
 
@@ -105,10 +106,41 @@ def _companions(files: Sequence[Path], figures: Path | None) -> dict[str, Path]:
     return found
 
 
-def differing(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first name of which two records have other values."""
-    names = (name for name in {**had, **wanted} if name not in ("companions", "unfinished"))
+def differing(
+    had: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ("companions", "unfinished")
+) -> str | None:
+    """The first name under which two records have different values."""
+    names = (name for name in {**had, **wanted} if name not in ignored)
     return next((name for name in names if had.get(name) != wanted.get(name)), None)
+
+
+def check_same(
+    where: str | os.PathLike[str],
+    had: Mapping[str, Any] | None,
+    wanted: Mapping[str, Any],
+    *,
+    knobs: Collection[str] = (),
+    otherwise: str = "another output, or --overwrite",
+) -> None:
+    """Raises UserError, one line, unless a run at `where` was of the settings that this one asks for.
+
+    had: JSON values; None where something else is there. "model_content" is the fingerprint of "model", which is the same model
+    wherever it lies; "contents" maps names to fingerprints. knobs: names that may differ.
+    """
+    if had is None:
+        raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
+    wanted = json.loads(json.dumps(wanted, default=str))  # tuples and the like as the file has them
+    ignored = {*knobs, *(name for name in FINGERPRINTS if name not in had)}  # earlier versions kept none
+    if had.get("model_content") == wanted.get("model_content") is not None:
+        ignored.add("model")
+    if (name := differing(had, wanted, ignored)) is None:
+        return
+    if name in FINGERPRINTS:
+        raise UserError(
+            f"{where} was made with a model whose files have changed since: use those to go on, {otherwise}"
+        )
+    made = f"{name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}"
+    raise UserError(f"{where} was made with {made}: use the same settings to go on, {otherwise}")
 
 
 def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] | None:

@@ -195,7 +195,7 @@ def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool
         kept = parts.whole()
         if kept:
             try:
-                _same_settings(parts.path, parts.job, settings)
+                outputs.check_same(parts.path, parts.job, settings, knobs=KNOBS)
                 outputs.say(f"{out}: going on from the {len(kept)} batches that an interrupted run finished")
             except UserError:
                 if not overwrite:
@@ -229,30 +229,9 @@ def _there(out: Path, settings: dict) -> bool:
     """Whether `out` is there, of these settings. Raises UserError where it is there otherwise."""
     if not out.exists():
         return False
-    _same_settings(out, outputs.recorded(out, "sampling"), settings)
+    outputs.check_same(out, outputs.recorded(out, "sampling"), settings, knobs=KNOBS)
     outputs.say(f"{out}: there already, of the same settings")
     return True
-
-
-def _same_settings(where: Path, had: dict | None, wanted: dict) -> None:
-    if had is None:
-        raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
-    wanted = json.loads(json.dumps(wanted))  # tuples and the like as the file has them
-    if (
-        had.get("model_content", wanted["model_content"]) != wanted["model_content"]
-        and had.get("model") == wanted["model"]
-    ):
-        raise UserError(
-            f"{where} was made with another model at {wanted['model']}, whose files have changed since: take the one it was "
-            "made with to go on, another output, or --overwrite"
-        )
-    same_model = had.get("model_content") == wanted["model_content"]  # wherever it lies
-    for name in {**had, **wanted}:
-        if had.get(name) != wanted.get(name) and name not in KNOBS and not (name == "model" and same_model):
-            raise UserError(
-                f"{where} was made with {name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}: "
-                "use the same settings to go on, another output, or --overwrite"
-            )
 
 
 # Of the steps that follow each takes `out` as it is where the same call made it; where it is there otherwise they raise UserError,

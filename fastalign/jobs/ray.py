@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fastalign._base import fingerprint
+from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.work_folder import WorkFolder, hold, sha256
@@ -84,13 +84,7 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out, writes=out) as parts:
         if kept := parts.whole():
-            had = parts.job
-            names = [name for name in {**had, **settings} if name not in (*KNOBS, "device")]
-            changed = [name for name in names if had.get(name) != settings.get(name)]
-            if changed:
-                name = changed[0]
-                told = f"{name}={had.get(name)!r}, this run asks for {settings.get(name)!r}"
-                raise UserError(f"{out} was made with {told}: use the same settings to go on, or another folder")
+            outputs.check_same(out, parts.job, settings, knobs=(*KNOBS, "device"), otherwise="or another folder")
         parts.begin(parts.job if kept else settings)
         done = {int(i) for path in kept for i in Candidates.from_parquet(path).prompt_ids}
         draw(

@@ -84,7 +84,7 @@ class Run:
         if had is None and self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
             raise UserError(f"{out}: exists, and is no training run's; --overwrite writes into it")
         if had is not None and not overwrite:
-            self._same(had)
+            outputs.check_same(self.out, had, self.settings)
         same = had == self.settings
         whole = ended is not None and all((self.out / name).is_file() for name in self._old_files)
         self.result: dict[str, Any] | None = ended if same and whole and not overwrite else None
@@ -191,15 +191,6 @@ class Run:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _same(self, had: dict[str, Any]) -> None:
-        for name in {**had, **self.settings}:
-            if had.get(name) != self.settings.get(name):
-                rule = "use the same settings to go on, another output, or --overwrite"
-                was, asked = had.get(name), self.settings.get(name)
-                if name == "contents":
-                    raise UserError(f"{self.out} was made with another model of that name: {rule}")
-                raise UserError(f"{self.out} was made with {name}={was!r}, this run asks for {asked!r}: {rule}")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one object to the log; numbers that are not finite are left out."""
