@@ -26,12 +26,20 @@ COMMON = ["bindings", "crew", "isa", "soup_digest", "soup_files", "soup_io", "so
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c",
-                        "-mprefer-vector-width=512"]  # fmt: skip
+    LEVELS["avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # -Wno-psabi: wide vectors never cross a function that another file calls.
-FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
-         "-Wno-unknown-pragmas", *OPENMP]  # fmt: skip
+FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
+         "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas", *OPENMP]  # fmt: skip
 
 
 class BuildPerLevel(build_ext):

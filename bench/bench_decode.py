@@ -73,9 +73,15 @@ def generate(prompts, n, new, *, ends):
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     stops = _ends(model, tokenizer, ends)
     return model.generate(
-        **inputs, do_sample=True, num_return_sequences=n, max_new_tokens=new, eos_token_id=stops or None,
-        min_new_tokens=None if ends else new, pad_token_id=tokenizer.pad_token_id, top_k=0,
-    )  # fmt: skip
+        **inputs,
+        do_sample=True,
+        num_return_sequences=n,
+        max_new_tokens=new,
+        eos_token_id=stops or None,
+        min_new_tokens=None if ends else new,
+        pad_token_id=tokenizer.pad_token_id,
+        top_k=0,
+    )
 
 
 def _ends(model, tokenizer, ends: bool) -> list[int]:

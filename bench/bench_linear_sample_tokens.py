@@ -1,4 +1,5 @@
-"""linear_sample_tokens against the logits written, then softmax + multinomial (argmax at temperature 0), or our sample_tokens."""
+"""linear_sample_tokens against the logits written, then softmax + multinomial (argmax at temperature 0), or our
+sample_tokens."""
 
 from __future__ import annotations
 
@@ -41,8 +42,11 @@ def test_tokens(compare, rows, temperature):
 
     compare(
         ours,
-        {"F.linear + softmax + multinomial" if temperature else "F.linear + argmax": torchs, "F.linear + our sample_tokens": in_two},
+        {
+            "F.linear + softmax + multinomial" if temperature else "F.linear + argmax": torchs,
+            "F.linear + our sample_tokens": in_two,
+        },
         floor=lambda: hidden @ weight.T,
         check=check,
         rounds=5,
-    )  # fmt: skip
+    )

@@ -1,7 +1,8 @@
-"""The fused head against TRL's chunked head, F.linear + cross_entropy, and torch.compile of the plain form; forward and backward.
+"""The fused head against TRL's chunked head, F.linear + cross_entropy, and torch.compile of the plain form; forward
+and backward.
 
-The floor is the matrix products that the pass consists of, in the tiles of the op: four with a head that learns (the logits
-twice, but for the tiles that are kept, and two gradients), two with a frozen one.
+The floor is the matrix products that the pass consists of, in the tiles of the op: four with a head that learns (the
+logits twice, but for the tiles that are kept, and two gradients), two with a frozen one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""linear_token_logratios against F.linear + cross_entropy, once a side: DPO's implicit reward from two heads; forward and backward."""
+"""linear_token_logratios against F.linear + cross_entropy, once a side: DPO's implicit reward from two heads; forward
+and backward."""
 
 from __future__ import annotations
 

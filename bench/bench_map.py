@@ -1,4 +1,5 @@
-"""The MAP solve, per prompt and joint, against scipy's L-BFGS-B, cvxpy with Clarabel and the 150 Adam steps of the paper's code."""
+"""The MAP solve, per prompt and joint, against scipy's L-BFGS-B, cvxpy with Clarabel and the 150 Adam steps of the
+paper's code."""
 
 from __future__ import annotations
 

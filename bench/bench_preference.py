@@ -1,4 +1,5 @@
-"""pairwise_loss against TRL's formula of DPO's loss in torch, from the log-probabilities of tokens; forward and backward."""
+"""pairwise_loss against TRL's formula of DPO's loss in torch, from the log-probabilities of tokens; forward and
+backward."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Soups of SmolLM2-135M with noise, three files of 269 MB in bfloat16: fastalign against mergekit, from file to file.
 
-mergekit runs in an environment of its own, whose Python FASTALIGN_MERGEKIT_PYTHON names (`pip install mergekit==0.1.5`);
-without it only fastalign is measured. Both merge in a fresh process with everything imported, after which the clock
-starts; or, "whole commands", as they are run in a shell. Inputs are in the page cache. mergekit leaves it to the system when
-its output reaches the disk; so does fastalign here (`sync=False`), but for the cases "flushed", its default, in which
-mergekit's output is flushed after it. Memory is the peak of anonymous pages above what the imports took: the page cache is
-not counted. Both results are held against the float64 sum.
+mergekit runs in an environment of its own, whose Python FASTALIGN_MERGEKIT_PYTHON names (`pip install
+mergekit==0.1.5`); without it only fastalign is measured. Both merge in a fresh process with everything imported,
+after which the clock starts; or, "whole commands", as they are run in a shell. Inputs are in the page cache. mergekit
+leaves it to the system when its output reaches the disk; so does fastalign here (`sync=False`), but for the cases
+"flushed", its default, in which mergekit's output is flushed after it. Memory is the peak of anonymous pages above
+what the imports took: the page cache is not counted. Both results are held against the float64 sum.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def test_merge(compare, models, tmp_path, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command(compare, models, tmp_path, name):
-    """As soups are made in a shell: one by one by mergekit-yaml with its fastest options; all by one `fastalign soup`."""
+    """As soups are made in a shell: one by one by mergekit-yaml with its fastest options; all by one `fastalign
+    soup`."""
     rows, bar, rounds = COMMANDS[name]
 
     def commands(python):
@@ -130,7 +131,8 @@ def copy_seconds(files: int) -> float:
 
 
 def worst_error(models: list[str], row: list[float], method: str, made: Path) -> float:
-    """The largest error of any element, in units of a bfloat16's last place; where terms cancel, of 2^-20 of their sum of sizes."""
+    """The largest error of any element, in units of a bfloat16's last place; where terms cancel, of 2^-20 of their
+    sum of sizes."""
     from fastalign.soup import open_checkpoint
     from fastalign.soup.checkpoint import mapped
 

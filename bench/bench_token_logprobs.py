@@ -13,11 +13,16 @@ TRL, TORCH = "TRL selective_log_softmax", "log_softmax + gather"
 # One sequence of 512 tokens; and four of 128, where TRL's loop over sequences makes smaller temporaries.
 SHAPES = ((1, 512, 49_152), (4, 128, 49_152), (1, 512, 151_936))
 CASES = [
-    pytest.param(*shape, dtype, grad, id=f"{shape[0]} x {shape[1]} x {shape[2]:,} {str(dtype)[6:]}, forward{' + backward' * grad}")
+    pytest.param(
+        *shape,
+        dtype,
+        grad,
+        id=f"{shape[0]} x {shape[1]} x {shape[2]:,} {str(dtype)[6:]}, forward{' + backward' * grad}",
+    )
     for shape in SHAPES
     for dtype in (torch.float32, torch.bfloat16)
     for grad in (False, True)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("batch", "length", "vocab", "dtype", "grad"), CASES)

@@ -1,7 +1,8 @@
-"""python -m bench.commits REF [pytest's arguments]: every benchmark of this checkout, its build against that of the commit REF.
+"""python -m bench.commits REF [pytest's arguments]: every benchmark of this checkout, its build against that of the
+commit REF.
 
-REF is built in a temporary worktree. Each case runs in two processes, one a build, in turn (`--against`); the ratio told is REF's
-time over ours. A case that REF cannot run is skipped.
+REF is built in a temporary worktree. Each case runs in two processes, one a build, in turn (`--against`); the ratio
+told is REF's time over ours. A case that REF cannot run is skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ answers: TextIO | None = None
 
 
 class OtherBuild:
-    """The same benchmark in a process with another build of fastalign. folder: has the package; its name is the commit's."""
+    """The same benchmark in a process with another build of fastalign. folder: has the package; its name is the
+    commit's."""
 
     def __init__(self, folder: str, item: pytest.Item):
         self.name, self.errors = Path(folder).name, tempfile.TemporaryFile("w+")

@@ -1,4 +1,5 @@
-"""The fixture `compare`, on top of pytest-benchmark's: ours and its peers in one process, in turn, so that the machine's drift cancels."""
+"""The fixture `compare`, on top of pytest-benchmark's: ours and its peers in one process, in turn, so that the
+machine's drift cancels."""
 
 from __future__ import annotations
 
@@ -49,10 +50,10 @@ def compare(benchmark, request):
         """Call everything once, check, then time ours and every peer in turn.
 
         Args:
-            ours, peers: calls without arguments. One with `prepare` has it called, untimed, before each call; one with `peak_mb`
-                tells its memory itself (worker.py).
-            floor: what ours cannot beat: a call, timed in the same turn, or the bytes of memory that must be read. One that is beaten
-                is no floor, and left out.
+            ours, peers: calls without arguments. One with `prepare` has it called, untimed, before each call; one
+                with `peak_mb` tells its memory itself (worker.py).
+            floor: what ours cannot beat: a call, timed in the same turn, or the bytes of memory that must be read.
+                One that is beaten is no floor, and left out.
             bars: peer -> the ratio to reach.
             check: raises where ours and a peer do not agree, which fails the benchmark; may return a text to be kept.
             rounds: in each of which all are timed; ratios are taken round by round.

@@ -49,14 +49,15 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
         )
     trainer_class, config = (DPOTrainer, DPOConfig) if kind == "fastalign" else (trl.DPOTrainer, trl.DPOConfig)
     args = config(
-        output_dir=folder, report_to=[], num_train_epochs=1, logging_steps=1, per_device_train_batch_size=4, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-5, seed=0, disable_tqdm=True, **options,
+        output_dir=folder, report_to=[], num_train_epochs=1, logging_steps=1, per_device_train_batch_size=4,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-5, seed=0,
+        disable_tqdm=True, **options,
     )  # fmt: skip
 
     def run() -> dict:
         trainer = trainer_class(
             model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=lora
-        )  # fmt: skip
+        )
         trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         return {"peak_mb": peak_mb(), "losses": losses}

@@ -3,8 +3,8 @@
     python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N]
 
 First every case is checked against the float64 reference, then ours and the peers that are installed are timed in turn
-with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md, which name the
-device, driver and versions. Without a GPU it says so and exits 0.
+with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md, which
+name the device, driver and versions. Without a GPU it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def line(result: dict[str, Any]) -> str:
 def table(everything: dict[str, Any]) -> str:
     """Markdown: each case against each peer that ran, and under it what it ran on."""
     lines = [
-        "| op | case | time (p20–p80) | of copy rate | of GEMM rate | against | faster by | peak memory, theirs → ours | published |",
+        "| op | case | time (p20–p80) | of copy rate | of GEMM rate | against | faster by | peak memory, theirs → "
+        "ours | published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in everything["results"]:
@@ -196,8 +197,8 @@ def table(everything: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     lines += [
         "",
-        f"{where['device']}, driver {where['driver']}, CUDA {where['cuda']}, fastalign {where['fastalign']}, {versions}, "
-        f"{where['date']}. Copy {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 GEMM "
+        f"{where['device']}, driver {where['driver']}, CUDA {where['cuda']}, fastalign {where['fastalign']}, "
+        f"{versions}, {where['date']}. Copy {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 GEMM "
         f"{ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s, measured in the same run.",
     ]
     return "\n".join(lines) + "\n"

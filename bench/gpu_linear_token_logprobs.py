@@ -120,14 +120,19 @@ def _build(setting: Setting, device: str, small: bool) -> Work:
         + 2 * (setting.backward and setting.frozen and setting.statistics)
     )
     size = sum(x.numel() * x.element_size() for x in (hidden, weight, bias, a, b) if x is not None)
-    least = size + tokens * 20 + setting.backward * sum(
-        x.numel() * x.element_size() for x, need in zip((hidden, weight, bias, a, b), needs, strict=True) if need
-    )  # fmt: skip
+    least = (
+        size
+        + tokens * 20
+        + setting.backward
+        * sum(x.numel() * x.element_size() for x, need in zip((hidden, weight, bias, a, b), needs, strict=True) if need)
+    )
     return Work(
-        run, least, 2 * products * tokens * width * vocab,
+        run,
+        least,
+        2 * products * tokens * width * vocab,
         peers=_peers(setting, hidden, weight, labels, grad) if device == "cuda" else {},
         check=partial(_check, setting, run, head, grad, grad_entropy),
-    )  # fmt: skip
+    )
 
 
 def _check(setting: Setting, run: Callable, head: tuple, grad: Tensor, grad_entropy: Tensor) -> None:

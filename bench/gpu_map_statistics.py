@@ -1,4 +1,5 @@
-"""GPU cases of map_statistics: few and many values, one and many λ, weights, groups; against float64 products in torch."""
+"""GPU cases of map_statistics: few and many values, one and many λ, weights, groups; against float64 products in
+torch."""
 
 from __future__ import annotations
 

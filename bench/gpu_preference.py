@@ -1,4 +1,5 @@
-"""GPU cases of preference: every loss from the log-probabilities of tokens, and the backward pass of all fused losses."""
+"""GPU cases of preference: every loss from the log-probabilities of tokens, and the backward pass of all fused
+losses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """python job.py SCRIPT ARGUMENTS: the process of a `Worker`, which may lack fastalign.
 
-Calls SCRIPT's `job(*ARGUMENTS)`, a JSON list; says "ready"; waits for a line; calls what `job` returned and prints its answer as JSON.
+Calls SCRIPT's `job(*ARGUMENTS)`, a JSON list; says "ready"; waits for a line; calls what `job` returned and prints
+its answer as JSON.
 """
 
 import json

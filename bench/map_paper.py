@@ -4,8 +4,8 @@ FILE is an .npz with `values` (the columns' names) and one (n, m) array of rewar
 the verdict, λ, KL, effective sample size and time of this solver, beside 150 Adam steps on log λ in float32 (what the
 paper runs), scipy's L-BFGS-B and cvxpy with Clarabel. Then what a decoder can do with N samples per prompt: picking one
 of N moves the policy by at most log N − (N−1)/N nats, so a palette whose least KL is more is out of its reach, by
-whatever rule it picks. The joint dual may also tilt the prompts, which a decoder cannot: its KL is a lower bound on what
-a decoder needs, and so is the N given here.
+whatever rule it picks. The joint dual may also tilt the prompts, which a decoder cannot: its KL is a lower bound on
+what a decoder needs, and so is the N given here.
 
 Writes results/map_paper.json, its figures (fronts and palettes in pairs of the values that HHH asks for, the λ region,
 effective sample sizes) and MAP_PAPER.md beside this file.
@@ -53,7 +53,8 @@ def samples_for(kl: float) -> int:
 
 
 def reach(rewards: np.ndarray, palette: np.ndarray, n: int, limit: float) -> float:
-    """The largest t, up to `limit`, for which mean + t (palette − mean) needs no more KL than one of n samples gives."""
+    """The largest t, up to `limit`, for which mean + t (palette − mean) needs no more KL than one of n samples
+    gives."""
     mean = rewards.mean(axis=0, dtype=np.float64)
     low, high = 0.0, limit
     for _ in range(4):  # 33 palettes at a time
@@ -71,9 +72,14 @@ def lp_slack(rewards: np.ndarray, palette: np.ndarray) -> float:
 
     n, m = rewards.shape
     found = linprog(
-        np.r_[np.zeros(n), -1.0], A_ub=np.c_[-(rewards.astype(np.float64) - palette).T, np.ones(m)], b_ub=np.zeros(m),
-        A_eq=[[1.0] * n + [0.0]], b_eq=[1.0], bounds=[(0, None)] * n + [(None, None)], method="highs",
-    )  # fmt: skip
+        np.r_[np.zeros(n), -1.0],
+        A_ub=np.c_[-(rewards.astype(np.float64) - palette).T, np.ones(m)],
+        b_ub=np.zeros(m),
+        A_eq=[[1.0] * n + [0.0]],
+        b_eq=[1.0],
+        bounds=[(0, None)] * n + [(None, None)],
+        method="highs",
+    )
     return -float(found.fun)
 
 
@@ -124,11 +130,16 @@ def row(rewards: np.ndarray, values: list[str], q: int) -> dict:
     if found.feasible:
         errors, apart = standard_errors(rewards, found.lam), held_out(rewards, palette)
         result |= {
-            "lambda": found.lam.tolist(), "lambda_error": errors.lam.tolist(), "kl": float(found.kl),
-            "ess": float(found.ess), "nearly_infeasible": bool(found.nearly_infeasible),
-            "kkt_residual": float(found.kkt_residual), "duality_gap": float(found.duality_gap),
-            "held_out_met": int(apart.met.sum()), "samples_needed": samples_for(found.kl),
-        }  # fmt: skip
+            "lambda": found.lam.tolist(),
+            "lambda_error": errors.lam.tolist(),
+            "kl": float(found.kl),
+            "ess": float(found.ess),
+            "nearly_infeasible": bool(found.nearly_infeasible),
+            "kkt_residual": float(found.kkt_residual),
+            "duality_gap": float(found.duality_gap),
+            "held_out_met": int(apart.met.sum()),
+            "samples_needed": samples_for(found.kl),
+        }
     limit = 1.0 if found.feasible else found.scaling
     result["reach"] = {str(n): reach(rewards, palette, n, limit) for n in SAMPLES}
     return result
@@ -149,11 +160,13 @@ def draw(model: str, rewards: np.ndarray, values: list[str], folder: Path) -> No
 def table(models: dict[str, dict], values: list[str]) -> list[str]:
     names = list(next(iter(next(iter(models.values())).values()))["peers"])
     lines = [
-        "# The MAP paper's palettes, solved", "",
-        "Written by `python -m bench.map_paper`; do not edit. λ in the order " + ", ".join(values) + ".", "",
+        "# The MAP paper's palettes, solved",
+        "",
+        "Written by `python -m bench.map_paper`; do not edit. λ in the order " + ", ".join(values) + ".",
+        "",
         "| model | palette | reachable | LP slack | λ | KL | ESS | time | " + " | ".join(names) + " |",
         "| --- " * (8 + len(names)) + "|",
-    ]  # fmt: skip
+    ]
     for model, rows in models.items():
         for q, r in rows.items():
             if r["feasible"]:
@@ -169,12 +182,16 @@ def table(models: dict[str, dict], values: list[str]) -> list[str]:
                 peers.append(ratio + (each["says"] or left))
             lines.append(f"| {model} | HHH-{q} | {own} | {r['ms']:.2f} ms | " + " | ".join(peers) + " |")
     lines += [
-        "", "## What a decoder can reach", "",
-        "Each prompt's answer picked from N samples: the share of the way from the mean to the palette that N allows at",
-        "most, and the least N that could reach all of it. Both are bounds in the decoder's favour (see the source).", "",
+        "",
+        "## What a decoder can reach",
+        "",
+        "Each prompt's answer picked from N samples: the share of the way from the mean to the palette that N allows "
+        "at",
+        "most, and the least N that could reach all of it. Both are bounds in the decoder's favour (see the source).",
+        "",
         "| model | palette | KL needed | N needed, at least | e^KL | " + " | ".join(f"N = {n}" for n in SAMPLES) + " |",
         "| --- " * (5 + len(SAMPLES)) + "|",
-    ]  # fmt: skip
+    ]
     for model, rows in models.items():
         for q, r in rows.items():
             need = (

@@ -1,4 +1,5 @@
-"""Samples of rewards, and what others do with them: MAP's dual solved by scipy, cvxpy and Adam, a pass over them in torch and numpy."""
+"""Samples of rewards, and what others do with them: MAP's dual solved by scipy, cvxpy and Adam, a pass over them in
+torch and numpy."""
 
 from __future__ import annotations
 

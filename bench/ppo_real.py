@@ -4,8 +4,8 @@ Each seed starts from the same model, draws responses to the bundled prompts and
 processor seconds over threads (0.87 of the wall time where nothing else runs). Writes ppo_real.json (every step of
 every seed, and rewards on all prompts before and after) and ppo_real.png (reward and KL by time).
 
-python bench/ppo_real.py --compare out/a/ppo_real.json out/b/ppo_real.json ... --out out/ppo: runs of several λ on the same two
-values, as points before and after (ppo_tradeoff.png).
+python bench/ppo_real.py --compare out/a/ppo_real.json out/b/ppo_real.json ... --out out/ppo: runs of several λ on the
+same two values, as points before and after (ppo_tradeoff.png).
 """
 
 from __future__ import annotations
@@ -54,10 +54,18 @@ def run(seed: int, options: argparse.Namespace) -> dict:
     torch.nn.init.zeros_(model.v_head.summary.weight)
     torch.nn.init.zeros_(model.v_head.summary.bias)
     config = PPOConfig(
-        model_name=options.model, seed=seed, learning_rate=options.learning_rate, batch_size=options.batch_size,
-        mini_batch_size=options.mini_batch_size, ppo_epochs=options.ppo_epochs, init_kl_coef=options.kl_coef,
-        target=options.target, horizon=options.horizon, vf_coef=options.vf_coef, max_grad_norm=1.0,
-    )  # fmt: skip
+        model_name=options.model,
+        seed=seed,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        mini_batch_size=options.mini_batch_size,
+        ppo_epochs=options.ppo_epochs,
+        init_kl_coef=options.kl_coef,
+        target=options.target,
+        horizon=options.horizon,
+        vf_coef=options.vf_coef,
+        max_grad_norm=1.0,
+    )
     queries = prompts.bundled()
     rows = [{"query": q, "input_ids": torch.tensor(tokenizer(CHAT.format(q))["input_ids"])} for q in queries]
     trainer = PPOTrainer(

@@ -1,4 +1,5 @@
-"""What bench_soup.py runs in processes of their own, one of them with mergekit's Python: one merge, from file to file."""
+"""What bench_soup.py runs in processes of their own, one of them with mergekit's Python: one merge, from file to
+file."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Memory of a merge from a 0.3 GB model to a 12 GB one, anonymous pages and page cache apart; and its speed from a cold disk.
+"""Memory of a merge from a 0.3 GB model to a 12 GB one, anonymous pages and page cache apart; and its speed from a
+cold disk.
 
     python bench/soup_memory.py [--sizes 0.3,1.2,12] [--cold 1.2] [--folder DIR] [--out bench/results/soup_memory.json]
 
-Models are made on the spot in shards of 4 GB, one of random bfloat16 numbers and one of holes (zeros that take no disk), merged in
-a process of its own, and removed again: --folder needs twice the largest size. Before each merge the inputs are dropped from
-the page cache. The disk's own rate is taken in turn with the merge, on two models without holes, by a loop that reads as many
-bytes, writes and flushes as many, and computes nothing; the bar is 70 % of it. Linux.
+Models are made on the spot in shards of 4 GB, one of random bfloat16 numbers and one of holes (zeros that take no
+disk), merged in a process of its own, and removed again: --folder needs twice the largest size. Before each merge the
+inputs are dropped from the page cache. The disk's own rate is taken in turn with the merge, on two models without
+holes, by a loop that reads as many bytes, writes and flushes as many, and computes nothing; the bar is 70 % of it.
+Linux.
 """
 
 from __future__ import annotations
@@ -94,8 +96,11 @@ def resident(pid: int) -> tuple[int, int]:
 def merge(inputs: list[Path], out: Path) -> dict:
     """One merge in a process of its own: seconds, and peaks above what that process held before it began."""
     worker = subprocess.Popen(
-        [sys.executable, __file__, "--worker", *map(str, inputs), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+        [sys.executable, __file__, "--worker", *map(str, inputs), str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if worker.stdout.readline().strip() != "ready":
         raise SystemExit("soup_memory: the merge did not start")
     before, cached = resident(worker.pid), meminfo("Cached")
@@ -109,9 +114,11 @@ def merge(inputs: list[Path], out: Path) -> dict:
     if worker.returncode:
         raise SystemExit("soup_memory: the merge failed")
     return {
-        "seconds": float(worker.stdout.read().split()[-1]), "anonymous_mb": (peaks[0] - before[0]) / 1e6,
-        "mapped_mb": (peaks[1] - before[1]) / 1e6, "page_cache_mb": (cache - cached) / 1e6,
-    }  # fmt: skip
+        "seconds": float(worker.stdout.read().split()[-1]),
+        "anonymous_mb": (peaks[0] - before[0]) / 1e6,
+        "mapped_mb": (peaks[1] - before[1]) / 1e6,
+        "page_cache_mb": (cache - cached) / 1e6,
+    }
 
 
 def worker(inputs: list[str], out: str) -> None:
@@ -162,10 +169,14 @@ def cold(root: Path, nbytes: int) -> dict:
         times["read"].append(time.perf_counter() - began)
     shares = [c / m for c, m in zip(times["copy"], times["merge"], strict=True)]
     return {
-        "gb": nbytes / 1e9, "seconds": times, "share_of_copy": statistics.median(shares), "shares": shares, "bar": BAR,
+        "gb": nbytes / 1e9,
+        "seconds": times,
+        "share_of_copy": statistics.median(shares),
+        "shares": shares,
+        "bar": BAR,
         "read_gb_s": 2 * nbytes / 1e9 / statistics.median(times["read"]),
         "copy_gb_s": 3 * nbytes / 1e9 / statistics.median(times["copy"]),
-    }  # fmt: skip
+    }
 
 
 def models(root: Path, nbytes: int, *, holes: bool) -> Iterator[None]:
@@ -201,8 +212,9 @@ def main() -> int:
                 rows.append({"gb": size, **merge([root / "a", root / "b"], root / "out")})
                 shutil.rmtree(root / "out")
                 print(
-                    f"two models of {size:g} GB: {rows[-1]['seconds']:.1f} s, anonymous {rows[-1]['anonymous_mb']:.0f} MB, "
-                    f"mapped {rows[-1]['mapped_mb']:.0f} MB, page cache grew by {rows[-1]['page_cache_mb']:.0f} MB",
+                    f"two models of {size:g} GB: {rows[-1]['seconds']:.1f} s, anonymous "
+                    f"{rows[-1]['anonymous_mb']:.0f} MB, mapped {rows[-1]['mapped_mb']:.0f} MB, page cache grew by "
+                    f"{rows[-1]['page_cache_mb']:.0f} MB",
                     flush=True,
                 )
         if given.cold:
@@ -214,13 +226,18 @@ def main() -> int:
     if disk:
         verdict = "met" if disk["share_of_copy"] >= BAR else "MISSED"
         print(
-            f"from a cold disk: {disk['share_of_copy']:.0%} of the disk's rate ({disk['copy_gb_s']:.2f} GB/s read and written, "
-            f"reading alone {disk['read_gb_s']:.2f} GB/s); bar {BAR:.0%} {verdict}"
+            f"from a cold disk: {disk['share_of_copy']:.0%} of the disk's rate ({disk['copy_gb_s']:.2f} GB/s read and "
+            f"written, reading alone {disk['read_gb_s']:.2f} GB/s); bar {BAR:.0%} {verdict}"
         )
     found = {
-        "what": "memory and cold-disk rate of a linear merge of two models", "memory": rows, "cold": disk, "memory_limit": "512MB",
-        "machine": platform.machine(), "threads": os.cpu_count(), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+        "what": "memory and cold-disk rate of a linear merge of two models",
+        "memory": rows,
+        "cold": disk,
+        "memory_limit": "512MB",
+        "machine": platform.machine(),
+        "threads": os.cpu_count(),
+        "date": datetime.date.today().isoformat(),
+    }
     write_json(given.out, found)
     return 0
 

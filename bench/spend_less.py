@@ -1,9 +1,10 @@
 """python bench/spend_less.py: what speculative rejection and particles reach for their tokens, against best-of-N.
 
-SmolLM2-135M on the bundled prompts and the demo's rewards. N whole candidates per prompt are drawn once, and their beginnings
-scored: since dropped candidates are best-of-N's own, cut short, every schedule's outcome can be read off them exactly. One
-schedule and one set of particles are then run in earnest, timed, and held against that. Best-of-k, k < N, is what the same
-tokens buy without any of it. Writes spend_less.json and spend_less.png.
+SmolLM2-135M on the bundled prompts and the demo's rewards. N whole candidates per prompt are drawn once, and their
+beginnings
+scored: since dropped candidates are best-of-N's own, cut short, every schedule's outcome can be read off them
+exactly. One schedule and one set of particles are then run in earnest, timed, and held against that. Best-of-k, k <
+N, is what the same tokens buy without any of it. Writes spend_less.json and spend_less.png.
 """
 
 from __future__ import annotations
@@ -61,20 +62,32 @@ def main() -> None:
             checkpoints = [round(share * new) for share in shares]
             for keep in KEEPS:
                 reached, tokens = replay(at, lengths, checkpoints, keep, new)
-                points.append({
-                    "checkpoints": checkpoints, "keep": keep, "reached": float(reached.mean()),
-                    "gain": gain(reached.mean()), "tokens": float(tokens / lengths.sum()),
-                })  # fmt: skip
+                points.append(
+                    {
+                        "checkpoints": checkpoints,
+                        "keep": keep,
+                        "reached": float(reached.mean()),
+                        "gain": gain(reached.mean()),
+                        "tokens": float(tokens / lengths.sum()),
+                    }
+                )
         ks = sorted({max(1, round(n * share)) for share in np.linspace(0.05, 1, 20)})
         plain = best_of_curve(at[new][..., None], np.ones(1), ks)
-        curves.append({
-            "value": name, "lambda": lam.tolist(), "mean": float(mean), "best_of_n": float(best), "rejection": points,
-            "best_of_k": [
-                {"k": k, "gain": gain(v), "tokens": k / n} for k, v in zip(ks, plain.values[:, 0].tolist(), strict=True)
-            ],
-            # How far a beginning's score tells the whole's, within a prompt.
-            "correlation": {age: correlation(at[age], at[new]) for age in ages},
-        })  # fmt: skip
+        curves.append(
+            {
+                "value": name,
+                "lambda": lam.tolist(),
+                "mean": float(mean),
+                "best_of_n": float(best),
+                "rejection": points,
+                "best_of_k": [
+                    {"k": k, "gain": gain(v), "tokens": k / n}
+                    for k, v in zip(ks, plain.values[:, 0].tolist(), strict=True)
+                ],
+                # How far a beginning's score tells the whole's, within a prompt.
+                "correlation": {age: correlation(at[age], at[new]) for age in ages},
+            }
+        )
         say(curves[-1])
     result = {
         "machine": machine(),
@@ -143,16 +156,20 @@ def run(sampler, chosen, job, lam, scored, lengths, options, seconds) -> dict:
     scores = swarm.candidates.reward_array(REWARDS).astype(np.float64) @ lam
     return {
         "rejection": {
-            "checkpoints": checkpoints, "keep": options.keep, "gain": float((reached.mean() - mean) / (best - mean)),
+            "checkpoints": checkpoints,
+            "keep": options.keep,
+            "gain": float((reached.mean() - mean) / (best - mean)),
             "tokens": found.tokens / int(lengths.sum()),
         },
         "particles": {
-            "n": few["n"], "tilt": TILT, "tokens": swarm.tokens / int(lengths.sum()),
+            "n": few["n"],
+            "tilt": TILT,
+            "tokens": swarm.tokens / int(lengths.sum()),
             "best_gain": float((scores.max(1).mean() - mean) / (best - mean)),
             "mean_gain": float((swarm.values @ lam - mean) / (best - mean)),
             "resampled": float(swarm.resampled.mean()),
         },
-    }  # fmt: skip
+    }
 
 
 def say(curve: dict) -> None:
@@ -185,9 +202,13 @@ def figure(result: dict):
             if curve["value"] == "all three":
                 swarm = result["run"]["particles"]
                 ax.scatter(
-                    100 * swarm["tokens"], 100 * swarm["best_gain"], marker="*", s=110, color=plots.ASKED,
+                    100 * swarm["tokens"],
+                    100 * swarm["best_gain"],
+                    marker="*",
+                    s=110,
+                    color=plots.ASKED,
                     label=f"best of {swarm['n']} particles",
-                )  # fmt: skip
+                )
             ax.set_title(curve["value"], fontsize=11)
             ax.set_xlim(0, 100)
             ax.set_ylim(60, 110)

@@ -1,7 +1,7 @@
 """python -m bench.tables [RUN.json]: what `pytest bench --benchmark-json=RUN.json` measured, kept and shown.
 
-Puts the run's benchmarks in the place of their earlier selves in results/benchmarks.json, drops those that no longer exist, and
-writes RESULTS.md and README's table from it. Without a run, only these two.
+Puts the run's benchmarks in the place of their earlier selves in results/benchmarks.json, drops those that no longer
+exist, and writes RESULTS.md and README's table from it. Without a run, only these two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def line(benchmark: dict) -> str:
 
 
 def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
-    """Every comparison as a row of a Markdown table; headline: of each group the first that has a bar and reaches it."""
+    """Every comparison as a row of a Markdown table; headline: of each group the first that has a bar and reaches
+    it."""
     lines = [
         "| op | case | against | faster by (p20–p80) | bar | time | floor | peak memory, theirs → ours | measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,4 +1,5 @@
-"""Calls that do their work in processes of their own, for benchmarks of whole jobs. What these print to stderr is pytest's to show."""
+"""Calls that do their work in processes of their own, for benchmarks of whole jobs. What these print to stderr is
+pytest's to show."""
 
 from __future__ import annotations
 
@@ -57,9 +58,11 @@ class Commands:
 
 
 class Worker(Commands):
-    """A call of a job in a process that waits for it, so that what it imports is not timed; memory is that above the imports'.
+    """A call of a job in a process that waits for it, so that what it imports is not timed; memory is that above the
+    imports'.
 
-    Runs `job(*arguments())` of a script beside this file, see job.py. answer: what it found; a "peak_mb" in it is taken for the memory.
+    Runs `job(*arguments())` of a script beside this file, see job.py. answer: what it found; a "peak_mb" in it is
+    taken for the memory.
     """
 
     def __init__(self, script: str, arguments: Callable[[], list], python: str = sys.executable):

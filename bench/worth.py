@@ -1,8 +1,9 @@
 """python bench/worth.py: does what few candidates promise of many hold? Twenty real cases; writes results/worth.json.
 
-SmolLM2-135M on the bundled prompts, scored with real rewards. A palette is solved on a pilot, some prompts and the first n of their
-candidates, and what N candidates will be worth is told from it (`decode.worth`); the measured value is that of the last N of
-all prompts, none of them seen by the pilot. --candidates: a file of `fastalign sample`, in place of drawing.
+SmolLM2-135M on the bundled prompts, scored with real rewards. A palette is solved on a pilot, some prompts and the
+first n of their candidates, and what N candidates will be worth is told from it (`decode.worth`); the measured value
+is that of the last N of all prompts, none of them seen by the pilot. --candidates: a file of `fastalign sample`, in
+place of drawing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ from fastalign.data import prompts
 from fastalign.decode import Candidates, Sampler, effective_sample_size, worth
 from fastalign.jobs.demo import MODEL
 
-ASKED = ({"positive": 0.7, "harmless": 0.7, "coherence": 0.7}, {"positive": 0.8}, {"harmless": 0.8}, {"coherence": 0.9},
-         {"diversity": 0.6, "readability": 0.8})  # quantiles  # fmt: skip
+ASKED = (
+    {"positive": 0.7, "harmless": 0.7, "coherence": 0.7},
+    {"positive": 0.8},
+    {"harmless": 0.8},
+    {"coherence": 0.9},
+    {"diversity": 0.6, "readability": 0.8},
+)  # quantiles
 NAMES = ("positive", "harmless", "coherence", "diversity", "readability")
 PILOTS = ((0.5, 16), (0.5, 32), (1.0, 32), (1.0, 64))  # share of the prompts, candidates
 
@@ -42,20 +48,30 @@ def main() -> None:
             low, high = found.at(many, prompts=len(R))
             measured = float(effective_sample_size(R[:, -many:, columns], lam).mean())
             cases.append({
-                "quantiles": asked, "lambda": lam.tolist(), "prompts": found.prompts, "n": n, "N": many, "low": low, "high": high,
-                "measured": measured, "inside": bool((low or 1.0) <= measured <= high), "below": bool(low is not None and measured < low),
-                "told": found.tell(many, prompts=len(R)),
+                "quantiles": asked, "lambda": lam.tolist(), "prompts": found.prompts, "n": n, "N": many, "low": low,
+                "high": high, "measured": measured, "inside": bool((low or 1.0) <= measured <= high),
+                "below": bool(low is not None and measured < low), "told": found.tell(many, prompts=len(R)),
             })  # fmt: skip
             print(f"{', '.join(asked)}: measured {measured:.1f}: {found.tell(many, prompts=len(R))}")
     inside, below = (sum(case[name] for case in cases) for name in ("inside", "below"))
     print(f"{inside} of {len(cases)} inside, {below} below")
-    write_json(options.out, {
-        "kind": "worth", "model": MODEL, "prompts": len(R), "candidates": drawn.n, "inside": inside, "below": below, "cases": cases,
-    })  # fmt: skip
+    write_json(
+        options.out,
+        {
+            "kind": "worth",
+            "model": MODEL,
+            "prompts": len(R),
+            "candidates": drawn.n,
+            "inside": inside,
+            "below": below,
+            "cases": cases,
+        },
+    )
 
 
 def solved(some: np.ndarray, quantiles: list[float]) -> np.ndarray:
-    """λ of the palette of these quantiles; where that is out of reach, of a point just inside, as `fastalign map` does."""
+    """λ of the palette of these quantiles; where that is out of reach, of a point just inside, as `fastalign map`
+    does."""
     flat = np.ascontiguousarray(some.reshape(-1, some.shape[2]))
     groups = np.repeat(np.arange(len(some)), some.shape[1])
     asked = np.array([np.quantile(flat[:, j], q) for j, q in enumerate(quantiles)])

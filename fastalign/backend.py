@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def _use_openmp_of_torch() -> None:
-    """Load torch's copy of OpenMP's runtime, without torch: the engine must find that one, for two pools would spin beside
-    each other."""
+    """Load torch's copy of OpenMP's runtime, without torch: the engine must find that one, for two pools would spin
+    beside each other."""
     found = importlib.util.find_spec("torch")
     for folder in (found and found.submodule_search_locations) or ():
         path = os.path.join(folder, "lib", "libgomp.so.1")
@@ -87,7 +87,8 @@ _forked = _had_threads = False
 
 
 def _after_fork() -> None:
-    """In the child. Where the engine's threads had begun, torch, whose threads they are, must not ask for them either."""
+    """In the child. Where the engine's threads had begun, torch, whose threads they are, must not ask for them
+    either."""
     global _forked
     _forked = True
     torch = sys.modules.get("torch")

@@ -34,7 +34,8 @@ def token_logprobs(
     """log softmax(z) at the label, and statistics of the softmax. logits (..., V), labels (...) -> each (...).
 
     entropy = -Σ p log p;  mean_logits = Σ z / V;  log_sum_sq_probs = log Σ p² (WPO, arXiv 2406.11827);
-    is_top1: the label is the first largest logit, in no row that has NaN or +inf. Ignored positions and rows that are all -inf give 0.
+    is_top1: the label is the first largest logit, in no row that has NaN or +inf. Ignored positions and rows that are
+        all -inf give 0.
     """
     z = transform_logits(logits, temperature, softcap)
     ignored = labels == ignore_index
@@ -260,7 +261,8 @@ def linear_sample_tokens(
     rows: Tensor | None = None,
     adapter: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sample_tokens of logit_scale · (hidden Wᵀ + bias), softcapped. hidden (B, H), weight (V, H) -> ids, log_probs (B,)."""
+    """sample_tokens of logit_scale · (hidden Wᵀ + bias), softcapped. hidden (B, H), weight (V, H) -> ids, log_probs
+    (B,)."""
     h = _compute(hidden)
     logits = h @ _compute(weight).T
     if adapter is not None:
@@ -324,9 +326,11 @@ def _search(weights: Tensor, shares: Tensor) -> Tensor:
 
 
 def weighted_sums(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:
-    """Soups Σ rows[k][i] tensors[i] in `dtype` (arXiv 2203.05482), added up in the order of i, rounded once to nearest even.
+    """Soups Σ rows[k][i] tensors[i] in `dtype` (arXiv 2203.05482), added up in the order of i, rounded once to
+    nearest even.
 
-    In float32, in float64 where a tensor or `dtype` is. float8_e4m3fn has no infinity: beyond its range, its largest number.
+    In float32, in float64 where a tensor or `dtype` is. float8_e4m3fn has no infinity: beyond its range, its largest
+    number.
     """
     wide = torch.float64 if torch.float64 in (dtype, *(tensor.dtype for tensor in tensors)) else torch.float32
     held = [tensor.detach().to(wide) for tensor in tensors]

@@ -18,7 +18,8 @@ def find() -> str | None:
 
 
 class Browser:
-    """One page. `evaluate` gives a JavaScript expression's value (awaited, JSON); raises RuntimeError where it throws."""
+    """One page. `evaluate` gives a JavaScript expression's value (awaited, JSON); raises RuntimeError where it
+    throws."""
 
     def __init__(self, folder: Path):
         theirs_in, self._out = os.pipe()
@@ -28,8 +29,10 @@ class Browser:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
         self.process = subprocess.Popen(
             ["bash", "-c", shell, find(), *flags, f"--user-data-dir={folder}", "about:blank"],
-            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=(theirs_in, theirs_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs_in), os.close(theirs_out)
         self._numbers, self._read, self._session, self.heard = itertools.count(1), b"", None, []
         pages = [each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page"]

@@ -1,6 +1,8 @@
-"""Every causal language model of transformers, small: two layers or so, weights large enough that attention and positions matter.
+"""Every causal language model of transformers, small: two layers or so, weights large enough that attention and
+positions matter.
 
-Configurations are the classes' defaults with every size replaced by a small one; EXTRA holds what a class needs besides.
+Configurations are the classes' defaults with every size replaced by a small one; EXTRA holds what a class needs
+besides.
 """
 
 from __future__ import annotations
@@ -13,23 +15,27 @@ VOCAB = 320
 
 # Sizes, whatever the class; a name that a configuration lacks is left out.
 SIZES = dict(
-    vocab_size=VOCAB, unpadded_vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    vocab_size=VOCAB, unpadded_vocab_size=VOCAB,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     hidden_size=32, d_model=32, n_embd=32, dim=32, embedding_size=32, word_embed_proj_dim=32, embed_dim=32, emb_dim=32,
     num_hidden_layers=2, n_layer=2, n_layers=2, num_layers=2, decoder_layers=2, encoder_layers=1,
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
     num_key_value_heads=2, head_dim=8, attention_head_dim=8, global_head_dim=8,
-    intermediate_size=48, ffn_dim=48, d_ff=48, n_inner=48, decoder_ffn_dim=48, encoder_ffn_dim=48, dim_ff=48, d_inner=48,
-    ffn_hidden_size=48, feed_forward_size=48,
-    moe_intermediate_size=24, shared_expert_intermediate_size=24, shared_intermediate_size=24, expert_ffn_hidden_size=24,
-    num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2, moe_topk=2, moe_k=2,
+    intermediate_size=48, ffn_dim=48, d_ff=48, n_inner=48, decoder_ffn_dim=48, encoder_ffn_dim=48,
+    dim_ff=48, d_inner=48, ffn_hidden_size=48, feed_forward_size=48,
+    moe_intermediate_size=24, shared_expert_intermediate_size=24, shared_intermediate_size=24,
+    expert_ffn_hidden_size=24, num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
+    num_experts_per_tok=2, moe_topk=2, moe_k=2,
     n_shared_experts=1, num_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1,
     kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, qk_head_dim=16,
     index_n_heads=2, index_head_dim=16, index_topk=64,
-    max_position_embeddings=128, n_positions=128, n_ctx=128, max_seq_len=128, max_target_positions=128, max_position=128,
-    state_size=8, mamba_d_state=8, mamba_d_head=8, mamba_n_heads=8, mamba_n_groups=1, ssm_state_size=8, mamba_num_heads=8,
-    mamba_head_dim=8, n_groups=1, time_step_rank=4, mamba_dt_rank=4, lru_width=32,
+    max_position_embeddings=128, n_positions=128, n_ctx=128,
+    max_seq_len=128, max_target_positions=128, max_position=128,
+    state_size=8, mamba_d_state=8, mamba_d_head=8, mamba_n_heads=8, mamba_n_groups=1, ssm_state_size=8,
+    mamba_num_heads=8, mamba_head_dim=8, n_groups=1, time_step_rank=4, mamba_dt_rank=4, lru_width=32,
     linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-    rotary_dim=4, sliding_window=6, attention_window_size=6, attention_window=6, window_size=6, attention_chunk_size=6, local_attention=6,
+    rotary_dim=4, sliding_window=6, attention_window_size=6, attention_window=6, window_size=6,
+    attention_chunk_size=6, local_attention=6,
     dropout=0.0, attention_dropout=0.0, hidden_dropout=0.0,
 )  # fmt: skip
 LATENT = dict(head_dim=8, num_key_value_heads=4, num_attention_heads=4)  # of latent attention the rope's part
@@ -37,7 +43,8 @@ EXTRA: dict[str, dict] = {
     "afmoe": dict(num_dense_layers=1),
     "bamba": dict(attn_layer_indices=[1]),
     "dbrx": dict(
-        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8),
+        ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2),
         rope_parameters=dict(rope_type="default", rope_theta=1e4),
     ),
     "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8),
@@ -46,28 +53,40 @@ EXTRA: dict[str, dict] = {
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_hidden_layers=2),
     "mamba": dict(intermediate_size=64), "falcon_mamba": dict(intermediate_size=64),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
-    "recurrent_gemma": dict(num_key_value_heads=1, block_types=["recurrent", "attention"], logits_soft_cap=3.0, num_hidden_layers=2),
+    "recurrent_gemma": dict(num_key_value_heads=1, block_types=["recurrent", "attention"], logits_soft_cap=3.0,
+                            num_hidden_layers=2),
     "reformer": dict(
-        is_decoder=True, attn_layers=["local", "lsh"], axial_pos_shape=[8, 16], axial_pos_embds_dim=[16, 16], feed_forward_size=48,
-        local_attn_chunk_length=16, lsh_attn_chunk_length=16, num_buckets=2, attention_head_size=8,
+        is_decoder=True, attn_layers=["local", "lsh"], axial_pos_shape=[8, 16], axial_pos_embds_dim=[16, 16],
+        feed_forward_size=48, local_attn_chunk_length=16, lsh_attn_chunk_length=16, num_buckets=2,
+        attention_head_size=8,
     ),
     "roc_bert": dict(pronunciation_vocab_size=20, shape_vocab_size=20, pronunciation_embed_dim=8, shape_embed_dim=8),
     "xmod": dict(default_language="en_XX"),
     "zaya": dict(num_experts_per_tok=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
-    "gemma3n_text": dict(num_kv_shared_layers=0, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, intermediate_size=48, activation_sparsity_pattern=[0.0, 0.0], laurel_rank=8, altup_num_inputs=2),
+    "gemma3n_text": dict(num_kv_shared_layers=0, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
+                         layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2, intermediate_size=48,
+                         activation_sparsity_pattern=[0.0, 0.0], laurel_rank=8, altup_num_inputs=2),
     "gemma4_text": dict(vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=0),
     "gemma4_unified_text": dict(vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0),
     "xlstm": dict(num_heads=4, qk_dim_factor=0.5, v_dim_factor=1.0),
-    "dory": dict(layer_types=["sliding_attention", "mlp", "full_attention", "mlp"], n_input_layers=2, n_recurrent_layers=2, n_output_layers=0, num_hidden_layers=4),
-    "zamba": dict(layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"], num_hidden_layers=4, attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2, mamba_dt_rank=4),
-    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], num_hidden_layers=2, num_key_value_heads=4, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8),
-    "cohere_compass_text": dict(layer_types=["sliding_attention", "full_attention"], rope_parameters={k: dict(rope_type="default", rope_theta=1e4) for k in ("sliding_attention", "full_attention")}),
-    "dots3_note_text": dict(layer_types=["indexed_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"], per_layer_config=None, shared_experts_intermediate_size=24),
+    "dory": dict(layer_types=["sliding_attention", "mlp", "full_attention", "mlp"], n_input_layers=2,
+                 n_recurrent_layers=2, n_output_layers=0, num_hidden_layers=4),
+    "zamba": dict(layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"], num_hidden_layers=4,
+                  attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2,
+                  mamba_dt_rank=4),
+    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], num_hidden_layers=2, num_key_value_heads=4,
+                   n_mamba_heads=8, mamba_ngroups=1, chunk_size=8),
+    "cohere_compass_text": dict(layer_types=["sliding_attention", "full_attention"],
+                                rope_parameters={kind: dict(rope_type="default", rope_theta=1e4)
+                                                 for kind in ("sliding_attention", "full_attention")}),
+    "dots3_note_text": dict(layer_types=["indexed_attention", "sliding_attention"], mlp_layer_types=["dense", "sparse"],
+                            per_layer_config=None, shared_experts_intermediate_size=24),
 }  # fmt: skip
-DECODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",
-            "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod", "cpmant")  # fmt: skip
+DECODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+            "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "xmod", "cpmant")  # fmt: skip
 
 
 def small_config(model_type: str):

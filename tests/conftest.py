@@ -16,8 +16,9 @@ from fastalign import kernels
 from fastalign._base import progress
 
 LARGE = 24  # cases of a matrix
-FIRST = """scale processes kernels dpo_trainer cli_train cli gradients vocab_parallel linear_token_logprobs resample ppo_resume
-ppo_processes integrations_trl reward_trainer sample_tokens gae soup pareto_report report""".split()  # take longest
+# The files that take longest.
+FIRST = """scale processes kernels dpo_trainer cli_train cli gradients vocab_parallel linear_token_logprobs resample
+ppo_resume ppo_processes integrations_trl reward_trainer sample_tokens gae soup pareto_report report""".split()
 settings.register_profile("fastalign", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("fastalign")
 
@@ -31,8 +32,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long files first. Triton's interpreter takes thirty times as long as what is compiled: of its larger matrices a fourth, always the same
-    one, is run. FASTALIGN_TEST_ALL=1 runs all of them."""
+    """Long files first. Triton's interpreter takes thirty times as long as what is compiled: of its larger matrices a
+    fourth, always the same one, is run. FASTALIGN_TEST_ALL=1 runs all of them."""
     order = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))  # or a worker is left alone with one of them
     if os.environ.get("FASTALIGN_TEST_ALL"):

@@ -30,9 +30,15 @@ def sampler() -> Sampler:
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        pad_token_id=BEGIN, bos_token_id=BEGIN, eos_token_id=END,
-    )  # fmt: skip
+        vocab_size=6,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=BEGIN,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = transformers.LlamaForCausalLM(config).eval()

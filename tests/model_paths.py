@@ -69,9 +69,7 @@ def padded(rows):
 
 def differences(model, rows, labels, found) -> float:
     at = labels[:, 1:] != -100
-    return max(
-        float((found[r][at[r]].double() - truth(model, p, t)).abs().max()) for r, (p, t) in enumerate(rows)
-    )  # fmt: skip
+    return max(float((found[r][at[r]].double() - truth(model, p, t)).abs().max()) for r, (p, t) in enumerate(rows))
 
 
 @torch.no_grad()

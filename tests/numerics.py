@@ -9,7 +9,8 @@ HAIR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.f
 
 
 def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor, hair: float, name: str = "") -> None:
-    """|ours - truth| <= max |torch's - truth| + hair (1 + |truth|) elementwise; non-finite values must agree exactly."""
+    """|ours - truth| <= max |torch's - truth| + hair (1 + |truth|) elementwise; non-finite values must agree
+    exactly."""
     assert ours.shape == truth.shape, (name, ours.shape, truth.shape)
     ours, torchs, truth = ours.double(), torchs.double(), truth.double()
     odd = ~truth.isfinite()

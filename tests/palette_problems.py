@@ -105,9 +105,14 @@ def exact_slack(rewards: np.ndarray, palette: np.ndarray, senses, unit=None) -> 
     n = len(rewards)
     # heavy tails and far palettes: each constraint in units of its own size, t with it
     found = linprog(
-        np.r_[np.zeros(n), -1], A_ub=np.c_[-a, np.ones(len(a))], b_ub=np.zeros(len(a)), A_eq=[[1.0] * n + [0.0]],
-        b_eq=[1.0], bounds=[(0, None)] * n + [(None, None)], method="highs",
-    )  # fmt: skip
+        np.r_[np.zeros(n), -1],
+        A_ub=np.c_[-a, np.ones(len(a))],
+        b_ub=np.zeros(len(a)),
+        A_eq=[[1.0] * n + [0.0]],
+        b_eq=[1.0],
+        bounds=[(0, None)] * n + [(None, None)],
+        method="highs",
+    )
     if found.status == 0 and abs(found.fun) > 1e-5:
         return -found.fun
     return float(_rational_slack(rows))
@@ -169,15 +174,20 @@ def _inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
 
 
 def precise_lambda(rewards, palette, senses, lam, groups=None, digits: int = 40):
-    """λ·spread in forty digits by Newton on the values in `lam`'s support; the KKT residual there in deviations; and how far
-    the last step still went: along a direction in which the dual hardly falls, λ is not to be known."""
+    """λ·spread in forty digits by Newton on the values in `lam`'s support; the KKT residual there in deviations; and
+    how far the last step still went: along a direction in which the dual hardly falls, λ is not to be known."""
     unit = spread(rewards, groups)
     ids = np.zeros(len(rewards), dtype=int) if groups is None else np.unique(groups, return_inverse=True)[1]
     members = [np.flatnonzero(ids == g) for g in range(ids.max() + 1)]
     active, last = np.flatnonzero(lam), 0.0
     with mpmath.workdps(digits):
-        x = [[(mpmath.mpf(float(r)) - mpmath.mpf(float(c))) / mpmath.mpf(float(u)) for r, c, u in
-              zip(row, palette, unit, strict=True)] for row in rewards]  # fmt: skip
+        x = [
+            [
+                (mpmath.mpf(float(r)) - mpmath.mpf(float(c))) / mpmath.mpf(float(u))
+                for r, c, u in zip(row, palette, unit, strict=True)
+            ]
+            for row in rewards
+        ]
         mu = [mpmath.mpf(float(lam[j])) * mpmath.mpf(float(unit[j])) for j in active]
         for step in range(7):
             scores = [mpmath.fsum(m * row[j] for m, j in zip(mu, active, strict=True)) for row in x]

@@ -1,4 +1,5 @@
-"""Run by torchrun in test_ppo_processes.py: PPO in two processes, replicated and sharded; rank 0 writes what came out."""
+"""Run by torchrun in test_ppo_processes.py: PPO in two processes, replicated and sharded; rank 0 writes what came
+out."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 OPTIONS = {"ppo_epochs": 2, "rate": 3e-4, "max_grad_norm": 0.5, "whiten_rewards": True, "use_score_scaling": True}
 ROWS = [{"query": str(i), "input_ids": torch.arange(3, 5 + i % 4)} for i in range(11)]
-NAMES = ("objective/kl", "objective/entropy", "ppo/loss/total", "ppo/loss/policy", "ppo/loss/value", "ppo/policy/policykl",
-         "ppo/policy/clipfrac", "ppo/returns/var", "ppo/val/error", "ppo/mean_scores", "tokens/responses_len_std")  # fmt: skip
+NAMES = ("objective/kl", "objective/entropy", "ppo/loss/total", "ppo/loss/policy", "ppo/loss/value",
+         "ppo/policy/policykl", "ppo/policy/clipfrac", "ppo/returns/var", "ppo/val/error", "ppo/mean_scores",
+         "tokens/responses_len_std")  # fmt: skip
 
 
 def steps(run, rows, count=2):
@@ -113,7 +115,8 @@ def main(out: Path) -> None:
 
 
 def shard_by_accelerate():
-    """Have `Accelerator.prepare` shard with FSDP2. It offers that on GPUs alone, so its state is told after the fact."""
+    """Have `Accelerator.prepare` shard with FSDP2. It offers that on GPUs alone, so its state is told after the
+    fact."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType

@@ -39,9 +39,14 @@ def trainer(model=None, ref_model=None, *, rate=1.0, optimizer="sgd", dataset=No
     options = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "learning_rate": rate} | options
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
     return PPOTrainer(
-        PPOConfig(**options), model, ref_model, tiny_tokenizer(), dataset=dataset, data_collator=collator,
+        PPOConfig(**options),
+        model,
+        ref_model,
+        tiny_tokenizer(),
+        dataset=dataset,
+        data_collator=collator,
         optimizer=kind([p for p in model.parameters() if p.requires_grad], lr=rate),
-    )  # fmt: skip
+    )
 
 
 def snapshot(model):

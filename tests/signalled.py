@@ -10,15 +10,15 @@ import sys
 
 _server = multiprocessing.get_context("forkserver")  # imports once for all
 _server.set_forkserver_preload(
-    ["fastalign.cli.main", "fastalign.train.dpo", "fastalign.train.reward", "fastalign.train.ppo", "fastalign.train.value_head", "peft", "datasets",
-     "transformers.models.llama.modeling_llama", "fastalign.decode.sampler", "fastalign.soup.measure", "accelerate", "tensorboard",
-     "torch.utils.tensorboard"]
+    ["fastalign.cli.main", "fastalign.train.dpo", "fastalign.train.reward", "fastalign.train.ppo",
+     "fastalign.train.value_head", "peft", "datasets", "transformers.models.llama.modeling_llama",
+     "fastalign.decode.sampler", "fastalign.soup.measure", "accelerate", "tensorboard", "torch.utils.tensorboard"]
 )  # fmt: skip
 
 
 def run(arguments, errors, *, at, call, number, times=1):
-    """Exit code of `fastalign *arguments`, its stderr in the file `errors`: as it calls `at` (dotted) for the `call`-th time, it gets
-    the signal so often."""
+    """Exit code of `fastalign *arguments`, its stderr in the file `errors`: as it calls `at` (dotted) for the
+    `call`-th time, it gets the signal so often."""
     process = _server.Process(target=_main, args=([*map(str, arguments)], str(errors), at, call, number, times))
     process.start()
     process.join(120)

@@ -86,8 +86,8 @@ def test_nothing_here_answers_to_import_kernels():
 
 def test_import_is_light():
     code, out, err = run(
-        "import sys, fastalign, fastalign.cli.main; print(*(m for m in ('torch', 'transformers', 'trl', 'matplotlib', 'ray',"
-        " 'triton', 'sklearn', 'scipy', 'pyarrow', 'datasets', 'numpy', 'rich') if m in sys.modules))"
+        "import sys, fastalign, fastalign.cli.main; print(*(m for m in ('torch', 'transformers', 'trl', 'matplotlib', "
+        "'ray', 'triton', 'sklearn', 'scipy', 'pyarrow', 'datasets', 'numpy', 'rich') if m in sys.modules))"
     )
     assert code == 0, err
     assert out.split() == []
@@ -139,7 +139,13 @@ def test_every_package_is_in_the_wheel():
 
 def test_the_architecture_page_is_what_the_imports_say():
     done = subprocess.run(
-        [sys.executable, "-c", "import draw_architecture as it; assert it.PAGE.read_text(encoding='utf-8') == it.page()"],
-        cwd=ROOT / "tools", capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import draw_architecture as it; assert it.PAGE.read_text(encoding='utf-8') == it.page()",
+        ],
+        cwd=ROOT / "tools",
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, "python tools/draw_architecture.py" + done.stderr[-500:]

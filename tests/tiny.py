@@ -40,8 +40,8 @@ def tiny_tokenizer(*, chat: bool = False):
 def tiny_causal_lm(tokenizer=None, *, kind: str = "llama", dtype=torch.float64, seed: int = 0, scale: float = 20.0):
     """A two-layer "llama" (rotary, grouped heads), "gpt2" (learned positions) or "mistral" (window of 8) in eval mode.
 
-    Weights are eight times as large as at initialisation, so that what is attended to and where matters; the head's `scale` times,
-    so that the next-token distributions are far from uniform.
+    Weights are eight times as large as at initialisation, so that what is attended to and where matters; the head's
+    `scale` times, so that the next-token distributions are far from uniform.
     """
     import transformers
 

@@ -2,7 +2,8 @@
 
     python tools/check_types.py [--list]
 
-pyright does not follow the import hooks of an editable install, so the package is linked into a temporary folder on PYTHONPATH.
+pyright does not follow the import hooks of an editable install, so the package is linked into a temporary folder on
+PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ def main() -> int:
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         found = subprocess.run(
             [sys.executable, "-m", "pyright", "--verifytypes", "fastalign", "--ignoreexternal", "--outputjson"],
-            cwd=folder, env={**os.environ, "PYTHONPATH": folder, "PATH": path}, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": folder, "PATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     report = json.loads(found.stdout)["typeCompleteness"]
     score = 100 * report["completenessScore"]
     if "--list" in sys.argv[1:] or score < LEAST:
@@ -34,7 +38,8 @@ def main() -> int:
             for told in symbol["diagnostics"] if symbol["isExported"] and not symbol["isTypeKnown"] else ():
                 print(f"{symbol['name']}: {told['message']}")
     print(
-        f"types: {score:.1f} % of {sum(report['exportedSymbolCounts'].values())} public symbols, at least {LEAST:g} wanted"
+        f"types: {score:.1f} % of {sum(report['exportedSymbolCounts'].values())} public symbols, at least {LEAST:g} "
+        "wanted"
     )
     return score < LEAST
 

@@ -2,10 +2,10 @@
 
     FASTALIGN_MERGEKIT_PYTHON=.../python python tools/compare_mergekit.py [--examples FOLDER] [--store FILE]
 
-Runs recipes of its own, which use what the two have in common, and every *.yml in FOLDER, such as the examples in mergekit's
-repository, with small random models in place of those that they name. Each is run with tensors stored as it says, and in float32,
-where rounding hides nothing. --store keeps what mergekit made of the own recipes, two numbers a layer, for
-tests/soup/test_mergekit.py, which holds fastalign to them where mergekit is not installed.
+Runs recipes of its own, which use what the two have in common, and every *.yml in FOLDER, such as the examples in
+mergekit's repository, with small random models in place of those that they name. Each is run with tensors stored as
+it says, and in float32, where rounding hides nothing. --store keeps what mergekit made of the own recipes, two
+numbers a layer, for tests/soup/test_mergekit.py, which holds fastalign to them where mergekit is not installed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ for recipe, out in json.load(open(sys.argv[1])):
 
 
 def _sources(names: str, first: int, last: int, **parameters) -> list[dict]:
-    return [{"model": name, "layer_range": [first, last], **({"parameters": parameters} if parameters else {})} for name in names]  # fmt: skip
+    return [
+        {"model": name, "layer_range": [first, last], **({"parameters": parameters} if parameters else {})}
+        for name in names
+    ]
 
 
 def _models(names: str, **parameters) -> list[dict]:
@@ -53,18 +56,24 @@ def _task(method: str, **parameters) -> dict:
 LINE = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 1]}, {"filter": "mlp", "value": [1, 0.7, 0]}, {"value": 0.5}]
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
 RECIPES: dict[str, dict] = {
-    "linear": {"merge_method": "linear", "models": [{"model": "A", "parameters": {"weight": [1, 0.2]}}, *_models("BC", weight=0.4)]},
-    "linear, not normalised, onto a base": {"merge_method": "linear", "base_model": "D", "models": _models("AB"), "parameters": {"weight": 0.4, "normalize": False}},
-    "linear of some layers": {"merge_method": "linear", "slices": [{"sources": [*_sources("A", 1, 3, weight=1), *_sources("B", 2, 4, weight=3)]}]},
-    "slerp with lines": {"merge_method": "slerp", "base_model": "A", "models": _models("BA"), "parameters": {"t": LINE}},
+    "linear": {"merge_method": "linear", "models": [{"model": "A", "parameters": {"weight": [1, 0.2]}},
+        *_models("BC", weight=0.4)]},
+    "linear, not normalised, onto a base": {"merge_method": "linear", "base_model": "D", "models": _models("AB"),
+                                            "parameters": {"weight": 0.4, "normalize": False}},
+    "linear of some layers": {"merge_method": "linear", "slices": [{"sources": [*_sources("A", 1, 3, weight=1),
+        *_sources("B", 2, 4, weight=3)]}]},
+    "slerp with lines": {"merge_method": "slerp", "base_model": "A", "models": _models("BA"),
+                         "parameters": {"t": LINE}},
     "slerp of two slices": {"merge_method": "slerp", "base_model": "A", "slices": [
         {"sources": _sources("AB", 0, 3), "parameters": {"t": LINE}},
         {"sources": [*_sources("C", 0, 3), *_sources("A", 1, 4)], "parameters": {"t": [0.2, 0.8]}},
     ]},
-    "passthrough": {"merge_method": "passthrough", "slices": [{"sources": _sources("A", 0, 3)}, {"sources": _sources("B", 1, 4)}]},
+    "passthrough": {"merge_method": "passthrough", "slices": [{"sources": _sources("A", 0, 3)},
+        {"sources": _sources("B", 1, 4)}]},
     "passthrough, a layer twice, scaled": {"merge_method": "passthrough", "slices": [
         {"sources": _sources("A", 0, 2)},
-        {"sources": _sources("A", 1, 2, scale=[{"filter": "o_proj", "value": 0}, {"filter": "down_proj", "value": 0}, {"value": 1}])},
+        {"sources": _sources("A", 1, 2, scale=[{"filter": "o_proj", "value": 0}, {"filter": "down_proj", "value": 0},
+                                               {"value": 1}])},
         {"sources": _sources("A", 2, 4)},
     ]},
     "task arithmetic": _task("task_arithmetic", **{"lambda": 0.6}),
@@ -81,19 +90,27 @@ RECIPES: dict[str, dict] = {
     "multislerp": {"merge_method": "multislerp", "models": [*_models("AB", weight=1), *_models("C", weight=0.3)]},
     "multislerp onto a base": {"merge_method": "multislerp", "base_model": "A", "models": _models("BCD", weight=0.5)},
     "model_stock": {"merge_method": "model_stock", "base_model": "A", "models": _models("BCD")},
-    "model_stock, filter-wise": {"merge_method": "model_stock", "base_model": "A", "models": _models("BCD"), "parameters": {"filter_wise": True}},
-    "tokenizer: union": {"merge_method": "linear", "models": _models("AB", weight=0.5), "tokenizer": {"source": "union"}},
-    "tokenizer_source: base": {"merge_method": "ties", "base_model": "A", "tokenizer_source": "base", "models": _models("BC", weight=1, density=0.5)},
-    "tokenizer_source: a model": {"merge_method": "slerp", "base_model": "A", "tokenizer_source": "B", "models": _models("AB"), "parameters": {"t": 0.5}},
-    "tokenizer_source: base, of fewer tokens": {"merge_method": "ties", "base_model": "A", "tokenizer_source": "base", "models": _models("BE", weight=1, density=0.5)},
-    "tokenizer: a model's, of fewer tokens": {"merge_method": "linear", "models": _models("EB", weight=0.5), "tokenizer": {"source": "B"}},
+    "model_stock, filter-wise": {"merge_method": "model_stock", "base_model": "A", "models": _models("BCD"),
+                                 "parameters": {"filter_wise": True}},
+    "tokenizer: union": {"merge_method": "linear", "models": _models("AB", weight=0.5),
+                         "tokenizer": {"source": "union"}},
+    "tokenizer_source: base": {"merge_method": "ties", "base_model": "A", "tokenizer_source": "base",
+                               "models": _models("BC", weight=1, density=0.5)},
+    "tokenizer_source: a model": {"merge_method": "slerp", "base_model": "A", "tokenizer_source": "B",
+                                  "models": _models("AB"), "parameters": {"t": 0.5}},
+    "tokenizer_source: base, of fewer tokens": {"merge_method": "ties", "base_model": "A", "tokenizer_source": "base",
+        "models": _models("BE", weight=1, density=0.5)},
+    "tokenizer: a model's, of fewer tokens": {"merge_method": "linear", "models": _models("EB", weight=0.5),
+        "tokenizer": {"source": "B"}},
     "chat_template: auto": {"merge_method": "karcher", "models": _models("ABC"), "chat_template": "auto"},
-    "chat_template: its text": {"merge_method": "linear", "models": _models("AB", weight=0.5), "tokenizer_source": "union", "chat_template": TEMPLATE},
+    "chat_template: its text": {"merge_method": "linear", "models": _models("AB", weight=0.5),
+                                "tokenizer_source": "union", "chat_template": TEMPLATE},
 }  # fmt: skip
 
 
 def make_model(folder: Path, number: int, *, layers: int = LAYERS, more: int = 0) -> Path:
-    """A small Llama in float32 and a tokenizer of words: model 0's numbers, and others' near them. The same on every machine."""
+    """A small Llama in float32 and a tokenizer of words: model 0's numbers, and others' near them. The same on every
+    machine."""
     from safetensors.numpy import save_file
 
     hidden, inner = 16, 24
@@ -103,10 +120,16 @@ def make_model(folder: Path, number: int, *, layers: int = LAYERS, more: int = 0
         "lm_head.weight": (ROWS + more, hidden),
     }
     parts = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden), "self_attn.v_proj": (hidden, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-    }  # fmt: skip
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, hidden),
+        "self_attn.v_proj": (hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
     shapes |= {f"model.layers.{i}.{part}.weight": shape for i in range(layers) for part, shape in parts.items()}
 
     def draw(seed: int) -> dict[str, np.ndarray]:
@@ -121,17 +144,31 @@ def make_model(folder: Path, number: int, *, layers: int = LAYERS, more: int = 0
         {name: x.astype(np.float32) for name, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": ROWS + more,
-        "max_position_embeddings": 64, "tie_word_embeddings": False, "torch_dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": ROWS + more,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     words = {"<unk>": 0, **{f"w{i}": i for i in range(1, TOKENS)}}
     tokens = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
-    }  # fmt: skip
+    }
     words |= {f"new{i}": TOKENS + i for i in range(more)}
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
     template = f"{{{{ messages[0]['content'] }}}} {number // 2}"  # one for two models
@@ -146,9 +183,11 @@ def named(recipe: dict, paths: dict[str, str], dtype: str | None = None) -> dict
     def replaced(value):
         if isinstance(value, dict):
             return {
-                key: paths.get(held, held) if key in ("model", "base_model", "tokenizer_source", "source") and isinstance(held, str) else replaced(held)
+                key: paths.get(held, held)
+                if key in ("model", "base_model", "tokenizer_source", "source") and isinstance(held, str)
+                else replaced(held)
                 for key, held in value.items()
-            }  # fmt: skip
+            }
         return [replaced(one) for one in value] if isinstance(value, list) else value
 
     found = replaced(copy.deepcopy(recipe))
@@ -203,7 +242,8 @@ def load(folder: Path) -> dict:
 
 
 def digest(folder: Path) -> dict[str, list[float]]:
-    """Two sums over each layer and over what lies outside, along fixed directions: Σ x cos and Σ x sin of elements' places."""
+    """Two sums over each layer and over what lies outside, along fixed directions: Σ x cos and Σ x sin of elements'
+    places."""
     from fastalign.soup.stacks import layer_of
 
     groups: dict[str, list] = {}

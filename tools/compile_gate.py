@@ -164,8 +164,8 @@ def _tool(name: str, *args: str) -> str:
 def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report]:
     """Every kernel of every case of the ops (all where none is named) on one device, each distinct compilation once.
 
-    turns: the devices that every fourth case, other ones each day, is dealt out to in turn, one each; None: every case goes
-        to every device.
+    turns: the devices that every fourth case, other ones each day, is dealt out to in turn, one each; None: every
+        case goes to every device.
     """
     from fastalign.bench.gpu_common import cases
 

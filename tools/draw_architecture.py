@@ -22,17 +22,17 @@ One sentence for each package, from the top layer down. An import goes down only
 TAIL = """
 Below Python lie three places that the ops choose among (`fastalign/backend.py`):
 
-- `csrc/`: the CPU engine in C++17, imported as `fastalign._C`. One source per op; `bindings.cpp` alone knows Python. Kernels are
-  compiled once per instruction set and chosen at run time.
+- `csrc/`: the CPU engine in C++17, imported as `fastalign._C`. One source per op; `bindings.cpp` alone knows Python.
+  Kernels are compiled once per instruction set and chosen at run time.
 - `kernels/`: Triton kernels, one file per op, imported as `fastalign.kernels` when a GPU tensor arrives.
 - `fastalign/reference.py`: every op in plain torch, the definition that both answer to.
 
-An op is five things of one name: its reference, its C++ kernel, its Triton kernel, `ops/<op>.py` (checks, choice of backend,
-autograd) and `tests/ops/test_<op>.py`.
+An op is five things of one name: its reference, its C++ kernel, its Triton kernel, `ops/<op>.py` (checks, choice of
+backend, autograd) and `tests/ops/test_<op>.py`.
 
 A text's way through the house: `data.prompts` → `decode.Sampler` (on `decode.shared_prompt`, by `decode.token_loop`) →
-`rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` is that way from file to file, and each command of
-`cli` is one step of it.
+`rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` is that way from file to file, and each
+command of `cli` is one step of it.
 """
 
 

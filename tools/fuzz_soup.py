@@ -1,10 +1,11 @@
-"""Feeds mutated safetensors files to the soups, under AddressSanitizer: no crash, no hang, no read out of bounds, one line each.
+"""Feeds mutated safetensors files to the soups, under AddressSanitizer: no crash, no hang, no read out of bounds, one
+line each.
 
     python tools/fuzz_soup.py [--files 10000] [--seed 0]
 
-Runs the files through an engine with the sanitizer in it (tools/sanitize.py). What reads as a valid file is mixed in memory
-and merged with a twin of other numbers, by a weighted sum, as a stack, and by one of the other methods in turn; every fourth
-is cut short between its check and its merges.
+Runs the files through an engine with the sanitizer in it (tools/sanitize.py). What reads as a valid file is mixed in
+memory and merged with a twin of other numbers, by a weighted sum, as a stack, and by one of the other methods in
+turn; every fourth is cut short between its check and its merges.
 """
 
 from __future__ import annotations
@@ -49,9 +50,13 @@ def good() -> bytes:
 
     torch.manual_seed(0)
     tensors = {
-        "h.0.a": torch.randn(3, 5), "h.1.b": torch.randn(7).half(), "embed": torch.randn(40, 33), "embed.ids": torch.arange(4),
-        "norm.none": torch.empty(0, 4), "norm.bytes": torch.arange(5, dtype=torch.uint8),
-    }  # fmt: skip
+        "h.0.a": torch.randn(3, 5),
+        "h.1.b": torch.randn(7).half(),
+        "embed": torch.randn(40, 33),
+        "embed.ids": torch.arange(4),
+        "norm.none": torch.empty(0, 4),
+        "norm.bytes": torch.arange(5, dtype=torch.uint8),
+    }
     return save(tensors, metadata={"format": "pt"})
 
 
@@ -148,8 +153,15 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
         soup.mix([path, twin], [0.25, 0.75])
         made = [
             plan.make([path, twin], [0.5, 0.5], out / "linear", dtype="float32"),
-            plan.make([path, twin], weights, out / method, method=method, base=path if kind.base == "yes" else None, parameters=parameters),
-        ]  # fmt: skip
+            plan.make(
+                [path, twin],
+                weights,
+                out / method,
+                method=method,
+                base=path if kind.base == "yes" else None,
+                parameters=parameters,
+            ),
+        ]
         try:
             made.append(plan.make([[(path, 0, 2), (twin, 1, 2), (path, 0, 1)]], [1.0], out / "stack"))
         except UserError as error:  # its layers may have lost their names

@@ -29,7 +29,7 @@ A formula takes the pair's log-ratios, its margin and the options as scalars, an
 by c, by r and by the margin. SMOOTHS: label_smoothing is not 0.
 """
 
-# ruff: noqa: I001
+# ruff: noqa: I001, E501
 # fmt: off
 import triton
 import triton.language as tl

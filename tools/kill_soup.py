@@ -2,9 +2,10 @@
 
     python tools/kill_soup.py [--kills 200] [--seed 0]
 
-Makes two models of 12 MB and a LoRA adapter, and merges them into two outputs each: by weighted sums, by TIES, as a stack of some
-layers of one upon some of the other, and the adapter onto the first model. After every SIGKILL each file that has a shard's name must be whole, and no folder may have the output's name unless
-all of it is there. A process that never uses its threads forks the merges, so that each starts at once.
+Makes two models of 12 MB and a LoRA adapter, and merges them into two outputs each: by weighted sums, by TIES, as a
+stack of some layers of one upon some of the other, and the adapter onto the first model. After every SIGKILL each
+file that has a shard's name must be whole, and no folder may have the output's name unless all of it is there. A
+process that never uses its threads forks the merges, so that each starts at once.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def main() -> None:
     for name, seen in found.items():
         print(
             f"{name}: {seen['killed']} killed, {seen['partial']} of them while a file was half written, with "
-            f"{len(set(seen['shards']))} different numbers of finished shards; {seen['finished']} times whole in between; "
-            "always the same bytes",
+            f"{len(set(seen['shards']))} different numbers of finished shards; {seen['finished']} times whole in "
+            "between; always the same bytes",
             file=sys.stderr,
         )
     print(json.dumps(found))

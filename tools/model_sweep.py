@@ -1,4 +1,5 @@
-"""Every causal language model of transformers on every path, small, beside plain `model(input_ids)`: the table of docs/models.md.
+"""Every causal language model of transformers on every path, small, beside plain `model(input_ids)`: the table of
+docs/models.md.
 
 python tools/model_sweep.py             # all of them, and the table
 python tools/model_sweep.py llama gpt2  # these
@@ -17,15 +18,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 TABLE = ROOT / "docs" / "models.md"
 HEAD = """# Models
 
-`python tools/model_sweep.py` wrote this page with transformers {version}. It covers every causal language model that can be built
-small, with weights large enough that attention matters, on a CPU in float32 and float64. "right" means equal to plain
-`model(input_ids).logits` up to rounding, on whichever path was taken. A path that a model cannot take is refused with one
-line. fastalign does not read this table: it tests each path when a model is first used (`fastalign info --model NAME` shows
-the result for any model).
+`python tools/model_sweep.py` wrote this page with transformers {version}. It covers every causal language model that
+can be built small, with weights large enough that attention matters, on a CPU in float32 and float64. "right" means
+equal to plain `model(input_ids).logits` up to rounding, on whichever path was taken. A path that a model cannot take
+is refused with one line. fastalign does not read this table: it tests each path when a model is first used
+(`fastalign info --model NAME` shows the result for any model).
 
 {summary}
 
-| model | sampled on | scored on | pairs | sampling, float32 | sampling, float64 | fused_forward | pairs (DPO) | PPO | log_likelihood |
+| model | sampled on | scored on | pairs | sampling, float32 | sampling, float64 | fused_forward \
+| pairs (DPO) | PPO | log_likelihood |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 

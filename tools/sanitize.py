@@ -1,14 +1,15 @@
-"""The engine under a sanitizer: its own tests under AddressSanitizer and UBSan, and many threads at once under ThreadSanitizer.
+"""The engine under a sanitizer: its own tests under AddressSanitizer and UBSan, and many threads at once under
+ThreadSanitizer.
 
     python tools/sanitize.py address|undefined|thread|all [--level baseline|avx2|avx512] [--short] [--in-turn]
 
-Builds the engine for one instruction set (the best that there is) with the sanitizer in it, into build/sanitize, and loads it
-in place of the installed one in a process that has the sanitizer's library before anything else. First a fault planted there
-must be seen. address, undefined: the tests of every op, of palettes and of soups that run on the CPU, then mutated files
-(tools/fuzz_soup.py). thread: Python threads that call all ops, soups and the solver's crew at once, against what one alone
-gives. There the engine is built without OpenMP, whose barriers ThreadSanitizer does not see and takes for races; the
-crew's threads are then std::thread's. --short: some of it, in half a minute; --in-turn: of the three and of the levels, the
-one whose turn it is today. Needs g++ with the sanitizers' libraries (Linux).
+Builds the engine for one instruction set (the best that there is) with the sanitizer in it, into build/sanitize, and
+loads it in place of the installed one in a process that has the sanitizer's library before anything else. First a
+fault planted there must be seen. address, undefined: the tests of every op, of palettes and of soups that run on the
+CPU, then mutated files (tools/fuzz_soup.py). thread: Python threads that call all ops, soups and the solver's crew at
+once, against what one alone gives. There the engine is built without OpenMP, whose barriers ThreadSanitizer does not
+see and takes for races; the crew's threads are then std::thread's. --short: some of it, in half a minute; --in-turn:
+of the three and of the levels, the one whose turn it is today. Needs g++ with the sanitizers' libraries (Linux).
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ KINDS = ("address", "undefined", "thread")
 LIBRARY = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 FOUND = 77  # the exit status of a process in which a sanitizer found something
 TESTS = (
-    "buffers", "layouts", "token_logprobs", "token_logratios", "linear_token_logprobs", "linear_sample_tokens", "sample_tokens",
-    "resample", "gae", "map_statistics", "layers", "shared_prompt", "palette_native", "palette_edges", "soup_kernel", "soup_tasks",
-    "soup_memory",
+    "buffers", "layouts", "token_logprobs", "token_logratios", "linear_token_logprobs", "linear_sample_tokens",
+    "sample_tokens", "resample", "gae", "map_statistics", "layers", "shared_prompt", "palette_native", "palette_edges",
+    "soup_kernel", "soup_tasks", "soup_memory",
 )  # fmt: skip
 SHORT = ("buffers", "layouts")
 FILES, FEW_FILES = 2000, 60
@@ -100,7 +101,8 @@ def build(kind: str, level: str) -> Path:
 
 
 def run(kind: str, module: Path, script: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """A Python script in a process that has the sanitizer's library first; `use_engine(module)` is the script's to call."""
+    """A Python script in a process that has the sanitizer's library first; `use_engine(module)` is the script's to
+    call."""
     # The C++ library with it, for exceptions are thrown past it.
     asked = (["g++", f"-print-file-name={name}"] for name in (LIBRARY[kind], "libstdc++.so.6"))
     libraries = [subprocess.run(each, capture_output=True, text=True, check=True).stdout.strip() for each in asked]
@@ -203,7 +205,8 @@ def work() -> dict[str, Callable[[], list]]:
 
 
 def hammer(threads: int, rounds: int, crew: int) -> None:
-    """`work` in many threads at once, every loop of it over a crew of so many: what each gives is what it gives alone."""
+    """`work` in many threads at once, every loop of it over a crew of so many: what each gives is what it gives
+    alone."""
     import torch
 
     torch.set_num_threads(1)

@@ -2,8 +2,9 @@
 
     python tools/walk_readme.py [--tiny]
 
-The models, prompts and pairs that README names and nobody has are made first, tiny. --tiny: also in place of SmolLM2, and with smaller
-settings. Left out are the lines that install, serve, or measure. Fails at the first line that does not do what README says.
+The models, prompts and pairs that README names and nobody has are made first, tiny. --tiny: also in place of SmolLM2,
+and with smaller settings. Left out are the lines that install, serve, or measure. Fails at the first line that does
+not do what README says.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ def prepare(folder: Path) -> None:
     for name in ("polite", "brief"):
         extract_adapter(folder / "tuned", folder / "model", folder / name, rank=2 + len(name) % 3, progress=False)
     (folder / "soup.yaml").write_text(
-        "merge_method: linear\nmodels:\n- model: a\n  parameters: {weight: 0.5}\n- model: b\n  parameters: {weight: 0.5}\n"
+        "merge_method: linear\n"
+        "models:\n"
+        "- model: a\n"
+        "  parameters: {weight: 0.5}\n"
+        "- model: b\n"
+        "  parameters: {weight: 0.5}\n"
     )
     rows = [{"prompt": f"who is {i}", "chosen": " very good", "rejected": f" bad {i}"} for i in range(20)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -11,7 +11,8 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bflo
 
 
 def check_loading(dtype: Any, device: Any) -> None:
-    """Raise UserError for names that no device or type of numbers has; whether a device is there is seen when a model is loaded."""
+    """Raise UserError for names that no device or type of numbers has; whether a device is there is seen when a model
+    is loaded."""
     if isinstance(device, str) and not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
     if isinstance(dtype, str) and DTYPES.get(dtype, dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):

@@ -1,4 +1,5 @@
-"""What ends a command before its time: a user's mistake, one line that names the argument, the rule and what came; and SIGTERM."""
+"""What ends a command before its time: a user's mistake, one line that names the argument, the rule and what came;
+and SIGTERM."""
 
 
 class UserError(ValueError):
@@ -13,5 +14,6 @@ class Terminated(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """With control characters and the like written out, such as \\x1b: names come from files that anyone may have written."""
+    """With control characters and the like written out, such as \\x1b: names come from files that anyone may have
+    written."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -23,9 +23,10 @@ _FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
 
-    A link stays, and what it leads to is replaced; a file's permissions stay. On an error or an interrupt the temporary is
-    removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor an empty folder (nor, with
-    `replace`, any folder, which goes with all that is in it); an OSError that says of no other file names `path`.
+    A link stays, and what it leads to is replaced; a file's permissions stay. On an error or an interrupt the
+    temporary is removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor
+    an empty folder (nor, with `replace`, any folder, which goes with all that is in it); an OSError that says of no
+    other file names `path`.
     """
     target = Path(os.path.realpath(path))
     found = _status(path)
@@ -89,7 +90,8 @@ def _status(path: str | Path) -> os.stat_result | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; to stdout where the path is "-". NaN and infinities are refused: JSON has none."""
+    """Write `value` as indented JSON, atomically; to stdout where the path is "-". NaN and infinities are refused:
+    JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if str(path) == STDOUT:
         sys.stdout.write(text)

@@ -1,4 +1,5 @@
-"""What a model is by content, not by path: what was made with it is not taken for what another of the same name makes."""
+"""What a model is by content, not by path: what was made with it is not taken for what another of the same name
+makes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _PAGES, _PAGE = 256, 4096  # of larger files: so many evenly, from the first to 
 
 
 def of_model(name: str | os.PathLike[str]) -> str:
-    """A hash of a local folder's or file's content; of a model from the hub its name and, where it is known, its commit.
+    """A hash of a local folder's or file's content; of a model from the hub its name and, where it is known, its
+    commit.
 
     Weights of more than 1 MB count by size, their first megabyte and 256 pages spread over them, so that this takes
     milliseconds; all else that a model is loaded from counts whole. An adapter's base counts with it.
@@ -52,7 +54,8 @@ def of_files(paths: Iterable[Path]) -> str:
 
 
 def of_weights(path: Path) -> str:
-    """A hash of a file of weights: whole up to 1 MB, else of its size, first megabyte and pages spread evenly over it."""
+    """A hash of a file of weights: whole up to 1 MB, else of its size, first megabyte and pages spread evenly over
+    it."""
     size = path.stat().st_size
     if size <= _WHOLE:
         return sha256(path)

@@ -1,4 +1,5 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that the package itself stays light."""
+"""Names of a package that are imported when they are first asked for (PEP 562), so that the package itself stays
+light."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from typing import Any
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package. homes: name -> the module below it that defines it; a module's own name
-    stands for the module."""
+    """`__getattr__` and `__dir__` for a package. homes: name -> the module below it that defines it; a module's own
+    name stands for the module."""
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

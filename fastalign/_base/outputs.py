@@ -1,7 +1,8 @@
-"""What a command is about to write, held against what is there: an input is never replaced, other work only when told to.
+"""What a command is about to write, held against what is there: an input is never replaced, other work only when told
+to.
 
-A finished output says in itself what job made it (`Job.record`: JSON under "made", Parquet in its metadata). A second run of the
-same job takes it as it is; one of another job is refused before anything is read or computed.
+A finished output says in itself what job made it (`Job.record`: JSON under "made", Parquet in its metadata). A second
+run of the same job takes it as it is; one of another job is refused before anything is read or computed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _ASK: ContextVar[Callable[[str], bool] | None] = ContextVar("ask", default=None)
 
 @dataclass(frozen=True)
 class Job:
-    """What makes an output what it is. settings: JSON values. inputs: files, folders, or names of a hub, by what they are to it."""
+    """What makes an output what it is. settings: JSON values. inputs: files, folders, or names of a hub, by what they
+    are to it."""
 
     command: str
     inputs: Mapping[str, str | os.PathLike]
@@ -50,8 +52,9 @@ def claim(
 ) -> dict[str, Any] | None:
     """The job's record where `out` is to be made; None where it is there already, as this job made it.
 
-    files, figures: what is written with it, files and a folder of SVG and PNG; their digests go into the record (`making`).
-    Raises UserError, one line: one of them is an input, or no file, or there and not this job's and not to be overwritten.
+    files, figures: what is written with it, files and a folder of SVG and PNG; their digests go into the record
+    (`making`). Raises UserError, one line: one of them is an input, or no file, or there and not this job's and not
+    to be overwritten.
     """
     out = Path(out)
     targets = [*([out] if str(out) != STDOUT else []), *files]
@@ -85,11 +88,15 @@ def claim(
 
 @contextmanager
 def making(
-    out: str | os.PathLike[str], value: dict[str, Any], record: Mapping[str, Any], *, files: Sequence[Path] = (),
+    out: str | os.PathLike[str],
+    value: dict[str, Any],
+    record: Mapping[str, Any],
+    *,
+    files: Sequence[Path] = (),
     figures: Path | None = None,
-) -> Iterator[None]:  # fmt: skip
-    """Write the object `value` with its record as JSON at `out`, what goes with it in the block, and then the digests of that. What
-    an interrupted one left is known again by the record."""
+) -> Iterator[None]:
+    """Write the object `value` with its record as JSON at `out`, what goes with it in the block, and then the digests
+    of that. What an interrupted one left is known again by the record."""
     if (files or figures) and str(out) != STDOUT:
         write_json(out, {**value, "made": {**record, "unfinished": True}})
     yield
@@ -124,8 +131,8 @@ def check_same(
 ) -> None:
     """Raises UserError, one line, unless a run at `where` was of the settings that this one asks for.
 
-    had: JSON values; None where something else is there. "model_content" is the fingerprint of "model", which is the same model
-    wherever it lies; "contents" maps names to fingerprints. knobs: names that may differ.
+    had: JSON values; None where something else is there. "model_content" is the fingerprint of "model", which is the
+    same model wherever it lies; "contents" maps names to fingerprints. knobs: names that may differ.
     """
     if had is None:
         raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
@@ -144,7 +151,8 @@ def check_same(
 
 
 def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] | None:
-    """What a JSON or Parquet file says, under `key`, of the job that made it; None where it is not there or says nothing of the kind."""
+    """What a JSON or Parquet file says, under `key`, of the job that made it; None where it is not there or says
+    nothing of the kind."""
     path = Path(path)
     if not path.is_file():
         return None

@@ -1,4 +1,5 @@
-"""How far long work has come, on stderr: a bar on a terminal; elsewhere a line once it takes seconds, and then now and again."""
+"""How far long work has come, on stderr: a bar on a terminal; elsewhere a line once it takes seconds, and then now
+and again."""
 
 from __future__ import annotations
 
@@ -56,10 +57,12 @@ class Work:
 def bar(
     description: str, *, total: int, unit: str = "", done: int = 0, show: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, said=None)`: so many more of `total` are done, and what else to show from now on; nothing if not `show`.
+    """Yield `advance(count=1, said=None)`: so many more of `total` are done, and what else to show from now on;
+    nothing if not `show`.
 
-    Shows count, rate (in `unit` per second) and time left. done: what was done before, which is not in the rate. Off a terminal
-    quick work shows nothing, unless it has something to say: that is told at once, every 10 seconds and at the end.
+    Shows count, rate (in `unit` per second) and time left. done: what was done before, which is not in the rate. Off
+    a terminal quick work shows nothing, unless it has something to say: that is told at once, every 10 seconds and at
+    the end.
     """
     if not show:
         yield lambda count=1, said=None: None

@@ -27,7 +27,8 @@ def one_line_errors(name: str | os.PathLike[str], where: str = "") -> Iterator[N
 
 @contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
-    """Silence transformers' progress bars where stderr is no terminal, and its report of weights, which takes a screen."""
+    """Silence transformers' progress bars where stderr is no terminal, and its report of weights, which takes a
+    screen."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,8 +1,9 @@
-"""A folder for what a job has finished so far: marked as ours, held by one run at a time, emptied of nothing but our files.
+"""A folder for what a job has finished so far: marked as ours, held by one run at a time, emptied of nothing but our
+files.
 
-The mark is a file of JSON lines, and the folder's ledger: what job it is for, then each file before it is made (so that what a
-killed run left is known for ours) and again when it is whole, with its digest. A folder or link of that name without a mark is
-somebody else's: it is neither emptied nor followed nor taken over.
+The mark is a file of JSON lines, and the folder's ledger: what job it is for, then each file before it is made (so
+that what a killed run left is known for ours) and again when it is whole, with its digest. A folder or link of that
+name without a mark is somebody else's: it is neither emptied nor followed nor taken over.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class WorkFolder:
         return self._files[name].get("note")
 
     def whole(self) -> list[Path]:
-        """The finished files that are there as they were made, where their digests are `sha256`'s; in the order of their names."""
+        """The finished files that are there as they were made, where their digests are `sha256`'s; in the order of
+        their names."""
         held = ((self.path / name, digest) for name, digest in sorted(self.digests.items()))
         return [path for path, digest in held if path.is_file() and sha256(path) == digest]
 
@@ -134,10 +136,12 @@ class WorkFolder:
 
 @contextmanager
 def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = None) -> Iterator[WorkFolder]:
-    """The work folder at `path`, made where it is not there, held against other runs. writes, what: the output that it is for, and
-    what writes it. keeps: what its finished files are, where the same job goes on from them: who interrupts it is told.
+    """The work folder at `path`, made where it is not there, held against other runs. writes, what: the output that
+    it is for, and what writes it. keeps: what its finished files are, where the same job goes on from them: who
+    interrupts it is told.
 
-    A folder in which nothing was made is gone afterwards. Raises UserError, one line: another run holds it, or it is not ours.
+    A folder in which nothing was made is gone afterwards. Raises UserError, one line: another run holds it, or it is
+    not ours.
     """
     try:
         path.mkdir()
@@ -214,7 +218,8 @@ def _read(mark: int, path: Path) -> tuple[Any, dict[str, dict[str, Any]]]:
 
 
 def _plain(name: str) -> bool:
-    """Whether it is the name of a file in the folder or one below: what a ledger says may have been written by anyone."""
+    """Whether it is the name of a file in the folder or one below: what a ledger says may have been written by
+    anyone."""
     parts = Path(name).parts if isinstance(name, str) else ()
     return 1 <= len(parts) <= 2 and not os.path.isabs(name) and ".." not in parts and "\0" not in name
 

@@ -20,7 +20,8 @@ def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
     Writes out/bench.json (pytest-benchmark's) and out/table.md, which is returned.
 
     Raises:
-        UserError: pytest or pytest-benchmark is missing, a name finds nothing, results are there, or a benchmark failed.
+        UserError: pytest or pytest-benchmark is missing, a name finds nothing, results are there, or a benchmark
+            failed.
     """
     if missing := [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]:
         raise UserError(f"{' and '.join(missing)} must be installed for benchmarks: pip install 'fastalign[bench]'")

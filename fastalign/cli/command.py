@@ -1,4 +1,5 @@
-"""How a command is registered: its help ends with an example, a user's mistake ends it with one line, --json prints what it returns.
+"""How a command is registered: its help ends with an example, a user's mistake ends it with one line, --json prints
+what it returns.
 
 Exit codes: 0 done, 1 a mistake of the user's, 2 usage, 3 a palette that is proved infeasible, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -54,7 +55,8 @@ def registrar(app: typer.Typer) -> Registrar:
     """`command(example)` for `app`: a decorator."""
 
     def command(example: str, *, serves: bool = False) -> Decorator:
-        """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a traceback.
+        """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a
+        traceback.
 
         serves: it has nothing to tell while nobody asks.
         """
@@ -107,7 +109,8 @@ def registrar(app: typer.Typer) -> Registrar:
 
 
 def console(*, markup: bool = False, out: Path | None = None) -> Console:
-    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out: where the command
+    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out:
+    where the command
     writes: for "-" what is shown goes to stderr; with --json nothing is shown."""
     from rich.console import Console
 
@@ -118,7 +121,8 @@ def console(*, markup: bool = False, out: Path | None = None) -> Console:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Within it SIGTERM raises `Terminated`; but for threads, where no handler can be set, and for who ignores the signal."""
+    """Within it SIGTERM raises `Terminated`; but for threads, where no handler can be set, and for who ignores the
+    signal."""
 
     def end(number: int, frame: object) -> None:
         raise Terminated
@@ -212,7 +216,8 @@ def warn_in_one_line() -> None:
 
 
 def _is_users(error: BaseException) -> bool:
-    """A mistake that a message explains: a UserError, or the operating system's refusal. All else is a fault of ours."""
+    """A mistake that a message explains: a UserError, or the operating system's refusal. All else is a fault of
+    ours."""
     return isinstance(error, UserError | OSError) or str(error).startswith(
         "FASTALIGN_ISA"
     )  # which the engine itself checks
@@ -225,8 +230,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _in_options(message: str, signature: inspect.Signature) -> str:
-    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is of several words
-    or has a value, as the option that it is."""
+    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is of
+    several words or has a value, as the option that it is."""
     for name, parameter in signature.parameters.items():
         declared = [
             d for d in getattr(parameter.annotation, "__metadata__", ()) if isinstance(d, typer.models.OptionInfo)

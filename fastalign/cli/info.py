@@ -65,12 +65,19 @@ def about() -> dict[str, Any]:
     engine = backend.engine
     isa = {} if engine is None else {"isa": engine.active_isa(), "available": list(engine.available_isas())}
     return {
-        "fastalign": fastalign.__version__, "python": platform.python_version(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "compiled": engine is not None, **isa, "cpu_kernels": _cpu_kernels(),
-        "backend": backend.forced(), "gpu": _gpu(), "gpu_kernels": list(kernels.names()),
+        "fastalign": fastalign.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "compiled": engine is not None,
+        **isa,
+        "cpu_kernels": _cpu_kernels(),
+        "backend": backend.forced(),
+        "gpu": _gpu(),
+        "gpu_kernels": list(kernels.names()),
         "packages": {name: _version(name) for name in OPTIONAL},
         "rewards": {name: what._asdict() for name, what in rewards.available().items()},
-    }  # fmt: skip
+    }
 
 
 def show_model(console: Console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
@@ -118,7 +125,8 @@ def _forced() -> str:
 
 
 def _cpu_kernels() -> list[str]:
-    """The ops that the compiled engine runs, by their public names; its function of the fused head is called head_forward."""
+    """The ops that the compiled engine runs, by their public names; its function of the fused head is called
+    head_forward."""
     found = {name.replace("head_", "linear_token_logprobs_").removesuffix("_forward") for name in dir(backend.engine)}
     return sorted(found & set(fastalign.ops.__all__))
 

@@ -27,9 +27,16 @@ def mix(
 
 
 def extract(
-    models: Sequence[str], base: str | None, out: Path, *, rank: int | None, energy: float | None, dtype: str | None, force: bool,
+    models: Sequence[str],
+    base: str | None,
+    out: Path,
+    *,
+    rank: int | None,
+    energy: float | None,
+    dtype: str | None,
+    force: bool,
     overwrite: bool,
-) -> Found:  # fmt: skip
+) -> Found:
     """An adapter out of a tuned model and its base."""
     from fastalign.soup import extract_adapter
 
@@ -43,9 +50,11 @@ def extract(
     if extracted.left_out:
         few = ", ".join(extracted.left_out[:3]) + (" ..." if len(extracted.left_out) > 3 else "")
         terminal.print(
-            f"{len(extracted.left_out)} other tensors differ too and are not in it ({few}): {extracted.kept_of_all:.2%} of all difference kept",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
+            f"{len(extracted.left_out)} other tensors differ too and are not in it ({few}): "
+            f"{extracted.kept_of_all:.2%} of all difference kept",
+            soft_wrap=True,
+            markup=False,
+        )
     return {
         "adapters": [extracted.made._asdict()],
         "left_out": extracted.left_out,
@@ -56,7 +65,12 @@ def extract(
 def _line(made) -> str:
     least, most = made.ranks
     ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
-    kept = "the whole update" if made.kept > 1 - 1e-9 else (
-        f"{made.kept:.2%} of the update kept (squared Frobenius norm), least in {made.worst[0]}: {made.worst[1]:.2%}"
-    )  # fmt: skip
+    kept = (
+        "the whole update"
+        if made.kept > 1 - 1e-9
+        else (
+            f"{made.kept:.2%} of the update kept (squared Frobenius norm), least in {made.worst[0]}: "
+            f"{made.worst[1]:.2%}"
+        )
+    )
     return f"{made.out}: {made.modules} modules, {ranks}, {kept}"

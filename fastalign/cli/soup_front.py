@@ -32,7 +32,8 @@ def soup_front(
     out: Annotated[Path, typer.Option(help="Folder for each soup's scored candidates, soups.json and figures.")],
     grid: Annotated[int, typer.Option(help="All weights that sum to 1 on a grid of so many points a side.")] = 5,
     palette: Annotated[
-        Path | None, typer.Option(help="A palette file, as `fastalign map` writes it: choose the ρ nearest it, and measure it.")
+        Path | None,
+        typer.Option(help="A palette file, as `fastalign map` writes it: choose the ρ nearest it, and measure it."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Of the adapters.")] = None,
     n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 8,
@@ -44,7 +45,7 @@ def soup_front(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     overwrite: Overwrite = False,
-) -> Found:  # fmt: skip
+) -> Found:
     """Measure soups along ρ with rewards, writing no model; choose the ρ for a palette."""
     from rich.table import Table
 
@@ -64,9 +65,18 @@ def soup_front(
 
     asked = job.read_palette(palette, values) if palette is not None else None
     found = job.study(
-        models, simplex_grid(len(models), grid), sources.load(prompts)[:limit], values, out, palette=asked, base=base,
-        dtype=dtype, device=device, overwrite=overwrite, **drawing,
-    )  # fmt: skip
+        models,
+        simplex_grid(len(models), grid),
+        sources.load(prompts)[:limit],
+        values,
+        out,
+        palette=asked,
+        base=base,
+        dtype=dtype,
+        device=device,
+        overwrite=overwrite,
+        **drawing,
+    )
     told = console()
     table = Table(*(f"ρ {name}" for name in found.models), box=None, header_style="bold", pad_edge=False)
     for name in values:

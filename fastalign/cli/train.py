@@ -66,8 +66,10 @@ def dpo(
     data: Annotated[
         str,
         typer.Option(
-            "--data", "--data_name",
-            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored file.",
+            "--data",
+            "--data_name",
+            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored "
+            "file.",
         ),
     ],
     model: Model,
@@ -95,7 +97,7 @@ def dpo(
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> Found:  # fmt: skip
+) -> Found:
     """Train a model on preference pairs, or on pairs made of scored candidates by λ."""
     from fastalign.jobs import preference as jobs
 
@@ -107,7 +109,8 @@ def dpo(
         model, pairs, out, learning_rate=learning_rate, batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs, max_steps=max_steps, beta=beta,
         loss_type=loss_type, lora_r=lora_r, max_length=max_length, precompute_ref=precompute_ref, chat=chat,
-        dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
+        dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite,
+        show_progress=True,
     )  # fmt: skip
     _told(out, found, pairs)
     return found
@@ -121,17 +124,22 @@ def ppo(
     out: Out,
     values: Annotated[
         str | None,
-        typer.Option("--values", "--value_list", help="Rewards (`fastalign info` lists them) or folders of reward models."),
+        typer.Option(
+            "--values", "--value_list", help="Rewards (`fastalign info` lists them) or folders of reward models."
+        ),
     ] = None,
     lam: Annotated[
-        str | None, typer.Option("--lam", "--lam_list", help="A weight for each value: 1.0,0.5 or positive=1,harmless=0.5.")
+        str | None,
+        typer.Option("--lam", "--lam_list", help="A weight for each value: 1.0,0.5 or positive=1,harmless=0.5."),
     ] = None,
     palette: Annotated[Path | None, typer.Option(help="Values and λ from `fastalign map`'s file instead.")] = None,
     data: Annotated[
         str,
         typer.Option(
-            "--data", "--data_name",
-            help="Prompts: 'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl .json .csv .txt or .parquet file, a hub name.",
+            "--data",
+            "--data_name",
+            help="Prompts: 'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl .json .csv .txt or .parquet file, a hub "
+            "name.",
         ),
     ] = "bundled",
     column: Annotated[str | None, typer.Option(help="The prompts' column; default prompt, else text.")] = None,
@@ -157,7 +165,7 @@ def ppo(
     save_steps: SaveSteps = 25,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> Found:  # fmt: skip
+) -> Found:
     """Train a model on λ·R of its own responses: every rollout is scored with every value."""
     from fastalign.data import hub
     from fastalign.data.dialogues import HUMAN
@@ -179,14 +187,15 @@ def ppo(
         model, prompts[:limit], rewards, weights, out, learning_rate=learning_rate, batch_size=batch_size,
         mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
         max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
-        kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume, overwrite=overwrite,
-        show_progress=True,
+        kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,
+        overwrite=overwrite, show_progress=True,
     )  # fmt: skip
     if "values" not in found:  # another process tells
         return found
     out_console = console()
     out_console.print(
-        f"{out}: {counted(found['steps'], 'step')}, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} tokens/s"
+        f"{out}: {counted(found['steps'], 'step')}, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} "
+        "tokens/s"
     )
     steps = max(1, found["steps"] // 10)  # of each end
     for name, row in found["values"].items():
@@ -200,15 +209,21 @@ def reward(
     data: Annotated[
         str,
         typer.Option(
-            "--data", "--data_name",
-            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored file.",
+            "--data",
+            "--data_name",
+            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored "
+            "file.",
         ),
     ],
     model: Model,
     out: Out,
     values: Annotated[
         str | None,
-        typer.Option("--values", "--value_list", help="Several heads: names found in a column 'value' or as columns, or rewards of a scored file."),
+        typer.Option(
+            "--values",
+            "--value_list",
+            help="Several heads: names found in a column 'value' or as columns, or rewards of a scored file.",
+        ),
     ] = None,
     lam: PairsLam = None,
     palette: PairsPalette = None,
@@ -230,7 +245,7 @@ def reward(
     log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> Found:  # fmt: skip
+) -> Found:
     """Train a reward model on preference pairs (Bradley–Terry), for one value or several."""
     from fastalign.jobs import preference as jobs
 
@@ -250,8 +265,9 @@ def reward(
         console().print(
             f"  {head['name']:<12} accuracy n/a (0 pairs)"
             if not head["pairs"]
-            else f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ({head['low']:.3f}–{head['high']:.3f}) on {counted(head['pairs'], 'held-out pair')} "
-            f"of {counted(head['prompts'], 'prompt')}, calibration error {head['calibration_error']:.3f}"
+            else f"  {head['name']:<12} accuracy {head['accuracy']:.3f} ({head['low']:.3f}–{head['high']:.3f}) on "
+            f"{counted(head['pairs'], 'held-out pair')} of {counted(head['prompts'], 'prompt')}, calibration "
+            f"error {head['calibration_error']:.3f}"
         )
     return found
 
@@ -260,7 +276,8 @@ def _told(out: Path, found: dict, pairs) -> None:
     last = "".join(f", {name} {found[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in found)
     lost = f" ({pairs.lost} left out)" if pairs.lost else ""
     console().print(
-        f"{out}: {counted(found['steps'], 'step')} on {counted(found['pairs'], 'pair')}{lost}{last}, {found['tokens_per_second']:,.0f} tokens/s"
+        f"{out}: {counted(found['steps'], 'step')} on {counted(found['pairs'], 'pair')}{lost}{last}, "
+        f"{found['tokens_per_second']:,.0f} tokens/s"
     )
 
 

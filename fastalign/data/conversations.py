@@ -1,7 +1,7 @@
 """Prompts that are conversations: messages with roles, held as a string that says all of them.
 
-A message is {"role": ..., "content": text, or blocks [{"type": "text", "text": ...}]} and may have more keys (tool_calls ...),
-as chat templates read them.
+A message is {"role": ..., "content": text, or blocks [{"type": "text", "text": ...}]} and may have more keys
+(tool_calls ...), as chat templates read them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def last_turn(dialogue: str) -> tuple[str, str]:
-    """A dialogue "\\n\\nHuman: ... \\n\\nAssistant: ..." as (prompt up to and with the last "Assistant:", what follows).
+    """A dialogue "\\n\\nHuman: ... \\n\\nAssistant: ..." as (prompt up to and with the last "Assistant:", what
+    follows).
 
     Raises UserError where no turn is the assistant's.
     """

@@ -36,7 +36,8 @@ def load_prompts(
 
     imdb (hub names "imdb" or "stanfordnlp/imdb"): the first 8 words of each review. hh-rlhf ("hh-rlhf" or
     "Anthropic/hh-rlhf"), and any local file with a column "chosen" and none of prompts: each dialogue up to its last
-    assistant's turn, of messages those that chosen and rejected begin with. Repeats are dropped, the first of each kept.
+    assistant's turn, of messages those that chosen and rejected begin with. Repeats are dropped, the first of each
+    kept.
     words: only so many words of each; with dialogues, an error. column, split: as in `data.prompts.load`.
     Raises FileNotFoundError or UserError, one line.
     """

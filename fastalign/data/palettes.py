@@ -26,7 +26,8 @@ def read(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
     found = read_json(path, kind="palette")
     if (version := found.get("version", VERSION)) != VERSION:
         raise UserError(
-            f"{path}: version must be {VERSION}, got {version!r:.60}: run this fastalign's `map` again, with --overwrite"
+            f"{path}: version must be {VERSION}, got {version!r:.60}: run this fastalign's `map` again, with "
+            "--overwrite"
         )
     for name in ("values", *needed):
         if name not in found:
@@ -51,7 +52,8 @@ def read(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
 
 
 def of_values(path: str | os.PathLike[str], found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
-    """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one that is not there."""
+    """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one that is not
+    there."""
     for name in names:
         if name not in found["values"]:
             raise UserError(f"{path}: its values are {', '.join(found['values'])}, it has no {name}")

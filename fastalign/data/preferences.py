@@ -55,7 +55,8 @@ class PreferencePairs:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
 
     def to_dataset(self, *, chat: bool = False) -> Any:
-        """A `datasets.Dataset`. chat: prompts and completions of plain text become messages of a user and an assistant."""
+        """A `datasets.Dataset`. chat: prompts and completions of plain text become messages of a user and an
+        assistant."""
         from datasets import Dataset
 
         return Dataset.from_list([as_chat(row) for row in self._even()] if chat else self._even())
@@ -206,9 +207,10 @@ def bundled(n: int = 512, *, rule: str = "positive", seed: int = 0) -> Preferenc
     return PreferencePairs(found[:n], settings={"bundled": {"rule": rule, "seed": seed}})
 
 
-_THINGS = "the food,the room,the story,my visit,the staff,the price,the music,the view,the plan,the answer,this idea,the weather".split(
-    ","
-)
+_THINGS = (
+    "the food,the room,the story,my visit,the staff,the price,the music,the view,the plan,the answer,this idea,"
+    "the weather"
+).split(",")
 
 
 _GOOD = "good,great,lovely,excellent,wonderful,pleasant,kind,happy,beautiful,perfect,fun,helpful".split(",")
@@ -238,7 +240,8 @@ def _kind(column: str, value: Any) -> str:
         return "text"
     if not isinstance(value, list):
         raise UserError(
-            f"{column} must be a string or a list of messages, got {'nothing' if value is None else type(value).__name__}"
+            f"{column} must be a string or a list of messages, got "
+            f"{'nothing' if value is None else type(value).__name__}"
         )
     if not value:
         raise UserError(f"{column} must not be empty, got no messages")

@@ -40,9 +40,10 @@ def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, spl
     column: where the prompts are; by default "prompt", else "messages", else "text", else what "chosen" and "rejected"
     have in common. A .txt file has one prompt a line, a .json file a list of strings or of objects; of texts without
     columns a column is refused. split: of a hub
-    data set alone. A prompt is a string or a conversation, a list of messages, which becomes a `data.conversations.Conversation`
-    (a str); columns "tools" and "chat_template_kwargs" beside it go to the chat template, as TRL has them.
-    Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt and its place.
+    data set alone. A prompt is a string or a conversation, a list of messages, which becomes a
+    `data.conversations.Conversation` (a str); columns "tools" and "chat_template_kwargs" beside it go to the chat
+    template, as TRL has them. Raises FileNotFoundError or UserError, one line: empty file, missing column, blank
+    prompt and its place.
     """
     name = os.fspath(name_or_path)
     if not name.strip():

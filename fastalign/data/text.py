@@ -1,8 +1,8 @@
 """A tokenizer's way with text: prompts and conversations to token ids, and what was drawn after them back to text.
 
 New tokens are decoded with the end of their prompt before them, for what a token says can depend on what stands there:
-SentencePiece takes the space off a text's first word. Special tokens are left out of texts, and are seen by stop strings
-that name them.
+SentencePiece takes the space off a text's first word. Special tokens are left out of texts, and are seen by stop
+strings that name them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Text:
         return found
 
     def tokens(self, texts: Sequence[str], name: str, **options: Any) -> list[list[int]]:
-        """Token ids of texts as they are. Raises UserError for text that cannot be encoded, by name and index: "prompt 3"."""
+        """Token ids of texts as they are. Raises UserError for text that cannot be encoded, by name and index:
+        "prompt 3"."""
         texts = list(texts)
         try:
             found = self.tokenizer(texts, **options)["input_ids"] if texts else []
@@ -135,9 +136,12 @@ class Text:
         messages = [_with_content(message, blocks) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=reply is None and not opened,
-                continue_final_message=opened, **options,
-            )  # fmt: skip
+                messages,
+                tokenize=False,
+                add_generation_prompt=reply is None and not opened,
+                continue_final_message=opened,
+                **options,
+            )
         except Exception as error:
             raise UserError(f"{name}: {self._refusal(error, options)}") from None
 
@@ -145,8 +149,8 @@ class Text:
         named = getattr(self.tokenizer, "chat_template", None)
         if isinstance(named, dict) and "chat_template" not in options and "default" not in named:
             return (
-                f"the tokenizer has the chat templates {', '.join(named)} and none that is called default: name one with "
-                "chat_template_kwargs={'chat_template': ...}"
+                f"the tokenizer has the chat templates {', '.join(named)} and none that is called default: name one "
+                "with chat_template_kwargs={'chat_template': ...}"
             )
         return f"the chat template refuses it: {_line(error)}"
 
@@ -214,7 +218,8 @@ class Text:
         return text[: min(ends, default=len(text))]
 
     def stopped(self, prompt: Sequence[int], new: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the text of new tokens holds a stop string; looks first at the tail that the last token can complete."""
+        """Whether the text of new tokens holds a stop string; looks first at the tail that the last token can
+        complete."""
         if not stop:
             return False
         for naming in (False, True):

@@ -1,4 +1,5 @@
-"""As many candidates as each prompt needs: drawn in rounds until they suffice; and a pilot that says how many that will be."""
+"""As many candidates as each prompt needs: drawn in rounds until they suffice; and a pilot that says how many that
+will be."""
 
 from __future__ import annotations
 
@@ -58,17 +59,19 @@ def adaptive(
     show_progress: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Adaptive:
-    """`best_of` with as many candidates as each prompt needs, drawn `each` at a time, max_n at most (a multiple of `each`).
+    """`best_of` with as many candidates as each prompt needs, drawn `each` at a time, max_n at most (a multiple of
+    `each`).
 
-    A prompt has enough, for method "best", when its best is at most `gain` standard deviations of lam . R above what half as
-    many candidates would give on average (`best_of_curve`): the next doubling gives about as much or less. For every other
-    method, when its effective sample size reaches `ess`. prompt_ids: rising, the prompts' places in the whole set where these are
-    a part of it, which is what their random numbers go by. The other arguments are those of `best_of`. On a model that
-    runs here a prompt's candidates are the first of those that best_of draws with n = max_n and the same seed.
+    A prompt has enough, for method "best", when its best is at most `gain` standard deviations of lam . R above what
+    half as many candidates would give on average (`best_of_curve`): the next doubling gives about as much or less.
+    For every other method, when its effective sample size reaches `ess`. prompt_ids: rising, the prompts' places in
+    the whole set where these are a part of it, which is what their random numbers go by. The other arguments are
+    those of `best_of`. On a model that runs here a prompt's candidates are the first of those that best_of draws with
+    n = max_n and the same seed.
 
-    Bias: stopping looks at the rewards, so that a prompt whose first candidates look even stops before a rare good one is
-    seen: `resample` is then further from p_lambda, and means over the candidates from those under p0, than a fixed n of
-    the same size on average would make them. Take a fixed n where estimates must have no bias.
+    Bias: stopping looks at the rewards, so that a prompt whose first candidates look even stops before a rare good
+    one is seen: `resample` is then further from p_lambda, and means over the candidates from those under p0, than a
+    fixed n of the same size on average would make them. Take a fixed n where estimates must have no bias.
 
     Raises UserError (one line) on bad arguments.
     """
@@ -89,9 +92,15 @@ def adaptive(
         if not open_:
             break
         part = sampler.sample(
-            [prompts[p] for p in open_], n=each, first=r * each, prompt_ids=[places[p] for p in open_],
-            max_new_tokens=max_new_tokens, seed=seed, show_progress=show_progress, **sampling,
-        )  # fmt: skip
+            [prompts[p] for p in open_],
+            n=each,
+            first=r * each,
+            prompt_ids=[places[p] for p in open_],
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            show_progress=show_progress,
+            **sampling,
+        )
         part = part.with_rewards(names, score(rewards, *part.pairs(), show_progress=show_progress))
         for row, p in enumerate(open_):
             drawn[p].append(_row(part, row))
@@ -101,10 +110,12 @@ def adaptive(
             )
     candidates = [_joined(parts, p, max_n) for p, parts in zip(places, drawn, strict=True)]
     arrays = [one.reward_array(names) for one in candidates]
-    indices = np.array([
-        select(array, lam, method=method, seed=(seed + p) % 2**64)[0, 0]
-        for p, array in zip(places, arrays, strict=True)
-    ])  # fmt: skip
+    indices = np.array(
+        [
+            select(array, lam, method=method, seed=(seed + p) % 2**64)[0, 0]
+            for p, array in zip(places, arrays, strict=True)
+        ]
+    )
     return Adaptive(
         texts=[one.texts[0][i] for one, i in zip(candidates, indices, strict=True)],
         indices=indices,
@@ -126,9 +137,13 @@ def _gains_little(array: np.ndarray, lam: np.ndarray, gain: float) -> bool:
 
 def _row(part: Candidates, row: int) -> Candidates:
     return Candidates(
-        [part.prompts[row]], [part.texts[row]], [part.token_ids[row]], [part.logprobs[row]],
-        rewards={name: values[row : row + 1] for name, values in part.rewards.items()}, settings=part.settings,
-    )  # fmt: skip
+        [part.prompts[row]],
+        [part.texts[row]],
+        [part.token_ids[row]],
+        [part.logprobs[row]],
+        rewards={name: values[row : row + 1] for name, values in part.rewards.items()},
+        settings=part.settings,
+    )
 
 
 def _joined(parts: list[Candidates], prompt: int, max_n: int) -> Candidates:

@@ -25,7 +25,8 @@ class BestOf:
     """One text per prompt: texts (P,), indices (P,) among the N candidates, rewards (P, m) of the picked.
 
     effective_sample_size (P,); values (m,): the mean rewards of the first pick, its own draw averaged out;
-    candidates: all the scored ones they were picked from; picked: all k picks of each prompt, the first of which is above.
+    candidates: all the scored ones they were picked from; picked: all k picks of each prompt, the first of which is
+        above.
     """
 
     texts: list[str]
@@ -55,8 +56,8 @@ def best_of(
 
     sampler: a Sampler or a model's name. rewards: a reward's name or Reward object, or several.
     lam: (m,) weights, 1 each by default. method: "best" keeps the largest lam . R; "resample" draws from
-    p0 exp(lam . R) among the n (soft best-of-n: at temperature t it is lam / t), and so does any method of `select`, with or
-    without replacement. Where the n are too few for that, a warning says how many are needed (`estimate`).
+    p0 exp(lam . R) among the n (soft best-of-n: at temperature t it is lam / t), and so does any method of `select`,
+    with or without replacement. Where the n are too few for that, a warning says how many are needed (`estimate`).
     sampling: temperature, top_p, stop ... as in `Sampler.sample`.
     Raises UserError (one line) on bad arguments.
     """

@@ -36,8 +36,9 @@ _CONVERSATION = "is_conversation"
 class Candidates:
     """P prompts with N candidates each.
 
-    prompts: P strings, or conversations (lists of messages, kept as `data.conversations.Conversation`). texts, token_ids, logprobs: [P][N] strings, lists of int, lists of float (per token,
-    natural log, under the distribution the token was drawn from). rewards: name -> (P, N) float32.
+    prompts: P strings, or conversations (lists of messages, kept as `data.conversations.Conversation`). texts,
+    token_ids, logprobs: [P][N] strings, lists of int, lists of float (per token, natural log, under the distribution
+    the token was drawn from). rewards: name -> (P, N) float32.
     settings: how they were made (JSON values). prompt_ids: (P,) int64, the prompts' places in the whole set,
     0..P-1 unless this is a part. picked: None, or (P, N) int64 candidate numbers where this holds N draws
     from a larger set (see `take`). log_weights: None, or (P, N) float64 where these are weighted (`decode.particles`).
@@ -82,8 +83,8 @@ class Candidates:
         return f"<p>{html.escape(repr(self))}</p>{shown.to_html(index=False, max_cols=20)}"
 
     def to_pandas(self, *, prompts: int | None = None, candidates: int | None = None) -> Any:
-        """A pandas DataFrame with a row for each candidate (of the first so many prompts and candidates): prompt_id, candidate_id,
-        prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by its name.
+        """A pandas DataFrame with a row for each candidate (of the first so many prompts and candidates): prompt_id,
+        candidate_id, prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by its name.
 
         Raises UserError where pandas is not installed.
         """

@@ -1,7 +1,8 @@
 """What a set of candidates says about decoders that were not run: values, divergence, and how many draws they need.
 
-The candidates are draws from p0, N for each of P prompts; a decoder picks among them by their rewards. Expectations over
-its own draw are taken exactly, by weighing all N (Rao–Blackwell), and errors come from the spread between prompts.
+The candidates are draws from p0, N for each of P prompts; a decoder picks among them by their rewards. Expectations
+over its own draw are taken exactly, by weighing all N (Rao–Blackwell), and errors come from the spread between
+prompts.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Estimate(NamedTuple):
             return None
         worst = int(self.ess.argmin())
         return (
-            f"at lam {np.round(self.lam[worst], 4).tolist()} the {self.n} candidates of a prompt are worth {self.ess[worst]:.1f}: too "
-            f"few to trust the ideal's values; {TRUSTED_ESS:.0f} need {words(*self.worth[worst].needed())}"
+            f"at lam {np.round(self.lam[worst], 4).tolist()} the {self.n} candidates of a prompt are worth "
+            f"{self.ess[worst]:.1f}: too few to trust the ideal's values; {TRUSTED_ESS:.0f} need "
+            f"{words(*self.worth[worst].needed())}"
         )
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -53,9 +55,10 @@ class Estimate(NamedTuple):
 def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *, warn: bool = True) -> Estimate:
     """Realised values, divergence and effective sample size at every λ of a grid, from one set of candidates.
 
-    rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the mean that `select(rewards, lam)` has over its own draw
-    and over candidates, without bias, and less spread. Against the ideal p_λ, which N = infinity would give, both
-    have a bias of order 1/ess; a warning says where the mean ess is below 10 (`Estimate.doubt`), unless warn is False.
+    rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the mean that `select(rewards, lam)` has over its own
+    draw and over candidates, without bias, and less spread. Against the ideal p_λ, which N = infinity would give,
+    both have a bias of order 1/ess; a warning says where the mean ess is below 10 (`Estimate.doubt`), unless warn is
+    False.
 
     Raises UserError on wrong shapes and numbers that are not finite.
     """
@@ -85,8 +88,9 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *
 def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
     """The fewest candidates per prompt for `ess` effective ones at a divergence of `kl` nats: ess · e^kl.
 
-    Importance sampling needs of order e^KL draws and no fewer (Chatterjee, Diaconis, arXiv 1511.01437): N are worth at most
-    N e^-KL, and less the heavier the weights' tail. Where candidates are there, `worth` tells how many they need.
+    Importance sampling needs of order e^KL draws and no fewer (Chatterjee, Diaconis, arXiv 1511.01437): N are worth
+    at most N e^-KL, and less the heavier the weights' tail. Where candidates are there, `worth` tells how many they
+    need.
     """
     if not kl >= 0:
         raise UserError(f"kl must be at least 0, got {kl!r}")
@@ -94,7 +98,8 @@ def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1)/n, nats: what best-of-n moves away from p0 at most, exactly so where no rewards tie (arXiv 2401.01879)."""
+    """log n - (n - 1)/n, nats: what best-of-n moves away from p0 at most, exactly so where no rewards tie (arXiv
+    2401.01879)."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n!r}")
     return math.log(n) - (n - 1) / n
@@ -112,8 +117,8 @@ class BestOfCurve(NamedTuple):
 def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> BestOfCurve:
     """What best-of-k by λᵀR gives on average for every k up to N, from the same N candidates, without bias.
 
-    The average over all subsets of k of the N: the i-th smallest is the best of C(i-1, k-1) of the C(N, k). Candidates of equal
-    score share alike.
+    The average over all subsets of k of the N: the i-th smallest is the best of C(i-1, k-1) of the C(N, k).
+    Candidates of equal score share alike.
 
     rewards (P, N, m); lam (m,); ks in 1..N.
     """

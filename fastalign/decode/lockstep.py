@@ -1,7 +1,7 @@
 """Candidates of one age: all of a few prompts' drawn together to a checkpoint, where some are dropped or copied.
 
-What `decode.rejection` and `decode.particles` are made of. Every candidate is in flight at once, so that those of a prompt can
-be held against each other half-way; a place has the random stream that `Sampler.sample` gives the
+What `decode.rejection` and `decode.particles` are made of. Every candidate is in flight at once, so that those of a
+prompt can be held against each other half-way; a place has the random stream that `Sampler.sample` gives the
 candidate of that number, so that one which nothing replaces is drawn as it is there.
 """
 
@@ -52,7 +52,8 @@ class Lockstep:
             self.age += 1
 
     def fitting(self, limit: int, tokens: int) -> int:
-        """How many candidates of that many tokens keep their keys and values, and their prompts', within `limit` bytes."""
+        """How many candidates of that many tokens keep their keys and values, and their prompts', within `limit`
+        bytes."""
         model, prefixes = self.sampler.model, self.engine.prefixes.values()
         own, shared = (
             SharedPromptEngine.row_bytes(model, tokens),
@@ -115,15 +116,15 @@ def groups(
     batch_size: int | None,
     limit: int | None,
 ) -> list[list[int]]:
-    """The prompts that go together: as many as keep within batch_size candidates, and whose keys and values fit in `limit`
-    bytes, with room for all candidates' first tokens or for one candidate's last; one at least.
+    """The prompts that go together: as many as keep within batch_size candidates, and whose keys and values fit in
+    `limit` bytes, with room for all candidates' first tokens or for one candidate's last; one at least.
 
     Raises UserError where the model cannot run on the engine, or where one prompt does not fit.
     """
     if sampler.path() is not SharedPromptEngine:
         raise UserError(
-            f"{sampler.name}: candidates are dropped and copied half-way on the shared-prompt engine alone, which cannot run "
-            "this model; draw whole ones with best_of"
+            f"{sampler.name}: candidates are dropped and copied half-way on the shared-prompt engine alone, which "
+            "cannot run this model; draw whole ones with best_of"
         )
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -153,7 +154,8 @@ def groups(
 
 
 def checkpoints_of(checkpoints: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Them, checked: rising numbers of tokens; those from max_new_tokens on, where nothing is left to save, left out."""
+    """Them, checked: rising numbers of tokens; those from max_new_tokens on, where nothing is left to save, left
+    out."""
     found = [int(at) for at in checkpoints]
     if found != list(checkpoints) or found != sorted(set(found)) or (found and found[0] < 1):
         raise UserError(f"checkpoints must be rising numbers of tokens, at least 1, got {list(checkpoints)}")

@@ -1,9 +1,11 @@
-"""Resampling half-way: particles that approach p_lambda(y|x), proportional to p0(y|x) exp(lambda . R(x, y)), token by token.
+"""Resampling half-way: particles that approach p_lambda(y|x), proportional to p0(y|x) exp(lambda . R(x, y)), token by
+token.
 
-Sequential Monte Carlo with twisted targets (Doucet & Johansen 2009; for language models Zhao et al., arXiv 2404.17546): at
-each checkpoint a particle's weight is multiplied by what its text so far promises over what it promised before, and
-where weights have become uneven the particles are resampled, so that drawing goes on from the promising beginnings. The last weight takes all
-promises back and puts exp(lambda . R) in their place: the weighted particles are right whatever was promised.
+Sequential Monte Carlo with twisted targets (Doucet & Johansen 2009; for language models Zhao et al., arXiv
+2404.17546): at each checkpoint a particle's weight is multiplied by what its text so far promises over what it
+promised before, and where weights have become uneven the particles are resampled, so that drawing goes on from the
+promising beginnings. The last weight takes all promises back and puts exp(lambda . R) in their place: the weighted
+particles are right whatever was promised.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ METHODS = (
 
 @dataclass
 class Particles:
-    """n weighted particles per prompt, and one text of each prompt drawn from them: texts (P,), indices (P,), rewards (P, m).
+    """n weighted particles per prompt, and one text of each prompt drawn from them: texts (P,), indices (P,), rewards
+    (P, m).
 
-    log_weights (P, n) float64: exp of them, averaged over a prompt's particles with any f(y), estimates Z E_lambda f without
-    bias; Z = E_p0 exp(lambda . R). effective_sample_size (P,) of the weights; copies of one particle are not
+    log_weights (P, n) float64: exp of them, averaged over a prompt's particles with any f(y), estimates Z E_lambda f
+    without bias; Z = E_p0 exp(lambda . R). effective_sample_size (P,) of the weights; copies of one particle are not
     independent, so that it says less than in `best_of`. values (m,): mean over prompts of the weighted mean rewards.
     candidates: the particles. resampled (P,): how often. tokens: drawn in all.
     """
@@ -87,16 +90,18 @@ def particles(
 ) -> Particles:
     """Draw from p_lambda with n particles per prompt; p0 is the model's law as temperature, top_p ... make it.
 
-    checkpoints: rising numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) -> (B,) the
-    log of the reward-to-go, log E[exp(lambda . R) | text so far] at best; by default lambda . R of the text so far. ess:
-    resample a prompt's particles where the effective sample size is below this share of n. method: any of `ops.resample` that
-    draws with replacement. prompt_ids: rising, the prompts' places in the whole set where these are a part of it, which is what
-    their random numbers go by. The other arguments are those of `best_of`. A copy shares its ancestor's tokens up to the checkpoint
-    and has a random stream of its own, that of its place. All n of a prompt are in flight at once, which is what bounds n.
+    checkpoints: rising numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) ->
+    (B,) the log of the reward-to-go, log E[exp(lambda . R) | text so far] at best; by default lambda . R of the text
+    so far. ess:
+    resample a prompt's particles where the effective sample size is below this share of n. method: any of
+    `ops.resample` that draws with replacement. prompt_ids: rising, the prompts' places in the whole set where these
+    are a part of it, which is what their random numbers go by. The other arguments are those of `best_of`. A copy
+    shares its ancestor's tokens up to the checkpoint and has a random stream of its own, that of its place. All n of
+    a prompt are in flight at once, which is what bounds n.
 
     Bias: none in Z and Z E_lambda f (see `Particles`), for any promise; a bad promise costs variance. The drawn
-    text and the weighted means, which divide one by the other, have a bias of order 1/n as in `select`. Needs a model that the
-    shared-prompt engine runs.
+    text and the weighted means, which divide one by the other, have a bias of order 1/n as in `select`. Needs a model
+    that the shared-prompt engine runs.
 
     Raises UserError (one line) on bad arguments.
     """
@@ -196,7 +201,8 @@ class _Run:
         self.promised = now
 
     def resample(self, ess: float, method: str) -> np.ndarray:
-        """Even out the weights of prompts whose effective sample size is below ess n; which those are, (prompts,) bool."""
+        """Even out the weights of prompts whose effective sample size is below ess n; which those are, (prompts,)
+        bool."""
         flight, n = self.flight, self.shape[1]
         jobs = flight.grid({job: job for job in flight.jobs})
         below = np.zeros(len(jobs), dtype=bool)

@@ -35,8 +35,8 @@ def usual_checkpoints(max_new_tokens: int) -> list[int]:
 class Rejection:
     """One text per prompt: texts (P,), indices (P,) among the n candidates, rewards (P, m) of the picked.
 
-    candidates: all n, those that were dropped as far as they came, each with the rewards of its text as it was scored last.
-    complete (P, n) bool: which were drawn to their end. tokens: drawn in all.
+    candidates: all n, those that were dropped as far as they came, each with the rewards of its text as it was scored
+    last. complete (P, n) bool: which were drawn to their end. tokens: drawn in all.
     """
 
     texts: list[str]
@@ -74,17 +74,19 @@ def speculative_rejection(
 ) -> Rejection:
     """The best of n candidates by lam . R, most of them drawn in part only.
 
-    checkpoints: rising numbers of new tokens, by default an eighth, a quarter and half of max_new_tokens; at each, a prompt's
-    candidates that are left are scored on their texts so far, and the share `keep` of them with the largest lam . R goes
-    on (rounded up; those that have ended stay in the race at no cost). All n of a prompt begin together. memory_limit: of keys and values, in bytes or as "4GB": it must hold n
-    beginnings; where those left would outgrow it, the worst are dropped then and there. prompt_ids: rising, the prompts' places in the whole set
-    where these are a part of it, which is what their random numbers go by. The other arguments are those of
-    `best_of` and `Sampler.sample`; with the same seed the candidates are the same ones, cut short where they were dropped.
+    checkpoints: rising numbers of new tokens, by default an eighth, a quarter and half of max_new_tokens; at each, a
+    prompt's candidates that are left are scored on their texts so far, and the share `keep` of them with the largest
+    lam . R goes on (rounded up; those that have ended stay in the race at no cost). All n of a prompt begin together.
+    memory_limit: of keys and values, in bytes or as "4GB": it must hold n beginnings; where those left would outgrow
+    it, the worst are dropped then and there. prompt_ids: rising, the prompts' places in the whole set where these are
+    a part of it, which is what their random numbers go by. The other arguments are those of `best_of` and
+    `Sampler.sample`; with the same seed the candidates are the same ones, cut short where they were dropped.
 
-    Bias: a text whose beginning scores low is lost even if it ends best, so that the reward reached is at most best-of-n's
-    on the same candidates, and the picked texts follow no law that can be written down: not for `resample`,
-    and not for estimates. How much is lost depends on what the beginning says about the whole; `bench/spend_less.py` measures
-    it for the rewards of the demo: with the defaults, 94 to 99 % of best-of-64's gain over the mean for a third of its tokens. Needs a model that the shared-prompt engine runs.
+    Bias: a text whose beginning scores low is lost even if it ends best, so that the reward reached is at most
+    best-of-n's on the same candidates, and the picked texts follow no law that can be written down: not for
+    `resample`, and not for estimates. How much is lost depends on what the beginning says about the whole;
+    `bench/spend_less.py` measures it for the rewards of the demo: with the defaults, 94 to 99 % of best-of-64's gain
+    over the mean for a third of its tokens. Needs a model that the shared-prompt engine runs.
 
     Raises UserError (one line) on bad arguments.
     """

@@ -1,8 +1,10 @@
-"""Candidates of a batch of prompts, a token at a time, on transformers' own cache or on none: where the engine cannot run a model.
+"""Candidates of a batch of prompts, a token at a time, on transformers' own cache or on none: where the engine cannot
+run a model.
 
-Each kind asks less of a model than the one before: `CachedRows` copies a prompt's cache for its candidates and pads prompts of
-different lengths; `RepeatedRows` runs the prompt once for each candidate instead, and never pads; `UncachedRows` runs
-every text whole at every token, as plain `model(input_ids)` does, and is right wherever the model itself is.
+Each kind asks less of a model than the one before: `CachedRows` copies a prompt's cache for its candidates and pads
+prompts of different lengths; `RepeatedRows` runs the prompt once for each candidate instead, and never pads;
+`UncachedRows` runs every text whole at every token, as plain `model(input_ids)` does, and is right wherever the model
+itself is.
 """
 
 from __future__ import annotations
@@ -130,7 +132,8 @@ Rows = CachedRows | UncachedRows
 class Batch:
     """A batch's rows as the token loop takes them: all begin together, and none joins them.
 
-    Rows that have ended are taken out once so few are alive that it pays for the copy of the cache; until then they run on, unread.
+    Rows that have ended are taken out once so few are alive that it pays for the copy of the cache; until then they
+    run on, unread.
     """
 
     def __init__(self, rows: Rows):

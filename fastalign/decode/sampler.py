@@ -1,9 +1,9 @@
 """Draw N candidates per prompt from a causal language model on this machine.
 
-Models that the shared-prompt engine (`decode.shared_prompt`) gives the right logits for run there: a prompt's keys and values are
-held once for all of its candidates. Others run batch by batch (`decode.rows`), on a cache where that is right. Tokens come from
-`ops.sample_tokens`, whose random numbers are a function of (seed, candidate, step) alone: they do not depend on how
-the candidates were batched.
+Models that the shared-prompt engine (`decode.shared_prompt`) gives the right logits for run there: a prompt's keys
+and values are held once for all of its candidates. Others run batch by batch (`decode.rows`), on a cache where that
+is right. Tokens come from `ops.sample_tokens`, whose random numbers are a function of (seed, candidate, step) alone:
+they do not depend on how the candidates were batched.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Sampler(BaseSampler):
         return sampler
 
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        """Each prompt on the engine as soon as its last candidate ends; of models that cannot run there, batch by batch."""
+        """Each prompt on the engine as soon as its last candidate ends; of models that cannot run there, batch by
+        batch."""
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:
@@ -107,7 +108,8 @@ class Sampler(BaseSampler):
     def draw(
         self, encoded: Sequence[list[int]], settings: SamplingSettings
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Token ids and log-probabilities, [prompt][candidate] each, of prompts that are token ids: in batches, without texts."""
+        """Token ids and log-probabilities, [prompt][candidate] each, of prompts that are token ids: in batches,
+        without texts."""
         self.model.eval()
         drawn: dict[int, tuple[list, list]] = {}
         for kind, wanted in self._by_path(encoded, settings.max_new_tokens, engine=False):
@@ -118,8 +120,8 @@ class Sampler(BaseSampler):
         return list(ids), list(log_probs)
 
     def path(self, *, engine: bool = True) -> type[SharedPromptEngine] | type[Rows]:
-        """What draws: the first of the shared-prompt engine (unless it is not asked for), a copied cache, one run for each
-        candidate, none, that gives the model's own logits.
+        """What draws: the first of the shared-prompt engine (unless it is not asked for), a copied cache, one run for
+        each candidate, none, that gives the model's own logits.
 
         Raises UserError where its tokens cannot be drawn one by one.
         """
@@ -145,7 +147,8 @@ class Sampler(BaseSampler):
     def _by_path(
         self, encoded: Sequence[list[int]], new: int, *, engine: bool = True
     ) -> Iterator[tuple[Any, list[int]]]:
-        """Each way of drawing with its prompts, short ones first. Texts whose rope changes on the way go without a cache."""
+        """Each way of drawing with its prompts, short ones first. Texts whose rope changes on the way go without a
+        cache."""
         kind, config = self.path(engine=engine), self._config
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         groups: dict[str, list[int]] = {}
@@ -227,7 +230,8 @@ class Sampler(BaseSampler):
         most: int,
         advance: Callable[[int], None],
     ) -> dict[int, tuple[list, list]]:
-        """Token ids and log-probs of each prompt's candidates, of a batch of prompts; `most` rows at once where it is one prompt."""
+        """Token ids and log-probs of each prompt's candidates, of a batch of prompts; `most` rows at once where it is
+        one prompt."""
         n, limit, encoded = settings.n, settings.max_new_tokens, list(prompts.values())
         pad = self.tokenizer.pad_token_id or 0
         step = n if len(encoded) > 1 else min(n, most)  # one prompt's candidates may take several passes

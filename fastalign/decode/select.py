@@ -15,10 +15,10 @@ from fastalign._base.errors import UserError
 def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "resample", seed: int) -> np.ndarray:
     """Pick k of the N candidates of each of P prompts -> (P, k) int64 indices.
 
-    rewards: (P, N, m) finite; lam: (m,). method: "resample" (with replacement, the exact draw from the weights: soft best-of-N;
-    at temperature t it is lam / t), "best" (the k largest lambda . R, each once), or any method of `ops.resample`, of which
-    gumbel_top_k draws from the weights without replacement.
-    Raises UserError on wrong shapes and on NaN, which it names.
+    rewards: (P, N, m) finite; lam: (m,). method: "resample" (with replacement, the exact draw from the weights: soft
+    best-of-N; at temperature t it is lam / t), "best" (the k largest lambda . R, each once), or any method of
+    `ops.resample`, of which gumbel_top_k draws from the weights without replacement. Raises UserError on wrong shapes
+    and on NaN, which it names.
     """
     from fastalign import ops
 

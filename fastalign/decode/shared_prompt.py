@@ -1,8 +1,8 @@
 """Decoding many candidates of a prompt whose keys and values are held once.
 
-Attention over the prompt is one matrix product for all of its candidates; each candidate's own tokens are attended apart, and
-the two parts are merged by their log-sum-exp. A candidate that ends leaves its place to the next one in line at
-once, of the same prompt or of another, so that every row of every product is a live one.
+Attention over the prompt is one matrix product for all of its candidates; each candidate's own tokens are attended
+apart, and the two parts are merged by their log-sum-exp. A candidate that ends leaves its place to the next one in
+line at once, of the same prompt or of another, so that every row of every product is a live one.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class SharedPromptEngine:
 
     @torch.inference_mode()
     def admit(self, jobs: Sequence[Job]) -> Tensor:
-        """Put new candidates of prefilled prompts in flight; the hidden states (jobs, H) that give their first token."""
+        """Put new candidates of prefilled prompts in flight; the hidden states (jobs, H) that give their first
+        token."""
         first = len(self.jobs)
         self.jobs += jobs
         self.lengths[first : len(self.jobs)] = 0
@@ -135,7 +136,8 @@ class SharedPromptEngine:
 
     @torch.inference_mode()
     def rearrange(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
-        """In flight from now on: copies of these rows, named `jobs`; a row may be taken more than once, or not at all."""
+        """In flight from now on: copies of these rows, named `jobs`; a row may be taken more than once, or not at
+        all."""
         moved = [(to, of) for to, of in enumerate(rows) if to != of]
         if moved:
             to, of = torch.tensor(moved).unbind(1)
@@ -161,9 +163,12 @@ class SharedPromptEngine:
         """The last hidden states, with `plan` deciding what attention does."""
         with attention_set(self.model, NAME), CompiledLayers.of(self.model):
             found = self.model.base_model(
-                input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, plan=plan,
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                use_cache=False,
+                plan=plan,
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
-            ).last_hidden_state  # fmt: skip
+            ).last_hidden_state
         if not plan.calls:
             raise UserError(f"{type(self.model).__name__} keeps arguments from its attention")
         return found
@@ -174,7 +179,8 @@ class SharedPromptEngine:
         return self.head.logits(hidden)
 
     def sample(self, hidden: Tensor, *, rows: Tensor, **options: Any) -> SampledTokens:
-        """`ops.sample_tokens` of the logits of hidden states (rows, H), which are not held on a GPU where nothing truncates them."""
+        """`ops.sample_tokens` of the logits of hidden states (rows, H), which are not held on a GPU where nothing
+        truncates them."""
         from fastalign import ops
 
         rows = rows.to(hidden.device)
@@ -253,8 +259,13 @@ class _Step:
             own_mask = own_mask.masked_fill(far, float("-inf"))
         used = slice(0, self.longest)
         mine, mine_lse = _part(
-            q, keys[: self.count, :, used], values[: self.count, :, used], scaling, softcap, own_mask[:, None, None].to(q.dtype)
-        )  # fmt: skip
+            q,
+            keys[: self.count, :, used],
+            values[: self.count, :, used],
+            scaling,
+            softcap,
+            own_mask[:, None, None].to(q.dtype),
+        )
         out = torch.empty_like(mine)
         for prefix, rows in self.groups:
             some = q[rows]
@@ -285,8 +296,14 @@ class _Step:
             given = torch.bmm(scores, prefix.values[layer])
             backend.engine.own_attention(
                 *map(buffer, (out, keys, values, q, k, v, given, top, mass, rows, self.lengths)),
-                kv, heads // kv, room, d, width, scaling, threads(),
-            )  # fmt: skip
+                kv,
+                heads // kv,
+                room,
+                d,
+                width,
+                scaling,
+                threads(),
+            )
         return out.unsqueeze(2)
 
     def _room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,8 +333,19 @@ def _part(q, k, v, scaling: float, softcap: float | None, mask) -> tuple[Tensor,
 
 
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float=0.0, scaling: float | None=None, *, plan: Any, sliding_window: int | None=None, softcap: float | None=None, **kwargs: Any
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    plan: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface, `plan` being the engine's: -> (rows, tokens, heads, d)."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases cannot run on the shared-prompt engine")
@@ -327,7 +355,8 @@ def attention(
 
 
 def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
-    """The engine's path of a trial: both prompts' continuations in flight together, token by token, ended ones dropped."""
+    """The engine's path of a trial: both prompts' continuations in flight together, token by token, ended ones
+    dropped."""
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
     engine, found = SharedPromptEngine(model, len(tails)), {job: [] for job in tails}
     for p, prompt in enumerate(probe.prompts):
@@ -346,7 +375,8 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
 def draw(
     loop: TokenLoop, prompts: Mapping[int, Sequence[int]], jobs: Iterator[Job], counts: Mapping[int, int]
 ) -> Iterator[list[Job]]:
-    """Draw every job to its end, as many in flight as the engine takes; yields, after every step, those that ended with it.
+    """Draw every job to its end, as many in flight as the engine takes; yields, after every step, those that ended
+    with it.
 
     prompts: token ids; counts: candidates of each prompt, after which it is forgotten.
     """

@@ -8,7 +8,8 @@ from fastalign._base.errors import UserError
 
 
 def stream_of(prompt: int, candidate: int) -> int:
-    """The random stream of a candidate, which is the same however many others there are: `rows` of `ops.sample_tokens`."""
+    """The random stream of a candidate, which is the same however many others there are: `rows` of
+    `ops.sample_tokens`."""
     return prompt << 32 | candidate
 
 

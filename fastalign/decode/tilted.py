@@ -1,7 +1,8 @@
-"""Draw by λ straight away, for less than n whole candidates of every prompt: block by block, each one a part of the whole.
+"""Draw by λ straight away, for less than n whole candidates of every prompt: block by block, each one a part of the
+whole.
 
-What `fastalign sample --method` runs. A prompt's random numbers are those of its place in the whole set, so that what is
-drawn for it does not depend on which blocks were done before.
+What `fastalign sample --method` runs. A prompt's random numbers are those of its place in the whole set, so that what
+is drawn for it does not depend on which blocks were done before.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ def blocks(
     show_progress: bool = False,
     **sampling: Any,
 ) -> Iterator[tuple[list[int], Candidates]]:
-    """Yield (prompt indices, their part) of `KINDS[method]`. values: names of rewards; lam: (m,). n: of each prompt, at most.
+    """Yield (prompt indices, their part) of `KINDS[method]`. values: names of rewards; lam: (m,). n: of each prompt,
+    at most.
 
-    settings["spent"] of a part: tokens and candidates drawn; for "adaptive" also how many prompts did not get enough of them.
+    settings["spent"] of a part: tokens and candidates drawn; for "adaptive" also how many prompts did not get enough
+    of them.
     skip: indices of prompts done before. The other arguments are those of the method's function.
     """
     from fastalign._base import progress

@@ -1,7 +1,7 @@
 """The one loop over new tokens, which sampling, rejection, particles and rollouts share.
 
-What runs the model is one of two: `shared_prompt.SharedPromptEngine`, or `rows.Batch` for models that cannot run there. Both have
-rows in flight, named by their jobs, and give the states from which each row's next token is drawn.
+What runs the model is one of two: `shared_prompt.SharedPromptEngine`, or `rows.Batch` for models that cannot run
+there. Both have rows in flight, named by their jobs, and give the states from which each row's next token is drawn.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Engine(Protocol):
 class TokenLoop:
     """Draws a token at a time for all rows of an engine, and holds what each candidate has drawn.
 
-    stopped(job, ids) -> whether the text that ends there holds a stop string. places: prompt -> its place in the whole set, by
-    which its random streams go; by default the prompt's own number. name: of the model, for errors. backend: of `sample_tokens`.
+    stopped(job, ids) -> whether the text that ends there holds a stop string. places: prompt -> its place in the
+    whole set, by which its random streams go; by default the prompt's own number. name: of the model, for errors.
+    backend: of `sample_tokens`.
     """
 
     engine: Engine
@@ -82,8 +83,8 @@ class TokenLoop:
         self.log_probs: dict[Job, list[float]] = {}
 
     def step(self, new: Sequence[Job] = ()) -> list[Job]:
-        """The next token of every row in flight, and the first of `new`, which join them. Those that ended with it are returned
-        and in flight no longer."""
+        """The next token of every row in flight, and the first of `new`, which join them. Those that ended with it
+        are returned and in flight no longer."""
         engine, over = self.engine, []
         for job in new:
             self.ids[job], self.log_probs[job] = [], []
@@ -121,10 +122,15 @@ class TokenLoop:
     def _streams(self, jobs: Sequence[Job]) -> Tensor:
         """(rows, 2): each row's random stream and the number of its token."""
         first, places = self.settings.first, self.places
-        return torch.tensor([
-            [stream_of(job.prompt if places is None else places[job.prompt], first + job.candidate), len(self.ids[job])]
-            for job in jobs
-        ])  # fmt: skip
+        return torch.tensor(
+            [
+                [
+                    stream_of(job.prompt if places is None else places[job.prompt], first + job.candidate),
+                    len(self.ids[job]),
+                ]
+                for job in jobs
+            ]
+        )
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}

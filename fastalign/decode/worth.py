@@ -1,17 +1,20 @@
-"""What N candidates a prompt will be worth under λ, told from few: effective sample sizes beyond those that were measured.
+"""What N candidates a prompt will be worth under λ, told from few: effective sample sizes beyond those that were
+measured.
 
-A prompt's ESS = (Σ w)² / Σ w², w = exp(λ·R), in the mean over prompts. Up to n, the candidates of the pilot, it is measured on
-subsets. Beyond n:
+A prompt's ESS = (Σ w)² / Σ w², w = exp(λ·R), in the mean over prompts. Up to n, the candidates of the pilot, it is
+measured on subsets. Beyond n:
 
 - ESS/N does not rise with N: (mean w)² / mean w² is convex in both means, and those of N candidates are conditional
   expectations of those of n < N (Jensen). N/n · ESS(n) is thus the most, in expectation, whatever the rewards' law.
 - How much less it will be lies in tails that n candidates do not show: a plug-in overstates. Where w has a power law's
-  tail, ESS grows as N^b with b < 1 for ever; where its tail is light, b rises to 1 (Chatterjee, Diaconis, arXiv 1511.01437;
-  as k̂ of Pareto smoothing tells, Vehtari et al., arXiv 1507.02646). So the exponent of the last doubling, n/2 to n,
-  kept for ever, is the least: the smallest of that of the mean, of that of the mean with its last fall repeated, and of the
-  prompts' geometric mean, which does not hide the prompts in which a rare large w has turned up.
+  tail, ESS grows as N^b with b < 1 for ever; where its tail is light, b rises to 1 (Chatterjee, Diaconis, arXiv
+  1511.01437; as k̂ of Pareto smoothing tells, Vehtari et al., arXiv 1507.02646). So the exponent of the last
+  doubling, n/2 to n, kept for ever, is the least: the smallest of that of the mean, of that of the mean with its last
+  fall repeated, and of the prompts' geometric mean, which does not hide the prompts in which a rare large w has
+  turned up.
 
-Between the two lies the truth; beyond each goes the error of few prompts, by the jackknife over prompts on the log scale.
+Between the two lies the truth; beyond each goes the error of few prompts, by the jackknife over prompts on the log
+scale.
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ SHUFFLES, SHUFFLED = 8, 2**21  # at most so many, of at most so many candidates 
 
 
 class Worth(NamedTuple):
-    """Mean ESS of n candidates a prompt, for L sizes n: the log of its least and its most, with standard errors over prompts.
+    """Mean ESS of n candidates a prompt, for L sizes n: the log of its least and its most, with standard errors over
+    prompts.
 
     spread: of one prompt's ESS over the mean, which is what the mean of few other prompts adds.
-    low is None where the pilot cannot tell it: of fewer than two prompts or eight candidates, or where no weight differs.
+    low is None where the pilot cannot tell it: of fewer than two prompts or eight candidates, or where no weight
+    differs.
     """
 
     prompts: int
@@ -49,7 +54,8 @@ class Worth(NamedTuple):
     low_error: np.ndarray | None  # (L,)
 
     def at(self, n: float, *, prompts: int | None = None, level: float = 0.95) -> tuple[float | None, float]:
-        """The interval (low, high) of what n candidates each of `prompts` other prompts are worth; default as many as here."""
+        """The interval (low, high) of what n candidates each of `prompts` other prompts are worth; default as many as
+        here."""
         low, high = self._ends(prompts, level)
 
         def read(end: np.ndarray) -> float:
@@ -84,9 +90,11 @@ class Worth(NamedTuple):
             return None if row is None else [round(float(x), 6) for x in row]
 
         return {
-            "prompts": self.prompts, "candidates": self.candidates, "n": self.n.tolist(),
+            "prompts": self.prompts,
+            "candidates": self.candidates,
+            "n": self.n.tolist(),
             **{name: plain(getattr(self, name)) for name in self._fields[3:]},
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, found: Any, where: str) -> Worth:
@@ -185,7 +193,8 @@ def _exponent(means: np.ndarray, typical: np.ndarray) -> np.ndarray:
 
 
 def _ess(scores: np.ndarray, m: int) -> np.ndarray:
-    """(2, P): the mean of ESS, and of its square, of m of each prompt's n candidates: disjoint subsets of some shuffles."""
+    """(2, P): the mean of ESS, and of its square, of m of each prompt's n candidates: disjoint subsets of some
+    shuffles."""
     prompts, n = scores.shape
     rng, k = np.random.default_rng(0), n // m
     shuffles = max(1, min(SHUFFLES, SHUFFLED // scores.size)) if 1 < m < n else 1

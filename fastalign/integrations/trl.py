@@ -22,8 +22,16 @@ from fastalign._base.errors import UserError
 
 # What `_ChunkedLogProbFunction.forward` must take after ctx: the contract this adapter was written against.
 _SIGNATURE = (
-    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
-)  # fmt: skip
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 _NAMES = ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax", "DTensor")
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

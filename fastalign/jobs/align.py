@@ -75,14 +75,14 @@ def sample(
 ) -> Candidates:
     """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `jobs.ray.draw`.
 
-    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.tilted`, which draw by
-    the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
+    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.tilted`,
+    which draw by the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
 
     Each finished batch is kept in `<out>.parts`; after an interruption the same call goes on from there, and gives the
-    file that an uninterrupted run gives; resume: it says so where there is nothing to go on from. A file of the same settings is
-    taken as it is. Raises UserError where the file or the parts were made with other settings or by another model, though of
-    the same name, unless they are to be overwritten; where another run is writing `out`; and where `out` or `<out>.parts` is an
-    input, or something that is not fastalign's to write.
+    file that an uninterrupted run gives; resume: it says so where there is nothing to go on from. A file of the same
+    settings is taken as it is. Raises UserError where the file or the parts were made with other settings or by
+    another model, though of the same name, unless they are to be overwritten; where another run is writing `out`; and
+    where `out` or `<out>.parts` is an input, or something that is not fastalign's to write.
     """
     from fastalign.data.text import check_prompts
     from fastalign.decode import tilted
@@ -124,9 +124,16 @@ def sample(
             from fastalign.jobs import ray as scale
 
             scale.draw(
-                {"model": model.name, "dtype": model.dtype, "device": model.device, **job}, prompts, parts, skip=finished,
-                ray=ray, workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
-            )  # fmt: skip
+                {"model": model.name, "dtype": model.dtype, "device": model.device, **job},
+                prompts,
+                parts,
+                skip=finished,
+                ray=ray,
+                workers=workers,
+                worker_cpus=worker_cpus,
+                worker_gpus=worker_gpus,
+                show_progress=show_progress,
+            )
         elif method == "whole":
             _keep(parts, model.sampler.iter_batches(prompts, skip=finished, show_progress=show_progress, **job))
         else:
@@ -144,13 +151,20 @@ def sample(
 
 
 def sample_more(
-    out: str | Path, more: int, *, device: str = "auto", batch_size: int | None = None, memory_limit: int | str | None = None,
-    resume: bool = False, show_progress: bool = False,
-) -> Candidates:  # fmt: skip
-    """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run with so many from
-    the first would have drawn (to the rounding of the model's arithmetic).
+    out: str | Path,
+    more: int,
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+    memory_limit: int | str | None = None,
+    resume: bool = False,
+    show_progress: bool = False,
+) -> Candidates:
+    """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run
+    with so many from the first would have drawn (to the rounding of the model's arithmetic).
 
-    After an interruption the same call goes on. Raises UserError, one line: the file is another kind's, or its model has changed.
+    After an interruption the same call goes on. Raises UserError, one line: the file is another kind's, or its model
+    has changed.
     """
     out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
     if more < 1:
@@ -190,7 +204,8 @@ def _held(out: str | Path) -> Iterator[WorkFolder]:
 
 @contextmanager
 def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool) -> Iterator[WorkFolder]:
-    """`<out>.parts`, with what an interrupted run of the same settings finished; it is gone once the block has succeeded."""
+    """`<out>.parts`, with what an interrupted run of the same settings finished; it is gone once the block has
+    succeeded."""
     with _held(out) as parts:
         kept = parts.whole()
         if kept:
@@ -234,13 +249,18 @@ def _there(out: Path, settings: dict) -> bool:
     return True
 
 
-# Of the steps that follow each takes `out` as it is where the same call made it; where it is there otherwise they raise UserError,
-# unless `overwrite` is given: see `_base.outputs`.
+# Of the steps that follow each takes `out` as it is where the same call made it; where it is there otherwise they
+# raise UserError, unless `overwrite` is given: see `_base.outputs`.
 
 
 def score(
-    candidates: str | Path, names: Sequence[str], out: str | Path, *, overwrite: bool = False, show_progress: bool = False
-) -> Candidates:  # fmt: skip
+    candidates: str | Path,
+    names: Sequence[str],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> Candidates:
     """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
     job = outputs.Job("score", {"candidates": candidates}, {"rewards": list(names)})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
@@ -271,7 +291,8 @@ def solve_palette(
 ) -> dict[str, Any]:
     """Solve for λ into a palette file at `out`, and return it. plot: a folder for figures of it, as SVG and PNG.
 
-    palette (see `palette.parse_palette`) or quantile (each value's, of all candidates). values: which rewards; default all.
+    palette (see `palette.parse_palette`) or quantile (each value's, of all candidates). values: which rewards;
+    default all.
     joint: the dual log Z(λ) over all samples, which also tilts the prompts' distribution, in place of the per-prompt
     dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
     reachable one, and λ is for a point just inside that ("solved_for").
@@ -352,9 +373,15 @@ def _free(asked: np.ndarray, sense: Sequence[str], flat: np.ndarray) -> list[boo
 
 
 def select(
-    scored: str | Path, palette: str | Path, out: str | Path, *, k: int = 1, method: str = "resample", seed: int,
+    scored: str | Path,
+    palette: str | Path,
+    out: str | Path,
+    *,
+    k: int = 1,
+    method: str = "resample",
+    seed: int,
     overwrite: bool = False,
-) -> Candidates:  # fmt: skip
+) -> Candidates:
     """Pick k candidates per prompt under p_λ into a selected file at `out`; of particles, by their weights."""
     job = outputs.Job("select", {"scored": scored, "palette": palette}, {"k": k, "method": method, "seed": seed})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
@@ -391,7 +418,8 @@ def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -
 
 
 def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
-    """What n candidates of each of `prompts` prompts will be worth by a palette file, and how many it needs, in one line."""
+    """What n candidates of each of `prompts` prompts will be worth by a palette file, and how many it needs, in one
+    line."""
     from fastalign.decode import Worth, needed
     from fastalign.decode.worth import TRUSTED_ESS
 
@@ -403,8 +431,8 @@ def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
         return f"{palette}: does not say how many candidates it needs; run `fastalign map` again"
     kl = solution["kl"]
     return (
-        f"{palette}: KL {kl:.2f} nats: {n:,} candidates a prompt are worth at most {max(1.0, n * math.exp(-kl)):,.1f} effective ones, "
-        f"{TRUSTED_ESS:.0f} need at least {needed(kl):,}; `fastalign map` again says more"
+        f"{palette}: KL {kl:.2f} nats: {n:,} candidates a prompt are worth at most {max(1.0, n * math.exp(-kl)):,.1f} "
+        f"effective ones, {TRUSTED_ESS:.0f} need at least {needed(kl):,}; `fastalign map` again says more"
     )
 
 
@@ -418,8 +446,8 @@ def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **s
 
 
 def expected(scored: str | Path, solution: Mapping[str, Any]) -> Estimate:
-    """What resampling by λ gives on average: an `Estimate` with one row. solution: the "values" and "lambda" of a palette file, or of
-    a selected file's settings["selection"].
+    """What resampling by λ gives on average: an `Estimate` with one row. solution: the "values" and "lambda" of a
+    palette file, or of a selected file's settings["selection"].
 
     Of particles, by their weights; `kl` and `ess` are then of the weights alone, and no distance to the model.
     """
@@ -466,7 +494,8 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
 
 
 def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a JSON file."""
+    """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a
+    JSON file."""
     job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return read_json(out, kind="lam_grid")
@@ -483,12 +512,17 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: 
 
     rows = [
         {
-            "lambda": found.lam[i].tolist(), "values": found.values[i].tolist(), "low": numbers(low[i]), "high": numbers(high[i]),
-            "kl": float(found.kl[i]), "ess": float(found.ess[i]), "needed": list(found.worth[i].needed()),
+            "lambda": found.lam[i].tolist(),
+            "values": found.values[i].tolist(),
+            "low": numbers(low[i]),
+            "high": numbers(high[i]),
+            "kl": float(found.kl[i]),
+            "ess": float(found.ess[i]),
+            "needed": list(found.worth[i].needed()),
             "doubtful": bool(found.ess[i] < min(TRUSTED_ESS, whole.n)),
         }
         for i in range(len(found.lam))
-    ]  # fmt: skip
+    ]
     result = {"kind": "lam_grid", "version": 1, "values": names, "prompts": found.prompts, "n": found.n, "rows": rows}
     result["made"] = record
     write_json(out, result)

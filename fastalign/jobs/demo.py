@@ -71,5 +71,6 @@ def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, con
     tokens = sum(len(ids) for row in drawn.token_ids for ids in row)
     total = sum(seconds.values())
     console.print(
-        f"\n{tokens:,} tokens in {seconds['sample']:.0f} s, {total:.0f} s in all. Look at [bold]{out / 'report.html'}[/bold]"
+        f"\n{tokens:,} tokens in {seconds['sample']:.0f} s, {total:.0f} s in all. Look at "
+        f"[bold]{out / 'report.html'}[/bold]"
     )

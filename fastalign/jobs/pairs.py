@@ -80,10 +80,9 @@ def preference_pairs(
                 if spoken
                 else {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
             )
-            found.append({
-                **extras, **sides,
-                "chosen_score": float(scores[p, better]), "rejected_score": float(scores[p, worse]),
-            })  # fmt: skip
+            found.append(
+                {**extras, **sides, "chosen_score": float(scores[p, better]), "rejected_score": float(scores[p, worse])}
+            )
     alone = len(whole.prompts) if whole.n == 1 else 0
     if not found:
         why = f"{ties} ties, {empty} of empty texts" if ties or empty else "a prompt needs at least 2 candidates, got 1"
@@ -91,9 +90,15 @@ def preference_pairs(
             f"no preference pairs: {why} (lam {', '.join(f'{n}={w:g}' for n, w in zip(names, lam, strict=True))})"
         )
     settings = {
-        "pairs": {"values": names, "lambda": lam.tolist(), "how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed},
+        "pairs": {
+            "values": names,
+            "lambda": lam.tolist(),
+            "how": how,
+            "pairs_per_prompt": pairs_per_prompt,
+            "seed": seed,
+        },
         "sampling": sampling,
-    }  # fmt: skip
+    }
     return PreferencePairs(
         found, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
     )
@@ -109,7 +114,8 @@ def pairs_by_value(
     unknown = [name for name in values if name not in whole.rewards]
     if unknown or not values:
         raise UserError(
-            f"values must be rewards that the file carries ({', '.join(whole.rewards)}), got {unknown[0] if unknown else 'none'}"
+            f"values must be rewards that the file carries ({', '.join(whole.rewards)}), got "
+            f"{unknown[0] if unknown else 'none'}"
         )
     made = [preference_pairs(whole, lam={name: 1.0}, **making) for name in values]
     rows = [{**row, "value": name} for name, pairs in zip(values, made, strict=True) for row in pairs]
@@ -129,7 +135,7 @@ def _sides(prompt: str, chosen: str, rejected: str, extras: Mapping[str, Any]) -
         "prompt": before,
         **{name: [asked.replied(text)[-1]] for name, text in (("chosen", chosen), ("rejected", rejected))},
         **{name: value for name, value in own.items() if value},
-    }  # fmt: skip
+    }
 
 
 def _pick(scores: np.ndarray, how: str, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

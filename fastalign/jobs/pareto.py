@@ -1,4 +1,5 @@
-"""The command `pareto`: the study of a scored file as a folder of figures, a page and JSON; and `map --plot`'s figures."""
+"""The command `pareto`: the study of a scored file as a folder of figures, a page and JSON; and `map --plot`'s
+figures."""
 
 from __future__ import annotations
 
@@ -19,16 +20,26 @@ from fastalign.report.study import L1_MAX, Study, flat, groups_of, palette_figur
 
 
 def write(
-    scored: str | Path, out: str | Path, *, palettes: Sequence[str | Path] = (), quantiles: Sequence[float] = (),
-    soups: Sequence[str | Path] = (), values: Sequence[str] | None = None, joint: bool = False, lambdas: int = 1000,
-    l1_max: float = L1_MAX, seed: int = 0, overwrite: bool = False,
-) -> Study | None:  # fmt: skip
+    scored: str | Path,
+    out: str | Path,
+    *,
+    palettes: Sequence[str | Path] = (),
+    quantiles: Sequence[float] = (),
+    soups: Sequence[str | Path] = (),
+    values: Sequence[str] | None = None,
+    joint: bool = False,
+    lambdas: int = 1000,
+    l1_max: float = L1_MAX,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Study | None:
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
 
-    palettes: palette files of these values and maybe others. quantiles: palettes that ask for this quantile of each value. soups:
+    palettes: palette files of these values and maybe others. quantiles: palettes that ask for this quantile of each
+    value. soups:
     scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
-    values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it holds one,
-    unless `overwrite` is given.
+    values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it
+    holds one, unless `overwrite` is given.
     """
     from fastalign.palette.quantile import check_quantile, quantile_palette
     from fastalign.report.pareto_html import page
@@ -66,9 +77,16 @@ def write(
         for name, row in _soup_levels(path, names).items():
             merged[_unlike(merged, path, name)] = row
     found = study(
-        names, rewards, palettes=asked, soups=np.array(list(merged.values())) if merged else None, soup_names=list(merged),
-        joint=joint, n_lambda=lambdas, l1_max=l1_max, seed=seed,
-    )  # fmt: skip
+        names,
+        rewards,
+        palettes=asked,
+        soups=np.array(list(merged.values())) if merged else None,
+        soup_names=list(merged),
+        joint=joint,
+        n_lambda=lambdas,
+        l1_max=l1_max,
+        seed=seed,
+    )
     figures = found.figures()
     with outputs.making(out / "pareto.json", found.to_json(), record, **written):
         save_figures(figures, out)

@@ -78,7 +78,8 @@ def train_ppo(
         prompts: what it answers; each epoch goes through all of them, in batches of `batch_size`.
         values: m rewards, see `read_values`. lam: a weight for each.
         mini_batch_size: rollouts at once in an optimiser step; None: batch_size / gradient_accumulation_steps, at
-            most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL coefficient is steered to, from init_kl_coef.
+            most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL
+            coefficient is steered to, from init_kl_coef.
         chat: prompts go through the chat template; None: where there is one.
         lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
         resume, overwrite: see `train.run.Run`.
@@ -97,9 +98,14 @@ def train_ppo(
     if not lam.any():
         raise UserError("lam must not be all zero: there is nothing to learn")
     runs.check_counts(
-        epochs=epochs, max_new_tokens=max_new_tokens, save_steps=save_steps, batch_size=batch_size, max_steps=max_steps,
-        gradient_accumulation_steps=gradient_accumulation_steps, seed=seed,
-    )  # fmt: skip
+        epochs=epochs,
+        max_new_tokens=max_new_tokens,
+        save_steps=save_steps,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        seed=seed,
+    )
     for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
         if not 0 < value < float("inf"):
             raise UserError(f"{name} must be positive and finite, got {value}")
@@ -112,11 +118,18 @@ def train_ppo(
     from fastalign.train import PPOConfig
 
     config = PPOConfig(
-        model_name=model, learning_rate=learning_rate, batch_size=batch_size, mini_batch_size=mini_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps, ppo_epochs=ppo_epochs, init_kl_coef=init_kl_coef,
-        target=kl_target, seed=seed, log_with=runs.board(),
+        model_name=model,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        mini_batch_size=mini_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        ppo_epochs=ppo_epochs,
+        init_kl_coef=init_kl_coef,
+        target=kl_target,
+        seed=seed,
+        log_with=runs.board(),
         project_kwargs={"project_dir": str(out), "logging_dir": str(Path(out) / "runs")},
-    )  # fmt: skip
+    )
     settings = {
         "command": "ppo", "model": model, "values": names, "lambda": lam.tolist(), "prompts": runs.rows_hash(prompts),
         "learning_rate": learning_rate, "batch_size": batch_size, "mini_batch_size": mini_batch_size,
@@ -182,13 +195,21 @@ def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tok
             means, count = _over_processes(trainer, scores, combined, sum(map(len, queries)) + sum(map(len, responses)))
             step = trainer.current_step
             told = dict(zip(names, means[:-1], strict=True))
-            run.log({
-                "step": step, "values": told, "score": means[-1], "kl": stats["objective/kl"],
-                "kl_coef": stats["objective/kl_coef"], "loss/policy": float(stats["ppo/loss/policy"]),
-                "loss/value": float(stats["ppo/loss/value"]), "entropy": float(stats["ppo/policy/entropy"]),
-                "response_tokens": stats["tokens/responses_len_mean"], "seconds": seconds,
-                "tokens_per_second": count / seconds,
-            })  # fmt: skip
+            run.log(
+                {
+                    "step": step,
+                    "values": told,
+                    "score": means[-1],
+                    "kl": stats["objective/kl"],
+                    "kl_coef": stats["objective/kl_coef"],
+                    "loss/policy": float(stats["ppo/loss/policy"]),
+                    "loss/value": float(stats["ppo/loss/value"]),
+                    "entropy": float(stats["ppo/policy/entropy"]),
+                    "response_tokens": stats["tokens/responses_len_mean"],
+                    "seconds": seconds,
+                    "tokens_per_second": count / seconds,
+                }
+            )
             trainer.log_stats(stats, batch, _tensors(combined))
             if trainer.config.log_with is not None:
                 trainer.accelerator.log({f"values/{name}": mean for name, mean in told.items()}, step=step)

@@ -28,11 +28,12 @@ def read_pairs(
     pairs_per_prompt: int = 1,
     seed: int = 0,
 ) -> PreferencePairs:
-    """Pairs from `data`: read where it holds pairs, made where it is a scored file, by λ or by each of some values alone.
+    """Pairs from `data`: read where it holds pairs, made where it is a scored file, by λ or by each of some values
+    alone.
 
-    lam: see `pairs.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values: rewards of a
-    scored file, whose names stand in the pairs' column "value".
-    Raises UserError where a scored file comes without any of these, or λ without a scored file.
+    lam: see `pairs.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values:
+    rewards of a scored file, whose names stand in the pairs' column "value". Raises UserError where a scored file
+    comes without any of these, or λ without a scored file.
     """
     kind = _parquet_kind(data)
     if kind in ("candidates", "selected"):
@@ -84,8 +85,8 @@ def train_dpo(
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `jobs.run`.
 
     loss_type: one of TRL's, or several separated by commas. lora_r: train adapters of that rank, merged at the end.
-    precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder, even where not every
-        pair will be met; where each will, that is done anyway.
+    precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder, even where not
+        every pair will be met; where each will, that is done anyway.
     chat: pairs of text become messages; None: where the tokenizer has a chat template, unless the pairs' candidates
         were sampled without it. epochs, max_steps: max_steps counts where given.
     resume, overwrite: see `train.run.Run`.
@@ -98,9 +99,13 @@ def train_dpo(
     if wrong := [name for name in types if name not in LOSS_TYPES] or ([] if types else ["none"]):
         raise UserError(f"loss_type must be of {', '.join(LOSS_TYPES)}, at least one, got {wrong[0]}")
     runs.check_counts(
-        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
-        log_steps=log_steps, max_steps=max_steps, seed=seed,
-    )  # fmt: skip
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        save_steps=save_steps,
+        log_steps=log_steps,
+        max_steps=max_steps,
+        seed=seed,
+    )
     from fastalign.models.loading import load_causal_lm
 
     settings = {
@@ -121,13 +126,18 @@ def train_dpo(
 
         with runs.one_line():
             args = DPOConfig(
-                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps),
+                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed,
+                             save_steps, log_steps),
                 beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute_ref or None,
             )  # fmt: skip
             make = lambda callback: DPOTrainer(  # noqa: E731
-                loaded, args=args, train_dataset=_dataset(rows), processing_class=tokenizer, peft_config=adapters,
+                loaded,
+                args=args,
+                train_dataset=_dataset(rows),
+                processing_class=tokenizer,
+                peft_config=adapters,
                 callbacks=[callback],
-            )  # fmt: skip
+            )
         trainer, speed = _train(run, "dpo", make, ("loss", "rewards/accuracies"), show_progress)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
     names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
@@ -160,15 +170,20 @@ def train_reward(
 ) -> dict[str, Any]:
     """Train a Bradley–Terry reward model into the folder `out`, and measure it on the prompts held out.
 
-    values: names of several heads, see `RewardConfig`. held_out: the share of prompts kept for the measurement; 0: none.
+    values: names of several heads, see `RewardConfig`. held_out: the share of prompts kept for the measurement; 0:
+        none.
     report: a page (.html) or figures (.png, .svg) of it. center: see `bradley_terry_loss`. The rest as in `train_dpo`.
     Returns what is in <out>/result.json; <out>/report.json has the calibration table.
     """
     _positive(learning_rate=learning_rate, epochs=epochs, max_length=max_length)
     runs.check_counts(
-        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, save_steps=save_steps,
-        log_steps=log_steps, max_steps=max_steps, seed=seed,
-    )  # fmt: skip
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        save_steps=save_steps,
+        log_steps=log_steps,
+        max_steps=max_steps,
+        seed=seed,
+    )
     number("center", center, least=0.0)
     if not 0 <= held_out < 1:
         raise UserError(f"held_out must be at least 0 and below 1, got {held_out}")
@@ -197,14 +212,19 @@ def train_reward(
         train, test = every.split(held_out, seed=seed) if held_out else (every, None)
         with runs.one_line():
             args = RewardConfig(
-                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps),
+                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed,
+                             save_steps, log_steps),
                 values=None if values is None else list(values), max_length=max_length,
                 center_rewards_coefficient=center or None, per_device_eval_batch_size=2 * batch_size,
             )  # fmt: skip
             make = lambda callback: RewardTrainer(  # noqa: E731
-                model, args, train_dataset=train.to_dataset(), processing_class=tokenizer, peft_config=adapters,
+                model,
+                args,
+                train_dataset=train.to_dataset(),
+                processing_class=tokenizer,
+                peft_config=adapters,
                 callbacks=[callback],
-            )  # fmt: skip
+            )
         trainer, speed = _train(run, "reward", make, ("loss", "accuracy"), show_progress)
         more: dict[str, Any] = {}
         if test is not None:

@@ -6,8 +6,8 @@ started again by Ray and its block is drawn anew, a few times at most: a block t
 named once all others are done. A part is written whole or not at all, by the driver alone, so that
 each prompt is there once, and a run that was cut off goes on with what is missing.
 
-Random numbers are a function of (seed, the prompt's place, candidate, step): the result depends neither on the number of
-workers nor on what became of them, but for the rounding of the model's arithmetic. Another number of threads or of
+Random numbers are a function of (seed, the prompt's place, candidate, step): the result depends neither on the number
+of workers nor on what became of them, but for the rounding of the model's arithmetic. Another number of threads or of
 candidates in the batch moves log-probs by some 1e-5, and with that, now and then, a rare token of a large vocabulary.
 """
 
@@ -88,9 +88,18 @@ def run(
         parts.begin(parts.job if kept else settings)
         done = {int(i) for path in kept for i in Candidates.from_parquet(path).prompt_ids}
         draw(
-            job, prompts, parts, skip=done, rewards=rewards, selection=selection, ray=ray, workers=workers,
-            worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=show_progress,
-        )  # fmt: skip
+            job,
+            prompts,
+            parts,
+            skip=done,
+            rewards=rewards,
+            selection=selection,
+            ray=ray,
+            workers=workers,
+            worker_cpus=worker_cpus,
+            worker_gpus=worker_gpus,
+            show_progress=show_progress,
+        )
         return parts.whole()
 
 
@@ -162,8 +171,8 @@ def draw(
         first, *others = [f"{block[0]} to {block[-1]}" for block in lost.values()]
         more = f" (and {len(others)} more blocks)" if others else ""
         raise UserError(
-            f"prompts {first}{more}: the worker that drew them died {1 + RETRIES} times, of memory perhaps; all others are "
-            "kept, and the same job goes on with what is missing"
+            f"prompts {first}{more}: the worker that drew them died {1 + RETRIES} times, of memory perhaps; all "
+            "others are kept, and the same job goes on with what is missing"
         )
 
 

@@ -49,17 +49,23 @@ def is_main() -> bool:
 
 
 class Run:
-    """The folder `out` of one run. settings: JSON values that make the run what it is; inputs: models and reward models.
+    """The folder `out` of one run. settings: JSON values that make the run what it is; inputs: models and reward
+    models.
 
-    result: of a run of these settings that has ended there. resumes: whether one was interrupted there, and this goes on.
-    Raises UserError, one line: the folder is an input; it holds another run or something else, and is not to be overwritten; there
-    is nothing to `resume`.
+    result: of a run of these settings that has ended there. resumes: whether one was interrupted there, and this goes
+    on. Raises UserError, one line: the folder is an input; it holds another run or something else, and is not to be
+    overwritten; there is nothing to `resume`.
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool, overwrite: bool = False,
+        self,
+        out: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool = False,
         inputs: Sequence[str] = (),
-    ):  # fmt: skip
+    ):
         self.out: Path = Path(out)
         contents = {name: fingerprint.of_model(name) for name in inputs}
         self.settings: dict[str, Any] = json.loads(json.dumps({**settings, "contents": contents}))
@@ -101,7 +107,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind; one that was stopped says what does."""
+        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind; one that was
+        stopped says what does."""
         kept = self._kept()
         if isinstance(error, KeyboardInterrupt) and not error.args:
             where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
@@ -149,7 +156,8 @@ class Run:
         self.previous.rmdir()
 
     def _wait_for_restored(self) -> None:
-        """Until the first process has done it: there is no process group yet, and run.json goes last from `previous`."""
+        """Until the first process has done it: there is no process group yet, and run.json goes last from
+        `previous`."""
         until = time.monotonic() + PATIENCE
         while (self.previous / "run.json").is_file():
             if time.monotonic() > until:
@@ -215,7 +223,8 @@ class Run:
             beside.write_text("".join(kept), encoding="utf-8")
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep what came of it and return it; the checkpoints go, and what an overwritten run wrote and this one did not."""
+        """Keep what came of it and return it; the checkpoints go, and what an overwritten run wrote and this one did
+        not."""
         result = {"kind": RESULT, "version": 1, **result, "settings": self.settings}
         if not is_main():
             return result
@@ -295,10 +304,12 @@ def board() -> str | None:
 
 
 def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> Any:
-    """A callback for transformers' Trainer: its logs into the run's log and onto the progress line, and a stop where one is asked for.
+    """A callback for transformers' Trainer: its logs into the run's log and onto the progress line, and a stop where
+    one is asked for.
 
-    Set its `trainer` and `advance` (of a `progress.bar`) once they are made. shown: which logged figures stand on the line. What the
-    next log will tell of the steps since the last is kept in checkpoints, so that a run which goes on from one logs the same.
+    Set its `trainer` and `advance` (of a `progress.bar`) once they are made. shown: which logged figures stand on the
+    line. What the next log will tell of the steps since the last is kept in checkpoints, so that a run which goes on
+    from one logs the same.
     """
     from transformers import TrainerCallback
 

@@ -1,4 +1,5 @@
-"""The command `soup-front`: soups measured along ρ, the ρ that a palette asks for, figures and soups.json in one folder."""
+"""The command `soup-front`: soups measured along ρ, the ρ that a palette asks for, figures and soups.json in one
+folder."""
 
 from __future__ import annotations
 
@@ -20,10 +21,20 @@ if TYPE_CHECKING:
 
 
 def study(
-    models: Sequence[str | os.PathLike[str]], rho: Array, prompts: Sequence[str], rewards: Sequence[Any], out: str | os.PathLike[str], *,
-    palette: np.ndarray | None = None, seed: int, base: str | os.PathLike[str] | None = None, overwrite: bool = False, **settings: Any,
-) -> SoupFront:  # fmt: skip
-    """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures in `out`.
+    models: Sequence[str | os.PathLike[str]],
+    rho: Array,
+    prompts: Sequence[str],
+    rewards: Sequence[Any],
+    out: str | os.PathLike[str],
+    *,
+    palette: np.ndarray | None = None,
+    seed: int,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> SoupFront:
+    """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures
+    in `out`.
 
     settings: as `walk` takes them. The verdict holds what was measured, not what was chosen by, against the palette.
     """
@@ -41,9 +52,11 @@ def study(
             choice = choose(found, palette)
             again = Walk(models, choice.rho[None], prompts, rewards, seed=seed + 1, **settings).into(files, "chosen/")
             marks = {
-                "palette": np.asarray(palette, dtype=np.float64), "predicted": choice.levels, "measured": again.levels[0],
+                "palette": np.asarray(palette, dtype=np.float64),
+                "predicted": choice.levels,
+                "measured": again.levels[0],
                 "measured_stderr": again.stderr[0],
-            }  # fmt: skip
+            }
             found = replace(found, chosen=_chosen(found.values, marks["palette"], choice, again))
         if len(found.values) > 1:
             figure = plots.soups(found.values, found.models, found.rho, found.levels, found.stderr, **marks)
@@ -81,10 +94,16 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
     else:
         verdict = "met, by more than two standard errors in every value"
     return {
-        "rho": choice.rho.tolist(), "palette": plain(palette), "predicted": plain(choice.levels),
-        "predicted_stderr": plain(choice.stderr), "margin": choice.margin, "between": choice.between,
-        "measured": plain(levels), "stderr": plain(errors), "verdict": verdict,
-    }  # fmt: skip
+        "rho": choice.rho.tolist(),
+        "palette": plain(palette),
+        "predicted": plain(choice.levels),
+        "predicted_stderr": plain(choice.stderr),
+        "margin": choice.margin,
+        "between": choice.between,
+        "measured": plain(levels),
+        "stderr": plain(errors),
+        "verdict": verdict,
+    }
 
 
 def read_palette(path: str | os.PathLike[str], values: Sequence[str]) -> np.ndarray:

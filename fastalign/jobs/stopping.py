@@ -14,7 +14,8 @@ from fastalign._base.errors import Terminated
 
 
 class Stopping:
-    """A context. Within it the first signal is noted, for `asked` to tell at the end of the step; a second one ends at once.
+    """A context. Within it the first signal is noted, for `asked` to tell at the end of the step; a second one ends
+    at once.
 
     Signals that are ignored stay so, and outside the main thread nothing is caught.
     """
@@ -35,7 +36,8 @@ class Stopping:
             signal.signal(*self._before.popitem())
 
     def asked(self, accelerator: Any) -> bool:
-        """Whether any process of the run was asked to stop; all of them call it, at the same step, and hear the same."""
+        """Whether any process of the run was asked to stop; all of them call it, at the same step, and hear the
+        same."""
         if accelerator.num_processes > 1:  # the launcher's signal reaches each in another moment
             noted = accelerator.gather(torch.tensor([self._signal], device=accelerator.device))
             self._signal = int(noted.max())

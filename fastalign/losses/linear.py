@@ -195,9 +195,14 @@ class LinearDPOLoss(_LinearPairLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
-        )  # fmt: skip
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            memory_budget=memory_budget,
+            token_metrics=token_metrics,
+        )
         self.options: dict[str, Any] = {
             "beta": beta,
             "loss_type": loss_type,
@@ -297,9 +302,14 @@ class LinearCPOLoss(_LinearPairLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
-        )  # fmt: skip
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            memory_budget=memory_budget,
+            token_metrics=token_metrics,
+        )
         if loss_type == "alphapo":
             loss_type, cpo_alpha = "simpo", 0.0
         self.options: dict[str, Any] = {
@@ -351,9 +361,9 @@ class LinearSimPOLoss(LinearCPOLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            beta=beta, loss_type="simpo", label_smoothing=label_smoothing, simpo_gamma=gamma, alpha=alpha, cpo_alpha=0.0,
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
+            beta=beta, loss_type="simpo", label_smoothing=label_smoothing, simpo_gamma=gamma, alpha=alpha,
+            cpo_alpha=0.0, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
+            grad_filter=grad_filter, memory_budget=memory_budget, token_metrics=token_metrics,
         )  # fmt: skip
 
 
@@ -373,9 +383,14 @@ class LinearORPOLoss(_LinearPairLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
-        )  # fmt: skip
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            memory_budget=memory_budget,
+            token_metrics=token_metrics,
+        )
         self.beta = beta
 
     def forward(
@@ -434,9 +449,14 @@ class LinearKTOLoss(LinearLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
-        )  # fmt: skip
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            memory_budget=memory_budget,
+            token_metrics=token_metrics,
+        )
         self.options: dict[str, Any] = {
             "beta": beta,
             "desirable_weight": desirable_weight,

@@ -69,9 +69,15 @@ class _LinearPolicyLoss(LinearLoss):
             ref_logprobs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
         entropy = found.entropy
         result = self._loss(
-            found.log_probs, old_logprobs, advantages, self._mask(labels), ref_logprobs=ref_logprobs,
-            entropy=entropy if in_loss or entropy is None else entropy.detach(), normalizer=normalizer, **self.options,
-        )  # fmt: skip
+            found.log_probs,
+            old_logprobs,
+            advantages,
+            self._mask(labels),
+            ref_logprobs=ref_logprobs,
+            entropy=entropy if in_loss or entropy is None else entropy.detach(),
+            normalizer=normalizer,
+            **self.options,
+        )
         return result.loss, _metrics(result)
 
 
@@ -105,9 +111,14 @@ class LinearPPOLoss(_LinearPolicyLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
-        )  # fmt: skip
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            memory_budget=memory_budget,
+            token_metrics=token_metrics,
+        )
         self.options = {
             "clip_range": clip_range,
             "clip_range_high": clip_range_high,
@@ -149,9 +160,14 @@ class LinearGRPOLoss(_LinearPolicyLoss):
         token_metrics: bool = False,
     ):
         super().__init__(
-            temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter,
-            memory_budget=memory_budget, token_metrics=token_metrics,
-        )  # fmt: skip
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            memory_budget=memory_budget,
+            token_metrics=token_metrics,
+        )
         self.options = {
             "loss_type": loss_type,
             "importance": importance,

@@ -38,7 +38,8 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """What `value_loss` returns, 0-dimensional; `clip_fraction` is the share of places where the clipped error counts."""
+    """What `value_loss` returns, 0-dimensional; `clip_fraction` is the share of places where the clipped error
+    counts."""
 
     loss: Tensor
     clip_fraction: Tensor
@@ -255,8 +256,12 @@ def grpo_loss(
         rows = batch.gamma_weighted(importance, vespo_positive, vespo_negative, kl)
     else:
         rows = batch.clipped(importance, _clip(clip_range, clip_range_high, dual_clip), kl)
-    how = {"grpo": "seq_mean_token_mean", "gspo": "seq_mean_token_mean", "sapo": "seq_mean_token_mean",
-           "luspo": "seq_mean_token_sum"}.get(loss_type, "token_mean")  # fmt: skip
+    how = {
+        "grpo": "seq_mean_token_mean",
+        "gspo": "seq_mean_token_mean",
+        "sapo": "seq_mean_token_mean",
+        "luspo": "seq_mean_token_sum",
+    }.get(loss_type, "token_mean")
     if loss_type == "dr_grpo":
         normalizer = max(len(logprobs), 1) * max_length
     return batch.finish(rows, importance, entropy_coef, how, normalizer)
@@ -292,7 +297,8 @@ def value_loss(
     clip_range: float | None = 0.2,
     aggregation: str = "token_mean",
 ) -> ValueLoss:
-    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, section 3).
+    """½ max((V - R)², (clip(V, V_old ± clip_range) - R)²), PPO's value loss with its clip (arXiv 2005.12729, section
+    3).
 
     Args:
         values: (B, T) with a gradient; old_values: (B, T) when the advantages were made, a constant.
@@ -354,9 +360,16 @@ class _Batch:
     def clipped(self, importance: str, clip: Clip, kl: KL) -> PolicyRows:
         """-min(r A, clip(r) A): under A >= 0, r counts at most 1 + high; under A < 0, at least 1 - low, at most cap."""
         return policy_rows(
-            self.logprobs, self.old_logprobs, self.advantages, self.mask, self.ref_logprobs, self.entropy, importance,
-            clip, kl,
-        )  # fmt: skip
+            self.logprobs,
+            self.old_logprobs,
+            self.advantages,
+            self.mask,
+            self.ref_logprobs,
+            self.entropy,
+            importance,
+            clip,
+            kl,
+        )
 
     def capped(self, importance: str, largest: float, kl: KL) -> PolicyRows:
         """-min(r, largest) A log p, the weight a constant."""

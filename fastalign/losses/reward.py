@@ -235,6 +235,6 @@ def _check_connected(wins: np.ndarray, items: tuple[Hashable, ...]) -> None:
     members = [repr(items[i]) for i in np.flatnonzero(component == part)]
     told = ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
     raise UserError(
-        f"comparisons must let every item be compared with every other through wins both ways; no other item beat {told}"
-        " (give prior=0.1, say, for finite scores)"
+        "comparisons must let every item be compared with every other through wins both ways; no other item beat "
+        f"{told} (give prior=0.1, say, for finite scores)"
     )

@@ -1,4 +1,5 @@
-"""A transformers model's norms, gated MLPs and rotations on the compiled engine: one pass each where eager torch takes five to ten.
+"""A transformers model's norms, gated MLPs and rotations on the compiled engine: one pass each where eager torch
+takes five to ten.
 
 `CompiledLayers` looks for modules of the usual forms (RMSNorm, Llama's MLP, rotary embeddings of halves) and gives each
 a forward of its own where that gives the same numbers on a random input; anything else stays as it is. Whatever the
@@ -31,8 +32,8 @@ ROTATION = "apply_rotary_pos_emb"  # by this name in every model of transformers
 class CompiledLayers:
     """Within `with CompiledLayers.of(model):` its forward passes run their small operations on the engine.
 
-    Outside the model is as it was. Gradients are right wherever backward is called; but a forward pass that is run again
-    then (gradient checkpointing) would not find what the first one kept, so such models run as they are.
+    Outside the model is as it was. Gradients are right wherever backward is called; but a forward pass that is run
+    again then (gradient checkpointing) would not find what the first one kept, so such models run as they are.
     """
 
     @classmethod
@@ -147,7 +148,8 @@ def _mlp_forwards(original: Callable) -> Iterator[Callable]:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, forward: Callable) -> bool:
-    """Whether `forward` gives what the module gives on random inputs, tiny and large ones too, to float32's rounding."""
+    """Whether `forward` gives what the module gives on random inputs, tiny and large ones too, to float32's
+    rounding."""
     parameters = list(module.parameters())
     if not parameters or any(
         p.device.type != "cpu" or type(p) is not nn.Parameter or p.dtype != torch.float32 for p in parameters
@@ -209,7 +211,8 @@ def _rotation(original: Callable) -> Callable:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """(offset + weight) x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """(offset + weight) x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, arXiv
+    1910.07467)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

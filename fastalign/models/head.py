@@ -18,7 +18,8 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 
 class Head(NamedTuple):
-    """logits = softcap(logit_scale · (hidden @ weightᵀ + adapter + bias)): the arguments of `ops.linear_token_logprobs`.
+    """logits = softcap(logit_scale · (hidden @ weightᵀ + adapter + bias)): the arguments of
+    `ops.linear_token_logprobs`.
 
     weight (V, H); bias (V,) or None; adapter (A (r, H), B (V, r), scale) of a LoRA on the head, or None.
     """
@@ -74,8 +75,8 @@ def _scale(config: Any) -> float:
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """The one plain LoRA on the head: None where none is in force. Raises UserError for any other adapter, whose part of the logits
-    is not a product of two matrices."""
+    """The one plain LoRA on the head: None where none is in force. Raises UserError for any other adapter, whose part
+    of the logits is not a product of two matrices."""
     active = list(getattr(layer, "active_adapters", ()))
     if layer.disable_adapters or layer.merged or not active:
         return None

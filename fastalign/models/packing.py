@@ -137,8 +137,8 @@ def register() -> None:
 
 
 def enable(model: PreTrainedModel) -> Verdict:
-    """Give the model the attention function that reads packs, where that is right (`can_pack`); without a pack it does what "sdpa"
-    does."""
+    """Give the model the attention function that reads packs, where that is right (`can_pack`); without a pack it
+    does what "sdpa" does."""
     verdict = can_pack(model)
     if verdict:
         register()
@@ -160,8 +160,13 @@ def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device)
     with CompiledLayers.of(model):
         hidden = model.base_model(
-            input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=unread, use_cache=False, pack=pack, **inputs
-        ).last_hidden_state  # fmt: skip
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            attention_mask=unread,
+            use_cache=False,
+            pack=pack,
+            **inputs,
+        ).last_hidden_state
     if pack.calls == calls:
         raise UserError(f"{type(model).__name__} cannot run packed: it keeps arguments from its attention")
     return hidden[0]
@@ -181,7 +186,8 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, heads, L, d), key and value (1, kv heads, L, d) -> (1, L, heads, d)."""
+    """transformers' attention interface: query (1, heads, L, d), key and value (1, kv heads, L, d) -> (1, L, heads,
+    d)."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases cannot run packed")
     if pack is None:

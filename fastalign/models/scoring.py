@@ -1,5 +1,5 @@
-"""Per-token scores of padded batches under a causal model: on the fused head where that is right, else from full logits, else row by
-row, which is right wherever the model itself is."""
+"""Per-token scores of padded batches under a causal model: on the fused head where that is right, else from full
+logits, else row by row, which is right wherever the model itself is."""
 
 from __future__ import annotations
 
@@ -52,13 +52,18 @@ def fused_head(model: Any) -> Verdict:
 
 
 def score(
-    model: Any, input_ids: Tensor, labels: Tensor, *, outputs: tuple[str, ...] = ("log_probs",),
-    attention_mask: Tensor | None = None, return_hidden: bool = False,
-) -> Scores:  # fmt: skip
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    outputs: tuple[str, ...] = ("log_probs",),
+    attention_mask: Tensor | None = None,
+    return_hidden: bool = False,
+) -> Scores:
     """Scores of `labels` under a causal model (PEFT-wrapped or not), its dropout and gradients as they are set.
 
-    input_ids, attention_mask: (R, T), padded on either side; no mask: on the right. labels: (R, T - 1): position t scores
-    labels[:, t] as the token after t; -100 where none is scored. outputs: of `ops.linear_token_logprobs`.
+    input_ids, attention_mask: (R, T), padded on either side; no mask: on the right. labels: (R, T - 1): position t
+    scores labels[:, t] as the token after t; -100 where none is scored. outputs: of `ops.linear_token_logprobs`.
     """
     from fastalign.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
 
@@ -82,7 +87,8 @@ def describe(model: Any) -> str:
     return {_hidden: "fused head", _logits: "full logits", _alone: "full logits, row by row"}[run]
 
 
-# What runs a layout: -> (hidden states or logits (n, ...) of the scored positions, hidden states (n, H) where asked for)
+# What runs a layout: -> (hidden states or logits (n, ...) of the scored positions, hidden states (n, H) where asked
+# for)
 Run = Callable[[Any, Layout, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -212,8 +218,9 @@ def fused_forward(
     not projected.
 
     Args:
-        model: any transformers causal model, PEFT-wrapped or not, tied head or not. What stands between its hidden states and
-            its logits is tried at first use; where it is not what the fused head does, the full logits are made.
+        model: any transformers causal model, PEFT-wrapped or not, tied head or not. What stands between its hidden
+            states and its logits is tried at first use; where it is not what the fused head does, the full logits are
+            made.
         labels: (batch, time) int64, usually the input ids with the prompt and the padding set to `ignore_index`.
         shift_labels: position t predicts labels[:, t + 1] and the result is (batch, time - 1); False: labels[:, t].
         temperature, ignore_index, outputs: as in `ops.linear_token_logprobs`.

@@ -10,7 +10,8 @@ NARROW = 6  # tokens: less than the rows of a trial have
 
 
 def rope_change(config: Any) -> int | None:
-    """How many tokens a text may have before its rope takes other frequencies (LongRoPE, arXiv 2402.13753; dynamic NTK)."""
+    """How many tokens a text may have before its rope takes other frequencies (LongRoPE, arXiv 2402.13753; dynamic
+    NTK)."""
     for kind, parameters in _ropes(config):
         if "dynamic" in kind:
             return config.max_position_embeddings
@@ -21,7 +22,8 @@ def rope_change(config: Any) -> int | None:
 
 
 def chunk_length(config: Any) -> int:
-    """Tokens of the chunks that attention goes by (Reformer, arXiv 2001.04451), which nothing makes narrower; 0 for none."""
+    """Tokens of the chunks that attention goes by (Reformer, arXiv 2001.04451), which nothing makes narrower; 0 for
+    none."""
     return max(
         (v for k, v in vars(config).items() if k.endswith("attn_chunk_length") and isinstance(v, int)), default=0
     )
@@ -48,8 +50,8 @@ def same_law(config: Any, lengths: list[int]) -> bool:
 
 
 def rope_group(config: Any, prompt: int, new: int) -> str:
-    """Of a prompt to be continued: "short" and "long" texts may each be drawn together; "crossing" ones, whose earlier tokens
-    change on the way, without a cache."""
+    """Of a prompt to be continued: "short" and "long" texts may each be drawn together; "crossing" ones, whose
+    earlier tokens change on the way, without a cache."""
     change = rope_change(config)
     if change is None or prompt + new <= change:
         return "short"
@@ -63,7 +65,8 @@ def _is_window(name: str, picks: bool) -> bool:
 
 @contextmanager
 def narrowed(model: Any, *, picks: bool = False) -> Iterator[None]:
-    """The model's attention windows (picks: and how many tokens its indexer picks) made so narrow that a few tokens pass them, inside the block."""
+    """The model's attention windows (picks: and how many tokens its indexer picks) made so narrow that a few tokens
+    pass them, inside the block."""
     undo = []
 
     def put(owner: Any, name: str, value: int) -> None:

@@ -1,12 +1,13 @@
-"""Whether a model may run on a path is tried, not read from its name: the path's logits beside plain `model(input_ids)`'s.
+"""Whether a model may run on a path is tried, not read from its name: the path's logits beside plain
+`model(input_ids)`'s.
 
 A path is another way to the same numbers: the shared-prompt engine, packed pairs, the fused head, a cache. At its first
 use it runs a few random tokens (two prompts of different lengths with two continuations each, past the attention
 window), and is taken only where it gives the model's own next-token log-probabilities to the dtype's rounding.
 
-Verdicts are kept by class and configuration. Weights as first initialised would hide faults, for their attention is flat: a
-verdict is kept only where hiding a token, exchanging two and flattening attention change the logits by far more than
-the tolerance; else the path is tried again, at its second use, its third, its fifth, its ninth ...
+Verdicts are kept by class and configuration. Weights as first initialised would hide faults, for their attention is
+flat: a verdict is kept only where hiding a token, exchanging two and flattening attention change the logits by far
+more than the tolerance; else the path is tried again, at its second use, its third, its fifth, its ninth ...
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdict:
-    """Whether `path` gives the model's own logits. Runs the model a dozen times on a dozen tokens, once per class and configuration.
+    """Whether `path` gives the model's own logits. Runs the model a dozen times on a dozen tokens, once per class and
+    configuration.
     attends: the path computes attention itself, so that it must also see the tokens that an indexer leaves out.
 
     Raises UserError where the model itself cannot be run on token ids alone.
@@ -90,7 +92,8 @@ def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdic
 
 
 def is_causal(model: Any) -> Verdict:
-    """Whether the logits of a token stay as they are whatever follows it: what drawing token by token takes for granted."""
+    """Whether the logits of a token stay as they are whatever follows it: what drawing token by token takes for
+    granted."""
     key = ("causal", *identity(model))
     if key in _kept:
         return _kept[key]
@@ -164,7 +167,8 @@ def _truth(model: Any) -> _Truth:
 
 
 def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, least: float) -> bool:
-    """Whether these inputs would show a fault: a hidden token, two exchanged, and flat attention must all be seen in the logits."""
+    """Whether these inputs would show a fault: a hidden token, two exchanged, and flat attention must all be seen in
+    the logits."""
     prompt, tail = row
     swapped = list(prompt)
     swapped[1], swapped[-2] = swapped[-2], swapped[1]
@@ -267,7 +271,8 @@ def _probe(config: Any) -> Probe:
     allowed = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
     draw = torch.Generator().manual_seed(0)
     change, dynamic = rope_change(text), rope_is_dynamic(text)
-    # Past a change of the rope or of chunks where it is near; within a dynamic rope's length, for beyond no two lengths agree.
+    # Past a change of the rope or of chunks where it is near; within a dynamic rope's length, for beyond no two
+    # lengths agree.
     short = dynamic and change < 16
     more = max((n for n in (0 if dynamic else change or 0, 2 * chunk_length(text)) if n <= NEAR), default=0)
 

@@ -1,4 +1,5 @@
-"""How tensors reach the compiled engine. Addresses leave Python here and nowhere else, with what the engine checks them by.
+"""How tensors reach the compiled engine. Addresses leave Python here and nowhere else, with what the engine checks
+them by.
 
 A kernel sees memory, not a tensor: one that is a slice of another, transposed or on a GPU would be read wrongly without
 a word. So a layout that the engine does not take raises here, and a size or dtype other than a kernel is about to read
@@ -32,7 +33,8 @@ def buffer(x: Tensor | None) -> Buffer | None:
 
 
 def rows(x: Tensor) -> tuple[Rows, Tensor]:
-    """(address, dtype, rows, inner, outer stride, inner stride, V) of x (..., V), and the tensor to keep alive meanwhile.
+    """(address, dtype, rows, inner, outer stride, inner stride, V) of x (..., V), and the tensor to keep alive
+    meanwhile.
 
     Copies only if the last dimension is not contiguous or the leading ones cannot be walked with two strides.
     """

@@ -1,4 +1,5 @@
-"""The head's ops on plain tensors: what `linear_token_logprobs`, its vocabulary-parallel form and `linear_sample_tokens` stand on.
+"""The head's ops on plain tensors: what `linear_token_logprobs`, its vocabulary-parallel form and
+`linear_sample_tokens` stand on.
 
 Tiles of logits (tokens × part of the vocabulary) are made by torch's matrix product, read once by the engine, and
 overwritten by the next. The backward pass makes each tile again, turns it into its gradient in place, and adds the
@@ -156,7 +157,8 @@ class HeadOptions(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Of one call: whether statistics are asked for, whether hidden's gradient is made going forward, bytes for tiles, the filter."""
+    """Of one call: whether statistics are asked for, whether hidden's gradient is made going forward, bytes for
+    tiles, the filter."""
 
     statistics: bool
     unit: bool
@@ -192,9 +194,21 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 def forward_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, labels: Tensor, adapter_scale: float, temperature: float, softcap: float, logit_scale: float, ignore_index: int, statistics: bool,
-    unit: bool, memory_budget: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    labels: Tensor,
+    adapter_scale: float,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    statistics: bool,
+    unit: bool,
+    memory_budget: int,
+) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden.dtype)
     always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
@@ -205,9 +219,27 @@ def forward_fake(
 
 
 def _backward_fake(
-    grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
-    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
-):  # fmt: skip
+    grad_log_probs,
+    grad_entropy,
+    row_max,
+    row_sum,
+    entropy,
+    kept,
+    unit,
+    hidden,
+    weight,
+    bias,
+    a,
+    b,
+    labels,
+    adapter_scale,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    grad_filter,
+    needs,
+):
     pairs = zip((hidden, weight, bias, a, b), needs, strict=True)
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in pairs)
 

@@ -98,7 +98,8 @@ def tile_width(weight: Tensor) -> int:
 
 
 def kept_size(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.dtype) -> int:
-    """Elements of `_Kept`'s store. Counts all labels: it may not hang on how many are ignored, for the sake of a compiler."""
+    """Elements of `_Kept`'s store. Counts all labels: it may not hang on how many are ignored, for the sake of a
+    compiler."""
     if memory_budget == 0:
         return 0
     steps = -(-weight.shape[0] // tile_width(weight))
@@ -165,9 +166,21 @@ def _plain(implementation: Callable[P, R]) -> Callable[P, R]:
 
 @_plain
 def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, labels: Tensor, adapter_scale: float, temperature: float, softcap: float, logit_scale: float, ignore_index: int, statistics: bool,
-    unit: bool, memory_budget: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    labels: Tensor,
+    adapter_scale: float,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    statistics: bool,
+    unit: bool,
+    memory_budget: int,
+) -> tuple[Tensor, ...]:
     checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
     tiles = Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
@@ -183,9 +196,12 @@ def forward(
             tile = tiles.room(rows, end - first) if place is None else place[rows]
             tiles.project(tile, rows, w, b_part)
             backend.engine.head_forward(
-                tiles.describe(tile, rows, first), buffer(stats), statistics, unit and buffer(unit.rescale[: len(tile)]),
+                tiles.describe(tile, rows, first),
+                buffer(stats),
+                statistics,
+                unit and buffer(unit.rescale[: len(tile)]),
                 threads(),
-            )  # fmt: skip
+            )
             if unit:
                 unit.add(tile, rows, w, b_part)
     row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
@@ -240,9 +256,27 @@ class _UnitGradient:
 
 @_plain
 def backward(
-    grad_log_probs: Tensor, grad_entropy: Tensor, row_max: Tensor, row_sum: Tensor, entropy: Tensor, kept: Tensor, unit: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, labels: Tensor,
-    adapter_scale: float, temperature: float, softcap: float, logit_scale: float, ignore_index: int, grad_filter: float, needs: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    entropy: Tensor,
+    kept: Tensor,
+    unit: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    labels: Tensor,
+    adapter_scale: float,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    grad_filter: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden.dtype)
     if entropy.shape != labels.shape:  # not asked for
         entropy = grad_entropy = torch.zeros_like(row_max)

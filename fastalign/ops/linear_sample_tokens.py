@@ -1,7 +1,7 @@
 """linear_sample_tokens: one token per row from hidden states and the head's weight, without the logits.
 
-Two passes: the mass of every part of the vocabulary, then, once the uniform number says which part holds the token, that
-part's logits again. The token is the one that sample_tokens draws from the logits for the same seed.
+Two passes: the mass of every part of the vocabulary, then, once the uniform number says which part holds the token,
+that part's logits again. The token is the one that sample_tokens draws from the logits for the same seed.
 """
 
 from __future__ import annotations

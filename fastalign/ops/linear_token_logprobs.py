@@ -90,5 +90,6 @@ def linear_token_logprobs(
     run = dtensor.linear_token_logprobs if dtensor.among(hidden, weight, bias, adapter) else head.token_logprobs
     return run(
         hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-        ignore_index=ignore_index, outputs=outputs, grad_filter=grad_filter, adapter=adapter, memory_budget=memory_budget,
+        ignore_index=ignore_index, outputs=outputs, grad_filter=grad_filter, adapter=adapter,
+        memory_budget=memory_budget,
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Gradients that have no gradient of their own: to differentiate them raises, where torch would leave it out of the result.
+"""Gradients that have no gradient of their own: to differentiate them raises, where torch would leave it out of the
+result.
 
 torch's once_differentiable does so only where the gradient that comes in has a tape, which that of a plain sum has not,
 and its fallback for an op without a derivative warns and goes on with a wrong number.
@@ -16,7 +17,8 @@ from torch import Tensor
 def once(function: Callable, *args: Any) -> Any:
     """function(*args), tensors without a derivative: whatever of `args` asks for one is told, when it is asked for.
 
-    For the backward pass of an autograd.Function in `setup_context` form: under torch.func, too, which always keeps a tape.
+    For the backward pass of an autograd.Function in `setup_context` form: under torch.func, too, which always keeps a
+    tape.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # what is compiled refuses by itself
         return function(*args)
@@ -24,7 +26,8 @@ def once(function: Callable, *args: Any) -> Any:
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """The same for a whole backward pass of a Function that torch.func does not take: a decorator under @staticmethod."""
+    """The same for a whole backward pass of a Function that torch.func does not take: a decorator under
+    @staticmethod."""
 
     def guarded(ctx: Any, *grads: Tensor) -> Any:
         if not torch.is_grad_enabled():

@@ -172,9 +172,20 @@ def kl_estimate(d: Tensor, estimator: str) -> Tensor:
 
 
 def _clipped_rows(
-    logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, kl_estimator,
+    logprobs,
+    entropy,
+    old_logprobs,
+    advantages,
+    mask,
+    ref_logprobs,
+    importance,
+    low,
+    high,
+    cap,
+    kl_coef,
+    kl_estimator,
     kl_times_ratio,
-) -> PolicyRows:  # fmt: skip
+) -> PolicyRows:
     tokens, clip = Tokens(logprobs, old_logprobs, advantages, mask), Clip(low, high, cap)
     log_ratio = tokens.log_ratio if importance == "token" else tokens.sequence_log_ratio(importance)
     losses = tokens.clipped(log_ratio, clip)

@@ -37,8 +37,8 @@ def pairwise_loss(
 ) -> PairLosses:
     """DPO and its family from per-token log-probabilities: masked sums, log-ratios, loss and gradient in one launch.
 
-    `losses.dpo_loss` of the rows' sums, for one loss type and the reverse KL. On a GPU one kernel reads each pair's rows
-    once and keeps two numbers a pair for the backward pass; elsewhere it is plain torch.
+    `losses.dpo_loss` of the rows' sums, for one loss type and the reverse KL. On a GPU one kernel reads each pair's
+    rows once and keeps two numbers a pair for the backward pass; elsewhere it is plain torch.
 
     Args:
         log_probs: (2B, T), rows [chosen; rejected]: the B chosen completions, then the B rejected. Has the gradient.

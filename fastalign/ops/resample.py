@@ -28,8 +28,8 @@ def resample(
     """Draw k of the N candidates of each of P prompts, with probability proportional to exp(log_weights).
 
     With replacement, each candidate drawn k times its probability on average (Douc, Cappé, Moulines,
-    arXiv cs/0507025): "multinomial", k independent draws in the order drawn; "stratified" and "systematic", one draw from
-    each kth part of the cumulative sum, with a uniform number each or one for all, in index order; "residual",
+    arXiv cs/0507025): "multinomial", k independent draws in the order drawn; "stratified" and "systematic", one draw
+    from each kth part of the cumulative sum, with a uniform number each or one for all, in index order; "residual",
     floor(k p) copies of each candidate in index order, then multinomial draws from what is left. Without replacement:
     "gumbel_top_k" (arXiv 1903.06059), in the order drawn. "best": the k largest, largest first, the lowest index first
     among ties.

@@ -78,7 +78,8 @@ def token_logprobs(
         softcap: logits are softcapped first (Gemma 2); None for none.
         ignore_index: positions with this label give 0 in every output and no gradient.
         outputs: any of "log_probs", "entropy" (nats), "mean_logits" (mean of z), "log_sum_sq_probs" (log Σ p²) and
-            "is_top1" (bool: the label is the first largest logit; never beside NaN or +inf). log_probs and entropy carry gradients.
+            "is_top1" (bool: the label is the first largest logit; never beside NaN or +inf). log_probs and entropy
+            carry gradients.
 
     Returns:
         log_probs (...) float32 (float64 for float64 logits) where only that is asked for, else a `TokenLogprobs`.

@@ -109,10 +109,15 @@ def vocab_parallel_token_logprobs(
     else:
         found = _named(
             *_VocabParallelTokens.apply(
-                logits_shard, labels, float(temperature), float(softcap or 0.0), ignore_index,
-                tuple(outputs) != ("log_probs",), part,
+                logits_shard,
+                labels,
+                float(temperature),
+                float(softcap or 0.0),
+                ignore_index,
+                tuple(outputs) != ("log_probs",),
+                part,
             )
-        )  # fmt: skip
+        )
     return _asked(found, outputs)
 
 
@@ -182,9 +187,17 @@ def vocab_parallel_linear_token_logprobs(
     def check():
         lora = tuple(_some(x, 0) for x in adapter) if isinstance(adapter, tuple | list) else adapter
         head.check(
-            hidden, _some(weight_shard, 0), labels, _some(bias, 0), temperature, softcap, logit_scale, grad_filter,
-            lora, memory_budget,
-        )  # fmt: skip
+            hidden,
+            _some(weight_shard, 0),
+            labels,
+            _some(bias, 0),
+            temperature,
+            softcap,
+            logit_scale,
+            grad_filter,
+            lora,
+            memory_budget,
+        )
         for name, x in (("bias", bias), ("adapter's B", adapter and adapter[1])):
             if x is not None and len(x) != len(weight_shard):
                 raise UserError(f"{name} must have weight_shard's rows, got {len(x)} and {len(weight_shard)}")
@@ -199,9 +212,16 @@ def vocab_parallel_linear_token_logprobs(
         with torch.autocast(hidden.device.type, enabled=False):
             whole_b = None if b is None else _whole(b, part, 0)
             found = reference.linear_token_logprobs(
-                hidden, _whole(weight_shard, part, 0), labels, None if bias is None else _whole(bias, part, 0),
-                temperature, softcap, logit_scale, ignore_index, adapter and (a, whole_b, adapter_scale),
-            )  # fmt: skip
+                hidden,
+                _whole(weight_shard, part, 0),
+                labels,
+                None if bias is None else _whole(bias, part, 0),
+                temperature,
+                softcap,
+                logit_scale,
+                ignore_index,
+                adapter and (a, whole_b, adapter_scale),
+            )
     else:
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
         budget = head.budget(memory_budget, weight_shard, learns[0]) if any(learns) and chosen == "cpu" else 0
@@ -348,18 +368,40 @@ class _VocabParallelTokens(torch.autograd.Function):
         local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
         grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
         grad = once(
-            rows_backward, grad_log_probs, grad_entropy, row_max, row_sum, entropy, logits, local, *ctx.options, IGNORED,
+            rows_backward,
+            grad_log_probs,
+            grad_entropy,
+            row_max,
+            row_sum,
+            entropy,
+            logits,
+            local,
+            *ctx.options,
+            IGNORED,
             ctx.statistics,
-        )  # fmt: skip
+        )
         return grad, *[None] * 6
 
 
 class _VocabParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-        memory_budget, grad_filter, part,
-    ):  # fmt: skip
+        hidden,
+        weight,
+        bias,
+        a,
+        b,
+        labels,
+        adapter_scale,
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        statistics,
+        memory_budget,
+        grad_filter,
+        part,
+    ):
         dtype = compute_dtype(hidden.dtype)
         found, kept = None, hidden.new_empty(0, dtype=dtype)
         if part.size:
@@ -389,7 +431,8 @@ class _VocabParallelLinear(torch.autograd.Function):
         if ctx.part.size:
             local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
             grads = once(
-                head_backward, grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, row_max.new_empty(0), *inputs, local,
+                head_backward, grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, row_max.new_empty(0),
+                *inputs, local,
                 *ctx.options, IGNORED, ctx.grad_filter, needs,
             )  # fmt: skip
         else:

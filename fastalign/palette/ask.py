@@ -38,7 +38,8 @@ def raised_palette(rewards: Array, amounts: Array | Mapping[int, float], *, unit
 
 
 def single_value_palette(rewards: Array, value: int, level: float) -> np.ndarray:
-    """The palette that asks `level` of one column and nothing of the others: their least reward, which all samples have."""
+    """The palette that asks `level` of one column and nothing of the others: their least reward, which all samples
+    have."""
     rewards = as_rewards(rewards)
     palette = rewards.min(axis=0).astype(np.float64)
     if not np.isfinite(palette).all():
@@ -84,7 +85,8 @@ def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.n
     missing = [name for name in names if name not in asked]
     if missing and rest is None:
         raise UserError(
-            f"palette must name each of {', '.join(names)} once, got {', '.join(asked)}: add {', '.join(missing)} or rest=mean"
+            f"palette must name each of {', '.join(names)} once, got {', '.join(asked)}: add {', '.join(missing)} or "
+            "rest=mean"
         )
     rewards = as_rewards(rewards)
     mean, deviation = _moments(rewards)

@@ -14,8 +14,8 @@ import numpy as np
 
 from fastalign.palette.passes import Pass
 
-# Where a palette is out of reach, λ is solved for the point this share of the way from the mean to the nearest one within
-# reach: on the very edge λ is infinite, and each prompt keeps a single candidate.
+# Where a palette is out of reach, λ is solved for the point this share of the way from the mean to the nearest one
+# within reach: on the very edge λ is infinite, and each prompt keeps a single candidate.
 INWARD = 0.9
 MAX_POINTS = 1000
 # Points of the hull that are kept from one projection for the next: palettes that are projected together lie together.
@@ -63,8 +63,8 @@ class Reachable:
 
         direction: (m,), a first guess at the separating direction (in λ's units), for the first palette.
         Returns the nearest reachable palette (m,), the separating direction d (m,) in λ's units, with
-        max_i d·R_i < d·palette, and the distance in units of scale. No direction, and distance 0, where the palette itself
-        is reachable to rounding; none either where rounding leaves open whether any separates.
+        max_i d·R_i < d·palette, and the distance in units of scale. No direction, and distance 0, where the palette
+        itself is reachable to rounding; none either where rounding leaves open whether any separates.
         """
         from scipy.optimize import nnls
 
@@ -119,7 +119,8 @@ class Reachable:
         return self.inward(d)
 
     def _proof(self, d: np.ndarray, palette: np.ndarray) -> np.ndarray | None:
-        """d in λ's units, its largest entry 1, if every sample falls short of the palette along it by more than rounding."""
+        """d in λ's units, its largest entry 1, if every sample falls short of the palette along it by more than
+        rounding."""
         if not np.abs(d).max() > 0.0:
             return None
         point, score = self.farthest(d, palette)

@@ -78,7 +78,8 @@ class Tilts:
         return self._look(lam)[0]
 
     def _look(self, lam: np.ndarray) -> tuple[Policies, np.ndarray, np.ndarray]:
-        """Policies; and at each λ the variance (K,) of its score λ·R, and by how much that falls short of the highest."""
+        """Policies; and at each λ the variance (K,) of its score λ·R, and by how much that falls short of the
+        highest."""
         stats = [self.run(lam[i : i + TOGETHER]) for i in range(0, len(lam), TOGETHER)]
         log_z, mean, cov, ess, top = (np.concatenate(x) for x in zip(*stats, strict=True))
         score = (lam * mean).sum(axis=1)
@@ -216,7 +217,8 @@ def palette_path(
     weights: Array | None = None,
     sense: Sense = ">=",
 ) -> Way:
-    """λ(c) along the way from the mean to `palette` (m,), or to nine tenths of what the samples allow: `steps` palettes, one solve.
+    """λ(c) along the way from the mean to `palette` (m,), or to nine tenths of what the samples allow: `steps`
+    palettes, one solve.
 
     rewards, groups, weights, sense: as `palette.solve` takes them.
     """
@@ -269,8 +271,8 @@ def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
 def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None = None) -> np.ndarray:
     """(K, m) directions ≥ 0 of length 1. columns: the values to spread over, default all; the others are 0.
 
-    Over two values evenly by angle; over three on a triangular lattice with at least `count` points, row by row; over more
-    the axes, and then at random, always the same.
+    Over two values evenly by angle; over three on a triangular lattice with at least `count` points, row by row; over
+    more the axes, and then at random, always the same.
     """
     columns = list(range(m)) if columns is None else list(columns)
     d = len(columns)

@@ -28,7 +28,8 @@ def serves(run: Pass) -> bool:
 def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Minima | None:
     """Solves all of a `Problem`'s palettes, and writes what it finds to it on the way: moments at λ = 0 and units.
 
-    start: (K, m) λ to begin at, or None. measured: whether the problem knows its units. None where they are for it to find.
+    start: (K, m) λ to begin at, or None. measured: whether the problem knows its units. None where they are for it to
+        find.
     """
     count, m = problem.palettes.shape
     if not measured:
@@ -40,8 +41,12 @@ def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Mini
     start = None if start is None else np.ascontiguousarray(start, dtype=np.float64)
     verdict = backend.engine.map_newton(
         (first, problem.scale, mu, value, gradient, ess, residual, certificate, certified, passes),
-        problem.run.description, (problem.palettes, problem.sign, start, *given), problem.tol, problem.lam_max, threads(),
-    )  # fmt: skip
+        problem.run.description,
+        (problem.palettes, problem.sign, start, *given),
+        problem.tol,
+        problem.lam_max,
+        threads(),
+    )
     if verdict == UNMEASURED:
         return None
     problem.mean, problem.cov, problem.steep = first[3 : 3 + m], first[3 + m :].reshape(m, m), verdict == STEEP

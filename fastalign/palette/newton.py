@@ -16,12 +16,14 @@ import numpy as np
 MAX_PASSES = 200
 # Beyond this λ (in standard deviations) a policy holds single samples; only the feasibility test can tell then.
 HUGE = 1e12
-# The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by 10 tol or less.
+# The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by 10 tol or
+# less.
 POLISH_STEPS = 3
 
 
 class Minima(NamedTuple):
-    """The last point of each of K palettes. certificate: μ / |μ| where `certified`, a direction in which all fall short."""
+    """The last point of each of K palettes. certificate: μ / |μ| where `certified`, a direction in which all fall
+    short."""
 
     mu: np.ndarray  # (K, m)
     value: np.ndarray  # (K,)

@@ -47,7 +47,8 @@ class Pass(Protocol):
     def __call__(self, lam: np.ndarray) -> MapStatistics: ...
 
     def part(self, rows: int) -> Pass | None:
-        """The same on about so many of the rows; None where they may not stand for the whole: with groups or weights."""
+        """The same on about so many of the rows; None where they may not stand for the whole: with groups or
+        weights."""
 
     def reject_nonfinite(self) -> None:
         """Raises UserError on the first NaN or infinite reward."""
@@ -117,8 +118,10 @@ class DevicePass:
         self.log_weights, self.groups = log_weights, groups
         move = lambda x: None if x is None else torch.as_tensor(x, device=rewards.device)  # noqa: E731
         self.options: dict[str, torch.Tensor | None] = {
-            "center": move(self.center), "log_weights": move(log_weights), "groups": move(groups)
-        }  # fmt: skip
+            "center": move(self.center),
+            "log_weights": move(log_weights),
+            "groups": move(groups),
+        }
         # The weights lie on the host anyhow: their sums, and what is wrong with them, are found there.
         whole = np.zeros((self.rows, 1), dtype=np.float32)
         alike = ArrayPass(whole, log_weights=log_weights, groups=groups)
@@ -155,9 +158,12 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
         p = np.exp(log_share)
         wide, square = p[:, :, None], p[:, :, None, None]
         return MapStatistics(
-            (p * stack.log_z).sum(0), (wide * stack.mean).sum(0), (square * stack.cov).sum(0), (p * stack.ess).sum(0),
+            (p * stack.log_z).sum(0),
+            (wide * stack.mean).sum(0),
+            (square * stack.cov).sum(0),
+            (p * stack.ess).sum(0),
             (p * stack.max_score).sum(0),
-        ), total  # fmt: skip
+        ), total
     mass = stack.log_z + log_share
     log_z = np.logaddexp.reduce(mass, axis=0)
     p = np.exp(mass - log_z)
@@ -222,7 +228,8 @@ class ChunkedPass:
 
 
 class ShardedPass:
-    """Over the rows of every rank of a torch.distributed group: each rank has a pass of its own and gets the same answer."""
+    """Over the rows of every rank of a torch.distributed group: each rank has a pass of its own and gets the same
+    answer."""
 
     own: Pass
     group: Any
@@ -264,11 +271,15 @@ class ShardedPass:
         score = lam @ self.shift
         packed = np.concatenate(
             [
-                np.full((count, 1), self.own.total), (found.log_z + score)[:, None], found.ess[:, None],
-                (found.max_score + score)[:, None], found.mean + self.shift, found.cov.reshape(count, m * m),
+                np.full((count, 1), self.own.total),
+                (found.log_z + score)[:, None],
+                found.ess[:, None],
+                (found.max_score + score)[:, None],
+                found.mean + self.shift,
+                found.cov.reshape(count, m * m),
             ],
             axis=1,
-        )  # fmt: skip
+        )
         gathered = self._gather(packed)
         parts = [
             MapStatistics(x[:, 1], x[:, 4 : 4 + m], x[:, 4 + m :].reshape(count, m, m), x[:, 2], x[:, 3])

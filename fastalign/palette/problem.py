@@ -88,9 +88,9 @@ class Problem:
     def _units(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each reward is measured by, (m,): its standard deviation under p0; and whether it is constant.
 
-        A variance that is small beside the square of the mean it is about may be all rounding, or be lost in it. There the
-        range tells whether there is any, over rows of positive weight and within groups, and measures the reward; what is
-        constant is measured by its own size.
+        A variance that is small beside the square of the mean it is about may be all rounding, or be lost in it.
+        There the range tells whether there is any, over rows of positive weight and within groups, and measures the
+        reward; what is constant is measured by its own size.
         """
         run = self.run
         deviation = np.sqrt(np.maximum(variance, 0))
@@ -161,9 +161,13 @@ class Problem:
             levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
         gap = (mu * gradient).sum(axis=1)
         found = {
-            "lam": lam, "levels": levels, "kl": np.maximum(0.0, gap - value), "ess": ess, "kkt_residual": left,
+            "lam": lam,
+            "levels": levels,
+            "kl": np.maximum(0.0, gap - value),
+            "ess": ess,
+            "kkt_residual": left,
             "duality_gap": gap,
-        }  # fmt: skip
+        }
         flagged = feasible & too_thin(ess, lam, self.run.rows, self.run.group_count)
         for x in () if solved.all() else found.values():  # the dual has no minimum
             x[~solved] = np.nan
@@ -171,7 +175,8 @@ class Problem:
         return found | {name: beyond.get(name) for name in ("nearest", "certificate", "scaling")}
 
     def _judge(self, reached: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Which palettes can be reached (K,), and of those that cannot `nearest`, `certificate`, `scaling`, else NaN."""
+        """Which palettes can be reached (K,), and of those that cannot `nearest`, `certificate`, `scaling`, else
+        NaN."""
         reachable, feasible = Reachable(self.run, self.scale, self.sign), reached.copy()
         nearest, certificate = np.full((2, *self.palettes.shape), np.nan)
         scaling = np.full(len(reached), np.nan)

@@ -51,9 +51,12 @@ def solve_in_turn(
             np.maximum.at(top, ids, np.where(weights > 0, score, -np.inf))
             tilted = weights * np.exp(score - top[ids])
             found = solve(
-                columns[j][:, None], palette[j : j + 1], groups=groups, weights=tilted,
+                columns[j][:, None],
+                palette[j : j + 1],
+                groups=groups,
+                weights=tilted,
                 sense={1: ">=", -1: "<=", 0: "=="}[int(sign[j])],
-            )  # fmt: skip
+            )
             if not found.feasible:
                 raise UserError(f"value {j} alone cannot reach {palette[j]:.6g}, at best {found.nearest[0]:.6g}")
             lam[j] = found.lam[0]

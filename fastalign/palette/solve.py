@@ -44,8 +44,8 @@ class PaletteSolution:
         (Euclidean distance in units of σ); None where the palette is feasible (NaN rows in the (K, m) form, None if
         all are).
     certificate: (m,) d with max_i d·R_i < d·c over the samples of positive weight (with groups: their mean), the proof,
-        checked, that an infeasible palette is so (d_j ≥ 0 for at least, ≤ 0 for at most); NaN where it is beyond by more
-        than tol but by too little to be proved in float64; else as `nearest`.
+        checked, that an infeasible palette is so (d_j ≥ 0 for at least, ≤ 0 for at most); NaN where it is beyond by
+        more than tol but by too little to be proved in float64; else as `nearest`.
     scaling: for an infeasible palette the largest t for which mean + t (palette − mean) can be reached; None, or NaN
         in the (K, m) form, where it is feasible.
     duality_gap: KL(p_λ ‖ p0) + g(λ) = λ·(levels − palette) in nats. Where the levels meet the palette, no policy that
@@ -98,11 +98,14 @@ class PaletteSolution:
 
     def _verdict(self) -> str:
         if np.ndim(self.lam) == 2:
-            return f"PaletteSolution: {counted(len(self.lam), 'palette')} of {counted(np.shape(self.lam)[1], 'value')}, {int(np.sum(self.feasible))} feasible"
+            palettes, values = np.shape(self.lam)
+            feasible = int(np.sum(self.feasible))
+            return f"PaletteSolution: {counted(palettes, 'palette')} of {counted(values, 'value')}, {feasible} feasible"
         if not self.feasible:
             return f"PaletteSolution: infeasible, {float(self.scaling):.1%} of the way can be reached"
         near = ", nearly infeasible" if self.nearly_infeasible else ""
-        return f"PaletteSolution: feasible{near}, KL {float(self.kl):.3f} nats, effective sample size {float(self.ess):.1f}"
+        kl, ess = float(self.kl), float(self.ess)
+        return f"PaletteSolution: feasible{near}, KL {kl:.3f} nats, effective sample size {ess:.1f}"
 
     def _table(self) -> list[list[str]]:
         """A header and a row for each value; of many palettes, for each of the first ten."""
@@ -133,8 +136,8 @@ def solve(
     """Weights λ of the policy p_λ ∝ p0 exp(λ·R) with E_λ[R] ≥ palette at the least KL from p0.
 
     rewards: (n, m), rewards of n samples of p0; numpy array (memory-mapped too) or torch tensor of any device; float32
-        and float64 are read in place, on the CPU and on CUDA. Or a pandas DataFrame; or a `ParquetRewards`, read in chunks,
-        which brings groups and weights of its own.
+        and float64 are read in place, on the CPU and on CUDA. Or a pandas DataFrame; or a `ParquetRewards`, read in
+        chunks, which brings groups and weights of its own.
     palette: (m,), or (K, m) for K palettes solved side by side, each pass serving all of them.
     groups: (n,) integers, the prompt of each sample: the per-prompt dual mean_x log Z(x, λ) − λ·c, whose policy
         keeps the prompts' distribution (every group counts alike). None: the joint dual, log Z over all samples.

@@ -1,4 +1,5 @@
-"""How far λ and the levels can be trusted on other samples of the same model: standard errors, bootstrap, held-out data."""
+"""How far λ and the levels can be trusted on other samples of the same model: standard errors, bootstrap, held-out
+data."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class StandardErrors:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """lam (B, m) and levels (B, m) of each resample, NaN where the palette was out of its reach; feasible: their share."""
+    """lam (B, m) and levels (B, m) of each resample, NaN where the palette was out of its reach; feasible: their
+    share."""
 
     lam: np.ndarray
     levels: np.ndarray

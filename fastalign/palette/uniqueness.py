@@ -1,4 +1,5 @@
-"""λ where it is not unique: along a combination of rewards that is constant, the dual is flat, and the least λ is taken."""
+"""λ where it is not unique: along a combination of rewards that is constant, the dual is flat, and the least λ is
+taken."""
 
 from __future__ import annotations
 

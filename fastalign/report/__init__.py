@@ -40,8 +40,8 @@ class Value:
 
     score: (realised - predicted) / se; None where se is 0 and they differ. agrees: within 3 standard errors.
     sense: ">=", "<=" or "==": at least, at most or exactly `asked`; "free": nothing is asked.
-    verdict: "met", "within error" (off by no more than 3 SE of what the policy meets), or "short" below and "above" beyond what
-    is asked.
+    verdict: "met", "within error" (off by no more than 3 SE of what the policy meets), or "short" below and "above"
+    beyond what is asked.
     short_by: how far `realised` is on the wrong side of `asked`, else 0. reason: why it is short, "" if met.
     """
 
@@ -129,7 +129,8 @@ class Report:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether every value's realised mean is within 3 standard errors of the prediction; None where there is no telling them."""
+        """Whether every value's realised mean is within 3 standard errors of the prediction; None where there is no
+        telling them."""
         if self.lone:
             return None
         return all(value.agrees for value in self.values)
@@ -151,7 +152,8 @@ class Report:
 
     @property
     def is_draw(self) -> bool:
-        """Whether the texts' mean is an unbiased estimate of the policy's (so not of the best, nor without replacement)."""
+        """Whether the texts' mean is an unbiased estimate of the policy's (so not of the best, nor without
+        replacement)."""
         return self.method != "best" and not (self.method == "gumbel_top_k" and self.draws > 1)
 
     @property
@@ -170,8 +172,9 @@ class Report:
             )
         if self.candidates > 1 and float(np.median(self.ess_per_prompt)) < LOW_ESS:
             notes.append(
-                f"The effective sample size is low, {np.median(self.ess_per_prompt):.1f} of {self.candidates} candidates for half the "
-                "prompts or more: the levels hold for these candidates, and fresh ones would likely come out lower."
+                f"The effective sample size is low, {np.median(self.ess_per_prompt):.1f} of {self.candidates} "
+                "candidates for half the prompts or more: the levels hold for these candidates, and fresh ones would "
+                "likely come out lower."
             )
         return notes
 
@@ -186,11 +189,13 @@ class Report:
             "agrees": self.agrees,
             "notes": self.notes,
             "values": [
-                {**{name: getattr(v, name) for name in names}, "lambda": v.lam, **({"se": None} if self.lone else {})} for v in self.values
+                {**{name: getattr(v, name) for name in names}, "lambda": v.lam,
+                 **({"se": None} if self.lone else {})} for v in self.values
             ],
             "kl": self.kl,
             "ess": self.ess,
-            "ess_per_prompt": {"min": self.ess_per_prompt.min(), "median": np.median(self.ess_per_prompt), "mean": self.ess_per_prompt.mean()},
+            "ess_per_prompt": {"min": self.ess_per_prompt.min(), "median": np.median(self.ess_per_prompt),
+                               "mean": self.ess_per_prompt.mean()},
             "feasible": self.feasible,
             "dual": self.dual,
             "duals": [each.to_json() for each in self.duals],
@@ -203,7 +208,8 @@ class Report:
         })  # fmt: skip
 
     def to_html(self, path: str | Path) -> None:
-        """Write the page, one file that asks for nothing else, whole or not at all. Raises UserError without matplotlib."""
+        """Write the page, one file that asks for nothing else, whole or not at all. Raises UserError without
+        matplotlib."""
         from fastalign.report.html import page
 
         text = page(self)
@@ -229,12 +235,17 @@ class Report:
         asked[[v.sense == "free" for v in self.values]] = np.nan
         m = len(names)
         figures = {
-            "levels": plots.levels(names, before=before, spread=spread, palette=asked, predicted=predicted, realised=realised, se=se),
-            "histograms": plots.histograms(
-                self.rewards.reshape(-1, m), self.realised_rewards.reshape(-1, m), names,
-                weights=self.weights.reshape(-1), palette=asked,
+            "levels": plots.levels(
+                names, before=before, spread=spread, palette=asked, predicted=predicted, realised=realised, se=se
             ),
-        }  # fmt: skip
+            "histograms": plots.histograms(
+                self.rewards.reshape(-1, m),
+                self.realised_rewards.reshape(-1, m),
+                names,
+                weights=self.weights.reshape(-1),
+                palette=asked,
+            ),
+        }
         if m > 2:
             series = {"before": before, "asked for": asked, "predicted": predicted, "realised": realised}
             figures["radar"] = plots.radar(names, series, before=before, spread=spread)
@@ -245,10 +256,17 @@ class Report:
         cloud = tradeoff.cloud(reach)
         pairs = plots.pairs(cloud[0])
         figures["pareto"] = plots.pareto(
-            names, before=before, cloud=cloud, kl=kl, palette=asked, predicted=predicted, realised=realised, se=se,
+            names,
+            before=before,
+            cloud=cloud,
+            kl=kl,
+            palette=asked,
+            predicted=predicted,
+            realised=realised,
+            se=se,
             fronts={pair: tradeoff.front(*pair, kl) for pair in pairs} if kl > 0 else None,
             limits={pair: tradeoff.limit(*pair) for pair in pairs},
-        )  # fmt: skip
+        )
         return figures
 
 
@@ -267,8 +285,8 @@ def build(
 
     values: m names. rewards: (P, N, m), finite, every candidate's. selected: (P, k) integers in 0..N-1, the candidates
     chosen. palette: what `fastalign map` writes: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible", and if
-    known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: anything worth printing; its "method"
-    is how the texts were chosen (default "resample"). seed: of the examples drawn at random.
+    known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: anything worth
+    printing; its "method" is how the texts were chosen (default "resample"). seed: of the examples drawn at random.
 
     Raises UserError, in one line, where shapes do not match, a number is not finite or an index is out of range.
     """
@@ -304,8 +322,10 @@ def build(
         "dual": str(palette.get("dual", "per_prompt")),
         "method": clean(settings.get("method", "resample")),
         "feasible": bool(palette["feasible"]),
-        "prompts": p, "candidates": n, "draws": k,
-    }  # fmt: skip
+        "prompts": p,
+        "candidates": n,
+        "draws": k,
+    }
     nearest = solution["nearest"]
     senses = ["free" if free else sense for free, sense in zip(solution["free"], solution["sense"], strict=True)]
     rows = []
@@ -395,8 +415,16 @@ def _examples(prompts, texts, rewards, selected, lam, seed: int, rose: int = 3, 
     for why, chosen in (("largest rise of λ·R", largest), ("drawn at random", drawn)):
         for i in chosen:
             j = selected[i, 0]
-            examples.append(Example(clean(prompts[i]), clean(texts[i][0]), clean(texts[i][j]),
-                                    rewards[i, 0].tolist(), rewards[i, j].tolist(), why))  # fmt: skip
+            examples.append(
+                Example(
+                    clean(prompts[i]),
+                    clean(texts[i][0]),
+                    clean(texts[i][j]),
+                    rewards[i, 0].tolist(),
+                    rewards[i, j].tolist(),
+                    why,
+                )
+            )
     return examples
 
 
@@ -422,7 +450,8 @@ def _checked(values, rewards, selected, palette, prompts, texts):
     if not np.isfinite(rewards).all():
         prompt, candidate, value = np.argwhere(~np.isfinite(rewards))[0].tolist()
         raise UserError(
-            f"rewards must be finite, got {rewards[prompt, candidate, value]} at prompt {prompt}, candidate {candidate}, value {value}"
+            f"rewards must be finite, got {rewards[prompt, candidate, value]} at prompt {prompt}, candidate "
+            f"{candidate}, value {value}"
         )
     if len(values) != m:
         raise UserError(f"values must name the {m} rewards, got {len(values)}")
@@ -462,7 +491,8 @@ def _checked(values, rewards, selected, palette, prompts, texts):
 
 
 def _wishes(palette: Mapping[str, Any], rewards: np.ndarray) -> dict[str, list]:
-    """What is asked of each value: "palette", its level; "sense", as `palette.solve` has it; "free", whether that asks nothing.
+    """What is asked of each value: "palette", its level; "sense", as `palette.solve` has it; "free", whether that
+    asks nothing.
 
     Of a value without a level (None) nothing is asked: that is one that all candidates have.
     """

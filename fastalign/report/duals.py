@@ -13,9 +13,9 @@ from fastalign._base.units import decimals
 from fastalign.palette.solve import solve
 
 NOTE = (
-    "<p class='note'>Within each prompt, every prompt keeps its weight: that is what a decoder realises. All at once, the "
-    "policy may also choose which prompts come up, which no decoder can: its KL bounds the other's from below, and it "
-    "reaches further. Decoded: what drawing within each prompt by that λ gives.</p>"
+    "<p class='note'>Within each prompt, every prompt keeps its weight: that is what a decoder realises. All at once, "
+    "the policy may also choose which prompts come up, which no decoder can: its KL bounds the other's from below, "
+    "and it reaches further. Decoded: what drawing within each prompt by that λ gives.</p>"
 )
 
 
@@ -24,8 +24,9 @@ class Dual:
     """What one form says of a palette. Where it is not feasible, all but the first four are None.
 
     form: "per_prompt" or "joint". scaling: how much of the way from the mean to the palette can be had, 1 where all of
-    it. samples: how many `ess` is out of. lam, levels (m,): λ and E[R] under the form's own law. decoded (m,): mean over
-    prompts of E[R] where each prompt's candidates are drawn by λ. kl: nats, of which prompts_kl are the prompts' tilt.
+    it. samples: how many `ess` is out of. lam, levels (m,): λ and E[R] under the form's own law. decoded (m,): mean
+    over prompts of E[R] where each prompt's candidates are drawn by λ. kl: nats, of which prompts_kl are the prompts'
+    tilt.
     """
 
     form: str
@@ -63,11 +64,18 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
         moved = float(np.exp(shares) @ (shares + np.log(p))) if form == "joint" else 0.0
         found.append(
             Dual(
-                form, True, 1.0, samples, lam=solution.lam, levels=solution.levels,
-                decoded=np.einsum("pn,pnm->m", weights, rewards) / p, kl=float(solution.kl), prompts_kl=max(0.0, moved),
+                form,
+                True,
+                1.0,
+                samples,
+                lam=solution.lam,
+                levels=solution.levels,
+                decoded=np.einsum("pn,pnm->m", weights, rewards) / p,
+                kl=float(solution.kl),
+                prompts_kl=max(0.0, moved),
                 ess=float(solution.ess),
             )
-        )  # fmt: skip
+        )
     return found[0], found[1]
 
 
@@ -97,7 +105,8 @@ def table(values: Sequence[str], asked: Sequence[str], spread: np.ndarray, duals
             f"<tr class='price'><td colspan='2'>{name}</td><td colspan='2'>{a}</td><td colspan='3'>{b}</td></tr>"
         )
     return (
-        "<div class='scroll'><table class='duals'><thead><tr><th colspan='2'></th><th colspan='2'>Within each prompt</th>"
-        "<th colspan='3'>All at once</th></tr><tr><th>Value</th><th>Asked for</th><th>λ</th><th>Reached</th>"
+        "<div class='scroll'><table class='duals'><thead><tr><th colspan='2'></th><th colspan='2'>Within each "
+        "prompt</th><th colspan='3'>All at once</th></tr><tr><th>Value</th><th>Asked "
+        "for</th><th>λ</th><th>Reached</th>"
         f"<th>λ</th><th>Reached</th><th>Decoded</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

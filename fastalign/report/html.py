@@ -12,14 +12,16 @@ from fastalign.report.page import document, figure_of, svg_of
 
 _VERDICTS = {"met": "met", "within error": "met within error", "short": "short", "above": "above"}
 _CAPTIONS = {
-    "levels": "Each value's mean, in units that compare across values. The bar reaches from the candidates' mean to the dual's prediction.",
+    "levels": "Each value's mean, in units that compare across values. The bar reaches from the candidates' mean to "
+    "the dual's prediction.",
     "histograms": "All candidates, and the same candidates under the policy p<sub>λ</sub>. {draws}",
     "radar": "The same four levels around a ring. Outward is more; the ring marked 0 is the candidates' mean.",
-    "pareto": "What reweighting these candidates can reach, two values at a time. Dots are policies of random λ, the stronger ones with "
-              "no more KL than this one; the line is the most that two values alone can reach at this policy's KL. "
-              "With more than two values the policy spends part of its KL on the others, and lies inside.",
+    "pareto": "What reweighting these candidates can reach, two values at a time. Dots are policies of random λ, the "
+    "stronger ones with no more KL than this one; the line is the most that two values alone can reach at "
+    "this policy's KL. With more than two values the policy spends part of its KL on the others, and lies "
+    "inside.",
     "pareto_one": "How far the value can be raised at which distance from the model.",
-}  # fmt: skip
+}
 
 
 def page(report: Report) -> str:
@@ -33,8 +35,10 @@ def page(report: Report) -> str:
         else f"Text aligned with a level of {report.values[0].name}"
     )
     source = f" from <b>{escape(clean(str(model)))}</b>" if model else ""
-    sub = (f"{counted(report.prompts, 'prompt')} × {counted(report.candidates, 'candidate')}{source}, {report.draws:,} chosen for each prompt"
-           f" ({escape(report.method)})")  # fmt: skip
+    sub = (
+        f"{counted(report.prompts, 'prompt')} × {counted(report.candidates, 'candidate')}{source}, {report.draws:,} "
+        f"chosen for each prompt ({escape(report.method)})"
+    )
     body = [
         f"<h1>{escape(title)}</h1><p class='sub'>{sub}</p>",
         f"<p class='headline{'' if report.agrees else ' off'}'>{escape(report.headline)}</p>",
@@ -52,7 +56,8 @@ def page(report: Report) -> str:
         "<h2>Trade-offs</h2>",
         figure_of("pareto", figures, _CAPTIONS["pareto" if m > 1 else "pareto_one"]),
         "<h2>Texts before and after</h2>",
-        "<p class='sub'>Before is each prompt's first candidate, which is a plain draw from the model; after is the first text chosen.</p>",
+        "<p class='sub'>Before is each prompt's first candidate, which is a plain draw from the model; after is the "
+        "first text chosen.</p>",
         *(_pair(example, report.values) for example in report.examples),
         "<h2>Settings and method</h2>",
         _settings(report),
@@ -63,13 +68,22 @@ def page(report: Report) -> str:
 def _table(report: Report) -> str:
     head = "".join(
         f"<th><span class='key' style='--c:var(--{colour})'>{label}</span></th>" if colour else f"<th>{label}</th>"
-        for label, colour in (("Value", ""), ("λ", ""), ("Before", "before"), ("Asked for", "asked"), ("Predicted", "predicted"),
-                              ("Realised ± SE", "realised"), ("All reweighted", ""), ("Verdict", ""))
-    )  # fmt: skip
+        for label, colour in (
+            ("Value", ""),
+            ("λ", ""),
+            ("Before", "before"),
+            ("Asked for", "asked"),
+            ("Predicted", "predicted"),
+            ("Realised ± SE", "realised"),
+            ("All reweighted", ""),
+            ("Verdict", ""),
+        )
+    )
     rows = "".join(
         f"<tr><td>{escape(v.name)}</td><td>{v.lam:.3g}</td><td>{v.show(v.before)}</td><td>{escape(v.wish)}</td>"
-        f"<td>{v.show(v.predicted)}</td><td class='realised'>{v.show(v.realised)} <span class='se'>{v.show_error(report)}</span></td>"
-        f"<td>{v.show(v.rao_blackwell)}</td><td><span class='verdict {v.verdict.split()[0]}'>{_VERDICTS[v.verdict]}</span></td></tr>"
+        f"<td>{v.show(v.predicted)}</td><td class='realised'>{v.show(v.realised)} <span "
+        f"class='se'>{v.show_error(report)}</span></td><td>{v.show(v.rao_blackwell)}</td><td><span class='verdict "
+        f"{v.verdict.split()[0]}'>{_VERDICTS[v.verdict]}</span></td></tr>"
         for v in report.values
     )
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -85,12 +99,17 @@ def _reasons(report: Report) -> str:
 def _facts(report: Report) -> str:
     per = report.ess_per_prompt
     facts = [
-        (f"{report.kl:.3f} nats", "KL to the model, per prompt" if report.dual != "joint" else "KL to the model, joint"),
-        (f"{report.ess:,.1f} of {report.candidates * (report.prompts if report.dual == 'joint' else 1):,}",
-         "effective sample size, mean" if report.dual != "joint" else "effective sample size, joint"),
+        (
+            f"{report.kl:.3f} nats",
+            "KL to the model, per prompt" if report.dual != "joint" else "KL to the model, joint",
+        ),
+        (
+            f"{report.ess:,.1f} of {report.candidates * (report.prompts if report.dual == 'joint' else 1):,}",
+            "effective sample size, mean" if report.dual != "joint" else "effective sample size, joint",
+        ),
         (f"{_median(per):,.1f} / {per.min():,.1f}", "median / minimum by prompt"),
         ("feasible" if report.feasible else "infeasible", "palette, for these candidates"),
-    ]  # fmt: skip
+    ]
     return "<div class='facts'>" + "".join(f"<div><b>{value}</b>{label}</div>" for value, label in facts) + "</div>"
 
 
@@ -112,11 +131,15 @@ def _pair(example: Example, values: list[Value]) -> str:
     def side(kind: str, text: str, rewards: list[float]) -> str:
         scores = "".join(f"<span>{escape(v.name)} {v.show(r)}</span>" for v, r in zip(values, rewards, strict=True))
         shown = escape(text) if text else "<i>(empty)</i>"
-        return f"<div class='text {kind}'><div class='label'>{kind}</div><p>{shown}</p><div class='scores'>{scores}</div></div>"
+        return (
+            f"<div class='text {kind}'><div class='label'>{kind}</div><p>{shown}</p>"
+            f"<div class='scores'>{scores}</div></div>"
+        )
 
     return (
-        f"<div class='pair'><h3>{escape(example.prompt)}<span class='why'>{escape(example.why)}</span></h3><div class='two'>"
-        f"{side('before', example.before, example.rewards_before)}{side('after', example.after, example.rewards_after)}</div></div>"
+        f"<div class='pair'><h3>{escape(example.prompt)}<span class='why'>{escape(example.why)}</span></h3>"
+        f"<div class='two'>{side('before', example.before, example.rewards_before)}"
+        f"{side('after', example.after, example.rewards_after)}</div></div>"
     )
 
 
@@ -124,11 +147,11 @@ def _settings(report: Report) -> str:
     rows = [(name, value) for name, value in flat(report.settings)]
     cells = "".join(f"<tr><td>{escape(clean(name))}</td><td>{escape(clean(value))}</td></tr>" for name, value in rows)
     method = (
-        "<p class='note'>λ ≥ 0 minimises the dual of least KL to the model subject to the palette (MAP, arXiv 2410.19198). "
-        "Predicted: the levels of p<sub>λ</sub> by the dual. Realised: the mean over the texts chosen. "
-        "All reweighted: the mean of all candidates under the weights, which the realised mean is an estimate of. "
-        "SE: the standard error of the realised mean given the candidates, √(Σ<sub>x</sub> Var<sub>λ,x</sub> / k) / P; "
-        "it does not include that other candidates or prompts would have come out differently.</p>"
+        "<p class='note'>λ ≥ 0 minimises the dual of least KL to the model subject to the palette (MAP, arXiv "
+        "2410.19198). Predicted: the levels of p<sub>λ</sub> by the dual. Realised: the mean over the texts chosen. "
+        "All reweighted: the mean of all candidates under the weights, which the realised mean is an estimate of. SE: "
+        "the standard error of the realised mean given the candidates, √(Σ<sub>x</sub> Var<sub>λ,x</sub> / k) / P; it "
+        "does not include that other candidates or prompts would have come out differently.</p>"
     )
     return (f"<table class='settings'><tbody>{cells}</tbody></table>" if rows else "") + method
 

@@ -15,21 +15,25 @@ if TYPE_CHECKING:
     from fastalign.report.study import Study
 
 _TITLES = {
-    "front": "Fronts, two values at a time", "front3d": "The front of three values", "region": "Which λ are desirable",
-    "radar": "The palettes at a glance", "path": "The way to {palette}", "histograms": "Distributions before and under {palette}",
+    "front": "Fronts, two values at a time",
+    "front3d": "The front of three values",
+    "region": "Which λ are desirable",
+    "radar": "The palettes at a glance",
+    "path": "The way to {palette}",
+    "histograms": "Distributions before and under {palette}",
     "ess": "What it costs in samples",
-}  # fmt: skip
+}
 _CAPTIONS = {
     "front": "Lines are exact: no policy within that KL of the model reaches beyond; λ is on these two values alone. "
-             "{best}Linear scalarisation is RLHF's answer p<sub>0</sub> exp(w·R / β) for evenly spaced weights w at one β: the "
-             "same policies, at KLs that the weights decide. Green dots leave none of the values below the model's mean.",
+    "{best}Linear scalarisation is RLHF's answer p<sub>0</sub> exp(w·R / β) for evenly spaced weights w at one β: the "
+    "same policies, at KLs that the weights decide. Green dots leave none of the values below the model's mean.",
     "front3d": "All that is reachable at KL {kl:.2f} in the first three values lies under this surface.",
     "region": "λ drawn evenly over all λ ≥ 0 with Σ λ·σ ≤ {l1:g}, seen two values at a time.",
     "radar": "The levels that each palette's policy reaches; of one that is out of reach, the end of the way to it.",
     "path": "The λ, and its price, of each palette on the straight way from the model's mean.",
     "histograms": "All candidates, and the same candidates under the policy at the end of the way.",
     "ess": "An effective sample size below {trusted:g} means that the levels there are those of a few texts.",
-}  # fmt: skip
+}
 
 
 def page(study: Study, figures: Mapping[str, Any]) -> str:
@@ -39,7 +43,13 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
     best = (
         "Best of N by w·R moves no further than the front at its KL bound, log N − (N−1)/N. " if study.best_of else ""
     )
-    facts = {"palette": f"the palette {palette}", "best": best, "kl": max(study.fronts), "l1": study.l1_max, "trusted": TRUSTED_ESS}  # fmt: skip
+    facts = {
+        "palette": f"the palette {palette}",
+        "best": best,
+        "kl": max(study.fronts),
+        "l1": study.l1_max,
+        "trusted": TRUSTED_ESS,
+    }
     title = f"What these candidates allow: {', '.join(study.values)}"
     how = "all at once, prompts tilted too" if study.joint else "within each prompt"
     body = [
@@ -52,7 +62,10 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
     ]
     for name, figure in figures.items():
         fill = {key: escape(x) if isinstance(x, str) and key == "palette" else x for key, x in facts.items()}
-        body += [f"<h2>{_TITLES[name].format(**fill)}</h2>", figure_of(name, {name: svg_of(figure, name)}, _CAPTIONS[name].format(**fill))]  # fmt: skip
+        body += [
+            f"<h2>{_TITLES[name].format(**fill)}</h2>",
+            figure_of(name, {name: svg_of(figure, name)}, _CAPTIONS[name].format(**fill)),
+        ]
     return document(title, body, study.to_json())
 
 
@@ -62,11 +75,15 @@ def _palettes(study: Study) -> str:
     rows = []
     for name, way in study.palettes.items():
         end = way.policies
-        verdict = "<span class='verdict met'>in reach</span>" if way.limit >= 1 else f"<span class='verdict short'>up to {way.limit:.0%} of the way</span>"  # fmt: skip
+        verdict = (
+            "<span class='verdict met'>in reach</span>"
+            if way.limit >= 1
+            else f"<span class='verdict short'>up to {way.limit:.0%} of the way</span>"
+        )
         lam = ", ".join("0" if x == 0 else f"{x:.3g}" for x in end.lam[-1])
         rows.append(
-            f"<tr><td>{escape(name)}</td><td>{verdict}</td><td>{lam}</td><td>{end.kl[-1]:.2f}</td><td>{end.ess[-1]:,.1f}</td>"
-            f"<td>{words(*worth(study.rewards, end.lam[-1]).needed())}</td></tr>"
+            f"<tr><td>{escape(name)}</td><td>{verdict}</td><td>{lam}</td><td>{end.kl[-1]:.2f}</td>"
+            f"<td>{end.ess[-1]:,.1f}</td><td>{words(*worth(study.rewards, end.lam[-1]).needed())}</td></tr>"
         )
     head = "".join(
         f"<th>{x}</th>" for x in ("Palette", "Verdict", "λ", "KL, nats", "ESS", f"N for ESS {TRUSTED_ESS:g}")
@@ -91,8 +108,9 @@ def _volumes(study: Study) -> str:
         for name, points, volume in study.hypervolumes()
     )
     note = (
-        "<p class='note'>Hypervolume above the lowest level of each value in any of these sets, in units of the values' standard "
-        f"deviations, of points for the same {len(study.directions)} weights w; more weights would fill each front's up a "
-        "little.</p>"
+        "<p class='note'>Hypervolume above the lowest level of each value in any of these sets, in units of the "
+        f"values' standard deviations, of points for the same {len(study.directions)} weights w; more weights would "
+        "fill each front's up a little.</p>"
     )
-    return f"<div class='scroll'><table><thead><tr><th>Points</th><th>Number</th><th>Volume</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>{note}"
+    head = "<th>Points</th><th>Number</th><th>Volume</th><th></th>"
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}"

@@ -33,10 +33,10 @@ class Head:
     """One value's row.
 
     pairs: how many speak of it. accuracy: the share whose better text scores higher, ties by half; low, high its 95 %
-    interval by Wilson with as many trials as there are prompts, whose pairs may stand or fall together. margin: the mean of better less worse. calibration_error: the expected calibration
-    error of sigmoid(margin) (arXiv 1706.04599, eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of
-    the confidence max(p, 1 - p) in [0.5, 1]. log_loss: the mean of -log sigmoid(margin), nats. All of them 0 where
-    there are no pairs.
+    interval by Wilson with as many trials as there are prompts, whose pairs may stand or fall together. margin: the
+    mean of better less worse. calibration_error: the expected calibration error of sigmoid(margin) (arXiv 1706.04599,
+    eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of the confidence max(p, 1 - p) in [0.5, 1].
+    log_loss: the mean of -log sigmoid(margin), nats. All of them 0 where there are no pairs.
     """
 
     name: str
@@ -74,7 +74,8 @@ class RewardReport:
         return {"scores": _scores(self.heads), "reliability": _reliability(self.heads)}
 
     def write(self, path: str | Path) -> None:
-        """Write the page, one self-contained .html, or the two figures as one .png or .svg each (<stem>-<name>.<suffix>)."""
+        """Write the page, one self-contained .html, or the two figures as one .png or .svg each
+        (<stem>-<name>.<suffix>)."""
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".html":
@@ -111,8 +112,8 @@ class RewardReport:
         )
         title = "Reward model on held-out pairs"
         sure = (
-            "On the line a text that the model prefers with probability p is the better one in a share p of the pairs. Below it the "
-            "model is too sure. Circles grow with the number of pairs."
+            "On the line a text that the model prefers with probability p is the better one in a share p of the "
+            "pairs. Below it the model is too sure. Circles grow with the number of pairs."
         )
         body = [
             f"<h1>{title}</h1>",
@@ -139,7 +140,8 @@ def build(
     """Measure a reward model of m heads on n pairs.
 
     chosen, rejected: (n, m) scores of the two texts. preference: (n, m), above 0 where chosen is the better one in
-    that value, below 0 where rejected is, 0 where the pair does not say; None: chosen, always. prompts: n, each pair's; None:
+    that value, below 0 where rejected is, 0 where the pair does not say; None: chosen, always. prompts: n, each
+    pair's; None:
     every pair has its own.
     Raises UserError for shapes that do not match and scores that are not finite.
     """
@@ -204,7 +206,8 @@ def _measure(name: str, better: np.ndarray, worse: np.ndarray, prompts: int) -> 
 
 def _bins_table(head: Head) -> str:
     rows = "".join(
-        f"<tr><td>{r.low:.2f}–{r.high:.2f}</td><td>{r.count:,}</td><td>{r.confidence:.3f}</td><td>{r.accuracy:.3f}</td></tr>"
+        f"<tr><td>{r.low:.2f}–{r.high:.2f}</td><td>{r.count:,}</td><td>{r.confidence:.3f}</td>"
+        f"<td>{r.accuracy:.3f}</td></tr>"
         for r in head.reliability
     )
     names = (escape(head.name), "Pairs", "Confidence", "Accuracy")

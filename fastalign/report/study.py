@@ -1,4 +1,5 @@
-"""What one set of scored candidates allows: fronts, random λ, ways to palettes, and other ways of aligning beside them."""
+"""What one set of scored candidates allows: fronts, random λ, ways to palettes, and other ways of aligning beside
+them."""
 
 from __future__ import annotations
 
@@ -83,17 +84,22 @@ class Study:
             "soup_names": self.soup_names,
             "palettes": [
                 {
-                    "name": name, "palette": way.palette.tolist(),
-                    "reachable": way.limit, "t": way.t.tolist(), **_lists(way.policies),
+                    "name": name,
+                    "palette": way.palette.tolist(),
+                    "reachable": way.limit,
+                    "t": way.t.tolist(),
+                    **_lists(way.policies),
                     "duals": [each.to_json() for each in self.duals.get(name, ())],
                 }
                 for name, way in self.palettes.items()
             ],
             "region": {
-                "l1_max": self.l1_max, "desirable": self.region.desirable.tolist(), **_lists(self.region.policies),
+                "l1_max": self.l1_max,
+                "desirable": self.region.desirable.tolist(),
+                **_lists(self.region.policies),
             },
             "hypervolumes": [{"of": name, "points": n, "volume": v} for name, n, v in self.hypervolumes()],
-        }  # fmt: skip
+        }
 
     def figures(self, pairs: Sequence[tuple[int, int]] | None = None) -> dict[str, Any]:
         """matplotlib figures by name: front, front3d (from three values on), region, ess, path, radar, histograms.
@@ -109,10 +115,15 @@ class Study:
         if m > 1:
             shown = plots.pairs(cloud.levels) if pairs is None else list(pairs)
             found["front"] = plots.fronts(
-                self.values, {pair: self._pair(*pair) for pair in shown}, before=self.before, cloud=cloud.levels,
-                desirable=self.region.desirable, palettes=asked, soups=self.soups,
+                self.values,
+                {pair: self._pair(*pair) for pair in shown},
+                before=self.before,
+                cloud=cloud.levels,
+                desirable=self.region.desirable,
+                palettes=asked,
+                soups=self.soups,
                 soup_names=self.soup_names,
-            )  # fmt: skip
+            )
         if m > 2:
             found["front3d"] = self._in_three(plots, asked)
             series = {name: end.levels for name, end in ends.items()}
@@ -122,14 +133,23 @@ class Study:
                 )
         if m > 1:
             found["region"] = plots.region(
-                self.values, cloud.lam * unit, self.region.desirable, shown=shown,
+                self.values,
+                cloud.lam * unit,
+                self.region.desirable,
+                shown=shown,
                 chosen={name: end.lam * unit for name, end in ends.items()},
-            )  # fmt: skip
+            )
         found["ess"] = plots.samples_left(
-            cloud.kl, cloud.ess, self.region.desirable, samples=self.samples, trusted=TRUSTED_ESS,
+            cloud.kl,
+            cloud.ess,
+            self.region.desirable,
+            samples=self.samples,
+            trusted=TRUSTED_ESS,
             fronts={kl: (x.kl, x.ess) for kl, x in self.fronts.items()},
-            chosen=tuple(np.array([getattr(end, name) for end in ends.values()]) for name in ("kl", "ess")) if ends else None,
-        )  # fmt: skip
+            chosen=tuple(np.array([getattr(end, name) for end in ends.values()]) for name in ("kl", "ess"))
+            if ends
+            else None,
+        )
         if self.palettes:
             found |= palette_figures(self.values, self.rewards, list(self.palettes.values())[-1], joint=self.joint)
         return found
@@ -163,23 +183,34 @@ class Study:
             else {},
         )
         return plots.front_in_three(
-            self.values[:3], lattice[:, columns], shown, before=self.before[columns],
+            self.values[:3],
+            lattice[:, columns],
+            shown,
+            before=self.before[columns],
             palettes=None if asked is None else asked[:, columns],
-            soups=None if self.soups is None else self.soups[:, columns], soup_names=self.soup_names,
-        )  # fmt: skip
+            soups=None if self.soups is None else self.soups[:, columns],
+            soup_names=self.soup_names,
+        )
 
 
 def study(
-    values: Sequence[str], rewards: np.ndarray, *, palettes: Mapping[str, np.ndarray] | None = None,
-    soups: np.ndarray | None = None, soup_names: Sequence[str] | None = None, joint: bool = False, n_lambda: int = 1000,
-    l1_max: float = L1_MAX, seed: int = 0,
-) -> Study:  # fmt: skip
+    values: Sequence[str],
+    rewards: np.ndarray,
+    *,
+    palettes: Mapping[str, np.ndarray] | None = None,
+    soups: np.ndarray | None = None,
+    soup_names: Sequence[str] | None = None,
+    joint: bool = False,
+    n_lambda: int = 1000,
+    l1_max: float = L1_MAX,
+    seed: int = 0,
+) -> Study:
     """Fronts at the KL of best-of-N for a few N, random λ, and the ways to `palettes`, over the same candidates.
 
     values: m names. rewards: (P, N, m), finite. palettes: levels (m,) by name, reached as at least. soups: (S, m),
-    levels that other models reach, such as merged ones; soup_names: S, default their numbers. joint: over all candidates
-    at once, which also tilts the prompts. n_lambda, l1_max, seed: of the random λ, see `palette.feasible_region`.
-    Raises UserError where shapes do not match or a number is not finite.
+    levels that other models reach, such as merged ones; soup_names: S, default their numbers. joint: over all
+    candidates at once, which also tilts the prompts. n_lambda, l1_max, seed: of the random λ, see
+    `palette.feasible_region`. Raises UserError where shapes do not match or a number is not finite.
     """
     rewards = np.asarray(rewards)
     if rewards.ndim != 3:
@@ -212,8 +243,9 @@ def study(
     groups = groups_of(rewards, joint)
     rows = flat(rewards)
     return Study(
-        values=list(values), rewards=rewards, joint=joint, before=tilts.mean, spread=np.where(tilts.constant, 0.0, tilts.scale),
-        ks=ks, directions=directions, fronts={kl: front_of(tilts, kl, directions) for kl in budgets}, limit=limit,
+        values=list(values), rewards=rewards, joint=joint, before=tilts.mean,
+        spread=np.where(tilts.constant, 0.0, tilts.scale), ks=ks, directions=directions,
+        fronts={kl: front_of(tilts, kl, directions) for kl in budgets}, limit=limit,
         region=region_of(tilts, n_lambda, l1_max, seed), l1_max=l1_max, beta=beta,
         scalarised=tilts.at(_simplex(directions) / beta / tilts.scale),
         best_of=_best_of(rewards, directions / tilts.scale, ks) if several else {},
@@ -234,13 +266,18 @@ def palette_figures(values: Sequence[str], rewards: np.ndarray, way: Way, *, joi
     samples = rewards.shape[0] * rewards.shape[1] if joint else rewards.shape[1]
     return {
         "path": plots.path(
-            values, way.t, way.policies.lam * tilts.scale, way.policies.kl, way.policies.ess, limit=way.limit, samples=samples
+            values,
+            way.t,
+            way.policies.lam * tilts.scale,
+            way.policies.kl,
+            way.policies.ess,
+            limit=way.limit,
+            samples=samples,
         ),
         "histograms": plots.histograms(
-            rewards.reshape(-1, len(values)), None, values, weights=weights.ravel(),
-            palette=way.palette,
+            rewards.reshape(-1, len(values)), None, values, weights=weights.ravel(), palette=way.palette
         ),
-    }  # fmt: skip
+    }
 
 
 def _tilts(rewards: np.ndarray, joint: bool) -> Tilts:

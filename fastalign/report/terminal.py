@@ -40,9 +40,12 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     of = report.candidates * report.prompts if report.dual == "joint" else report.candidates
     ess = report.ess_per_prompt
     console.print(
-        Text(f"KL {report.kl:.3f} nats; effective sample size {report.ess:,.1f} of {of:,}, "
-             f"over prompts median {np.median(ess):,.1f}, least {ess.min():,.1f}"), width=width,
-    )  # fmt: skip
+        Text(
+            f"KL {report.kl:.3f} nats; effective sample size {report.ess:,.1f} of {of:,}, "
+            f"over prompts median {np.median(ess):,.1f}, least {ess.min():,.1f}"
+        ),
+        width=width,
+    )
     for v in report.values:
         if v.reason:
             console.print(Text(f"{v.name} {v.missed}: {v.reason}.", "yellow"), width=width)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 TextForm = str | Callable[[str, str], str | tuple[str, str]]
-# The entry of a model's configuration where RewardTrainer notes how its texts were made: {"text": a form, "values": [...]}.
+# The entry of a model's configuration where RewardTrainer notes how its texts were made: {"text": a form, "values":
+# [...]}.
 NOTE = "fastalign_reward"
 _FORMS = ("auto", "response", "pair", "chat", "plain")
 
@@ -100,7 +101,8 @@ def from_heads(
     """One reward per output of a reward model of m heads; `rewards.score(from_heads(model), ...)` gives (n, m).
 
     names: of the rewards, one per output; by default the values that `train.RewardTrainer` noted in the model's
-    configuration (its `id2label`). Other arguments as in `from_pairwise`. The heads share the model and what it computes:
+    configuration (its `id2label`). Other arguments as in `from_pairwise`. The heads share the model and what it
+    computes:
     a text that one head has read is known to the others, as far as `cache_size` reaches.
     """
     model, tokenizer = _open(model, tokenizer)

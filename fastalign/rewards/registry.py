@@ -55,8 +55,8 @@ def register(
 
     Function and factory are told apart by their signature, and nothing is called here: a function has two positional
     parameters without a default, a factory none.
-    Raises UserError where the name is taken and `replace` is False, for one that could not stand on the command line, and for
-    a callable that is neither.
+    Raises UserError where the name is taken and `replace` is False, for one that could not stand on the command line,
+    and for a callable that is neither.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "rest":
         rule = "name must be a word without blanks, commas, brackets and = < > : \" ', and not 'rest'"
@@ -161,7 +161,8 @@ def _current(name: str) -> str:
     if name not in _OLD_NAMES:
         return name
     warnings.warn(
-        f"the reward {name!r} is now named {_OLD_NAMES[name]!r}, which is what it returns, per token; the old name still works",
+        f"the reward {name!r} is now named {_OLD_NAMES[name]!r}, which is what it returns, per token; the old name "
+        "still works",
         FutureWarning,
         stacklevel=3,
     )
@@ -177,8 +178,8 @@ def score(
 ) -> np.ndarray:
     """Scores of n (prompt, response) pairs by m rewards, given by name or as objects: float32 (n, m).
 
-    prompts: strings, or conversations (lists of messages). Language models and classifiers that read chats are given all
-    of a conversation; other rewards the text of its last user turn.
+    prompts: strings, or conversations (lists of messages). Language models and classifiers that read chats are given
+    all of a conversation; other rewards the text of its last user turn.
 
     Raises UserError or TypeError, in one line, for an unknown name, a missing package, texts of unequal number, a
     result of the wrong shape, and for a score that is NaN or infinite (with the reward and the index of the pair).

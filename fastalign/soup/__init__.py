@@ -23,7 +23,16 @@ __all__ = [
 ]  # fmt: skip
 
 # Merges of files do without torch; what works on tensors in memory is imported with it, when it is asked for.
-__getattr__, __dir__ = lazy(__name__, {
-    "SoupFront": "front", "choose": "front", "walk": "measure", "merge_adapters": "lora.mix", "extract_adapter": "lora.extract",
-    "apply_adapters": "lora.apply", "interpolate": "memory", "mix": "memory",
-})  # fmt: skip
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "SoupFront": "front",
+        "choose": "front",
+        "walk": "measure",
+        "merge_adapters": "lora.mix",
+        "extract_adapter": "lora.extract",
+        "apply_adapters": "lora.apply",
+        "interpolate": "memory",
+        "mix": "memory",
+    },
+)

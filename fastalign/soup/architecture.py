@@ -101,8 +101,9 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens
     for one in models:
         if (one.folder is not None and is_adapter(one.folder)) or any(".lora_A." in name for name in one):
             raise UserError(
-                f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters alone, which "
-                "are mixed exactly (soup.merge_adapters), or merge it into its base first (soup.apply_adapters)"
+                f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters "
+                "alone, which are mixed exactly (soup.merge_adapters), or merge it into its base first "
+                "(soup.apply_adapters)"
             )
     configs = [config_of(one) for one in models]
     for one, config in zip(models, configs, strict=True):

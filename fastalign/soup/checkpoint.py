@@ -44,9 +44,17 @@ SIZES = {
 }  # fmt: skip
 _NAMES = {word: name for name, word in WORDS.items()}
 _SHORT = {
-    "fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16",
-    "half": "float16", "e4m3": "float8_e4m3fn", "fp8": "float8_e4m3fn", "e5m2": "float8_e5m2",
-}  # fmt: skip
+    "fp64": "float64",
+    "double": "float64",
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "e4m3": "float8_e4m3fn",
+    "fp8": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+}
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str:
@@ -260,7 +268,8 @@ def _tensor(name: str, entry: Any, begin: int, room: int, bad: Callable[[str], U
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (isinstance(dtype, str) and dtype in SIZES):
         raise bad(
-            f"tensor {_short(name)!r} has dtype {reprlib.repr(dtype)}, must be one of {', '.join(SIZES)} to be read here"
+            f"tensor {_short(name)!r} has dtype {reprlib.repr(dtype)}, must be one of {', '.join(SIZES)} to be read "
+            "here"
         )
     if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(_is_count(x) for x in shape)):
         raise bad(f"tensor {_short(name)!r} has shape {reprlib.repr(shape)}, must be at most {MAX_DIMENSIONS} counts")

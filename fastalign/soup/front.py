@@ -43,7 +43,8 @@ class SoupFront:
     def write(self, path: str | Path) -> None:
         write_json(path, {
             "kind": "soup_front", "version": 1, "values": self.values, "models": self.models, "rho": self.rho.tolist(),
-            "levels": self.levels.tolist(), "stderr": [[None if np.isnan(x) else x for x in row] for row in self.stderr.tolist()],
+            "levels": self.levels.tolist(),
+            "stderr": [[None if np.isnan(x) else x for x in row] for row in self.stderr.tolist()],
             "spread": self.std.tolist(), "prompts": self.means.shape[1], "candidates": self.candidates,
             "means": self.means.tolist(), "chosen": self.chosen,
         })  # fmt: skip
@@ -55,9 +56,14 @@ class SoupFront:
         try:
             means, rho = np.array(record["means"], dtype=np.float64), np.array(record["rho"], dtype=np.float64)
             made = cls(
-                list(record["values"]), list(record["models"]), rho, means, np.array(record["spread"], dtype=np.float64),
-                int(record["candidates"]), record["chosen"],
-            )  # fmt: skip
+                list(record["values"]),
+                list(record["models"]),
+                rho,
+                means,
+                np.array(record["spread"], dtype=np.float64),
+                int(record["candidates"]),
+                record["chosen"],
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a whole soup_front file ({error})") from None
         if means.shape != (len(rho), means.shape[1], len(made.values)) or rho.shape[1] != len(made.models):
@@ -136,10 +142,12 @@ def _best_within(corners: np.ndarray) -> tuple[float, np.ndarray]:
     count, d = corners.shape
     solved = linprog(
         np.r_[np.zeros(count), -1.0],
-        A_ub=np.c_[-corners.T, np.ones(d)], b_ub=np.zeros(d),
-        A_eq=np.r_[np.ones(count), 0.0][None], b_eq=[1.0],
+        A_ub=np.c_[-corners.T, np.ones(d)],
+        b_ub=np.zeros(d),
+        A_eq=np.r_[np.ones(count), 0.0][None],
+        b_eq=[1.0],
         bounds=[(0, None)] * count + [(None, None)],
-    )  # fmt: skip
+    )
     if not solved.success:  # rounding alone can do that: the best corner stands
         k = int(corners.min(axis=1).argmax())
         return float(corners[k].min()), np.eye(count)[k]

@@ -146,8 +146,8 @@ def walk(
     Raises UserError or FileNotFoundError, one line each.
     """
     job = Walk(
-        models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype, device=device,
-        progress=progress, **sampling,
+        models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype,
+        device=device, progress=progress, **sampling,
     )  # fmt: skip
     with making(out, [*models, base], job.job, overwrite=overwrite) as files:
         return job.into(files)
@@ -157,9 +157,18 @@ class Walk:
     """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
 
     def __init__(
-        self, models: Sequence[str | os.PathLike], rho: ArrayLike, prompts: Sequence[str], rewards: Sequence[Any], *, base, dtype: Any = "auto",
-        device: Any = "auto", progress: bool = True, **sampling: Any,
-    ):  # fmt: skip
+        self,
+        models: Sequence[str | os.PathLike],
+        rho: ArrayLike,
+        prompts: Sequence[str],
+        rewards: Sequence[Any],
+        *,
+        base,
+        dtype: Any = "auto",
+        device: Any = "auto",
+        progress: bool = True,
+        **sampling: Any,
+    ):
         self._models, self._base, self._prompts = models, base, prompts
         self._rows = weight_rows(rho, len(models))
         self._rewards = [rewards] if isinstance(rewards, str) else list(rewards)

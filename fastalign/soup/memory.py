@@ -102,9 +102,15 @@ def interpolate(
 
 
 def _look(
-    seen: NotFinite, name: str, labels: Sequence[str], inputs: Sequence[Tensor], outs: Sequence[Tensor],
-    rows: Sequence[Sequence[float]], *, several: bool = False,
-) -> None:  # fmt: skip
+    seen: NotFinite,
+    name: str,
+    labels: Sequence[str],
+    inputs: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    rows: Sequence[Sequence[float]],
+    *,
+    several: bool = False,
+) -> None:
     """Counts what is not finite, of the outputs where all inputs are. labels: the models' names.
 
     Only the outputs are read where these are finite: 0 times NaN is NaN, too.

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 RECORD = "soup.json"  # in the output: what was made of what
 _BATCH = 64_000_000  # bytes moved between two steps of the progress bar
-# A merge that writes more leaves no pages behind in the cache: new memory for all of them can take longer than the disk.
+# A merge that writes more leaves no pages behind in the cache: new memory for all of them can take longer than the
+# disk.
 _KEPT = 1 << 30
 
 

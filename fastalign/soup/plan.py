@@ -111,8 +111,9 @@ class Plan:
         tensors = sum(len(shard.tensors) for shard in self.layout)
         count = counted(len(self.weights), "model")
         lines.append(
-            f"{self.out}: {count} by {self.recipe['method']}, {counted(tensors, 'tensor')}, {counted(len(self.layout), 'file')} each, "
-            f"reads {size(self.read_bytes)}, writes {size(self.written_bytes)}"
+            f"{self.out}: {count} by {self.recipe['method']}, {counted(tensors, 'tensor')}, "
+            f"{counted(len(self.layout), 'file')} each, reads {size(self.read_bytes)}, writes "
+            f"{size(self.written_bytes)}"
         )
         return [*lines, *self.notes]
 
@@ -157,9 +158,13 @@ def make(
     opened = tuple(open_model(model) for model in models)
     inputs = opened if base is None else (open_model(base), *opened)
     sidecar, vocabulary = sidecar_of(
-        opened, None if base is None else inputs[0], companion=companion, tokenizer=tokenizer, multiple=pad_to_multiple_of,
+        opened,
+        None if base is None else inputs[0],
+        companion=companion,
+        tokenizer=tokenizer,
+        multiple=pad_to_multiple_of,
         chat_template=chat_template,
-    )  # fmt: skip
+    )
     names = same_model((*opened, *inputs[: len(inputs) - len(opened)]), force=force, tokens=tokenizer is None)
     sources, first, embeddings = inputs, opened[0], None
     if vocabulary is not None:
@@ -180,9 +185,15 @@ def make(
         "parameters": to_json(values),
     }
     key = key_of(
-        [file for one in sources for file in one.files], sidecar, recipe=recipe, weights=rows.to_json(), single=rows.single,
-        shard=shard_size, along=[sidecar.changes, sidecar.template, sidecar.tokens], rows=embeddings and embeddings.key,
-    )  # fmt: skip
+        [file for one in sources for file in one.files],
+        sidecar,
+        recipe=recipe,
+        weights=rows.to_json(),
+        single=rows.single,
+        shard=shard_size,
+        along=[sidecar.changes, sidecar.template, sidecar.tokens],
+        rows=embeddings and embeddings.key,
+    )
     notes = (vocabulary.note,) if vocabulary and vocabulary.note else ()
     return Plan(
         opened, inputs, Path(out), rows.to_json(), rows.single, tuple(layout), recipe, out_dtype, limit, key,

@@ -17,9 +17,16 @@ from fastalign.soup.vocabulary import OLD_FILES, Vocabulary, vocabulary_of
 
 _SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
-    "*.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+)
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -71,9 +78,14 @@ class Sidecar(NamedTuple):
 
 
 def sidecar_of(
-    models: Sequence[Checkpoint], base: Checkpoint | None, *, companion: str, tokenizer: str | None, multiple: int | None,
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    *,
+    companion: str,
+    tokenizer: str | None,
+    multiple: int | None,
     chat_template: str | None,
-) -> tuple[Sidecar, Vocabulary | None]:  # fmt: skip
+) -> tuple[Sidecar, Vocabulary | None]:
     """Whose files come along (see `merge`), and where a tokenizer is asked for what the embeddings have rows for.
 
     multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no
@@ -100,9 +112,13 @@ def sidecar_of(
         lead = models_of([chosen])[0]
         preferred = base if base is not None else chosen if companion != "first" else None
         vocabulary = vocabulary_of(
-            every, lead, folder, union=tokenizer == "union", multiple=multiple or 1,
+            every,
+            lead,
+            folder,
+            union=tokenizer == "union",
+            multiple=multiple or 1,
             base=preferred and models_of([preferred])[0].name,
-        )  # fmt: skip
+        )
         for name, change in _changes(chosen, lead, vocabulary).items():
             changes[name] = changes.get(name, {}) | change
     elif multiple is not None:
@@ -161,7 +177,8 @@ def stays_within(path: Path) -> None:
     home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not any(path.resolve().is_relative_to(one) for one in (folder, home)):
         raise UserError(
-            f"{path}: links to {path.resolve()}, out of its folder: what lies there is not copied; put the file itself there"
+            f"{path}: links to {path.resolve()}, out of its folder: what lies there is not copied; put the file "
+            "itself there"
         )
 
 

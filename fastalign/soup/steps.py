@@ -32,9 +32,14 @@ def segment_of(inputs: Sequence[Checkpoint], name: str, files: Mapping[Path, int
     """A whole tensor of the inputs; files: their open files. Outputs are left out."""
     tensors = [one[name] for one in inputs]
     return Segment(
-        tensors[0].count, tuple(of.dtype for of in tensors), tuple(files[one.path_of(name)] for one in inputs),
-        tuple(of.offset for of in tensors), (), (), [],
-    )  # fmt: skip
+        tensors[0].count,
+        tuple(of.dtype for of in tensors),
+        tuple(files[one.path_of(name)] for one in inputs),
+        tuple(of.offset for of in tensors),
+        (),
+        (),
+        [],
+    )
 
 
 class Seen(NamedTuple):
@@ -135,7 +140,8 @@ class NotFinite:
             for name, (count, tensor) in self.record["inputs"].items()
         ]
         outputs = [
-            f"{count:,} numbers of the output{f' {name}' if name else ''} are beyond its type's range (first in {tensor})"
+            f"{count:,} numbers of the output{f' {name}' if name else ''} are beyond its type's range (first in "
+            f"{tensor})"
             for name, (count, tensor) in self.record["outputs"].items()
         ]
         shown = [*inputs[:3], *outputs[:3]]

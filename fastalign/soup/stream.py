@@ -209,7 +209,9 @@ def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtyp
     outs = [torch.empty(tensors[0].shape, dtype=dtype) for _ in rows]
     kept = [tensor.detach().contiguous() for tensor in tensors]
     backend.engine.soup_memory(
-        [buffer(out) for out in outs], [buffer(tensor) for tensor in kept], [float(w) for row in rows for w in row],
+        [buffer(out) for out in outs],
+        [buffer(tensor) for tensor in kept],
+        [float(w) for row in rows for w in row],
         backend.threads(),
-    )  # fmt: skip
+    )
     return outs

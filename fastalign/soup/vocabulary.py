@@ -106,8 +106,8 @@ def _note(own: Mapping[str, Any], made: Mapping[str, Any], lead: str) -> str:
     if not plain:
         return ""
     return (
-        f"{len(plain):,} tokens are added to {lead}'s tokenizer as mergekit does: each is found wherever its letters stand in a text, "
-        f"before its own tokens (first {plain[0]!r})"
+        f"{len(plain):,} tokens are added to {lead}'s tokenizer as mergekit does: each is found wherever its letters "
+        f"stand in a text, before its own tokens (first {plain[0]!r})"
     )
 
 
@@ -282,9 +282,12 @@ def _with(model: Checkpoint, tables: Sequence[tuple[str, Tensor | None]], path: 
         return tensor._replace(shape=shape, nbytes=math.prod(shape) * SIZES[tensor.dtype])
 
     files = [
-        replace(file, tensors={name: shortened(x) if name in cut else x for name, x in file.tensors.items() if name not in new})
+        replace(
+            file,
+            tensors={name: shortened(x) if name in cut else x for name, x in file.tensors.items() if name not in new},
+        )
         for file in model.files
-    ]  # fmt: skip
+    ]
     if path is not None:
         files.append(File(path, new, {}, sum(tensor.nbytes for tensor in new.values()), 0, ""))
     where = {name: number for number, file in enumerate(files) for name in file.tensors}

@@ -1,4 +1,5 @@
-"""Checks of what a user hands to a trainer, before anything long begins: one line that says what is wrong, and where."""
+"""Checks of what a user hands to a trainer, before anything long begins: one line that says what is wrong, and
+where."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ from fastalign.data.preferences import NUMBERS
 
 
 def pairs(name: str, dataset: Any, *, tokenized: Sequence[str] = ()) -> Any:
-    """A preference dataset, its rows checked where they can be: chosen and rejected, none empty, numbers that are finite.
+    """A preference dataset, its rows checked where they can be: chosen and rejected, none empty, numbers that are
+    finite.
 
-    Completions of messages that begin with a prompt of text are cut after it (`data.dialogues.with_prompt`). tokenized: columns
-    of which one stands for text that is tokenized already. Datasets of one pass are left to the trainer. Raises UserError.
+    Completions of messages that begin with a prompt of text are cut after it (`data.dialogues.with_prompt`).
+    tokenized: columns of which one stands for text that is tokenized already. Datasets of one pass are left to the
+    trainer. Raises UserError.
     """
     if isinstance(dataset, dict):
         return {key: pairs(f"{name}[{key!r}]", part, tokenized=tokenized) for key, part in dataset.items()}

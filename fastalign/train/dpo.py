@@ -60,8 +60,9 @@ class DPOConfig(trl.DPOConfig):
     modpo_weight: MODPO (arXiv 2310.03708, eq. 9): the weight w of the value that the pairs express, in (0, 1]. A
         dataset column "margin" holds the other values' part, their weighted rewards of chosen less rejected. The
         reward difference of a pair becomes (beta · difference - margin) / w.
-    A row that gives no margin (null) has 0. A dataset column "weight" multiplies each pair's loss: several values' pairs in one dataset, scalarised linearly.
-    label_smoothing counts for loss types sigmoid and sigmoid_norm too (cDPO), where TRL ignores it.
+    A row that gives no margin (null) has 0. A dataset column "weight" multiplies each pair's loss: several values'
+    pairs in one dataset, scalarised linearly. label_smoothing counts for loss types sigmoid and sigmoid_norm too
+    (cDPO), where TRL ignores it.
     """
 
     precompute_ref_log_probs: bool | None = field(
@@ -94,13 +95,14 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
     take packed rows (`models.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
     models with an auxiliary loss run on TRL's own path.
 
-    Reference log-probabilities are taken with dropout off. Under precompute_ref_log_probs they are kept in the cache folder
-    by content: the reference's weights, configuration and precision, the tokens and what is summed; a second run on the same
-    reads them.
+    Reference log-probabilities are taken with dropout off. Under precompute_ref_log_probs they are kept in the cache
+    folder by content: the reference's weights, configuration and precision, the tokens and what is summed; a second
+    run on the same reads them.
 
     Raises:
-        UserError: columns that lack, empty completions, margins and weights that are no finite numbers, negative weights, prompts that leave
-            no room, vocabularies that differ; in training a loss or gradient that is NaN or infinite, before the step.
+        UserError: columns that lack, empty completions, margins and weights that are no finite numbers, negative
+            weights, prompts that leave no room, vocabularies that differ; in training a loss or gradient that is NaN
+            or infinite, before the step.
     """
 
     def __init__(
@@ -141,8 +143,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = self._lazy_reference
         super().__init__(
-            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
-            optimizers, quantization_config, peft_config,
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+            callbacks, optimizers, quantization_config, peft_config,
         )  # fmt: skip
         self._prepare()
 
@@ -190,8 +192,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         for m in models:
             if self._elsewhere and (inner := language_model(m)).base_model is inner:
                 raise UserError(
-                    f"model {name_of(m)} has no base model that TRL's own path, for images and auxiliary losses, could run: set "
-                    "router_aux_loss_coef=0"
+                    f"model {name_of(m)} has no base model that TRL's own path, for images and auxiliary losses, "
+                    "could run: set router_aux_loss_coef=0"
                 )
             if not self._elsewhere and not (verdict := reads_tokens(m)):
                 raise UserError(f"model cannot be trained on pairs here: {verdict.why}; TRL's own DPOTrainer takes it")
@@ -294,16 +296,22 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             wpo = wpo_weights(found["log_probs"], found["log_sum_sq_probs"], mask)
             factors = wpo if factors is None else factors * wpo
         losses = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected,
-            beta=self.beta, loss_type=self.loss_types, loss_weights=self.loss_weights,
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            beta=self.beta,
+            loss_type=self.loss_types,
+            loss_weights=self.loss_weights,
             label_smoothing=self.label_smoothing,
-            f_divergence_type=self.f_divergence_type, f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
             discopop_tau=getattr(self.args, "discopop_tau", 0.05),
             chosen_lengths=mask[:half].sum(-1) if "sft" in self.loss_types else chosen_lengths,
             rejected_lengths=rejected_lengths,
             sft_logps=sequence_logps(found["log_probs"][:half], mask[:half]) if "sft" in self.loss_types else None,
             weights=factors,
-        ).losses  # fmt: skip
+        ).losses
         return losses.mean()
 
     def _add(self, inputs, found, mask, chosen, rejected, chosen_ratios, rejected_ratios) -> None:
@@ -329,9 +337,17 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         tokens, chosen, rejected, pairs, attended, *rest = sums.tolist()
         of = [tokens, chosen, chosen, rejected, *[pairs] * 6]
         names = (
-            "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "rewards/chosen", "rewards/rejected",
-            "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-        )  # fmt: skip
+            "entropy",
+            "mean_token_accuracy",
+            "logits/chosen",
+            "logits/rejected",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
+        )
         for name, total, count in zip(names, rest, of, strict=True):
             self._metrics[mode][name].append(total / count if count else 0.0)
         if mode == "train":
@@ -374,17 +390,25 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         return {"ref_chosen_logps": chosen.contiguous(), "ref_rejected_logps": rejected.contiguous()}
 
     def _content(self, dataset) -> str | None:
-        """A hash of everything that the reference's log-probabilities depend on; None where a hook may do anything to them."""
+        """A hash of everything that the reference's log-probabilities depend on; None where a hook may do anything to
+        them."""
         self._prepare()
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         model_told = described(model)
         if model_told is None:
             return None
         told = [
-            fastalign.__version__, transformers.__version__, self._precompute_model_hash, model_told,
-            self.accelerator.mixed_precision, self.ref_model is None, self.ld_alpha, self.args.max_length,
-            self.args.truncation_mode, self._packs,
-        ]  # fmt: skip
+            fastalign.__version__,
+            transformers.__version__,
+            self._precompute_model_hash,
+            model_told,
+            self.accelerator.mixed_precision,
+            self.ref_model is None,
+            self.ld_alpha,
+            self.args.max_length,
+            self.args.truncation_mode,
+            self._packs,
+        ]
         digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
         for name, buffer in model.named_buffers():  # those too that no checkpoint holds
             digest.update(name.encode() + buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

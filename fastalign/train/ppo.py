@@ -159,9 +159,14 @@ class PPOTrainer:
             dataset = used_columns(dataset, inspect.signature(self.policy.causal_lm.forward).parameters)
         self.dataset = dataset
         return PromptLoader(
-            dataset, self.config.batch_size, data_collator or lists, seed=self.config.seed,
-            rank=self.accelerator.process_index, world=self.accelerator.num_processes, device=self.current_device,
-        )  # fmt: skip
+            dataset,
+            self.config.batch_size,
+            data_collator or lists,
+            seed=self.config.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            device=self.current_device,
+        )
 
     def generate(
         self,
@@ -220,8 +225,8 @@ class PPOTrainer:
 
         Raises:
             UserError: lists of another length than batch_size, empty or out-of-range tokens, scores that are no
-                finite scalars; nothing has changed then. A log-prob, value, loss or gradient that is NaN or infinite, before
-                a step of the optimiser is made of it.
+                finite scalars; nothing has changed then. A log-prob, value, loss or gradient that is NaN or infinite,
+                before a step of the optimiser is made of it.
         """
         config, times = self.config, ppo_stats.Stopwatch()
         vocabulary = self.policy.config.get_text_config().vocab_size
@@ -237,9 +242,15 @@ class PPOTrainer:
         with times("compute_rewards"):
             # Few numbers a token: every process holds those of all, so that one definition serves any number of them.
             every = self._gather(
-                logprobs=logprobs, values=values, ref_logprobs=ref_logprobs, kl=kl, mask=rollouts.labels != -100,
-                scores=scores, queries_lengths=rollouts.query_lengths, responses_lengths=rollouts.response_lengths,
-            )  # fmt: skip
+                logprobs=logprobs,
+                values=values,
+                ref_logprobs=ref_logprobs,
+                kl=kl,
+                mask=rollouts.labels != -100,
+                scores=scores,
+                queries_lengths=rollouts.query_lengths,
+                responses_lengths=rollouts.response_lengths,
+            )
             every["scores"] = self._scaled(every["scores"])
             rewards = self.compute_rewards(every["scores"], every["kl"], every["mask"])
         with times("compute_advantages"):
@@ -253,9 +264,10 @@ class PPOTrainer:
             stats = ppo_stats.objective(every, self.kl_ctl.value) | ppo_stats.training(every, means, ratios)
         if stats["objective/kl"] < -1:
             warnings.warn(
-                f"the KL to the reference is {stats['objective/kl']:.2f}: responses are not drawn from the policy as it "
-                "is trained (another temperature, top_k, top_p?)", stacklevel=2,
-            )  # fmt: skip
+                f"the KL to the reference is {stats['objective/kl']:.2f}: responses are not drawn from the policy as "
+                "it is trained (another temperature, top_k, top_p?)",
+                stacklevel=2,
+            )
         self.kl_ctl.update(stats["objective/kl"], config.global_batch_size)
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if self.lr_scheduler is not None:
@@ -311,7 +323,8 @@ class PPOTrainer:
         self.accelerator.log(logs, step=self.current_step)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write model, value head and tokenizer, for `from_pretrained` here and in transformers. Every process calls it."""
+        """Write model, value head and tokenizer, for `from_pretrained` here and in transformers. Every process calls
+        it."""
         weights = None
         if is_sharded(self.policy):
             weights = {name: ppo_checkpoint.whole(p) for name, p in self.policy.state_dict().items()}
@@ -329,7 +342,8 @@ class PPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Keep all that the run needs to go on as if it had not stopped, see `ppo_checkpoint`. Every process calls it."""
+        """Keep all that the run needs to go on as if it had not stopped, see `ppo_checkpoint`. Every process calls
+        it."""
         state = {
             "kl_coef": self.kl_ctl.value,
             "running": vars(self.running),
@@ -477,7 +491,8 @@ class PPOTrainer:
         return loss, sums, ratios
 
     def _check_rows(self, found: dict[str, Tensor], mask: Tensor, indices: Tensor | None = None) -> None:
-        """Raise UserError where numbers (B, T) of rows are not finite within the mask; indices: the rows' places, (B,)."""
+        """Raise UserError where numbers (B, T) of rows are not finite within the mask; indices: the rows' places,
+        (B,)."""
         for name, x in found.items():
             wrong = ~x.isfinite() & mask
             if wrong.any():

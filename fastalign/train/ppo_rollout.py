@@ -17,9 +17,15 @@ ROWS_AT_ONCE = 128
 # What `decode.Sampler` does; any other option is left to transformers.
 _SAMPLED = {"do_sample", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "min_p"}
 _NEUTRAL = {
-    "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version", "use_cache", "_from_model_config",
-    "output_attentions", "output_hidden_states",
-}  # fmt: skip
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "transformers_version",
+    "use_cache",
+    "_from_model_config",
+    "output_attentions",
+    "output_hidden_states",
+}
 
 
 class LengthSampler:

@@ -15,9 +15,18 @@ from fastalign.losses import PolicyLoss, ValueLoss, kl_penalty
 
 # Means over tokens that one optimiser step reports, in the order in which they are summed over processes.
 MEANS = (
-    "loss/policy", "loss/value", "loss/total", "policy/entropy", "policy/approxkl", "policy/policykl",
-    "policy/clipfrac", "policy/advantages_mean", "val/vpred", "val/error", "val/clipfrac",
-)  # fmt: skip
+    "loss/policy",
+    "loss/value",
+    "loss/total",
+    "policy/entropy",
+    "policy/approxkl",
+    "policy/policykl",
+    "policy/clipfrac",
+    "policy/advantages_mean",
+    "val/vpred",
+    "val/error",
+    "val/clipfrac",
+)
 
 
 class Stopwatch:
@@ -69,17 +78,30 @@ def masked(x: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def minibatch_sums(
-    policy: PolicyLoss, value: ValueLoss, total: Tensor, new: Any, old_logprobs: Tensor, advantages: Tensor,
-    returns: Tensor, mask: Tensor,
-) -> Tensor:  # fmt: skip
+    policy: PolicyLoss,
+    value: ValueLoss,
+    total: Tensor,
+    new: Any,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+) -> Tensor:
     """Each of MEANS times the number of tokens of a mini batch, float64 (len(MEANS),)."""
     logprobs, values = new.log_probs.detach(), new.values.detach()
     means = (
-        policy.policy_loss, value.loss.detach(), total.detach(), new.entropy.detach()[mask].mean(),
-        kl_penalty(logprobs, old_logprobs, "k2")[mask].mean(), kl_penalty(old_logprobs, logprobs, "k1")[mask].mean(),
-        policy.clip_low + policy.clip_high, advantages[mask].mean(), values[mask].mean(),
-        (values - returns)[mask].square().mean(), value.clip_fraction,
-    )  # fmt: skip
+        policy.policy_loss,
+        value.loss.detach(),
+        total.detach(),
+        new.entropy.detach()[mask].mean(),
+        kl_penalty(logprobs, old_logprobs, "k2")[mask].mean(),
+        kl_penalty(old_logprobs, logprobs, "k1")[mask].mean(),
+        policy.clip_low + policy.clip_high,
+        advantages[mask].mean(),
+        values[mask].mean(),
+        (values - returns)[mask].square().mean(),
+        value.clip_fraction,
+    )
     return torch.stack([x.double() for x in means]) * mask.sum()
 
 

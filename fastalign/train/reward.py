@@ -110,8 +110,8 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         self._text = None
         with _accepted(model, args):
             super().__init__(
-                model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
-                optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config,
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
+                optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config,
             )  # fmt: skip
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator: Any = RewardCollator(**vars(self.data_collator))

@@ -71,9 +71,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
     ):
-        """pretrained_model: a loaded causal model. summary_dropout_prob: of the value head's dropout; a configuration that
-        has an entry of this name goes before it, as in TRL. v_head_init_strategy: None or "random" is torch's initial weights,
-        "normal" draws from N(0, v_head_initializer_range²) with bias 0."""
+        """pretrained_model: a loaded causal model. summary_dropout_prob: of the value head's dropout; a configuration
+        that has an entry of this name goes before it, as in TRL. v_head_init_strategy: None or "random" is torch's
+        initial weights, "normal" draws from N(0, v_head_initializer_range²) with bias 0."""
         super().__init__()
         self.pretrained_model = pretrained_model
         config = pretrained_model.config

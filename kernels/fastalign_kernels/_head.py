@@ -46,9 +46,17 @@ def within(label, start, end):
 
 @triton.jit
 def add_product(
-    acc, a, b, width, a_step, b_step,
-    DOT: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    acc,
+    a,
+    b,
+    width,
+    a_step,
+    b_step,
+    DOT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """acc (M, N) + Σ over `width` of the rows that start at a (M,) times the rows that start at b (N,)."""
     for start in range(0, width, BLOCK_K):
         k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -64,17 +72,44 @@ def add_product(
 
 @triton.jit
 def logits_tile(
-    at, place, v, hidden, weight, bias, low, b, width, rank,
-    hidden_row, hidden_step, weight_row, weight_step, b_row, b_step,
-    DOT: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    at,
+    place,
+    v,
+    hidden,
+    weight,
+    bias,
+    low,
+    b,
+    width,
+    rank,
+    hidden_row,
+    hidden_step,
+    weight_row,
+    weight_step,
+    b_row,
+    b_step,
+    DOT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """hidden Wᵀ + low Bᵀ + bias for the rows (at, place) and the vocabulary entries v; before scale and softcap."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     acc = add_product(
-        acc, hidden + place * hidden_row, weight + v * weight_row, width, hidden_step, weight_step,
-        DOT, COMPUTE, EVEN, BLOCK_K,
-    )  # fmt: skip
+        acc,
+        hidden + place * hidden_row,
+        weight + v * weight_row,
+        width,
+        hidden_step,
+        weight_step,
+        DOT,
+        COMPUTE,
+        EVEN,
+        BLOCK_K,
+    )
     if low is not None:
         acc = add_product(acc, low + at * rank, b + v * b_row, rank, 1, b_step, DOT, COMPUTE, False, BLOCK_R)
     if bias is not None:
@@ -84,9 +119,19 @@ def logits_tile(
 
 @triton.jit
 def add_tile(
-    largest, total, label_z, weighted, squares, plain, before, z, label, inside,
-    STATISTICS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    largest,
+    total,
+    label_z,
+    weighted,
+    squares,
+    plain,
+    before,
+    z,
+    label,
+    inside,
+    STATISTICS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The rows' state after a tile of logits: whose columns are `inside`, and where the label is among them."""
     if tl.max(((label >= 0) & (label < BLOCK_N)).to(tl.int32), 0) > 0:  # seldom: a row's label lies in one block of all
         c = tl.arange(0, BLOCK_N)[None, :]
@@ -141,10 +186,19 @@ def forward_tiles(
             )  # fmt: skip
             inside = (c < (end - start).to(tl.int32))[None, :]
             largest, total, label_z, weighted, squares, plain, before = add_tile(
-                largest, total, label_z, weighted, squares, plain, before,
+                largest,
+                total,
+                label_z,
+                weighted,
+                squares,
+                plain,
+                before,
                 tl.where(inside, transform(x, cap, scale, SOFTCAP), float("-inf")),
-                within(label, start, end), inside, STATISTICS, BLOCK_N,
-            )  # fmt: skip
+                within(label, start, end),
+                inside,
+                STATISTICS,
+                BLOCK_N,
+            )
     else:
         x = logits_tile(
             at, where, tl.minimum(begin + c, end - 1), hidden, weight, bias, low, b, width, rank,
@@ -177,10 +231,27 @@ def forward_tiles(
 
 @triton.jit(do_not_specialize=["rows", "slots", "used", "vocab"])
 def merge_tiles(
-    log_probs, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, rescale,
-    partial, labels, position, count, rows, slots, used, vocab,
-    STATISTICS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    log_probs,
+    row_max,
+    row_sum,
+    entropy,
+    mean_logits,
+    log_sum_sq_probs,
+    is_top1,
+    rescale,
+    partial,
+    labels,
+    position,
+    count,
+    rows,
+    slots,
+    used,
+    vocab,
+    STATISTICS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """One state of the first `used` slots of partial (kind, slot, row), and from it the op's results, 0 where ignored.
 
     With `rescale` instead: the state goes to slot 0, and exp(largest there before - largest now) to `rescale`.
@@ -297,10 +368,29 @@ def gradient_tiles(
 
 @triton.jit(do_not_specialize=["rows", "vocab"])
 def unit_rows(
-    unit, acc, weight, labels, position, count, largest, total, label_z, rows, vocab, width, weight_row, weight_step,
-    exps_scale: tl.float64, to_cap: tl.float64, to_z: tl.float64, slope: tl.float64,
-    SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    unit,
+    acc,
+    weight,
+    labels,
+    position,
+    count,
+    largest,
+    total,
+    label_z,
+    rows,
+    vocab,
+    width,
+    weight_row,
+    weight_step,
+    exps_scale: tl.float64,
+    to_cap: tl.float64,
+    to_z: tl.float64,
+    slope: tl.float64,
+    SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """unit[position] = d log p(label) / d hidden, of acc = Σ_v exp(z_v - largest) dz_v/dx W_v; 0 where ignored."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -71,7 +71,8 @@ class Head:
     def use_tall(self) -> None:
         """Tiles of 256 rows, where the device feeds its tensor cores from the second-level cache too slowly for 128.
 
-        Only for a product with its softmax and nothing more: what else is kept of each logit would not fit the registers.
+        Only for a product with its softmax and nothing more: what else is kept of each logit would not fit the
+        registers.
         """
         more = self.softcap or self.bias is not None or self.low is not None or self.width % self.blocks.width
         if not more and self.dot.itemsize == 2 and self.rows >= TALL_ROWS and architecture(self.hidden.device) in TALL:

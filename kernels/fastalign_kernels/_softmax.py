@@ -26,8 +26,8 @@ def transform_factors(
 ) -> tuple[float, float, float]:
     """to_cap, to_z and slope: z = to_z · x, or to_z · tanh(to_cap · x) with a softcap; slope is dz/dx, with one at 0.
 
-    For kernel arguments annotated tl.float64 (a plain float would lose digits on its way to a float64 kernel), each made
-    COMPUTE by `tl.full((), factor, COMPUTE)`.
+    For kernel arguments annotated tl.float64 (a plain float would lose digits on its way to a float64 kernel), each
+    made COMPUTE by `tl.full((), factor, COMPUTE)`.
     """
     slope = logit_scale / temperature
     return (logit_scale / softcap, softcap / temperature, slope) if softcap else (0.0, slope, slope)
@@ -135,9 +135,19 @@ def log_sum_sq_probs_of(total, squares):
 
 @triton.jit
 def logit_gradient(
-    x, hit, grad, grad_entropy, largest, total, entropy, to_cap, to_z, slope,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
+    x,
+    hit,
+    grad,
+    grad_entropy,
+    largest,
+    total,
+    entropy,
+    to_cap,
+    to_z,
+    slope,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
     """The gradient with respect to x, the logit before its transform; hit: x is the label's.
 
     d log p_l / dz = 1[l] - p;  dH / dz = -p (log p + H);  times dz/dx = (1 - tanh²) slope. 0 in a row that is all -inf.

@@ -15,7 +15,7 @@ BLOCK = 4096
 @triton.jit
 def _spread(
     rows, mask, scales, weights, out, length, mask_stride, weight_stride, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < length
@@ -45,9 +45,17 @@ def spread(rows, mask, scales, weights, dtype):
     rows, scales = (None if x is None else x.reshape(-1).contiguous() for x in (rows, scales))
     block = min(BLOCK, triton.next_power_of_2(length))
     _spread[(out.numel() // length, triton.cdiv(length, block))](
-        rows, mask, scales, weights, out, length, *(0 if x is None else x.stride(0) for x in (mask, weights)),
-        COMPUTE=compute(scales if rows is None else rows), BLOCK=block, num_warps=8 if block > 2048 else 4,
-    )  # fmt: skip
+        rows,
+        mask,
+        scales,
+        weights,
+        out,
+        length,
+        *(0 if x is None else x.stride(0) for x in (mask, weights)),
+        COMPUTE=compute(scales if rows is None else rows),
+        BLOCK=block,
+        num_warps=8 if block > 2048 else 4,
+    )
     return out
 
 

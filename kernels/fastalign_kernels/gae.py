@@ -36,12 +36,29 @@ def _compose(v, keep, term, from_value, decay, own_v, own_keep, own_term, own_fr
 
 @triton.jit
 def _gae(
-    rewards, values, mask, advantages, returns, length,
-    reward_inner, reward_outer_stride, reward_inner_stride, reward_column_stride,
-    value_inner, value_outer_stride, value_inner_stride, value_column_stride,
-    mask_inner, mask_outer_stride, mask_inner_stride, mask_column_stride, gamma: tl.float64, decay: tl.float64,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    values,
+    mask,
+    advantages,
+    returns,
+    length,
+    reward_inner,
+    reward_outer_stride,
+    reward_inner_stride,
+    reward_column_stride,
+    value_inner,
+    value_outer_stride,
+    value_inner_stride,
+    value_column_stride,
+    mask_inner,
+    mask_outer_stride,
+    mask_inner_stride,
+    mask_column_stride,
+    gamma: tl.float64,
+    decay: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     gamma, decay = tl.full((), gamma, COMPUTE), tl.full((), decay, COMPUTE)
     rewards += row_start(row, reward_inner, reward_outer_stride, reward_inner_stride)

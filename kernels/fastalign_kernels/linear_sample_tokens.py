@@ -80,9 +80,7 @@ def _draw(
 
 
 @plain
-def sample(
-    hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows
-):  # fmt: skip
+def sample(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
     """The op: one token a row."""
     ids, log_probs = _sample_fake(
         hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows
@@ -104,7 +102,8 @@ def sample(
     names += ("weight_row", "weight_step", "b_row", "b_step", "to_cap", "to_z", "SOFTCAP", "COMPUTE")
     _draw[(head.rows,)](
         ids, log_probs, partial, streams=None if rows is None else rows.contiguous(), rows=head.rows, vocab=head.vocab,
-        blocks=blocks, seed=seed, offset=offset, GREEDY=greedy, ROWS=0 if rows is None else rows.ndim, BLOCKS=triton.next_power_of_2(blocks),
-        BLOCK_N=head.blocks.columns, BLOCK_K=128, num_warps=4, **{name: given[name] for name in names},
+        blocks=blocks, seed=seed, offset=offset, GREEDY=greedy, ROWS=0 if rows is None else rows.ndim,
+        BLOCKS=triton.next_power_of_2(blocks), BLOCK_N=head.blocks.columns, BLOCK_K=128, num_warps=4,
+        **{name: given[name] for name in names},
     )  # fmt: skip
     return ids, log_probs

@@ -4,10 +4,10 @@ Forward: one product. Tiles of logits live in registers and shared memory; each 
 three numbers a row and split of the vocabulary are written.
 
 Backward: three products, a part of the vocabulary at a time. A kernel makes the part's logits again and writes their
-gradient into a workspace, of the narrow type where hidden and weight both are narrow, else float32; the vendor's library
-multiplies it with the weight, into a float32 gradient of hidden, and with hidden, into the part's rows of the weight's
-gradient, which are then complete. With `grad_filter` our own products take the library's place: they leave out each
-block of the gradient (rows × vocabulary, of the tile's size) that holds only zeros.
+gradient into a workspace, of the narrow type where hidden and weight both are narrow, else float32; the vendor's
+library multiplies it with the weight, into a float32 gradient of hidden, and with hidden, into the part's rows of the
+weight's gradient, which are then complete. With `grad_filter` our own products take the library's place: they leave
+out each block of the gradient (rows × vocabulary, of the tile's size) that holds only zeros.
 
 Frozen head: two products in all, both going forward. The first writes exp(z - m), m the block's largest logit, into the
 workspace; the second multiplies it with the weight and joins the blocks by their m, as an online softmax joins them.
@@ -38,9 +38,21 @@ EXPS_SCALE = {torch.float16: 2.0**15}  # exp(z - m) is at most 1: up to float16'
 
 @plain
 def forward(
-    hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-    unit, memory_budget,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    a,
+    b,
+    labels,
+    adapter_scale,
+    temperature,
+    softcap,
+    logit_scale,
+    ignore_index,
+    statistics,
+    unit,
+    memory_budget,
+):
     """The op's forward pass; keeps no tiles. A label out of range gives NaN (on CPU tensors it raises)."""
     if labels.device.type == "cpu":
         checks.labels_in_range(labels, weight.shape[0], ignore_index)
@@ -77,8 +89,8 @@ def forward(
 def _merge(head, results, rescale, partial, used, statistics) -> None:
     block_m = 16
     _head.merge_tiles[(triton.cdiv(head.rows, block_m),)](
-        *results, rescale, partial, head.labels, head.position, head.count, head.rows, partial.shape[1], used, head.vocab,
-        STATISTICS=statistics, COMPUTE=compute_type(head.compute), BLOCK_M=block_m,
+        *results, rescale, partial, head.labels, head.position, head.count, head.rows, partial.shape[1], used,
+        head.vocab, STATISTICS=statistics, COMPUTE=compute_type(head.compute), BLOCK_M=block_m,
         BLOCK_S=min(64, triton.next_power_of_2(used)), num_warps=4,
     )  # fmt: skip
 
@@ -107,10 +119,17 @@ def _unit_gradient(head: Head, unit: Tensor, statistics: bool) -> Tensor:
         for out, of in ((total, head.weight), (low, head.b)):
             if out is not None:
                 product(
-                    out, exps, of[first:last], (every, (starts < head.count).int() * blocks),
-                    (head.rows, last - first, of.shape[1]), add=first > 0, dot=head.dot, blocks=head.blocks,
-                    sizes=head.blocks[:2], states=(partial[0, 1:], partial[0, 0], rescale),
-                )  # fmt: skip
+                    out,
+                    exps,
+                    of[first:last],
+                    (every, (starts < head.count).int() * blocks),
+                    (head.rows, last - first, of.shape[1]),
+                    add=first > 0,
+                    dot=head.dot,
+                    blocks=head.blocks,
+                    sizes=head.blocks[:2],
+                    states=(partial[0, 1:], partial[0, 0], rescale),
+                )
     largest, sums, label_z = partial[:3, 0]
     if low is not None:  # the adapter's share of both terms goes into `total`
         labels = head.labels[head.position].clamp(0, head.vocab - 1)
@@ -135,8 +154,10 @@ def backward(
     inputs = (hidden, weight, bias, a, b)
     dtype = compute_dtype(hidden.dtype)
     if labels.numel() == 0:
-        return tuple(hidden.new_zeros(x.shape if need else 0, dtype=x.dtype) if x is not None else hidden.new_empty(0)
-                     for x, need in zip(inputs, needs, strict=True))  # fmt: skip
+        return tuple(
+            hidden.new_zeros(x.shape if need else 0, dtype=x.dtype) if x is not None else hidden.new_empty(0)
+            for x, need in zip(inputs, needs, strict=True)
+        )
     frozen = unit.numel() > 0 and not any(needs[1:])
     has_entropy = entropy.shape == labels.shape
     by_unit = None
@@ -236,10 +257,17 @@ class _Gradients:
             library_add(total, part, of[first:last].to(head.dot))
             return
         product(
-            total, part, of[first:last] if self.order is None else of, alive_lists(alive),
-            (head.rows, last - first, of.shape[1]), add=True, dot=head.dot, blocks=head.blocks, sizes=head.blocks[:2],
+            total,
+            part,
+            of[first:last] if self.order is None else of,
+            alive_lists(alive),
+            (head.rows, last - first, of.shape[1]),
+            add=True,
+            dot=head.dot,
+            blocks=head.blocks,
+            sizes=head.blocks[:2],
             b_index=None if self.order is None else self.order[first:last],
-        )  # fmt: skip
+        )
 
     def _complete(self, weight: Tensor, part: Tensor, rows, first: int, last: int, alive: Tensor | None) -> None:
         """The part's rows of the weight's gradient: part^T @ hidden."""
@@ -248,11 +276,20 @@ class _Gradients:
             library_product(weight[first:last], part.t(), rows, self.unscale)
             return
         product(
-            weight[first:last] if self.order is None else weight, part.t(), head.all_rows(), alive_lists(alive.t()),
-            (last - first, head.rows, head.width), add=False, dot=head.dot, blocks=head.blocks,
-            sizes=head.blocks[1::-1], out_index=None if self.order is None else self.order[first:last],
-            b_index=head.place, limit=head.count, unscale=self.unscale,
-        )  # fmt: skip
+            weight[first:last] if self.order is None else weight,
+            part.t(),
+            head.all_rows(),
+            alive_lists(alive.t()),
+            (last - first, head.rows, head.width),
+            add=False,
+            dot=head.dot,
+            blocks=head.blocks,
+            sizes=head.blocks[1::-1],
+            out_index=None if self.order is None else self.order[first:last],
+            b_index=head.place,
+            limit=head.count,
+            unscale=self.unscale,
+        )
 
 
 def mean_logit_order(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

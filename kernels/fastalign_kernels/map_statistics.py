@@ -34,9 +34,23 @@ SCALARS = 6  # of a program and λ: shift, largest score, Σ e, Σ e², and shif
 
 @triton.jit
 def _sum_rows(
-    rewards, order, log_weights, lam, center, own_center, begin, end, row_stride, column_stride, m,
-    first_own, LANES: tl.constexpr, LAMBDAS: tl.constexpr, OWN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    order,
+    log_weights,
+    lam,
+    center,
+    own_center,
+    begin,
+    end,
+    row_stride,
+    column_stride,
+    m,
+    first_own,
+    LANES: tl.constexpr,
+    LAMBDAS: tl.constexpr,
+    OWN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Sums over the rows [begin, end): of each λ (LAMBDAS,), (LAMBDAS, WIDTH) and (LAMBDAS, OWN, WIDTH).
 
     lam (LANES, WIDTH): lane l holds λ number l % LAMBDAS. Of the second moments, OWN rows from first_own on.
@@ -126,10 +140,24 @@ def _matrix(first_own, row_size, OWN: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _joint(
-    partials, rewards, lam, center, log_weights, n, m, count, rows_each, row_stride, column_stride,
-    SIZE: tl.constexpr, SCALARS: tl.constexpr, LANES: tl.constexpr, LAMBDAS: tl.constexpr,
-    OWN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    partials,
+    rewards,
+    lam,
+    center,
+    log_weights,
+    n,
+    m,
+    count,
+    rows_each,
+    row_stride,
+    column_stride,
+    SIZE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    LANES: tl.constexpr,
+    LAMBDAS: tl.constexpr,
+    OWN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     program, first_k, first_own = tl.program_id(0), tl.program_id(1) * LAMBDAS, _first_own(2, OWN, WIDTH)
     column, own = tl.arange(0, WIDTH), first_own + tl.arange(0, OWN)
     k = first_k + tl.arange(0, LANES) % LAMBDAS
@@ -160,10 +188,23 @@ def _joint(
 
 @triton.jit
 def _merge(
-    partials, log_z, mean, cov, ess, max_score, programs, m, count, log_n: tl.float64,
-    WEIGHTED: tl.constexpr, SIZE: tl.constexpr, SCALARS: tl.constexpr, TILE: tl.constexpr,
-    OWN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    partials,
+    log_z,
+    mean,
+    cov,
+    ess,
+    max_score,
+    programs,
+    m,
+    count,
+    log_n: tl.float64,
+    WEIGHTED: tl.constexpr,
+    SIZE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    TILE: tl.constexpr,
+    OWN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The moments of one λ from what the programs left; OWN rows of its covariance."""
     k, first_own = tl.program_id(0), _first_own(1, OWN, WIDTH)
     one = tl.arange(0, 1)[None, :]
@@ -198,9 +239,17 @@ def _merge(
     else:
         log_norm = tl.full((1,), log_n, tl.float64)
     found_log_z, found_ess, found_top, found_mean, found_cov = _moments(
-        shift, tl.max(top, 0), tl.sum(total, 0), tl.sum(squares, 0),
-        tl.expand_dims(tl.sum(first, 0), 0), tl.expand_dims(tl.sum(second, 0), 0), log_norm, first_own, OWN, WIDTH,
-    )  # fmt: skip
+        shift,
+        tl.max(top, 0),
+        tl.sum(total, 0),
+        tl.sum(squares, 0),
+        tl.expand_dims(tl.sum(first, 0), 0),
+        tl.expand_dims(tl.sum(second, 0), 0),
+        log_norm,
+        first_own,
+        OWN,
+        WIDTH,
+    )
     k = k + tl.arange(0, 1)
     tl.store(log_z + k, found_log_z)
     tl.store(ess + k, found_ess)
@@ -213,10 +262,24 @@ def _merge(
 
 @triton.jit
 def _by_group(
-    partials, rewards, order, offsets, groups, lam, center, log_weights, m, count, programs,
-    row_stride, column_stride,
-    LANES: tl.constexpr, LAMBDAS: tl.constexpr, OWN: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    partials,
+    rewards,
+    order,
+    offsets,
+    groups,
+    lam,
+    center,
+    log_weights,
+    m,
+    count,
+    programs,
+    row_stride,
+    column_stride,
+    LANES: tl.constexpr,
+    LAMBDAS: tl.constexpr,
+    OWN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The sums over this program's groups of each group's moments: log_z, ess, max_score, mean (m), cov (m, m)."""
     program, first_k, first_own = tl.program_id(0), tl.program_id(1) * LAMBDAS, _first_own(2, OWN, WIDTH)
     column, own = tl.arange(0, WIDTH), first_own + tl.arange(0, OWN)
@@ -304,7 +367,8 @@ def statistics(
 
 
 def _in_order(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers by group, where each group begins in them (and what follows the last), and how many there are (1,)."""
+    """Row numbers by group, where each group begins in them (and what follows the last), and how many there are
+    (1,)."""
     n = len(groups)
     ordered, order = torch.sort(groups, stable=True)
     begins = torch.ones(n, dtype=torch.bool, device=groups.device)

@@ -143,10 +143,23 @@ def _kl(d, KL: tl.constexpr):
 
 @triton.jit
 def _value(
-    values, old, returns, mask, objectives, figures, weights,
-    rows, length, stride, old_stride, return_stride, mask_stride, clip_range: tl.float64,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    values,
+    old,
+    returns,
+    mask,
+    objectives,
+    figures,
+    weights,
+    rows,
+    length,
+    stride,
+    old_stride,
+    return_stride,
+    mask_stride,
+    clip_range: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     clip_range = tl.full((), clip_range, COMPUTE)
     zero = tl.zeros((BLOCK,), COMPUTE)

@@ -2,9 +2,9 @@
 
 A program sums the chosen and the rejected completion under policy and reference over their masks, BLOCK tokens at a
 time, and then has the pair's log-ratios as scalars: the loss, the rewards and the two derivatives are a few operations
-more, by the formulas that `_pairwise` holds. Log-probabilities and mask are read once, padding too (a load that asks the
-mask first is narrow and waits for it), and seven numbers a pair are written. The backward pass reads the mask and writes
-the gradient (`_spread`).
+more, by the formulas that `_pairwise` holds. Log-probabilities and mask are read once, padding too (a load that asks
+the mask first is narrow and waits for it), and seven numbers a pair are written. The backward pass reads the mask and
+writes the gradient (`_spread`).
 """
 
 import math
@@ -22,13 +22,31 @@ PER_WARP = 256  # tokens: eight a thread of each of the rows that are summed
 
 @triton.jit
 def _forward(
-    log_probs, ref_log_probs, mask, losses, chosen_rewards, rejected_rewards, sums, slopes,
-    pairs, length, stride, ref_stride, mask_stride,
-    beta: tl.float64, label_smoothing: tl.float64, log_kept: tl.float64, log_flipped: tl.float64,
+    log_probs,
+    ref_log_probs,
+    mask,
+    losses,
+    chosen_rewards,
+    rejected_rewards,
+    sums,
+    slopes,
+    pairs,
+    length,
+    stride,
+    ref_stride,
+    mask_stride,
+    beta: tl.float64,
+    label_smoothing: tl.float64,
+    log_kept: tl.float64,
+    log_flipped: tl.float64,
     discopop_tau: tl.float64,
-    FORMULA: tl.constexpr, SMOOTHS: tl.constexpr, PER_TOKEN: tl.constexpr, REFERENCE_TOKENS: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    FORMULA: tl.constexpr,
+    SMOOTHS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    REFERENCE_TOKENS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     pair = tl.program_id(0).to(tl.int64)
     other = pair + pairs
     strides = (length, stride, ref_stride, mask_stride)
@@ -44,9 +62,16 @@ def _forward(
     margin = c / chosen_length - r / rejected_length
     scale = tl.full((), beta, COMPUTE)
     loss, by_c, by_r, by_margin = FORMULA(
-        c, r, margin, scale, tl.full((), label_smoothing, COMPUTE), tl.full((), log_kept, COMPUTE),
-        tl.full((), log_flipped, COMPUTE), tl.full((), discopop_tau, COMPUTE), SMOOTHS,
-    )  # fmt: skip
+        c,
+        r,
+        margin,
+        scale,
+        tl.full((), label_smoothing, COMPUTE),
+        tl.full((), log_kept, COMPUTE),
+        tl.full((), log_flipped, COMPUTE),
+        tl.full((), discopop_tau, COMPUTE),
+        SMOOTHS,
+    )
     tl.store(losses + pair, loss)
     tl.store(chosen_rewards + pair, scale * c)
     tl.store(rejected_rewards + pair, scale * r)
@@ -58,9 +83,18 @@ def _forward(
 
 @triton.jit
 def _sequence(
-    log_probs, ref_log_probs, mask, row, length, stride, ref_stride, mask_stride,
-    REFERENCE_TOKENS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    log_probs,
+    ref_log_probs,
+    mask,
+    row,
+    length,
+    stride,
+    ref_stride,
+    mask_stride,
+    REFERENCE_TOKENS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The sums over a row's valid tokens under policy and reference, and their number or 1."""
     lane = tl.arange(0, BLOCK)
     total, ref_total = tl.zeros((BLOCK,), COMPUTE), tl.zeros((BLOCK,), COMPUTE)

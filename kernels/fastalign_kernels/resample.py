@@ -1,10 +1,11 @@
 """resample: candidates drawn from log-weights, a row spread over as many programs as it has tiles.
 
-With replacement, in float64 as on the CPU: `_sum_blocks` reads the row once and sums exp(x - top of its tile) by blocks of
-64; `_cumulate`, one program a row, makes cumulative sums of these; `_draw` searches them, then the 64 weights of the block
-found, which it reads again. "residual" sums copies and remainders by a second read, and one search serves both.
-Without replacement: `_winners` keeps the k best of every tile, in index order and each with its key, again over what is
-left until one tile is; torch sorts those few. A k near the tile's size would not thin them out, and then all are sorted.
+With replacement, in float64 as on the CPU: `_sum_blocks` reads the row once and sums exp(x - top of its tile) by
+blocks of 64; `_cumulate`, one program a row, makes cumulative sums of these; `_draw` searches them, then the 64
+weights of the block found, which it reads again. "residual" sums copies and remainders by a second read, and one
+search serves both. Without replacement: `_winners` keeps the k best of every tile, in index order and each with its
+key, again over what is left until one tile is; torch sorts those few. A k near the tile's size would not thin them
+out, and then all are sorted.
 
 Bytes: the log-weights once, 1/32 of float32's again for sums; residual twice, and 64 weights for each draw.
 """
@@ -42,9 +43,21 @@ def _load(log_weights, mask, row, at, valid, row_stride, stride, mask_row_stride
 
 @triton.jit
 def _sum_blocks(
-    sums, tile_tops, log_weights, mask, n, tiles, row_stride, stride, mask_row_stride, mask_stride,
-    MASKED: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    sums,
+    tile_tops,
+    log_weights,
+    mask,
+    n,
+    tiles,
+    row_stride,
+    stride,
+    mask_row_stride,
+    mask_stride,
+    MASKED: tl.constexpr,
+    SUMS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The largest of a tile, NaN if one is, and the sums of exp(x - largest) of its blocks."""
     program = tl.program_id(0).to(tl.int64)
     row, tile = program // tiles, program % tiles
@@ -65,9 +78,16 @@ def _larger(a, b):
 
 @triton.jit
 def _cumulate(
-    sums, tile_tops, tops, blocks, tiles,
-    FIRST: tl.constexpr, SUMS: tl.constexpr, PER_TILE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    sums,
+    tile_tops,
+    tops,
+    blocks,
+    tiles,
+    FIRST: tl.constexpr,
+    SUMS: tl.constexpr,
+    PER_TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Cumulative sums in the place of a row's sums. FIRST: each is about its tile's largest, and the row's is found.
 
     They never fall, and rise only where there is weight, whatever rounding does: so no search ends at a block of zeros.
@@ -111,9 +131,22 @@ def _split(weights, per_weight):
 
 @triton.jit
 def _sum_shares(
-    sums, cumulative, tops, log_weights, mask, n, k, tiles, row_stride, stride, mask_row_stride, mask_stride,
-    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    sums,
+    cumulative,
+    tops,
+    log_weights,
+    mask,
+    n,
+    k,
+    tiles,
+    row_stride,
+    stride,
+    mask_row_stride,
+    mask_stride,
+    MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """For "residual": the sums of copies, and those of remainders, by blocks."""
     program = tl.program_id(0).to(tl.int64)
     row, tile = program // tiles, program % tiles
@@ -146,10 +179,26 @@ def _find_block(cumulative, target, blocks):
 
 @triton.jit(do_not_specialize=["seed"])
 def _draw(
-    ids, cumulative, shares, tops, log_weights, mask, n, k, programs, blocks,
-    row_stride, stride, mask_row_stride, mask_stride, seed: tl.int64,
-    METHOD: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, DRAWS: tl.constexpr,
-):  # fmt: skip
+    ids,
+    cumulative,
+    shares,
+    tops,
+    log_weights,
+    mask,
+    n,
+    k,
+    programs,
+    blocks,
+    row_stride,
+    stride,
+    mask_row_stride,
+    mask_stride,
+    seed: tl.int64,
+    METHOD: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DRAWS: tl.constexpr,
+):
     """DRAWS of a row's k draws. shares: what `_sum_shares` made, cumulated, for "residual"."""
     program = tl.program_id(0).to(tl.int64)
     row = program // programs
@@ -195,10 +244,26 @@ def _draw(
 
 @triton.jit(do_not_specialize=["seed"])
 def _winners(
-    best, best_ids, keys, ids, tops, log_weights, mask, n, keep, tiles,
-    row_stride, stride, mask_row_stride, mask_stride, seed: tl.int64,
-    FIRST: tl.constexpr, PERTURBED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    best,
+    best_ids,
+    keys,
+    ids,
+    tops,
+    log_weights,
+    mask,
+    n,
+    keep,
+    tiles,
+    row_stride,
+    stride,
+    mask_row_stride,
+    mask_stride,
+    seed: tl.int64,
+    FIRST: tl.constexpr,
+    PERTURBED: tl.constexpr,
+    MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """The `keep` largest keys of a tile in index order, the lower index among ties; -inf and id -1 in places left over.
 
     FIRST: the keys are the row's own log-weights below their largest, PERTURBED by Gumbel noise.
@@ -261,9 +326,17 @@ def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed
     )
     width = min(WIDTH, triton.next_power_of_2(blocks))
     _cumulate[(prompts,)](
-        sums, tile_tops, tops, blocks, tiles, FIRST=True, SUMS=draws, PER_TILE=tile // BLOCK, WIDTH=width,
+        sums,
+        tile_tops,
+        tops,
+        blocks,
+        tiles,
+        FIRST=True,
+        SUMS=draws,
+        PER_TILE=tile // BLOCK,
+        WIDTH=width,
         num_warps=max(width // 256, 1),
-    )  # fmt: skip
+    )
     if not draws:
         return _largest(ids, tops, source, tiles, strides, seed, name == "gumbel_top_k", masked, tile, warps)
     shares = sums
@@ -273,9 +346,17 @@ def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed
             shares, sums, tops, *source, k, tiles, *strides, MASKED=masked, TILE=tile, BLOCK=BLOCK, num_warps=warps
         )
         _cumulate[(prompts * 2,)](
-            shares, tile_tops, tops, blocks, tiles, FIRST=False, SUMS=True, PER_TILE=1, WIDTH=width,
+            shares,
+            tile_tops,
+            tops,
+            blocks,
+            tiles,
+            FIRST=False,
+            SUMS=True,
+            PER_TILE=1,
+            WIDTH=width,
             num_warps=max(width // 256, 1),
-        )  # fmt: skip
+        )
     several = min(DRAWS, triton.next_power_of_2(k))
     programs = triton.cdiv(k, several)
     _draw[(prompts * programs,)](

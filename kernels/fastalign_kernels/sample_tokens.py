@@ -1,12 +1,12 @@
 """sample_tokens: the inverse of the cumulative sum in index order; filters by search for their border, without a sort.
 
-`_summarize` streams the logits, a program a tile: the tile's largest and its mass about that. Without filters `_draw`, one
-program a row, picks a tile by the masses, reads that tile again and picks the token.
-With filters `_summarize` also writes the largest of every group of 64 logits. If a set of group maxima already holds k
-logits, or the mass top_p asks for, all that is kept lies at or above the least of the set: so `_draw_filtered` first finds
-that bound among the maxima, lists the groups that reach it, and then reads nothing but these, for top_k some k of them.
-A border, the largest logit such that those from it upwards reach a count or a mass, is found over the bits of the logits,
-three a pass, in as many passes as it takes to tell them apart. A flat row has all its groups listed.
+`_summarize` streams the logits, a program a tile: the tile's largest and its mass about that. Without filters
+`_draw`, one program a row, picks a tile by the masses, reads that tile again and picks the token. With filters
+`_summarize` also writes the largest of every group of 64 logits. If a set of group maxima already holds k logits, or
+the mass top_p asks for, all that is kept lies at or above the least of the set: so `_draw_filtered` first finds that
+bound among the maxima, lists the groups that reach it, and then reads nothing but these, for top_k some k of them. A
+border, the largest logit such that those from it upwards reach a count or a mass, is found over the bits of the
+logits, three a pass, in as many passes as it takes to tell them apart. A flat row has all its groups listed.
 
 Bytes: the logits once, a tile of 2,048 again; with filters 1/64 for maxima, written and read, and the listed groups.
 """
@@ -37,9 +37,21 @@ EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 @triton.jit
 def _summarize(
-    tops, masses, group_tops, logits, vocab, tiles, row_stride, stride, scale: tl.float64,
-    SUMS: tl.constexpr, GROUPS: tl.constexpr, COMPUTE: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    tops,
+    masses,
+    group_tops,
+    logits,
+    vocab,
+    tiles,
+    row_stride,
+    stride,
+    scale: tl.float64,
+    SUMS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     row, tile = program // tiles, program % tiles
     group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
@@ -77,10 +89,25 @@ def _row_masses(masses, each, top, scale, row, tiles, TILES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed", "offset"])
 def _draw(
-    ids, log_probs, tops, masses, logits, rows, vocab, tiles, row_stride, stride,
-    scale: tl.float64, seed: tl.int64, offset: tl.int64,
-    GREEDY: tl.constexpr, ROWS: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    ids,
+    log_probs,
+    tops,
+    masses,
+    logits,
+    rows,
+    vocab,
+    tiles,
+    row_stride,
+    stride,
+    scale: tl.float64,
+    seed: tl.int64,
+    offset: tl.int64,
+    GREEDY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     scale = tl.full((), scale, COMPUTE)
     each, top, sound = _row_top(tops, row, tiles, TILES)
@@ -140,10 +167,22 @@ def _load(logits, listed, start, count, vocab, stride, COMPUTE: tl.constexpr, GR
 
 @triton.jit
 def _border(
-    logits, listed, count, vocab, stride, top, scale, low, target,
-    MASS: tl.constexpr, EMPTY: tl.constexpr, COMPUTE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, DIGITS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    listed,
+    count,
+    vocab,
+    stride,
+    top,
+    scale,
+    low,
+    target,
+    MASS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr,
+):
     """The largest key such that the logits from it upwards reach the target, in number or in mass; `low` if none is.
 
     Searched between low and the key of top. What it returns need not be a logit's key if it reaches the target exactly.
@@ -177,9 +216,19 @@ def _border(
 
 @triton.jit
 def _at_border(
-    logits, listed, count, vocab, stride, top, scale, border,
-    EMPTY: tl.constexpr, COMPUTE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    listed,
+    count,
+    vocab,
+    stride,
+    top,
+    scale,
+    border,
+    EMPTY: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The mass above the border, how many logits equal it, and the mass of each."""
     above, tie = tl.zeros((BLOCK,), COMPUTE), tl.zeros((BLOCK,), COMPUTE)
     ties = tl.zeros((BLOCK,), tl.int32)
@@ -206,10 +255,24 @@ def _weights(x, at, top, scale, border, first_tie, least, TIES: tl.constexpr, EM
 
 @triton.jit
 def _pick(
-    logits, listed, count, vocab, stride, top, scale, border, first_tie, least, target,
-    TIES: tl.constexpr, EMPTY: tl.constexpr, COMPUTE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    listed,
+    count,
+    vocab,
+    stride,
+    top,
+    scale,
+    border,
+    first_tie,
+    least,
+    target,
+    TIES: tl.constexpr,
+    EMPTY: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """The first index whose cumulative weight exceeds target (a share, but for TIES), its logit, and the total."""
     slot, place = tl.arange(0, BLOCKS), tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCKS,), tl.float64)
@@ -235,7 +298,8 @@ def _draw_filtered(
     EMPTY: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """top_p, least: the mass to be reached and the smallest (x - top) * scale that min_p lets pass, less what is rounding."""
+    """top_p, least: the mass to be reached and the smallest (x - top) * scale that min_p lets pass, less what is
+    rounding."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     group_tops += row * groups

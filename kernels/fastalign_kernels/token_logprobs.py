@@ -26,10 +26,26 @@ TILES = 4  # loads of a thread in flight: with two programs of 256 threads on ea
 
 @triton.jit
 def _add_tile(
-    largest, total, weighted, squares, plain, before, logits, start, vocab, column_stride, label, to_cap, to_z,
-    SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, COMPUTE: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    largest,
+    total,
+    weighted,
+    squares,
+    plain,
+    before,
+    logits,
+    start,
+    vocab,
+    column_stride,
+    label,
+    to_cap,
+    to_z,
+    SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The state of each lane after the tile that begins at `start`, and the largest logit before the label."""
     column = start + tl.arange(0, TILES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     at = logits + column.to(tl.int64) * column_stride
@@ -54,9 +70,19 @@ def _add_tile(
 
 @triton.jit
 def row_state(
-    logits, label, ignored, vocab, column_stride, to_cap, to_z,
-    SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    logits,
+    label,
+    ignored,
+    vocab,
+    column_stride,
+    to_cap,
+    to_z,
+    SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """The label's logit and the softmax's state of the row at `logits`, and the largest logit before the label."""
     known = (label >= 0) & (label < vocab)
     label_x = tl.load(logits + label * column_stride, mask=known & ~ignored, other=0.0).to(COMPUTE)
@@ -94,10 +120,29 @@ def store_state(maxima, totals, row, largest, total, ignored):
 
 @triton.jit
 def _forward(
-    logits, labels, log_probs, maxima, totals, entropies, means, log_squares, top1,
-    vocab, inner, outer_stride, inner_stride, column_stride, ignore_index, to_cap: tl.float64, to_z: tl.float64,
-    SOFTCAP: tl.constexpr, STATISTICS: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    log_probs,
+    maxima,
+    totals,
+    entropies,
+    means,
+    log_squares,
+    top1,
+    vocab,
+    inner,
+    outer_stride,
+    inner_stride,
+    column_stride,
+    ignore_index,
+    to_cap: tl.float64,
+    to_z: tl.float64,
+    SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+):
     row = tl.program_id(0)
     to_cap, to_z = tl.full((), to_cap, COMPUTE), tl.full((), to_z, COMPUTE)
     label = tl.load(labels + row)

@@ -19,11 +19,29 @@ from fastalign.ops.token_logratios import _forward_fake
 
 @triton.jit
 def _forward(
-    policy, ref, labels, log_ratios, policy_maxima, policy_totals, ref_maxima, ref_totals,
-    vocab, policy_inner, policy_outer_stride, policy_inner_stride, policy_column_stride,
-    ref_inner, ref_outer_stride, ref_inner_stride, ref_column_stride, ignore_index, to_z: tl.float64,
-    COMPUTE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    policy,
+    ref,
+    labels,
+    log_ratios,
+    policy_maxima,
+    policy_totals,
+    ref_maxima,
+    ref_totals,
+    vocab,
+    policy_inner,
+    policy_outer_stride,
+    policy_inner_stride,
+    policy_column_stride,
+    ref_inner,
+    ref_outer_stride,
+    ref_inner_stride,
+    ref_column_stride,
+    ignore_index,
+    to_z: tl.float64,
+    COMPUTE: tl.constexpr,
+    TILES: tl.constexpr,
+    LANES: tl.constexpr,
+):
     row = tl.program_id(0)
     to_z = tl.full((), to_z, COMPUTE)
     label = tl.load(labels + row)

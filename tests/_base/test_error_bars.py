@@ -15,7 +15,10 @@ from fastalign.report import reward
 from fastalign.soup.front import SoupFront
 
 
-@pytest.mark.parametrize(("right", "n", "low", "high"), [(2, 2, 0.342, 1.0), (0, 5, 0.0, 0.434), (8, 10, 0.490, 0.943), (81, 263, 0.255, 0.366)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(2, 2, 0.342, 1.0), (0, 5, 0.0, 0.434), (8, 10, 0.490, 0.943), (81, 263, 0.255, 0.366)],
+)
 def test_wilson_is_that_of_the_textbooks(right, n, low, high):
     assert wilson(right / n, n) == pytest.approx((low, high), abs=6e-4)
 
@@ -33,8 +36,13 @@ def test_wilson_of_nothing_is_everything():
 
 @pytest.mark.parametrize(
     ("error", "count", "said"),
-    [(0.03, 12, "0.500 ± 0.030"), (0.0, 1, "0.500 ± n/a (1 prompt)"), (np.nan, 1, "0.500 ± n/a (1 prompt)"), (None, 0, "0.500 ± n/a (0 prompts)")],
-)  # fmt: skip
+    [
+        (0.03, 12, "0.500 ± 0.030"),
+        (0.0, 1, "0.500 ± n/a (1 prompt)"),
+        (np.nan, 1, "0.500 ± n/a (1 prompt)"),
+        (None, 0, "0.500 ± n/a (0 prompts)"),
+    ],
+)
 def test_plus_minus(error, count, said):
     assert plus_minus(0.5, error, count) == said
 
@@ -97,7 +105,16 @@ def test_the_commands_print_it_and_write_no_nan(tmp_path):
     )
     out = run("select", tmp_path / "scored.parquet", "--palette", files["p.json"], "--out", files["s.parquet"])
     assert out.count("± n/a (1 prompt)") == 2 and "nan" not in out
-    out = run("eval", tmp_path / "scored.parquet", "--selected", files["s.parquet"], "--palette", files["p.json"], "--out", files["e.json"])  # fmt: skip
+    out = run(
+        "eval",
+        tmp_path / "scored.parquet",
+        "--selected",
+        files["s.parquet"],
+        "--palette",
+        files["p.json"],
+        "--out",
+        files["e.json"],
+    )
     assert out.count("± n/a (1 prompt)") == 2
     assert [row["se"] for row in json.loads(files["e.json"].read_text())["values"]] == [None, None]
     out = run("eval", tmp_path / "scored.parquet", "--lam-grid", "a=0:1:2", "--out", files["g.json"])

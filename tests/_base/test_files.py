@@ -132,7 +132,8 @@ def merge_of(*models, **options):
     "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 )
 def test_what_is_no_file_in_a_models_folder_is_not_opened(make, name, tmp_path, monkeypatch):
-    """A FIFO would wait for ever, a device may never end: refused in one line, or, where the file may be missing, not taken."""
+    """A FIFO would wait for ever, a device may never end: refused in one line, or, where the file may be missing, not
+    taken."""
     monkeypatch.chdir(tmp_path)
     one = model(tmp_path / "m")
     (one / name).unlink(missing_ok=True)

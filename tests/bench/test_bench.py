@@ -43,8 +43,11 @@ def test_what_a_benchmark_tells(tmp_path):
     (tmp_path / "bench_tiny.py").write_text(TINY)
     done = subprocess.run(
         [*PYTEST, "-p", "fastalign.bench.conftest", "bench_tiny.py", "--benchmark-json=out.json"],
-        cwd=tmp_path, env=ALONE | {"FASTALIGN_ISA": "baseline"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=ALONE | {"FASTALIGN_ISA": "baseline"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "assert (1 + 1) == 3" in done.stdout, done.stdout
     sums, floor = json.loads((tmp_path / "out.json").read_text())["benchmarks"]  # and not the one whose check fails
     found = sums["extra_info"]

@@ -79,8 +79,15 @@ def test_the_whole_chain(scored, tmp_path):
     assert picked.texts == Candidates.from_parquet(tmp_path / "again.parquet").texts  # a seed reproduces
     assert all(text in row for row, texts in zip(whole.texts, picked.texts, strict=True) for text in texts)
     evaluated = ["eval", scored, "--selected", tmp_path / "selected.parquet", "--palette", tmp_path / "palette.json"]
-    code, out, _ = fastalign(*evaluated, "--out", tmp_path / "eval.json", "--html", tmp_path / "report.html",
-                             "--figures", tmp_path / "figures")  # fmt: skip
+    code, out, _ = fastalign(
+        *evaluated,
+        "--out",
+        tmp_path / "eval.json",
+        "--html",
+        tmp_path / "report.html",
+        "--figures",
+        tmp_path / "figures",
+    )
     assert code == 0 and "realised" in out
     assert {path.name for path in (tmp_path / "figures").iterdir()} >= {
         "histograms.svg",

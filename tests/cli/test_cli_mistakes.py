@@ -36,9 +36,10 @@ def given(tmp_path_factory):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, num_labels=1, **sizes)
     for name, kind in (
-        ("classifier", transformers.LlamaForSequenceClassification), ("tagger", transformers.LlamaForTokenClassification),
+        ("classifier", transformers.LlamaForSequenceClassification),
+        ("tagger", transformers.LlamaForTokenClassification),
         ("body", transformers.LlamaModel),
-    ):  # fmt: skip
+    ):
         kind(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     (root / "adapter").mkdir()
@@ -135,8 +136,15 @@ LAM = [
 ]
 
 
-@pytest.mark.parametrize("command", [*(f"{SAMPLE} -n 16 --method {m}" for m in ("rejection", "adaptive", "particles")), PPO,
-                                     "train dpo --data scored.parquet", "train reward --data scored.parquet"])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"{SAMPLE} -n 16 --method {m}" for m in ("rejection", "adaptive", "particles")),
+        PPO,
+        "train dpo --data scored.parquet",
+        "train reward --data scored.parquet",
+    ],
+)
 @pytest.mark.parametrize(("lam", "said"), LAM)
 def test_a_palette_s_lam_is_a_number_for_each_value(refused, command, lam, said, tmp_path):
     palette = tmp_path / "palette.json"
@@ -154,10 +162,12 @@ def test_a_palette_s_lam_is_a_number_for_each_value(refused, command, lam, said,
         ("1,2,3", "--lam must have one weight per reward, 2 ({}), got 3"),
         ("nan,1", "--lam must be finite, got [nan, 1.0]"),
         ("{0}=inf,{1}=1", "--lam must be finite, got [inf, 1.0]"),
-        *((text, f"--lam must be numbers, or name=number each name once, comma-separated, got {text!r}")
-          for text in ("", ",", "1,,1", "a,1", "=1", "length=", "length=1,length=2", "length=1,2")),
+        *(
+            (text, f"--lam must be numbers, or name=number each name once, comma-separated, got {text!r}")
+            for text in ("", ",", "1,,1", "a,1", "=1", "length=", "length=1,length=2", "length=1,2")
+        ),
     ],
-)  # fmt: skip
+)
 def test_lam_on_the_command_line_is_a_number_for_each_value(refused, command, lam, said):
     names = ["diversity", "readability"] if command == PPO else ["length", "short"]
     values = ["--values", ",".join(names)] if command == PPO else []
@@ -212,27 +222,32 @@ def test_and_so_in_python(given, lam):
         ),
         (f"{REWARD} --data pairs.jsonl --center nan", "--center must be a finite number, got nan"),
         (f"{REWARD} --data pairs.jsonl --held-out nan", "--held-out must be at least 0 and below 1, got nan"),
-        (f"{REWARD} --data pairs.jsonl --lam 1", "pairs.jsonl: lam and palette make pairs of a scored file, this holds pairs"),
+        (f"{REWARD} --data pairs.jsonl --lam 1",
+         "pairs.jsonl: lam and palette make pairs of a scored file, this holds pairs"),
         (f"{REWARD} --data scored.parquet", "scored.parquet: a scored file needs lam or a palette to make pairs of it"),
         (
             f"{REWARD} --data scored.parquet --values length,humor",
             "--values must be rewards that the file carries (length, short), got humor",
         ),
-        (f"{REWARD} --data scored.parquet --values ,", "--values must be names, comma-separated, at least one, got ','"),
+        (f"{REWARD} --data scored.parquet --values ,",
+         "--values must be names, comma-separated, at least one, got ','"),
         (
             f"{REWARD} --data scored.parquet --values length --lam 1,1",
             "give values, a head for each, or lam or a palette, for one head, got both",
         ),
         (
             "soup model model --weights 0.5,0.2",
-            "--weights of a linear soup must sum to 1, got 0.7 (--normalize divides by the sum, --no-normalize keeps them)",
+            "--weights of a linear soup must sum to 1, got 0.7 (--normalize divides by the sum, --no-normalize keeps "
+            "them)",
         ),
-        (f"{SAMPLE} {ON} --column text", "--column must be left out for prompts.txt: its prompts are texts without columns, got 'text'"),
+        (f"{SAMPLE} {ON} --column text",
+         "--column must be left out for prompts.txt: its prompts are texts without columns, got 'text'"),
         (
             f"{PPO} {ON} --values diversity --lam 1 --split test",
             "--split must be left out for prompts.txt: it is no data set of the hub, got 'test'",
         ),
-        (f"{SAMPLE} {ON} --max-new-tokens 9999", "prompt 0 is too long: 3 tokens + 9999 new exceed the model's context of 256"),
+        (f"{SAMPLE} {ON} --max-new-tokens 9999",
+         "prompt 0 is too long: 3 tokens + 9999 new exceed the model's context of 256"),
         ("map scored.parquet --quantile 2", "--quantile must lie between 0 and 1, got 2.0"),
         ("map scored.parquet --quantile nan", "--quantile must lie between 0 and 1, got nan"),
         ("map scored.parquet --palette rest=q101", "--palette must ask for quantiles from q0 to q100, got 'q101'"),
@@ -307,14 +322,18 @@ def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
         ("sample --prompts prompts.txt --temperature -1", "temperature must be at least 0 (0 is greedy), got -1.0"),
         ("sample --prompts prompts.txt --top-p 2", "--top-p must lie in (0, 1], got 2.0"),
         ("sample --prompts prompts.txt --min-p nan", "--min-p must lie in [0, 1], got nan"),
-        ("sample --prompts prompts.txt --dtype int8", "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
+        ("sample --prompts prompts.txt --dtype int8",
+         "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
         ("score none.parquet --rewards nope", "unknown reward 'nope'; available: "),
         ("soup-front model model --prompts none.txt --rewards nope", "unknown reward 'nope'; available: "),
-        ("soup-front model model --prompts none.txt --rewards diversity --top-p 0", "--top-p must lie in (0, 1], got 0.0"),
-        ("soup-front model model --prompts none.txt --rewards diversity --device tpu", "device must be 'auto', 'cpu', "),
-        *((f"{command} {option} ,", f"{option} must be names, comma-separated, at least one, got ','") for command, option in (
-            ("score none.parquet", "--rewards"), ("map none.parquet --quantile 0.5", "--values"), ("pareto none.parquet", "--values"),
-            ("soup-front model model --prompts none.txt", "--rewards"),
+        ("soup-front model model --prompts none.txt --rewards diversity --top-p 0",
+         "--top-p must lie in (0, 1], got 0.0"),
+        ("soup-front model model --prompts none.txt --rewards diversity --device tpu",
+         "device must be 'auto', 'cpu', "),
+        *((f"{command} {option} ,", f"{option} must be names, comma-separated, at least one, got ','")
+          for command, option in (
+            ("score none.parquet", "--rewards"), ("map none.parquet --quantile 0.5", "--values"),
+            ("pareto none.parquet", "--values"), ("soup-front model model --prompts none.txt", "--rewards"),
         )),
     ],
 )  # fmt: skip

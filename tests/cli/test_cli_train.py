@@ -1,4 +1,5 @@
-"""`fastalign train dpo | ppo | reward` as a user types them, on tiny models; resumption, and one line for each mistake."""
+"""`fastalign train dpo | ppo | reward` as a user types them, on tiny models; resumption, and one line for each
+mistake."""
 
 import importlib.util
 import json
@@ -110,8 +111,9 @@ def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
     palette = tmp_path / "palette.json"
     palette.write_text(json.dumps({"kind": "palette", "values": ["short"], "lambda": [2.0]}))
     out = tmp_path / "out"
-    code, said, err = fastalign("dpo", "--data", scored, "--palette", palette, "--model", model, "--out", out, "--learning-rate", "1e-2",
-                                "--batch-size", 4, "--epochs", 4, "--beta", "0.5", "--precompute-ref")  # fmt: skip
+    code, said, err = fastalign("dpo", "--data", scored, "--palette", palette, "--model", model, "--out", out,
+                                "--learning-rate", "1e-2", "--batch-size", 4, "--epochs", 4, "--beta", "0.5",
+                                "--precompute-ref")  # fmt: skip
     assert code == 0 and "8 steps on 8 pairs" in said and "tokens/s" in err
     rows = [row for row in log(out) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -127,13 +129,14 @@ def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
     with torch.no_grad():
         assert trained(text, labels=text).loss < before(text, labels=text).loss
     assert "lam and palette make pairs of a scored file" in refused(
-        "dpo", "--data", "bundled", "--lam", "1", "--model", model, "--out", out)  # fmt: skip
+        "dpo", "--data", "bundled", "--lam", "1", "--model", model, "--out", out
+    )
 
 
 def test_dpo_lora_and_losses_on_messages(chat_model, pairs, tmp_path):
     out = tmp_path / "out"
-    code, said, _ = fastalign("dpo", "--data", pairs, "--model", chat_model, "--out", out, "--lora-r", 2, "--max-steps", 2,
-                              "--loss-type", "ipo, sft", "--learning-rate", "1e-2")  # fmt: skip
+    code, said, _ = fastalign("dpo", "--data", pairs, "--model", chat_model, "--out", out, "--lora-r", 2, "--max-steps",
+                              2, "--loss-type", "ipo, sft", "--learning-rate", "1e-2")  # fmt: skip
     assert code == 0 and "2 steps" in said
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     trained, _ = load_causal_lm(out)
@@ -148,8 +151,8 @@ def test_dpo_lora_and_losses_on_messages(chat_model, pairs, tmp_path):
 
 def test_reward_from_pairs_to_scores(model, pairs, tmp_path):
     out, page = tmp_path / "reward", tmp_path / "r.html"
-    code, said, _ = fastalign("reward", "--data", pairs, "--model", model, "--out", out, "--learning-rate", "1e-2", "--epochs", 6,
-                              "--batch-size", 4, "--held-out", 0.25, "--report", page)  # fmt: skip
+    code, said, _ = fastalign("reward", "--data", pairs, "--model", model, "--out", out, "--learning-rate", "1e-2",
+                              "--epochs", 6, "--batch-size", 4, "--held-out", 0.25, "--report", page)  # fmt: skip
     assert code == 0 and "on 2 held-out pairs" in said
     reward = rewards.from_pairwise(str(out))
     better, worse = rewards.score(reward, [PROMPTS[0]] * 2, [" very good", " bad, why"])[:, 0]
@@ -164,12 +167,16 @@ def test_reward_from_pairs_to_scores(model, pairs, tmp_path):
 
 def test_reward_with_several_heads_and_lora(chat_model, tmp_path):
     data, out = tmp_path / "pairs.csv", tmp_path / "reward"
-    rows = preferences.PreferencePairs([
-        {"prompt": p, "chosen": "very good", "rejected": "bad " + p, "kind": 1, "brief": -1 if i % 2 else None} for i, p in enumerate(PROMPTS)
-    ])  # fmt: skip
+    rows = preferences.PreferencePairs(
+        [
+            {"prompt": p, "chosen": "very good", "rejected": "bad " + p, "kind": 1, "brief": -1 if i % 2 else None}
+            for i, p in enumerate(PROMPTS)
+        ]
+    )
     rows.to_parquet(data.with_suffix(".parquet"))
-    code, said, _ = fastalign("reward", "--data", data.with_suffix(".parquet"), "--values", "kind,brief", "--model", chat_model,
-                              "--out", out, "--lora-r", 2, "--learning-rate", "1e-2", "--center", "0.01", "--held-out", 0.5)  # fmt: skip
+    code, said, _ = fastalign("reward", "--data", data.with_suffix(".parquet"), "--values", "kind,brief", "--model",
+                              chat_model, "--out", out, "--lora-r", 2, "--learning-rate", "1e-2", "--center", "0.01",
+                              "--held-out", 0.5)  # fmt: skip
     assert code == 0 and "kind" in said and "brief" in said
     heads = several_values.read_values([f"{out}#brief", str(out) + "#kind"])
     assert [head.name for head in heads] == ["brief", "kind"] and heads[0].text == "chat"
@@ -185,8 +192,9 @@ def test_ppo_on_two_values_by_the_classic_options(model, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("\n".join(PROMPTS))
     code, said, err = fastalign(
-        "ppo", "--lam_list", "1.0,0.25", "--value_list", "long,brief", "--model_name", model, "--data_name", prompts, "--save_path", out,
-        "--learning_rate", "1e-3", "--batch_size", 4, "--mini_batch_size", 2, "--nepoch", 2, "--max-new-tokens", 6,
+        "ppo", "--lam_list", "1.0,0.25", "--value_list", "long,brief", "--model_name", model, "--data_name", prompts,
+        "--save_path", out, "--learning_rate", "1e-3", "--batch_size", 4, "--mini_batch_size", 2, "--nepoch", 2,
+        "--max-new-tokens", 6,
     )  # fmt: skip
     assert code == 0 and "4 steps" in said and "long" in said and "tokens/s" in err
     rows = log(out)
@@ -207,8 +215,9 @@ def test_ppo_follows_its_weights(model, tmp_path):
     last = {}
     for lam in ("1,0", "0,1"):
         out = tmp_path / lam
-        code, _, _ = fastalign("ppo", "--values", "long,brief", "--lam", lam, "--model", model, "--out", out, "--max-steps", 25,
-                               "--limit", 16, "--batch-size", 16, "--max-new-tokens", 8, "--learning-rate", "5e-3", "--kl-coef", "0.01")  # fmt: skip
+        code, _, _ = fastalign("ppo", "--values", "long,brief", "--lam", lam, "--model", model, "--out", out,
+                               "--max-steps", 25, "--limit", 16, "--batch-size", 16, "--max-new-tokens", 8,
+                               "--learning-rate", "5e-3", "--kl-coef", "0.01")  # fmt: skip
         assert code == 0
         rows = log(out)
         last[lam] = np.mean([row["values"]["long"] for row in rows[-5:]]) - np.mean(
@@ -232,8 +241,13 @@ def test_ppo_on_film_reviews(model, tmp_path, monkeypatch):
     import datasets
 
     seen = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(
-        [{"text": f"the cat {i} sat on a big red mat and then ran", "label": 1} for i in range(4)]))  # fmt: skip
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, split: datasets.Dataset.from_list(
+            [{"text": f"the cat {i} sat on a big red mat and then ran", "label": 1} for i in range(4)]
+        ),
+    )
     rewards.register(
         "spy",
         lambda: rewards.from_function(lambda p, r: seen.extend(p) or np.zeros(len(p), np.float32), name="spy"),
@@ -280,8 +294,11 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
     ]
     done = subprocess.run(
         [*torchrun, "train", *map(str, asked), "--batch-size", "2", "--out", tmp_path / "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
@@ -310,13 +327,17 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
             2,
         ]
     else:
-        asked = ["ppo", "--values", "readability,diversity", "--lam", "1,1", "--model", model, *PPO, "--limit", 12, "--epochs", 4,
-                 "--save-steps", 2]  # fmt: skip
+        asked = ["ppo", "--values", "readability,diversity", "--lam", "1,1", "--model", model, *PPO, "--limit", 12,
+                 "--epochs", 4, "--save-steps", 2]  # fmt: skip
     assert fastalign(*asked, "--out", tmp_path / "whole")[0] == 0
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", SLOW, "train", *map(str, asked), "--out", str(out)], env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "train", *map(str, asked), "--out", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     deadline = time.monotonic() + 200
     while not (out / "log.jsonl").exists() or len(log(out)) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()

@@ -138,16 +138,19 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
                 "select": ("select", file, *given, "--out", out),
                 "eval": ("eval", file, "--selected", made / "o.parquet", *given, "--out", out),
                 "pareto": ("pareto", file, *given, "--out", out),
-                "sample": ("sample", "--model", model, "--prompts", "bundled", "--limit", 1, *few, *given, "--out", out),
+                "sample": ("sample", "--model", model, "--prompts", "bundled", "--limit", 1, *few, *given, "--out",
+                           out),
                 "sample --method": (
-                    "sample", "--model", model, "--prompts", "bundled", "-n", 16, *given, "--method", "adaptive", "--out", out,
+                    "sample", "--model", model, "--prompts", "bundled", "-n", 16, *given, "--method", "adaptive",
+                    "--out", out,
                 ),
                 "train dpo": ("train", "dpo", "--model", model, "--data", file, *given, "--out", out),
                 "train ppo": (
                     "train", "ppo", "--model", model, "--data", "bundled", *given, "--out", out,
                 ),
                 "soup-front": (
-                    "soup-front", model, model, "--prompts", "bundled", "--rewards", "diversity", *few, *given, "--out", out,
+                    "soup-front", model, model, "--prompts", "bundled", "--rewards", "diversity", *few, *given, "--out",
+                    out,
                 ),
             }[command]
         )  # fmt: skip

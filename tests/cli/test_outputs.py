@@ -73,9 +73,11 @@ COMMANDS = {
         ["--seed", 1], "soups.json",
     ),
     "train dpo": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN], ["--seed", 1], "model.safetensors"),
-    "train reward": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN, "--held-out", 0], ["--seed", 1], "model.safetensors"),
+    "train reward": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN, "--held-out", 0], ["--seed", 1],
+                     "model.safetensors"),
     "train ppo": (
-        ["--model", "model0", "--data", "prompts.txt", "--values", "diversity", "--lam", 1, *TRAIN, "--max-new-tokens", 3],
+        ["--model", "model0", "--data", "prompts.txt", "--values", "diversity", "--lam", 1, *TRAIN, "--max-new-tokens",
+         3],
         ["--seed", 1], "model.safetensors",
     ),
 }  # fmt: skip

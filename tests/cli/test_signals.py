@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGKILL in the middle of the commands that take long: one line, what is done is kept, and the same command goes on
-to what an uninterrupted one gives."""
+"""Ctrl-C, SIGTERM and SIGKILL in the middle of the commands that take long: one line, what is done is kept, and the
+same command goes on to what an uninterrupted one gives."""
 
 import json
 import os
@@ -52,11 +52,13 @@ def given(tmp_path_factory):
             3,
         ),
         "soup-front": (["soup-front", *models, *drawing, "--rewards", "diversity", "--grid", 3], part, 2),
-        # The third step's log; at two steps a log, what it tells of the third step is still to come when the fourth ends.
+        # The third step's log; at two steps a log, what it tells of the third step is still to come when the fourth
+        # ends.
         "dpo": (["train", "dpo", *on_pairs], log, 3),
         "reward": (["train", "reward", *on_pairs, "--held-out", 0.25, "--log-steps", 4], log, 1),
         "ppo": (
-            ["train", "ppo", *training, *values, "--data", prompts, "--batch-size", 4, "--max-new-tokens", 4, "--epochs", 3],
+            ["train", "ppo", *training, *values, "--data", prompts, "--batch-size", 4, "--max-new-tokens", 4,
+             "--epochs", 3],
             log,
             3,
         ),

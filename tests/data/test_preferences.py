@@ -1,4 +1,5 @@
-"""Preference pairs: read from files of each form, made from scored candidates, bundled; and one line for each mistake."""
+"""Preference pairs: read from files of each form, made from scored candidates, bundled; and one line for each
+mistake."""
 
 import csv
 import json
@@ -25,12 +26,16 @@ CHAT = {
     "rejected": [{"role": "assistant", "content": "No one."}],
 }
 HH = [
-    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: So long",
-     "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Go"},
+    {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: So long",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Go",
+    },
     # Parts before the last turn: split where both still agree.
-    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
-     "rejected": "\n\nHuman: Hi\n\nAssistant: Hey\n\nHuman: what\n\nAssistant: nothing"},
-]  # fmt: skip
+    {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: Hey\n\nHuman: what\n\nAssistant: nothing",
+    },
+]
 
 
 def write(path, rows):
@@ -120,7 +125,7 @@ def test_prompts_of_film_reviews(monkeypatch, tmp_path):
         ([HH[0], {"chosen": HH[0]["chosen"], "rejected": "\n\nHuman: Other\n\nAssistant: x"}], "same turns"),
         ([], "holds no pairs"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_name_the_row(tmp_path, rows, said):
     path = write(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(UserError, match=said) as told:
@@ -133,8 +138,13 @@ def test_mistakes_in_the_file(tmp_path):
     (tmp_path / "ragged.csv").write_text("prompt,chosen,rejected\na,b,c,d\n")
     (tmp_path / "pairs.txt").write_text("a")
     (tmp_path / "pairs.parquet").write_text("a")
-    for name, said in [("broken.jsonl", "line 1 is not JSON"), ("ragged.csv", "row 0 has more cells"),
-                       ("pairs.txt", "must be a .jsonl"), ("pairs.parquet", "not a Parquet file"), ("", "is a folder")]:  # fmt: skip
+    for name, said in [
+        ("broken.jsonl", "line 1 is not JSON"),
+        ("ragged.csv", "row 0 has more cells"),
+        ("pairs.txt", "must be a .jsonl"),
+        ("pairs.parquet", "not a Parquet file"),
+        ("", "is a folder"),
+    ]:
         with pytest.raises(UserError, match=said):
             preferences.load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such file of pairs"):
@@ -297,9 +307,13 @@ def test_pairs_of_conversations_are_messages():
     begun = [SYSTEM, ASK, {"role": "assistant", "content": "a"}]
     spoken = Conversation([ASK], chat_template_kwargs={"enable_thinking": False})
     scored = Candidates(
-        [[SYSTEM, ASK], begun, spoken, "who?"], [[" cat", " dog"]] * 4, [[[1], [2]]] * 4, [[[-1.0], [-1.0]]] * 4,
-        rewards={"r": [[1.0, 0.0]] * 4}, settings={"sampling": {"chat_template_kwargs": {"x": 1}}},
-    )  # fmt: skip
+        [[SYSTEM, ASK], begun, spoken, "who?"],
+        [[" cat", " dog"]] * 4,
+        [[[1], [2]]] * 4,
+        [[[-1.0], [-1.0]]] * 4,
+        rewards={"r": [[1.0, 0.0]] * 4},
+        settings={"sampling": {"chat_template_kwargs": {"x": 1}}},
+    )
     pairs = preference_pairs(scored, lam=[1.0], seed=0).rows
     reply = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
     assert [pair["prompt"] for pair in pairs] == [[SYSTEM, ASK], [SYSTEM, ASK], [ASK], [ASK]]

@@ -1,4 +1,5 @@
-"""Text around the model: what new tokens say after their prompt, stop strings, conversations, what cannot be encoded."""
+"""Text around the model: what new tokens say after their prompt, stop strings, conversations, what cannot be
+encoded."""
 
 import json
 
@@ -282,11 +283,14 @@ def test_classifiers_read_the_whole_conversation():
     assert found == pytest.approx(whole(["", ""], texts), abs=1e-6)
 
 
-@pytest.mark.parametrize("prompt, reply, message", [
-    ("why", "half \ud83d", "response 0 must be text that UTF-8 can hold"),
-    ("why", "hi <new8>", "response 0 has a token beyond the model's embedding"),
-    ("hi <new8>", "x", "has a token beyond the model's embedding"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt, reply, message",
+    [
+        ("why", "half \ud83d", "response 0 must be text that UTF-8 can hold"),
+        ("why", "hi <new8>", "response 0 has a token beyond the model's embedding"),
+        ("hi <new8>", "x", "has a token beyond the model's embedding"),
+    ],
+)
 def test_rewards_tell_what_cannot_be_encoded(prompt, reply, message):
     tokenizer = tiny_tokenizer()
     model = tiny_causal_lm(tokenizer)

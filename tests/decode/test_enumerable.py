@@ -58,9 +58,9 @@ def test_draws_follow_p0(exact, drawn):
 
 
 def test_resampled_draws_approach_p_lambda_as_theory_says(exact, drawn):
-    """The law of one of N resampled, its own randomness averaged out, is p_lambda (1 + (rho - w / Z) / N) to first order,
-    rho = E w^2 / Z^2: the bias of a self-normalised estimate. Given its reward a text follows p0 whatever N is, so that
-    the total variation between the laws of texts is that between those of rewards."""
+    """The law of one of N resampled, its own randomness averaged out, is p_lambda (1 + (rho - w / Z) / N) to first
+    order, rho = E w^2 / Z^2: the bias of a self-normalised estimate. Given its reward a text follows p0 whatever N
+    is, so that the total variation between the laws of texts is that between those of rewards."""
     place, p0, r, p_lam, z = exact
     levels, level = np.unique(r, return_inverse=True)
     ids = np.array([[place[tuple(ids)] for ids in row] for row in drawn.token_ids]).reshape(-1)
@@ -96,9 +96,18 @@ def test_particles_are_properly_weighted(sampler, exact, method):
     place, _, r, p_lam, z = exact
     runs = 600
     found = particles(
-        sampler, [PROMPT] * runs, WORTH, n=6, lam=[LAM], checkpoints=[1, 2, 3], ess=1.0, method=method, seed=5,
-        batch_size=6 * runs, **JOB,
-    )  # fmt: skip
+        sampler,
+        [PROMPT] * runs,
+        WORTH,
+        n=6,
+        lam=[LAM],
+        checkpoints=[1, 2, 3],
+        ess=1.0,
+        method=method,
+        seed=5,
+        batch_size=6 * runs,
+        **JOB,
+    )
     assert found.resampled.mean() > 1.5
     w = np.exp(found.log_weights)
     ids = np.array([[place[tuple(ids)] for ids in row] for row in found.candidates.token_ids])
@@ -114,9 +123,18 @@ def test_any_promise_is_taken_back(sampler, exact, promise):
     _, _, r, p_lam, z = exact
     runs = 800
     found = particles(
-        sampler, [PROMPT] * runs, WORTH, n=8, lam=[LAM], checkpoints=[2, 3], ess=1.0, promise=promise, seed=6,
-        batch_size=8 * runs, **JOB,
-    )  # fmt: skip
+        sampler,
+        [PROMPT] * runs,
+        WORTH,
+        n=8,
+        lam=[LAM],
+        checkpoints=[2, 3],
+        ess=1.0,
+        promise=promise,
+        seed=6,
+        batch_size=8 * runs,
+        **JOB,
+    )
     each = np.exp(found.log_z)
     assert each.mean() == pytest.approx(z, abs=4 * each.std() / np.sqrt(runs))
     mean = (np.exp(found.log_weights) * found.candidates.reward_array()[..., 0]).mean(1)
@@ -131,16 +149,30 @@ def test_the_best_promise_makes_particles_exact(sampler, exact):
     def promise(prompts, texts):
         found = []
         for text in texts:
-            begun = [i for i, ids in enumerate(sequences) if sampler.tokenizer.decode(ids).startswith(text)
-                     and len(ids) > len(text) and all(t < 4 for t in ids[: len(text)])]  # fmt: skip
+            begun = [
+                i
+                for i, ids in enumerate(sequences)
+                if sampler.tokenizer.decode(ids).startswith(text)
+                and len(ids) > len(text)
+                and all(t < 4 for t in ids[: len(text)])
+            ]
             found.append(np.log(p0[begun] @ np.exp(LAM * r[begun]) / p0[begun].sum()))
         return found
 
     runs = 60
     found = particles(
-        sampler, [PROMPT] * runs, WORTH, n=16, lam=[LAM], checkpoints=[1, 2, 3], ess=1.0, promise=promise, seed=7,
-        batch_size=16 * runs, **JOB,
-    )  # fmt: skip
+        sampler,
+        [PROMPT] * runs,
+        WORTH,
+        n=16,
+        lam=[LAM],
+        checkpoints=[1, 2, 3],
+        ess=1.0,
+        promise=promise,
+        seed=7,
+        batch_size=16 * runs,
+        **JOB,
+    )
     plain = particles(sampler, [PROMPT] * runs, WORTH, n=16, lam=[LAM], checkpoints=[], seed=7, **JOB)
     assert found.log_z.std() < 0.8 * plain.log_z.std()
     assert found.values[0] == pytest.approx(p_lam @ r, abs=0.15)

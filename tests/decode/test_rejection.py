@@ -1,4 +1,5 @@
-"""Speculative rejection: the survivors are best-of-n's own candidates, the budget is kept, memory pressure drops the worst."""
+"""Speculative rejection: the survivors are best-of-n's own candidates, the budget is kept, memory pressure drops the
+worst."""
 
 import enumerable
 import numpy as np

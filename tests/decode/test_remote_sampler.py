@@ -1,4 +1,5 @@
-"""Samplers whose model runs elsewhere: the same law, argument checks and Candidates as the local one's; what servers do."""
+"""Samplers whose model runs elsewhere: the same law, argument checks and Candidates as the local one's; what servers
+do."""
 
 import contextlib
 import json

@@ -45,10 +45,15 @@ def on(path, sampler):
 @pytest.fixture(
     scope="module",
     params=[
-        "llama, engine", "gpt2, engine", "mistral, engine", "llama, copied cache", "mistral, copied cache",
-        "llama, prompt repeated", "mistral, no cache",
+        "llama, engine",
+        "gpt2, engine",
+        "mistral, engine",
+        "llama, copied cache",
+        "mistral, copied cache",
+        "llama, prompt repeated",
+        "mistral, no cache",
     ],
-)  # fmt: skip
+)
 def sampler(request, tokenizer):
     kind, path = request.param.split(", ")
     return on(path, Sampler(tiny_causal_lm(tokenizer, kind=kind), tokenizer))

@@ -12,7 +12,9 @@ from fastalign.decode import Worth, effective_sample_size, estimate, worth
 LAWS = {  # scores λ·R of P prompts by N
     "gaussian": lambda rng, p: lambda n: rng.normal(size=(p, n)),
     "wide": lambda rng, p: lambda n: 2 * rng.normal(size=(p, n)),
-    "unlike prompts": lambda rng, p: (lambda s: lambda n: s * rng.normal(size=(p, n)))(np.exp(rng.normal(size=(p, 1)) / 2)),
+    "unlike prompts": lambda rng, p: (lambda s: lambda n: s * rng.normal(size=(p, n)))(
+        np.exp(rng.normal(size=(p, 1)) / 2)
+    ),
     "skewed": lambda rng, p: lambda n: -2 * rng.exponential(size=(p, n)),
     "no variance": lambda rng, p: lambda n: 0.6 * rng.exponential(size=(p, n)),  # of the weights, Pareto with α = 1/0.6
     "no mean": lambda rng, p: lambda n: 1.3 * rng.exponential(size=(p, n)),
@@ -20,7 +22,7 @@ LAWS = {  # scores λ·R of P prompts by N
     "whole numbers": lambda rng, p: lambda n: 0.8 * rng.poisson(3, size=(p, n)),
     "yes or no": lambda rng, p: lambda n: 2.0 * (rng.random((p, n)) < 0.5),
     "rarely yes": lambda rng, p: lambda n: 5.0 * (rng.random((p, n)) < 0.02),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("prompts", "n", "many"), [(12, 64, 1024), (16, 32, 256), (8, 16, 64)])
@@ -100,7 +102,15 @@ def test_it_goes_through_json_and_what_is_broken_is_told():
     assert again.tell(100) == found.tell(100) and again.needed() == found.needed()
     one = worth(np.random.default_rng(5).normal(size=(1, 16, 1)), [1.0])
     assert Worth.from_json(one.to_json(), "x").tell(9) == one.tell(9)
-    breaks = [{"n": None}, {"high": [0.0]}, {"low": "x"}, {"low_error": None}, {"prompts": 0}, {"n": data["n"][::-1]}, {"high": [float("nan")] * len(data["n"])}]  # fmt: skip
+    breaks = [
+        {"n": None},
+        {"high": [0.0]},
+        {"low": "x"},
+        {"low_error": None},
+        {"prompts": 0},
+        {"n": data["n"][::-1]},
+        {"high": [float("nan")] * len(data["n"])},
+    ]
     for change in breaks:
         with pytest.raises(UserError, match=r"p\.json: worth is not what `fastalign map` writes"):
             Worth.from_json({**data, **change}, "p.json: worth")

@@ -178,7 +178,11 @@ for row in trainer.state.log_history:
     if "loss" in row:
         print("LOSS", row["loss"])
 """
-COMMON = "report_to=[], max_steps=20, logging_steps=1, per_device_train_batch_size={size}, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, output_dir={out!r}, save_strategy='no', seed=0, disable_tqdm=True"
+COMMON = (
+    "report_to=[], max_steps=20, logging_steps=1, per_device_train_batch_size={size}, learning_rate=1e-3, "
+    "use_cpu=True, bf16=False, gradient_checkpointing=False, output_dir={out!r}, save_strategy='no', seed=0, "
+    "disable_tqdm=True"
+)
 BODIES = {
     "DPO": """
 rows = [dict(prompt=text(i, 6), chosen=" " + text(i + 1, 5), rejected=" " + text(i + 2, 7)) for i in range(40)]
@@ -187,7 +191,9 @@ trainer = DPOTrainer(model, args=DPOConfig({common}), train_dataset=Dataset.from
     "GRPO": """
 rows = [dict(prompt=text(i, 6)) for i in range(40)]
 reward = lambda completions, **_: [float(len(set(c))) / 10 for c in completions]
-trainer = GRPOTrainer(model, reward_funcs=reward, args=GRPOConfig({common}, num_generations=4, max_completion_length=8, beta=0.04, temperature=1.0), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+args = GRPOConfig({common}, num_generations=4, max_completion_length=8, beta=0.04, temperature=1.0)
+rows = Dataset.from_list(rows)
+trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=rows, processing_class=tokenizer)
 """,
 }
 

@@ -37,7 +37,8 @@ def cluster():
 
 
 def length(*, log, dies_on=None, always=False):
-    """A reward that logs the prompts it is asked about, and kills its own process the first time (or whenever) it meets one."""
+    """A reward that logs the prompts it is asked about, and kills its own process the first time (or whenever) it
+    meets one."""
 
     class Length:  # in a function, so that the workers get its code and need not find this file
         name = "length"
@@ -117,9 +118,16 @@ def test_a_failing_reward_is_shown_where_it_failed(cluster, folder, tmp_path):
 
 def test_selected_parts_and_the_pipeline_on_workers(cluster, folder, tmp_path):
     paths = scale.run(
-        folder, PROMPTS[:3], tmp_path / "best", rewards=length(log=tmp_path / "log"), lam=[1.0], k=2, method="best",
-        workers=1, **SHORT,
-    )  # fmt: skip
+        folder,
+        PROMPTS[:3],
+        tmp_path / "best",
+        rewards=length(log=tmp_path / "log"),
+        lam=[1.0],
+        k=2,
+        method="best",
+        workers=1,
+        **SHORT,
+    )
     found = whole(paths)
     alone = Sampler.from_pretrained(folder).sample(PROMPTS[:3], **SHORT)
     assert found.texts == [sorted(row, key=len, reverse=True)[:2] for row in alone.texts]

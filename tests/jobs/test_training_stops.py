@@ -1,4 +1,5 @@
-"""Numbers that are none: refused where they come with the data, and a training that meets one stops before it changes a weight."""
+"""Numbers that are none: refused where they come with the data, and a training that meets one stops before it changes
+a weight."""
 
 import json
 import math

@@ -21,7 +21,8 @@ B, T, H, V = 3, 7, 8, 29
 
 
 def problem(dtype=torch.float64, seed=0):
-    """hidden (2B, T, H), weight (V, H), labels (2B, T) with prompts, padding, a length of 1 and a row without tokens."""
+    """hidden (2B, T, H), weight (V, H), labels (2B, T) with prompts, padding, a length of 1 and a row without
+    tokens."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2 * B, T, H, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)

@@ -16,10 +16,14 @@ def problem(dtype=torch.float64, rows=4, length=6, size=10, vocab=37):
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
     tensors = {
-        "hidden": normal(rows, length, size), "weight": normal(vocab, size, scale=0.6), "bias": normal(vocab),
-        "ref_hidden": normal(rows, length, size + 3), "ref_weight": normal(vocab, size + 3, scale=0.6),
-        "advantages": normal(rows), "noise": normal(rows, length, scale=0.3),
-    }  # fmt: skip
+        "hidden": normal(rows, length, size),
+        "weight": normal(vocab, size, scale=0.6),
+        "bias": normal(vocab),
+        "ref_hidden": normal(rows, length, size + 3),
+        "ref_weight": normal(vocab, size + 3, scale=0.6),
+        "advantages": normal(rows),
+        "noise": normal(rows, length, scale=0.3),
+    }
     labels = torch.randint(0, vocab, (rows, length), generator=generator)
     labels[0, :2] = labels[1, 3:] = -100
     labels[2] = -100  # a row without a completion
@@ -34,9 +38,15 @@ def by_logits(f, p, hidden, weight, bias, *, temperature=1.0, entropy_coef=0.0, 
     ref = reference.token_logprobs(p["ref_hidden"] @ p["ref_weight"].T, labels, temperature)["log_probs"]
     old = found["log_probs"].detach() + p["noise"]
     return old, f(
-        found["log_probs"], old, p["advantages"], labels != -100, ref_logprobs=ref, entropy=found["entropy"],
-        entropy_coef=entropy_coef, **options,
-    )  # fmt: skip
+        found["log_probs"],
+        old,
+        p["advantages"],
+        labels != -100,
+        ref_logprobs=ref,
+        entropy=found["entropy"],
+        entropy_coef=entropy_coef,
+        **options,
+    )
 
 
 CASES = [
@@ -58,9 +68,14 @@ def test_equals_the_function_on_held_logits(each_backend, case, entropy_coef):
     old, expected = by_logits(function, p, *leaves, **options)
     grads = torch.autograd.grad(expected.loss, leaves)
     loss, metrics = module(**options, token_metrics=True)(
-        *leaves[:2], p["labels"], p["advantages"], old, bias=leaves[2], ref_hidden=p["ref_hidden"],
+        *leaves[:2],
+        p["labels"],
+        p["advantages"],
+        old,
+        bias=leaves[2],
+        ref_hidden=p["ref_hidden"],
         ref_weight=p["ref_weight"],
-    )  # fmt: skip
+    )
     torch.testing.assert_close(loss, expected.loss)
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), grads)
     names = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}

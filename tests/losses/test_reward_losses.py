@@ -34,9 +34,12 @@ def trl_loss(chosen, rejected, margin, coefficient):
 
     same = SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=False), args=SimpleNamespace(center_rewards_coefficient=coefficient),
-        accelerator=same, _metrics={"eval": defaultdict(list)}, _total_train_tokens=0,
-    )  # fmt: skip
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=coefficient),
+        accelerator=same,
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
     inputs = {} if margin is None else {"margin": margin}
     scores = torch.cat((chosen, rejected)).unsqueeze(-1)
 
@@ -118,9 +121,11 @@ def test_plackett_luce_at_extremes(numbers, seed):
 LOSSES = {
     "bradley_terry": lambda a, b: bradley_terry_loss(a, b, margin=0.3, center_coefficient=0.1),
     "plackett_luce": lambda a, b: plackett_luce_loss(
-        torch.stack((a, b, a * b), -1), torch.tensor([[2, 0, 1], [0, 2, 9], [1, 0, 2]]), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]])
+        torch.stack((a, b, a * b), -1),
+        torch.tensor([[2, 0, 1], [0, 2, 9], [1, 0, 2]]),
+        torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -220,8 +225,14 @@ def test_two_players_by_hand():
 
 def test_lists_of_games_names_and_draws():
     wins = np.zeros((3, 3))
-    games = [("Anand", "Carlsen"), ("Carlsen", "Anand", 3), ("Carlsen", "Polgar", 2), ("Polgar", "Anand", 1.5),
-             ("Anand", "Polgar", 0.5), ("Polgar", "Carlsen", 0.5)]  # fmt: skip
+    games = [
+        ("Anand", "Carlsen"),
+        ("Carlsen", "Anand", 3),
+        ("Carlsen", "Polgar", 2),
+        ("Polgar", "Anand", 1.5),
+        ("Anand", "Polgar", 0.5),
+        ("Polgar", "Carlsen", 0.5),
+    ]
     names = ("Anand", "Carlsen", "Polgar")
     for winner, loser, *count in games:
         wins[names.index(winner), names.index(loser)] += count[0] if count else 1

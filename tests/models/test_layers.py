@@ -136,8 +136,12 @@ def test_every_level_gives_the_same_numbers():
     rows = []
     for isa in backend.engine.available_isas():
         done = subprocess.run(
-            [sys.executable, "-c", LEVELS], env=os.environ | {"FASTALIGN_ISA": isa}, capture_output=True, text=True, check=True
-        )  # fmt: skip
+            [sys.executable, "-c", LEVELS],
+            env=os.environ | {"FASTALIGN_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         rows.append([float(x) for x in done.stdout.split()])
     assert len(rows[0]) == 7
     assert all(row == pytest.approx(rows[0], rel=1e-4) for row in rows)
@@ -150,9 +154,16 @@ def model_of(kind):
     import transformers
 
     common = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
     if kind == "llama":
         config = transformers.LlamaConfig(**common)
@@ -179,7 +190,8 @@ def model_of(kind):
     return model
 
 
-# norms: two a layer and the last, Qwen3's two more for queries and keys, Gemma 2's four a layer; Gemma's gate is no silu
+# norms: two a layer and the last, Qwen3's two more for queries and keys, Gemma 2's four a layer; Gemma's gate is no
+# silu
 @pytest.mark.parametrize(("kind", "count"), [("llama", 7), ("qwen3", 11), ("gemma2", 9), ("gpt2", 0), ("opt", 0)])
 def test_models_keep_their_outputs_and_gradients(kind, count):
     model = model_of(kind)

@@ -1,4 +1,5 @@
-"""Causal models of transformers on every path, beside their own plain logits; all of them by `python tools/model_sweep.py`."""
+"""Causal models of transformers on every path, beside their own plain logits; all of them by `python
+tools/model_sweep.py`."""
 
 import datetime
 import os
@@ -11,10 +12,11 @@ from typer.testing import CliRunner
 
 from fastalign.cli.main import app
 
-# Each of another kind, and each once wrong: fused projections, masks, sinks, latent attention, states, heads, two calls a layer.
+# Each of another kind, and each once wrong: fused projections, masks, sinks, latent attention, states, heads, two
+# calls a layer.
 ALWAYS = (
-    "gpt2", "gpt_neox", "phi3", "doge", "phimoe", "gpt_oss", "deepseek_v3", "mamba", "qwen3_5_text", "modernbert-decoder",
-    "recurrent_gemma", "stablelm", "diffllama", "rwkv", "xlstm",
+    "gpt2", "gpt_neox", "phi3", "doge", "phimoe", "gpt_oss", "deepseek_v3", "mamba", "qwen3_5_text",
+    "modernbert-decoder", "recurrent_gemma", "stablelm", "diffllama", "rwkv", "xlstm",
 )  # fmt: skip
 PARTS = 16  # a part of the others runs in turn, a day each
 

@@ -56,9 +56,16 @@ def tiny_gguf(path):
     embedding = tensor("token_embd.weight", len(tokens), 32)
     for i in range(2):
         for name, shape in {
-            "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32),
-            "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,),
-        }.items():  # fmt: skip
+            "attn_q": (32, 32),
+            "attn_k": (16, 32),
+            "attn_v": (16, 32),
+            "attn_output": (32, 32),
+            "ffn_gate": (64, 32),
+            "ffn_up": (64, 32),
+            "ffn_down": (32, 64),
+            "attn_norm": (32,),
+            "ffn_norm": (32,),
+        }.items():
             tensor(f"blk.{i}.{name}.weight", *shape)
     tensor("output_norm.weight", 32)
     writer.write_header_to_file()

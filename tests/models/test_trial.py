@@ -22,9 +22,17 @@ from fastalign.models.scoring import fused_head, score
 from fastalign.train.pairs import PairBatch, add_pair_forward
 
 SIZES = dict(
-    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +119,8 @@ def seen_through(model, monkeypatch):
 
 
 def clipped_norm(model, monkeypatch):
-    """A norm that clips large inputs, which the compiled one does not: it stays the model's own, and every path is right."""
+    """A norm that clips large inputs, which the compiled one does not: it stays the model's own, and every path is
+    right."""
     import transformers
 
     inner = transformers.models.llama.modeling_llama.LlamaRMSNorm
@@ -236,7 +245,8 @@ def test_flat_attention_hides_faults_so_that_no_verdict_is_kept():
 
 
 def test_what_can_tell_nothing_is_not_kept():
-    """Projections that are zero at first (a fresh residual block) hide what attention does: the next model is tried anew."""
+    """Projections that are zero at first (a fresh residual block) hide what attention does: the next model is tried
+    anew."""
     model = llama()
     outs = [block.self_attn.o_proj.weight for block in model.model.layers]
     kept = [x.clone() for x in outs]
@@ -251,7 +261,8 @@ def test_what_can_tell_nothing_is_not_kept():
 
 
 def test_hooks_are_not_known_by_their_names():
-    """Two hooks of one name and other strengths: no verdict of the one holds for the other, nor for the model without."""
+    """Two hooks of one name and other strengths: no verdict of the one holds for the other, nor for the model
+    without."""
     strength = [0.0]
 
     def hook(module, args, output):
@@ -324,9 +335,12 @@ def test_adapters_on_the_head_that_are_no_plain_lora(adapter):
 def test_adapters_that_read_the_tokens_run_under_their_wrapper(tokenizer):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
         alora_invocation_tokens=tokenizer(" quick", add_special_tokens=False)["input_ids"],
-    )  # fmt: skip
+    )
     model = peft.get_peft_model(llama(), config).eval()
     assert not supports(model) and not packing.can_pack(model) and not fused_head(model)
     assert Sampler(model, tokenizer).path() is not SharedPromptEngine
@@ -419,9 +433,7 @@ def test_a_wide_window_is_tried_narrow(monkeypatch):
 
 def stretched(kind, original):
     more = {"short_factor": [1.0, 1.3, 2.0, 3.0], "long_factor": [1.5, 4.0, 9.0, 16.0]} if kind == "longrope" else {}
-    rope = {
-        "rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": original, **more,
-    }  # fmt: skip
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": original, **more}
     return llama(max_position_embeddings=original if kind == "dynamic" else 128, rope_parameters=rope)
 
 

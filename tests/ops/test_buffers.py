@@ -118,8 +118,14 @@ def test_attention_stays_within_the_cache(rows, lengths):
 def test_a_soup_takes_buffers_of_one_size():
     out, short, x = floats(9), floats(8), floats(9)
     backend.engine.soup_memory([buffer(out)], [buffer(x)], [1.0], 1)
-    for outs, ins, weights in (([short], [x], 1), ([out], [short], 1), ([out], [x], 2), ([out], [x.int()], 1),
-                               ([out, short], [x], 2), ([out], [x] * 129, 129)):  # fmt: skip
+    for outs, ins, weights in (
+        ([short], [x], 1),
+        ([out], [short], 1),
+        ([out], [x], 2),
+        ([out], [x.int()], 1),
+        ([out, short], [x], 2),
+        ([out], [x] * 129, 129),
+    ):
         with pytest.raises(RuntimeError, match="called wrongly"):
             backend.engine.soup_memory([*map(buffer, outs)], [*map(buffer, ins)], [1.0] * weights, 1)
 

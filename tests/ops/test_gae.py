@@ -77,9 +77,7 @@ def test_no_further_from_the_truth_than_torch(each_backend, shape, dtype):
             assert (a[~mask] == 0).all()
 
 
-@given(
-    st.integers(1, 4), st.integers(1, 70), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6)
-)  # fmt: skip
+@given(st.integers(1, 4), st.integers(1, 70), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
 def test_engine_equals_reference(rows, length, valid, gamma, lam, seed):
     rewards, values = problem((rows, length), seed=seed)
     mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < valid
@@ -90,8 +88,9 @@ def test_engine_equals_reference(rows, length, valid, gamma, lam, seed):
 
 
 @given(
-    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40), st.sampled_from([0.0, 1e-30, 0.5, 1.0])
-)  # fmt: skip
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40),
+    st.sampled_from([0.0, 1e-30, 0.5, 1.0]),
+)
 def test_extreme_rewards(numbers, lam):
     rewards = torch.tensor([numbers])
     values = rewards.flip(-1)

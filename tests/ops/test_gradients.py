@@ -85,7 +85,8 @@ OPS = {
         (HIDDEN, WEIGHT),
     ),
     "linear_token_logprobs, frozen head": (
-        lambda h, x: ops.linear_token_logprobs(h, WEIGHT, LABELS, temperature=x), (HIDDEN,)
+        lambda h, x: ops.linear_token_logprobs(h, WEIGHT, LABELS, temperature=x),
+        (HIDDEN,),
     ),
     "linear_token_logprobs, bias and adapter": (
         lambda h, bias, a, b, x: entropy_too(
@@ -99,13 +100,13 @@ OPS = {
     ),
 } | {
     f"pairwise_loss, {kind}": (
-        lambda p, x, kind=kind: ops.pairwise_loss(
-            p, OLD, MASK, beta=x, label_smoothing=x / 4, discopop_tau=x, loss_type=kind
-        ).losses,
+        lambda p, x, kind=kind: (
+            ops.pairwise_loss(p, OLD, MASK, beta=x, label_smoothing=x / 4, discopop_tau=x, loss_type=kind).losses
+        ),
         (TOKENS,),
     )
     for kind in FUSED
-}  # fmt: skip
+}
 LOSSES = {
     **{f"dpo_loss, {kind}": dpo(kind) for kind in LOSS_TYPES},
     **{f"dpo_loss, {kind}": dpo("sigmoid", kind) for kind in ("forward_kl", "js_divergence", "alpha_divergence")},
@@ -134,14 +135,16 @@ LOSSES = {
     "rloo_loss": (lambda p, x: losses.rloo_loss(p, OLD, ADVANTAGES, MASK, clip_range=x).loss, (TOKENS,)),
     "value_loss": (lambda v, x: losses.value_loss(v, OLD, OLD + 1, MASK, clip_range=x).loss, (TOKENS,)),
     "kl_penalty": (lambda p, x: losses.kl_penalty(p, x * OLD), (TOKENS,)),
-    **{f"grpo_loss, {kind}": grpo(kind) for kind in ("grpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo")},
+    **{f"grpo_loss, {kind}": grpo(kind) for kind in ("grpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo",
+        "vespo")},
     "grpo_loss, ratio times KL": grpo("dapo", kl_bias_correction=True),
     "LinearDPOLoss": module(lambda x: losses.LinearDPOLoss(beta=x, temperature=x, softcap=1 + x)),
     "LinearDPOLoss, WPO": module(lambda x: losses.LinearDPOLoss(beta=x, use_weighting=True, ld_alpha=x)),
     "LinearCPOLoss": module(lambda x: losses.LinearCPOLoss(beta=x, cpo_alpha=x)),
     "LinearSimPOLoss": module(lambda x: losses.LinearSimPOLoss(beta=x, gamma=x, alpha=x)),
     "LinearORPOLoss": module(lambda x: losses.LinearORPOLoss(beta=x)),
-    "LinearKTOLoss": module(lambda x: losses.LinearKTOLoss(beta=x, undesirable_weight=x), DESIRABLE, kl=0.5, ref_logps=REF),
+    "LinearKTOLoss": module(lambda x: losses.LinearKTOLoss(beta=x, undesirable_weight=x), DESIRABLE, kl=0.5,
+                            ref_logps=REF),
     "LinearPPOLoss": policy_module(lambda x: losses.LinearPPOLoss(clip_range=x, kl_coef=x, entropy_coef=x)),
     "LinearGRPOLoss": policy_module(lambda x: losses.LinearGRPOLoss(clip_range=x, kl_coef=x, entropy_coef=x)),
 }  # fmt: skip

@@ -25,7 +25,8 @@ def test_every_kernel_has_its_tests_and_its_gpu_cases():
 
 @pytest.mark.parametrize("tool", ["compile_gate.py", "bytes_moved.py"])
 def test_every_kernel_passes(tool):
-    """Both take every fourth case, other ones each day, and the gate takes each to one target: without --in-turn they take all."""
+    """Both take every fourth case, other ones each day, and the gate takes each to one target: without --in-turn they
+    take all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", ROOT / "tools" / tool, "--in-turn"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,4 +1,5 @@
-"""What an op gives hangs on its tensors' values alone, wherever in memory they stand: every argument, on every backend."""
+"""What an op gives hangs on its tensors' values alone, wherever in memory they stand: every argument, on every
+backend."""
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ CASES = {
     ),
     "linear_token_logratios": (
         lambda **x: ops.linear_token_logratios(**x),
-        HEAD | {"ref_hidden": normal(R, T, H, seed=5), "ref_weight": normal(V, H, seed=6), "ref_bias": normal(V, seed=7)},
+        HEAD | {"ref_hidden": normal(R, T, H, seed=5), "ref_weight": normal(V, H, seed=6),
+                "ref_bias": normal(V, seed=7)},
     ),
     "pairwise_loss": (
         lambda **x: ops.pairwise_loss(**x).losses,
@@ -82,7 +84,8 @@ CASES = {
         lambda hidden, weight, bias, a, b, rows: tuple(
             ops.linear_sample_tokens(hidden, weight, bias=bias, adapter=(a, b, 0.5), rows=rows, seed=3)
         ),
-        {"hidden": normal(N, H), "weight": HEAD["weight"], "bias": HEAD["bias"], **LORA, "rows": integers(N, 2, below=99)},
+        {"hidden": normal(N, H), "weight": HEAD["weight"], "bias": HEAD["bias"], **LORA,
+         "rows": integers(N, 2, below=99)},
     ),
     **{
         f"resample, {method}": (
@@ -127,8 +130,7 @@ def outcome(f, tensors):
     grads = ()
     if learns:
         weights = [gaps(normal(*x.shape, seed=20)) for x in learns]  # the gradient that comes in has a layout too
-        grads = torch.autograd.grad(learns, [x for x in leaves.values() if x.requires_grad],
-                                    weights, allow_unused=True)  # fmt: skip
+        grads = torch.autograd.grad(learns, [x for x in leaves.values() if x.requires_grad], weights, allow_unused=True)
     return [x for x in (*out, *grads) if x is not None]
 
 

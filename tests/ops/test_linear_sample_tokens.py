@@ -162,9 +162,13 @@ def test_the_law_is_the_softmax(each_backend):
 
 
 @given(
-    count=st.integers(1, 20), width=st.integers(1, 40), vocab=st.integers(1, 200), seed=st.integers(0, 2**64 - 1),
-    scale=st.sampled_from([0.0, 1e-3, 3.0, 100.0]), columns=st.sampled_from([16, 64]),
-)  # fmt: skip
+    count=st.integers(1, 20),
+    width=st.integers(1, 40),
+    vocab=st.integers(1, 200),
+    seed=st.integers(0, 2**64 - 1),
+    scale=st.sampled_from([0.0, 1e-3, 3.0, 100.0]),
+    columns=st.sampled_from([16, 64]),
+)
 @settings(max_examples=15)
 def test_any_shape_and_scale(count, width, vocab, seed, scale, columns):
     hidden, weight, bias = problem((count, width, vocab), scale=scale, seed=seed % 1000)

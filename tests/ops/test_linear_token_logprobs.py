@@ -163,7 +163,10 @@ def test_gradcheck_in_float64(each_backend, small_tiles, frozen):
 
     fast = each_backend == "triton"  # along random directions
     if frozen:
-        one = lambda x: linear_token_logprobs(x, weight, labels, bias=bias, adapter=(a, b, 0.5), **options)  # noqa: E731
+
+        def one(x):
+            return linear_token_logprobs(x, weight, labels, bias=bias, adapter=(a, b, 0.5), **options)
+
         assert torch.autograd.gradcheck(one, leaves(hidden), fast_mode=fast)
         assert torch.autograd.gradcheck(lambda x: everything(x, weight, bias, a, b), leaves(hidden), fast_mode=fast)
     else:
@@ -358,9 +361,15 @@ def test_equals_trls_chunked_head(each_backend, options):
 
 
 @given(
-    tokens=st.integers(0, 9), width=st.integers(1, 40), vocab=st.integers(1, 300), seed=st.integers(0, 2**16),
-    scale=st.sampled_from([1e-10, 1.0, 30.0, 1e3]), ignored=st.floats(0, 1), rows=st.integers(1, 10), columns=st.integers(1, 300),
-)  # fmt: skip
+    tokens=st.integers(0, 9),
+    width=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([1e-10, 1.0, 30.0, 1e3]),
+    ignored=st.floats(0, 1),
+    rows=st.integers(1, 10),
+    columns=st.integers(1, 300),
+)
 @settings(max_examples=80)
 def test_any_shape_tile_and_scale(tokens, width, vocab, seed, scale, ignored, rows, columns):
     hidden, weight, bias, labels = problem(((tokens,), width, vocab), scale=scale, seed=seed)
@@ -416,10 +425,18 @@ def test_grad_filter_drops_what_is_small(each_backend, monkeypatch):
 
 
 @given(
-    tokens=st.integers(1, 40), width=st.integers(1, 40), vocab=st.integers(1, 300), seed=st.integers(0, 2**16),
-    scale=st.sampled_from([1e-10, 1.0, 30.0, 1e3]), ignored=st.floats(0, 1), columns=st.sampled_from([16, 64]),
-    workspace=st.integers(1, 1 << 14), group=st.integers(1, 3), split=st.integers(1, 3), frozen=st.booleans(),
-)  # fmt: skip
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([1e-10, 1.0, 30.0, 1e3]),
+    ignored=st.floats(0, 1),
+    columns=st.sampled_from([16, 64]),
+    workspace=st.integers(1, 1 << 14),
+    group=st.integers(1, 3),
+    split=st.integers(1, 3),
+    frozen=st.booleans(),
+)
 @settings(max_examples=8)
 def test_any_grid_of_triton_blocks(
     tokens, width, vocab, seed, scale, ignored, columns, workspace, group, split, frozen
@@ -552,9 +569,18 @@ def test_compiles_with_every_option():
 
     def run(hidden, weight, bias, a, b, labels):
         return linear_token_logprobs(
-            hidden, weight, labels, bias=bias, adapter=(a, b, 0.5), temperature=0.9, softcap=5.0, logit_scale=1.1,
-            outputs=OUTPUTS, memory_budget=1 << 20, grad_filter=1e-6,
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            adapter=(a, b, 0.5),
+            temperature=0.9,
+            softcap=5.0,
+            logit_scale=1.1,
+            outputs=OUTPUTS,
+            memory_budget=1 << 20,
+            grad_filter=1e-6,
+        )
 
     one, two = leaves(hidden, weight, bias, a, b), leaves(hidden, weight, bias, a, b)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -581,9 +607,18 @@ def test_opcheck(each_backend, statistics, unit):
     log_probs, row_max, row_sum, entropy, *_, kept, unit_gradient = forward_op(*forward)
     for needs in ([True] * 5, [True] + [False] * 4):
         backward = (
-            log_probs, torch.zeros_like(log_probs), row_max, row_sum, entropy, kept, unit_gradient, *tensors, *options, 0.0,
+            log_probs,
+            torch.zeros_like(log_probs),
+            row_max,
+            row_sum,
+            entropy,
+            kept,
+            unit_gradient,
+            *tensors,
+            *options,
+            0.0,
             needs,
-        )  # fmt: skip
+        )
         torch.library.opcheck(backward_op, backward, test_utils=checks)
 
 
@@ -636,16 +671,21 @@ def test_entropy_that_is_only_looked_at_costs_no_exactness(each_backend):
         ({"hidden": torch.zeros(2, 3, dtype=torch.int32)}, TypeError, "hidden must be float32, float64"),
         ({"hidden": torch.zeros(2, 0)}, UserError, "hidden must have shape (..., H) with H >= 1, got (2, 0)"),
         ({"hidden": torch.zeros(2, 5)}, UserError, "hidden.shape[-1] must equal weight.shape[1], got 5 and 3"),
-        ({"hidden": torch.zeros(2, 3).double()}, TypeError, "weight must be float64 where hidden is torch.float64, got torch.float32"),
-        ({"weight": torch.zeros(4, 3).double()}, TypeError, "weight must be float32, bfloat16 or float16 where hidden is torch.float32"),
+        ({"hidden": torch.zeros(2, 3).double()}, TypeError,
+         "weight must be float64 where hidden is torch.float64, got torch.float32"),
+        ({"weight": torch.zeros(4, 3).double()}, TypeError,
+         "weight must be float32, bfloat16 or float16 where hidden is torch.float32"),
         ({"weight": torch.zeros(3)}, UserError, "weight must have shape (V, H) with no size 0, got (3,)"),
         ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, UserError, "labels.shape must equal hidden.shape[:-1], got (3,) and (2,)"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, UserError,
+         "labels.shape must equal hidden.shape[:-1], got (3,) and (2,)"),
         ({"labels": torch.zeros(2)}, TypeError, "labels must be int64, got torch.float32"),
-        ({"labels": torch.tensor([0, 4])}, UserError, "labels must be in [0, 4) or ignore_index -100, got 4 at position 1"),
+        ({"labels": torch.tensor([0, 4])}, UserError,
+         "labels must be in [0, 4) or ignore_index -100, got 4 at position 1"),
         ({"bias": torch.zeros(5)}, UserError, "bias.shape[0] must equal weight.shape[0], got 5 and 4"),
         ({"adapter": torch.zeros(5)}, TypeError, "adapter must be (A, B, scale) with a number as scale, got Tensor"),
-        ({"adapter": (torch.zeros(2, 3), torch.zeros(5, 2), 1.0)}, UserError, "must fit weight (V, H), got (2, 3), (5, 2) and (4, 3)"),
+        ({"adapter": (torch.zeros(2, 3), torch.zeros(5, 2), 1.0)}, UserError,
+         "must fit weight (V, H), got (2, 3), (5, 2) and (4, 3)"),
         ({"temperature": 0.0}, UserError, "temperature must be a positive finite number, got 0.0"),
         ({"logit_scale": -1.0}, UserError, "logit_scale must be a positive finite number, got -1.0"),
         ({"softcap": -1.0}, UserError, "softcap must be a positive finite number, got -1.0"),

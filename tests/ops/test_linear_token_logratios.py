@@ -82,11 +82,20 @@ def test_gradcheck_compile_and_func_grad():
 def test_mistakes_are_told_in_one_line(each_backend):
     hidden, weight, ref_hidden, ref_weight, labels = problem()
     for change, says in (
-        ((hidden, weight, ref_hidden[:2], ref_weight), r"ref_hidden.shape\[:-1\] must equal hidden.shape\[:-1\], got \(2, 7\) and \(3, 7\)"),
-        ((hidden, weight, ref_hidden, ref_weight[:5]), r"ref_weight.shape\[0\] must equal weight.shape\[0\], got 5 and 61"),
+        (
+            (hidden, weight, ref_hidden[:2], ref_weight),
+            r"ref_hidden.shape\[:-1\] must equal hidden.shape\[:-1\], got \(2, 7\) and \(3, 7\)",
+        ),
+        (
+            (hidden, weight, ref_hidden, ref_weight[:5]),
+            r"ref_weight.shape\[0\] must equal weight.shape\[0\], got 5 and 61",
+        ),
         ((hidden, weight, ref_hidden, weight), r"ref_hidden.shape\[-1\] must equal ref_weight.shape\[1\]"),
-        ((hidden, ref_weight, ref_hidden, ref_weight), r"hidden.shape\[-1\] must equal weight.shape\[1\], got 12 and 20"),
-    ):  # fmt: skip
+        (
+            (hidden, ref_weight, ref_hidden, ref_weight),
+            r"hidden.shape\[-1\] must equal weight.shape\[1\], got 12 and 20",
+        ),
+    ):
         with pytest.raises(UserError, match=says):
             linear_token_logratios(*change, labels)
     with pytest.raises(TypeError, match=r"ref_hidden must be a torch.Tensor, got NoneType"):

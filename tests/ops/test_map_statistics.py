@@ -72,9 +72,7 @@ def test_equals_the_definition(each_backend, shape, dtype, groups, weighted, cou
     assert_same(map_statistics(rewards, lam, **options), by_definition(rewards, lam, **options))
 
 
-@given(
-    st.integers(1, 70), st.integers(1, 9), st.integers(0, 40), st.booleans(), st.booleans(), st.integers(0, 10**6)
-)  # fmt: skip
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 40), st.booleans(), st.booleans(), st.integers(0, 10**6))
 def test_engine_equals_reference(n, m, groups, weighted, wide, seed):
     dtype = torch.float64 if wide else torch.float32
     rewards, lam, options = problem(n, m, dtype, 2, seed, weighted, groups)
@@ -154,9 +152,11 @@ def test_every_instruction_set():
     from fastalign import _C
 
     code = (
-        "import torch; from fastalign import reference; from fastalign.ops import map_statistics; torch.manual_seed(0)\n"
+        "import torch; from fastalign import reference; from fastalign.ops import map_statistics; "
+        "torch.manual_seed(0)\n"
         "for m in (1, 3, 6, 11):\n"
-        "    r = torch.randn(5001, m); lam = torch.randn(2, m, dtype=torch.float64); g = torch.randint(0, 90, (5001,))\n"
+        "    r = torch.randn(5001, m); lam = torch.randn(2, m, dtype=torch.float64); g = torch.randint(0, 90, "
+        "(5001,))\n"
         "    for groups in (None, g):\n"
         "        want = reference.map_statistics(r, lam, None, None, groups)\n"
         "        for name, x in map_statistics(r, lam, groups=groups)._asdict().items():\n"
@@ -232,10 +232,12 @@ R, LAM = torch.zeros(5, 2), torch.zeros(2)
         ((R, torch.zeros(0, 2)), {}, UserError, r"lam must have shape .*got \(0, 2\)"),
         ((R, LAM), {"center": torch.zeros(1)}, UserError, r"center must have shape \(2,\), got \(1,\)"),
         ((R, LAM), {"log_weights": torch.zeros(4)}, UserError, r"log_weights must have shape \(5,\), got \(4,\)"),
-        ((R, LAM), {"log_weights": torch.full((5,), NEG_INF)}, UserError, "weights must be positive in at least one row"),
+        ((R, LAM), {"log_weights": torch.full((5,), NEG_INF)}, UserError,
+         "weights must be positive in at least one row"),
         ((R, LAM), {"log_weights": torch.full((5,), float("nan"))}, UserError, "log_weights must be below infinity"),
         ((R, LAM), {"groups": torch.zeros(5)}, TypeError, "groups must be integers, got torch.float32"),
-        ((R, LAM), {"groups": torch.zeros(6, dtype=torch.int64)}, UserError, r"groups must have shape \(5,\), got \(6,\)"),
+        ((R, LAM), {"groups": torch.zeros(6, dtype=torch.int64)}, UserError,
+         r"groups must have shape \(5,\), got \(6,\)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(arguments, options, error, message):

@@ -47,38 +47,78 @@ def problem(rows=6, length=9, dtype=torch.float64, spread=0.4, seed=0, empty=Fal
     )
 
 
-def trl_grpo(p, loss_type, *, importance="token", low=0.2, high=0.2, delta=None, beta=0.0, bias=False, entropy_coef=0.0,
-             max_length=16, normalizer=None):  # fmt: skip
+def trl_grpo(
+    p,
+    loss_type,
+    *,
+    importance="token",
+    low=0.2,
+    high=0.2,
+    delta=None,
+    beta=0.0,
+    bias=False,
+    entropy_coef=0.0,
+    max_length=16,
+    normalizer=None,
+):
     """TRL's GRPOTrainer._compute_loss on given log-probabilities: its loss and its metrics."""
     from trl import GRPOTrainer
 
     args = SimpleNamespace(
-        use_bias_correction_kl=bias, delta=delta, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0,
-        vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, steps_per_generation=1,
-    )  # fmt: skip
+        use_bias_correction_kl=bias,
+        delta=delta,
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+        steps_per_generation=1,
+    )
     same = SimpleNamespace(
-        num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x,
+        num_processes=1,
+        gather=lambda x: x,
+        gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction: x,
         sync_gradients=False,
-    )  # fmt: skip
+    )
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (p.logprobs, p.entropy, None), args=args, accelerator=same,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=importance, beta=beta,
         loss_type=loss_type, epsilon_low=low, epsilon_high=high, use_vllm=False, model=SimpleNamespace(training=True),
         vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, aux_loss_enabled=False,
         max_completion_length=max_length, _entropy_bonus_enabled=entropy_coef != 0, use_adaptive_entropy=False,
-        entropy_coef=entropy_coef, _metrics={"train": defaultdict(list)}, get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        entropy_coef=entropy_coef, _metrics={"train": defaultdict(list)},
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
     )  # fmt: skip
     mask = p.mask.long()
     inputs = {
-        "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
-        "advantages": p.advantages, "old_per_token_logps": p.old, "ref_per_token_logps": p.ref,
+        "prompt_ids": mask[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": mask,
+        "completion_mask": mask,
+        "advantages": p.advantages,
+        "old_per_token_logps": p.old,
+        "ref_per_token_logps": p.ref,
         "num_items_in_batch": mask.sum() if normalizer is None else torch.tensor(normalizer),
-    }  # fmt: skip
+    }
     return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
 
-def ours_grpo(p, loss_type, *, importance=None, low=0.2, high=0.2, delta=None, beta=0.0, bias=False, entropy_coef=0.0,
-              max_length=16, normalizer=None):  # fmt: skip
+def ours_grpo(
+    p,
+    loss_type,
+    *,
+    importance=None,
+    low=0.2,
+    high=0.2,
+    delta=None,
+    beta=0.0,
+    bias=False,
+    entropy_coef=0.0,
+    max_length=16,
+    normalizer=None,
+):
     return grpo_loss(
         p.logprobs, p.old, p.advantages, p.mask, loss_type=loss_type, importance=importance, clip_range=low,
         clip_range_high=high, dual_clip=delta, ref_logprobs=p.ref, kl_coef=beta, kl_bias_correction=bias,
@@ -245,15 +285,23 @@ def trl_rloo(p):
 
     same = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (p.logprobs, p.entropy, None), accelerator=same,
-        epsilon_low=0.2, epsilon_high=0.3, aux_loss_enabled=False, _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *a, **k: (p.logprobs, p.entropy, None),
+        accelerator=same,
+        epsilon_low=0.2,
+        epsilon_high=0.3,
+        aux_loss_enabled=False,
+        _metrics={"train": defaultdict(list)},
         model=SimpleNamespace(training=True),
-    )  # fmt: skip
+    )
     mask = p.mask.long()
     inputs = {
-        "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
-        "advantages": p.advantages, "old_logps": (p.old * mask).sum(1),
-    }  # fmt: skip
+        "prompt_ids": mask[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": mask,
+        "completion_mask": mask,
+        "advantages": p.advantages,
+        "old_logps": (p.old * mask).sum(1),
+    }
     return RLOOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
 
@@ -358,12 +406,20 @@ def all_losses(p):
     kl = {"ref_logprobs": p.ref, "kl_coef": 0.1}
     rest = (p.old, p.advantages, p.mask)
     losses = {
-        f"grpo {name}": lambda x, e, name=name: grpo_loss(
-            x, *rest, loss_type=name, clip_range_high=0.9 if name == "cispo" else None,
-            max_length=12 if name == "dr_grpo" else None, entropy=e, entropy_coef=0.3, **kl,
-        ).loss
+        f"grpo {name}": lambda x, e, name=name: (
+            grpo_loss(
+                x,
+                *rest,
+                loss_type=name,
+                clip_range_high=0.9 if name == "cispo" else None,
+                max_length=12 if name == "dr_grpo" else None,
+                entropy=e,
+                entropy_coef=0.3,
+                **kl,
+            ).loss
+        )
         for name in GRPO_LOSS_TYPES
-    }  # fmt: skip
+    }
     losses["ppo"] = lambda x, e: ppo_loss(x, *rest, dual_clip=3.0, entropy=e, entropy_coef=0.1, **kl).loss
     losses["rloo"] = lambda x, e: rloo_loss(x, *rest).loss + 0 * e.sum()
     losses["value"] = lambda x, e: value_loss(x, p.old, p.ref, p.mask).loss + 0 * e.sum()
@@ -450,9 +506,18 @@ def test_the_kernel_equals_torch_in_all_that_it_reports(monkeypatch, importance,
 
     def f(logprobs, entropy):
         return grpo_loss(
-            logprobs, old, advantages, p.mask.to(mask_dtype), importance=importance, dual_clip=1.5, kl_estimator=estimator,
-            ref_logprobs=ref if reference or estimator == "k2" else None, entropy=entropy, entropy_coef=0.1, **options,
-        )  # fmt: skip
+            logprobs,
+            old,
+            advantages,
+            p.mask.to(mask_dtype),
+            importance=importance,
+            dual_clip=1.5,
+            kl_estimator=estimator,
+            ref_logprobs=ref if reference or estimator == "k2" else None,
+            entropy=entropy,
+            entropy_coef=0.1,
+            **options,
+        )
 
     mask_dtype = {"k1": torch.bool, "k2": torch.int64, "k3": torch.float32}[estimator]
     (torchs, expected), (ours, found) = both_ways(f, p.logprobs, p.entropy)
@@ -536,9 +601,13 @@ def test_extreme_ratios(loss_type, ratios, advantage):
     """Values equal TRL's wherever it has one, and no gradient is NaN though TRL's is inf · 0 there."""
     logprobs = torch.tensor([ratios]) / 2
     p = SimpleNamespace(
-        logprobs=logprobs, old=-logprobs, ref=logprobs, advantages=torch.tensor([advantage]),
-        entropy=torch.ones_like(logprobs), mask=torch.ones(1, len(ratios)).bool(),
-    )  # fmt: skip
+        logprobs=logprobs,
+        old=-logprobs,
+        ref=logprobs,
+        advantages=torch.tensor([advantage]),
+        entropy=torch.ones_like(logprobs),
+        mask=torch.ones(1, len(ratios)).bool(),
+    )
     high = 3.0 if loss_type == "cispo" else 0.2
     theirs, _ = trl_grpo(p, loss_type, high=high)
     ours, (grad, _) = with_gradient(ours_grpo, p, loss_type, high=high)
@@ -560,7 +629,8 @@ def test_narrow_dtypes_are_summed_in_float32(each_backend):
 @pytest.mark.parametrize(
     ("f", "change", "says"),
     [
-        (ppo_loss, {"old_logprobs": torch.zeros(2, 4)}, "old_logprobs.shape must equal logprobs.shape, got (2, 4) and (2, 3)"),
+        (ppo_loss, {"old_logprobs": torch.zeros(2, 4)},
+         "old_logprobs.shape must equal logprobs.shape, got (2, 4) and (2, 3)"),
         (ppo_loss, {"mask": torch.ones(2)}, "mask.shape must equal logprobs.shape, got (2,) and (2, 3)"),
         (ppo_loss, {"advantages": torch.ones(3)}, "advantages must have shape (2,) or (2, 3), got (3,)"),
         (ppo_loss, {"logprobs": torch.ones(3)}, "logprobs must have shape (B, T), got (3,)"),
@@ -568,15 +638,21 @@ def test_narrow_dtypes_are_summed_in_float32(each_backend):
         (ppo_loss, {"dual_clip": 1.1}, "dual_clip must be above 1 + clip_range_high = 1.2, got 1.1"),
         (ppo_loss, {"kl_coef": 0.1}, "ref_logprobs must be given where kl_coef is not 0, got None and 0.1"),
         (ppo_loss, {"entropy_coef": 0.1}, "entropy must be given where entropy_coef is not 0"),
-        (ppo_loss, {"aggregation": "mean"}, "aggregation must be one of token_mean, seq_mean_token_mean, seq_mean_token_sum, got 'mean'"),
-        (ppo_loss, {"aggregation": "seq_mean_token_sum", "normalizer": 3}, "normalizer must be None unless aggregation is 'token_mean'"),
-        (ppo_loss, {"ref_logprobs": torch.ones(2, 3), "kl_estimator": "k4"}, "estimator must be one of k1, k2, k3, got 'k4'"),
+        (ppo_loss, {"aggregation": "mean"},
+         "aggregation must be one of token_mean, seq_mean_token_mean, seq_mean_token_sum, got 'mean'"),
+        (ppo_loss, {"aggregation": "seq_mean_token_sum", "normalizer": 3},
+         "normalizer must be None unless aggregation is 'token_mean'"),
+        (ppo_loss, {"ref_logprobs": torch.ones(2, 3), "kl_estimator": "k4"},
+         "estimator must be one of k1, k2, k3, got 'k4'"),
         (grpo_loss, {"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dapo"),
-        (grpo_loss, {"loss_type": "dr_grpo"}, "max_length must be a positive integer for loss_type 'dr_grpo', got None"),
+        (grpo_loss, {"loss_type": "dr_grpo"},
+         "max_length must be a positive integer for loss_type 'dr_grpo', got None"),
         (grpo_loss, {"loss_type": "cispo"}, "clip_range_high must be given for loss_type 'cispo'"),
-        (grpo_loss, {"loss_type": "grpo", "normalizer": 4}, "normalizer must be None unless loss_type is dapo, cispo or vespo, got 'grpo'"),
+        (grpo_loss, {"loss_type": "grpo", "normalizer": 4},
+         "normalizer must be None unless loss_type is dapo, cispo or vespo, got 'grpo'"),
         (grpo_loss, {"importance": "word"}, "importance must be token or sequence, got 'word'"),
-        (grpo_loss, {"loss_type": "vespo", "advantages": torch.ones(2, 3)}, "advantages must have shape (B,) for loss_type 'vespo'"),
+        (grpo_loss, {"loss_type": "vespo", "advantages": torch.ones(2, 3)},
+         "advantages must have shape (B,) for loss_type 'vespo'"),
         (rloo_loss, {"advantages": torch.ones(2, 3)}, "advantages must have shape (B,), got (2, 3)"),
     ],
 )  # fmt: skip

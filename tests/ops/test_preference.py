@@ -177,7 +177,8 @@ def test_pairwise_loss_equals_dpo_loss_at_extremes(each_backend, kind, smooth, d
 @pytest.mark.parametrize("reference", ["tokens", "sums", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_pairwise_loss_reads_every_form(each_backend, monkeypatch, dtype, reference):
-    """Rows of several blocks with an odd end, strided, float and integer masks, NaN outside them, a row without tokens."""
+    """Rows of several blocks with an odd end, strided, float and integer masks, NaN outside them, a row without
+    tokens."""
     monkeypatch.setattr("fastalign.kernels.preference.BLOCK", 16)
     generator = torch.Generator().manual_seed(0)
     both = -torch.rand(6, 74, generator=generator).to(dtype)
@@ -643,8 +644,8 @@ def test_compiles_whole_and_under_func_grad(kind, divergence):
 
 
 def assert_compiles(f, x, both=True):
-    """One graph under compile, and the same gradient by backward, func.grad, and `both` compiled: torch 2.13 cannot trace
-    an autograd.Function under func.grad."""
+    """One graph under compile, and the same gradient by backward, func.grad, and `both` compiled: torch 2.13 cannot
+    trace an autograd.Function under func.grad."""
     torch._dynamo.reset()
     y = x.clone().requires_grad_()
     expected = f(y)
@@ -734,13 +735,17 @@ def test_mistakes_are_told_in_one_line(change, error, says):
         ({"loss_type": "aot"}, UserError, "loss_type must be one of sigmoid, hinge, ipo"),
         ({"beta": -1}, UserError, "beta must be a positive finite number, got -1"),
         ({"loss_type": "exo_pair"}, UserError, "label_smoothing must be above 0 for loss_type 'exo_pair'"),
-        ({"log_probs": torch.zeros(3, 2)}, UserError, "log_probs must have shape (2B, T), chosen then rejected, got (3, 2)"),
+        (
+            {"log_probs": torch.zeros(3, 2)},
+            UserError,
+            "log_probs must have shape (2B, T), chosen then rejected, got (3, 2)",
+        ),
         ({"log_probs": torch.zeros(2, 2).long()}, TypeError, "log_probs must be float32, float64, bfloat16 or float16"),
         ({"mask": torch.ones(2, 3)}, UserError, "mask.shape must equal log_probs.shape, got (2, 3) and (2, 2)"),
         ({"ref_log_probs": torch.ones(1)}, UserError, "ref_log_probs must have shape (2, 2) or (2,), got (1,)"),
         ({"ref_log_probs": torch.ones(2, device="meta")}, UserError, "ref_log_probs must be on log_probs' device"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_with_pairwise_loss_are_told(change, error, says):
     good = {"log_probs": torch.zeros(2, 2), "ref_log_probs": None, "mask": torch.ones(2, 2)}
     with pytest.raises(error) as raised:

@@ -119,7 +119,8 @@ def test_expected_counts(each_backend, method, k):
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("method", LOWER_VARIANCE)
 def test_variance_is_below_the_multinomials(each_backend, method):
-    """Stratified and residual counts have no larger variance in theory (arXiv cs/0507025, section 3), systematic here."""
+    """Stratified and residual counts have no larger variance in theory (arXiv cs/0507025, section 3), systematic
+    here."""
     torch.manual_seed(1)
     log_weights = torch.randn(1, 20)
     spread = {
@@ -256,7 +257,10 @@ from fastalign.ops import resample
 from fastalign.ops.resample import METHODS
 torch.manual_seed(0)
 x = torch.randn(8, 1500, dtype=torch.float64) * 3
-out = [i for t in (torch.float32, torch.float64) for m in METHODS for i in resample(x.to(t), 9, method=m, seed=1).flatten().tolist()]
+out = []
+for x in (x.float(), x):
+    for method in METHODS:
+        out += resample(x, 9, method=method, seed=1).flatten().tolist()
 print(fastalign.backend.engine.active_isa(), *out)
 """
 

@@ -181,7 +181,8 @@ def test_survivors_are_those_of_transformers(options):
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("temperature", 1) > 0], ids=str)
 def test_survivors_among_ties(each_backend, options):
-    """Few distinct values: top_k keeps all ties, as theirs; of top_p's ties the same number, ours the higher indices."""
+    """Few distinct values: top_k keeps all ties, as theirs; of top_p's ties the same number, ours the higher
+    indices."""
     torch.manual_seed(4)
     logits = torch.randint(0, 4, (1, 24)).double()
     theirs = warped(logits, **options)
@@ -326,7 +327,8 @@ torch.manual_seed(0)
 out = []
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     x = (torch.randn(64, 1500, dtype=torch.float64) * 4).to(dtype)
-    for options in ({}, {"temperature": 0.0}, {"top_k": 30}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.8, "min_p": 0.01}):
+    every = {"top_k": 300, "top_p": 0.8, "min_p": 0.01}
+    for options in ({}, {"temperature": 0.0}, {"top_k": 30}, {"top_p": 0.9}, every):
         out += sample_tokens(x, seed=1, **options).ids.tolist()
 print(fastalign.backend.engine.active_isa(), *out)
 """

@@ -102,7 +102,8 @@ def law():
 
 
 def scalarised(p0, rewards, w, beta, steps=400, rate=0.2):
-    """The q that maximises w·E_q[R] − β KL(q ‖ p0), by entropic mirror ascent from the uniform law; no Gibbs form used."""
+    """The q that maximises w·E_q[R] − β KL(q ‖ p0), by entropic mirror ascent from the uniform law; no Gibbs form
+    used."""
     log_q = np.full(len(p0), -np.log(len(p0)))
     for _ in range(steps):
         gradient = rewards @ w - beta * (log_q - np.log(p0) + 1)

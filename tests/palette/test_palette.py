@@ -31,9 +31,13 @@ def dual(lam, rewards, palette, groups=None, weights=None):
 
 def scipy_dual(rewards, palette, groups=None, weights=None, upper=None):
     found = minimize(
-        dual, np.zeros(len(palette)), args=(rewards, palette, groups, weights), method="L-BFGS-B",
-        bounds=[(0, upper)] * len(palette), options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 10**6},
-    )  # fmt: skip
+        dual,
+        np.zeros(len(palette)),
+        args=(rewards, palette, groups, weights),
+        method="L-BFGS-B",
+        bounds=[(0, upper)] * len(palette),
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 10**6},
+    )
     return found.x, found.fun
 
 
@@ -47,9 +51,13 @@ def slack(rewards, palette, groups=None):
     members = np.array([groups == g for g in np.unique(groups)], dtype=float)
     reach = np.hstack([-scaled.T / len(members), np.ones((m, 1))])
     found = linprog(
-        np.r_[np.zeros(n), -1], A_ub=reach, b_ub=np.zeros(m), A_eq=np.c_[members, np.zeros(len(members))],
-        b_eq=np.ones(len(members)), bounds=[(0, None)] * n + [(None, None)],
-    )  # fmt: skip
+        np.r_[np.zeros(n), -1],
+        A_ub=reach,
+        b_ub=np.zeros(m),
+        A_eq=np.c_[members, np.zeros(len(members))],
+        b_eq=np.ones(len(members)),
+        bounds=[(0, None)] * n + [(None, None)],
+    )
     assert found.status == 0
     return -found.fun
 
@@ -376,12 +384,17 @@ INFINITE[0, 0] = -np.inf
         ((GOOD, np.zeros(3)), {"groups": np.zeros(19, int)}, UserError, r"groups must have shape \(20,\).*got \(19,\)"),
         ((GOOD, np.zeros(3)), {"groups": np.zeros(20)}, TypeError, "groups must be integers, got float64"),
         ((GOOD, np.zeros(3)), {"weights": np.ones(21)}, UserError, r"weights must have shape \(20,\).*got \(21,\)"),
-        ((GOOD, np.zeros(3)), {"weights": -np.ones(20)}, UserError, "weights must be finite and not negative, got -1.0 in row 0"),
+        (
+            (GOOD, np.zeros(3)),
+            {"weights": -np.ones(20)},
+            UserError,
+            "weights must be finite and not negative, got -1.0 in row 0",
+        ),
         ((GOOD, np.zeros(3)), {"weights": np.zeros(20)}, UserError, "weights must be positive in at least one row"),
         ((GOOD, np.zeros(3)), {"tol": 0}, UserError, "tol must lie between 0 and 1, got 0"),
         ((GOOD, np.zeros(3)), {"lam_max": -1.0}, UserError, "lam_max must be positive, got -1.0"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(arguments, options, error, message):
     with pytest.raises(error, match=message) as caught:
         solve(*arguments, **options)

@@ -59,37 +59,49 @@ def test_palettes_in_words():
     np.testing.assert_allclose(parse("humor=1.5,rest=free")[0], single_value_palette(rewards, 0, 1.5))
 
 
-@pytest.mark.parametrize("text, message", [
-    ("1,2", r"must have 3 levels \(humor, helpful, harmless\), got 2"),
-    ("1,2,x", "must be numbers or name=number, comma-separated, got '1,2,x'"),
-    ("humor=1", "name each of humor, helpful, harmless once, got humor: add helpful, harmless or rest=mean"),
-    ("humour=1,rest=mean", "name each of humor, helpful, harmless once, got 'humour'"),
-    ("humor=1,humor=2,rest=mean", "got 'humor' again"),
-    ("humor=lots,rest=mean", r"must be numbers, mean, mean\+1sd, mean\+10%, q80 or free, got 'lots'"),
-    ("humor=mean+1e,rest=mean", "got 'mean\\+1e'"),
-    ("humor==free,rest=mean", "must ask for something where it says =="),
-    ("humor=q101,rest=mean", "must ask for quantiles from q0 to q100, got 'q101'"),
-    ("humor=1,2,3", "must be numbers or name=number"),
-    ("humor>1,rest=mean", "must be numbers or name=number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1,2", r"must have 3 levels \(humor, helpful, harmless\), got 2"),
+        ("1,2,x", "must be numbers or name=number, comma-separated, got '1,2,x'"),
+        ("humor=1", "name each of humor, helpful, harmless once, got humor: add helpful, harmless or rest=mean"),
+        ("humour=1,rest=mean", "name each of humor, helpful, harmless once, got 'humour'"),
+        ("humor=1,humor=2,rest=mean", "got 'humor' again"),
+        ("humor=lots,rest=mean", r"must be numbers, mean, mean\+1sd, mean\+10%, q80 or free, got 'lots'"),
+        ("humor=mean+1e,rest=mean", "got 'mean\\+1e'"),
+        ("humor==free,rest=mean", "must ask for something where it says =="),
+        ("humor=q101,rest=mean", "must ask for quantiles from q0 to q100, got 'q101'"),
+        ("humor=1,2,3", "must be numbers or name=number"),
+        ("humor>1,rest=mean", "must be numbers or name=number"),
+    ],
+)
 def test_mistakes_in_words(text, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_palette(text, NAMES, samples(50, 3))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: raised_palette(samples(20, 3), {3: 1}), "values must be column numbers from 0 to 2, got 3"),
-    (lambda: raised_palette(samples(20, 3), [1, 2]), "amounts must be 3 finite numbers"),
-    (lambda: raised_palette(samples(20, 3), {0: 1}, unit="sd"), "unit must be one of deviations, absolute, relative, got 'sd'"),
-    (lambda: raised_palette(BAD, {0: 1}), "rewards must be finite, got nan in row 7, column 2"),
-    (lambda: single_value_palette(BAD, 0, 1.0), "rewards must be finite, got nan"),
-    (lambda: single_value_palette(samples(20, 3), "humor", 1.0), "values must be column numbers from 0 to 2, got 'humor'"),
-    (lambda: lambda_of_rlhf(0, [1.0]), "beta must be positive, got 0"),
-    (lambda: rlhf_of_lambda([0.0, 0.0]), "lam must be finite and not all 0"),
-    (lambda: solve_in_turn(samples(20, 2), [0, 0], order=[0, 0]), "order must name columns from 0 to 1 once"),
-    (lambda: solve_in_turn(samples(20, 2), [99, 0]), "value 0 alone cannot reach 99, at best"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: raised_palette(samples(20, 3), {3: 1}), "values must be column numbers from 0 to 2, got 3"),
+        (lambda: raised_palette(samples(20, 3), [1, 2]), "amounts must be 3 finite numbers"),
+        (
+            lambda: raised_palette(samples(20, 3), {0: 1}, unit="sd"),
+            "unit must be one of deviations, absolute, relative, got 'sd'",
+        ),
+        (lambda: raised_palette(BAD, {0: 1}), "rewards must be finite, got nan in row 7, column 2"),
+        (lambda: single_value_palette(BAD, 0, 1.0), "rewards must be finite, got nan"),
+        (
+            lambda: single_value_palette(samples(20, 3), "humor", 1.0),
+            "values must be column numbers from 0 to 2, got 'humor'",
+        ),
+        (lambda: lambda_of_rlhf(0, [1.0]), "beta must be positive, got 0"),
+        (lambda: rlhf_of_lambda([0.0, 0.0]), "lam must be finite and not all 0"),
+        (lambda: solve_in_turn(samples(20, 2), [0, 0], order=[0, 0]), "order must name columns from 0 to 1 once"),
+        (lambda: solve_in_turn(samples(20, 2), [99, 0]), "value 0 alone cannot reach 99, at best"),
+    ],
+)
 def test_mistakes_are_named(call, message):
     with pytest.raises(UserError, match=message):
         call()

@@ -11,9 +11,9 @@ from fastalign.palette import quantile_palette, solve
 # python -c "import numpy as np, empirical_calibration as ec; print(ec.calibrate(covariates=X,
 #   target_covariates=np.array([[.4, -.3], [.2, .1], [.5, -.2]]), objective=ec.Objective.ENTROPY))"
 COVARIATES = np.array([
-    [0.126, -0.132], [0.64, 0.105], [-0.536, 0.362], [1.304, 0.947], [-0.704, -1.265], [-0.623, 0.041], [-2.325, -0.219],
-    [-1.246, -0.732], [-0.544, -0.316], [0.412, 1.043], [-0.129, 1.366], [-0.665, 0.352], [0.903, 0.094], [-0.743, -0.922],
-    [-0.458, 0.22], [-1.01, -0.209],
+    [0.126, -0.132], [0.64, 0.105], [-0.536, 0.362], [1.304, 0.947], [-0.704, -1.265], [-0.623, 0.041],
+    [-2.325, -0.219], [-1.246, -0.732], [-0.544, -0.316], [0.412, 1.043], [-0.129, 1.366], [-0.665, 0.352],
+    [0.903, 0.094], [-0.743, -0.922], [-0.458, 0.22], [-1.01, -0.209],
 ])  # fmt: skip
 CALIBRATED = [
     0.07958951090721121, 0.16751583420537522, 0.0037717130673696037, 0.10784146059147391, 0.17037399676226458,
@@ -113,9 +113,11 @@ def test_what_is_nearly_infeasible_is_flagged():
 def test_collinear_rewards_get_the_least_lambda(case):
     rewards = samples(200, 3)
     rewards[:, 2] = {
-        "duplicate": rewards[:, 0], "scaled": 5 * rewards[:, 0], "sum": rewards[:, 0] + rewards[:, 1],
+        "duplicate": rewards[:, 0],
+        "scaled": 5 * rewards[:, 0],
+        "sum": rewards[:, 0] + rewards[:, 1],
         "opposite": -rewards[:, 0],
-    }[case]  # fmt: skip
+    }[case]
     sense = ["==", ">=", "=="] if case == "opposite" else ">="
     deviation = rewards.std(axis=0)
     target = policy(rewards, np.array([0.5, 0.4, 0.0])) @ rewards
@@ -140,11 +142,14 @@ def test_collinear_rewards_get_the_least_lambda(case):
         np.testing.assert_allclose(less.lam[:2], [0.5, 0.4], rtol=1e-7)
 
 
-@pytest.mark.parametrize("sense, message", [
-    (">", "sense must be '>=', '<=' or '==', got '>'"),
-    ([">=", "=="], "or one for each of the 3 rewards, got 2"),
-    ([">=", "==", 1], "sense must be '>=', '<=' or '==', got 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sense, message",
+    [
+        (">", "sense must be '>=', '<=' or '==', got '>'"),
+        ([">=", "=="], "or one for each of the 3 rewards, got 2"),
+        ([">=", "==", 1], "sense must be '>=', '<=' or '==', got 1"),
+    ],
+)
 def test_mistakes_in_a_sense(sense, message):
     with pytest.raises(UserError, match=message):
         solve(samples(20, 3), np.zeros(3), sense=sense)

@@ -1,4 +1,5 @@
-"""Palettes where rounding decides: rewards without variance, the hull's edge, weights of every magnitude, odd memory."""
+"""Palettes where rounding decides: rewards without variance, the hull's edge, weights of every magnitude, odd
+memory."""
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_a_verdict_of_infeasible_is_never_made_by_rounding():
 @pytest.mark.parametrize("beyond", [1e-3, 1e-6, 1e-8])
 @pytest.mark.parametrize("how", ["corner", "face", "groups", "weights"])
 def test_a_certificate_proves_what_it_says(dtype, beyond, how):
-    """Palettes so many σ outside the hull: at a corner, or on a face, where the direction must be right to its last digits."""
+    """Palettes so many σ outside the hull: at a corner, or on a face, where the direction must be right to its last
+    digits."""
     rng = np.random.default_rng(2)
     for _ in range(25):
         n, m = int(rng.integers(12, 100)), int(rng.integers(2, 5))
@@ -142,11 +144,17 @@ def views(x):
     wide = np.zeros((n, 2 * m), x.dtype)
     wide[:, ::2] = x
     return {
-        "field of records": fields["x"], "unaligned": unaligned, "swapped": x.astype(x.dtype.newbyteorder()),
-        "backwards": x[::-1].copy()[::-1], "turned": np.asfortranarray(x), "gaps": wide[:, ::2],
-        "columns backwards": x[:, ::-1].copy()[:, ::-1], "read-only": np.broadcast_to(x, x.shape),
-        "tensor": torch.from_numpy(x), "turned tensor": torch.from_numpy(np.asfortranarray(x)),
-    }  # fmt: skip
+        "field of records": fields["x"],
+        "unaligned": unaligned,
+        "swapped": x.astype(x.dtype.newbyteorder()),
+        "backwards": x[::-1].copy()[::-1],
+        "turned": np.asfortranarray(x),
+        "gaps": wide[:, ::2],
+        "columns backwards": x[:, ::-1].copy()[:, ::-1],
+        "read-only": np.broadcast_to(x, x.shape),
+        "tensor": torch.from_numpy(x),
+        "turned tensor": torch.from_numpy(np.asfortranarray(x)),
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

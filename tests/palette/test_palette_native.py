@@ -48,9 +48,15 @@ def test_one_palette_of_any_width(in_python, m, dtype):
     weights = np.random.default_rng(m).random(len(rewards)) * (np.arange(len(rewards)) % 5 > 0)
     groups = np.random.default_rng(m).integers(0, 7, len(rewards))
     for options in (
-        {}, {"weights": weights}, {"sense": "=="}, {"lam_max": 0.2}, {"groups": groups}, {"groups": np.sort(groups)},
-        {"groups": groups, "weights": weights + 1e-3}, {"groups": groups, "sense": "==", "lam_max": 0.2},
-    ):  # fmt: skip
+        {},
+        {"weights": weights},
+        {"sense": "=="},
+        {"lam_max": 0.2},
+        {"groups": groups},
+        {"groups": np.sort(groups)},
+        {"groups": groups, "weights": weights + 1e-3},
+        {"groups": groups, "sense": "==", "lam_max": 0.2},
+    ):
         palette = quantile_palette(rewards, 0.6 if m < 8 or (m == 8 and "groups" not in options) else 0.53)
         found = solve(rewards, palette, **options)
         assert found.kkt_residual <= 1e-9 and found.iterations <= 15

@@ -27,8 +27,12 @@ def data(n=6000):
 
 
 def options_of(form, groups, weights):
-    return {"joint": {}, "groups": {"groups": groups}, "weights": {"weights": weights},
-            "both": {"groups": groups, "weights": weights}}[form]  # fmt: skip
+    return {
+        "joint": {},
+        "groups": {"groups": groups},
+        "weights": {"weights": weights},
+        "both": {"groups": groups, "weights": weights},
+    }[form]
 
 
 def assert_same(found, expected, tolerance=1e-7):

@@ -87,7 +87,8 @@ def test_bootstrap_tells_how_often_the_palette_is_out_of_reach():
 
 
 def test_held_out_levels_are_honest():
-    """At an easy palette they meet it; at one made by a few outliers they fall short, though λ's own samples reach it."""
+    """At an easy palette they meet it; at one made by a few outliers they fall short, though λ's own samples reach
+    it."""
     rng = np.random.default_rng(5)
     rewards = draw(rng, 4000)
     easy = held_out(rewards, [0.3, 0.3])
@@ -104,13 +105,19 @@ def test_held_out_levels_are_honest():
     assert not beyond.feasible and not beyond.met.all() and np.isfinite(beyond.levels).all()
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda r: standard_errors(r, [1.0]), "lam must be 2 finite numbers"),
-    (lambda r: standard_errors(r, [np.nan, 1]), "lam must be 2 finite numbers"),
-    (lambda r: bootstrap(r, [0, 0], draws=0), "draws must be at least 1, got 0"),
-    (lambda r: held_out(r, [0, 0], folds=1), "folds must lie between 2 and the number of samples or prompts, 20, got 1"),
-    (lambda r: held_out(r, [0, 0], folds=5, groups=np.arange(20) // 10), "prompts, 2, got 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda r: standard_errors(r, [1.0]), "lam must be 2 finite numbers"),
+        (lambda r: standard_errors(r, [np.nan, 1]), "lam must be 2 finite numbers"),
+        (lambda r: bootstrap(r, [0, 0], draws=0), "draws must be at least 1, got 0"),
+        (
+            lambda r: held_out(r, [0, 0], folds=1),
+            "folds must lie between 2 and the number of samples or prompts, 20, got 1",
+        ),
+        (lambda r: held_out(r, [0, 0], folds=5, groups=np.arange(20) // 10), "prompts, 2, got 5"),
+    ],
+)
 def test_mistakes_are_named(call, message):
     with pytest.raises(UserError, match=message):
         call(np.random.default_rng(0).normal(size=(20, 2)))

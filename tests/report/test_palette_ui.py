@@ -1,4 +1,5 @@
-"""The palette page: its answers are the solver's, it listens to this machine's own page alone, and a browser can work it."""
+"""The palette page: its answers are the solver's, it listens to this machine's own page alone, and a browser can work
+it."""
 
 import http.client
 import json

@@ -188,8 +188,10 @@ def test_the_path_shows_all_of_lambda_below_0_too():
         low, high = left.get_ylim()
         assert low <= lam.min() and lam.max() <= high and (low == 0 or lam.min() < 0)
         assert [axes.get_ylabel() for axes in figure.axes] == [
-            "λ·σ of each value", "KL to the model, nats", "effective sample size, of 8",
-        ]  # fmt: skip
+            "λ·σ of each value",
+            "KL to the model, nats",
+            "effective sample size, of 8",
+        ]
         assert "share of the way" in figure.get_supxlabel()
 
 

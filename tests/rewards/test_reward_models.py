@@ -12,7 +12,10 @@ from fastalign._base.errors import UserError
 WORDS = "the a cat dog sat ran on mat is good bad very and . user assistant".split()
 PROMPTS = ["the cat", "a dog is", "the cat", "", "is the mat good", "the dog ran"]
 RESPONSES = ["sat on the mat .", "very very very bad and good .", "", "good", "the mat is very good .", "a"]
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
 
 
 def tokenizer(template=None):

@@ -1,4 +1,5 @@
-"""fastalign's merges held to the values that mergekit 0.1.5 made of the same recipes (python tools/compare_mergekit.py --store)."""
+"""fastalign's merges held to the values that mergekit 0.1.5 made of the same recipes (python
+tools/compare_mergekit.py --store)."""
 
 import json
 import sys

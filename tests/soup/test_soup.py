@@ -410,7 +410,8 @@ def test_what_another_merge_left_is_not_taken_over(large, tmp_path, monkeypatch)
 
 
 def test_a_finished_shard_is_known_again_by_its_bytes(large, tmp_path, monkeypatch):
-    """One of the right size and header whose last byte is another is made anew; so is an output told from one that was changed."""
+    """One of the right size and header whose last byte is another is made anew; so is an output told from one that
+    was changed."""
     out = tmp_path / "out"
     wanted = files(soup.merge(large, [0.25, 0.75], tmp_path / "whole", max_shard_size="4MB").out)
 
@@ -451,7 +452,8 @@ def test_inputs_are_known_by_their_bytes_and_not_by_where_they_lie(large, tmp_pa
 
 @pytest.mark.parametrize("way", ["folder", "link", "file", "link inside", "mark of another"])
 def test_what_no_merge_made_stays(large, tmp_path, way):
-    """A folder, link or file where a merge keeps its work is neither emptied nor followed; one line says so, before any work."""
+    """A folder, link or file where a merge keeps its work is neither emptied nor followed; one line says so, before
+    any work."""
     beside, home = tmp_path / ".out.soup", tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("precious")
@@ -473,7 +475,8 @@ def test_what_no_merge_made_stays(large, tmp_path, way):
 
 
 def test_what_lies_among_a_merges_files_stays(large, tmp_path, monkeypatch):
-    """A ledger that names files elsewhere removes nothing; a file that no merge made is told, not carried into the output."""
+    """A ledger that names files elsewhere removes nothing; a file that no merge made is told, not carried into the
+    output."""
     out = tmp_path / "out"
     beside = stopped(large, out, monkeypatch)
     (tmp_path / "thesis.txt").write_text("precious")
@@ -630,7 +633,9 @@ kept = files(disk)
 sys.modules["fastalign.soup.outputs"].Outputs.check_space = lambda _: None  # the disk fills after the check
 for call in (
     lambda out: soup.merge(models, [[0.5, 0.5], [1, 0]], out, max_shard_size="500kB", progress=False),
-    lambda out: soup.apply_adapters(models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", progress=False),
+    lambda out: soup.apply_adapters(
+        models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", progress=False
+    ),
     lambda out: soup.merge_adapters([disk / "wide"] * 2, [[1, 1]] * 12, out, progress=False),
 ):
     try:
@@ -651,7 +656,8 @@ for call in (
 
 
 def test_a_disk_that_is_full(tmp_path):
-    """A real one of 7.5 MB, in memory: inputs and finished outputs stay, nothing half-written has a name, and it goes on."""
+    """A real one of 7.5 MB, in memory: inputs and finished outputs stay, nothing half-written has a name, and it goes
+    on."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace")

@@ -1,4 +1,5 @@
-"""Safetensors files as they are and as they must not be: what breaks the format is refused with one line, never read."""
+"""Safetensors files as they are and as they must not be: what breaks the format is refused with one line, never
+read."""
 
 import json
 import random
@@ -110,7 +111,8 @@ def test_lengths_of_the_header(tmp_path):
 
 
 def test_ten_thousand_mutated_headers(tmp_path):
-    """Each is refused with a line or reads as something whose every byte lies in the file; what safetensors refuses is refused."""
+    """Each is refused with a line or reads as something whose every byte lies in the file; what safetensors refuses
+    is refused."""
     data, draw = fuzz_soup.good(), random.Random(0)
     valid = refusals = 0
     for number in range(10_000):

@@ -1,4 +1,5 @@
-"""Numbers that are not finite, in what a merge reads and in what it writes, are counted and told; with strict they are an error."""
+"""Numbers that are not finite, in what a merge reads and in what it writes, are counted and told; with strict they
+are an error."""
 
 import json
 import warnings
@@ -12,8 +13,14 @@ from fastalign import backend, soup
 from fastalign._base.errors import UserError
 from fastalign.cli.main import app
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -72,9 +79,14 @@ def test_what_is_not_finite_in_an_input(dtype, options, tmp_path):
 
 @pytest.mark.parametrize(
     ("out_type", "most", "beyond"),
-    [("float16", 65504.0, 65520.0), ("float8_e5m2", 57344.0, 61440.0), ("float8_e4m3fn", 464.0, 464.1), ("float32", 3.4e38, 3.5e38),
-     ("bfloat16", 3.38e38, 3.4e38)],
-)  # fmt: skip
+    [
+        ("float16", 65504.0, 65520.0),
+        ("float8_e5m2", 57344.0, 61440.0),
+        ("float8_e4m3fn", 464.0, 464.1),
+        ("float32", 3.4e38, 3.5e38),
+        ("bfloat16", 3.38e38, 3.4e38),
+    ],
+)
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
 def test_what_the_outputs_type_cannot_hold(out_type, most, beyond, method, tmp_path):
     models = files(tmp_path, torch.float64, {(1, "w1", 9): most, (1, "w2", 66_000): -most})

@@ -154,8 +154,14 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     found = json.loads((tmp_path / "out" / "soups.json").read_text())
     assert found["chosen"]["palette"] == [2.0, None] and len(found["levels"]) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "000.parquet", "001.parquet", "002.parquet", "chosen", "soups.json", "soups.png", "soups.svg",
-    ]  # fmt: skip
+        "000.parquet",
+        "001.parquet",
+        "002.parquet",
+        "chosen",
+        "soups.json",
+        "soups.png",
+        "soups.svg",
+    ]
     scored = tmp_path / "out" / "000.parquet"
     code, _, err = run(
         "pareto", scored, "--soup", tmp_path / "out" / "soups.json", "--lambdas", 20, "--out", tmp_path / "page"

@@ -114,9 +114,11 @@ from fastalign.soup.steps import Segment
 from fastalign.soup.stream import dots
 from fastalign.soup.stream import mix_tensors
 torch.manual_seed(0)
-x = [torch.randn(3000).to(t) for t in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32)]
+types = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32)
+x = [torch.randn(3000).to(t) for t in types]
+weights = [[0.1, 0.2, 0.3, 0.25, 0.15], [1, 0, 0, 0, -1]]
 for dtype in (torch.float32, torch.float64):
-    print(*(float(o.double().abs().sum()) for o in mix_tensors(x, [[0.1, 0.2, 0.3, 0.25, 0.15], [1, 0, 0, 0, -1]], dtype)))
+    print(*(float(o.double().abs().sum()) for o in mix_tensors(x, weights, dtype)))
 for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
     print(*(int(mix_tensors([y], [[1.0]], dtype)[0].view(torch.uint8).sum()) for y in x))
 """

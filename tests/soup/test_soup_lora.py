@@ -16,10 +16,16 @@ from fastalign.soup.lora import CONFIG, WEIGHTS, open_adapter
 
 IDS = torch.tensor([[5, 17, 200, 9, 31, 7]])
 SETTINGS = [
-    dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}, alpha_pattern={"0.mlp.down_proj": 3}),
+    dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"0.mlp.down_proj": 3},
+    ),
     dict(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], use_rslora=True),
     dict(r=2, lora_alpha=2, target_modules=["v_proj", "lm_head"]),
-]  # fmt: skip
+]
 RHO = [0.7, -0.4, 1.5]
 
 
@@ -165,9 +171,14 @@ def test_embeddings_whole_modules_and_biases(tmp_path):
     import transformers
 
     config = transformers.Qwen2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
     base = tmp_path / "base"

@@ -1,4 +1,5 @@
-"""NuSLERP, SCE, NearSwap, Arcee Fusion and RAM against their definitions in plain float64, by merge, by recipe and by command."""
+"""NuSLERP, SCE, NearSwap, Arcee Fusion and RAM against their definitions in plain float64, by merge, by recipe and by
+command."""
 
 import numpy as np
 import pytest

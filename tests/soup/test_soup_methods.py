@@ -114,9 +114,15 @@ def test_what_goes_by_chance_is_the_same_however_it_is_cut_and_right_on_average(
     options = {"method": method, "parameters": asked}
     found = made(files, tmp_path / "one", [0.5, 0.5, 0.5], **options)
     soup.merge(
-        paths(files, 1, 2, 3), [[0.5] * 3, [0.1, 0.2, 0.3]], tmp_path / "cut", base=files / "0.safetensors",
-        max_shard_size="20kB", memory_limit="1MB", progress=False, **options,
-    )  # fmt: skip
+        paths(files, 1, 2, 3),
+        [[0.5] * 3, [0.1, 0.2, 0.3]],
+        tmp_path / "cut",
+        base=files / "0.safetensors",
+        max_shard_size="20kB",
+        memory_limit="1MB",
+        progress=False,
+        **options,
+    )
     again = {}
     for path in (tmp_path / "cut" / "0").glob("*.safetensors"):
         again.update(load_file(path))

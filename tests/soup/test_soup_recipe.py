@@ -156,9 +156,14 @@ def test_linear_divides_by_the_sum(models, tmp_path):
 def test_ties_with_and_without_division(models, tmp_path):
     found = run(models, tmp_path, BIO_MERGE)
     wanted = soup.merge(
-        [models / "B.safetensors", models / "C.safetensors"], [0.5, 0.5], tmp_path / "same", method="ties",
-        base=models / "A.safetensors", parameters={"density": 0.5, "normalize": False}, progress=False,
-    )  # fmt: skip
+        [models / "B.safetensors", models / "C.safetensors"],
+        [0.5, 0.5],
+        tmp_path / "same",
+        method="ties",
+        base=models / "A.safetensors",
+        parameters={"density": 0.5, "normalize": False},
+        progress=False,
+    )
     same = load_file(wanted.out / "model.safetensors")
     assert all(torch.equal(found[name], same[name]) for name in NAMES)
 
@@ -212,12 +217,20 @@ def test_what_mergekit_leaves_out_it_takes_as_such(models, tmp_path, method, ext
 
 
 def test_parameters_of_other_methods_are_passed_over(models, tmp_path):
-    listed = 'models: [{model: "{B}", parameters: {density: 0.5}}, {model: "{C}"}]\nparameters: {normalize: true, int8_mask: true}\n'
+    listed = (
+        'models: [{model: "{B}", parameters: {density: 0.5}}, {model: "{C}"}]\n'
+        "parameters: {normalize: true, int8_mask: true}\n"
+    )
     found = run(models, tmp_path, 'name: mine\nmerge_method: model_stock\nbase_model: "{A}"\n' + listed)
     done = soup.merge(
-        [models / "B.safetensors", models / "C.safetensors"], None, tmp_path / "same", method="model_stock",
-        base=models / "A.safetensors", parameters={"floor": 1e-6}, progress=False,
-    )  # fmt: skip
+        [models / "B.safetensors", models / "C.safetensors"],
+        None,
+        tmp_path / "same",
+        method="model_stock",
+        base=models / "A.safetensors",
+        parameters={"floor": 1e-6},
+        progress=False,
+    )
     assert all(torch.equal(found[name], x) for name, x in load_file(done.out / "model.safetensors").items())
 
 
@@ -225,10 +238,13 @@ def test_means_on_the_sphere(models, tmp_path):
     listed = "models: [" + ", ".join(f'{{model: "{{{one}}}"}}' for one in "BCD") + "]\n"
     paths = [models / f"{one}.safetensors" for one in "BCD"]
     cases = {
-        "merge_method: karcher\nparameters: {max_iter: 20, tol: 1e-7}\n": {"method": "karcher", "parameters": {"max_iter": 20, "tol": 1e-7}},
+        "merge_method: karcher\nparameters: {max_iter: 20, tol: 1e-7}\n": {
+            "method": "karcher",
+            "parameters": {"max_iter": 20, "tol": 1e-7},
+        },
         'merge_method: model_stock\nbase_model: "{A}"\n': {"method": "model_stock", "base": models / "A.safetensors"},
         "merge_method: multislerp\nparameters: {weight: 0.4}\n": {"method": "multislerp"},
-    }  # fmt: skip
+    }
     for i, (text, options) in enumerate(cases.items()):
         found = run(models, tmp_path, listed + text, f"out{i}")
         done = soup.merge(paths, None, tmp_path / f"same{i}", progress=False, **options)
@@ -248,10 +264,15 @@ dtype: float32
 """
     found = run(models, tmp_path, text)
     same = soup.merge(
-        [models / "B.safetensors", models / "C.safetensors"], [1.0, {"*": [0, 1]}], tmp_path / "same", method="ties",
-        base=models / "A.safetensors", dtype="float32", progress=False,
+        [models / "B.safetensors", models / "C.safetensors"],
+        [1.0, {"*": [0, 1]}],
+        tmp_path / "same",
+        method="ties",
+        base=models / "A.safetensors",
+        dtype="float32",
+        progress=False,
         parameters={"density": [{"*mlp*": [0.2, 0.8], "*": 0.5}, 0.3], "lambda": 0.5, "normalize": False},
-    )  # fmt: skip
+    )
     wanted = load_file(same.out / "model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == torch.float32 for name in NAMES)
     path = tmp_path / "recipe.yaml"
@@ -275,7 +296,8 @@ MISTAKES = [
     ("!!python/object/apply:os.system [ls]", "not YAML"),
     ("models: []", "models must be a list of 1 to 1000 entries"),
     ("models: [a]\nweight: [1]", "a recipe may have base, chat_template, companion, dtype,"),
-    ("models: [a]\nnull: 1", "memory_limit, method, models, normalize, pad_to_multiple_of, parameters, tokenizer, weights, got None"),
+    ("models: [a]\nnull: 1",
+     "memory_limit, method, models, normalize, pad_to_multiple_of, parameters, tokenizer, weights, got None"),
     ("models: [{path: a}]", "model 0 may have density, epsilon, gamma, model, weight, got 'path'"),
     ("models: [{model: a, weight: 1}, {model: b}]", "model 1 has no weight, others have one"),
     ("models: [{model: a, weight: 1}]\ngrid: 3", "weights must be given once"),
@@ -290,11 +312,17 @@ MISTAKES = [
     ("merge_method: linear\nmodels: [{model: a}]\nslices: [{sources: []}]", "either models or slices"),
     ("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]", "t is missing, and slerp needs it"),
     ("merge_method: slerp\nmodels: [{model: a}, {model: b}]", "slerp takes two models, one of them the base_model"),
-    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [1, 6]}]}]", "layer_range must have as many layers"),
-    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: 3}]}]", "layer_range of model 0 must be two whole"),
-    ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}, {sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]", "as many sources as the first"),
-    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 4], parameters: {weight: [{filter: layers.3, value: 1}, {value: 0}]}}]}]", "filters with a layer's number"),
-    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}], parameters: {normalize: true}}, {sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}], parameters: {normalize: false}}]", "normalize must be the same in all slices"),
+    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [1, 6]}]}]",
+     "layer_range must have as many layers"),
+    ("merge_method: slerp\nslices: [{sources: [{model: a, layer_range: 3}]}]",
+     "layer_range of model 0 must be two whole"),
+    ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}, "
+     "{sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]", "as many sources as the first"),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 4], "
+     "parameters: {weight: [{filter: layers.3, value: 1}, {value: 0}]}}]}]", "filters with a layer's number"),
+    ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}], "
+     "parameters: {normalize: true}}, {sources: [{model: a, layer_range: [0, 1], parameters: {weight: 1}}], "
+     "parameters: {normalize: false}}]", "normalize must be the same in all slices"),
     ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]", "passthrough takes one model"),
     ("merge_method: karcher\nmodels: [{model: a}]\ntokenizer: {source: a, tokens: {x: {source: b}}}", "got 'tokens'"),
     ("models: [[{model: a, layers: [2]}]]", "model 0: layers must be two whole numbers"),
@@ -324,9 +352,16 @@ def test_large_and_missing_recipes(tmp_path):
 
 
 NUMBERS = {
-    "true": (True, 1), "1": (True, 1), "1.0": (True, 1), "'1'": (True, 1), "0": (False, 0), "0.0": (False, 0), "false": (False, 0),
-    "5.0": (True, 5), "2": (True, 2),
-}  # fmt: skip
+    "true": (True, 1),
+    "1": (True, 1),
+    "1.0": (True, 1),
+    "'1'": (True, 1),
+    "0": (False, 0),
+    "0.0": (False, 0),
+    "false": (False, 0),
+    "5.0": (True, 5),
+    "2": (True, 2),
+}
 
 
 @pytest.mark.parametrize("written", NUMBERS)
@@ -355,7 +390,10 @@ def test_mergekits_flags_and_counts_may_be_numbers(written, tmp_path):
     found = read(f"merge_method: multislerp\n{each}\nparameters: {{normalize_weights: {written}}}")
     assert found["parameters"]["normalize_weights"] is flag
     found = read(
-        f"merge_method: ties\n{base}\n{each}\nparameters: {{normalize: {written}, rescale: {written}, int8_mask: {written}}}"
+        "merge_method: ties\n"
+        f"{base}\n"
+        f"{each}\n"
+        f"parameters: {{normalize: {written}, rescale: {written}, int8_mask: {written}}}"
     )
     assert (found["parameters"]["normalize"], found["parameters"]["rescale"]) == (flag, "l1" if flag else "none")
     found = read(f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: {written}}}}}]")
@@ -371,9 +409,13 @@ def test_mergekits_layer_ranges_may_be_numbers_with_a_point(tmp_path):
 
 @pytest.mark.parametrize(
     ("body", "told"),
-    [("normalize: maybe", "normalize must be true or false, or a number, for all"), ("normalize: .nan", "got nan"),
-     ("normalize: [1, 0]", "for all tensors"), ("normalize: [{filter: mlp, value: 1}]", "for all tensors")],
-)  # fmt: skip
+    [
+        ("normalize: maybe", "normalize must be true or false, or a number, for all"),
+        ("normalize: .nan", "got nan"),
+        ("normalize: [1, 0]", "for all tensors"),
+        ("normalize: [{filter: mlp, value: 1}]", "for all tensors"),
+    ],
+)
 def test_what_is_neither_flag_nor_number(body, told, tmp_path):
     recipe = f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: 1}}}}]\nparameters: {{{body}}}"
     (tmp_path / "r.yml").write_text(recipe)

@@ -103,11 +103,13 @@ def test_what_cannot_be_stacked(models, tmp_path):
     refused([(a, 1, 1)], "layers 1 to 1 asked for")
     refused([a, b], "a stack must be a list of (model, first layer, last layer + 1)")
     refused([], "a stack must be a list")
-    for number, (names, part) in enumerate((
-        (["w"], "its tensors have none"),
-        (["h.0.w", "h.2.w"], "its tensors have none"),
-        (["h.0.w", "v.0.w"], "its tensors have 1 named h.*, 1 named v.*"),
-    )):  # fmt: skip
+    for number, (names, part) in enumerate(
+        (
+            (["w"], "its tensors have none"),
+            (["h.0.w", "h.2.w"], "its tensors have none"),
+            (["h.0.w", "v.0.w"], "its tensors have 1 named h.*, 1 named v.*"),
+        )
+    ):
         save_file({name: torch.ones(2) for name in names}, tmp_path / f"{number}.safetensors")
         refused([(tmp_path / f"{number}.safetensors", 0, 1)], part)
     odd, other = tmp_path / "odd.safetensors", tmp_path / "other.safetensors"

@@ -22,9 +22,14 @@ def from_files(folder, inputs, tasks, dtype, *, threads=2, chunk=1 << 14):
         offsets.append(offsets[-1] + x.nbytes)
     with open(source, "rb") as read, open(target, "w+b") as written:
         segment = Segment(
-            n, tuple(of_torch(x.dtype) for x in inputs), (read.fileno(),) * len(inputs), tuple(offsets[:-1]),
-            (written.fileno(),) * k, tuple(i * n * dtype.itemsize for i in range(k)), [],
-        )  # fmt: skip
+            n,
+            tuple(of_torch(x.dtype) for x in inputs),
+            (read.fileno(),) * len(inputs),
+            tuple(offsets[:-1]),
+            (written.fileno(),) * k,
+            tuple(i * n * dtype.itemsize for i in range(k)),
+            [],
+        )
         merge_tasks(segment, tasks, of_torch(dtype), chunk=chunk, threads=threads)
     data = torch.frombuffer(bytearray(target.read_bytes()), dtype=dtype)
     return list(data.view(k, *inputs[0].shape))
@@ -43,12 +48,15 @@ def every_choice(n):
         "largest": (Choice("band", n - n // 5, n, largest_first=True), Choice("band", n - 1, n, largest_first=True)),
         "middle": (Choice("band", n // 3, n - n // 9), Choice("band", 0, n // 2, match_sum=True)),
         "none": (Choice("band"), Choice("band", 0, n)),
-        "random": (Choice("random", probability=0.3, scale=1 / 0.3, stream=7), Choice("random", probability=0.9, match_sum=True)),
+        "random": (
+            Choice("random", probability=0.3, scale=1 / 0.3, stream=7),
+            Choice("random", probability=0.9, match_sum=True),
+        ),
         "ranked": (
             Choice("ranked", probability=0.5, epsilon=0.2, own_scale=True, stream=3),
             Choice("ranked", probability=0.4, epsilon=0.3, match_sum=True, stream=2**62 + 5),
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.skipif(backend.engine is None, reason="the engine is not built")
@@ -115,8 +123,8 @@ def test_ties_by_hand():
     keep_two = Choice("band", 1, 3, largest_first=True)
     tasks = Tasks((keep_two, keep_two, keep_two), ((1.0, 1.0, 1.0),), 1.0, True, True, 0, 3)
     (found,) = merge_tensor([base, *deltas], tasks, F32)
-    # second: -4, -2, +5 are -1 in all: the mean of -4 and -2. third: 0.1 and 1 are dropped as the least of their vectors,
-    # but of the second vector -1 comes first among equals, so that 1 goes; of the third 1 stays and -1 goes.
+    # second: -4, -2, +5 are -1 in all: the mean of -4 and -2. third: 0.1 and 1 are dropped as the least of their
+    # vectors, but of the second vector -1 comes first among equals, so that 1 goes; of the third 1 stays and -1 goes.
     assert found.tolist() == [2.0, -3.0, 0.0]
 
 

@@ -1,4 +1,5 @@
-"""Models of different tokenizers merged: unions, rows in another tokenizer's order, padded rows, against plain numpy in float64."""
+"""Models of different tokenizers merged: unions, rows in another tokenizer's order, padded rows, against plain numpy
+in float64."""
 
 import json
 import shutil
@@ -80,7 +81,8 @@ def is_rows(name):
 
 
 def in_order(paths, tokens, rows, base=None):
-    """Each model's tensors with rows for `tokens`, token by token. base: the place of the one whose rows others take first."""
+    """Each model's tensors with rows for `tokens`, token by token. base: the place of the one whose rows others take
+    first."""
     held, known = [tensors(path) for path in paths], [vocab(path) for path in paths]
     found = [dict(one) for one in held]
     for name in filter(is_rows, held[0]):
@@ -148,9 +150,12 @@ def test_a_union_without_a_base(models, tmp_path, engine, monkeypatch):
 
 def test_a_union_over_a_base(models, tmp_path):
     recipe = {
-        "merge_method": "task_arithmetic", "base_model": str(models / "C"), "models": listed(models, "ABD", weight=[0.5, 0.25, 0.7]),
-        "parameters": {"lambda": 0.6}, "tokenizer": {"source": "union", "pad_to_multiple_of": 64},
-    }  # fmt: skip
+        "merge_method": "task_arithmetic",
+        "base_model": str(models / "C"),
+        "models": listed(models, "ABD", weight=[0.5, 0.25, 0.7]),
+        "parameters": {"lambda": 0.6},
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 64},
+    }
     out = merged(tmp_path, recipe)
     tokens = vocab(out)
     rows = json.loads((out / "config.json").read_text())["vocab_size"]
@@ -197,9 +202,11 @@ def test_every_method_sees_the_rows_in_their_order(models, tmp_path, method):
 def test_another_models_tokenizer(models, tmp_path):
     """Its order; special tokens keep their meaning in the configuration."""
     recipe = {
-        "merge_method": "linear", "base_model": str(models / "A"), "models": listed(models, "AC", weight=[0.5, 0.5]),
+        "merge_method": "linear",
+        "base_model": str(models / "A"),
+        "models": listed(models, "AC", weight=[0.5, 0.5]),
         "tokenizer": {"source": str(models / "C"), "pad_to_multiple_of": 8.0},
-    }  # fmt: skip
+    }
     recipe["models"][0]["parameters"]["weight"] = 0.25
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     with pytest.raises(
@@ -238,7 +245,8 @@ def quietly(*arguments, **options):
 
 
 def test_types_and_blocks(pair, tmp_path, monkeypatch):
-    """A wide row is not rounded to a narrow model's type on its way; the output keeps the first model's; small blocks change nothing."""
+    """A wide row is not rounded to a narrow model's type on its way; the output keeps the first model's; small blocks
+    change nothing."""
     from fastalign.soup import vocabulary
 
     narrow = [

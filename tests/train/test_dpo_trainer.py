@@ -156,9 +156,18 @@ def test_a_reference_with_a_hook_is_neither_kept_nor_taken_for_another(folder, t
 def gpt2(folder, dropout=0.0, **options):
     """The same weights at every call."""
     config = GPT2Config(
-        vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=dropout, attn_pdrop=dropout,
-        embd_pdrop=dropout, bos_token_id=1, eos_token_id=2, **options,
-    )  # fmt: skip
+        vocab_size=320,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=dropout,
+        attn_pdrop=dropout,
+        embd_pdrop=dropout,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
     torch.manual_seed(3)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
@@ -350,7 +359,7 @@ t = trainer(DPOTrainer, {folder!r}, {out!r}, max_steps=3, per_device_train_batch
 t.train()
 assert (type(next(t.model.parameters())).__name__ == "DTensor") == {sharded}
 if t.is_world_process_zero():
-    print("LOSSES", *[row["loss"] for row in logs(t)], *[row["rewards/margins"] for row in logs(t)], *[row["grad_norm"] for row in logs(t)])
+    print("LOSSES", *(row[name] for name in ("loss", "rewards/margins", "grad_norm") for row in logs(t)))
 """
 
 

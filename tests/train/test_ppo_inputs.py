@@ -204,7 +204,8 @@ def test_the_reference_may_be_a_plain_model():
 
 def test_the_statistics_have_trls_names():
     stats = trainer().step(*rollouts())
-    named = """objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs objective/kl_coef objective/entropy
+    named = """
+        objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs objective/kl_coef objective/entropy
         ppo/mean_non_score_reward ppo/mean_scores ppo/std_scores tokens/queries_len_mean tokens/queries_len_std
         tokens/queries_dist tokens/responses_len_mean tokens/responses_len_std tokens/responses_dist ppo/loss/policy
         ppo/loss/value ppo/loss/total ppo/policy/entropy ppo/policy/approxkl ppo/policy/policykl ppo/policy/clipfrac

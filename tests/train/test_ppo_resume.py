@@ -49,8 +49,10 @@ def launch(folder, steps, die=0):
     script = RUN.format(here=str(HERE))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(folder), str(steps), str(die)],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == (-signal.SIGKILL if die else 0), done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 

@@ -26,8 +26,12 @@ def test_a_batch_of_unequal_queries_gives_what_each_alone_gives(kind, engine):
         assert [x.tolist() for x in found] == [x.tolist() for x in alone]
     whole = generate(model, tokenizer, QUERIES, **options | {"return_prompt": True})
     assert [x.tolist() for x in whole] == [q.tolist() + a.tolist() for q, a in zip(QUERIES, alone, strict=True)]
-    greedy = [model.generate(q[None], attention_mask=torch.ones(1, len(q)), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(q) :]
-              for q in QUERIES]  # fmt: skip
+    greedy = [
+        model.generate(
+            q[None], attention_mask=torch.ones(1, len(q)), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )[0, len(q) :]
+        for q in QUERIES
+    ]
     assert [x.tolist() for x in alone] == [x.tolist() for x in greedy]
 
 

@@ -49,7 +49,8 @@ ref_model = create_reference_model(model)
 ppo_trainer = PPOTrainer(config, model, ref_model, tokenizer, dataset=build_dataset(), data_collator=collator)
 device = ppo_trainer.accelerator.device
 output_length_sampler = LengthSampler(3, 6)
-generation_kwargs = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": tokenizer.eos_token_id}
+generation_kwargs = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True}
+generation_kwargs["pad_token_id"] = tokenizer.eos_token_id
 
 all_stats = []
 for epoch, batch in enumerate(ppo_trainer.dataloader):
@@ -135,8 +136,8 @@ def test_the_example_with_several_values(example, tmp_path, chat):
     folder = tiny_folder(tmp_path / "base", chat=chat, scale=1.0)
     (tmp_path / "prompts.txt").write_text("the cat\na big dog\nhello\nwhy\nreview the house\n")
     history = example.main(
-        f"--model_name {folder} --data_name {tmp_path / 'prompts.txt'} --value_list diversity,readability --lam_list 1,0.5 "
-        f"--batch_size 4 --mini_batch_size 2 --nepoch 2 --max_new_tokens 4 --save_path {tmp_path / 'out'}".split()
+        f"--model_name {folder} --data_name {tmp_path / 'prompts.txt'} --value_list diversity,readability --lam_list "
+        f"1,0.5 --batch_size 4 --mini_batch_size 2 --nepoch 2 --max_new_tokens 4 --save_path {tmp_path / 'out'}".split()
     )
     assert len(history) == 2 and set(history[0]) == {"diversity", "readability", "KL"}
     assert (tmp_path / "out" / "value_head" / "model.safetensors").is_file()

@@ -80,8 +80,11 @@ def test_saved_and_loaded_again_here_and_in_transformers(tmp_path):
 def test_reads_a_value_head_from_among_the_weights_where_trl_wrote_it(tmp_path):
     torch.manual_seed(0)
     model = Model.from_pretrained(tiny_folder(tmp_path), v_head_init_strategy="normal")
-    save_file(load_file(tmp_path / "model.safetensors") | {k: v for k, v in model.state_dict().items() if "v_head" in k},
-              tmp_path / "model.safetensors", {"format": "pt"})  # fmt: skip
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {k: v for k, v in model.state_dict().items() if "v_head" in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     torch.testing.assert_close(Model.from_pretrained(tmp_path)(IDS)[2], model(IDS)[2], rtol=0, atol=0)
 
 

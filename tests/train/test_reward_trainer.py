@@ -1,4 +1,5 @@
-"""RewardTrainer: TRL's numbers, a known rule learned, several values on one backbone, calibration, one line per mistake."""
+"""RewardTrainer: TRL's numbers, a known rule learned, several values on one backbone, calibration, one line per
+mistake."""
 
 import json
 import warnings
@@ -48,11 +49,19 @@ def classifier(tokenizer, outputs=1, seed=0):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), initializer_range=0.05, hidden_size=32, intermediate_size=64,
-        num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, num_labels=outputs, pad_token_id=0, bos_token_id=1,
+        vocab_size=len(tokenizer),
+        initializer_range=0.05,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        num_labels=outputs,
+        pad_token_id=0,
+        bos_token_id=1,
         eos_token_id=2,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForSequenceClassification(config)
@@ -77,7 +86,7 @@ PAIRS = [
     {"prompt": "tell me a story", "chosen": " the cat sat", "rejected": " no"},
     {"prompt": "why", "chosen": " thank you", "rejected": " the dog ran under the house"},
     {"prompt": "hello", "chosen": " hello world", "rejected": " what"},
-] * 6  # fmt: skip
+] * 6
 
 
 @pytest.mark.parametrize("options", [{}, {"margin": True, "center_rewards_coefficient": 0.1}])
@@ -87,8 +96,13 @@ def test_losses_are_trls(tokenizer, tmp_path, options):
     logs = []
     for trainer_class, config_class in ((trl.RewardTrainer, trl.RewardConfig), (RewardTrainer, RewardConfig)):
         args = settings(tmp_path, config_class, learning_rate=1e-2, **options)
-        trainer = trainer_class(classifier(tokenizer), args, train_dataset=Dataset.from_list(rows),
-                                eval_dataset=Dataset.from_list(rows[:16]), processing_class=tokenizer)  # fmt: skip
+        trainer = trainer_class(
+            classifier(tokenizer),
+            args,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:16]),
+            processing_class=tokenizer,
+        )
         trainer.train()
         logs.append((trainer.state.log_history, trainer.evaluate()))
     (theirs, their_eval), (ours, our_eval) = logs
@@ -142,11 +156,23 @@ def learned(words, tmp_path_factory):
         for rows, part in zip((train, test), parts, strict=True):
             rows += [{**row, "value": name} for row in part]
     args = settings(
-        folder / "run", values=["length", "positive"], learning_rate=5e-3, num_train_epochs=4, logging_steps=50,
-        per_device_train_batch_size=16, per_device_eval_batch_size=64, lr_scheduler_type="cosine", warmup_steps=5,
-    )  # fmt: skip
-    trainer = RewardTrainer(classifier(tokenizer, 2), args, train_dataset=Dataset.from_list(train),
-                            eval_dataset=Dataset.from_list(test), tokenizer=tokenizer)  # fmt: skip
+        folder / "run",
+        values=["length", "positive"],
+        learning_rate=5e-3,
+        num_train_epochs=4,
+        logging_steps=50,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+    )
+    trainer = RewardTrainer(
+        classifier(tokenizer, 2),
+        args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(test),
+        tokenizer=tokenizer,
+    )
     trainer.train()
     trainer.model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -244,8 +270,13 @@ def test_a_column_for_each_value_and_lora(tokenizer, tmp_path):
     ]
     rows = Dataset.from_list([{**row, **said[i % 4]} for i, row in enumerate(PAIRS)])
     args = settings(tmp_path, values=["kind", "short"], learning_rate=1e-2)
-    trainer = RewardTrainer(classifier(tokenizer, 2), args, train_dataset=rows, processing_class=tokenizer,
-                            peft_config=LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))  # fmt: skip
+    trainer = RewardTrainer(
+        classifier(tokenizer, 2),
+        args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]),
+    )
     assert trainer.train_dataset[0]["preference"] == [1, -1] and trainer.train_dataset[3]["preference"] == [-1, 0]
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
@@ -269,8 +300,12 @@ def test_a_run_goes_on_where_it_stopped(tokenizer, tmp_path):
 
 def test_mistakes(tokenizer, tmp_path):
     def make(rows=PAIRS, outputs=1, tokenizer=tokenizer, **options):
-        return RewardTrainer(classifier(tokenizer, outputs), settings(tmp_path, **options),
-                             train_dataset=Dataset.from_list(rows), processing_class=tokenizer)  # fmt: skip
+        return RewardTrainer(
+            classifier(tokenizer, outputs),
+            settings(tmp_path, **options),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
 
     tagged = [{**row, "value": "a"} for row in PAIRS]
     bare = tiny_tokenizer()
@@ -282,14 +317,20 @@ def test_mistakes(tokenizer, tmp_path):
         (lambda: make(values=["a", "b"]), r"one output per value, 2 \(a, b\), got 1"),
         (lambda: make(values=["a", "a"], outputs=2), "values must be different names"),
         (lambda: make(values=["a", "b"], outputs=2), "must have a column 'value', or one for each of a, b"),
-        (lambda: make([*tagged, {**PAIRS[0], "value": "c"}], values=["a", "b"], outputs=2), "row 24: value must be one of a, b, got 'c'"),
+        (
+            lambda: make([*tagged, {**PAIRS[0], "value": "c"}], values=["a", "b"], outputs=2),
+            "row 24: value must be one of a, b, got 'c'",
+        ),
         (lambda: make([{**PAIRS[0], "a": "x", "b": "1"}], values=["a", "b"], outputs=2), "row 0: a must be a number"),
         (lambda: make(max_length=2), "no pair fits in max_length 2 tokens"),
         (lambda: make([preferences.as_chat(PAIRS[0])]), "messages need a tokenizer with a chat template"),
         (lambda: make(tokenizer=bare), "pad token or an eos token"),
         (lambda: RewardTrainer("tiny", tokenizer=tokenizer, processing_class=tokenizer), "the same argument"),
-        (lambda: RewardTrainer(str(tmp_path / "none"), settings(tmp_path), train_dataset=Dataset.from_list(PAIRS)), "no such model folder"),
-    ]:  # fmt: skip
+        (
+            lambda: RewardTrainer(str(tmp_path / "none"), settings(tmp_path), train_dataset=Dataset.from_list(PAIRS)),
+            "no such model folder",
+        ),
+    ]:
         with pytest.raises((UserError, FileNotFoundError), match=said) as told:
             call()
         assert "\n" not in str(told.value)
@@ -315,9 +356,16 @@ def test_a_model_by_name_gets_a_new_head(tokenizer, tmp_path):
 def test_pairs_that_are_tokenized_already(tokenizer, tmp_path, names):
     def losses(data):
         args = RewardConfig(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], logging_steps=1, use_cpu=True,
-            bf16=False, save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to=[],
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         one = RewardTrainer(
             classifier(tokenizer), args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
         )

@@ -1,4 +1,5 @@
-"""What every sampler shares: arguments and prompts checked once, in one place, and the same Candidates whatever draws them."""
+"""What every sampler shares: arguments and prompts checked once, in one place, and the same Candidates whatever draws
+them."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each i
 class Request:
     """What is to be drawn, checked: for the prompts of which `skip` does not have the index.
 
-    encoded: each prompt's token ids (for a server that has the tokenizer, the prompt itself). places: each prompt's place in the
-    whole set. rows: candidates at once. record: the settings that the Candidates carry.
+    encoded: each prompt's token ids (for a server that has the tokenizer, the prompt itself). places: each prompt's
+    place in the whole set. rows: candidates at once. record: the settings that the Candidates carry.
     """
 
     prompts: Sequence[Any]
@@ -70,10 +71,11 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class BaseSampler(ABC):
-    """What draws candidates: `Sampler`, on this machine, or one whose model runs in another engine (`samplers.external`).
+    """What draws candidates: `Sampler`, on this machine, or one whose model runs in another engine
+    (`samplers.external`).
 
-    A subclass sets name, told in errors and in the candidates' settings; text, of its tokenizer; context, the longest text in
-    tokens or 0; and gives `draw_parts`.
+    A subclass sets name, told in errors and in the candidates' settings; text, of its tokenizer; context, the longest
+    text in tokens or 0; and gives `draw_parts`.
     """
 
     name: str
@@ -141,19 +143,20 @@ class BaseSampler(ABC):
     ) -> Iterator[tuple[list[int], Candidates]]:
         """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens a prompt.
 
-        prompts: strings, or conversations, lists of messages {"role": ..., "content": text or blocks of text}, whose last
-        one, where it is the assistant's, is continued. tools: JSON schemas or functions, for the chat template;
+        prompts: strings, or conversations, lists of messages {"role": ..., "content": text or blocks of text}, whose
+        last one, where it is the assistant's, is continued. tools: JSON schemas or functions, for the chat template;
         chat_template_kwargs: more of its arguments, which may be given by keyword too (enable_thinking=False).
 
         temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers.
-        stop: a text is cut before the first of these strings, special tokens' too, which texts do not show; token_ids and logprobs keep all that was drawn,
-        an end token included. chat: "auto" uses the tokenizer's chat template where it has one; False sends
-        prompts as they are. batch_size: candidates at once. memory_limit: of the keys and values, in bytes or as "4GB":
+        stop: a text is cut before the first of these strings, special tokens' too, which texts do not show; token_ids
+        and logprobs keep all that was drawn, an end token included. chat: "auto" uses the tokenizer's chat template
+        where it has one; False sends prompts as they are. batch_size: candidates at once. memory_limit: of the keys
+        and values, in bytes or as "4GB":
         fewer candidates are in the model at once then, and n is bounded by time alone. skip: indices of prompts done
-        before: a resumed job draws for the others what an uninterrupted one draws. prompt_ids: the prompts' places in the
-        whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1. first: the number of the
-        first candidate: a candidate is a function of (seed, prompt, its number), so that 4 from 4 on are the rest of 8.
-        Raises UserError, one line, before any work on a bad argument or prompt.
+        before: a resumed job draws for the others what an uninterrupted one draws. prompt_ids: the prompts' places in
+        the whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1. first: the
+        number of the first candidate: a candidate is a function of (seed, prompt, its number), so that 4 from 4 on
+        are the rest of 8. Raises UserError, one line, before any work on a bad argument or prompt.
         """
         settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, first)
         check_knobs({"batch_size": batch_size, "memory_limit": memory_limit})
@@ -170,7 +173,8 @@ class BaseSampler(ABC):
 
     @abstractmethod
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        """Yield (prompt indices, their candidates) as they are done; what is still wrong with the request is raised before."""
+        """Yield (prompt indices, their candidates) as they are done; what is still wrong with the request is raised
+        before."""
 
     def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings) -> int:
         """How many candidates fit at once beside prompts of up to `longest` tokens."""

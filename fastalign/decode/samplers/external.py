@@ -37,7 +37,8 @@ class External(BaseSampler):
 
 
 def request_seed(seed: int, place: int, first: int) -> int:
-    """The seed of the request for candidates `first` and on of the prompt at `place`, in [0, 2^31): llama.cpp takes 32 bits.
+    """The seed of the request for candidates `first` and on of the prompt at `place`, in [0, 2^31): llama.cpp takes
+    32 bits.
 
     vLLM draws candidate j of a request with that request's seed + j: counted from one start per prompt, two
     requests for the same prompt never share a seed, and the candidates do not depend on how n was split.

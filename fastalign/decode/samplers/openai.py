@@ -51,8 +51,9 @@ class OpenAISampler(External):
 
     url: up to and with /v1. model: its name there; None where the server has one alone. tokenizer: of the model
     (see above), or its name. api_key: default $OPENAI_API_KEY. in_flight: requests at once. timeout: seconds within
-    which a request is wholly answered. tries: of a request that met a full or failing server (429, 5xx), a lost connection or a timeout.
-    Raises UserError, one line, where the server refuses, cannot be reached or answers what makes no sense.
+    which a request is wholly answered. tries: of a request that met a full or failing server (429, 5xx), a lost
+    connection or a timeout. Raises UserError, one line, where the server refuses, cannot be reached or answers what
+    makes no sense.
     """
 
     rows_at_once = 64
@@ -170,7 +171,8 @@ class OpenAISampler(External):
 
 
 def _chat(prompt: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What /chat/completions is asked for a prompt: its messages, and in vLLM's and SGLang's way the template's arguments."""
+    """What /chat/completions is asked for a prompt: its messages, and in vLLM's and SGLang's way the template's
+    arguments."""
     asks: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
     tools, options = record.get("tools"), record.get("chat_template_kwargs", {})
     if isinstance(prompt, Conversation):
@@ -292,8 +294,8 @@ class _Refused(Exception):
 
 
 class _Deadline:
-    """Ends the connections that are made within it once `seconds` have passed: a socket's own timeout is one of each read,
-    which one byte satisfies."""
+    """Ends the connections that are made within it once `seconds` have passed: a socket's own timeout is one of each
+    read, which one byte satisfies."""
 
     def __init__(self, seconds: float):
         self.seconds, self.passed = seconds, False

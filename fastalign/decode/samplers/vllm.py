@@ -1,9 +1,9 @@
 """Candidates from vLLM, in this process: `vllm.LLM.generate`.
 
 Read against vLLM's sources of 2026 (0.26: `SamplingParams`, `RequestOutput`, `CompletionOutput`, `Logprob`,
-`ParentRequest`, `VLLM_MAX_N_SEQUENCES`). What matters there: a request of n candidates is n requests with seed, seed + 1, ...,
-which share the prompt through the prefix cache; log-probs are the model's before temperature and truncation unless
-logprobs_mode is "processed_logprobs", and ours are those of the distribution that was drawn from.
+`ParentRequest`, `VLLM_MAX_N_SEQUENCES`). What matters there: a request of n candidates is n requests with seed, seed
++ 1, ..., which share the prompt through the prefix cache; log-probs are the model's before temperature and truncation
+unless logprobs_mode is "processed_logprobs", and ours are those of the distribution that was drawn from.
 """
 
 from __future__ import annotations

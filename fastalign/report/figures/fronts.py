@@ -34,15 +34,21 @@ class Shown:
 
 
 def fronts(
-    values: Sequence[str], shown: Mapping[tuple[int, int], Shown], *, before: np.ndarray, cloud: np.ndarray,
-    desirable: np.ndarray, palettes: np.ndarray | None = None, soups: np.ndarray | None = None,
+    values: Sequence[str],
+    shown: Mapping[tuple[int, int], Shown],
+    *,
+    before: np.ndarray,
+    cloud: np.ndarray,
+    desirable: np.ndarray,
+    palettes: np.ndarray | None = None,
+    soups: np.ndarray | None = None,
     soup_names: Sequence[str] = (),
-) -> Figure:  # fmt: skip
+) -> Figure:
     """One panel for each pair (i, j) of `shown`, whose points have two columns.
 
     before (m,). cloud (T, m): levels of random λ, desirable (T,) those that leave no value below `before`. palettes,
-    soups (·, m): levels asked for, and levels that models merged in weight space reach, with their names: all of a few, of
-    many those furthest out.
+    soups (·, m): levels asked for, and levels that models merged in weight space reach, with their names: all of a
+    few, of many those furthest out.
     """
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
@@ -81,9 +87,15 @@ def fronts(
 
 
 def front_in_three(
-    values: Sequence[str], directions: np.ndarray, shown: Shown, *, before: np.ndarray, palettes: np.ndarray | None = None,
-    soups: np.ndarray | None = None, soup_names: Sequence[str] = (),
-) -> Figure:  # fmt: skip
+    values: Sequence[str],
+    directions: np.ndarray,
+    shown: Shown,
+    *,
+    before: np.ndarray,
+    palettes: np.ndarray | None = None,
+    soups: np.ndarray | None = None,
+    soup_names: Sequence[str] = (),
+) -> Figure:
     """The front of three values at the largest KL of `shown` as a surface, from two sides; columns as `values`.
 
     directions: (S, 3), those whose front points `shown.fronts` has, on a triangular lattice.
@@ -99,9 +111,14 @@ def front_in_three(
         for side, angle in enumerate((22, 68)):
             axes = figure.add_axes((0.01 + 0.49 * side, 0.03, 0.49, 0.96), projection="3d")
             axes.plot_trisurf(
-                *surface.T, triangles=mesh.triangles, color=PREDICTED, alpha=0.28, linewidth=0.35, edgecolor=PREDICTED,
+                *surface.T,
+                triangles=mesh.triangles,
+                color=PREDICTED,
+                alpha=0.28,
+                linewidth=0.35,
+                edgecolor=PREDICTED,
                 shade=False,
-            )  # fmt: skip
+            )
             if shown.best_of:
                 found = list(shown.best_of.values())[-1]
                 axes.plot(*found.T, linestyle="none", **_look("^", BEST, 6))
@@ -137,16 +154,29 @@ def _name(axes, points: np.ndarray, names: Sequence[str]) -> None:
     shown = range(len(names)) if len(names) <= NAMED else {*points.argmin(axis=0), *points.argmax(axis=0)}
     for k in sorted(shown):
         axes.annotate(
-            style.short(names[k]), points[k], xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8, zorder=8,
+            style.short(names[k]),
+            points[k],
+            xytext=(5, 4),
+            textcoords="offset points",
+            color=INK,
+            fontsize=8,
+            zorder=8,
             bbox=dict(facecolor=PAPER, alpha=0.75, edgecolor="none", pad=0.5),
-        )  # fmt: skip
+        )
 
 
 def _cloud(axes, points: np.ndarray, desirable: np.ndarray, *, image: bool) -> None:
     for which, color, alpha in ((~desirable, BEFORE, 0.3), (desirable, REALISED, 0.6)):
         axes.plot(
-            *points[which].T, ".", color=color, alpha=alpha, markersize=4.5, markeredgewidth=0, zorder=1, rasterized=image
-        )  # fmt: skip
+            *points[which].T,
+            ".",
+            color=color,
+            alpha=alpha,
+            markersize=4.5,
+            markeredgewidth=0,
+            zorder=1,
+            rasterized=image,
+        )
 
 
 def _handles(shown: Shown, palettes, soups, *, cloud: bool = True) -> list:
@@ -165,7 +195,7 @@ def _handles(shown: Shown, palettes, soups, *, cloud: bool = True) -> list:
     handles += [
         style.points(f"best of {n}", "^", BEST, size)
         for size, n in zip(_sizes(shown.best_of), shown.best_of, strict=True)
-    ]  # fmt: skip
+    ]
     if shown.scalarised is not None:
         handles.append(style.points("linear scalarisation", "s", SCALARISED, 5))
     if soups is not None:

@@ -19,9 +19,13 @@ _FRONT = dict(marker="o", color=PREDICTED, markersize=5.5, markerfacecolor="none
 
 
 def region(
-    values: Sequence[str], lam: np.ndarray, desirable: np.ndarray, *, shown: Sequence[tuple[int, int]],
+    values: Sequence[str],
+    lam: np.ndarray,
+    desirable: np.ndarray,
+    *,
+    shown: Sequence[tuple[int, int]],
     chosen: Mapping[str, np.ndarray] | None = None,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Random λ (T, m), in units of 1/σ, two values at a time: the desirable ones (T,) strong, above the others.
 
     chosen: λ (m,) by name, such as palettes' answers; those beyond the axes are marked, hollow, where they leave them.
@@ -36,9 +40,16 @@ def region(
         for axes, (i, j) in zip(grid.flat, shown, strict=False):
             for which, color, alpha, order in ((~desirable, BEFORE, 0.3, 1), (desirable, REALISED, 0.75, 2)):
                 axes.plot(
-                    lam[which, i], lam[which, j], ".", color=color, alpha=alpha, markersize=5, markeredgewidth=0,
-                    zorder=order, rasterized=len(lam) * len(shown) > DOTS_AS_IMAGE,
-                )  # fmt: skip
+                    lam[which, i],
+                    lam[which, j],
+                    ".",
+                    color=color,
+                    alpha=alpha,
+                    markersize=5,
+                    markeredgewidth=0,
+                    zorder=order,
+                    rasterized=len(lam) * len(shown) > DOTS_AS_IMAGE,
+                )
             for at in (chosen or {}).values():
                 beyond = max(at[i], at[j]) >= edge
                 look = style.MARKERS["asked for"] | (_HOLLOW if beyond else {})
@@ -64,8 +75,15 @@ def region(
 
 
 def path(
-    values: Sequence[str], t: np.ndarray, lam: np.ndarray, kl: np.ndarray, ess: np.ndarray, *, limit: float, samples: int
-) -> Figure:  # fmt: skip
+    values: Sequence[str],
+    t: np.ndarray,
+    lam: np.ndarray,
+    kl: np.ndarray,
+    ess: np.ndarray,
+    *,
+    limit: float,
+    samples: int,
+) -> Figure:
     """λ(c) along the way to a palette: λ·σ (T, m), KL (T,) and effective sample size (T,) of `samples` against t (T,).
 
     limit: the largest t that can be reached; drawn where that is less than 1, the palette.
@@ -107,9 +125,15 @@ def path(
 
 
 def samples_left(
-    kl: np.ndarray, ess: np.ndarray, desirable: np.ndarray, *, samples: int, trusted: float,
-    fronts: Mapping[float, tuple[np.ndarray, np.ndarray]] | None = None, chosen: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Figure:  # fmt: skip
+    kl: np.ndarray,
+    ess: np.ndarray,
+    desirable: np.ndarray,
+    *,
+    samples: int,
+    trusted: float,
+    fronts: Mapping[float, tuple[np.ndarray, np.ndarray]] | None = None,
+    chosen: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Figure:
     """Effective sample size of `samples` against the KL, for random λ (T,), for fronts and for palettes.
 
     fronts: by KL, (KL (S,), ESS (S,)) of its policies. trusted: below so many, weighted means are mostly noise.
@@ -121,9 +145,15 @@ def samples_left(
         axes = figure.add_subplot()
         for which, color, alpha in ((~desirable, BEFORE, 0.35), (desirable, REALISED, 0.7)):
             axes.plot(
-                kl[which], ess[which], ".", color=color, alpha=alpha, markersize=5, markeredgewidth=0,
+                kl[which],
+                ess[which],
+                ".",
+                color=color,
+                alpha=alpha,
+                markersize=5,
+                markeredgewidth=0,
                 rasterized=len(kl) > DOTS_AS_IMAGE,
-            )  # fmt: skip
+            )
         most = max([float(kl.max()), *(float(x.max()) for x, _ in (fronts or {}).values())])
         if chosen is not None:
             most = max(most, float(chosen[0].max()))

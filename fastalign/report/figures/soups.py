@@ -17,14 +17,22 @@ if TYPE_CHECKING:
 
 
 def soups(
-    values: Sequence[str], models: Sequence[str], rho: np.ndarray, levels: np.ndarray, stderr: np.ndarray, *,
-    palette: np.ndarray | None = None, predicted: np.ndarray | None = None, measured: np.ndarray | None = None,
+    values: Sequence[str],
+    models: Sequence[str],
+    rho: np.ndarray,
+    levels: np.ndarray,
+    stderr: np.ndarray,
+    *,
+    palette: np.ndarray | None = None,
+    predicted: np.ndarray | None = None,
+    measured: np.ndarray | None = None,
     measured_stderr: np.ndarray | None = None,
-) -> Figure:  # fmt: skip
-    """One panel for each pair of values. rho (K, m); levels, stderr (K, d); palette, predicted, measured (d,) the chosen ρ's.
+) -> Figure:
+    """One panel for each pair of values. rho (K, m); levels, stderr (K, d); palette, predicted, measured (d,) the
+    chosen ρ's.
 
-    Bars are one standard error. Blue are the soups that no other exceeds in all values; lines join those that differ by one
-    step of ρ between two models.
+    Bars are one standard error. Blue are the soups that no other exceeds in all values; lines join those that differ
+    by one step of ρ between two models.
     """
     from matplotlib.patheffects import withStroke
 
@@ -44,7 +52,8 @@ def soups(
             for which, color in ((~best, BEFORE), (best, PREDICTED)):
                 axes.errorbar(
                     levels[which, i], levels[which, j], xerr=stderr[which, i], yerr=stderr[which, j], linestyle="none",
-                    marker="D", markersize=4.5, color=color, ecolor=color, elinewidth=0.6, markeredgewidth=0, alpha=0.85, zorder=3,
+                    marker="D", markersize=4.5, color=color, ecolor=color, elinewidth=0.6, markeredgewidth=0,
+                    alpha=0.85, zorder=3,
                 )  # fmt: skip
             middle = levels[:, [i, j]].mean(axis=0)
             for m, name in enumerate(models):
@@ -52,10 +61,17 @@ def soups(
                     side = np.where(levels[k, [i, j]] >= middle, 1, -1)
                     end = levels[k, i], levels[k, j] + side[1] * stderr[k, j]  # beyond the bar, which would cross it
                     axes.annotate(
-                        f"{style.short(name, 18)} alone", end, xytext=(20 * side[0], 4 * side[1]), textcoords="offset points",
-                        ha="right" if side[0] > 0 else "left", va="bottom" if side[1] > 0 else "top", color=INK, fontsize=9,
-                        zorder=8, path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
-                    )  # fmt: skip
+                        f"{style.short(name, 18)} alone",
+                        end,
+                        xytext=(20 * side[0], 4 * side[1]),
+                        textcoords="offset points",
+                        ha="right" if side[0] > 0 else "left",
+                        va="bottom" if side[1] > 0 else "top",
+                        color=INK,
+                        fontsize=9,
+                        zorder=8,
+                        path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
+                    )
             if palette is not None and np.isfinite(palette[[i, j]]).all():
                 axes.plot(
                     palette[i],
@@ -69,9 +85,15 @@ def soups(
             if measured is not None:
                 bars = np.nan_to_num(measured_stderr)
                 axes.errorbar(
-                    measured[i], measured[j], xerr=bars[i], yerr=bars[j], linestyle="none", elinewidth=0.9, zorder=7,
+                    measured[i],
+                    measured[j],
+                    xerr=bars[i],
+                    yerr=bars[j],
+                    linestyle="none",
+                    elinewidth=0.9,
+                    zorder=7,
                     **{**style.MARKERS["realised"], "markersize": 6},
-                )  # fmt: skip
+                )
             axes.set_xlabel(style.short(values[i], 30))
             axes.set_ylabel(style.short(values[j], 30))
             axes.locator_params(nbins=5)

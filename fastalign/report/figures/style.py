@@ -1,4 +1,5 @@
-"""The figures' one style, in colours that the colour-blind can tell apart (Okabe & Ito 2008), and how they are written."""
+"""The figures' one style, in colours that the colour-blind can tell apart (Okabe & Ito 2008), and how they are
+written."""
 
 from __future__ import annotations
 
@@ -24,9 +25,14 @@ BEFORE, ASKED, PREDICTED, REALISED = "#8a93a0", "#d55e00", "#0072b2", "#009e73"
 # For lines that have no house colour: each with its own dash, so that print in grey tells them apart. A palette's own
 # colour is not among them.
 SERIES: list[tuple[str, Any]] = [
-    ("#0072b2", "-"), ("#e69f00", (0, (5, 1.5))), ("#009e73", (0, (1.2, 1.2))), ("#cc79a7", (0, (6, 1.5, 1.2, 1.5))),
-    ("#1b2026", (0, (3, 1))), ("#56b4e9", (0, (8, 2))), ("#66707b", (0, (1.2, 2.5))),
-]  # fmt: skip
+    ("#0072b2", "-"),
+    ("#e69f00", (0, (5, 1.5))),
+    ("#009e73", (0, (1.2, 1.2))),
+    ("#cc79a7", (0, (6, 1.5, 1.2, 1.5))),
+    ("#1b2026", (0, (3, 1))),
+    ("#56b4e9", (0, (8, 2))),
+    ("#66707b", (0, (1.2, 2.5))),
+]
 
 MARKERS = {
     "before": dict(marker="o", color=BEFORE, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7),
@@ -177,5 +183,10 @@ def plain_logs(axis: Any) -> None:
 
 def legend(figure: Figure, handles: Sequence[Any]) -> None:
     wide = figure.get_figwidth() > 8
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles) if wide and len(handles) < 7 else 4 if wide else 3,
-                  columnspacing=1.6, handletextpad=0.6)  # fmt: skip
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=len(handles) if wide and len(handles) < 7 else 4 if wide else 3,
+        columnspacing=1.6,
+        handletextpad=0.6,
+    )

@@ -18,16 +18,25 @@ MAX_PAIRS = 15
 
 
 def pareto(
-    values: Sequence[str], *, before: np.ndarray, cloud: tuple[np.ndarray, np.ndarray], kl: float,
-    palette: np.ndarray, predicted: np.ndarray, realised: np.ndarray, se: np.ndarray,
-    fronts: Mapping[tuple[int, int], np.ndarray] | None = None, limits: Mapping[tuple[int, int], np.ndarray] | None = None,
-) -> Figure:  # fmt: skip
+    values: Sequence[str],
+    *,
+    before: np.ndarray,
+    cloud: tuple[np.ndarray, np.ndarray],
+    kl: float,
+    palette: np.ndarray,
+    predicted: np.ndarray,
+    realised: np.ndarray,
+    se: np.ndarray,
+    fronts: Mapping[tuple[int, int], np.ndarray] | None = None,
+    limits: Mapping[tuple[int, int], np.ndarray] | None = None,
+) -> Figure:
     """Every pair of values against each other: what policies p_λ over the same candidates can reach.
 
     cloud: levels (T, m) and KL (T,) of T policies; the dots, strong where the KL is at most `kl`, the chosen policy's.
     fronts, limits: by pair (i, j), i < j, curves (S, 2): the most that is reachable at that KL, and at any.
-    palette (m,): NaN where nothing is asked, which is not drawn. The realised mean has a bar of 3 standard errors `se` each way. A single value is drawn against the KL instead.
-    Of many values the 15 pairs are kept that trade off most against each other (lowest correlation over the cloud).
+    palette (m,): NaN where nothing is asked, which is not drawn. The realised mean has a bar of 3 standard errors
+    `se` each way. A single value is drawn against the KL instead. Of many values the 15 pairs are kept that trade off
+    most against each other (lowest correlation over the cloud).
     """
     points, cost = cloud
     m = len(values)
@@ -79,8 +88,13 @@ def pareto(
             axes.margins(0.07)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
-        handles = [style.handle("before"), style.handle("asked for"), style.handle("predicted"), style.handle("realised", "realised ± 3 SE"),
-                   style.dot("policies of random λ")]  # fmt: skip
+        handles = [
+            style.handle("before"),
+            style.handle("asked for"),
+            style.handle("predicted"),
+            style.handle("realised", "realised ± 3 SE"),
+            style.dot("policies of random λ"),
+        ]
         if fronts:
             handles.append(style.line(f"front at KL {kl:.2f}", PREDICTED, linewidth=1.8))
         if limits:
@@ -107,8 +121,13 @@ def _level_by_kl(value, before, points, cost, kl, palette, predicted, realised, 
         axes.set_xlabel("KL to the model, nats")
         axes.set_ylabel(style.short(value, 30))
         axes.grid(True)
-        handles = [style.handle("before"), style.line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))), style.handle("predicted"),
-                   style.handle("realised", "realised ± 3 SE"), style.line("most at each KL", PREDICTED, linewidth=1.8)]  # fmt: skip
+        handles = [
+            style.handle("before"),
+            style.line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))),
+            style.handle("predicted"),
+            style.handle("realised", "realised ± 3 SE"),
+            style.line("most at each KL", PREDICTED, linewidth=1.8),
+        ]
         style.legend(figure, handles)
     return figure
 

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 
 def levels(
-    values: Sequence[str], *, before: np.ndarray, spread: np.ndarray, palette: np.ndarray, predicted: np.ndarray,
-    realised: np.ndarray, se: np.ndarray,
-) -> Figure:  # fmt: skip
+    values: Sequence[str],
+    *,
+    before: np.ndarray,
+    spread: np.ndarray,
+    palette: np.ndarray,
+    predicted: np.ndarray,
+    realised: np.ndarray,
+    se: np.ndarray,
+) -> Figure:
     """One row per value: the mean before, asked for, predicted and realised (its bar: 3 standard errors each way).
 
-    All (m,); palette is NaN where nothing is asked. The scale is (level - before) / spread, spread the standard deviation of all candidates; a value
-    with no spread stays at 0.
+    All (m,); palette is NaN where nothing is asked. The scale is (level - before) / spread, spread the standard
+    deviation of all candidates; a value with no spread stays at 0.
     """
     m = len(values)
     with style.figure(7.6, 0.9 + 0.52 * m) as figure:
@@ -61,13 +67,18 @@ def levels(
 
 
 def histograms(
-    before: np.ndarray, after: np.ndarray | None, values: Sequence[str], *, weights: np.ndarray | None = None,
+    before: np.ndarray,
+    after: np.ndarray | None,
+    values: Sequence[str],
+    *,
+    weights: np.ndarray | None = None,
     palette: np.ndarray | None = None,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Each value's distribution over all candidates and over the texts chosen, with the means and the level asked for.
 
     before: (n, m), after: (d, m), or None where none are chosen yet. weights: (n,), the policy's weights of the
-    candidates: draws its whole distribution too, which is what few draws hint at. palette: (m,), NaN where nothing is asked.
+    candidates: draws its whole distribution too, which is what few draws hint at. palette: (m,), NaN where nothing is
+        asked.
     """
     m = len(values)
     chosen = after is not None
@@ -91,8 +102,16 @@ def histograms(
                 share = np.full(len(after), 100 / len(after))
                 axes.hist(after[:, j], edges, weights=share, histtype="step", color=REALISED, linewidth=1.6)
             elif chosen:  # too few for bars: each draw is a tick
-                axes.plot(after[:, j], np.full(len(after), -0.035), "|", color=REALISED, markersize=8, markeredgewidth=1.3,
-                          transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
+                axes.plot(
+                    after[:, j],
+                    np.full(len(after), -0.035),
+                    "|",
+                    color=REALISED,
+                    markersize=8,
+                    markeredgewidth=1.3,
+                    transform=axes.get_xaxis_transform(),
+                    clip_on=False,
+                )
             top = axes.get_xaxis_transform()
             axes.plot([before[:, j].mean()] * 2, [0, 1.0], color=MUTED, linewidth=1.3, transform=top)
             if chosen:
@@ -127,7 +146,8 @@ def histograms(
 
 
 def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np.ndarray, spread: np.ndarray) -> Figure:
-    """Levels (m,) by name on m spokes, as (level - before) / spread: 0 is the ring of the candidates' means; NaN is not drawn.
+    """Levels (m,) by name on m spokes, as (level - before) / spread: 0 is the ring of the candidates' means; NaN is
+    not drawn.
 
     Series named "before", "asked for", "predicted" and "realised" keep their house colours. The scale is on the plot.
     """
@@ -175,8 +195,17 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
         # Between two spokes, so that the numbers stand on no line that is drawn.
         for ring in rings:
             text = "0" if abs(ring) < step / 9 else f"{ring:+.3g} σ"
-            axes.text(np.pi / max(m, 2), ring, text, fontsize=8, color=MUTED, ha="center", va="center",
-                      bbox=dict(facecolor=PAPER, linewidth=0, pad=0.8, alpha=0.8), zorder=4)  # fmt: skip
+            axes.text(
+                np.pi / max(m, 2),
+                ring,
+                text,
+                fontsize=8,
+                color=MUTED,
+                ha="center",
+                va="center",
+                bbox=dict(facecolor=PAPER, linewidth=0, pad=0.8, alpha=0.8),
+                zorder=4,
+            )
         axes.set_xticks(angles, [style.short(v, 16) for v in values], color=INK, fontsize=10.5)
         axes.tick_params(axis="x", pad=10)
         figure.legend(loc="outside upper center", ncols=4, columnspacing=1.4, handletextpad=0.5)

@@ -43,9 +43,13 @@ _HEADERS = {
 
 
 def serve(
-    desk: Desk, *, port: int = 0, browser: bool = True, allowed_hosts: Sequence[str] = (),
+    desk: Desk,
+    *,
+    port: int = 0,
+    browser: bool = True,
+    allowed_hosts: Sequence[str] = (),
     say: Callable[[str], object] = print,
-) -> None:  # fmt: skip
+) -> None:
     """Serve the page on 127.0.0.1 until Ctrl-C. port: 0 takes a free one. say: gets the address.
 
     allowed_hosts: names, each with or without a port, by which a browser may ask for the page that reaches it through a
@@ -146,8 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json(status, {"error": why})
 
     def _is_ours(self) -> bool:
-        """Refuse who does not know the token, and what other pages may send: under another name for this address, or from
-        another origin."""
+        """Refuse who does not know the token, and what other pages may send: under another name for this address, or
+        from another origin."""
         token, _, _ = self._asked_for()
         origin = self.headers.get("Origin")
         known = hmac.compare_digest(token.encode(), self.server.token.encode())

@@ -23,7 +23,8 @@ _SENSES = (">=", "==", "<=")
 
 
 class Desk:
-    """values: m names. rewards: (P, N, m), finite. prompts: P. texts: P rows of N. source: the file, for the command."""
+    """values: m names. rewards: (P, N, m), finite. prompts: P. texts: P rows of N. source: the file, for the
+    command."""
 
     values: list[str]
     prompts: Sequence[str]

@@ -30,11 +30,17 @@ _PREFIX = "base_model.model."
 # Kinds of adapters whose update is not s B A, or is one of other weights than the base model's.
 _OTHERS = {
     "use_dora": "DoRA, whose magnitudes make it no sum of updates: merge it into its base with peft first",
-    "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "an Arrow router", "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA", "layer_replication": "one with replicated layers",
-    "alora_invocation_tokens": "an activated LoRA", "trainable_token_indices": "one with trained tokens",
-    "target_parameters": "one of bare parameters, not of modules", "lora_bias": "one with a bias in B",
-}  # fmt: skip
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "an Arrow router",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "one with replicated layers",
+    "alora_invocation_tokens": "an activated LoRA",
+    "trainable_token_indices": "one with trained tokens",
+    "target_parameters": "one of bare parameters, not of modules",
+    "lora_bias": "one with a bias in B",
+}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -139,8 +145,8 @@ def _shapes_agree(adapters: Sequence[Adapter]) -> None:
             who, first = seen.setdefault(module, (one.name, shape))
             if first != shape:
                 raise UserError(
-                    f"{module} must have one shape in all adapters, is {list(first[:2])} in {who} and {list(shape[:2])} in "
-                    f"{one.name}"
+                    f"{module} must have one shape in all adapters, is {list(first[:2])} in {who} and "
+                    f"{list(shape[:2])} in {one.name}"
                 )
     values = [one.config.get("bias") or "none" for one in adapters]
     other = next((i for i, value in enumerate(values) if value != values[0]), None)
@@ -184,8 +190,8 @@ def _check_kind(name: str, config: Any) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise UserError(
-            f"{name}: init_lora_weights {start!r} changed the base model's weights as training began: convert it to a plain "
-            "LoRA first (peft's path_initial_model_for_weight_conversion)"
+            f"{name}: init_lora_weights {start!r} changed the base model's weights as training began: convert it to a "
+            "plain LoRA first (peft's path_initial_model_for_weight_conversion)"
         )
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
@@ -195,8 +201,11 @@ def _check_kind(name: str, config: Any) -> None:
 def _split(key: str) -> tuple[str, str]:
     """The module and which factor; or the key itself and ""."""
     for ending, factor in (
-        (".lora_A.weight", "A"), (".lora_B.weight", "B"), (".lora_embedding_A", "eA"), (".lora_embedding_B", "eB"),
-    ):  # fmt: skip
+        (".lora_A.weight", "A"),
+        (".lora_B.weight", "B"),
+        (".lora_embedding_A", "eA"),
+        (".lora_embedding_B", "eB"),
+    ):
         if key.endswith(ending):
             return key.removesuffix(ending), factor
     return key, ""
@@ -214,13 +223,17 @@ def _factors(name: str, module: str, tensors: dict[str, Tensor], config: Mapping
         raise UserError(f"{name}: {module} must have one factor A and one B")
     a, b = (tensors[kind] for kind in kinds)
     if a.ndim != 2 or b.ndim != 2:
-        raise UserError(f"{name}: {module}'s factors have shapes {list(a.shape)} and {list(b.shape)}: a convolution's are not merged")  # fmt: skip
+        raise UserError(
+            f"{name}: {module}'s factors have shapes {list(a.shape)} and {list(b.shape)}: a convolution's are not "
+            "merged"
+        )
     if not all(of_torch(x.dtype) in FLOATS for x in (a, b)):
         raise UserError(f"{name}: {module}'s factors must be floating-point, are {a.dtype} and {b.dtype}")
     rank = _setting(name, config, "rank_pattern", "r", module)
     if not (a.shape[0] == b.shape[1] == rank):
         raise UserError(
-            f"{name}: {module} must have rank {rank:g} as {CONFIG} says, its factors have shapes {list(a.shape)} and {list(b.shape)}"
+            f"{name}: {module} must have rank {rank:g} as {CONFIG} says, its factors have shapes {list(a.shape)} and "
+            f"{list(b.shape)}"
         )
     alpha = _setting(name, config, "alpha_pattern", "lora_alpha", module)
     return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), embedding)

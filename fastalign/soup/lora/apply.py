@@ -97,9 +97,12 @@ def plan(
     changed = _changed(model, opened)
     sidecar = Sidecar(model.folder, model.folder, {})
     recipe = {
-        "fastalign": fastalign.__version__, "method": "lora", "dtype": out_dtype, "base": identity_of(model),
+        "fastalign": fastalign.__version__,
+        "method": "lora",
+        "dtype": out_dtype,
+        "base": identity_of(model),
         "adapters": [one.identity for one in opened],
-    }  # fmt: skip
+    }
     single = np.ndim(weights) == 1
     files = [*model.files, *(one.file for one in opened)]
     key = key_of(files, sidecar, recipe=recipe, weights=rows.tolist(), single=single, shard=shard_size)
@@ -112,8 +115,8 @@ def plan(
         return functools.partial(_blocks, name, model, opened, rows, *changed[name], in_torch(stored[name]), room)
 
     return Plan(
-        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, step_of, sidecar,
-        _left_behind(model, opened),
+        (model,), (model,), Path(out), rows.tolist(), single, tuple(layout), recipe, out_dtype, limit, key, step_of,
+        sidecar, _left_behind(model, opened),
     )  # fmt: skip
 
 
@@ -140,8 +143,8 @@ def _changed(model: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, tuple[
             _in_base(model, name, one.name, added=".base_layer." in key)
             if model[name].shape != tuple(tensor.shape) or model[name].dtype not in FLOATS:
                 raise UserError(
-                    f"{name} is {model[name].dtype} {list(model[name].shape)} in {model.name}, {one.name} stores it whole as "
-                    f"{list(tensor.shape)}"
+                    f"{name} is {model[name].dtype} {list(model[name].shape)} in {model.name}, {one.name} stores it "
+                    f"whole as {list(tensor.shape)}"
                 )
             if tensor.numel():
                 changed.setdefault(name, (None, False))
@@ -165,8 +168,8 @@ def _left_behind(model: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, .
         ]
 
     return tuple(
-        f"{one.name}: its {', '.join(names)} {'differs' if len(names) == 1 else 'differ'} from {model.name}'s, and the output "
-        "gets the base's"
+        f"{one.name}: its {', '.join(names)} {'differs' if len(names) == 1 else 'differ'} from {model.name}'s, and "
+        "the output gets the base's"
         for one in adapters
         if (names := others(one))
     )
@@ -182,8 +185,8 @@ def _turned_square(model: Checkpoint, module: str, adapter: Adapter) -> bool:
         adapter.config.get("fan_in_fan_out") or any(_only_turned(model, *of) for of in adapter.factors.items())
     ):
         raise UserError(
-            f"{module} is square in {model.name}, whose class transformers does not know: whether {adapter.name} changes it or "
-            "its transpose cannot be told; merge it with peft"
+            f"{module} is square in {model.name}, whose class transformers does not know: whether {adapter.name} "
+            "changes it or its transpose cannot be told; merge it with peft"
         )
     return bool(turned)
 
@@ -198,8 +201,8 @@ def _in_base(model: Checkpoint, name: str, adapter: str, *, added: bool = False)
     """added: peft stores the tensor beside the factors of an embedding, and nothing changes by it."""
     if name.endswith(EMBEDDINGS) and not added and is_tied(model):
         raise UserError(
-            f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; untie them "
-            "in the base first"
+            f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; "
+            "untie them in the base first"
         )
     if name not in model:
         raise UserError(f"{adapter} changes {name}, which {model.name} does not have: is it the adapter's base model?")

@@ -97,12 +97,13 @@ def extract_adapter(
         raise UserError(f"{models[0].name} and {models[1].name} are equal in all {len(modules)} targeted modules")
     made = made_adapter(target, factors, norms)
     recipe = {
-        "method": "extract", "rank": rank, "energy": energy, "models": [identity_of(model) for model in models],
+        "method": "extract",
+        "rank": rank,
+        "energy": energy,
+        "models": [identity_of(model) for model in models],
         "kept": made.kept,
-    }  # fmt: skip
-    settings = {
-        "task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": bool(turned),
-    }  # fmt: skip
+    }
+    settings = {"task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": bool(turned)}
     with atomic_write(target, replace=overwrite) as beside:
         write_adapter(beside, factors, settings, metadata_of(recipe))
     aimed = sum(whole for _, whole in norms.values())
@@ -112,9 +113,12 @@ def extract_adapter(
 def _modules(model: Checkpoint, names: Sequence[str], targets: Sequence[str] | None) -> set[str]:
     """The targeted weights."""
     linear = {
-        name for name in names
-        if name.endswith(".weight") and len(model[name].shape) == 2 and not any(part in name for part in _EMBEDDINGS[:-2])
-    }  # fmt: skip
+        name
+        for name in names
+        if name.endswith(".weight")
+        and len(model[name].shape) == 2
+        and not any(part in name for part in _EMBEDDINGS[:-2])
+    }
     if targets is None:
         return {name for name in linear if not any(part in name for part in _EMBEDDINGS)}
     for ending in targets:
@@ -127,9 +131,12 @@ def _modules(model: Checkpoint, names: Sequence[str], targets: Sequence[str] | N
 def _task(config: dict) -> str | None:
     """peft's word for what the model is for."""
     kinds = {
-        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }  # fmt: skip
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
     named = str((config.get("architectures") or [""])[0])
     return next((task for ending, task in kinds.items() if named.endswith(ending)), None)
 

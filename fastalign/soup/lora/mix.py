@@ -100,9 +100,14 @@ def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, 
 
 
 def _mixed(
-    adapters: Sequence[Adapter], row: np.ndarray, folder: Path, rank: int | None, dtype: torch.dtype | None,
-    whole: Mapping[str, Tensor], advance: Callable[[int], None],
-) -> MadeAdapter:  # fmt: skip
+    adapters: Sequence[Adapter],
+    row: np.ndarray,
+    folder: Path,
+    rank: int | None,
+    dtype: torch.dtype | None,
+    whole: Mapping[str, Tensor],
+    advance: Callable[[int], None],
+) -> MadeAdapter:
     """One soup, written to `folder`."""
     factors, norms = {}, {}
     for module in modules_of(adapters):
@@ -162,8 +167,8 @@ def _whole(adapters: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
             continue
         if len(having) < len(adapters) or abs(row.sum() - 1) > 1e-6:
             raise UserError(
-                f"{base_name(key)} is stored whole (modules_to_save or bias): without the base model it can be mixed only where "
-                "all adapters store it and the weights sum to 1; give base to merge them onto it"
+                f"{base_name(key)} is stored whole (modules_to_save or bias): without the base model it can be mixed "
+                "only where all adapters store it and the weights sum to 1; give base to merge them onto it"
             )
         exact = sum(float(rho) * tensor.double() for rho, tensor in zip(row, tensors, strict=True))
         mixed[key] = exact.to(tensors[0].dtype)

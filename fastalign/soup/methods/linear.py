@@ -20,7 +20,8 @@ def linear_rows(rows: np.ndarray, normalize: bool | None) -> np.ndarray:
     if normalize is None and (np.abs(sums - 1) > 1e-6).any():
         off = float(sums[np.abs(sums - 1).argmax()][0])
         raise UserError(
-            f"weights of a linear soup must sum to 1, got {off:g} (normalize=True divides by the sum, normalize=False keeps them)"
+            f"weights of a linear soup must sum to 1, got {off:g} (normalize=True divides by the sum, normalize=False "
+            "keeps them)"
         )
     return rows
 

@@ -100,9 +100,16 @@ class Runs(Setting):
         return constants.pop() if len(constants) == 1 else None
 
     def to_json(self) -> float | dict[str, Any]:
-        return super().to_json() if self.constant is not None else {"runs": [
-            {"layers": length, "value": part.to_json()} for length, part in zip(self.lengths, self.parts, strict=True)
-        ]}  # fmt: skip
+        return (
+            super().to_json()
+            if self.constant is not None
+            else {
+                "runs": [
+                    {"layers": length, "value": part.to_json()}
+                    for length, part in zip(self.lengths, self.parts, strict=True)
+                ]
+            }
+        )
 
     def mapped(self, of: Callable[[float], float]) -> Setting:
         return Runs(self.lengths, [part.mapped(of) for part in self.parts])

@@ -25,11 +25,20 @@ from fastalign.soup.methods.settings import Runs, Setting, numbers
 from fastalign.soup.recipes.fields import entries, known, layer_range, text
 
 _KEYS = {
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template", "name",
-}  # fmt: skip
-# What mergekit takes where a parameter is left out; None: it must be there. DARE and DELLA are rescaled there so that the
-# sum of sizes is as it was, in the papers by each element's probability.
+    "merge_method",
+    "models",
+    "slices",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "name",
+}
+# What mergekit takes where a parameter is left out; None: it must be there. DARE and DELLA are rescaled there so that
+# the sum of sizes is as it was, in the papers by each element's probability.
 _TASKS = {"lambda": 1.0, "normalize": False, "int8_mask": False, "rescale": False, "density": 1.0, "weight": None}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "passthrough": {"scale": 1.0},
