@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make bench-compare REF=<commit> · make lint
+# make demo · make test · make bench · make bench-compare REF=<commit> · make lint · make types
 # A virtual environment in .venv, torch first. On Linux pip's torch is a CUDA build of several GB: for a CPU build make .venv and put
 # one in before, with the command of https://pytorch.org/get-started/locally/; it stays, where it is of the version below.
 
@@ -9,7 +9,7 @@ JOBS   ?= logical
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench bench-compare lint clean
+.PHONY: demo test bench bench-compare lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastalign demo --out out/demo $(ARGS)
@@ -29,6 +29,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python tools/check_types.py
+
+types: $(VENV)/.dev
+	$(BIN)/python tools/check_types.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -87,8 +87,7 @@ _forked = _had_threads = False
 
 
 def _after_fork() -> None:
-    """In the child. Where the engine's threads had begun, torch, whose threads they are, must not ask for them
-    either."""
+    """In the child. Where the engine's threads had begun, torch, which owns them, must not ask for them either."""
     global _forked
     _forked = True
     torch = sys.modules.get("torch")

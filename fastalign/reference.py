@@ -261,8 +261,7 @@ def linear_sample_tokens(
     rows: Tensor | None = None,
     adapter: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sample_tokens of logit_scale · (hidden Wᵀ + bias), softcapped. hidden (B, H), weight (V, H) -> ids, log_probs
-    (B,)."""
+    """sample_tokens of logit_scale · (hidden Wᵀ + bias), softcapped. hidden (B, H), weight (V, H) -> ids, log_probs."""
     h = _compute(hidden)
     logits = h @ _compute(weight).T
     if adapter is not None:

@@ -24,15 +24,8 @@ from pathlib import Path
 
 import sanitize
 
-METHODS = (
-    "slerp",
-    "ties",
-    "dare_linear",
-    "karcher",
-    "della",
-    "breadcrumbs_ties",
-    "model_stock",
-)  # 7, so that each is cut too
+# 7, so that each is cut too.
+METHODS = ("slerp", "ties", "dare_linear", "karcher", "della", "breadcrumbs_ties", "model_stock")
 MOST_SECONDS = 120  # for one file; a hang ends the run with a traceback
 WORDS = b'null -1 1e3 true " { } [ ] , 18446744073709551616 F16 \\u0000'.split()
 SAME_WIDTH = {

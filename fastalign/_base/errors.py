@@ -14,6 +14,5 @@ class Terminated(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """With control characters and the like written out, such as \\x1b: names come from files that anyone may have
-    written."""
+    """With control characters written out, such as \\x1b: names come from files that anyone may have written."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -1,5 +1,4 @@
-"""What a model is by content, not by path: what was made with it is not taken for what another of the same name
-makes."""
+"""What a model is by content, not by path: another model of the same name is not taken for it."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ def of_files(paths: Iterable[Path]) -> str:
 
 
 def of_weights(path: Path) -> str:
-    """A hash of a file of weights: whole up to 1 MB, else of its size, first megabyte and pages spread evenly over
-    it."""
+    """A hash of a file of weights: whole up to 1 MB, else of its size, first megabyte and pages spread over it."""
     size = path.stat().st_size
     if size <= _WHOLE:
         return sha256(path)

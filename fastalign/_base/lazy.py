@@ -1,5 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that the package itself stays
-light."""
+"""A package's names that are imported when first asked for (PEP 562), so that the package itself stays light."""
 
 from __future__ import annotations
 

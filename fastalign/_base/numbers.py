@@ -33,8 +33,7 @@ def number(name: str, value: Any, *, missing: float | None = None, least: float 
 
 
 def weights(lam: Any, count: int, of: str = "") -> np.ndarray:
-    """lam as (count,) float64, one finite number per reward; of: the rewards' names, for the error. Raises
-    UserError."""
+    """lam as (count,) float64, one finite number per reward, or UserError; of: the rewards' names, for it."""
     rule = f"lam must have one weight per reward, {count}{of and f' ({of})'}"
     try:
         found = np.asarray(lam, dtype=np.float64)

@@ -33,7 +33,7 @@ class Job:
     are to it."""
 
     command: str
-    inputs: Mapping[str, str | os.PathLike]
+    inputs: Mapping[str, str | os.PathLike[str]]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] 
     return made if isinstance(made, dict) else None
 
 
-def not_an_input(out: str | os.PathLike, inputs: Iterable[Any], *, folder: bool = False) -> None:
+def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: bool = False) -> None:
     """Raises UserError where `out` is one of these files or folders, by any link, or lies in one of the folders.
 
     folder: `out` is one that is wholly the command's own, so that no input may lie in it either."""

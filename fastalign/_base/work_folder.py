@@ -24,15 +24,15 @@ from fastalign._base.files import become, flushes
 
 MARK = ".fastalign-work"
 _KIND = "work folder"
-_HALF = re.compile(
-    r"\.(?P<whole>.+)\.\d+\.partial|(?P<other>.+)\.partial"
-)  # files.atomic_write's name, and soup/outputs.py's
+# files.atomic_write's name, and soup/outputs.py's.
+_HALF = re.compile(r"\.(?P<whole>.+)\.\d+\.partial|(?P<other>.+)\.partial")
 
 
 class WorkFolder:
     """A folder that this process holds: see `hold`. job: what it was begun for, None where it is new."""
 
     path: Path
+    job: dict[str, Any] | None
 
     def __init__(self, path: Path, mark: int):
         self.path, self._mark = path, mark
@@ -40,12 +40,12 @@ class WorkFolder:
 
     def begin(self, job: Mapping[str, Any], *, anew: bool = False) -> None:
         """Go on with `job`; the files of another job, or with `anew` of any, are removed."""
-        job = json.loads(json.dumps(dict(job)))
-        if self.job != job or anew:
+        begun: dict[str, Any] = json.loads(json.dumps(dict(job)))
+        if self.job != begun or anew:
             self.clear()
             os.ftruncate(self._mark, 0)
-            self.job: dict[str, Any] | None = job
-            self._write({"kind": _KIND, "job": job})
+            self.job = begun
+            self._write({"kind": _KIND, "job": begun})
         for path in self._there():
             if self._name(path) not in self._files:  # half a file
                 path.unlink()
@@ -218,8 +218,7 @@ def _read(mark: int, path: Path) -> tuple[Any, dict[str, dict[str, Any]]]:
 
 
 def _plain(name: str) -> bool:
-    """Whether it is the name of a file in the folder or one below: what a ledger says may have been written by
-    anyone."""
+    """Whether it names a file in the folder or below it: anyone may have written what a ledger says."""
     parts = Path(name).parts if isinstance(name, str) else ()
     return 1 <= len(parts) <= 2 and not os.path.isabs(name) and ".." not in parts and "\0" not in name
 

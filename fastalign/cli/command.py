@@ -216,11 +216,9 @@ def warn_in_one_line() -> None:
 
 
 def _is_users(error: BaseException) -> bool:
-    """A mistake that a message explains: a UserError, or the operating system's refusal. All else is a fault of
-    ours."""
-    return isinstance(error, UserError | OSError) or str(error).startswith(
-        "FASTALIGN_ISA"
-    )  # which the engine itself checks
+    """A mistake that a message explains: a UserError, or the operating system's refusal. All else is our fault."""
+    # Which the engine itself checks.
+    return isinstance(error, UserError | OSError) or str(error).startswith("FASTALIGN_ISA")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,5 +1,4 @@
-"""What `fastalign soup` does with LoRA adapters: mixes them, merges them onto their base, takes one out of two
-models."""
+"""What `fastalign soup` does with LoRA adapters: mixes them, merges them onto their base, or extracts one."""
 
 from __future__ import annotations
 

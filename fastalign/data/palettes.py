@@ -52,8 +52,7 @@ def read(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
 
 
 def of_values(path: str | os.PathLike[str], found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
-    """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one that is not
-    there."""
+    """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one not there."""
     for name in names:
         if name not in found["values"]:
             raise UserError(f"{path}: its values are {', '.join(found['values'])}, it has no {name}")

@@ -26,10 +26,8 @@ from fastalign.data.dialogues import with_prompt
 from fastalign.data.hub import HH_RLHF, hub_name
 
 COLUMNS = ("prompt", "chosen", "rejected")
-NUMBERS = {
-    "margin": {"missing": 0.0},
-    "weight": {"least": 0.0},
-}  # columns of numbers, and the rules of `numbers.number`
+# Columns of numbers, and the rules of `numbers.number`.
+NUMBERS = {"margin": {"missing": 0.0}, "weight": {"least": 0.0}}
 
 
 @dataclass
@@ -55,8 +53,7 @@ class PreferencePairs:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
 
     def to_dataset(self, *, chat: bool = False) -> Any:
-        """A `datasets.Dataset`. chat: prompts and completions of plain text become messages of a user and an
-        assistant."""
+        """A `datasets.Dataset`. chat: plain prompts and completions become messages of a user and an assistant."""
         from datasets import Dataset
 
         return Dataset.from_list([as_chat(row) for row in self._even()] if chat else self._even())

@@ -91,11 +91,8 @@ def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> li
     try:
         file = pq.ParquetFile(path)
         return file.read(columns and columns(file.schema_arrow.names)).to_pylist()
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: bytes that are no text, dates beyond the calendar
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # ValueError: bytes that are no text, dates beyond the calendar.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
 

@@ -60,6 +60,15 @@ class SamplingSettings:
             raise UserError(f"stop must be a string or strings, none empty, got {self.stop!r}")
         object.__setattr__(self, "stop", list(stop))
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens may not be drawn."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    def drawing(self) -> dict[str, Any]:
+        """As arguments of `ops.sample_tokens`."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> SamplingSettings:
         """Those among a job's arguments."""

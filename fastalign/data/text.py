@@ -218,8 +218,7 @@ class Text:
         return text[: min(ends, default=len(text))]
 
     def stopped(self, prompt: Sequence[int], new: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the text of new tokens holds a stop string; looks first at the tail that the last token can
-        complete."""
+        """Whether the text of new tokens holds a stop string; first looks at what the last token can complete."""
         if not stop:
             return False
         for naming in (False, True):

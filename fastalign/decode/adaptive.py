@@ -1,5 +1,4 @@
-"""As many candidates as each prompt needs: drawn in rounds until they suffice; and a pilot that says how many that
-will be."""
+"""As many candidates as each prompt needs, drawn in rounds; and a pilot that says how many that will be."""
 
 from __future__ import annotations
 
@@ -174,6 +173,7 @@ def pilot(
     *,
     lam: Sequence[float] | None = None,
     n: int = PILOT_N,
+    max_new_tokens: int,
     seed: int,
     **sampling: Unpack[SamplingOptions],
 ) -> Pilot:
@@ -186,7 +186,7 @@ def pilot(
     sampler, rewards, names, lam = prepared(sampler, rewards, lam)
     some = [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, PILOT_PROMPTS).round().astype(int))]
     apart = int(np.random.SeedSequence((seed, n)).generate_state(1, np.uint64)[0])
-    drawn = sampler.sample(some, n=n, seed=apart, **sampling)
+    drawn = sampler.sample(some, n=n, max_new_tokens=max_new_tokens, seed=apart, **sampling)
     array = drawn.with_rewards(names, score(rewards, *drawn.pairs())).reward_array(names)
     found = estimate(array, lam, warn=False)
     return Pilot(float(found.kl[0]), float(found.ess[0]), found.worth[0], n, len(some))

@@ -154,8 +154,7 @@ def groups(
 
 
 def checkpoints_of(checkpoints: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Them, checked: rising numbers of tokens; those from max_new_tokens on, where nothing is left to save, left
-    out."""
+    """Them, checked: rising numbers of tokens, without those from max_new_tokens on, where nothing is left to save."""
     found = [int(at) for at in checkpoints]
     if found != list(checkpoints) or found != sorted(set(found)) or (found and found[0] < 1):
         raise UserError(f"checkpoints must be rising numbers of tokens, at least 1, got {list(checkpoints)}")

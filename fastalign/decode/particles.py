@@ -27,12 +27,8 @@ from fastalign.decode.sampler import Sampler
 from fastalign.decode.streams import places_of
 from fastalign.decode.token_loop import Job
 
-METHODS = (
-    "systematic",
-    "multinomial",
-    "stratified",
-    "residual",
-)  # with n p copies of each on average: needed for the weights
+# With n p copies of each on average: needed for the weights.
+METHODS = ("systematic", "multinomial", "stratified", "residual")
 
 
 @dataclass
@@ -201,8 +197,7 @@ class _Run:
         self.promised = now
 
     def resample(self, ess: float, method: str) -> np.ndarray:
-        """Even out the weights of prompts whose effective sample size is below ess n; which those are, (prompts,)
-        bool."""
+        """Even out the weights of prompts whose effective sample size is below ess n; which those are, (P,) bool."""
         flight, n = self.flight, self.shape[1]
         jobs = flight.grid({job: job for job in flight.jobs})
         below = np.zeros(len(jobs), dtype=bool)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.token_loop import Job
 from fastalign.models.caches import cache_name, cache_of
 from fastalign.models.identity import language_model
@@ -164,10 +165,10 @@ class Batch:
         self.jobs = [job for row, job in enumerate(self.jobs) if row not in gone]
         self._at = [at for row, at in enumerate(self._at) if row not in gone]
 
-    def sample(self, logits: Tensor, *, rows: Tensor, **options: Any) -> SampledTokens:
+    def sample(self, logits: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
         from fastalign import ops
 
-        return ops.sample_tokens(logits, rows=rows.to(logits.device), **options)
+        return ops.sample_tokens(logits, rows=rows.to(logits.device), **settings.drawing())
 
 
 def trial(kind: type[Rows]) -> Callable[[Any, Probe], list[Tensor]]:

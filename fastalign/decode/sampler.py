@@ -83,8 +83,7 @@ class Sampler(BaseSampler):
         return sampler
 
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        """Each prompt on the engine as soon as its last candidate ends; of models that cannot run there, batch by
-        batch."""
+        """Each prompt on the engine as soon as its last candidate ends; models that cannot run there by the batch."""
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:

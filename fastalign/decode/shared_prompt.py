@@ -19,6 +19,7 @@ from torch import Tensor
 from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
+from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
@@ -102,8 +103,7 @@ class SharedPromptEngine:
 
     @torch.inference_mode()
     def admit(self, jobs: Sequence[Job]) -> Tensor:
-        """Put new candidates of prefilled prompts in flight; the hidden states (jobs, H) that give their first
-        token."""
+        """Put new candidates of prefilled prompts in flight; the hidden states (jobs, H) of their first token."""
         first = len(self.jobs)
         self.jobs += jobs
         self.lengths[first : len(self.jobs)] = 0
@@ -136,8 +136,7 @@ class SharedPromptEngine:
 
     @torch.inference_mode()
     def rearrange(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
-        """In flight from now on: copies of these rows, named `jobs`; a row may be taken more than once, or not at
-        all."""
+        """In flight from now on: copies of these rows, named `jobs`; a row may be taken any number of times."""
         moved = [(to, of) for to, of in enumerate(rows) if to != of]
         if moved:
             to, of = torch.tensor(moved).unbind(1)
@@ -178,19 +177,18 @@ class SharedPromptEngine:
         """(rows, V) from hidden states (rows, H)."""
         return self.head.logits(hidden)
 
-    def sample(self, hidden: Tensor, *, rows: Tensor, **options: Any) -> SampledTokens:
+    def sample(self, hidden: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
         """`ops.sample_tokens` of the logits of hidden states (rows, H), which are not held on a GPU where nothing
         truncates them."""
         from fastalign import ops
 
         rows = rows.to(hidden.device)
         # Compiled for a CPU, the fused op's second look at the head's weight costs more than the logits do.
-        if backend.choose(hidden.device) == "triton" and not (
-            options["top_k"] or options["top_p"] < 1 or options["min_p"]
-        ):
-            own = {name: options[name] for name in ("temperature", "seed")}
-            return ops.linear_sample_tokens(hidden, **self.head.arguments(), rows=rows, **own)
-        return ops.sample_tokens(self.logits(hidden), rows=rows, **options)
+        if backend.choose(hidden.device) == "triton" and not settings.truncates:
+            return ops.linear_sample_tokens(
+                hidden, **self.head.arguments(), rows=rows, temperature=settings.temperature, seed=settings.seed
+            )
+        return ops.sample_tokens(self.logits(hidden), rows=rows, **settings.drawing())
 
 
 class _Prefill:
@@ -355,8 +353,7 @@ def attention(
 
 
 def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
-    """The engine's path of a trial: both prompts' continuations in flight together, token by token, ended ones
-    dropped."""
+    """The engine's path of a trial: both prompts' continuations in flight together, ended ones dropped."""
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
     engine, found = SharedPromptEngine(model, len(tails)), {job: [] for job in tails}
     for p, prompt in enumerate(probe.prompts):

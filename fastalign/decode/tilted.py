@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +20,12 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.particles import particles
 from fastalign.decode.rejection import speculative_rejection, usual_checkpoints
 from fastalign.decode.sampler import Sampler
-from fastalign.decode.samplers.base import ROWS_AT_ONCE
+from fastalign.decode.samplers.base import ROWS_AT_ONCE, SamplingOptions
 
 # By method, the kind of file that it makes: the text picked for each prompt, or all particles with their weights.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 KINDS = {"rejection": "selected", "particles": "weighted", "adaptive": "selected"}
 EACH = 16  # candidates of a prompt in a round of "adaptive"
 
@@ -55,7 +58,7 @@ def blocks(
     batch_size: int | None = None,
     skip: Collection[int] = (),
     show_progress: bool = False,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Iterator[tuple[list[int], Candidates]]:
     """Yield (prompt indices, their part) of `KINDS[method]`. values: names of rewards; lam: (m,). n: of each prompt,
     at most.

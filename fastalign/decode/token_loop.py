@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Engine(Protocol):
     def drop(self, rows: Sequence[int]) -> None:
         """Take rows out of flight."""
 
-    def sample(self, states: Tensor, **options: Any) -> SampledTokens:
+    def sample(self, states: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
         """`ops.sample_tokens` of the states' logits."""
 
 
@@ -91,7 +91,7 @@ class TokenLoop:
         for first, states in self._states(new):
             jobs = engine.jobs[first:]
             with nullcontext() if self.backend == "auto" else backends.use_backend(self.backend):
-                drawn = engine.sample(states, rows=self._streams(jobs), **self._options())
+                drawn = engine.sample(states, self.settings, rows=self._streams(jobs))
             ids = drawn.ids.cpu()
             for row in (ids < 0).nonzero():
                 at = len(self.ids[jobs[row]])
@@ -131,9 +131,6 @@ class TokenLoop:
                 for job in jobs
             ]
         )
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
 
     def _take(self, job: Job, token: int, log_prob: float) -> bool:
         """Hold what a candidate drew; whether it ends with it."""

@@ -193,8 +193,7 @@ def _exponent(means: np.ndarray, typical: np.ndarray) -> np.ndarray:
 
 
 def _ess(scores: np.ndarray, m: int) -> np.ndarray:
-    """(2, P): the mean of ESS, and of its square, of m of each prompt's n candidates: disjoint subsets of some
-    shuffles."""
+    """(2, P): the mean of ESS and its square, of m of each prompt's n candidates: disjoint subsets of some shuffles."""
     prompts, n = scores.shape
     rng, k = np.random.default_rng(0), n // m
     shuffles = max(1, min(SHUFFLES, SHUFFLED // scores.size)) if 1 < m < n else 1

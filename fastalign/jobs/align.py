@@ -27,7 +27,10 @@ from fastalign.data.sampling import KNOBS, check, check_knobs, check_ray
 from fastalign.decode.candidates import Candidates
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastalign.decode import Estimate
+    from fastalign.decode.samplers.base import SamplingOptions
     from fastalign.report import Report
 
 GRID_LIMIT = 10_000  # points of `evaluate_grid`
@@ -71,7 +74,7 @@ def sample(
     worker_cpus: float | None = None,
     worker_gpus: float | None = None,
     show_progress: bool = False,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Candidates:
     """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `jobs.ray.draw`.
 
@@ -204,8 +207,7 @@ def _held(out: str | Path) -> Iterator[WorkFolder]:
 
 @contextmanager
 def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool) -> Iterator[WorkFolder]:
-    """`<out>.parts`, with what an interrupted run of the same settings finished; it is gone once the block has
-    succeeded."""
+    """`<out>.parts`, with what an interrupted run of the same settings finished; gone once the block has succeeded."""
     with _held(out) as parts:
         kept = parts.whole()
         if kept:
@@ -436,12 +438,29 @@ def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
     )
 
 
-def pilot(model: Model, prompts: Sequence[str], palette: str | Path, n: int, **sampling: Any) -> str:
+def pilot(
+    model: Model,
+    prompts: Sequence[str],
+    palette: str | Path,
+    n: int,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    **sampling: Unpack[SamplingOptions],
+) -> str:
     """`foretell` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
     from fastalign.decode import pilot
 
     solution = palettes.read(palette, "lambda")
-    found = pilot(model.sampler, prompts, solution["values"], lam=solution["lambda"], **sampling)
+    found = pilot(
+        model.sampler,
+        prompts,
+        solution["values"],
+        lam=solution["lambda"],
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        **sampling,
+    )
     return f"pilot: {found.worth.tell(n, prompts=len(prompts))}"
 
 
@@ -494,8 +513,7 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
 
 
 def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Realised values with 95 % intervals, KL and effective sample size at each λ of a grid (`read_grid`), into a
-    JSON file."""
+    """A JSON file of realised values with 95 % intervals, KL and ESS at each λ of a grid (`read_grid`)."""
     job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return read_json(out, kind="lam_grid")

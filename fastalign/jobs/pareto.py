@@ -1,5 +1,4 @@
-"""The command `pareto`: the study of a scored file as a folder of figures, a page and JSON; and `map --plot`'s
-figures."""
+"""The command `pareto`: a scored file's study as figures, a page and JSON; and `map --plot`'s figures."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,9 +33,17 @@ from fastalign.data.conversations import Conversation
 from fastalign.data.sampling import KNOBS, check, check_ray
 from fastalign.data.text import check_prompts
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.samplers.base import ROWS_AT_ONCE
+from fastalign.decode.samplers.base import ROWS_AT_ONCE, SamplingOptions
 from fastalign.decode.samplers.external import request_seed
 from fastalign.decode.select import select
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class RayOptions(SamplingOptions, total=False):
+        dtype: str
+        device: str
+
 
 RETRIES = 3  # of a block whose worker died
 TASKS_PER_WORKER = 8  # at least, where there are prompts enough: workers then end at about the same time
@@ -58,7 +66,7 @@ def run(
     worker_cpus: float | None = None,
     worker_gpus: float | None = None,
     show_progress: bool = False,
-    **sampling: Any,
+    **sampling: Unpack[RayOptions],
 ) -> list[Path]:
     """Sample n candidates per prompt, score them where rewards are given, select k where lam is; parts in folder `out`.
 

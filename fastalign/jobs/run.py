@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 KIND, RESULT = "training_run", "training_result"
 _RECORDS = ("run.json", "log.jsonl", "result.json")
-_CHECKPOINT = re.compile(
-    r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial"
-)  # transformers' names, and ppo_checkpoint's
+# transformers' names, and ppo_checkpoint's.
+_CHECKPOINT = re.compile(r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial")
 _LAST = ("trainer_state.json", "state.json")
 _KNOB = "precompute_ref"  # of memory, which earlier versions counted as a setting
 PATIENCE = 60  # seconds that one process waits for the first
@@ -74,10 +73,9 @@ class Run:
         self.logs: Path = self.out / "log.jsonl"
         check_folder(self.out)
         outputs.not_an_input(self.out, inputs, folder=True)
-        self.previous = self.out / "previous"
-        if (
-            not overwrite and self._settings_in(self.previous) == self.settings
-        ):  # what began to overwrite this very run was stopped
+        self.previous: Path = self.out / "previous"
+        # What began to overwrite this very run was stopped.
+        if not overwrite and self._settings_in(self.previous) == self.settings:
             if is_main():
                 self._hold()
                 self._restore()
@@ -156,8 +154,7 @@ class Run:
         self.previous.rmdir()
 
     def _wait_for_restored(self) -> None:
-        """Until the first process has done it: there is no process group yet, and run.json goes last from
-        `previous`."""
+        """Until the first process has done it: there is no process group yet, and run.json leaves `previous` last."""
         until = time.monotonic() + PATIENCE
         while (self.previous / "run.json").is_file():
             if time.monotonic() > until:
@@ -223,8 +220,7 @@ class Run:
             beside.write_text("".join(kept), encoding="utf-8")
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep what came of it and return it; the checkpoints go, and what an overwritten run wrote and this one did
-        not."""
+        """Keep and return what came of it; checkpoints go, and what an overwritten run wrote and this one did not."""
         result = {"kind": RESULT, "version": 1, **result, "settings": self.settings}
         if not is_main():
             return result

@@ -1,5 +1,4 @@
-"""The command `soup-front`: soups measured along ρ, the ρ that a palette asks for, figures and soups.json in one
-folder."""
+"""The command `soup-front`: soups measured along ρ, and the ρ that a palette asks for; figures and soups.json."""
 
 from __future__ import annotations
 
@@ -17,6 +16,9 @@ from fastalign.soup.front import Choice, SoupFront, choose
 from fastalign.soup.measure import FIGURES, RECORD, Walk, making
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastalign.decode.samplers.base import SamplingOptions
     from fastalign.palette.inputs import Array
 
 
@@ -28,19 +30,25 @@ def study(
     out: str | os.PathLike[str],
     *,
     palette: np.ndarray | None = None,
+    n: int,
+    max_new_tokens: int,
     seed: int,
     base: str | os.PathLike[str] | None = None,
+    dtype: Any = "auto",
+    device: Any = "auto",
     overwrite: bool = False,
-    **settings: Any,
+    progress: bool = True,
+    **sampling: Unpack[SamplingOptions],
 ) -> SoupFront:
     """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures
     in `out`.
 
-    settings: as `walk` takes them. The verdict holds what was measured, not what was chosen by, against the palette.
+    The arguments are those of `walk`. The verdict holds what was measured, not what was chosen by, against the palette.
     """
     from fastalign.report import figures as plots
 
-    settings |= {"base": base}
+    settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "base": base, "dtype": dtype}
+    settings |= {"device": device, "progress": progress, **sampling}
     first = Walk(models, rho, prompts, rewards, seed=seed, **settings)
     with making(out, [*models, base], first.job, overwrite=overwrite) as files:
         record = Path(out) / RECORD

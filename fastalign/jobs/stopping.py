@@ -36,8 +36,7 @@ class Stopping:
             signal.signal(*self._before.popitem())
 
     def asked(self, accelerator: Any) -> bool:
-        """Whether any process of the run was asked to stop; all of them call it, at the same step, and hear the
-        same."""
+        """Whether any process of the run was asked to stop; all call it at the same step and hear the same."""
         if accelerator.num_processes > 1:  # the launcher's signal reaches each in another moment
             noted = accelerator.gather(torch.tensor([self._signal], device=accelerator.device))
             self._signal = int(noted.max())

@@ -119,7 +119,7 @@ class LinearPPOLoss(_LinearPolicyLoss):
             memory_budget=memory_budget,
             token_metrics=token_metrics,
         )
-        self.options = {
+        self.options: dict[str, Any] = {
             "clip_range": clip_range,
             "clip_range_high": clip_range_high,
             "dual_clip": dual_clip,
@@ -168,7 +168,7 @@ class LinearGRPOLoss(_LinearPolicyLoss):
             memory_budget=memory_budget,
             token_metrics=token_metrics,
         )
-        self.options = {
+        self.options: dict[str, Any] = {
             "loss_type": loss_type,
             "importance": importance,
             "clip_range": clip_range,

@@ -38,8 +38,7 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """What `value_loss` returns, 0-dimensional; `clip_fraction` is the share of places where the clipped error
-    counts."""
+    """What `value_loss` returns, 0-dimensional; `clip_fraction`: the share of places where the clipped error counts."""
 
     loss: Tensor
     clip_fraction: Tensor

@@ -148,8 +148,7 @@ def _mlp_forwards(original: Callable) -> Iterator[Callable]:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, forward: Callable) -> bool:
-    """Whether `forward` gives what the module gives on random inputs, tiny and large ones too, to float32's
-    rounding."""
+    """Whether `forward` gives what the module gives on random inputs, tiny and large too, up to float32's rounding."""
     parameters = list(module.parameters())
     if not parameters or any(
         p.device.type != "cpu" or type(p) is not nn.Parameter or p.dtype != torch.float32 for p in parameters
@@ -211,8 +210,7 @@ def _rotation(original: Callable) -> Callable:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """(offset + weight) x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, arXiv
-    1910.07467)."""
+    """(offset + weight) x / sqrt(mean(x²) + eps) over the last dimension (Zhang, Sennrich 2019, arXiv 1910.07467)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

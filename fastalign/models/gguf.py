@@ -53,8 +53,10 @@ def convert(path: str | Path) -> Path:
     """
     path = Path(path).resolve()
     check(path)
+    digest = hashlib.sha256()
     with path.open("rb") as file:  # all of it: the time may be kept, and weights change while the header stays
-        digest = hashlib.file_digest(file, "sha256")
+        while block := file.read(1 << 20):
+            digest.update(block)
     digest.update(f"{path.stat().st_mtime_ns} {FORMAT} {importlib.metadata.version('transformers')}".encode())
     folder = cache_dir() / f"{path.stem}-{digest.hexdigest()[:12]}"
     if (folder / "config.json").is_file():

@@ -68,8 +68,7 @@ def is_plain(model: Any) -> bool:
 
 
 def described(model: Any) -> dict[str, Any] | None:
-    """JSON values that say the same in another process, but for the weights' numbers; None where that cannot be
-    said."""
+    """JSON values, the same in another process, of all but the weights' numbers; None where that cannot be said."""
     if not is_plain(model):
         return None
     inner = language_model(model)
@@ -151,8 +150,7 @@ def _adapter_state(module: nn.Module) -> tuple:
 
 
 def _settings(module: nn.Module) -> tuple:
-    """A module's own attributes that are numbers, words or functions: its scaling, its epsilon, whether it is
-    causal."""
+    """A module's own numbers, words and functions: its scaling, its epsilon, whether it is causal."""
     found = []
     for name, value in vars(module).items():
         if name[:1] == "_" or name in _PASSING or name == "forward":

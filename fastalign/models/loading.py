@@ -102,8 +102,7 @@ def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathL
 def _load_adapter(
     config: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a peft adapter's folder names, the adapter on it, and the folder's own tokenizer where it
-    has one."""
+    """The base model that a peft adapter's folder names, with the adapter, and the folder's own tokenizer if any."""
     folder, base = config.parent, _base_of(config)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: an adapter's weights must be in adapter_model.safetensors, there is no such file")

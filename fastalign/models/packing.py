@@ -186,8 +186,7 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, heads, L, d), key and value (1, kv heads, L, d) -> (1, L, heads,
-    d)."""
+    """transformers' attention interface: query (1, heads, L, d), key, value (1, kv heads, L, d) -> (1, L, heads, d)."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases cannot run packed")
     if pack is None:

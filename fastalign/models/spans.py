@@ -22,8 +22,7 @@ def rope_change(config: Any) -> int | None:
 
 
 def chunk_length(config: Any) -> int:
-    """Tokens of the chunks that attention goes by (Reformer, arXiv 2001.04451), which nothing makes narrower; 0 for
-    none."""
+    """Tokens of the chunks that attention goes by (Reformer, arXiv 2001.04451), which nothing makes narrower, or 0."""
     return max(
         (v for k, v in vars(config).items() if k.endswith("attn_chunk_length") and isinstance(v, int)), default=0
     )

@@ -62,9 +62,8 @@ class _Truth:
 
 
 _kept: dict[tuple, Verdict] = {}
-_flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] = (
-    weakref.WeakKeyDictionary()
-)  # with uses
+# With uses.
+_flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] = weakref.WeakKeyDictionary()
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -92,8 +91,7 @@ def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdic
 
 
 def is_causal(model: Any) -> Verdict:
-    """Whether the logits of a token stay as they are whatever follows it: what drawing token by token takes for
-    granted."""
+    """Whether a token's logits stay as they are whatever follows it: drawing token by token takes it for granted."""
     key = ("causal", *identity(model))
     if key in _kept:
         return _kept[key]
@@ -167,8 +165,7 @@ def _truth(model: Any) -> _Truth:
 
 
 def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, least: float) -> bool:
-    """Whether these inputs would show a fault: a hidden token, two exchanged, and flat attention must all be seen in
-    the logits."""
+    """Whether the logits would show a fault on these inputs: a hidden token, two exchanged, and flat attention."""
     prompt, tail = row
     swapped = list(prompt)
     swapped[1], swapped[-2] = swapped[-2], swapped[1]

@@ -11,8 +11,7 @@ from fastalign.ops.once import once
 
 
 def on_triton(device: torch.device) -> bool:
-    """Whether a loss on this device is one launch; elsewhere it is plain torch, which differentiates any number of
-    times."""
+    """Whether a loss on this device is one launch; elsewhere it is plain torch, differentiable any number of times."""
     return (backend.forced() == "triton" or device.type == "cuda") and backend.choose(device) == "triton"
 
 

@@ -26,8 +26,7 @@ def once(function: Callable, *args: Any) -> Any:
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """The same for a whole backward pass of a Function that torch.func does not take: a decorator under
-    @staticmethod."""
+    """The same for the backward pass of a Function that torch.func does not take: a decorator under @staticmethod."""
 
     def guarded(ctx: Any, *grads: Tensor) -> Any:
         if not torch.is_grad_enabled():

@@ -215,8 +215,7 @@ def power_score(x: Tensor, k: float, bound: float = math.inf) -> Tensor:
 def power_margin(
     c: Tensor, r: Tensor, k: float, chosen_length: Tensor | float = 1.0, rejected_length: Tensor | float = 1.0
 ) -> Tensor:
-    """power_score(c, k) / chosen_length - power_score(r, k) / rejected_length; where both overflow, the larger
-    alone."""
+    """power_score(c, k) / chosen_length - power_score(r, k) / rejected_length; the larger alone if both overflow."""
     top = math.log(torch.finfo(c.dtype).max)
     both = (k * c > top) & (k * r > top)
     apart = k * c - _log(chosen_length) - (k * r - _log(rejected_length))

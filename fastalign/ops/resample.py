@@ -12,14 +12,8 @@ from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.library import Op, define
 
-METHODS = (
-    "multinomial",
-    "systematic",
-    "stratified",
-    "residual",
-    "gumbel_top_k",
-    "best",
-)  # the order of csrc/resample.h
+# The order of csrc/resample.h.
+METHODS = ("multinomial", "systematic", "stratified", "residual", "gumbel_top_k", "best")
 
 
 def resample(

@@ -119,8 +119,7 @@ class Reachable:
         return self.inward(d)
 
     def _proof(self, d: np.ndarray, palette: np.ndarray) -> np.ndarray | None:
-        """d in λ's units, its largest entry 1, if every sample falls short of the palette along it by more than
-        rounding."""
+        """d in λ's units, its largest entry 1, if along it every sample falls short by more than rounding."""
         if not np.abs(d).max() > 0.0:
             return None
         point, score = self.farthest(d, palette)

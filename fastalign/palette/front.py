@@ -78,8 +78,7 @@ class Tilts:
         return self._look(lam)[0]
 
     def _look(self, lam: np.ndarray) -> tuple[Policies, np.ndarray, np.ndarray]:
-        """Policies; and at each λ the variance (K,) of its score λ·R, and by how much that falls short of the
-        highest."""
+        """Policies; and at each λ the variance (K,) of its score λ·R, and how far that falls short of the highest."""
         stats = [self.run(lam[i : i + TOGETHER]) for i in range(0, len(lam), TOGETHER)]
         log_z, mean, cov, ess, top = (np.concatenate(x) for x in zip(*stats, strict=True))
         score = (lam * mean).sum(axis=1)

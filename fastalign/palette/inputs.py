@@ -107,8 +107,7 @@ def check_options(tol: float, lam_max: float | None) -> None:
 
 
 def reject_nonfinite(rewards: np.ndarray) -> None:
-    """Names the first NaN or infinite reward. It reads everything: call it once moments have shown that there is
-    one."""
+    """Names the first NaN or infinite reward. It reads all: call it once moments have shown that there is one."""
     bad = np.argwhere(~np.isfinite(rewards))
     if len(bad):
         i, j = bad[0]

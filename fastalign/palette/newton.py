@@ -22,8 +22,7 @@ POLISH_STEPS = 3
 
 
 class Minima(NamedTuple):
-    """The last point of each of K palettes. certificate: μ / |μ| where `certified`, a direction in which all fall
-    short."""
+    """The last point of each of K palettes. certificate: μ / |μ|, along which all fall short, where `certified`."""
 
     mu: np.ndarray  # (K, m)
     value: np.ndarray  # (K,)

@@ -47,8 +47,7 @@ class Pass(Protocol):
     def __call__(self, lam: np.ndarray) -> MapStatistics: ...
 
     def part(self, rows: int) -> Pass | None:
-        """The same on about so many of the rows; None where they may not stand for the whole: with groups or
-        weights."""
+        """The same on about so many of the rows, or None where they may not stand for all: with groups or weights."""
 
     def reject_nonfinite(self) -> None:
         """Raises UserError on the first NaN or infinite reward."""
@@ -228,8 +227,7 @@ class ChunkedPass:
 
 
 class ShardedPass:
-    """Over the rows of every rank of a torch.distributed group: each rank has a pass of its own and gets the same
-    answer."""
+    """Over the rows of every rank of a torch.distributed group: each has its own pass, and all get the same answer."""
 
     own: Pass
     group: Any

@@ -175,8 +175,7 @@ class Problem:
         return found | {name: beyond.get(name) for name in ("nearest", "certificate", "scaling")}
 
     def _judge(self, reached: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Which palettes can be reached (K,), and of those that cannot `nearest`, `certificate`, `scaling`, else
-        NaN."""
+        """Which palettes can be reached (K,); of the others `nearest`, `certificate` and `scaling`, else NaN."""
         reachable, feasible = Reachable(self.run, self.scale, self.sign), reached.copy()
         nearest, certificate = np.full((2, *self.palettes.shape), np.nan)
         scaling = np.full(len(reached), np.nan)

@@ -1,5 +1,4 @@
-"""How far λ and the levels can be trusted on other samples of the same model: standard errors, bootstrap, held-out
-data."""
+"""How far λ and the levels hold on other samples of the model: standard errors, bootstrap, held-out data."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ class StandardErrors:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """lam (B, m) and levels (B, m) of each resample, NaN where the palette was out of its reach; feasible: their
-    share."""
+    """lam and levels (B, m) of each resample, NaN where the palette was out of reach; feasible: their share."""
 
     lam: np.ndarray
     levels: np.ndarray

@@ -1,5 +1,4 @@
-"""λ where it is not unique: along a combination of rewards that is constant, the dual is flat, and the least λ is
-taken."""
+"""Where λ is not unique, for a combination of rewards is constant and the dual flat along it: the least λ."""
 
 from __future__ import annotations
 

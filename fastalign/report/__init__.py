@@ -129,8 +129,7 @@ class Report:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether every value's realised mean is within 3 standard errors of the prediction; None where there is no
-        telling them."""
+        """Whether every value's realised mean is within 3 standard errors of the prediction; None where unknown."""
         if self.lone:
             return None
         return all(value.agrees for value in self.values)
@@ -152,8 +151,7 @@ class Report:
 
     @property
     def is_draw(self) -> bool:
-        """Whether the texts' mean is an unbiased estimate of the policy's (so not of the best, nor without
-        replacement)."""
+        """Whether the texts' mean is unbiased for the policy's (not of the best, nor without replacement)."""
         return self.method != "best" and not (self.method == "gumbel_top_k" and self.draws > 1)
 
     @property
@@ -208,8 +206,7 @@ class Report:
         })  # fmt: skip
 
     def to_html(self, path: str | Path) -> None:
-        """Write the page, one file that asks for nothing else, whole or not at all. Raises UserError without
-        matplotlib."""
+        """Write the page, one self-contained file, whole or not at all. Raises UserError without matplotlib."""
         from fastalign.report.html import page
 
         text = page(self)

@@ -1,5 +1,4 @@
-"""What one set of scored candidates allows: fronts, random λ, ways to palettes, and other ways of aligning beside
-them."""
+"""What one set of scored candidates allows: fronts, random λ, ways to palettes, and other methods beside them."""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ class Tradeoff:
         return self.center + mean * self.spread, np.maximum((mu * mean).sum(axis=1) - stats.log_z.numpy(), 0.0)
 
     def cloud(self, reach: float, *, count: int = 240, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Levels and KL of `count` policies, their |λ · spread| between 0 and `reach`, directions uniform over λ ≥
-        0."""
+        """Levels and KL of `count` policies, |λ · spread| from 0 to `reach`, directions uniform over λ ≥ 0."""
         rng = np.random.default_rng(seed)
         directions = np.abs(rng.standard_normal((count, self._flat.shape[1])))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)

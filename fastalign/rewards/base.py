@@ -109,9 +109,8 @@ class CachedReward:
             prompts = [as_text(prompt) for prompt in prompts]
         advance = advance or (lambda count: None)
         keys = list(zip(prompts if self.uses_prompt else [""] * len(responses), responses, strict=True))
-        if (
-            self._scored_by is not None and self._scored_by != self._model_state()
-        ):  # trained since, or adapters switched
+        # Trained since, or adapters switched.
+        if self._scored_by is not None and self._scored_by != self._model_state():
             self.clear_cache()
         scores = {}  # this call's own, so that a cache smaller than the call loses nothing
         for key in dict.fromkeys(keys):

@@ -23,9 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 # Merges of files do without torch; what works on tensors in memory is imported with it, when it is asked for.
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
+if not TYPE_CHECKING:
+    _HOMES = {
         "SoupFront": "front",
         "choose": "front",
         "walk": "measure",
@@ -34,5 +33,5 @@ __getattr__, __dir__ = lazy(
         "apply_adapters": "lora.apply",
         "interpolate": "memory",
         "mix": "memory",
-    },
-)
+    }
+    __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -233,8 +233,7 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 
 def _tokens_differ(mine: dict, theirs: dict) -> str:
-    """What differs in the tokens of two tokenizer.json; "" for nothing. Padding and truncation are settings, not
-    tokens."""
+    """What differs in the tokens of two tokenizer.json, or "". Padding and truncation are settings, not tokens."""
     a, b = tokens_of(mine), tokens_of(theirs)
     if a != b:
         token = next(token for token in (*a, *b) if a.get(token) != b.get(token))

@@ -131,9 +131,8 @@ class _Run:
         bad = [~x.double().isfinite() for x in inputs]
         _count(self.seen.inputs, bad, number, first)
         if not any(which.any() for which in bad):
-            if (
-                self.dtype == torch.float8_e4m3fn
-            ):  # which has no infinity: beyond what rounds to its largest number, 448
+            # float8_e4m3fn has no infinity: beyond what rounds to its largest number, 448.
+            if self.dtype == torch.float8_e4m3fn:
                 bad = [x.abs() > 464 for x in make(torch.float32)]
             else:
                 bad = [~x.double().isfinite() for x in outs]

@@ -147,7 +147,7 @@ class Checkpoint:
         """The file that it lies in."""
         return self.files[self.where[tensor]].path
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 
     def __contains__(self, tensor: str) -> bool:
@@ -158,7 +158,7 @@ class Checkpoint:
         return sum(self[name].nbytes for name in self)
 
 
-def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint: a *.safetensors file, a folder of one or of shards, or a hub name.
 
     Raises FileNotFoundError or UserError, one line each: no weights there, or a file that breaks the format's rules.
@@ -180,7 +180,7 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
     return _checkpoint(name, folder, [read_header(files[0])])
 
 
-def is_adapter(name: str | os.PathLike) -> bool:
+def is_adapter(name: str | os.PathLike[str]) -> bool:
     """Whether this is a folder that holds a LoRA adapter (lora/) and no model."""
     return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
@@ -84,7 +85,7 @@ class Choice(NamedTuple):
     between: list[int]
 
 
-def choose(front: SoupFront, palette) -> Choice:
+def choose(front: SoupFront, palette: ArrayLike) -> Choice:
     """The ρ with the largest least margin (level - palette) / std, over all values, on the measured soups' surface.
 
     palette: (d,), asked for as at least; a value of -inf is free. Between neighbouring ρ (the cells of a Delaunay
@@ -115,8 +116,7 @@ def choose(front: SoupFront, palette) -> Choice:
 
 
 def _cells(rho: np.ndarray) -> Iterator[list[int]]:
-    """Sets of neighbouring rows; in more than one dimension of a Delaunay triangulation, or each alone where there is
-    none."""
+    """Sets of neighbouring rows, beyond one dimension of a Delaunay triangulation, or each alone if there is none."""
     flat = rho - rho.mean(axis=0)
     _, s, v = np.linalg.svd(flat, full_matrices=False)
     dimensions = int((s > 1e-9 * max(1.0, s[0])).sum())

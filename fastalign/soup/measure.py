@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,6 +30,11 @@ from fastalign.soup.memory import interpolate
 from fastalign.soup.methods.linear import linear_rows
 from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.plan import identity_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastalign.decode.samplers.base import SamplingOptions
 
 RECORD = "soups.json"
 FIGURES = ("soups.svg", "soups.png")
@@ -90,7 +95,7 @@ class Files:
 
 @contextmanager
 def making(
-    out: str | os.PathLike, inputs: Iterable[Any], job: Mapping[str, Any], *, overwrite: bool
+    out: str | os.PathLike[str], inputs: Iterable[Any], job: Mapping[str, Any], *, overwrite: bool
 ) -> Iterator[Files]:
     """The files of `out`, held against another walk; those made in the block come into `out` when it has succeeded.
 
@@ -115,21 +120,21 @@ def making(
 
 
 def walk(
-    models: Sequence[str | os.PathLike],
+    models: Sequence[str | os.PathLike[str]],
     rho: ArrayLike,
     prompts: Sequence[str],
     rewards: Sequence[Any],
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     n: int,
     max_new_tokens: int,
     seed: int,
-    base: str | os.PathLike | None = None,
+    base: str | os.PathLike[str] | None = None,
     dtype: Any = "auto",
     device: Any = "auto",
     overwrite: bool = False,
     progress: bool = True,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> SoupFront:
     """Measure the soups of `models` at each row of `rho`: one live model is set to each in turn, sampled and scored.
 
@@ -156,18 +161,23 @@ def walk(
 class Walk:
     """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
 
+    job: dict[str, Any]
+
     def __init__(
         self,
-        models: Sequence[str | os.PathLike],
+        models: Sequence[str | os.PathLike[str]],
         rho: ArrayLike,
         prompts: Sequence[str],
         rewards: Sequence[Any],
         *,
-        base,
+        n: int,
+        max_new_tokens: int,
+        seed: int,
+        base: str | os.PathLike[str] | None,
         dtype: Any = "auto",
         device: Any = "auto",
         progress: bool = True,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ):
         self._models, self._base, self._prompts = models, base, prompts
         self._rows = weight_rows(rho, len(models))
@@ -182,14 +192,15 @@ class Walk:
             opened = [open_adapter(model) for model in models]
             identities = [one.identity for one in opened]
             identities.append(identity_of(open_checkpoint(base)))
-        self._sampling, self._loading, self._progress = sampling, {"dtype": dtype, "device": device}, progress
+        self._sampling: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+        self._loading, self._progress = {"dtype": dtype, "device": device}, progress
         prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
         made_with = {
             "models": identities,
             "dtype": str(dtype),
             "rewards": names,
             "prompts_sha256": prompts_sha256,
-            **sampling,
+            **self._sampling,
         }
         self._made_with = json.loads(json.dumps(made_with))
         self.job = self._made_with | {"rho": self._rows.tolist()}
@@ -225,7 +236,7 @@ class Walk:
         return SoupFront(names, labels, self._rows, grid.mean(axis=2), std, grid.shape[2])
 
 
-def _set(live, models: Sequence[str | os.PathLike], row: np.ndarray, base: str | os.PathLike | None) -> None:
+def _set(live, models: Sequence[str | os.PathLike[str]], row: np.ndarray, base: str | os.PathLike[str] | None) -> None:
     """The live model's weights to one soup's, in place."""
     import torch
 

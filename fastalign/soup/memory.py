@@ -20,7 +20,7 @@ from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.steps import NotFinite
 from fastalign.soup.stream import mix_tensors
 
-Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 
 
 def mix(

@@ -1,5 +1,4 @@
-"""The outputs of a merge: the folder that they grow in, beside the one that they become, and their shards, one after
-another."""
+"""A merge's outputs: the folder that they grow in, beside the one that they become, and their shards in turn."""
 
 from __future__ import annotations
 
@@ -99,6 +98,13 @@ def growing(plan: Plan) -> Iterator[Outputs]:
 
 class Outputs:
     """Shards of a plan, in its work folder. done: those of which every output has its file, as it was made."""
+
+    plan: Plan
+    work: WorkFolder
+    done: list[Shard]
+    todo: list[Shard]
+    options: dict[str, Any]
+    headers: dict[str, list[bytes]]
 
     def __init__(self, plan: Plan, work: WorkFolder):
         self.plan, self.work, digests = plan, work, work.digests

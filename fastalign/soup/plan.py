@@ -121,7 +121,7 @@ class Plan:
 def make(
     models: Sequence[Model],
     weights: ArrayLike | Sequence[float | Mapping[str, Any]] | None,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     method: str = "linear",
     base: Model | None = None,
@@ -212,11 +212,11 @@ def key_of(files: Sequence[File], sidecar: Sidecar, **basis: Any) -> str:
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 
 
-def _target(out: str | os.PathLike) -> Path:
+def _target(out: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(out))
 
 
-def _work(out: str | os.PathLike) -> Path:
+def _work(out: str | os.PathLike[str]) -> Path:
     target = _target(out)
     return target.with_name(f".{target.name}.soup")
 

@@ -48,7 +48,7 @@ class Merged(NamedTuple):
 def merge(
     models: Sequence[Model],
     weights: ArrayLike | Sequence[float | Mapping[str, Any]] | None,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     method: str = "linear",
     base: Model | None = None,

@@ -128,8 +128,7 @@ def sidecar_of(
 
 
 def _changes(chosen: Checkpoint, lead: Checkpoint, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """What the files say otherwise with these tokens: how many there are, and the numbers of those that have a
-    meaning."""
+    """What the files say otherwise with these tokens: how many, and the numbers of those that have a meaning."""
     changes: dict[str, dict[str, Any]] = {}
     before = {number: token for token, number in vocabulary.known[lead.name].items()}
 
@@ -171,8 +170,7 @@ def _template(template: str | None, models: Iterable[Checkpoint]) -> str | None:
 
 
 def stays_within(path: Path) -> None:
-    """Raises UserError where a file that is copied is a link out of its folder; a snapshot of the hub's cache links
-    to its blobs."""
+    """Raises UserError where a file to copy links out of its folder; a hub snapshot's links to its blobs may."""
     folder = path.parent.resolve()
     home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not any(path.resolve().is_relative_to(one) for one in (folder, home)):

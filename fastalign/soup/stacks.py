@@ -59,7 +59,7 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
 # ---- stacks ----
 
 
-Model = str | os.PathLike | Sequence[tuple[str | os.PathLike, int, int]]
+Model = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str], int, int]]
 
 
 def open_model(model: Model) -> Checkpoint:
@@ -140,8 +140,7 @@ def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
 
 
 def config_changes(model: Checkpoint) -> Mapping[str, Any]:
-    """What a stack's config.json says other than its first piece's: the number of layers, and lists with an entry for
-    each."""
+    """What a stack's config.json says other than its first piece's: the layers' number, and lists of one entry each."""
     if not model.pieces:
         return {}
     configs = [config_of(piece.model) for piece in model.pieces]

@@ -1,5 +1,4 @@
-"""What is done with one tensor or a run of its bytes, and what is seen of it: plain values, for the native module and
-for torch."""
+"""What is done with a tensor or a run of its bytes, and what is seen of it: plain values, for C++ and torch."""
 
 from __future__ import annotations
 
@@ -55,6 +54,10 @@ class Seen(NamedTuple):
 class StreamError(OSError):
     """A file that could not be read or written. `segment`, `file`: which, counted from 0; errno 0: it ended early."""
 
+    writing: bool
+    segment: int
+    file: int
+
     def __init__(self, writing: bool, error: int, segment: int, file: int):
         super().__init__(error, os.strerror(error) if error else "ended while it was read")
         self.writing, self.segment, self.file = writing, segment, file
@@ -100,8 +103,7 @@ class Tasks(NamedTuple):
 
 
 def stream_of(name: str, model: int) -> int:
-    """The stream of random numbers of a tensor and a model: of nothing else, so that shards and threads do not
-    matter."""
+    """The stream of random numbers of a tensor and a model: of nothing else, whatever the shards and threads."""
     return int.from_bytes(hashlib.sha256(f"{model} {name}".encode()).digest()[:8], "little") >> 1
 
 

@@ -1,5 +1,4 @@
-"""Weighted sums and merges of task vectors from file to file by the native module, where it is built, else
-by_torch.py."""
+"""Weighted sums and merges of task vectors from file to file, natively where that is built, else by by_torch.py."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
-    """Elements a chunk, from the bytes one element takes in all inputs and outputs held at once; 0 where the limit is
-    too low."""
+    """Elements a chunk, from the bytes of one in all inputs and outputs held at once; 0 where the limit is too low."""
     chunk = max(LEAST_CHUNK, min(MOST_CHUNK, CACHE_BYTES // widths // PAGE * PAGE))
     allowed = memory_limit // (threads * widths)
     step = PAGE if allowed >= PAGE else 64  # whole pages of every output, whatever its type
@@ -46,8 +44,7 @@ def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
 
 
 def allocate(file: int, nbytes: int) -> None:
-    """Make a file so long, with its place on the disk where the file system can. Raises OSError: ENOSPC before a byte
-    is written."""
+    """Make a file so long, its place reserved where the file system can. Raises OSError: ENOSPC before any write."""
     if not backend.engine_runs():
         return os.ftruncate(file, nbytes)
     error = backend.engine.allocate(file, nbytes)

@@ -126,8 +126,7 @@ def _read(model: Checkpoint) -> dict[str, Any] | None:
 def _union(
     own: dict[str, Any], lead: Checkpoint, others: Sequence[tuple[Checkpoint, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """`own`, the tokenizer of `lead`, and the tokens that others have beside, as tokens added to it; itself where
-    there is none."""
+    """`own`, the tokenizer of `lead`, with the tokens that others have beside added; itself where there are none."""
     mine, added = tokens_of(own), list(own.get("added_tokens") or ())
     beyond = next((token for token, i in mine.items() if i >= _rows(lead)), None)
     if beyond is not None:

@@ -1,5 +1,4 @@
-"""Checks of what a user hands to a trainer, before anything long begins: one line that says what is wrong, and
-where."""
+"""Checks of what a user hands to a trainer, before anything long: one line that says what is wrong, and where."""
 
 from __future__ import annotations
 

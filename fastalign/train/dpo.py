@@ -390,8 +390,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         return {"ref_chosen_logps": chosen.contiguous(), "ref_rejected_logps": rejected.contiguous()}
 
     def _content(self, dataset) -> str | None:
-        """A hash of everything that the reference's log-probabilities depend on; None where a hook may do anything to
-        them."""
+        """A hash of all that the reference's log-probabilities depend on; None where a hook may do anything to them."""
         self._prepare()
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         model_told = described(model)

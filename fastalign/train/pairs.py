@@ -44,8 +44,7 @@ def add_pair_forward(model: PreTrainedModel) -> None:
 
 
 def _score(model: PreTrainedModel, pairs: PairBatch, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Each output (2B, T - 1): at t, of token t + 1, 0 outside completions. A dict, which autocast's wrapper can
-    walk."""
+    """Each output (2B, T - 1): at t, of token t + 1, 0 outside completions. A dict, as autocast's wrapper wants."""
     labels = pairs.labels[:, 1:]
     scored = labels != -100
     if pairs.pack is None or not is_enabled(model):

@@ -342,8 +342,7 @@ class PPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Keep all that the run needs to go on as if it had not stopped, see `ppo_checkpoint`. Every process calls
-        it."""
+        """Keep all that the run needs to go on as if not stopped, see `ppo_checkpoint`. All processes call it."""
         state = {
             "kl_coef": self.kl_ctl.value,
             "running": vars(self.running),
@@ -491,8 +490,7 @@ class PPOTrainer:
         return loss, sums, ratios
 
     def _check_rows(self, found: dict[str, Tensor], mask: Tensor, indices: Tensor | None = None) -> None:
-        """Raise UserError where numbers (B, T) of rows are not finite within the mask; indices: the rows' places,
-        (B,)."""
+        """Raise UserError where rows' numbers (B, T) are not finite within the mask; indices: their places, (B,)."""
         for name, x in found.items():
             wrong = ~x.isfinite() & mask
             if wrong.any():

@@ -30,7 +30,6 @@ def philox_uniform(seed, row, offset):
 
 @triton.jit
 def row_uniform(seed, rows, row, offset, ROWS: tl.constexpr):
-    """The row's random number. ROWS: columns of `rows`, the stream and a step of the row's own; 0 where there are
-    none."""
+    """The row's random number. ROWS: columns of `rows`, the row's own stream and step; 0 where there are none."""
     stream = tl.load(rows + row * ROWS) if ROWS else row
     return philox_uniform(seed, stream, offset + tl.load(rows + row * ROWS + 1) if ROWS == 2 else offset)

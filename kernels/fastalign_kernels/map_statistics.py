@@ -367,8 +367,7 @@ def statistics(
 
 
 def _in_order(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers by group, where each group begins in them (and what follows the last), and how many there are
-    (1,)."""
+    """Row numbers by group, where each group begins in them (and the last ends), and how many there are (1,)."""
     n = len(groups)
     ordered, order = torch.sort(groups, stable=True)
     begins = torch.ones(n, dtype=torch.bool, device=groups.device)

@@ -298,8 +298,7 @@ def _draw_filtered(
     EMPTY: tl.constexpr, COMPUTE: tl.constexpr, TILES: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """top_p, least: the mass to be reached and the smallest (x - top) * scale that min_p lets pass, less what is
-    rounding."""
+    """top_p, least: the mass to reach and the least (x - top) * scale that min_p lets pass, less rounding."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     group_tops += row * groups

@@ -107,9 +107,8 @@ def test_an_infeasible_palette_is_told_and_the_nearest_solved_for(scored, tmp_pa
 
 
 def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampling, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "fastalign.decode.sampler.supports", lambda model: Verdict(True)
-    )  # a trial has prompts of its own
+    # A trial has prompts of its own.
+    monkeypatch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(True))
     fastalign(*sampling)
     out = tmp_path / "candidates.parquet"
     expected = Candidates.from_parquet(out)

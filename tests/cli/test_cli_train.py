@@ -519,9 +519,8 @@ def test_two_runs_into_one_folder(tmp_path):
     ended(tmp_path / "over", {"a": 1}, "first")
     with runs.Run(tmp_path / "over", {"a": 2}, resume=False, overwrite=True) as run:
         run.begin(0)
-        with pytest.raises(
-            UserError, match="another run is writing it"
-        ):  # nor is the ended one put back while it is overwritten
+        # Nor is the ended one put back while it is overwritten.
+        with pytest.raises(UserError, match="another run is writing it"):
             runs.Run(tmp_path / "over", {"a": 1}, resume=False)
         assert (tmp_path / "over" / "previous").is_dir() and run.finish({"steps": 1})["steps"] == 1
 

@@ -295,10 +295,8 @@ def test_every_command_that_writes_says_how_to_overwrite():
     found |= {f"train {name}": one for name, one in group.commands["train"].commands.items()}
     writing = {name for name, one in found.items() if any(p.name == "out" for p in one.params)}
     assert writing == {name for name, one in found.items() if any(p.name == "overwrite" for p in one.params)}
-    assert {name.partition(" --")[0] for name in COMMANDS} == writing - {
-        "demo",
-        "bench",
-    }  # of several of these; of none
+    # Of several of these; of none.
+    assert {name.partition(" --")[0] for name in COMMANDS} == writing - {"demo", "bench"}
 
 
 def test_a_job_is_its_settings_and_the_content_of_its_inputs(work):

@@ -211,9 +211,8 @@ def test_func_grad_vmap_and_compile():
     torch.testing.assert_close(x.grad, expected, atol=1e-6, rtol=1e-5)
     with pytest.raises(RuntimeError):  # never a silent zero
         torch.func.jvp(lambda x: loss(x, labels), (logits,), (logits,))
-    with pytest.raises(
-        Exception, match=r"without its gradient"
-    ):  # torch inlines the function and loses its backward pass
+    # Torch inlines the function and loses its backward pass.
+    with pytest.raises(Exception, match=r"without its gradient"):
         torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(logits, labels)
 
 

@@ -335,9 +335,8 @@ def test_what_cannot_be_joined(pair, tmp_path):
     held = load_file(a / "model.safetensors")
     save_file(held | {"model.scale_of_tokens": torch.ones(320)}, odd / "model.safetensors")
     refused("model.scale_of_tokens of ", [odd, odd], tokenizer="union")
-    save_file(
-        held | {"model.embed_tokens_per_layer.weight": torch.ones(256, 8)}, odd / "model.safetensors"
-    )  # Gemma 3n's
+    # Gemma 3n's.
+    save_file(held | {"model.embed_tokens_per_layer.weight": torch.ones(256, 8)}, odd / "model.safetensors")
     refused("model.embed_tokens_per_layer.weight of ", [odd, odd], tokenizer="union")
     held["model.symbols.weight"] = held.pop("model.embed_tokens.weight")
     save_file(held, odd / "model.safetensors")

@@ -1,5 +1,4 @@
-"""What every sampler shares: arguments and prompts checked once, in one place, and the same Candidates whatever draws
-them."""
+"""What every sampler shares: arguments and prompts checked in one place, and Candidates of one form."""
 
 from __future__ import annotations
 

@@ -126,9 +126,8 @@ class OpenAISampler(External):
 
         def work(task, stop):
             i, first, some = task
-            asks = (
-                _chat(encoded[i], request.record) if by_server else {"prompt": encoded[i], "logprobs": 1}
-            )  # with 0, llama.cpp gives none
+            # With 0, llama.cpp gives none.
+            asks = _chat(encoded[i], request.record) if by_server else {"prompt": encoded[i], "logprobs": 1}
             seed = request_seed(settings.seed, request.places[i], settings.first + first)
             body = self._body(asks, some, settings, seed)
             limit = 65536 + BYTES_PER_TOKEN * some * (settings.max_new_tokens + 1)
@@ -171,8 +170,7 @@ class OpenAISampler(External):
 
 
 def _chat(prompt: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What /chat/completions is asked for a prompt: its messages, and in vLLM's and SGLang's way the template's
-    arguments."""
+    """What /chat/completions is asked for a prompt: its messages, and the template's arguments as vLLM takes them."""
     asks: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
     tools, options = record.get("tools"), record.get("chat_template_kwargs", {})
     if isinstance(prompt, Conversation):
@@ -350,9 +348,8 @@ class _Http1(urllib.request.HTTPHandler):
 
     def _connection(self, *args, **kwargs):
         made = self.kind(*args, **kwargs)
-        made._create_connection = (
-            self.deadline.connect
-        )  # where both kinds, and tunnels through proxies, get their socket
+        # Where both kinds, and tunnels through proxies, get their socket.
+        made._create_connection = self.deadline.connect
         return made
 
 

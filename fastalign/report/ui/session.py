@@ -23,8 +23,7 @@ _SENSES = (">=", "==", "<=")
 
 
 class Desk:
-    """values: m names. rewards: (P, N, m), finite. prompts: P. texts: P rows of N. source: the file, for the
-    command."""
+    """values: m names. rewards: (P, N, m), finite. prompts: P. texts: P rows of N. source: the file, for commands."""
 
     values: list[str]
     prompts: Sequence[str]

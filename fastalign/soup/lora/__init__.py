@@ -71,7 +71,7 @@ class Adapter:
         return {"name": self.folder.resolve().name, "files": [self.file.identity]}
 
 
-def open_adapter(folder: str | os.PathLike) -> Adapter:
+def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's configuration and header, and map its tensors.
 
     Raises FileNotFoundError or UserError, one line each: no adapter there, one of a kind that is not s B A, a file that
@@ -110,7 +110,7 @@ def open_adapter(folder: str | os.PathLike) -> Adapter:
     )
 
 
-def open_adapters(folders: Sequence[str | os.PathLike], *, force: bool) -> list[Adapter]:
+def open_adapters(folders: Sequence[str | os.PathLike[str]], *, force: bool) -> list[Adapter]:
     """Adapters that can be mixed. Raises as open_adapter does, and UserError where they do not fit one another."""
     adapters = [open_adapter(one) for one in listed(folders)]
     _same_bases(adapters, force=force)
@@ -118,7 +118,7 @@ def open_adapters(folders: Sequence[str | os.PathLike], *, force: bool) -> list[
     return adapters
 
 
-def listed(adapters: Sequence[str | os.PathLike]) -> Sequence[str | os.PathLike]:
+def listed(adapters: Sequence[str | os.PathLike[str]]) -> Sequence[str | os.PathLike[str]]:
     if isinstance(adapters, str | os.PathLike) or not adapters:
         raise UserError(f"adapters must be a list of folders, got {adapters!r}")
     return adapters
@@ -240,8 +240,7 @@ def _factors(name: str, module: str, tensors: dict[str, Tensor], config: Mapping
 
 
 def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, module: str) -> float:
-    """A module's rank or alpha: of the first key of the pattern that its name ends with, as peft reads it; else of
-    all."""
+    """A module's rank or alpha: of the first pattern that its name ends with, as peft reads it; else of all."""
     value = config.get(key, 8)
     for ending, mine in (config.get(pattern) or {}).items():
         try:
@@ -313,7 +312,7 @@ def write_adapter(
     write_json(folder / CONFIG, config)
 
 
-def target_folder(out: str | os.PathLike, *, overwrite: bool) -> Path:
+def target_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """`out`, which must not exist or be an empty folder; with overwrite it may hold adapters that were made here."""
     path = Path(out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

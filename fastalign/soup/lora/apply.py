@@ -40,10 +40,10 @@ _BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
 
 
 def apply_adapters(
-    base: str | os.PathLike,
-    adapters: Sequence[str | os.PathLike],
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
     weights: ArrayLike,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -75,10 +75,10 @@ def apply_adapters(
 
 
 def plan(
-    base: str | os.PathLike,
-    adapters: Sequence[str | os.PathLike],
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
     weights: ArrayLike,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",

@@ -32,9 +32,9 @@ class Extracted(NamedTuple):
 
 
 def extract_adapter(
-    tuned: str | os.PathLike,
-    base: str | os.PathLike,
-    out: str | os.PathLike,
+    tuned: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -162,8 +162,7 @@ def _low_rank(d: Tensor, whole: float, rank: int | None, energy: float | None) -
 
 
 def _svd(d: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values and vectors of d within a subspace of this dimension, found at random; all at full
-    width."""
+    """The largest singular values and vectors of d within a random subspace of this dimension; all at full width."""
     if width >= min(d.shape) // 2:
         return torch.linalg.svd(d, full_matrices=False)
     draw = torch.randn(d.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=d.dtype)

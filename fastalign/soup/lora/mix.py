@@ -41,9 +41,9 @@ _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"
 
 
 def merge_adapters(
-    adapters: Sequence[str | os.PathLike],
+    adapters: Sequence[str | os.PathLike[str]],
     weights: ArrayLike,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     rank: int | None = None,
     dtype: str | torch.dtype | None = None,

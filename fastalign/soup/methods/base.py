@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_INPUTS = 128  # of the kernel
-Blocks = Callable[
-    [], Iterator[Sequence["Tensor"]]
-]  # in their order, each K tensors of the same next elements, as stored
+Blocks = Callable[[], Iterator[Sequence["Tensor"]]]  # each K tensors of the next elements, as stored
 Step = list[float] | Tasks | Blocks  # weights of the inputs are (K × inputs), row by row
 
 
@@ -131,8 +129,7 @@ class Job:
         return {argument: one(argument, value) for argument, value in self.values.items()}
 
     def gram(self, name: str) -> np.ndarray:
-        """Dot products of the models' tensors, or where there is a base of what they differ by from it: (m, m)
-        float64."""
+        """Dot products of the models' tensors, less the base's where there is one: (m, m) float64."""
         paths = list(dict.fromkeys(one.path_of(name) for one in self.inputs))
         with ExitStack() as stack:
             files = {path: stack.enter_context(open(path, "rb")).fileno() for path in paths}
@@ -197,8 +194,7 @@ class Method:
 
 
 class WeightedSum(Method):
-    """A weighted sum of the models, or of their task vectors and the base, whose weights may differ from tensor to
-    tensor."""
+    """A weighted sum of the models, or of task vectors and the base; weights may differ from tensor to tensor."""
 
     def rows(self, job: Job, name: str) -> np.ndarray:
         """(K, m): of the models, or of their task vectors where there is a base."""
@@ -207,9 +203,8 @@ class WeightedSum(Method):
     def step(self, job: Job, name: str) -> Step:
         with np.errstate(invalid="ignore", over="ignore"):  # of a tensor with NaN or infinities, NaN is made
             rows = self.rows(job, name)
-        if (
-            job.base is not None
-        ):  # task arithmetic (arXiv 2212.04089) as a sum of models: the base's weight is 1 less theirs
+        # Task arithmetic (arXiv 2212.04089) as a sum of models: the base's weight is 1 less theirs.
+        if job.base is not None:
             rows = np.concatenate([1 - rows.sum(1, keepdims=True), rows], 1)
         return rows.ravel().tolist()
 
@@ -239,8 +234,7 @@ def whole_tensor(job: Job, name: str, merge: Callable[[Tensor | None, list[Tenso
 
 
 def inputs_as(job: Job, name: str, data: Sequence[bytes]) -> tuple[Tensor | None, list[Tensor], torch.dtype]:
-    """A tensor's bytes in the inputs as flat tensors to compute in, base and models; and the type that it is stored
-    in."""
+    """A tensor's bytes in the inputs, base and models, as flat tensors to compute in; and the type it is stored in."""
     import torch
 
     types, dtype = [in_torch(one[name].dtype) for one in job.inputs], in_torch(job.stored[name])

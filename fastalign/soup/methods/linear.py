@@ -56,8 +56,7 @@ class TaskArithmetic(WeightedSum):
 
 
 class MovingAverage(WeightedSum):
-    """The exponential moving average of checkpoints, the oldest first: e_0 = w_0, e_i = decay e_(i-1) + (1 - decay)
-    w_i."""
+    """The exponential moving average of checkpoints, oldest first: e_0 = w_0, e_i = decay e_(i-1) + (1 - decay) w_i."""
 
     name = "ema"
     weights = "none"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastalign._base.errors import UserError
 from fastalign.soup.stacks import comes_before, layer_of
@@ -46,7 +47,7 @@ class Setting:
     over the layers through points at equal distances. A pattern is a glob ("*.mlp.*")."""
 
     def __init__(self, rules: Iterable[tuple[str, tuple[float, ...]]]):
-        self.rules = tuple(rules)
+        self.rules: tuple[tuple[str, tuple[float, ...]], ...] = tuple(rules)
 
     def at(self, name: str, place: float) -> float | None:
         """The number for a tensor; None where no pattern matches."""
@@ -80,7 +81,8 @@ class Runs(Setting):
     layers have the first run's, as in its first layer, those after them the last run's, likewise."""
 
     def __init__(self, lengths: Sequence[int], parts: Sequence[Setting]):
-        self.lengths, self.parts = tuple(lengths), tuple(parts)
+        self.lengths: tuple[int, ...] = tuple(lengths)
+        self.parts: tuple[Setting, ...] = tuple(parts)
         super().__init__(rule for part in parts for rule in part.rules)
 
     def at(self, name: str, place: float) -> float | None:
@@ -100,16 +102,10 @@ class Runs(Setting):
         return constants.pop() if len(constants) == 1 else None
 
     def to_json(self) -> float | dict[str, Any]:
-        return (
-            super().to_json()
-            if self.constant is not None
-            else {
-                "runs": [
-                    {"layers": length, "value": part.to_json()}
-                    for length, part in zip(self.lengths, self.parts, strict=True)
-                ]
-            }
-        )
+        if self.constant is not None:
+            return self.constant
+        runs = zip(self.lengths, self.parts, strict=True)
+        return {"runs": [{"layers": length, "value": part.to_json()} for length, part in runs]}
 
     def mapped(self, of: Callable[[float], float]) -> Setting:
         return Runs(self.lengths, [part.mapped(of) for part in self.parts])
@@ -184,7 +180,7 @@ def to_json(values: Mapping[str, Any]) -> dict[str, Any]:
 # ---- weights ----
 
 
-def weight_rows(weights, m: int) -> np.ndarray:
+def weight_rows(weights: ArrayLike, m: int) -> np.ndarray:
     """`weights` as (K, m) float64. Raises UserError for any other shape and for numbers that are not finite."""
     try:
         rows = np.asarray(weights, dtype=np.float64)
@@ -200,8 +196,12 @@ def weight_rows(weights, m: int) -> np.ndarray:
 class Weights:
     """Of every tensor: the same rows for all, or one row of Settings. `single`: one output, not a list of them."""
 
+    settings: list[Setting] | None
+    rows: np.ndarray
+    single: bool
+
     def __init__(self, weights: Any, m: int):
-        self.settings: list[Setting] | None = None
+        self.settings = None
         if isinstance(weights, list | tuple) and any(isinstance(one, Setting | Mapping) for one in weights):
             if len(weights) != m:
                 raise UserError(f"weights must be one for each of {m} models, got {len(weights)}")

@@ -3,7 +3,8 @@ how the vectors are added up; steps.py says what that means, by_torch.py defines
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fastalign._base.errors import UserError
 from fastalign.soup.methods.base import Fixed, Job, Method, Number, Parameters, flag, whole_number, word
@@ -36,7 +37,7 @@ class Sparse(Method):
     base = "yes"
     elect = False
 
-    def read(self, given, m: int) -> dict[str, Any]:
+    def read(self, given: Mapping[str, Any], m: int) -> dict[str, Any]:
         values = super().read(given, m)
         if values["rescale"] == "expected" and "seed" not in self.parameters:
             raise UserError(f"rescale must be l1 or none for {self.name}, which drops nothing by chance")
@@ -72,7 +73,7 @@ class Ties(Sparse):
 
     name = "ties"
     elect = True
-    parameters = _parameters(density=0.2, normalize=True)
+    parameters: ClassVar[Parameters] = _parameters(density=0.2, normalize=True)
 
     def choice(self, name: str, n: int, stream: int, *, density: float, rescale: str) -> Choice:
         return Choice("band", n - max(1, int(density * n)), n, largest_first=True, match_sum=rescale == "l1")
@@ -82,7 +83,7 @@ class Dare(Sparse):
     """Each with the probability `density` (arXiv 2311.03099)."""
 
     name = "dare_linear"
-    parameters = _parameters(rescale="expected", seed=_SEED)
+    parameters: ClassVar[Parameters] = _parameters(rescale="expected", seed=_SEED)
 
     def choice(self, name: str, n: int, stream: int, *, density: float, rescale: str) -> Choice:
         scale = 1 / density if rescale == "expected" else 1.0
@@ -95,12 +96,11 @@ class DareTies(Dare):
 
 
 class Della(Sparse):
-    """With a probability from density - epsilon to density + epsilon by the rank of the size in its row (arXiv
-    2406.11617)."""
+    """With probability density - epsilon to density + epsilon, by the size's rank in its row (arXiv 2406.11617)."""
 
     name = "della"
     elect = True
-    parameters = _parameters(normalize=True, rescale="expected", epsilon=_EPSILON, seed=_SEED)
+    parameters: ClassVar[Parameters] = _parameters(normalize=True, rescale="expected", epsilon=_EPSILON, seed=_SEED)
 
     def choice(self, name: str, n: int, stream: int, *, density: float, epsilon: float, rescale: str) -> Choice:
         if not (density - epsilon > 0 and density + epsilon < 1):
@@ -118,14 +118,14 @@ class Della(Sparse):
 class DellaLinear(Della):
     name = "della_linear"
     elect = False
-    parameters = _parameters(rescale="expected", epsilon=_EPSILON, seed=_SEED)
+    parameters: ClassVar[Parameters] = _parameters(rescale="expected", epsilon=_EPSILON, seed=_SEED)
 
 
 class Breadcrumbs(Sparse):
     """All but the share `gamma` of the largest, and of the smallest as many as leave `density` (arXiv 2312.06795)."""
 
     name = "breadcrumbs"
-    parameters = _parameters(density=0.9, gamma=_GAMMA)
+    parameters: ClassVar[Parameters] = _parameters(density=0.9, gamma=_GAMMA)
 
     def choice(self, name: str, n: int, stream: int, *, density: float, gamma: float, rescale: str) -> Choice:
         kept = int(density * n)

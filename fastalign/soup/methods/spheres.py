@@ -41,8 +41,7 @@ class OnSphere(WeightedSum):
         return np.stack([self.mean(gram, row, values) for row in job.weights_of(name)])
 
     def mean(self, gram: np.ndarray, weights: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
-        """What the mean of m vectors is a sum with, (m,). gram: (m, m), the vectors' dot products; weights: (m,), as
-        given."""
+        """What the mean of m vectors is a sum with, (m,). gram: (m, m), their dot products; weights: (m,), as given."""
         raise NotImplementedError
 
 

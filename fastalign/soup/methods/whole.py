@@ -83,8 +83,7 @@ class ArceeFusion(ByTensor):
 
 
 class Ram(ByTensor):
-    """Reinforced agent merging (arXiv 2601.13572): each element moves by the mean of the task vectors that move it by
-    more than epsilon."""
+    """Reinforced agent merging (arXiv 2601.13572): each element moves by the mean of the task vectors above epsilon."""
 
     name = "ram"
     base = "yes"

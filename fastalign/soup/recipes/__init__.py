@@ -20,7 +20,7 @@ _KEYS = {
 _EACH = ("density", "epsilon", "gamma")
 
 
-def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A recipe as `merge`'s arguments, all but `out`: `merge(**read_recipe("soup.yaml"), out="soup")`.
 
     fastalign's own form is merge's arguments by name, with models as a list of paths, or of mappings with `model` and

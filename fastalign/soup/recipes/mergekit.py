@@ -68,8 +68,7 @@ _FLAGS = {name for defaults in _DEFAULTS.values() for name, default in defaults.
 
 
 def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A mergekit configuration as `merge`'s arguments. Raises UserError: what it asks for is not understood, or not
-    done here."""
+    """A mergekit configuration as `merge`'s arguments. Raises UserError for what is unknown, or not done here."""
     known(recipe, _KEYS, "the configuration")
     method = text(recipe, "merge_method", "the configuration")
     if method not in _DEFAULTS:
@@ -247,8 +246,7 @@ class _Parameters:
 
 
 def _rules(label: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
-    """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is part of the name
-    counts."""
+    """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is in the name counts."""
     conditions = [value] if isinstance(value, Mapping) else value
     if not (isinstance(conditions, list) and any(isinstance(one, Mapping) for one in conditions)):
         return [("*", _numbers(label, value))] if value != [] else []
