@@ -93,4 +93,5 @@ class BuildPerLevel(build_ext):
         subprocess.run(command, check=True, cwd=ROOT)
 
 
-setup(ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": BuildPerLevel})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("fastalign._C", sources=[])], cmdclass={"build_ext": BuildPerLevel})

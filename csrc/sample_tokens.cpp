@@ -363,7 +363,7 @@ static Draw<C> draw_from_some(int64_t n, bool indexed, C scale, const SampleOpti
   vec<C> least = splat<C>(kLargest<C>);
   for (int64_t i = 0; i < full; i += L) {
     const vec<C> x = load<C>(work.x + i);
-    least = (x < least) & (x >= -kLargest<C>) ? x : least;
+    least = ((x < least) & (x >= -kLargest<C>)) ? x : least;
     store<C>(work.e + i, exp_nonpositive((x - top) * scale));
   }
   C lowest_x = -kInfinity<C>;
@@ -379,7 +379,7 @@ static Draw<C> draw_from_some(int64_t n, bool indexed, C scale, const SampleOpti
     const int64_t end = (b + 1) * kBlock < full ? (b + 1) * kBlock : full;
     for (int64_t i = b * kBlock; i < end; i += L) {
       const vec<C> x = load<C>(work.x + i), e = load<C>(work.e + i);
-      const vec<C> kept = (x >= lowest_x) & ((x - top) * scale >= lowest_d) ? e : vec<C>{};
+      const vec<C> kept = ((x >= lowest_x) & ((x - top) * scale >= lowest_d)) ? e : vec<C>{};
       store<C>(work.e + i, kept);
       sum += kept;
     }

@@ -104,7 +104,7 @@ static void drop(C* d, const TaskVector& of, uint64_t seed, int64_t first, int64
       const K k = key<C>(d + j);
       const bool above = (k > low) | ((k == low) & (j >= low_first) & (j < low_last));
       const bool below = (k < high) | ((k == high) & (j < high_last));
-      d[j] = above & below ? d[j] : C(0);
+      d[j] = (above & below) ? d[j] : C(0);
     }
   } else if (of.keep == TaskKeep::random) {
     const double stay = __builtin_ceil(of.probability * kRange);  // so many of the 2^32 numbers

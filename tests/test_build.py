@@ -1,10 +1,13 @@
 """What the build promises: levels that agree, no libtorch, nothing that answers to `import kernels`."""
 
+import datetime
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import fastalign.backend
 from fastalign import kernels
 
 ROOT = Path(__file__).parent.parent
+BUILD = runpy.run_path(str(ROOT / "setup.py"))
 engine = fastalign.backend.engine
 
 SUMS = """
@@ -47,6 +51,29 @@ def test_every_level_this_processor_has_gives_the_same_numbers():
         rows.append([float(x) for x in numbers])
     for row in rows[1:]:
         assert row == pytest.approx(rows[0], rel=2e-5)
+
+
+def sources_in_turn():
+    """(file, level) of the engine, a fourth of them each day; FASTALIGN_TEST_ALL=1: all."""
+    files = [(name, "baseline") for name in BUILD["COMMON"]]
+    files += [(name, level) for name in BUILD["OPS"] for level in BUILD["LEVELS"]]
+    every = bool(os.environ.get("FASTALIGN_TEST_ALL"))
+    return files if every else files[datetime.date.today().toordinal() % 4 :: 4]
+
+
+@pytest.mark.parametrize(("name", "level"), sources_in_turn())
+def test_clang_compiles_the_engine(name, level, tmp_path):
+    """As on macOS, without OpenMP; clang as Zig's package brings it."""
+    pytest.importorskip("ziglang")
+    pybind11 = pytest.importorskip("pybind11")
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    flags = [flag for flag in BUILD["FLAGS"] if flag not in ("-O3", "-fopenmp")] + BUILD["LEVELS"][level]
+    done = subprocess.run(
+        [sys.executable, "-m", "ziglang", "c++", *flags, "-O0", "-fno-sanitize=all", "-fPIC", *includes,
+         f"-DFASTALIGN_LEVEL={level}", "-Werror", "-Wno-unknown-warning-option", "-c", f"csrc/{name}.cpp", "-o", tmp_path / "made.o"],
+        cwd=ROOT, env=os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(engine is None, reason="the engine is not built")
