@@ -68,10 +68,11 @@ def test_clang_compiles_the_engine(name, level, tmp_path):
     pybind11 = pytest.importorskip("pybind11")
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     flags = [flag for flag in BUILD["FLAGS"] if flag not in ("-O3", "-fopenmp")] + BUILD["LEVELS"][level]
+    flags += ["-O0", "-fPIC", "-fno-sanitize=all", "-Werror", "-Wno-unknown-warning-option"]
+    compiler = [sys.executable, "-m", "ziglang", "c++", *flags, *includes, f"-DFASTALIGN_LEVEL={level}"]
     done = subprocess.run(
-        [sys.executable, "-m", "ziglang", "c++", *flags, "-O0", "-fno-sanitize=all", "-fPIC", *includes,
-         f"-DFASTALIGN_LEVEL={level}", "-Werror", "-Wno-unknown-warning-option", "-c", f"csrc/{name}.cpp", "-o", tmp_path / "made.o"],
-        cwd=ROOT, env=os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+        [*compiler, "-c", ROOT / "csrc" / f"{name}.cpp", "-o", tmp_path / "made.o"],
+        env=os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
