@@ -1,6 +1,5 @@
 """What the build promises: levels that agree, no libtorch, nothing that answers to `import kernels`."""
 
-import datetime
 import os
 import re
 import runpy
@@ -11,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from turns import ALL, DAY, on_its_day
 
 import fastalign.backend
 from fastalign import kernels
@@ -54,13 +54,13 @@ def test_every_level_this_processor_has_gives_the_same_numbers():
 
 
 def sources_in_turn():
-    """(file, level) of the engine, a fourth of them each day; FASTALIGN_TEST_ALL=1: all."""
+    """(file, level) of the engine, a fourth of them in turn."""
     files = [(name, "baseline") for name in BUILD["COMMON"]]
     files += [(name, level) for name in BUILD["OPS"] for level in BUILD["LEVELS"]]
-    every = bool(os.environ.get("FASTALIGN_TEST_ALL"))
-    return files if every else files[datetime.date.today().toordinal() % 4 :: 4]
+    return files if ALL else files[DAY % 4 :: 4]
 
 
+@on_its_day("clang")
 @pytest.mark.parametrize(("name", "level"), sources_in_turn())
 def test_clang_compiles_the_engine(name, level, tmp_path):
     """As on macOS, without OpenMP; clang as Zig's package brings it."""

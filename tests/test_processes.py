@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from turns import on_its_day
 
 from fastalign import backend
 
@@ -78,6 +79,7 @@ def test_many_threads_at_once_give_what_one_gives():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@on_its_day("sanitize")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs g++ with its sanitizers")
 def test_a_sanitizer_finds_nothing():
     """One of three and one of the levels, in turn; `python tools/sanitize.py` does more of each."""

@@ -1,16 +1,14 @@
 """What README says: its code blocks run, and hold what the words beside them claim."""
 
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from scipy.stats import chisquare
+from turns import on_its_day
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,10 +44,7 @@ def test_what_replaces_the_sampling_draws_from_the_same_distribution():
         assert chisquare(np.bincount(tokens, minlength=8), p * len(tokens)).pvalue > 1e-4
 
 
-TODAY = time.time() // 86400 % 3 == 0 or os.environ.get("FASTALIGN_TEST_ALL")
-
-
-@pytest.mark.skipif(not TODAY, reason="every third day: two minutes of starting commands")
+@on_its_day("readme")
 def test_every_block_runs_in_an_empty_folder():
     """On tiny models; `python tools/walk_readme.py` walks through it with the real one."""
     command = [sys.executable, "-W", "ignore", ROOT / "tools" / "walk_readme.py", "--tiny"]

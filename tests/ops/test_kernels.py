@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fastalign.bench
 import pytest
+from turns import on_its_day
 
 from fastalign import kernels
 
@@ -23,7 +24,10 @@ def test_every_kernel_has_its_tests_and_its_gpu_cases():
     assert len(kernels.names()) >= 9
 
 
-@pytest.mark.parametrize("tool", ["compile_gate.py", "bytes_moved.py"])
+TOOLS = [pytest.param(f"{name}.py", marks=on_its_day(name)) for name in ("compile_gate", "bytes_moved")]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_every_kernel_passes(tool):
     """Both take every fourth case, other ones each day, and the gate takes each to one target: without --in-turn they
     take all."""
