@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -47,11 +49,26 @@ def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         if error.errno is None or other:
             raise
         raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        if (failed := write_error(error, path)) is not None:
+            raise failed from error
+        raise
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
         else:
             beside.unlink(missing_ok=True)
+
+
+def write_error(error: BaseException, path: str | Path) -> OSError | None:
+    """What safetensors' and torch's writers raise where the system refuses, as an OSError of `path`; None for any
+    other error."""
+    text = str(error)
+    if found := re.search(r"\(os error (\d+)\)", text):
+        return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+    if "inline_container.cc" in text or "PytorchStreamWriter failed" in text:  # which does not say why
+        return OSError(errno.EIO, "cannot be written; the disk may be full", str(path))
+    return None
 
 
 def become(beside: Path, target: Path) -> None:
@@ -66,26 +83,47 @@ def become(beside: Path, target: Path) -> None:
 
 
 def check_target(path: str | Path) -> None:
-    """Raises UserError, one line, where `path` is there and is no file: what takes long asks before it begins."""
+    """Raises UserError, one line, where `path` is there and is no file, or its folder cannot be written: what takes
+    long asks before it begins."""
     found = _status(path)
-    if found is None or stat.S_ISREG(found.st_mode):
-        return
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
-    what = next((name for is_kind, name in kinds.items() if is_kind(found.st_mode)), "a device")
-    raise UserError(f"{path}: must be a file or not be there, it is {what}")
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: must be a file or not be there, it is {_kind(found)}")
+    _check_writable(path, Path(os.path.realpath(path)).parent)
+
+
+def check_input(path: str | Path) -> None:
+    """Raises FileNotFoundError or UserError, one line, where `path` is no file that can be read."""
+    if not Path(path).is_file():
+        found = _status(path)
+        if found is None:
+            raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: must be a file, this is {_kind(found)}")
 
 
 def check_folder(path: str | Path) -> None:
     """The same of what must be a folder or not be there."""
     found = _status(path)
     if found is not None and not stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{path}: must be a folder, this is {'a file' if stat.S_ISREG(found.st_mode) else 'no folder'}")
+        raise UserError(f"{path}: must be a folder, this is {_kind(found)}")
+    _check_writable(path, Path(os.path.realpath(path)))
+
+
+def _check_writable(path: str | Path, folder: Path) -> None:
+    """folder: in which `path` is to be made, once it is there itself."""
+    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written, {nearest} is {'read-only' if nearest.is_dir() else 'no folder'}")
+
+
+def _kind(found: os.stat_result) -> str:
+    kinds = {stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    return next((name for is_kind, name in kinds.items() if is_kind(found.st_mode)), "a device")
 
 
 def _status(path: str | Path) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
         return None
 
 
@@ -107,8 +145,7 @@ def read_json(path: str | Path, *, kind: str | None = None) -> Any:
     Raises FileNotFoundError or UserError with one line that names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_input(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

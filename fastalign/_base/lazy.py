@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fastalign._base.errors import UserError
+
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for a package. homes: name -> the module below it that defines it; a module's own
@@ -24,3 +26,12 @@ def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], 
         return sorted({*vars(sys.modules[package]), *homes})
 
     return __getattr__, __dir__
+
+
+def pandas() -> Any:
+    """The package. Raises UserError where it is not installed."""
+    try:
+        import pandas as found
+    except ImportError:
+        raise UserError("to_pandas needs the package pandas: pip install pandas") from None
+    return found

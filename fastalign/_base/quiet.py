@@ -9,6 +9,11 @@ from contextlib import contextmanager
 
 from fastalign._base.errors import UserError
 
+_PLAIN = {  # how what transformers says begins, where its first line does not tell what is wrong
+    "You set `ignore_mismatched_sizes`": "its weights have other shapes than its config.json says",
+    "Couldn't instantiate the backend tokenizer": "it has no tokenizer that can be read",
+}
+
 
 @contextmanager
 def one_line_errors(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
@@ -46,4 +51,5 @@ def quiet_unless_terminal() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    first = lines[0] if lines else type(error).__name__
+    return next((plain for began, plain in _PLAIN.items() if first.startswith(began)), first)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,12 @@ def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = Non
     it is for, and what writes it. keeps: what its finished files are, where the same job goes on from them: who
     interrupts it is told.
 
-    A folder in which nothing was made is gone afterwards. Raises UserError, one line: another run holds it, or it is
-    not ours.
+    A folder in which nothing was made is gone afterwards, with those above it that were made for it. Raises UserError,
+    one line: another run holds it, or it is not ours.
     """
+    above = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
     try:
-        path.mkdir()
+        path.mkdir(parents=True)
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():
             raise _not_ours(path) from None
@@ -165,6 +167,9 @@ def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = Non
             if _is(folder, path) and [one.name for one in path.iterdir()] == [MARK]:
                 (path / MARK).unlink()
                 path.rmdir()
+                with suppress(OSError):  # what is in use stays
+                    for one in above:
+                        one.rmdir()
     finally:
         os.close(folder)
 

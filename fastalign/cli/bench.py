@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
+from fastalign._base.files import atomic_write, check_folder, check_target
 
 
 def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
@@ -30,8 +30,10 @@ def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
     import fastalign.bench
     from fastalign.bench.tables import GROUPS, table
 
+    check_folder(out)
     found, lines = out / "bench.json", out / "table.md"
     for path in (found, lines):
+        check_target(path)
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; --overwrite measures again and replaces it")
     pytest = [sys.executable, "-m", "pytest", fastalign.bench.__path__[0], "-q", "-p", "pytest_benchmark.plugin"]
@@ -42,11 +44,14 @@ def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
         collected = subprocess.run([*pytest, "--collect-only", "-k", name], env=alone, capture_output=True)
         if collected.returncode in (ExitCode.NO_TESTS_COLLECTED, ExitCode.USAGE_ERROR):
             raise UserError(f"names must be {', '.join(GROUPS)} or what pytest's -k finds, got {name!r}")
-    out.mkdir(parents=True, exist_ok=True)
     chosen = ["-k", " or ".join(f"({name})" for name in names)] if names else []
-    measured = ["--benchmark-only", "--benchmark-quiet", "-rs", f"--benchmark-json={found}", *chosen]
-    if subprocess.run([*pytest, *measured], env=alone).returncode:
-        raise UserError("a benchmark failed: see above")
+    with atomic_write(found) as beside:
+        measured = ["--benchmark-only", "--benchmark-quiet", "-rs", f"--benchmark-json={beside}", *chosen]
+        failed = subprocess.run([*pytest, *measured], env=alone).returncode
+        if not beside.is_file():
+            raise UserError("the benchmarks wrote no results: see above")
+    if failed:
+        raise UserError(f"a benchmark failed: see above; {found} has the others")
     with atomic_write(lines) as beside:
         text = "\n".join(table(json.loads(found.read_text())["benchmarks"]))
         beside.write_text(text + "\n", encoding="utf-8")

@@ -87,6 +87,9 @@ def registrar(app: typer.Typer) -> Registrar:
                     _fail(str(stopped) or "interrupted", 143 if isinstance(stopped, Terminated) else 130)
                 except (typer.Exit, typer.Abort, typer.BadParameter):
                     raise
+                except BrokenPipeError:  # who read stdout has enough: `| head`
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+                    raise typer.Exit(1) from None
                 except Exception as error:
                     if not _is_users(error):
                         print(
@@ -165,7 +168,8 @@ def _protect(command: str, arguments: Mapping[str, Any]) -> None:
             outputs.not_an_input(path, [place for place in named if place], folder=own)
     places = [os.path.realpath(path) for path in written.values()]
     if len(set(places)) < len(places):
-        raise UserError(f"{' and '.join(written)} must be different, got {', '.join(map(str, written.values()))}")
+        options = " and ".join(f"--{name}" for name in written)
+        raise UserError(f"{options} must be different, got {', '.join(map(str, written.values()))}")
 
 
 def given(context: typer.Context) -> dict[str, str]:
@@ -228,8 +232,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _in_options(message: str, signature: inspect.Signature) -> str:
-    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is of
-    several words or has a value, as the option that it is."""
+    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is
+    asked for ("give lam"), is of several words or has a value, as the option that it is. What is quoted is the user's
+    own, and stays."""
     for name, parameter in signature.parameters.items():
         declared = [
             d for d in getattr(parameter.annotation, "__metadata__", ()) if isinstance(d, typer.models.OptionInfo)
@@ -239,12 +244,14 @@ def _in_options(message: str, signature: inspect.Signature) -> str:
         # In Annotated the first name stands where a default would otherwise.
         given = [d for d in (declared[0].default, *(declared[0].param_decls or ())) if isinstance(d, str)]
         on, _, off = (given or ["--" + name.rstrip("_").replace("_", "-")])[0].partition("/")
-        alone = rf"(?<![\w./-]){name}"
+        alone = rf"(?<![\w./'\"-]){name}"
         message = re.sub(rf"^{name.replace('_', '[_-]')}(?=[ \[])", on, message)
+        if message.startswith("give "):
+            message = re.sub(rf"(?<!\ba )(?<!the ){alone}(?![\w./-])", on, message)
         message = re.sub(rf"{alone}=True\b", on, message)
         message = re.sub(rf"{alone}=False\b", off or f"no {on}", message)
         if "_" in name:
-            message = re.sub(rf"{alone}(?![\w./])", on, message)
+            message = re.sub(rf"{alone}(?![\w./'\"])", on, message)
     return message
 
 

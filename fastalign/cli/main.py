@@ -14,7 +14,7 @@ import typer
 from fastalign._base.devices import check_loading
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
-from fastalign._base.files import STDOUT, read_json
+from fastalign._base.files import STDOUT, check_input, read_json
 from fastalign._base.units import counted
 from fastalign.cli import soup as cli_soup
 from fastalign.cli import soup_front as cli_soup_front
@@ -170,13 +170,19 @@ def sample(
     from fastalign.jobs import align as pipeline
 
     if more is not None:
-        kept = ("out", "more", "resume", "device", *sampling.KNOBS, "as_json")
+        kept = ("out", "more", "resume", "overwrite", "device", *sampling.KNOBS, "as_json")
         if others := [option for name, option in given(context).items() if name not in kept]:
             raise UserError(f"--more goes by the file's own model, prompts and settings: leave out {', '.join(others)}")
+        knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
+        sampling.check_more(more)
+        sampling.check_knobs(knobs)
+        check_loading("auto", device)
+        check_input(out)
         from fastalign.jobs import align as pipeline
 
-        knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
-        found = pipeline.sample_more(out, more, device=device, **knobs, resume=resume, show_progress=True)
+        found = pipeline.sample_more(
+            out, more, device=device, **knobs, resume=resume, overwrite=overwrite, show_progress=True
+        )
         return _drawn(out, found)
     if prompts is None:
         raise UserError("give --prompts, or --more with a file to add to")
@@ -231,6 +237,12 @@ def _drawn(out: Path, found) -> Found:
     tokens = sum(len(ids) for row in found.token_ids for ids in row)
     _console().print(f"{out}: {_size(found)}, {counted(tokens, 'token')}")
     return {"out": str(out), "prompts": len(found.prompts), "n": found.n, "tokens": tokens}
+
+
+def _advise(console, worth, n: int) -> None:
+    """How to have more candidates, where there are too few."""
+    if worth is not None and (command := worth.more(n)):
+        console.print(f"to draw them: {command}, then score, map and select again")
 
 
 def _size(found) -> str:
@@ -328,12 +340,14 @@ def map_(
     )
     if str(out) != STDOUT:
         console.print(pipeline.foretell(out, found["candidates"]))
+        _advise(console, pipeline.worth_of(found), found["candidates"])
     if not found["feasible"]:
         nearest = ", ".join(f"{name}={x:.4f}" for name, x in zip(found["values"], found["nearest"], strict=True))
         console.print(
             f"infeasible: no reweighting reaches it; nearest {nearest}. λ is for a point just inside.", style="yellow"
         )
-    console.print(f"{out}")
+    if str(out) != STDOUT:
+        console.print(f"{out}")
     if plot is not None:
         console.print(f"{plot}")
     return found
@@ -474,6 +488,7 @@ def select(
             console.print(f"KL {told.kl[0]:.3f} nats, {worth}")
             if told.doubt:
                 console.print(told.doubt, style="yellow")
+                _advise(console, told.worth[0], told.n)
     return result
 
 

@@ -172,9 +172,9 @@ def ppo(
     from fastalign.jobs.ppo import read_values, train_ppo
 
     asked, weights = _values_and_lam(values, lam, palette)
-    prompts = hub.load_prompts(data, column=column, split=split, words=words)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
+    prompts = hub.load_prompts(data, column=column, split=split, words=words)
     if chat is None and (data in (*hub.IMDB, *hub.HH_RLHF) or any(HUMAN in prompt for prompt in prompts)):
         chat = False  # texts to go on with, not questions of a user
     rewards = read_values(asked)
@@ -301,13 +301,13 @@ def _values_and_lam(values: str | None, lam: str | None, palette: Path | None):
     weights = _lam(lam)
     if palette is not None:
         if values is not None or weights is not None:
-            raise UserError("give either values and lam, or a palette")
+            raise UserError("give either values and lam, or palette")
         from fastalign.data import palettes
 
         found = palettes.read(palette, "lambda")
         return found["values"], found["lambda"]
     if weights is None:
-        raise UserError("give lam, a weight for each value, or a palette")
+        raise UserError("give lam, a weight for each value, or palette")
     if values is None:
         if not isinstance(weights, dict):
             raise UserError("give values, the rewards to train on, or lam by name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastalign._base.errors import UserError
@@ -37,6 +37,8 @@ def read(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
     values = found["values"]
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{path}: values must be a list of names, got {values!r:.60}")
+    if not "".join(values).isprintable():
+        raise UserError(f"{path}: values must be names that can be printed, got {values!r:.60}")
     if len(set(values)) < len(values):
         raise UserError(f"{path}: values must be different, got {', '.join(values)}")
     there = [name for name in (*ROWS, *NUMBERS, "feasible") if name in needed or found.get(name) is not None]
@@ -57,6 +59,14 @@ def of_values(path: str | os.PathLike[str], found: Mapping[str, Any], names: Seq
         if name not in found["values"]:
             raise UserError(f"{path}: its values are {', '.join(found['values'])}, it has no {name}")
     return [found["values"].index(name) for name in names]
+
+
+def check_carried(path: str | os.PathLike[str], found: Mapping[str, Any], rewards: Iterable[str]) -> None:
+    """Raises UserError, naming the file, where one of its values is none of the rewards that are there."""
+    rewards = list(rewards)
+    for name in found["values"]:
+        if name not in rewards:
+            raise UserError(f"{path}: asks for {name}, the rewards are {', '.join(rewards)}")
 
 
 def asked(found: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastalign._base.errors import UserError
+from fastalign._base.files import check_input
 from fastalign.data import rows as sources
 from fastalign.data.conversations import EXTRAS, Conversation, check_utf8
 from fastalign.data.dialogues import prompt_of
@@ -57,7 +58,9 @@ def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, spl
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{name}: prompts must be a file ({', '.join(SUFFIXES)}), this is a folder")
-    if not path.is_file():
+    if path.exists():
+        check_input(path)
+    if not path.exists():
         if suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
             raise FileNotFoundError(f"{name}: no such prompt file")
         found = sources.from_hub(name, split=split, what="prompts")

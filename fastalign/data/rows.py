@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
+from fastalign._base.files import check_input
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -25,7 +26,8 @@ def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: st
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{name}: {what} must be a file ({', '.join(SUFFIXES)}), this is a folder")
-    if path.is_file():
+    if path.exists():
+        check_input(path)
         if suffix not in SUFFIXES:
             raise UserError(f"{name}: {what} must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
         no_split(name, split)
@@ -91,6 +93,8 @@ def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> li
     try:
         file = pq.ParquetFile(path)
         return file.read(columns and columns(file.schema_arrow.names)).to_pylist()
+    except UserError:  # from `columns`
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         # ValueError: bytes that are no text, dates beyond the calendar.
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -42,8 +42,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
-                limit = f"at least {least}" if most == _ANY else f"in {least}..2^64-1"
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole or not least <= value <= most:
+                bounded = most != _ANY or (whole and value > most)
+                limit = f"in {least}..2^{most.bit_length()}-1" if bounded else f"at least {least}"
                 raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
             object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p"):
@@ -87,6 +89,11 @@ def check_knobs(job: Mapping[str, Any]) -> None:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None:
         parse_bytes("memory_limit", limit)
+
+
+def check_more(more: int) -> None:
+    if more < 1:
+        raise UserError(f"more must be at least 1, got {more}")
 
 
 def check_ray(address: str | None, workers: int | None, worker_cpus: float | None, worker_gpus: float | None) -> None:

@@ -62,8 +62,9 @@ class Text:
                 raise UserError("chat=True needs a tokenizer with a chat template, this one has none")
             for i, prompt in enumerate(prompts):
                 if isinstance(prompt, Conversation):
-                    why = "this tokenizer has none" if chat else "--no-chat (chat=False) leaves it out"
-                    raise UserError(f"prompt {i} is a conversation, which needs a chat template: {why}")
+                    raise UserError(
+                        f"prompt {i} is a conversation, which needs a chat template: this tokenizer has none"
+                    )
             if options:
                 raise UserError(f"{next(iter(options))} is an argument of chat templates, and none is used here")
             found = self.tokens(prompts, "prompt")
@@ -299,7 +300,10 @@ def check_prompts(prompts: Sequence[Any], chat: bool | str) -> list[str]:
         )
     if chat not in ("auto", True, False):
         raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
-    return [as_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    found = [as_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    if chat is False and (at := [i for i, prompt in enumerate(found) if isinstance(prompt, Conversation)]):
+        raise UserError(f"prompt {at[0]} is a conversation, which needs a chat template: chat=False leaves it out")
+    return found
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
@@ -39,6 +40,10 @@ class Adaptive:
     enough: np.ndarray
     effective_sample_size: np.ndarray
     candidates: list[Candidates]
+
+    def __repr__(self) -> str:
+        drawn = f"{self.counts.min():,} to {self.counts.max():,} candidates each"
+        return f"Adaptive: {counted(len(self.texts), 'text')} of {drawn}, enough of {int(self.enough.sum()):,}"
 
 
 def adaptive(

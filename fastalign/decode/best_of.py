@@ -10,6 +10,7 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.numbers import weights
+from fastalign._base.units import counted
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
@@ -36,6 +37,10 @@ class BestOf:
     values: np.ndarray
     candidates: Candidates
     picked: Candidates
+
+    def __repr__(self) -> str:
+        ess = self.effective_sample_size.mean()
+        return f"BestOf: {counted(len(self.texts), 'text')}, effective sample size {ess:.1f} of {self.candidates.n}"
 
 
 def best_of(

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
+from fastalign._base.files import atomic_write, check_input
+from fastalign._base.lazy import pandas
 from fastalign._base.units import counted
 from fastalign.data.conversations import Conversation, as_prompt
 
@@ -70,6 +71,8 @@ class Candidates:
             self.log_weights = _as_numbers("log_weights", self.log_weights, (count, self.n), np.float64)
         self.rewards = {name: _as_float32(name, values) for name, values in self.rewards.items()}
         for name, values in self.rewards.items():
+            if not name.isprintable():
+                raise UserError(f"rewards must have names that can be printed, got {name!r}")
             if values.shape != (count, self.n):
                 raise UserError(f"rewards[{name!r}] must have shape {(count, self.n)}, got {values.shape}")
 
@@ -88,10 +91,7 @@ class Candidates:
 
         Raises UserError where pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise UserError("to_pandas needs the package pandas: pip install pandas") from None
+        pd = pandas()
         rows, columns = range(len(self.prompts))[:prompts], range(self.n)[:candidates]
         places = [(i, j) for i in rows for j in columns]
         table = {
@@ -149,8 +149,8 @@ class Candidates:
         missing = [name for name in names if name not in self.rewards]
         if missing or not names:
             have = ", ".join(self.rewards) or "none; run `fastalign score` first"
-            wanted = ", ".join(missing) or "one at least"
-            raise UserError(f"rewards asked for: {wanted}; the candidates carry: {have}")
+            rule = f"values must be rewards that the candidates carry ({have}), one at least"
+            raise UserError(f"{rule}, got {', '.join(missing) or 'none'}")
         if len(set(names)) < len(names):
             raise UserError(f"values must be different, got {', '.join(names)}")
         return np.stack([self.rewards[name] for name in names], axis=-1)
@@ -240,6 +240,8 @@ class Candidates:
 
         Raises FileNotFoundError or UserError: one line that names the file and what is wrong with it.
         """
+        import pyarrow.compute as pc
+
         table, settings = _read_table(Path(path))
         came = settings.pop("kind", None)
         wanted = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
@@ -256,12 +258,19 @@ class Candidates:
             if table[name].null_count:
                 row = table[name].is_null().to_pylist().index(True)
                 raise UserError(f"{path}: has empty cells (nulls) in its columns, the first in row {row}, {name!r}")
+            if (rule := _odd_type(name, table.schema.field(name).type)) is not None:
+                raise UserError(f"{path}: column {name!r} must hold {rule}, got {table.schema.field(name).type}")
+        for name in ("token_ids", "logprobs"):
+            if pc.list_flatten(table[name]).null_count:
+                raise UserError(f"{path}: has nulls in the lists of its column {name!r}")
         for name in names:
             values = table[name].to_numpy()
             if not np.isfinite(values).all():
                 row = int(np.flatnonzero(~np.isfinite(values))[0])
                 raise UserError(f"{path}: rewards must be finite, got {values[row]} in row {row}, column {name!r}")
 
+        if not len(table):
+            raise UserError(f"{path}: holds no candidates")
         prompt_id = table["prompt_id"].to_numpy()
         ids, inverse, counts = np.unique(prompt_id, return_inverse=True, return_counts=True)
         if len(set(counts.tolist())) > 1:
@@ -328,8 +337,7 @@ def _read_table(path: Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_input(path)
     try:
         table = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
@@ -341,4 +349,25 @@ def _read_table(path: Path):
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: was not written by fastalign (its schema carries no 'fastalign' metadata)")
+    for name in ("sampling", "selection", "made"):
+        if not isinstance(settings.get(name, {}), dict):
+            raise UserError(f"{path}: {name!r} in its metadata must be an object, got {settings[name]!r:.60}")
     return table, settings
+
+
+def _odd_type(name: str, kind: Any) -> str | None:
+    """What the column must hold, where it is not of that type."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if name in ("prompt_id", "candidate_id", "draw"):
+        return None if types.is_integer(kind) else "integers"
+    if name in ("prompt", "text"):
+        return None if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) else "texts"
+    if name in ("token_ids", "logprobs"):
+        listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        inner = kind.value_type if listed else kind
+        fits = types.is_integer(inner) or (types.is_floating(inner) and name == "logprobs") or types.is_null(inner)
+        return None if listed and fits else f"lists of {'integers' if name == 'token_ids' else 'numbers'}"
+    return None if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) else "numbers"

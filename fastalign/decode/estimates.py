@@ -16,6 +16,7 @@ import numpy as np
 
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.decode.select import log_weights_of
 from fastalign.decode.worth import TRUSTED_ESS, Worth, words, worth
 
@@ -32,6 +33,11 @@ class Estimate(NamedTuple):
     n: int  # candidates of each
     worth: tuple[Worth, ...]  # K, what other numbers of candidates would be worth
 
+    def __repr__(self) -> str:
+        ess = f"effective sample size {self.ess.min():.1f} to {self.ess.max():.1f} of {self.n}"
+        over = f"{counted(self.lam.shape[1], 'value')} over {counted(self.prompts, 'prompt')}"
+        return f"Estimate: {len(self.lam):,} λ of {over}, {ess}"
+
     @property
     def doubt(self) -> str | None:
         """Where the candidates are too few to trust, in one line."""
@@ -39,7 +45,7 @@ class Estimate(NamedTuple):
             return None
         worst = int(self.ess.argmin())
         return (
-            f"at lam {np.round(self.lam[worst], 4).tolist()} the {self.n} candidates of a prompt are worth "
+            f"at λ {np.round(self.lam[worst], 4).tolist()} the {self.n} candidates of a prompt are worth "
             f"{self.ess[worst]:.1f}: too few to trust the ideal's values; {TRUSTED_ESS:.0f} need "
             f"{words(*self.worth[worst].needed())}"
         )
@@ -112,6 +118,9 @@ class BestOfCurve(NamedTuple):
     values: np.ndarray  # (K, m) mean rewards of the best of k by λ
     stderr: np.ndarray  # (K, m) over prompts
     kl: np.ndarray  # (K,) its bound
+
+    def __repr__(self) -> str:
+        return f"BestOfCurve: {counted(self.values.shape[1], 'value')} at k = {', '.join(map(str, self.k))}"
 
 
 def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> BestOfCurve:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
@@ -51,6 +52,10 @@ class Particles:
     candidates: Candidates
     resampled: np.ndarray
     tokens: int
+
+    def __repr__(self) -> str:
+        worth = f"effective sample size {self.effective_sample_size.mean():.1f} of {self.candidates.n}"
+        return f"Particles: {counted(len(self.texts), 'text')}, {worth}, {counted(self.tokens, 'token')}"
 
     @property
     def log_z(self) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign._base.units import parse_bytes
+from fastalign._base.units import counted, parse_bytes
 from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import check_prompts, told
 from fastalign.decode.best_of import prepared
@@ -45,6 +45,10 @@ class Rejection:
     candidates: Candidates
     complete: np.ndarray
     tokens: int
+
+    def __repr__(self) -> str:
+        drawn = f"{counted(self.candidates.n, 'candidate')} each, {self.complete.mean():.0%} to their end"
+        return f"Rejection: {counted(len(self.texts), 'text')} of {drawn}, {counted(self.tokens, 'token')}"
 
 
 def speculative_rejection(

@@ -56,5 +56,5 @@ def log_weights_of(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         scores = rewards @ lam
     if not np.isfinite(scores).all():
-        raise UserError(f"lam must leave lambda . R finite, got {lam.tolist()}")
+        raise UserError(f"lam must leave λ·R finite, got {lam.tolist()}")
     return scores

@@ -53,6 +53,9 @@ class Worth(NamedTuple):
     low: np.ndarray | None  # (L,)
     low_error: np.ndarray | None  # (L,)
 
+    def __repr__(self) -> str:
+        return f"Worth: {self.tell(self.candidates)}"
+
     def at(self, n: float, *, prompts: int | None = None, level: float = 0.95) -> tuple[float | None, float]:
         """The interval (low, high) of what n candidates each of `prompts` other prompts are worth; default as many as
         here."""
@@ -67,6 +70,13 @@ class Worth(NamedTuple):
         """(fewest, most) candidates a prompt for `ess` effective ones; None: more than can be told."""
         low, high = self._ends(prompts, 0.95)
         return self._reaches(high, ess) or int(self.n[-1]), None if low is None else self._reaches(low, ess)
+
+    def more(self, n: int) -> str | None:
+        """The command that adds to n candidates a prompt what they lack of `needed`; None where they lack none, or too
+        many."""
+        fewest, most = self.needed()
+        lacking = (most or fewest) - n
+        return f"fastalign sample --more {lacking} --out CANDIDATES" if 0 < lacking <= 10**6 else None
 
     def tell(self, n: int, *, prompts: int | None = None) -> str:
         """Both in one line: what n are worth, and how many are needed."""
@@ -87,7 +97,7 @@ class Worth(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         def plain(row: np.ndarray | None) -> list[float] | None:
-            return None if row is None else [round(float(x), 6) for x in row]
+            return None if row is None else [round(float(x), 9) for x in row]
 
         return {
             "prompts": self.prompts,
@@ -138,7 +148,8 @@ class Worth(NamedTuple):
         if i == 0:
             return int(self.n[0])
         x, y = np.log(self.n[i - 1 : i + 1]), end[i - 1 : i + 1]
-        return math.ceil(math.exp(x[0] + (x[1] - x[0]) * (goal - y[0]) / (y[1] - y[0])) - 1e-6)
+        reached = math.exp(x[0] + (x[1] - x[0]) * (goal - y[0]) / (y[1] - y[0]))
+        return math.ceil(reached * (1 - 2e-6))  # files have the logs rounded
 
 
 def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:

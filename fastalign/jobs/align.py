@@ -23,13 +23,13 @@ from fastalign._base.files import check_target, read_json, write_json
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.data import palettes
 from fastalign.data.conversations import transcript
-from fastalign.data.sampling import KNOBS, check, check_knobs, check_ray
+from fastalign.data.sampling import KNOBS, check, check_knobs, check_more, check_ray
 from fastalign.decode.candidates import Candidates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastalign.decode import Estimate
+    from fastalign.decode import Estimate, Worth
     from fastalign.decode.samplers.base import SamplingOptions
     from fastalign.report import Report
 
@@ -161,22 +161,23 @@ def sample_more(
     batch_size: int | None = None,
     memory_limit: int | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     show_progress: bool = False,
 ) -> Candidates:
     """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run
     with so many from the first would have drawn (to the rounding of the model's arithmetic).
 
-    After an interruption the same call goes on. Raises UserError, one line: the file is another kind's, or its model
+    After an interruption the same call goes on. overwrite: drop what an interrupted run of another kind left in
+    `<out>.parts`; the file's own candidates stay. Raises UserError, one line: the file is another kind's, or its model
     has changed.
     """
     out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
-    if more < 1:
-        raise UserError(f"more must be at least 1, got {more}")
+    check_more(more)
     check_knobs(knobs)
     check_loading("auto", device)
     whole = Candidates.from_parquet(out, kind="candidates")
     had = whole.settings.get("sampling")
-    if had is None:
+    if had is None or not {"model", "model_content", "n", "dtype", "max_new_tokens", "seed"} <= had.keys():
         raise UserError(f"{out}: says nothing of how it was sampled, so no more can be added")
     if fingerprint.of_model(had["model"]) != had["model_content"]:
         raise UserError(f"{out} was made with another model at {had['model']}, whose files have changed since")
@@ -188,7 +189,9 @@ def sample_more(
     def draw(parts: WorkFolder, finished: set[int]) -> None:
         _keep(parts, model.sampler.iter_batches(whole.prompts, skip=finished, show_progress=show_progress, **job))
 
-    with _parts(out, {**had, "more": more}, overwrite=False, resume=resume) as parts:
+    with _parts(out, {**had, "more": more}, overwrite=overwrite, resume=resume) as parts:
+        if outputs.recorded(out, "sampling") != had:
+            raise UserError(f"{out}: another run has written it since this one began: add to it again")
         added = Candidates.concat(_drawn(parts, len(whole.prompts), "candidates", draw))
         both = whole.joined(added)
         both.settings = {**whole.settings, "n": had["n"] + more, "sampling": {**had, "n": had["n"] + more}}
@@ -200,7 +203,6 @@ def sample_more(
 def _held(out: str | Path) -> Iterator[WorkFolder]:
     """`<out>.parts`, held against another run that writes `out`."""
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(out.name + ".parts"), writes=out, keeps="batches") as parts:
         yield parts
 
@@ -305,7 +307,7 @@ def solve_palette(
     from fastalign.palette.quantile import check_quantile
 
     if (palette is None) == (quantile is None):
-        raise UserError("give either a palette or a quantile")
+        raise UserError("give either palette or quantile")
     if quantile is not None:
         check_quantile("quantile", quantile)
     settings = {
@@ -392,6 +394,7 @@ def select(
 
     whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
     solution = palettes.read(palette, "lambda")
+    palettes.check_carried(palette, solution, whole.rewards)
     grid, lam = whole.reward_array(solution["values"]), np.array(solution["lambda"])
     if whole.log_weights is not None and method != "best":
         grid, lam = _weights_of(scored, whole, solution)[..., None], np.ones(1)
@@ -419,15 +422,21 @@ def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -
     return whole.log_weights
 
 
+def worth_of(solution: Mapping[str, Any], where: str = "worth") -> Worth | None:
+    """What a palette file's content says of numbers of candidates, where it says so."""
+    from fastalign.decode import Worth
+
+    return None if solution.get("worth") is None else Worth.from_json(solution["worth"], where)
+
+
 def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
     """What n candidates of each of `prompts` prompts will be worth by a palette file, and how many it needs, in one
     line."""
-    from fastalign.decode import Worth, needed
+    from fastalign.decode import needed
     from fastalign.decode.worth import TRUSTED_ESS
 
     solution = palettes.read(palette, "kl")
-    if solution.get("worth") is not None:
-        worth = Worth.from_json(solution["worth"], f"{palette}: worth")
+    if (worth := worth_of(solution, f"{palette}: worth")) is not None:
         return f"{palette}: {worth.tell(n, prompts=prompts)}"
     if solution.get("dual") == "joint":  # its KL is of the prompts too
         return f"{palette}: does not say how many candidates it needs; run `fastalign map` again"
@@ -571,6 +580,7 @@ def evaluate(
     whole = Candidates.from_parquet(scored, kind="scored")
     picked = Candidates.from_parquet(selected, kind="selected")
     solution = palettes.read(palette, "palette", "lambda", "levels", "kl", "ess", "feasible")
+    palettes.check_carried(palette, solution, whole.rewards)
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
     found = report.build(

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastalign._base.files import read_json, write_json
+from fastalign._base.files import check_folder, read_json, write_json
+from fastalign._base.numbers import number
 from fastalign.data import prompts
 from fastalign.jobs import align as pipeline
 
@@ -26,8 +27,8 @@ QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, console: Console) -> None:
     """Sample, score, solve, select, report into `out`; prints the report and where everything lies."""
     size = QUICK if quick else FULL
-    out.mkdir(parents=True, exist_ok=True)
-    seconds = read_json(out / "seconds.json") if (out / "seconds.json").is_file() and not overwrite else {}
+    check_folder(out)
+    seconds = _seconds(out / "seconds.json") if not overwrite else {}
 
     @contextmanager
     def step(name: str, says: str):
@@ -35,7 +36,7 @@ def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, con
         began = time.perf_counter()
         yield
         seconds[name] = max(seconds.get(name, 0.0), round(time.perf_counter() - began, 2))
-        write_json(out / "seconds.json", seconds)
+        write_json(out / "seconds.json", {"kind": "seconds", **seconds})
 
     files = {name: out / name for name in ("candidates.parquet", "scored.parquet", "palette.json", "selected.parquet")}
     candidates, scored, palette, selected = files.values()
@@ -74,3 +75,11 @@ def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, con
         f"\n{tokens:,} tokens in {seconds['sample']:.0f} s, {total:.0f} s in all. Look at "
         f"[bold]{out / 'report.html'}[/bold]"
     )
+
+
+def _seconds(path: Path) -> dict[str, float]:
+    """What each step took when it was done."""
+    if not path.exists():
+        return {}
+    found = read_json(path, kind="seconds")
+    return {name: number(f"{path}: {name}", taken) for name, taken in found.items() if name != "kind"}

@@ -10,8 +10,9 @@ from typing import Any
 
 from fastalign._base import progress
 from fastalign._base.errors import UserError
-from fastalign._base.files import write_json
+from fastalign._base.files import check_target, write_json
 from fastalign._base.numbers import number
+from fastalign._base.work_folder import sha256
 from fastalign.data import palettes, preferences
 from fastalign.data.preferences import PreferencePairs
 from fastalign.jobs import pairs
@@ -38,15 +39,21 @@ def read_pairs(
     kind = _parquet_kind(data)
     if kind in ("candidates", "selected"):
         raise UserError(f"{data}: must hold pairs or be a fastalign scored file, got kind {kind!r}")
+    runs.check_counts(pairs_per_prompt=pairs_per_prompt)
     if lam is not None and palette is not None:
-        raise UserError("give either lam or a palette")
+        raise UserError("give either lam or palette")
     by_values = values is not None and kind == "scored"
     if by_values and (lam is not None or palette is not None):
-        raise UserError("give values, a head for each, or lam or a palette, for one head, got both")
+        raise UserError("give values, a head for each, or lam or palette, for one head, not both")
     if kind != "scored":
         if lam is not None or palette is not None:
             raise UserError(f"{data}: lam and palette make pairs of a scored file, this holds pairs")
-        return preferences.load(data)
+        found = preferences.load(data)
+        lacking = [name for name in values or () if not any(name in row for row in found)]
+        if lacking and not any("value" in row for row in found):
+            rule = f"must have a column 'value', or one for each of {', '.join(values)}"
+            raise UserError(f"{data}: {rule}, lacks {', '.join(lacking)}")
+        return found
     if palette is not None:
         found = palettes.read(palette, "lambda")
         lam = dict(zip(found["values"], found["lambda"], strict=True))
@@ -189,6 +196,11 @@ def train_reward(
         raise UserError(f"held_out must be at least 0 and below 1, got {held_out}")
     if report is not None and not held_out:
         raise UserError("report needs pairs that are held out, got held_out 0")
+    from fastalign.report.reward import written
+
+    pages = [] if report is None else written(report)
+    for page in pages:
+        check_target(page)
     settings = {
         "command": "reward", "model": model, "pairs": runs.rows_hash(pairs), "values": values, "held_out": held_out,
         "learning_rate": learning_rate, "batch_size": batch_size,
@@ -197,12 +209,13 @@ def train_reward(
     }  # fmt: skip
     adapters = runs.lora(lora_r, "SEQ_CLS")
     run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
-    if report is not None and run.result is not None:
-        raise UserError(f"report is written when a run ends, and that in {out} has ended: --overwrite trains again")
-    if report is not None and Path(report).exists() and not overwrite:
-        raise UserError(f"{report}: exists; --overwrite replaces it")
     if run.result is not None:
+        if pages and run.result.get("report") != _digests(pages):
+            raise UserError(f"report is written when a run ends, and that in {out} has ended: --overwrite trains again")
         return run.result
+    for page in pages:
+        if page.exists() and not overwrite:
+            raise UserError(f"{page}: exists; --overwrite replaces it")
     with runs.quiet(), run:
         from fastalign.train import RewardConfig, RewardTrainer
 
@@ -227,15 +240,16 @@ def train_reward(
             )
         trainer, speed = _train(run, "reward", make, ("loss", "accuracy"), show_progress)
         more: dict[str, Any] = {}
-        if test is not None:
-            measured = trainer.report(test.to_dataset(), settings=settings)
+        measured = None if test is None else trainer.report(test.to_dataset(), settings=settings)
+        runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
+        if measured is not None:
             heads = measured.to_json()["values"]
             more["held_out"] = [{k: v for k, v in head.items() if k != "reliability"} for head in heads]
             if runs.is_main():
                 write_json(run.out / "report.json", measured.to_json())
                 if report is not None:
                     measured.write(report)
-        runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
+                    more["report"] = _digests(pages)
     names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
     return _finish(run, trainer, pairs, len(train), speed, names, more)
 
@@ -348,6 +362,10 @@ def _tokenizer(model: str):
     folder = resolve(model)
     with one_line_errors(model):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _digests(pages: Sequence[Path]) -> dict[str, str]:
+    return {page.name: sha256(page) for page in pages if page.is_file()}
 
 
 def _parquet_kind(data: str | os.PathLike[str]) -> str | None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write, check_folder, read_json, write_json
+from fastalign._base.files import atomic_write, check_folder, read_json, write_error, write_json
 
 if TYPE_CHECKING:
     from fastalign.jobs.stopping import Stopping
@@ -112,8 +112,13 @@ class Run:
             where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
             error.args = (f"{self.out}: stopped{where}",)
         self._release()
-        if kind is None or kept or not is_main():
-            return
+        if not (kind is None or kept or not is_main()):
+            self._clear()
+        if error is not None and (failed := write_error(error, self.out)) is not None:
+            raise failed from error
+
+    def _clear(self) -> None:
+        """Of a run that made no checkpoint."""
         if self._settings_in(self.previous) is not None:
             self._restore()
         if not self._new:

@@ -44,6 +44,8 @@ def study(
     in `out`.
 
     The arguments are those of `walk`. The verdict holds what was measured, not what was chosen by, against the palette.
+    What was chosen for a palette in `out` stays where none is given; for another palette it is refused, unless it is
+    to be overwritten.
     """
     from fastalign.report import figures as plots
 
@@ -51,10 +53,14 @@ def study(
     settings |= {"device": device, "progress": progress, **sampling}
     first = Walk(models, rho, prompts, rewards, seed=seed, **settings)
     with making(out, [*models, base], first.job, overwrite=overwrite) as files:
-        record = Path(out) / RECORD
-        files.check(RECORD, ours=_is_front(record))
-        for name in FIGURES:
-            files.check(name, ours=_is_front(record))
+        had = None if overwrite else _had(Path(out) / RECORD)
+        ours = had is not None or not (Path(out) / RECORD).exists()
+        for name in (RECORD, *FIGURES):
+            files.check(name, ours=ours)
+        if had is not None and had.chosen:
+            before = _levels(had.chosen["palette"])
+            palette = before if palette is None else palette
+            files.check(RECORD, ours=np.array_equal(palette, before))
         found, marks = first.into(files), {}
         if palette is not None:
             choice = choose(found, palette)
@@ -76,11 +82,15 @@ def study(
     return found
 
 
-def _is_front(path: Path) -> bool:
+def _had(path: Path) -> SoupFront | None:
     try:
-        return not path.exists() or bool(SoupFront.read(path))
+        return SoupFront.read(path)
     except (UserError, OSError):
-        return False
+        return None
+
+
+def _levels(row: Sequence[float | None]) -> np.ndarray:
+    return np.array([-np.inf if level is None else float(level) for level in row])
 
 
 def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: SoupFront) -> dict[str, Any]:
@@ -117,10 +127,8 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
 def read_palette(path: str | os.PathLike[str], values: Sequence[str]) -> np.ndarray:
     """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
     found = palettes.read(path, "palette", "sense")
-    lacking = [name for name in found["values"] if name not in values]
-    if lacking:
-        raise UserError(f"{path}: asks for {lacking[0]}, the rewards are {', '.join(values)}")
+    palettes.check_carried(path, found, values)
     if set(found["sense"]) != {">="}:
         raise UserError(f"{path}: must ask for at least its levels in every value, got {', '.join(found['sense'])}")
     asked = dict(zip(found["values"], found["palette"], strict=True))
-    return np.array([-np.inf if asked.get(name) is None else float(asked[name]) for name in values])
+    return _levels([asked.get(name) for name in values])

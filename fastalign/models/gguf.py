@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
+from fastalign._base.files import atomic_write, check_input
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 
 # value types of the metadata: fixed sizes in bytes; 8 is a string and 9 an array
@@ -36,8 +36,7 @@ def check(path: str | Path) -> None:
     Raises FileNotFoundError or UserError (one line): absent, not GGUF, truncated or inconsistent.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_input(path)
     with path.open("rb") as file:
         try:
             _Header(file, path.stat().st_size).check()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.palette.feasibility import INWARD
 from fastalign.palette.inputs import Array, Rewards, Sense, as_palettes, as_sign
 from fastalign.palette.passes import Pass
@@ -35,6 +36,10 @@ class Policies(NamedTuple):
     kl: np.ndarray  # (K,) KL(p_λ ‖ p0), nats
     ess: np.ndarray  # (K,) effective sample size; with groups each group's, in the mean
 
+    def __repr__(self) -> str:
+        count, m = self.lam.shape
+        return f"Policies: {count:,} λ of {counted(m, 'value')}, KL {self.kl.min():.3f} to {self.kl.max():.3f} nats"
+
 
 class Region(NamedTuple):
     """Random λ and what they realise."""
@@ -42,6 +47,9 @@ class Region(NamedTuple):
     policies: Policies
     desirable: np.ndarray  # (K,) bool: every level at least its mean under p0
     mean: np.ndarray  # (m,)
+
+    def __repr__(self) -> str:
+        return f"Region: {len(self.desirable):,} λ, {self.desirable.mean():.1%} of them leave no value below its mean"
 
 
 class Way(NamedTuple):
@@ -52,6 +60,10 @@ class Way(NamedTuple):
     palettes: np.ndarray  # (T, m) mean + t (palette − mean)
     policies: Policies  # the least KL that reaches each
     limit: float  # the largest t that can be reached; 1 where the palette itself can
+
+    def __repr__(self) -> str:
+        steps = f"{counted(len(self.t), 'step')} to a palette of {counted(len(self.palette), 'value')}"
+        return f"Way: {steps}, {self.limit:.1%} can be reached"
 
 
 class Tilts:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastalign._base.lazy import pandas
 from fastalign._base.units import counted
 from fastalign.palette.inputs import Array, Rewards, Sense
 from fastalign.palette.problem import Problem
@@ -96,6 +97,22 @@ class PaletteSolution:
         ]
         return f"<p>{html.escape(self._verdict())}</p><table>{''.join(cells)}</table>"
 
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame: a row for each value, or for each palette where there are many. Raises UserError where
+        pandas is not installed."""
+        pd = pandas()
+        if np.ndim(self.lam) == 2:
+            rows = {f"λ {name}": np.asarray(self.lam)[:, j] for j, name in enumerate(self._names())}
+            return pd.DataFrame({**rows, "KL": self.kl, "feasible": self.feasible})
+        return pd.DataFrame(self._columns(), index=list(self._names()))
+
+    def _names(self) -> tuple[str, ...]:
+        return self.values or tuple(map(str, range(np.shape(self.lam)[-1])))
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        columns = {"λ": self.lam, "asked for": self.palette, "reached": self.levels, "nearest": self.nearest}
+        return {name: column for name, column in columns.items() if column is not None}
+
     def _verdict(self) -> str:
         if np.ndim(self.lam) == 2:
             palettes, values = np.shape(self.lam)
@@ -109,12 +126,11 @@ class PaletteSolution:
 
     def _table(self) -> list[list[str]]:
         """A header and a row for each value; of many palettes, for each of the first ten."""
-        lam, names = np.asarray(self.lam), self.values or tuple(map(str, range(np.shape(self.lam)[-1])))
+        lam, names = np.asarray(self.lam), self._names()
         if lam.ndim == 2:
             rows = [[str(k), *(f"{x:.4g}" for x in row), f"{self.kl[k]:.3f}"] for k, row in enumerate(lam[:10])]
             return [["", *(f"λ {name}" for name in names), "KL"], *rows]
-        columns = {"λ": lam, "asked for": self.palette, "reached": self.levels, "nearest": self.nearest}
-        columns = {name: column for name, column in columns.items() if column is not None}
+        columns = self._columns()
         return [
             ["", *columns],
             *([name, *(f"{column[j]:.4g}" for column in columns.values())] for j, name in enumerate(names)),

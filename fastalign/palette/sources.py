@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.files import check_input
 
 CHUNK_ROWS = 1 << 18
 SAMPLE_ROWS = 1 << 17  # kept in memory, to start from
@@ -57,8 +58,7 @@ class ParquetRewards:
         self.columns: list[str] = [*self.values, *(name for name in (groups, weights) if name is not None)]
         wide = False
         for file in paths:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such file")
+            check_input(file)
             with _readable(file):
                 known, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
             for name in self.columns:

@@ -76,19 +76,16 @@ class RewardReport:
     def write(self, path: str | Path) -> None:
         """Write the page, one self-contained .html, or the two figures as one .png or .svg each
         (<stem>-<name>.<suffix>)."""
-        path = Path(path)
-        suffix = path.suffix.lower()
-        if suffix == ".html":
+        files = written(path)
+        if len(files) == 1:
             text = self._page()
-            with atomic_write(path) as beside:
+            with atomic_write(files[0]) as beside:
                 beside.write_text(text, encoding="utf-8")
-        elif suffix in (".png", ".svg"):
-            from fastalign.report import figures as plots
+            return
+        from fastalign.report import figures as plots
 
-            for name, figure in self.figures().items():
-                plots.save(figure, path.with_name(f"{path.stem}-{name}{path.suffix}"))
-        else:
-            raise UserError(f"a reward report's path must end in .html, .png or .svg, got {str(path)!r}")
+        for file, figure in zip(files, self.figures().values(), strict=True):
+            plots.save(figure, file)
 
     def _page(self) -> str:
         from fastalign.report import html, page
@@ -126,6 +123,16 @@ class RewardReport:
             f"<h2>Settings</h2>\n<table class='settings'><tbody>{settings}</tbody></table>",
         ]
         return page.document(title, body, self.to_json())
+
+
+def written(path: str | Path) -> list[Path]:
+    """The files that `RewardReport.write` writes. Raises UserError where it can write none of that kind."""
+    path = Path(path)
+    if path.suffix.lower() == ".html":
+        return [path]
+    if path.suffix.lower() in (".png", ".svg"):
+        return [path.with_name(f"{path.stem}-{name}{path.suffix}") for name in ("scores", "reliability")]
+    raise UserError(f"report must end in .html, .png or .svg, got {str(path)!r}")
 
 
 def build(

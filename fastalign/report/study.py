@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, best_of_n_kl
 from fastalign.palette.front import Policies, Region, Tilts, Way, front_of, palette_path, region_of, spread_directions
 from fastalign.palette.pareto import hypervolume
@@ -41,6 +42,11 @@ class Study:
     duals: dict[str, tuple[Dual, Dual]]  # both forms at each of the palettes; none of a single prompt
     soups: np.ndarray | None  # (S, m)
     soup_names: list[str]  # S
+
+    def __repr__(self) -> str:
+        drawn = f"{counted(self.rewards.shape[0], 'prompt')} × {self.rewards.shape[1]}"
+        marked = f"{counted(len(self.palettes), 'palette')}, {counted(len(self.soup_names), 'soup')}"
+        return f"Study: {', '.join(self.values)} of {drawn}, {marked}"
 
     @cached_property
     def _tilts(self) -> Tilts:

@@ -137,6 +137,9 @@ def check_names(names: Sequence[str | Reward]) -> None:
     for name in names:
         if isinstance(name, str) and _OLD_NAMES.get(name, name) not in _entries:
             raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
+    strings = [name for name in names if isinstance(name, str)]
+    if len({*strings}) < len(strings):
+        raise UserError(f"rewards must be different, got {', '.join(strings)}")
 
 
 def get(name: str, **options: Any) -> Reward:

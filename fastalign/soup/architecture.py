@@ -89,12 +89,13 @@ _FREE = {
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens: bool = True) -> list[str]:
+def same_model(checkpoints: Sequence[Checkpoint], *, force: bool | None = None, tokens: bool = True) -> list[str]:
     """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
 
-    force: let configurations and tokenizers differ; tensors never may. tokens: whether vocabularies must be the same,
-    False where embeddings are brought to one. Raises UserError that names the first difference. Reads no weights but
-    those that are not floating-point, and those that one checkpoint stores twice and another once.
+    force: let configurations and tokenizers differ; tensors never may; None where who asks has no such option. tokens:
+    whether vocabularies must be the same, False where embeddings are brought to one. Raises UserError that names the
+    first difference. Reads no weights but those that are not floating-point, and those that one checkpoint stores
+    twice and another once.
     """
     models = models_of(checkpoints)
     first = models[0]
@@ -120,10 +121,11 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool = False, tokens
                 for key, value in config.items()
                 if key in LAYER_COUNTS or ("layer" in key and isinstance(value, list))
             }
+        way_out = "" if force is None else " (force=True takes the first model's)"
         for other, config in zip(models[1:], configs[1:], strict=True):
-            _same_config(first, configs[0], other, config, free)
+            _same_config(first, configs[0], other, config, free, way_out)
             if tokens:
-                _same_vocabulary(first, other)
+                _same_vocabulary(first, other, way_out)
     first = checkpoints[0]
     tied = all(config.get("tie_word_embeddings") for config in configs)
 
@@ -194,7 +196,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str]) -> None:
+def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str], way_out: str) -> None:
     """free: keys that may differ, beside those that always may."""
     if not mine or not theirs:  # a bare file says nothing
         return
@@ -205,11 +207,11 @@ def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict,
         if key in mine and key in theirs and mine[key] != theirs[key]:
             raise UserError(
                 f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
-                f"{json.dumps(theirs[key])} in {other.name} (force=True takes the first model's)"
+                f"{json.dumps(theirs[key])} in {other.name}{way_out}"
             )
 
 
-def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
+def _same_vocabulary(first: Checkpoint, other: Checkpoint, way_out: str) -> None:
     if first.folder is None or other.folder is None:
         return
     for file in ("tokenizer.json", *OLD_FILES):
@@ -223,7 +225,7 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
             detail = f": {what}" if file == "tokenizer.json" else ""
             raise UserError(
                 f"{file} must hold the same vocabulary in all models, differs between {first.name} and {other.name}"
-                f"{detail} (force=True takes the first model's)"
+                f"{detail}{way_out}"
             )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastalign._base.errors import UserError
+from fastalign._base.files import check_input
 
 if TYPE_CHECKING:
     import torch
@@ -166,8 +167,7 @@ def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
     if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise FileNotFoundError(f"{name}: no such file")
+        check_input(path)
         return _checkpoint(name, None, [read_header(path)])
     folder = path if path.is_dir() and any(path.glob("*.safetensors*")) else Path(_local(name))
     index = folder / INDEX

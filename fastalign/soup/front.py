@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
 from fastalign._base.files import read_json, write_json
+from fastalign._base.units import counted
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class SoupFront:
     std: np.ndarray  # (d,)
     candidates: int
     chosen: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        drawn = f"{counted(self.means.shape[1], 'prompt')} × {self.candidates}"
+        soups = f"{counted(len(self.rho), 'soup')} of {', '.join(self.models)}"
+        return f"SoupFront: {soups} by {', '.join(self.values)}, {drawn}"
 
     @property
     def levels(self) -> np.ndarray:
@@ -65,6 +71,8 @@ class SoupFront:
                 int(record["candidates"]),
                 record["chosen"],
             )
+            if made.chosen is not None and len(made.chosen["palette"]) != len(made.values):
+                raise ValueError("chosen for another number of values")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a whole soup_front file ({error})") from None
         if means.shape != (len(rho), means.shape[1], len(made.values)) or rho.shape[1] != len(made.models):

@@ -22,6 +22,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import check_folder
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
+from fastalign.soup.architecture import same_model
 from fastalign.soup.checkpoint import open_checkpoint
 from fastalign.soup.front import SoupFront
 from fastalign.soup.lora import apply as lora_merge
@@ -105,7 +106,6 @@ def making(
     check_folder(out)
     outputs.not_an_input(out, inputs, folder=True)
     out = Path(os.path.realpath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out.with_name(f"{out.name}.parts"), writes=out, keeps="soups") as parts:
         if parts.whole() and parts.job != job and not overwrite:
             raise UserError(f"{parts.path}: holds an interrupted run of other soups or settings; --overwrite drops it")
@@ -187,7 +187,9 @@ class Walk:
             raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
         if base is None:
             linear_rows(self._rows, None)
-            identities = [identity_of(open_checkpoint(model)) for model in models]
+            checkpoints = [open_checkpoint(model) for model in models]
+            same_model(checkpoints)
+            identities = [identity_of(one) for one in checkpoints]
         else:
             opened = [open_adapter(model) for model in models]
             identities = [one.identity for one in opened]

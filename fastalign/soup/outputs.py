@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign import backend
 from fastalign._base.errors import UserError
-from fastalign._base.files import flushes, read_json, sync, write_json
+from fastalign._base.files import check_folder, flushes, read_json, sync, write_json
 from fastalign._base.outputs import not_an_input
+from fastalign._base.units import counted
 from fastalign._base.work_folder import WorkFolder, hold
 from fastalign.soup import stream
 from fastalign.soup.checkpoint import FLOATS, INDEX, SIZES, Shard, in_torch, index_of, read_bytes, unchanged
@@ -37,10 +38,9 @@ def already_made(plan: Plan, *, overwrite: bool = False) -> bool:
     merge that is to be overwritten, and where it is an input or in one."""
     not_an_input(plan.target, (one.folder for one in plan.sources))
     out = plan.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    check_folder(out)
+    if not out.exists() or not any(out.iterdir()):
         return False
-    if not out.is_dir():
-        raise UserError(f"{out}: must be a folder, this is a file")
     record = recorded(out)
     if record is None:
         raise UserError(f"{out}: exists, and no merge made it; choose another folder or remove it")
@@ -80,8 +80,8 @@ def chunk_of(plan: Plan) -> int:
     chunk = stream.chunk_for(plan.memory_limit, widths, threads)
     if chunk < 64:
         raise UserError(
-            f"memory_limit must be at least {size(64 * widths * threads)} for {len(plan.inputs)} inputs and "
-            f"{len(plan.weights)} outputs, got {size(plan.memory_limit)}"
+            f"memory_limit must be at least {size(64 * widths * threads)} for {counted(len(plan.inputs), 'input')} and "
+            f"{counted(len(plan.weights), 'output')}, got {size(plan.memory_limit)}"
         )
     return chunk
 

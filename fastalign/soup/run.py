@@ -154,7 +154,6 @@ def _execute(plan: Plan, strict: bool, overwrite: bool, progress: bool) -> Merge
         seen.join((recorded(plan.target) or {}).get("not_finite") or {}, strict=strict)
         return Merged(plan.out, count, 0, 0, len(plan.layout), time.perf_counter() - began, seen.message())
     allow_open_files(count + sum(len(one.files) for one in plan.inputs))
-    plan.target.parent.mkdir(parents=True, exist_ok=True)
     with growing(plan) as outputs:
         outputs.check_space()
         if plan.embeddings and outputs.todo:

@@ -47,6 +47,11 @@ def given(tmp_path_factory):
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(told))
     (root / "prompts.txt").write_text("hello\nthe cat\nwho\nwhy")
     pairs = [{"prompt": f"the {word}", "chosen": " very good", "rejected": " bad"} for word in WORDS]
+    (root / "palettes").mkdir()
+    (root / "palettes" / "p.json").write_text(
+        json.dumps({"kind": "palette", "version": 1, "values": ["x"], "lambda": [1]})
+    )
+    (root / "messages.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}')
     (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     texts = [[f"the {word} {i}" for word in WORDS] for i in range(6)]
     empty = [[[] for _ in row] for row in texts]
@@ -233,7 +238,7 @@ def test_and_so_in_python(given, lam):
          "--values must be names, comma-separated, at least one, got ','"),
         (
             f"{REWARD} --data scored.parquet --values length --lam 1,1",
-            "give values, a head for each, or lam or a palette, for one head, got both",
+            "give --values, a head for each, or --lam or --palette, for one head, not both",
         ),
         (
             "soup model model --weights 0.5,0.2",
@@ -259,6 +264,57 @@ def test_and_so_in_python(given, lam):
         ("pareto scored.parquet --quantile 0.5,2", "--quantile must lie between 0 and 1, got 2.0"),
         ("pareto scored.parquet --lambdas 0", "--lambdas must be at least 1, got 0"),
         ("soup model model --weights 0.5,,0.5", "--weights must be numbers, comma-separated, got '0.5,,0.5'"),
+        ("soup model model --weights nan,1", "--weights must be finite numbers, got [nan, 1.0]"),
+        ("soup model --extract --base model", "give --rank, or --energy, the share of the difference to keep"),
+        (
+            "soup --recipe palettes/p.json",
+            "palettes/p.json: a recipe may have 'base', 'chat_template', 'companion', 'dtype', 'force', 'grid', "
+            "'max_shard_size', 'memory_limit', 'method', 'models', 'normalize', 'pad_to_multiple_of', 'parameters', "
+            "'tokenizer', 'weights', got 'kind'",
+        ),
+        (
+            "soup-front model classifier --prompts prompts.txt --rewards diversity --grid 2",
+            'config.json: architectures must be the same in all models, is ["LlamaForCausalLM"] in model and '
+            '["LlamaForSequenceClassification"] in classifier',
+        ),
+        ("map scored.parquet", "give either --palette or --quantile"),
+        (
+            "map scored.parquet --quantile 0.5 --values nope",
+            "--values must be rewards that the candidates carry (length, short), one at least, got nope",
+        ),
+        (
+            "select scored.parquet --palette palettes/p.json",
+            "palettes/p.json: asks for x, the rewards are length, short",
+        ),
+        ("select scored.parquet --palette palettes", "palettes: must be a file, this is a folder"),
+        (f"{SAMPLE} {ON} -n {2**63}", f"-n must be an integer, in 1..2^63-1, got {2**63}"),
+        (
+            f"{SAMPLE} {ON} --chat-template-arg a=1 --no-chat",
+            "a is an argument of chat templates, and none is used here",
+        ),
+        (
+            "sample --prompts messages.jsonl -n 2 --model none/such/model --no-chat",
+            "prompt 0 is a conversation, which needs a chat template: --no-chat leaves it out",
+        ),
+        (
+            "sample --prompts scored.parquet --model none/such/model --column x",
+            "scored.parquet: must have a column 'x', got prompt_id, candidate_id, prompt, text, token_ids, logprobs, "
+            "reward:length, reward:short",
+        ),
+        ("score scored.parquet --rewards diversity,diversity", "--rewards must be different, got diversity, diversity"),
+        (f"{DPO} {ON} --pairs-per-prompt 0", "--pairs-per-prompt must be an integer, at least 1, got 0"),
+        (
+            "train dpo --data scored.parquet --lam 1,0 --palette palettes/p.json --model model",
+            "give either --lam or --palette",
+        ),
+        (f"{PPO} {ON} --values diversity", "give --lam, a weight for each value, or --palette"),
+        (f"{PPO} {ON} --lam 1", "give --values, the rewards to train on, or --lam by name"),
+        (
+            f"{REWARD} --data pairs.jsonl --values a,b",
+            "pairs.jsonl: must have a column 'value', or one for each of a, b, lacks a, b",
+        ),
+        (f"{REWARD} --data pairs.jsonl --report page.txt", "--report must end in .html, .png or .svg, got 'page.txt'"),
+        ("demo --seed -1", "--seed must be an integer, in 0..2^64-1, got -1"),
     ],
 )  # fmt: skip
 def test_in_the_command_line_s_words(refused, run, command, said):

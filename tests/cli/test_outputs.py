@@ -122,6 +122,30 @@ def test_an_input_is_never_the_output(name, by, work):
         assert contents(work) == before
 
 
+@every_command
+@pytest.mark.parametrize(
+    ("kind", "told"), [("folder", "this is a folder"), ("FIFO", "this is a FIFO"), ("", "no such")]
+)
+def test_what_is_no_file_is_no_input(name, kind, told, work):
+    for i, word in enumerate(inputs_of(name)):
+        if Path(word).is_dir():
+            continue
+        odd = Path(f"odd{i}").with_suffix(Path(word).suffix)
+        if kind:
+            {"folder": os.mkdir, "FIFO": os.mkfifo}[kind](odd)
+        asked = [odd if argument == word else argument for argument in argued(name, "--out", "out")]
+        line = refused(*asked)
+        assert line.startswith(f"fastalign: {odd}: ") and told in line
+        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "model0" in COMMANDS[name][0]])
+def test_what_is_refused_after_the_model_was_looked_at_leaves_no_folder(name, work):
+    Path("model0/model.safetensors").write_bytes(b"no weights")
+    refused(*argued(name, "--out", "new/folder/out"))
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize("name", [name for name in FOLDERS if name != "pareto"])
 def test_a_folder_among_whose_files_an_input_is_is_never_the_output(name, work):
     before = contents(work)
@@ -243,11 +267,47 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(name, work, monkeypatch
     assert fastalign(*argued(name, "--out", "out"))[0] == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @every_command
-def test_a_folder_that_may_not_be_written(name, work):
+def test_a_folder_that_may_not_be_written(name, work, monkeypatch):
+    """Told before a model is loaded."""
     Path("locked").mkdir(mode=0o555)
-    assert "Permission denied" in refused(*argued(name, "--out", "locked/out"))
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    monkeypatch.setattr("fastalign.models.loading.load_causal_lm", lambda *_, **__: pytest.fail("loaded"))
+    for out in ("locked/out", "locked/new/out", "prompts.txt/out"):
+        line = refused(*argued(name, "--out", out))
+        assert f"{out}: cannot be written, " in line and line.endswith((" is read-only\n", " is no folder\n"))
+
+
+@pytest.mark.parametrize("option", ["eval --html", "eval --figures", "map --plot", "train reward --report"])
+def test_and_so_of_what_is_written_beside_it(option, work, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    Path("locked").mkdir()
+    name, _, option = option.rpartition(" ")
+    line = refused(
+        *argued(name, "--held-out", 0.5) if "reward" in name else argued(name), option, "locked/it.html", "--out", "out"
+    )
+    assert line.startswith("fastalign: locked/it.html: cannot be written, ") and not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["train dpo", "train reward", "train ppo"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        "[enforce fail at inline_container.cc:672]",
+    ],
+)
+def test_a_disk_that_is_full_while_a_model_is_saved_is_one_line(name, error, work, monkeypatch):
+    def full(*arguments, **options):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    code, _, err = fastalign(*argued(name, "--out", "out"))
+    line = err.splitlines()[-1]
+    assert code == 1 and line.startswith("fastalign: out: "), err
+    assert line.endswith(("No space left on device", "cannot be written; the disk may be full"))
 
 
 @pytest.mark.parametrize("name", ["map", "eval", "eval --lam-grid diversity=0:1:3"])
@@ -395,3 +455,48 @@ def test_a_hard_link_of_an_input_s_file_is_no_output(work):
     assert "weights: is model0/model.safetensors, of an input" in refused(
         *argued("sample", "--out", "weights", "--overwrite")
     )
+
+
+def test_an_interrupted_overwriting_leaves_the_old_output_and_mixes_nothing(work, monkeypatch):
+    def texts():
+        return Candidates.from_parquet("out").texts
+
+    small = ["--batch-size", 2]
+    old, new = argued("sample", "--out", "out", *small), argued("sample", "--seed", 1, "--out", "out", *small)
+    assert fastalign(*old)[0] == 0 and fastalign(*argued("sample", "--seed", 1, "--out", "other"))[0] == 0
+    before, other = texts(), Candidates.from_parquet("other").texts
+    write, written = Candidates.to_parquet, []
+
+    def interrupted(self, path):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return write(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Candidates, "to_parquet", interrupted)
+        assert fastalign(*new, "--overwrite")[0] == 130
+    assert texts() == before and len(list(Path("out.parts").glob("*.parquet"))) == 2
+    code, _, err = fastalign(*old)
+    assert code == 0 and "there already" in err and texts() == before
+    assert "out was made with seed=0, this run asks for 1" in refused(*new)
+    assert "out.parts was made with seed=1, this run asks for 0" in refused("sample", "--more", 1, "--out", "out")
+    code, _, err = fastalign(*new, "--overwrite")
+    assert code == 0 and "going on from the 2 batches" in err
+    assert texts() == other and not Path("out.parts").exists()
+
+
+def test_more_drops_what_another_run_left_unfinished_only_when_told(work, monkeypatch):
+    assert fastalign(*argued("sample", "--out", "out"))[0] == 0
+    before = Candidates.from_parquet("out").texts
+    with monkeypatch.context() as patch:
+        write = Candidates.to_parquet
+        patch.setattr(
+            Candidates, "to_parquet", lambda self, path: write(self, path) if "out.parts" in str(path) else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            fastalign("sample", "--more", 1, "--out", "out")
+    assert "was made with more=1, this run asks for 2" in refused("sample", "--more", 2, "--out", "out")
+    assert fastalign("sample", "--more", 2, "--out", "out", "--overwrite")[0] == 0
+    assert [row[:2] for row in Candidates.from_parquet("out").texts] == before
+    assert Candidates.from_parquet("out").n == 4 and not Path("out.parts").exists()

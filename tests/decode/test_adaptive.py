@@ -22,7 +22,7 @@ def sampler():
     return Sampler(tiny_causal_lm(tokenizer), tokenizer)
 
 
-@pytest.mark.filterwarnings("ignore:at lam")
+@pytest.mark.filterwarnings("ignore:at λ")
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("method", ["resample", "best"])
 def test_each_prompt_stops_at_the_first_round_that_suffices(sampler, method, shares, monkeypatch):
@@ -66,7 +66,7 @@ def test_a_harder_tilt_takes_more_and_max_n_ends_it(sampler):
     assert not hard.enough.all() and (hard.counts[~hard.enough] == 32).all()
 
 
-@pytest.mark.filterwarnings("ignore:at lam")
+@pytest.mark.filterwarnings("ignore:at λ")
 def test_a_pilot_foretells_the_exact_number():
     sampler = enumerable.sampler()
     sequences, p0 = enumerable.law(sampler.model)

@@ -1,5 +1,6 @@
 """Candidates: what is written is what is read, for each kind of file; order, parts, picks and broken files."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -153,7 +154,7 @@ def test_shapes_are_checked():
         Candidates(["a"], [["x", "y"]], [[[], []]], [[[], []]], rewards={"r": [1, 2]})
     with pytest.raises(UserError, match=r"values must have shape \(12, 1\)"):
         make().with_rewards(["r"], np.zeros((3, 4)))
-    with pytest.raises(UserError, match=r"rewards asked for: b; the candidates carry: a"):
+    with pytest.raises(UserError, match=r"values must be rewards that the candidates carry \(a\), one at least, got b"):
         make(rewards=("a",)).reward_array(["a", "b"])
     with pytest.raises(UserError, match="run `fastalign score` first"):
         make().reward_array()
@@ -289,3 +290,58 @@ def test_prompt_ids_are_those_written_however_large(tmp_path):
     one = Candidates(["p"], [["a"]], [[[1]]], [[[-1.0]]], prompt_ids=np.array([2**31 + 5]))
     one.to_parquet(tmp_path / "c.parquet")
     assert Candidates.from_parquet(tmp_path / "c.parquet").prompt_ids.tolist() == [2**31 + 5]
+
+
+ODD = {
+    "texts": ["x"],
+    "integers": [7],
+    "numbers": [0.5],
+    "bytes": [b"\xff"],
+    "objects": [{"a": 1}],
+    "lists": [[0.5]],
+    "lists with nulls": [[1, None]],
+    "nulls": [None],
+}
+FITS = {
+    "prompt_id": "integers", "candidate_id": "integers", "draw": "integers", "prompt": "texts", "text": "texts",
+    "token_ids": "", "logprobs": "lists", "log_weight": "numbers integers", "reward:a": "numbers integers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", FITS)
+@pytest.mark.parametrize("odd", ODD)
+def test_a_column_of_another_type_is_one_line(tmp_path, column, odd):
+
+    whole = make(rewards=("a",))
+    if column == "draw":
+        whole = whole.take(np.zeros((len(whole.prompts), 1), dtype=int))
+    elif column == "log_weight":
+        whole = replace(whole, log_weights=np.zeros((len(whole.prompts), whole.n)))
+    path = tmp_path / "c.parquet"
+    whole.to_parquet(path)
+    table = pq.read_table(path)
+    values = pa.array(ODD[odd] * len(table))
+    pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+    if odd in FITS[column].split():
+        with contextlib.suppress(UserError):  # such as one number for all candidates
+            Candidates.from_parquet(path)
+        return
+    with pytest.raises(UserError) as told:
+        Candidates.from_parquet(path)
+    line = str(told.value)
+    assert line.startswith(f"{path}: ") and repr(column) in line and "\n" not in line
+
+
+@pytest.mark.parametrize("metadata", ["sampling", "selection", "made"])
+def test_metadata_that_is_no_object(tmp_path, metadata):
+    replace(make(), settings={metadata: [1]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=rf"'{metadata}' in its metadata must be an object, got \[1\]"):
+        Candidates.from_parquet(tmp_path / "c.parquet")
+
+
+def test_no_candidates_at_all(tmp_path):
+    make().to_parquet(tmp_path / "c.parquet")
+
+    pq.write_table(pq.read_table(tmp_path / "c.parquet").slice(0, 0), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet: holds no candidates"):
+        Candidates.from_parquet(tmp_path / "c.parquet")

@@ -13,7 +13,7 @@ JOB = {"max_new_tokens": LIMIT}
 
 
 # The test of few candidates is that they are few.
-pytestmark = pytest.mark.filterwarnings("ignore:at lam")
+pytestmark = pytest.mark.filterwarnings("ignore:at λ")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def test_values_are_the_mean_of_what_select_draws():
     assert found.values[0] == pytest.approx(drawn, abs=5 / math.sqrt(2000 * 20))
 
 
-@pytest.mark.filterwarnings("ignore:at lam")
+@pytest.mark.filterwarnings("ignore:at λ")
 def test_intervals_cover_the_decoders_mean():
     rng = np.random.default_rng(1)
     lam, covered, rounds = np.array([1.0]), 0, 300

@@ -126,3 +126,10 @@ def test_the_real_cases_of_the_repository_hold():
     assert len(cases) == 20 and sum(inside) == found["inside"] >= 18 and found["below"] <= 1
     told = [case for case in cases if case["low"] and case["high"] <= 10 * case["low"]]
     assert len(told) >= 10  # and most of them say something
+
+
+def test_what_a_file_rounds_changes_no_number_needed():
+    rewards = np.random.default_rng(0).normal(size=(6, 12, 1))
+    found = worth(rewards, [0.0])
+    again = type(found).from_json(json.loads(json.dumps(found.to_json())), "x")
+    assert again.needed() == found.needed() == (10, 10)

@@ -300,7 +300,7 @@ def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch)
     for arguments, told in (
         (["nowhere.parquet"], "no such file"),
         ([tmp_path / "candidates.parquet"], "must be a fastalign scored file"),
-        ([tmp_path / "scored.parquet", "--values", "mild"], "rewards asked for: mild"),
+        ([tmp_path / "scored.parquet", "--values", "mild"], "one at least, got mild"),
         ([tmp_path / "scored.parquet", "--port", 70000], "port must lie in 0..65535, got 70000"),
         ([tmp_path / "scored.parquet", "--allowed-host", "http://a"], "allowed-host must be a name or name:port"),
     ):

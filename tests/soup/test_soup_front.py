@@ -154,14 +154,19 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     found = json.loads((tmp_path / "out" / "soups.json").read_text())
     assert found["chosen"]["palette"] == [2.0, None] and len(found["levels"]) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "000.parquet",
-        "001.parquet",
-        "002.parquet",
-        "chosen",
-        "soups.json",
-        "soups.png",
-        "soups.svg",
-    ]
+        "000.parquet", "001.parquet", "002.parquet", "chosen", "soups.json", "soups.png", "soups.svg",
+    ]  # fmt: skip
+    at = asked.index("--palette")
+    code, again, err = run(*asked[:at], *asked[at + 2 :])
+    assert code == 0 and again == told, err  # the choice stays where no palette is given
+    assert json.loads((tmp_path / "out" / "soups.json").read_text()) == found
+    (tmp_path / "other.json").write_text(json.dumps({**palette, "palette": [1.0]}))
+    other = [*asked[:at], "--palette", tmp_path / "other.json", *asked[at + 2 :]]
+    code, _, err = run(*other)
+    assert code == 1 and "soups.json: exists, and is of other soups or settings" in err
+    assert json.loads((tmp_path / "out" / "soups.json").read_text()) == found
+    code, _, err = run(*other, "--overwrite")
+    assert code == 0 and json.loads((tmp_path / "out" / "soups.json").read_text())["chosen"]["palette"] == [1.0, None]
     scored = tmp_path / "out" / "000.parquet"
     code, _, err = run(
         "pareto", scored, "--soup", tmp_path / "out" / "soups.json", "--lambdas", 20, "--out", tmp_path / "page"

@@ -226,7 +226,7 @@ def test_report(learned, tmp_path):
     assert page.count("<svg") == 2 and "tiny &lt;b&gt;" in page and "Calibration error" in page
     report.write(tmp_path / "r.png")
     assert {path.name for path in tmp_path.glob("*.png")} == {"r-scores.png", "r-reliability.png"}
-    with pytest.raises(UserError, match="report's path must end in"):
+    with pytest.raises(UserError, match="report must end in"):
         report.write(tmp_path / "r.txt")
 
 

@@ -107,7 +107,7 @@ class OpenAISampler(External):
             return super().encode(prompts, chat, max_new_tokens, template)
         for i, prompt in enumerate(prompts if chat is False else ()):
             if isinstance(prompt, Conversation) or template:
-                raise UserError(f"prompt {i} needs the server's chat template, which --no-chat (chat=False) leaves out")
+                raise UserError(f"prompt {i} needs the server's chat template, which chat=False leaves out")
         return list(prompts)
 
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import read_json, write_json
+from fastalign._base.files import check_folder, read_json, write_json
 from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
 from fastalign.soup.checkpoint import FLOATS, File, lay_out, mapped_file, of_torch, read_header
 from fastalign.soup.outputs import bytes_of
@@ -132,7 +132,7 @@ def _same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
         if mine and theirs and mine != theirs and not force:
             raise UserError(
                 f"adapters must be of one base model, {first.name} was trained on {mine} and {other.name} on {theirs} "
-                "(force mixes them)"
+                "(force=True mixes them)"
             )
 
 
@@ -315,7 +315,8 @@ def write_adapter(
 def target_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """`out`, which must not exist or be an empty folder; with overwrite it may hold adapters that were made here."""
     path = Path(out)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    check_folder(path)
+    if path.exists() and any(path.iterdir()):
         if not _made_here(path) and not _made_here(path / "0"):
             raise UserError(
                 f"{path}: exists, and holds no adapter that fastalign made; choose another folder or remove it"

@@ -189,7 +189,7 @@ def weight_rows(weights: ArrayLike, m: int) -> np.ndarray:
     if rows.ndim not in (1, 2) or rows.shape[-1] != m or rows.size == 0:
         raise UserError(f"weights must have shape ({m},) or (K, {m}) for {m} models, got {rows.shape}")
     if not np.isfinite(rows).all():
-        raise UserError("weights must be finite numbers")
+        raise UserError(f"weights must be finite numbers, got {rows.tolist()}")
     return np.atleast_2d(rows)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
+from fastalign._base.files import check_input
 from fastalign.soup.recipes.fields import entries, known, layer_range, text
 from fastalign.soup.recipes.mergekit import translate
 
@@ -29,8 +30,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     file and the mistake.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_input(path)
     try:
         recipe = _load(path)
         if not isinstance(recipe, Mapping):

@@ -13,7 +13,7 @@ def known(mapping: Mapping[Any, Any], keys: set[str], where: str) -> None:
     """Raises UserError for a key that is none of `keys`."""
     unknown = [key for key in mapping if key not in keys]
     if unknown:
-        raise UserError(f"{where} may have {', '.join(sorted(keys))}, got {reprlib.repr(unknown[0])}")
+        raise UserError(f"{where} may have {', '.join(map(repr, sorted(keys)))}, got {reprlib.repr(unknown[0])}")
 
 
 def entries(mapping: Mapping[str, Any], key: str) -> list[Any]:

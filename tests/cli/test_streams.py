@@ -1,0 +1,45 @@
+"""The command line where its standard streams are closed, full or read no further; interrupted before it has begun."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import fastalign.__main__ as entry
+
+INFO = [sys.executable, "-m", "fastalign", "info", "--json"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(closed, tmp_path):
+    found = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *INFO], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0 and found.stderr == ""
+    assert ">&-" in closed.split() or json.loads(found.stdout)["fastalign"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_who_reads_stdout_may_stop(more):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        found = subprocess.run([*INFO[:4], *more], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 1 and found.stderr == ""
+
+
+def test_a_full_device_is_one_line():
+    with open("/dev/full", "w") as stdout:
+        found = subprocess.run(INFO, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 1 and found.stderr == "fastalign: No space left on device\n"
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fastalign.cli.main", SimpleNamespace(main=interrupted))
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "fastalign: interrupted\n"
