@@ -51,8 +51,7 @@ def read_pairs(
         found = preferences.load(data)
         lacking = [name for name in values or () if not any(name in row for row in found)]
         if lacking and not any("value" in row for row in found):
-            rule = f"must have a column 'value', or one for each of {', '.join(values)}"
-            raise UserError(f"{data}: {rule}, lacks {', '.join(lacking)}")
+            raise UserError(f"{data}: must have a column 'value', or one for each value, lacks {', '.join(lacking)}")
         return found
     if palette is not None:
         found = palettes.read(palette, "lambda")

@@ -191,7 +191,7 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     )
     assert "must name each of" in refused("map", scored, "--palette", "diversity=1,humor=2", *out)
     assert "palette must be numbers" in refused("map", scored, "--palette", "diversity=high,readability=1", *out)
-    assert "either a palette or a quantile" in refused("map", scored, *out)
+    assert "either --palette or --quantile" in refused("map", scored, *out)
     assert "--quantile must lie between 0 and 1" in refused("map", scored, "--quantile", 1.5, *out)
     assert "the candidates carry" in refused("map", scored, "--quantile", 0.5, "--values", "humor", *out)
     assert "must be a fastalign scored file" in refused("map", tmp_path / "candidates.parquet", "--quantile", 0.5, *out)
@@ -290,7 +290,7 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
 
 def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
     """Every option but those of where, how fast and how it is told."""
-    kept = {"out", "more", "resume", "device", "batch_size", "memory_limit", "as_json", "help"}
+    kept = {"out", "more", "resume", "overwrite", "device", "batch_size", "memory_limit", "as_json", "help"}
     words = {"method": "rejection", "engine": "vllm", "palette": "p.json", "chat_template_arg": "a=b"}
     command = typer.main.get_group(app).commands["sample"]
     options = {one.name: one for one in command.params}

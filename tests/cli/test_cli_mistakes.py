@@ -311,7 +311,7 @@ def test_and_so_in_python(given, lam):
         (f"{PPO} {ON} --lam 1", "give --values, the rewards to train on, or --lam by name"),
         (
             f"{REWARD} --data pairs.jsonl --values a,b",
-            "pairs.jsonl: must have a column 'value', or one for each of a, b, lacks a, b",
+            "pairs.jsonl: must have a column 'value', or one for each value, lacks a, b",
         ),
         (f"{REWARD} --data pairs.jsonl --report page.txt", "--report must end in .html, .png or .svg, got 'page.txt'"),
         ("demo --seed -1", "--seed must be an integer, in 0..2^64-1, got -1"),
