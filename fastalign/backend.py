@@ -1,9 +1,9 @@
-"""Which code runs an op: the compiled CPU engine, a Triton kernel, or the plain torch reference.
+"""Which code runs an op: the native CPU extension, a Triton kernel, or the plain torch reference.
 
-A CPU tensor goes to the engine and a CUDA or ROCm tensor to Triton; `use_backend` or the environment variable
-FASTALIGN_BACKEND overrides. A backend that was asked for by name and is not there raises; one that was only the
-default falls back to the reference with a warning, once. With TRITON_INTERPRET=1 set before the first kernel runs,
-backend "triton" also takes CPU tensors and runs its kernels in Triton's interpreter: slow, for tests.
+CPU tensors use the native extension, and CUDA or ROCm tensors use Triton; `use_backend` or the environment variable
+FASTALIGN_BACKEND overrides this. A backend requested by name raises if it is not available; a default one falls back to
+the reference, with one warning. With TRITON_INTERPRET=1 set before the first kernel runs, backend "triton" also takes
+CPU tensors and runs its kernels in Triton's interpreter: slow, for tests.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def _use_openmp_of_torch() -> None:
-    """Load torch's copy of OpenMP's runtime, without torch: the engine must find that one, for two pools would spin
-    beside each other."""
-    found = importlib.util.find_spec("torch")
-    for folder in (found and found.submodule_search_locations) or ():
+    """Load torch's copy of the OpenMP runtime without importing torch. The extension must use the same copy, because
+    two thread pools would spin against each other."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec and spec.submodule_search_locations) or ():
         path = os.path.join(folder, "lib", "libgomp.so.1")
         if os.path.exists(path):
             ctypes.CDLL(path)
@@ -51,7 +51,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run ops on `name` ("auto", "cpu", "triton" or "reference") inside the block, in the whole process.
 
     Raises:
-        UserError: an unknown name; "cpu" where the extension is not built, "triton" where Triton is not installed.
+        UserError: an unknown name; "cpu" if the extension is not built, "triton" if Triton is not installed.
     """
     global _forced
     _check(name, "backend")
@@ -68,14 +68,15 @@ def choose(device: torch.device) -> str:
 
 
 def engine_runs() -> bool:
-    """Whether the engine does what is asked of the CPU with no tensor at hand, as merges of files are."""
+    """Whether the native extension runs CPU work without tensors, such as merges of files."""
     return _choose("cpu", "cpu") == "cpu"
 
 
 def threads() -> int:
-    """How many the engine takes: as many as torch, and where torch is not loaded OMP_NUM_THREADS or one a processor.
+    """How many threads the extension uses: as many as torch, or, if torch is not loaded, OMP_NUM_THREADS or one per
+    processor.
 
-    One in a forked process: OpenMP's threads stay behind in the parent, and what waits for them there waits for ever.
+    One in a forked process: OpenMP's threads exist only in the parent, and waiting for them would never end.
     """
     global _had_threads
     count = 1 if _forked else _wanted_threads()
@@ -87,7 +88,8 @@ _forked = _had_threads = False
 
 
 def _after_fork() -> None:
-    """In the child. Where the engine's threads had begun, torch, which owns them, must not ask for them either."""
+    """Runs in the child. If the extension's threads had been started, torch, which shares them, must not use them
+    either."""
     global _forked
     _forked = True
     torch = sys.modules.get("torch")
@@ -103,9 +105,9 @@ def _wanted_threads() -> int:
     torch = sys.modules.get("torch")
     if torch is not None:
         return torch.get_num_threads()
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked):
-        return int(asked)
+    requested = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if requested.isdigit() and int(requested):
+        return int(requested)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -125,14 +127,16 @@ def _choose(kind: str, device: torch.device | str) -> str:
     elif kind == "cpu":
         if engine is not None:
             return "cpu"
-        _warn_once("engine", f"fastalign's CPU engine is not built; the slow reference runs instead ({BUILD_COMMAND})")
+        _warn_once(
+            "engine", f"fastalign's native extension is not built; the slow reference runs instead ({BUILD_COMMAND})"
+        )
     else:
         _warn_once(kind, f"fastalign has no compiled kernel for {kind}; the torch reference runs instead")
     return "reference"
 
 
 def forced() -> str:
-    """What `use_backend` or the environment asks for; "auto" for nothing."""
+    """The backend requested by `use_backend` or the environment; "auto" if none."""
     return _forced
 
 
@@ -149,7 +153,7 @@ def _check(name: str, argument: str) -> None:
     if name not in BACKENDS:
         raise UserError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpu" and engine is None:
-        raise UserError(f"{argument} 'cpu' needs the compiled engine, which is not built: {BUILD_COMMAND}")
+        raise UserError(f"{argument} 'cpu' needs the native extension, which is not built: {BUILD_COMMAND}")
     if name == "triton" and not has_triton():
         raise UserError(f"{argument} 'triton' needs Triton, which is not installed: pip install triton")
 

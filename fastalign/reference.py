@@ -1,7 +1,7 @@
-"""Every op in plain torch, in any floating dtype: the definition that the compiled backends answer to.
+"""Every op in plain torch, in any floating dtype: the definition against which the compiled backends are tested.
 
-Nothing here is clever. In float64 these are the truth that the tests compare with; they are also what runs where
-no compiled backend can.
+The code is as simple as possible. In float64 it is the ground truth of the tests; it also runs where no compiled
+backend can.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NEG_INF = float("-inf")
 
 
 def _compute(x: Tensor) -> Tensor:
-    """float32 for narrow inputs, float64 kept: the precision that all backends accumulate in."""
+    """float32 for narrow inputs, float64 kept: the precision in which all backends accumulate."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -34,8 +34,8 @@ def token_logprobs(
     """log softmax(z) at the label, and statistics of the softmax. logits (..., V), labels (...) -> each (...).
 
     entropy = -Σ p log p;  mean_logits = Σ z / V;  log_sum_sq_probs = log Σ p² (WPO, arXiv 2406.11827);
-    is_top1: the label is the first largest logit, in no row that has NaN or +inf. Ignored positions and rows that are
-        all -inf give 0.
+    is_top1: the label is the first maximum of the logits; False in rows with NaN or +inf. Ignored positions and rows
+        that are all -inf give 0.
     """
     z = transform_logits(logits, temperature, softcap)
     ignored = labels == ignore_index
@@ -71,7 +71,7 @@ def linear_token_logprobs(
 ) -> dict[str, Tensor]:
     """token_logprobs of logit_scale · (hidden Wᵀ + bias). hidden (..., H), weight (V, H), labels (...) -> each (...).
 
-    adapter (A (r, H), B (V, r), scale): W + scale · B A stands for W (LoRA, arXiv 2106.09685).
+    adapter (A (r, H), B (V, r), scale): W + scale · B A replaces W (LoRA, arXiv 2106.09685).
     """
     # An ignored position's hidden state is replaced, so that no NaN of its reaches a gradient.
     h = _compute(hidden).masked_fill((labels == ignore_index).unsqueeze(-1), 0)
@@ -110,24 +110,24 @@ def map_statistics(
     members = [torch.arange(len(x), device=x.device)]
     if groups is not None:
         members = [(groups == g).nonzero().flatten() for g in groups.unique()]
-    found: dict[str, list[Tensor]] = {"log_z": [], "mean": [], "cov": [], "ess": [], "max_score": []}
+    moments: dict[str, list[Tensor]] = {"log_z": [], "mean": [], "cov": [], "ess": [], "max_score": []}
     for rows in members:
         part, log_part = x[rows], log_w[rows]
         s = lam.double() @ part.T
         log_p = torch.where(log_part == NEG_INF, log_part, s + log_part)
         p = torch.softmax(log_p, -1)
         mean = p @ part
-        found["log_z"].append(torch.logsumexp(log_p, -1) - torch.logsumexp(log_part, -1))
-        found["mean"].append(mean)
+        moments["log_z"].append(torch.logsumexp(log_p, -1) - torch.logsumexp(log_part, -1))
+        moments["mean"].append(mean)
         apart = part - mean.unsqueeze(-2)
-        found["cov"].append((p.unsqueeze(-1) * apart).mT @ apart)
-        found["ess"].append(1 / p.square().sum(-1))
-        found["max_score"].append(s.masked_fill(log_part == NEG_INF, NEG_INF).amax(-1))
-    return {name: torch.stack(each).mean(0) for name, each in found.items()}
+        moments["cov"].append((p.unsqueeze(-1) * apart).mT @ apart)
+        moments["ess"].append(1 / p.square().sum(-1))
+        moments["max_score"].append(s.masked_fill(log_part == NEG_INF, NEG_INF).amax(-1))
+    return {name: torch.stack(each).mean(0) for name, each in moments.items()}
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """A_t = δ_t + γλ A_{t'}, δ_t = r_t + γ V_{t'} - V_t, with t' the next valid place (arXiv 1506.02438, eq. 16).
+    """A_t = δ_t + γλ A_{t'}, δ_t = r_t + γ V_{t'} - V_t, with t' the next valid token (arXiv 1506.02438, eq. 16).
 
     (..., T) each, mask bool -> advantages, and returns A + V; 0 where the mask is False, V and A 0 past the end.
     """
@@ -141,8 +141,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         advantages.append(advantage.masked_fill(~valid, 0))
         next_advantage = torch.where(valid, advantage, next_advantage)
         next_value = torch.where(valid, values[..., t], next_value)
-    found = torch.stack(advantages[::-1], -1)
-    return found, found + values
+    result = torch.stack(advantages[::-1], -1)
+    return result, result + values
 
 
 def philox(seed: int, row: Tensor, offset: Tensor) -> Tensor:
@@ -177,9 +177,10 @@ def uniform(seed: int, row: Tensor, offset: Tensor) -> Tensor:
 
 
 def slack(dtype: torch.dtype) -> float:
-    """What is so near to top_p or min_p has reached it, as exact numbers would: p = 0.9 keeps nine of ten equal tokens.
+    """The tolerance within which a mass counts as reaching top_p or min_p, so that p = 0.9 keeps nine of ten equal
+    tokens.
 
-    The rounding of the logits' own dtype, for so far off is a probability that they stand for.
+    It is the rounding of the logits' own dtype, the error of the probabilities that they represent.
     """
     return max(torch.finfo(dtype).eps, 1e-12)
 
@@ -190,7 +191,7 @@ def survivors(
     """Which tokens may be drawn, bool (B, V), for logits (B, V) without NaN, filtered in transformers' order.
 
     top_k keeps every tie of the k-th. top_p (Holtzman et al., arXiv 1904.09751) keeps the most likely tokens, the
-    higher index first among ties, while the mass of those before is under top_p. min_p: arXiv 2407.01082.
+    higher index first among ties, while the mass of the previous ones is below top_p. min_p: arXiv 2407.01082.
     """
     x, near = _compute(logits), slack(logits.dtype)
     d = _below_top(x, temperature)
@@ -210,7 +211,7 @@ def survivors(
 
 
 def _below_top(x: Tensor, temperature: float) -> Tensor:
-    """(x - max x) / temperature: the maximum goes first, so that no temperature overflows."""
+    """(x - max x) / temperature: the maximum is subtracted first, so that no temperature overflows."""
     limits = torch.finfo(x.dtype)
     return (x - x.amax(-1, keepdim=True)) * min(max(1 / temperature, limits.tiny), limits.max)
 
@@ -232,7 +233,7 @@ def sample_tokens(
     offset: int = 0,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row by the inverse of its cumulative sum in index order. logits (B, V) -> ids, log_probs (B,)."""
+    """One token per row by inverting its cumulative sum in index order. logits (B, V) -> ids, log_probs (B,)."""
     x = _compute(logits)
     bad = (x.isnan() | (x == -NEG_INF)).any(-1) | (x == NEG_INF).all(-1)
     logits, x = (each.masked_fill(bad[:, None], 0) for each in (logits, x))
@@ -325,29 +326,29 @@ def _search(weights: Tensor, shares: Tensor) -> Tensor:
 
 
 def weighted_sums(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtype: torch.dtype) -> list[Tensor]:
-    """Soups Σ rows[k][i] tensors[i] in `dtype` (arXiv 2203.05482), added up in the order of i, rounded once to
-    nearest even.
+    """Soups Σ rows[k][i] tensors[i] in `dtype` (arXiv 2203.05482), summed in the order of i, rounded once to nearest
+    even.
 
-    In float32, in float64 where a tensor or `dtype` is. float8_e4m3fn has no infinity: beyond its range, its largest
-    number.
+    In float32, or in float64 if a tensor or `dtype` is. float8_e4m3fn has no infinity: numbers beyond its range become
+    its largest number.
     """
     wide = torch.float64 if torch.float64 in (dtype, *(tensor.dtype for tensor in tensors)) else torch.float32
-    held = [tensor.detach().to(wide) for tensor in tensors]
-    found = []
+    wide_tensors = [tensor.detach().to(wide) for tensor in tensors]
+    results = []
     for row in rows:
-        total = held[0] * torch.tensor(row[0], dtype=wide)
-        for tensor, weight in zip(held[1:], row[1:], strict=True):
+        total = wide_tensors[0] * torch.tensor(row[0], dtype=wide)
+        for tensor, weight in zip(wide_tensors[1:], row[1:], strict=True):
             total += tensor * torch.tensor(weight, dtype=wide)
         if wide == torch.float64 and dtype not in (torch.float64, torch.float32):
             total = _to_odd(total)
         if dtype == torch.float8_e4m3fn:
             total = total.clamp(-448, 448)
-        found.append(total.to(dtype).contiguous())
-    return found
+        results.append(total.to(dtype).contiguous())
+    return results
 
 
 def _to_odd(x: Tensor) -> Tensor:
-    """float64 as float32, rounded to odd where it is not exact: rounded again to fewer bits, it is x rounded once."""
+    """float64 as float32, rounded to odd if inexact, so that rounding again to fewer bits gives x rounded once."""
     nearest = x.float()
     inexact = (nearest.double() != x) & ~x.isnan() & (nearest.view(torch.int32) & 1 == 0)
     away = torch.where(nearest.double().abs() < x.abs(), 1, -1).int()

@@ -40,7 +40,7 @@ def run(code, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.skipif(engine is None, reason="the engine is not built")
+@pytest.mark.skipif(engine is None, reason="the native extension is not built")
 def test_every_level_this_processor_has_gives_the_same_numbers():
     rows = []
     for isa in engine.available_isas():
@@ -77,7 +77,7 @@ def test_clang_compiles_the_engine(name, level, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(engine is None, reason="the engine is not built")
+@pytest.mark.skipif(engine is None, reason="the native extension is not built")
 def test_an_unknown_level_is_refused():
     code, _, err = run("import fastalign.backend as b; b.engine.active_isa()", FASTALIGN_ISA="mmx")
     assert code != 0 and "FASTALIGN_ISA must be baseline, avx2 or avx512, got mmx" in err
@@ -153,9 +153,9 @@ def test_without_the_engine_the_reference_runs_and_says_so():
         "fastalign.ops.token_logprobs(torch.zeros(2, 4), torch.tensor([0, 1]))\n"
     )
     assert code == 0, err
-    assert err.count("fastalign's CPU engine is not built") == 1 and "pip install -e ." in err
+    assert err.count("fastalign's native extension is not built") == 1 and "pip install -e ." in err
     code, _, err = run("import sys; sys.modules['fastalign._C'] = None; import fastalign", FASTALIGN_BACKEND="cpu")
-    assert code != 0 and "FASTALIGN_BACKEND 'cpu' needs the compiled engine" in err
+    assert code != 0 and "FASTALIGN_BACKEND 'cpu' needs the native extension" in err
 
 
 def test_every_package_is_in_the_wheel():

@@ -1,1 +1,1 @@
-"""What all else stands on: errors, files, units, progress. It imports nothing of the packages above it."""
+"""The base layer: errors, files, units, progress. It imports nothing from the packages above it."""

@@ -1,4 +1,4 @@
-"""Names of devices and of types of numbers, checked without torch."""
+"""Checks names of devices and dtypes without torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bflo
 
 
 def check_loading(dtype: Any, device: Any) -> None:
-    """Raise UserError for names that no device or type of numbers has; whether a device is there is seen when a model
-    is loaded."""
+    """Raise UserError for unknown device or dtype names; whether a device exists is checked when a model is loaded."""
     if isinstance(device, str) and not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
     if isinstance(dtype, str) and DTYPES.get(dtype, dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):

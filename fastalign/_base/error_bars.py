@@ -1,4 +1,4 @@
-"""How sure a mean or a share is, and how that is printed: never surer than its independent units allow."""
+"""Standard errors of means and shares, and how they are printed: never smaller than the independent units allow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def standard_error(means: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Of the mean over an axis of independent units, such as prompts; NaN where there are fewer than two."""
+    """Standard error of the mean over an axis of independent units, such as prompts; NaN for fewer than two."""
     import numpy as np  # here, for commands start without it
 
     means = np.asarray(means, dtype=np.float64)
@@ -23,14 +23,14 @@ def standard_error(means: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def plus_minus(mean: float, error: float | None, count: int, *, unit: str = "prompt", digits: int = 3) -> str:
-    """ "0.371 ± 0.030"; without an error, or of fewer than two units, "0.371 ± n/a (1 prompt)"."""
+    """ "0.371 ± 0.030"; without an error, or for fewer than two units, "0.371 ± n/a (1 prompt)"."""
     if error is None or not math.isfinite(error) or count < 2:
         return f"{mean:.{digits}f} ± n/a ({counted(count, unit)})"
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def wilson(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's 95 % interval for a share of `count` independent trials (Wilson 1927); all of [0, 1] of none."""
+    """Wilson's 95 % interval for a share of `count` independent trials (Wilson 1927); all of [0, 1] for none."""
     if not count:
         return 0.0, 1.0
     middle, shrink = (share + z * z / (2 * count)), 1 + z * z / count

@@ -1,4 +1,4 @@
-"""What ends a command before its time: a user's mistake, one line that names the argument, the rule and what came;
+"""Exceptions that end a command early: a user's mistake (one line with the argument, the rule and the value received),
 and SIGTERM."""
 
 
@@ -10,9 +10,10 @@ class UserError(ValueError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: all goes as at Ctrl-C, but for the exit code."""
+    """SIGTERM was received: handled like Ctrl-C, except for the exit code."""
 
 
 def printable(text: str) -> str:
-    """With control characters written out, such as \\x1b: names come from files that anyone may have written."""
+    """Escapes control characters and the like, such as \\x1b: names come from files that anyone may have
+    written."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

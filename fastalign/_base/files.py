@@ -1,4 +1,4 @@
-"""Files written whole or not at all: beside the target, flushed to disk, then renamed over it."""
+"""Atomic writes: a file is written beside the target, flushed to disk, then renamed over it."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ _FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
 
-    A link stays, and what it leads to is replaced; a file's permissions stay. On an error or an interrupt the
-    temporary is removed and `path` is left as it was. Raises UserError where `path` is neither a file nor absent nor
-    an empty folder (nor, with `replace`, any folder, which goes with all that is in it); an OSError that says of no
-    other file names `path`.
+    A link stays, and its target is replaced; a file's permissions stay. On an error or an interrupt the temporary is
+    removed and `path` is unchanged. Raises UserError unless `path` is a file, absent or an empty folder (or, with
+    `replace`, any folder, which is removed with its contents). An OSError without a file name gets `path`.
     """
     target = Path(os.path.realpath(path))
-    found = _status(path)
-    if found is not None and not (stat.S_ISDIR(found.st_mode) and (replace or not any(target.iterdir()))):
+    status = _status(path)
+    if status is not None and not (stat.S_ISDIR(status.st_mode) and (replace or not any(target.iterdir()))):
         check_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield beside
-        if found is not None and not beside.is_dir():
+        if status is not None and not beside.is_dir():
             check_target(path)
-            os.chmod(beside, stat.S_IMODE(found.st_mode))
+            os.chmod(beside, stat.S_IMODE(status.st_mode))
         _sync(beside)
         become(beside, target)
         sync(target.parent)
@@ -61,18 +60,18 @@ def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_error(error: BaseException, path: str | Path) -> OSError | None:
-    """What safetensors' and torch's writers raise where the system refuses, as an OSError of `path`; None for any
+    """An OSError for `path`, from an error that safetensors' or torch's writer raised for a system error; None for any
     other error."""
     text = str(error)
-    if found := re.search(r"\(os error (\d+)\)", text):
-        return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+    if match := re.search(r"\(os error (\d+)\)", text):
+        return OSError(int(match[1]), os.strerror(int(match[1])), str(path))
     if "inline_container.cc" in text or "PytorchStreamWriter failed" in text:  # which does not say why
         return OSError(errno.EIO, "cannot be written; the disk may be full", str(path))
     return None
 
 
 def become(beside: Path, target: Path) -> None:
-    """Rename a file or folder; a folder that is there under the new name goes once the new one has it."""
+    """Rename a file or folder; an existing folder of the new name is removed once the new one is in place."""
     if not (beside.is_dir() and target.is_dir()):
         os.replace(beside, target)
         return
@@ -83,41 +82,41 @@ def become(beside: Path, target: Path) -> None:
 
 
 def check_target(path: str | Path) -> None:
-    """Raises UserError, one line, where `path` is there and is no file, or its folder cannot be written: what takes
-    long asks before it begins."""
-    found = _status(path)
-    if found is not None and not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path}: must be a file or not be there, it is {_kind(found)}")
+    """Raises UserError, one line, if `path` exists and is not a file, or if its folder cannot be written; long jobs
+    check this before they start."""
+    status = _status(path)
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: must be a file or not be there, it is {_kind(status)}")
     _check_writable(path, Path(os.path.realpath(path)).parent)
 
 
 def check_input(path: str | Path) -> None:
-    """Raises FileNotFoundError or UserError, one line, where `path` is no file that can be read."""
+    """Raises FileNotFoundError or UserError, one line, if `path` is not a readable file."""
     if not Path(path).is_file():
-        found = _status(path)
-        if found is None:
+        status = _status(path)
+        if status is None:
             raise FileNotFoundError(f"{path}: no such file")
-        raise UserError(f"{path}: must be a file, this is {_kind(found)}")
+        raise UserError(f"{path}: must be a file, this is {_kind(status)}")
 
 
 def check_folder(path: str | Path) -> None:
-    """The same of what must be a folder or not be there."""
-    found = _status(path)
-    if found is not None and not stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{path}: must be a folder, this is {_kind(found)}")
+    """The same for a path that must be a folder or absent."""
+    status = _status(path)
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path}: must be a folder, this is {_kind(status)}")
     _check_writable(path, Path(os.path.realpath(path)))
 
 
 def _check_writable(path: str | Path, folder: Path) -> None:
-    """folder: in which `path` is to be made, once it is there itself."""
+    """folder: the folder in which `path` will be written."""
     nearest = next(one for one in (folder, *folder.parents) if one.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written, {nearest} is {'read-only' if nearest.is_dir() else 'no folder'}")
 
 
-def _kind(found: os.stat_result) -> str:
+def _kind(status: os.stat_result) -> str:
     kinds = {stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
-    return next((name for is_kind, name in kinds.items() if is_kind(found.st_mode)), "a device")
+    return next((name for is_kind, name in kinds.items() if is_kind(status.st_mode)), "a device")
 
 
 def _status(path: str | Path) -> os.stat_result | None:
@@ -128,7 +127,7 @@ def _status(path: str | Path) -> os.stat_result | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; to stdout where the path is "-". NaN and infinities are refused:
+    """Write `value` as indented JSON, atomically; to stdout if the path is "-". NaN and infinities are refused, because
     JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if str(path) == STDOUT:
@@ -160,7 +159,7 @@ def read_json(path: str | Path, *, kind: str | None = None) -> Any:
 
 @contextmanager
 def unflushed() -> Iterator[None]:
-    """Within it nothing is flushed: what is written reaches the disk when the system finds the time."""
+    """Disables flushing within it; the operating system writes the data later."""
     token = _FLUSHES.set(False)
     try:
         yield

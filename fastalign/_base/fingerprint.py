@@ -1,4 +1,4 @@
-"""What a model is by content, not by path: another model of the same name is not taken for it."""
+"""Identifies a model by content, not by path, so that results of another model with the same name are not reused."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ _PAGES, _PAGE = 256, 4096  # of larger files: so many evenly, from the first to 
 
 
 def of_model(name: str | os.PathLike[str]) -> str:
-    """A hash of a local folder's or file's content; of a model from the hub its name and, where it is known, its
-    commit.
+    """A hash of a local folder's or file's content; for a model from the hub, its name and, if known, its commit.
 
-    Weights of more than 1 MB count by size, their first megabyte and 256 pages spread over them, so that this takes
-    milliseconds; all else that a model is loaded from counts whole. An adapter's base counts with it.
-    Raises UserError where an adapter's configuration is not JSON.
+    Weights of more than 1 MB are hashed by size, their first megabyte and 256 pages spread over them, which takes
+    milliseconds; all other files of the model are hashed completely. An adapter's base is included. Raises UserError if
+    an adapter's configuration is not JSON.
     """
     path = Path(os.fspath(name).removeprefix("vllm:")).expanduser()
     base = _base(path / "adapter_config.json")
@@ -38,39 +37,39 @@ def _of_one(path: Path, name: str | os.PathLike[str]) -> str:
 
 
 def _base(config: Path) -> str | None:
-    found = read_json(config) if config.is_file() else {}
-    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    settings = read_json(config) if config.is_file() else {}
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     return base if isinstance(base, str) and base else None
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """A hash of the files among these that a model is loaded from, and of their names."""
-    held = {}
+    """A hash of those of these files from which a model is loaded, and of their names."""
+    digests = {}
     for path in paths:
         if path.suffix in (*_WEIGHTS, *_REST) and path.is_file():
-            held[path.name] = of_weights(path) if path.suffix in _WEIGHTS else sha256(path)
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+            digests[path.name] = of_weights(path) if path.suffix in _WEIGHTS else sha256(path)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def of_weights(path: Path) -> str:
-    """A hash of a file of weights: whole up to 1 MB, else of its size, first megabyte and pages spread over it."""
+    """A hash of a weights file: complete up to 1 MB, else of its size, first megabyte and evenly spaced pages."""
     size = path.stat().st_size
     if size <= _WHOLE:
         return sha256(path)
-    found = hashlib.sha256(size.to_bytes(8, "little"))
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
     with open(path, "rb", buffering=0) as file:
-        found.update(os.pread(file.fileno(), _WHOLE, 0))  # a header, most often all of it
+        digest.update(os.pread(file.fileno(), _WHOLE, 0))  # a header, most often all of it
         for i in range(_PAGES):
-            found.update(os.pread(file.fileno(), _PAGE, (size - _PAGE) * i // (_PAGES - 1)))
-    return found.hexdigest()
+            digest.update(os.pread(file.fileno(), _PAGE, (size - _PAGE) * i // (_PAGES - 1)))
+    return digest.hexdigest()
 
 
 def _commit(name: str) -> str:
-    """That of the snapshot in the hub's cache which the name stands for."""
+    """The commit of the name's snapshot in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, "config.json")
     except ValueError:  # no name that the hub can have, as a server's address
         return ""
-    return Path(found).parent.name if isinstance(found, str) else ""
+    return Path(cached).parent.name if isinstance(cached, str) else ""

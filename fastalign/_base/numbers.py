@@ -1,4 +1,4 @@
-"""Numbers that come with a user's data, checked before anything is made of them."""
+"""Checks of numbers in a user's data, before they are used."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from fastalign._base.errors import UserError
 
 
 def number(name: str, value: Any, *, missing: float | None = None, least: float = -math.inf) -> float:
-    """A finite number, at least `least`, from a number or its text; for None and "" `missing`, where there is one.
+    """A finite number, at least `least`, from a number or its text; for None and "", `missing` if given.
 
-    name: in the error, with its place ("row 3: margin"). Raises UserError.
+    name: for the error, with its position ("row 3: margin"). Raises UserError.
     """
     if (value is None or value == "") and missing is not None:
         return missing
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError):
         came = "nothing" if value is None or value == "" else repr(value)
         raise UserError(f"{name} must be a number, got {came}") from None
     except OverflowError:  # an integer of hundreds of digits
-        found = math.inf
-    if not math.isfinite(found):
-        raise UserError(f"{name} must be a finite number, got {found}")
-    if found < least:
-        raise UserError(f"{name} must be at least {least:g}, got {found:g}")
-    return found
+        result = math.inf
+    if not math.isfinite(result):
+        raise UserError(f"{name} must be a finite number, got {result}")
+    if result < least:
+        raise UserError(f"{name} must be at least {least:g}, got {result:g}")
+    return result
 
 
 def weights(lam: Any, count: int, of: str = "") -> np.ndarray:
     """lam as (count,) float64, one finite number per reward, or UserError; of: the rewards' names, for it."""
     rule = f"lam must have one weight per reward, {count}{of and f' ({of})'}"
     try:
-        found = np.asarray(lam, dtype=np.float64)
+        result = np.asarray(lam, dtype=np.float64)
     except (TypeError, ValueError):
         raise UserError(f"lam must be numbers, one per reward, got {lam!r:.80}") from None
-    if found.shape != (count,):
-        raise UserError(f"{rule}, got {found.size if found.ndim == 1 else f'shape {found.shape}'}")
-    if not np.isfinite(found).all():
-        raise UserError(f"lam must be finite, got {found.tolist()}")
-    return found
+    if result.shape != (count,):
+        raise UserError(f"{rule}, got {result.size if result.ndim == 1 else f'shape {result.shape}'}")
+    if not np.isfinite(result).all():
+        raise UserError(f"lam must be finite, got {result.tolist()}")
+    return result
 
 
 def column(source: str, name: str, values: Iterable[Any], **rules: float) -> list[float]:

@@ -1,8 +1,7 @@
-"""What a command is about to write, held against what is there: an input is never replaced, other work only when told
-to.
+"""Protects existing files from a command's outputs: an input is never replaced, other results only on request.
 
-A finished output says in itself what job made it (`Job.record`: JSON under "made", Parquet in its metadata). A second
-run of the same job takes it as it is; one of another job is refused before anything is read or computed.
+A finished output contains a record of its job (`Job.record`: JSON under "made", Parquet in its metadata). A second run
+of the same job reuses it; another job is refused before anything is read or computed.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ _ASK: ContextVar[Callable[[str], bool] | None] = ContextVar("ask", default=None)
 
 @dataclass(frozen=True)
 class Job:
-    """What makes an output what it is. settings: JSON values. inputs: files, folders, or names of a hub, by what they
-    are to it."""
+    """Everything that determines an output. settings: JSON values. inputs: files, folders, or hub names, by role."""
 
     command: str
     inputs: Mapping[str, str | os.PathLike[str]]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """As outputs keep it: inputs by their content."""
+        """The record stored in outputs: inputs by their content."""
         digests = {name: _digest(path) for name, path in self.inputs.items()}
         return json.loads(json.dumps({"command": self.command, "inputs": digests, **self.settings}))
 
@@ -50,11 +48,11 @@ def claim(
     files: Sequence[Path] = (),
     figures: Path | None = None,
 ) -> dict[str, Any] | None:
-    """The job's record where `out` is to be made; None where it is there already, as this job made it.
+    """The job's record if `out` has to be made; None if it exists already, made by this job.
 
-    files, figures: what is written with it, files and a folder of SVG and PNG; their digests go into the record
-    (`making`). Raises UserError, one line: one of them is an input, or no file, or there and not this job's and not
-    to be overwritten.
+    files, figures: written together with it, files and a folder of SVG and PNG; their digests go into the record
+    (`making`). Raises UserError, one line, if one of them is an input, is not a file, or exists from another job and
+    may not be overwritten.
     """
     out = Path(out)
     targets = [*([out] if str(out) != STDOUT else []), *files]
@@ -72,15 +70,19 @@ def claim(
     if had is not None and (name := differing(had, record)):
         made = "of other inputs" if name == "inputs" else f"with {name}={had.get(name)!r}, not {record.get(name)!r}"
         raise UserError(f"{out}: exists, made {made}; --overwrite replaces it")
-    held = (had or {}).get("companions", {})
-    there = _companions(files, figures)
+    recorded_files = (had or {}).get("companions", {})
+    there = _existing(files, figures)
     if had is not None and had.get("unfinished"):
         return record
     for name, path in there.items():
-        if held.get(name) != sha256(path):
+        if recorded_files.get(name) != sha256(path):
             raise UserError(f"{path}: exists, and is not what this command wrote; --overwrite replaces it")
-    whole = all(path.exists() for path in files) and held.keys() <= there.keys()
-    if had is None or not whole or (figures and not any(name.startswith(f"{figures.name}/") for name in held)):
+    whole = all(path.exists() for path in files) and recorded_files.keys() <= there.keys()
+    if (
+        had is None
+        or not whole
+        or (figures and not any(name.startswith(f"{figures.name}/") for name in recorded_files))
+    ):
         return record
     say(f"{out}: there already, made by the same command of the same inputs")
     return None
@@ -95,22 +97,24 @@ def making(
     files: Sequence[Path] = (),
     figures: Path | None = None,
 ) -> Iterator[None]:
-    """Write the object `value` with its record as JSON at `out`, what goes with it in the block, and then the digests
-    of that. What an interrupted one left is known again by the record."""
+    """Write the object `value` with its record as JSON at `out`; the block writes the accompanying files, whose digests
+    are then added. The record identifies what an interrupted run left."""
     if (files or figures) and str(out) != STDOUT:
         write_json(out, {**value, "made": {**record, "unfinished": True}})
     yield
-    digests = {name: sha256(path) for name, path in _companions(files, figures).items()}
+    digests = {name: sha256(path) for name, path in _existing(files, figures).items()}
     value["made"] = {**record, "companions": digests} if digests else dict(record)
     write_json(out, value)
 
 
-def _companions(files: Sequence[Path], figures: Path | None) -> dict[str, Path]:
-    """Those that are there, by the names under which a record has them."""
-    found = {path.name: path for path in files if path.exists()}
+def _existing(files: Sequence[Path], figures: Path | None) -> dict[str, Path]:
+    """The existing ones of these files, by their names in a record."""
+    existing = {path.name: path for path in files if path.exists()}
     if figures is not None and figures.is_dir():
-        found |= {f"{figures.name}/{path.name}": path for path in figures.iterdir() if path.suffix in (".svg", ".png")}
-    return found
+        existing |= {
+            f"{figures.name}/{path.name}": path for path in figures.iterdir() if path.suffix in (".svg", ".png")
+        }
+    return existing
 
 
 def differing(
@@ -129,10 +133,10 @@ def check_same(
     knobs: Collection[str] = (),
     otherwise: str = "another output, or --overwrite",
 ) -> None:
-    """Raises UserError, one line, unless a run at `where` was of the settings that this one asks for.
+    """Raises UserError, one line, unless a run at `where` had the same settings as this one.
 
-    had: JSON values; None where something else is there. "model_content" is the fingerprint of "model", which is the
-    same model wherever it lies; "contents" maps names to fingerprints. knobs: names that may differ.
+    had: JSON values; None if something else is there. "model_content" is the fingerprint of "model", which may be at
+    another path; "contents" maps names to fingerprints. knobs: names that may differ.
     """
     if had is None:
         raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
@@ -144,15 +148,14 @@ def check_same(
         return
     if name in FINGERPRINTS:
         raise UserError(
-            f"{where} was made with a model whose files have changed since: use those to go on, {otherwise}"
+            f"{where} was made with a model whose files have changed since: use those to resume, {otherwise}"
         )
-    made = f"{name}={had.get(name)!r}, this run asks for {wanted.get(name)!r}"
-    raise UserError(f"{where} was made with {made}: use the same settings to go on, {otherwise}")
+    made = f"{name}={had.get(name)!r}, this run has {wanted.get(name)!r}"
+    raise UserError(f"{where} was made with {made}: use the same settings to resume, {otherwise}")
 
 
 def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] | None:
-    """What a JSON or Parquet file says, under `key`, of the job that made it; None where it is not there or says
-    nothing of the kind."""
+    """The record of its job in a JSON or Parquet file, under `key`; None if there is no file or no record."""
     path = Path(path)
     if not path.is_file():
         return None
@@ -162,26 +165,26 @@ def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] 
         if head == b"PAR1":
             import pyarrow.parquet as pq
 
-            held = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
+            content = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
         else:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        made = held.get(key)
+            content = json.loads(path.read_text(encoding="utf-8"))
+        made = content.get(key)
     except Exception:  # whatever a stranger's file is: it is not ours
         return None
     return made if isinstance(made, dict) else None
 
 
 def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: bool = False) -> None:
-    """Raises UserError where `out` is one of these files or folders, by any link, or lies in one of the folders.
+    """Raises UserError if `out` is one of these files or folders, through any link, or is inside one of the folders.
 
-    folder: `out` is one that is wholly the command's own, so that no input may lie in it either."""
+    folder: `out` is a folder of the command's own, so no input may be inside it either."""
     there = os.stat(out) if os.path.exists(out) else None
     for path in inputs:
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except (OSError, TypeError, ValueError):
             continue  # a name, and no file
-        if there is not None and os.path.samestat(there, found):
+        if there is not None and os.path.samestat(there, status):
             raise UserError(f"{out}: is an input, and cannot be the output")
         if there is not None and there.st_nlink > 1 and stat.S_ISREG(there.st_mode) and os.path.isdir(path):
             names = (one.path for one in os.scandir(path) if one.is_file())
@@ -195,9 +198,10 @@ def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: 
 
 
 @contextmanager
-def said_by(line: Callable[[str], None], asked: Callable[[str], bool] | None = None) -> Iterator[None]:
-    """Within it `say` calls `line`: what a command shows, and Python's callers do not see; and `ask` calls `asked`."""
-    tokens = _SAY.set(line), _ASK.set(asked)
+def reporting_to(line: Callable[[str], None], ask: Callable[[str], bool] | None = None) -> Iterator[None]:
+    """Within it, `say` calls `line` and `ask` calls the given function: commands show messages that Python callers do
+    not see."""
+    tokens = _SAY.set(line), _ASK.set(ask)
     try:
         yield
     finally:
@@ -211,10 +215,10 @@ def say(line: str) -> None:
 
 
 def ask(question: str) -> bool:
-    """Whether somebody is there to answer, and says yes."""
+    """Whether a user is present and answers yes."""
     return (to := _ASK.get()) is not None and to(question)
 
 
 def _digest(path: str | os.PathLike[str]) -> str:
-    found = Path(os.fspath(path)).expanduser()
-    return sha256(found) if found.is_file() else fingerprint.of_model(path)
+    local = Path(os.fspath(path)).expanduser()
+    return sha256(local) if local.is_file() else fingerprint.of_model(path)

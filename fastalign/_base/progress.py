@@ -1,5 +1,4 @@
-"""How far long work has come, on stderr: a bar on a terminal; elsewhere a line once it takes seconds, and then now
-and again."""
+"""Progress on stderr: a bar on a terminal; otherwise a line once the work takes seconds, and then at intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _open: list[Work] = []  # off a terminal, the outermost first
 
 @dataclass(eq=False)
 class Work:
-    """total: None where nobody knows how much there is."""
+    """total: None if unknown."""
 
     description: str
     total: int | None
@@ -28,14 +27,14 @@ class Work:
     done: int = 0
     said: str = ""
     began: float = field(default_factory=time.monotonic)
-    told: float | None = None
+    shown_at: float | None = None
 
     def __post_init__(self) -> None:
         self._first = self.done
 
     def due(self, now: float) -> bool:
-        if self.told is not None:
-            return now - self.told >= EVERY
+        if self.shown_at is not None:
+            return now - self.shown_at >= EVERY
         return now - self.began >= (EVERY if self.total is None else FIRST)
 
     def line(self, now: float) -> str:
@@ -57,12 +56,12 @@ class Work:
 def bar(
     description: str, *, total: int, unit: str = "", done: int = 0, show: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, said=None)`: so many more of `total` are done, and what else to show from now on;
-    nothing if not `show`.
+    """Yield `advance(count=1, said=None)`: `count` more of `total` are done; `said` is extra text to show from now on.
+    Shows nothing unless `show`.
 
-    Shows count, rate (in `unit` per second) and time left. done: what was done before, which is not in the rate. Off
-    a terminal quick work shows nothing, unless it has something to say: that is told at once, every 10 seconds and at
-    the end.
+    Shows count, rate (in `unit` per second) and time left. done: finished earlier, not counted in the rate. Without a
+    terminal, quick work shows nothing unless it has extra text: that is printed at once, every 10 seconds and at the
+    end.
     """
     if not show:
         yield lambda count=1, said=None: None
@@ -71,17 +70,17 @@ def bar(
             yield advance
     else:
         work = Work(description, total, unit, done)
-        with _told(work):
+        with _shown(work):
             yield lambda count=1, said=None: _advance(work, count, said)
 
 
 @contextmanager
 def at_work(description: str) -> Iterator[None]:
-    """A line now and again, off a terminal, for as long as no bar within has one to print."""
+    """A line at intervals, without a terminal, as long as no inner bar prints one."""
     if sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # of torchrun, the first process tells
         yield
         return
-    with _told(Work(description, None)):
+    with _shown(Work(description, None)):
         yield
 
 
@@ -90,12 +89,12 @@ def _advance(work: Work, count: int, said: str | None) -> None:
     if said is None:
         return
     work.said = said
-    if work.told is None or work.done >= work.total or time.monotonic() - work.told >= NEWS:
+    if work.shown_at is None or work.done >= work.total or time.monotonic() - work.shown_at >= NEWS:
         _tell([work])
 
 
 @contextmanager
-def _told(work: Work) -> Iterator[None]:
+def _shown(work: Work) -> Iterator[None]:
     _open.append(work)
     end = threading.Event()
     if _open[0] is work:
@@ -108,7 +107,7 @@ def _told(work: Work) -> Iterator[None]:
 
 
 def _watch(end: threading.Event) -> None:
-    """Tell what is due, though a single step may take minutes."""
+    """Prints due lines even if a single step takes minutes."""
     while not end.wait(TICK):
         now = time.monotonic()
         if any(work.due(now) for work in _open):
@@ -119,7 +118,7 @@ def _tell(works: list[Work]) -> None:
     now = time.monotonic()
     shown = [work for work in works if work.total is not None] or works
     for work in {*works, *_open[:1]}:  # the whole command has given a sign of life too
-        work.told = now
+        work.shown_at = now
     print("; ".join(work.line(now) for work in shown), file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""How every loader behaves: quiet off a terminal, one line for what goes wrong."""
+"""Common behaviour of all loaders: quiet without a terminal, one line per error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLAIN = {  # how what transformers says begins, where its first line does not t
 
 @contextmanager
 def one_line_errors(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
-    """Turn what transformers raises for a model it cannot load into one UserError line that names it."""
+    """Turns the errors of transformers for a model that cannot be loaded into a one-line UserError that names it."""
     try:
         yield
     except UserError:
@@ -32,8 +32,7 @@ def one_line_errors(name: str | os.PathLike[str], where: str = "") -> Iterator[N
 
 @contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
-    """Silence transformers' progress bars where stderr is no terminal, and its report of weights, which takes a
-    screen."""
+    """Silences transformers' progress bars if stderr is not a terminal, and its long report of weights."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -17,8 +17,8 @@ def parse_bytes(name: str, value: int | str) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
-    size = found and int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2]])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
+    size = match and int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]])
     if not size:
         raise UserError(f"{name} must be a size such as 4GB or 512MiB, or a number of bytes, got {value!r}")
     return size
@@ -30,5 +30,5 @@ def counted(count: int, noun: str) -> str:
 
 
 def decimals(spread: float) -> int:
-    """Digits after the point that show a hundredth of a spread, two to six; three where there is none."""
+    """Decimal places that show a hundredth of a standard deviation, two to six; three if it is zero."""
     return min(6, max(2, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3

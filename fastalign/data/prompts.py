@@ -1,4 +1,4 @@
-"""Prompts: the 64 that come with fastalign, local files, and data sets by their hub name."""
+"""Prompts: the 64 bundled ones, local files, and hub data sets."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BUNDLED = Path(__file__).parent / "prompts.jsonl"
 
 
 def bundled(k: int | None = None) -> list[str]:
-    """The prompts that come with fastalign: 64 of 8 kinds (reviews, advice, stories, provocations, ...).
+    """The bundled prompts: 64 of 8 kinds (reviews, advice, stories, provocations, ...).
 
-    With k: a subset spread evenly over the kinds (16 has two of each), the same one every time.
+    With k: a fixed subset spread evenly over the kinds (16 has two of each).
     """
     by_kind: dict[str, list[str]] = {}
     for line in _BUNDLED.read_text(encoding="utf-8").splitlines():
@@ -38,13 +38,12 @@ def bundled(k: int | None = None) -> list[str]:
 def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, split: str = "train") -> list[str]:
     """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
 
-    column: where the prompts are; by default "prompt", else "messages", else "text", else what "chosen" and "rejected"
-    have in common. A .txt file has one prompt a line, a .json file a list of strings or of objects; of texts without
-    columns a column is refused. split: of a hub
-    data set alone. A prompt is a string or a conversation, a list of messages, which becomes a
-    `data.conversations.Conversation` (a str); columns "tools" and "chat_template_kwargs" beside it go to the chat
-    template, as TRL has them. Raises FileNotFoundError or UserError, one line: empty file, missing column, blank
-    prompt and its place.
+    column: the column with the prompts; by default "prompt", else "messages", else "text", else the common beginning of
+    "chosen" and "rejected". A .txt file has one prompt per line, a .json file a list of strings or of objects; for
+    texts without columns, giving a column is an error. split: only for a hub data set. A prompt is a string or a
+    conversation, a list of messages, which becomes a `data.conversations.Conversation` (a str); columns "tools" and
+    "chat_template_kwargs" beside it are passed to the chat template, as in TRL. Raises FileNotFoundError or UserError,
+    one line: empty file, missing column, blank prompt and its row.
     """
     name = os.fspath(name_or_path)
     if not name.strip():
@@ -63,22 +62,22 @@ def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, spl
     if not path.exists():
         if suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
             raise FileNotFoundError(f"{name}: no such prompt file")
-        found = sources.from_hub(name, split=split, what="prompts")
-        wanted = _columns(name, found.column_names, column)
-        found = list(found.select_columns(wanted))
+        rows = sources.from_hub(name, split=split, what="prompts")
+        wanted = _columns(name, rows.column_names, column)
+        rows = list(rows.select_columns(wanted))
     elif suffix not in SUFFIXES:
         raise UserError(f"{name}: prompts must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
     elif suffix == ".txt":
         sources.no_split(name, split)
         if column is not None:
             raise _no_columns(name, column)
-        found = _lines(path)
+        rows = _lines(path)
     else:
         sources.no_split(name, split)
-        found = sources.local(path, lambda columns: _columns(name, columns, column))
-    if not found:
-        raise UserError(f"{name}: holds no prompts")
-    return [_prompt(name, i, row, column) for i, row in enumerate(found)]
+        rows = sources.local(path, lambda columns: _columns(name, columns, column))
+    if not rows:
+        raise UserError(f"{name}: contains no prompts")
+    return [_prompt(name, i, row, column) for i, row in enumerate(rows)]
 
 
 def _no_columns(source: str, column: str) -> UserError:
@@ -94,7 +93,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _columns(source: str, columns: Iterable[str], column: str | None) -> list[str]:
-    """The columns that make a prompt, of those there are."""
+    """The columns that form a prompt, among the existing ones."""
     columns = list(columns)
     extras = [name for name in EXTRAS if name in columns]
     for name in (column,) if column else COLUMNS:
@@ -107,7 +106,7 @@ def _columns(source: str, columns: Iterable[str], column: str | None) -> list[st
 
 
 def _prompt(source: str, i: int, row: object, column: str | None) -> str:
-    """The prompt of a row: a string that is not blank, or a conversation."""
+    """The prompt of a row: a non-blank string, or a conversation."""
     extras: dict[str, object] = {}
     if isinstance(row, dict):
         wanted = _columns(source, row, column)[0]

@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: str = "data") -> list[dict[str, Any]]:
     """The rows of a file of rows, or of a split of a hub data set; at least one.
 
-    what: how messages call it ("pairs"). Raises FileNotFoundError or UserError, one line that names the file.
+    what: its name in messages ("pairs"). Raises FileNotFoundError or UserError, one line that names the file.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -37,7 +37,7 @@ def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: st
     else:
         rows = [dict(row) for row in from_hub(name, split=split, what=what)]
     if not rows:
-        raise UserError(f"{name}: holds no {what}")
+        raise UserError(f"{name}: contains no {what}")
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{name}: row {i} must be an object, got {type(row).__name__}")
@@ -45,13 +45,13 @@ def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: st
 
 
 def no_split(source: str, split: str) -> None:
-    """Raises UserError where another split than the first is asked of what has none."""
+    """Raises UserError if another split than the default is requested for data without splits."""
     if split != "train":
         raise UserError(f"split must be left out for {source}: it is no data set of the hub, got {split!r}")
 
 
 def from_hub(name: str, *, split: str, what: str) -> Any:
-    """A data set by its hub name, as `datasets.Dataset`; UserError in one line where it is not to be had."""
+    """A data set by its hub name, as `datasets.Dataset`; UserError in one line if it cannot be loaded."""
     try:
         import datasets
     except ImportError:
@@ -61,13 +61,13 @@ def from_hub(name: str, *, split: str, what: str) -> Any:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # each builder has its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such file of {what}, and not to be had from the hub: {reason}") from None
+        raise UserError(f"{name}: no such file of {what}, and not available from the hub: {reason}") from None
 
 
 def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -> list[Any]:
-    """What a file of one of SUFFIXES holds, row by row, objects or whatever a JSON file has in their place.
+    """The rows of a file with one of SUFFIXES: objects, or whatever a JSON file has instead.
 
-    columns: which of those there are to read, where the kind of file can leave others out. Raises UserError, one line.
+    columns: which of the existing columns to read, if the format allows skipping others. Raises UserError, one line.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -104,13 +104,13 @@ def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> li
 def _csv(path: Path, text: str) -> list[dict[str, Any]]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the library's own is 131,072 characters
     try:
-        found = list(csv.DictReader(io.StringIO(text, newline="")))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV file ({error})") from None
-    for i, row in enumerate(found):
+    for i, row in enumerate(rows):
         if None in row:
             raise UserError(f"{path}: row {i} has more cells than the header has columns")
-    return found
+    return rows
 
 
 def _parse(path: Path, text: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""What sampling is asked for, checked without a model or torch: before anything long begins."""
+"""Checks sampling settings without a model or torch, before anything slow starts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _INTEGERS = (
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Of `Sampler.sample`: what its candidates depend on besides model and prompts, checked. Raises UserError.
+    """Checked settings of `Sampler.sample`: all that its candidates depend on besides model and prompts. Raises
+    UserError.
 
-    stop: a string, strings or None; a list ever after. first: the number of the first candidate.
+    stop: a string, strings or None; stored as a list. first: the index of the first candidate.
     """
 
     n: int
@@ -73,12 +74,12 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> SamplingSettings:
-        """Those among a job's arguments."""
+        """The sampling settings among a job's arguments."""
         return cls(**{field.name: job[field.name] for field in fields(cls) if field.name in job})
 
 
 def check(job: Mapping[str, Any]) -> SamplingSettings:
-    """The settings of a job, arguments of `Sampler.iter_batches`; others of them are passed over. Raises UserError."""
+    """The sampling settings among a job's arguments of `Sampler.iter_batches`; others are ignored. Raises UserError."""
     check_knobs(job)
     return SamplingSettings.of(job)
 
@@ -97,7 +98,7 @@ def check_more(more: int) -> None:
 
 
 def check_ray(address: str | None, workers: int | None, worker_cpus: float | None, worker_gpus: float | None) -> None:
-    """Raise UserError for what is no address of a cluster, and for workers that cannot be."""
+    """Raise UserError for an invalid cluster address, and for invalid worker settings."""
     given = {"workers": (workers, 1), "worker_cpus": (worker_cpus, 0), "worker_gpus": (worker_gpus, 0)}
     for name, (value, least) in given.items():
         if value is not None and not value >= least:

@@ -1,8 +1,8 @@
-"""A tokenizer's way with text: prompts and conversations to token ids, and what was drawn after them back to text.
+"""Text and tokens: encodes prompts and conversations as token ids, and decodes the tokens drawn after them.
 
-New tokens are decoded with the end of their prompt before them, for what a token says can depend on what stands there:
-SentencePiece takes the space off a text's first word. Special tokens are left out of texts, and are seen by stop
-strings that name them.
+New tokens are decoded together with the end of their prompt, because a token's text can depend on its predecessor:
+SentencePiece removes the space before a text's first word. Special tokens are omitted from texts, but stop strings can
+match them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PROBE = "fastalign-probe"
 
 
 class Text:
-    """What a tokenizer (or None, where another engine has it) makes of texts.
+    """Encoding and decoding with a tokenizer (or None, if another engine has it).
 
-    rows: entries of the model's embedding, which no token may lie beyond; None: not known.
+    rows: number of rows of the model's embedding, an upper limit for token ids; None: unknown.
     """
 
     tokenizer: Any
@@ -50,10 +50,10 @@ class Text:
     def encode(
         self, prompts: Sequence[Any], *, chat: bool | str = "auto", options: Mapping[str, Any] | None = None
     ) -> list[list[int]]:
-        """Token ids of each prompt, through the chat template where there is one and chat is not False.
+        """Token ids of each prompt, with the chat template if there is one and chat is not False.
 
-        options: `template_options`. A conversation's own tools and arguments go before them; its last message, where
-        it is the assistant's, is left open. Raises UserError, one line, that names the prompt.
+        options: `template_options`. A conversation's own tools and arguments take precedence; a final message from the
+        assistant is left open. Raises UserError, one line, that names the prompt.
         """
         prompts = check_prompts(prompts, chat)
         options = dict(options or {})
@@ -67,31 +67,31 @@ class Text:
                     )
             if options:
                 raise UserError(f"{next(iter(options))} is an argument of chat templates, and none is used here")
-            found = self.tokens(prompts, "prompt")
+            rows = self.tokens(prompts, "prompt")
         else:
             texts = [self.render(prompt, f"prompt {i}", options) for i, prompt in enumerate(prompts)]
-            found = self.tokens(texts, "prompt", add_special_tokens=False)  # the template wrote them
-        for i, ids in enumerate(found):
+            rows = self.tokens(texts, "prompt", add_special_tokens=False)  # the template wrote them
+        for i, ids in enumerate(rows):
             if not ids:
                 raise UserError(f"prompt {i} has no tokens: {prompts[i]!r}")
-        return found
+        return rows
 
     def tokens(self, texts: Sequence[str], name: str, **options: Any) -> list[list[int]]:
-        """Token ids of texts as they are. Raises UserError for text that cannot be encoded, by name and index:
+        """Token ids of texts without a template. Raises UserError for text that cannot be encoded, by name and index:
         "prompt 3"."""
         texts = list(texts)
         try:
-            found = self.tokenizer(texts, **options)["input_ids"] if texts else []
+            rows = self.tokenizer(texts, **options)["input_ids"] if texts else []
         except Exception:  # whatever a tokenizer raises: ask for each alone, to say which it was
-            found = [self.one(text, f"{name} {i}", **options)["input_ids"] for i, text in enumerate(texts)]
-        for i, ids in enumerate(found):
+            rows = [self.one(text, f"{name} {i}", **options)["input_ids"] for i, text in enumerate(texts)]
+        for i, ids in enumerate(rows):
             self.check_ids(ids, f"{name} {i}")
-        return [list(ids) for ids in found]
+        return [list(ids) for ids in rows]
 
     def continuations(self, texts: Sequence[str], name: str) -> list[list[int]]:
-        """Token ids of texts that follow others, with no special tokens: what `continuation` reads back as they are.
+        """Token ids of texts that follow others, without special tokens; `continuation` restores these texts.
 
-        A tokenizer that puts a space before every text is not given the one that is there.
+        If a tokenizer puts a space before every text, the text's own leading space is removed first.
         """
         if self._puts_space():
             texts = [text.removeprefix(" ") for text in texts]
@@ -102,7 +102,8 @@ class Text:
         return self._after(letter, letter, True) == " a"
 
     def one(self, text: str, name: str, pair: str | None = None, **options: Any) -> Mapping[str, Any]:
-        """What the tokenizer makes of one text (or pair). Raises UserError, which names it, for whatever it raises."""
+        """The tokenizer's output for one text (or pair). Turns whatever it raises into a UserError that names the
+        text."""
         try:
             return self.tokenizer(text, pair, **options)
         except Exception as error:
@@ -111,7 +112,7 @@ class Text:
             raise UserError(f"{name} cannot be encoded by the tokenizer: {_line(error)}") from None
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
-        """Raise UserError for a token beyond the embedding; name: of the text, "prompt 3"."""
+        """Raise UserError for a token id outside the embedding; name: the text's name, "prompt 3"."""
         if self.rows is not None and ids and max(ids) >= self.rows:
             rule = f"{name} has a token beyond the model's embedding of {self.rows:,} entries"
             raise UserError(f"{rule}, {max(ids)} ({self.tokenizer.convert_ids_to_tokens(max(ids))!r})")
@@ -119,9 +120,9 @@ class Text:
     def render(
         self, prompt: str, name: str, options: Mapping[str, Any] | None = None, *, reply: str | None = None
     ) -> str:
-        """The text that the chat template makes of a prompt, open for a reply; or with the reply, as a whole.
+        """The chat template's text for a prompt, open for a reply; or for prompt and reply together.
 
-        A prompt of plain text is the user's. Raises UserError, which names the prompt, where the template refuses it.
+        A plain-text prompt is a user's message. Raises UserError, which names the prompt, if the template rejects it.
         """
         options = dict(options or {})
         if isinstance(prompt, Conversation):
@@ -131,8 +132,8 @@ class Text:
         messages = prompt.messages if isinstance(prompt, Conversation) else [{"role": "user", "content": prompt}]
         opened = isinstance(prompt, Conversation) and prompt.continues
         if reply is not None:
-            asked = prompt if isinstance(prompt, Conversation) else Conversation(messages)
-            messages, opened = asked.replied(reply), False
+            conversation = prompt if isinstance(prompt, Conversation) else Conversation(messages)
+            messages, opened = conversation.replied(reply), False
         blocks = self._blocks(json.dumps(options.get("chat_template")))
         messages = [_with_content(message, blocks) for message in messages]
         try:
@@ -156,19 +157,19 @@ class Text:
         return f"the chat template refuses it: {_line(error)}"
 
     def _blocks(self, chosen: str) -> bool | None:
-        """Whether the template reads contents as blocks: True, or False for text; None: it reads both, or neither."""
+        """Whether the template reads contents as blocks (True) or as text (False); None: both, or neither."""
         known = self.__dict__.setdefault("_reads_blocks", {})
         if chosen not in known:
             options = {} if chosen == "null" else {"chat_template": json.loads(chosen)}
 
             def shows(content: Any) -> bool:
                 try:
-                    found = self.tokenizer.apply_chat_template(
+                    rendered = self.tokenizer.apply_chat_template(
                         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options
                     )
                 except Exception:  # told when it is asked in earnest
                     return False
-                return _PROBE in found and not re.search(r"""['"]type['"]""", found)
+                return _PROBE in rendered and not re.search(r"""['"]type['"]""", rendered)
 
             text, blocks = shows(_PROBE), shows([{"type": "text", "text": _PROBE}])
             known[chosen] = None if text == blocks else blocks
@@ -177,17 +178,18 @@ class Text:
     def template_options(
         self, options: Any = None, tools: Any = None, others: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Arguments for the chat template, checked: options a dict of them, tools, others given by keyword.
+        """Checked arguments for the chat template: options is a dict of them; others are given by keyword.
 
-        Raises UserError for a keyword that the template does not read: it may be a misspelt argument of ours.
+        Raises UserError for a keyword that the template does not use, because it may be a misspelt argument of
+        fastalign.
         """
-        found = {**check_options(options), **(others or {})}
+        result = {**check_options(options), **(others or {})}
         if tools := check_tools(tools):
-            found["tools"] = tools
+            result["tools"] = tools
         named = getattr(self.tokenizer, "chat_template", None)
         templates = [*named.values()] if isinstance(named, dict) else [named]
-        templates += [found.get("chat_template")]
-        for name in found:
+        templates += [result.get("chat_template")]
+        for name in result:
             if name in ("chat_template", "tools") or any(
                 re.search(rf"\b{re.escape(name)}\b", t) for t in templates if t
             ):
@@ -199,27 +201,28 @@ class Text:
             if self.tokenizer is None:  # the engine's own reads who knows what
                 continue
             warnings.warn(f"chat_template_kwargs: the chat template does not read {name}", stacklevel=4)
-        return found
+        return result
 
     # -- back to text
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int], stop: Sequence[str] = ()) -> str:
         """The text of new tokens after a prompt's, without special tokens, cut before the first stop string.
 
-        The prompt's text and this are the text of all the tokens.
+        The prompt's text followed by this is the text of all tokens.
         """
         text = self._after(prompt, new, True)
         naming = [one for one in stop if self._naming(one)]
         ends = [at for at in (text.find(one) for one in stop if one not in naming) if at >= 0]
         if naming:
             whole = self._after(prompt, new, False)
-            found = [at for at in map(whole.find, naming) if at >= 0]
-            if found:
-                ends.append(len(self._shown(prompt, new, whole[: min(found)])))
+            matches = [at for at in map(whole.find, naming) if at >= 0]
+            if matches:
+                ends.append(len(self._shown(prompt, new, whole[: min(matches)])))
         return text[: min(ends, default=len(text))]
 
     def stopped(self, prompt: Sequence[int], new: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the text of new tokens holds a stop string; first looks at what the last token can complete."""
+        """Whether the text of new tokens contains a stop string; first checks the tail that the last token can
+        complete."""
         if not stop:
             return False
         for naming in (False, True):
@@ -237,11 +240,11 @@ class Text:
         return False
 
     def sees_special(self, stop: Sequence[str]) -> bool:
-        """Whether a stop string names a special token: an engine must then be told to show them."""
+        """Whether a stop string contains a special token, so that an engine must show them."""
         return self.tokenizer is not None and any(map(self._naming, stop))
 
     def _after(self, prompt: Sequence[int], new: Sequence[int], skip: bool) -> str:
-        """The text that new tokens add to the prompt's."""
+        """The text that new tokens add to that of the prompt."""
         tail = self._last(prompt, TAIL, special=True)
         before, whole = self._before(tail, skip), self._decode((*tail, *new), skip)
         if not whole.startswith(before):  # a character that the prompt leaves half-way is whole now
@@ -249,7 +252,7 @@ class Text:
         return whole[len(before) :]
 
     def _last(self, ids: Sequence[int], count: int, *, special: bool) -> tuple[int, ...]:
-        """The last `count` that are not special tokens, and with `special` those between them."""
+        """The last `count` ordinary tokens, with `special` also the special tokens between them."""
         start, ordinary = len(ids), 0
         while start and ordinary < count:
             start -= 1
@@ -257,7 +260,7 @@ class Text:
         return tuple(i for i in ids[start:] if special or i not in self.special)
 
     def _shown(self, prompt: Sequence[int], new: Sequence[int], upto: str) -> str:
-        """What a text that shows special tokens, ending somewhere in that of new tokens, shows without them."""
+        """The version without special tokens of a text that shows them and ends somewhere in the new tokens."""
         for count in range(len(new), -1, -1):
             whole = self._after(prompt, new[:count], False)
             if len(whole) <= len(upto) and upto.startswith(whole):
@@ -269,13 +272,13 @@ class Text:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
     def _names_special(self, stop: str) -> bool:
-        """Whether a stop string holds a special token, or two characters or more of one's beginning at its end."""
+        """Whether a stop string contains a special token, or ends with at least two characters of one's beginning."""
         ends = [stop[-k:] for k in range(2, len(stop) + 1)]
         return any(name and (name in stop or any(name.startswith(end) for end in ends)) for name in self._names())
 
 
-def told(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a set of candidates notes of `Text.template_options`."""
+def template_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `Text.template_options` that a set of candidates records."""
     rest = {name: value for name, value in options.items() if name != "tools"}
     return ({"chat_template_kwargs": rest} if rest else {}) | (
         {"tools": options["tools"]} if "tools" in options else {}
@@ -283,7 +286,7 @@ def told(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Entries of a model's embedding, None where it does not say."""
+    """Number of rows of a model's embedding, None if unknown."""
     try:
         return int(model.get_input_embeddings().weight.shape[0])
     except Exception:  # models that have none, or several, raise each in their own way
@@ -291,7 +294,7 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def check_prompts(prompts: Sequence[Any], chat: bool | str) -> list[str]:
-    """The prompts, messages as Conversations: what every sampler asks of them. Raises UserError."""
+    """The prompts, with messages as Conversations; every sampler uses this check. Raises UserError."""
     if isinstance(prompts, str) or not len(prompts):
         raise UserError(f"prompts must be a list of at least one string or conversation, got {prompts!r}")
     if isinstance(prompts[0], Mapping):
@@ -300,10 +303,10 @@ def check_prompts(prompts: Sequence[Any], chat: bool | str) -> list[str]:
         )
     if chat not in ("auto", True, False):
         raise UserError(f"chat must be 'auto', True or False, got {chat!r}")
-    found = [as_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-    if chat is False and (at := [i for i, prompt in enumerate(found) if isinstance(prompt, Conversation)]):
+    checked = [as_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    if chat is False and (at := [i for i, prompt in enumerate(checked) if isinstance(prompt, Conversation)]):
         raise UserError(f"prompt {at[0]} is a conversation, which needs a chat template: chat=False leaves it out")
-    return found
+    return checked
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -312,7 +315,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _with_content(message: dict[str, Any], blocks: bool | None) -> dict[str, Any]:
-    """The message with its content as the template reads it: blocks, or text (blocks False)."""
+    """The message with its content in the form that the template reads: blocks, or text (blocks False)."""
     content = message.get("content")
     if blocks is True and isinstance(content, str):
         return {**message, "content": [{"type": "text", "text": content}]}

@@ -1,4 +1,4 @@
-"""As many candidates as each prompt needs, drawn in rounds; and a pilot that says how many that will be."""
+"""As many candidates as each prompt needs, drawn in rounds until they suffice; and a pilot that estimates how many."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PILOT_N, PILOT_PROMPTS = 32, 8
 
 @dataclass
 class Adaptive:
-    """One text per prompt: texts (P,), indices (P,) among its candidates, rewards (P, m) of the picked.
+    """One text per prompt: texts (P,), indices (P,) among its candidates, rewards (P, m) of the selected texts.
 
-    counts (P,): candidates drawn for each prompt. enough (P,) bool: whether they sufficed, or max_n ended the search.
+    counts (P,): candidates drawn for each prompt. enough (P,) bool: whether they sufficed before max_n was reached.
     effective_sample_size (P,). candidates: one Candidates per prompt, of counts[p] candidates.
     """
 
@@ -67,15 +67,15 @@ def adaptive(
     `each`).
 
     A prompt has enough, for method "best", when its best is at most `gain` standard deviations of lam . R above what
-    half as many candidates would give on average (`best_of_curve`): the next doubling gives about as much or less.
-    For every other method, when its effective sample size reaches `ess`. prompt_ids: rising, the prompts' places in
-    the whole set where these are a part of it, which is what their random numbers go by. The other arguments are
-    those of `best_of`. On a model that runs here a prompt's candidates are the first of those that best_of draws with
-    n = max_n and the same seed.
+    half as many candidates would give on average (`best_of_curve`): the next doubling gains about as much or less. For
+    every other method, when its effective sample size reaches `ess`. prompt_ids: ascending indices of the prompts in
+    the full set, if these are a part of it; they determine the random numbers. The other arguments are those of
+    `best_of`. For a local model, a prompt's candidates are the first of those that best_of draws with n = max_n and the
+    same seed.
 
-    Bias: stopping looks at the rewards, so that a prompt whose first candidates look even stops before a rare good
-    one is seen: `resample` is then further from p_lambda, and means over the candidates from those under p0, than a
-    fixed n of the same size on average would make them. Take a fixed n where estimates must have no bias.
+    Bias: stopping depends on the rewards, so a prompt whose first candidates score alike stops before a rare good one
+    appears. `resample` is then further from p_lambda, and means over the candidates are further from those under p0,
+    than with a fixed n of the same average size. Use a fixed n for unbiased estimates.
 
     Raises UserError (one line) on bad arguments.
     """
@@ -151,7 +151,7 @@ def _row(part: Candidates, row: int) -> Candidates:
 
 
 def _joined(parts: list[Candidates], prompt: int, max_n: int) -> Candidates:
-    """One prompt's rounds side by side."""
+    """One prompt's rounds joined."""
     return Candidates(
         parts[0].prompts,
         *([[one for part in parts for one in getattr(part, name)[0]]] for name in ("texts", "token_ids", "logprobs")),
@@ -162,7 +162,7 @@ def _joined(parts: list[Candidates], prompt: int, max_n: int) -> Candidates:
 
 
 class Pilot(NamedTuple):
-    """What a few candidates say about how many are needed: see `worth`."""
+    """How many candidates are needed, estimated from a few: see `worth`."""
 
     kl: float  # nats, mean over prompts; too small where ess is near 1
     ess: float  # mean effective sample size of the n
@@ -182,9 +182,9 @@ def pilot(
     seed: int,
     **sampling: Unpack[SamplingOptions],
 ) -> Pilot:
-    """Draw n candidates of 8 prompts spread over the set, and tell how many p_lambda needs (`worth`).
+    """Draw n candidates for 8 prompts spread over the set, and estimate how many p_lambda needs (`worth`).
 
-    sampling: as in `best_of`. Random numbers are apart from those of a run with the same seed.
+    sampling: as in `best_of`. Its random numbers are independent of those of a run with the same seed.
     """
     from fastalign.rewards import score
 
@@ -193,5 +193,5 @@ def pilot(
     apart = int(np.random.SeedSequence((seed, n)).generate_state(1, np.uint64)[0])
     drawn = sampler.sample(some, n=n, max_new_tokens=max_new_tokens, seed=apart, **sampling)
     array = drawn.with_rewards(names, score(rewards, *drawn.pairs())).reward_array(names)
-    found = estimate(array, lam, warn=False)
-    return Pilot(float(found.kl[0]), float(found.ess[0]), found.worth[0], n, len(some))
+    result = estimate(array, lam, warn=False)
+    return Pilot(float(result.kl[0]), float(result.ess[0]), result.worth[0], n, len(some))

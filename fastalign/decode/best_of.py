@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class BestOf:
-    """One text per prompt: texts (P,), indices (P,) among the N candidates, rewards (P, m) of the picked.
+    """One text per prompt: texts (P,), indices (P,) among the N candidates, rewards (P, m) of the selected texts.
 
-    effective_sample_size (P,); values (m,): the mean rewards of the first pick, its own draw averaged out;
-    candidates: all the scored ones they were picked from; picked: all k picks of each prompt, the first of which is
-        above.
+    effective_sample_size (P,); values (m,): the expected mean rewards of the selection; candidates: all scored
+    candidates; picked: all k selected texts per prompt, of which the first are above.
     """
 
     texts: list[str]
@@ -57,12 +56,12 @@ def best_of(
     show_progress: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> BestOf:
-    """Draw n candidates per prompt, score them, keep k.
+    """Draw n candidates per prompt, score them, and select k.
 
-    sampler: a Sampler or a model's name. rewards: a reward's name or Reward object, or several.
-    lam: (m,) weights, 1 each by default. method: "best" keeps the largest lam . R; "resample" draws from
-    p0 exp(lam . R) among the n (soft best-of-n: at temperature t it is lam / t), and so does any method of `select`,
-    with or without replacement. Where the n are too few for that, a warning says how many are needed (`estimate`).
+    sampler: a Sampler or a model's name. rewards: one or several names or Reward objects.
+    lam: (m,) weights, 1 each by default. method: "best" takes the largest lam . R; "resample" draws from p0 exp(lam .
+    R) among the n (soft best-of-n; for temperature t use lam / t), as does any method of `select`, with or without
+    replacement. If n is too small for that, a warning says how many are needed (`estimate`).
     sampling: temperature, top_p, stop ... as in `Sampler.sample`.
     Raises UserError (one line) on bad arguments.
     """
@@ -79,7 +78,7 @@ def best_of(
 def prepared(
     sampler: Sampler | str, rewards: Any, lam: Sequence[float] | None
 ) -> tuple[BaseSampler, list[Any], list[str], np.ndarray]:
-    """(Sampler, rewards as a list, their names, lam (m,) float64) from what `best_of` takes."""
+    """(Sampler, list of rewards, their names, lam (m,) float64) from the arguments of `best_of`."""
     rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     lam = np.ones(len(rewards)) if lam is None else weights(lam, len(rewards))
     if not rewards:
@@ -89,7 +88,7 @@ def prepared(
 
 
 def chosen(candidates: Candidates, names: Sequence[str], lam: np.ndarray, *, method: str, k: int, seed: int) -> BestOf:
-    """What `best_of` keeps of scored candidates."""
+    """The selection of `best_of` from scored candidates."""
     array = candidates.reward_array(names)
     picked = candidates.take(select(array, lam, k=k, method=method, seed=seed))
     indices = picked.picked[:, 0]

@@ -1,12 +1,12 @@
-"""The candidates of a set of prompts, N each, with tokens, log-probs and rewards; and their Parquet files.
+"""The candidates of a set of prompts, N each, with tokens, log-probabilities and rewards; and their Parquet files.
 
 One row per candidate. Kinds of file, each of the first three a superset of the one before:
     candidates  prompt_id, candidate_id, prompt, text, token_ids, logprobs
     scored      + one float32 column "reward:<name>" per reward
-    selected    only the rows picked; candidate_id is the one picked, + draw (0..k-1)
+    selected    only the selected rows; candidate_id is the selected one, + draw (0..k-1)
     weighted    scored + log_weight (float64): particles, which are not plain draws; exp of it, averaged over a prompt's
                 particles with any f(y), estimates Z E_λ f
-Where prompts are conversations, a column is_conversation (bool) says for which rows "prompt" is their JSON.
+If prompts are conversations, a column is_conversation (bool) says in which rows "prompt" is their JSON.
 The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}.
 """
 
@@ -40,9 +40,9 @@ class Candidates:
     prompts: P strings, or conversations (lists of messages, kept as `data.conversations.Conversation`). texts,
     token_ids, logprobs: [P][N] strings, lists of int, lists of float (per token, natural log, under the distribution
     the token was drawn from). rewards: name -> (P, N) float32.
-    settings: how they were made (JSON values). prompt_ids: (P,) int64, the prompts' places in the whole set,
-    0..P-1 unless this is a part. picked: None, or (P, N) int64 candidate numbers where this holds N draws
-    from a larger set (see `take`). log_weights: None, or (P, N) float64 where these are weighted (`decode.particles`).
+    settings: how they were made (JSON values). prompt_ids: (P,) int64, the prompts' indices in the full set, 0..P-1
+    unless this is a part. picked: None, or (P, N) int64 candidate indices if this contains N draws from a larger set
+    (see `take`). log_weights: None, or (P, N) float64 for weighted candidates (`decode.particles`).
     """
 
     prompts: list[str]
@@ -86,10 +86,11 @@ class Candidates:
         return f"<p>{html.escape(repr(self))}</p>{shown.to_html(index=False, max_cols=20)}"
 
     def to_pandas(self, *, prompts: int | None = None, candidates: int | None = None) -> Any:
-        """A pandas DataFrame with a row for each candidate (of the first so many prompts and candidates): prompt_id,
-        candidate_id, prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by its name.
+        """A pandas DataFrame with one row per candidate (of the first `prompts` prompts and `candidates` candidates):
+        prompt_id, candidate_id, prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by
+        its name.
 
-        Raises UserError where pandas is not installed.
+        Raises UserError if pandas is not installed.
         """
         pd = pandas()
         rows, columns = range(len(self.prompts))[:prompts], range(self.n)[:candidates]
@@ -120,7 +121,7 @@ class Candidates:
         return "weighted" if self.log_weights is not None else "scored" if self.rewards else "candidates"
 
     def joined(self, more: Candidates) -> Candidates:
-        """Each prompt's candidates with those that `more` has of it after them; rewards and settings are left out."""
+        """Each prompt's candidates followed by those in `more`; without rewards and settings."""
         if self.prompts != more.prompts:
             raise UserError("more must have the same prompts in the same order")
         grids = ("texts", "token_ids", "logprobs")
@@ -130,12 +131,12 @@ class Candidates:
         return Candidates(self.prompts, **both, prompt_ids=self.prompt_ids)
 
     def pairs(self) -> tuple[list[str], list[str]]:
-        """(prompts, responses), P * N strings each, prompt by prompt: what `rewards.score` takes."""
+        """(prompts, responses), P * N strings each, prompt by prompt: the arguments of `rewards.score`."""
         prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
         return prompts, [text for row in self.texts for text in row]
 
     def with_rewards(self, names: Sequence[str], values: np.ndarray) -> Candidates:
-        """A copy that also carries these rewards; values (P * N, m), in the order of `pairs()`."""
+        """A copy with these rewards added; values (P * N, m), in the order of `pairs()`."""
         values = np.asarray(values)
         if values.shape != (len(self.prompts) * self.n, len(names)):
             rule = f"({len(self.prompts) * self.n}, {len(names)})"
@@ -149,14 +150,14 @@ class Candidates:
         missing = [name for name in names if name not in self.rewards]
         if missing or not names:
             have = ", ".join(self.rewards) or "none; run `fastalign score` first"
-            rule = f"values must be rewards that the candidates carry ({have}), one at least"
+            rule = f"values must be rewards of the candidates ({have}), one at least"
             raise UserError(f"{rule}, got {', '.join(missing) or 'none'}")
         if len(set(names)) < len(names):
             raise UserError(f"values must be different, got {', '.join(names)}")
         return np.stack([self.rewards[name] for name in names], axis=-1)
 
     def take(self, indices: np.ndarray) -> Candidates:
-        """The candidates at indices (P, k) int, k draws per prompt, as `select` gives them."""
+        """The candidates at indices (P, k) int, k draws per prompt, as returned by `select`."""
         indices = np.asarray(indices)
         if indices.ndim != 2 or len(indices) != len(self.prompts):
             raise UserError(f"indices must have shape ({len(self.prompts)}, k), got {indices.shape}")
@@ -206,7 +207,7 @@ class Candidates:
         )
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write the file of this `kind`, whole or not at all."""
+        """Write a file of this `kind`, completely or not at all."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -236,7 +237,7 @@ class Candidates:
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str], *, kind: str | Sequence[str] | None = None) -> Candidates:
-        """Read any of the kinds; with `kind`, the file must be of it (or one of them).
+        """Read a file of any kind; with `kind`, it must be of that kind (or one of them).
 
         Raises FileNotFoundError or UserError: one line that names the file and what is wrong with it.
         """
@@ -270,7 +271,7 @@ class Candidates:
                 raise UserError(f"{path}: rewards must be finite, got {values[row]} in row {row}, column {name!r}")
 
         if not len(table):
-            raise UserError(f"{path}: holds no candidates")
+            raise UserError(f"{path}: contains no candidates")
         prompt_id = table["prompt_id"].to_numpy()
         ids, inverse, counts = np.unique(prompt_id, return_inverse=True, return_counts=True)
         if len(set(counts.tolist())) > 1:
@@ -291,7 +292,7 @@ class Candidates:
         prompts = grid("prompt")
         mixed = [int(i) for i, row in zip(ids, prompts, strict=True) if len(set(row)) > 1]
         if mixed:
-            raise UserError(f"{path}: prompt_id {mixed[0]} stands for more than one prompt")
+            raise UserError(f"{path}: prompt_id {mixed[0]} has more than one prompt")
         prompts = [row[0] for row in prompts]
         if _CONVERSATION in table.column_names:
             spoken = [row[0] for row in grid(_CONVERSATION)]
@@ -310,27 +311,27 @@ class Candidates:
 
 
 def _as_numbers(name: str, values: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """int64: numbers of prompts or candidates, from 0 on; float64: log weights, -inf where there is none."""
-    found = np.asarray(values)
-    if found.shape != shape:
-        raise UserError(f"{name} must have shape {shape}, got {found.shape}")
+    """int64: indices of prompts or candidates; float64: log weights, -inf for weight 0."""
+    array = np.asarray(values)
+    if array.shape != shape:
+        raise UserError(f"{name} must have shape {shape}, got {array.shape}")
     kinds, rule = ("iu", "integers, at least 0") if dtype is np.int64 else ("iuf", "numbers below inf")
-    if found.size and found.dtype.kind not in kinds:
-        raise UserError(f"{name} must be {rule}, got {found.dtype}")
-    found = found.astype(dtype, copy=False)
-    wrong = found[(found < 0) if dtype is np.int64 else ~(found < np.inf)]
+    if array.size and array.dtype.kind not in kinds:
+        raise UserError(f"{name} must be {rule}, got {array.dtype}")
+    array = array.astype(dtype, copy=False)
+    wrong = array[(array < 0) if dtype is np.int64 else ~(array < np.inf)]
     if wrong.size:
         raise UserError(f"{name} must be {rule}, got {wrong[0]}")
-    return found
+    return array
 
 
 def _as_float32(name: str, values: Any) -> np.ndarray:
     wide = np.asarray(values)
     with np.errstate(over="ignore"):
-        found = wide.astype(np.float32)
-    if (np.isinf(found) & np.isfinite(wide)).any():
-        raise UserError(f"rewards[{name!r}] must fit float32, got {wide[np.isinf(found) & np.isfinite(wide)][0]:g}")
-    return found
+        narrow = wide.astype(np.float32)
+    if (np.isinf(narrow) & np.isfinite(wide)).any():
+        raise UserError(f"rewards[{name!r}] must fit float32, got {wide[np.isinf(narrow) & np.isfinite(wide)][0]:g}")
+    return narrow
 
 
 def _read_table(path: Path):
@@ -348,7 +349,7 @@ def _read_table(path: Path):
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: was not written by fastalign (its schema carries no 'fastalign' metadata)")
+        raise UserError(f"{path}: was not written by fastalign (its schema has no 'fastalign' metadata)")
     for name in ("sampling", "selection", "made"):
         if not isinstance(settings.get(name, {}), dict):
             raise UserError(f"{path}: {name!r} in its metadata must be an object, got {settings[name]!r:.60}")

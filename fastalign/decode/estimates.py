@@ -1,8 +1,7 @@
-"""What a set of candidates says about decoders that were not run: values, divergence, and how many draws they need.
+"""Estimates for decoders that were not run, from a set of candidates: values, divergence, and how many draws they need.
 
-The candidates are draws from p0, N for each of P prompts; a decoder picks among them by their rewards. Expectations
-over its own draw are taken exactly, by weighing all N (Rao–Blackwell), and errors come from the spread between
-prompts.
+The candidates are draws from p0, N for each of P prompts; a decoder selects among them by their rewards. Expectations
+over its own draw are exact, by weighting all N (Rao–Blackwell); errors come from the variation between prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fastalign.decode.worth import TRUSTED_ESS, Worth, words, worth
 
 
 class Estimate(NamedTuple):
-    """For K weights λ: each row a λ, float64."""
+    """Estimates for K weights λ, one row per λ, float64."""
 
     lam: np.ndarray  # (K, m)
     values: np.ndarray  # (K, m) mean rewards of the decoder that resamples one of the N by λ
@@ -40,7 +39,7 @@ class Estimate(NamedTuple):
 
     @property
     def doubt(self) -> str | None:
-        """Where the candidates are too few to trust, in one line."""
+        """A one-line warning if there are too few candidates, else empty."""
         if not (self.ess < min(TRUSTED_ESS, self.n)).any():
             return None
         worst = int(self.ess.argmin())
@@ -61,10 +60,9 @@ class Estimate(NamedTuple):
 def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *, warn: bool = True) -> Estimate:
     """Realised values, divergence and effective sample size at every λ of a grid, from one set of candidates.
 
-    rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the mean that `select(rewards, lam)` has over its own
-    draw and over candidates, without bias, and less spread. Against the ideal p_λ, which N = infinity would give,
-    both have a bias of order 1/ess; a warning says where the mean ess is below 10 (`Estimate.doubt`), unless warn is
-    False.
+    rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the same mean as `select(rewards, lam)`, over its draw
+    and over candidates, and a smaller variance. Relative to the ideal p_λ (N = infinity) both have a bias of order
+    1/ess; unless warn is False, a warning says where the mean ess is below 10 (`Estimate.doubt`).
 
     Raises UserError on wrong shapes and numbers that are not finite.
     """
@@ -85,18 +83,18 @@ def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *
         stderr[i] = standard_error(means)
         kl[i] = max(0.0, (np.where(w > 0, w * (log_w + math.log(n)), 0).sum(1)).mean())
         ess[i] = (1 / (w**2).sum(1)).mean()
-    found = Estimate(grid, values, stderr, kl, ess, prompts, n, tuple(worth(rewards, row) for row in grid))
-    if warn and found.doubt:
-        warnings.warn(found.doubt, stacklevel=2)
-    return found
+    result = Estimate(grid, values, stderr, kl, ess, prompts, n, tuple(worth(rewards, row) for row in grid))
+    if warn and result.doubt:
+        warnings.warn(result.doubt, stacklevel=2)
+    return result
 
 
 def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
     """The fewest candidates per prompt for `ess` effective ones at a divergence of `kl` nats: ess · e^kl.
 
-    Importance sampling needs of order e^KL draws and no fewer (Chatterjee, Diaconis, arXiv 1511.01437): N are worth
-    at most N e^-KL, and less the heavier the weights' tail. Where candidates are there, `worth` tells how many they
-    need.
+    Importance sampling needs at least of order e^KL draws (Chatterjee, Diaconis, arXiv 1511.01437): N draws have an
+    effective sample size of at most N e^-KL, and less for heavier-tailed weights. Given candidates, `worth` estimates
+    how many are needed.
     """
     if not kl >= 0:
         raise UserError(f"kl must be at least 0, got {kl!r}")
@@ -104,7 +102,7 @@ def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1)/n, nats: what best-of-n moves away from p0 at most, exactly so where no rewards tie (arXiv
+    """log n - (n - 1)/n, nats: the KL from p0 of best-of-n, exact without ties and an upper bound with them (arXiv
     2401.01879)."""
     if n < 1:
         raise UserError(f"n must be at least 1, got {n!r}")
@@ -124,10 +122,10 @@ class BestOfCurve(NamedTuple):
 
 
 def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> BestOfCurve:
-    """What best-of-k by λᵀR gives on average for every k up to N, from the same N candidates, without bias.
+    """Unbiased estimates of the mean of best-of-k by λᵀR for every k up to N, from the same N candidates.
 
     The average over all subsets of k of the N: the i-th smallest is the best of C(i-1, k-1) of the C(N, k).
-    Candidates of equal score share alike.
+    Candidates of equal score share equally.
 
     rewards (P, N, m); lam (m,); ks in 1..N.
     """
@@ -150,7 +148,7 @@ def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> Be
 
 
 def _best_of(k: int, n: int) -> np.ndarray:
-    """The chance that the i-th smallest of n is the largest of k of them drawn without replacement, i = 1..n."""
+    """The probability that the i-th smallest of n is the largest of k of them drawn without replacement, i = 1..n."""
     from scipy.special import gammaln
 
     rank = np.arange(k, n + 1)

@@ -1,8 +1,9 @@
-"""Candidates of one age: all of a few prompts' drawn together to a checkpoint, where some are dropped or copied.
+"""Candidates in lockstep: all candidates of a few prompts are drawn together to a checkpoint, where some are dropped or
+copied.
 
-What `decode.rejection` and `decode.particles` are made of. Every candidate is in flight at once, so that those of a
-prompt can be held against each other half-way; a place has the random stream that `Sampler.sample` gives the
-candidate of that number, so that one which nothing replaces is drawn as it is there.
+The basis of `decode.rejection` and `decode.particles`. All candidates are in flight at once, so that those of a prompt
+can be compared half-way. Each slot has the random stream that `Sampler.sample` gives the candidate of that index, so a
+candidate that is never replaced is the same as there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastalign.rewards import score
 
 
 class Lockstep:
-    """n candidates of each of some prompts (by their numbers) in flight, all of one age."""
+    """n candidates in flight for each of some prompts (by index), all with the same number of tokens."""
 
     sampler: Sampler
     encoded: Mapping[int, Sequence[int]]
@@ -41,19 +42,19 @@ class Lockstep:
 
     @property
     def live(self) -> list[Job]:
-        """Those that have not ended and were not dropped."""
+        """Candidates that have not ended and were not dropped."""
         return self.engine.jobs if self.age else self.jobs
 
     def advance(self, age: int) -> None:
-        """Draw until each live one has that many tokens or has ended."""
+        """Draw until each live candidate has that many tokens or has ended."""
         while self.age < age and self.live:
             self.drawn += len(self.live)
             self.ended.update(self.loop.step(() if self.age else self.jobs))
             self.age += 1
 
     def fitting(self, limit: int, tokens: int) -> int:
-        """How many candidates of that many tokens keep their keys and values, and their prompts', within `limit`
-        bytes."""
+        """How many candidates of that many tokens fit in `limit` bytes with their keys and values and those of their
+        prompts."""
         model, prefixes = self.sampler.model, self.engine.prefixes.values()
         own, shared = (
             SharedPromptEngine.row_bytes(model, tokens),
@@ -62,13 +63,14 @@ class Lockstep:
         return (limit - shared) // own
 
     def drop(self, jobs: Sequence[Job]) -> None:
-        """Draw no more for these, and give back the memory of all that are not in flight."""
+        """Stop drawing these, and release the memory of all that are not in flight."""
         gone = set(jobs)
         self.engine.drop([row for row, job in enumerate(self.engine.jobs) if job in gone])
         self.engine.shrink()
 
     def replace(self, ancestors: Mapping[Job, Job]) -> None:
-        """Make each of these a copy of another, which is not itself replaced; it goes on with its own random stream."""
+        """Make each of these a copy of another, which is not itself replaced; the copy continues with its own random
+        stream."""
         for job, of in ancestors.items():
             for drawn in (self.loop.ids, self.loop.log_probs):
                 drawn[job] = list(drawn[of])
@@ -90,13 +92,13 @@ class Lockstep:
         return self.sampler.text.continuation(self.encoded[job.prompt], self.loop.ids[job], self.settings.stop)
 
     def grid(self, values: Mapping[Job, Any]) -> list[list[Any]]:
-        """[prompt][place] of a mapping from every job."""
+        """[prompt][candidate] from a mapping of every job."""
         n = self.settings.n
         flat = [values[job] for job in self.jobs]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
     def rows(self) -> tuple[list[list[str]], list[list[list[int]]], list[list[list[float]]]]:
-        """Texts, token ids, log-probabilities: [prompt][place] each."""
+        """Texts, token ids, log-probabilities: [prompt][candidate] each."""
         return (
             self.grid({job: self.text(job) for job in self.jobs}),
             self.grid(self.loop.ids),
@@ -104,7 +106,7 @@ class Lockstep:
         )
 
     def score(self, rewards: Sequence[Any], prompts: Sequence[str], jobs: Sequence[Job]) -> np.ndarray:
-        """(jobs, m) float64 rewards of their texts as they stand."""
+        """(jobs, m) float64 rewards of their current texts."""
         texts = [self.text(job) for job in jobs]
         return score(rewards, [prompts[job.prompt] for job in jobs], texts).astype(np.float64)
 
@@ -116,10 +118,10 @@ def groups(
     batch_size: int | None,
     limit: int | None,
 ) -> list[list[int]]:
-    """The prompts that go together: as many as keep within batch_size candidates, and whose keys and values fit in
-    `limit` bytes, with room for all candidates' first tokens or for one candidate's last; one at least.
+    """Groups of prompts drawn together: as many as stay within batch_size candidates, and whose keys and values fit in
+    `limit` bytes, with room for all candidates' first tokens or for one candidate's last; at least one.
 
-    Raises UserError where the model cannot run on the engine, or where one prompt does not fit.
+    Raises UserError if the shared-prompt engine cannot run the model, or if one prompt does not fit.
     """
     if sampler.path() is not SharedPromptEngine:
         raise UserError(
@@ -132,7 +134,7 @@ def groups(
     last = -(-settings.max_new_tokens // GROW) * GROW
     own = max(n * SharedPromptEngine.row_bytes(model, GROW), SharedPromptEngine.row_bytes(model, last))
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     size = 0
     for i in order:
         more = own + SharedPromptEngine.row_bytes(model, len(encoded[i]))
@@ -141,21 +143,22 @@ def groups(
             raise UserError(f"{rule}, got {limit:,}")
         fits = (
             (limit is None or size + more <= limit)
-            and found
-            and (len(found[-1]) + 1) * n <= (batch_size or ROWS_AT_ONCE)
+            and result
+            and (len(result[-1]) + 1) * n <= (batch_size or ROWS_AT_ONCE)
         )
         if fits:
-            found[-1].append(i)
+            result[-1].append(i)
             size += more
         else:
-            found.append([i])
+            result.append([i])
             size = more
-    return found
+    return result
 
 
 def checkpoints_of(checkpoints: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Them, checked: rising numbers of tokens, without those from max_new_tokens on, where nothing is left to save."""
-    found = [int(at) for at in checkpoints]
-    if found != list(checkpoints) or found != sorted(set(found)) or (found and found[0] < 1):
+    """Checked checkpoints: ascending numbers of tokens; those from max_new_tokens on are omitted, because they save
+    nothing."""
+    steps = [int(at) for at in checkpoints]
+    if steps != list(checkpoints) or steps != sorted(set(steps)) or (steps and steps[0] < 1):
         raise UserError(f"checkpoints must be rising numbers of tokens, at least 1, got {list(checkpoints)}")
-    return [at for at in found if at < max_new_tokens]
+    return [at for at in steps if at < max_new_tokens]

@@ -2,10 +2,10 @@
 token.
 
 Sequential Monte Carlo with twisted targets (Doucet & Johansen 2009; for language models Zhao et al., arXiv
-2404.17546): at each checkpoint a particle's weight is multiplied by what its text so far promises over what it
-promised before, and where weights have become uneven the particles are resampled, so that drawing goes on from the
-promising beginnings. The last weight takes all promises back and puts exp(lambda . R) in their place: the weighted
-particles are right whatever was promised.
+2404.17546): at each checkpoint a particle's weight is multiplied by the ratio of its current to its previous promise,
+the estimated reward-to-go of its text. If weights have become uneven, the particles are resampled, so that drawing
+continues from promising beginnings. The last weight replaces all promises with exp(lambda . R), so the weighted
+particles are correct for any promise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 from fastalign.data.sampling import SamplingSettings
-from fastalign.data.text import check_prompts, told
+from fastalign.data.text import check_prompts, template_settings
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
@@ -34,13 +34,13 @@ METHODS = ("systematic", "multinomial", "stratified", "residual")
 
 @dataclass
 class Particles:
-    """n weighted particles per prompt, and one text of each prompt drawn from them: texts (P,), indices (P,), rewards
-    (P, m).
+    """n weighted particles per prompt, and one text per prompt drawn from them: texts (P,), indices (P,), rewards (P,
+    m).
 
     log_weights (P, n) float64: exp of them, averaged over a prompt's particles with any f(y), estimates Z E_lambda f
     without bias; Z = E_p0 exp(lambda . R). effective_sample_size (P,) of the weights; copies of one particle are not
-    independent, so that it says less than in `best_of`. values (m,): mean over prompts of the weighted mean rewards.
-    candidates: the particles. resampled (P,): how often. tokens: drawn in all.
+    independent, so it means less than in `best_of`. values (m,): mean over prompts of the weighted mean rewards.
+    candidates: the particles. resampled (P,): how often. tokens: total number drawn.
     """
 
     texts: list[str]
@@ -59,7 +59,7 @@ class Particles:
 
     @property
     def log_z(self) -> np.ndarray:
-        """(P,) log of the estimate of Z, which is unbiased itself; its logarithm is too small on average."""
+        """(P,) log of the estimate of Z. The estimate is unbiased; its logarithm is too small on average."""
         return _log_mean_exp(self.log_weights)
 
 
@@ -89,20 +89,21 @@ def particles(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **template: Any,
 ) -> Particles:
-    """Draw from p_lambda with n particles per prompt; p0 is the model's law as temperature, top_p ... make it.
+    """Draw from p_lambda with n particles per prompt; p0 is the model's distribution with the given temperature, top_p
+    ...
 
-    checkpoints: rising numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) ->
+    checkpoints: ascending numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) ->
     (B,) the log of the reward-to-go, log E[exp(lambda . R) | text so far] at best; by default lambda . R of the text
     so far. ess:
-    resample a prompt's particles where the effective sample size is below this share of n. method: any of
-    `ops.resample` that draws with replacement. prompt_ids: rising, the prompts' places in the whole set where these
-    are a part of it, which is what their random numbers go by. The other arguments are those of `best_of`. A copy
-    shares its ancestor's tokens up to the checkpoint and has a random stream of its own, that of its place. All n of
-    a prompt are in flight at once, which is what bounds n.
+    resample a prompt's particles if the effective sample size is below this share of n. method: any of
+    `ops.resample` that draws with replacement. prompt_ids: ascending indices of the prompts in the full set, if these
+    are a part of it; they determine the random numbers. The other arguments are those of `best_of`. A copy shares its
+    ancestor's tokens up to the checkpoint and has its own random stream, that of its slot. All n particles of a prompt
+    are in flight at once, which limits n.
 
-    Bias: none in Z and Z E_lambda f (see `Particles`), for any promise; a bad promise costs variance. The drawn
-    text and the weighted means, which divide one by the other, have a bias of order 1/n as in `select`. Needs a model
-    that the shared-prompt engine runs.
+    Bias: none in Z and Z E_lambda f (see `Particles`), for any promise; a bad promise increases the variance. The drawn
+    text and the weighted means, which are ratios of the two, have a bias of order 1/n as in `select`. Needs a model
+    that the shared-prompt engine can run.
 
     Raises UserError (one line) on bad arguments.
     """
@@ -124,7 +125,7 @@ def particles(
         "model": sampler.name,
         **vars(settings),
         "chat": chat,
-        **told(template),
+        **template_settings(template),
         "checkpoints": checkpoints,
         "ess": ess,
     }
@@ -181,28 +182,28 @@ class _Run:
         self.promised = np.zeros_like(self.log_weights)
 
     def weigh(self) -> None:
-        """Multiply by what texts promise now over what they promised before."""
+        """Multiply by the ratio of the texts' current to their previous promises."""
         flight = self.flight
         now = self.promised.reshape(-1).copy()
         over = np.array([job in flight.ended for job in flight.jobs])
-        asked = np.ones_like(over) if self.promise is None else over
+        scored = np.ones_like(over) if self.promise is None else over
         # A text that has ended promises what it is worth.
-        now[asked] = (
-            flight.score(self.rewards, self.prompts, [flight.jobs[i] for i in np.flatnonzero(asked)]) @ self.lam
+        now[scored] = (
+            flight.score(self.rewards, self.prompts, [flight.jobs[i] for i in np.flatnonzero(scored)]) @ self.lam
         )
-        if not asked.all():
-            open_ = [flight.jobs[i] for i in np.flatnonzero(~asked)]
-            found = self.promise([self.prompts[job.prompt] for job in open_], [flight.text(job) for job in open_])
-            found = np.asarray(found, dtype=np.float64)
-            if found.shape != (len(open_),) or not np.isfinite(found).all():
-                raise UserError(f"promise must return {len(open_)} finite numbers, got shape {found.shape}")
-            now[~asked] = found
+        if not scored.all():
+            open_ = [flight.jobs[i] for i in np.flatnonzero(~scored)]
+            promised = self.promise([self.prompts[job.prompt] for job in open_], [flight.text(job) for job in open_])
+            promised = np.asarray(promised, dtype=np.float64)
+            if promised.shape != (len(open_),) or not np.isfinite(promised).all():
+                raise UserError(f"promise must return {len(open_)} finite numbers, got shape {promised.shape}")
+            now[~scored] = promised
         now = now.reshape(self.shape)
         self.log_weights += now - self.promised
         self.promised = now
 
     def resample(self, ess: float, method: str) -> np.ndarray:
-        """Even out the weights of prompts whose effective sample size is below ess n; which those are, (P,) bool."""
+        """Resample the prompts whose effective sample size is below ess n; returns which, (prompts,) bool."""
         flight, n = self.flight, self.shape[1]
         jobs = flight.grid({job: job for job in flight.jobs})
         below = np.zeros(len(jobs), dtype=bool)
@@ -224,7 +225,7 @@ class _Run:
         return below
 
     def finish(self) -> np.ndarray:
-        """Put exp(lambda . R) in the place of all promises; the rewards (jobs, m)."""
+        """Replace all promises with exp(lambda . R); returns the rewards (jobs, m)."""
         array = self.flight.score(self.rewards, self.prompts, self.flight.jobs)
         self.log_weights += (array @ self.lam).reshape(self.shape) - self.promised
         return array
@@ -237,7 +238,7 @@ def _log_mean_exp(x: np.ndarray) -> np.ndarray:
 
 
 def _resample(log_weights: np.ndarray, k: int, method: str, seed: tuple[int, ...]) -> np.ndarray:
-    """Indices (k,) of one prompt's particles; seed: of this draw alone."""
+    """Indices (k,) of one prompt's particles; seed: for this draw only."""
     from fastalign import ops
 
     # Hashed, for neighbouring seeds and checkpoints are to have nothing in common.

@@ -1,7 +1,7 @@
-"""Speculative rejection: best-of-N that stops drawing candidates once their beginnings look unpromising.
+"""Speculative rejection: best-of-N that stops drawing candidates whose beginnings look unpromising.
 
-As in Sun et al. (arXiv 2410.20290), and as successive halving does it: at each checkpoint every prompt's candidates are
-scored as they stand, and only the best of them go on.
+As in Sun et al. (arXiv 2410.20290) and in successive halving: at each checkpoint every prompt's unfinished candidates
+are scored, and only the best of them continue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted, parse_bytes
 from fastalign.data.sampling import SamplingSettings
-from fastalign.data.text import check_prompts, told
+from fastalign.data.text import check_prompts, template_settings
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
@@ -27,16 +27,16 @@ from fastalign.decode.token_loop import Job
 
 
 def usual_checkpoints(max_new_tokens: int) -> list[int]:
-    """An eighth, a quarter and half of them."""
+    """An eighth, a quarter and half of max_new_tokens."""
     return sorted({max(1, max_new_tokens // part) for part in (8, 4, 2)})
 
 
 @dataclass
 class Rejection:
-    """One text per prompt: texts (P,), indices (P,) among the n candidates, rewards (P, m) of the picked.
+    """One text per prompt: texts (P,), indices (P,) among the n candidates, rewards (P, m) of the selected texts.
 
-    candidates: all n, those that were dropped as far as they came, each with the rewards of its text as it was scored
-    last. complete (P, n) bool: which were drawn to their end. tokens: drawn in all.
+    candidates: all n, the dropped ones incomplete, each with its last rewards. complete (P, n) bool: which were drawn
+    to their end. tokens: total number drawn.
     """
 
     texts: list[str]
@@ -76,21 +76,21 @@ def speculative_rejection(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **template: Any,
 ) -> Rejection:
-    """The best of n candidates by lam . R, most of them drawn in part only.
+    """The best of n candidates by lam . R, most of them drawn only in part.
 
-    checkpoints: rising numbers of new tokens, by default an eighth, a quarter and half of max_new_tokens; at each, a
-    prompt's candidates that are left are scored on their texts so far, and the share `keep` of them with the largest
-    lam . R goes on (rounded up; those that have ended stay in the race at no cost). All n of a prompt begin together.
-    memory_limit: of keys and values, in bytes or as "4GB": it must hold n beginnings; where those left would outgrow
-    it, the worst are dropped then and there. prompt_ids: rising, the prompts' places in the whole set where these are
-    a part of it, which is what their random numbers go by. The other arguments are those of `best_of` and
-    `Sampler.sample`; with the same seed the candidates are the same ones, cut short where they were dropped.
+    checkpoints: ascending numbers of new tokens, by default an eighth, a quarter and half of max_new_tokens. At each, a
+    prompt's remaining candidates are scored on their texts so far, and the share `keep` of them with the largest lam .
+    R continues (rounded up; ended candidates stay in the race at no cost). All n of a prompt begin together.
+    memory_limit: for keys and values, in bytes or as "4GB". It must fit n beginnings; if the remaining candidates
+    outgrow it, the worst are dropped at once. prompt_ids: ascending indices of the prompts in the full set, if these
+    are a part of it; they determine the random numbers. The other arguments are those of `best_of` and
+    `Sampler.sample`; with the same seed the candidates are the same, except that dropped ones are truncated.
 
-    Bias: a text whose beginning scores low is lost even if it ends best, so that the reward reached is at most
-    best-of-n's on the same candidates, and the picked texts follow no law that can be written down: not for
-    `resample`, and not for estimates. How much is lost depends on what the beginning says about the whole;
-    `bench/spend_less.py` measures it for the rewards of the demo: with the defaults, 94 to 99 % of best-of-64's gain
-    over the mean for a third of its tokens. Needs a model that the shared-prompt engine runs.
+    Bias: a text whose beginning scores low is lost even if it would end best. The reward is therefore at most that of
+    best-of-n on the same candidates, and the selected texts have no known distribution: do not use them for `resample`
+    or for estimates. The loss depends on how well the beginning predicts the whole. `bench/spend_less.py` measures it
+    for the rewards of the demo: with the defaults, 94 to 99 % of best-of-64's gain over the mean for a third of its
+    tokens. Needs a model that the shared-prompt engine can run.
 
     Raises UserError (one line) on bad arguments.
     """
@@ -113,7 +113,7 @@ def speculative_rejection(
         "model": sampler.name,
         **vars(settings),
         "chat": chat,
-        **told(template),
+        **template_settings(template),
         "checkpoints": checkpoints,
         "keep": keep,
     }
@@ -144,7 +144,7 @@ def speculative_rejection(
 
 
 def _race(flight: Lockstep, prompts, rewards, lam, checkpoints: list[int], keep: float, limit: int | None):
-    """Run them all to their end; each candidate's last rewards (m,)."""
+    """Run all candidates to their end; returns each candidate's last rewards (m,)."""
     new = flight.settings.max_new_tokens
     scores: dict[Job, np.ndarray] = {}
     final: set[Job] = set()  # scored since they ended

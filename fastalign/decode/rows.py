@@ -1,10 +1,8 @@
-"""Candidates of a batch of prompts, a token at a time, on transformers' own cache or on none: where the engine cannot
-run a model.
+"""Candidates of a batch of prompts, token by token, with transformers' cache or none: for models the engine cannot run.
 
-Each kind asks less of a model than the one before: `CachedRows` copies a prompt's cache for its candidates and pads
-prompts of different lengths; `RepeatedRows` runs the prompt once for each candidate instead, and never pads;
-`UncachedRows` runs every text whole at every token, as plain `model(input_ids)` does, and is right wherever the model
-itself is.
+Each class requires less of a model than the previous one. `CachedRows` copies a prompt's cache for its candidates and
+pads prompts of different lengths. `RepeatedRows` instead runs the prompt once per candidate, and never pads.
+`UncachedRows` runs the whole text for every token, as plain `model(input_ids)` does, and is correct for any model.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ COMPACT_BELOW = 0.75  # of the rows alive: see `Batch`
 
 
 class CachedRows:
-    """The rows in flight and the logits (rows, V) of each one's next token."""
+    """The rows in flight and the logits (rows, V) of their next tokens."""
 
     model: Any
 
@@ -53,7 +51,7 @@ class CachedRows:
         self.logits: Tensor = self._run(ids, (self.mask.cumsum(1) - 1).clamp_min(0))
 
     def repeat(self, count: int, *, again: bool) -> CachedRows:
-        """`count` candidates of each prompt; again: whether these rows are to be repeated once more."""
+        """`count` candidates of each prompt; again: whether these rows will be repeated again."""
         rows = copy.copy(self)
         if again:
             rows.cache = copy.deepcopy(self.cache)
@@ -61,7 +59,7 @@ class CachedRows:
         return rows
 
     def keep(self, rows: Tensor) -> bool:
-        """Only these stay in flight from now on; False where they cannot be taken out, and all stay."""
+        """Keep only these in flight; returns False if rows cannot be removed, and all stay."""
         self._select(rows)
         return True
 
@@ -89,7 +87,7 @@ class CachedRows:
 
 
 class RepeatedRows(CachedRows):
-    """For caches that cannot be copied: prompts of one length, each run once for every candidate."""
+    """For caches that cannot be copied: prompts of equal length, each run once per candidate."""
 
     pads = False
 
@@ -101,7 +99,7 @@ class RepeatedRows(CachedRows):
 
 
 class UncachedRows:
-    """For models without a usable cache: texts of one length, each run whole at every token."""
+    """For models without a usable cache: texts of equal length, each run completely for every token."""
 
     model: Any
 
@@ -131,10 +129,9 @@ Rows = CachedRows | UncachedRows
 
 
 class Batch:
-    """A batch's rows as the token loop takes them: all begin together, and none joins them.
+    """A batch's rows for the token loop: all begin together, and none joins later.
 
-    Rows that have ended are taken out once so few are alive that it pays for the copy of the cache; until then they
-    run on, unread.
+    Ended rows are removed once so few are live that it pays for copying the cache; until then they run on, ignored.
     """
 
     def __init__(self, rows: Rows):
@@ -172,15 +169,16 @@ class Batch:
 
 
 def trial(kind: type[Rows]) -> Callable[[Any, Probe], list[Tensor]]:
-    """The path of `models.tried` for one of these kinds: the probe's continuations, forced, ended ones taken out."""
+    """The path for `models.tried` with one of these classes: runs the probe's forced continuations and removes ended
+    rows."""
 
     def path(model: Any, probe: Probe) -> list[Tensor]:
         batches = [probe.prompts] if kind.pads else [[prompt] for prompt in probe.prompts]
         tails = iter([tail for both in probe.tails for tail in both])
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
         for prompts in batches:
-            found += _forced(kind, model, prompts, [next(tails) for _ in range(2 * len(prompts))])
-        return found
+            logits += _forced(kind, model, prompts, [next(tails) for _ in range(2 * len(prompts))])
+        return logits
 
     return path
 
@@ -195,11 +193,11 @@ def start(kind: type[Rows], model: Any, prompts: Sequence[Sequence[int]], count:
 def _forced(kind: type[Rows], model: Any, prompts: list[list[int]], tails: list[list[int]]) -> list[Tensor]:
     rows = start(kind, model, prompts, 2)
     alive = list(range(len(tails)))
-    found: list[list[Tensor]] = [[] for _ in tails]
+    collected: list[list[Tensor]] = [[] for _ in tails]
     for step in range(max(map(len, tails))):
         for place, row in enumerate(alive):
             if step < len(tails[row]):
-                found[row].append(rows.logits[place].clone())
+                collected[row].append(rows.logits[place].clone())
         going = [place for place, row in enumerate(alive) if step + 1 < len(tails[row])]
         if not going:
             break
@@ -207,4 +205,4 @@ def _forced(kind: type[Rows], model: Any, prompts: list[list[int]], tails: list[
             alive = [alive[place] for place in going]
         tokens = [tails[row][min(step, len(tails[row]) - 1)] for row in alive]
         rows.step(torch.tensor(tokens, device=rows.logits.device))
-    return [torch.stack(row) for row in found]
+    return [torch.stack(row) for row in collected]

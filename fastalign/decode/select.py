@@ -13,25 +13,24 @@ from fastalign._base.errors import UserError
 
 
 def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "resample", seed: int) -> np.ndarray:
-    """Pick k of the N candidates of each of P prompts -> (P, k) int64 indices.
+    """Select k of the N candidates of each of P prompts -> (P, k) int64 indices.
 
-    rewards: (P, N, m) finite; lam: (m,). method: "resample" (with replacement, the exact draw from the weights: soft
-    best-of-N; at temperature t it is lam / t), "best" (the k largest lambda . R, each once), or any method of
-    `ops.resample`, of which gumbel_top_k draws from the weights without replacement. Raises UserError on wrong shapes
-    and on NaN, which it names.
+    rewards: (P, N, m) finite; lam: (m,). method: "resample" (exact draws with replacement: soft best-of-N; for
+    temperature t use lam / t), "best" (the k largest lambda . R, each once), or any method of `ops.resample`, of which
+    gumbel_top_k draws from the weights without replacement. Raises UserError on wrong shapes and on NaN.
     """
     from fastalign import ops
 
     weights = torch.from_numpy(np.atleast_2d(log_weights_of(rewards, lam)))
     if method in ("best", "gumbel_top_k") and k > weights.shape[1]:
         rule = f"k must be at most {weights.shape[1]}, the candidates per prompt"
-        raise UserError(f"{rule}, for method {method!r}, which picks each once; got {k}")
+        raise UserError(f"{rule}, for method {method!r}, which selects each candidate at most once; got {k}")
     method = "multinomial" if method == "resample" else method
     return ops.resample(weights, k, method=method, seed=seed).numpy()
 
 
 def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
-    """(sum w)^2 / sum w^2 with w = exp(lambda . R), in 1..N (Kong 1992): what the weighted set is worth.
+    """(sum w)^2 / sum w^2 with w = exp(lambda . R), in 1..N (Kong 1992).
 
     rewards (P, N, m) -> (P,) float64; (N, m) -> a scalar.
     """
@@ -44,7 +43,7 @@ def log_weights_of(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
     """lambda . R in float64: (P, N, m) -> (P, N), (N, m) -> (N,)."""
     rewards, lam = np.asarray(rewards, dtype=np.float64), np.asarray(lam, dtype=np.float64)
     if rewards.ndim not in (2, 3) or 0 in rewards.shape:
-        raise UserError(f"rewards must be (prompts, candidates, values), none 0, got shape {rewards.shape}")
+        raise UserError(f"rewards must be (prompts, candidates, values), no dimension 0, got shape {rewards.shape}")
     if lam.shape != rewards.shape[-1:]:
         raise UserError(f"lam must have one weight per value, {rewards.shape[-1]}, got shape {lam.shape}")
     if not np.isfinite(lam).all():

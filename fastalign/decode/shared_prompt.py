@@ -1,8 +1,8 @@
-"""Decoding many candidates of a prompt whose keys and values are held once.
+"""Decoding many candidates of a prompt whose keys and values are stored once.
 
 Attention over the prompt is one matrix product for all of its candidates; each candidate's own tokens are attended
-apart, and the two parts are merged by their log-sum-exp. A candidate that ends leaves its place to the next one in
-line at once, of the same prompt or of another, so that every row of every product is a live one.
+separately, and the two parts are merged by their log-sum-exp. As soon as a candidate ends, the next one takes its slot,
+from the same prompt or another, so that every row of every product is live.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Prefix:
 
 
 def supports(model: PreTrainedModel) -> Verdict:
-    """Whether the engine gives the model's own logits: tried, see `fastalign.models`."""
+    """Whether the engine gives the model's own logits, tested by trial: see `fastalign.models`."""
     wrapped = passable(model)
     return tried(model, "shared-prompt engine", _forced, attends=True) if wrapped else wrapped
 
@@ -55,8 +55,8 @@ def supports(model: PreTrainedModel) -> Verdict:
 class SharedPromptEngine:
     """The rows in flight and their keys and values. Not thread-safe; one job at a time on a model.
 
-    rows: most candidates in flight; prompts: most prompts, None for any number. Memory beyond the model: `row_bytes` of
-    the new tokens of each candidate in flight, and of each such prompt once.
+    rows: maximum number of candidates in flight; prompts: of prompts, None for any number. Memory beyond the model:
+    `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts.
     """
 
     model: PreTrainedModel
@@ -79,7 +79,7 @@ class SharedPromptEngine:
 
     @staticmethod
     def row_bytes(model: PreTrainedModel, tokens: int) -> int:
-        """Of the keys and values of that many tokens."""
+        """Bytes of the keys and values of that many tokens."""
         config = model.config.get_text_config()
         queries = getattr(config, "num_attention_heads", None) or 1
         heads = getattr(config, "num_key_value_heads", None) or queries
@@ -103,19 +103,20 @@ class SharedPromptEngine:
 
     @torch.inference_mode()
     def admit(self, jobs: Sequence[Job]) -> Tensor:
-        """Put new candidates of prefilled prompts in flight; the hidden states (jobs, H) of their first token."""
+        """Put new candidates of prefilled prompts in flight; returns the hidden states (jobs, H) for their first
+        token."""
         first = len(self.jobs)
         self.jobs += jobs
         self.lengths[first : len(self.jobs)] = 0
         return torch.stack([self.prefixes[job.prompt].hidden for job in jobs])
 
     def place(self, first: int, ids: Tensor) -> None:
-        """The tokens that the rows from `first` on drew."""
+        """Set the tokens drawn by the rows from `first` on."""
         self.last[first : first + len(ids)] = ids
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """Run the last token of every row in flight; the hidden states (rows in flight, H) that give the next."""
+        """Run the last token of every row in flight; returns the hidden states (rows in flight, H) for the next."""
         count = len(self.jobs)
         lengths = self.lengths[:count]
         starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
@@ -125,7 +126,7 @@ class SharedPromptEngine:
         return hidden[:, 0]
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Take these rows out of flight; the last rows move into their places."""
+        """Remove these rows from flight; the last rows take their slots."""
         gone = set(rows)
         if not gone:
             return
@@ -136,7 +137,8 @@ class SharedPromptEngine:
 
     @torch.inference_mode()
     def rearrange(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
-        """In flight from now on: copies of these rows, named `jobs`; a row may be taken any number of times."""
+        """Replace the rows in flight by copies of these rows, named `jobs`; a row may be taken more than once, or not
+        at all."""
         moved = [(to, of) for to, of in enumerate(rows) if to != of]
         if moved:
             to, of = torch.tensor(moved).unbind(1)
@@ -147,7 +149,7 @@ class SharedPromptEngine:
         self.jobs = list(jobs)
 
     def shrink(self) -> None:
-        """Give back the memory of places that no row in flight takes: `rows` is as many as there are."""
+        """Release the memory of unused slots; `rows` becomes the number in flight."""
         self.rows: int = len(self.jobs)
         self.lengths, self.last = self.lengths[: self.rows], self.last[: self.rows]
         for caches in (self.keys, self.values):
@@ -159,9 +161,9 @@ class SharedPromptEngine:
         return self.model.device
 
     def _run(self, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
-        """The last hidden states, with `plan` deciding what attention does."""
+        """The last hidden states, with attention computed by `plan`."""
         with attention_set(self.model, NAME), CompiledLayers.of(self.model):
-            found = self.model.base_model(
+            output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
                 use_cache=False,
@@ -170,7 +172,7 @@ class SharedPromptEngine:
             ).last_hidden_state
         if not plan.calls:
             raise UserError(f"{type(self.model).__name__} keeps arguments from its attention")
-        return found
+        return output
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -178,8 +180,8 @@ class SharedPromptEngine:
         return self.head.logits(hidden)
 
     def sample(self, hidden: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
-        """`ops.sample_tokens` of the logits of hidden states (rows, H), which are not held on a GPU where nothing
-        truncates them."""
+        """`ops.sample_tokens` of the logits of hidden states (rows, H); on a GPU without truncation, the logits are
+        never held."""
         from fastalign import ops
 
         rows = rows.to(hidden.device)
@@ -192,7 +194,7 @@ class SharedPromptEngine:
 
 
 class _Prefill:
-    """Plain causal attention that keeps what it saw."""
+    """Plain causal attention that stores its keys and values."""
 
     def __init__(self, prefix: Prefix):
         self.prefix, self.calls = prefix, 0
@@ -235,7 +237,7 @@ class _Step:
 
     @cached_property
     def behind(self) -> Tensor:
-        """-inf behind each row's own tokens, the new one included; what is compiled asks for neither."""
+        """-inf after each row's own tokens, including the new one; the compiled path needs no such mask."""
         behind = torch.arange(self.longest, device=self.lengths.device)[None] > self.lengths[:, None]
         return torch.zeros(behind.shape, device=behind.device).masked_fill_(behind, float("-inf"))
 
@@ -282,7 +284,7 @@ class _Step:
         return out.flatten(1, 2).unsqueeze(2)
 
     def _compiled(self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """The same on the compiled engine: two products with the prompt a group, and one pass each beside them."""
+        """The same with native kernels: two products with the prompt per group, and one pass for each."""
         (_, heads, _, d), kv, room, width = q.shape, k.shape[1], keys.shape[2], v.shape[-1]
         q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))  # a fused projection hands out views of itself
         grouped, out = q.view(self.count, kv, heads // kv, d), q.new_empty(self.count, heads, width)
@@ -344,7 +346,7 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, `plan` being the engine's: -> (rows, tokens, heads, d)."""
+    """transformers' attention interface, with the engine's `plan`: -> (rows, tokens, heads, d)."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases cannot run on the shared-prompt engine")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -353,29 +355,30 @@ def attention(
 
 
 def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
-    """The engine's path of a trial: both prompts' continuations in flight together, ended ones dropped."""
+    """The engine's path in a trial: both prompts' continuations in flight together, token by token; ended ones are
+    dropped."""
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
-    engine, found = SharedPromptEngine(model, len(tails)), {job: [] for job in tails}
+    engine, collected = SharedPromptEngine(model, len(tails)), {job: [] for job in tails}
     for p, prompt in enumerate(probe.prompts):
         engine.prefill(p, prompt)
     hidden = engine.admit(list(tails))
     for step in range(max(map(len, tails.values()))):
         for job, row in zip(engine.jobs, engine.head.logits(hidden), strict=True):
-            found[job].append(row)
+            collected[job].append(row)
         engine.place(0, torch.tensor([tails[job][step] for job in engine.jobs]))
         engine.drop([row for row, job in enumerate(engine.jobs) if step + 1 == len(tails[job])])
         if engine.jobs:
             hidden = engine.step()
-    return [torch.stack(rows) for rows in found.values()]
+    return [torch.stack(rows) for rows in collected.values()]
 
 
 def draw(
     loop: TokenLoop, prompts: Mapping[int, Sequence[int]], jobs: Iterator[Job], counts: Mapping[int, int]
 ) -> Iterator[list[Job]]:
-    """Draw every job to its end, as many in flight as the engine takes; yields, after every step, those that ended
-    with it.
+    """Draw every job to its end, with as many in flight as the engine allows; yields after every step the jobs that
+    ended.
 
-    prompts: token ids; counts: candidates of each prompt, after which it is forgotten.
+    prompts: token ids; counts: candidates per prompt, after which its keys and values are released.
     """
     engine, left = loop.engine, dict(counts)
     waiting = next(jobs, None)

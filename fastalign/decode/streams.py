@@ -1,4 +1,4 @@
-"""The random stream of each candidate, which does not depend on what else is drawn."""
+"""The random stream of each candidate, independent of what else is drawn."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from fastalign._base.errors import UserError
 
 
 def stream_of(prompt: int, candidate: int) -> int:
-    """The random stream of a candidate, which is the same however many others there are: `rows` of
-    `ops.sample_tokens`."""
+    """The random stream of a candidate, the same however many others there are: `rows` of `ops.sample_tokens`."""
     return prompt << 32 | candidate
 
 
 def places_of(prompt_ids: Sequence[int] | None, count: int, *, rising: bool = False) -> list[int]:
-    """The prompts' places in the whole set, checked."""
+    """The prompts' checked indices in the full set."""
     if prompt_ids is None:
         return list(range(count))
     places = [int(i) for i in prompt_ids]

@@ -1,8 +1,7 @@
-"""Draw by λ straight away, for less than n whole candidates of every prompt: block by block, each one a part of the
-whole.
+"""Sample from p_λ directly, at a lower cost than n full candidates per prompt; block by block.
 
-What `fastalign sample --method` runs. A prompt's random numbers are those of its place in the whole set, so that what
-is drawn for it does not depend on which blocks were done before.
+Used by `fastalign sample --method`. A prompt's random numbers depend on its index in the full set, so its texts do not
+depend on which blocks were finished before.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ EACH = 16  # candidates of a prompt in a round of "adaptive"
 
 
 def check(method: str, *, n: int, ess: float | None, memory_limit: Any) -> None:
-    """Raises UserError where the method and the options do not go together."""
+    """Raises UserError if the method and the options do not match."""
     if ess is not None and method != "adaptive":
-        raise UserError("ess is where --method adaptive stops: leave it out, or give that method")
+        raise UserError("ess applies only to --method adaptive: leave it out, or give that method")
     if method == "adaptive" and n % EACH:
         raise UserError(
-            f"candidates must be a multiple of {EACH} for --method adaptive, which draws so many a round; got {n}"
+            f"candidates must be a multiple of {EACH} for --method adaptive, the number drawn per round; got {n}"
         )
     if method == "particles" and memory_limit is not None:
         raise UserError(
@@ -60,12 +59,11 @@ def blocks(
     show_progress: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[tuple[list[int], Candidates]]:
-    """Yield (prompt indices, their part) of `KINDS[method]`. values: names of rewards; lam: (m,). n: of each prompt,
-    at most.
+    """Yield (prompt indices, their part) of `KINDS[method]`. values: names of rewards; lam: (m,). n: maximum per
+    prompt.
 
-    settings["spent"] of a part: tokens and candidates drawn; for "adaptive" also how many prompts did not get enough
-    of them.
-    skip: indices of prompts done before. The other arguments are those of the method's function.
+    settings["spent"] of a part: tokens and candidates drawn; for "adaptive" also how many prompts had too few. skip:
+    indices of prompts already finished. The other arguments are those of the method's function.
     """
     from fastalign._base import progress
 
@@ -83,23 +81,23 @@ def blocks(
 
 
 def _rejection(prompts, places, sampler, values, n, ess, options):
-    found = speculative_rejection(sampler, prompts, values, n=n, prompt_ids=places, **options)
-    return found.candidates.take(found.indices[:, None]), {"tokens": found.tokens, "candidates": n * len(prompts)}
+    result = speculative_rejection(sampler, prompts, values, n=n, prompt_ids=places, **options)
+    return result.candidates.take(result.indices[:, None]), {"tokens": result.tokens, "candidates": n * len(prompts)}
 
 
 def _particles(prompts, places, sampler, values, n, ess, options):
     at = usual_checkpoints(options["max_new_tokens"])
-    found = particles(sampler, prompts, values, n=n, prompt_ids=places, checkpoints=at, **options)
-    part = replace(found.candidates, log_weights=found.log_weights)
-    return part, {"tokens": found.tokens, "candidates": n * len(prompts)}
+    result = particles(sampler, prompts, values, n=n, prompt_ids=places, checkpoints=at, **options)
+    part = replace(result.candidates, log_weights=result.log_weights)
+    return part, {"tokens": result.tokens, "candidates": n * len(prompts)}
 
 
 def _adaptive(prompts, places, sampler, values, n, ess, options):
-    asked = {} if ess is None else {"ess": ess}
-    found = adaptive(sampler, prompts, values, max_n=n, each=min(EACH, n), prompt_ids=places, **asked, **options)
-    picked = [each.take(np.array([[i]])) for each, i in zip(found.candidates, found.indices, strict=True)]
-    tokens = sum(len(ids) for each in found.candidates for ids in each.token_ids[0])
-    spent = {"tokens": tokens, "candidates": int(found.counts.sum()), "short": int((~found.enough).sum())}
+    target = {} if ess is None else {"ess": ess}
+    result = adaptive(sampler, prompts, values, max_n=n, each=min(EACH, n), prompt_ids=places, **target, **options)
+    picked = [each.take(np.array([[i]])) for each, i in zip(result.candidates, result.indices, strict=True)]
+    tokens = sum(len(ids) for each in result.candidates for ids in each.token_ids[0])
+    spent = {"tokens": tokens, "candidates": int(result.counts.sum()), "short": int((~result.enough).sum())}
     return Candidates.concat(picked), spent
 
 
@@ -107,7 +105,7 @@ _DRAW = {"rejection": _rejection, "particles": _particles, "adaptive": _adaptive
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
-    """The whole, with what all of its parts spent."""
+    """The parts joined, with their total cost."""
     whole = Candidates.concat(parts)
     spent = sum((Counter(part.settings["spent"]) for part in parts), Counter())
     names = parts[0].settings["spent"]

@@ -1,7 +1,7 @@
-"""The one loop over new tokens, which sampling, rejection, particles and rollouts share.
+"""The loop over new tokens, shared by sampling, rejection, particles and rollouts.
 
-What runs the model is one of two: `shared_prompt.SharedPromptEngine`, or `rows.Batch` for models that cannot run
-there. Both have rows in flight, named by their jobs, and give the states from which each row's next token is drawn.
+The model runs on `shared_prompt.SharedPromptEngine`, or on `rows.Batch` if it cannot run there. Both have rows in
+flight, named by their jobs, and return the states from which each row's next token is drawn.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ class Job(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine. States are what `sample` takes, one of each row."""
+    """The interface of an engine. States are the arguments of `sample`, one per row."""
 
     jobs: list[Job]  # of the rows in flight
 
     def admit(self, jobs: Sequence[Job]) -> Tensor:
-        """Put these in flight behind the others: the states that give their first token."""
+        """Put these in flight after the others; returns the states for their first token."""
 
     def step(self) -> Tensor:
-        """Run the token that each row drew last: the states that give the next."""
+        """Run each row's last token; returns the states for the next."""
 
     def place(self, first: int, ids: Tensor) -> None:
-        """The tokens that the rows from `first` on drew."""
+        """Set the tokens drawn by the rows from `first` on."""
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Take rows out of flight."""
+        """Remove rows from flight."""
 
     def sample(self, states: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
         """`ops.sample_tokens` of the states' logits."""
 
 
 class TokenLoop:
-    """Draws a token at a time for all rows of an engine, and holds what each candidate has drawn.
+    """Draws one token at a time for all rows of an engine, and collects each candidate's tokens.
 
-    stopped(job, ids) -> whether the text that ends there holds a stop string. places: prompt -> its place in the
-    whole set, by which its random streams go; by default the prompt's own number. name: of the model, for errors.
-    backend: of `sample_tokens`.
+    stopped(job, ids) -> whether the text so far contains a stop string. places: prompt -> its index in the full set,
+    which determines its random streams; by default the prompt's own index. name: the model's, for errors. backend: for
+    `sample_tokens`.
     """
 
     engine: Engine
@@ -83,8 +83,8 @@ class TokenLoop:
         self.log_probs: dict[Job, list[float]] = {}
 
     def step(self, new: Sequence[Job] = ()) -> list[Job]:
-        """The next token of every row in flight, and the first of `new`, which join them. Those that ended with it
-        are returned and in flight no longer."""
+        """Draw the next token of every row in flight, and the first of `new`, which join them. Returns the jobs that
+        ended, which are no longer in flight."""
         engine, over = self.engine, []
         for job in new:
             self.ids[job], self.log_probs[job] = [], []
@@ -109,11 +109,11 @@ class TokenLoop:
         return ended
 
     def pop(self, job: Job) -> tuple[list[int], list[float]]:
-        """Its token ids and their log-probabilities, which are not held any more."""
+        """Remove and return its token ids and their log-probabilities."""
         return self.ids.pop(job), self.log_probs.pop(job)
 
     def _states(self, new: Sequence[Job]) -> Iterator[tuple[int, Tensor]]:
-        """(first row, states of the rows from there on): those in flight, then the new ones."""
+        """(first row, states of the rows from it on): first those in flight, then the new ones."""
         if self.engine.jobs:
             yield 0, self.engine.step()
         if new:
@@ -133,7 +133,7 @@ class TokenLoop:
         )
 
     def _take(self, job: Job, token: int, log_prob: float) -> bool:
-        """Hold what a candidate drew; whether it ends with it."""
+        """Store a candidate's token; returns whether the candidate ends."""
         ids = self.ids[job]
         ids.append(token)
         self.log_probs[job].append(log_prob)

@@ -1,20 +1,19 @@
-"""What N candidates a prompt will be worth under λ, told from few: effective sample sizes beyond those that were
-measured.
+"""Extrapolates the effective sample size under λ from a few candidates per prompt to N.
 
-A prompt's ESS = (Σ w)² / Σ w², w = exp(λ·R), in the mean over prompts. Up to n, the candidates of the pilot, it is
-measured on subsets. Beyond n:
+ESS = (Σ w)² / Σ w², w = exp(λ·R), per prompt, averaged over prompts. Up to n, the size of the pilot, it is measured on
+subsets. Beyond n:
 
 - ESS/N does not rise with N: (mean w)² / mean w² is convex in both means, and those of N candidates are conditional
-  expectations of those of n < N (Jensen). N/n · ESS(n) is thus the most, in expectation, whatever the rewards' law.
-- How much less it will be lies in tails that n candidates do not show: a plug-in overstates. Where w has a power law's
-  tail, ESS grows as N^b with b < 1 for ever; where its tail is light, b rises to 1 (Chatterjee, Diaconis, arXiv
-  1511.01437; as k̂ of Pareto smoothing tells, Vehtari et al., arXiv 1507.02646). So the exponent of the last
-  doubling, n/2 to n, kept for ever, is the least: the smallest of that of the mean, of that of the mean with its last
-  fall repeated, and of the prompts' geometric mean, which does not hide the prompts in which a rare large w has
-  turned up.
+  expectations of those of n < N (Jensen). N/n · ESS(n) is thus an upper bound in expectation, for any distribution of
+  rewards.
+- How much smaller it will be depends on tails that n candidates do not show: a plug-in estimate is too large. If w has
+  a power-law tail, ESS grows as N^b with b < 1; if its tail is light, b rises to 1 (Chatterjee, Diaconis, arXiv
+  1511.01437; compare k̂ of Pareto smoothing, Vehtari et al., arXiv 1507.02646). So the exponent of the last doubling,
+  n/2 to n, gives a lower bound. We take the smallest of: that of the mean, that of the mean with its last decrease
+  repeated, and that of the prompts' geometric mean, which does not hide prompts in which a rare large w has appeared.
 
-Between the two lies the truth; beyond each goes the error of few prompts, by the jackknife over prompts on the log
-scale.
+The true value lies between the two bounds. Each is widened by the sampling error over prompts (jackknife on the log
+scale).
 """
 
 from __future__ import annotations
@@ -36,12 +35,11 @@ SHUFFLES, SHUFFLED = 8, 2**21  # at most so many, of at most so many candidates 
 
 
 class Worth(NamedTuple):
-    """Mean ESS of n candidates a prompt, for L sizes n: the log of its least and its most, with standard errors over
-    prompts.
+    """Mean ESS of n candidates per prompt, for L sizes n: the logs of its lower and upper bound, with standard errors
+    over prompts.
 
-    spread: of one prompt's ESS over the mean, which is what the mean of few other prompts adds.
-    low is None where the pilot cannot tell it: of fewer than two prompts or eight candidates, or where no weight
-    differs.
+    spread: standard deviation of one prompt's ESS relative to the mean, which enters the error for a few other prompts.
+    low is None if the pilot cannot determine it: fewer than two prompts or eight candidates, or all weights equal.
     """
 
     prompts: int
@@ -57,8 +55,8 @@ class Worth(NamedTuple):
         return f"Worth: {self.tell(self.candidates)}"
 
     def at(self, n: float, *, prompts: int | None = None, level: float = 0.95) -> tuple[float | None, float]:
-        """The interval (low, high) of what n candidates each of `prompts` other prompts are worth; default as many as
-        here."""
+        """The interval (low, high) of the ESS of n candidates per prompt for `prompts` other prompts; default: as many
+        as here."""
         low, high = self._ends(prompts, level)
 
         def read(end: np.ndarray) -> float:
@@ -67,7 +65,7 @@ class Worth(NamedTuple):
         return None if low is None else read(low), read(high)
 
     def needed(self, ess: float = TRUSTED_ESS, *, prompts: int | None = None) -> tuple[int, int | None]:
-        """(fewest, most) candidates a prompt for `ess` effective ones; None: more than can be told."""
+        """(fewest, most) candidates per prompt for `ess` effective ones; None: too many to estimate."""
         low, high = self._ends(prompts, 0.95)
         return self._reaches(high, ess) or int(self.n[-1]), None if low is None else self._reaches(low, ess)
 
@@ -79,7 +77,7 @@ class Worth(NamedTuple):
         return f"fastalign sample --more {lacking} --out CANDIDATES" if 0 < lacking <= 10**6 else None
 
     def tell(self, n: int, *, prompts: int | None = None) -> str:
-        """Both in one line: what n are worth, and how many are needed."""
+        """One line: the ESS of n candidates, and how many are needed."""
         low, high = self.at(n, prompts=prompts)
         fewest, most = self.needed(prompts=prompts)
         source = f"{counted(self.prompts, 'prompt')} × {self.candidates:,}"
@@ -107,14 +105,14 @@ class Worth(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, found: Any, where: str) -> Worth:
+    def from_json(cls, content: Any, where: str) -> Worth:
         """Raises UserError, one line that begins with `where`."""
         try:
             rows = {
-                name: None if found[name] is None else np.array(found[name], dtype=np.float64)
+                name: None if content[name] is None else np.array(content[name], dtype=np.float64)
                 for name in cls._fields[2:]
             }
-            made = cls(int(found["prompts"]), int(found["candidates"]), **rows)
+            made = cls(int(content["prompts"]), int(content["candidates"]), **rows)
             bad = made.n is None or made.n.ndim != 1 or not len(made.n) or (np.diff(made.n) <= 0).any() or made.n[0] < 1
             ends = [made.spread, made.high, made.high_error] + ([] if made.low is None else [made.low, made.low_error])
             bad = bad or made.prompts < 1 or any(row is None or row.shape != made.n.shape for row in ends)
@@ -126,7 +124,7 @@ class Worth(NamedTuple):
         return made
 
     def _ends(self, prompts: int | None, level: float) -> tuple[np.ndarray | None, np.ndarray]:
-        """Logs of both ends at each n. The mean of `prompts` fresh prompts has an error of its own."""
+        """Logs of both bounds at each n. The mean of `prompts` new prompts has its own error."""
         from scipy.special import stdtrit
 
         t = stdtrit(max(self.prompts - 1, 1), 0.5 + level / 2)
@@ -139,7 +137,7 @@ class Worth(NamedTuple):
         return None if self.low is None else np.maximum(self.low - wide(self.low_error), 0.0), high
 
     def _reaches(self, end: np.ndarray, ess: float) -> int | None:
-        """The first n at which this end is at ess."""
+        """The first n at which this bound reaches ess."""
         goal = math.log(ess)
         above = np.flatnonzero(end >= goal - 1e-12)
         if not len(above):
@@ -153,7 +151,7 @@ class Worth(NamedTuple):
 
 
 def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
-    """What candidates of such prompts are worth under λ, at any number of them. rewards (P, n, m), lam (m,).
+    """The effective sample size under λ of any number of candidates of such prompts. rewards (P, n, m), lam (m,).
 
     Raises UserError on wrong shapes and numbers that are not finite.
     """
@@ -168,7 +166,8 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
     grid = np.array([*sizes[::-1], *(n * 2.0 ** np.arange(1, DOUBLINGS + 1))])
 
     def ends(means: np.ndarray, typical: np.ndarray) -> list[np.ndarray]:
-        """The logs of least and most (2, ..., L) from the prompts' log means, arithmetic and geometric (..., sizes)."""
+        """The logs of the lower and upper bounds (2, ..., L) from the prompts' log means, arithmetic and geometric
+        (..., sizes)."""
         slope = _exponent(means, typical) if n >= LEAST_CANDIDATES else np.ones(means.shape[:-1])
         steps = (slope, np.ones_like(slope))
         return [np.concatenate([means[..., ::-1], means[..., :1] + step[..., None] * beyond], -1) for step in steps]
@@ -189,14 +188,14 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
 
 
 def words(fewest: int, most: int | None) -> str:
-    """A `needed` as it is printed."""
+    """The printed form of `needed`."""
     if most is None or most > 10**6:
         return f"{fewest:,} or more" if fewest <= 10**6 else "> 1e6"
     return _span(f"{fewest:,}", f"{most:,}")
 
 
 def _exponent(means: np.ndarray, typical: np.ndarray) -> np.ndarray:
-    """The least with which ESS may go on to grow, from the log means (..., sizes) at n, n/2 and n/4 candidates."""
+    """The smallest plausible growth exponent of ESS, from the log means (..., sizes) at n, n/2 and n/4 candidates."""
     doublings = -np.diff(means[..., :3]) / math.log(2)
     last, before = doublings[..., 0], doublings[..., 1]
     growth = (typical[..., 0] - typical[..., 1]) / math.log(2)

@@ -1,4 +1,4 @@
-"""Adapters to other people's libraries, one file each; each imports its library only when it is called."""
+"""Adapters to other libraries, one file each; each imports its library only when called."""
 
 from fastalign.integrations import trl
 from fastalign.models import loading as transformers

@@ -1,7 +1,7 @@
-"""TRL's own trainers on fastalign's head: `fastalign.integrations.trl.install()` in an unchanged script.
+"""Runs TRL's own trainers on fastalign's head: add `fastalign.integrations.trl.install()` to an unchanged script.
 
-TRL keeps its loss mathematics; fastalign only gives it the per-token log-probabilities. Two seams, on the CPU alone
-(tensors on other devices go to TRL's own code):
+TRL computes its losses as before; fastalign only provides the per-token log-probabilities. Two functions are replaced,
+for CPU tensors only (tensors on other devices use TRL's own code):
     trl.trainer.utils._ChunkedLogProbFunction, under `add_fused_lm_head` (DPO, KTO, GRPO, RLOO, SFT), together with the
         test that decides whether prompt and padding positions are left out of the projection: now they are;
     trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...; OnlineDPO
@@ -40,10 +40,10 @@ _replacements: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Run TRL's trainers on fastalign's head from now on, in this process. Calling it again changes nothing.
+    """Make TRL's trainers in this process use fastalign's head. Calling it again has no effect.
 
     Raises:
-        UserError: TRL is not installed, or is a version whose seams are not the known ones; nothing is changed then.
+        UserError: TRL is not installed, or is an unknown version; nothing is changed then.
     """
     if _originals:
         return
@@ -65,7 +65,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put back everything that `install` replaced."""
+    """Restore everything that `install` replaced."""
     for name, original in _originals.items():
         _replace(name, _replacements[name], original)
     _originals.clear()
@@ -99,7 +99,7 @@ class _NoDTensor:
 
 def _head(original: Any) -> Any:
     class ChunkedLogProbFunction:
-        """Stands where TRL's autograd function stood: `apply` with the same arguments and results."""
+        """Replaces TRL's autograd function: `apply` with the same arguments and results."""
 
         @staticmethod
         def apply(
@@ -114,7 +114,7 @@ def _head(original: Any) -> Any:
                 )
             from fastalign.ops import linear_token_logprobs
 
-            found = linear_token_logprobs(
+            result = linear_token_logprobs(
                 hidden,
                 weight,
                 targets,
@@ -124,9 +124,9 @@ def _head(original: Any) -> Any:
                 logit_scale=logit_scale,
                 outputs=("log_probs", *outputs) if "log_probs" not in outputs else tuple(outputs),
             )
-            if not isinstance(found, tuple):  # a single output comes as a tensor
-                return found, None, None, None, None
-            return (found.log_probs, *(getattr(found, name) for name in _OPTIONAL))
+            if not isinstance(result, tuple):  # a single output comes as a tensor
+                return result, None, None, None, None
+            return (result.log_probs, *(getattr(result, name) for name in _OPTIONAL))
 
     return ChunkedLogProbFunction
 

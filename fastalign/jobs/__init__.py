@@ -1,1 +1,1 @@
-"""A user's whole job, from file to file: each command of the command line is one call here."""
+"""Whole jobs, from file to file: each command of the command line is one call here."""

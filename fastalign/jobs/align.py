@@ -1,6 +1,6 @@
-"""The main job file to file: sample -> score -> map -> select -> eval. What the commands and the demo run.
+"""The main job from file to file: sample -> score -> map -> select -> eval. Used by the commands and the demo.
 
-Each step reads the file of the one before, writes its own whole or not at all, and returns what it wrote.
+Each step reads the previous step's file, writes its own atomically, and returns what it wrote.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GRID_LIMIT = 10_000  # points of `evaluate_grid`
 
 
 class Model:
-    """A model by the name that `Sampler.from_pretrained` takes: loaded once, when it is first needed."""
+    """A model given by a name for `Sampler.from_pretrained`, loaded once, on first use."""
 
     name: str
     dtype: str
@@ -78,14 +78,14 @@ def sample(
 ) -> Candidates:
     """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `jobs.ray.draw`.
 
-    model: its name, or a `Model`, which brings its dtype and device. method: "whole", or one of `decode.tilted`,
-    which draw by the λ of a `palette` file and write a file of another kind; ess: where "adaptive" stops.
+    model: its name, or a `Model` with dtype and device. method: "whole", or one of `decode.tilted`, which sample with
+    the λ of a `palette` file and write a file of another kind; ess: at which "adaptive" stops.
 
-    Each finished batch is kept in `<out>.parts`; after an interruption the same call goes on from there, and gives the
-    file that an uninterrupted run gives; resume: it says so where there is nothing to go on from. A file of the same
-    settings is taken as it is. Raises UserError where the file or the parts were made with other settings or by
-    another model, though of the same name, unless they are to be overwritten; where another run is writing `out`; and
-    where `out` or `<out>.parts` is an input, or something that is not fastalign's to write.
+    Finished batches are kept in `<out>.parts`. After an interruption the same call resumes from them and gives the same
+    file as an uninterrupted run; with `resume` it fails if there is nothing to resume. A finished file with the same
+    settings is reused. Raises UserError if the file or the parts were made with other settings or by another model of
+    the same name, unless `overwrite` is set; if another run is writing `out`; and if `out` or `<out>.parts` is an
+    input, or is not ours to write.
     """
     from fastalign.data.text import check_prompts
     from fastalign.decode import tilted
@@ -105,15 +105,15 @@ def sample(
     kind, by = "candidates", {}
     if method != "whole":
         if palette is None:
-            raise UserError(f"give --palette with --method {method}: it draws by that file's λ")
+            raise UserError(f"give --palette with --method {method}: it uses that file's λ")
         if ray is not None:
-            raise UserError(f"Ray's workers draw whole candidates alone: leave out --ray or --method {method}")
+            raise UserError(f"Ray's workers support only --method whole: leave out --ray or --method {method}")
         tilted.check(method, n=n, ess=ess, memory_limit=sampling.get("memory_limit"))
-        asked = palettes.read(palette, "lambda")
-        kind, by = tilted.KINDS[method], {"values": asked["values"], "lam": asked["lambda"], "ess": ess}
+        solution = palettes.read(palette, "lambda")
+        kind, by = tilted.KINDS[method], {"values": solution["values"], "lam": solution["lambda"], "ess": ess}
         settings |= {"method": method, "values": by["values"], "lambda": by["lam"], "ess": ess}
     elif ess is not None:
-        raise UserError("ess is where --method adaptive stops: give that method")
+        raise UserError("ess applies only to --method adaptive: give that method")
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     settings["model_content"] = fingerprint.of_model(model.name)
     check_target(out)
@@ -164,12 +164,12 @@ def sample_more(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Candidates:
-    """Add `more` candidates a prompt to a finished candidates file, of its own model and settings: those that a run
-    with so many from the first would have drawn (to the rounding of the model's arithmetic).
+    """Add `more` candidates per prompt to a finished candidates file, with its own model and settings: the same
+    candidates that a run with the larger n would have drawn (up to the rounding of the model's arithmetic).
 
-    After an interruption the same call goes on. overwrite: drop what an interrupted run of another kind left in
-    `<out>.parts`; the file's own candidates stay. Raises UserError, one line: the file is another kind's, or its model
-    has changed.
+    After an interruption the same call resumes. overwrite: remove what an interrupted run of another kind left in
+    `<out>.parts`; the file's own candidates stay. Raises UserError, one line, if the file is of another kind or its
+    model has changed.
     """
     out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
     check_more(more)
@@ -201,7 +201,7 @@ def sample_more(
 
 @contextmanager
 def _held(out: str | Path) -> Iterator[WorkFolder]:
-    """`<out>.parts`, held against another run that writes `out`."""
+    """`<out>.parts`, locked against another run that writes `out`."""
     out = Path(out)
     with hold(out.with_name(out.name + ".parts"), writes=out, keeps="batches") as parts:
         yield parts
@@ -209,7 +209,8 @@ def _held(out: str | Path) -> Iterator[WorkFolder]:
 
 @contextmanager
 def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool) -> Iterator[WorkFolder]:
-    """`<out>.parts`, with what an interrupted run of the same settings finished; gone once the block has succeeded."""
+    """`<out>.parts`, with the finished batches of an interrupted run with the same settings; removed when the block
+    succeeds."""
     with _held(out) as parts:
         kept = parts.whole()
         if kept:
@@ -230,7 +231,7 @@ def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool
 def _drawn(
     parts: WorkFolder, prompts: int, kind: str, draw: Callable[[WorkFolder, set[int]], None]
 ) -> list[Candidates]:
-    """The parts, all prompts': `draw` draws for those that are not in them yet."""
+    """The parts for all prompts; `draw` draws the missing ones."""
     finished = {int(i) for path in parts.whole() for i in Candidates.from_parquet(path, kind=kind).prompt_ids}
     if len(finished) < prompts:
         draw(parts, finished)
@@ -245,11 +246,11 @@ def _keep(parts: WorkFolder, batches: Iterable[tuple[list[int], Candidates]]) ->
 
 
 def _there(out: Path, settings: dict) -> bool:
-    """Whether `out` is there, of these settings. Raises UserError where it is there otherwise."""
+    """Whether `out` exists with these settings. Raises UserError if it exists with others."""
     if not out.exists():
         return False
     outputs.check_same(out, outputs.recorded(out, "sampling"), settings, knobs=KNOBS)
-    outputs.say(f"{out}: there already, of the same settings")
+    outputs.say(f"{out}: already there, with the same settings")
     return True
 
 
@@ -293,13 +294,13 @@ def solve_palette(
     plot: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Solve for λ into a palette file at `out`, and return it. plot: a folder for figures of it, as SVG and PNG.
+    """Solve for λ, write a palette file to `out`, and return it. plot: a folder for its figures, as SVG and PNG.
 
-    palette (see `palette.parse_palette`) or quantile (each value's, of all candidates). values: which rewards;
+    palette (see `palette.parse_palette`) or quantile (of each value, over all candidates). values: which rewards;
     default all.
-    joint: the dual log Z(λ) over all samples, which also tilts the prompts' distribution, in place of the per-prompt
-    dual, which is what `select` realises. Where the palette is infeasible the file says so, carries the nearest
-    reachable one, and λ is for a point just inside that ("solved_for").
+    joint: the dual log Z(λ) over all samples, which also reweights the prompts, instead of the per-prompt dual, which
+    `select` realises. If the palette is infeasible, the file says so and contains the nearest reachable one, and λ is
+    for a point just inside that ("solved_for").
     """
     from fastalign.decode import worth
     from fastalign.palette import parse_palette, quantile_palette, solve
@@ -326,12 +327,12 @@ def solve_palette(
     flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
     groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
     if palette is None:
-        asked, sense = quantile_palette(flat, quantile), [">="] * len(names)
+        target, sense = quantile_palette(flat, quantile), [">="] * len(names)
     else:
-        asked, sense = parse_palette(palette, names, flat)
-    solution = first = solve(flat, asked, groups=groups, sense=sense)
+        target, sense = parse_palette(palette, names, flat)
+    solution = first = solve(flat, target, groups=groups, sense=sense)
     before = flat.mean(axis=0, dtype=np.float64)
-    solved_for = asked
+    solved_for = target
     if not first.feasible:
         solved_for = before + INWARD * (first.nearest - before)
         solution = solve(flat, solved_for, groups=groups, sense=sense)
@@ -339,12 +340,12 @@ def solve_palette(
         "kind": "palette",
         "version": 1,
         "values": names,
-        "palette": asked.tolist(),
+        "palette": target.tolist(),
         "feasible": bool(first.feasible),
         "nearest": None if first.feasible else first.nearest.tolist(),
         "scaling": None if first.feasible else float(first.scaling),
         "sense": sense,
-        "free": _free(asked, sense, flat),
+        "free": _free(target, sense, flat),
         "solved_for": solved_for.tolist(),
         "lambda": solution.lam.tolist(),
         "before": before.tolist(),
@@ -368,11 +369,11 @@ def solve_palette(
     return result
 
 
-def _free(asked: np.ndarray, sense: Sequence[str], flat: np.ndarray) -> list[bool]:
-    """Whether nothing is asked of a value: its level is one that no candidate lies beyond."""
+def _free(target: np.ndarray, sense: Sequence[str], flat: np.ndarray) -> list[bool]:
+    """Whether a value has no target: no candidate is beyond its level."""
     ends = {">=": flat.min(axis=0), "<=": flat.max(axis=0)}
     return [
-        side in ends and bool(level == ends[side][j]) for j, (level, side) in enumerate(zip(asked, sense, strict=True))
+        side in ends and bool(level == ends[side][j]) for j, (level, side) in enumerate(zip(target, sense, strict=True))
     ]
 
 
@@ -386,7 +387,7 @@ def select(
     seed: int,
     overwrite: bool = False,
 ) -> Candidates:
-    """Pick k candidates per prompt under p_λ into a selected file at `out`; of particles, by their weights."""
+    """Select k candidates per prompt under p_λ and write them to `out`; for particles, by their weights."""
     job = outputs.Job("select", {"scored": scored, "palette": palette}, {"k": k, "method": method, "seed": seed})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return Candidates.from_parquet(out, kind="selected")
@@ -429,9 +430,9 @@ def worth_of(solution: Mapping[str, Any], where: str = "worth") -> Worth | None:
     return None if solution.get("worth") is None else Worth.from_json(solution["worth"], where)
 
 
-def foretell(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
-    """What n candidates of each of `prompts` prompts will be worth by a palette file, and how many it needs, in one
-    line."""
+def predicted_need(palette: str | Path, n: int, *, prompts: int | None = None) -> str:
+    """One line: the expected effective sample size of n candidates per prompt for a palette file, and how many are
+    needed."""
     from fastalign.decode import needed
     from fastalign.decode.worth import TRUSTED_ESS
 
@@ -457,11 +458,11 @@ def pilot(
     seed: int,
     **sampling: Unpack[SamplingOptions],
 ) -> str:
-    """`foretell` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
+    """`predicted_need` from a few candidates of the model itself; sampling: as in `decode.pilot`."""
     from fastalign.decode import pilot
 
     solution = palettes.read(palette, "lambda")
-    found = pilot(
+    result = pilot(
         model.sampler,
         prompts,
         solution["values"],
@@ -470,14 +471,14 @@ def pilot(
         seed=seed,
         **sampling,
     )
-    return f"pilot: {found.worth.tell(n, prompts=len(prompts))}"
+    return f"pilot: {result.worth.tell(n, prompts=len(prompts))}"
 
 
 def expected(scored: str | Path, solution: Mapping[str, Any]) -> Estimate:
-    """What resampling by λ gives on average: an `Estimate` with one row. solution: the "values" and "lambda" of a
+    """The expected result of resampling with λ: an `Estimate` with one row. solution: the "values" and "lambda" of a
     palette file, or of a selected file's settings["selection"].
 
-    Of particles, by their weights; `kl` and `ess` are then of the weights alone, and no distance to the model.
+    For particles, by their weights; `kl` and `ess` then describe only the weights, not the distance to the model.
     """
     from fastalign.decode import estimate
 
@@ -486,12 +487,12 @@ def expected(scored: str | Path, solution: Mapping[str, Any]) -> Estimate:
     if whole.log_weights is None:
         return estimate(grid, solution["lambda"], warn=False)
     grid = np.concatenate([_weights_of(scored, whole, solution)[..., None], grid], axis=2)
-    found = estimate(grid, [1.0] + [0.0] * (grid.shape[2] - 1), warn=False)
-    return found._replace(values=found.values[:, 1:], stderr=found.stderr[:, 1:])
+    result = estimate(grid, [1.0] + [0.0] * (grid.shape[2] - 1), warn=False)
+    return result._replace(values=result.values[:, 1:], stderr=result.stderr[:, 1:])
 
 
 def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
-    """(K, m) weights written "positive=0:4:5,harmless=1": start:stop:count, or a number; rewards not named have 0."""
+    """(K, m) weights from "positive=0:4:5,harmless=1": start:stop:count, or a number; unnamed rewards get 0."""
     axes: dict[str, np.ndarray] = {}
     for field in text.split(","):
         name, _, span = (part.strip() for part in field.partition("="))
@@ -522,7 +523,8 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
 
 
 def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """A JSON file of realised values with 95 % intervals, KL and ESS at each λ of a grid (`read_grid`)."""
+    """Write realised values with 95 % intervals, KL and effective sample size for each λ of a grid (`read_grid`) to a
+    JSON file."""
     job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return read_json(out, kind="lam_grid")
@@ -531,26 +533,33 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: 
 
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(whole.rewards)
-    found = estimate(whole.reward_array(names), read_grid(text, names), warn=False)
-    low, high = found.interval(0.95)
+    estimates = estimate(whole.reward_array(names), read_grid(text, names), warn=False)
+    low, high = estimates.interval(0.95)
 
     def numbers(row: np.ndarray) -> list[float | None]:
         return [float(x) if np.isfinite(x) else None for x in row]
 
     rows = [
         {
-            "lambda": found.lam[i].tolist(),
-            "values": found.values[i].tolist(),
+            "lambda": estimates.lam[i].tolist(),
+            "values": estimates.values[i].tolist(),
             "low": numbers(low[i]),
             "high": numbers(high[i]),
-            "kl": float(found.kl[i]),
-            "ess": float(found.ess[i]),
-            "needed": list(found.worth[i].needed()),
-            "doubtful": bool(found.ess[i] < min(TRUSTED_ESS, whole.n)),
+            "kl": float(estimates.kl[i]),
+            "ess": float(estimates.ess[i]),
+            "needed": list(estimates.worth[i].needed()),
+            "doubtful": bool(estimates.ess[i] < min(TRUSTED_ESS, whole.n)),
         }
-        for i in range(len(found.lam))
+        for i in range(len(estimates.lam))
     ]
-    result = {"kind": "lam_grid", "version": 1, "values": names, "prompts": found.prompts, "n": found.n, "rows": rows}
+    result = {
+        "kind": "lam_grid",
+        "version": 1,
+        "values": names,
+        "prompts": estimates.prompts,
+        "n": estimates.n,
+        "rows": rows,
+    }
     result["made"] = record
     write_json(out, result)
     return result
@@ -567,10 +576,10 @@ def evaluate(
     settings: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Hold what was selected against what was asked: a JSON file at `out`, a page at `html`; returns the Report.
+    """Compare the selected texts with the palette: a JSON file at `out`, a page at `html`; returns the Report.
 
     figures: a folder for each figure as SVG and PNG.
-    settings: more lines for the report's table of settings.
+    settings: additional rows for the report's table of settings.
     """
     job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette})
     beside = {"files": [] if html is None else [Path(html)], "figures": None if figures is None else Path(figures)}
@@ -583,7 +592,7 @@ def evaluate(
     palettes.check_carried(palette, solution, whole.rewards)
     if picked.prompts != whole.prompts:
         raise UserError(f"{selected}: its prompts are not those of {scored}")
-    found = report.build(
+    result = report.build(
         values=solution["values"],
         rewards=whole.reward_array(solution["values"]),
         selected=picked.picked,
@@ -593,12 +602,12 @@ def evaluate(
         settings={**whole.settings.get("sampling", {}), **picked.settings.get("selection", {}), **(settings or {})},
     )
     if record is None:
-        return found
-    with outputs.making(out, found.to_json(), record, **beside):
+        return result
+    with outputs.making(out, result.to_json(), record, **beside):
         if html is not None:
-            found.to_html(html)
+            result.to_html(html)
         if figures is not None:
             from fastalign.jobs.pareto import save_figures
 
-            save_figures(found.figures(), figures)
-    return found
+            save_figures(result.figures(), figures)
+    return result

@@ -25,7 +25,7 @@ QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 
 
 def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, console: Console) -> None:
-    """Sample, score, solve, select, report into `out`; prints the report and where everything lies."""
+    """Sample, score, solve, select and report into `out`; prints the report and the files' paths."""
     size = QUICK if quick else FULL
     check_folder(out)
     seconds = _seconds(out / "seconds.json") if not overwrite else {}
@@ -63,12 +63,18 @@ def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, con
     with step("select", f"{DRAWS} of each prompt's candidates, drawn from p_λ"):
         pipeline.select(scored, palette, selected, k=DRAWS, seed=seed, overwrite=overwrite)
     with step("eval", "what came of it"):
-        told = {"seconds": {name: taken for name, taken in seconds.items() if name != "eval"}}
-        found = pipeline.evaluate(
-            scored, selected, palette, out / "eval.json", html=out / "report.html", settings=told, overwrite=overwrite
+        settings = {"seconds": {name: taken for name, taken in seconds.items() if name != "eval"}}
+        evaluation = pipeline.evaluate(
+            scored,
+            selected,
+            palette,
+            out / "eval.json",
+            html=out / "report.html",
+            settings=settings,
+            overwrite=overwrite,
         )
     console.print()
-    found.print(console)
+    evaluation.print(console)
     tokens = sum(len(ids) for row in drawn.token_ids for ids in row)
     total = sum(seconds.values())
     console.print(
@@ -81,5 +87,5 @@ def _seconds(path: Path) -> dict[str, float]:
     """What each step took when it was done."""
     if not path.exists():
         return {}
-    found = read_json(path, kind="seconds")
-    return {name: number(f"{path}: {name}", taken) for name, taken in found.items() if name != "kind"}
+    content = read_json(path, kind="seconds")
+    return {name: number(f"{path}: {name}", taken) for name, taken in content.items() if name != "kind"}

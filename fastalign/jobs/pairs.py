@@ -27,16 +27,16 @@ def preference_pairs(
     pairs_per_prompt: int = 1,
     seed: int,
 ) -> PreferencePairs:
-    """Pairs from scored candidates: which of two candidates of one prompt p_lambda(y|x) prefers.
+    """Preference pairs from scored candidates of the same prompt, ordered by p_lambda(y|x).
 
     Args:
-        scored: a scored file as `fastalign score` writes it, or its Candidates.
-        lam: a weight per reward, by name, or in the order of the file's rewards. At lam = what `fastalign map` found,
-            a policy trained on the pairs moves towards the palette.
+        scored: a scored file of `fastalign score`, or its Candidates.
+        lam: a weight per reward, by name, or in the order of the file's rewards. With the lam of `fastalign map`, a
+            policy trained on the pairs moves towards the palette.
         how: "best_worst": the candidate of the i-th largest lam · R against that of the i-th smallest, i up to
             `pairs_per_prompt` and at most N // 2. "sampled": chosen drawn from p_lambda (`ops.resample` on lam · R),
-            rejected from p0 (every candidate alike); what is drawn stands, so chosen may have the lower lam · R.
-        pairs_per_prompt: at most so many of each prompt.
+            rejected from p0 (uniformly); draws are not reordered, so chosen may have the lower lam · R.
+        pairs_per_prompt: maximum per prompt.
         seed: of the draws.
 
     Returns:
@@ -60,7 +60,7 @@ def preference_pairs(
         raise UserError("rewards must be finite to make pairs of, got NaN or infinity")
     scores = grid @ lam  # (P, N)
     chosen, rejected = _pick(scores, how, pairs_per_prompt, seed)
-    found, ties, empty = [], 0, 0
+    pairs, ties, empty = [], 0, 0
     spoken, sampling = (
         any(isinstance(prompt, Conversation) for prompt in whole.prompts),
         whole.settings.get("sampling", {}),
@@ -80,11 +80,11 @@ def preference_pairs(
                 if spoken
                 else {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
             )
-            found.append(
+            pairs.append(
                 {**extras, **sides, "chosen_score": float(scores[p, better]), "rejected_score": float(scores[p, worse])}
             )
     alone = len(whole.prompts) if whole.n == 1 else 0
-    if not found:
+    if not pairs:
         why = f"{ties} ties, {empty} of empty texts" if ties or empty else "a prompt needs at least 2 candidates, got 1"
         raise UserError(
             f"no preference pairs: {why} (lam {', '.join(f'{n}={w:g}' for n, w in zip(names, lam, strict=True))})"
@@ -100,14 +100,14 @@ def preference_pairs(
         "sampling": sampling,
     }
     return PreferencePairs(
-        found, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
+        pairs, {"ties": ties, "pairs with an empty text": empty, "prompts with one candidate": alone}, settings
     )
 
 
 def pairs_by_value(
     scored: str | os.PathLike[str] | Candidates, values: Sequence[str], **making: Any
 ) -> PreferencePairs:
-    """`preference_pairs` of each value by itself, one after the other, whose name is in the column "value"."""
+    """`preference_pairs` for each value separately, joined; the column "value" has the value's name."""
     from fastalign.decode import Candidates
 
     whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
@@ -120,26 +120,26 @@ def pairs_by_value(
     made = [preference_pairs(whole, lam={name: 1.0}, **making) for name in values]
     rows = [{**row, "value": name} for name, pairs in zip(values, made, strict=True) for row in pairs]
     dropped = {reason: sum(pairs.dropped[reason] for pairs in made) for reason in made[0].dropped}
-    told = {**made[0].settings["pairs"], "values": list(values)}
-    del told["lambda"]
-    return PreferencePairs(rows, dropped, {**made[0].settings, "pairs": told})
+    settings = {**made[0].settings["pairs"], "values": list(values)}
+    del settings["lambda"]
+    return PreferencePairs(rows, dropped, {**made[0].settings, "pairs": settings})
 
 
 def _sides(prompt: str, chosen: str, rejected: str, extras: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair of messages. A reply that the prompt begins belongs to both completions."""
-    asked = prompt if isinstance(prompt, Conversation) else Conversation([{"role": "user", "content": prompt}])
-    before = asked.messages[:-1] if asked.continues else asked.messages
-    options = {**extras.get("chat_template_kwargs", {}), **asked.chat_template_kwargs}
-    own = {"tools": asked.tools, "chat_template_kwargs": options}
+    """A pair of messages. A reply that the prompt already begins belongs to both completions."""
+    conversation = prompt if isinstance(prompt, Conversation) else Conversation([{"role": "user", "content": prompt}])
+    before = conversation.messages[:-1] if conversation.continues else conversation.messages
+    options = {**extras.get("chat_template_kwargs", {}), **conversation.chat_template_kwargs}
+    own = {"tools": conversation.tools, "chat_template_kwargs": options}
     return {
         "prompt": before,
-        **{name: [asked.replied(text)[-1]] for name, text in (("chosen", chosen), ("rejected", rejected))},
+        **{name: [conversation.replied(text)[-1]] for name, text in (("chosen", chosen), ("rejected", rejected))},
         **{name: value for name, value in own.items() if value},
     }
 
 
 def _pick(scores: np.ndarray, how: str, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate numbers (P, k') of chosen and rejected."""
+    """Candidate indices (P, k') of chosen and rejected."""
     import torch
 
     from fastalign import ops

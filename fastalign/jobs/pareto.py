@@ -60,7 +60,7 @@ def write(
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(values or whole.rewards)
     rewards = whole.reward_array(names)
-    asked = {f"q{100 * q:g}": quantile_palette(rewards.reshape(-1, len(names)), q) for q in quantiles}
+    targets = {f"q{100 * q:g}": quantile_palette(rewards.reshape(-1, len(names)), q) for q in quantiles}
     for path in palettes:
         solution = palette_files.read(path, "palette", "sense")
         at = palette_files.of_values(path, solution, names)
@@ -70,15 +70,15 @@ def write(
                 sense if level is not None else "free" for sense, level in zip(senses, levels, strict=True)
             )
             raise UserError(f"{path}: must ask for at least its levels in every value, got {came}")
-        asked[_unlike(asked, path)] = np.array(levels)
+        targets[_unlike(targets, path)] = np.array(levels)
     merged: dict[str, np.ndarray] = {}
     for path in soups:
         for name, row in _soup_levels(path, names).items():
             merged[_unlike(merged, path, name)] = row
-    found = study(
+    result = study(
         names,
         rewards,
-        palettes=asked,
+        palettes=targets,
         soups=np.array(list(merged.values())) if merged else None,
         soup_names=list(merged),
         joint=joint,
@@ -86,13 +86,13 @@ def write(
         l1_max=l1_max,
         seed=seed,
     )
-    figures = found.figures()
-    with outputs.making(out / "pareto.json", found.to_json(), record, **written):
+    figures = result.figures()
+    with outputs.making(out / "pareto.json", result.to_json(), record, **written):
         save_figures(figures, out)
-        text = page(found, figures)
+        text = page(result, figures)
         with atomic_write(out / "pareto.html") as beside:
             beside.write_text(text, encoding="utf-8")
-    return found
+    return result
 
 
 def _soup_levels(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -101,15 +101,15 @@ def _soup_levels(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray
         return {"": Candidates.from_parquet(path, kind="scored").reward_array(names).mean(axis=(0, 1))}
     from fastalign.soup.front import SoupFront
 
-    found = SoupFront.read(path)
-    lacking = [name for name in names if name not in found.values]
+    front = SoupFront.read(path)
+    lacking = [name for name in names if name not in front.values]
     if lacking:
-        raise UserError(f"{path}: its values are {', '.join(found.values)}, it has no {lacking[0]}")
-    models = [Path(model).name or model for model in found.models]
+        raise UserError(f"{path}: its values are {', '.join(front.values)}, it has no {lacking[0]}")
+    models = [Path(model).name or model for model in front.models]
     recipes = [
-        " + ".join(f"{r:.3g} {model}" for r, model in zip(row, models, strict=True) if r) for row in found.rho.tolist()
+        " + ".join(f"{r:.3g} {model}" for r, model in zip(row, models, strict=True) if r) for row in front.rho.tolist()
     ]
-    levels = found.levels[:, [found.values.index(name) for name in names]]
+    levels = front.levels[:, [front.values.index(name) for name in names]]
     return {recipe.removeprefix("1 "): row for recipe, row in zip(recipes, levels, strict=True)}
 
 
@@ -128,8 +128,8 @@ def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | 
     groups = groups_of(rewards, joint)
     rows = flat(rewards)
     way = palette_path(rows, solution["palette"], groups=groups, sense=solution["sense"])
-    asked = np.where(solution["free"], np.nan, way.palette) if solution.get("free") else way.palette
-    save_figures(palette_figures(names, rewards, way._replace(palette=asked), joint=joint), folder)
+    target = np.where(solution["free"], np.nan, way.palette) if solution.get("free") else way.palette
+    save_figures(palette_figures(names, rewards, way._replace(palette=target), joint=joint), folder)
 
 
 def save_figures(figures: Mapping[str, Any], folder: str | Path) -> None:

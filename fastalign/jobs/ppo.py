@@ -25,25 +25,25 @@ def read_values(names: Sequence[Any]) -> list[Any]:
     """
     from fastalign import rewards
 
-    found: list[Any] = []
+    result: list[Any] = []
     for name in names:
         folder, mark, head = str(name).partition("#")
         if not isinstance(name, str):
-            found.append(name)
+            result.append(name)
         elif name in rewards.available():
-            found.append(rewards.get(name))
+            result.append(rewards.get(name))
         elif (Path(folder).expanduser() / "config.json").is_file():
             heads = rewards.from_heads(folder)
             known = [h.name for h in heads]
             if mark and head not in known:
                 raise UserError(f"{folder}: has no head {head!r}, it has {', '.join(known)}")
-            found += [h for h in heads if not mark or h.name == head]
+            result += [h for h in heads if not mark or h.name == head]
         else:
-            found.append(rewards.get(name))  # says what there is
-    names = [reward.name for reward in found]
+            result.append(rewards.get(name))  # says what there is
+    names = [reward.name for reward in result]
     if len(set(names)) < len(names):
         raise UserError(f"values must be different, got {', '.join(names)}")
-    return found
+    return result
 
 
 def train_ppo(
@@ -194,11 +194,11 @@ def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tok
             seconds = time.perf_counter() - began
             means, count = _over_processes(trainer, scores, combined, sum(map(len, queries)) + sum(map(len, responses)))
             step = trainer.current_step
-            told = dict(zip(names, means[:-1], strict=True))
+            values = dict(zip(names, means[:-1], strict=True))
             run.log(
                 {
                     "step": step,
-                    "values": told,
+                    "values": values,
                     "score": means[-1],
                     "kl": stats["objective/kl"],
                     "kl_coef": stats["objective/kl_coef"],
@@ -212,11 +212,11 @@ def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tok
             )
             trainer.log_stats(stats, batch, _tensors(combined))
             if trainer.config.log_with is not None:
-                trainer.accelerator.log({f"values/{name}": mean for name, mean in told.items()}, step=step)
-            figures = {**told, "λ·R": means[-1], "KL": stats["objective/kl"], "loss": float(stats["ppo/loss/total"])}
+                trainer.accelerator.log({f"values/{name}": mean for name, mean in values.items()}, step=step)
+            figures = {**values, "λ·R": means[-1], "KL": stats["objective/kl"], "loss": float(stats["ppo/loss/total"])}
             said = "  ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
             advance(1, f"{count / seconds:,.0f} tokens/s  {said}")
-            stopped = stopping.asked(trainer.accelerator)
+            stopped = stopping.requested(trainer.accelerator)
             if stopped or (step % save_steps == 0 and step < total):
                 trainer.save_checkpoint(run.checkpoints)
             if stopped:

@@ -47,15 +47,15 @@ def read_pairs(
         raise UserError("give values, a head for each, or lam or palette, for one head, not both")
     if kind != "scored":
         if lam is not None or palette is not None:
-            raise UserError(f"{data}: lam and palette make pairs of a scored file, this holds pairs")
-        found = preferences.load(data)
-        lacking = [name for name in values or () if not any(name in row for row in found)]
-        if lacking and not any("value" in row for row in found):
+            raise UserError(f"{data}: lam and palette make pairs of a scored file, this file contains pairs")
+        solution = preferences.load(data)
+        lacking = [name for name in values or () if not any(name in row for row in solution)]
+        if lacking and not any("value" in row for row in solution):
             raise UserError(f"{data}: must have a column 'value', or one for each value, lacks {', '.join(lacking)}")
-        return found
+        return solution
     if palette is not None:
-        found = palettes.read(palette, "lambda")
-        lam = dict(zip(found["values"], found["lambda"], strict=True))
+        solution = palettes.read(palette, "lambda")
+        lam = dict(zip(solution["values"], solution["lambda"], strict=True))
     making = {"how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
     if by_values:
         return pairs.pairs_by_value(data, values, **making)
@@ -194,7 +194,7 @@ def train_reward(
     if not 0 <= held_out < 1:
         raise UserError(f"held_out must be at least 0 and below 1, got {held_out}")
     if report is not None and not held_out:
-        raise UserError("report needs pairs that are held out, got held_out 0")
+        raise UserError("report needs held-out pairs, got held_out 0")
     from fastalign.report.reward import written
 
     pages = [] if report is None else written(report)
@@ -298,15 +298,15 @@ def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
     with stopping, progress.bar(name, total=total, unit="steps", done=step, show=show) as advance:
         callback.trainer, callback.advance = trainer, advance
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stopping.asked(trainer.accelerator):
+    if stopping.requested(trainer.accelerator):
         stopping.end()
     return trainer, callback.tokens_per_second
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The latest whole checkpoint; transformers writes trainer_state.json last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _steps(trainer) -> int:
@@ -323,7 +323,7 @@ def _finish(
     logged = [row for row in trainer.state.log_history if "loss" in row]
     last = {name: logged[-1][column] for name, column in names.items() if logged and column in logged[-1]}
     steps = trainer.state.global_step
-    found = {
+    result = {
         "steps": steps,
         "pairs": count,
         "dropped": pairs.dropped,
@@ -331,7 +331,7 @@ def _finish(
         "tokens_per_second": speed,
         **(more or {}),
     }
-    return run.finish(found)
+    return run.finish(result)
 
 
 def _as_trained(pairs: PreferencePairs, tokenizer, chat: bool | None) -> list[dict[str, Any]]:

@@ -210,21 +210,21 @@ class _Worker:
         places = [int(i) for i in row["places"]]
         texts = zip(map(str, row["prompts"]), row["spoken"], strict=True)
         prompts = [Conversation.parse(text) if spoken else text for text, spoken in texts]
-        found = {"first": places[0], "count": len(places), "part": b"", "wrong": "", "bug": ""}
+        result = {"first": places[0], "count": len(places), "part": b"", "wrong": "", "bug": ""}
         try:
             self.sampler = self.sampler or Sampler.from_pretrained(self.model, **self.loading)
             part = self._part(places, prompts)
         except (UserError, OSError) as error:
             return {
-                **found,
+                **result,
                 "wrong": f"{' '.join(str(error).split())} (in the block of prompts {places[0]} to {places[-1]})",
             }
         except Exception:
-            return {**found, "bug": f"in the block of prompts {places[0]} to {places[-1]}: {traceback.format_exc()}"}
+            return {**result, "bug": f"in the block of prompts {places[0]} to {places[-1]}: {traceback.format_exc()}"}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "part.parquet"
             part.to_parquet(path)
-            return {**found, "part": path.read_bytes()}
+            return {**result, "part": path.read_bytes()}
 
     def _part(self, places: list[int], prompts: list[str]) -> Candidates:
         from fastalign.rewards import score

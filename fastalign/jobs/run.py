@@ -97,7 +97,7 @@ class Run:
         if resume and self.result is None and not self.resumes and not outputs.ask(f"{nothing}; begin a run?"):
             raise UserError(f"{nothing}; leave out --resume to begin")
         if self.result is not None:
-            outputs.say(f"{out}: there already, a run of the same settings has ended")
+            outputs.say(f"{out}: already finished by a run with the same settings")
         elif self.resumes:
             outputs.say(f"{out}: going on from {self._kept()[-1].name}, where a run of the same settings was stopped")
 
@@ -133,10 +133,10 @@ class Run:
     @staticmethod
     def _settings_in(folder: Path) -> dict[str, Any] | None:
         try:
-            held = read_json(folder / "run.json", kind=KIND)["settings"]
+            settings = read_json(folder / "run.json", kind=KIND)["settings"]
         except FileNotFoundError:  # or another process has moved it just now
             return None
-        return {name: value for name, value in held.items() if name != _KNOB}
+        return {name: value for name, value in settings.items() if name != _KNOB}
 
     @staticmethod
     def _result_in(folder: Path) -> dict[str, Any] | None:
@@ -168,8 +168,8 @@ class Run:
 
     def _kept(self) -> list[Path]:
         """The whole checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
-        found = self.checkpoints.glob("*/*state.json")
-        kept = [path.parent for path in found if _CHECKPOINT.fullmatch(path.parent.name) and path.name in _LAST]
+        states = self.checkpoints.glob("*/*state.json")
+        kept = [path.parent for path in states if _CHECKPOINT.fullmatch(path.parent.name) and path.name in _LAST]
         return sorted(kept, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def begin(self, step: int) -> None:
@@ -241,8 +241,8 @@ class Run:
     def _files(self) -> dict[str, tuple[int, int]]:
         """The model's and its like in the folder, with what tells whether they are written anew."""
         own = (*_RECORDS, "checkpoints", "runs", "previous")
-        found = (path for path in self.out.rglob("*") if path.is_file())
-        states = {path.relative_to(self.out): path.stat() for path in found}
+        files = (path for path in self.out.rglob("*") if path.is_file())
+        states = {path.relative_to(self.out): path.stat() for path in files}
         return {name.as_posix(): (s.st_ino, s.st_mtime_ns) for name, s in states.items() if name.parts[0] not in own}
 
     def _remove_checkpoints(self) -> None:
@@ -300,8 +300,8 @@ def board() -> str | None:
     """ "tensorboard" where it is installed."""
     import importlib.util
 
-    found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
-    return "tensorboard" if found else None
+    installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    return "tensorboard" if installed else None
 
 
 def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> Any:
@@ -333,7 +333,7 @@ def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> 
             seconds = time.perf_counter() - self.began
             self.tokens_per_second = self.trainer._total_train_tokens / max(seconds, 1e-9)
             self.advance(1)
-            if stopping.asked(self.trainer.accelerator):
+            if stopping.requested(self.trainer.accelerator):
                 self.stopped = control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs=None, **_):

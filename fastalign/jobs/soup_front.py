@@ -61,9 +61,9 @@ def study(
             before = _levels(had.chosen["palette"])
             palette = before if palette is None else palette
             files.check(RECORD, ours=np.array_equal(palette, before))
-        found, marks = first.into(files), {}
+        front, marks = first.into(files), {}
         if palette is not None:
-            choice = choose(found, palette)
+            choice = choose(front, palette)
             again = Walk(models, choice.rho[None], prompts, rewards, seed=seed + 1, **settings).into(files, "chosen/")
             marks = {
                 "palette": np.asarray(palette, dtype=np.float64),
@@ -71,15 +71,15 @@ def study(
                 "measured": again.levels[0],
                 "measured_stderr": again.stderr[0],
             }
-            found = replace(found, chosen=_chosen(found.values, marks["palette"], choice, again))
-        if len(found.values) > 1:
-            figure = plots.soups(found.values, found.models, found.rho, found.levels, found.stderr, **marks)
+            front = replace(front, chosen=_chosen(front.values, marks["palette"], choice, again))
+        if len(front.values) > 1:
+            figure = plots.soups(front.values, front.models, front.rho, front.levels, front.stderr, **marks)
             for name in FIGURES:
                 with files.making(name) as path:
                     plots.save(figure, path)
         with files.making(RECORD) as path:
-            found.write(path)
-    return found
+            front.write(path)
+    return front
 
 
 def _had(path: Path) -> SoupFront | None:
@@ -126,9 +126,9 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
 
 def read_palette(path: str | os.PathLike[str], values: Sequence[str]) -> np.ndarray:
     """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
-    found = palettes.read(path, "palette", "sense")
-    palettes.check_carried(path, found, values)
-    if set(found["sense"]) != {">="}:
-        raise UserError(f"{path}: must ask for at least its levels in every value, got {', '.join(found['sense'])}")
-    asked = dict(zip(found["values"], found["palette"], strict=True))
-    return _levels([asked.get(name) for name in values])
+    solution = palettes.read(path, "palette", "sense")
+    palettes.check_carried(path, solution, values)
+    if set(solution["sense"]) != {">="}:
+        raise UserError(f"{path}: must ask for at least its levels in every value, got {', '.join(solution['sense'])}")
+    levels = dict(zip(solution["values"], solution["palette"], strict=True))
+    return _levels([levels.get(name) for name in values])

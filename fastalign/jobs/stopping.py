@@ -35,7 +35,7 @@ class Stopping:
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def asked(self, accelerator: Any) -> bool:
+    def requested(self, accelerator: Any) -> bool:
         """Whether any process of the run was asked to stop; all call it at the same step and hear the same."""
         if accelerator.num_processes > 1:  # the launcher's signal reaches each in another moment
             noted = accelerator.gather(torch.tensor([self._signal], device=accelerator.device))

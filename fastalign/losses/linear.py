@@ -1,11 +1,11 @@
 """Preference losses from hidden states and an lm_head's weight: the (tokens, vocabulary) logits are never held.
 
-Each module stores its options; `forward` takes tensors and returns the mean loss and a dict of metrics named as TRL's
-trainers log them, 0-dimensional and without gradient.
+Each module stores its options; `forward` takes tensors and returns the mean loss and a dict of metrics with the names
+that TRL's trainers log, 0-dimensional and without gradient.
 
-Labels stand beside the hidden state that predicts them: labels[:, t] is the token that hidden[:, t] must predict, or
-`ignore_index` on prompts and padding, which are never projected. `shift_labels` makes them from input ids. Pairs come
-as one batch of 2B rows, the B chosen first, then the B rejected.
+Labels are aligned with the hidden states that predict them: labels[:, t] is the token that hidden[:, t] must predict,
+or `ignore_index` on prompts and padding, which are never projected. `shift_labels` makes them from input ids. Pairs
+form one batch of 2B rows, first the B chosen, then the B rejected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
 def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Labels for the hidden states of `input_ids`: position t gets token t + 1 where that belongs to the completion.
+    """Labels for the hidden states of `input_ids`: position t gets token t + 1 if that belongs to the completion.
 
     input_ids, completion_mask (R, T) -> (R, T) int64; the last position, which predicts nothing, is ignored.
     """
@@ -50,7 +50,7 @@ def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: in
 
 
 class LinearLoss(nn.Module):
-    """The head's options and what all losses do with it."""
+    """The head's options, and the code common to all losses."""
 
     def __init__(
         self,
@@ -83,21 +83,21 @@ class LinearLoss(nn.Module):
         adapter: Adapter | None,
         outputs: tuple[str, ...] = (),
     ) -> TokenLogprobs:
-        """log_probs, `outputs`, and the statistics where token metrics are wanted, each (R, T)."""
+        """log_probs, `outputs`, and the statistics if token metrics are requested, each (R, T)."""
         if hidden.ndim != 3 or labels.shape != hidden.shape[:-1]:
             raise UserError(
                 "hidden must be (rows, tokens, H) and labels (rows, tokens), "
                 f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
             )
-        asked = ("log_probs", *outputs, *(STATISTICS if self.token_metrics else ()))
+        wanted = ("log_probs", *outputs, *(STATISTICS if self.token_metrics else ()))
         options = self.head | self.backward_options
-        found = linear_token_logprobs(hidden, weight, labels, bias=bias, adapter=adapter, outputs=asked, **options)
-        return found if isinstance(found, TokenLogprobs) else TokenLogprobs(log_probs=found)
+        result = linear_token_logprobs(hidden, weight, labels, bias=bias, adapter=adapter, outputs=wanted, **options)
+        return result if isinstance(result, TokenLogprobs) else TokenLogprobs(log_probs=result)
 
     def _reference(
         self, labels: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
     ) -> Tensor | None:
-        """The reference model's log_probs (R, T) from its own hidden states and head, or None where it has none."""
+        """The reference model's log_probs (R, T) from its own hidden states and head, or None if there are none."""
         if ref_hidden is None:
             return None
         if ref_weight is None:
@@ -109,16 +109,16 @@ class LinearLoss(nn.Module):
     def _mask(self, labels: Tensor) -> Tensor:
         return labels != self.head["ignore_index"]
 
-    def _token_metrics(self, found: TokenLogprobs, mask: Tensor, is_chosen: Tensor) -> dict[str, Tensor]:
+    def _token_metrics(self, scored: TokenLogprobs, mask: Tensor, is_chosen: Tensor) -> dict[str, Tensor]:
         """Means over completion tokens; is_chosen (R,) says which rows are the chosen ones."""
         if not self.token_metrics:
             return {}
         chosen, rejected = mask & is_chosen.unsqueeze(-1), mask & ~is_chosen.unsqueeze(-1)
         return {
-            "entropy": _mean_over(found.entropy, mask),
-            "logits/chosen": _mean_over(found.mean_logits, chosen),
-            "logits/rejected": _mean_over(found.mean_logits, rejected),
-            "mean_token_accuracy": _mean_over(found.is_top1, chosen),
+            "entropy": _mean_over(scored.entropy, mask),
+            "logits/chosen": _mean_over(scored.mean_logits, chosen),
+            "logits/rejected": _mean_over(scored.mean_logits, rejected),
+            "mean_token_accuracy": _mean_over(scored.is_top1, chosen),
         }
 
     def extra_repr(self) -> str:
@@ -126,7 +126,7 @@ class LinearLoss(nn.Module):
 
 
 class _LinearPairLoss(LinearLoss):
-    """What the losses over [chosen; rejected] rows share."""
+    """Base of the losses over [chosen; rejected] rows."""
 
     def _project_pairs(
         self,
@@ -143,7 +143,7 @@ class _LinearPairLoss(LinearLoss):
 
     def _pair_metrics(
         self,
-        found: TokenLogprobs,
+        scored: TokenLogprobs,
         mask: Tensor,
         chosen_rewards: Tensor,
         rejected_rewards: Tensor,
@@ -158,7 +158,7 @@ class _LinearPairLoss(LinearLoss):
             "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
             "logps/chosen": chosen_logps.detach().mean(),
             "logps/rejected": rejected_logps.detach().mean(),
-            **self._token_metrics(found, mask, is_chosen),
+            **self._token_metrics(scored, mask, is_chosen),
         }
 
 
@@ -234,8 +234,8 @@ class LinearDPOLoss(_LinearPairLoss):
             hidden: (2B, T, H), rows [chosen; rejected]; weight: (V, H); bias: (V,).
             labels: (2B, T) int64, aligned with hidden, `ignore_index` outside completions.
             ref_hidden, ref_weight, ref_bias: the reference model's hidden states (2B, T, H') and head.
-            ref_logps: the reference's sequence log-probabilities (chosen (B,), rejected (B,)) in its place, made with
-                the same ld_alpha. With neither, the loss is reference-free.
+            ref_logps: the reference's sequence log-probabilities (chosen (B,), rejected (B,)) instead of its hidden
+                states, computed with the same ld_alpha. With neither, the loss is reference-free.
             adapter: (A (r, H), B (V, r), scale), a LoRA on the policy's head.
 
         Raises:
@@ -244,20 +244,22 @@ class LinearDPOLoss(_LinearPairLoss):
         if ref_hidden is not None and ref_logps is not None:
             raise UserError("ref_hidden and ref_logps must not both be given")
         outputs = ("log_sum_sq_probs",) if self.use_weighting else ()
-        found = self._project_pairs(hidden, weight, labels, bias, adapter, outputs)
+        scored = self._project_pairs(hidden, weight, labels, bias, adapter, outputs)
         mask = self._mask(labels)
         ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
-        if self._fuses(found.log_probs):
+        if self._fuses(scored.log_probs):
             ref = torch.cat(ref_logps) if ref_logps is not None else ref_log_probs
             names = ("beta", "loss_type", "label_smoothing", "discopop_tau")
-            losses, *figures = pairwise_loss(found.log_probs, ref, mask, **{name: self.options[name] for name in names})
-            return losses.mean(), self._pair_metrics(found, mask, *figures)
-        chosen, rejected = sequence_logps(found.log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+            losses, *figures = pairwise_loss(
+                scored.log_probs, ref, mask, **{name: self.options[name] for name in names}
+            )
+            return losses.mean(), self._pair_metrics(scored, mask, *figures)
+        chosen, rejected = sequence_logps(scored.log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         if ref_log_probs is not None:
             ref_logps = sequence_logps(ref_log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         chosen_lengths, rejected_lengths = mask.sum(-1).chunk(2)
         half = len(labels) // 2
-        plain = None if self.ld_alpha is None else sequence_logps(found.log_probs[:half], mask[:half])
+        plain = None if self.ld_alpha is None else sequence_logps(scored.log_probs[:half], mask[:half])
         losses, chosen_rewards, rejected_rewards = dpo_loss(
             chosen,
             rejected,
@@ -265,20 +267,21 @@ class LinearDPOLoss(_LinearPairLoss):
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             sft_logps=plain,
-            weights=wpo_weights(found.log_probs, found.log_sum_sq_probs, mask) if self.use_weighting else None,
+            weights=wpo_weights(scored.log_probs, scored.log_sum_sq_probs, mask) if self.use_weighting else None,
             **self.options,
         )
-        return losses.mean(), self._pair_metrics(found, mask, chosen_rewards, rejected_rewards, chosen, rejected)
+        return losses.mean(), self._pair_metrics(scored, mask, chosen_rewards, rejected_rewards, chosen, rejected)
 
     def _fuses(self, log_probs: Tensor) -> bool:
-        """Whether `pairwise_loss` makes this loss in one launch: one loss of the plain log-ratios, on a GPU."""
+        """Whether `pairwise_loss` computes this loss in one kernel launch: a single loss of the plain log-ratios, on a
+        GPU."""
         plain = self.options["f_divergence_type"] == "reverse_kl" and self.options["loss_weights"] is None
         plain = plain and self.ld_alpha is None and not self.use_weighting
         return plain and self.options["loss_type"] in FUSED and on_triton(log_probs.device)
 
 
 class LinearCPOLoss(_LinearPairLoss):
-    """`cpo_loss` on hidden states, with the chosen completions' likelihood term, cpo_alpha times.
+    """`cpo_loss` on hidden states, plus cpo_alpha times the chosen completions' likelihood term.
 
     loss_type "alphapo" is "simpo" without the likelihood term, as in TRL. Other arguments as in `cpo_loss`; head as in
     `LinearDPOLoss`.
@@ -330,20 +333,21 @@ class LinearCPOLoss(_LinearPairLoss):
         bias: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Arguments as in `LinearDPOLoss`, without a reference; metrics also "nll_loss" where it is used."""
-        found = self._project_pairs(hidden, weight, labels, bias, adapter)
+        """Arguments as in `LinearDPOLoss`, without a reference; metrics also "nll_loss" if it is used."""
+        scored = self._project_pairs(hidden, weight, labels, bias, adapter)
         mask = self._mask(labels)
         average = self.options["loss_type"] in ("ipo", "simpo")
-        chosen, rejected = sequence_logps(found.log_probs, mask, average=average).chunk(2)
+        chosen, rejected = sequence_logps(scored.log_probs, mask, average=average).chunk(2)
         half = len(labels) // 2
-        nll = None if self.options["cpo_alpha"] == 0 else -_mean_over(found.log_probs[:half], mask[:half], grad=True)
+        nll = None if self.options["cpo_alpha"] == 0 else -_mean_over(scored.log_probs[:half], mask[:half], grad=True)
         losses, *rewards = cpo_loss(chosen, rejected, chosen_nll=nll, **self.options)
-        metrics = self._pair_metrics(found, mask, *rewards, chosen, rejected)
+        metrics = self._pair_metrics(scored, mask, *rewards, chosen, rejected)
         return losses.mean(), metrics if nll is None else metrics | {"nll_loss": nll.detach()}
 
 
 class LinearSimPOLoss(LinearCPOLoss):
-    """`simpo_loss` on hidden states: no reference and no likelihood term. Arguments as there and in `LinearDPOLoss`."""
+    """`simpo_loss` on hidden states: no reference and no likelihood term. Arguments as in `simpo_loss` and
+    `LinearDPOLoss`."""
 
     def __init__(
         self,
@@ -416,12 +420,12 @@ class LinearORPOLoss(_LinearPairLoss):
                     f"nll_labels must have shape {tuple(labels[:half].shape)}, got {tuple(nll_labels.shape)}"
                 )
             projected = torch.cat((nll_labels, labels[half:]))
-        found = self._project_pairs(hidden, weight, projected, bias, adapter)
+        scored = self._project_pairs(hidden, weight, projected, bias, adapter)
         mask = self._mask(labels)
-        chosen, rejected = sequence_logps(found.log_probs, mask, average=True).chunk(2)
-        nll = -_mean_over(found.log_probs[:half], self._mask(projected)[:half], grad=True)
+        chosen, rejected = sequence_logps(scored.log_probs, mask, average=True).chunk(2)
+        nll = -_mean_over(scored.log_probs[:half], self._mask(projected)[:half], grad=True)
         losses, *rewards, log_odds = orpo_loss(chosen, rejected, beta=self.beta, chosen_nll=nll)
-        metrics = self._pair_metrics(found, mask, *rewards, chosen, rejected)
+        metrics = self._pair_metrics(scored, mask, *rewards, chosen, rejected)
         metrics |= {
             "nll_loss": nll.detach(),
             "log_odds_ratio": nn.functional.logsigmoid(log_odds).mean(),
@@ -431,7 +435,7 @@ class LinearORPOLoss(_LinearPairLoss):
 
 
 class LinearKTOLoss(LinearLoss):
-    """`kto_loss` on hidden states. beta, weights and loss_type as there; head as in `LinearDPOLoss`."""
+    """`kto_loss` on hidden states. beta, weights and loss_type as in `kto_loss`; head as in `LinearDPOLoss`."""
 
     def __init__(
         self,
@@ -482,13 +486,13 @@ class LinearKTOLoss(LinearLoss):
         ref_kl_hidden: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over rows and its metrics, those of a side without rows being NaN.
+        """The mean loss over rows and its metrics; those of a side without rows are NaN.
 
         Args:
             hidden: (B, T, H); weight: (V, H); bias: (V,); labels: (B, T) int64, aligned with hidden.
             desirable: (B,) bool.
             ref_hidden, ref_weight, ref_bias, ref_logps: the reference, (B,) for the last, as in `LinearDPOLoss`.
-            kl: the reference point, a number or a tensor (); or in its place, for `kto_kl`:
+            kl: the reference point, a number or a tensor (); or instead, for `kto_kl`:
             kl_hidden, kl_labels, ref_kl_hidden: (B', T', H) hidden states of policy and reference on completions
                 paired with others' prompts. loss_type "apo_zero_unpaired" needs none of these.
             adapter: (A (r, H), B (V, r), scale), a LoRA on the policy's head.
@@ -498,9 +502,9 @@ class LinearKTOLoss(LinearLoss):
         """
         if ref_hidden is not None and ref_logps is not None:
             raise UserError("ref_hidden and ref_logps must not both be given")
-        found = self._project(hidden, weight, labels, bias, adapter)
+        scored = self._project(hidden, weight, labels, bias, adapter)
         mask = self._mask(labels)
-        logps = sequence_logps(found.log_probs, mask)
+        logps = sequence_logps(scored.log_probs, mask)
         ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
         if ref_log_probs is not None:
             ref_logps = sequence_logps(ref_log_probs, mask)
@@ -514,7 +518,7 @@ class LinearKTOLoss(LinearLoss):
             metrics[f"rewards/{name}"] = torch.where(rows, rewards, 0).sum() / rows.sum()
             metrics[f"logps/{name}"] = torch.where(rows, logps.detach(), 0).sum() / rows.sum()
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-        token_metrics = self._token_metrics(found, mask, desirable)
+        token_metrics = self._token_metrics(scored, mask, desirable)
         token_metrics.pop("mean_token_accuracy", None)
         return losses.mean(), metrics | token_metrics
 
@@ -539,7 +543,7 @@ class LinearKTOLoss(LinearLoss):
 
 
 def _mean_over(x: Tensor, mask: Tensor, *, grad: bool = False) -> Tensor:
-    """Mean of x where mask, 0 where it is empty."""
+    """Mean of x over mask, 0 if the mask is empty."""
     x = x if grad else x.detach()
     x = x if x.is_floating_point() else x.float()
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

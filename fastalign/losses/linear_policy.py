@@ -1,7 +1,7 @@
 """Policy losses from hidden states and an lm_head's weight: the (tokens, vocabulary) logits are never held.
 
 Each module stores its options; `forward` takes tensors and returns the loss and a dict of metrics, 0-dimensional and
-without gradient. Labels stand beside the hidden state that predicts them, as in `losses.linear` (`shift_labels`).
+without gradient. Labels are aligned with the hidden states that predict them, as in `losses.linear` (`shift_labels`).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class _LinearPolicyLoss(LinearLoss):
         normalizer: Tensor | float | None = None,
         adapter: Adapter | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its metrics: policy_loss, approx_kl, ratio, clip_ratio/low_mean, clip_ratio/high_mean, and kl
-        where there is a reference, entropy where it is in the loss or token_metrics are asked for.
+        """The loss and its metrics: policy_loss, approx_kl, ratio, clip_ratio/low_mean, clip_ratio/high_mean, kl if
+        there is a reference, and entropy if it is in the loss or token_metrics is set.
 
         Args:
             hidden: (B, T, H); weight: (V, H); bias: (V,).
             labels: (B, T) int64, aligned with hidden, `ignore_index` outside completions: only these are projected.
             advantages: (B,) or (B, T).
-            old_logprobs: (B, T) when the tokens were drawn, at this module's temperature; None: the policy's own now.
-            mask: (B, T) bool or 0/1, takes further places out; None: all labels that are not ignored count.
-            ref_logprobs: (B, T); or in its place
+            old_logprobs: (B, T) at the time of sampling, at this module's temperature; None: the policy's current ones.
+            mask: (B, T) bool or 0/1, excludes further tokens; None: all labels that are not ignored count.
+            ref_logprobs: (B, T); or instead
             ref_hidden, ref_weight, ref_bias: the reference model's hidden states (B, T, H') and head.
             normalizer: as in the loss.
             adapter: (A (r, H), B (V, r), scale), a LoRA on the policy's head.
@@ -64,12 +64,12 @@ class _LinearPolicyLoss(LinearLoss):
                 )
             labels = labels.masked_fill(mask == 0, self.head["ignore_index"])
         in_loss = self.options["entropy_coef"] != 0
-        found = self._project(hidden, weight, labels, bias, adapter, ("entropy",) if in_loss else ())
+        scored = self._project(hidden, weight, labels, bias, adapter, ("entropy",) if in_loss else ())
         if ref_hidden is not None:
             ref_logprobs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
-        entropy = found.entropy
+        entropy = scored.entropy
         result = self._loss(
-            found.log_probs,
+            scored.log_probs,
             old_logprobs,
             advantages,
             self._mask(labels),
@@ -87,7 +87,7 @@ class LinearPPOLoss(_LinearPolicyLoss):
     Args:
         clip_range, clip_range_high, dual_clip, kl_coef, kl_estimator, entropy_coef, aggregation: as in `ppo_loss`.
         head: options of the head, as in `ops.linear_token_logprobs`: temperature (that of sampling), softcap,
-            logit_scale, ignore_index, grad_filter; and token_metrics=True for "entropy" where it is not in the loss.
+            logit_scale, ignore_index, grad_filter; and token_metrics=True for "entropy" even if it is not in the loss.
     """
 
     _loss = staticmethod(ppo_loss)
@@ -131,7 +131,7 @@ class LinearPPOLoss(_LinearPolicyLoss):
 
 
 class LinearGRPOLoss(_LinearPolicyLoss):
-    """`grpo_loss` on hidden states, every loss type. Arguments as there; head as in `LinearPPOLoss`."""
+    """`grpo_loss` on hidden states, for every loss type. Arguments as in `grpo_loss`; head as in `LinearPPOLoss`."""
 
     _loss = staticmethod(grpo_loss)
 
@@ -187,5 +187,5 @@ class LinearGRPOLoss(_LinearPolicyLoss):
 
 def _metrics(result: PolicyLoss) -> dict[str, Tensor]:
     names = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
-    found = result._asdict()
-    return {names.get(name, name): x for name, x in found.items() if name != "loss" and x is not None}
+    fields = result._asdict()
+    return {names.get(name, name): x for name, x in fields.items() if name != "loss" and x is not None}

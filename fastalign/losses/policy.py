@@ -1,9 +1,9 @@
-"""Policy-gradient losses from per-token log-probabilities: PPO, GRPO and its variants, RLOO; what they are built of.
+"""Policy-gradient losses from per-token log-probabilities: PPO, GRPO and its variants, RLOO; and their building blocks.
 
 All arithmetic is in float32 (float64 for float64 inputs). Old and reference log-probabilities, advantages and returns
-are constants: no gradient flows to them. Masked places are never read, NaN or not, and rows without a valid place add
-0 and no gradient. Ratios are clipped before they are exponentiated, so that a log-ratio of 10^4 gives the loss's limit
-and a gradient that is no NaN.
+are constants: no gradient flows to them. Masked tokens are never read, even if NaN, and rows without a valid token add
+0 and no gradient. Ratios are clipped before they are exponentiated, so a log-ratio of 10^4 gives the loss's limit and a
+finite gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """What `value_loss` returns, 0-dimensional; `clip_fraction`: the share of places where the clipped error counts."""
+    """What `value_loss` returns, 0-dimensional; `clip_fraction` is the share of tokens at which the clipped error is
+    used."""
 
     loss: Tensor
     clip_fraction: Tensor
@@ -67,14 +68,15 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") ->
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """x over the standard deviation (unbiased, + 1e-8 under the root) of its valid places, 0 elsewhere.
+    """x divided by the standard deviation (unbiased, + 1e-8 under the root) of its valid tokens, 0 elsewhere.
 
     Args:
         x: (B, T) or any shape; mask: the same, bool or 0/1.
-        shift_mean: False keeps the mean where it was.
+        shift_mean: False keeps the mean.
 
     Returns:
-        Like x, float32 or float64. One valid place, or equal ones, have no deviation: 0 (the mean where it is kept).
+        Like x, float32 or float64. A single valid token, or equal ones, have no deviation: 0 (or the mean, if it is
+        kept).
     """
     x = wide(x)
     mask = valid(mask, x, "x")
@@ -87,14 +89,14 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group") -> Tensor:
-    """GRPO's advantages: each reward less its group's mean, over a standard deviation (arXiv 2402.03300, 4.1.2).
+    """GRPO's advantages: each reward minus its group's mean, divided by a standard deviation (arXiv 2402.03300, 4.1.2).
 
     Args:
-        rewards: (P · group_size,), the completions of one prompt next to each other. NaN: not scored; such a
-            completion has no part in its group's statistics and gets 0.
+        rewards: (P · group_size,), the completions of one prompt consecutively. NaN: not scored; such a completion does
+            not count in its group's statistics and gets 0.
         group_size: completions per prompt.
-        scale: "group": over the group's deviation (unbiased) + 1e-4; "batch": over that of all rewards (arXiv
-            2508.08221); "none": not at all (Dr. GRPO, arXiv 2503.20783).
+        scale: "group": divide by the group's standard deviation (unbiased) + 1e-4; "batch": by that of all rewards
+            (arXiv 2508.08221); "none": do not divide (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
         (P · group_size,) advantages.
@@ -113,10 +115,10 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group") 
 
 
 def rloo_advantages(rewards: Tensor, group_size: int, *, normalize: bool = False) -> Tensor:
-    """RLOO's advantages: each reward less the mean of its group's others (arXiv 2402.14740).
+    """RLOO's advantages: each reward minus the mean of the others in its group (arXiv 2402.14740).
 
-    rewards and group_size as in `group_advantages`; normalize: to mean 0 and deviation 1 over the batch. A completion
-    without another scored one in its group gets 0.
+    rewards and group_size as in `group_advantages`; normalize: to mean 0 and standard deviation 1 over the batch. A
+    completion without another scored one in its group gets 0.
     """
     grouped = _grouped(rewards, group_size)
     scored = ~grouped.isnan()
@@ -154,17 +156,17 @@ def ppo_loss(
     Args:
         logprobs: (B, T) of the tokens under the policy, with a gradient.
         old_logprobs: (B, T) under the policy that drew them; None: `logprobs` itself, the first step after sampling.
-        advantages: (B, T), or (B,) one a sequence. A weight >= 0 per token (importance correction of another
+        advantages: (B, T), or (B,), one per sequence. Weights >= 0 per token (an importance correction for another
             sampler, a mask of some tokens) may be multiplied into them.
         mask: (B, T) bool or 0/1, 1 on completion tokens.
-        clip_range, clip_range_high: how far r may fall and rise; None: the same (DAPO's clip-higher, arXiv
-            2503.14476, takes 0.28).
+        clip_range, clip_range_high: how far r may fall and rise; None: the same as clip_range (DAPO's clip-higher,
+            arXiv 2503.14476, takes 0.28).
         dual_clip: c > 1 + clip_range_high: under a negative advantage r counts at most c (arXiv 1912.09729).
         ref_logprobs, kl_coef, kl_estimator: adds kl_coef times `kl_penalty`, aggregated like the objective.
-        entropy, entropy_coef: (B, T); takes entropy_coef times its mean over tokens off the loss.
+        entropy, entropy_coef: (B, T); subtracts entropy_coef times its mean over tokens from the loss.
         aggregation: "token_mean", "seq_mean_token_mean" (mean over rows of each row's mean; rows without tokens count
             as 0) or "seq_mean_token_sum".
-        normalizer: divides the sum over tokens in place of their number, under "token_mean".
+        normalizer: with "token_mean", divides the sum over tokens instead of their number.
 
     Returns:
         PolicyLoss.
@@ -216,8 +218,8 @@ def grpo_loss(
             vespo_positive for A >= 0, else vespo_negative (arXiv 2602.10693); over `normalizer`.
 
     Args:
-        logprobs, old_logprobs, advantages, mask, entropy, entropy_coef: as in `ppo_loss`. "vespo" takes advantages
-            (B,), and no weights in them.
+        logprobs, old_logprobs, advantages, mask, entropy, entropy_coef: as in `ppo_loss`. "vespo" takes advantages (B,)
+            without weights.
         importance: "token" or "sequence": r of each token, or of the sequence as in GSPO. None: "sequence" for
             "gspo" and "luspo", else "token".
         clip_range, clip_range_high, dual_clip: as in `ppo_loss` (TRL's epsilon, epsilon_high, delta). "cispo" must be
@@ -225,7 +227,7 @@ def grpo_loss(
         ref_logprobs, kl_coef, kl_estimator: as in `ppo_loss` (TRL's beta with k3).
         kl_bias_correction: multiplies the KL estimate by r (arXiv 2512.02556).
         normalizer: tokens of the whole batch for "dapo", "cispo" and "vespo"; None: those of this call.
-        max_length: the longest completion that may be drawn, for "dr_grpo".
+        max_length: the maximum length of a completion, for "dr_grpo".
 
     Returns:
         PolicyLoss.
@@ -300,7 +302,7 @@ def value_loss(
     3).
 
     Args:
-        values: (B, T) with a gradient; old_values: (B, T) when the advantages were made, a constant.
+        values: (B, T) with a gradient; old_values: (B, T) at the time the advantages were computed, a constant.
         returns: (B, T), as `ops.gae` gives them.
         mask: (B, T) bool or 0/1.
         clip_range: None: ½ (V - R)², and old_values may be None.
@@ -329,7 +331,7 @@ def value_loss(
 
 
 class _Batch:
-    """The checked tensors of one loss, and the losses of them that all others are put together from."""
+    """The checked tensors of one loss, and the basic losses from which all others are composed."""
 
     def __init__(self, logprobs, old_logprobs, advantages, mask, ref_logprobs=None, entropy=None):
         check_tokens("logprobs", logprobs)
@@ -353,7 +355,7 @@ class _Batch:
         if self.ref_logprobs is not None:
             _check_estimator(estimator)
         elif coef != 0:
-            raise UserError(f"ref_logprobs must be given where kl_coef is not 0, got None and {coef!r}")
+            raise UserError(f"ref_logprobs must be given if kl_coef is not 0, got None and {coef!r}")
         return KL(coef, estimator, times_ratio)
 
     def clipped(self, importance: str, clip: Clip, kl: KL) -> PolicyRows:
@@ -408,10 +410,10 @@ class _Batch:
         return tokens, tokens.log_ratio if importance == "token" else tokens.sequence_log_ratio(importance)
 
     def finish(self, rows: PolicyRows, importance: str, entropy_coef: float, how: str, normalizer) -> PolicyLoss:
-        """The scalar loss and the figures to watch."""
+        """The scalar loss and the metrics to log."""
         check_aggregation(how, normalizer)
         if self.entropy is None and entropy_coef != 0:
-            raise UserError(f"entropy must be given where entropy_coef is not 0, got None and {entropy_coef!r}")
+            raise UserError(f"entropy must be given if entropy_coef is not 0, got None and {entropy_coef!r}")
         tokens = rows.tokens.sum().clamp(min=1)
         ratios = tokens if importance == "token" else rows.tokens.count_nonzero().clamp(min=1)
         clips = ratios if self.advantages.shape[1] == 1 else tokens
@@ -467,7 +469,7 @@ def _grouped(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def _nan_std(x: Tensor) -> Tensor:
-    """Unbiased over the last dimension, of what is not NaN; 0 for a single number."""
+    """Unbiased standard deviation over the last dimension, ignoring NaN; 0 for a single number."""
     count = (~x.isnan()).sum(-1, keepdim=True)
     apart = x - x.nanmean(-1, keepdim=True)
     return (apart.square().nansum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

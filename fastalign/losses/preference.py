@@ -1,7 +1,7 @@
 """Preference losses from sequence log-probabilities: DPO and its family, KTO, ORPO, SimPO, CPO.
 
-All arithmetic is in float32 (float64 for float64 inputs). Losses come one per row, for the caller to average; rewards
-carry no gradient. The formulas lie in `fastalign.ops.pairwise.TABLE`.
+All arithmetic is in float32 (float64 for float64 inputs). Losses are returned per row, for the caller to average;
+rewards carry no gradient. The formulas are in `fastalign.ops.pairwise.TABLE`.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def sequence_logps(
     """The log-probability of each sequence from those of its tokens.
 
     Args:
-        log_probs: (R, T) per-token log-probabilities; what stands outside the mask is not read, NaN or not.
+        log_probs: (R, T) per-token log-probabilities; values outside the mask are never read, even if NaN.
         mask: (R, T) bool or integer, nonzero on the completion's tokens.
-        average: the mean over a sequence's tokens in place of the sum; a row without tokens gives 0.
+        average: the mean over a sequence's tokens instead of the sum; a row without tokens gives 0.
         ld_alpha: LD-DPO's length desensitising (arXiv 2409.06411): tokens past the first `shared_lengths` of a
             completion count ld_alpha each, in [0, 1]; 1 changes nothing. None for off.
         shared_lengths: (R,) tokens of each completion that count in full under ld_alpha. None: the rows are
@@ -94,7 +94,7 @@ def sequence_logps(
         total = kept.sum(-1)
         return total / mask.sum(-1).clamp(min=1) if average else total
     if average:
-        raise UserError("average must be False where ld_alpha is given: LD-DPO is defined on sums")
+        raise UserError("average must be False if ld_alpha is given: LD-DPO is defined on sums")
     if not 0 <= ld_alpha <= 1:
         raise UserError(f"ld_alpha must be in [0, 1], got {ld_alpha!r}")
     if shared_lengths is None:

@@ -165,9 +165,9 @@ def bradley_terry_scores(
         gradient, hessian = information(scores)
         step = np.linalg.solve(hessian, gradient)
         # Far from the optimum a full step may overshoot; near it the rounding of the value must not stop a good one.
-        while (found := value(scores + step)) < current - 1e-12 * (1 + abs(current)):
+        while (trial := value(scores + step)) < current - 1e-12 * (1 + abs(current)):
             step = step / 2
-        scores, current = scores + step, found
+        scores, current = scores + step, trial
         if np.abs(step).max() <= tol:
             break
     else:
@@ -233,8 +233,8 @@ def _check_connected(wins: np.ndarray, items: tuple[Hashable, ...]) -> None:
     beaten = {int(component[j]) for i, j in zip(*np.nonzero(wins), strict=True) if component[i] != component[j]}
     part = next(c for c in range(count) if c not in beaten)
     members = [repr(items[i]) for i in np.flatnonzero(component == part)]
-    told = ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+    listed = ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
     raise UserError(
         "comparisons must let every item be compared with every other through wins both ways; no other item beat "
-        f"{told} (give prior=0.1, say, for finite scores)"
+        f"{listed} (give prior=0.1, say, for finite scores)"
     )

@@ -160,13 +160,13 @@ def _agrees(module: nn.Module, forward: Callable) -> bool:
     try:
         with torch.autocast("cpu", enabled=False):
             expected = type(module).forward(module, x)
-            found = forward(module, x)
+            result = forward(module, x)
     except Exception:  # it takes more than one tensor: not what the engine does
         return False
-    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+    if not isinstance(expected, Tensor) or expected.shape != result.shape:
         return False
     size = expected.abs().amax(-1, keepdim=True)
-    return bool(((found - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
+    return bool(((result - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
 
 
 def _ours(*tensors: Tensor) -> bool:
@@ -191,8 +191,8 @@ def _rotates_halves(original: Callable) -> bool:
         expected = original(q, k, cos, sin)
     except Exception:  # another signature: not this rotation
         return False
-    found = (_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin))
-    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    rotated = (_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin))
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(rotated, expected, strict=True))
 
 
 def _rotation(original: Callable) -> Callable:

@@ -45,9 +45,9 @@ def check(path: str | Path) -> None:
 
 
 def convert(path: str | Path) -> Path:
-    """The safetensors folder (float32 weights, tokenizer) of a GGUF file, made on the first call, then reused.
+    """The safetensors folder (float32 weights, tokenizer) of a GGUF file, created on the first call, then reused.
 
-    Its name carries a hash of the file's content and time and of who converts it, so a changed file is converted anew.
+    Its name carries a hash of the file's content and time and of who converts it, so a changed file is converted again.
     Raises FileNotFoundError, UserError (one line) or OSError (disk full).
     """
     path = Path(path).resolve()
@@ -97,7 +97,7 @@ class _Bad(Exception):
 
 
 class _Header:
-    """Reads a header front to back; `check` raises _Bad at the first thing that cannot be so."""
+    """Reads a header from start to end; `check` raises _Bad at the first inconsistency."""
 
     def __init__(self, file, size: int):
         self.file, self.size = file, size
@@ -152,7 +152,7 @@ class _Header:
             raise _Bad(f"unknown metadata type {kind}")
 
     def tensor_end(self) -> int:
-        """The byte, counted from the start of the tensor data, where this tensor ends at the earliest."""
+        """The smallest possible end of this tensor, in bytes from the start of the tensor data."""
         name, dims = self.string(), self.number("<I")
         if not 0 < dims <= 8:
             raise _Bad(f"tensor {name[:40].decode(errors='replace')!r} has {dims} dimensions")

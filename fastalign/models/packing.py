@@ -1,9 +1,9 @@
-"""Pairs of sequences as one row without padding, what the two of a pair share computed once.
+"""Pairs of sequences packed in one row without padding; a pair's common prefix is computed once.
 
-`pack_pairs` lays a batch end to end: each pair's common beginning, the rest of its first sequence, the rest of its
-second. Every token keeps its own position and sees exactly what it saw in its own sequence, so that hidden states are
+`pack_pairs` concatenates a batch: each pair's common beginning, the rest of its first sequence, the rest of its second.
+Every token keeps its position and attends to exactly the same tokens as in its own sequence, so hidden states equal
 those of the padded batch. `packed_hidden` runs any transformers causal model on such a row through the attention
-function that is registered here: a segment attends to itself, and to the prefix it continues.
+function registered here: a segment attends to itself, and to the prefix that it continues.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Pack:
 
 
 def pack_pairs(input_ids: Tensor, attention_mask: Tensor) -> Pack:
-    """Pack the pairs (b, b + B) of a padded batch of 2B rows, each pair's longest common beginning only once.
+    """Pack the pairs (b, b + B) of a padded batch of 2B rows, with each pair's longest common prefix only once.
 
     input_ids, attention_mask: (2B, T), padded on either side.
     """
@@ -91,20 +91,20 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor) -> Pack:
 
 
 def _common(a: Tensor, b: Tensor) -> int:
-    """The length of the longest common beginning."""
+    """The length of the longest common prefix."""
     n = min(len(a), len(b))
     apart = (a[:n] != b[:n]).nonzero()
     return n if len(apart) == 0 else int(apart[0])
 
 
 def can_pack(model: PreTrainedModel) -> Verdict:
-    """Whether packed pairs give the model's own logits: tried, see `fastalign.models`."""
+    """Whether packed pairs give the model's own logits, tested by trial: see `fastalign.models`."""
     wrapped = passable(model)
     return tried(model, "packed pairs", _packed, attends=True) if wrapped else wrapped
 
 
 def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
-    """The path of a trial: the probe's prompts as two pairs; and what is not packed must stay right as well."""
+    """The path in a trial: the probe's prompts as two pairs; unpacked rows must stay correct as well."""
     inner = language_model(model)
     rows = [prompt + tails[side] for side in (0, 1) for prompt, tails in zip(probe.prompts, probe.tails, strict=True)]
     lengths = torch.tensor([len(row) for row in rows])
@@ -114,21 +114,23 @@ def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
     with attention_set(inner, NAME):
         logits = head_of(inner).logits(packed_hidden(inner, pack))
         alone = inner(input_ids=ids[:1, : len(rows[0])], use_cache=False).logits[0]
-    found = []
+    results = []
     for p, (prompt, tails) in enumerate(zip(probe.prompts, probe.tails, strict=True)):
         for side, tail in enumerate(tails):
             first = len(prompt) - 1
-            found.append(logits[pack.place[p + 2 * side, first : first + len(tail)]])
+            results.append(logits[pack.place[p + 2 * side, first : first + len(tail)]])
     if (
-        distance(*(x[: len(found[0])].double().log_softmax(-1) for x in (found[0], alone[len(probe.prompts[0]) - 1 :])))
+        distance(
+            *(x[: len(results[0])].double().log_softmax(-1) for x in (results[0], alone[len(probe.prompts[0]) - 1 :]))
+        )
         > 1e-2
     ):
-        raise UserError("its attention beside packs is another")
-    return found
+        raise UserError("its attention without packs differs")
+    return results
 
 
 def register() -> None:
-    """Make the attention function that reads packs known to transformers, as NAME."""
+    """Register the attention function for packs with transformers, as NAME."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -137,8 +139,8 @@ def register() -> None:
 
 
 def enable(model: PreTrainedModel) -> Verdict:
-    """Give the model the attention function that reads packs, where that is right (`can_pack`); without a pack it
-    does what "sdpa" does."""
+    """Set the model's attention function to the one for packs, if that is correct (`can_pack`); without a pack it
+    behaves like "sdpa"."""
     verdict = can_pack(model)
     if verdict:
         register()
@@ -153,7 +155,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
 def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
     """The last hidden states (L, H) of a packed row under an `enable`d causal model (not its PEFT or DDP wrapper).
 
-    Raises UserError where the model did not hand the pack on to its attention.
+    Raises UserError if the model did not pass the pack to its attention.
     """
     calls = pack.calls
     # A mask of four dimensions is taken as it is: none is made for the row, and `attention` reads none.
@@ -201,7 +203,7 @@ def attention(
     pieces = {
         s.start: qkv for s, *qkv in zip(pack.segments, *(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     }
-    found = []
+    outputs = []
     for segment in pack.segments:
         q, k, v = pieces[segment.start]
         shared = segment.prefix_end - segment.prefix_start
@@ -212,11 +214,11 @@ def attention(
         if softcap is not None:
             if mask is None:
                 mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-            found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
+            outputs.append(_capped(q, k, v, mask, dropout, scaling, softcap))
         else:
             options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
-            found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options))
-    return torch.cat(found, 2).transpose(1, 2), None
+            outputs.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options))
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
 def _capped(q, k, v, mask, dropout, scaling, softcap) -> Tensor:

@@ -1,5 +1,5 @@
-"""Per-token scores of padded batches under a causal model: on the fused head where that is right, else from full
-logits, else row by row, which is right wherever the model itself is."""
+"""Per-token scores of padded batches under a causal model: with the fused head if that is correct, else from full
+logits, else row by row, which is always correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import head_of
 from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.spans import same_law
-from fastalign.models.trial import Probe, name_of, tell_once, tried
+from fastalign.models.trial import Probe, name_of, tried, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class Scores(NamedTuple):
-    """What was asked for at each of the n positions that have a label, in the batch's order."""
+    """The requested outputs at each of the n labelled positions, in the batch's order."""
 
     outputs: dict[str, Tensor]  # name -> (n,)
     hidden: Tensor | None  # (n, H), where asked for
 
 
 class Layout(NamedTuple):
-    """A batch as the model is to run it, and where in it the scored positions are."""
+    """A batch as the model runs it, and its scored positions."""
 
     input_ids: Tensor  # (R, T), padded on the right
     lengths: list[int]  # of the rows, as far as they are scored
@@ -60,23 +60,23 @@ def score(
     attention_mask: Tensor | None = None,
     return_hidden: bool = False,
 ) -> Scores:
-    """Scores of `labels` under a causal model (PEFT-wrapped or not), its dropout and gradients as they are set.
+    """Scores of `labels` under a causal model (PEFT-wrapped or not), with its current dropout and gradient settings.
 
     input_ids, attention_mask: (R, T), padded on either side; no mask: on the right. labels: (R, T - 1): position t
-    scores labels[:, t] as the token after t; -100 where none is scored. outputs: of `ops.linear_token_logprobs`.
+    scores labels[:, t] as the token after t; -100: not scored. outputs: of `ops.linear_token_logprobs`.
     """
     from fastalign.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
 
     at = labels != -100
-    layout, asked = _layout(input_ids, at, attention_mask), labels[at]
+    layout, targets = _layout(input_ids, at, attention_mask), labels[at]
     run, fused = _way(model, layout.lengths)
-    found, hidden = run(model, layout, return_hidden)
+    logits_or_hidden, hidden = run(model, layout, return_hidden)
     if fused:
         scored = linear_token_logprobs(
-            found, labels=asked, **head_of(language_model(model)).arguments(), outputs=outputs
+            logits_or_hidden, labels=targets, **head_of(language_model(model)).arguments(), outputs=outputs
         )
     else:
-        scored = token_logprobs(found, asked, outputs=outputs)
+        scored = token_logprobs(logits_or_hidden, targets, outputs=outputs)
     scored = scored._asdict() if isinstance(scored, TokenLogprobs) else {"log_probs": scored}
     return Scores({name: scored[name] for name in outputs}, hidden)
 
@@ -93,7 +93,7 @@ Run = Callable[[Any, Layout, bool], tuple[Tensor, Tensor | None]]
 
 
 def _way(model: Any, lengths: list[int], *, quiet: bool = False) -> tuple[Run, bool]:
-    """What is right for rows of these lengths, and whether it gives hidden states."""
+    """The correct path for rows of these lengths, and whether it gives hidden states."""
     head = fused_head(model)
     lengths = [n for n in lengths if n] or [1]
     together = same_law(language_model(model).config.get_text_config(decoder=True), lengths)
@@ -103,7 +103,7 @@ def _way(model: Any, lengths: list[int], *, quiet: bool = False) -> tuple[Run, b
     run = _logits if padded.ok and together else _alone
     if not quiet and not head.ok:
         how = "full logits" if run is _logits else "full logits, row by row"
-        tell_once(model, f"{name_of(model)} is scored from its {how}, not on the fused head: {head.why}")
+        warn_once(model, f"{name_of(model)} is scored from its {how}, not on the fused head: {head.why}")
     return run, False
 
 
@@ -126,16 +126,16 @@ def _logits(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Te
 def _alone(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Tensor | None]:
     if not len(layout.row):  # nothing is scored
         return _logits(model, layout, return_hidden)
-    found, hidden = [], []
+    rows, hidden = [], []
     for r, length in enumerate(layout.lengths):
         mine = layout.row == r
         if not mine.any():
             continue
         one = Layout(layout.input_ids[r : r + 1, :length], [length], layout.row[mine] * 0, layout.column[mine])
         logits, last = _logits(model, one, return_hidden)
-        found.append(logits)
+        rows.append(logits)
         hidden.append(last)
-    return torch.cat(found), torch.cat(hidden) if return_hidden else None
+    return torch.cat(rows), torch.cat(hidden) if return_hidden else None
 
 
 def _layout(input_ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Layout:
@@ -150,7 +150,7 @@ def _layout(input_ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Lay
 
 
 def _path(run: Run, logits: Callable[[Any, Tensor], Tensor] = lambda model, x: x):
-    """The path of a trial: the probe's rows as one padded batch."""
+    """The path in a trial: the probe's rows as one padded batch."""
 
     def path(model: Any, probe: Probe) -> list[Tensor]:
         rows, device = [prompt + tail for prompt, tail in probe.rows], language_model(model).device
@@ -159,8 +159,8 @@ def _path(run: Run, logits: Callable[[Any, Tensor], Tensor] = lambda model, x: x
         at = torch.zeros(len(rows), width - 1, dtype=torch.bool, device=device)
         for r, (prompt, tail) in enumerate(probe.rows):
             at[r, len(prompt) - 1 : len(prompt) + len(tail) - 1] = True
-        found, _ = run(model, _layout(ids, at, None), False)
-        return list(logits(model, found).split([len(tail) for _, tail in probe.rows]))
+        states, _ = run(model, _layout(ids, at, None), False)
+        return list(logits(model, states).split([len(tail) for _, tail in probe.rows]))
 
     return path
 
@@ -212,22 +212,21 @@ def fused_forward(
     outputs: tuple[str, ...] = ("log_probs",),
     **inputs: Any,
 ) -> Tensor | TokenLogprobs:
-    """Per-token log-probabilities of `labels` under a causal model, its (batch, time, vocab) logits never held.
+    """Per-token log-probabilities of `labels` under a causal model, without holding its (batch, time, vocab) logits.
 
     Equals `ops.token_logprobs(model(**inputs).logits[:, :-1], labels[:, 1:])`; positions whose label is ignored are
     not projected.
 
     Args:
-        model: any transformers causal model, PEFT-wrapped or not, tied head or not. What stands between its hidden
-            states and its logits is tried at first use; where it is not what the fused head does, the full logits are
-            made.
+        model: any transformers causal model, PEFT-wrapped or not, tied head or not. Its transform from hidden states to
+            logits is tested at first use; if the fused head does not support it, the full logits are computed.
         labels: (batch, time) int64, usually the input ids with the prompt and the padding set to `ignore_index`.
         shift_labels: position t predicts labels[:, t + 1] and the result is (batch, time - 1); False: labels[:, t].
         temperature, ignore_index, outputs: as in `ops.linear_token_logprobs`.
-        inputs: what the model's forward takes: input_ids, attention_mask, position_ids ...
+        inputs: arguments of the model's forward: input_ids, attention_mask, position_ids ...
 
     Returns:
-        What `ops.linear_token_logprobs` returns.
+        The result of `ops.linear_token_logprobs`.
     """
     from fastalign.ops import linear_token_logprobs, token_logprobs
 
@@ -235,7 +234,7 @@ def fused_forward(
     options = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
     verdict = fused_head(model)
     if not verdict.ok:
-        tell_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
+        warn_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
         logits = model(**inputs).logits[:, -labels.shape[1] :]  # behind virtual tokens
         if shift_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]

@@ -1,4 +1,4 @@
-"""Lengths at which a model's configuration changes what it computes: attention windows, and ropes that stretch."""
+"""Lengths at which a model's computation changes: attention windows, and RoPE scaling."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ NARROW = 6  # tokens: less than the rows of a trial have
 
 
 def rope_change(config: Any) -> int | None:
-    """How many tokens a text may have before its rope takes other frequencies (LongRoPE, arXiv 2402.13753; dynamic
-    NTK)."""
+    """How many tokens a text may have before its RoPE frequencies change (LongRoPE, arXiv 2402.13753; dynamic NTK)."""
     for kind, parameters in _ropes(config):
         if "dynamic" in kind:
             return config.max_position_embeddings
@@ -22,26 +21,26 @@ def rope_change(config: Any) -> int | None:
 
 
 def chunk_length(config: Any) -> int:
-    """Tokens of the chunks that attention goes by (Reformer, arXiv 2001.04451), which nothing makes narrower, or 0."""
+    """Tokens per attention chunk (Reformer, arXiv 2001.04451), which cannot be made smaller; 0 for none."""
     return max(
         (v for k, v in vars(config).items() if k.endswith("attn_chunk_length") and isinstance(v, int)), default=0
     )
 
 
 def rope_is_dynamic(config: Any) -> bool:
-    """Whether those frequencies are another set for every length."""
+    """Whether those frequencies differ for every length."""
     return any("dynamic" in kind for kind, _ in _ropes(config))
 
 
 def _ropes(config: Any) -> list[tuple[str, dict]]:
-    """(type, parameters) of each rope, which some configurations have by kind of layer."""
+    """(type, parameters) of each RoPE; some configurations have one per kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [parameters, *(x for x in parameters.values() if isinstance(x, dict))]
     return [(x.get("rope_type") or x.get("type") or "default", x) for x in each]
 
 
 def same_law(config: Any, lengths: list[int]) -> bool:
-    """Whether texts of these lengths may stand in one batch: each is then what it is alone."""
+    """Whether texts of these lengths may share a batch without changing each other's results."""
     change = rope_change(config)
     if change is None or max(lengths) <= change:
         return True
@@ -49,8 +48,8 @@ def same_law(config: Any, lengths: list[int]) -> bool:
 
 
 def rope_group(config: Any, prompt: int, new: int) -> str:
-    """Of a prompt to be continued: "short" and "long" texts may each be drawn together; "crossing" ones, whose
-    earlier tokens change on the way, without a cache."""
+    """The group of a prompt to be continued: "short" and "long" texts may each be drawn together; "crossing" ones,
+    whose earlier tokens change during decoding, need to run without a cache."""
     change = rope_change(config)
     if change is None or prompt + new <= change:
         return "short"
@@ -64,8 +63,8 @@ def _is_window(name: str, picks: bool) -> bool:
 
 @contextmanager
 def narrowed(model: Any, *, picks: bool = False) -> Iterator[None]:
-    """The model's attention windows (picks: and how many tokens its indexer picks) made so narrow that a few tokens
-    pass them, inside the block."""
+    """Within the block, narrows the model's attention windows (picks: and the number of tokens its indexer picks) so
+    that a few tokens exceed them."""
     undo = []
 
     def put(owner: Any, name: str, value: int) -> None:

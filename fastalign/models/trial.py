@@ -1,13 +1,13 @@
-"""Whether a model may run on a path is tried, not read from its name: the path's logits beside plain
-`model(input_ids)`'s.
+"""Whether a model may use a path is tested, not read from its name: the path's logits are compared with plain
+`model(input_ids)`.
 
-A path is another way to the same numbers: the shared-prompt engine, packed pairs, the fused head, a cache. At its first
-use it runs a few random tokens (two prompts of different lengths with two continuations each, past the attention
-window), and is taken only where it gives the model's own next-token log-probabilities to the dtype's rounding.
+A path is another way to compute the same numbers: the shared-prompt engine, packed pairs, the fused head, a cache. At
+its first use it runs a few random tokens (two prompts of different lengths with two continuations each, past the
+attention window). It is used only if it gives the model's own next-token log-probabilities up to the dtype's rounding.
 
-Verdicts are kept by class and configuration. Weights as first initialised would hide faults, for their attention is
-flat: a verdict is kept only where hiding a token, exchanging two and flattening attention change the logits by far
-more than the tolerance; else the path is tried again, at its second use, its third, its fifth, its ninth ...
+Verdicts are cached by class and configuration. Freshly initialised weights could hide errors, because their attention
+is flat. So a verdict is kept only if hiding a token, swapping two and flattening attention change the logits by far
+more than the tolerance; else the path is tested again, at its second use, its third, its fifth, its ninth ...
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class _Truth:
 _kept: dict[tuple, Verdict] = {}
 # With uses.
 _flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] = weakref.WeakKeyDictionary()
-_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdict:
     """Whether `path` gives the model's own logits. Runs the model a dozen times on a dozen tokens, once per class and
     configuration.
-    attends: the path computes attention itself, so that it must also see the tokens that an indexer leaves out.
+    attends: the path computes attention itself, so its handling of the tokens that an indexer omits is tested too.
 
-    Raises UserError where the model itself cannot be run on token ids alone.
+    Raises UserError if the model itself cannot run on token ids alone.
     """
     key = (name, *identity(model))
     if key in _kept:
@@ -91,7 +91,7 @@ def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdic
 
 
 def is_causal(model: Any) -> Verdict:
-    """Whether a token's logits stay as they are whatever follows it: drawing token by token takes it for granted."""
+    """Whether a token's logits do not depend on later tokens, as token-by-token sampling assumes."""
     key = ("causal", *identity(model))
     if key in _kept:
         return _kept[key]
@@ -104,11 +104,11 @@ def is_causal(model: Any) -> Verdict:
     return verdict
 
 
-def tell_once(model: Any, message: str) -> None:
-    """Warn of a path that is not taken: one line, once for a model."""
-    told = _told.setdefault(model, set())
-    if message not in told:
-        told.add(message)
+def warn_once(model: Any, message: str) -> None:
+    """Warn about a path that is not used: one line, once per model."""
+    said = _warned.setdefault(model, set())
+    if message not in said:
+        said.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
@@ -119,7 +119,7 @@ def name_of(model: Any) -> str:
 
 @contextmanager
 def _at_rest(model: Any) -> Iterator[None]:
-    """Without gradients or dropout; every module's own mode is put back afterwards."""
+    """Without gradients or dropout; restores every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -140,8 +140,8 @@ def _truth(model: Any) -> _Truth:
         raise
     except Exception as error:
         raise UserError(f"{name_of(model)} cannot be run on token ids alone: {first_line(error)}") from None
-    found = [x[len(prompt) - 1 : -1] for x, (prompt, _) in zip(logits, rows, strict=True)]
-    log_probs = [_log_softmax(x) for x in found]
+    tails = [x[len(prompt) - 1 : -1] for x, (prompt, _) in zip(logits, rows, strict=True)]
+    log_probs = [_log_softmax(x) for x in tails]
     prompt, tail = rows[0]
     again = distance(_log_softmax(_plain(model, prompt + tail)), _log_softmax(logits[0]))
     if again > 0.1:
@@ -152,7 +152,7 @@ def _truth(model: Any) -> _Truth:
     noise = distance(_log_softmax(_plain(model, prompt)), _log_softmax(logits[0][: len(prompt)]))
     # Of a logit that rules its token out (-1e9) the size says nothing of the others' rounding.
     scale = max(
-        [1.0, *(float(x[p > -30].abs().max()) for x, p in zip(found, log_probs, strict=True) if (p > -30).any())]
+        [1.0, *(float(x[p > -30].abs().max()) for x, p in zip(tails, log_probs, strict=True) if (p > -30).any())]
     )
     eps = torch.finfo(language_model(model).dtype).eps
     eps = max(eps, torch.finfo(torch.float32).eps)  # norms, ropes and softmaxes of a float64 model are float32's
@@ -165,7 +165,8 @@ def _truth(model: Any) -> _Truth:
 
 
 def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, least: float) -> bool:
-    """Whether the logits would show a fault on these inputs: a hidden token, two exchanged, and flat attention."""
+    """Whether these inputs would reveal an error: hiding a token, swapping two, and flat attention must all change the
+    logits."""
     prompt, tail = row
     swapped = list(prompt)
     swapped[1], swapped[-2] = swapped[-2], swapped[1]
@@ -186,7 +187,7 @@ def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, leas
 
 
 def _flattened(model: Any, ids: list[int]) -> Tensor:
-    """The logits where every visible token has the same weight."""
+    """The logits if every visible token has the same attention weight."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -200,15 +201,15 @@ def _flattened(model: Any, ids: list[int]) -> Tensor:
     AttentionInterface.register("fastalign_flat", flat)
     AttentionMaskInterface.register("fastalign_flat", sdpa_mask)
     with attention_set(language_model(model), "fastalign_flat"):
-        found = _plain(model, ids)
+        result = _plain(model, ids)
     if not calls:
-        raise UserError("it takes its attention from elsewhere")
-    return found
+        raise UserError("it does not use transformers' attention interface")
+    return result
 
 
 @contextmanager
 def attention_set(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """The model's attention computed by a registered function, inside the block."""
+    """Within the block, the model's attention is computed by a registered function."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
@@ -228,17 +229,17 @@ def _compare(path: Path, model: Any, truth: _Truth) -> Verdict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = path(model, truth.probe)
+            result = path(model, truth.probe)
     except Exception as error:  # whatever a stranger's model raises on this path: it is not taken
         return Verdict(False, first_line(error), math.nan)
-    error = max(distance(_log_softmax(a), b) for a, b in zip(found, truth.log_probs, strict=True))
+    error = max(distance(_log_softmax(a), b) for a, b in zip(result, truth.log_probs, strict=True))
     if error <= truth.tolerance:
         return Verdict(True, "", error)
     return Verdict(False, f"its log-probabilities would be off by {error:.2g}", error)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference in nats; tokens that both rule out agree, as NaN does with NaN, and with nothing else."""
+    """Largest difference in nats; tokens that both exclude agree, and NaN agrees only with NaN."""
     if a.shape != b.shape:
         return math.inf
     apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).nan_to_num(math.inf)
@@ -260,7 +261,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _probe(config: Any) -> Probe:
-    """Random tokens, none of them special, as long as the configuration's rope asks for."""
+    """Random ordinary tokens, of the lengths that the configuration's RoPE requires."""
     text = config.get_text_config(decoder=True)
     values = [value for c in (config, text) for name, value in vars(c).items() if name.endswith("token_id")]
     special = {i for value in values for i in (value if isinstance(value, (list, tuple)) else [value])}

@@ -1,9 +1,8 @@
-"""How tensors reach the compiled engine. Addresses leave Python here and nowhere else, with what the engine checks
-them by.
+"""How tensors reach the native extension. Addresses leave Python only here, with the sizes and types that it checks.
 
-A kernel sees memory, not a tensor: one that is a slice of another, transposed or on a GPU would be read wrongly without
-a word. So a layout that the engine does not take raises here, and a size or dtype other than a kernel is about to read
-or write raises in csrc/bindings.cpp. Both are faults of the caller's code and not of a user: no UserError.
+A kernel sees memory, not a tensor: it would silently misread a slice, a transposed tensor or one on a GPU. So an
+unsupported layout raises here, and a size or dtype that does not match the kernel raises in csrc/bindings.cpp. Both are
+bugs of the caller, not a user's mistakes, so they are no UserError.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def buffer(x: Tensor | None) -> Buffer | None:
     if x is None:
         return None
     if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
-        raise RuntimeError(f"the engine takes contiguous CPU tensors, got {_told(x)}")
+        raise RuntimeError(f"native kernels take contiguous CPU tensors, got {_describe(x)}")
     return x.data_ptr(), x.numel(), _NAMES[x.dtype]
 
 
@@ -36,21 +35,22 @@ def rows(x: Tensor) -> tuple[Rows, Tensor]:
     """(address, dtype, rows, inner, outer stride, inner stride, V) of x (..., V), and the tensor to keep alive
     meanwhile.
 
-    Copies only if the last dimension is not contiguous or the leading ones cannot be walked with two strides.
+    Copies only if the last dimension is not contiguous or the leading ones do not reduce to two strides.
     """
     strides = two_strides(x)
     if (x.stride(-1) != 1 and x.shape[-1] > 1) or strides is None:
         x = x.contiguous()
         strides = two_strides(x)
     if not x.is_cpu or x.is_neg():
-        raise RuntimeError(f"the engine takes CPU tensors, got {_told(x)}")
+        raise RuntimeError(f"native kernels take CPU tensors, got {_describe(x)}")
     outer_stride, inner, inner_stride = strides
     vocab = x.shape[-1]
     return (x.data_ptr(), _NAMES[x.dtype], x.numel() // vocab, inner, outer_stride, inner_stride, vocab), x
 
 
 def two_strides(x: Tensor) -> tuple[int, int, int] | None:
-    """(outer stride, inner size, inner stride) that walk the leading dimensions as one; None where two do not do."""
+    """(outer stride, inner size, inner stride) that walk the leading dimensions as one; None if two strides are not
+    enough."""
     dims: list[list[int]] = []  # [size, stride] of the leading dimensions, neighbours merged where one stride serves
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
@@ -66,7 +66,7 @@ def two_strides(x: Tensor) -> tuple[int, int, int] | None:
 
 
 class _Names(dict[torch.dtype, str]):
-    """A torch.dtype's name, "float32": made once, since str() of one takes as long as all the rest."""
+    """A torch.dtype's name, "float32"; cached, because str() takes as long as everything else."""
 
     def __missing__(self, dtype: torch.dtype) -> str:
         return self.setdefault(dtype, str(dtype).removeprefix("torch."))
@@ -75,5 +75,5 @@ class _Names(dict[torch.dtype, str]):
 _NAMES = _Names()
 
 
-def _told(x: Tensor) -> str:
+def _describe(x: Tensor) -> str:
     return f"shape {tuple(x.shape)}, strides {x.stride()}, {x.dtype} on {x.device}"

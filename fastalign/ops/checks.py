@@ -1,4 +1,4 @@
-"""Checks that several ops share. Each message states the rule, then what came."""
+"""Checks shared by several ops. Each message states the rule, then the value received."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def labels(logits_name: str, x: Tensor, labels: Tensor) -> None:
 
 
 def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Reads the labels, so it runs where they are data: in an op's implementation, never while torch traces."""
+    """Reads the labels' values, so it runs only in an op's implementation, never while torch traces."""
     if torch.compiler.is_compiling():
         return
     if backend.engine is not None and labels.device.type == "cpu":
@@ -52,9 +52,9 @@ def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def outputs(asked: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not asked or any(name not in known for name in asked):
-        raise UserError(f"outputs must be some of {', '.join(known)}, got {tuple(asked)!r}")
+def outputs(requested: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not requested or any(name not in known for name in requested):
+        raise UserError(f"outputs must be some of {', '.join(known)}, got {tuple(requested)!r}")
 
 
 def positive(name: str, value: float) -> None:
@@ -68,5 +68,5 @@ def seed(value: int) -> None:
 
 
 def as_signed(value: int) -> int:
-    """The int64 with the bits of a number in [0, 2^64), since an op's schema knows no larger integer."""
+    """The int64 with the bits of a number in [0, 2^64), because op schemas have no larger integer type."""
     return value - 2**64 if value >= 2**63 else value

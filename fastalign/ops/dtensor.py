@@ -1,6 +1,6 @@
-"""The fused head where its weight is a DTensor: the placements say which products each process owes.
+"""The fused head with a DTensor weight: the placements determine which products each process computes.
 
-torch.distributed.tensor is imported where one has come, as it takes half a second.
+torch.distributed.tensor is imported only if one is passed, because the import takes half a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def among(*inputs: Any) -> bool:
 
 
 def gathered(x: Any) -> Any:
-    """The whole of a DTensor on each process, for rows of its own; anything else as it is."""
+    """A DTensor gathered on each process, for its own rows; anything else unchanged."""
     return _Whole.apply(x) if is_dtensor(x) else x
 
 
@@ -48,7 +48,7 @@ def linear_token_logprobs(
 
 
 def _local(x: Any, name: str) -> Any:
-    """The whole tensor that every process has, as a plain one."""
+    """The full tensor, equal on every process, as a plain tensor."""
     if not is_dtensor(x):
         return x
     if not all(placement.is_replicate() for placement in x.placements):
@@ -60,7 +60,7 @@ def _local(x: Any, name: str) -> Any:
 
 
 def _slices(hidden: Tensor, weight: Any, alike: dict[str, Any]) -> dict[str, Any] | None:
-    """The group over which the head's rows are split, and the split; None where they are not split over one."""
+    """The group over which the head's rows are split, and the split; None if they are not split over one group."""
     from torch.distributed.tensor import Shard
 
     if not is_dtensor(weight):
@@ -81,7 +81,8 @@ def _slices(hidden: Tensor, weight: Any, alike: dict[str, Any]) -> dict[str, Any
 
 
 class _Whole(torch.autograd.Function):
-    """Its gradient is the mean over the processes', as FSDP's is; where all have the same rows, each one's own."""
+    """Averages the gradient over the processes, as FSDP does; if all have the same rows, that is each process's own
+    gradient."""
 
     @staticmethod
     def forward(x):

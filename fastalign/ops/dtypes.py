@@ -8,5 +8,5 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the engine accumulates in and returns: float64 for float64, float32 for the rest."""
+    """The type in which ops accumulate and return results: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32

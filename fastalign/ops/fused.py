@@ -1,4 +1,4 @@
-"""What the fused losses share: where they run, and `spread`, the backward pass of a sum over tokens."""
+"""Shared by the fused losses: where they run, and `spread`, the backward pass of a sum over tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fastalign.ops.once import once
 
 
 def on_triton(device: torch.device) -> bool:
-    """Whether a loss on this device is one launch; elsewhere it is plain torch, differentiable any number of times."""
+    """Whether a loss on this device is one kernel launch; otherwise it is plain torch, differentiable any number of
+    times."""
     return (backend.forced() == "triton" or device.type == "cuda") and backend.choose(device) == "triton"
 
 

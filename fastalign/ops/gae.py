@@ -19,20 +19,20 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} - V_t, and returns A + V (arXiv 1506.02438, eq. 16).
 
-    Places where the mask is 0 do not exist: t + 1 is the next valid place, so that left padding, right padding and
-    holes (tool output between a model's turns) all give what the valid places alone would. V is 0 past the last one:
-    an episode ends there. What stands at masked places, NaN too, is never used.
+    Masked tokens are skipped: t + 1 is the next valid token, so left padding, right padding and holes (tool output
+    between a model's turns) give the same result as the valid tokens alone. V is 0 past the last one, where the episode
+    ends. Values at masked tokens, including NaN, are never used.
 
     Args:
         rewards: (..., T) float32, float64, bfloat16 or float16, T >= 1.
-        values: the same shape and device, its dtype its own; slices such as `values[:, :-1]` are read in place.
+        values: the same shape and device, of any of these dtypes; slices such as `values[:, :-1]` are read in place.
         mask: the same shape, bool or 0/1 numbers; 1 = valid.
         gamma: discount, in [0, 1].
-        lam: λ in [0, 1]: 0 gives the one-step residual δ, 1 the discounted reward to go less V.
+        lam: λ in [0, 1]: 0 gives the one-step residual δ, 1 the discounted reward-to-go minus V.
 
     Returns:
-        advantages, returns: (..., T) float32, float64 where rewards or values are; 0 where masked. They are targets:
-        no gradient flows through them. A NaN at a valid place reaches that place and those before it in its row.
+        advantages, returns: (..., T) float32, float64 where rewards or values are; 0 where masked. They are targets: no
+        gradient flows through them. A NaN at a valid token affects that token and those before it in its row.
 
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.

@@ -1,11 +1,12 @@
-"""The head's ops on plain tensors: what `linear_token_logprobs`, its vocabulary-parallel form and
-`linear_sample_tokens` stand on.
+"""The head's ops on plain tensors, used by `linear_token_logprobs`, its vocabulary-parallel form and
+`linear_sample_tokens`.
 
-Tiles of logits (tokens × part of the vocabulary) are made by torch's matrix product, read once by the engine, and
-overwritten by the next. The backward pass makes each tile again, turns it into its gradient in place, and adds the
-two products with it: four products in all. Tiles kept from the forward pass spare one, as far as they lie where the
-weight's gradient will lie (they go as it comes, so the peak stays). A frozen head takes two: its hidden gradient is
-made going forward, since it is linear in the gradient of each log-probability and so only wants scaling.
+Tiles of logits (tokens × part of the vocabulary) are computed by torch's matrix product, read once by the kernel, and
+overwritten by the next tile. The backward pass computes each tile again, replaces it with its gradient in place, and
+adds the two products with it: four products in total. Tiles kept from the forward pass save one product; they use the
+memory of the weight's gradient and are released as it is filled, so the peak does not grow. A frozen head takes two
+products: the hidden gradient is linear in the gradient of each log-probability, so it is computed in the forward pass
+and only scaled later.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient
 
 
 class LinearOptions(Options, total=False):
-    """Of `linear_token_logprobs`, besides `outputs`."""
+    """Options of `linear_token_logprobs`, besides `outputs`."""
 
     bias: Tensor | None
     logit_scale: float
@@ -60,7 +61,7 @@ def token_logprobs(
     if chosen == "reference":
         checks.labels_in_range(labels, weight.shape[0], ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
-            found = reference.linear_token_logprobs(
+            fields = reference.linear_token_logprobs(
                 hidden, weight, labels, bias, temperature, softcap, logit_scale, ignore_index, adapter
             )
     else:
@@ -78,10 +79,10 @@ def token_logprobs(
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
             *inputs, labels, options, wanted
         )
-        found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
+        fields = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
     if tuple(outputs) == ("log_probs",):
-        return found["log_probs"]
-    return TokenLogprobs(**{name: found[name] for name in outputs})
+        return fields["log_probs"]
+    return TokenLogprobs(**{name: fields[name] for name in outputs})
 
 
 def check(
@@ -131,7 +132,7 @@ def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES or compute_dtype(x.dtype) != compute_dtype(hidden.dtype):
         kinds = "float64" if hidden.dtype == torch.float64 else "float32, bfloat16 or float16"
-        raise TypeError(f"{name} must be {kinds} where hidden is {hidden.dtype}, got {x.dtype}")
+        raise TypeError(f"{name} must be {kinds} if hidden is {hidden.dtype}, got {x.dtype}")
     if x.device != hidden.device:
         raise UserError(f"{name} must be on hidden's device, got {x.device} and {hidden.device}")
     if x.ndim != ndim or 0 in x.shape:
@@ -147,7 +148,7 @@ def budget(memory_budget: int | None, weight: Tensor, learns: bool) -> int:
 
 
 class HeadOptions(NamedTuple):
-    """What the head's ops take besides tensors: see `ops.linear_token_logprobs`."""
+    """The head's arguments that are not tensors: see `ops.linear_token_logprobs`."""
 
     adapter_scale: float
     temperature: float
@@ -157,8 +158,8 @@ class HeadOptions(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Of one call: whether statistics are asked for, whether hidden's gradient is made going forward, bytes for
-    tiles, the filter."""
+    """For one call: whether to compute statistics, whether to compute hidden's gradient in the forward pass, bytes for
+    tiles, filter."""
 
     statistics: bool
     unit: bool
@@ -212,10 +213,10 @@ def forward_fake(
     dtype = compute_dtype(hidden.dtype)
     always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
-    asked = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
+    optional = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
     kept = hidden.new_empty(kept_size(weight, labels, memory_budget, dtype), dtype=dtype)
     gradient = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
-    return (*always, *asked, hidden.new_empty(shape, dtype=torch.bool), kept, gradient)
+    return (*always, *optional, hidden.new_empty(shape, dtype=torch.bool), kept, gradient)
 
 
 def _backward_fake(

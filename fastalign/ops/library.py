@@ -1,8 +1,8 @@
-"""The torch.library namespace that all ops register in, and the door to the engine.
+"""The torch.library namespace in which all ops register, and the access to the native extension.
 
-Forward and backward are separate ops without autograd; a `torch.autograd.Function` in `setup_context` form stands
-outside them. That form works under func.grad, vmap, gradcheck and fullgraph compile; `register_autograd` does not.
-Its backward pass calls the second op by `once`: a tape may be on there, as func.grad keeps one for a second derivative.
+Forward and backward are separate ops without autograd, wrapped by a `torch.autograd.Function` in `setup_context` form.
+That form works under func.grad, vmap, gradcheck and fullgraph compile; `register_autograd` does not. Its backward pass
+calls the second op through `once`, because autograd may be recording there (func.grad does, for a second derivative).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def define(
     """Define `fastalign::<schema>` with its CPU implementation and its shapes; returns the callable op.
 
     `triton`: "file.function" in fastalign.kernels, the launcher that takes the same arguments on GPU tensors.
-    `leading_dims`: its tensors take any leading dimensions, so that vmap is one more of them. `vmap_in_turn`: they do
-    not, and vmap calls the op (which returns several tensors) once per example.
+    `leading_dims`: its tensors may have any leading dimensions, so vmap adds one. `vmap_in_turn`: they may not, and
+    vmap calls the op (which returns several tensors) once per example.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
@@ -84,10 +84,10 @@ def _each_in_turn(op: Op) -> Op:
         def example(x, dim, i):
             return x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x
 
-        found = [
+        results = [
             op(*(example(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
         ]
-        out = tuple(torch.stack(each) for each in zip(*found, strict=True))
+        out = tuple(torch.stack(each) for each in zip(*results, strict=True))
         return out, (0,) * len(out)
 
     return batched

@@ -1,6 +1,6 @@
-"""The fused head on the CPU: torch's products by tiles of logits, and the engine's pass over each tile.
+"""The fused head on the CPU: torch's matrix products by tiles of logits, and a kernel's pass over each tile.
 
-A tile is tokens × part of the vocabulary; one lies in memory at a time, but for those kept for the backward pass.
+A tile is tokens × part of the vocabulary; only one is in memory at a time, besides those kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 class Tiles:
-    """The scored rows of `hidden`, and the tiles of logits that they make with the head, in the compute type."""
+    """The scored rows of `hidden`, and their tiles of logits, in the compute type."""
 
     weight: Tensor
     b: Tensor | None
@@ -60,7 +60,7 @@ class Tiles:
         self._wide = torch.empty(self.width * weight.shape[1], dtype=self.dtype) if weight.dtype != self.dtype else None
 
     def columns(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-        """(begin, end, weight[begin:end], B[begin:end]) over the vocabulary; a widened weight lives one step."""
+        """(begin, end, weight[begin:end], B[begin:end]) over the vocabulary; a widened weight is kept for one step."""
         for begin in range(0, self.vocab, self.width):
             end = min(begin + self.width, self.vocab)
             w = self.weight[begin:end]
@@ -73,7 +73,7 @@ class Tiles:
             yield slice(begin, min(begin + TOKENS, self.count))
 
     def room(self, rows: slice, columns: int) -> Tensor:
-        """For one tile, where all tiles that are not kept lie."""
+        """Memory for one tile, shared by all tiles that are not kept."""
         count = rows.stop - rows.start
         return self._tile[: count * columns].view(count, columns)
 
@@ -83,13 +83,13 @@ class Tiles:
             tile.addmm_(self.low[rows], b.t())
 
     def describe(self, tile: Tensor, rows: slice, first: int) -> tuple[Any, ...]:
-        """For the engine: the tile, and where among all rows and in the whole vocabulary it begins."""
+        """For the kernel: the tile, and its offsets in the rows and in the vocabulary."""
         labels, bias = buffer(self.labels), buffer(self.bias)
         return (buffer(tile), *tile.shape, labels, bias, rows.start, first, *self.transform)
 
 
 def tile_width(weight: Tensor) -> int:
-    """How much of the vocabulary a tile spans: less for wide models whose weight must be widened."""
+    """How many vocabulary entries a tile spans: fewer for wide models whose weight must be widened."""
     width = VOCAB
     if weight.dtype not in (torch.float32, torch.float64):
         while width > 512 and 2 * width * weight.shape[1] * 4 > NARROW_BYTES:
@@ -98,8 +98,8 @@ def tile_width(weight: Tensor) -> int:
 
 
 def kept_size(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.dtype) -> int:
-    """Elements of `_Kept`'s store. Counts all labels: it may not hang on how many are ignored, for the sake of a
-    compiler."""
+    """Number of elements of `_Kept`'s store. Counts all labels: torch.compile needs a size that does not depend on how
+    many are ignored."""
     if memory_budget == 0:
         return 0
     steps = -(-weight.shape[0] // tile_width(weight))
@@ -107,7 +107,7 @@ def kept_size(weight: Tensor, labels: Tensor, memory_budget: int, dtype: torch.d
 
 
 class _Kept:
-    """Tiles of the forward pass, all rows of each, in one tensor; behind them a mark for each that is there."""
+    """Tiles of the forward pass, all rows of each, in one tensor, followed by a flag per tile that is present."""
 
     def __init__(self, store: Tensor, count: int, weight: Tensor):
         self.width, self.vocab, self.count = tile_width(weight), weight.shape[0], count
@@ -117,14 +117,14 @@ class _Kept:
         self.tiles, self.marks = store[: store.numel() - steps], store[store.numel() - steps :]
 
     def place(self, step: int) -> Tensor | None:
-        """Where the tile of that step is kept, (count, its columns); None where the store has no room for it."""
+        """The memory in which that step's tile is kept, (count, its columns); None if the store is full."""
         begin, columns = step * self.width * self.count, min(self.width, self.vocab - step * self.width)
         if begin + columns * self.count > len(self.tiles) or not self.count:
             return None
         return self.tiles[begin : begin + columns * self.count].view(self.count, columns)
 
     def take(self, step: int) -> Tensor | None:
-        """The tile, which from now on is the caller's: a second backward pass through one graph makes it again."""
+        """Hands the tile over to the caller; a second backward pass through the same graph computes it again."""
         tile = self.place(step)
         if tile is None or not self.marks[step]:
             return None
@@ -133,7 +133,7 @@ class _Kept:
 
 
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:
-    """x (..., H) as (rows, H), those of `index` alone if given; a view where it can be."""
+    """x (..., H) as (rows, H), only the rows in `index` if given; a view if possible."""
     if x.ndim < 3 or x.is_contiguous() or index is None:
         x = x.reshape(-1, x.shape[-1])
         return x if index is None else x.index_select(0, index)
@@ -141,7 +141,7 @@ def _rows(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _spread(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
-    """The inverse of `_rows`, with zeros where `index` leaves some out."""
+    """The inverse of `_rows`, with zeros in rows that `index` omits."""
     if index is None:
         return x.view(shape)
     out = x.new_zeros(shape)
@@ -150,12 +150,12 @@ def _spread(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
 
 
 def _index(mask: Tensor) -> Tensor | None:
-    """Where `mask` is true, or None where that is everywhere."""
+    """The indices where `mask` is true, or None if it is true everywhere."""
     return None if bool(mask.all()) else mask.nonzero().flatten()
 
 
 def _plain(implementation: Callable[P, R]) -> Callable[P, R]:
-    """Without the caller's autocast, which would round the products, and without a tape."""
+    """Disables the caller's autocast, which would round the products, and gradient recording."""
 
     def run(*args: P.args, **options: P.kwargs) -> R:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -207,25 +207,25 @@ def forward(
     row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
     log_sum = row_sum.double().log().to(tiles.dtype)
     empty = (row_sum == 0) & (row_max == NEG_INF)
-    found = [((label_logit - row_max) - log_sum).masked_fill(empty, 0), row_max.clone(), row_sum.clone()]
+    results = [((label_logit - row_max) - log_sum).masked_fill(empty, 0), row_max.clone(), row_sum.clone()]
     if statistics:
-        found += [
+        results += [
             (log_sum - weighted / row_sum).masked_fill(empty, 0),
             total / weight.shape[0],
             (squares.double().log().to(tiles.dtype) - 2 * log_sum).masked_fill(empty, 0),
             (label_logit >= row_max) & (label_logit > before) & ~empty & ~row_sum.isnan(),
         ]
-    found = [_spread(x, index, labels.shape) for x in found]
+    results = [_spread(x, index, labels.shape) for x in results]
     if not statistics:
-        nothing = found[0].new_empty(*labels.shape, 0)
-        found += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
+        nothing = results[0].new_empty(*labels.shape, 0)
+        results += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
     if unit:
         unit = _spread(unit.finish(stats, empty), index, hidden.shape)
-    return (*found, store, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
+    return (*results, store, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
 
 
 class _UnitGradient:
-    """d log p(label) / d hidden, by the online softmax: dz/dx of the label times its weight, less the mean over p."""
+    """d log p(label) / d hidden, by the online softmax: dz/dx of the label times its weight, minus the mean over p."""
 
     def __init__(self, tiles: Tiles, a: Tensor | None, adapter_scale: float):
         self.tiles, self.a, self.adapter_scale = tiles, a, adapter_scale
@@ -308,7 +308,7 @@ def _gradients(
     grad_filter: float,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of the scored rows of hidden, of weight, bias, A and B; None where not needed."""
+    """Gradients of the scored rows of hidden, of weight, bias, A and B; None if not needed."""
     to_hidden, to_weight, to_bias, to_a, to_b = needs
     dtype, count, filtered = tiles.dtype, tiles.count, grad_filter > 0
     d_hidden = torch.zeros(count, tiles.weight.shape[1], dtype=dtype) if to_hidden else None

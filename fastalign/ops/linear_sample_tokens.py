@@ -1,7 +1,7 @@
 """linear_sample_tokens: one token per row from hidden states and the head's weight, without the logits.
 
-Two passes: the mass of every part of the vocabulary, then, once the uniform number says which part holds the token,
-that part's logits again. The token is the one that sample_tokens draws from the logits for the same seed.
+Two passes: the mass of every part of the vocabulary; then the logits of the part in which the uniform number falls. The
+token is the one that sample_tokens draws from these logits with the same seed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def linear_sample_tokens(
 ) -> SampledTokens:
     """`sample_tokens` of logit_scale · (hidden Wᵀ + bias), softcapped, without holding the logits; no filters.
 
-    For a seed the token is sample_tokens' on these logits, but where rounding decides: a product summed in another
-    order may move a logit by its last digits, and with it the border between two tokens.
+    With the same seed, the token is the one that sample_tokens draws from these logits, up to rounding: summing a
+    product in another order may change a logit's last digits, and with them the boundary between two tokens.
 
     Args:
         hidden: (B, H) float32, bfloat16, float16 or float64, any strides.
@@ -128,12 +128,12 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
 
 
 def _first_largest(x: Tensor, dim: int) -> Tensor:
-    """The first place of the largest along dim."""
+    """The first index of the maximum along dim."""
     return ((x == x.amax(dim, keepdim=True)).int().cumsum(dim) == 0).sum(dim).clamp_max(x.shape[dim] - 1)
 
 
 def _first_beyond(weights: Tensor, sums: Tensor, target: Tensor) -> Tensor:
-    """Along dim 0, the first place whose cumulative weight exceeds target, else the last with any."""
+    """Along dim 0, the first index whose cumulative weight exceeds target, else the last index with any weight."""
     last = (weights > 0).int().cumsum(0).argmax(0)
     return torch.minimum((sums <= target).sum(0), last)
 

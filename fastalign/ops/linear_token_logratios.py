@@ -25,15 +25,16 @@ def linear_token_logratios(
     grad_filter: float | None = None,
     adapter: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """log p(label) - log p0(label) per token, neither model's logits being held.
+    """log p(label) - log p0(label) per token, without holding either model's logits.
 
     The implicit reward of DPO before beta (arXiv 2305.18290, eq. 5) and the log-ratio of a KL penalty. Gradients flow
-    to the policy's side alone: the reference is a constant.
+    only to the policy; the reference is a constant.
 
     Args:
         hidden, weight, bias, adapter: the policy's, as in `linear_token_logprobs`: (..., H), (V, H), (V,).
-        ref_hidden, ref_weight, ref_bias: the reference's: (..., H'), (V, H'), (V,); H' and the dtype may be others.
-        labels: (...) int64 in [0, V), or `ignore_index`, whose positions are not projected and give 0.
+        ref_hidden, ref_weight, ref_bias: the reference's: (..., H'), (V, H'), (V,); H' and the dtype may differ from
+            the policy's.
+        labels: (...) int64 in [0, V), or `ignore_index`; ignored positions are not projected and give 0.
         temperature, softcap, logit_scale, ignore_index: of both sides, as in `linear_token_logprobs`.
         grad_filter: as in `linear_token_logprobs`.
 

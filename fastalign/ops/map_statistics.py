@@ -1,4 +1,4 @@
-"""map_statistics: the moments of the rewards under a tilted law, which are all that a solver for λ needs."""
+"""map_statistics: the moments of the rewards under a tilted distribution, which are all that a solver for λ needs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def map_statistics(
 ) -> MapStatistics:
     """Moments of R - center under p_i ∝ w_i exp(s_i), s_i = lam·(R_i - center), from one read of the rewards.
 
-    log_z is the value of MAP's dual, mean its gradient and cov its Hessian (arXiv 2410.19198). Sums are float64 about
-    a running maximum, so no score overflows, and come out the same bits at any number of threads.
+    log_z is the value of MAP's dual, mean its gradient and cov its Hessian (arXiv 2410.19198). Sums are float64
+    relative to a running maximum, so no score overflows, and they do not depend on the number of threads.
 
     Args:
         rewards: (n, m) float32 or float64, n, m >= 1; read in place where its rows are contiguous.
-        lam: (m,), or (K, m): K laws from the same read.
-        center: (m,), subtracted from the rewards; moments keep their digits when it lies amid them. None: 0.
+        lam: (m,), or (K, m): K distributions from the same read.
+        center: (m,), subtracted from the rewards; a center among them preserves the moments' digits. None: 0.
         log_weights: (n,), log w_i; -inf leaves a row out. None: 0. On a GPU no weight at all, or none in some group,
             gives NaN, since to raise the host would have to wait.
         groups: (n,) integers. Each field is then the mean over the groups of that group's own.
@@ -103,8 +103,8 @@ class MapPass:
     def _reference(self, lam: np.ndarray) -> MapStatistics:
         given = (self.rewards, lam, self.center, self.log_weights, self.groups)
         tensors = (None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given)
-        found = reference.map_statistics(*tensors)
-        return MapStatistics(**{name: x.numpy() for name, x in found.items()})
+        moments = reference.map_statistics(*tensors)
+        return MapStatistics(**{name: x.numpy() for name, x in moments.items()})
 
     @cached_property
     def log_norm(self) -> float:
@@ -141,9 +141,9 @@ def _statistics_cpu(rewards, lam, center, log_weights, groups):
         log_weights=None if log_weights is None else log_weights.double().contiguous().numpy(),
         groups=None if groups is None else groups.numpy(),
     )
-    found = run(lam.double().reshape(-1, rewards.shape[1]).numpy())
+    moments = run(lam.double().reshape(-1, rewards.shape[1]).numpy())
     leading = lam.shape[:-1]
-    return tuple(torch.from_numpy(np.array(x)).reshape((*leading, *x.shape[1:])) for x in found)
+    return tuple(torch.from_numpy(np.array(x)).reshape((*leading, *x.shape[1:])) for x in moments)
 
 
 def _statistics_fake(rewards, lam, center, log_weights, groups):

@@ -70,7 +70,7 @@ class PairwiseLoss:
 
     @property
     def sorts(self) -> bool:
-        """It reads the whole batch, not pair by pair."""
+        """Whether it reads the whole batch rather than pair by pair."""
         return self.margin in (Margin.SORTED_PAIRS, Margin.SORTED_SIDES)
 
 
@@ -162,7 +162,7 @@ FUSED = tuple(kind for kind, row in TABLE.items() if not row.sorts)
 
 
 def check_options(kinds: Iterable[str], options: Options) -> None:
-    """Raises UserError where the options are none that a loss among `kinds` is defined for."""
+    """Raises UserError if a loss among `kinds` is not defined for these options."""
     check_positive("beta", options.beta)
     check_positive("discopop_tau", options.discopop_tau)
     e = options.label_smoothing
@@ -184,7 +184,8 @@ def check_positive(name: str, value: float) -> None:
 
 
 class _Expm1(torch.autograd.Function):
-    """expm1 whose gradient is 0 where none comes in: a saturated loss over an overflown score is flat, 0 · inf is 0."""
+    """expm1 whose gradient is 0 if the incoming gradient is 0: a saturated loss of an overflowed score is flat, so 0 ·
+    inf is 0."""
 
     generate_vmap_rule = True
 
@@ -215,7 +216,7 @@ def power_score(x: Tensor, k: float, bound: float = math.inf) -> Tensor:
 def power_margin(
     c: Tensor, r: Tensor, k: float, chosen_length: Tensor | float = 1.0, rejected_length: Tensor | float = 1.0
 ) -> Tensor:
-    """power_score(c, k) / chosen_length - power_score(r, k) / rejected_length; the larger alone if both overflow."""
+    """power_score(c, k) / chosen_length - power_score(r, k) / rejected_length; if both overflow, only the larger."""
     top = math.log(torch.finfo(c.dtype).max)
     both = (k * c > top) & (k * r > top)
     apart = k * c - _log(chosen_length) - (k * r - _log(rejected_length))
@@ -242,7 +243,7 @@ def divergence_margin(
     """f'(u+) / chosen_length - f'(u-) / rejected_length with u = exp(log-ratio): f-DPO, arXiv 2309.16240.
 
     kind, one of F_DIVERGENCES: f'(u) is log u; 1 - 1/u; log 2u/(1 + u); (u^(alpha-1) - 1) / (alpha - 1). The last is
-    cut where its exponential would overflow, as in TRL: at an exponent of 80 in float32, 700 in float64.
+    clipped before its exponential overflows, as in TRL: at an exponent of 80 in float32, 700 in float64.
     """
     if kind == "forward_kl":
         return power_margin(c, r, -1.0, chosen_length, rejected_length)

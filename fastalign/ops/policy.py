@@ -1,7 +1,7 @@
-"""policy_rows and value_rows: the sums over tokens that policy and value losses are made of, with their gradient.
+"""policy_rows and value_rows: the sums over tokens from which policy and value losses are built, with their gradient.
 
-They return sums per row, for the loss to divide: by tokens, by rows, or by the tokens of a batch elsewhere. On a GPU
-one launch makes the sums and the gradient; elsewhere they are plain torch.
+They return sums per row, which the loss divides by tokens, by rows, or by the tokens of a larger batch. On a GPU one
+kernel launch computes the sums and the gradient; on other devices they are plain torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastalign.ops.library import Op, define
 class PolicyRows(NamedTuple):
     """Sums over each row's valid tokens, all (B,); objective and entropy carry gradients.
 
-    Where the ratio is the sequence's, `ratio` is itself and not a sum, 0 for a row without tokens; where the advantage
-    is the sequence's too, so are clip_low and clip_high, 0 or 1.
+    With a ratio per sequence, `ratio` is that ratio and not a sum, 0 for a row without tokens; with an advantage per
+    sequence, so are clip_low and clip_high, 0 or 1.
     """
 
     objective: Tensor  # policy + kl_coef · kl
@@ -46,7 +46,7 @@ class ValueRows(NamedTuple):
 
 @dataclass(frozen=True)
 class KL:
-    """The penalty on leaving a reference: the estimator, its factor in the objective, and whether r multiplies it."""
+    """The KL penalty to a reference: the estimator, its coefficient, and whether r multiplies it."""
 
     coef: float = 0.0
     estimator: str = "k3"
@@ -55,7 +55,7 @@ class KL:
 
 @dataclass(frozen=True)
 class Clip:
-    """What log r is held in: under A >= 0 at most `high`; under A < 0 at least `low` and at most `cap`."""
+    """The bounds of log r: for A >= 0 at most `high`; for A < 0 at least `low` and at most `cap`."""
 
     low: float
     high: float
@@ -102,7 +102,7 @@ def value_rows(
 
 
 class Tokens:
-    """The tensors of a policy loss in plain torch: wide, and 0 where nothing is valid."""
+    """The tensors of a policy loss in plain torch, in the compute type and 0 at masked tokens."""
 
     def __init__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor):
         self.dtype: torch.dtype = compute_dtype(logprobs.dtype)
@@ -113,7 +113,7 @@ class Tokens:
         self.advantages: Tensor = self.valid(advantages.detach())  # (B, 1) or (B, T)
 
     def valid(self, x: Tensor) -> Tensor:
-        """x (B, T) where valid, 0 elsewhere; x (B, 1), one number a row, where the row has a valid token."""
+        """x (B, T) at valid tokens, 0 elsewhere; for x (B, 1), one number per row, 0 in rows without a valid token."""
         mask = self.mask if x.shape == self.mask.shape else self.mask.any(-1, keepdim=True)
         return x.to(self.dtype).masked_fill(~mask, 0)
 
@@ -140,7 +140,8 @@ class Tokens:
         entropy: Tensor | None,
         kl: KL,
     ) -> PolicyRows:
-        """The sums of a loss (B, T) or (B, 1), each token's, and of what is watched. clip: None where nothing is."""
+        """The sums of a loss per token, (B, T) or (B, 1), and of the logged metrics. clip: None if there is no
+        clipping."""
         none = torch.zeros_like(self.logprobs)
         estimate, low, high = none, none, none
         if ref_logprobs is not None:
@@ -223,13 +224,13 @@ class _PolicyRows(torch.autograd.Function):
     def backward(ctx, grad, grad_entropy, *_constants):
         logprobs, entropy, mask, shares, scales, weights = ctx.saved_tensors
         if ctx.importance == "token":
-            found = spread(logprobs, None, None, grad, weights)
+            gradient = spread(logprobs, None, None, grad, weights)
         elif weights.numel() == 0:
-            found = spread(logprobs, grad * shares, mask, None, None)
+            gradient = spread(logprobs, grad * shares, mask, None, None)
         else:
-            found = spread(logprobs, grad * shares, mask, grad * scales, weights)
+            gradient = spread(logprobs, grad * shares, mask, grad * scales, weights)
         entropy = spread(entropy, grad_entropy, mask, None, None) if ctx.needs_input_grad[1] else None
-        return found, entropy, *(None,) * 11
+        return gradient, entropy, *(None,) * 11
 
 
 class _ValueRows(torch.autograd.Function):

@@ -35,17 +35,18 @@ def pairwise_loss(
     label_smoothing: float = 0.0,
     discopop_tau: float = 0.05,
 ) -> PairLosses:
-    """DPO and its family from per-token log-probabilities: masked sums, log-ratios, loss and gradient in one launch.
+    """DPO and its variants from per-token log-probabilities: masked sums, log-ratios, loss and gradient in one kernel
+    launch.
 
     `losses.dpo_loss` of the rows' sums, for one loss type and the reverse KL. On a GPU one kernel reads each pair's
-    rows once and keeps two numbers a pair for the backward pass; elsewhere it is plain torch.
+    rows once and keeps two numbers per pair for the backward pass; on other devices it is plain torch.
 
     Args:
         log_probs: (2B, T), rows [chosen; rejected]: the B chosen completions, then the B rejected. Has the gradient.
         ref_log_probs: the reference's, (2B, T) per token or (2B,) summed, a constant; None for reference-free.
-        mask: (2B, T) bool or 0/1, nonzero on the completion's tokens. What stands elsewhere is not read, NaN or not.
+        mask: (2B, T) bool or 0/1, nonzero on the completion's tokens. Values elsewhere are never read, even if NaN.
         beta, label_smoothing, discopop_tau: as in `losses.dpo_loss`.
-        loss_type: one that is made pair by pair: not aot, aot_unpaired (which sort the batch) and sft.
+        loss_type: any loss that is computed pair by pair: not aot and aot_unpaired (which sort the batch), and not sft.
 
     Returns:
         PairLosses, float32, float64 for float64 inputs. The rewards are beta times the log-ratios.
@@ -60,10 +61,10 @@ def pairwise_loss(
     _check(log_probs, ref_log_probs, mask)
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
     if on_triton(log_probs.device):
-        found = _PairwiseLoss.apply(
+        result = _PairwiseLoss.apply(
             log_probs, ref_log_probs, mask, loss_type, float(beta), float(label_smoothing), float(discopop_tau)
         )
-        return PairLosses(*found[:3], *found[3].chunk(2))
+        return PairLosses(*result[:3], *result[3].chunk(2))
     sums, c, r, margin = _log_ratios(log_probs, ref_log_probs, mask, loss_type)
     losses = TABLE[loss_type].formula(c, r, margin, options)
     return PairLosses(losses, beta * c.detach(), beta * r.detach(), *sums.detach().chunk(2))
@@ -92,7 +93,7 @@ def _check(log_probs, ref_log_probs, mask) -> None:
 
 
 def _log_ratios(log_probs, ref_log_probs, mask, loss_type) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The policy's sums (2B,), and of each pair the two log-ratios and the margin."""
+    """The policy's sums (2B,), and each pair's two log-ratios and margin."""
     dtype = _dtype(log_probs, ref_log_probs)
     mask = mask != 0
 

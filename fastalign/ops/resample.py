@@ -24,22 +24,23 @@ def resample(
     With replacement, each candidate drawn k times its probability on average (Douc, Cappé, Moulines,
     arXiv cs/0507025): "multinomial", k independent draws in the order drawn; "stratified" and "systematic", one draw
     from each kth part of the cumulative sum, with a uniform number each or one for all, in index order; "residual",
-    floor(k p) copies of each candidate in index order, then multinomial draws from what is left. Without replacement:
+    floor(k p) copies of each candidate in index order, then multinomial draws from the remainder. Without replacement:
     "gumbel_top_k" (arXiv 1903.06059), in the order drawn. "best": the k largest, largest first, the lowest index first
     among ties.
 
     Random numbers come from Philox4x32-10 with key seed and a counter of prompt and draw (for gumbel_top_k, candidate):
-    the same on every backend and at any number of threads, and apart from those of `sample_tokens` with the same seed.
+    the same on every backend and for any number of threads, and independent of those of `sample_tokens` with the same
+    seed.
 
     Args:
         log_weights: (P, N) float32 or float64, any strides, not normalised; -inf for weight 0.
         k: at least 1.
-        mask: (P, N) bool, True = valid; the others have weight 0, whatever they hold. None: all valid.
+        mask: (P, N) bool, True = valid; the others have weight 0, whatever their value. None: all valid.
         seed: in [0, 2^64).
 
     Returns:
-        Indices (P, k) int64. -1 throughout a row that holds NaN or +inf or has no positive weight; with fewer than k
-        candidates of positive weight gumbel_top_k and best give -1 in the places left over.
+        Indices (P, k) int64. A row with NaN or +inf, or without positive weight, is all -1. With fewer than k
+        candidates of positive weight, gumbel_top_k and best fill the remaining entries with -1.
 
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.

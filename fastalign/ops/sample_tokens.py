@@ -38,10 +38,11 @@ def sample_tokens(
     offset: int = 0,
     rows: Tensor | None = None,
 ) -> SampledTokens:
-    """Draw one token per row from softmax(logits / temperature), truncated as transformers does, without its copies.
+    """Draw one token per row from softmax(logits / temperature), truncated as in transformers, without copying the
+    logits.
 
-    The filters apply in the order temperature, top_k, top_p, min_p, each to what the one before left. The draw is the
-    first token, in index order, whose cumulative probability exceeds a uniform number. That number is a function of
+    The filters apply in the order temperature, top_k, top_p, min_p, each to the result of the previous one. The draw is
+    the first token, in index order, whose cumulative probability exceeds a uniform number. That number is a function of
     (seed, rows[i], offset) alone: Philox4x32-10 (Salmon et al. 2011) with key seed and that counter, the same on every
     backend and at any number of threads.
 
@@ -50,17 +51,17 @@ def sample_tokens(
         temperature: at least 0; 0 takes the largest logit (the lowest index among ties, log-probability 0).
         top_k: keep the k largest and all ties of the k-th; 0 for off.
         top_p: keep the most likely tokens until their mass reaches top_p, at least one (nucleus sampling, arXiv
-            1904.09751); among ties at the border the higher indices stay. 1 for off. A mass that falls short by no
-            more than the logits' dtype rounds, its epsilon, has reached it; likewise min_p.
-        min_p: keep tokens at least min_p times as likely as the likeliest (arXiv 2407.01082); 0 for off.
+            1904.09751); among ties at the cut-off the higher indices stay. 1 for off. A mass that falls short by at
+            most the epsilon of the logits' dtype counts as reaching it; likewise for min_p.
+        min_p: keep tokens at least min_p times as likely as the most likely one (arXiv 2407.01082); 0 for off.
         seed: in [0, 2^64).
-        offset: the step number; a new one draws afresh for the same rows. In [0, 2^63).
-        rows: (B,) int64, the stream of each row, so that a draw does not hang on how rows were batched. None: 0..B-1.
-            Or (B, 2), each row's stream and a step of its own, which is added to offset.
+        offset: the step number; a new one gives new draws for the same rows. In [0, 2^63).
+        rows: (B,) int64, the random stream of each row, so that a draw does not depend on how rows are batched. None:
+            0..B-1. Or (B, 2), each row's stream and its own step, which is added to offset.
 
     Returns:
-        SampledTokens, without gradients. log_probs are under the truncated, renormalised law that was drawn from. A row
-        that holds NaN or +inf, or no finite logit, gives id -1 and log-probability NaN.
+        SampledTokens, without gradients. log_probs are under the truncated, renormalised distribution that was sampled.
+        A row with NaN or +inf, or without a finite logit, gives id -1 and log-probability NaN.
 
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.

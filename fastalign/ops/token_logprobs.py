@@ -22,7 +22,7 @@ OUTPUTS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
 
 
 class TokenLogprobs(NamedTuple):
-    """What `token_logprobs` returns when more than `log_probs` is asked for; None where not asked."""
+    """What `token_logprobs` returns if more than `log_probs` is requested; None for outputs that are not."""
 
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
@@ -39,7 +39,7 @@ More: TypeAlias = (
 
 
 class Options(TypedDict, total=False):
-    """Of `token_logprobs`, besides `outputs`."""
+    """Options of `token_logprobs`, besides `outputs`."""
 
     temperature: float
     softcap: float | None
@@ -72,17 +72,17 @@ def token_logprobs(
     Args:
         logits: (..., V) float32, float64, bfloat16 or float16, any strides (a slice such as `logits[:, :-1]` is
             read in place). -inf masks a vocabulary entry; a row that is all -inf gives 0 and no gradient.
-        labels: (...) int64 in [0, V), or `ignore_index`. On a GPU any other gives NaN in its row, since to raise
-            the host would have to wait.
+        labels: (...) int64 in [0, V), or `ignore_index`. On a GPU any other label gives NaN in its row, because raising
+            would force a synchronisation.
         temperature: divides the logits; positive.
-        softcap: logits are softcapped first (Gemma 2); None for none.
+        softcap: the logits' softcap, applied first (Gemma 2); None for none.
         ignore_index: positions with this label give 0 in every output and no gradient.
         outputs: any of "log_probs", "entropy" (nats), "mean_logits" (mean of z), "log_sum_sq_probs" (log Σ p²) and
-            "is_top1" (bool: the label is the first largest logit; never beside NaN or +inf). log_probs and entropy
-            carry gradients.
+            "is_top1" (bool: the label is the first maximum of the logits; always False in a row with NaN or +inf).
+            log_probs and entropy carry gradients.
 
     Returns:
-        log_probs (...) float32 (float64 for float64 logits) where only that is asked for, else a `TokenLogprobs`.
+        log_probs (...) float32 (float64 for float64 logits) if nothing else is requested, else a `TokenLogprobs`.
 
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
@@ -95,16 +95,16 @@ def token_logprobs(
     checks.outputs(outputs, OUTPUTS)
     if backend.choose(logits.device) == "reference":
         checks.labels_in_range(labels, logits.shape[-1], ignore_index)
-        found = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
+        fields = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
     else:
         statistics = tuple(outputs) != ("log_probs",)
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1 = _TokenLogprobs.apply(
             logits, labels, float(temperature), float(softcap or 0.0), ignore_index, statistics
         )
-        found = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
+        fields = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
     if tuple(outputs) == ("log_probs",):
-        return found["log_probs"]
-    return TokenLogprobs(**{name: found[name] for name in outputs})
+        return fields["log_probs"]
+    return TokenLogprobs(**{name: fields[name] for name in outputs})
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -147,8 +147,8 @@ def _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics
     dtype = compute_dtype(logits.dtype)
     always = [logits.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
-    asked = [logits.new_empty(shape, dtype=dtype) for _ in range(3)]
-    return (*always, *asked, logits.new_empty(shape, dtype=torch.bool))
+    optional = [logits.new_empty(shape, dtype=dtype) for _ in range(3)]
+    return (*always, *optional, logits.new_empty(shape, dtype=torch.bool))
 
 
 def _backward_cpu(

@@ -25,8 +25,8 @@ def token_logratios(
 
     Args:
         policy_logits, ref_logits: (..., V), the same shape, dtype and device; float32, float64, bfloat16 or float16.
-            Gradients flow to whichever asks for them.
-        labels: (...) int64 in [0, V), or `ignore_index`. On a GPU any other gives NaN in its row.
+            Gradients flow to whichever requires them.
+        labels: (...) int64 in [0, V), or `ignore_index`. On a GPU any other label gives NaN in its row.
         temperature: divides both; positive.
         ignore_index: positions with this label give 0 and no gradient.
 

@@ -1,10 +1,10 @@
 """Vocabulary-parallel log-probabilities: each process holds a slice of the vocabulary, and none holds a whole row.
 
-The ops of `token_logprobs` and `linear_token_logprobs` run on the slice. What they find is put together by the chain
-rule of probability, log p(label) = log p(label | its slice) + log p(its slice), with two small reductions: the
-maximum, then one packed sum. The backward ops take the whole row's maximum and sum in place of the slice's, so a
-slice of the weight gets its gradient without a word to the others; only the gradient of `hidden`, to which all slices
-add, is summed over the processes.
+The ops of `token_logprobs` and `linear_token_logprobs` run on the slice. Their results are combined by the chain rule
+of probability, log p(label) = log p(label | its slice) + log p(its slice), with two small reductions: the maximum, then
+one packed sum. The backward ops take the whole row's maximum and sum instead of the slice's, so a slice of the weight
+gets its gradient without communication; only the gradient of `hidden`, to which all slices contribute, is summed over
+processes.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ IGNORED, ELSEWHERE = -1, -2  # labels within a slice: skipped by the ops; scored
 
 
 class Split(TypedDict, total=False):
-    """Over which processes, and how."""
+    """The process group and the split."""
 
     group: dist.ProcessGroup | None
     sizes: Sequence[int] | None
 
 
 class SplitOptions(Options, Split, total=False):
-    """Of `vocab_parallel_token_logprobs`, besides `outputs`."""
+    """Options of `vocab_parallel_token_logprobs`, besides `outputs`."""
 
 
 class SplitLinearOptions(LinearOptions, Split, total=False):
-    """Of `vocab_parallel_linear_token_logprobs`, besides `outputs`."""
+    """Options of `vocab_parallel_linear_token_logprobs`, besides `outputs`."""
 
 
 @overload
@@ -75,15 +75,15 @@ def vocab_parallel_token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """`token_logprobs` of logits whose vocabulary is split over the processes of `group`, in the order of their ranks.
 
-    Every process calls it with the same labels and options and gets the same results; the loss made of them must be
-    the same everywhere too, for each process's gradient is the one of its own slice.
+    Every process calls it with the same labels and options and gets the same results. The loss computed from them must
+    also be the same everywhere, because each process gets only the gradient of its own slice.
 
     Args:
-        logits_shard: (..., V_r), this process's slice; the slices may differ in size, and have none.
-        labels: (...) int64 in [0, Σ V_r), or `ignore_index`; counted over the whole vocabulary.
+        logits_shard: (..., V_r), this process's slice; slices may differ in size and may be empty.
+        labels: (...) int64 in [0, Σ V_r), or `ignore_index`; indices into the whole vocabulary.
         group: the processes; None for all of them.
-        sizes: the V_r of all ranks, if known; otherwise they are asked for, which waits for the device. Then also the
-            shapes are compared, and where one process refuses its arguments all of them raise.
+        sizes: the V_r of all ranks, if known; otherwise they are gathered, which synchronises the device. The shapes
+            are then compared too, and if one process rejects its arguments, all of them raise.
         temperature, softcap, ignore_index, outputs: as in `token_logprobs`.
 
     Returns:
@@ -94,7 +94,7 @@ def vocab_parallel_token_logprobs(
     """
 
     def check():
-        checks.logits("logits_shard", _some(logits_shard), last="V_r")
+        checks.logits("logits_shard", _nonempty(logits_shard), last="V_r")
         checks.labels("logits_shard", logits_shard, labels)
         checks.positive("temperature", temperature)
         if softcap is not None:
@@ -105,9 +105,9 @@ def vocab_parallel_token_logprobs(
     part = _agree(check, logits_shard, group, sizes)
     if backend.choose(logits_shard.device) == "reference":
         checks.labels_in_range(labels, part.vocab, ignore_index)
-        found = reference.token_logprobs(_whole(logits_shard, part, -1), labels, temperature, softcap, ignore_index)
+        fields = reference.token_logprobs(_whole(logits_shard, part, -1), labels, temperature, softcap, ignore_index)
     else:
-        found = _named(
+        fields = _named(
             *_VocabParallelTokens.apply(
                 logits_shard,
                 labels,
@@ -118,7 +118,7 @@ def vocab_parallel_token_logprobs(
                 part,
             )
         )
-    return _asked(found, outputs)
+    return _selected(fields, outputs)
 
 
 @overload
@@ -162,20 +162,20 @@ def vocab_parallel_linear_token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """`linear_token_logprobs` with a head whose rows are split over the processes of `group`, as in tensor parallelism.
 
-    Every process calls it with the same hidden, labels and options and gets the same results; the loss made of them
-    must be the same everywhere too. Each then finds in `hidden.grad` the whole gradient, summed over the processes,
-    and in its slice of the head that slice's. Where the processes hold different rows of hidden (data parallelism),
-    this is the wrong function: each needs the whole head.
+    Every process calls it with the same hidden, labels and options and gets the same results. The loss computed from
+    them must also be the same everywhere. `hidden.grad` is then the full gradient, summed over the processes, and each
+    slice of the head has its own gradient. Do not use this function if the processes hold different rows of hidden
+    (data parallelism): then each needs the whole head.
 
     Args:
         hidden: (..., H), the same on every process.
-        weight_shard: (V_r, H), this process's slice; the slices may differ in size, and have none.
-        labels: (...) int64 in [0, Σ V_r), or `ignore_index`; counted over the whole vocabulary.
+        weight_shard: (V_r, H), this process's slice; slices may differ in size and may be empty.
+        labels: (...) int64 in [0, Σ V_r), or `ignore_index`; indices into the whole vocabulary.
         group, sizes: as in `vocab_parallel_token_logprobs`.
         bias: (V_r,), or None.
         adapter: (A (r, H), the same on every process; B (V_r, r); scale): a LoRA on the head.
         temperature, softcap, logit_scale, ignore_index, outputs, grad_filter, memory_budget: as in
-            `linear_token_logprobs`. A frozen head is not treated apart: three products, not two.
+            `linear_token_logprobs`. A frozen head has no special case: three products, not two.
 
     Returns:
         As `linear_token_logprobs`. A label out of range raises on the CPU and gives NaN elsewhere.
@@ -185,12 +185,12 @@ def vocab_parallel_linear_token_logprobs(
     """
 
     def check():
-        lora = tuple(_some(x, 0) for x in adapter) if isinstance(adapter, tuple | list) else adapter
+        lora = tuple(_nonempty(x, 0) for x in adapter) if isinstance(adapter, tuple | list) else adapter
         head.check(
             hidden,
-            _some(weight_shard, 0),
+            _nonempty(weight_shard, 0),
             labels,
-            _some(bias, 0),
+            _nonempty(bias, 0),
             temperature,
             softcap,
             logit_scale,
@@ -211,7 +211,7 @@ def vocab_parallel_linear_token_logprobs(
         checks.labels_in_range(labels, part.vocab, ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
             whole_b = None if b is None else _whole(b, part, 0)
-            found = reference.linear_token_logprobs(
+            fields = reference.linear_token_logprobs(
                 hidden,
                 _whole(weight_shard, part, 0),
                 labels,
@@ -225,12 +225,12 @@ def vocab_parallel_linear_token_logprobs(
     else:
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
         budget = head.budget(memory_budget, weight_shard, learns[0]) if any(learns) and chosen == "cpu" else 0
-        *found, _ = _VocabParallelLinear.apply(
+        *fields, _ = _VocabParallelLinear.apply(
             hidden, weight_shard, bias, a, b, labels, float(adapter_scale), float(temperature), float(softcap or 0.0),
             float(logit_scale), ignore_index, tuple(outputs) != ("log_probs",), budget, float(grad_filter or 0.0), part,
         )  # fmt: skip
-        found = _named(*found)
-    return _asked(found, outputs)
+        fields = _named(*fields)
+    return _selected(fields, outputs)
 
 
 class _Part(NamedTuple):
@@ -253,16 +253,16 @@ class _Part(NamedTuple):
         return sum(self.sizes)
 
     def within(self, labels: Tensor, ignore_index: int, elsewhere: int) -> tuple[Tensor, Tensor]:
-        """labels as the slice counts them, and whether they are entries of it."""
+        """labels relative to the slice, and whether they are in it."""
         ignored = labels == ignore_index
         inside = (labels >= self.first) & (labels < self.first + self.size) & ~ignored
         return (labels - self.first).masked_fill(~inside, elsewhere).masked_fill(ignored, IGNORED), inside
 
 
 def _agree(check: Callable[[], dict[str, int]], x: Tensor, group: Any, sizes: Sequence[int] | None) -> _Part:
-    """Run `check`, which says what this process brings, and find what the others do.
+    """Run `check`, which describes this process's arguments, and gather the others' descriptions.
 
-    A process that went away with an error would leave the others waiting for it; so its refusal is told to them.
+    A process that raised alone would leave the others waiting, so errors are shared with all.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise UserError("vocabulary-parallel ops need torch.distributed.init_process_group() first")
@@ -294,8 +294,8 @@ def _agree(check: Callable[[], dict[str, int]], x: Tensor, group: Any, sizes: Se
     return _Part(group, rank, [theirs[0] for theirs in everyones])
 
 
-def _some(x: Any, dim: int = -1) -> Any:
-    """x, or one entry in place of none, for checks that refuse size 0."""
+def _nonempty(x: Any, dim: int = -1) -> Any:
+    """x, or one entry if it is empty, for checks that reject size 0."""
     if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[dim]:
         return x
     shape = list(x.shape)
@@ -303,15 +303,15 @@ def _some(x: Any, dim: int = -1) -> Any:
     return x.new_empty(shape)
 
 
-def _combine(found: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, part: _Part, dtype, statistics):
-    """From what each process found in its slice to the same of the whole row; float64, as the rows are few."""
+def _combine(own: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, part: _Part, dtype, statistics):
+    """Combines each slice's results into those of the whole row; in float64, because there are few rows."""
     if labels.device.type == "cpu":  # elsewhere it would wait for the device
         checks.labels_in_range(labels, part.vocab, ignore_index)
     ignored, (_, inside) = labels == ignore_index, part.within(labels, ignore_index, ELSEWHERE)
-    if found is None:
+    if own is None:
         nothing = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
-        found = (nothing, nothing + NEG_INF, *[nothing] * 4, inside)
-    log_probs, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = found
+        own = (nothing, nothing + NEG_INF, *[nothing] * 4, inside)
+    log_probs, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = own
     top = row_max.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=part.group)
     shift = top.double().masked_fill(top == NEG_INF, 0)
@@ -350,8 +350,8 @@ class _VocabParallelTokens(torch.autograd.Function):
     @staticmethod
     def forward(logits, labels, temperature, softcap, ignore_index, statistics, part):
         local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
-        found = rows_forward(logits, local, temperature, softcap, IGNORED, statistics) if part.size else None
-        return _combine(found, labels, ignore_index, part, compute_dtype(logits.dtype), statistics)
+        own = rows_forward(logits, local, temperature, softcap, IGNORED, statistics) if part.size else None
+        return _combine(own, labels, ignore_index, part, compute_dtype(logits.dtype), statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -403,14 +403,14 @@ class _VocabParallelLinear(torch.autograd.Function):
         part,
     ):
         dtype = compute_dtype(hidden.dtype)
-        found, kept = None, hidden.new_empty(0, dtype=dtype)
+        own, kept = None, hidden.new_empty(0, dtype=dtype)
         if part.size:
             local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
-            *found, kept, _ = head_forward(
+            *own, kept, _ = head_forward(
                 hidden, weight, bias, a, b, local, adapter_scale, temperature, softcap, logit_scale, IGNORED,
                 statistics, False, memory_budget,
             )  # fmt: skip
-        return *_combine(found, labels, ignore_index, part, dtype, statistics), kept
+        return *_combine(own, labels, ignore_index, part, dtype, statistics), kept
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -455,7 +455,8 @@ def _summed(grad: Tensor, part: _Part) -> Tensor:
 
 
 def _whole(x: Tensor, part: _Part, dim: int) -> Tensor:
-    """All slices side by side, for the reference: this process's carries its gradient, the others' are constants."""
+    """All slices concatenated, for the reference: this process's slice carries its gradient, the others are
+    constants."""
     mine = x.detach().movedim(dim, 0)
     padded = torch.cat([mine, mine.new_zeros(max(part.sizes) - part.size, *mine.shape[1:])])
     everyones = [torch.empty_like(padded) for _ in part.sizes]
@@ -469,7 +470,7 @@ def _named(log_probs, _row_max, _row_sum, entropy, mean_logits, log_sum_sq_probs
     return dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
 
 
-def _asked(found: dict[str, Tensor], outputs: tuple[str, ...]) -> Tensor | TokenLogprobs:
+def _selected(fields: dict[str, Tensor], outputs: tuple[str, ...]) -> Tensor | TokenLogprobs:
     if tuple(outputs) == ("log_probs",):
-        return found["log_probs"]
-    return TokenLogprobs(**{name: found[name] for name in outputs})
+        return fields["log_probs"]
+    return TokenLogprobs(**{name: fields[name] for name in outputs})

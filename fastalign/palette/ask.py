@@ -1,4 +1,4 @@
-"""Ways to ask for a palette, and the same wish in the terms of RLHF."""
+"""Ways to specify a palette, and the equivalent RLHF objective."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FROM_MEAN = re.compile(r"mean\s*([+-]\s*[0-9.eE+-]+?)\s*(sd|%|)")
 
 
 def raised_palette(rewards: Array, amounts: Array | Mapping[int, float], *, unit: str = "deviations") -> np.ndarray:
-    """The palette mean + amounts: raise some values, lose nothing in those whose amount is 0.
+    """The palette mean + amounts: raises some values and keeps at least the mean of those whose amount is 0.
 
     rewards: (n, m). amounts: (m,), or a mapping from column number to amount, 0 for the others. unit: "deviations" of
     each reward (raise by one standard deviation: 1), "absolute", or "relative" to the mean's size (0.1: by 10 %).
@@ -38,8 +38,7 @@ def raised_palette(rewards: Array, amounts: Array | Mapping[int, float], *, unit
 
 
 def single_value_palette(rewards: Array, value: int, level: float) -> np.ndarray:
-    """The palette that asks `level` of one column and nothing of the others: their least reward, which all samples
-    have."""
+    """The palette with target `level` in one column and none in the others (their minimum, which all samples reach)."""
     rewards = as_rewards(rewards)
     palette = rewards.min(axis=0).astype(np.float64)
     if not np.isfinite(palette).all():
@@ -53,8 +52,8 @@ def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.n
 
     text: bare numbers in the order of `names`, or terms `name=what`, comma-separated, each name once, where "=" means
     at least, "==" exactly, "<=" at most. what: a number, mean, mean+1sd, mean-0.2, mean+10%, q80 (the 80 % quantile,
-    or the mean where that is higher) or free (nothing asked). `rest=what` stands for all names not given.
-    rewards: (n, m), whose columns are `names`. Raises UserError, in one line, on what it cannot read.
+    or the mean where that is higher) or free (no target). `rest=what` sets all names not given.
+    rewards: (n, m), whose columns are `names`. Raises UserError, in one line, on text that it cannot parse.
     """
     fields = [field.strip() for field in text.split(",") if field.strip()]
     if "=" not in text and Path(text).suffix == ".json":
@@ -70,29 +69,29 @@ def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.n
         if len(levels) != len(names):
             raise UserError(f"palette must have {len(names)} levels ({', '.join(names)}), got {len(levels)}")
         return np.array(levels), [">="] * len(names)
-    asked: dict[str, tuple[str, str]] = {}
+    targets: dict[str, tuple[str, str]] = {}
     for field in fields:
         term = _TERM.fullmatch(field)
         if term is None:
             raise UserError(f"palette must be numbers or name=number, comma-separated, got {text!r}")
         name, sense, what = term.groups()
-        if name in asked or (name not in names and name != "rest"):
+        if name in targets or (name not in names and name != "rest"):
             raise UserError(
-                f"palette must name each of {', '.join(names)} once, got {name!r}{' again' * (name in asked)}"
+                f"palette must name each of {', '.join(names)} once, got {name!r}{' again' * (name in targets)}"
             )
-        asked[name] = (">=" if sense == "=" else sense, what)
-    rest = asked.pop("rest", None)
-    missing = [name for name in names if name not in asked]
+        targets[name] = (">=" if sense == "=" else sense, what)
+    rest = targets.pop("rest", None)
+    missing = [name for name in names if name not in targets]
     if missing and rest is None:
         raise UserError(
-            f"palette must name each of {', '.join(names)} once, got {', '.join(asked)}: add {', '.join(missing)} or "
+            f"palette must name each of {', '.join(names)} once, got {', '.join(targets)}: add {', '.join(missing)} or "
             "rest=mean"
         )
     rewards = as_rewards(rewards)
     mean, deviation = _moments(rewards)
     levels, senses = np.empty(len(names)), []
     for j, name in enumerate(names):
-        sense, what = asked.get(name, rest)
+        sense, what = targets.get(name, rest)
         levels[j] = _level(what, sense, rewards, j, mean[j], deviation[j])
         senses.append(sense)
     return levels, senses
@@ -106,7 +105,7 @@ def lambda_of_rlhf(beta: float, weights: Array) -> np.ndarray:
 
 
 def rlhf_of_lambda(lam: Array) -> tuple[float, np.ndarray]:
-    """(β, w) with λ = w / β and Σ |w| = 1: the KL penalty and the rewards' weights that train towards p_λ."""
+    """(β, w) with λ = w / β and Σ |w| = 1: the KL penalty and the reward weights whose RLHF optimum is p_λ."""
     lam = np.asarray(lam, dtype=np.float64)
     total = float(np.abs(lam).sum())
     if not 0 < total < np.inf:
@@ -119,7 +118,7 @@ def _level(what: str, sense: str, rewards: np.ndarray, j: int, mean: float, devi
         return float(mean)
     if what == "free":
         if sense == "==":
-            raise UserError("palette must ask for something where it says ==, got free")
+            raise UserError("palette must have a level after ==, got free")
         return float(rewards[:, j].min() if sense == ">=" else rewards[:, j].max())
     if re.fullmatch(r"q[0-9.]+", what):
         percent = float(what[1:]) if what.count(".") < 2 else np.nan

@@ -1,11 +1,12 @@
-"""Which palettes can be reached at all, which reachable one lies nearest, and how far towards one it is possible to go.
+"""Which palettes can be reached, the nearest reachable one, and how far towards an unreachable one it is possible to
+go.
 
-Reweighting moves the levels within conv{R_i}; a palette asks for at least (at most, exactly) its levels, so what can
-be reached is C = conv{R_i} − K with the cone K of what may be left over: R_+ for a value asked to be at least, R_- for
-at most, {0} for exactly (with groups: the mean of the groups' hulls in place of conv{R_i}). The projection of the
-palette onto C is found by fully corrective Frank-Wolfe: project onto the hull of the points met so far, ask for the
-sample that lies farthest along the remaining direction, add it, until none lies farther. It ends after finitely many
-points, and the last direction separates the palette from C.
+Reweighting moves the levels within conv{R_i}; a palette asks for at least (at most, exactly) its levels. The reachable
+palettes are therefore C = conv{R_i} − K, with the cone K of the allowed slack: R_+ for "at least", R_- for "at most",
+{0} for "exactly" (with groups, the mean of the groups' hulls replaces conv{R_i}). The projection of the palette onto C
+is computed by fully corrective Frank-Wolfe: project onto the hull of the points so far, find the sample that lies
+farthest along the remaining direction, add it, until none lies farther. This ends after finitely many points, and the
+last direction separates the palette from C.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ SHARP = 1e13
 
 
 class Reachable:
-    """C, seen through the farthest point in any direction, in units of `scale` (m,).
+    """C, represented by its farthest point in any direction, in units of `scale` (m,).
 
-    run: a pass over the rewards. sign (m,): 1 where a palette asks for at least its level, -1 at most, 0 exactly.
+    run: a pass over the rewards. sign (m,): 1 for at least, -1 for at most, 0 for exactly.
     """
 
     run: Pass
@@ -39,18 +40,18 @@ class Reachable:
         self._met: dict[bytes, np.ndarray] = {}  # points of the hull, from run.center; the oldest first
 
     def inward(self, d: np.ndarray) -> np.ndarray:
-        """d cut to the directions in which C is bounded: those of λ."""
+        """d clipped to the directions in which C is bounded: those of λ."""
         return np.where(self.sign > 0, np.maximum(d, 0.0), np.where(self.sign < 0, np.minimum(d, 0.0), d))
 
     def farthest(self, d: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, float]:
         """The point of the hull farthest along d, from the palette, and the largest score d · point of any."""
         sharp = d * (SHARP / np.sqrt(d @ d)) / self.scale
-        found = self.run(sharp[None])
-        met = found.mean[0]
+        moments = self.run(sharp[None])
+        met = moments.mean[0]
         self._met.setdefault(met.tobytes(), met)
         if len(self._met) > KEPT_POINTS:
             del self._met[next(iter(self._met))]
-        score = (found.max_score[0] + sharp @ (self.run.center - palette)) * (np.sqrt(d @ d) / SHARP)
+        score = (moments.max_score[0] + sharp @ (self.run.center - palette)) * (np.sqrt(d @ d) / SHARP)
         return self._seen_from(palette, met), float(score)
 
     def _seen_from(self, palette: np.ndarray, met: np.ndarray) -> np.ndarray:
@@ -63,8 +64,8 @@ class Reachable:
 
         direction: (m,), a first guess at the separating direction (in λ's units), for the first palette.
         Returns the nearest reachable palette (m,), the separating direction d (m,) in λ's units, with
-        max_i d·R_i < d·palette, and the distance in units of scale. No direction, and distance 0, where the palette
-        itself is reachable to rounding; none either where rounding leaves open whether any separates.
+        max_i d·R_i < d·palette, and the distance in units of scale. No direction and distance 0 if the palette itself
+        is reachable up to rounding; no direction either if rounding leaves it open whether one separates.
         """
         from scipy.optimize import nnls
 
@@ -107,10 +108,10 @@ class Reachable:
         return palette - d * self.scale, None, distance
 
     def _across(self, d: np.ndarray, used: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """d without its part along the face of C that the projection lies on, whose corners are `used`.
+        """d without its component along the face of C that contains the projection; `used` are the face's corners.
 
-        d is the small difference of that face and the palette, and has that difference's rounding; the face's own edges
-        are known to the last digit.
+        d is the small difference between that face and the palette, with that difference's rounding error; the face's
+        own edges are known to full precision.
         """
         edges = np.vstack([used[1:] - used[0], np.eye(len(d))[self.sign != 0][left > 0.0]])
         for _ in range(2):  # what rounding leaves of the first time

@@ -1,9 +1,9 @@
-"""What policies p_λ ∝ p0 exp(λ·R) reach: the front at a KL from p0, the way to a palette, and random λ.
+"""What policies p_λ ∝ p0 exp(λ·R) reach: the front at a given KL from p0, the path to a palette, and random λ.
 
-At a KL of κ the highest w·E[R] over all policies, w ≥ 0, is reached by one alone, p_λ with λ along w (Gibbs). So for
-finite κ each such policy lies on the Pareto front of all policies within κ, and every point of that front's strictly
-convex part is found so: exactly, for any number of values, no sampling of points involved. With groups the policies are
-per-prompt laws p(y|x) and the KL is the prompts' mean.
+Among all policies within a KL of κ, exactly one maximises w·E[R], w ≥ 0: the p_λ with λ along w (Gibbs). So for finite
+κ each such policy lies on the Pareto front of all policies within κ, and every point of the front's strictly convex
+part is such a policy. This is exact for any number of values and needs no random search. With groups the policies are
+per-prompt distributions p(y|x) and the KL is the mean over prompts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Policies(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Random λ and what they realise."""
+    """Random λ and the policies they give."""
 
     policies: Policies
     desirable: np.ndarray  # (K,) bool: every level at least its mean under p0
@@ -53,7 +53,7 @@ class Region(NamedTuple):
 
 
 class Way(NamedTuple):
-    """The way from the mean to a palette."""
+    """The path from the mean to a palette."""
 
     palette: np.ndarray  # (m,)
     t: np.ndarray  # (T,) how far, 0 to 1
@@ -67,7 +67,7 @@ class Way(NamedTuple):
 
 
 class Tilts:
-    """The policies of any λ over given samples. rewards, groups, weights: as `palette.solve` takes them."""
+    """The policies of any λ over given samples. rewards, groups, weights: as in `palette.solve`."""
 
     mean: np.ndarray
     cov: np.ndarray
@@ -90,7 +90,7 @@ class Tilts:
         return self._look(lam)[0]
 
     def _look(self, lam: np.ndarray) -> tuple[Policies, np.ndarray, np.ndarray]:
-        """Policies; and at each λ the variance (K,) of its score λ·R, and how far that falls short of the highest."""
+        """The policies; and for each λ the variance (K,) of its score λ·R, and the gap to the highest score."""
         stats = [self.run(lam[i : i + TOGETHER]) for i in range(0, len(lam), TOGETHER)]
         log_z, mean, cov, ess, top = (np.concatenate(x) for x in zip(*stats, strict=True))
         score = (lam * mean).sum(axis=1)
@@ -108,16 +108,16 @@ def kl_front(
 ) -> Policies:
     """The policies with the highest w·E[R / σ] among all within `kl` nats of p0, one for each direction w.
 
-    rewards (n, m), groups, weights: as `palette.solve` takes them. kl > 0; inf for the limit, where each prompt's (with
-    no groups: the whole set's) best samples are all that is left. directions (K, m) >= 0, in units of the rewards'
-    standard deviations σ; None: `spread_directions(m)`. Where all samples' best are reached below `kl`, the policy is
-    that limit and its KL less. λ is solved for to a KL within 1e-10 of `kl`, all directions in the same reads.
+    rewards (n, m), groups, weights: as in `palette.solve`. kl > 0; inf for the limit in which only each prompt's best
+    samples remain (without groups: the whole set's). directions (K, m) >= 0, in units of the rewards' standard
+    deviations σ; None: `spread_directions(m)`. If that limit is reached below `kl`, the policy is the limit and its KL
+    is smaller. λ is solved to a KL within 1e-10 of `kl`, with the same reads for all directions.
     """
     return front_of(Tilts(rewards, groups=groups, weights=weights), kl, directions)
 
 
 def front_of(tilts: Tilts, kl: float, directions: Array | None = None) -> Policies:
-    """`kl_front` of samples that are set up already."""
+    """`kl_front` of samples that are already set up."""
     m = len(tilts.mean)
     if not kl > 0:
         raise UserError(f"kl must be positive, got {kl!r}")
@@ -144,16 +144,16 @@ def _lengths(tilts: Tilts, unit: np.ndarray, kl: float) -> np.ndarray:
     work = np.arange(len(t))
     for _ in range(MOST_STEPS):
         here = t[work]
-        found, variance, gap = tilts._look(here[:, None] * unit[work])
-        short = found.kl < kl
+        policies, variance, gap = tilts._look(here[:, None] * unit[work])
+        short = policies.kl < kl
         low[work[short]], high[work[~short]] = here[short], here[~short]
-        done = (np.abs(found.kl - kl) <= within) | (short & ((gap <= TOP) | (here >= 1e12)))
+        done = (np.abs(policies.kl - kl) <= within) | (short & ((gap <= TOP) | (here >= 1e12)))
         done |= high[work] - low[work] <= 4e-16 * here
         work, here, below = work[~done], here[~done], short[~done]
         if not len(work):
             break
         with np.errstate(divide="ignore", invalid="ignore"):  # KL' = variance / t, variance of t unit·R
-            goal = here * (1 - (found.kl[~done] - kl) / variance[~done])
+            goal = here * (1 - (policies.kl[~done] - kl) / variance[~done])
         goal = np.where(below, np.fmin(goal, 4 * here), goal)
         outside = ~((goal > low[work]) & (goal < high[work]))
         middle = np.where(np.isfinite(high[work]), (low[work] + high[work]) / 2, 4 * here)
@@ -170,11 +170,11 @@ def front_towards(
     weights: Array | None = None,
     tol: float = 1e-9,
 ) -> tuple[np.ndarray, Policies]:
-    """How far towards each palette the policies within `kl` nats of p0 go, and the one that goes farthest.
+    """How far towards each palette the policies within `kl` nats of p0 can go, and the one that goes farthest.
 
-    palettes: (K, m), each above the mean in one value at least. Returns t (K,), the largest with
-    mean + t (palette − mean) in reach, and those Policies: the front's points on given rays, where `kl_front` has those
-    with given normals. Solved as palettes, each started from its λ before; kl must be finite.
+    palettes: (K, m), each above the mean in one value at least. Returns t (K,), the largest for which mean + t (palette
+    − mean) is reachable, and those Policies: the front's points on given rays, while `kl_front` gives those with given
+    normals. Solved as palettes, each started from its previous λ; kl must be finite.
     """
     if not 0 < kl < np.inf:
         raise UserError(f"kl must be positive and finite, got {kl!r}")
@@ -193,21 +193,21 @@ def front_towards(
     best, lam = np.zeros((count, m)), np.zeros((count, m))
     work, start = np.arange(count), None
     for _ in range(MOST_STEPS):
-        asked = tilts.mean + t[work, None] * away[work]
-        found = Problem(tilts.run, asked, as_sign(">=", m), tol, np.inf, start).conclude()
-        within = found["feasible"] & (found["kl"] <= kl)
-        low[work[within]], best[work[within]] = t[work[within]], found["lam"][within]
+        trials = tilts.mean + t[work, None] * away[work]
+        solved = Problem(tilts.run, trials, as_sign(">=", m), tol, np.inf, start).conclude()
+        within = solved["feasible"] & (solved["kl"] <= kl)
+        low[work[within]], best[work[within]] = t[work[within]], solved["lam"][within]
         high[work[~within]] = np.minimum(high[work[~within]], t[work[~within]])
-        if found["scaling"] is not None:
-            lost = ~found["feasible"]
-            high[work[lost]] = np.minimum(high[work[lost]], t[work[lost]] * found["scaling"][lost])
-        good = found["feasible"]
-        lam[work[good]] = found["lam"][good]
-        done = (good & (np.abs(found["kl"] - kl) <= 1e-9 * (1 + kl))) | (high[work] - low[work] <= 1e-9 * t[work])
-        best[work[done & good]], low[work[done & good]] = found["lam"][done & good], t[work[done & good]]
+        if solved["scaling"] is not None:
+            lost = ~solved["feasible"]
+            high[work[lost]] = np.minimum(high[work[lost]], t[work[lost]] * solved["scaling"][lost])
+        good = solved["feasible"]
+        lam[work[good]] = solved["lam"][good]
+        done = (good & (np.abs(solved["kl"] - kl) <= 1e-9 * (1 + kl))) | (high[work] - low[work] <= 1e-9 * t[work])
+        best[work[done & good]], low[work[done & good]] = solved["lam"][done & good], t[work[done & good]]
         slope = (lam[work] * away[work]).sum(axis=1)  # dKL/dt, by the envelope theorem
         with np.errstate(divide="ignore", invalid="ignore"):
-            goal = np.where(good, t[work] + (kl - found["kl"]) / slope, np.nan)
+            goal = np.where(good, t[work] + (kl - solved["kl"]) / slope, np.nan)
         goal = np.fmin(goal, 4 * t[work])
         middle = np.where(np.isfinite(high[work]), (low[work] + high[work]) / 2, 2 * t[work])
         inside = (goal > low[work]) & (goal < high[work])
@@ -228,10 +228,10 @@ def palette_path(
     weights: Array | None = None,
     sense: Sense = ">=",
 ) -> Way:
-    """λ(c) along the way from the mean to `palette` (m,), or to nine tenths of what the samples allow: `steps`
+    """λ(c) along the path from the mean to `palette` (m,), or to nine tenths of what the samples allow: `steps`
     palettes, one solve.
 
-    rewards, groups, weights, sense: as `palette.solve` takes them.
+    rewards, groups, weights, sense: as in `palette.solve`.
     """
     if not steps >= 2:
         raise UserError(f"steps must be at least 2, got {steps!r}")
@@ -242,8 +242,8 @@ def palette_path(
     limit = 1.0 if whole.feasible else float(whole.scaling)
     t = np.linspace(0.0, 1.0 if whole.feasible else INWARD * limit, steps)
     palettes = tilts.mean + t[:, None] * (palette - tilts.mean)
-    found = solve(rewards, palettes[1:], **options)
-    lam = np.concatenate([np.zeros((1, len(palette))), found.lam])
+    solution = solve(rewards, palettes[1:], **options)
+    lam = np.concatenate([np.zeros((1, len(palette))), solution.lam])
     known = np.isfinite(lam).all(axis=1)  # where nothing can move, not even a step of the way is
     return Way(palette, t[known], palettes[known], tilts.at(lam[known]), limit)
 
@@ -257,17 +257,17 @@ def feasible_region(
     groups: Array | None = None,
     weights: Array | None = None,
 ) -> Region:
-    """What random λ realise, and which are desirable: those that leave no value below its mean under p0.
+    """The policies of random λ, and which are desirable: those that leave no value below its mean under p0.
 
-    λ is uniform over {λ ≥ 0, Σ λ_j σ_j ≤ l1_max}, with σ_j the standard deviation of reward j, so that no value's unit
-    decides what is drawn. The share that is desirable is then a share of that region's volume. As in MAP (arXiv
-    2410.19198, section 4), which draws λ in the rewards' own units.
+    λ is uniform over {λ ≥ 0, Σ λ_j σ_j ≤ l1_max}, with σ_j the standard deviation of reward j, so that the draw does
+    not depend on the values' units. The share that is desirable is then a share of that region's volume. As in MAP
+    (arXiv 2410.19198, section 4), which draws λ in the rewards' own units.
     """
     return region_of(Tilts(rewards, groups=groups, weights=weights), n_lambda, l1_max, seed)
 
 
 def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
-    """`feasible_region` of samples that are set up already."""
+    """`feasible_region` of samples that are already set up."""
     if n_lambda < 1:
         raise UserError(f"n_lambda must be at least 1, got {n_lambda!r}")
     if not 0 < l1_max < np.inf:
@@ -275,15 +275,15 @@ def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
     m = len(tilts.mean)
     # m + 1 shares of 1, the last thrown away: uniform over the corner below the simplex.
     shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lambda)[:, :m]
-    found = tilts.at(l1_max * shares / tilts.scale)
-    return Region(found, (found.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1), tilts.mean)
+    policies = tilts.at(l1_max * shares / tilts.scale)
+    return Region(policies, (policies.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1), tilts.mean)
 
 
 def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None = None) -> np.ndarray:
-    """(K, m) directions ≥ 0 of length 1. columns: the values to spread over, default all; the others are 0.
+    """(K, m) directions ≥ 0 of length 1. columns: the values covered, default all; the others are 0.
 
-    Over two values evenly by angle; over three on a triangular lattice with at least `count` points, row by row; over
-    more the axes, and then at random, always the same.
+    For two values evenly spaced by angle; for three on a triangular lattice with at least `count` points, row by row;
+    for more the axes and then random directions, always the same.
     """
     columns = list(range(m)) if columns is None else list(columns)
     d = len(columns)
@@ -299,6 +299,6 @@ def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None 
     else:
         drawn = np.abs(np.random.default_rng(0).standard_normal((max(0, count - d), d)))
         rows = np.concatenate([np.eye(d), drawn])
-    found = np.zeros((len(rows), m))
-    found[:, columns] = np.maximum(rows, 0.0) / np.linalg.norm(rows, axis=1, keepdims=True)
-    return found
+    directions = np.zeros((len(rows), m))
+    directions[:, columns] = np.maximum(rows, 0.0) / np.linalg.norm(rows, axis=1, keepdims=True)
+    return directions

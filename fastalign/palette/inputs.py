@@ -1,4 +1,4 @@
-"""What a user passes, as the arrays that the solver reads; each mistake is one clear line."""
+"""Converts a user's arguments to the arrays that the solver reads; each mistake is one clear line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sense: TypeAlias = "str | Sequence[str]"
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """A numpy array of a tensor on any device, or of anything that numpy takes; no copy where none is needed."""
+    """A numpy array of a tensor on any device, or of anything that numpy accepts; copies only if needed."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         if x.is_floating_point() and x.element_size() < 4:
@@ -33,7 +33,8 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def as_rewards(rewards: Array) -> np.ndarray:
-    """rewards as (n, m) float32 or float64, rows contiguous and whole numbers of values apart; n and m at least 1."""
+    """rewards as (n, m) float32 or float64, with contiguous rows and a row stride of whole elements; n and m at least
+    1."""
     rewards = to_numpy(rewards)
     if rewards.ndim != 2:
         raise UserError(f"rewards must have shape (n, m), got {rewards.shape}")
@@ -50,7 +51,7 @@ def as_rewards(rewards: Array) -> np.ndarray:
 
 
 def as_palettes(palette: Array, m: int) -> np.ndarray:
-    """palette as (K, m) float64, K = 1 where it was (m,)."""
+    """palette as (K, m) float64, K = 1 if it was (m,)."""
     palettes = np.require(to_numpy(palette), np.float64, ["C", "ALIGNED"])
     if palettes.ndim not in (1, 2) or palettes.shape[-1] != m or palettes.size == 0:
         got = f"{palettes.shape[-1]}" if palettes.ndim in (1, 2) else f"shape {palettes.shape}"
@@ -107,7 +108,8 @@ def check_options(tol: float, lam_max: float | None) -> None:
 
 
 def reject_nonfinite(rewards: np.ndarray) -> None:
-    """Names the first NaN or infinite reward. It reads all: call it once moments have shown that there is one."""
+    """Raises an error that names the first NaN or infinite reward. It reads all rewards: call it only if the moments
+    show one."""
     bad = np.argwhere(~np.isfinite(rewards))
     if len(bad):
         i, j = bad[0]

@@ -1,6 +1,6 @@
-"""The compiled Newton (csrc/map_newton.cpp) over an array in memory: whole solves, with no Python between their passes.
+"""The compiled Newton method (csrc/map_newton.cpp) for an array in memory: whole solves, without Python between passes.
 
-What lies elsewhere (disk, GPU, other ranks), has more values, or finds no compiled module goes through `newton`.
+Rewards elsewhere (disk, GPU, other ranks), more values, or a missing extension are handled by `newton`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def serves(run: Pass) -> bool:
 
 
 def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Minima | None:
-    """Solves all of a `Problem`'s palettes, and writes what it finds to it on the way: moments at λ = 0 and units.
+    """Solves all of a `Problem`'s palettes, and stores in it the moments at λ = 0 and the units.
 
-    start: (K, m) λ to begin at, or None. measured: whether the problem knows its units. None where they are for it to
-        find.
+    start: (K, m) initial λ, or None. measured: whether the problem's units are known. Returns None if they must be
+        measured.
     """
     count, m = problem.palettes.shape
     if not measured:

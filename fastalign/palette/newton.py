@@ -1,8 +1,8 @@
-"""Projected Newton on one palette's dual within bounds on λ, as a generator: it yields the μ at which it wants a pass.
+"""Projected Newton on one palette's dual within bounds on λ, as a generator: it yields the μ at which it needs a pass.
 
 Bertsekas 1982, with the model over the bounds solved exactly by an active set, and a safeguarded line search. μ is λ
 in units of the rewards' standard deviations. csrc/map_newton.cpp is the same iteration compiled, for rewards in memory;
-tests/palette/test_palette_native.py holds the two to the same answers.
+tests/palette/test_palette_native.py checks that both give the same answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ POLISH_STEPS = 3
 
 
 class Minima(NamedTuple):
-    """The last point of each of K palettes. certificate: μ / |μ|, along which all fall short, where `certified`."""
+    """The last point of each of K palettes. certificate: μ / |μ| if `certified`, a direction in which all samples fall
+    short."""
 
     mu: np.ndarray  # (K, m)
     value: np.ndarray  # (K,)
@@ -54,9 +55,9 @@ def minimise(
     upper: np.ndarray,
     tol: float,
 ) -> Minima:
-    """All palettes' iterations in step, so that a pass serves every one that is still at work.
+    """Runs all palettes' iterations in step, so that one pass serves every palette that is not finished.
 
-    evaluate(ks, μ (len(ks), m)) -> their Points. points: where each begins, found in a first pass. skip: (K,) those to
+    evaluate(ks, μ (len(ks), m)) -> their Points. points: the starting points, from a first pass. skip: (K,) those to
     leave there.
     """
     count, m = len(points), len(lower)
@@ -85,14 +86,14 @@ def minimise(
 
 
 def residual(mu: np.ndarray, gradient: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
-    """max_j |μ_j − clip(μ_j − γ_j, lower_j, upper_j)|, which is 0 at the minimum over the bounds and nowhere else."""
+    """max_j |μ_j − clip(μ_j − γ_j, lower_j, upper_j)|, which is 0 only at the minimum over the bounds."""
     return float(np.abs(mu - np.minimum(np.maximum(mu - gradient, lower), upper)).max())
 
 
 def newton(
     point: Point, lower: np.ndarray, upper: np.ndarray, tol: float
 ) -> Generator[np.ndarray, Point, tuple[Point, np.ndarray | None]]:
-    """Yields the μ to evaluate, is sent its Point; returns (last point, certificate or None). Begins at `point`."""
+    """Yields the μ to evaluate and receives its Point; returns (last point, certificate or None). Starts at `point`."""
     # With finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
     bounded = bool(np.isfinite(upper - lower).all())
     certificate, polished = None, 0

@@ -1,4 +1,4 @@
-"""Points of which none is better in everything: the non-dominated ones, and the volume that they dominate.
+"""Non-dominated points, and the volume that they dominate.
 
 Higher is better in every coordinate.
 """
@@ -16,7 +16,7 @@ BLOCK = 256
 
 
 def pareto_front(points: Array) -> np.ndarray:
-    """Indices, ascending, of the points that no other dominates: none is at least as high in all and higher in one.
+    """Ascending indices of the points that no other point dominates (is at least as high in all and higher in one).
 
     points: (n, d), n >= 0, d >= 1. Equal points do not dominate each other: all copies are kept.
     O(n log n) for d <= 3; beyond, n times the size of the front at worst. Raises UserError on NaN or infinity.
@@ -33,7 +33,7 @@ def pareto_front(points: Array) -> np.ndarray:
 
 
 def hypervolume(points: Array, reference: Array) -> float:
-    """Volume of all that some point dominates and that dominates `reference`: ∪ [reference, point].
+    """Volume of the set that the points dominate above `reference`: ∪ [reference, point].
 
     points: (n, d), n >= 0. reference: (d,). A point that does not exceed it in every coordinate adds nothing.
     Exact: a sweep in two dimensions, above that each point's exclusive volume by one dimension less (While, Bradstreet
@@ -66,7 +66,8 @@ def _checked(points) -> np.ndarray:
 
 
 def _kept_by_sweep(ranks: np.ndarray) -> np.ndarray:
-    """For d <= 3 and distinct rows: best first in the first value, each is held against the staircase of those before.
+    """For d <= 3 and distinct rows: in descending order of the first value, each is compared with the staircase of the
+    previous ones.
 
     The staircase is the front of their last two values, as pairs (b, c): b ascending, c descending.
     """
@@ -90,7 +91,7 @@ def _kept_by_sweep(ranks: np.ndarray) -> np.ndarray:
 
 
 def _kept_by_blocks(ranks: np.ndarray) -> np.ndarray:
-    """For any d and distinct rows: in the order of the ranks' sums, where whoever dominates comes first."""
+    """For any d and distinct rows: in the order of the sums of ranks, in which a dominating row comes first."""
     order = np.argsort(-ranks.sum(axis=1), kind="stable")
     front = np.empty((0, ranks.shape[1]), dtype=ranks.dtype)
     kept = np.zeros(len(ranks), dtype=bool)

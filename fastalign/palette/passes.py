@@ -1,6 +1,6 @@
-"""One pass over the rewards wherever they lie: in an array, on a GPU, in chunks on disk, or in shards on many ranks.
+"""One pass over the rewards, wherever they are: in an array, on a GPU, in chunks on disk, or in shards on many ranks.
 
-The solver needs nothing of the data but a `Pass`.
+The solver accesses the data only through a `Pass`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Pass(Protocol):
 
     @property
     def center(self) -> np.ndarray:
-        """(m,) amid the data, so that an offset costs no digits; moments are about it."""
+        """(m,) a point amid the data, so that an offset costs no digits; moments are relative to it."""
 
     @property
     def size(self) -> np.ndarray:
@@ -42,19 +42,19 @@ class Pass(Protocol):
 
     @property
     def total(self) -> float:
-        """log Σ weights, or with groups log of how many there are: what a merge of passes weighs each by."""
+        """log Σ weights, or with groups the log of their number: the weight of this pass in a merge."""
 
     def __call__(self, lam: np.ndarray) -> MapStatistics: ...
 
     def part(self, rows: int) -> Pass | None:
-        """The same on about so many of the rows, or None where they may not stand for all: with groups or weights."""
+        """A pass over about that many of the rows; None if they may not be representative: with groups or weights."""
 
     def reject_nonfinite(self) -> None:
         """Raises UserError on the first NaN or infinite reward."""
 
 
 class ArrayPass(MapPass):
-    """Over an array in memory, or mapped into it: read in place."""
+    """A pass over an array in memory, or memory-mapped; read in place."""
 
     rows: int
     group_count: int
@@ -97,7 +97,7 @@ class ArrayPass(MapPass):
 
 
 class DevicePass:
-    """Over a tensor on a GPU, which stays there."""
+    """A pass over a tensor on a GPU, which stays there."""
 
     center: np.ndarray
     size: np.ndarray
@@ -145,9 +145,9 @@ class DevicePass:
 
 
 def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tuple[MapStatistics, float]:
-    """The statistics of all rows from those of disjoint parts about one center, and the parts' common total.
+    """The statistics of all rows from those of disjoint parts relative to one center, and the parts' total.
 
-    totals: each part's log Σ weights, or with groups the log of its number of groups (none may be cut in two).
+    totals: each part's log Σ weights, or with groups, the log of its number of groups (no group may be split).
     """
     share = np.array(totals)
     total = float(np.logaddexp.reduce(share))
@@ -175,7 +175,8 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
 
 
 class ChunkedPass:
-    """Over chunks of rows that are read anew in every pass; see `sources`. One more read takes a sample of them."""
+    """A pass over chunks of rows that are read again in every pass; see `sources`. One more read takes a sample of
+    them."""
 
     source: ParquetRewards
     grouped: bool
@@ -203,12 +204,12 @@ class ChunkedPass:
             if log_weights is not None and not self.grouped and not (log_weights > -np.inf).any():
                 continue
             run = ArrayPass(rewards, center=self.center, log_weights=log_weights, groups=groups)
-            found = run(lam), run.total
-            merged = found if merged is None else merge(*zip(merged, found, strict=True), self.grouped)
+            moments = run(lam), run.total
+            merged = moments if merged is None else merge(*zip(merged, moments, strict=True), self.grouped)
         if merged is None:
             raise UserError("weights must be positive in at least one row, got none")
-        found, self.total = merged
-        return found
+        moments, self.total = merged
+        return moments
 
     @property
     def group_count(self) -> int:
@@ -227,7 +228,8 @@ class ChunkedPass:
 
 
 class ShardedPass:
-    """Over the rows of every rank of a torch.distributed group: each has its own pass, and all get the same answer."""
+    """A pass over the rows of all ranks of a torch.distributed group: each rank has its own rows and gets the same
+    answer."""
 
     own: Pass
     group: Any
@@ -245,14 +247,14 @@ class ShardedPass:
         device = "cuda" if dist.get_backend(process_group) == "nccl" else "cpu"
         self.device: torch.device = torch.device(device)
         m = len(own.center)
-        told = self._gather(np.concatenate(([own.rows, own.eps], own.center, own.size)))
-        weight = told[:, 0] / told[:, 0].sum()
-        self.rows, self.eps = int(told[:, 0].sum()), float(told[:, 1].max())
-        self.size: np.ndarray = np.sqrt(weight @ told[:, 2 + m :] ** 2)
-        self._recenter(weight @ told[:, 2 : 2 + m])
+        gathered = self._gather(np.concatenate(([own.rows, own.eps], own.center, own.size)))
+        weight = gathered[:, 0] / gathered[:, 0].sum()
+        self.rows, self.eps = int(gathered[:, 0].sum()), float(gathered[:, 1].max())
+        self.size: np.ndarray = np.sqrt(weight @ gathered[:, 2 + m :] ** 2)
+        self._recenter(weight @ gathered[:, 2 : 2 + m])
 
     def _recenter(self, center: np.ndarray) -> None:
-        """Moments of all ranks about one center: the statistics at λ about each rank's own are moved to it."""
+        """Moves the statistics of all ranks from their own centers to a common one."""
         self.center, self.shift = center, self.own.center - center
 
     def _gather(self, values: np.ndarray) -> np.ndarray:
@@ -264,17 +266,17 @@ class ShardedPass:
         return torch.stack(everyone).cpu().numpy()
 
     def __call__(self, lam: np.ndarray) -> MapStatistics:
-        found = self.own(lam)
+        moments = self.own(lam)
         count, m = lam.shape
         score = lam @ self.shift
         packed = np.concatenate(
             [
                 np.full((count, 1), self.own.total),
-                (found.log_z + score)[:, None],
-                found.ess[:, None],
-                (found.max_score + score)[:, None],
-                found.mean + self.shift,
-                found.cov.reshape(count, m * m),
+                (moments.log_z + score)[:, None],
+                moments.ess[:, None],
+                (moments.max_score + score)[:, None],
+                moments.mean + self.shift,
+                moments.cov.reshape(count, m * m),
             ],
             axis=1,
         )
@@ -310,11 +312,11 @@ class ShardedPass:
 
 
 def together(failed: str, process_group: Any) -> None:
-    """Raises on every rank what went wrong on any, so that none waits for another that gave up."""
+    """Raises on every rank an error that occurred on any, so that no rank waits for one that failed."""
     import torch.distributed as dist
 
-    told: list = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(told, failed, group=process_group)
-    for rank, message in enumerate(told):
+    failures: list = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(failures, failed, group=process_group)
+    for rank, message in enumerate(failures):
         if message:
             raise UserError(f"{message} (on rank {rank})")

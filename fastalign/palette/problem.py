@@ -1,4 +1,4 @@
-"""One data set and K palettes in units of the rewards' standard deviations: minimised side by side, then judged."""
+"""One data set and K palettes in units of the rewards' standard deviations: solved side by side, then judged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 class Problem:
     """The duals of `palettes` (K, m) at their minima.
 
-    run: a pass (see `passes`). sign (m,): 1 for ≥, -1 for ≤, 0 for =. start: (K, m) λ to begin at, or None.
+    run: a pass (see `passes`). sign (m,): 1 for ≥, -1 for ≤, 0 for =. start: (K, m) initial λ, or None.
     """
 
     palettes: np.ndarray
@@ -53,18 +53,18 @@ class Problem:
         count, m = palettes.shape
         self.constant, self.short = np.zeros(m, dtype=bool), np.zeros(count, dtype=bool)
         compiled = native.serves(run)
-        found = native.minimise(self, start, measured=False) if compiled else None
-        if found is None:
+        minima = native.minimise(self, start, measured=False) if compiled else None
+        if minima is None:
             if start is None and not compiled:
                 start = self._start_on_part()
             guess = None if compiled else start
             first = run(np.zeros((1, m)) if guess is None else np.vstack([np.zeros((1, m)), guess]))
             self._measure(first)
-            found = native.minimise(self, start, measured=True) if compiled else self._minimise(first, guess)
-        self.minima = found
+            minima = native.minimise(self, start, measured=True) if compiled else self._minimise(first, guess)
+        self.minima = minima
 
     def _start_on_part(self) -> np.ndarray | None:
-        """(K, m) λ solved on a part of the rows; None where there are not many times as many."""
+        """(K, m) λ solved on a part of the rows; None if there are too few rows for that to pay."""
         part = self.run.part(FIRST_ROWS) if self.run.rows >= FIRST_SHARE * FIRST_ROWS else None
         if part is None:
             return None
@@ -74,7 +74,7 @@ class Problem:
         return np.where(few.minima.certified[:, None], 0.0, few.minima.mu / few.scale)
 
     def _measure(self, first: MapStatistics) -> None:
-        """The units from the moments at λ = 0, and which palettes ask too much of a reward that is constant."""
+        """The units, from the moments at λ = 0, and which palettes are infeasible in a constant reward."""
         self.mean, self.cov = first.mean[0], first.cov[0]
         if not (isfinite(self.mean.sum()) and isfinite(self.cov.sum())):
             self.run.reject_nonfinite()
@@ -86,11 +86,11 @@ class Problem:
         self.short: np.ndarray = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
 
     def _units(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What each reward is measured by, (m,): its standard deviation under p0; and whether it is constant.
+        """The unit of each reward, (m,): its standard deviation under p0; and whether it is constant.
 
-        A variance that is small beside the square of the mean it is about may be all rounding, or be lost in it.
-        There the range tells whether there is any, over rows of positive weight and within groups, and measures the
-        reward; what is constant is measured by its own size.
+        A variance that is small relative to the squared mean may be rounding error, or be lost in it. Then the range,
+        over rows of positive weight and within groups, decides whether there is any, and is the unit; the unit of a
+        constant reward is its own size.
         """
         run = self.run
         deviation = np.sqrt(np.maximum(variance, 0))
@@ -110,7 +110,7 @@ class Problem:
         return deviation, constant
 
     def _miss(self, gradient: np.ndarray) -> np.ndarray:
-        """By how many standard deviations each level misses what is asked of it; at most 0 where it does not."""
+        """By how many standard deviations each level misses its target; at most 0 if it does not."""
         return np.where(self.sign == 0, np.abs(gradient), -self.sign * gradient)
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +119,7 @@ class Problem:
         return np.where(self.sign > 0, 0.0, -bound), np.where(self.sign < 0, 0.0, bound)
 
     def _points(self, ks: Sequence[int] | np.ndarray, mu: np.ndarray, stats: MapStatistics) -> list[Point]:
-        """The duals of the palettes `ks` at their μ (len(ks), m), from a pass's statistics there."""
+        """The duals of the palettes `ks` at their μ (len(ks), m), from a pass's statistics."""
         offset = self.run.center - self.palettes[ks]
         shift = (mu / self.scale * offset).sum(axis=1)
         gradient = np.where(self.constant, 0.0, (stats.mean + offset) / self.scale)
@@ -134,7 +134,7 @@ class Problem:
         return self._points(ks, mu, self.run(mu / self.scale))
 
     def _minimise(self, first: MapStatistics, guess: np.ndarray | None) -> newton.Minima:
-        """In Python, from 0 or where the guess is lower: they share the first read."""
+        """Minimises in Python, from 0 or from the guess if that is lower; both share the first read."""
         (lower, upper), ks = self._bounds(), np.arange(len(self.palettes))
         part = lambda rows: type(first)(*(x[rows] for x in first))  # noqa: E731
         points = self._points(ks, np.zeros(self.palettes.shape), part(np.zeros_like(ks)))
@@ -160,7 +160,7 @@ class Problem:
         if self.constant.any():
             levels[:, self.constant] = (self.run.center + self.mean)[self.constant]
         gap = (mu * gradient).sum(axis=1)
-        found = {
+        result = {
             "lam": lam,
             "levels": levels,
             "kl": np.maximum(0.0, gap - value),
@@ -169,13 +169,14 @@ class Problem:
             "duality_gap": gap,
         }
         flagged = feasible & too_thin(ess, lam, self.run.rows, self.run.group_count)
-        for x in () if solved.all() else found.values():  # the dual has no minimum
+        for x in () if solved.all() else result.values():  # the dual has no minimum
             x[~solved] = np.nan
-        found |= {"feasible": feasible, "iterations": passes, "nearly_infeasible": flagged, "unique": unique}
-        return found | {name: beyond.get(name) for name in ("nearest", "certificate", "scaling")}
+        result |= {"feasible": feasible, "iterations": passes, "nearly_infeasible": flagged, "unique": unique}
+        return result | {name: beyond.get(name) for name in ("nearest", "certificate", "scaling")}
 
     def _judge(self, reached: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Which palettes can be reached (K,); of the others `nearest`, `certificate` and `scaling`, else NaN."""
+        """Which palettes can be reached (K,), and for those that cannot, `nearest`, `certificate` and `scaling`, else
+        NaN."""
         reachable, feasible = Reachable(self.run, self.scale, self.sign), reached.copy()
         nearest, certificate = np.full((2, *self.palettes.shape), np.nan)
         scaling = np.full(len(reached), np.nan)
@@ -194,7 +195,7 @@ class Problem:
         return feasible, {} if feasible.all() else beyond
 
     def _least_norm(self, solved: np.ndarray) -> np.ndarray:
-        """Moves each minimum that is one of many to the one of least norm; (K,) whether it is the only one."""
+        """Moves each non-unique minimum to the one of least norm; returns (K,) whether it is unique."""
         minima, unique = self.minima, np.ones(len(solved), dtype=bool)
         directions = flat_directions(self.cov / (self.scale * self.scale[:, None]), self.constant)
         lower, upper = self._bounds()
@@ -212,7 +213,7 @@ class Problem:
 
 
 def too_thin(ess: Any, lam: np.ndarray, rows: int, groups: int) -> Any:
-    """Whether too few samples are left for the values that bind, if any do: ess (...,) of lam (..., m)."""
+    """Whether too few effective samples are left for the binding values, if any: ess (...,) of lam (..., m)."""
     binding = (lam != 0).sum(axis=-1)
     enough = np.minimum(ENOUGH_PER_VALUE * (1 + binding), rows / 2)
     thin = (ess * groups < enough) | (ess < ENOUGH_PER_PROMPT) if groups else ess < enough

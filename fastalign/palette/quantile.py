@@ -1,4 +1,4 @@
-"""Palettes written as quantiles of the rewards at hand."""
+"""Palettes given as quantiles of the rewards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def quantile_palette(rewards: Array, q: float, *, values: Sequence[int] | None =
 
     rewards: (n, m), numpy array or torch tensor. q: in [0, 1]. values: column numbers. Returns (m,) float64.
     With the humor, helpful and harmless columns this is HHH-q of the MAP paper (arXiv 2410.19198, section 4). Each
-    quantile can be reached by itself; all at once may not be, which `solve` finds out.
-    Raises UserError on a q outside [0, 1], a column that does not exist, and NaN or infinite rewards.
+    quantile can be reached on its own, but all together possibly not; `solve` decides that. Raises UserError on a q
+    outside [0, 1], a column that does not exist, and NaN or infinite rewards.
     """
     rewards = as_rewards(rewards)
     check_quantile("q", q)

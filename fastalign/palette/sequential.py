@@ -1,7 +1,7 @@
-"""Alignment one value at a time: each value's λ is solved with the others' policy as the base.
+"""Alignment one value at a time: each value's λ is solved with the policy of the others as the base.
 
 One round over the values is sequential alignment (MAP, arXiv 2410.19198, section 3.4). Each step minimises the common
-dual along one coordinate, so that repeated rounds are its coordinate descent and approach the simultaneous answer.
+dual along one coordinate, so repeated rounds are coordinate descent and approach the simultaneous solution.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def solve_in_turn(
     weights: Array | None = None,
     sense: Sense = ">=",
 ) -> np.ndarray:
-    """λ after each round, (rounds, m), from aligning to one value after the other, starting at λ = 0.
+    """λ after each round, (rounds, m), when aligning to one value after the other, starting at λ = 0.
 
-    order: the columns in turn (default all, from the first on). The other arguments are those of `solve`.
-    Raises UserError where one value alone cannot be reached.
+    order: the order of the columns (default: all, from the first on). The other arguments are those of `solve`.
+    Raises UserError if one value alone cannot be reached.
     """
     rewards = as_rewards(rewards)
     n, m = rewards.shape
@@ -50,15 +50,15 @@ def solve_in_turn(
             top = np.full(ids.max() + 1, -np.inf)
             np.maximum.at(top, ids, np.where(weights > 0, score, -np.inf))
             tilted = weights * np.exp(score - top[ids])
-            found = solve(
+            solution = solve(
                 columns[j][:, None],
                 palette[j : j + 1],
                 groups=groups,
                 weights=tilted,
                 sense={1: ">=", -1: "<=", 0: "=="}[int(sign[j])],
             )
-            if not found.feasible:
-                raise UserError(f"value {j} alone cannot reach {palette[j]:.6g}, at best {found.nearest[0]:.6g}")
-            lam[j] = found.lam[0]
+            if not solution.feasible:
+                raise UserError(f"value {j} alone cannot reach {palette[j]:.6g}, at best {solution.nearest[0]:.6g}")
+            lam[j] = solution.lam[0]
         path.append(lam.copy())
     return np.array(path)

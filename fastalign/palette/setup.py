@@ -1,4 +1,4 @@
-"""From the arguments of `solve` to the pass over the rewards and the palettes; each mistake is one clear line."""
+"""Converts the arguments of `solve` to the pass over the rewards and the palettes; each mistake is one clear line."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def set_up(
     """The pass over the rewards, the palettes (K, m) and the constraints' signs (m,)."""
     if process_group is None:
         return _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max)
-    failed, found = "", None
+    failed, own_setup = "", None
     try:
-        found = _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max)
+        own_setup = _set_up_own(rewards, palette, groups, weights, sense, tol, lam_max)
     except (UserError, TypeError, FileNotFoundError) as error:
         failed = str(error)
     together(failed, process_group)
-    own, palettes, sign = found
+    own, palettes, sign = own_setup
     grouped = groups is not None or (isinstance(rewards, ParquetRewards) and rewards.grouped)
     return ShardedPass(own, process_group, grouped), palettes, sign
 
@@ -64,10 +64,10 @@ def _set_up_own(
 
 
 def pass_over(rewards: Rewards, groups: Array | None, weights: Array | None) -> Pass:
-    """The pass over this process's rewards, which may be an array, a tensor of any device or a `ParquetRewards`."""
+    """The pass over this process's rewards: an array, a tensor on any device or a `ParquetRewards`."""
     if isinstance(rewards, ParquetRewards):
         if groups is not None or weights is not None:
-            raise UserError("groups and weights must be columns named to ParquetRewards, got arrays beside it")
+            raise UserError("groups and weights must be names of columns given to ParquetRewards, got arrays")
         return ChunkedPass(rewards)
     on_gpu = isinstance(rewards, torch.Tensor) and rewards.is_cuda and rewards.ndim == 2 and rewards.numel() > 0
     rewards = _on_device(rewards.detach()) if on_gpu else as_rewards(rewards)

@@ -1,14 +1,15 @@
 """The MAP dual: the weights λ whose policy p_λ ∝ p0 exp(λ·R) reaches a value palette at the least KL.
 
 min over λ of g(λ) = log Z(λ) − λ·c, which is the entropy-projection dual of MAP (arXiv 2410.19198, eqs. 5-7): λ_j ≥ 0
-where a palette asks for at least c_j, ≤ 0 for at most, free for exactly. Its gradient is E_λ[R] − c, its Hessian the
-covariance of R under p_λ. Both come out of one pass over the rewards, so the method is the one that needs the fewest
-passes: projected Newton with a safeguarded line search. Everything runs in units of each reward's standard deviation.
+if a palette asks for at least c_j, ≤ 0 for at most, free for exactly. Its gradient is E_λ[R] − c, its Hessian the
+covariance of R under p_λ. One pass over the rewards gives both, so we use the method that needs the fewest passes:
+projected Newton with a safeguarded line search. All computations are in units of each reward's standard deviation.
 
-Two forms of the dual. The joint one, log Z of all samples, is the least KL over laws of (prompt, answer): it also
-tilts which prompts come up, which no decoder can do. The per-prompt one, mean_x log Z(x, λ), is the least mean KL over
-conditional laws p(y|x), whose Lagrangian splits by prompt; it is what a decoder realises. They agree where the rewards'
-law does not depend on the prompt; otherwise the joint form reaches more, by leaning on prompts that score high.
+There are two forms of the dual. The joint one, log Z of all samples, gives the least KL over distributions of (prompt,
+answer): it also changes the frequency of prompts, which no decoder can do. The per-prompt one, mean_x log Z(x, λ),
+gives the least mean KL over conditional distributions p(y|x), whose Lagrangian splits by prompt; a decoder realises
+this one. They agree if the rewards' distribution does not depend on the prompt; otherwise the joint form reaches more,
+by favouring prompts that score high.
 """
 
 from __future__ import annotations
@@ -30,31 +31,32 @@ from fastalign.palette.sources import ParquetRewards
 
 @dataclass(frozen=True, repr=False)
 class PaletteSolution:
-    """What `solve` found. Each field leads with K where the palette was (K, m).
+    """The result of `solve`. Each field has a leading K if the palette was (K, m).
 
-    lam: (m,) float64, the weights; exactly 0 for a value whose constraint is slack. NaN where the palette is
-        infeasible and no `lam_max` was given: the dual has no minimum.
+    lam: (m,) float64, the weights; exactly 0 for a value whose constraint is slack. NaN if the palette is infeasible
+        and no `lam_max` was given, because the dual then has no minimum.
     levels: (m,) E_λ[R], the levels that the policy reaches. kl: KL(p_λ ‖ p0) in nats (with groups: its mean over the
         groups). ess: effective sample size (Σ w)² / Σ w² of the reweighted samples (with groups: mean per group).
     feasible: whether the palette can be reached at all by reweighting these samples.
     kkt_residual: max_j |μ_j − clip(μ_j − γ_j, bounds)| with μ_j = λ_j σ_j, γ_j = (E_λ[R_j] − c_j) / σ_j and σ_j the
-        standard deviation of reward j under p0 (with groups: within them, in the root mean square); that is, how far
-        the levels miss, in standard deviations. A constant reward is measured by its own size, and one whose deviation
-        is lost in rounding, as under weights of very different magnitude, by its range.
-    iterations: passes over all rewards that it took. nearest: (m,) the reachable palette closest to an infeasible one
-        (Euclidean distance in units of σ); None where the palette is feasible (NaN rows in the (K, m) form, None if
-        all are).
-    certificate: (m,) d with max_i d·R_i < d·c over the samples of positive weight (with groups: their mean), the proof,
-        checked, that an infeasible palette is so (d_j ≥ 0 for at least, ≤ 0 for at most); NaN where it is beyond by
-        more than tol but by too little to be proved in float64; else as `nearest`.
-    scaling: for an infeasible palette the largest t for which mean + t (palette − mean) can be reached; None, or NaN
-        in the (K, m) form, where it is feasible.
-    duality_gap: KL(p_λ ‖ p0) + g(λ) = λ·(levels − palette) in nats. Where the levels meet the palette, no policy that
-        meets it has a KL less than `kl` by more than this.
-    nearly_infeasible: feasible, but λ rests on fewer than ten effective samples for each value that binds and one more
-        (with groups: or on fewer than two in the mean prompt): other samples of the same model may not reach it.
-    unique: False where duplicated or collinear rewards leave λ open; `lam` is then the one of least norm Σ (λ_j σ_j)².
-    palette: what was asked for, (m,) or (K, m). values: the rewards' names.
+        standard deviation of reward j under p0 (with groups: within them, in the root mean square); that is, by how
+        many standard deviations the levels miss. For a constant reward the unit is its own size; if the deviation is
+        lost in rounding, as with weights of very different magnitude, it is the range.
+    iterations: number of passes over all rewards. nearest: (m,) the reachable palette closest to an infeasible one
+        (Euclidean distance in units of σ); None if the palette is feasible (in the (K, m) form NaN rows, or None if all
+        are).
+    certificate: (m,) d with max_i d·R_i < d·c over the samples of positive weight (with groups: their mean), a verified
+        proof that the palette is infeasible (d_j ≥ 0 for at least, ≤ 0 for at most); NaN if it is unreachable by more
+        than tol but by too little to prove in float64; else as `nearest`.
+    scaling: for an infeasible palette the largest t for which mean + t (palette − mean) can be reached; None (NaN in
+        the (K, m) form) if it is feasible.
+    duality_gap: KL(p_λ ‖ p0) + g(λ) = λ·(levels − palette) in nats. If the levels reach the palette, no policy that
+        reaches it has a KL smaller than `kl` by more than this.
+    nearly_infeasible: feasible, but λ depends on fewer than ten effective samples per binding value plus one (with
+        groups: or on fewer than two in the mean prompt), so other samples of the same model may not reach the palette.
+    unique: False if duplicated or collinear rewards leave λ undetermined; `lam` is then the one of least norm Σ (λ_j
+        σ_j)².
+    palette: the requested palette, (m,) or (K, m). values: the rewards' names.
     """
 
     lam: np.ndarray
@@ -74,7 +76,7 @@ class PaletteSolution:
     values: ClassVar[tuple[str, ...]] = ()
 
     def shown_with(self, palette: np.ndarray, values: tuple[str, ...]) -> PaletteSolution:
-        """Itself, and what its table tells beside the fields."""
+        """The same solution, with the additional data that its table shows."""
         object.__setattr__(self, "palette", palette)
         object.__setattr__(self, "values", values)
         return self
@@ -98,7 +100,7 @@ class PaletteSolution:
         return f"<p>{html.escape(self._verdict())}</p><table>{''.join(cells)}</table>"
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame: a row for each value, or for each palette where there are many. Raises UserError where
+        """A pandas DataFrame: a row for each value, or for each palette where there are many. Raises UserError if
         pandas is not installed."""
         pd = pandas()
         if np.ndim(self.lam) == 2:
@@ -125,7 +127,7 @@ class PaletteSolution:
         return f"PaletteSolution: feasible{near}, KL {kl:.3f} nats, effective sample size {ess:.1f}"
 
     def _table(self) -> list[list[str]]:
-        """A header and a row for each value; of many palettes, for each of the first ten."""
+        """A header and one row per value; of many palettes, for the first ten."""
         lam, names = np.asarray(self.lam), self._names()
         if lam.ndim == 2:
             rows = [[str(k), *(f"{x:.4g}" for x in row), f"{self.kl[k]:.3f}"] for k, row in enumerate(lam[:10])]
@@ -151,32 +153,32 @@ def solve(
 ) -> PaletteSolution:
     """Weights λ of the policy p_λ ∝ p0 exp(λ·R) with E_λ[R] ≥ palette at the least KL from p0.
 
-    rewards: (n, m), rewards of n samples of p0; numpy array (memory-mapped too) or torch tensor of any device; float32
+    rewards: (n, m), rewards of n samples of p0; numpy array (memory-mapped too) or torch tensor on any device; float32
         and float64 are read in place, on the CPU and on CUDA. Or a pandas DataFrame; or a `ParquetRewards`, read in
-        chunks, which brings groups and weights of its own.
-    palette: (m,), or (K, m) for K palettes solved side by side, each pass serving all of them.
+        chunks, with its own groups and weights.
+    palette: (m,), or (K, m) for K palettes solved together, with shared passes.
     groups: (n,) integers, the prompt of each sample: the per-prompt dual mean_x log Z(x, λ) − λ·c, whose policy
-        keeps the prompts' distribution (every group counts alike). None: the joint dual, log Z over all samples.
+        keeps the prompts' distribution (every group has equal weight). None: the joint dual, log Z over all samples.
     weights: (n,) ≥ 0, weights of the samples under p0 (default 1).
     sense: ">=", "<=" (λ_j ≤ 0) or "==" (λ_j of either sign), for all values or one for each.
-    tol: bound on the KKT residual. lam_max: upper bound on each |λ_j|. The levels may then fall short of a palette that
-        is feasible: `feasible` still tells whether it can be reached without the bound.
-    values: the rewards' names, for what is shown; default those of a DataFrame's or a ParquetRewards' columns.
-    process_group: a torch.distributed group over whose ranks the rows are spread (`dist.group.WORLD` for all): each
-        rank passes its own rows and the same palette, and gets the same answer. No prompt may lie on two ranks.
+    tol: bound on the KKT residual. lam_max: upper bound on each |λ_j|. The levels may then miss a feasible palette;
+        `feasible` still says whether it can be reached without the bound.
+    values: the rewards' names for display; default: the columns of a DataFrame or a ParquetRewards.
+    process_group: a torch.distributed group over whose ranks the rows are distributed (`dist.group.WORLD` for all):
+        each rank passes its own rows and the same palette, and gets the same answer. No prompt may be on two ranks.
 
-    A palette is feasible if some mixture of the samples reaches it to within tol standard deviations. On the very
-    edge of what is reachable λ grows without limit; there the returned λ is the first to come within tol or, if
-    none does at finite precision, the last one tried, and kkt_residual tells how far off it is.
+    A palette is feasible if some mixture of the samples reaches it to within tol standard deviations. At the boundary
+    of what is reachable λ diverges; the returned λ is then the first within tol or, if none is at finite precision, the
+    last one tried, and kkt_residual says how far off it is.
 
-    Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights
-    that are negative or sum to nothing (in any group).
+    Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights that are
+    negative or sum to zero (in any group).
     """
     if values is None:
         values = rewards.values if isinstance(rewards, ParquetRewards) else getattr(rewards, "columns", ())
     shown = np.array(palette, dtype=np.float64), tuple(map(str, values))
     run, palettes, sign = set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group)
-    found = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max).conclude()
+    result = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max).conclude()
     if np.ndim(palette) == 1:
-        found = {name: None if x is None else x[0] for name, x in found.items()}
-    return PaletteSolution(**found).shown_with(*shown)
+        result = {name: None if x is None else x[0] for name, x in result.items()}
+    return PaletteSolution(**result).shown_with(*shown)

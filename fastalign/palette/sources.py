@@ -1,4 +1,4 @@
-"""Rewards that do not fit in memory: read from disk in chunks of rows, once for every pass of the solver.
+"""Rewards that do not fit in memory: read from disk in chunks of rows, once per pass of the solver.
 
 A memory-mapped array (`numpy.load(path, mmap_mode="r")`) needs none of this: the solver reads it in place.
 """
@@ -20,11 +20,12 @@ SAMPLE_ROWS = 1 << 17  # kept in memory, to start from
 
 
 class ParquetRewards:
-    """The columns `values` of one Parquet file or several, as rewards that `solve` reads without holding them.
+    """The columns `values` of one or several Parquet files, as rewards that `solve` reads without loading them into
+    memory.
 
     path: a file, a folder of .parquet files, or a list of files. values: the columns' names, one for each reward.
-    groups, weights: the names of the columns of the prompt's number (rows sorted by it) and of the rows' weights.
-    Raises UserError on a column that is not there or not of numbers; on missing values and unsorted groups as it reads.
+    groups, weights: the names of the columns with the prompt's index (rows sorted by it) and with the rows' weights.
+    Raises UserError on a missing or non-numeric column and, while reading, on missing values and unsorted groups.
     """
 
     paths: list[Path]
@@ -77,7 +78,7 @@ class ParquetRewards:
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if wide else np.float32)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
-        """(rewards (k, m), log weights or None, groups or None), chunk by chunk; no group is cut in two."""
+        """(rewards (k, m), log weights or None, groups or None), chunk by chunk; no group is split."""
         if not self.grouped:
             yield from self._chunks()
             return
@@ -130,7 +131,7 @@ class ParquetRewards:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """What Arrow says of a file that it cannot read, in one line that names it."""
+    """Arrow's error for a file that it cannot read, as one line that names the file."""
     import pyarrow as pa
 
     try:

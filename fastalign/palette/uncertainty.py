@@ -1,4 +1,4 @@
-"""How far λ and the levels hold on other samples of the model: standard errors, bootstrap, held-out data."""
+"""How well λ and the levels hold on other samples of the same model: standard errors, bootstrap, held-out data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fastalign.palette.solve import solve
 
 @dataclass(frozen=True)
 class StandardErrors:
-    """lam (m,): of λ, 0 where a constraint is slack. levels (m,): of the levels that p_λ has beyond these samples."""
+    """Standard errors. lam (m,): of λ, 0 where a constraint is slack. levels (m,): of the levels of p_λ beyond these
+    samples."""
 
     lam: np.ndarray
     levels: np.ndarray
@@ -23,7 +24,8 @@ class StandardErrors:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """lam and levels (B, m) of each resample, NaN where the palette was out of reach; feasible: their share."""
+    """lam (B, m) and levels (B, m) of each resample, NaN if it could not reach the palette; feasible: the share that
+    could."""
 
     lam: np.ndarray
     levels: np.ndarray
@@ -37,9 +39,9 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """levels (m,): reached on samples that did not make λ, mean over the folds; error (m,): its standard error.
+    """levels (m,): reached on samples not used for λ, mean over the folds; error (m,): its standard error.
 
-    met: for each value, whether the palette lies within two standard errors of what was reached, or is exceeded.
+    met: for each value, whether the level exceeds the palette or is within two standard errors of it.
     ess: effective sample size on the held-out folds, summed. feasible: whether every fold's training part reached it.
     """
 
@@ -57,8 +59,8 @@ def standard_errors(
 
     λ solves Σ_i w_i e^{λ·R_i} (R_i − c) = 0 for the values that bind, an M-estimator with Jacobian C = Cov_λ(R):
     Var λ = C⁻¹ V C⁻¹, V = Σ p_i² (R_i − E_λ R)(R_i − E_λ R)ᵀ; V is also the variance of the levels at fixed λ, which to
-    first order is how far the policy's true levels lie from those found (White 1982). With groups the prompts are what
-    was drawn: V is the covariance of the groups' own levels over the number of groups. NaN of a single group or sample.
+    first order is the error of the policy's levels (White 1982). With groups the prompts are the random sample: V is
+    the covariance of the groups' levels divided by the number of groups. NaN for a single group or sample.
     """
     rewards, lam = as_rewards(rewards), np.asarray(lam, dtype=np.float64)
     n, m = rewards.shape
@@ -118,14 +120,14 @@ def bootstrap(
             counts = np.bincount(rng.integers(0, n, n), minlength=n)
             if not (counts * weights).any():
                 continue
-            found = solve(rewards, palette, weights=counts * weights, sense=sense)
+            solution = solve(rewards, palette, weights=counts * weights, sense=sense)
         else:
             drawn = [members[g] for g in rng.integers(0, len(members), len(members))]
             rows = np.concatenate(drawn)
             again = np.repeat(np.arange(len(drawn)), [len(g) for g in drawn])
-            found = solve(rewards[rows], palette, groups=again, weights=weights[rows], sense=sense)
-        if found.feasible:
-            lam[b], levels[b] = found.lam, found.levels
+            solution = solve(rewards[rows], palette, groups=again, weights=weights[rows], sense=sense)
+        if solution.feasible:
+            lam[b], levels[b] = solution.lam, solution.levels
     return Bootstrap(lam, levels, float(np.isfinite(lam[:, 0]).mean()))
 
 
@@ -139,10 +141,10 @@ def held_out(
     weights: Array | None = None,
     sense: Sense = ">=",
 ) -> HeldOut:
-    """λ solved on all folds but one, and the levels it reaches on that one: is the palette met where λ was not made?
+    """λ solved on all folds but one, and the levels it reaches on that one: is the palette reached on unseen data?
 
-    Folds are random sets of rows, with groups of whole groups. A training part that cannot reach the palette is solved
-    for its nearest reachable one, just inside.
+    Folds are random sets of rows (with groups: of whole groups). A training part that cannot reach the palette is
+    solved for its nearest reachable one, just inside.
     """
     rewards = as_rewards(rewards)
     n, m = rewards.shape
@@ -161,16 +163,16 @@ def held_out(
             "groups": None if groups is None else units[rows],
             "weights": weights[rows],
         }
-        found = solve(rewards[train], palette, sense=sense, **part(train))
-        if not found.feasible:
+        solution = solve(rewards[train], palette, sense=sense, **part(train))
+        if not solution.feasible:
             feasible = False
             before = np.average(rewards[train], axis=0, weights=weights[train])
-            inside = before + INWARD * found.scaling * (palette - before)
-            found = solve(rewards[train], inside, sense=sense, **part(train))
-        p, ids, groups_here = _law(rewards[test], found.lam, part(test)["groups"], weights[test])
+            inside = before + INWARD * solution.scaling * (palette - before)
+            solution = solve(rewards[train], inside, sense=sense, **part(train))
+        p, ids, groups_here = _law(rewards[test], solution.lam, part(test)["groups"], weights[test])
         levels += (p @ rewards[test].astype(np.float64)) / groups_here / folds
         if groups is None:
-            variance += (standard_errors(rewards[test], found.lam, **part(test)).levels / folds) ** 2
+            variance += (standard_errors(rewards[test], solution.lam, **part(test)).levels / folds) ** 2
         else:
             own.append(np.stack([np.bincount(ids, p * rewards[test, j]) for j in range(m)], axis=1))
         ess += float((1.0 / np.bincount(ids, p * p)).sum())
@@ -183,7 +185,7 @@ def held_out(
 
 
 def _law(rewards, lam, groups, weights) -> tuple[np.ndarray, np.ndarray, int]:
-    """p_λ of each row within its group (n,), the groups' numbers 0.. (n,), and how many groups there are."""
+    """p_λ of each row within its group (n,), the group indices 0.. (n,), and the number of groups."""
     n = len(rewards)
     ids = np.zeros(n, dtype=np.int64) if groups is None else np.unique(as_groups(groups, n), return_inverse=True)[1]
     weights = np.ones(n) if weights is None else as_weights(weights, n)

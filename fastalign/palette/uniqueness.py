@@ -1,4 +1,4 @@
-"""Where λ is not unique, for a combination of rewards is constant and the dual flat along it: the least λ."""
+"""Non-unique λ: along a constant combination of rewards the dual is flat, and the λ of least norm is taken."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ FLAT = 1e-13  # of the correlations' eigenvalues; what lies below is rounding
 
 
 def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | None:
-    """An orthonormal basis (r, k) of the combinations of the k rewards that do vary; None where all k of them do.
+    """An orthonormal basis (r, k) of the varying combinations of the k rewards; None if all combinations vary.
 
-    hessian: (m, m) the rewards' covariance under p0 in units of σ: its null space is what leaves μ open.
+    hessian: (m, m) the rewards' covariance under p0 in units of σ: its null space leaves μ undetermined.
     """
     moving = np.flatnonzero(~constant)
     if len(moving) < 2:
@@ -24,8 +24,8 @@ def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | N
 def least_norm(
     mu: np.ndarray, gradient: np.ndarray, rows: np.ndarray, lower: np.ndarray, upper: np.ndarray, constant: np.ndarray
 ) -> tuple[np.ndarray | None, bool]:
-    """The minimiser of least |μ| within the bounds that has the scores of `mu` (m,), or None where that is `mu`; and
-    whether it was unique at all. gradient: (m,) there. rows: what `flat_directions` returned.
+    """The minimiser of least |μ| within the bounds with the same scores as `mu` (m,), or None if that is `mu`; and
+    whether the minimiser is unique. gradient: (m,) at `mu`. rows: the result of `flat_directions`.
     """
     moving = np.flatnonzero(~constant)
     # A value that is slack by more than rounding has μ = 0 in every minimiser.
@@ -39,8 +39,8 @@ def least_norm(
     size = max(1.0, float(np.abs(mu).max()))
     system = np.vstack([1e7 * rows[:, free], np.eye(len(at))])
     target = np.concatenate([1e7 * (rows[:, free] @ (mu[at] / size)), np.zeros(len(at))])
-    found = lsq_linear(system, target, (lower[at] / size - 1e-300, upper[at] / size + 1e-300), method="bvls").x
+    shortest = lsq_linear(system, target, (lower[at] / size - 1e-300, upper[at] / size + 1e-300), method="bvls").x
     least = np.zeros_like(mu)
-    least[at] = np.clip(found * size, lower[at], upper[at])
+    least[at] = np.clip(shortest * size, lower[at], upper[at])
     least[np.abs(least) <= 1e-13 * size] = 0.0
     return least, False

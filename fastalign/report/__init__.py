@@ -1,4 +1,4 @@
-"""The report of the MAP job: each value before, asked for, predicted by the dual, and realised by the texts chosen."""
+"""The report of the MAP job: each value before, its target, predicted by the dual, and realised by the chosen texts."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ LOW_ESS = 2.0
 class Value:
     """One value's row. Levels are means over prompts, in the reward's own units.
 
-    before: mean over all candidates; spread: their standard deviation. asked: the palette's level. predicted: the
-    level that the dual says p_λ reaches. realised: mean over the texts chosen. rao_blackwell: mean over prompts of
-    the softmax(λ·R)-weighted mean of all N candidates, which is what the realised mean is around.
+    before: mean over all candidates; spread: their standard deviation. asked: the palette's level. predicted: the level
+    of p_λ according to the dual. realised: mean over the chosen texts. rao_blackwell: mean over prompts of the
+    softmax(λ·R)-weighted mean of all N candidates, which is the expectation of the realised mean.
 
     se: the standard error of `realised` given the candidates, sqrt(Σ_x Var_λ,x / k) / P, with Var_λ,x the reward's
-    variance under prompt x's weights, P prompts and k draws each. Draws of different prompts are independent but not
-    alike: a prompt's own level is no error, as every prompt gets its k draws, so only the variance within prompts
-    counts. This is the error against the dual's prediction; that other candidates or other prompts would have given
-    other levels is not in it. Exact for "resample"; at most that for the stratified methods in the usual case.
+    variance under prompt x's weights, P prompts and k draws each. Draws for different prompts are independent but not
+    identically distributed: every prompt gets its k draws, so only the variance within prompts counts. This is the
+    error relative to the dual's prediction; it does not include the variation due to other candidates or other prompts.
+    Exact for "resample"; at most that for the stratified methods in the usual case.
 
-    score: (realised - predicted) / se; None where se is 0 and they differ. agrees: within 3 standard errors.
-    sense: ">=", "<=" or "==": at least, at most or exactly `asked`; "free": nothing is asked.
-    verdict: "met", "within error" (off by no more than 3 SE of what the policy meets), or "short" below and "above"
-    beyond what is asked.
+    score: (realised - predicted) / se; None if se is 0 and they differ. agrees: within 3 standard errors.
+    sense: ">=", "<=" or "==": at least, at most or exactly `asked`; "free": no target.
+    verdict: "met", "within error" (the policy reaches it, and the texts miss it by at most 3 SE), or "short" (below the
+    target) or "above" (beyond it).
     short_by: how far `realised` is on the wrong side of `asked`, else 0. reason: why it is short, "" if met.
     """
 
@@ -64,14 +64,14 @@ class Value:
 
     @property
     def wish(self) -> str:
-        """What was asked, as the report prints it: a level at least, or "<= 0.20", "== 0.20", "free"."""
+        """The target, as the report prints it: a level to reach, or "<= 0.20", "== 0.20", "free"."""
         if self.sense == "free":
             return "free"
         return self.show(self.asked) if self.sense == ">=" else f"{self.sense} {self.show(self.asked)}"
 
     @property
     def missed(self) -> str:
-        """By how much, and on which side, where it is not met."""
+        """By how much, and on which side, if it is missed."""
         side = {"<=": "above by", "==": "off by"}.get(self.sense, "short by")
         return f"{side} {self.show(self.short_by)}"
 
@@ -80,7 +80,7 @@ class Value:
         return decimals(self.spread)
 
     def show_error(self, report: Report) -> str:
-        """ "± 0.030", or why there is none: a single prompt, or a single candidate to draw from."""
+        """ "± 0.030", or why there is none: a single prompt, or a single candidate per prompt."""
         return f"± n/a (1 {report.lone})" if report.lone else f"± {self.show(self.se)}"
 
     def show(self, level: float, sign: str = "") -> str:
@@ -91,7 +91,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its first candidate and its first chosen text, and the rewards (m,) of both."""
+    """A prompt, its first candidate, its first chosen text, and the rewards (m,) of both."""
 
     prompt: str
     before: str
@@ -103,7 +103,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """What `build` found. `to_json()` holds every number; the arrays are what the figures draw."""
+    """The result of `build`. `to_json()` has every number; the arrays are the data of the figures."""
 
     values: list[Value]
     kl: float
@@ -124,19 +124,20 @@ class Report:
 
     @property
     def lone(self) -> str:
-        """What there is a single one of, so that nothing is known of errors: "prompt" or "candidate"; else ""."""
+        """ "prompt" or "candidate" if there is only one, so that errors are unknown; else ""."""
         return "prompt" if self.prompts < 2 else "candidate" if self.candidates < 2 else ""
 
     @property
     def agrees(self) -> bool | None:
-        """Whether every value's realised mean is within 3 standard errors of the prediction; None where unknown."""
+        """Whether every value's realised mean is within 3 standard errors of the prediction; None if the errors are
+        unknown."""
         if self.lone:
             return None
         return all(value.agrees for value in self.values)
 
     @property
     def headline(self) -> str:
-        """One sentence: do the texts realise what the dual predicts?"""
+        """One sentence: do the texts reach the levels that the dual predicts?"""
         against = "the dual's prediction"
         if not self.is_draw:
             against += f" (texts were picked by {self.method!r}, which are not draws from p_λ)"
@@ -151,12 +152,13 @@ class Report:
 
     @property
     def is_draw(self) -> bool:
-        """Whether the texts' mean is unbiased for the policy's (not of the best, nor without replacement)."""
+        """Whether the texts' mean is an unbiased estimate of the policy's (not so for the best, nor without
+        replacement)."""
         return self.method != "best" and not (self.method == "gumbel_top_k" and self.draws > 1)
 
     @property
     def notes(self) -> list[str]:
-        """What to know before trusting the numbers: infeasible, joint dual, few effective candidates."""
+        """Caveats: infeasible, joint dual, few effective candidates."""
         notes = []
         if not self.feasible:
             notes.append(
@@ -206,7 +208,7 @@ class Report:
         })  # fmt: skip
 
     def to_html(self, path: str | Path) -> None:
-        """Write the page, one self-contained file, whole or not at all. Raises UserError without matplotlib."""
+        """Write the page, one self-contained file, atomically. Raises UserError without matplotlib."""
         from fastalign.report.html import page
 
         text = page(self)
@@ -226,25 +228,25 @@ class Report:
 
         names = [value.name for value in self.values]
         columns = ("before", "spread", "asked", "predicted", "realised", "se", "lam")
-        before, spread, asked, predicted, realised, se, lam = (
+        before, spread, target, predicted, realised, se, lam = (
             np.array([getattr(v, c) for v in self.values]) for c in columns
         )
-        asked[[v.sense == "free" for v in self.values]] = np.nan
+        target[[v.sense == "free" for v in self.values]] = np.nan
         m = len(names)
         figures = {
             "levels": plots.levels(
-                names, before=before, spread=spread, palette=asked, predicted=predicted, realised=realised, se=se
+                names, before=before, spread=spread, palette=target, predicted=predicted, realised=realised, se=se
             ),
             "histograms": plots.histograms(
                 self.rewards.reshape(-1, m),
                 self.realised_rewards.reshape(-1, m),
                 names,
                 weights=self.weights.reshape(-1),
-                palette=asked,
+                palette=target,
             ),
         }
         if m > 2:
-            series = {"before": before, "asked for": asked, "predicted": predicted, "realised": realised}
+            series = {"before": before, "asked for": target, "predicted": predicted, "realised": realised}
             figures["radar"] = plots.radar(names, series, before=before, spread=spread)
         tradeoff = Tradeoff(self.rewards)
         # The policy's own KL over the prompts; with the joint dual `kl` is that of the prompts' tilt too.
@@ -257,7 +259,7 @@ class Report:
             before=before,
             cloud=cloud,
             kl=kl,
-            palette=asked,
+            palette=target,
             predicted=predicted,
             realised=realised,
             se=se,
@@ -278,14 +280,15 @@ def build(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Report:
-    """Hold the chosen texts against the palette.
+    """Compare the chosen texts with the palette.
 
     values: m names. rewards: (P, N, m), finite, every candidate's. selected: (P, k) integers in 0..N-1, the candidates
-    chosen. palette: what `fastalign map` writes: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible", and if
-    known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: anything worth
-    printing; its "method" is how the texts were chosen (default "resample"). seed: of the examples drawn at random.
+    chosen. palette: the content of `fastalign map`'s file: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible",
+    and if known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: anything
+    worth printing; its "method" is how the texts were chosen (default "resample"). seed: for the examples drawn at
+    random.
 
-    Raises UserError, in one line, where shapes do not match, a number is not finite or an index is out of range.
+    Raises UserError, in one line, if shapes do not match, a number is not finite or an index is out of range.
     """
     settings = dict(settings or {})
     rewards, selected, solution = _checked(values, rewards, selected, palette, prompts, texts)
@@ -344,9 +347,11 @@ def build(
     )
 
 
-def _short(sense: str, asked: float, level: float) -> float:
-    """How far a level is on the wrong side of what is asked, or 0."""
-    return {">=": max(0.0, asked - level), "<=": max(0.0, level - asked), "==": abs(level - asked), "free": 0.0}[sense]
+def _short(sense: str, target: float, level: float) -> float:
+    """How far a level is on the wrong side of its target, or 0."""
+    return {">=": max(0.0, target - level), "<=": max(0.0, level - target), "==": abs(level - target), "free": 0.0}[
+        sense
+    ]
 
 
 def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None, ess: np.ndarray, frame: dict) -> Value:
@@ -401,7 +406,8 @@ def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None,
 
 
 def _examples(prompts, texts, rewards, selected, lam, seed: int, rose: int = 3, random: int = 3) -> list[Example]:
-    """The prompts where λ·R rose the most from the first candidate to the first chosen, and others at random."""
+    """The prompts for which λ·R rose the most from the first candidate to the first chosen text, and others at
+    random."""
     rows = np.arange(len(rewards))
     gain = (rewards[rows, selected[:, 0]] - rewards[:, 0]) @ lam
     order = np.argsort(-gain, kind="stable")
@@ -438,7 +444,7 @@ def _errors(value: Value) -> str:
 def _checked(values, rewards, selected, palette, prompts, texts):
     rewards, selected = np.asarray(rewards), np.asarray(selected)
     if rewards.ndim != 3 or 0 in rewards.shape:
-        raise UserError(f"rewards must be (prompts, candidates, values), none 0, got shape {rewards.shape}")
+        raise UserError(f"rewards must be (prompts, candidates, values), no dimension 0, got shape {rewards.shape}")
     p, n, m = rewards.shape
     if rewards.dtype.kind not in "fiub":
         raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
@@ -488,10 +494,9 @@ def _checked(values, rewards, selected, palette, prompts, texts):
 
 
 def _wishes(palette: Mapping[str, Any], rewards: np.ndarray) -> dict[str, list]:
-    """What is asked of each value: "palette", its level; "sense", as `palette.solve` has it; "free", whether that
-    asks nothing.
+    """Each value's target: "palette", its level; "sense", as in `palette.solve`; "free", whether there is no target.
 
-    Of a value without a level (None) nothing is asked: that is one that all candidates have.
+    A value without a level (None) has no target: it gets the level that all candidates have.
     """
     m = rewards.shape[2]
     given = palette.get("sense") or ">="
@@ -509,7 +514,7 @@ def _wishes(palette: Mapping[str, Any], rewards: np.ndarray) -> dict[str, list]:
 
 
 def _plain(x: Any) -> Any:
-    """x as JSON has it: numpy to Python, NaN and infinities to None, anything else to its text."""
+    """x as JSON values: numpy to Python, NaN and infinities to None, anything else to its text."""
     if isinstance(x, Mapping):
         return {clean(str(key)): _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple, set)):

@@ -1,4 +1,4 @@
-"""Both forms of the dual at one palette, side by side: see docs/palette_duals.md."""
+"""Both forms of the dual for one palette, side by side: see docs/palette_duals.md."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Dual:
-    """What one form says of a palette. Where it is not feasible, all but the first four are None.
+    """One form's result for a palette. If it is infeasible, all but the first four are None.
 
-    form: "per_prompt" or "joint". scaling: how much of the way from the mean to the palette can be had, 1 where all of
-    it. samples: how many `ess` is out of. lam, levels (m,): λ and E[R] under the form's own law. decoded (m,): mean
-    over prompts of E[R] where each prompt's candidates are drawn by λ. kl: nats, of which prompts_kl are the prompts'
-    tilt.
+    form: "per_prompt" or "joint". scaling: the reachable share of the way from the mean to the palette, 1 for all of
+    it. samples: the maximum of `ess`. lam, levels (m,): λ and E[R] under the form's own distribution. decoded (m,):
+    mean over prompts of E[R] if each prompt's candidates are drawn with λ. kl: nats, of which prompts_kl are due to
+    reweighting the prompts.
     """
 
     form: str
@@ -49,11 +49,11 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
     """The per-prompt and the joint form. rewards: (P, N, m), finite. palette: (m,). sense: as in `palette.solve`."""
     p, n, m = rewards.shape
     flat = np.ascontiguousarray(rewards.reshape(-1, m))
-    found = []
+    duals = []
     for form, groups, samples in (("per_prompt", np.repeat(np.arange(p), n), n), ("joint", None, p * n)):
         solution = solve(flat, palette, groups=groups, sense=sense)
         if not solution.feasible:
-            found.append(Dual(form, False, float(solution.scaling), samples))
+            duals.append(Dual(form, False, float(solution.scaling), samples))
             continue
         scores = rewards.astype(np.float64) @ solution.lam
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -62,7 +62,7 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
         shares -= np.logaddexp.reduce(shares)
         weights /= weights.sum(axis=1, keepdims=True)
         moved = float(np.exp(shares) @ (shares + np.log(p))) if form == "joint" else 0.0
-        found.append(
+        duals.append(
             Dual(
                 form,
                 True,
@@ -76,11 +76,11 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
                 ess=float(solution.ess),
             )
         )
-    return found[0], found[1]
+    return duals[0], duals[1]
 
 
-def table(values: Sequence[str], asked: Sequence[str], spread: np.ndarray, duals: tuple[Dual, Dual]) -> str:
-    """As an HTML table: a row for each value, with what is asked of it in words, then the price of it."""
+def table(values: Sequence[str], targets: Sequence[str], spread: np.ndarray, duals: tuple[Dual, Dual]) -> str:
+    """An HTML table: one row per value with its target, then the cost."""
     within, at_once = duals
 
     def cells(dual: Dual, j: int, *columns: str) -> str:
@@ -96,7 +96,7 @@ def table(values: Sequence[str], asked: Sequence[str], spread: np.ndarray, duals
         return kl, f"{dual.ess:,.1f} of {dual.samples:,}", "<span class='verdict met'>in reach</span>"
 
     rows = [
-        f"<tr><td>{escape(name)}</td><td>{escape(asked[j])}</td>{cells(within, j, 'levels')}"
+        f"<tr><td>{escape(name)}</td><td>{escape(targets[j])}</td>{cells(within, j, 'levels')}"
         f"{cells(at_once, j, 'levels', 'decoded')}</tr>"
         for j, name in enumerate(values)
     ]

@@ -1,4 +1,4 @@
-"""The report as one HTML page: style, figures (inline SVG that follows light and dark) and data are all inside."""
+"""The report as one HTML page, with style, figures (inline SVG for light and dark mode) and data inside."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CAPTIONS = {
 
 
 def page(report: Report) -> str:
-    """The whole page as text. Raises UserError where matplotlib is not installed."""
+    """The whole page as text. Raises UserError if matplotlib is not installed."""
     figures = {name: svg_of(figure, name) for name, figure in report.figures().items()}
     m = len(report.values)
     model = report.settings.get("model")
@@ -157,7 +157,7 @@ def _settings(report: Report) -> str:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (name, text) rows, in order; None and empty ones left out."""
+    """Nested settings as (name, text) rows, in order; without None and empty ones."""
     rows = []
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The shell of every HTML page: style, figures (inline SVG that follows light and dark) and data are all inside it."""
+"""The frame of every HTML page, with style, figures (inline SVG for light and dark mode) and data inside."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ figcaption { max-width: 50rem; margin: .5rem auto 0; text-align: center; text-wr
 
 
 def document(title: str, body: list[str], data: Any) -> str:
-    """The page of these parts (empty ones left out), with `data` inside it as JSON."""
+    """The page with these parts (empty ones omitted), and `data` as JSON inside."""
     style = STYLE % {"light": variables(LIGHT), "dark": variables(DARK)}
     # The only script is data, which no browser runs; the policy forbids everything that is not in this file.
     written = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
@@ -122,7 +122,7 @@ def figure_of(name: str, figures: Mapping[str, str], caption: str) -> str:
 
 
 def svg_of(figure: Any, name: str) -> str:
-    """The figure as an <svg> element: themed colours, ids of its own."""
+    """The figure as an <svg> element with themed colours and unique ids."""
     buffer = io.BytesIO()
     figure.patch.set_alpha(0)
     plots.write(figure, buffer, "svg")

@@ -95,9 +95,9 @@ def _duals(study: Study) -> list[str]:
     if not study.duals:
         return []
     parts = ["<h2>Both duals at each palette</h2>"]
-    for name, found in study.duals.items():
-        asked = [f"{c:.{decimals(s)}f}" for c, s in zip(study.palettes[name].palette, study.spread, strict=True)]
-        table = duals.table(study.values, asked, study.spread, found)
+    for name, pair in study.duals.items():
+        targets = [f"{c:.{decimals(s)}f}" for c, s in zip(study.palettes[name].palette, study.spread, strict=True)]
+        table = duals.table(study.values, targets, study.spread, pair)
         parts += [f"<h3>{escape(name)}</h3>", table]
     return [*parts, duals.NOTE]
 

@@ -1,4 +1,4 @@
-"""The report of a reward model on held-out pairs: how often it is right, how well it knows it, how its scores lie."""
+"""The report of a reward model on held-out pairs: accuracy, calibration, and the distribution of scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pairs whose confidence lies in [low, high): how sure the model is of them, and how often it is right."""
+    """Pairs whose confidence is in [low, high): the model's confidence and its accuracy."""
 
     low: float
     high: float
@@ -32,11 +32,12 @@ class Reliability:
 class Head:
     """One value's row.
 
-    pairs: how many speak of it. accuracy: the share whose better text scores higher, ties by half; low, high its 95 %
-    interval by Wilson with as many trials as there are prompts, whose pairs may stand or fall together. margin: the
-    mean of better less worse. calibration_error: the expected calibration error of sigmoid(margin) (arXiv 1706.04599,
-    eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of the confidence max(p, 1 - p) in [0.5, 1].
-    log_loss: the mean of -log sigmoid(margin), nats. All of them 0 where there are no pairs.
+    pairs: the number of pairs with a preference in it. accuracy: the share whose better text scores higher, ties count
+    half; low, high its 95 % Wilson interval with one trial per prompt, because a prompt's pairs may be correlated.
+    margin: the mean of better minus worse. calibration_error: the expected calibration error of sigmoid(margin) (arXiv
+    1706.04599, eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of the confidence max(p, 1 - p) in
+    [0.5, 1].
+    log_loss: the mean of -log sigmoid(margin), nats. All of them 0 if there are no pairs.
     """
 
     name: str
@@ -144,13 +145,11 @@ def build(
     prompts: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> RewardReport:
-    """Measure a reward model of m heads on n pairs.
+    """Evaluate a reward model with m heads on n pairs.
 
-    chosen, rejected: (n, m) scores of the two texts. preference: (n, m), above 0 where chosen is the better one in
-    that value, below 0 where rejected is, 0 where the pair does not say; None: chosen, always. prompts: n, each
-    pair's; None:
-    every pair has its own.
-    Raises UserError for shapes that do not match and scores that are not finite.
+    chosen, rejected: (n, m) scores of the two texts. preference: (n, m), above 0 if chosen is better in that value,
+    below 0 if rejected is, 0 for no preference; None: always chosen. prompts: n, each pair's; None: every pair has its
+    own. Raises UserError for shapes that do not match and scores that are not finite.
     """
     chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
     preference = np.ones_like(chosen) if preference is None else np.asarray(preference)

@@ -1,4 +1,5 @@
-"""What one set of scored candidates allows: fronts, random λ, ways to palettes, and other methods beside them."""
+"""What one set of scored candidates allows: fronts, random λ, paths to palettes, and other alignment methods for
+comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ L1_MAX = 4.0  # of random λ, in units of 1 / σ
 
 @dataclass(frozen=True)
 class Study:
-    """What `study` found. Policies act within each prompt, or with `joint` over all candidates at once."""
+    """The result of `study`. Policies act within each prompt, or with `joint` over all candidates at once."""
 
     values: list[str]
     rewards: np.ndarray = field(repr=False)  # (P, N, m)
@@ -54,12 +55,13 @@ class Study:
 
     @property
     def samples(self) -> int:
-        """How many an effective sample size is out of."""
+        """The maximum of an effective sample size."""
         return self.rewards.shape[0] * self.rewards.shape[1] if self.joint else self.rewards.shape[1]
 
     def hypervolumes(self) -> list[tuple[str, int, float]]:
-        """(what, how many points, their volume in units of the spread, above the lowest level of each value in any)."""
-        sets = {f"front at KL {kl:.2f}": found.levels for kl, found in self.fronts.items()}
+        """(name, number of points, hypervolume in units of the standard deviation above the lowest level of each value
+        in any set)."""
+        sets = {f"front at KL {kl:.2f}": front.levels for kl, front in self.fronts.items()}
         sets |= {"limit of these candidates": self.limit.levels}
         sets |= {f"best of {n}": levels for n, levels in self.best_of.items()}
         sets |= {f"linear scalarisation, β {self.beta:.3g}": self.scalarised.levels}
@@ -81,7 +83,7 @@ class Study:
             "before": self.before.tolist(),
             "spread": self.spread.tolist(),
             "directions": self.directions.tolist(),
-            "fronts": [{"at": kl, **_lists(found)} for kl, found in self.fronts.items()],
+            "fronts": [{"at": kl, **_lists(front)} for kl, front in self.fronts.items()],
             "limit": _lists(self.limit),
             "scalarised": {"beta": self.beta, **_lists(self.scalarised)},
             "best_of": [{"n": n, "kl": best_of_n_kl(n), "levels": x.tolist()} for n, x in self.best_of.items()],
@@ -109,42 +111,42 @@ class Study:
     def figures(self, pairs: Sequence[tuple[int, int]] | None = None) -> dict[str, Any]:
         """matplotlib figures by name: front, front3d (from three values on), region, ess, path, radar, histograms.
 
-        pairs: which values to draw against each other; default all, of many the 15 that trade off most.
+        pairs: which values to draw against each other; default all, or the 15 pairs with the strongest trade-off.
         """
         from fastalign.report import figures as plots
 
         m, unit = len(self.values), np.where(self.spread > 0, self.spread, 1.0)
-        found, cloud = {}, self.region.policies
+        drawn, cloud = {}, self.region.policies
         ends = {name: _last(way.policies) for name, way in self.palettes.items()}
-        asked = np.array([way.palette for way in self.palettes.values()]) if self.palettes else None
+        targets = np.array([way.palette for way in self.palettes.values()]) if self.palettes else None
         if m > 1:
             shown = plots.pairs(cloud.levels) if pairs is None else list(pairs)
-            found["front"] = plots.fronts(
+            drawn["front"] = plots.fronts(
                 self.values,
                 {pair: self._pair(*pair) for pair in shown},
                 before=self.before,
                 cloud=cloud.levels,
                 desirable=self.region.desirable,
-                palettes=asked,
+                palettes=targets,
                 soups=self.soups,
                 soup_names=self.soup_names,
             )
         if m > 2:
-            found["front3d"] = self._in_three(plots, asked)
+            drawn["front3d"] = self._in_three(plots, targets)
             series = {name: end.levels for name, end in ends.items()}
             if series:
-                found["radar"] = plots.radar(
+                drawn["radar"] = plots.radar(
                     self.values, {"before": self.before, **series}, before=self.before, spread=unit
                 )
         if m > 1:
-            found["region"] = plots.region(
+            drawn["region"] = plots.region(
                 self.values,
                 cloud.lam * unit,
                 self.region.desirable,
                 shown=shown,
                 chosen={name: end.lam * unit for name, end in ends.items()},
             )
-        found["ess"] = plots.samples_left(
+        drawn["ess"] = plots.samples_left(
             cloud.kl,
             cloud.ess,
             self.region.desirable,
@@ -156,8 +158,8 @@ class Study:
             else None,
         )
         if self.palettes:
-            found |= palette_figures(self.values, self.rewards, list(self.palettes.values())[-1], joint=self.joint)
-        return found
+            drawn |= palette_figures(self.values, self.rewards, list(self.palettes.values())[-1], joint=self.joint)
+        return drawn
 
     def _pair(self, i: int, j: int):
         from fastalign.report.figures import Shown
@@ -175,7 +177,7 @@ class Study:
             else {},
         )
 
-    def _in_three(self, plots, asked):
+    def _in_three(self, plots, targets):
         columns = [0, 1, 2]
         m = len(self.values)
         lattice, few = (spread_directions(m, count, columns=columns) for count in (SURFACE, DIRECTIONS))
@@ -192,7 +194,7 @@ class Study:
             lattice[:, columns],
             shown,
             before=self.before[columns],
-            palettes=None if asked is None else asked[:, columns],
+            palettes=None if targets is None else targets[:, columns],
             soups=None if self.soups is None else self.soups[:, columns],
             soup_names=self.soup_names,
         )
@@ -210,12 +212,12 @@ def study(
     l1_max: float = L1_MAX,
     seed: int = 0,
 ) -> Study:
-    """Fronts at the KL of best-of-N for a few N, random λ, and the ways to `palettes`, over the same candidates.
+    """Fronts at the KL of best-of-N for a few N, random λ, and the paths to `palettes`, over the same candidates.
 
-    values: m names. rewards: (P, N, m), finite. palettes: levels (m,) by name, reached as at least. soups: (S, m),
-    levels that other models reach, such as merged ones; soup_names: S, default their numbers. joint: over all
-    candidates at once, which also tilts the prompts. n_lambda, l1_max, seed: of the random λ, see
-    `palette.feasible_region`. Raises UserError where shapes do not match or a number is not finite.
+    values: m names. rewards: (P, N, m), finite. palettes: levels (m,) to reach, by name. soups: (S, m), levels of other
+    models, such as merged ones; soup_names: S, default their indices. joint: over all candidates at once, which also
+    reweights the prompts. n_lambda, l1_max, seed: for the random λ, see `palette.feasible_region`. Raises UserError if
+    shapes do not match or a number is not finite.
     """
     rewards = np.asarray(rewards)
     if rewards.ndim != 3:
@@ -261,7 +263,7 @@ def study(
 
 
 def palette_figures(values: Sequence[str], rewards: np.ndarray, way: Way, *, joint: bool) -> dict[str, Any]:
-    """Figures of the way to one palette: path (λ, KL and effective sample size) and histograms before and after."""
+    """Figures for one palette: the path to it (λ, KL and effective sample size), and histograms before and after."""
     from fastalign.report import figures as plots
 
     tilts, end = _tilts(rewards, joint), _last(way.policies)
@@ -294,7 +296,7 @@ def flat(rewards: np.ndarray) -> np.ndarray:
 
 
 def groups_of(rewards: np.ndarray, joint: bool) -> np.ndarray | None:
-    """The prompt of each row of `flat`; None where all are one."""
+    """The prompt of each row of `flat`; None if there is only one group."""
     return None if joint else np.repeat(np.arange(len(rewards)), rewards.shape[1])
 
 

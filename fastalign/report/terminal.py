@@ -1,4 +1,4 @@
-"""The report on a terminal: the table, why a value is short, and a few texts side by side."""
+"""The report on a terminal: the table, why a value misses its target, and a few texts side by side."""
 
 from __future__ import annotations
 

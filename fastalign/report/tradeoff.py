@@ -31,14 +31,15 @@ class Tradeoff:
         return self.center + mean * self.spread, np.maximum((mu * mean).sum(axis=1) - stats.log_z.numpy(), 0.0)
 
     def cloud(self, reach: float, *, count: int = 240, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Levels and KL of `count` policies, |λ · spread| from 0 to `reach`, directions uniform over λ ≥ 0."""
+        """Levels and KL of `count` policies with |λ · spread| between 0 and `reach` and directions uniform over λ ≥
+        0."""
         rng = np.random.default_rng(seed)
         directions = np.abs(rng.standard_normal((count, self._flat.shape[1])))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         return self.at(directions * np.linspace(0, reach, count)[:, None])
 
     def front(self, i: int, j: int, kl: float, *, count: int = 25) -> np.ndarray:
-        """(count, 2): the most of values i and j that is reached at mean KL `kl`: λ on those two alone, per direction.
+        """(count, 2): the highest levels of values i and j at mean KL `kl`, with λ only on those two, per direction.
 
         The KL grows with |λ|, so |λ| is found by bisection, all directions in one pass each.
         """

@@ -1,6 +1,6 @@
-"""Rewards: what a text is worth, one number per (prompt, response) and value; higher is better.
+"""Rewards: scores of texts, one number per (prompt, response) and value; higher is better.
 
-`score(["positive", "harmless"], prompts, responses)` gives the (n, m) matrix that `palette.solve` works on.
+`score(["positive", "harmless"], prompts, responses)` returns the (n, m) matrix for `palette.solve`.
 """
 
 from fastalign.rewards.base import Reward

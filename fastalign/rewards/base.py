@@ -1,4 +1,4 @@
-"""What a reward is, and the base that checks, removes repeats and remembers scores."""
+"""The reward protocol, and a base class that checks, deduplicates and caches scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastalign.data.conversations import as_prompt, as_text
 class Reward(Protocol):
     """Anything with a `name` that maps n prompts and n responses to n scores: float32 (n,), higher is better.
 
-    Of a prompt that is a conversation it is given the text of the last user turn; with an attribute `reads_messages`
-    that is True, the `data.conversations.Conversation` itself, a str with .messages.
+    For a prompt that is a conversation it receives the text of the last user turn, or, if its attribute
+    `reads_messages` is True, the `data.conversations.Conversation` itself, a str with .messages.
     """
 
     name: str
@@ -26,19 +26,19 @@ class Reward(Protocol):
 
 
 def is_reward(item: object) -> bool:
-    """Whether it is one, and not the class of one."""
+    """Whether it is a reward, and not a reward class."""
     return isinstance(item, Reward) and callable(item) and not isinstance(item, type)
 
 
 def with_conversations(prompts: Sequence[str | Sequence[dict[str, Any]]]) -> Sequence[str]:
-    """The prompts, those that are lists of messages as Conversations. Raises UserError."""
+    """The prompts, with lists of messages converted to Conversations. Raises UserError."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         return prompts  # for check_texts to refuse
     return [as_prompt(p, f"prompts[{i}]") if isinstance(p, list) else p for i, p in enumerate(prompts)]
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Raise TypeError or UserError unless both are lists of str of one length. Empty strings are legal."""
+    """Raise TypeError or UserError unless both are lists of str of equal length. Empty strings are allowed."""
     for argument, texts in (("prompts", prompts), ("responses", responses)):
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
             raise TypeError(f"{argument} must be a list of str, got {type(texts).__name__}")
@@ -52,7 +52,8 @@ def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
 
 
 def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
-    """What a reward returned as float32 (count,); TypeError or UserError, naming the reward, if it is not that."""
+    """A reward's result as float32 (count,); raises TypeError or UserError, naming the reward, if it is anything
+    else."""
     try:
         scores = np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError):
@@ -63,10 +64,10 @@ def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
 
 
 class CachedReward:
-    """Base of the rewards that come with fastalign: a subclass writes `_score`, this gives `__call__`.
+    """Base of the built-in rewards: a subclass implements `_score`; this class provides `__call__`.
 
-    Each distinct (prompt, response) is scored once per call, and the last `cache_size` of them are remembered
-    between calls (0: nothing is), until the weights of its model change.
+    Each distinct (prompt, response) is scored once per call, and the last `cache_size` of them are cached between calls
+    (0: none), until the weights of its model change.
     """
 
     uses_prompt = True  # False: the score is a function of the response alone
@@ -102,7 +103,7 @@ class CachedReward:
     def __call__(
         self, prompts: list[str], responses: list[str], *, advance: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """Scores of n (prompt, response) pairs, float32 (n,); `advance(k)` is told of each k pairs done."""
+        """Scores of n (prompt, response) pairs, float32 (n,); `advance(k)` is called after each k pairs."""
         prompts = with_conversations(prompts)
         check_texts(prompts, responses)
         if not self.reads_messages:
@@ -136,7 +137,7 @@ class CachedReward:
 
 
 class PerTextReward(CachedReward):
-    """A reward computed one response at a time, with no model and no prompt: a subclass writes `value`."""
+    """A reward computed one response at a time, without model or prompt: a subclass implements `value`."""
 
     uses_prompt = False
 

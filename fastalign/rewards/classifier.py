@@ -1,4 +1,4 @@
-"""Rewards from transformers models that score a sequence: classifiers and pairwise reward models."""
+"""Rewards from transformers sequence classifiers and pairwise reward models."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def from_classifier(
     label: a name in the model's `id2label` (in any case), or the index of an output.
     text: what the model reads: "response"; "pair" (prompt and response as the tokenizer's two segments); "chat" (both
         in the tokenizer's chat template); "plain" (both as one text that the tokenizer's eos token ends); "auto" (what
-        `train.RewardTrainer` noted in the model's configuration, else "chat" where there is a template, else "pair");
-        or a function of (prompt, response) that returns the text, or a tuple of two segments. Of a prompt that is a
-        conversation "chat" reads all, the others the last user turn.
-    name: of the reward; "classifier:<label>" unless given.
-    The softmax over the labels is used, or the sigmoid of the label's own output where the model's configuration says
-    `multi_label_classification`. Texts beyond the context (or `max_length`) are cut by the tokenizer, on its own
-    `truncation_side`. A model whose configuration has no pad token is run one row at a time.
-    Raises UserError, in one line, for a label that is not there and for a model of one output.
+        `train.RewardTrainer` stored in the model's configuration, else "chat" if there is a template, else "pair"); or
+        a function of (prompt, response) that returns the text, or a tuple of two segments. For a prompt that is a
+        conversation, "chat" reads all of it, the others only the last user turn.
+    name: the reward's name; default "classifier:<label>".
+    Uses the softmax over the labels, or the sigmoid of the label's own output if the model's configuration says
+    `multi_label_classification`. Texts beyond the context (or `max_length`) are truncated by the tokenizer, on its
+    `truncation_side`. A model whose configuration has no pad token runs one row at a time. Raises UserError, in one
+    line, for an unknown label and for a model with one output.
     """
     from torch.nn.functional import logsigmoid
 
@@ -77,9 +77,9 @@ def from_pairwise(
 ) -> SequenceReward:
     """The raw score of any reward model with one output, such as one trained on preference pairs (Bradley–Terry).
 
-    Arguments as in `from_classifier`; the model reads prompt and response ("auto": as `train.RewardTrainer` noted,
-    else through the chat template where its tokenizer has one). Raises UserError, in one line, for a model that has
-    not exactly one output.
+    Arguments as in `from_classifier`; the model reads prompt and response ("auto": as `train.RewardTrainer` stored,
+    else through the chat template if its tokenizer has one). Raises UserError, in one line, unless the model has
+    exactly one output.
     """
     model, tokenizer = _open(model, tokenizer)
     if (count := model.config.num_labels) != 1:
@@ -100,10 +100,9 @@ def from_heads(
 ) -> list[SequenceReward]:
     """One reward per output of a reward model of m heads; `rewards.score(from_heads(model), ...)` gives (n, m).
 
-    names: of the rewards, one per output; by default the values that `train.RewardTrainer` noted in the model's
-    configuration (its `id2label`). Other arguments as in `from_pairwise`. The heads share the model and what it
-    computes:
-    a text that one head has read is known to the others, as far as `cache_size` reaches.
+    names: of the rewards, one per output; by default the values that `train.RewardTrainer` stored in the model's
+    configuration (its `id2label`). Other arguments as in `from_pairwise`. The heads share the model and its results: a
+    text scored by one head is cached for the others, up to `cache_size`.
     """
     model, tokenizer = _open(model, tokenizer)
     outputs = model.config.num_labels
@@ -166,7 +165,7 @@ class SequenceReward(CachedReward):
         return self.text(prompt, response)
 
     def _encode(self, segments: str | tuple[str, str]) -> tuple[list[int], list[int] | None]:
-        """Token ids of one text, never empty, and its segment ids where the model takes them."""
+        """Token ids of one text, never empty, and its segment ids if the model takes them."""
         options = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
         first, second = (segments, None) if isinstance(segments, str) else segments
         # The template wrote the special tokens already.
@@ -196,7 +195,7 @@ class SequenceReward(CachedReward):
 
 
 class _Head(SequenceReward):
-    """One column of a model of several outputs; what it computes of the others it tells them."""
+    """One output of a model with several; it shares the others' results with them."""
 
     heads: list[SequenceReward]
 
@@ -211,13 +210,13 @@ class _Head(SequenceReward):
 
 
 def plain_text(text: str, tokenizer: Any) -> str:
-    """A text as reward models of plain text are trained on it: with the tokenizer's eos token at its end."""
+    """A text in the format on which plain-text reward models are trained: with the tokenizer's eos token at its end."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
 
 
 def _open(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The model and its tokenizer, loaded (safetensors only, none of the checkpoint's own code) where named."""
+    """The model and its tokenizer, loaded if given by name (safetensors only, without the checkpoint's own code)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal

@@ -1,4 +1,4 @@
-"""coherence: how near the response is to the prompt in meaning, by sentence embeddings."""
+"""coherence: semantic similarity of response and prompt, by sentence embeddings."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Coherence(CachedReward):
     """Cosine between the all-MiniLM-L6-v2 embeddings of prompt and response, in [-1, 1].
 
     Mean pooling over the tokens, then unit length, as the model's authors prescribe (Reimers & Gurevych 2019, arXiv
-    1908.10084); MAP (arXiv 2410.19198) measures coherence so, with another encoder. Texts are cut at 256 tokens.
-    A blank prompt or response means nothing, so its cosine is defined as 0. `device="auto"`: CUDA where there is one.
+    1908.10084); MAP (arXiv 2410.19198) measures coherence in this way, with another encoder. Texts are truncated at 256
+    tokens. The cosine of a blank prompt or response is defined as 0. `device="auto"`: CUDA if available.
     """
 
     def __init__(self, name: str = "coherence", *, device: str = "auto", batch_size: int = 64, cache_size: int = 65536):

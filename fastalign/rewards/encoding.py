@@ -1,4 +1,4 @@
-"""Texts to padded batches of token ids, longest first, and a model run on them without gradients."""
+"""Padded batches of token ids, longest first, and running a model on them without gradients."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, longest first, so that padding is small and memory is tried at once."""
+    """Indices in batches of similar lengths, longest first, so that padding is small and a lack of memory shows at
+    once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left: bool = False) -> torch.Tensor:
-    """int64 (len(rows), longest row), filled up with `value` on the right (or left); width at least 1."""
+    """int64 (len(rows), longest row), padded with `value` on the right (or left); width at least 1."""
     import torch
 
     width = max(1, max(len(row) for row in rows))
@@ -32,7 +33,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left
 
 
 def context_length(config: Any, tokenizer: Any) -> int | None:
-    """Most tokens that the model takes, by its tokenizer or its configuration; None where neither says."""
+    """The model's maximum number of tokens, from its tokenizer or its configuration; None if neither says."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     limits = [limit for limit in limits if limit and 0 < limit < 1_000_000_000]  # tokenizers write "none" as 1e30
     return min(limits, default=None)
@@ -46,7 +47,7 @@ def check_count(argument: str, value: int) -> int:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Inference mode with dropout off; the model's own train/eval mode is put back afterwards."""
+    """Inference mode with dropout off; restores the model's train/eval mode afterwards."""
     import torch
 
     training = model.training

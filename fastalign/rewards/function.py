@@ -27,9 +27,8 @@ class FunctionReward:
 
 
 def from_function(fn: Callable[[list[str], list[str]], Sequence[float]], name: str) -> Reward:
-    """A reward from `fn(prompts, responses) -> n numbers`, higher is better. Called once per call, never cached.
-
-    Of a prompt that is a conversation fn is given the text of the last user turn.
+    """A reward from `fn(prompts, responses) -> n numbers`, higher is better. Called once per call, never cached. For a
+    prompt that is a conversation, fn receives the text of the last user turn.
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of (prompts, responses), got {type(fn).__name__}")

@@ -1,4 +1,4 @@
-"""harmless: log-probability that the response is clean, by the classifier shipped in alt-profanity-check."""
+"""harmless: log-probability that the response is clean, from the classifier in alt-profanity-check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""log_likelihood: how likely a language model finds the response, given the prompt."""
+"""log_likelihood: the response's likelihood under a language model, given the prompt."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class LogLikelihood(CachedReward):
     That is -log(perplexity) of y under p(y | x), higher is better: the sixth value of MAP (arXiv 2410.19198).
     `model` is a name, folder or GGUF file for `integrations.transformers.load_causal_lm`, loaded at first use, or a
     model with its `tokenizer`.
-    The prompt goes through the tokenizer's chat template where there is one (`chat="auto"`; True and False insist).
-    A conversation goes through it whole; without a template it is read as paragraphs "role: text".
-    An empty response scores as a uniform guess, -log(vocabulary size). Beyond the context (or `max_length`) the
-    response's end is cut first, then the prompt's beginning.
+    The prompt is formatted with the tokenizer's chat template if there is one (`chat="auto"`; True and False force it).
+    So is a whole conversation; without a template it is read as paragraphs "role: text". An empty response scores as a
+    uniform guess, -log(vocabulary size). Beyond the context (or `max_length`) the end of the response is cut first,
+    then the beginning of the prompt.
     """
 
     reads_messages = True
@@ -61,7 +61,7 @@ class LogLikelihood(CachedReward):
         return self._model, self._tokenizer
 
     def _prompt_ids(self, prompts: list[str], text: Text) -> list[list[int]]:
-        """Token ids of each prompt, never empty: the response's first token needs something before it."""
+        """Token ids of each prompt, never empty, because the response's first token needs a preceding one."""
         tokenizer = text.tokenizer
         templated = self.chat is True or (self.chat == "auto" and tokenizer.chat_template is not None)
         if templated:

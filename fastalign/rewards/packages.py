@@ -1,4 +1,4 @@
-"""Import of an optional package, with one clear line where it is missing."""
+"""Imports an optional package, with one clear line if it is missing."""
 
 from __future__ import annotations
 

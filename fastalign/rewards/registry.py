@@ -1,4 +1,4 @@
-"""Rewards by name, and the matrix of scores that the palette is solved on."""
+"""Rewards by name, and the matrix of scores for which a palette is solved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastalign.rewards.function import from_function
 
 
 class RewardInfo(NamedTuple):
-    """One line on a registered reward; `package` is the module that it needs, `installed` whether it is here."""
+    """A registered reward: its description, the module that it needs, and whether that is installed."""
 
     description: str
     package: str | None
@@ -46,17 +46,16 @@ def register(
     package: str | None = None,
     replace: bool = False,
 ) -> None:
-    """Give `get(name)`, `score([name], ...)` and the commands a reward, which is one of
+    """Register a reward for `get(name)`, `score([name], ...)` and the commands. It is one of
 
         fn(prompts, responses) -> n numbers     a function, as for `from_function`
         factory()                               a class, or a function that needs no argument: makes a reward or such a
                                                 function at first use; `factory(**options)` where `get` is given options
         a reward                                an object with a `name`, called with (prompts, responses)
 
-    Function and factory are told apart by their signature, and nothing is called here: a function has two positional
-    parameters without a default, a factory none.
-    Raises UserError where the name is taken and `replace` is False, for one that could not stand on the command line,
-    and for a callable that is neither.
+    Function and factory are distinguished by their signature, without a call: a function has two positional parameters
+    without a default, a factory none. Raises UserError if the name is taken and `replace` is False, for a name that
+    cannot be used on the command line, and for a callable that is neither.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "rest":
         rule = "name must be a word without blanks, commas, brackets and = < > : \" ', and not 'rest'"
@@ -71,7 +70,7 @@ def register(
 
 
 def _maker(name: str, reward: Callable[..., object]) -> Callable[..., Reward]:
-    """The factory of what was registered."""
+    """The factory for a registered object."""
     if is_reward(reward) and _takes_texts(reward):
         return _without_options(name, reward)
     rule = "reward must be a function of (prompts, responses), a factory that needs no argument, or a reward"
@@ -93,7 +92,7 @@ def _maker(name: str, reward: Callable[..., object]) -> Callable[..., Reward]:
 
 
 def _takes_texts(reward: Callable[..., object]) -> bool:
-    """Whether it can be called with (prompts, responses), as far as its signature tells."""
+    """Whether its signature accepts (prompts, responses)."""
     try:
         inspect.signature(reward).bind([], [])
     except TypeError:
@@ -104,7 +103,7 @@ def _takes_texts(reward: Callable[..., object]) -> bool:
 
 
 def _made(name: str, made: object) -> Reward:
-    """What a factory returned, as a reward."""
+    """A factory's result, as a reward."""
     if not callable(made) or isinstance(made, type) or not _takes_texts(made):
         came = f"one with the parameters {inspect.signature(made)}" if inspect.isroutine(made) else type(made).__name__
         raise UserError(
@@ -133,7 +132,7 @@ def available() -> dict[str, RewardInfo]:
 
 
 def check_names(names: Sequence[str | Reward]) -> None:
-    """Raise UserError, listing the names, for one under which no reward is registered; nothing is made."""
+    """Raise UserError, listing the names, for a name without a registered reward; creates nothing."""
     for name in names:
         if isinstance(name, str) and _OLD_NAMES.get(name, name) not in _entries:
             raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
@@ -145,9 +144,9 @@ def check_names(names: Sequence[str | Reward]) -> None:
 def get(name: str, **options: Any) -> Reward:
     """The reward registered under `name`.
 
-    With no options every call returns the same object, so its cache and its model are shared; with options (those
-    of its class, such as `get("log_likelihood", model="./mine")`) a new one is made.
-    Raises UserError, listing the names, where there is none.
+    Without options every call returns the same object, so its cache and its model are shared; with options (those of
+    its class, such as `get("log_likelihood", model="./mine")`) a new one is created. Raises UserError, listing the
+    names, if there is none.
     """
     check_names([name])
     entry = _entries[_current(name)]
@@ -160,7 +159,7 @@ def get(name: str, **options: Any) -> Reward:
 
 
 def _current(name: str) -> str:
-    """The name of today, with a note where it is another."""
+    """The current name, with a note if it has changed."""
     if name not in _OLD_NAMES:
         return name
     warnings.warn(
@@ -181,10 +180,10 @@ def score(
 ) -> np.ndarray:
     """Scores of n (prompt, response) pairs by m rewards, given by name or as objects: float32 (n, m).
 
-    prompts: strings, or conversations (lists of messages). Language models and classifiers that read chats are given
-    all of a conversation; other rewards the text of its last user turn.
+    prompts: strings, or conversations (lists of messages). Language models and classifiers that read chats receive
+    whole conversations; other rewards the text of the last user turn.
 
-    Raises UserError or TypeError, in one line, for an unknown name, a missing package, texts of unequal number, a
+    Raises UserError or TypeError, in one line, for an unknown name, a missing package, lists of unequal length, a
     result of the wrong shape, and for a score that is NaN or infinite (with the reward and the index of the pair).
     """
     prompts = with_conversations(prompts)

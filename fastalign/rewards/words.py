@@ -20,8 +20,8 @@ class Diversity(PerTextReward):
     """Product over n = 2, 3, 4 of (distinct n-grams) / (n-grams + 1) of the response, in [0, 1).
 
     Distinct-n is Li et al. 2016 (arXiv 1510.03055), the product over n = 2..4 Su et al. 2022 (arXiv 2202.06417), the
-    + 1 MAP's (arXiv 2410.19198): it makes texts too short to repeat themselves score low, and those of fewer than four
-    tokens, the empty one too, 0. Tokens are lower-cased words and single punctuation marks.
+    + 1 MAP's (arXiv 2410.19198): it gives texts too short to repeat themselves low scores, and texts of fewer than four
+    tokens, including empty ones, 0. Tokens are lower-cased words and single punctuation marks.
     """
 
     def __init__(self, name: str = "diversity", *, cache_size: int = 65536):

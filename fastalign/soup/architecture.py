@@ -1,5 +1,5 @@
-"""What model a checkpoint's files are: its configuration, what its class says of its tensors, and whether checkpoints
-are the same model with other weights."""
+"""A checkpoint's architecture: its configuration, properties of its tensors, and whether checkpoints are the same model
+with different weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastalign.soup.vocabulary import OLD_FILES, ROWS, tokens_of
 
 
 def is_transposed(model: Checkpoint, module: str) -> bool | None:
-    """Whether a module's weight is stored (in, out), as transformers' Conv1D does; None where the class is not known.
+    """Whether a module's weight is stored (in, out), as in transformers' Conv1D; None if the class is unknown.
 
-    A checkpoint without a config.json is taken to hold nn.Linear's (out, in).
+    A checkpoint without a config.json is assumed to have nn.Linear's (out, in).
     """
     config = config_of(model)
     if not config:
@@ -33,7 +33,7 @@ def is_transposed(model: Checkpoint, module: str) -> bool | None:
 
 
 def is_tied(model: Checkpoint) -> bool:
-    """Whether the head and the embedding are one; a config.json leaves out what is its class's default."""
+    """Whether head and embedding are tied; a config.json omits its class's defaults."""
     config = config_of(model)
     if "tie_word_embeddings" in config or not config:
         return bool(config.get("tie_word_embeddings"))
@@ -63,7 +63,7 @@ def _conv1d(config: str) -> frozenset[str] | None:
 
 
 def _config(config: Mapping[str, Any]) -> Any | None:
-    """transformers' configuration object; None where it does not know the type, as with remote code."""
+    """transformers' configuration object; None if it does not know the type, as with remote code."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -90,11 +90,11 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def same_model(checkpoints: Sequence[Checkpoint], *, force: bool | None = None, tokens: bool = True) -> list[str]:
-    """The names of the tensors that a soup of these checkpoints has, in the order of the first one's bytes.
+    """The names of the tensors in a soup of these checkpoints, in the order of the first one's bytes.
 
-    force: let configurations and tokenizers differ; tensors never may; None where who asks has no such option. tokens:
-    whether vocabularies must be the same, False where embeddings are brought to one. Raises UserError that names the
-    first difference. Reads no weights but those that are not floating-point, and those that one checkpoint stores
+    force: let configurations and tokenizers differ; tensors never may; None if the caller has no such option. tokens:
+    whether vocabularies must be the same; False if embeddings are converted to a common one. Raises UserError that
+    names the first difference. Reads only weights that are not floating-point, and those that one checkpoint stores
     twice and another once.
     """
     models = models_of(checkpoints)
@@ -156,7 +156,7 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool | None = None, 
 
 
 def models_of(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The models, and in place of stacks those that they are made of, each once."""
+    """The models, with stacks replaced by their components, each once."""
     models = (one for stack in checkpoints for one in ([piece.model for piece in stack.pieces] or [stack]))
     return list({one.name: one for one in models}.values())
 
@@ -170,9 +170,9 @@ def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
 def common_names(
     models: Sequence[Collection[str]], labels: Sequence[str], same: Callable[[Any, str, str], bool]
 ) -> list[str]:
-    """Tensors of all models, in the first one's order. A model may hold one tensor under two names, as tied
-    embeddings are, another under one; same: whether a model's two names are of one tensor. Raises UserError where
-    another is lacking."""
+    """Tensors of all models, in the first one's order. One model may store a tensor under two names (tied embeddings),
+    another under one; same: whether a model's two names refer to one tensor. Raises UserError if any other tensor is
+    missing."""
     common = set.intersection(*(set(one) for one in models))
     for one, label in zip(models, labels, strict=True):
         for name in one:
@@ -197,7 +197,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str], way_out: str) -> None:
-    """free: keys that may differ, beside those that always may."""
+    """free: keys that may differ, besides those that always may."""
     if not mine or not theirs:  # a bare file says nothing
         return
     for key in sorted(
@@ -235,7 +235,8 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 
 def _tokens_differ(mine: dict, theirs: dict) -> str:
-    """What differs in the tokens of two tokenizer.json, or "". Padding and truncation are settings, not tokens."""
+    """The difference between the tokens of two tokenizer.json; "" for none. Padding and truncation are settings, not
+    tokens."""
     a, b = tokens_of(mine), tokens_of(theirs)
     if a != b:
         token = next(token for token in (*a, *b) if a.get(token) != b.get(token))

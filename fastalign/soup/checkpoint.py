@@ -1,5 +1,4 @@
-"""Checkpoints in safetensors files, single and sharded: what they hold, checked before any of it is used, and layouts
-of new ones.
+"""Checkpoints in safetensors files, single and sharded: reading and checking their headers, and layouts of new ones.
 
 The format (github.com/huggingface/safetensors): eight bytes with the header's length, the header (JSON), then the
 tensors' bytes without gaps. A sharded checkpoint has an index that says which file holds which tensor.
@@ -59,7 +58,7 @@ _SHORT = {
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str:
-    """The name in the file of a floating-point type, from a torch.dtype or "bfloat16", "bf16", "fp8", ..."""
+    """The safetensors name of a floating-point type, from a torch.dtype or "bfloat16", "bf16", "fp8", ..."""
     word = str(dtype).removeprefix("torch.")
     name = _NAMES.get(_SHORT.get(word, word))
     if name not in FLOATS:
@@ -68,19 +67,19 @@ def parse_dtype(dtype: str | torch.dtype) -> str:
 
 
 def in_torch(name: str) -> torch.dtype:
-    """torch's type for a name in the file."""
+    """The torch dtype for a safetensors name."""
     import torch
 
     return getattr(torch, WORDS[name])
 
 
 def of_torch(dtype: torch.dtype) -> str | None:
-    """The name in the file of torch's type, None where the format has none."""
+    """The safetensors name of a torch dtype, None if the format has none."""
     return _NAMES.get(str(dtype).removeprefix("torch."))
 
 
 def code(name: str) -> int:
-    """The native module's number of a type that can be mixed."""
+    """The native extension's code for a type that can be mixed."""
     return FLOATS.index(name)
 
 
@@ -130,9 +129,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights. name: as asked for; folder: where its configuration and tokenizer lie, None for a bare file.
+    """A model's weights. name: as given; folder: with its configuration and tokenizer, None for a single file.
 
-    pieces: of a stack (stacks.py), whose tensors lie in other models' files, under other names there.
+    pieces: of a stack (stacks.py), whose tensors are in other models' files under other names.
     """
 
     name: str
@@ -145,7 +144,7 @@ class Checkpoint:
         return self.files[self.where[tensor]].tensors[tensor]
 
     def path_of(self, tensor: str) -> Path:
-        """The file that it lies in."""
+        """The file that contains it."""
         return self.files[self.where[tensor]].path
 
     def __iter__(self) -> Iterator[str]:
@@ -162,7 +161,7 @@ class Checkpoint:
 def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint: a *.safetensors file, a folder of one or of shards, or a hub name.
 
-    Raises FileNotFoundError or UserError, one line each: no weights there, or a file that breaks the format's rules.
+    Raises FileNotFoundError or UserError, one line each: no weights, or an invalid file.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -181,12 +180,12 @@ def open_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def is_adapter(name: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that holds a LoRA adapter (lora/) and no model."""
+    """Whether this is a folder with a LoRA adapter (lora/) and no model."""
     return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def read_header(path: Path) -> File:
-    """What a safetensors file holds, every number checked against the file itself."""
+    """The contents of a safetensors file, with every number checked against the file."""
 
     def bad(what: str) -> UserError:
         return UserError(f"{path}: not a valid safetensors file: {what}")
@@ -226,12 +225,12 @@ def read_header(path: Path) -> File:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """For `open`: a FIFO that nobody writes to is opened at once, too."""
+    """For `open`: a FIFO without a writer is opened without blocking."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
-    """The header's JSON object, with neither duplicate names nor numbers that JSON does not have."""
+    """The header's JSON object, without duplicate names or numbers that JSON does not allow."""
     if not header.lstrip(b" \t\n\r").startswith(b"{"):
         raise bad("its header does not begin with '{'")
     if header.count(b"[") > 2 * MAX_TENSORS or header.count(b"{") > 2 * MAX_TENSORS:
@@ -289,7 +288,7 @@ def _is_count(x: Any) -> bool:
 
 
 def _short(text: str, most: int = 80) -> str:
-    """On one line, and not long: what is quoted comes from a file that may hold anything."""
+    """Short and on one line: the quoted text comes from an untrusted file."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -335,12 +334,12 @@ def _checkpoint(name: str, folder: Path | None, files: list[File]) -> Checkpoint
             )
         where.update(dict.fromkeys(file.tensors, number))
     if not where:
-        raise UserError(f"{name}: the checkpoint holds no tensors")
+        raise UserError(f"{name}: the checkpoint contains no tensors")
     return Checkpoint(name, folder, tuple(files), where)
 
 
 def _local(name: str) -> str:
-    """The folder of a model that is not a folder of safetensors by itself: a GGUF file, an alias or a hub name."""
+    """The local folder of a GGUF file, an alias or a hub name."""
     from fastalign.models.loading import resolve
 
     resolved = resolve(name)
@@ -350,7 +349,7 @@ def _local(name: str) -> str:
 
     from fastalign._base.quiet import one_line_errors
 
-    with one_line_errors(name, "no such local folder, and not to be had from the hub: "):
+    with one_line_errors(name, "no such local folder, and not available from the hub: "):
         return snapshot_download(resolved, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
 
 
@@ -382,9 +381,9 @@ class Shard:
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_size: int) -> list[Shard]:
-    """Shards for (name, dtype, shape) in order: each as full as it may be, a larger tensor alone in its own.
+    """Shards for (name, dtype, shape) in order: each filled up to the limit; a larger tensor gets its own.
 
-    Within a shard wide types come first, so that every tensor lies at a multiple of its element's size.
+    Within a shard wide types come first, so that every tensor is aligned to its element size.
     """
     groups: list[list[tuple[str, str, tuple[int, ...], int]]] = []
     used = 0
@@ -433,7 +432,7 @@ def opened(checkpoints: Sequence[Checkpoint]) -> Iterator[dict[Path, int]]:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files as far as the system lets it, where a merge needs more."""
+    """Raise this process's limit of open files as far as the system allows, if a merge needs it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or needed <= soft:
@@ -451,7 +450,7 @@ def files_of(checkpoints: Sequence[Checkpoint]) -> Iterator[File]:
 
 
 def unchanged(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raises UserError where a file is not what it was when its header was read."""
+    """Raises UserError if a file has changed since its header was read."""
     for file in files_of(checkpoints):
         status = os.stat(file.path)
         if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
@@ -473,7 +472,7 @@ def read_bytes(checkpoint: Checkpoint, name: str, block: int = _BLOCK) -> Iterat
 
 
 def mapped(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors as views of its files, which are read where they are used."""
+    """A checkpoint's tensors as memory-mapped views of its files."""
     return {name: tensor for file in checkpoint.files for name, tensor in mapped_file(file).items()}
 
 

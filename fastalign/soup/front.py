@@ -1,4 +1,4 @@
-"""What soups reach: their values measured along ρ with no soup written, and the ρ whose soup a palette asks for."""
+"""Measured values of soups along ρ, without writing soups, and the best ρ for a palette."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SoupFront:
 
     @property
     def stderr(self) -> np.ndarray:
-        """(K, d): standard errors over prompts, with what drawing candidates adds; NaN from one prompt alone."""
+        """(K, d): standard errors over prompts, including the draw of candidates; NaN for a single prompt."""
         return standard_error(self.means, axis=1)
 
     def write(self, path: str | Path) -> None:
@@ -83,8 +83,8 @@ class SoupFront:
 
 
 class Choice(NamedTuple):
-    """A ρ for a palette. levels, stderr: interpolated between the measured soups, prompt by prompt; margin: the least
-    (level - palette) / std of any value, 0 or more where the palette is met; between: the soups' numbers."""
+    """A ρ for a palette. levels, stderr: interpolated between the measured soups, prompt by prompt; margin: the
+    smallest (level - palette) / std of any value, at least 0 if the palette is reached; between: the soups' indices."""
 
     rho: np.ndarray  # (m,)
     levels: np.ndarray  # (d,)
@@ -94,12 +94,12 @@ class Choice(NamedTuple):
 
 
 def choose(front: SoupFront, palette: ArrayLike) -> Choice:
-    """The ρ with the largest least margin (level - palette) / std, over all values, on the measured soups' surface.
+    """The ρ that maximises the smallest margin (level - palette) / std over all values, on the measured soups' surface.
 
-    palette: (d,), asked for as at least; a value of -inf is free. Between neighbouring ρ (the cells of a Delaunay
-    triangulation) levels are taken to be linear, so that each cell is a small linear programme. Its standard error is
-    that of the interpolated prompts' means; that values bend between the measured ρ, and that the best of noisy
-    points looks better than it is, it does not count: measure the ρ chosen, with another seed.
+    palette: (d,), levels to reach; a value of -inf is free. Between neighbouring ρ (the cells of a Delaunay
+    triangulation) levels are assumed to be linear, so each cell is a small linear programme. The standard error is that
+    of the interpolated prompts' means. It ignores that values are not linear between the measured ρ, and that the best
+    of noisy points looks better than it is: measure the chosen ρ with another seed.
     """
     wanted = np.asarray(palette, dtype=np.float64)
     if wanted.shape != (len(front.values),) or np.isnan(wanted).any() or (wanted == np.inf).any():
@@ -124,7 +124,8 @@ def choose(front: SoupFront, palette: ArrayLike) -> Choice:
 
 
 def _cells(rho: np.ndarray) -> Iterator[list[int]]:
-    """Sets of neighbouring rows, beyond one dimension of a Delaunay triangulation, or each alone if there is none."""
+    """Sets of neighbouring rows: in more than one dimension those of a Delaunay triangulation, or single rows if there
+    is none."""
     flat = rho - rho.mean(axis=0)
     _, s, v = np.linalg.svd(flat, full_matrices=False)
     dimensions = int((s > 1e-9 * max(1.0, s[0])).sum())

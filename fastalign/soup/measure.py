@@ -1,6 +1,6 @@
-"""Soups measured along ρ with none written: one live model is set to each in turn, sampled and scored.
+"""Measures soups along ρ without writing them: one live model is set to each in turn, sampled and scored.
 
-The files of a walk's folder come in together, once all are made, and one walk at a time makes them.
+The files of a walk appear in its folder together, once all are finished; only one walk at a time may write them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ FIGURES = ("soups.svg", "soups.png")
 
 
 class Files:
-    """Those of `out`, and of `parts` beside it, where new ones are made; see `making`."""
+    """The files of `out`, and of `parts` beside it, where new ones are written; see `making`."""
 
     def __init__(self, out: Path, parts: WorkFolder, overwrite: bool):
         self._out, self._parts, self._overwrite, self._new, self._used = out, parts, overwrite, [], set()
 
     def measured(self, name: str, wanted: Mapping[str, Any]) -> Candidates | None:
-        """A soup's scored candidates, where they are there as `wanted` has it. Raises UserError where others are."""
+        """A soup's scored candidates, if they exist with the settings `wanted`. Raises UserError if others exist."""
         self._used.add(name)
         for folder in (self._out, self._parts.path):
             if outputs.recorded(folder / name, "soup") == wanted:
@@ -59,7 +59,7 @@ class Files:
         return None
 
     def check(self, name: str, *, ours: bool) -> None:
-        """Raise UserError where a file that is to be replaced is not `ours`."""
+        """Raise UserError if a file to be replaced is not `ours`."""
         if not ours:
             self._free(name)
 
@@ -77,7 +77,7 @@ class Files:
         self._used.add(name)
 
     def settle(self) -> None:
-        """What is new comes into `out`, the record last; what an overwritten walk left there goes, its record first."""
+        """Move new files to `out`, the record last; remove those of an overwritten walk, its record first."""
         self._out.mkdir(exist_ok=True)
         old = [path for path in self._out.glob("**/*.parquet") if outputs.recorded(path, "soup")]
         if (record := self._out / RECORD).exists() and (RECORD in self._new or self._overwrite):
@@ -98,17 +98,19 @@ class Files:
 def making(
     out: str | os.PathLike[str], inputs: Iterable[Any], job: Mapping[str, Any], *, overwrite: bool
 ) -> Iterator[Files]:
-    """The files of `out`, held against another walk; those made in the block come into `out` when it has succeeded.
+    """The files of `out`, locked against another walk; those written in the block move to `out` when it succeeds.
 
-    job: what `<out>.parts` is for; what an interrupted walk of the same left there is taken up. Raises UserError, one
-    line: another walk holds it, or left files of another job there and they are not to be overwritten.
+    job: the job of `<out>.parts`; files of an interrupted walk for the same job are reused. Raises UserError, one line,
+    if another walk has it locked, or left files of another job there and `overwrite` is not set.
     """
     check_folder(out)
     outputs.not_an_input(out, inputs, folder=True)
     out = Path(os.path.realpath(out))
     with hold(out.with_name(f"{out.name}.parts"), writes=out, keeps="soups") as parts:
         if parts.whole() and parts.job != job and not overwrite:
-            raise UserError(f"{parts.path}: holds an interrupted run of other soups or settings; --overwrite drops it")
+            raise UserError(
+                f"{parts.path}: contains an interrupted run with other soups or settings; --overwrite removes it"
+            )
         parts.begin(job)
         files = Files(out, parts, overwrite)
         yield files
@@ -141,12 +143,12 @@ def walk(
     Args:
         models: m checkpoints of one architecture with their tokenizer; with `base`, m LoRA adapters of it.
         rho: (K, m); rows sum to 1, but for adapters.
-        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as `Sampler.sample` takes
-            them; every soup is asked the same prompts with the same random numbers, so that differences between soups
-            are less noisy than their levels.
+        rewards: names or Reward objects, d of them. n, max_new_tokens, seed, sampling: as in `Sampler.sample`; every
+            soup gets the same prompts and random numbers, so that differences between soups are less noisy than their
+            levels.
         out: folder for 000.parquet, 001.parquet ... (scored candidates) and soups.json. Files of the same soups are
-            taken as they are, those of others raise, unless they are to be overwritten. They are made in
-            `<out>.parts`, where an interrupted walk leaves the finished ones, and come into `out` together.
+            reused; those of others raise, unless overwrite is set. New ones are written to `<out>.parts`, where an
+            interrupted walk leaves the finished ones, and move to `out` together.
 
     Raises UserError or FileNotFoundError, one line each.
     """
@@ -159,7 +161,7 @@ def walk(
 
 
 class Walk:
-    """What `walk` was asked for, checked before any model is loaded; job: JSON values that make it what it is."""
+    """The arguments of `walk`, checked before any model is loaded; job: JSON values that identify it."""
 
     job: dict[str, Any]
 
@@ -208,7 +210,7 @@ class Walk:
         self.job = self._made_with | {"rho": self._rows.tolist()}
 
     def into(self, files: Files, under: str = "") -> SoupFront:
-        """Measure what is not there yet; under: of the files' names."""
+        """Measure the missing soups; under: prefix of the files' names."""
         from fastalign.decode import Sampler
         from fastalign.models.loading import load_causal_lm
         from fastalign.rewards import score

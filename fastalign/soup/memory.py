@@ -1,4 +1,4 @@
-"""Soups in memory: a state dict of them, or straight into a live model, for loops that walk ρ and write no files."""
+"""Soups in memory, as a state dict or directly in a live model, for loops over ρ that write no files."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def mix(
 
     models: m modules, state dicts, or checkpoints (files are mapped, not loaded).
     dtype: of the result; None keeps the first model's, tensor by tensor.
-    normalize: True divides weights by their sum, False takes them as they are, None asks that they sum to 1.
-    Integer and boolean tensors must be equal, and are the first model's own.
-    NaN and infinities in a model and numbers beyond the result's type are counted and warned of; strict: an error.
-    Raises UserError where names, shapes or kinds of tensors differ.
+    normalize: True divides the weights by their sum, False uses them unchanged, None requires that they sum to 1.
+    Integer and boolean tensors must be equal, and are taken from the first model.
+    NaN and infinities in a model, and numbers outside the result type's range, are counted and give a warning; strict:
+    an error. Raises UserError if names, shapes or kinds of tensors differ.
     """
     states, rows, labels = _prepare(models, weights, normalize)
     seen, several = NotFinite(), np.ndim(weights) == 2
@@ -68,8 +68,8 @@ def interpolate(
     """Set a live model's weights to Σ ρ w over `others`, in place, and return it.
 
     model: of the same architecture, its own dtypes and device; none of `others` may share its memory, since it is
-    overwritten. others: m modules, state dicts or checkpoints; weights: (m,). strict: as `mix` takes it; all is added
-    up twice then. Raises UserError, with the model as it was, where names or shapes differ.
+    overwritten. others: m modules, state dicts or checkpoints; weights: (m,). strict: as in `mix`; everything is then
+    summed twice. Raises UserError, with the model unchanged, if names or shapes differ.
     """
     states, rows, labels = _prepare(others, weights, normalize)
     if np.ndim(weights) != 1:
@@ -111,9 +111,9 @@ def _look(
     *,
     several: bool = False,
 ) -> None:
-    """Counts what is not finite, of the outputs where all inputs are. labels: the models' names.
+    """Counts non-finite numbers; in outputs, those whose inputs are all finite. labels: the models' names.
 
-    Only the outputs are read where these are finite: 0 times NaN is NaN, too.
+    If the outputs are finite, only they are read: 0 times NaN is NaN, too.
     """
     bad: Tensor | None = None
     for k, out in enumerate(outs):
@@ -145,7 +145,7 @@ def _tell(seen: NotFinite, *, strict: bool) -> None:
 def _prepare(
     sources: Sequence[Source], weights: ArrayLike, normalize: bool | None
 ) -> tuple[list[dict[str, Tensor]], list[list[float]], list[str]]:
-    """Each model's tensors, of the same names and shapes; the weights' rows; what the models are called."""
+    """Each model's tensors, with the same names and shapes; the weights' rows; the models' names."""
     if isinstance(sources, str | os.PathLike | nn.Module | Mapping) or not sources:
         raise UserError("models must be a list of modules, state dicts, folders, files or hub names")
     METHODS["linear"].check_inputs(len(sources), with_base=False)

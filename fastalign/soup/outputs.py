@@ -1,4 +1,4 @@
-"""A merge's outputs: the folder that they grow in, beside the one that they become, and their shards in turn."""
+"""A merge's outputs: the work folder beside the target folder, and their shards, one after another."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _KEPT = 1 << 30
 
 
 def already_made(plan: Plan, *, overwrite: bool = False) -> bool:
-    """Whether `out` holds this very merge, finished. Raises UserError where it holds anything else, but for another
-    merge that is to be overwritten, and where it is an input or in one."""
+    """Whether `out` contains exactly this merge, finished. Raises UserError if it contains anything else (except
+    another merge that may be overwritten), and if it is an input or inside one."""
     not_an_input(plan.target, (one.folder for one in plan.sources))
     out = plan.out
     check_folder(out)
@@ -53,7 +53,7 @@ def already_made(plan: Plan, *, overwrite: bool = False) -> bool:
 
 
 def recorded(out: Path) -> dict[str, Any] | None:
-    """What the output's own record says; None where it has none."""
+    """The output's own record; None if it has none."""
     try:
         record = read_json(out / RECORD, kind="soup")
     except (ValueError, OSError):
@@ -62,7 +62,7 @@ def recorded(out: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(folder: Path, digests: dict[str, str], names: Iterable[str]) -> bool:
-    """A file has its name only when it was whole; its digest says that it is the one."""
+    """A file gets its name only when complete; its digest identifies it."""
     return all(
         name in digests and (folder / name).is_file() and stream.digest_of(folder / name) == digests[name]
         for name in names
@@ -70,7 +70,7 @@ def _is_whole(folder: Path, digests: dict[str, str], names: Iterable[str]) -> bo
 
 
 def chunk_of(plan: Plan) -> int:
-    """Elements that a thread holds at once. Raises UserError where the memory limit is too low."""
+    """Number of elements that a thread keeps in memory. Raises UserError if the memory limit is too low."""
     threads, outputs = backend.threads(), len(plan.weights) if plan.sparse else 1  # outputs at once
     widths = max(
         sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
@@ -88,16 +88,16 @@ def chunk_of(plan: Plan) -> int:
 
 @contextmanager
 def growing(plan: Plan) -> Iterator[Outputs]:
-    """The outputs in a folder held against another merge; what an interrupted one of the same key left there stays."""
+    """The outputs in a folder locked against other merges; files of an interrupted merge with the same key are kept."""
     with hold(plan.work, writes=plan.out, what="merge", keeps="shards" if flushes() else None) as work:
         work.begin({"kind": "soup", "key": plan.key, "flushed": flushes()}, anew=not flushes())
         if foreign := work.foreign():
-            raise UserError(f"{foreign[0]}: lies where {plan.out} is made, and no merge put it there: move it away")
+            raise UserError(f"{foreign[0]}: is in the way of {plan.out} and was not made by a merge: move it away")
         yield Outputs(plan, work)
 
 
 class Outputs:
-    """Shards of a plan, in its work folder. done: those of which every output has its file, as it was made."""
+    """Shards of a plan, in its work folder. done: those whose files are complete and unchanged in every output."""
 
     plan: Plan
     work: WorkFolder
@@ -123,8 +123,8 @@ class Outputs:
             raise UserError(f"{self.plan.out}: needs {size(needed)}, the disk has {size(free)} free")
 
     def write(self, shard: Shard, inputs: dict[Path, int], moved: Callable[[int], None]) -> NotFinite:
-        """Write a shard's files under names of their own, flush, and rename them. inputs: open files; moved: is told
-        of bytes."""
+        """Write a shard's files under temporary names, flush, and rename them. inputs: open files; moved: called with
+        the bytes moved."""
         names, headers = self.plan.files_of(shard), self.headers[shard.file]
         targets = [self.work.making(name) for name in names]
         partial = [path.with_name(path.name + ".partial") for path in targets]
@@ -157,7 +157,7 @@ class Outputs:
             raise
 
     def accompany(self, seen: NotFinite) -> None:
-        """Index, configuration, tokenizer and templates into every output, and the record."""
+        """Write index, configuration, tokenizer, templates and the record to every output."""
         plan, sharded = self.plan, len(self.plan.layout) > 1
         for folder in plan.folders:
             for name in [*plan.sidecar.files(), *([INDEX] if sharded else [])]:
@@ -205,11 +205,11 @@ class _Writer:
                     self.blocks(name, step)
 
     def step_of(self, name: str) -> Step | None:
-        """None where a tensor is copied."""
+        """None if a tensor is copied."""
         return self.plan.step_of(name) if self.shard.tensors[name].dtype in FLOATS else None
 
     def offsets(self, name: str) -> list[int]:
-        """Where a tensor begins in each file."""
+        """A tensor's offset in each file."""
         return [len(header) + self.shard.tensors[name].offset for header in self.headers]
 
     def segment(self, name: str, weights: list[float]) -> Segment:
@@ -244,7 +244,7 @@ class _Writer:
         )
 
     def sums(self, segments: Iterator[Segment], dtype: str) -> None:
-        """Weighted sums to one type: neighbours joined, then in batches that move some 64 MB each."""
+        """Weighted sums to one type: adjacent segments are joined, then split into batches of about 64 MB."""
         batch: list[Segment] = []
         for whole in stream.joined(segments, SIZES[dtype]):
             for piece in stream.pieces(whole, dtype, _BATCH):
@@ -279,7 +279,7 @@ class _Writer:
         return next(path for path, file in self.inputs.items() if file == descriptor)
 
     def look_at(self, segments: list[Segment], dtype: str, seen: Seen) -> None:
-        """Note numbers that are not finite by the names of their tensors."""
+        """Record non-finite numbers by the names of their tensors."""
         sides = {
             "inputs": ([one.name for one in self.plan.inputs], seen.inputs),
             "outputs": (self.plan.folders, seen.outputs),
@@ -293,7 +293,7 @@ class _Writer:
                     self.seen.add(side, name, count, tensor)
 
     def look_at_block(self, name: str, k: int, block: torch.Tensor) -> None:
-        """The same of a block; of its inputs' numbers those count that came out as none."""
+        """The same for a block; of its inputs' numbers only those count that gave a non-finite output."""
         import torch
 
         count = block.numel() - int(block.double().isfinite().sum())

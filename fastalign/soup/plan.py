@@ -1,4 +1,4 @@
-"""What a merge will do, all of it known before the first byte is written: inputs, weights, the outputs' files."""
+"""A merge's plan, complete before the first byte is written: inputs, weights, the outputs' files."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ DEFAULT_MEMORY = "512MB"
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that can be done. `inputs`: the base, where there is one, and the models; `weights`: as asked for, a
-    row for each output."""
+    """A valid merge. `inputs`: the base, if any, and the models; `weights`: as given, one row per output."""
 
     models: tuple[Checkpoint, ...]
     inputs: tuple[Checkpoint, ...]
@@ -55,17 +54,17 @@ class Plan:
 
     @property
     def target(self) -> Path:
-        """`out`, or where it leads as a link."""
+        """`out`, or its target if it is a link."""
         return _target(self.out)
 
     @property
     def work(self) -> Path:
-        """The folder beside it that it grows in."""
+        """The work folder beside it."""
         return _work(self.out)
 
     @property
     def sources(self) -> tuple[Checkpoint, ...]:
-        """The inputs as they lie there."""
+        """The inputs as stored."""
         return self.inputs if self.embeddings is None else self.embeddings.sources
 
     @property
@@ -103,7 +102,7 @@ class Plan:
         return metadata_of(self.recipe | {"weights": self.weights[k]})
 
     def describe(self) -> list[str]:
-        """For people: a line for each input, then what comes out."""
+        """A readable description: one line per input, then the output."""
         lines = [
             f"{one.name}: {counted(len(one.where), 'tensor')}, {size(one.nbytes)} in {counted(len(one.files), 'file')}"
             for one in self.sources
@@ -136,17 +135,17 @@ def make(
     memory_limit: int | str | None = None,
     force: bool = False,
 ) -> Plan:
-    """Check everything that `merge` takes (see there) and every input's header. Writes nothing."""
+    """Check all arguments of `merge` and every input's header. Writes nothing."""
     if isinstance(models, str | os.PathLike) or not models:
         raise UserError(f"models must be a list of folders, files or hub names, got {models!r}")
     if Path(os.path.realpath(os.curdir)).is_relative_to(os.path.realpath(out)):
-        raise UserError(f"out must be a folder to make, got {os.fspath(out)!r}, which holds the current one")
+        raise UserError(f"out must be a new folder, got {os.fspath(out)!r}, which contains the current folder")
     kind = method_named(method, len(models), with_base=base is not None)
     values = kind.read(parameters, len(models))
     if weights is None and kind.weights == "rows":
         raise UserError(f"{method} needs weights, one for each model")
     if weights is not None and kind.weights == "none":
-        raise UserError(f"{method} takes no weights: it makes them itself")
+        raise UserError(f"{method} takes no weights: it computes them itself")
     if normalize is not None and method != "linear":
         raise UserError(f"normalize is for linear soups, not for {method}")
     rows = Weights([1 / len(models)] * len(models) if weights is None else weights, len(models))
@@ -202,8 +201,8 @@ def make(
 
 
 def key_of(files: Sequence[File], sidecar: Sidecar, **basis: Any) -> str:
-    """A hash of what decides a merge's bytes, wherever it lies: `basis`, weights by their files' headers and parts of
-    them, what comes along, and what computes it."""
+    """A hash of everything that determines a merge's bytes, independent of paths: `basis`, weights by their files'
+    headers and samples, the sidecar files, and the code version."""
     basis |= {
         "files": [[file.modified, file.identity, of_weights(file.path)] for file in files],
         "with": of_files(sidecar.sources()),
@@ -222,7 +221,7 @@ def _work(out: str | os.PathLike[str]) -> Path:
 
 
 def metadata_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """For a file's header: what was made of what. `format` is what transformers asks for."""
+    """Metadata for a file's header: what was merged from what. `format` is what transformers asks for."""
     recipe = {"fastalign": fastalign.__version__, **recipe}
     return {"format": "pt", "fastalign": json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
 
@@ -233,8 +232,8 @@ def out_type(first: Checkpoint, name: str, out_dtype: str | None) -> str:
 
 
 def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A model's name without the place where it lies, and what identifies its files: a hash of header and size. Of a
-    stack, that of each piece."""
+    """A model's name without its path, and an identifier of its files: a hash of header and size. For a stack, of each
+    piece."""
     if checkpoint.pieces:
         return {
             "layers": [
@@ -247,7 +246,7 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes as people read them."""
+    """Bytes in readable form."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"

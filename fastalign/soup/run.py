@@ -1,8 +1,8 @@
-"""Streaming merges: soups of models larger than memory, many in one reading, safe against interruption.
+"""Streaming merges: soups of models larger than memory, many in one read, and safe to interrupt.
 
-The outputs grow in a folder beside the target, a shard of each at a time: written, flushed to disk, renamed. When all
-are there, that folder becomes the target. A merge that was stopped finds it again, and goes on after its last finished
-shards; what is made does not depend on how often that happened.
+The outputs are written to a work folder beside the target, one shard of each at a time: written, flushed to disk,
+renamed. When all are complete, the work folder becomes the target. A stopped merge resumes after its last finished
+shards; the result does not depend on interruptions.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 class Merged(NamedTuple):
-    """What a merge did. resumed: finished shards that were found; seconds: from the first read to the last rename;
-    not_finite: how many numbers are NaN or infinite and in which tensors, one line, "" where none is."""
+    """The result of a merge. resumed: shards that were already finished; seconds: from the first read to the last
+    rename; not_finite: how many numbers are NaN or infinite and in which tensors, one line, "" for none."""
 
     out: Path
     models: int
@@ -67,17 +67,17 @@ def merge(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """Merge checkpoints of one architecture into one soup, or into many in a single reading.
+    """Merge checkpoints of one architecture into one soup, or into many with a single read.
 
     Args:
-        models: m folders, *.safetensors files or hub names; or stacks, lists of (model, first, last) from the bottom
-            up, that have those models' layers first ... last - 1 one upon another, what comes before them from the
-            lowest model and what comes after them from the highest.
-        weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte read
-            once. One of (m,) may be {pattern: weight or weights over the layers}. None: equal, where the method needs
-            none.
-        out: the folder to make. It must not exist, be empty, or hold this very merge, finished; or, with overwrite,
-            another merge, which is replaced once this one is whole.
+        models: m folders, *.safetensors files or hub names; or stacks: lists of (model, first, last) from the bottom
+            up, whose layers first ... last - 1 are stacked; tensors before the layers come from the lowest model, those
+            after them from the highest.
+        weights: (m,) for one model at `out`; (K, m) for K models at `out`/0 ... `out`/(K-1), each input byte is read
+            once. A weight of (m,) may be {pattern: weight or weights over the layers}. None: equal weights, if the
+            method needs none.
+        out: the output folder. It must not exist, be empty, or contain exactly this merge, finished; with overwrite, it
+            may contain another merge, which is replaced once this one is complete.
         method: one of METHODS, whose docstrings (`help(soup.METHODS["ties"])`) say what each does: "linear", Σ ρ w;
             "task_arithmetic", base + Σ λ (w - base); of task vectors some elements, "ties", "dare_linear",
                 "dare_ties", "della",
@@ -85,41 +85,41 @@ def merge(
                 "karcher", "warp",
             "model_stock"; "ema", the moving average of checkpoints; mergekit's "sce", "nearswap", "arcee_fusion",
                 "ram".
-        base: what the models were trained from, for the methods that work on the differences.
+        base: the model from which the others were trained, for methods that work on the differences.
         parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number},
             or {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
-        companion: whose configuration and tokenizer the outputs get, "first", "base", or a model as it is named in
+        companion: the model whose configuration and tokenizer the outputs get: "first", "base", or a model as named in
             models.
-        tokenizer: "companion", the folder of another, or "union", the companion's with the other models' tokens added
-            to it. Embeddings and heads get a row for each of its tokens, in its order: a model's own; for a token
-            that it lacks the base's (or a named companion's), else the mean of those that have it. None leaves
-            embeddings as they are, with the companion's.
-        pad_to_multiple_of: with a tokenizer, the number of rows is made a multiple of it, by rows that are the mean
+        tokenizer: "companion", the folder of another one, or "union", the companion's with the other models' tokens
+            added. Embeddings and heads get one row per token, in its order: a model's own row; for a token that it does
+            not have, the base's (or a named companion's) row, else the mean of the models that have it. None leaves
+            embeddings unchanged, with the companion's tokenizer.
+        pad_to_multiple_of: with a tokenizer, pads the number of rows to a multiple of it, with rows that are the mean
             of the others.
-        chat_template: the text of another chat template, or "auto" for the one that most of the models have.
-        dtype: to store floating-point tensors in; None keeps the first model's, tensor by tensor.
-        normalize: linear only. True divides weights by their sum, False takes them as they are, None asks that they
-            sum to 1.
-        max_shard_size: of one output file, such as "5GB"; a larger tensor has a file of its own.
+        chat_template: the text of another chat template, or "auto" for the most common one among the models.
+        dtype: the stored type of floating-point tensors; None keeps the first model's, tensor by tensor.
+        normalize: linear only. True divides the weights by their sum, False uses them unchanged, None requires that
+            they sum to 1.
+        max_shard_size: of one output file, such as "5GB"; a larger tensor gets its own file.
         memory_limit: for buffers, such as "512MB" (the default).
-        force: mix though the configurations or tokenizers differ; the first model's are copied.
-        sync: False leaves it to the system when the outputs reach the disk: at the speed of memory, for soups that
-            are looked at and thrown away. A power cut may then leave any part of them torn, so that an interrupted
-            merge begins anew.
+        force: merge even if configurations or tokenizers differ; the first model's are copied.
+        sync: False lets the operating system decide when the outputs reach the disk, which is as fast as memory; use it
+            for temporary soups. A power cut may then corrupt them, so an interrupted merge starts again from the
+            beginning.
 
-        strict: raise UserError, before the output has its name, where an input holds NaN or an infinity or the
-            output's type cannot hold a number. Else that is counted: a warning, `Merged.not_finite`, and "not_finite"
-            in soup.json.
+        strict: raise UserError, before the output gets its name, if an input has NaN or infinity or a number is outside
+            the output type's range. Otherwise these are counted: a warning, `Merged.not_finite`, and "not_finite" in
+            soup.json.
 
-    Sums are made in float32, in float64 where an input or the output is float64, and rounded once, to nearest even.
+    Sums are computed in float32 (float64 if an input or the output is float64) and rounded once, to nearest even.
     Integer and boolean tensors are copied, and must be equal. The first model's configuration, tokenizer, generation
-    configuration and chat template come along, so that transformers loads the output; files' metadata and soup.json
+    configuration and chat template are copied, so that transformers loads the output; the files' metadata and soup.json
     record the recipe.
 
     Raises:
-        UserError, FileNotFoundError: anything about the arguments or the files that forbids it, before a byte is
-            written; also too little space on the disk, and an input that changes meanwhile.
-        OSError: a disk's error. Inputs and finished shards stay; the same call goes on from them.
+        UserError, FileNotFoundError: invalid arguments or files, before a byte is written; also too little disk space,
+            and an input that changes during the merge.
+        OSError: a disk error. Inputs and finished shards stay; the same call resumes from them.
     """
     made = make(
         models, weights, out, method=method, base=base, parameters=parameters, companion=companion, tokenizer=tokenizer,
@@ -132,7 +132,7 @@ def merge(
 
 
 def warned(merged: Merged) -> Merged:
-    """Tells Python's caller of a merge what was met of numbers that are not finite."""
+    """Warns Python callers of a merge about non-finite numbers."""
     if merged.not_finite:
         warnings.warn(printable(f"{merged.out}: {merged.not_finite}"), stacklevel=3)
     return merged
@@ -141,7 +141,7 @@ def warned(merged: Merged) -> Merged:
 def execute(
     plan: Plan, *, sync: bool = True, strict: bool = False, overwrite: bool = False, progress: bool = True
 ) -> Merged:
-    """Do what was planned, or what is left of it. sync, strict, overwrite: see `merge`."""
+    """Run a plan, or the rest of it. sync, strict, overwrite: see `merge`."""
     with nullcontext() if sync else files.unflushed():
         return _execute(plan, strict, overwrite, progress)
 
@@ -183,7 +183,7 @@ def _execute(plan: Plan, strict: bool, overwrite: bool, progress: bool) -> Merge
 
 
 class _Megabytes:
-    """Bytes as they come, whole megabytes as the bar takes them."""
+    """Collects bytes, and passes whole megabytes to the progress bar."""
 
     def __init__(self, advance: Callable[[int], None]):
         self.advance, self.bytes = advance, 0
@@ -200,7 +200,7 @@ _SAMPLE = 64_000_000  # bytes, read and written
 
 
 class Estimate(NamedTuple):
-    """seconds: of the whole merge; rate: bytes read and written a second; sample: bytes that were moved to know it."""
+    """seconds: for the whole merge; rate: bytes read and written per second; sample: bytes moved to measure it."""
 
     seconds: float
     rate: float
@@ -208,10 +208,10 @@ class Estimate(NamedTuple):
 
 
 def estimate(plan: Plan) -> Estimate | None:
-    """From the rate of a sample of the inputs, written to the disk where the output will be, flushed, and removed; of
-    what torch makes tensor by tensor, from the largest one, which is not written.
+    """Estimates the time from a sample of the inputs that is merged, written to the output's disk, flushed, and
+    removed; for methods that torch computes tensor by tensor, from the largest tensor, which is not written.
 
-    None where nothing of the plan is floating-point. Raises OSError where the inputs cannot be read or nothing be
+    None if no tensor of the plan is floating-point. Raises OSError if the inputs cannot be read or the sample cannot be
     written.
     """
     tensors = {

@@ -1,4 +1,4 @@
-"""What comes along with the weights, so that transformers loads them: configuration, tokenizer, chat template."""
+"""Sidecar files, without which transformers cannot load the weights: configuration, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _TEMPLATE = "chat_template.jinja"
 
 
 class Sidecar(NamedTuple):
-    """folder: whose configuration it is; tokenizer: the folder of the tokenizer; changes: what files of JSON say
-    otherwise, by their names; template: the chat template, None for the tokenizer's own; tokens: what tokenizer.json
-    holds, None for the folder's."""
+    """folder: with the configuration; tokenizer: the folder of the tokenizer; changes: changed entries of JSON files,
+    by file name; template: the chat template, None for the tokenizer's own; tokens: the content of tokenizer.json, None
+    for the folder's."""
 
     folder: Path | None
     tokenizer: Path | None
@@ -42,7 +42,7 @@ class Sidecar(NamedTuple):
     tokens: Mapping[str, Any] | None = None
 
     def sources(self) -> list[Path]:
-        """The files that are copied; with remote code, every *.py, for one may import another."""
+        """The files to copy; with remote code every *.py, because they may import each other."""
         chosen = [(self.folder, _SETTINGS), (self.tokenizer, TOKENIZER)]
         chosen += [(folder, ("*.py",)) for folder in (self.folder, self.tokenizer) if folder and _has_code(folder)]
         by_name = {
@@ -55,11 +55,11 @@ class Sidecar(NamedTuple):
         return paths
 
     def files(self) -> set[str]:
-        """The names of the files that `copy` makes."""
+        """The names of the files that `copy` writes."""
         return {path.name for path in self.sources()} | ({_TEMPLATE} if self.template is not None else set())
 
     def copy(self, target: Path, out_type: str | None) -> None:
-        """Into an output's folder. out_type: what floating-point tensors are stored in, None as they are."""
+        """Copy to an output's folder. out_type: the stored type of floating-point tensors, None if unchanged."""
         for path in self.sources():
             shutil.copyfile(path, target / path.name)
             sync(target / path.name)
@@ -86,10 +86,10 @@ def sidecar_of(
     multiple: int | None,
     chat_template: str | None,
 ) -> tuple[Sidecar, Vocabulary | None]:
-    """Whose files come along (see `merge`), and where a tokenizer is asked for what the embeddings have rows for.
+    """Which files are copied (see `merge`), and, if a tokenizer is requested, for which tokens the embeddings have
+    rows.
 
-    multiple: of what number. Raises UserError: no such model, no tokenizer or none whose tokens can be counted, no
-    template."""
+    multiple: of the number of rows. Raises UserError: no such model, no usable tokenizer, or no template."""
     every = [*models_of(models), *(models_of([base]) if base is not None else ())]
     if companion == "base" and base is not None:
         chosen = base
@@ -128,7 +128,7 @@ def sidecar_of(
 
 
 def _changes(chosen: Checkpoint, lead: Checkpoint, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """What the files say otherwise with these tokens: how many, and the numbers of those that have a meaning."""
+    """The changed entries with these tokens: their number, and the ids of special ones."""
     changes: dict[str, dict[str, Any]] = {}
     before = {number: token for token, number in vocabulary.known[lead.name].items()}
 
@@ -158,7 +158,7 @@ def _changes(chosen: Checkpoint, lead: Checkpoint, vocabulary: Vocabulary) -> di
 
 
 def _template(template: str | None, models: Iterable[Checkpoint]) -> str | None:
-    """The text of the chat template; "auto": that which most models have, the first of equals."""
+    """The text of the chat template; "auto": the most common one among the models, the first on a tie."""
     if template is None:
         return None
     if template == "auto":
@@ -170,7 +170,8 @@ def _template(template: str | None, models: Iterable[Checkpoint]) -> str | None:
 
 
 def stays_within(path: Path) -> None:
-    """Raises UserError where a file to copy links out of its folder; a hub snapshot's links to its blobs may."""
+    """Raises UserError if a copied file is a link out of its folder; snapshots in the hub's cache may link to its
+    blobs."""
     folder = path.parent.resolve()
     home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not any(path.resolve().is_relative_to(one) for one in (folder, home)):
@@ -205,14 +206,14 @@ def _own_template(folder: Path | None) -> str | None:
 
 
 def _stored_in(config: Path, out_type: str | None) -> dict[str, str]:
-    """The configuration's own word for the weights' type; transformers knows none for eight bits."""
+    """The configuration's name for the weights' type; transformers has none for eight bits."""
     if out_type is None or SIZES[out_type] == 1:
         return {}
     return {"torch_dtype" if "torch_dtype" in read_json(config) else "dtype": WORDS[out_type]}
 
 
 def _change(path: Path, changes: Mapping[str, Any]) -> None:
-    """Set keys of a JSON object, None taking one away."""
+    """Set keys of a JSON object; None removes a key."""
     if changes:
         config = read_json(path) | changes
         write_json(path, {key: value for key, value in config.items() if value is not None or key not in changes})

@@ -1,4 +1,5 @@
-"""Stacks: models put together of runs of other models' layers, as if one file held them; no byte is read for that."""
+"""Stacks: models composed of runs of other models' layers, as if they were in one file; no weights are read for
+that."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class Layer(NamedTuple):
 
 
 def layer_of(name: str) -> Layer | None:
-    """By the first whole number in the name; None where there is none."""
+    """The layer, from the first integer in the name; None if there is none."""
     match = _LAYER.search(name)
     return Layer(name[: match.start(1)], int(match.group(1)), name[match.end(1) :]) if match else None
 
@@ -39,7 +40,7 @@ def comes_before(name: str) -> bool:
     """Whether a tensor outside of layers comes before them, as embeddings do, or after them, as the final norm and
     the head.
 
-    Raises UserError where the name does not tell.
+    Raises UserError if the name does not tell.
     """
     if _BEFORE.search(name):
         return True
@@ -49,7 +50,7 @@ def comes_before(name: str) -> bool:
 
 
 def layer_counts(names: Iterable[str]) -> dict[str, int]:
-    """Beginning of names -> how many layers begin so, where they are numbered 0, 1, 2 ..."""
+    """Prefix of names -> number of layers with it, if they are numbered 0, 1, 2 ..."""
     numbers: dict[str, set[int]] = {}
     for layer in filter(None, map(layer_of, names)):
         numbers.setdefault(layer.begin, set()).add(layer.number)
@@ -65,8 +66,8 @@ Model = str | os.PathLike[str] | Sequence[tuple[str | os.PathLike[str], int, int
 def open_model(model: Model) -> Checkpoint:
     """A checkpoint, or a stack: (model, first, last) pieces, layers first ... last - 1 of each, from the bottom up.
 
-    The stack's layers are numbered anew. What comes before the layers is the first piece's model's, what comes after
-    them the last one's. Raises as open_checkpoint does, and UserError where a model has no such layers.
+    The stack's layers are renumbered. Tensors before the layers come from the first piece's model, those after them
+    from the last one's. Raises like open_checkpoint, and UserError if a model has no such layers.
     """
     if not isinstance(model, list | tuple):
         return open_checkpoint(model)
@@ -78,7 +79,7 @@ def open_model(model: Model) -> Checkpoint:
         one = opened[os.fspath(name)]
         begin, count = _layers(one)
         if not (type(first) is int and type(last) is int and 0 <= first < last <= count):
-            raise UserError(f"{one.name}: layers {first} to {last} asked for, it has 0 to {count}")
+            raise UserError(f"{one.name}: layers {first} to {last} requested, but it has 0 to {count}")
         pieces.append((Piece(one, first, last), begin, count))
     (lowest, begin, count), *others = pieces
     if not others and (lowest.first, lowest.last) == (0, count):
@@ -92,7 +93,7 @@ def open_model(model: Model) -> Checkpoint:
 
 
 def _layers(model: Checkpoint) -> tuple[str, int]:
-    """What the names of its layers begin with, and how many there are."""
+    """The prefix of its layers' names, and the number of layers."""
     counts, stated = layer_counts(model), _stated_count(config_of(model))
     fitting = {begin: count for begin, count in counts.items() if stated is None or count == stated}
     if len(fitting) != 1:
@@ -103,7 +104,7 @@ def _layers(model: Checkpoint) -> tuple[str, int]:
 
 
 def _stated_count(config: Mapping[str, Any]) -> int | None:
-    """How many layers a configuration says that there are."""
+    """The number of layers in a configuration."""
     return next((config[key] for key in LAYER_COUNTS if key in config), None)
 
 
@@ -140,7 +141,8 @@ def _stacked(pieces: tuple[Piece, ...], begin: str) -> Checkpoint:
 
 
 def config_changes(model: Checkpoint) -> Mapping[str, Any]:
-    """What a stack's config.json says other than its first piece's: the layers' number, and lists of one entry each."""
+    """The entries in which a stack's config.json differs from its first piece's: the number of layers, and lists with
+    one entry per layer."""
     if not model.pieces:
         return {}
     configs = [config_of(piece.model) for piece in model.pieces]

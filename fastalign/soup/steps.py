@@ -1,4 +1,5 @@
-"""What is done with a tensor or a run of its bytes, and what is seen of it: plain values, for C++ and torch."""
+"""The work on one tensor or a range of its bytes, and its statistics: plain values, for the native extension and for
+torch."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from fastalign.soup.checkpoint import Checkpoint
 
 
 class Segment(NamedTuple):
-    """n elements that lie together in every input and output; files are descriptors, offsets bytes.
+    """n elements that are contiguous in every input and output; files are descriptors, offsets bytes.
 
     weights: (outputs × inputs), row by row.
     """
@@ -28,7 +29,7 @@ class Segment(NamedTuple):
 
 
 def segment_of(inputs: Sequence[Checkpoint], name: str, files: Mapping[Path, int]) -> Segment:
-    """A whole tensor of the inputs; files: their open files. Outputs are left out."""
+    """A whole tensor of the inputs; files: their open files. Outputs are omitted."""
     tensors = [one[name] for one in inputs]
     return Segment(
         tensors[0].count,
@@ -42,9 +43,9 @@ def segment_of(inputs: Sequence[Checkpoint], name: str, files: Mapping[Path, int
 
 
 class Seen(NamedTuple):
-    """What went by. digests: what was added to each output's digest, 0 where none was asked for; inputs, outputs: for
-    each (count, segment, element): how many numbers were not finite, and where the first was. Outputs' are counted
-    only where the inputs' beside them were finite."""
+    """Statistics. digests: added to each output's digest, 0 if not requested; inputs, outputs: for each (count,
+    segment, element): the number of non-finite numbers, and the first one's position. Those of outputs are counted only
+    if the corresponding inputs are finite."""
 
     digests: list[int]
     inputs: list[tuple[int, int, int]]
@@ -67,15 +68,14 @@ KEEPS = ("all", "band", "random", "ranked")  # in the order of TaskKeep in csrc/
 
 
 class Choice(NamedTuple):
-    """Which elements of one task vector stay, and by how much they are scaled.
+    """Which elements of one task vector are kept, and how they are scaled.
 
-    all: every one. band: those whose rank by size lies in [first, last), the least having rank 0; among equals the
-    earlier is the less, or with largest_first the greater. random: each by chance, with `probability`. ranked: by
-    chance, with a probability that grows with the rank within the row, from probability - epsilon to probability +
-    epsilon.
+    all: every one. band: those with rank by magnitude in [first, last), the smallest having rank 0; among equals the
+    earlier ranks lower, or with largest_first higher. random: each at random, with `probability`. ranked: at random,
+    with a probability that grows with the rank within the row, from probability - epsilon to probability + epsilon.
 
-    scale: of what stays. own_scale: each is divided by its own probability. match_sum: scaled so that the sum of
-    sizes is that of the whole task vector, where both are at least 1e-7. stream: which random numbers.
+    scale: of the kept elements. own_scale: each is divided by its own probability. match_sum: rescaled to the sum of
+    magnitudes of the whole task vector, if both are at least 1e-7. stream: of random numbers.
     """
 
     keep: str = "all"
@@ -91,7 +91,7 @@ class Choice(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """How one tensor is merged: a choice for each model, weights (outputs × models), and what is done with them."""
+    """How one tensor is merged: a choice per model, weights (outputs × models), and options."""
 
     choices: tuple[Choice, ...]
     weights: tuple[tuple[float, ...], ...]
@@ -103,7 +103,7 @@ class Tasks(NamedTuple):
 
 
 def stream_of(name: str, model: int) -> int:
-    """The stream of random numbers of a tensor and a model: of nothing else, whatever the shards and threads."""
+    """The random stream of a tensor and a model, independent of shards and threads."""
     return int.from_bytes(hashlib.sha256(f"{model} {name}".encode()).digest()[:8], "little") >> 1
 
 
@@ -111,7 +111,7 @@ class NotFinite:
     """Counts, and the first tensor of each, by input and by output. As JSON: {"inputs": {name: [count, tensor]},
     "outputs": ...}.
 
-    An output's count is of elements whose inputs are all finite, or lie in other chunks: they are beyond its type's
+    An output's count includes elements whose inputs are all finite, or in other chunks: numbers outside its type's
     range.
     """
 
@@ -128,7 +128,7 @@ class NotFinite:
             self.record[side].setdefault(name, [0, tensor])[0] += count
 
     def join(self, record: Mapping[str, Any], *, strict: bool = False) -> None:
-        """strict: raise UserError where anything was met."""
+        """strict: raise UserError if there are any."""
         for side, counts in record.items():
             for name, (count, tensor) in counts.items():
                 self.add(side, name, count, tensor)

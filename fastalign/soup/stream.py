@@ -1,4 +1,5 @@
-"""Weighted sums and merges of task vectors from file to file, natively where that is built, else by by_torch.py."""
+"""Weighted sums and merges of task vectors from file to file, by the native extension if it is built, else by
+by_torch.py."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _A_THREADS = 1 << 24  # bytes to digest for which a thread is worth its start
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A descriptor's error says which file it was."""
+    """Adds the file's name to a descriptor's error."""
     try:
         yield
     except OSError as error:
@@ -36,7 +37,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
-    """Elements a chunk, from the bytes of one in all inputs and outputs held at once; 0 where the limit is too low."""
+    """Elements per chunk, from the bytes that one element takes in all inputs and outputs in memory; 0 if the limit is
+    too low."""
     chunk = max(LEAST_CHUNK, min(MOST_CHUNK, CACHE_BYTES // widths // PAGE * PAGE))
     allowed = memory_limit // (threads * widths)
     step = PAGE if allowed >= PAGE else 64  # whole pages of every output, whatever its type
@@ -44,7 +46,8 @@ def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
 
 
 def allocate(file: int, nbytes: int) -> None:
-    """Make a file so long, its place reserved where the file system can. Raises OSError: ENOSPC before any write."""
+    """Set a file's length and allocate its blocks if the file system can. Raises OSError: ENOSPC before a byte is
+    written."""
     if not backend.engine_runs():
         return os.ftruncate(file, nbytes)
     error = backend.engine.allocate(file, nbytes)
@@ -53,14 +56,14 @@ def allocate(file: int, nbytes: int) -> None:
 
 
 def write_behind(files: Sequence[int]) -> None:
-    """The disk may begin with what was written, where the native module can tell the system so."""
+    """Lets the system start writing to disk, if the native extension is available."""
     if backend.engine_runs():
         for file in files:
             backend.engine.write_behind(file)
 
 
 def weighted_sums(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> Seen:
-    """Read every segment's inputs once and write its outputs, by chunks of so many elements. Raises StreamError.
+    """Read every segment's inputs once and write its outputs, in chunks of `chunk` elements. Raises StreamError.
 
     All segments have the same files."""
     if not backend.engine_runs():
@@ -83,17 +86,17 @@ def _joined(low: int, high: int) -> int:
 
 
 def added(data: bytes | memoryview, offset: int) -> int:
-    """What these bytes of a file add to its digest, modulo 2^128; only where the native module is built."""
+    """The contribution of these bytes to a file's digest, modulo 2^128; only if the native extension is built."""
     return _joined(*backend.engine.soup_digest(data, offset)) if backend.engine_runs() else 0
 
 
 def digest(total: int, path: Path) -> str:
-    """A written file's, from the sum of what was added."""
+    """A written file's digest, from the sum of its contributions."""
     return f"{total % 2**128:032x}" if backend.engine_runs() else sha256(path)
 
 
 def digest_of(path: Path) -> str:
-    """A file's, read anew."""
+    """A file's digest, by reading it again."""
     if not backend.engine_runs():
         return sha256(path)
     with open(path, "rb") as file:
@@ -108,7 +111,7 @@ def digest_of(path: Path) -> str:
 def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, threads: int) -> Seen:
     """One whole tensor's merge of task vectors; its inputs are the base, then the models. Raises StreamError.
 
-    Its inputs are read several times, by chunks, where ranks or sums of the whole tensor are asked for.
+    Its inputs are read several times, in chunks, if ranks or sums of the whole tensor are needed.
     """
     if not backend.engine_runs():
         from fastalign.soup import by_torch
@@ -133,10 +136,9 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
 
 
 def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarray:
-    """Dot products of a segment's inputs with one another, (m, m) float64; outputs are not looked at. Raises
-    StreamError.
+    """Dot products of a segment's inputs with each other, (m, m) float64; outputs are ignored. Raises StreamError.
 
-    centered: of what the inputs differ by from input 0.
+    centered: of the inputs' differences from input 0.
     """
     if not backend.engine_runs():
         from fastalign.soup import by_torch
@@ -156,7 +158,7 @@ def bytes_moved(segment: Segment, out_type: str) -> int:
 
 
 def pieces(whole: Segment, out_type: str, nbytes: int) -> Iterator[Segment]:
-    """A segment as parts that move about so many bytes each."""
+    """A segment as parts that move about `size` bytes each."""
     widths = [SIZES[name] for name in whole.in_types]
     step = max(1, nbytes // (sum(widths) + SIZES[out_type] * len(whole.out_files)) // PAGE) * PAGE
     for first in range(0, whole.n, step):
@@ -168,7 +170,7 @@ def pieces(whole: Segment, out_type: str, nbytes: int) -> Iterator[Segment]:
 
 
 def joined(segments: Iterator[Segment], out_width: int) -> Iterator[Segment]:
-    """Neighbours that lie together in every file, as one."""
+    """Adjacent segments that are contiguous in every file, joined."""
     run: Segment | None = None
     for segment in segments:
         if run is not None and _follows(run, segment, out_width):
@@ -194,7 +196,8 @@ def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtyp
     """K sums Σ rows[k][i] tensors[i] in `dtype`, contiguous. tensors: one shape and device, floating-point types of
     FLOATS.
 
-    Added up in float32, in float64 where an input or `dtype` is; beyond float8_e4m3fn's range, its largest number.
+    Summed in float32 (float64 if an input or `dtype` is); numbers beyond float8_e4m3fn's range become its largest
+    number.
     """
     import torch
 

@@ -1,8 +1,7 @@
-"""The tokens that models know, and those of what is made of them: a tokenizer's, or the union of all tokenizers.
+"""The tokens of models and of their merge: one tokenizer's, or the union of all tokenizers.
 
-Unions mean what mergekit 0.1.5 makes of them: one tokenizer stays as it is, and what others know beside is added to
-it. mergekit numbers the new tokens as they come out of a hash table, here they keep the order that they have in their
-model.
+Unions are defined as in mergekit 0.1.5: one tokenizer is unchanged, and the others' additional tokens are appended.
+mergekit numbers the new tokens in hash-table order; here they keep their model's order.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Vocabulary(NamedTuple):
 
 
 def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens of a tokenizer.json and their numbers, added ones among them."""
+    """The tokens of a tokenizer.json and their ids, including added ones."""
     words = (tokenizer.get("model") or {}).get("vocab") or {}
     tokens = dict(words.items() if isinstance(words, dict) else ((token, i) for i, (token, *_) in enumerate(words)))
     tokens.update((token.get("content"), token.get("id")) for token in tokenizer.get("added_tokens") or ())
@@ -81,7 +80,7 @@ def vocabulary_of(
 
 
 def embeddings_of(model: Checkpoint) -> list[str]:
-    """The names of the tensors that have a row for each token. Raises UserError where they cannot be told."""
+    """The names of the tensors that have one row per token. Raises UserError if they cannot be determined."""
     names = [name for name in model if name.endswith(ROWS)]
     inputs = [name for name in names if name.endswith(tuple(f"{one}.weight" for one in _INPUTS)) and model[name].count]
     if not inputs:

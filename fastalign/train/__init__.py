@@ -1,4 +1,4 @@
-"""Trainers on the fused losses: DPO, PPO, reward models. TRL and peft are imported only when one is asked for."""
+"""Trainers on the fused losses: DPO, PPO, reward models. TRL and peft are imported only on use."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Checks of what a user hands to a trainer, before anything long: one line that says what is wrong, and where."""
+"""Checks of a trainer's inputs before anything slow starts: one line that says what is wrong, and where."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from fastalign.data.preferences import NUMBERS
 
 
 def pairs(name: str, dataset: Any, *, tokenized: Sequence[str] = ()) -> Any:
-    """A preference dataset, its rows checked where they can be: chosen and rejected, none empty, numbers that are
+    """A preference dataset, with its rows checked if possible: chosen and rejected present and not empty, numbers
     finite.
 
-    Completions of messages that begin with a prompt of text are cut after it (`data.dialogues.with_prompt`).
-    tokenized: columns of which one stands for text that is tokenized already. Datasets of one pass are left to the
-    trainer. Raises UserError.
+    Completions of messages that begin with a text prompt are cut after it (`data.dialogues.with_prompt`). tokenized:
+    columns that indicate already tokenized text. Iterable datasets are left to the trainer. Raises UserError.
     """
     if isinstance(dataset, dict):
         return {key: pairs(f"{name}[{key!r}]", part, tokenized=tokenized) for key, part in dataset.items()}
@@ -57,12 +56,14 @@ def _begins_with_prompt(dataset: Any) -> bool:
 def _with_prompts(name: str, dataset: Any) -> Any:
     def cut(row: dict[str, Any], i: int) -> dict[str, Any]:
         try:
-            found = with_prompt(row)
+            pair = with_prompt(row)
         except UserError as error:
             raise UserError(f"{name} row {i}: {error}") from None
-        if isinstance(found["prompt"], str):
-            raise UserError(f"{name} row {i}: chosen and rejected must begin with the prompt, or be text as it is")
-        return {column: found[column] for column in ("prompt", "chosen", "rejected")}
+        if isinstance(pair["prompt"], str):
+            raise UserError(
+                f"{name} row {i}: chosen and rejected must begin with the prompt, or be text like the prompt"
+            )
+        return {column: pair[column] for column in ("prompt", "chosen", "rejected")}
 
     return dataset.map(cut, with_indices=True)
 
@@ -74,7 +75,7 @@ def _empty(value: Any) -> bool:
 
 
 def room(name: str, before: Any, after: Any, max_length: int | None) -> None:
-    """TRL drops pairs whose prompt alone reaches `max_length`: said where it is some, refused where it is all."""
+    """TRL drops pairs whose prompt alone reaches `max_length`: warns if some are dropped, raises if all are."""
     if not (hasattr(before, "num_rows") and hasattr(after, "num_rows")) or before.num_rows == after.num_rows:
         return
     why = f"their prompt alone reaches max_length {max_length}, which leaves none for the completion"
@@ -86,7 +87,7 @@ def room(name: str, before: Any, after: Any, max_length: int | None) -> None:
 
 
 def vocabularies(model: Any, ref_model: Any, tokenizer: Any) -> None:
-    """Models and tokenizer fit; those given by name are left to the trainer."""
+    """Checks that models and tokenizer match; those given by name are left to the trainer."""
     sizes = [
         None if m is None or isinstance(m, str) else m.get_input_embeddings().weight.shape[0]
         for m in (model, ref_model)

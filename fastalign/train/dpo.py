@@ -1,7 +1,7 @@
-"""DPOTrainer: TRL's, with its constructor and its logs, on packed pairs and the fused head.
+"""DPOTrainer: TRL's DPOTrainer, with the same constructor and logs, on packed pairs and the fused head.
 
-A pair's prompt is run once, no padding is run at all, and only completion tokens meet the head. A batch larger than
-`max_packed_tokens` is taken in parts whose gradients add up to the batch's, so that memory is bounded by the part.
+A pair's prompt is processed once, padding is never processed, and only completion tokens reach the head. A batch larger
+than `max_packed_tokens` is split into parts whose gradients add up to the batch's, so the part bounds the memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastalign.models.gguf import cache_dir
 from fastalign.models.identity import described, language_model, reads_tokens
 from fastalign.models.loading import check_language_model
 from fastalign.models.packing import enable, pack_pairs
-from fastalign.models.trial import name_of, tell_once
+from fastalign.models.trial import name_of, warn_once
 from fastalign.train import checks
 from fastalign.train.finite import StopsAtNaN
 from fastalign.train.pairs import PairBatch, add_pair_forward, split, take
@@ -52,17 +52,17 @@ OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 class DPOConfig(trl.DPOConfig):
     """TRL's DPOConfig, and:
 
-    precompute_ref_log_probs: None, the default: where the reference is the policy before its first step (no ref_model,
-        no PEFT) and every pair will be met, its log-probabilities are taken before training, and no second model is
-        held. Results are the same. True and False are TRL's.
-    share_prompt: run each pair's common beginning once and no padding. Results are the same.
-    max_packed_tokens: tokens run at once; larger batches go in parts. None: 1,024 on a CPU, elsewhere the whole batch.
+    precompute_ref_log_probs: None, the default: if the reference is the policy before its first step (no ref_model, no
+        PEFT) and every pair will be used, its log-probabilities are computed before training, and no second model is
+        kept in memory. Results are the same. True and False as in TRL.
+    share_prompt: process each pair's common prefix once, and no padding. Results are the same.
+    max_packed_tokens: tokens per forward pass; larger batches are split. None: 1,024 on a CPU, else the whole batch.
     modpo_weight: MODPO (arXiv 2310.03708, eq. 9): the weight w of the value that the pairs express, in (0, 1]. A
-        dataset column "margin" holds the other values' part, their weighted rewards of chosen less rejected. The
-        reward difference of a pair becomes (beta · difference - margin) / w.
-    A row that gives no margin (null) has 0. A dataset column "weight" multiplies each pair's loss: several values'
-    pairs in one dataset, scalarised linearly. label_smoothing counts for loss types sigmoid and sigmoid_norm too
-    (cDPO), where TRL ignores it.
+        dataset column "margin" has the other values' part, their weighted rewards of chosen minus rejected. The reward
+        difference of a pair becomes (beta · difference - margin) / w.
+    A missing margin (null) is 0. A dataset column "weight" multiplies each pair's loss: pairs of several values in one
+    dataset, scalarised linearly. label_smoothing also applies to loss types sigmoid and sigmoid_norm (cDPO), where TRL
+    ignores it.
     """
 
     precompute_ref_log_probs: bool | None = field(
@@ -77,7 +77,7 @@ class DPOConfig(trl.DPOConfig):
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's, and the columns "margin" and "weight" as (B,) tensors."""
+    """TRL's collator, plus the columns "margin" and "weight" as (B,) tensors."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         extra = {
@@ -89,20 +89,21 @@ class PairCollator(DataCollatorForPreference):
 
 
 class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
-    """TRL 1.16's DPOTrainer, same arguments (and `tokenizer=` for `processing_class=`), same losses and logs, faster.
+    """TRL 1.16's DPOTrainer, with the same arguments (and `tokenizer=` for `processing_class=`), losses and logs, but
+    faster.
 
-    Also logs "tokens_per_second" (tokens as TRL counts them: the padded batch's attention mask). Models that cannot
-    take packed rows (`models.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
+    Also logs "tokens_per_second" (tokens in the padded batch's attention mask, as TRL counts them). Models that do not
+    support packed rows (`models.packing.can_pack`) run padded, on the fused head. Image data and mixture-of-experts
     models with an auxiliary loss run on TRL's own path.
 
-    Reference log-probabilities are taken with dropout off. Under precompute_ref_log_probs they are kept in the cache
-    folder by content: the reference's weights, configuration and precision, the tokens and what is summed; a second
-    run on the same reads them.
+    Reference log-probabilities are computed without dropout. With precompute_ref_log_probs they are cached on disk,
+    keyed by the reference's weights, configuration and precision, the tokens and the summed quantity; a second run
+    reads them.
 
     Raises:
-        UserError: columns that lack, empty completions, margins and weights that are no finite numbers, negative
-            weights, prompts that leave no room, vocabularies that differ; in training a loss or gradient that is NaN
-            or infinite, before the step.
+        UserError: missing columns, empty completions, margins and weights that are not finite, negative weights,
+            prompts that leave no room, different vocabularies; in training, a NaN or infinite loss or gradient, before
+            the step.
     """
 
     def __init__(
@@ -160,9 +161,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             )
             if trl.trainer.utils.hash_module(reference) != self._precompute_model_hash:
                 rule = "eval_dataset must be given to the trainer, or ref_model: the policy has changed"
-                raise UserError(
-                    f"{rule}, and {self.model.config._name_or_path!r} holds other weights than it began with"
-                )
+                raise UserError(f"{rule}, and {self.model.config._name_or_path!r} has other weights than at the start")
             if self._packs:
                 enable(reference)
             self._let_score_pairs(reference)
@@ -170,7 +169,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Comes after the models are there and before any of their passes."""
+        """Called after the models exist and before their first pass."""
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         checks.room(dataset_name, dataset, prepared, args.max_length)
         return prepared
@@ -181,7 +180,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             self._signature_columns += ["margin", "weight"]
 
     def _prepare(self) -> None:
-        """Once, before the first pass: what needs the models that TRL's constructor made."""
+        """Setup that needs the models made by TRL's constructor; runs once, before the first pass."""
         if self._ready:
             return
         self._ready = True
@@ -201,7 +200,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         for m in models if self._packs else ():
             if not (verdict := enable(m)):
                 self._packs = False
-                tell_once(m, f"{name_of(m)} is trained on padded pairs, not on packed ones: {verdict.why}")
+                warn_once(m, f"{name_of(m)} is trained on padded pairs, not on packed ones: {verdict.why}")
         self._limit = getattr(self.args, "max_packed_tokens", None)
         if self._limit is None and self.accelerator.device.type == "cpu":
             self._limit = CPU_TOKENS
@@ -238,26 +237,26 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         self._prepare()
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if not self._elsewhere:
             self._flush("eval")
-        return found
+        return result
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._prepare()
         if self._elsewhere or return_outputs:  # logits are asked for
             return super()._compute_loss(model, inputs, return_outputs)
         batch = self._batch(inputs)
-        found = model(pairs=batch, outputs=self._outputs)
+        scored = model(pairs=batch, outputs=self._outputs)
         mask = inputs["completion_mask"][:, 1:].bool()
-        chosen, rejected = sequence_logps(found["log_probs"], mask, ld_alpha=self.ld_alpha).chunk(2)
+        chosen, rejected = sequence_logps(scored["log_probs"], mask, ld_alpha=self.ld_alpha).chunk(2)
         if self.precompute_ref_logps:
             ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             ref_chosen, ref_rejected = self._reference(self.ref_model or self.model, batch, mask)
-        loss = self._loss(found, mask, chosen, rejected, ref_chosen, ref_rejected, inputs)
+        loss = self._loss(scored, mask, chosen, rejected, ref_chosen, ref_rejected, inputs)
         with torch.no_grad():
-            self._add(inputs, found, mask, chosen, rejected, chosen - ref_chosen, rejected - ref_rejected)
+            self._add(inputs, scored, mask, chosen, rejected, chosen - ref_chosen, rejected - ref_rejected)
         return loss * self._share
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -281,7 +280,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             log_probs = model(pairs=batch)["log_probs"]
         return sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
 
-    def _loss(self, found, mask, chosen, rejected, ref_chosen, ref_rejected, inputs) -> Tensor:
+    def _loss(self, scored, mask, chosen, rejected, ref_chosen, ref_rejected, inputs) -> Tensor:
         half = len(mask) // 2
         # Lengths as TRL counts them, a completion's first token too where nothing comes before it.
         chosen_lengths, rejected_lengths = inputs["completion_mask"].sum(-1).chunk(2)
@@ -293,7 +292,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             ref_chosen = ref_chosen if margin is None else ref_chosen + margin / (self.beta * weight)
         factors = inputs.get("weight")
         if self.use_weighting:
-            wpo = wpo_weights(found["log_probs"], found["log_sum_sq_probs"], mask)
+            wpo = wpo_weights(scored["log_probs"], scored["log_sum_sq_probs"], mask)
             factors = wpo if factors is None else factors * wpo
         losses = dpo_loss(
             chosen,
@@ -309,20 +308,20 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             discopop_tau=getattr(self.args, "discopop_tau", 0.05),
             chosen_lengths=mask[:half].sum(-1) if "sft" in self.loss_types else chosen_lengths,
             rejected_lengths=rejected_lengths,
-            sft_logps=sequence_logps(found["log_probs"][:half], mask[:half]) if "sft" in self.loss_types else None,
+            sft_logps=sequence_logps(scored["log_probs"][:half], mask[:half]) if "sft" in self.loss_types else None,
             weights=factors,
         ).losses
         return losses.mean()
 
-    def _add(self, inputs, found, mask, chosen, rejected, chosen_ratios, rejected_ratios) -> None:
-        """Add this part's sums to the step's: TRL's metrics are ratios of them."""
+    def _add(self, inputs, scored, mask, chosen, rejected, chosen_ratios, rejected_ratios) -> None:
+        """Add this part's sums to those of the step; TRL's metrics are their ratios."""
         half = len(mask) // 2
         is_chosen, is_rejected = mask[:half], mask[half:]
         rewards, other = self.beta * chosen_ratios, self.beta * rejected_ratios
         sums = [
             mask.sum(), is_chosen.sum(), is_rejected.sum(), rewards.new_tensor(half), inputs["attention_mask"].sum(),
-            (found["entropy"] * mask).sum(), (found["is_top1"][:half] & is_chosen).sum(),
-            (found["mean_logits"][:half] * is_chosen).sum(), (found["mean_logits"][half:] * is_rejected).sum(),
+            (scored["entropy"] * mask).sum(), (scored["is_top1"][:half] & is_chosen).sum(),
+            (scored["mean_logits"][:half] * is_chosen).sum(), (scored["mean_logits"][half:] * is_rejected).sum(),
             rewards.sum(), other.sum(), (rewards > other).sum(), (rewards - other).sum(), chosen.sum(), rejected.sum(),
         ]  # fmt: skip
         sums = torch.stack([x.double() for x in sums])
@@ -362,45 +361,46 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         content = self._content(dataset)
         path = cache_dir() / "ref_logps" / f"{content}.safetensors"
         there = all(gather_object([content is not None and path.is_file()]))  # on the disk of every process
-        found = load_file(str(path)) if there else self._all_ref_logps(dataset, name, batch_size)
+        columns = load_file(str(path)) if there else self._all_ref_logps(dataset, name, batch_size)
         if content is not None and not there and self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as beside:
-                save_file(found, str(beside))
+                save_file(columns, str(beside))
         self.accelerator.wait_for_everyone()
-        for column, values in found.items():
+        for column, values in columns.items():
             dataset = dataset.add_column(column, values.tolist())
         return dataset
 
     def _all_ref_logps(self, dataset, name: str, batch_size: int) -> dict[str, Tensor]:
-        """The reference's log-probabilities of every pair, on every process: TRL's hands them over in a file of one."""
+        """The reference's log-probabilities of every pair, on every process; TRL's version passes them through a file
+        of one process."""
         options = {
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
         }
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, **options)
-        model, found = self.ref_model or self.model, []
+        model, batches = self.ref_model or self.model, []
         title, show = f"reference log-probabilities, {name}", self.accelerator.is_main_process
         with progress.bar(title, total=dataset.num_rows, unit="pairs", show=show) as advance:
             for batch in self.accelerator.prepare(loader):
                 both = torch.stack(self.compute_ref_log_probs(model, batch), 1)
-                found.append(self.accelerator.gather_for_metrics(both).float().cpu())
-                advance(len(found[-1]))
-        chosen, rejected = torch.cat(found).unbind(1)
+                batches.append(self.accelerator.gather_for_metrics(both).float().cpu())
+                advance(len(batches[-1]))
+        chosen, rejected = torch.cat(batches).unbind(1)
         return {"ref_chosen_logps": chosen.contiguous(), "ref_rejected_logps": rejected.contiguous()}
 
     def _content(self, dataset) -> str | None:
-        """A hash of all that the reference's log-probabilities depend on; None where a hook may do anything to them."""
+        """A hash of everything that the reference's log-probabilities depend on; None if a hook may change them."""
         self._prepare()
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        model_told = described(model)
-        if model_told is None:
+        model_record = described(model)
+        if model_record is None:
             return None
-        told = [
+        content = [
             fastalign.__version__,
             transformers.__version__,
             self._precompute_model_hash,
-            model_told,
+            model_record,
             self.accelerator.mixed_precision,
             self.ref_model is None,
             self.ld_alpha,
@@ -408,7 +408,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             self.args.truncation_mode,
             self._packs,
         ]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
         for name, buffer in model.named_buffers():  # those too that no checkpoint holds
             digest.update(name.encode() + buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -419,7 +419,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it was in."""
+    """Disables dropout; restores every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -430,7 +430,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _whole(args: DPOConfig, train: Any, evaluated: Any) -> bool:
-    """Whether training meets every pair at least once, of datasets that have an end, and keeps one reference."""
+    """Whether training uses every pair at least once (for finite datasets) and keeps one reference."""
     datasets = [train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
     if not all(d is None or hasattr(d, "num_rows") for d in datasets) or train is None:
         return False

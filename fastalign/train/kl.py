@@ -13,7 +13,7 @@ TOKENS_AT_ONCE = 128  # of the exact KL: two tiles of logits, 50 MB in all for 4
 
 
 class FixedKLController:
-    """A coefficient that stays."""
+    """A constant coefficient."""
 
     def __init__(self, kl_coef: float):
         self.value = kl_coef
@@ -51,7 +51,7 @@ def token_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def exact_kl(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head) -> Tensor:
-    """KL(policy, reference) = Σ_v p log(p / p_ref) at each of n positions, a few rows of logits at a time.
+    """KL(policy, reference) = Σ_v p log(p / p_ref) at each of n positions, for a few rows of logits at a time.
 
     hidden (n, H), ref_hidden (n, H') -> (n,) float32, float64 for float64.
     """

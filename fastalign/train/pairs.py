@@ -1,4 +1,4 @@
-"""The forward pass of a preference trainer: per-token log-probabilities of a batch of pairs, packed where it can be."""
+"""The forward pass of a preference trainer: per-token log-probabilities of a batch of pairs, packed if possible."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class PairBatch(NamedTuple):
 
 
 def add_pair_forward(model: PreTrainedModel) -> None:
-    """Let `model(pairs=PairBatch, outputs=...)` score pairs; without `pairs` its forward is what it was.
+    """Make `model(pairs=PairBatch, outputs=...)` score pairs; without `pairs` its forward is unchanged.
 
-    In the model's forward, and not beside it, so that what wraps the model (DDP, FSDP, autocast) sees the call.
+    This is part of the model's forward so that its wrappers (DDP, FSDP, autocast) see the call.
     """
     original = model.forward
 
@@ -44,20 +44,21 @@ def add_pair_forward(model: PreTrainedModel) -> None:
 
 
 def _score(model: PreTrainedModel, pairs: PairBatch, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-    """Each output (2B, T - 1): at t, of token t + 1, 0 outside completions. A dict, as autocast's wrapper wants."""
+    """Each output (2B, T - 1): at t, of token t + 1, 0 outside completions. A dict, because autocast's wrapper can
+    traverse it."""
     labels = pairs.labels[:, 1:]
     scored = labels != -100
     if pairs.pack is None or not is_enabled(model):
-        found = score(model, pairs.input_ids, labels, outputs=outputs, attention_mask=pairs.attention_mask).outputs
+        fields = score(model, pairs.input_ids, labels, outputs=outputs, attention_mask=pairs.attention_mask).outputs
     else:
         rows = packed_hidden(model, pairs.pack).index_select(0, pairs.pack.place[:, :-1][scored])
         made = linear_token_logprobs(rows, labels=labels[scored], **head_of(model).arguments(), outputs=outputs)
-        found = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
-    return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in found.items() if x is not None}
+        fields = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
+    return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in fields.items() if x is not None}
 
 
 def split(pairs: int, tokens: Tensor, limit: int | None) -> list[slice]:
-    """Neighbouring pairs in groups of at most `limit` tokens (pairs alone may have more); tokens (B,) of each pair."""
+    """Groups of consecutive pairs with at most `limit` tokens (a single pair may have more); tokens (B,): per pair."""
     if limit is None:
         return [slice(0, pairs)]
     groups, begin, total = [], 0, 0
@@ -71,10 +72,10 @@ def split(pairs: int, tokens: Tensor, limit: int | None) -> list[slice]:
 
 def take(inputs: dict[str, Any], pairs: int, group: slice) -> dict[str, Any]:
     """The pairs of `group` from a collated batch: rows (2B, ...) by halves, (B, ...) as they are."""
-    found = {}
+    result = {}
     for name, x in inputs.items():
         if isinstance(x, Tensor) and len(x) == 2 * pairs:
-            found[name] = torch.cat((x[:pairs][group], x[pairs:][group]))
+            result[name] = torch.cat((x[:pairs][group], x[pairs:][group]))
         else:
-            found[name] = x[group] if isinstance(x, Tensor) and len(x) == pairs else x
-    return found
+            result[name] = x[group] if isinstance(x, Tensor) and len(x) == pairs else x
+    return result

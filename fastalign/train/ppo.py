@@ -1,13 +1,12 @@
-"""PPOTrainer: proximal policy optimisation of a language model, with the interface that TRL had up to 0.11.
+"""PPOTrainer: proximal policy optimisation of a language model, with the interface of TRL up to 0.11.
 
 One step: old log-probabilities and values of the rollouts, the reference's log-probabilities, a reward per token
 (-kl_coef · KL, the score at the last token), GAE, whitened advantages, then passes of clipped policy and value losses
 (arXiv 1707.06347; for language models arXiv 1909.08593). The (tokens, vocabulary) logits are never held, and only
 response tokens are projected.
 
-Unlike TRL 0.11, whose means run over a mini batch of one process: every mean and every whitening runs over all tokens
-that it is about, those of an optimiser step or of the global batch. So neither mini_batch_size nor the number of
-processes changes a gradient.
+TRL 0.11 averages over a mini batch of one process. Here every mean and every whitening covers all tokens of the
+optimiser step or of the global batch, so neither mini_batch_size nor the number of processes changes a gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 
 
 class PPOTrainer:
-    """Trains a model with a value head on scores of its own responses.
+    """Trains a model with a value head on the scores of its own responses.
 
     >>> for batch in trainer.dataloader:
     ...     responses = trainer.generate(batch["input_ids"], return_prompt=False, do_sample=True, max_new_tokens=24)
@@ -78,9 +77,9 @@ class PPOTrainer:
         Args:
             config: a PPOConfig.
             model: the policy with its value head.
-            ref_model: what the KL is measured to, with or without a value head; None: the policy without its
-                adapters where it has some, else a frozen copy of it.
-            tokenizer: of the model (processing_class is its newer name).
+            ref_model: the reference of the KL, with or without a value head; None: the policy without its adapters if
+                it has any, else a frozen copy of it.
+            tokenizer: the model's (processing_class is the newer name).
             dataset: for `dataloader`: of 🤗 datasets, or anything with a length and indices.
             optimizer: over the policy's parameters; None: Adam with config.learning_rate.
             data_collator: a list of rows -> a batch; None: a dict of lists.
@@ -88,7 +87,7 @@ class PPOTrainer:
             lr_scheduler: of `optimizer`, stepped once a step.
 
         Raises:
-            UserError, TypeError: in one line, what does not fit.
+            UserError, TypeError: one line, for arguments that do not fit together.
         """
         try:
             from accelerate import Accelerator
@@ -100,10 +99,10 @@ class PPOTrainer:
         self.tokenizer: Any = processing_class if tokenizer is None else tokenizer
         ppo_checks.arguments(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
         # Unless told, accelerate takes processes without a GPU for unrelated ones.
-        told = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
+        settings = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
         try:
             project = ProjectConfiguration(**config.project_kwargs)
-            self.accelerator: Accelerator = Accelerator(log_with=config.log_with, project_config=project, **told)
+            self.accelerator: Accelerator = Accelerator(log_with=config.log_with, project_config=project, **settings)
         except (ValueError, TypeError) as error:
             raise UserError(f"log_with or accelerator_kwargs: {str(error).splitlines()[0]}") from None
         processes = self.accelerator.num_processes
@@ -144,8 +143,10 @@ class PPOTrainer:
         self.current_step: int = 0
         self._checkpoint: str | None = None  # the last that was saved or loaded
         if config.log_with is not None:
-            told = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
-            self.accelerator.init_trackers(config.tracker_project_name, config=told, init_kwargs=config.tracker_kwargs)
+            settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers(
+                config.tracker_project_name, config=settings, init_kwargs=config.tracker_kwargs
+            )
 
     @property
     def current_device(self) -> torch.device:
@@ -179,7 +180,7 @@ class PPOTrainer:
         remove_padding: bool = True,
         **generation_config: Any,
     ) -> Any:
-        """Responses of the policy to a list of queries, a tensor each; see `ppo_rollout.generate`.
+        """The policy's responses to a list of queries, one tensor each; see `ppo_rollout.generate`.
 
         A single query (tokens,) gives one tensor (1, tokens). With generate_ref_response: (responses, those of the
         reference).
@@ -195,15 +196,15 @@ class PPOTrainer:
         def draw(wrapped: Any, model: Any) -> Any:
             queries = [query_tensor] if single else list(query_tensor)
             with whole_layers(wrapped):
-                found = ppo_rollout.generate(model, self.tokenizer, queries, **options)
-            return found[0].unsqueeze(0) if single else found
+                responses = ppo_rollout.generate(model, self.tokenizer, queries, **options)
+            return responses[0].unsqueeze(0) if single else responses
 
         self.policy.eval()
-        found = inside(self.model, self.policy, lambda: draw(self.model, self.policy.causal_lm))
+        responses = inside(self.model, self.policy, lambda: draw(self.model, self.policy.causal_lm))
         if not generate_ref_response:
-            return found
+            return responses
         with self._reference() as (wrapped, reference):
-            return found, inside(wrapped, reference, lambda: draw(wrapped, reference.causal_lm))
+            return responses, inside(wrapped, reference, lambda: draw(wrapped, reference.causal_lm))
 
     def step(
         self,
@@ -216,17 +217,17 @@ class PPOTrainer:
 
         Args:
             queries, responses: tensors (tokens,) of ids, at least one each.
-            scores: a number a response, higher is better.
-            response_masks: tensors of 0/1 per response token; where 0 the token has no part in rewards and losses
-                (the response goes on behind it).
+            scores: one number per response, higher is better.
+            response_masks: tensors of 0/1 per response token; tokens with 0 do not count in rewards and losses (the
+                response continues after them).
 
         Returns:
-            Statistics by TRL's names: floats, and numpy arrays where it has one entry per sample or token.
+            Statistics with TRL's names: floats, and numpy arrays with one entry per sample or token.
 
         Raises:
-            UserError: lists of another length than batch_size, empty or out-of-range tokens, scores that are no
-                finite scalars; nothing has changed then. A log-prob, value, loss or gradient that is NaN or infinite,
-                before a step of the optimiser is made of it.
+            UserError: lists whose length differs from batch_size, empty or out-of-range tokens, scores that are not
+                finite scalars; nothing has changed then. A NaN or infinite log-prob, value, loss or gradient, before an
+                optimiser step uses it.
         """
         config, times = self.config, ppo_stats.Stopwatch()
         vocabulary = self.policy.config.get_text_config().vocab_size
@@ -237,8 +238,8 @@ class PPOTrainer:
         self._empty_cache()
         with times("forward_pass"):
             logprobs, values, ref_logprobs, kl = self._look(rollouts)
-            found = {"log-probability": logprobs, "value": values, "reference's log-probability": ref_logprobs}
-            self._check_rows(found, rollouts.labels != -100)
+            rows = {"log-probability": logprobs, "value": values, "reference's log-probability": ref_logprobs}
+            self._check_rows(rows, rollouts.labels != -100)
         with times("compute_rewards"):
             # Few numbers a token: every process holds those of all, so that one definition serves any number of them.
             every = self._gather(
@@ -277,7 +278,7 @@ class PPOTrainer:
         return stats | times.seconds()
 
     def compute_rewards(self, scores: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
-        """-kl_coef · kl per token, and the score (B,) on top at each row's last token; (B, T), 0 where masked."""
+        """-kl_coef · kl per token, plus the score (B,) at each row's last token; (B, T), 0 where masked."""
         rewards = (-self.kl_ctl.value * kl).masked_fill(~mask, 0)
         places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         last = places.masked_fill(~mask, -1).amax(-1, keepdim=True)
@@ -342,7 +343,7 @@ class PPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Keep all that the run needs to go on as if not stopped, see `ppo_checkpoint`. All processes call it."""
+        """Save everything needed to resume the run exactly, see `ppo_checkpoint`. Every process calls it."""
         state = {
             "kl_coef": self.kl_ctl.value,
             "running": vars(self.running),
@@ -353,9 +354,9 @@ class PPOTrainer:
         self._checkpoint = str(kept)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Go on from the newest checkpoint in `path`, in a trainer built as the one that saved it.
+        """Resume from the newest checkpoint in `path`, in a trainer built like the one that saved it.
 
-        `current_step` says how many steps are done; `dataloader` first gives the rest of the interrupted epoch.
+        `current_step` is the number of finished steps; `dataloader` first yields the rest of the interrupted epoch.
         """
         state = ppo_checkpoint.load(path, self.policy, self._raw_optimizer, self.accelerator)
         self.current_step, self.kl_ctl.value, self._checkpoint = state["step"], state["kl_coef"], str(path)
@@ -391,7 +392,7 @@ class PPOTrainer:
 
     @contextmanager
     def _reference(self):
-        """(what is called, the model with a value head inside it) of the reference."""
+        """The reference's (callable, model with a value head inside it)."""
         if self.ref_model is not None:
             yield self.ref_model, self.accelerator.unwrap_model(self.ref_model)
             return
@@ -403,7 +404,7 @@ class PPOTrainer:
         """Log-probs and values of the policy, log-probs of the reference, KL penalty; each (B, T - 1), no gradient."""
         self.policy.eval()
         exact = self.config.kl_penalty == "full"
-        found = []
+        batches = []
         for indices in torch.arange(self.config.batch_size).split(self.config.mini_batch_size):
             ids, labels = rollouts.rows(indices)
             options = {"score_labels": labels, "return_hidden": exact}
@@ -418,11 +419,11 @@ class PPOTrainer:
                     kl = token_penalty(mine.log_probs, theirs.log_probs, self.config.kl_penalty)
             width = rollouts.labels.shape[1] - labels.shape[1]
             parts = (mine.log_probs, mine.values, theirs.log_probs, kl)
-            found.append([torch.nn.functional.pad(x, (0, width)) for x in parts])
-        return tuple(torch.cat(x) for x in zip(*found, strict=True))
+            batches.append([torch.nn.functional.pad(x, (0, width)) for x in parts])
+        return tuple(torch.cat(x) for x in zip(*batches, strict=True))
 
     def _optimize(self, rollouts: ppo_batch.Rollouts, old: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """ppo_epochs passes of optimiser steps. Means of each, and the ratios of all tokens."""
+        """ppo_epochs passes of optimiser steps. Returns the means of the statistics, and the ratios of all tokens."""
         config, means, ratios = self.config, [], []
         self.policy.train(config.gradient_checkpointing or not config.disable_dropout)
         self.optimizer.zero_grad()
@@ -445,12 +446,12 @@ class PPOTrainer:
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, found, ratio = self.train_minibatch(rollouts, old, part)
+                loss, figures, ratio = self.train_minibatch(rollouts, old, part)
                 count = float((rollouts.labels[part] != -100).sum())
                 # A mean over its tokens, weighed so that all mini batches of all processes make one mean over theirs;
                 # gradients are averaged over processes, hence their number.
                 self.accelerator.backward(loss * (count * processes / every))
-            sums = sums + found
+            sums = sums + figures
             ratios.append(ratio)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         limit = self.config.max_grad_norm
@@ -465,7 +466,7 @@ class PPOTrainer:
     def train_minibatch(
         self, rollouts: ppo_batch.Rollouts, old: dict[str, Tensor], indices: Tensor
     ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """The loss of some rows, the statistics' sums over their tokens, and their ratios."""
+        """The loss of some rows, the sums of the statistics over their tokens, and their ratios."""
         config = self.config
         ids, labels = rollouts.rows(indices)
         new = self.model(ids, score_labels=labels)
@@ -489,9 +490,9 @@ class PPOTrainer:
         ratios = (new.log_probs.detach() - before["logprobs"])[mask].exp().cpu().numpy()
         return loss, sums, ratios
 
-    def _check_rows(self, found: dict[str, Tensor], mask: Tensor, indices: Tensor | None = None) -> None:
-        """Raise UserError where rows' numbers (B, T) are not finite within the mask; indices: their places, (B,)."""
-        for name, x in found.items():
+    def _check_rows(self, tensors: dict[str, Tensor], mask: Tensor, indices: Tensor | None = None) -> None:
+        """Raise UserError if values (B, T) are not finite within the mask; indices: the rows' indices, (B,)."""
+        for name, x in tensors.items():
             wrong = ~x.isfinite() & mask
             if wrong.any():
                 rows = wrong.any(1).nonzero().squeeze(1).cpu()
@@ -509,17 +510,17 @@ class PPOTrainer:
         return scores if config.score_clip is None else scores.clamp(-config.score_clip, config.score_clip)
 
     def _gather(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """Rows of all processes, those of the first one first; (B, T) padded to one T."""
+        """Rows of all processes, in rank order; (B, T) padded to a common T."""
         if self.accelerator.num_processes == 1:
             return tensors
-        found = {}
+        gathered = {}
         for name, x in tensors.items():
             x = x.to(self.current_device)
             kind, x = x.dtype, x.to(torch.uint8) if x.dtype == torch.bool else x
             if x.ndim == 2:
                 x = self.accelerator.pad_across_processes(x, dim=1)
-            found[name] = self.accelerator.gather(x.contiguous()).to(kind)
-        return found
+            gathered[name] = self.accelerator.gather(x.contiguous()).to(kind)
+        return gathered
 
     def _mine(self, rollouts: ppo_batch.Rollouts, **tensors: Tensor) -> dict[str, Tensor]:
         rows, first = self.config.batch_size, self.accelerator.process_index * self.config.batch_size
@@ -534,7 +535,7 @@ _POLICY_KL = ppo_stats.MEANS.index("policy/policykl")
 
 
 def _with_head(reference: Any) -> Any:
-    """Any causal model as one with a value head, whose values nobody reads."""
+    """Wraps a causal model with a value head whose values are not used."""
     if isinstance(reference, AutoModelForCausalLMWithValueHead):
         return reference
     return AutoModelForCausalLMWithValueHead(reference)

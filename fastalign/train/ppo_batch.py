@@ -1,4 +1,4 @@
-"""What `PPOTrainer.step` is handed, checked, as one batch padded on the right."""
+"""The checked arguments of `PPOTrainer.step`, as one batch padded on the right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastalign._base.errors import UserError
 
 @dataclass
 class Rollouts:
-    """Queries with their responses, B rows. Position t predicts token t + 1, so that T tokens have T - 1 places."""
+    """Queries with their responses, B rows. Position t predicts token t + 1, so T tokens have T - 1 positions."""
 
     input_ids: Tensor  # (B, T) int64, padded on the right
     labels: Tensor  # (B, T - 1) int64: the next token where it is part of a response and counts, -100 elsewhere
@@ -23,7 +23,7 @@ class Rollouts:
     response_lengths: Tensor  # (B,) float32
 
     def rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids and labels of some rows, cut to the longest of them."""
+        """input_ids and labels of some rows, truncated to the longest of them."""
         longest = int(self.lengths[indices].max())
         return self.input_ids[indices, :longest], self.labels[indices, : longest - 1]
 
@@ -31,7 +31,7 @@ class Rollouts:
 def rollouts(
     queries: Any, responses: Any, masks: Any, batch_size: int, vocabulary: int, pad: int, device: torch.device
 ) -> Rollouts:
-    """Check lists of token tensors and lay them out. Raises UserError or TypeError, one line that names the place."""
+    """Check lists of token tensors and batch them. Raises UserError or TypeError, one line that names the entry."""
     queries, responses = (_tokens(n, x, vocabulary) for n, x in (("queries", queries), ("responses", responses)))
     lengths = {"queries": len(queries), "responses": len(responses)}
     if masks is not None:
@@ -61,18 +61,18 @@ def scalars(scores: Any, batch_size: int, device: torch.device) -> Tensor:
         shape = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"scores must be a list of {batch_size} scalars, got {shape}")
     check_lengths(batch_size, scores=len(scores))
-    found = []
+    numbers = []
     for i, score in enumerate(scores):
         if isinstance(score, Tensor) and score.numel() != 1:
             raise UserError(f"scores[{i}] must be a scalar, got a tensor of shape {tuple(score.shape)}")
         try:
-            found.append(float(score))
+            numbers.append(float(score))
         except (TypeError, ValueError):
             raise UserError(f"scores[{i}] must be a scalar, got {type(score).__name__}") from None
-    scores = torch.tensor(found, dtype=torch.float32)
+    scores = torch.tensor(numbers, dtype=torch.float32)
     if not scores.isfinite().all():
         i = int((~scores.isfinite()).nonzero()[0])
-        raise UserError(f"scores must be finite, got {found[i]} at scores[{i}]")
+        raise UserError(f"scores must be finite, got {numbers[i]} at scores[{i}]")
     return scores.to(device)
 
 
@@ -80,7 +80,7 @@ def _tokens(name: str, rows: Any, vocabulary: int) -> list[Tensor]:
     if not isinstance(rows, (list, tuple)):
         came = f"a tensor of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise UserError(f"{name} must be a list of tensors of token ids, got {came}")
-    found = []
+    checked = []
     for i, row in enumerate(rows):
         if not isinstance(row, Tensor):
             raise UserError(f"{name}[{i}] must be a tensor of token ids, got {type(row).__name__}")
@@ -94,14 +94,14 @@ def _tokens(name: str, rows: Any, vocabulary: int) -> list[Tensor]:
         if row.min() < 0 or row.max() >= vocabulary:
             bad = int(row[(row < 0) | (row >= vocabulary)][0])
             raise UserError(f"{name}[{i}] must hold token ids in [0, {vocabulary}), got {bad}")
-        found.append(row.long())
-    return found
+        checked.append(row.long())
+    return checked
 
 
 def _masks(masks: Any, responses: list[Tensor]) -> list[Tensor]:
     if not isinstance(masks, (list, tuple)):
         raise UserError(f"response_masks must be a list of tensors, got {type(masks).__name__}")
-    found = []
+    checked = []
     for i, (mask, response) in enumerate(zip(masks, responses, strict=False)):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         if shape != tuple(response.shape):
@@ -110,5 +110,5 @@ def _masks(masks: Any, responses: list[Tensor]) -> list[Tensor]:
             )
         if not (mask != 0).any():
             raise UserError(f"response_masks[{i}] must keep at least one token, got none")
-        found.append((mask != 0).cpu())
-    return found if len(masks) == len(responses) else list(masks)
+        checked.append((mask != 0).cpu())
+    return checked if len(masks) == len(responses) else list(masks)

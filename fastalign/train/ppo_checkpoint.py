@@ -1,8 +1,8 @@
-"""Checkpoints of a PPO run, from which it goes on to the same losses: weights, optimiser, random numbers, counters.
+"""Checkpoints of a PPO run, from which it resumes exactly: weights, optimiser, random numbers, counters.
 
-A checkpoint is a folder step-<n> in the folder that the user names, written beside and renamed, so that a run killed
-at any moment leaves the one before. Tensors are safetensors, the rest JSON. Only weights that are trained are kept: a
-run is resumed by building the trainer as before, then loading.
+A checkpoint is a folder step-<n> in the user's folder, written under another name and renamed, so that a killed run
+leaves the previous one intact. Tensors are safetensors, the rest JSON. Only trained weights are saved: to resume, build
+the trainer as before, then load.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def save(folder: str | Path, step: int, model: Any, optimizer: Any, state: dict[
             save_file(
                 {f"{r}.{k}": x for r, (d, _) in enumerate(every) for k, x in d.items()}, beside / "random.safetensors"
             )
-            told = {"kind": KIND, "version": 1, "step": step, "processes": len(every), "optimizer": plain}
-            told |= {"random": [c for _, c in every], **state}
-            (beside / "state.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            state_record = {"kind": KIND, "version": 1, "step": step, "processes": len(every), "optimizer": plain}
+            state_record |= {"random": [c for _, c in every], **state}
+            (beside / "state.json").write_text(json.dumps(state_record, indent=2) + "\n", encoding="utf-8")
         for old in folder.iterdir():
             if old != target and re.fullmatch(r"step-\d+|\.step-\d+\.\d+\.partial", old.name):
                 shutil.rmtree(old, ignore_errors=True)
@@ -57,9 +57,9 @@ def save(folder: str | Path, step: int, model: Any, optimizer: Any, state: dict[
 
 
 def load(folder: str | Path, model: Any, optimizer: Any, accelerator: Any) -> dict[str, Any]:
-    """Put the newest checkpoint in `folder` (or the checkpoint that it is) back; returns what `save` took as state.
+    """Restore the newest checkpoint in `folder` (or `folder` itself if it is one); returns the state given to `save`.
 
-    Raises FileNotFoundError or UserError, one line: no checkpoint, or one of another model, optimiser or number of
+    Raises FileNotFoundError or UserError, one line: no checkpoint, or one for another model, optimiser or number of
     processes.
     """
     from safetensors import safe_open
@@ -77,14 +77,14 @@ def load(folder: str | Path, model: Any, optimizer: Any, accelerator: Any) -> di
         if saved != trained.keys():
             odd = sorted(saved ^ trained.keys())[0]
             where = "not in it" if odd in trained else "not trained here"
-            raise UserError(f"{folder}: holds another model's weights, {odd} is {where}")
+            raise UserError(f"{folder}: contains another model's weights, {odd} is {where}")
         with torch.no_grad():
             for name, parameter in trained.items():
-                found = file.get_tensor(name)
-                if found.shape != parameter.shape:
-                    sizes = f"{tuple(found.shape)}, here it has {tuple(parameter.shape)}"
+                stored = file.get_tensor(name)
+                if stored.shape != parameter.shape:
+                    sizes = f"{tuple(stored.shape)}, here it has {tuple(parameter.shape)}"
                     raise UserError(f"{folder}: {name} has shape {sizes}")
-                parameter.copy_(_like(found, parameter))
+                parameter.copy_(_like(stored, parameter))
     _load_optimizer(folder, optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
     rank = accelerator.process_index
     draws = load_file(folder / "random.safetensors")
@@ -94,14 +94,14 @@ def load(folder: str | Path, model: Any, optimizer: Any, accelerator: Any) -> di
 
 
 def newest(folder: str | Path) -> Path:
-    """`folder` itself where it is a checkpoint, else the latest in it."""
+    """`folder` itself if it is a checkpoint, else the latest one in it."""
     folder = Path(folder)
     if (folder / "state.json").is_file():
         return folder
-    found = sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
-    if not found:
-        raise FileNotFoundError(f"{folder}: holds no checkpoint")
-    return found[-1]
+    checkpoints = sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    if not checkpoints:
+        raise FileNotFoundError(f"{folder}: contains no checkpoint")
+    return checkpoints[-1]
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -131,7 +131,7 @@ def restore_random(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
 
 
 def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state's tensors as "<index>.<name>", and all else: groups, and state that is no tensor."""
+    """The state's tensors as "<index>.<name>", and everything else: groups, and non-tensor state."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, values in state["state"].items():
@@ -140,9 +140,9 @@ def _optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]
                 tensors[f"{index}.{name}"] = whole(value)
             else:
                 plain[f"{index}.{name}"] = value
-    told = {"groups": state["param_groups"], "state": plain}
+    content = {"groups": state["param_groups"], "state": plain}
     try:
-        return tensors, json.loads(json.dumps(told))
+        return tensors, json.loads(json.dumps(content))
     except TypeError as error:
         raise UserError(f"optimizer {type(optimizer).__name__} keeps what a checkpoint cannot hold: {error}") from None
 
@@ -167,13 +167,13 @@ def _load_optimizer(folder: Path, optimizer: Any, tensors: dict[str, Tensor], pl
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a parameter that FSDP2 has cut, on the CPU, in memory of its own. Every process must call it."""
+    """A full copy on the CPU of a parameter that FSDP2 has sharded. Every process must call it."""
     x = x.detach()
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _like(whole: Tensor, x: Tensor) -> Tensor:
-    """A whole tensor, cut and placed as x is."""
+    """A full tensor, sharded and placed like x."""
     whole = whole.to(x.device)
     if not hasattr(x, "full_tensor"):
         return whole
@@ -183,7 +183,7 @@ def _like(whole: Tensor, x: Tensor) -> Tensor:
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state as JSON holds it."""
+    """A scheduler's state as JSON values."""
     try:
         return json.loads(json.dumps(state))
     except TypeError as error:

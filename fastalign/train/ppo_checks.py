@@ -1,4 +1,4 @@
-"""Checks of what a PPOTrainer is built from: one line that names the argument, the rule and what came."""
+"""Checks of PPOTrainer's arguments: one line with the argument, the rule and the value received."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ KL_PENALTIES = ("kl", "abs", "mse", "full")
 
 @dataclass
 class PPOConfig:
-    """What a PPO run is told. Batch sizes count samples of one process.
+    """Settings of a PPO run. Batch sizes count samples per process.
 
-    One `step` takes batch_size rollouts and runs ppo_epochs passes over them; each optimiser step takes
-    mini_batch_size · gradient_accumulation_steps of them, mini_batch_size at a time.
+    One `step` uses batch_size rollouts and runs ppo_epochs passes over them; each optimiser step uses mini_batch_size ·
+    gradient_accumulation_steps of them, mini_batch_size at a time.
     """
 
     exp_name: str = field(default_factory=lambda: os.path.basename(sys.argv[0]).removesuffix(".py"))
@@ -112,7 +112,7 @@ class PPOConfig:
             raise UserError("push_to_hub_if_best_kwargs is not supported: call trainer.push_to_hub yourself")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options by name, with one level of names only."""
+        """The options by name, flattened to one level."""
         flat = {}
         for name, value in asdict(self).items():
             flat |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -1,4 +1,4 @@
-"""The prompts of a PPO run: shuffled per epoch, dealt to the processes, and taken up again where a run stopped."""
+"""The prompts of a PPO run: shuffled per epoch, distributed over the processes, and resumable."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ COLUMNS = ("label", "query", "response")
 
 
 class PromptLoader(DataLoader[Any]):
-    """Batches of this process's rows. A global batch is a slice of the epoch's order; process r has the r-th part of
-    it, so that one process with the whole batch sees the same. Rows that fill no batch are left out of the epoch."""
+    """Batches of this process's rows. A global batch is a slice of the epoch's order; process r gets the r-th part of
+    it, so that one process with the whole batch sees the same. Rows that do not fill a batch are dropped from the
+    epoch."""
 
     def __init__(
         self, dataset: Any, batch_size: int, collate: Callable, *, seed: int, rank: int, world: int, device: Any
@@ -42,13 +43,13 @@ class PromptLoader(DataLoader[Any]):
         return {"epoch": self.order.epoch, "done": self.order.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration gives what the interrupted epoch still had to give."""
+        """The next iteration yields the rest of the interrupted epoch."""
         self.order.epoch, self.order.done = state["epoch"], state["done"]
         self.order.resumed = True
 
 
 class _Order(Sampler):
-    """Indices by batch: epoch e's permutation is a function of (seed, e) alone."""
+    """Indices by batch: epoch e's permutation is a function of (seed, e) only."""
 
     rows: int
     batch_size: int
@@ -77,9 +78,9 @@ class _Order(Sampler):
 
 
 def lists(rows: list[Any]) -> Any:
-    """The classic collator: a list per column, rows of numbers as tensors; rows that are no mappings take torch's own.
+    """The classic collator: a list per column, rows of numbers as tensors; other rows use torch's default collator.
 
-    Raises UserError where rows are of unlike columns, or torch's collator cannot make a batch of them.
+    Raises UserError if rows have different columns, or torch's collator cannot batch them.
     """
     if not isinstance(rows[0], Mapping):
         try:
@@ -96,7 +97,7 @@ def lists(rows: list[Any]) -> Any:
 
 
 def used_columns(dataset: Any, accepted: Any) -> Any:
-    """A data set of 🤗 datasets without the columns that neither the model nor a script takes."""
+    """A 🤗 dataset without the columns that neither the model nor a script uses."""
     if not hasattr(dataset, "column_names"):
         return dataset
     keep = [name for name in dataset.column_names if name in accepted or name in COLUMNS]

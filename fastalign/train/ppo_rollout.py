@@ -54,7 +54,7 @@ def generate(
     remove_padding: bool = True,
     **options: Any,
 ) -> list[Tensor]:
-    """A response per query, each 1-dimensional, the query in front of it with return_prompt.
+    """One response per query, each 1-dimensional, preceded by the query with return_prompt.
 
     Args:
         model: the transformers model, its adapters inside it.
@@ -62,8 +62,8 @@ def generate(
         length_sampler: gives max_new_tokens for each batch.
         batch_size: queries at once; None: up to 128.
         remove_padding: cut a response after its first end token, which stays. False: all of a batch have one length.
-        options: of transformers' generate. Sampling by temperature, top_k, top_p and min_p alone runs on the engine
-            of `decode.Sampler`, seeded from torch's generator; the rest runs in transformers.
+        options: those of transformers' generate. Sampling with only temperature, top_k, top_p and min_p runs on the
+            engine of `decode.Sampler`, seeded from torch's generator; everything else runs in transformers.
     """
     for i, query in enumerate(queries):
         if not isinstance(query, Tensor) or query.ndim != 1 or len(query) == 0 or query.is_floating_point():
@@ -72,7 +72,7 @@ def generate(
     if options.get("num_return_sequences", 1) != 1:
         raise UserError(f"num_return_sequences must be 1, got {options['num_return_sequences']!r}: repeat the queries")
     size = batch_size or ROWS_AT_ONCE
-    found = []
+    responses = []
     for start in range(0, len(queries), size):
         batch = [query.to(model.device) for query in queries[start : start + size]]
         if length_sampler is not None:
@@ -91,8 +91,8 @@ def generate(
             drawn = [_until(response, ends) for response in drawn]
         longest = 0 if remove_padding else max(map(len, drawn))
         drawn = [padded(response, (0, max(0, longest - len(response))), value=pad) for response in drawn]
-        found += [torch.cat(pair) for pair in zip(batch, drawn, strict=True)] if return_prompt else drawn
-    return found
+        responses += [torch.cat(pair) for pair in zip(batch, drawn, strict=True)] if return_prompt else drawn
+    return responses
 
 
 def _ends(token: Any) -> set[int]:
@@ -106,20 +106,20 @@ def _until(response: Tensor, ends: set[int]) -> Tensor:
 
 
 def _plain(config: Any) -> dict[str, Any] | None:
-    """The sampler's settings where the configuration asks for nothing that it does not do."""
-    asked = {k: v for k, v in config.to_diff_dict().items() if v is not None}
-    if (asked.get("min_length") or 0) <= 0:
-        asked.pop("min_length", None)
-    if not (asked.get("do_sample") and asked.get("max_new_tokens")) or set(asked) - _SAMPLED - _NEUTRAL:
+    """The sampler's settings, if it supports everything in the configuration."""
+    options = {k: v for k, v in config.to_diff_dict().items() if v is not None}
+    if (options.get("min_length") or 0) <= 0:
+        options.pop("min_length", None)
+    if not (options.get("do_sample") and options.get("max_new_tokens")) or set(options) - _SAMPLED - _NEUTRAL:
         return None
-    top_k = asked.get("top_k", 50)  # transformers' default
+    top_k = options.get("top_k", 50)  # transformers' default
     return {
         "n": 1,
-        "max_new_tokens": int(asked["max_new_tokens"]),
-        "temperature": float(asked.get("temperature", 1.0)),
+        "max_new_tokens": int(options["max_new_tokens"]),
+        "temperature": float(options.get("temperature", 1.0)),
         "top_k": int(top_k),
-        "top_p": float(asked.get("top_p", 1.0)),
-        "min_p": float(asked.get("min_p", 0.0)),
+        "top_p": float(options.get("top_p", 1.0)),
+        "min_p": float(options.get("min_p", 0.0)),
         "stop": [],
     }
 

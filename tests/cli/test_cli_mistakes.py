@@ -228,7 +228,7 @@ def test_and_so_in_python(given, lam):
         (f"{REWARD} --data pairs.jsonl --center nan", "--center must be a finite number, got nan"),
         (f"{REWARD} --data pairs.jsonl --held-out nan", "--held-out must be at least 0 and below 1, got nan"),
         (f"{REWARD} --data pairs.jsonl --lam 1",
-         "pairs.jsonl: lam and palette make pairs of a scored file, this holds pairs"),
+         "pairs.jsonl: lam and palette make pairs of a scored file, this file contains pairs"),
         (f"{REWARD} --data scored.parquet", "scored.parquet: a scored file needs lam or a palette to make pairs of it"),
         (
             f"{REWARD} --data scored.parquet --values length,humor",
@@ -280,7 +280,7 @@ def test_and_so_in_python(given, lam):
         ("map scored.parquet", "give either --palette or --quantile"),
         (
             "map scored.parquet --quantile 0.5 --values nope",
-            "--values must be rewards that the candidates carry (length, short), one at least, got nope",
+            "--values must be rewards of the candidates (length, short), one at least, got nope",
         ),
         (
             "select scored.parquet --palette palettes/p.json",
@@ -425,4 +425,4 @@ def test_a_fault_of_ours_shows_its_traceback(fault):
 
     result = CliRunner().invoke(lone, [])
     assert type(result.exception) is fault
-    assert result.stderr == "fastalign: a fault of fastalign's own; please report it with what follows\n"
+    assert result.stderr == "fastalign: this is a bug in fastalign; please report it with the traceback below\n"

@@ -12,7 +12,7 @@ from tiny import tiny_folder
 from fastalign import UserError
 from fastalign.decode import Candidates, best_of_n_kl, estimate, needed, worth
 from fastalign.decode.worth import TRUSTED_ESS, words
-from fastalign.jobs.align import foretell
+from fastalign.jobs.align import predicted_need
 
 
 @pytest.fixture
@@ -93,13 +93,13 @@ def test_a_palette_file_of_before_tells_a_bound(palette, tmp_path):
     worth = found.pop("worth")
     palette.write_text(json.dumps(found))
     kl = found["kl"]
-    assert f"1,000 candidates a prompt are worth at most {1000 * math.exp(-kl):.1f}" in foretell(palette, 1000)
-    assert f"10 need at least {needed(kl)};" in foretell(palette, 1000)
+    assert f"1,000 candidates a prompt are worth at most {1000 * math.exp(-kl):.1f}" in predicted_need(palette, 1000)
+    assert f"10 need at least {needed(kl)};" in predicted_need(palette, 1000)
     palette.write_text(json.dumps({**found, "dual": "joint"}))
-    assert "does not say how many candidates it needs" in foretell(palette, 1000)
+    assert "does not say how many candidates it needs" in predicted_need(palette, 1000)
     palette.write_text(json.dumps({**found, "worth": {**worth, "high": [1]}}))
     with pytest.raises(UserError, match=r"palette\.json: worth is not what"):
-        foretell(palette, 1000)
+        predicted_need(palette, 1000)
 
 
 def test_mistakes(scored, palette, tmp_path):

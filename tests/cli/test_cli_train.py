@@ -345,7 +345,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (out / "checkpoints").is_dir() and not (out / "model.safetensors").exists()
-    assert "was made with seed=0, this run asks for 1" in refused(*asked, "--out", out, "--seed", 1)
+    assert "was made with seed=0, this run has 1" in refused(*asked, "--out", out, "--seed", 1)
     assert fastalign(*asked, "--out", out, "--resume")[0] == 0
     key = "loss" if kind == "dpo" else "score"
     found, expected = (
@@ -397,7 +397,7 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "give either lam or a palette" in refused(*dpo, scored, *on, "--lam", "1,1", "--palette", empty)
     assert "must be a fastalign palette file" in refused(*dpo, scored, *on, "--palette", _json(tmp_path))
     assert "--held-out must be at least 0" in refused(*reward, pairs, *on, "--held-out", 1)
-    assert "report needs pairs that are held out" in refused(*reward, pairs, *on, "--held-out", 0, "--report", "r.html")
+    assert "report needs held-out pairs" in refused(*reward, pairs, *on, "--held-out", 0, "--report", "r.html")
     assert "must have a column 'value', or one for each of a, b" in refused(*reward, pairs, *on, "--values", "a,b")
     assert "unknown reward 'elephant'" in refused(*ppo, "--values", "elephant", "--lam", "1")
     assert "lam must have one weight per reward, 2 (long, brief)" in refused(

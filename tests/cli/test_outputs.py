@@ -479,8 +479,8 @@ def test_an_interrupted_overwriting_leaves_the_old_output_and_mixes_nothing(work
     assert texts() == before and len(list(Path("out.parts").glob("*.parquet"))) == 2
     code, _, err = fastalign(*old)
     assert code == 0 and "there already" in err and texts() == before
-    assert "out was made with seed=0, this run asks for 1" in refused(*new)
-    assert "out.parts was made with seed=1, this run asks for 0" in refused("sample", "--more", 1, "--out", "out")
+    assert "out was made with seed=0, this run has 1" in refused(*new)
+    assert "out.parts was made with seed=1, this run has 0" in refused("sample", "--more", 1, "--out", "out")
     code, _, err = fastalign(*new, "--overwrite")
     assert code == 0 and "going on from the 2 batches" in err
     assert texts() == other and not Path("out.parts").exists()
@@ -496,7 +496,7 @@ def test_more_drops_what_another_run_left_unfinished_only_when_told(work, monkey
         )
         with pytest.raises(ZeroDivisionError):
             fastalign("sample", "--more", 1, "--out", "out")
-    assert "was made with more=1, this run asks for 2" in refused("sample", "--more", 2, "--out", "out")
+    assert "was made with more=1, this run has 2" in refused("sample", "--more", 2, "--out", "out")
     assert fastalign("sample", "--more", 2, "--out", "out", "--overwrite")[0] == 0
     assert [row[:2] for row in Candidates.from_parquet("out").texts] == before
     assert Candidates.from_parquet("out").n == 4 and not Path("out.parts").exists()

@@ -172,8 +172,8 @@ def test_all_processes_stop_at_one_step():
     alone = SimpleNamespace(num_processes=1)
     three = SimpleNamespace(num_processes=3, device="cpu", gather=lambda mine: torch.cat([mine, torch.tensor([0, 15])]))
     with Stopping() as stopping:
-        assert not stopping.asked(alone)
-        assert stopping.asked(three) and stopping.asked(alone)
+        assert not stopping.requested(alone)
+        assert stopping.requested(three) and stopping.requested(alone)
         with pytest.raises(Terminated):
             stopping.end()
 
@@ -197,7 +197,9 @@ def test_in_another_thread_no_signal_is_caught():
 
     def work():
         with Stopping() as stopping:
-            seen.append((CliRunner().invoke(app, ["info"]).exit_code, stopping.asked(SimpleNamespace(num_processes=1))))
+            seen.append(
+                (CliRunner().invoke(app, ["info"]).exit_code, stopping.requested(SimpleNamespace(num_processes=1)))
+            )
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -123,7 +123,7 @@ def test_prompts_of_film_reviews(monkeypatch, tmp_path):
         ([CHAT, ROWS[0]], "row 1: rows must all be text or all be messages"),
         ([{**ROWS[0], "margin": "wide"}], "row 0: margin must be a number, got 'wide'"),
         ([HH[0], {"chosen": HH[0]["chosen"], "rejected": "\n\nHuman: Other\n\nAssistant: x"}], "same turns"),
-        ([], "holds no pairs"),
+        ([], "contains no pairs"),
     ],
 )
 def test_mistakes_name_the_row(tmp_path, rows, said):

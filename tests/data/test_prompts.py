@@ -90,7 +90,7 @@ def test_blank_prompt_is_named(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [s for s in prompts.SUFFIXES if s != ".parquet"])
 def test_empty_file(tmp_path, suffix):
     (tmp_path / f"p{suffix}").write_text("")
-    with pytest.raises(UserError, match="holds no prompts"):
+    with pytest.raises(UserError, match="contains no prompts"):
         prompts.load(tmp_path / f"p{suffix}")
 
 
@@ -137,7 +137,7 @@ def test_hub_name_that_cannot_be_had(monkeypatch):
         raise ConnectionError(f"Couldn't reach {name!r}\nmore lines")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"not to be had from the hub: Couldn't reach 'some/set'$"):
+    with pytest.raises(UserError, match=r"not available from the hub: Couldn't reach 'some/set'$"):
         prompts.load("some/set")
 
 

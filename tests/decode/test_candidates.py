@@ -154,7 +154,7 @@ def test_shapes_are_checked():
         Candidates(["a"], [["x", "y"]], [[[], []]], [[[], []]], rewards={"r": [1, 2]})
     with pytest.raises(UserError, match=r"values must have shape \(12, 1\)"):
         make().with_rewards(["r"], np.zeros((3, 4)))
-    with pytest.raises(UserError, match=r"values must be rewards that the candidates carry \(a\), one at least, got b"):
+    with pytest.raises(UserError, match=r"values must be rewards of the candidates \(a\), one at least, got b"):
         make(rewards=("a",)).reward_array(["a", "b"])
     with pytest.raises(UserError, match="run `fastalign score` first"):
         make().reward_array()
@@ -182,7 +182,7 @@ def rewrite(path, change, metadata=...):
         (lambda t: pa.concat_tables([t, t]), r"number every prompt's candidates 0\.\.7, once each"),
         (
             lambda t: t.set_column(2, "prompt", pa.array([str(i) for i in range(12)])),
-            "prompt_id 0 stands for more",
+            "prompt_id 0 has more",
         ),
         (lambda t: t.set_column(3, "text", pa.array([None] * 12, pa.string())), "empty cells"),
     ],
@@ -343,5 +343,5 @@ def test_no_candidates_at_all(tmp_path):
     make().to_parquet(tmp_path / "c.parquet")
 
     pq.write_table(pq.read_table(tmp_path / "c.parquet").slice(0, 0), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"c\.parquet: holds no candidates"):
+    with pytest.raises(UserError, match=r"c\.parquet: contains no candidates"):
         Candidates.from_parquet(tmp_path / "c.parquet")

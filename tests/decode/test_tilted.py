@@ -69,7 +69,7 @@ def test_adaptive_writes_the_texts_it_picks(job, model, tmp_path):
         and f"{true.counts.mean():.4g} candidates each" in " ".join(told.split())
         and code == 0
     )
-    assert "was made with ess=4.0, this run asks for None" in refused(*wanted, "--out", out, "--resume")
+    assert "was made with ess=4.0, this run has None" in refused(*wanted, "--out", out, "--resume")
 
 
 def test_particles_keep_their_weights_and_select_draws_by_them(job, model, tmp_path):
@@ -148,8 +148,8 @@ def test_mistakes_are_one_line(job, model, tmp_path):
     bare = [x for x in job if x != "--palette" and x != tmp_path / "palette.json"]
     for arguments, told in (
         ([*bare, "--method", "rejection"], "give --palette with --method rejection"),
-        ([*job, "--method", "rejection", "--ess", 5], "ess is where --method adaptive stops"),
-        ([*job, "--ess", 5], "ess is where --method adaptive stops"),
+        ([*job, "--method", "rejection", "--ess", 5], "ess applies only to --method adaptive"),
+        ([*job, "--ess", 5], "ess applies only to --method adaptive"),
         ([*job, "--method", "adaptive", "-n", 20], "must be a multiple of 16 for --method adaptive"),
         ([*job, "--method", "adaptive", "--ess", 50], "ess must be at most max_n, 16, got 50"),
         ([*job, "--method", "particles", "--memory-limit", "1GB"], "--memory-limit is not for --method particles"),

@@ -89,7 +89,7 @@ def test_a_worker_killed_a_run_cut_off_and_one_process_give_the_same(cluster, fo
     assert again == parts and all(path.read_bytes() == content for path, content in kept.items())
     assert {line.split(" ", 1)[1] for line in (tmp_path / "again").read_text().splitlines()} == missing
     same(whole(again), alone)
-    with pytest.raises(UserError, match="was made with seed=3, this run asks for 4: use the same settings"):
+    with pytest.raises(UserError, match="was made with seed=3, this run has 4: use the same settings"):
         scale.run(folder, PROMPTS, out, rewards=length(log=log), **{**options, "seed": 4})
 
 

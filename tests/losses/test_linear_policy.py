@@ -188,7 +188,7 @@ def test_mistakes_and_repr():
         LinearPPOLoss()(*arguments, ref_hidden=p["ref_hidden"])
     with pytest.raises(UserError, match=r"mask.shape must equal labels.shape, got \(4,\) and \(4, 6\)"):
         LinearPPOLoss()(*arguments, mask=torch.ones(4))
-    with pytest.raises(UserError, match="ref_logprobs must be given where kl_coef is not 0"):
+    with pytest.raises(UserError, match="ref_logprobs must be given if kl_coef is not 0"):
         LinearPPOLoss(kl_coef=0.1)(*arguments)
     with pytest.raises(TypeError, match="clip"):
         LinearPPOLoss(clip=0.1)

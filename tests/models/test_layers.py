@@ -13,7 +13,7 @@ from tiny import tiny_causal_lm
 from fastalign import backend, use_backend
 from fastalign.models.compiled_layers import CompiledLayers, _GatedMLP, _RMSNorm, _Rotate, _SiluGate
 
-pytestmark = pytest.mark.skipif(backend.engine is None, reason="the compiled engine is not built")
+pytestmark = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
 WIDTHS = [1, 3, 16, 17, 64, 100, 576]
 
 

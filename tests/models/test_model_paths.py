@@ -39,7 +39,12 @@ def test_every_path_is_right_or_refused_in_one_line(model_type):
 
 @pytest.mark.parametrize(
     "kind, said",
-    [("llama", ["LlamaForCausalLM", "on the shared-prompt engine", "fused head", "packed, each prompt run once"])],
+    [
+        (
+            "llama",
+            ["LlamaForCausalLM", "on the shared-prompt engine", "fused head", "packed, each prompt processed once"],
+        )
+    ],
 )
 def test_info_tells_which_path_each_part_takes(tmp_path, kind, said):
     folder = tiny_folder(tmp_path / "m", kind=kind)

@@ -82,7 +82,7 @@ CALLS = {
     "gae": ([floats(3, 5), floats(3, 5), LOGITS, LOGITS, torch.ones(3, 5, dtype=torch.bool)], (1.0, 1.0, 1)),
     "resample": ([integers(0, 0, 0), LOGITS], (1, 0, None, 0, 1)),
 }  # fmt: skip
-needs_engine = pytest.mark.skipif(backend.engine is None, reason="the compiled engine is not built")
+needs_engine = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
 
 
 def call(name, tensors):

@@ -196,7 +196,7 @@ print(fastalign.backend.engine.active_isa(), worst)
 """
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the engine is not built")
+@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
 def test_every_instruction_set():
     for isa in fastalign.backend.engine.available_isas():
         done = subprocess.run(

@@ -196,7 +196,7 @@ def test_second_derivatives_are_right_or_refused(name, on):
         assert torch.autograd.gradgradcheck(lambda *x: f(*x, 0.5), leaves, atol=1e-4, fast_mode=True)
 
 
-@pytest.mark.skipif(not COMPILED, reason="the compiled engine is not built")
+@pytest.mark.skipif(not COMPILED, reason="the native extension is not built")
 @pytest.mark.parametrize("name", [name for name in OPS if "pairwise" not in name])
 def test_a_second_derivative_is_refused_in_every_way_to_ask_for_it(name):
     f, tensors = OPS[name]
@@ -214,7 +214,7 @@ def test_a_second_derivative_is_refused_in_every_way_to_ask_for_it(name):
             second()
 
 
-@pytest.mark.skipif(not COMPILED, reason="the compiled engine is not built")
+@pytest.mark.skipif(not COMPILED, reason="the native extension is not built")
 def test_compiled_layers_refuse_too():
     model = tiny_causal_lm(dtype=torch.float32)
     compiled = copy.deepcopy(model)

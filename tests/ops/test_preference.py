@@ -757,7 +757,7 @@ def test_mistakes_with_the_others_are_told():
     x = torch.zeros(3)
     with pytest.raises(UserError, match=r"ld_alpha must be in \[0, 1\], got 2"):
         sequence_logps(torch.zeros(2, 3), torch.ones(2, 3), ld_alpha=2)
-    with pytest.raises(UserError, match="average must be False where ld_alpha is given"):
+    with pytest.raises(UserError, match="average must be False if ld_alpha is given"):
         sequence_logps(torch.zeros(2, 3), torch.ones(2, 3), ld_alpha=0.5, average=True)
     with pytest.raises(UserError, match="mask must have an even number of rows, chosen then rejected, got 3"):
         sequence_logps(torch.zeros(3, 3), torch.ones(3, 3), ld_alpha=0.5)

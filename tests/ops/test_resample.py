@@ -265,7 +265,7 @@ print(fastalign.backend.engine.active_isa(), *out)
 """
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the engine is not built")
+@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
 def test_every_instruction_set_draws_the_same():
     rows = {}
     for isa in fastalign.backend.engine.available_isas():
@@ -368,7 +368,7 @@ def test_flushing_denormals_changes_nothing(method, k, dtype):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the compiled engine is not built")
+@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
 def test_the_best_of_denormals(engine):
     """Differences no normal number holds: with denormals they order, without they are ties, and never is there none."""

@@ -334,7 +334,7 @@ print(fastalign.backend.engine.active_isa(), *out)
 """
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the engine is not built")
+@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
 def test_every_instruction_set_draws_the_same_ids():
     rows = {}
     for isa in fastalign.backend.engine.available_isas():

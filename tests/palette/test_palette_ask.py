@@ -69,7 +69,7 @@ def test_palettes_in_words():
         ("humor=1,humor=2,rest=mean", "got 'humor' again"),
         ("humor=lots,rest=mean", r"must be numbers, mean, mean\+1sd, mean\+10%, q80 or free, got 'lots'"),
         ("humor=mean+1e,rest=mean", "got 'mean\\+1e'"),
-        ("humor==free,rest=mean", "must ask for something where it says =="),
+        ("humor==free,rest=mean", "must have a level after =="),
         ("humor=q101,rest=mean", "must ask for quantiles from q0 to q100, got 'q101'"),
         ("humor=1,2,3", "must be numbers or name=number"),
         ("humor>1,rest=mean", "must be numbers or name=number"),

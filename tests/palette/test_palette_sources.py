@@ -177,7 +177,7 @@ def test_mistakes_in_a_parquet_source(tmp_path):
         ParquetRewards(tmp_path / "b.parquet", NAMES)
     with pytest.raises(UserError, match="at least one sample and one reward"):
         ParquetRewards(path, [])
-    with pytest.raises(UserError, match="groups and weights must be columns named to ParquetRewards"):
+    with pytest.raises(UserError, match="groups and weights must be names of columns given to ParquetRewards"):
         solve(ParquetRewards(path, NAMES), np.zeros(3), groups=groups)
     with pytest.raises(UserError, match="one level for each of the 3 rewards, got 2"):
         solve(ParquetRewards(path, NAMES), np.zeros(2))

@@ -21,7 +21,7 @@ from fastalign._base.errors import UserError
 from fastalign.cli.main import app
 from fastalign.decode import Candidates
 from fastalign.palette.feasibility import INWARD
-from fastalign.report.ui import Desk, server
+from fastalign.report.ui import Session, server
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["kind", "short"]
@@ -29,17 +29,17 @@ TRAP = "<img src=x onerror=\"document.title='caught'\">"
 
 
 @pytest.fixture(scope="module")
-def desk():
+def session():
     rng = np.random.default_rng(0)
     rewards = rng.standard_normal((6, 40, 2)).astype(np.float32)
     rewards[..., 1] -= 0.5 * rewards[..., 0]
     texts = [[f"{TRAP} text {j} of {i}" for j in range(40)] for i in range(6)]
-    return Desk(NAMES, rewards, [f"prompt {i}" for i in range(6)], texts, "a folder/scored.parquet")
+    return Session(NAMES, rewards, [f"prompt {i}" for i in range(6)], texts, "a folder/scored.parquet")
 
 
 @contextmanager
-def served(desk, allowed=()):
-    with server.open_server(desk, 0, allowed) as found:
+def served(session, allowed=()):
+    with server.open_server(session, 0, allowed) as found:
         thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield found
@@ -48,8 +48,8 @@ def served(desk, allowed=()):
 
 
 @pytest.fixture
-def page_server(desk):
-    with served(desk) as found:
+def page_server(session):
+    with served(session) as found:
         yield found
 
 
@@ -65,59 +65,61 @@ def ask(to, method, path, body=None, **headers):
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_an_answer_is_the_solvers(desk, joint):
-    asked, sense = desk.mean + [0.6, -0.3], [">=", "=="]
-    found = desk.answer({"palette": asked.tolist(), "sense": sense, "joint": joint, "first": 4})
-    told = palette.solve(desk.flat, asked, groups=None if joint else desk.groups, sense=sense)
+def test_an_answer_is_the_solvers(session, joint):
+    asked, sense = session.mean + [0.6, -0.3], [">=", "=="]
+    found = session.answer({"palette": asked.tolist(), "sense": sense, "joint": joint, "first": 4})
+    told = palette.solve(session.flat, asked, groups=None if joint else session.groups, sense=sense)
     assert found["feasible"] and found["beyond"] is None and found["ms"] > 0
     np.testing.assert_allclose(found["lambda"], told.lam, rtol=1e-9)
     np.testing.assert_allclose(found["levels"], told.levels, rtol=1e-9)
     assert found["kl"] == pytest.approx(float(told.kl)) and found["ess"] == pytest.approx(float(told.ess))
     assert [each["prompt"] for each in found["examples"]] == ["prompt 4", "prompt 5"]
-    weights = np.exp(desk.rewards[4].astype(float) @ told.lam)
+    weights = np.exp(session.rewards[4].astype(float) @ told.lam)
     picked = found["examples"][0]["picked"]
-    assert picked[0]["text"] == desk.texts[4][weights.argmax()]
+    assert picked[0]["text"] == session.texts[4][weights.argmax()]
     assert picked[0]["weight"] == pytest.approx(weights.max() / weights.sum())
-    assert [each["text"] for each in found["examples"][0]["base"]] == desk.texts[4][:3]
+    assert [each["text"] for each in found["examples"][0]["base"]] == session.texts[4][:3]
     json.dumps(found, allow_nan=False)
 
 
-def test_the_command_in_an_answer_makes_its_palette(desk):
-    words = desk.answer({"palette": [0.25, -1.5], "sense": [">=", "<="], "joint": True})["command"]
+def test_the_command_in_an_answer_makes_its_palette(session):
+    words = session.answer({"palette": [0.25, -1.5], "sense": [">=", "<="], "joint": True})["command"]
     assert words == (
         "fastalign map 'a folder/scored.parquet' --values kind,short --palette 'kind=0.25,short<=-1.5' --joint "
         "--out palette.json"
     )
 
 
-def test_out_of_reach_comes_with_what_can_be_reached(desk):
-    asked = desk.mean + [3.0, 3.0]
-    found = desk.answer({"palette": asked.tolist()})
-    told = palette.solve(desk.flat, asked, groups=desk.groups)
+def test_out_of_reach_comes_with_what_can_be_reached(session):
+    asked = session.mean + [3.0, 3.0]
+    found = session.answer({"palette": asked.tolist()})
+    told = palette.solve(session.flat, asked, groups=session.groups)
     assert not found["feasible"] and found["beyond"]["scaling"] == pytest.approx(told.scaling) and told.scaling < 1
     # Inside of the nearest, where λ is finite and the λ of `fastalign map`; and both ways out are in reach.
-    inside = desk.mean + INWARD * (told.nearest - desk.mean)
+    inside = session.mean + INWARD * (told.nearest - session.mean)
     np.testing.assert_allclose(found["beyond"]["nearest"], inside, rtol=1e-6)
-    np.testing.assert_allclose(found["lambda"], palette.solve(desk.flat, inside, groups=desk.groups).lam, rtol=1e-6)
+    np.testing.assert_allclose(
+        found["lambda"], palette.solve(session.flat, inside, groups=session.groups).lam, rtol=1e-6
+    )
     assert (np.array(found["levels"]) >= np.array(found["beyond"]["nearest"]) - 1e-6).all()
     for way in ("nearest", "scaled"):
-        there = desk.answer({"palette": found["beyond"][way]})
+        there = session.answer({"palette": found["beyond"][way]})
         assert there["feasible"] and np.isfinite(there["lambda"]).all(), way
     scaled = np.array(found["beyond"]["scaled"])
-    np.testing.assert_allclose(scaled, desk.mean + INWARD * told.scaling * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(scaled, session.mean + INWARD * told.scaling * 3.0, rtol=1e-6)
 
 
-def test_each_value_spans_what_it_can_realise_alone(desk):
-    about = desk.describe()
+def test_each_value_spans_what_it_can_realise_alone(session):
+    about = session.describe()
     for j, value in enumerate(about["values"]):
-        for dual, groups in (("per_prompt", desk.groups), ("joint", None)):
+        for dual, groups in (("per_prompt", session.groups), ("joint", None)):
             low, high = value[dual]
-            others = desk.flat.min(axis=0), desk.flat.max(axis=0)  # which ask nothing as at least, as at most
+            others = session.flat.min(axis=0), session.flat.max(axis=0)  # which ask nothing as at least, as at most
             for sense, end, inwards in ((">=", high, -1e-4), ("<=", low, 1e-4)):
                 asked = others[sense == "<="].astype(np.float64)
                 for asked[j], reached in ((end + inwards, True), (end - inwards, False)):
-                    assert palette.solve(desk.flat, asked, groups=groups, sense=sense).feasible == reached
-    assert about["starts"]["q80"] == palette.quantile_palette(desk.flat, 0.8).tolist()
+                    assert palette.solve(session.flat, asked, groups=groups, sense=sense).feasible == reached
+    assert about["starts"]["q80"] == palette.quantile_palette(session.flat, 0.8).tolist()
 
 
 @pytest.mark.parametrize(
@@ -230,8 +232,8 @@ def test_an_odd_address_is_refused(page_server, capfd, path):
         (("[::1]",), "[::1]:9000", 200),
     ],
 )
-def test_other_names_are_answered_where_they_are_allowed(desk, allowed, host, status):
-    with served(desk, allowed) as page_server:
+def test_other_names_are_answered_where_they_are_allowed(session, allowed, host, status):
+    with served(session, allowed) as page_server:
         question = b'{"palette": [0, 0]}'
         for scheme in ("http", "https"):
             headers = {"Host": host, "Origin": f"{scheme}://{host}"}
@@ -243,14 +245,14 @@ def test_other_names_are_answered_where_they_are_allowed(desk, allowed, host, st
 
 
 @pytest.mark.parametrize("name", ["", "http://gpu.lab", "gpu.lab/x", "gpu lab", "gpu.lab:x", "a:1:2"])
-def test_an_allowed_host_is_a_name(desk, name):
+def test_an_allowed_host_is_a_name(session, name):
     with pytest.raises(UserError, match="allowed-host must be a name or name:port"):
-        server.open_server(desk, 0, [name])
+        server.open_server(session, 0, [name])
 
 
-def test_one_that_keeps_silent_is_left_and_many_may_wait(desk, monkeypatch, capfd):
+def test_one_that_keeps_silent_is_left_and_many_may_wait(session, monkeypatch, capfd):
     monkeypatch.setattr(server._Handler, "timeout", 0.2)
-    with served(desk) as found:
+    with served(session) as found:
         silent = [socket.create_connection(("127.0.0.1", found.server_port)) for _ in range(60)]
         silent[0].sendall(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
         silent[1].sendall(b"GE")
@@ -275,11 +277,11 @@ def test_the_wheel_carries_the_page():
     assert set(declared["package-data"]["fastalign.report.ui"]) == {name for name, _ in server._FILES.values()}
 
 
-def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch):
+def test_the_command_serves_until_it_is_interrupted(session, tmp_path, monkeypatch):
     tokens = [[[1]] * 40 for _ in range(6)]
-    whole = Candidates(list(desk.prompts), desk.texts, tokens, [[[-1.0]] * 40 for _ in range(6)])
+    whole = Candidates(list(session.prompts), session.texts, tokens, [[[-1.0]] * 40 for _ in range(6)])
     whole.to_parquet(tmp_path / "candidates.parquet")
-    whole.with_rewards(NAMES, desk.flat).to_parquet(tmp_path / "scored.parquet")
+    whole.with_rewards(NAMES, session.flat).to_parquet(tmp_path / "scored.parquet")
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
 
@@ -308,10 +310,10 @@ def test_the_command_serves_until_it_is_interrupted(desk, tmp_path, monkeypatch)
         assert code == 1 and told in text and text.count("\n") == 1
 
 
-def test_a_port_in_use_is_one_line(desk, page_server):
+def test_a_port_in_use_is_one_line(session, page_server):
     port = page_server.server_port
-    with pytest.raises(UserError, match=f"port {port} cannot be had .*; 0 takes a free one"):
-        server.open_server(desk, port)
+    with pytest.raises(UserError, match=f"port {port} cannot be opened .*; 0 picks a free one"):
+        server.open_server(session, port)
 
 
 @pytest.fixture(scope="module")
@@ -329,12 +331,12 @@ ANSWERED = """new Promise(done => {
 })"""
 
 
-def test_a_slider_moves_lambda_in_a_browser(desk, page_server, page):
+def test_a_slider_moves_lambda_in_a_browser(session, page_server, page):
     address = page_server.address
-    page.open(f"{address}#c={desk.mean[0] + 0.2},{desk.mean[1]}&from=3")
+    page.open(f"{address}#c={session.mean[0] + 0.2},{session.mean[1]}&from=3")
     before = page.evaluate(ANSWERED % 1)
     assert float(before[0]) > 0
-    told = palette.solve(desk.flat, desk.mean + [0.2, 0.0], groups=desk.groups).lam
+    told = palette.solve(session.flat, session.mean + [0.2, 0.0], groups=session.groups).lam
     assert float(before[0]) == pytest.approx(told[0], rel=0.01)
     assert page.evaluate("document.querySelector('#examples h3').textContent") == "prompt 3"
     # By the keyboard, as one who sees no slider would.
@@ -344,8 +346,8 @@ def test_a_slider_moves_lambda_in_a_browser(desk, page_server, page):
     after = page.evaluate(ANSWERED % 2)
     assert float(after[0]) > float(before[0])
     asked = float(page.evaluate("location.hash").partition("c=")[2].partition(",")[0])
-    assert asked > desk.mean[0] + 0.2
-    told = palette.solve(desk.flat, [asked, desk.mean[1]], groups=desk.groups)
+    assert asked > session.mean[0] + 0.2
+    told = palette.solve(session.flat, [asked, session.mean[1]], groups=session.groups)
     assert float(after[0]) == pytest.approx(told.lam[0], rel=0.01)
     assert page.evaluate("document.querySelector('.reached').textContent").startswith("realised")
     # Texts stay texts, and nothing was asked of anybody else.
@@ -356,7 +358,7 @@ def test_a_slider_moves_lambda_in_a_browser(desk, page_server, page):
     assert not [each for each in page.heard if each["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 
-def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, page_server, page):
+def test_a_palette_out_of_reach_is_one_click_from_the_nearest(session, page_server, page):
     page.open(f"{page_server.address}#c=3,3")
     page.evaluate(ANSWERED % 1)
     verdict = "document.getElementById('verdict').textContent"
@@ -371,14 +373,14 @@ def test_a_palette_out_of_reach_is_one_click_from_the_nearest(desk, page_server,
     page.evaluate("location.hash = 'c=1,2,3'")
     page.evaluate(ANSWERED % 4)
     assert page.evaluate("[...document.querySelectorAll('.level')].map(each => each.value)") == [
-        f"{mean:.2f}" for mean in desk.mean
+        f"{mean:.2f}" for mean in session.mean
     ]
 
 
 @pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_sticks_out_of_the_page(desk, page, width, tmp_path):
+def test_nothing_sticks_out_of_the_page(session, page, width, tmp_path):
     names = ["a value with more of a name than anybody would ever want to read", "without_a_blank_" * 5]
-    odd = Desk(names, desk.rewards * [1e7, 1e-5], ["long " * 90 + "l" * 200] * 6, [["l" * 300] * 40] * 6)
+    odd = Session(names, session.rewards * [1e7, 1e-5], ["long " * 90 + "l" * 200] * 6, [["l" * 300] * 40] * 6)
     with served(odd) as page_server:
         page.open(f"{page_server.address}#c=2e6,3e-6")
         page.evaluate(ANSWERED % 1)

@@ -488,9 +488,7 @@ def test_what_lies_among_a_merges_files_stays(large, tmp_path, monkeypatch):
         )
     (beside / "mine.txt").write_text("precious")
     for weights in ([0.25, 0.75], [0.5, 0.5]):
-        with pytest.raises(
-            UserError, match=r"mine.txt: lies where .* is made, and no merge put it there: move it away"
-        ):
+        with pytest.raises(UserError, match=r"mine.txt: is in the way of .* and was not made by a merge: move it away"):
             soup.merge(large, weights, out, max_shard_size="4MB")
     assert (tmp_path / "thesis.txt").read_text() == (beside / "mine.txt").read_text() == "precious"
     (beside / "mine.txt").unlink()
@@ -507,7 +505,7 @@ def test_an_output_that_is_a_link_or_the_current_folder(large, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "here" / "below")
     for here in (".", "..", "", "../below"):
         code, _, said = command(*large, "--weights", "0.5,0.5", "--out", here)
-        assert code == 1 and said.count("\n") == 1 and "out must be a folder to make" in said, said
+        assert code == 1 and said.count("\n") == 1 and "out must be a new folder" in said, said
 
 
 def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):
@@ -696,7 +694,7 @@ def test_the_command(models, tmp_path):
     code, told, err = command(*models, "--weights", "0.5,0.3,0.2", "--out", out)
     assert code == 0 and "GB/s" in told, err
     close(load(out), by_hand(models, RHO))
-    assert "was there already" in command(*models, "--weights", "0.5,0.3,0.2", "--out", out)[1]
+    assert "already complete" in command(*models, "--weights", "0.5,0.3,0.2", "--out", out)[1]
     code, _, err = command(*models, "--weights", "5,3,2", "--normalize", "--dtype", "fp32", "--out", tmp_path / "b")
     assert code == 0 and load(tmp_path / "b")["lm_head.weight"].dtype == torch.float32, err
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "float32"

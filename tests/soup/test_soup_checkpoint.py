@@ -105,7 +105,7 @@ def test_lengths_of_the_header(tmp_path):
     refused(path, "has 4 bytes")
     refused(write(path, {}, length=2**63), "the format allows 100,000,000")
     refused(write(path, {}, length=MAX_HEADER), "the file has 2")
-    refused(write(path, {}), "holds no tensors")
+    refused(write(path, {}), "contains no tensors")
     with pytest.raises(FileNotFoundError):
         open_checkpoint(tmp_path / "absent.safetensors")
 

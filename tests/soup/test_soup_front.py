@@ -176,7 +176,7 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     assert (tmp_path / "page" / "pareto.html").is_file()
     asked[asked.index("length,vowels")] = "vowels"
     code, _, err = run(*asked)
-    assert code == 1 and "asks for length, the rewards are vowels" in err and err.count("\n") == 1
+    assert code == 1 and "has a target for length, but the rewards are vowels" in err and err.count("\n") == 1
 
 
 def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_path, monkeypatch):
@@ -202,7 +202,9 @@ def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_pat
         with pytest.raises(KeyboardInterrupt, match=r"^interrupted; finished soups are kept, and the same command"):
             study(0, 3, overwrite=True)
     assert content() == before
-    with pytest.raises(UserError, match=r"out.parts: holds an interrupted run of other soups or settings; --overwrite"):
+    with pytest.raises(
+        UserError, match=r"out.parts: contains an interrupted run with other soups or settings; --overwrite"
+    ):
         study(0, 2)
     with pytest.raises(UserError, match=r"002.parquet: exists, and is of other soups or settings; --overwrite"):
         study(0, 3)

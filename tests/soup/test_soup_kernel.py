@@ -12,7 +12,7 @@ from fastalign.soup.checkpoint import FLOATS, in_torch
 from fastalign.soup.steps import Segment
 from fastalign.soup.stream import dots, mix_tensors
 
-pytestmark = pytest.mark.skipif(backend.engine is None, reason="the engine is not built")
+pytestmark = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
 
 DTYPES = [in_torch(name) for name in FLOATS]
 BYTES = [torch.float8_e4m3fn, torch.float8_e5m2]

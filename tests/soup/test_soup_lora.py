@@ -314,7 +314,7 @@ def test_what_cannot_be_mixed_is_refused_with_one_line(base, adapters, tmp_path)
         assert part in str(caught.value)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").write_text("kept")
-    with pytest.raises(UserError, match="holds no adapter that fastalign made"):
+    with pytest.raises(UserError, match="contains no adapter made by fastalign"):
         soup.merge_adapters([a], [1.0], tmp_path / "there")
     assert (tmp_path / "there" / "x").read_text() == "kept"
 
@@ -337,11 +337,17 @@ def test_the_command(base, adapters, tmp_path):
     )
     assert code == 0 and "kept" in told and open_adapter(tmp_path / "back"), err
     for arguments, part in (
-        ([*pair, "--weights", "1,1", "--method", "slerp"], "adapters are mixed by linear, got --method slerp"),
-        ([*pair, "--weights", "1,1", "--base", base, "--method", "slerp"], "adapters are mixed by linear"),
+        (
+            [*pair, "--weights", "1,1", "--method", "slerp"],
+            "adapters can be mixed only with --method linear, got slerp",
+        ),
+        (
+            [*pair, "--weights", "1,1", "--base", base, "--method", "slerp"],
+            "adapters can be mixed only with --method linear",
+        ),
         ([*pair, "--weights", "1,1", "--dry-run"], "--dry-run is for merges that write whole models"),
         ([base, "--extract", "--rank", 4], "--extract takes one model, and --base"),
-        ([base, base, "--weights", "0.5,0.5", "--rank", 4], "--rank is for adapters"),
+        ([base, base, "--weights", "0.5,0.5", "--rank", 4], "--rank is for output adapters"),
         ([*pair, base, "--weights", "1,1,1"], "not a LoRA adapter"),
     ):
         code, _, err = command(*arguments, "--out", tmp_path / "no")

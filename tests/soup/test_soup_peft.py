@@ -144,12 +144,14 @@ def test_a_square_weight_of_a_class_that_is_not_known(bases, tmp_path):
         "auto_map": {"AutoModel": "ours.Ours"},
     }
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"transformers does not know: whether .* or its transpose cannot be told"):
+    with pytest.raises(
+        UserError, match=r"transformers does not know: whether .* or its transpose cannot be determined"
+    ):
         soup.apply_adapters(base, [made], [1.0], tmp_path / "out", progress=False)
     mixed = adapter(bases["gpt2"], tmp_path / "mixed", ["c_attn", "c_proj", "lm_head"])
     # The head's; c_attn's shape shows the others'.
     assert not json.loads((mixed / CONFIG).read_text())["fan_in_fan_out"]
-    with pytest.raises(UserError, match="cannot be told"):
+    with pytest.raises(UserError, match="cannot be determined"):
         soup.apply_adapters(base, [mixed], [1.0], tmp_path / "out", progress=False)
 
 

@@ -285,7 +285,7 @@ dtype: float32
     a, b = tensors(models, "AB")
     assert all(torch.equal(middle[name], ((a[name] + b[name]) / 2).bfloat16()) for name in NAMES)
     result = CliRunner().invoke(app, ["soup", "x", "--recipe", str(path), "--out", str(tmp_path / "no")])
-    assert result.exit_code == 1 and "give no models" in result.output
+    assert result.exit_code == 1 and "leave out the models" in result.output
 
 
 MISTAKES = [

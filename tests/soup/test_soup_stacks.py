@@ -99,8 +99,8 @@ def test_what_cannot_be_stacked(models, tmp_path):
             soup.merge([stack], [1.0], tmp_path / "no", progress=False, **more)
         assert part in str(caught.value) and "\n" not in str(caught.value)
 
-    refused([(a, 0, 3)], "layers 0 to 3 asked for, it has 0 to 2")
-    refused([(a, 1, 1)], "layers 1 to 1 asked for")
+    refused([(a, 0, 3)], "layers 0 to 3 requested, but it has 0 to 2")
+    refused([(a, 1, 1)], "layers 1 to 1 requested")
     refused([a, b], "a stack must be a list of (model, first layer, last layer + 1)")
     refused([], "a stack must be a list")
     for number, (names, part) in enumerate(

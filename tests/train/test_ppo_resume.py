@@ -91,10 +91,10 @@ def test_weights_moments_and_counters_come_back(tmp_path, peft):
 
 
 def test_what_cannot_be_resumed_is_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         trainer().load_checkpoint(tmp_path)
     trainer().save_checkpoint(tmp_path)
-    with pytest.raises(UserError, match=r"holds another model's weights, \S+ is not (trained here|in it)"):
+    with pytest.raises(UserError, match=r"contains another model's weights, \S+ is not (trained here|in it)"):
         trainer(policy(peft=lora())).load_checkpoint(tmp_path)
     state = next(tmp_path.glob("step-*/state.json"))
     state.write_text(state.read_text().replace('"processes": 1', '"processes": 3'))

@@ -1,1 +1,1 @@
-"""What draws candidates: the model on this machine, or another engine or server."""
+"""Samplers: the model on this machine, or another engine or server."""

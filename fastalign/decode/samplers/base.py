@@ -1,4 +1,5 @@
-"""What every sampler shares: arguments and prompts checked in one place, and Candidates of one form."""
+"""Base of all samplers: checks arguments and prompts in one place, and returns the same Candidates from every
+engine."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 from fastalign.data.sampling import SamplingSettings, check_knobs
-from fastalign.data.text import Text, check_prompts, told
+from fastalign.data.text import Text, check_prompts, template_settings
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.streams import places_of
 
@@ -21,10 +22,10 @@ ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each i
 
 @dataclass
 class Request:
-    """What is to be drawn, checked: for the prompts of which `skip` does not have the index.
+    """A checked sampling request, for the prompts whose index is not in `skip`.
 
-    encoded: each prompt's token ids (for a server that has the tokenizer, the prompt itself). places: each prompt's
-    place in the whole set. rows: candidates at once. record: the settings that the Candidates carry.
+    encoded: each prompt's token ids (for a server with its own tokenizer, the prompt itself). places: each prompt's
+    index in the full set. rows: candidates at once. record: the settings stored in the Candidates.
     """
 
     prompts: Sequence[Any]
@@ -48,14 +49,14 @@ class Request:
         token_ids: list[list[list[int]]],
         log_probs: list[list[list[float]]],
     ) -> Candidates:
-        """Of the prompts at these indices: [prompt][candidate] each."""
+        """The part for the prompts at these indices: [prompt][candidate] each."""
         part = Candidates([self.prompts[i] for i in indices], texts, token_ids, log_probs, settings=self.record)
         part.prompt_ids = np.array([self.places[i] for i in indices], dtype=np.int64)
         return part
 
 
 class SamplingOptions(TypedDict, total=False):
-    """What the functions that draw and then choose pass on to `BaseSampler.sample`, which see."""
+    """Options that the functions which draw and then select pass on; see `BaseSampler.sample`."""
 
     temperature: float
     top_k: int
@@ -70,11 +71,10 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class BaseSampler(ABC):
-    """What draws candidates: `Sampler`, on this machine, or one whose model runs in another engine
-    (`samplers.external`).
+    """Base class of `Sampler`, for models on this machine, and of those for other engines (`samplers.external`).
 
-    A subclass sets name, told in errors and in the candidates' settings; text, of its tokenizer; context, the longest
-    text in tokens or 0; and gives `draw_parts`.
+    A subclass sets name, for errors and for the candidates' settings; text, for its tokenizer; context, the maximum
+    length in tokens or 0; and implements `draw_parts`.
     """
 
     name: str
@@ -105,7 +105,7 @@ class BaseSampler(ABC):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **template: Any,
     ) -> Candidates:
-        """All prompts' candidates at once; arguments as in `iter_batches`, whose parts this joins."""
+        """All prompts' candidates; arguments as in `iter_batches`, whose parts are joined."""
         parts = self.iter_batches(
             prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             stop=stop, seed=seed, first=first, chat=chat, batch_size=batch_size, memory_limit=memory_limit, skip=skip,
@@ -140,22 +140,22 @@ class BaseSampler(ABC):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **template: Any,
     ) -> Iterator[tuple[list[int], Candidates]]:
-        """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens a prompt.
+        """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens tokens per prompt.
 
-        prompts: strings, or conversations, lists of messages {"role": ..., "content": text or blocks of text}, whose
-        last one, where it is the assistant's, is continued. tools: JSON schemas or functions, for the chat template;
-        chat_template_kwargs: more of its arguments, which may be given by keyword too (enable_thinking=False).
+        prompts: strings, or conversations, lists of messages {"role": ..., "content": text or blocks of text}; a last
+        message from the assistant is continued. tools: JSON schemas or functions, for the chat template;
+        chat_template_kwargs: further template arguments, which may also be given by keyword (enable_thinking=False).
 
         temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers.
-        stop: a text is cut before the first of these strings, special tokens' too, which texts do not show; token_ids
-        and logprobs keep all that was drawn, an end token included. chat: "auto" uses the tokenizer's chat template
-        where it has one; False sends prompts as they are. batch_size: candidates at once. memory_limit: of the keys
-        and values, in bytes or as "4GB":
-        fewer candidates are in the model at once then, and n is bounded by time alone. skip: indices of prompts done
-        before: a resumed job draws for the others what an uninterrupted one draws. prompt_ids: the prompts' places in
-        the whole set, where these are a part of it: each is drawn for as in the whole. Default 0..P-1. first: the
-        number of the first candidate: a candidate is a function of (seed, prompt, its number), so that 4 from 4 on
-        are the rest of 8. Raises UserError, one line, before any work on a bad argument or prompt.
+        stop: cut texts before the first of these strings, which may be special tokens that texts do not show; token_ids
+        and logprobs keep all drawn tokens, including an end token. chat: "auto" uses the tokenizer's chat template if
+        it has one; False passes prompts unchanged. batch_size: candidates at once. memory_limit: for keys and values,
+        in bytes or as "4GB"; it reduces the number of candidates in flight, not n. skip: indices of prompts already
+        finished; a resumed job draws the same texts for the others as an uninterrupted one. prompt_ids: the prompts'
+        indices in the full set, if these are a part of it, so that each gets the same texts as in the full set; default
+        0..P-1. first: the index of the first candidate; a candidate is a function of (seed, prompt, index), so 4
+        candidates from index 4 on are the rest of 8. Raises UserError, one line, on a bad argument or prompt, before
+        any work.
         """
         settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, first)
         check_knobs({"batch_size": batch_size, "memory_limit": memory_limit})
@@ -166,23 +166,22 @@ class BaseSampler(ABC):
         if memory_limit is not None:
             rows = min(rows, self.fitting(memory_limit, max(map(len, encoded)), settings))
         places = places_of(prompt_ids, len(prompts))
-        record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows, **told(template)}
+        record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows, **template_settings(template)}
         del record["first"]
         return self.draw_parts(Request(prompts, encoded, places, settings, rows, record, set(skip), show_progress))
 
     @abstractmethod
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        """Yield (prompt indices, their candidates) as they are done; what is still wrong with the request is raised
-        before."""
+        """Yield (prompt indices, their candidates) as they finish; raises remaining errors in the request first."""
 
     def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings) -> int:
-        """How many candidates fit at once beside prompts of up to `longest` tokens."""
+        """How many candidates fit at once, with prompts of up to `longest` tokens."""
         raise UserError(f"memory_limit is for models that run here; {self.name} sets its own")
 
     def encode(
         self, prompts: Sequence[str], chat: bool | str, max_new_tokens: int, template: Mapping[str, Any] | None = None
     ) -> list[Any]:
-        """Token ids of each prompt, which leave room for max_new_tokens."""
+        """Token ids of each prompt, leaving room for max_new_tokens."""
         encoded = self.text.encode(prompts, chat=chat, options=template)
         for i, ids in enumerate(encoded):
             if self.context and len(ids) + max_new_tokens > self.context:

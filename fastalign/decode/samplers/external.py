@@ -1,7 +1,7 @@
-"""What the samplers share whose model runs in another engine: vLLM, or a server (`samplers.vllm`, `.openai`).
+"""Base of the samplers for models in another engine: vLLM, or a server (`samplers.vllm`, `.openai`).
 
-They take what `Sampler.iter_batches` takes, under the same checks, and give the same Candidates; the random numbers
-are the engine's own, so a seed gives the same result on the same engine only.
+They accept the arguments of `Sampler.iter_batches`, with the same checks, and return the same Candidates. Random
+numbers are the engine's own, so a seed reproduces only on the same engine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fastalign.decode.samplers.base import BaseSampler, Request
 
 
 class External(BaseSampler):
-    """A sampler without a model of its own.
+    """A sampler whose model runs elsewhere.
 
-    name: told in errors and in the candidates' settings. tokenizer: of the model, or None. context: the longest
-    text in tokens, or 0 where the engine alone knows it.
+    name: for errors and for the candidates' settings. tokenizer: the model's, or None. context: the maximum length in
+    tokens, or 0 if only the engine knows it.
     """
 
     name: str
@@ -37,11 +37,11 @@ class External(BaseSampler):
 
 
 def request_seed(seed: int, place: int, first: int) -> int:
-    """The seed of the request for candidates `first` and on of the prompt at `place`, in [0, 2^31): llama.cpp takes
-    32 bits.
+    """The seed of the request for candidates from `first` on of the prompt at `place`, in [0, 2^31): llama.cpp takes 32
+    bits.
 
-    vLLM draws candidate j of a request with that request's seed + j: counted from one start per prompt, two
-    requests for the same prompt never share a seed, and the candidates do not depend on how n was split.
+    vLLM draws candidate j of a request with that request's seed + j: with one start per prompt, two requests for the
+    same prompt never share a seed, and the candidates do not depend on how n is split.
     """
     digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") % 2**30) + first
@@ -52,13 +52,13 @@ def split(n: int, at_once: int) -> list[tuple[int, int]]:
     return [(first, min(at_once, n - first)) for first in range(0, n, at_once)]
 
 
-def asked(settings: SamplingSettings) -> int:
-    """How many candidates to ask an engine for: one where all are the same (engines refuse n > 1 there)."""
+def requested_count(settings: SamplingSettings) -> int:
+    """How many candidates to request from an engine: one if all are the same (engines refuse n > 1 then)."""
     return settings.n if settings.temperature > 0 else 1
 
 
 def one_prompt(request: Request, i: int, drawn: list[tuple[str, list[int], list[float]]]) -> Candidates:
-    """The Candidates of the prompt at i from (text, token ids, log-probs) of each that was asked for."""
+    """The Candidates of the prompt at i from (text, token ids, log-probs) of each requested one."""
     drawn = drawn if len(drawn) == request.settings.n else drawn * request.settings.n
     texts, tokens, log_probs = ([list(column)] for column in zip(*drawn, strict=True))
     return request.part([i], texts, tokens, log_probs)

@@ -37,7 +37,7 @@ from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import cut
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.samplers.base import Request
-from fastalign.decode.samplers.external import External, asked, one_prompt, request_seed, split
+from fastalign.decode.samplers.external import External, one_prompt, request_seed, requested_count, split
 
 BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation
 MODELS_BYTES = 1 << 22
@@ -47,13 +47,12 @@ WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second try, doubled before 
 
 
 class OpenAISampler(External):
-    """A model on a server as a Sampler; batch_size: candidates per request (n), 64 by default.
+    """A model on a server, as a Sampler; batch_size: candidates per request (n), 64 by default.
 
-    url: up to and with /v1. model: its name there; None where the server has one alone. tokenizer: of the model
-    (see above), or its name. api_key: default $OPENAI_API_KEY. in_flight: requests at once. timeout: seconds within
-    which a request is wholly answered. tries: of a request that met a full or failing server (429, 5xx), a lost
-    connection or a timeout. Raises UserError, one line, where the server refuses, cannot be reached or answers what
-    makes no sense.
+    url: up to and including /v1. model: its name there; None if the server has only one. tokenizer: the model's (see
+    above), or its name. api_key: default $OPENAI_API_KEY. in_flight: requests at once. timeout: seconds for a complete
+    answer. tries: number of attempts after a busy or failing server (429, 5xx), a lost connection or a timeout. Raises
+    UserError, one line, if the server refuses, cannot be reached or sends an invalid answer.
     """
 
     rows_at_once = 64
@@ -118,10 +117,10 @@ class OpenAISampler(External):
         from fastalign._base import progress
 
         settings, encoded = request.settings, request.encoded
-        count = asked(settings)
+        count = requested_count(settings)
         pieces = split(count, request.rows)
         tasks = ((i, first, some) for i in wanted for first, some in pieces)
-        found: dict[int, dict[int, list]] = {i: {} for i in wanted}
+        received: dict[int, dict[int, list]] = {i: {} for i in wanted}
         by_server = self.tokenizer is None and request.record["chat"] is not False
 
         def work(task, stop):
@@ -140,10 +139,10 @@ class OpenAISampler(External):
         total = len(wanted) * settings.n * settings.max_new_tokens
         with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
             for (i, first, some), drawn in as_done(work, tasks, min(self.in_flight, len(wanted) * len(pieces))):
-                found[i][first] = drawn
+                received[i][first] = drawn
                 advance(some * settings.max_new_tokens * (settings.n // count))
-                if len(found[i]) == len(pieces):
-                    parts = found.pop(i)
+                if len(received[i]) == len(pieces):
+                    parts = received.pop(i)
                     yield [i], one_prompt(request, i, [one for start in sorted(parts) for one in parts[start]])
 
     def _without_special(self, prompt: list[int], text: str, tokens: list[int], settings: SamplingSettings) -> str:
@@ -170,7 +169,8 @@ class OpenAISampler(External):
 
 
 def _chat(prompt: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What /chat/completions is asked for a prompt: its messages, and the template's arguments as vLLM takes them."""
+    """The /chat/completions request for a prompt: its messages, and the template's arguments as vLLM and SGLang take
+    them."""
     asks: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 1}
     tools, options = record.get("tools"), record.get("chat_template_kwargs", {})
     if isinstance(prompt, Conversation):
@@ -184,10 +184,10 @@ def _chat(prompt: str, record: dict[str, Any]) -> dict[str, Any]:
 def as_done(
     work: Callable[[Any, threading.Event], Any], tasks: Iterable[Any], threads: int
 ) -> Iterator[tuple[Any, Any]]:
-    """(task, work(task, stop)) of each task as it ends, `threads` at once; the first error is raised here.
+    """(task, work(task, stop)) of each task as it finishes, `threads` at once; raises the first error.
 
-    Left early or after an error, `stop` is set and no more are begun. The threads are daemons: an interrupt does not
-    wait for answers.
+    On early exit or an error, `stop` is set and no more tasks are started. The threads are daemons, so an interrupt
+    does not wait for answers.
     """
     tasks, lock, stop = iter(tasks), threading.Lock(), threading.Event()
     done: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
@@ -223,14 +223,14 @@ def as_done(
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key and the prompts to an address that the user did not name."""
+    """Refuses redirects, which would send the key and the prompts to an address that the user did not give."""
 
     def redirect_request(self, *args, **kwargs):
         return None
 
 
 class _Http:
-    """JSON questions to one server, asked again where that can help."""
+    """JSON requests to one server, repeated if that can help."""
 
     def __init__(self, base: str, key: str | None, timeout: float, tries: int):
         self.base, self.timeout, self.tries, self._key = base, timeout, tries, key
@@ -239,7 +239,7 @@ class _Http:
             self.headers["Authorization"] = f"Bearer {key}"
 
     def ask(self, path: str, body: dict | None, limit: int, stop: threading.Event) -> dict[str, Any]:
-        """The JSON object that the server answers with, of `limit` bytes at most. Raises UserError."""
+        """The server's JSON object, of at most `limit` bytes. Raises UserError."""
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.tries):
             request = urllib.request.Request(self.base + path, data, self.headers)
@@ -249,18 +249,20 @@ class _Http:
                     content = self._once(request, limit, deadline)
                 break
             except _Refused as error:
-                told = f"{self.base}{path} answered {error.code}: {self._without_key(error.message)}"
+                message = f"{self.base}{path} answered {error.code}: {self._without_key(error.message)}"
                 if error.code not in RETRIED:
-                    raise UserError(told) from None
+                    raise UserError(message) from None
                 after = error.after
             except (OSError, http.client.HTTPException) as error:  # refused, cut off, timed out
                 reason = getattr(error, "reason", None) or error
-                told = f"{self.base}{path} gave no answer: {self._without_key(_line(reason)) or type(reason).__name__}"
+                message = (
+                    f"{self.base}{path} gave no answer: {self._without_key(_line(reason)) or type(reason).__name__}"
+                )
                 if isinstance(reason, ssl.SSLError) and not deadline.passed:
-                    raise UserError(told) from None
+                    raise UserError(message) from None
             wait = max(after, WAIT * 2**attempt * random.uniform(0.75, 1.25))
             if attempt + 1 == self.tries or stop.wait(min(wait, LONGEST_WAIT)):
-                raise UserError(f"{told} ({attempt + 1} tries)")
+                raise UserError(f"{message} ({attempt + 1} tries)")
         if len(content) > limit:
             raise UserError(f"{self.base}{path} answered with more than {limit:,} bytes, which no such request needs")
         try:
@@ -281,7 +283,7 @@ class _Http:
             raise _Refused(error.code, _message(error), _seconds(error.headers.get("Retry-After"))) from None
 
     def _without_key(self, text: str) -> str:
-        """What a server says may repeat what it was sent."""
+        """Removes the key: a server's message may repeat the request."""
         return text.replace(self._key, "(the key)") if self._key else text
 
 
@@ -292,8 +294,8 @@ class _Refused(Exception):
 
 
 class _Deadline:
-    """Ends the connections that are made within it once `seconds` have passed: a socket's own timeout is one of each
-    read, which one byte satisfies."""
+    """Closes the connections opened within it after `seconds`. A socket's own timeout applies to each read, and a
+    single byte satisfies it."""
 
     def __init__(self, seconds: float):
         self.seconds, self.passed = seconds, False
@@ -361,7 +363,7 @@ class _Https(_Http1, urllib.request.HTTPSHandler):
 
 
 def _read(answer: dict, count: int, settings: SamplingSettings, name: str) -> list[tuple[str, list[int], list[float]]]:
-    """(text, token ids, log-probs) of each candidate, everything in the answer checked."""
+    """(text, token ids, log-probs) of each candidate, with the whole answer checked."""
     try:
         choices = _typed(answer, "choices", list)
         if len(choices) != count:
@@ -384,7 +386,7 @@ def _read(answer: dict, count: int, settings: SamplingSettings, name: str) -> li
 
 
 def _cannot_be_chance(drawn: list, settings: SamplingSettings) -> bool:
-    """Whether all are the same text with probability under 1e-12, as far as log-probs before truncation can tell."""
+    """Whether all being the same text has probability under 1e-12, judged by log-probs before truncation."""
     text, _, logprobs = drawn[0]
     if settings.temperature < 1 or settings.top_k or settings.min_p or any(one[0] != text for one in drawn):
         return False
@@ -402,15 +404,15 @@ def _read_choice(choice: Any, settings: SamplingSettings) -> tuple[str, list[int
     if not isinstance(text, str):
         raise _Wrong(f"must hold a text per choice, got {type(text).__name__}")
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is legal JSON and no text
-    told = choice.get("logprobs") or {}
-    if not isinstance(told, dict):
-        raise _Wrong(f"must hold logprobs as an object, got {type(told).__name__}")
-    if told.get("content") is not None:  # of chats, and of llama.cpp throughout
-        rows = [row for row in _typed(told, "content", list) if isinstance(row, dict)]
+    scores = choice.get("logprobs") or {}
+    if not isinstance(scores, dict):
+        raise _Wrong(f"must hold logprobs as an object, got {type(scores).__name__}")
+    if scores.get("content") is not None:  # of chats, and of llama.cpp throughout
+        rows = [row for row in _typed(scores, "content", list) if isinstance(row, dict)]
         logprobs, tokens = [row.get("logprob") for row in rows], [row.get("id") for row in rows]
         tokens = [] if None in tokens else tokens
     else:
-        logprobs, tokens = told.get("token_logprobs") or [], []
+        logprobs, tokens = scores.get("token_logprobs") or [], []
     tokens = choice.get("token_ids") or tokens
     for what, values, kinds in (("token_ids", tokens, int), ("log-probs", logprobs, (int, float))):
         if not isinstance(values, list) or len(values) > settings.max_new_tokens + 1:
@@ -455,7 +457,7 @@ def _checked_url(url: str) -> str:
 def _checked_key(key: str | None) -> str | None:
     key = (key or "").strip()
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError("api_key must be printable ASCII without spaces, as a header takes it, got something else")
+        raise UserError("api_key must be printable ASCII without spaces, as a header requires, got something else")
     return key or None
 
 
@@ -470,7 +472,7 @@ def _load_tokenizer(name: str):
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says is wrong, in any of the shapes that servers use, as one line."""
+    """The server's error message, in any of the usual formats, as one line."""
     try:
         content = error.read(65536)
         value = json.loads(content)
@@ -490,7 +492,7 @@ def _line(value: Any) -> str:
 
 
 def _seconds(text: str | None) -> float:
-    """A Retry-After of seconds; its other form, a date, is left to our own waits."""
+    """A Retry-After in seconds; for the other form, a date, our own delays apply."""
     try:
         return max(0.0, float(text or 0))
     except ValueError:

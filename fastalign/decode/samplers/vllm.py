@@ -17,15 +17,15 @@ from fastalign._base.quiet import one_line_errors
 from fastalign.data.text import cut
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.samplers.base import Request
-from fastalign.decode.samplers.external import External, asked, one_prompt, request_seed, split
+from fastalign.decode.samplers.external import External, one_prompt, request_seed, requested_count, split
 
 PER_REQUEST = 256  # larger n has hung (vLLM issue 6646); a cached prompt costs a second request little
 
 
 class VLLMSampler(External):
-    """A vllm.LLM as a Sampler; batch_size: candidates handed to vLLM at once, which is what an interrupt can lose.
+    """A vllm.LLM as a Sampler; batch_size: candidates handed to vLLM at once, the most that an interrupt can lose.
 
-    An LLM of your own should have enable_prefix_caching=True and logprobs_mode="processed_logprobs".
+    Your own LLM should have enable_prefix_caching=True and logprobs_mode="processed_logprobs".
     """
 
     rows_at_once = 8192
@@ -38,7 +38,7 @@ class VLLMSampler(External):
     def from_pretrained(
         cls, name_or_path: str, *, dtype: Any = "auto", device: Any = "auto", backend: str = "vllm", **engine: Any
     ) -> VLLMSampler:
-        """Start vLLM on a hub name or folder; engine: more arguments of vllm.LLM (tensor_parallel_size ...)."""
+        """Start vLLM with a hub name or folder; engine: further arguments of vllm.LLM (tensor_parallel_size ...)."""
         if device != "auto":
             raise UserError(f"device must be 'auto' with vLLM, which takes the devices that it sees, got {device!r}")
         try:
@@ -60,7 +60,7 @@ class VLLMSampler(External):
         from fastalign._base import progress
 
         settings = request.settings
-        count = asked(settings)
+        count = requested_count(settings)
         width = max(1, request.rows // count)
         total = len(wanted) * settings.n * settings.max_new_tokens
         with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
@@ -72,7 +72,7 @@ class VLLMSampler(External):
                     yield [i], one_prompt(request, i, candidates)
 
     def _generate(self, batch, count, settings):
-        """(text, token ids, log-probs) [prompt][candidate] of (place, prompt's token ids) pairs."""
+        """(text, token ids, log-probs) [prompt][candidate] for pairs (index, prompt's token ids)."""
         import vllm
 
         limit = min(PER_REQUEST, getattr(vllm.envs, "VLLM_MAX_N_SEQUENCES", PER_REQUEST))
@@ -104,7 +104,7 @@ class VLLMSampler(External):
             for one in sorted(output.outputs, key=lambda o: o.index)
         ]
         if len(flat) != count * len(batch):
-            raise UserError(f"{self.name}: vLLM gave {len(flat)} candidates, {count * len(batch)} were asked for")
+            raise UserError(f"{self.name}: vLLM gave {len(flat)} candidates, {count * len(batch)} were requested")
         return [flat[i : i + count] for i in range(0, len(flat), count)]
 
     def _read(self, prompt, output, settings):

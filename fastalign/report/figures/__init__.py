@@ -1,6 +1,6 @@
 """Figures of palettes, fronts and λ. Needs matplotlib (`pip install 'fastalign[plots]'`).
 
-Every function returns a matplotlib Figure that belongs to no window or global state; `save` writes it.
+Every function returns a matplotlib Figure without a window or global state; `save` writes it.
 """
 
 from fastalign.report.figures.fronts import Shown, front_in_three, fronts

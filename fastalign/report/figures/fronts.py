@@ -1,4 +1,4 @@
-"""Fronts at several KLs, with what other ways of aligning reach on the same axes: in pairs of values, and in three."""
+"""Fronts at several KLs, with other alignment methods on the same axes: for pairs of values, and for three."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NAMED = 8  # merged models
 
 @dataclass(frozen=True)
 class Shown:
-    """Points to draw, each array (…, m) with a column for each value, or (…, 2) where it belongs to a pair of them.
+    """Points to draw, each array (…, m) with one column per value, or (…, 2) for a pair of values.
 
-    fronts: by KL, in drawing order, (S, ·) the most that is reachable at it. limit: (S, ·) at any. best_of: by N, the
-    best of N by w·R for several w. scalarised: RLHF's answers for several w at one β.
+    fronts: by KL, in drawing order, (S, ·) the highest levels at that KL. limit: (S, ·) at any KL. best_of: by N,
+    best-of-N by w·R for several w. scalarised: RLHF's solutions for several w at one β.
     """
 
     fronts: Mapping[float, np.ndarray]
@@ -47,8 +47,7 @@ def fronts(
     """One panel for each pair (i, j) of `shown`, whose points have two columns.
 
     before (m,). cloud (T, m): levels of random λ, desirable (T,) those that leave no value below `before`. palettes,
-    soups (·, m): levels asked for, and levels that models merged in weight space reach, with their names: all of a
-    few, of many those furthest out.
+    soups (·, m): target levels, and levels of merged models, with their names: all if few, else only the outermost.
     """
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
@@ -64,8 +63,8 @@ def fronts(
                 axes.plot(*points.limit.T, color=MUTED, linewidth=1.2, linestyle=(0, (1.5, 2)))
             for alpha, curve in zip(_alphas(points.fronts), points.fronts.values(), strict=True):
                 axes.plot(*curve.T, color=PREDICTED, linewidth=1.8, alpha=alpha)
-            for size_, (_, found) in zip(_sizes(points.best_of), points.best_of.items(), strict=True):
-                axes.plot(*found.T, linestyle="none", zorder=4, **_look("^", BEST, size_))
+            for size_, (_, best) in zip(_sizes(points.best_of), points.best_of.items(), strict=True):
+                axes.plot(*best.T, linestyle="none", zorder=4, **_look("^", BEST, size_))
             if points.scalarised is not None:
                 axes.plot(*points.scalarised.T, linestyle="none", zorder=5, **_look("s", SCALARISED, 5))
             if soups is not None:
@@ -120,8 +119,8 @@ def front_in_three(
                 shade=False,
             )
             if shown.best_of:
-                found = list(shown.best_of.values())[-1]
-                axes.plot(*found.T, linestyle="none", **_look("^", BEST, 6))
+                best = list(shown.best_of.values())[-1]
+                axes.plot(*best.T, linestyle="none", **_look("^", BEST, 6))
             if shown.scalarised is not None:
                 axes.plot(*shown.scalarised.T, linestyle="none", **_look("s", SCALARISED, 5))
             if soups is not None:

@@ -1,4 +1,4 @@
-"""Figures of λ: which of it is desirable, how it grows on the way to a palette, and what it costs in samples."""
+"""Figures of λ: which λ are desirable, how λ grows along the path to a palette, and what it costs in samples."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def path(
     limit: float,
     samples: int,
 ) -> Figure:
-    """λ(c) along the way to a palette: λ·σ (T, m), KL (T,) and effective sample size (T,) of `samples` against t (T,).
+    """λ(c) along the path to a palette: λ·σ (T, m), KL (T,) and effective sample size (T,) of `samples` against t (T,).
 
-    limit: the largest t that can be reached; drawn where that is less than 1, the palette.
+    limit: the largest reachable t; drawn if it is less than 1 (the palette).
     """
     with style.figure(9.8, 3.5) as figure:
         left, middle, right = figure.subplots(1, 3)
@@ -136,7 +136,7 @@ def samples_left(
 ) -> Figure:
     """Effective sample size of `samples` against the KL, for random λ (T,), for fronts and for palettes.
 
-    fronts: by KL, (KL (S,), ESS (S,)) of its policies. trusted: below so many, weighted means are mostly noise.
+    fronts: by KL, (KL (S,), ESS (S,)) of its policies. trusted: below this number, weighted means are mostly noise.
     """
     with style.figure(6.4, 4.3) as figure:
         from matplotlib.lines import Line2D

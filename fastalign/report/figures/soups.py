@@ -31,8 +31,8 @@ def soups(
     """One panel for each pair of values. rho (K, m); levels, stderr (K, d); palette, predicted, measured (d,) the
     chosen ρ's.
 
-    Bars are one standard error. Blue are the soups that no other exceeds in all values; lines join those that differ
-    by one step of ρ between two models.
+    Bars are one standard error. Soups that no other exceeds in all values are blue; lines join soups that differ by one
+    step of ρ between two models.
     """
     from matplotlib.patheffects import withStroke
 
@@ -113,7 +113,7 @@ def soups(
 
 
 def _neighbours(rho: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of soups at the least distance that any two have."""
+    """Pairs of soups at the smallest distance between any two."""
     if len(rho) < 2:
         return []
     apart = np.linalg.norm(rho[:, None] - rho[None], axis=2)

@@ -1,4 +1,4 @@
-"""The figures' one style, in colours that the colour-blind can tell apart (Okabe & Ito 2008), and how they are
+"""The figures' common style, in colours suitable for the colour-blind (Okabe & Ito 2008), and how figures are
 written."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _STYLE = {
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure whole or not at all, as its suffix says: .svg, .png or .pdf."""
+    """Write a figure atomically, in the format of its suffix: .svg, .png or .pdf."""
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("svg", "png", "pdf"):
         raise UserError(f"path must end in .svg, .png or .pdf, got {str(path)!r}")
@@ -81,7 +81,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def write(figure: Figure, target: Any, kind: str) -> None:
-    """The figure as `kind` into a path or binary file, the same bytes every time."""
+    """Write the figure as `kind` to a path or binary file, with reproducible bytes."""
     import matplotlib
 
     # Without a date and with a fixed salt for its ids, an unchanged figure is an unchanged file.
@@ -106,8 +106,8 @@ def in_deviations(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> 
 
 
 def body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """The range to draw: all of it, or the middle 90 % and half as much on each side, and all of `after`,
-    where a few outliers would squeeze the rest."""
+    """The range to draw: all of it, or, if a few outliers would squeeze the rest, the middle 90 % plus half as much on
+    each side, and all of `after`."""
     least, most = float(before.min()), float(before.max())
     low, high = np.percentile(before, [5, 95])
     if most - least < 2.6 * (high - low) or low == high:
@@ -117,7 +117,7 @@ def body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
 
 
 def bins(x: np.ndarray) -> np.ndarray:
-    """12 to 32 bins by Freedman & Diaconis' rule over all of x; rewards of few distinct values get one bin each."""
+    """12 to 32 bins by Freedman & Diaconis' rule over all of x; rewards with few distinct values get one bin each."""
     distinct = np.unique(x)
     if len(distinct) == 1:
         half = max(abs(float(distinct[0])), 1.0) * 0.1

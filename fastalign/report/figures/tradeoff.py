@@ -1,4 +1,4 @@
-"""One policy among all that the same candidates allow: every two values against each other."""
+"""One policy among all that the same candidates allow, for every pair of values."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def pareto(
     fronts: Mapping[tuple[int, int], np.ndarray] | None = None,
     limits: Mapping[tuple[int, int], np.ndarray] | None = None,
 ) -> Figure:
-    """Every pair of values against each other: what policies p_λ over the same candidates can reach.
+    """What policies p_λ over the same candidates can reach, for every pair of values.
 
     cloud: levels (T, m) and KL (T,) of T policies; the dots, strong where the KL is at most `kl`, the chosen policy's.
-    fronts, limits: by pair (i, j), i < j, curves (S, 2): the most that is reachable at that KL, and at any.
-    palette (m,): NaN where nothing is asked, which is not drawn. The realised mean has a bar of 3 standard errors
-    `se` each way. A single value is drawn against the KL instead. Of many values the 15 pairs are kept that trade off
-    most against each other (lowest correlation over the cloud).
+    fronts, limits: by pair (i, j), i < j, curves (S, 2): the highest levels at that KL, and at any KL. palette (m,):
+    NaN for no target, which is not drawn. The realised mean has a bar of 3 standard errors `se` each way. A single
+    value is drawn against the KL instead. With many values only the 15 pairs with the strongest trade-off are drawn
+    (lowest correlation over the cloud).
     """
     points, cost = cloud
     m = len(values)

@@ -1,4 +1,4 @@
-"""A palette's values one by one: their levels, their distributions, and all of them around a ring."""
+"""A palette's values: their levels, their distributions, and a radar plot of all."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def levels(
     realised: np.ndarray,
     se: np.ndarray,
 ) -> Figure:
-    """One row per value: the mean before, asked for, predicted and realised (its bar: 3 standard errors each way).
+    """One row per value: the mean before, the target, predicted and realised (with a bar of 3 standard errors each
+    way).
 
-    All (m,); palette is NaN where nothing is asked. The scale is (level - before) / spread, spread the standard
+    All (m,); palette is NaN for no target. The scale is (level - before) / spread, spread the standard
     deviation of all candidates; a value with no spread stays at 0.
     """
     m = len(values)
@@ -44,9 +45,14 @@ def levels(
         axes.hlines(rows + 0.17, at["realised"] - bar, at["realised"] + bar, color=REALISED, linewidth=1.7, zorder=2)
         axes.plot(np.zeros(m), rows, linestyle="none", zorder=3, **style.MARKERS["before"])
         axes.plot(at["predicted"], rows, linestyle="none", zorder=4, **style.MARKERS["predicted"])
-        asked = np.isfinite(palette)
+        targeted = np.isfinite(palette)
         axes.vlines(
-            at["asked for"][asked], rows[asked] - 0.33, rows[asked] + 0.33, color=ASKED, linewidth=2.4, zorder=3
+            at["asked for"][targeted],
+            rows[targeted] - 0.33,
+            rows[targeted] + 0.33,
+            color=ASKED,
+            linewidth=2.4,
+            zorder=3,
         )
         axes.plot(at["realised"], rows + 0.17, linestyle="none", zorder=5, **style.MARKERS["realised"])
         axes.set_yticks(rows, [style.short(v) for v in values], color=INK, fontsize=10.5)
@@ -74,11 +80,10 @@ def histograms(
     weights: np.ndarray | None = None,
     palette: np.ndarray | None = None,
 ) -> Figure:
-    """Each value's distribution over all candidates and over the texts chosen, with the means and the level asked for.
+    """Each value's distribution over all candidates and over the chosen texts, with the means and the target.
 
-    before: (n, m), after: (d, m), or None where none are chosen yet. weights: (n,), the policy's weights of the
-    candidates: draws its whole distribution too, which is what few draws hint at. palette: (m,), NaN where nothing is
-        asked.
+    before: (n, m), after: (d, m), or None if none are chosen yet. weights: (n,), the policy's weights of the
+    candidates; if given, draws the policy's distribution too. palette: (m,), NaN for no target.
     """
     m = len(values)
     chosen = after is not None

@@ -1,6 +1,6 @@
-"""A page with one slider for each value, answered by the solver as it moves: what `fastalign palette-ui` serves."""
+"""The page of `fastalign palette-ui`: one slider per value, with the solver's answer as it moves."""
 
 from fastalign.report.ui.server import serve
-from fastalign.report.ui.session import Desk
+from fastalign.report.ui.session import Session
 
-__all__ = ["Desk", "serve"]
+__all__ = ["Session", "serve"]

@@ -1,7 +1,7 @@
-"""The page's server: this machine alone, three files of its own and one question, nothing kept.
+"""The page's server: local only, three files and one query, without stored state.
 
-Its address holds a token, as a folder so that the page's own requests have it too: other users and programs of the
-machine can reach the port, and do not know it.
+Its address contains a token, as a folder so that the page's own requests have it too: other users and programs on the
+machine can reach the port but do not know the token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastalign._base.errors import Terminated, UserError
-from fastalign.report.ui.session import Desk
+from fastalign.report.ui.session import Session
 
 HOST = "127.0.0.1"
 LONGEST_QUESTION = 1 << 16
@@ -43,20 +43,20 @@ _HEADERS = {
 
 
 def serve(
-    desk: Desk,
+    session: Session,
     *,
     port: int = 0,
     browser: bool = True,
     allowed_hosts: Sequence[str] = (),
     say: Callable[[str], object] = print,
 ) -> None:
-    """Serve the page on 127.0.0.1 until Ctrl-C. port: 0 takes a free one. say: gets the address.
+    """Serve the page on 127.0.0.1 until Ctrl-C. port: 0 picks a free one. say: receives the address.
 
     allowed_hosts: names, each with or without a port, by which a browser may ask for the page that reaches it through a
     tunnel or a proxy ("localhost:9000" for `ssh -L 9000:127.0.0.1:8000`); without a port any.
-    Raises UserError where the port cannot be had, and for a name that is none.
+    Raises UserError if the port cannot be opened, and for an invalid host name.
     """
-    with open_server(desk, port, allowed_hosts) as server:
+    with open_server(session, port, allowed_hosts) as server:
         say(f"{server.address}  (Ctrl-C ends it)")
         if browser:
             webbrowser.open(server.address)
@@ -68,36 +68,36 @@ def serve(
             pass
 
 
-def open_server(desk: Desk, port: int = 0, allowed_hosts: Sequence[str] = ()) -> Server:
-    """The server, bound and not yet serving."""
+def open_server(session: Session, port: int = 0, allowed_hosts: Sequence[str] = ()) -> Server:
+    """The server, bound but not yet serving."""
     for name in allowed_hosts:
         if not _HOST.fullmatch(name):
             raise UserError(f"allowed-host must be a name or name:port, as in localhost:9000, got {name!r}")
     if not 0 <= port < 1 << 16:
         raise UserError(f"port must lie in 0..65535, got {port}")
     try:
-        return Server(desk, port, allowed_hosts)
+        return Server(session, port, allowed_hosts)
     except OSError as error:
-        raise UserError(f"port {port} cannot be had ({error.strerror}); 0 takes a free one") from None
+        raise UserError(f"port {port} cannot be opened ({error.strerror}); 0 picks a free one") from None
 
 
 class Server(ThreadingHTTPServer):
     """address: where the page is, with the token."""
 
-    desk: Desk
+    session: Session
     token: str
 
     request_queue_size = WAITING
 
-    def __init__(self, desk: Desk, port: int, allowed_hosts: Sequence[str]):
-        self.desk, self.token = desk, secrets.token_urlsafe(16)
+    def __init__(self, session: Session, port: int, allowed_hosts: Sequence[str]):
+        self.session, self.token = session, secrets.token_urlsafe(16)
         super().__init__((HOST, port), _Handler)
         own = [f"{name}:{self.server_port}" for name in (HOST, "localhost")]
         self.hosts: set[str] = {name.lower() for name in (*own, *allowed_hosts)}
         self.address: str = f"http://{HOST}:{self.server_port}/{self.token}/"
 
     def knows(self, host: str) -> bool:
-        """Whether it may be asked by this name, with or without a port."""
+        """Whether this host name is allowed, with or without a port."""
         host = host.lower()
         return bool(_HOST.fullmatch(host)) and (host in self.hosts or re.sub(r":\d+$", "", host) in self.hosts)
 
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         page = self._page()
         if page == "/values":
-            self._send_json(200, self.server.desk.describe())
+            self._send_json(200, self.server.session.describe())
         elif page in _FILES:
             name, kind = _FILES[page]
             self._send(200, resources.files(__package__).joinpath(name).read_bytes(), kind)
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(404, {"error": "no such page"})
             return
         try:
-            self._send_json(200, self.server.desk.answer(json.loads(body)))
+            self._send_json(200, self.server.session.answer(json.loads(body)))
         except UserError as error:
             self._send_json(400, {"error": str(error)})
         except (ValueError, RecursionError):  # of JSON that is nested too deep
@@ -150,8 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json(status, {"error": why})
 
     def _is_ours(self) -> bool:
-        """Refuse who does not know the token, and what other pages may send: under another name for this address, or
-        from another origin."""
+        """Refuses requests without the token, and those of other pages: under another host name, or from another
+        origin."""
         token, _, _ = self._asked_for()
         origin = self.headers.get("Origin")
         known = hmac.compare_digest(token.encode(), self.server.token.encode())
@@ -175,11 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _page(self) -> str:
-        """What is asked for, behind the token and before a query."""
+        """The requested path, without token and query."""
         return "/" + self._asked_for()[2]
 
     def _asked_for(self) -> tuple[str, str, str]:
-        """(token, "/", page) of an address, or of its path alone; nothing of what is neither."""
+        """(token, "/", page) of an address or path; nothing for anything else."""
         try:
             return urlsplit(self.path).path.partition("/")[2].partition("/")
         except ValueError:
@@ -198,4 +198,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_) -> None:
-        """Nothing on the terminal for each request."""
+        """No terminal output per request."""

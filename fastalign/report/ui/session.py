@@ -1,4 +1,4 @@
-"""One set of scored candidates, and the answer to any palette that is asked of it. Plain data in, plain data out."""
+"""One set of scored candidates, and the solution for any palette. Plain data in, plain data out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN, PICKED, LONGEST = 3, 3, 3000  # prompts in an answer, candidates of each 
 _SENSES = (">=", "==", "<=")
 
 
-class Desk:
+class Session:
     """values: m names. rewards: (P, N, m), finite. prompts: P. texts: P rows of N. source: the file, for commands."""
 
     values: list[str]
@@ -52,7 +52,7 @@ class Desk:
         solve(np.array([[0.0], [1.0]]), [2.0])  # loads what the first palette out of reach would wait for
 
     def describe(self) -> dict[str, Any]:
-        """What the page draws before it asks: the values, how far each can go alone under either dual, and starts."""
+        """What the page draws first: the values, how far each can go alone under either dual, and starting palettes."""
         within = self.rewards.min(axis=1).mean(axis=0), self.rewards.max(axis=1).mean(axis=0)
         over_all = self.flat.min(axis=0), self.flat.max(axis=0)
         starts = {f"q{100 * q:g}": quantile_palette(self.flat, q).tolist() for q in QUANTILES}
@@ -73,29 +73,30 @@ class Desk:
             "starts": {"mean": self.mean.tolist(), **starts},
         }
 
-    def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """asked: "palette" (m numbers), and if wanted "sense" (m of >=, ==, <=), "joint" (bool), "first" (a prompt).
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """question: "palette" (m numbers), and optionally "sense" (m of >=, ==, <=), "joint" (bool), "first" (a
+        prompt).
 
-        Where the palette is infeasible, "beyond" has the nearest feasible one and the largest feasible scaling towards
-        it, each pulled in by `INWARD`, and λ and all that follows from it are those of the nearest.
-        Raises UserError, in one line, on anything else.
+        If the palette is infeasible, "beyond" has the nearest feasible one and the largest feasible scaling towards it,
+        each pulled in by `INWARD`, and λ and everything else are those of the nearest one. Raises UserError, in one
+        line, on anything else.
         """
-        palette, sense, joint, first = self._read(asked)
+        palette, sense, joint, first = self._read(question)
         groups = None if joint else self.groups
         with self._one:
             began = time.perf_counter()
-            found = solve(self.flat, palette, groups=groups, sense=sense)
+            solution = solve(self.flat, palette, groups=groups, sense=sense)
             beyond = None
-            if not found.feasible:
-                scaled = self.mean + INWARD * found.scaling * (palette - self.mean)
-                nearest = self.mean + INWARD * (found.nearest - self.mean)
+            if not solution.feasible:
+                scaled = self.mean + INWARD * solution.scaling * (palette - self.mean)
+                nearest = self.mean + INWARD * (solution.nearest - self.mean)
                 beyond = {
                     "nearest": nearest.tolist(),
-                    "scaling": float(found.scaling),
+                    "scaling": float(solution.scaling),
                     "scaled": scaled.tolist(),
                     "inward": INWARD,
                 }
-                found = solve(self.flat, nearest, groups=groups, sense=sense)
+                solution = solve(self.flat, nearest, groups=groups, sense=sense)
             took = time.perf_counter() - began
         solved_for = palette if beyond is None else np.array(beyond["nearest"])
         return _plain(
@@ -103,39 +104,41 @@ class Desk:
                 "feasible": beyond is None,
                 "beyond": beyond,
                 "solved_for": solved_for,
-                "lambda": found.lam,
-                "levels": found.levels,
-                "kl": found.kl,
-                "ess": found.ess,
+                "lambda": solution.lam,
+                "levels": solution.levels,
+                "kl": solution.kl,
+                "ess": solution.ess,
                 "ess_of": len(self.flat) if joint else self.rewards.shape[1],
-                "thin": bool(found.nearly_infeasible),
-                "unique": bool(found.unique),
-                "kkt_residual": found.kkt_residual,
-                "passes": int(found.iterations),
+                "thin": bool(solution.nearly_infeasible),
+                "unique": bool(solution.unique),
+                "kkt_residual": solution.kkt_residual,
+                "passes": int(solution.iterations),
                 "ms": 1000 * took,
                 "command": self._command(palette, sense, joint),
                 "first": first,
-                "examples": [self._example(i, found.lam) for i in range(first, min(first + SHOWN, len(self.prompts)))],
+                "examples": [
+                    self._example(i, solution.lam) for i in range(first, min(first + SHOWN, len(self.prompts)))
+                ],
             }
         )
 
-    def _read(self, asked: Any) -> tuple[np.ndarray, list[str], bool, int]:
-        if not isinstance(asked, Mapping):
-            raise UserError(f"the question must be an object with a palette, got {type(asked).__name__}")
+    def _read(self, question: Any) -> tuple[np.ndarray, list[str], bool, int]:
+        if not isinstance(question, Mapping):
+            raise UserError(f"the question must be an object with a palette, got {type(question).__name__}")
         m = len(self.values)
-        levels = asked.get("palette")
+        levels = question.get("palette")
         if not isinstance(levels, list) or len(levels) != m or not all(_is_number(x) for x in levels):
             raise UserError(f"palette must be {m} finite numbers ({', '.join(self.values)}), got {str(levels)[:80]}")
-        sense = asked.get("sense", [">="] * m)
+        sense = question.get("sense", [">="] * m)
         if not isinstance(sense, list) or len(sense) != m or not all(x in _SENSES for x in sense):
             raise UserError(f"sense must be {m} of {' '.join(_SENSES)}, got {str(sense)[:80]}")
-        first = asked.get("first", 0)
+        first = question.get("first", 0)
         if not isinstance(first, int) or not 0 <= first < len(self.prompts):
             raise UserError(f"first must be a prompt's number from 0 to {len(self.prompts) - 1}, got {str(first)[:80]}")
-        return np.array(levels, dtype=np.float64), sense, bool(asked.get("joint", False)), first
+        return np.array(levels, dtype=np.float64), sense, bool(question.get("joint", False)), first
 
     def _example(self, i: int, lam: np.ndarray) -> dict[str, Any]:
-        """A prompt, its first candidates, which are plain draws from the model, and those that weigh most under p_λ."""
+        """A prompt, its first candidates (plain draws from the model), and those with the largest weights under p_λ."""
         scores = self.rewards[i].astype(np.float64) @ lam
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
@@ -151,7 +154,7 @@ class Desk:
         }
 
     def _command(self, palette: np.ndarray, sense: Sequence[str], joint: bool) -> str:
-        """What writes this palette's file, to go on with."""
+        """The command that writes this palette's file."""
         signs = ["=" if each == ">=" else each for each in sense]
         terms = [f"{n}{s}{x:.10g}" for n, s, x in zip(self.values, signs, palette, strict=True)]
         words = ["fastalign", "map", self.source, "--values", ",".join(self.values), "--palette", ",".join(terms)]
@@ -163,7 +166,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as JSON has them: no numpy, null for what is not finite."""
+    """Numbers as JSON values: no numpy, null for non-finite numbers."""
     if isinstance(value, dict):
         return {key: _plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):

@@ -104,7 +104,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
         else:
             whole[key] = tensor
     if not factors:
-        raise UserError(f"{name}: the adapter holds no factors")
+        raise UserError(f"{name}: the adapter contains no factors")
     return Adapter(
         name, path, config, file, {module: _factors(name, module, x, config) for module, x in factors.items()}, whole
     )
@@ -319,7 +319,7 @@ def target_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if path.exists() and any(path.iterdir()):
         if not _made_here(path) and not _made_here(path / "0"):
             raise UserError(
-                f"{path}: exists, and holds no adapter that fastalign made; choose another folder or remove it"
+                f"{path}: exists, and contains no adapter made by fastalign; choose another folder or remove it"
             )
         if not overwrite:
             raise UserError(f"{path}: exists; --overwrite replaces it")

@@ -186,7 +186,7 @@ def _turned_square(model: Checkpoint, module: str, adapter: Adapter) -> bool:
     ):
         raise UserError(
             f"{module} is square in {model.name}, whose class transformers does not know: whether {adapter.name} "
-            "changes it or its transpose cannot be told; merge it with peft"
+            "changes it or its transpose cannot be determined; merge it with peft"
         )
     return bool(turned)
 

@@ -51,20 +51,20 @@ def merge_adapters(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[MadeAdapter]:
-    """The soup Σ ρ_i s_i B_i A_i of LoRA adapters, as one adapter that peft loads.
+    """The soup Σ ρ_i s_i B_i A_i of LoRA adapters, as one adapter in peft's format.
 
     Args:
-        adapters: m folders with adapter_config.json and adapter_model.safetensors. A module that one lacks counts as
-            zero in it.
+        adapters: m folders with adapter_config.json and adapter_model.safetensors. A module that an adapter does not
+            have counts as zero.
         weights: (m,) for one adapter at `out`; (K, m) for K at `out`/0 ... They need not sum to 1.
-        rank: None keeps the sum exact, of rank Σ r_i; a number writes the best approximation of at most that rank in
-            the Frobenius norm, found from the factors alone (QR of each side, SVD of the small product).
-        dtype: to store in; None: float32, float64 where an input is. peft itself holds adapters in float32.
-        force: mix though the adapters name different base models. overwrite: adapters that this made before may be at
-            `out`.
+        rank: None keeps the exact sum, of rank Σ r_i; a number gives the best approximation of at most that rank in the
+            Frobenius norm, computed from the factors alone (QR of each side, SVD of the small product).
+        dtype: the stored type; None: float32, or float64 if an input is. peft itself keeps adapters in float32.
+        force: merge even if the adapters name different base models. overwrite: replace adapters at `out` that
+            fastalign made.
 
-    Tensors that adapters store whole (modules_to_save, biases) are averaged where all have them and the weights sum
-    to 1. Raises UserError or FileNotFoundError, before anything is written.
+    Tensors that adapters store whole (modules_to_save, biases) are averaged if all have them and the weights sum to 1.
+    Raises UserError or FileNotFoundError, before anything is written.
     """
     rows = weight_rows(weights, len(listed(adapters)))
     if rank is not None and not (type(rank) is int and rank >= 1):
@@ -87,7 +87,7 @@ def merge_adapters(
 
 
 def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Factors of the best approximation of B A of at most this rank; then its squared norm and that of B A.
+    """Factors of the best approximation of B A of at most this rank; its squared norm and that of B A.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a, the singular values of B A are those of the small R_b R_aᵀ.
     """

@@ -1,5 +1,5 @@
-"""The methods of merging, each one object: its parameters, its checks and its arithmetic. What `merge`, recipes,
-mergekit's YAML and the command take is read from here."""
+"""The merge methods, each one object with its parameters, checks and arithmetic. `merge`, recipes, mergekit's YAML and
+the command all use these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str, m: int, *, with_base: bool) -> Method:
-    """Raises UserError where there is no such method, or it does not take so many models or a base."""
+    """Raises UserError if there is no such method, or if it does not take this number of models or a base."""
     if name not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]

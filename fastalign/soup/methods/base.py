@@ -1,8 +1,8 @@
-"""What a method of merging is: what it takes, how that is checked, and what it does for one tensor.
+"""Base classes of merge methods: parameters, checks, and the work for one tensor.
 
 A method is one object (METHODS in this package): its class holds its parameters, its checks and its arithmetic.
-`Method.step` says what becomes of a tensor: weights for a weighted sum of the inputs, Tasks for a merge of sparse
-task vectors, or a function that makes the tensor block by block, in torch.
+`Method.step` says how a tensor is computed: weights for a weighted sum of the inputs, Tasks for a merge of sparse task
+vectors, or a function that computes the tensor block by block in torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Step = list[float] | Tasks | Blocks  # weights of the inputs are (K × inputs), 
 
 @dataclass(frozen=True)
 class Number:
-    """A number that may differ from tensor to tensor, and where `each` is set from model to model."""
+    """A number that may vary by tensor, and with `each` by model."""
 
     default: float | None = None  # None: must be given
     least: float = -math.inf
@@ -58,7 +58,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A value that is the same for all tensors and models. rule: in words, what it must be."""
+    """A value that is the same for all tensors and models. rule: a description of valid values."""
 
     default: Any
     rule: str
@@ -91,7 +91,7 @@ Parameters = Mapping[str, Number | Fixed]
 
 @dataclass(frozen=True)
 class Job:
-    """What a method is given: the checkpoints, what was asked for, and how the outputs are stored."""
+    """A method's input: the checkpoints, the arguments, and how the outputs are stored."""
 
     models: Sequence[Checkpoint]
     base: Checkpoint | None
@@ -112,11 +112,11 @@ class Job:
         return (*(() if self.base is None else (self.base,)), *self.models)
 
     def weights_of(self, name: str) -> np.ndarray:
-        """(K, m). Raises UserError where a model has none for this tensor."""
+        """(K, m). Raises UserError if a model has none for this tensor."""
         return self.weights.at(name, self.places[name])
 
     def values_of(self, name: str) -> dict[str, Any]:
-        """The parameters of one tensor. Raises UserError where none of a parameter's patterns matches its name."""
+        """The parameters of one tensor. Raises UserError if no pattern of a parameter matches its name."""
 
         def one(argument: str, value: Any) -> Any:
             if isinstance(value, list):
@@ -129,7 +129,7 @@ class Job:
         return {argument: one(argument, value) for argument, value in self.values.items()}
 
     def gram(self, name: str) -> np.ndarray:
-        """Dot products of the models' tensors, less the base's where there is one: (m, m) float64."""
+        """Dot products of the models' tensors, or, with a base, of their differences from it: (m, m) float64."""
         paths = list(dict.fromkeys(one.path_of(name) for one in self.inputs))
         with ExitStack() as stack:
             files = {path: stack.enter_context(open(path, "rb")).fileno() for path in paths}
@@ -143,8 +143,8 @@ class Job:
 
 
 class Method:
-    """base: "no", "yes" or "may". least, most: models. weights: "rows" where they must be given, "equal" where they
-    may be left out, "none"."""
+    """base: "no", "yes" or "may". least, most: models. weights: "rows" if they must be given, "equal" if they may be
+    omitted, "none"."""
 
     name: str
     base = "no"
@@ -154,7 +154,7 @@ class Method:
     parameters: ClassVar[Parameters] = {}
 
     def check_inputs(self, m: int, *, with_base: bool) -> None:
-        """Raises UserError where it does not take so many models, or a base."""
+        """Raises UserError if it does not take this number of models, or a base."""
         if self.base == "yes" and not with_base:
             raise UserError(f"{self.name} needs base, the model that the others were trained from")
         if m + with_base > MAX_INPUTS:
@@ -164,9 +164,9 @@ class Method:
             raise UserError(f"{self.name} takes {wanted} models, got {m}")
 
     def read(self, given: Mapping[str, Any] | None, m: int) -> dict[str, Any]:
-        """Every parameter, from what a user gave and the defaults.
+        """Every parameter, from the user's values and the defaults.
 
-        A number may be {pattern: number or numbers over the layers}; one that models may differ in a list, one for each
+        A number may be {pattern: number or numbers over the layers}; a per-model one may be a list with one entry per
         model. Raises UserError that names the parameter.
         """
         if given is not None and not isinstance(given, Mapping):
@@ -184,7 +184,7 @@ class Method:
         return values
 
     def check(self, job: Job) -> None:
-        """Raises UserError for what can be known of a tensor's numbers before any is read."""
+        """Raises UserError for invalid numbers of a tensor, as far as this can be known before reading."""
         for name in job.names:
             job.weights_of(name), job.values_of(name)
 
@@ -194,7 +194,7 @@ class Method:
 
 
 class WeightedSum(Method):
-    """A weighted sum of the models, or of task vectors and the base; weights may differ from tensor to tensor."""
+    """A weighted sum of the models, or of their task vectors and the base, with weights that may vary by tensor."""
 
     def rows(self, job: Job, name: str) -> np.ndarray:
         """(K, m): of the models, or of their task vectors where there is a base."""
@@ -210,10 +210,10 @@ class WeightedSum(Method):
 
 
 class ByTensor(Method):
-    """A function of whole tensors: one tensor of every model is held."""
+    """A function of whole tensors: one tensor of every model is in memory."""
 
     def merge(self, base: Tensor, models: list[Tensor], values: Mapping[str, Any]) -> Tensor:
-        """The output, computed in float32, or in float64 where a model or the output is stored so."""
+        """The output, computed in float32, or in float64 if a model or the output is stored so."""
         raise NotImplementedError
 
     def step(self, job: Job, name: str) -> Step:

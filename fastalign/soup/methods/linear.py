@@ -1,4 +1,4 @@
-"""Weighted sums with the weights that were asked for: linear soups, moving averages, task arithmetic."""
+"""Weighted sums with given weights: linear soups, moving averages, task arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastalign.soup.methods.base import Job, Number, Parameters, WeightedSum, fl
 
 
 def linear_rows(rows: np.ndarray, normalize: bool | None) -> np.ndarray:
-    """Weights of a linear soup. normalize: True divides by the sum, False keeps them, None wants a sum of 1."""
+    """Weights of a linear soup. normalize: True divides by the sum, False keeps them, None requires a sum of 1."""
     sums = rows.sum(1, keepdims=True)
     if normalize:
         if (np.abs(sums) < 1e-12).any():

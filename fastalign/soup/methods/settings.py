@@ -1,5 +1,4 @@
-"""Numbers that may differ from tensor to tensor: one for all, one for each pattern of names, or a line over the
-layers; and weights."""
+"""Numbers that may vary by tensor: one for all, one per name pattern, or a gradient over the layers; and weights."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ _MOST = 1000  # patterns, or points over the layers, of one setting
 
 
 class Places:
-    """Where a tensor lies between the first layer (0) and the last (1); tensors outside of layers lie at 0.
+    """A tensor's position between the first layer (0) and the last (1); tensors outside the layers are at 0.
 
-    The layer is the first whole number within the tensor's name, counted among names with the same beginning. That is
-    the t of mergekit's gradients, for which the final norm and the head lie at 0 too, and a lone layer at 1.
+    The layer is the first integer in the tensor's name, among names with the same prefix. This is the t of mergekit's
+    gradients, in which the final norm and the head are at 0 too, and a single layer at 1.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -43,14 +42,14 @@ class Places:
 
 
 class Setting:
-    """(pattern, numbers) pairs, the first whose pattern the tensor's name matches counts; several numbers are a line
-    over the layers through points at equal distances. A pattern is a glob ("*.mlp.*")."""
+    """(pattern, numbers) pairs; the first pattern that matches the tensor's name counts; several numbers are a
+    piecewise linear gradient over the layers. A pattern is a glob ("*.mlp.*")."""
 
     def __init__(self, rules: Iterable[tuple[str, tuple[float, ...]]]):
         self.rules: tuple[tuple[str, tuple[float, ...]], ...] = tuple(rules)
 
     def at(self, name: str, place: float) -> float | None:
-        """The number for a tensor; None where no pattern matches."""
+        """The number for a tensor; None if no pattern matches."""
         for pattern, values in self.rules:
             if fnmatch.fnmatchcase(name, pattern):
                 scaled = place * (len(values) - 1)
@@ -61,7 +60,7 @@ class Setting:
 
     @property
     def constant(self) -> float | None:
-        """The number that all tensors have, None where they may differ."""
+        """The common number of all tensors, None if they may differ."""
         pattern, values = self.rules[0] if self.rules else ("", ())
         return values[0] if pattern == "*" and len(set(values)) == 1 else None
 
@@ -72,13 +71,13 @@ class Setting:
         return {pattern: values[0] if len(values) == 1 else list(values) for pattern, values in self.rules}
 
     def mapped(self, of: Callable[[float], float]) -> Setting:
-        """The same of other numbers."""
+        """The same with mapped numbers."""
         return Setting((pattern, tuple(of(x) for x in values)) for pattern, values in self.rules)
 
 
 class Runs(Setting):
-    """A Setting for each run of layers, one after another, with lines over the run's own layers. Tensors before the
-    layers have the first run's, as in its first layer, those after them the last run's, likewise."""
+    """A Setting per run of layers, with gradients over the run's own layers. Tensors before the layers use the first
+    run's value at its first layer, those after them the last run's, likewise."""
 
     def __init__(self, lengths: Sequence[int], parts: Sequence[Setting]):
         self.lengths: tuple[int, ...] = tuple(lengths)
@@ -94,7 +93,7 @@ class Runs(Setting):
             if layer.number < first + length:
                 return part.at(name, (layer.number - first) / (length - 1) if length > 1 else 1.0)
             first += length
-        raise UserError(f"{name}: lies beyond the {first} layers that are set")
+        raise UserError(f"{name}: is beyond the {first} configured layers")
 
     @property
     def constant(self) -> float | None:

@@ -1,5 +1,5 @@
-"""Merges of task vectors of which only some elements stay: TIES, DARE, DELLA, breadcrumbs. What a method keeps, and
-how the vectors are added up; steps.py says what that means, by_torch.py defines it."""
+"""Merges of sparse task vectors: TIES, DARE, DELLA, breadcrumbs. Which elements a method keeps, and how the vectors are
+summed; steps.py describes the terms, by_torch.py defines them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Sparse(Method):
     """base + λ of the weighted task vectors' sum; normalize divides it by their weights.
 
     elect: only elements with the sign of the weighted sum count (TIES, arXiv 2306.01708: elect and disjoint merge).
-    rescale: "expected" divides what stays by its probability (DARE's and DELLA's papers), "l1" keeps the sum of sizes
-    (mergekit), "none" does neither.
+    rescale: "expected" divides kept elements by their probability (DARE's and DELLA's papers), "l1" keeps the sum of
+    magnitudes (mergekit), "none" does neither.
     """
 
     base = "yes"
@@ -40,7 +40,7 @@ class Sparse(Method):
     def read(self, given: Mapping[str, Any], m: int) -> dict[str, Any]:
         values = super().read(given, m)
         if values["rescale"] == "expected" and "seed" not in self.parameters:
-            raise UserError(f"rescale must be l1 or none for {self.name}, which drops nothing by chance")
+            raise UserError(f"rescale must be l1 or none for {self.name}, which drops nothing at random")
         return values
 
     def check(self, job: Job) -> None:
@@ -64,12 +64,12 @@ class Sparse(Method):
         return Tasks(tuple(choices), weights, values["lambda"], self.elect, values["normalize"], seed, row)
 
     def choice(self, name: str, n: int, stream: int, **options: Any) -> Choice:
-        """Which of a task vector's n elements stay, where its density is within (0, 1)."""
+        """Which of a task vector's n elements are kept, for a density within (0, 1)."""
         raise NotImplementedError
 
 
 class Ties(Sparse):
-    """The share `density` of largest size (arXiv 2306.01708)."""
+    """Keeps the share `density` of largest magnitude (arXiv 2306.01708)."""
 
     name = "ties"
     elect = True
@@ -80,7 +80,7 @@ class Ties(Sparse):
 
 
 class Dare(Sparse):
-    """Each with the probability `density` (arXiv 2311.03099)."""
+    """Keeps each element with probability `density` (arXiv 2311.03099)."""
 
     name = "dare_linear"
     parameters: ClassVar[Parameters] = _parameters(rescale="expected", seed=_SEED)
@@ -96,7 +96,8 @@ class DareTies(Dare):
 
 
 class Della(Sparse):
-    """With probability density - epsilon to density + epsilon, by the size's rank in its row (arXiv 2406.11617)."""
+    """Keeps each element with a probability from density - epsilon to density + epsilon, by the rank of its magnitude
+    in its row (arXiv 2406.11617)."""
 
     name = "della"
     elect = True
@@ -122,7 +123,7 @@ class DellaLinear(Della):
 
 
 class Breadcrumbs(Sparse):
-    """All but the share `gamma` of the largest, and of the smallest as many as leave `density` (arXiv 2312.06795)."""
+    """Drops the share `gamma` of the largest, and as many of the smallest as leave `density` (arXiv 2312.06795)."""
 
     name = "breadcrumbs"
     parameters: ClassVar[Parameters] = _parameters(density=0.9, gamma=_GAMMA)

@@ -1,7 +1,7 @@
-"""Means on spheres: weights of models, tensor by tensor, that follow from the tensors' dot products alone.
+"""Means on spheres: weights of models, per tensor, that depend only on the tensors' dot products.
 
-Every method here gives a point in the span of its inputs, so that one reading for the dot products and one for the
-weighted sum make it, and no tensor is held; but for NuSLERP and Model Stock row by row, which torch makes.
+Every method here gives a point in the span of its inputs, so one read for the dot products and one for the weighted sum
+suffice, and no tensor is kept in memory; except for row-wise NuSLERP and Model Stock, which run in torch.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class NuSlerp(OnSphere):
     """SLERP of two models, or of their task vectors: of each tensor as a whole, or without nuslerp_flatten for each
     row of the last dimension, with nuslerp_row_wise for each of the vectors that run along the first.
 
-    As mergekit's: halves where the weights' sum is nearly 0, a straight line where the vectors are.
+    As in mergekit: halves if the weights' sum is nearly 0, a straight line if the vectors are.
     """
 
     name = "nuslerp"
@@ -135,8 +135,8 @@ class MultiSlerp(OnSphere):
     """The barycentre of the models, or of their task vectors, on their sphere (Goddard's Multi-SLERP, mergekit).
 
     Directions are carried to the tangent space at their weighted mean's direction, averaged there, carried back, and
-    given the weighted mean length. As in mergekit, a lone model is itself, whatever its weight. Raises UserError
-    where more than two directions cancel out.
+    given the weighted mean length. As in mergekit, a single model is unchanged, whatever its weight. Raises UserError
+    if more than two directions cancel out.
     """
 
     name = "multislerp"
@@ -172,7 +172,7 @@ class Karcher(OnSphere):
     2603.04972), at their weighted mean length; weights are divided by their sum.
 
     Each step goes along the mean of the logarithms. As in mergekit, vectors no longer than `tol` have no direction,
-    and it ends where a step is shorter than `tol`.
+    and it ends when a step is shorter than `tol`.
     """
 
     name = "karcher"

@@ -1,7 +1,7 @@
-"""Methods that are no weighted sum of whole tensors: SCE, NearSwap, Arcee Fusion, RAM, by torch, tensor by tensor.
+"""Methods other than weighted sums of whole tensors: SCE, NearSwap, Arcee Fusion, RAM; in torch, tensor by tensor.
 
-They are mergekit's, and mean what mergekit makes of them, but for Arcee Fusion's quartiles of more than a million
-elements, for which it draws a sample and which are exact here.
+They are mergekit's methods and give the same results, except for Arcee Fusion's quartiles of more than a million
+elements, for which mergekit draws a sample; here they are exact.
 """
 
 from __future__ import annotations

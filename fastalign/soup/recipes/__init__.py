@@ -1,4 +1,4 @@
-"""Recipes: a merge written down in YAML, in fastalign's own form or in mergekit's for the methods that both have."""
+"""Recipes: a merge in YAML, in fastalign's own format or in mergekit's for the methods that both have."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _EACH = ("density", "epsilon", "gamma")
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A recipe as `merge`'s arguments, all but `out`: `merge(**read_recipe("soup.yaml"), out="soup")`.
 
-    fastalign's own form is merge's arguments by name, with models as a list of paths, or of mappings with `model` and
-    its `weight`, `density`, `epsilon` or `gamma`; `grid: 11` stands for weights on a grid. A file with `merge_method`
-    is mergekit's, and means what it means there. Raises FileNotFoundError or UserError with one line that names the
-    file and the mistake.
+    fastalign's own format has merge's arguments by name, with models as a list of paths, or of mappings with `model`
+    and its `weight`, `density`, `epsilon` or `gamma`; `grid: 11` means weights on a grid. A file with `merge_method` is
+    in mergekit's format, with the same meaning as there. Raises FileNotFoundError or UserError with one line that names
+    the file and the mistake.
     """
     path = Path(path)
     check_input(path)
@@ -50,7 +50,7 @@ def _load(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"not YAML ({' '.join(str(error).split())[:120]})") from None
     if len(documents) > 1:
-        raise UserError(f"holds {len(documents)} recipes: give each a file of its own, the first merged ones first")
+        raise UserError(f"contains {len(documents)} recipes: put each in its own file, in the order of merging")
     return documents[0] if documents else None
 
 

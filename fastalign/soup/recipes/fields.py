@@ -1,4 +1,4 @@
-"""Checks of mappings that came out of a file that anyone may have written."""
+"""Checks of mappings read from untrusted files."""
 
 from __future__ import annotations
 

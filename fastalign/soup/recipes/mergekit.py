@@ -1,4 +1,5 @@
-"""mergekit's YAML as `merge`'s arguments, for the methods that both have, meaning what mergekit 0.1.5 makes of it.
+"""Translates mergekit's YAML to `merge`'s arguments, for the methods that both have, with the meaning of mergekit
+0.1.5.
 
 Where that is not what the papers say: what DARE and DELLA keep is scaled so that the sum of sizes is as it was, not
 by each element's probability; TIES elects signs and divides with the models' weights, which the paper does not have;
@@ -68,7 +69,7 @@ _FLAGS = {name for defaults in _DEFAULTS.values() for name, default in defaults.
 
 
 def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A mergekit configuration as `merge`'s arguments. Raises UserError for what is unknown, or not done here."""
+    """A mergekit configuration as `merge`'s arguments. Raises UserError for anything unknown or unsupported."""
     known(recipe, _KEYS, "the configuration")
     method = text(recipe, "merge_method", "the configuration")
     if method not in _DEFAULTS:
