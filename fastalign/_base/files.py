@@ -22,7 +22,7 @@ _FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 
 
 @contextmanager
-def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary path (file or folder, yours to create) that becomes `path` when the block succeeds.
 
     A link stays, and its target is replaced; a file's permissions stay. On an error or an interrupt the temporary is
@@ -59,7 +59,7 @@ def atomic_write(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def write_error(error: BaseException, path: str | Path) -> OSError | None:
+def write_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
     """An OSError for `path`, from an error that safetensors' or torch's writer raised for a system error; None for any
     other error."""
     text = str(error)
@@ -81,7 +81,7 @@ def become(beside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_target(path: str | Path) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
     """Raises UserError, one line, if `path` exists and is not a file, or if its folder cannot be written; long jobs
     check this before they start."""
     status = _status(path)
@@ -90,7 +90,7 @@ def check_target(path: str | Path) -> None:
     _check_writable(path, Path(os.path.realpath(path)).parent)
 
 
-def check_input(path: str | Path) -> None:
+def check_input(path: str | os.PathLike[str]) -> None:
     """Raises FileNotFoundError or UserError, one line, if `path` is not a readable file."""
     if not Path(path).is_file():
         status = _status(path)
@@ -99,7 +99,7 @@ def check_input(path: str | Path) -> None:
         raise UserError(f"{path}: must be a file, this is {_kind(status)}")
 
 
-def check_folder(path: str | Path) -> None:
+def check_folder(path: str | os.PathLike[str]) -> None:
     """The same for a path that must be a folder or absent."""
     status = _status(path)
     if status is not None and not stat.S_ISDIR(status.st_mode):
@@ -107,7 +107,7 @@ def check_folder(path: str | Path) -> None:
     _check_writable(path, Path(os.path.realpath(path)))
 
 
-def _check_writable(path: str | Path, folder: Path) -> None:
+def _check_writable(path: str | os.PathLike[str], folder: Path) -> None:
     """folder: the folder in which `path` will be written."""
     nearest = next(one for one in (folder, *folder.parents) if one.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -119,14 +119,14 @@ def _kind(status: os.stat_result) -> str:
     return next((name for is_kind, name in kinds.items() if is_kind(status.st_mode)), "a device")
 
 
-def _status(path: str | Path) -> os.stat_result | None:
+def _status(path: str | os.PathLike[str]) -> os.stat_result | None:
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
         return None
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically; to stdout if the path is "-". NaN and infinities are refused, because
     JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -138,7 +138,7 @@ def write_json(path: str | Path, value: Any) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, *, kind: str | None = None) -> Any:
+def read_json(path: str | os.PathLike[str], *, kind: str | None = None) -> Any:
     """Read a JSON file; with `kind`, it must be an object whose "kind" is that.
 
     Raises FileNotFoundError or UserError with one line that names the file.

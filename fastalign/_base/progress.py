@@ -89,7 +89,7 @@ def _advance(work: Work, count: int, said: str | None) -> None:
     if said is None:
         return
     work.said = said
-    if work.shown_at is None or work.done >= work.total or time.monotonic() - work.shown_at >= NEWS:
+    if work.shown_at is None or work.done >= (work.total or 0) or time.monotonic() - work.shown_at >= NEWS:
         _tell([work])
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -201,7 +201,7 @@ def sample(
         return _drawn(out, candidates)
     if prompts is None:
         raise UserError("give --prompts, or --more with a file to add to")
-    drawing = {
+    drawing: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "temperature": temperature,

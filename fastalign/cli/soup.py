@@ -125,13 +125,13 @@ def soup(
     from fastalign.soup import read_recipe, simplex_grid
     from fastalign.soup.checkpoint import is_adapter
 
+    sizes: dict[str, Any] = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
     if recipe is not None:
         if models or base or weights or grid or set_ or extract or method != "linear":
             raise UserError("--recipe defines the merge: leave out the models and their options")
         written = read_recipe(recipe)
         given = {"dtype": dtype, "normalize": normalize, "force": force or None}
         written |= {key: value for key, value in given.items() if value is not None}
-        sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
         return _merge(plans.make(**{**sizes, **written}, out=out), dry_run, sync, strict, overwrite)
     models = models or []
     if not models:
@@ -154,7 +154,6 @@ def soup(
     if weights is None and grid is None and (adapters or method == "linear"):
         raise UserError("give --weights, one for each model, or --grid")
     rows = simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
-    sizes = {"max_shard_size": max_shard_size, "memory_limit": memory_limit}
     if adapters and base is None:
         return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
     if adapters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,7 +55,13 @@ def soup_front(
 
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    drawing = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "temperature": temperature, "top_p": top_p}
+    drawing: dict[str, Any] = {
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
     sampling.check(drawing)
     check_loading(dtype, device)
     values = names("rewards", rewards)

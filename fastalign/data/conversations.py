@@ -24,6 +24,9 @@ class Conversation(str):
     """
 
     __slots__ = ("chat_template_kwargs", "messages", "tools")
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    chat_template_kwargs: dict[str, Any]
 
     def __new__(
         cls,
@@ -55,7 +58,9 @@ class Conversation(str):
         except (ValueError, RecursionError):
             raise UserError(f"must be a conversation as JSON, got {text[:60]!r}") from None
         if isinstance(value, dict):
-            return cls(value.get("messages"), **{name: value.get(name) for name in EXTRAS})
+            extras: dict[str, Any] = {name: value.get(name) for name in EXTRAS}
+            messages: Any = value.get("messages")
+            return cls(messages, **extras)
         return cls(value)
 
     def __reduce__(self) -> tuple[Any, ...]:

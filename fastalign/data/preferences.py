@@ -116,7 +116,8 @@ def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: 
     if missing:
         have = ", ".join(map(str, raw[0])) or "none"
         raise UserError(f"{name}: must have columns prompt, chosen and rejected, lacks {missing[0]!r}, got {have}")
-    pairs, bad, first = [], 0, ""
+    pairs: list[dict[str, Any]] = []
+    bad, first = 0, ""
     for i, row in enumerate(raw):
         try:
             given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
@@ -107,7 +108,7 @@ def _columns(source: str, columns: Iterable[str], column: str | None) -> list[st
 
 def _prompt(source: str, i: int, row: object, column: str | None) -> str:
     """The prompt of a row: a non-blank string, or a conversation."""
-    extras: dict[str, object] = {}
+    extras: dict[str, Any] = {}
     if isinstance(row, dict):
         wanted = _columns(source, row, column)[0]
         extras = {name: row[name] for name in EXTRAS if row.get(name)}

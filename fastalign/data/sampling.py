@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -36,7 +36,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    stop: str | Sequence[str] | None = None
+    stop: Any = None
     seed: int = 0
     first: int = 0
 
@@ -44,8 +44,8 @@ class SamplingSettings:
         for name, least, most in _INTEGERS:
             value = getattr(self, name)
             whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if not whole or not least <= value <= most:
-                bounded = most != _ANY or (whole and value > most)
+            if not whole or not least <= int(value) <= most:
+                bounded = most != _ANY or (whole and int(value) > most)
                 limit = f"in {least}..2^{most.bit_length()}-1" if bounded else f"at least {least}"
                 raise UserError(f"{name} must be an integer, {limit}, got {value!r}")
             object.__setattr__(self, name, int(value))

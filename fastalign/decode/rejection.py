@@ -164,7 +164,8 @@ def _race(flight: Lockstep, prompts, rewards, lam, checkpoints: list[int], keep:
         if not flight.live:
             break
         most = len(flight.live) if limit is None else flight.fitting(limit, (age // GROW + 1) * GROW)
-        live, lost = set(flight.live), []
+        live = set(flight.live)
+        lost: list[Job] = []
         if age in checkpoints or len(live) > most:
             rescore()
             for prompt, members in racing.items():

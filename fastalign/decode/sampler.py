@@ -259,7 +259,7 @@ class Sampler(BaseSampler):
         return nullcontext() if self.backend == "auto" else backends.use_backend(self.backend)
 
 
-def _by_length(wanted: list[int], encoded: list[list[int]], width: int, *, mixed: bool) -> list[list[int]]:
+def _by_length(wanted: list[int], encoded: Sequence[list[int]], width: int, *, mixed: bool) -> list[list[int]]:
     """Batches of `width` prompts of similar length; of equal length unless `mixed`."""
     runs = [wanted] if mixed else [list(run) for _, run in itertools.groupby(wanted, lambda i: len(encoded[i]))]
     return [run[i : i + width] for run in runs for i in range(0, len(run), width)]

@@ -49,9 +49,10 @@ def log_weights_of(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
     if not np.isfinite(lam).all():
         raise UserError(f"lam must be finite, got {lam.tolist()}")
     if not np.isfinite(rewards).all():
-        *prompt, candidate, value = np.argwhere(~np.isfinite(rewards))[0].tolist()
+        at = tuple(np.argwhere(~np.isfinite(rewards))[0].tolist())
+        *prompt, candidate, value = at
         where = (f"prompt {prompt[0]}, " if prompt else "") + f"candidate {candidate}, value {value}"
-        raise UserError(f"rewards must be finite, got {rewards[(*prompt, candidate, value)]} at {where}")
+        raise UserError(f"rewards must be finite, got {rewards[at]} at {where}")
     with np.errstate(over="ignore", invalid="ignore"):
         scores = rewards @ lam
     if not np.isfinite(scores).all():

@@ -62,6 +62,8 @@ class SharedPromptEngine:
     model: PreTrainedModel
     prompts: int
 
+    rows: int
+
     def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
@@ -150,7 +152,7 @@ class SharedPromptEngine:
 
     def shrink(self) -> None:
         """Release the memory of unused slots; `rows` becomes the number in flight."""
-        self.rows: int = len(self.jobs)
+        self.rows = len(self.jobs)
         self.lengths, self.last = self.lengths[: self.rows], self.last[: self.rows]
         for caches in (self.keys, self.values):
             for layer, cache in caches.items():
@@ -212,7 +214,11 @@ class _Prefill:
             apart = apart[:, None] - apart[None, :]
             mask = (apart >= 0) if window is None else (apart >= 0) & (apart < window)
         if softcap is None:
-            options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+            options: dict[str, Any] = {
+                "attn_mask": mask,
+                "is_causal": mask is None,
+                "enable_gqa": q.shape[1] != k.shape[1],
+            }
             return F.scaled_dot_product_attention(q, k, v, scale=scaling, **options)
         grouped = q.unflatten(1, (k.shape[1], -1))
         out, _ = _part(grouped, k[:, :, None], v[:, :, None], scaling, softcap, mask)
@@ -358,7 +364,8 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
     """The engine's path in a trial: both prompts' continuations in flight together, token by token; ended ones are
     dropped."""
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
-    engine, collected = SharedPromptEngine(model, len(tails)), {job: [] for job in tails}
+    engine = SharedPromptEngine(model, len(tails))
+    collected: dict[Job, list[Tensor]] = {job: [] for job in tails}
     for p, prompt in enumerate(probe.prompts):
         engine.prefill(p, prompt)
     hidden = engine.admit(list(tails))

@@ -54,7 +54,6 @@ def blocks(
     max_new_tokens: int,
     seed: int,
     ess: float | None = None,
-    batch_size: int | None = None,
     skip: Collection[int] = (),
     show_progress: bool = False,
     **sampling: Unpack[SamplingOptions],
@@ -67,9 +66,9 @@ def blocks(
     """
     from fastalign._base import progress
 
-    options = {"lam": list(lam), "max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
+    options: dict[str, Any] = {"lam": list(lam), "max_new_tokens": max_new_tokens, "seed": seed}
     options |= {name: value for name, value in sampling.items() if value is not None}
-    width = max(1, (batch_size or ROWS_AT_ONCE) // (EACH if method == "adaptive" else n))
+    width = max(1, (sampling.get("batch_size") or ROWS_AT_ONCE) // (EACH if method == "adaptive" else n))
     todo = [i for i in range(len(prompts)) if i not in set(skip)]
     with progress.bar("sampling", total=len(todo), unit="prompts", show=show_progress) as advance:
         for first in range(0, len(todo), width):

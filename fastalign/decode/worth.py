@@ -108,7 +108,7 @@ class Worth(NamedTuple):
     def from_json(cls, content: Any, where: str) -> Worth:
         """Raises UserError, one line that begins with `where`."""
         try:
-            rows = {
+            rows: dict[str, Any] = {
                 name: None if content[name] is None else np.array(content[name], dtype=np.float64)
                 for name in cls._fields[2:]
             }
@@ -161,7 +161,7 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
     sizes = [n]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
-    measured, squares = np.moveaxis([_ess(scores, m) for m in sizes], 0, -1)  # (P, sizes) each, from n down
+    measured, squares = np.moveaxis(np.array([_ess(scores, m) for m in sizes]), 0, -1)  # (P, sizes) each, from n down
     beyond = np.arange(1, DOUBLINGS + 1) * math.log(2)
     grid = np.array([*sizes[::-1], *(n * 2.0 ** np.arange(1, DOUBLINGS + 1))])
 

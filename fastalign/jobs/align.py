@@ -120,7 +120,7 @@ def sample(
     outputs.not_an_input(out, [model.name, palette])
     if not overwrite and _there(out, settings):
         return Candidates.from_parquet(out)
-    job = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+    job: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
 
     def draw(parts: WorkFolder, finished: set[int]) -> None:
         if ray is not None:
@@ -140,7 +140,7 @@ def sample(
         elif method == "whole":
             _keep(parts, model.sampler.iter_batches(prompts, skip=finished, show_progress=show_progress, **job))
         else:
-            more = {"skip": finished, "show_progress": show_progress, **by, **job}
+            more: dict[str, Any] = {"skip": finished, "show_progress": show_progress, **by, **job}
             _keep(parts, tilted.blocks(method, model.sampler, prompts, **more))
 
     joined = Candidates.concat if method == "whole" else tilted.joined
@@ -582,7 +582,10 @@ def evaluate(
     settings: additional rows for the report's table of settings.
     """
     job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette})
-    beside = {"files": [] if html is None else [Path(html)], "figures": None if figures is None else Path(figures)}
+    beside: dict[str, Any] = {
+        "files": [] if html is None else [Path(html)],
+        "figures": None if figures is None else Path(figures),
+    }
     record = outputs.claim(out, job, overwrite=overwrite, **beside)
     from fastalign import report
 

@@ -54,7 +54,7 @@ def write(
     inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
     settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
     job = outputs.Job("pareto", inputs, settings | {"lambdas": lambdas, "l1_max": l1_max, "seed": seed})
-    written = {"files": [out / "pareto.html"], "figures": out}
+    written: dict[str, Any] = {"files": [out / "pareto.html"], "figures": out}
     if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
         return None
     whole = Candidates.from_parquet(scored, kind="scored")

@@ -42,8 +42,7 @@ def read_pairs(
     runs.check_counts(pairs_per_prompt=pairs_per_prompt)
     if lam is not None and palette is not None:
         raise UserError("give either lam or palette")
-    by_values = values is not None and kind == "scored"
-    if by_values and (lam is not None or palette is not None):
+    if values is not None and kind == "scored" and (lam is not None or palette is not None):
         raise UserError("give values, a head for each, or lam or palette, for one head, not both")
     if kind != "scored":
         if lam is not None or palette is not None:
@@ -56,8 +55,8 @@ def read_pairs(
     if palette is not None:
         solution = palettes.read(palette, "lambda")
         lam = dict(zip(solution["values"], solution["lambda"], strict=True))
-    making = {"how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
-    if by_values:
+    making: dict[str, Any] = {"how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
+    if values is not None:
         return pairs.pairs_by_value(data, values, **making)
     if lam is None:
         raise UserError(f"{data}: a scored file needs lam or a palette to make pairs of it")

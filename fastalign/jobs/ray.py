@@ -259,7 +259,7 @@ def _cluster(address: str) -> Iterator[Any]:
 
     mine = not ray.is_initialized()
     if mine:
-        where = {} if address == "auto" else {"address": address}
+        where: dict[str, Any] = {} if address == "auto" else {"address": address}
         try:
             _knock(address)
             ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -21,7 +21,8 @@ class Stopping:
     """
 
     def __init__(self) -> None:
-        self._signal, self._before = 0, {}
+        self._signal = 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():

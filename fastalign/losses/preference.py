@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,7 +168,10 @@ def dpo_loss(
     options = Options(beta, label_smoothing, discopop_tau)
     check_options(kinds, options)
     _check_divergence(kinds, f_divergence_type)
-    vectors = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
+    vectors: dict[str, Any] = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+    }
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise UserError("ref_chosen_logps and ref_rejected_logps must both be tensors or both None")
     if ref_chosen_logps is not None:
@@ -180,7 +183,7 @@ def dpo_loss(
         raise UserError("weights must be None for aot and aot_unpaired, which sort the batch and so lose the pairs")
 
     chosen, rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
-    if ref_chosen_logps is None:
+    if ref_chosen_logps is None or ref_rejected_logps is None:
         ref_chosen, ref_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
     else:
         ref_chosen, ref_rejected = _wide(ref_chosen_logps), _wide(ref_rejected_logps)
@@ -317,7 +320,7 @@ def simpo_loss(
     policy_chosen_logps, policy_rejected_logps: (B,) log-probabilities averaged over tokens. alpha: AlphaPO's reward
     shape (arXiv 2501.03884), 0 for off. Raises UserError, TypeError on shapes and options that break these rules.
     """
-    options = {"label_smoothing": label_smoothing, "simpo_gamma": gamma, "alpha": alpha}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "simpo_gamma": gamma, "alpha": alpha}
     return cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=beta, loss_type="simpo", **options)
 
 
@@ -365,10 +368,12 @@ def _sft(chosen_logps: Tensor, chosen_lengths: Tensor | None) -> Tensor:
 
 
 def _lengths(kind: str, dtype: torch.dtype, **lengths: Tensor | None) -> list[Tensor]:
+    found = []
     for name, value in lengths.items():
         if value is None:
             raise UserError(f"{name} must be given for loss_type {kind!r}")
-    return [x.to(dtype).clamp(min=1) for x in lengths.values()]
+        found.append(value.to(dtype).clamp(min=1))
+    return found
 
 
 def _wide(x: Tensor) -> Tensor:

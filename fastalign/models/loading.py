@@ -49,8 +49,9 @@ def load_causal_lm(
     with quiet_unless_terminal(), one_line_errors(name_or_path, where):
         _check_kind(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures, name_or_path)
         tokenizer = _tokenizer(folder)
-        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model, info = loaded
         _check_whole(model, set(info["missing_keys"]), name_or_path)
         model = model.to(device).eval()
     return model, tokenizer

@@ -231,7 +231,7 @@ def fused_forward(
     from fastalign.ops import linear_token_logprobs, token_logprobs
 
     inputs = {**inputs, "use_cache": False, "return_dict": True}
-    options = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
+    options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index, "outputs": outputs}
     verdict = fused_head(model)
     if not verdict.ok:
         warn_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")

@@ -271,7 +271,7 @@ def _probe(config: Any) -> Probe:
     change, dynamic = rope_change(text), rope_is_dynamic(text)
     # Past a change of the rope or of chunks where it is near; within a dynamic rope's length, for beyond no two
     # lengths agree.
-    short = dynamic and change < 16
+    short = dynamic and change is not None and change < 16
     more = max((n for n in (0 if dynamic else change or 0, 2 * chunk_length(text)) if n <= NEAR), default=0)
 
     def tokens(n: int) -> list[int]:

@@ -41,6 +41,7 @@ def rows(x: Tensor) -> tuple[Rows, Tensor]:
     if (x.stride(-1) != 1 and x.shape[-1] > 1) or strides is None:
         x = x.contiguous()
         strides = two_strides(x)
+        assert strides is not None  # of a contiguous tensor
     if not x.is_cpu or x.is_neg():
         raise RuntimeError(f"native kernels take CPU tensors, got {_describe(x)}")
     outer_stride, inner, inner_stride = strides

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,12 @@ def linear_token_logratios(
         raise UserError(
             f"ref_weight.shape[0] must equal weight.shape[0], got {ref_weight.shape[0]} and {weight.shape[0]}"
         )
-    head = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    head: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+    }
     policy = linear_token_logprobs(hidden, weight, labels, bias=bias, grad_filter=grad_filter, adapter=adapter, **head)
     with torch.no_grad():
         ref = linear_token_logprobs(

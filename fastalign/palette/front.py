@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -237,7 +237,7 @@ def palette_path(
         raise UserError(f"steps must be at least 2, got {steps!r}")
     tilts = Tilts(rewards, groups=groups, weights=weights)
     palette = as_palettes(palette, len(tilts.mean))[0]
-    options = {"groups": groups, "weights": weights, "sense": sense}
+    options: dict[str, Any] = {"groups": groups, "weights": weights, "sense": sense}
     whole = solve(rewards, palette, **options)
     limit = 1.0 if whole.feasible else float(whole.scaling)
     t = np.linspace(0.0, 1.0 if whole.feasible else INWARD * limit, steps)
@@ -276,7 +276,8 @@ def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
     # m + 1 shares of 1, the last thrown away: uniform over the corner below the simplex.
     shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lambda)[:, :m]
     policies = tilts.at(l1_max * shares / tilts.scale)
-    return Region(policies, (policies.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1), tilts.mean)
+    desirable = np.asarray((policies.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1))
+    return Region(policies, desirable, tilts.mean)
 
 
 def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None = None) -> np.ndarray:

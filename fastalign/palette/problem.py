@@ -33,6 +33,7 @@ class Problem:
     palettes: np.ndarray
     sign: np.ndarray
     constant: np.ndarray
+    short: np.ndarray
     mean: np.ndarray
     cov: np.ndarray
     scale: np.ndarray
@@ -83,7 +84,7 @@ class Problem:
         self.steep = False
         # It cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
         miss = self._miss((self.run.center + self.mean - self.palettes) / self.scale)
-        self.short: np.ndarray = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
+        self.short = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
 
     def _units(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The unit of each reward, (m,): its standard deviation under p0; and whether it is constant.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -159,10 +160,10 @@ def held_out(
     own = []  # each group's levels
     for f in range(folds):
         train, test = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
-        part = lambda rows: {  # noqa: E731
-            "groups": None if groups is None else units[rows],
-            "weights": weights[rows],
-        }
+
+        def part(rows: np.ndarray) -> dict[str, Any]:
+            return {"groups": None if groups is None else units[rows], "weights": weights[rows]}
+
         solution = solve(rewards[train], palette, sense=sense, **part(train))
         if not solution.feasible:
             feasible = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Coherence(CachedReward):
         if not full:
             return
         distinct = sorted({prompts[index] for index in full})
-        of_prompt = {}
+        of_prompt: dict[str, Any] = {}
         for batch, vectors in self._embed(distinct):
             of_prompt.update(zip((distinct[index] for index in batch), vectors, strict=True))
         for batch, vectors in self._embed([responses[index] for index in full]):

@@ -174,7 +174,7 @@ def _read(file: int, nbytes: int, offset: int, segment: int, number: int) -> byt
         try:
             more = os.pread(file, nbytes - len(data), offset + len(data))
         except OSError as error:
-            raise StreamError(False, error.errno, segment, number) from None
+            raise StreamError(False, error.errno or 0, segment, number) from None
         if not more:
             raise StreamError(False, 0, segment, number)
         data += more
@@ -186,5 +186,5 @@ def _write(file: int, data: memoryview, offset: int, segment: int, number: int) 
         try:
             done = os.pwrite(file, data, offset)
         except OSError as error:
-            raise StreamError(True, error.errno, segment, number) from None
+            raise StreamError(True, error.errno or 0, segment, number) from None
         data, offset = data[done:], offset + done

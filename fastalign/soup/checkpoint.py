@@ -15,6 +15,7 @@ import reprlib
 import resource
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -239,8 +240,7 @@ def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             raise bad(f"its header names {_short(twice)!r} twice")
         return entries
 

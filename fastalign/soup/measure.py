@@ -45,7 +45,9 @@ class Files:
     """The files of `out`, and of `parts` beside it, where new ones are written; see `making`."""
 
     def __init__(self, out: Path, parts: WorkFolder, overwrite: bool):
-        self._out, self._parts, self._overwrite, self._new, self._used = out, parts, overwrite, [], set()
+        self._out, self._parts, self._overwrite = out, parts, overwrite
+        self._new: list[str] = []
+        self._used: set[str] = set()
 
     def measured(self, name: str, wanted: Mapping[str, Any]) -> Candidates | None:
         """A soup's scored candidates, if they exist with the settings `wanted`. Raises UserError if others exist."""

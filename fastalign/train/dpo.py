@@ -374,7 +374,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
     def _all_ref_logps(self, dataset, name: str, batch_size: int) -> dict[str, Tensor]:
         """The reference's log-probabilities of every pair, on every process; TRL's version passes them through a file
         of one process."""
-        options = {
+        options: dict[str, Any] = {
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
         }

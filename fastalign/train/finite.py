@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastalign._base.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
 SHOWN = 8  # rows in a message
 
 
-class StopsAtNaN:
+class StopsAtNaN(_Trainer):
     """A mixin to place before a transformers Trainer among the bases; for batches of pairs as TRL collates them."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -190,7 +190,11 @@ class PPOTrainer:
             raise UserError(
                 f"query_tensor must be a tensor (tokens,) or a list of such, got {tuple(query_tensor.shape)}"
             )
-        options = {"length_sampler": length_sampler, "batch_size": batch_size, "return_prompt": return_prompt}
+        options: dict[str, Any] = {
+            "length_sampler": length_sampler,
+            "batch_size": batch_size,
+            "return_prompt": return_prompt,
+        }
         options |= {"remove_padding": remove_padding and not single, **generation_config}
 
         def draw(wrapped: Any, model: Any) -> Any:

@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def newest(folder: str | Path) -> Path:
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This process's generators (torch, CUDA, numpy, Python) as tensors and JSON values."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(tuple, np.random.get_state())
     version, words, gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),
@@ -172,7 +172,7 @@ def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _like(whole: Tensor, x: Tensor) -> Tensor:
+def _like(whole: Tensor, x: Any) -> Tensor:
     """A full tensor, sharded and placed like x."""
     whole = whole.to(x.device)
     if not hasattr(x, "full_tensor"):

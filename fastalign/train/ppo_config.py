@@ -113,7 +113,7 @@ class PPOConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The options by name, flattened to one level."""
-        flat = {}
+        flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             flat |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         return flat

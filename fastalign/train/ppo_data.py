@@ -30,7 +30,7 @@ class PromptLoader(DataLoader[Any]):
         # A generator of its own: DataLoader draws a seed per iteration, which a resumed run would draw once more.
         super().__init__(dataset, batch_sampler=self.order, collate_fn=collate, generator=torch.Generator())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         from accelerate.utils import send_to_device
 
         for batch in super().__iter__():
@@ -58,6 +58,7 @@ class _Order(Sampler):
     world: int
     epoch: int
     done: int
+    resumed: bool
 
     def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world: int):
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
@@ -69,7 +70,7 @@ class _Order(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         if self.done and not self.resumed:  # the last iteration was broken off: this is a new epoch
             self.epoch, self.done = self.epoch + 1, 0
-        self.resumed: bool = False
+        self.resumed = False
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.rows, generator=generator).tolist()
         for batch in range(self.done, len(self)):

@@ -54,6 +54,8 @@ class RunningMoments:
     mean: float
     sum_squares: float
 
+    count: int
+
     def __init__(self) -> None:
         self.count, self.mean, self.sum_squares = 0, 0.0, 0.0  # sum of squares about the mean
 
@@ -63,7 +65,7 @@ class RunningMoments:
         apart, total = mean - self.mean, self.count + count
         self.sum_squares += float((x - mean).square().sum()) + apart**2 * self.count * count / total
         self.mean += apart * count / total
-        self.count: int = total
+        self.count = total
 
     @property
     def std(self) -> float:

@@ -350,7 +350,7 @@ def _read_value_head(folder: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     files = [folder / VALUE_HEAD] if (folder / VALUE_HEAD).is_file() else sorted(folder.glob("*.safetensors"))
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             weights |= {

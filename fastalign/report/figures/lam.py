@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HOLLOW = dict(markerfacecolor=PAPER, markeredgecolor=ASKED, markeredgewidth=1.2)
-_FRONT = dict(marker="o", color=PREDICTED, markersize=5.5, markerfacecolor="none", markeredgewidth=1.2)
+_FRONT: dict[str, Any] = dict(marker="o", color=PREDICTED, markersize=5.5, markerfacecolor="none", markeredgewidth=1.2)
 
 
 def region(
@@ -170,7 +170,10 @@ def samples_left(
         axes.set_xlim(left=0)
         axes.set_xlabel("KL to the model, nats")
         axes.set_ylabel(f"effective sample size, of {samples:,}")
-        handles = [style.points("random λ", ".", BEFORE, 8), style.points("no value below the model", ".", REALISED, 8)]
+        handles: list[Any] = [
+            style.points("random λ", ".", BEFORE, 8),
+            style.points("no value below the model", ".", REALISED, 8),
+        ]
         if fronts:
             handles.append(Line2D([], [], linestyle="none", label="fronts", **_FRONT))
         if chosen is not None:

@@ -34,13 +34,13 @@ SERIES: list[tuple[str, Any]] = [
     ("#66707b", (0, (1.2, 2.5))),
 ]
 
-MARKERS = {
+MARKERS: dict[str, dict[str, Any]] = {
     "before": dict(marker="o", color=BEFORE, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7),
     "asked for": dict(marker="X", color=ASKED, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=9.5),
     "predicted": dict(marker="D", color=PREDICTED, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7.5),
     "realised": dict(marker="o", color=REALISED, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=8),
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,

@@ -87,7 +87,8 @@ def histograms(
     """
     m = len(values)
     chosen = after is not None
-    after = after if chosen else np.empty((0, m))
+    if after is None:
+        after = np.empty((0, m))
     columns = min(3, m)
     rows = -(-m // columns)
     with style.figure(max(4.6, 3.2 * columns), 0.6 + 2.45 * rows) as figure:

@@ -272,7 +272,7 @@ def made_adapter(
     ranks = [len(a) for a, _, _ in factors.values()]
     kept, total = (sum(column) for column in zip(*norms.values(), strict=True))
     shares = {module: mine / of if of else 1.0 for module, (mine, of) in norms.items()}
-    worst = min(shares, key=shares.get)
+    worst = min(shares, key=lambda module: shares[module])
     share = kept / total if total else 1.0
     return MadeAdapter(out, len(factors), (min(ranks), max(ranks)), share, (worst, shares[worst]))
 

@@ -37,7 +37,7 @@ class Sparse(Method):
     base = "yes"
     elect = False
 
-    def read(self, given: Mapping[str, Any], m: int) -> dict[str, Any]:
+    def read(self, given: Mapping[str, Any] | None, m: int) -> dict[str, Any]:
         values = super().read(given, m)
         if values["rescale"] == "expected" and "seed" not in self.parameters:
             raise UserError(f"rescale must be l1 or none for {self.name}, which drops nothing at random")
