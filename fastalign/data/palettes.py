@@ -66,7 +66,7 @@ def check_carried(path: str | os.PathLike[str], solution: Mapping[str, Any], rew
     rewards = list(rewards)
     for name in solution["values"]:
         if name not in rewards:
-            raise UserError(f"{path}: asks for {name}, the rewards are {', '.join(rewards)}")
+            raise UserError(f"{path}: has a target for {name}, but the rewards are {', '.join(rewards)}")
 
 
 def targets(solution: Mapping[str, Any]) -> list[str]:

@@ -284,7 +284,7 @@ def test_and_so_in_python(given, lam):
         ),
         (
             "select scored.parquet --palette palettes/p.json",
-            "palettes/p.json: asks for x, the rewards are length, short",
+            "palettes/p.json: has a target for x, but the rewards are length, short",
         ),
         ("select scored.parquet --palette palettes", "palettes: must be a file, this is a folder"),
         (f"{SAMPLE} {ON} -n {2**63}", f"-n must be an integer, in 1..2^63-1, got {2**63}"),
