@@ -84,7 +84,7 @@ def claim(
         or (figures and not any(name.startswith(f"{figures.name}/") for name in recorded_files))
     ):
         return record
-    say(f"{out}: there already, made by the same command of the same inputs")
+    say(f"{out}: already there, made by the same command from the same inputs")
     return None
 
 

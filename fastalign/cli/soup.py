@@ -204,7 +204,7 @@ def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Re
     if merged.not_finite:
         print(printable(f"fastalign: {out}: {merged.not_finite}"), file=sys.stderr)
     if merged.resumed == len(made.layout) and not merged.read_bytes:
-        terminal.print(f"{out}: already complete", soft_wrap=True, markup=False)
+        terminal.print(f"{out}: already there, complete", soft_wrap=True, markup=False)
         return result
     moved = merged.read_bytes + merged.written_bytes
     went_on = f", {merged.resumed} of {len(made.layout)} shards already existed" if merged.resumed else ""

@@ -97,7 +97,7 @@ class Run:
         if resume and self.result is None and not self.resumes and not outputs.ask(f"{nothing}; begin a run?"):
             raise UserError(f"{nothing}; leave out --resume to begin")
         if self.result is not None:
-            outputs.say(f"{out}: already finished by a run with the same settings")
+            outputs.say(f"{out}: already there, finished by a run with the same settings")
         elif self.resumes:
             outputs.say(f"{out}: going on from {self._kept()[-1].name}, where a run of the same settings was stopped")
 

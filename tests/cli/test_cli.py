@@ -284,7 +284,7 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
     assert code == 0 and "going on from" in err and "6 prompts × 14 candidates" in shown
     added = Candidates.from_parquet(out)
     assert added.texts == whole.texts and added.settings == whole.settings
-    assert "there already" in fastalign(*sampling, "-n", 14)[2]
+    assert "already there" in fastalign(*sampling, "-n", 14)[2]
     assert "--more must be at least 1, got 0" in refused("sample", "--out", out, "--more", 0)
     assert "no such file" in refused("sample", "--out", tmp_path / "none", "--more", 2)
 
@@ -343,4 +343,4 @@ def test_a_stopped_run_goes_on_in_less_memory(sampling, tmp_path, monkeypatch, e
     assert code == 0 and "going on from the 2 batches" in err, err
     whole, found = (Candidates.from_parquet(tmp_path / name) for name in ("whole.parquet", "candidates.parquet"))
     assert found.texts == whole.texts and found.settings["sampling"] == whole.settings["sampling"]
-    assert "there already" in fastalign(*sampling)[2]
+    assert "already there" in fastalign(*sampling)[2]

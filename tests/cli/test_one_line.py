@@ -155,7 +155,7 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
             }[command]
         )  # fmt: skip
         assert found.exit_code == 1, (name, found.output)
-        lines = [line for line in found.stderr.splitlines() if "there already" not in line]
+        lines = [line for line in found.stderr.splitlines() if "already there" not in line]
         assert len(lines) == 1 and str(palette_file) in lines[0] and name in lines[0], (name, found.stderr)
         assert not out.exists()
 

@@ -192,7 +192,7 @@ def test_the_same_again_is_taken_as_it_is_and_other_settings_are_refused(name, w
         code, shown, err = fastalign(*argued(name, "--out", out))
     assert code == 0, err
     if name != "soup-front":  # which writes its summary anew
-        assert "there already" in err + shown and (out / inner).stat().st_mtime_ns == state.st_mtime_ns
+        assert "already there" in err + shown and (out / inner).stat().st_mtime_ns == state.st_mtime_ns
         assert contents(work) == before
     if other is None:
         return
@@ -340,7 +340,7 @@ def test_what_is_written_beside_the_output_is_held_to_the_same(option, work):
     assert fastalign(*asked, option, beside, "--overwrite")[0] == 0
     written = contents(work)
     code, _, err = fastalign(*asked, option, beside)
-    assert code == 0 and "there already" in err and contents(work) == written
+    assert code == 0 and "already there" in err and contents(work) == written
     (beside if option == "--html" else beside / "levels.svg").write_text("changed")
     assert "is not what this command wrote" in refused(*asked, option, beside)
 
@@ -430,7 +430,7 @@ def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(ask
     assert len(saved) == 2
     code, _, err = fastalign(*asked, "--out", "out")
     assert code in (0, 3), err
-    assert "there already" in fastalign(*asked, "--out", "out")[2]
+    assert "already there" in fastalign(*asked, "--out", "out")[2]
 
 
 def test_two_runs_of_score_into_one_file_do_not_meet(work, monkeypatch):
@@ -478,7 +478,7 @@ def test_an_interrupted_overwriting_leaves_the_old_output_and_mixes_nothing(work
         assert fastalign(*new, "--overwrite")[0] == 130
     assert texts() == before and len(list(Path("out.parts").glob("*.parquet"))) == 2
     code, _, err = fastalign(*old)
-    assert code == 0 and "there already" in err and texts() == before
+    assert code == 0 and "already there" in err and texts() == before
     assert "out was made with seed=0, this run has 1" in refused(*new)
     assert "out.parts was made with seed=1, this run has 0" in refused("sample", "--more", 1, "--out", "out")
     code, _, err = fastalign(*new, "--overwrite")

@@ -694,7 +694,7 @@ def test_the_command(models, tmp_path):
     code, told, err = command(*models, "--weights", "0.5,0.3,0.2", "--out", out)
     assert code == 0 and "GB/s" in told, err
     close(load(out), by_hand(models, RHO))
-    assert "already complete" in command(*models, "--weights", "0.5,0.3,0.2", "--out", out)[1]
+    assert "already there" in command(*models, "--weights", "0.5,0.3,0.2", "--out", out)[1]
     code, _, err = command(*models, "--weights", "5,3,2", "--normalize", "--dtype", "fp32", "--out", tmp_path / "b")
     assert code == 0 and load(tmp_path / "b")["lm_head.weight"].dtype == torch.float32, err
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "float32"

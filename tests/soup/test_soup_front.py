@@ -176,7 +176,7 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     assert (tmp_path / "page" / "pareto.html").is_file()
     asked[asked.index("length,vowels")] = "vowels"
     code, _, err = run(*asked)
-    assert code == 1 and "asks for length, the rewards are vowels" in err and err.count("\n") == 1
+    assert code == 1 and "has a target for length, but the rewards are vowels" in err and err.count("\n") == 1
 
 
 def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_path, monkeypatch):
