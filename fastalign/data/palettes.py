@@ -11,6 +11,7 @@ from fastalign._base.files import read_json
 from fastalign._base.numbers import number
 
 VERSION = 1
+LARGEST = 1e100  # of a number: rewards are float32, and what is calculated with them must not overflow
 SENSES = (">=", "<=", "==")
 ROWS = ("lambda", "palette", "sense", "free", "levels", "before", "solved_for", "nearest")  # one entry for each value
 NUMBERS = ("kl", "ess", "kkt_residual")
@@ -91,4 +92,5 @@ def _row(where: str, row: Any, name: str, count: int) -> None:
 def _number(where: str, x: Any) -> None:
     if isinstance(x, (str, bool)):  # a number in a text is none, to those who calculate with it
         raise UserError(f"{where} must be a number, got {x!r:.60}")
-    number(where, x)
+    if abs(number(where, x)) > LARGEST:
+        raise UserError(f"{where} must lie within ±{LARGEST:g}, got {x:g}")

@@ -61,25 +61,21 @@ class SoupFront:
         """Raises FileNotFoundError or UserError, one line that names the file."""
         record = read_json(path, kind="soup_front")
         try:
-            means, rho = np.array(record["means"], dtype=np.float64), np.array(record["rho"], dtype=np.float64)
-            made = cls(
-                list(record["values"]),
-                list(record["models"]),
-                rho,
-                means,
-                np.array(record["spread"], dtype=np.float64),
-                int(record["candidates"]),
-                record["chosen"],
-            )
-            if made.chosen is not None and len(made.chosen["palette"]) != len(made.values):
-                raise ValueError("chosen for another number of values")
-        except (KeyError, TypeError, ValueError) as error:
+            values, models, chosen = (record[name] for name in ("values", "models", "chosen"))
+            means, rho, std = (np.array(record[name], dtype=np.float64) for name in ("means", "rho", "spread"))
+            for names in (values, models):
+                if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+                    raise ValueError(f"values and models must be lists of names, got {names!r:.60}")
+            shapes = (len(rho), means.shape[1], len(values)), (len(rho), len(models)), (len(values),)
+            if (means.shape, rho.shape, std.shape) != shapes or 0 in means.shape:
+                raise ValueError(f"means of shape {means.shape} do not fit {len(rho)} soups of {len(values)} values")
+            if not all(np.isfinite(numbers).all() for numbers in (means, rho, std)):
+                raise ValueError("means, rho and spread must be finite")
+            if chosen is not None and np.array(chosen["palette"], dtype=np.float64).shape != (len(values),):
+                raise ValueError(f"chosen for other values than {', '.join(values)}")
+            return cls(values, models, rho, means, std, int(record["candidates"]), chosen)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a whole soup_front file ({error})") from None
-        if means.shape != (len(rho), means.shape[1], len(made.values)) or rho.shape[1] != len(made.models):
-            raise UserError(
-                f"{path}: means of shape {means.shape} do not fit {len(rho)} soups of {len(made.values)} values"
-            )
-        return made
 
 
 class Choice(NamedTuple):

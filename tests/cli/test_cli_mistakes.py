@@ -134,6 +134,7 @@ def test_and_so_where_python_names_it(given, model, said):
 
 LAM = [
     ({"lambda": [float("nan"), 1]}, "lambda[0] must be a finite number, got nan"),
+    ({"lambda": [1, 1e200]}, "lambda[1] must lie within ±1e+100, got 1e+200"),
     ({"lambda": [1, None]}, "lambda[1] must be a number, got nothing"),
     ({"lambda": [1, "a"]}, "lambda[1] must be a number, got 'a'"),
     ({"lambda": [1]}, "lambda must be a list of 2, one for each value, got [1]"),

@@ -394,7 +394,7 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "rewards that the file carries" in refused(*dpo, scored, *on, "--lam", "humor=1")
     assert "one weight per reward, 2" in refused(*dpo, scored, *on, "--lam", "1")
     assert "lam must be numbers, or name=number" in refused(*dpo, scored, *on, "--lam", "high")
-    assert "give either lam or a palette" in refused(*dpo, scored, *on, "--lam", "1,1", "--palette", empty)
+    assert "give either --lam or --palette" in refused(*dpo, scored, *on, "--lam", "1,1", "--palette", empty)
     assert "must be a fastalign palette file" in refused(*dpo, scored, *on, "--palette", _json(tmp_path))
     assert "--held-out must be at least 0" in refused(*reward, pairs, *on, "--held-out", 1)
     assert "report needs held-out pairs" in refused(*reward, pairs, *on, "--held-out", 0, "--report", "r.html")

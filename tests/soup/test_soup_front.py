@@ -117,6 +117,16 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         (tmp_path / "bad.json").write_text(json.dumps(held | change))
         with pytest.raises(UserError, match=part):
             soup.SoupFront.read(tmp_path / "bad.json")
+    odd = [None, True, -1, "x", [], [[]], {}, [1], [True, False], [1e308, -1e308], [float("nan")] * 2, {"a": 1}]
+    for name in ("values", "models", "rho", "means", "spread", "candidates", "chosen"):
+        for value in odd:
+            if (name, value) in (("candidates", True), ("candidates", -1), ("chosen", None)):
+                continue
+            if (name, value) == ("spread", [1e308, -1e308]) or (name, value) == ("spread", [True, False]):
+                continue
+            (tmp_path / "bad.json").write_text(json.dumps(held | {name: value}))
+            with pytest.raises(UserError, match=r"bad\.json: not a whole soup_front file"):
+                soup.SoupFront.read(tmp_path / "bad.json")
     with pytest.raises(UserError, match="must sum to 1"):
         soup.walk(models, [[0.5, 0.4, 0]], PROMPTS, ["length"], tmp_path / "out", **DRAW)
     with pytest.raises(UserError, match="each once"):
