@@ -398,7 +398,9 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "must be a fastalign palette file" in refused(*dpo, scored, *on, "--palette", _json(tmp_path))
     assert "--held-out must be at least 0" in refused(*reward, pairs, *on, "--held-out", 1)
     assert "report needs held-out pairs" in refused(*reward, pairs, *on, "--held-out", 0, "--report", "r.html")
-    assert "must have a column 'value', or one for each of a, b" in refused(*reward, pairs, *on, "--values", "a,b")
+    assert "must have a column 'value', or one for each value, lacks a, b" in refused(
+        *reward, pairs, *on, "--values", "a,b"
+    )
     assert "unknown reward 'elephant'" in refused(*ppo, "--values", "elephant", "--lam", "1")
     assert "lam must have one weight per reward, 2 (long, brief)" in refused(
         *ppo, "--values", "long,brief", "--lam", "1"

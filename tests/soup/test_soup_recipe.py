@@ -291,7 +291,7 @@ dtype: float32
 MISTAKES = [
     ("models: [", "not YAML"),
     ("", "must be a mapping of names to values, got NoneType"),
-    ("models: [a]\n---\nmodels: [b]", "holds 2 recipes"),
+    ("models: [a]\n---\nmodels: [b]", "contains 2 recipes"),
     ("- 1", "must be a mapping of names to values, got list"),
     ("!!python/object/apply:os.system [ls]", "not YAML"),
     ("models: []", "models must be a list of 1 to 1000 entries"),
