@@ -407,8 +407,8 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     )
     assert "lam must weigh each of long once" in refused(*ppo, "--values", "long", "--lam", "brief=1")
     assert "lam must not be all zero" in refused(*ppo, "--values", "long", "--lam", "0")
-    assert "give lam" in refused(*ppo, "--values", "long")
-    assert "give values" in refused(*ppo, "--lam", "1")
+    assert "give --lam" in refused(*ppo, "--values", "long")
+    assert "give --values" in refused(*ppo, "--lam", "1")
     asked = [*ppo, "--values", "long", "--lam", "1"]
     assert "multiple of --mini-batch-size" in refused(*asked, "--batch-size", 4, "--mini-batch-size", 3)
     assert "dataset must have at least --batch-size" in refused(*asked, "--limit", 2, "--batch-size", 4)
