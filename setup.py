@@ -21,7 +21,7 @@ OPS = [
     "gae", "layer", "linear_logprobs", "map_newton", "map_statistics", "own_attention", "resample", "sample_tokens",
     "soup", "soup_tasks", "token_logprobs", "token_logratios",
 ]  # fmt: skip
-COMMON = ["bindings", "crew", "isa", "soup_digest", "soup_files", "soup_io", "soup_task_files"]
+COMMON = ["bindings", "isa", "soup_digest", "soup_files", "soup_io", "soup_task_files", "thread_pool"]
 
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

@@ -1,6 +1,6 @@
-// The only file that knows Python. Tensors arrive as addresses with their sizes and types (fastalign/buffers.py), which are
-// checked here against what each kernel reads and writes; the GIL is released around it. No torch header, so one build
-// serves every torch.
+// The only file that knows Python. Tensors arrive as addresses with their sizes and types (fastalign/ops/buffers.py),
+// which are checked here against what each kernel reads and writes; the GIL is released around it. No torch header, so
+// one build serves every torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,7 +33,7 @@ using namespace fastalign;
 
 namespace {
 
-// What stands here is the caller's fault and never a user's: it shows its traceback.
+// A failed check is a bug in the caller, never a user's mistake, so it shows its traceback.
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("the engine was called wrongly: " + what); }
 
 void require(bool holds, const char* what) {
@@ -76,10 +76,10 @@ size_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// What sums over logits of this type are held in.
+// The type in which sums over logits of this type are accumulated.
 DType compute_of(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
 
-// (address, elements, dtype), as fastalign/buffers.py's buffer makes it; None: null.
+// (address, elements, dtype), as made by `buffer` in fastalign/ops/buffers.py; None: null.
 struct Buffer {
   void* data = nullptr;
   int64_t count = 0;
@@ -92,7 +92,7 @@ struct Buffer {
   }
 };
 
-// Where `count` elements of that type lie: the kernel is told of no other size than the buffer has.
+// The address of `count` elements of that type; the buffer must have exactly this size.
 void* memory_of(const Buffer& buffer, const char* dtype, int64_t count) {
   if (!buffer.dtype) refuse("a buffer is missing");
   if (!is_called(buffer.dtype, dtype) || buffer.count != count) {
@@ -106,7 +106,7 @@ template <typename T> T* memory_of(const Buffer& buffer, int64_t count) {
   return static_cast<T*>(memory_of(buffer, name_of<T>(), count));
 }
 
-// None, too, where a kernel can do without.
+// Also accepts None, for arguments that a kernel can do without.
 void* memory_or_null(const Buffer& buffer, DType dtype, int64_t count) {
   return buffer.dtype ? memory_of(buffer, dtype, count) : nullptr;
 }
@@ -114,7 +114,7 @@ template <typename T> T* memory_or_null(const Buffer& buffer, int64_t count) {
   return buffer.dtype ? memory_of<T>(buffer, count) : nullptr;
 }
 
-// Where a numpy array's `count` values of type T lie, in order, aligned and in this machine's byte order. None: null.
+// The address of a numpy array's `count` values of type T: contiguous, aligned, native byte order. None: null.
 template <typename T> T* data_of(const py::handle& array, int64_t count) {
   if (array.is_none()) return nullptr;
   require(py::isinstance<py::array_t<T, py::array::c_style>>(array), "an array of another type or layout than a kernel takes");
@@ -125,13 +125,13 @@ template <typename T> T* data_of(const py::handle& array, int64_t count) {
   return static_cast<T*>(const_cast<void*>(data));
 }
 
-// (address, dtype, count, inner, outer_stride, inner_stride, vocab), as fastalign/buffers.py's rows makes it
+// (address, dtype, count, inner, outer_stride, inner_stride, vocab), as made by `rows` in fastalign/ops/buffers.py
 Rows rows_of(const py::tuple& t) {
   return {reinterpret_cast<const void*>(t[0].cast<uintptr_t>()), dtype_of(t[1]), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
           t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>()};
 }
 
-// (rewards, center, log_weights, order, offsets, groups), as fastalign/ops/map_statistics.py makes it
+// (rewards, center, log_weights, order, offsets, groups), as made in fastalign/ops/map_statistics.py
 MapInput map_input_of(const py::tuple& t) {
   const auto rewards = py::reinterpret_borrow<py::array>(t[0]);
   const bool wide = py::isinstance<py::array_t<double>>(rewards);
@@ -146,8 +146,8 @@ MapInput map_input_of(const py::tuple& t) {
           data_of<double>(t[2], n), data_of<int64_t>(t[3], n), data_of<int64_t>(t[4], groups + 1), groups};
 }
 
-// (tile, rows, cols, labels, bias, row, first, temperature, softcap, logit_scale), as fastalign/ops/linear_cpu.py makes it:
-// the tile begins at `row` of all rows and at `first` of the vocabulary.
+// (tile, rows, cols, labels, bias, row, first, temperature, softcap, logit_scale), as fastalign/ops/linear_cpu.py makes
+// it: the tile starts at row `row` and at token `first` of the vocabulary.
 struct TileOfHead {
   HeadTile tile;
   const void* bias;
@@ -185,7 +185,7 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Gives the whole pages among these bytes back to the system; what they held is lost.
+// Returns the whole pages among these bytes to the operating system; their contents are lost.
 void release_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t(4095);
@@ -217,14 +217,14 @@ SoupSeen seen_by(int inputs, int outputs, bool digesting) {
   return seen;
 }
 
-// (failed, writing, errno or 0 for a file that ended early, segment, file), then what was seen: digests as pairs of 64 bits,
-// low and high, and (count, segment, first) for each input and output
-py::tuple told_of(const SoupFailure& found, const SoupSeen& seen) {
+// (failed, writing, errno or 0 for a file that ended early, segment, file), then the digests as pairs of 64 bits,
+// low and high, and the non-finite counts (count, segment, first) of each input and output
+py::tuple result_of(const SoupFailure& failed, const SoupSeen& seen) {
   py::list digests, inputs, outputs;
   for (SoupDigest digest : seen.digests) digests.append(py::make_tuple(uint64_t(digest), uint64_t(digest >> 64)));
   for (const auto& one : seen.inputs) inputs.append(py::make_tuple(one.count, one.segment, one.first));
   for (const auto& one : seen.outputs) outputs.append(py::make_tuple(one.count, one.segment, one.first));
-  const auto failure = py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file);
+  const auto failure = py::make_tuple(failed.failed, failed.writing, failed.error, failed.segment, failed.file);
   return py::make_tuple(failure, digests, inputs, outputs);
 }
 
@@ -342,18 +342,18 @@ PYBIND11_MODULE(_C, m) {
     FASTALIGN_CALL(map_statistics, moments, in, at, count, threads);
   });
 
-  // found: (first, scale, mu, value, gradient, ess, residual, certificate, certified, passes); asked: (palettes, sign, start, constant,
-  // skip): numpy arrays as fastalign/palette/native.py makes them
-  m.def("map_newton", [](const py::tuple& found, const py::tuple& rewards, const py::tuple& asked, double tol, double lam_max,
+  // result: (first, scale, mu, value, gradient, ess, residual, certificate, certified, passes); request: (palettes,
+  // sign, start, constant, skip): numpy arrays as made in fastalign/palette/native.py
+  m.def("map_newton", [](const py::tuple& result, const py::tuple& rewards, const py::tuple& request, double tol, double lam_max,
                          int threads) {
     const MapInput in = map_input_of(rewards);
-    const int64_t m = in.m, k = int64_t(py::len(found[9]));
+    const int64_t m = in.m, k = int64_t(py::len(result[9]));
     const auto of = [](const py::tuple& t, int i, int64_t count) { return data_of<double>(t[i], count); };
-    const MapSolution out = {of(found, 0, 3 + m + m * m), of(found, 1, m), of(found, 2, k * m), of(found, 3, k),
-                             of(found, 4, k * m), of(found, 5, k), of(found, 6, k), of(found, 7, k * m),
-                             data_of<bool>(found[8], k), data_of<int64_t>(found[9], k)};
-    const MapProblem problem = {in, k, of(asked, 0, k * m), of(asked, 1, m), of(asked, 2, k * m), tol, lam_max,
-                                data_of<bool>(asked[3], m), data_of<bool>(asked[4], k)};
+    const MapSolution out = {of(result, 0, 3 + m + m * m), of(result, 1, m), of(result, 2, k * m), of(result, 3, k),
+                             of(result, 4, k * m), of(result, 5, k), of(result, 6, k), of(result, 7, k * m),
+                             data_of<bool>(result[8], k), data_of<int64_t>(result[9], k)};
+    const MapProblem problem = {in, k, of(request, 0, k * m), of(request, 1, m), of(request, 2, k * m), tol, lam_max,
+                                data_of<bool>(request[3], m), data_of<bool>(request[4], k)};
     py::gil_scoped_release release;
     return int(FASTALIGN_CALL(map_newton, out, problem, threads));
   });
@@ -480,47 +480,47 @@ PYBIND11_MODULE(_C, m) {
     std::vector<SoupSegment> all;
     for (const py::handle& segment : segments) all.push_back(segment_of(py::cast<py::tuple>(segment)));
     SoupSeen seen = seen_by(int(all.at(0).in_files.size()), int(all[0].out_files.size()), digesting);
-    SoupFailure found;
+    SoupFailure failure;
     {
       py::gil_scoped_release release;
-      found = soup_files(&seen, all, SoupType(out_type), chunk, threads);
+      failure = soup_files(&seen, all, SoupType(out_type), chunk, threads);
     }
-    return told_of(found, seen);
+    return result_of(failure, seen);
   });
 
   // what n bytes at `position` of a file add to its digest; of a whole file of n bytes, after an errno
   m.def("soup_digest", [](const py::buffer& data, int64_t position) {
     const py::buffer_info info = data.request();
-    SoupDigest found;
+    SoupDigest digest;
     {
       py::gil_scoped_release release;
-      found = digest_of(info.ptr, info.size * info.itemsize, position);
+      digest = digest_of(info.ptr, info.size * info.itemsize, position);
     }
-    return py::make_tuple(uint64_t(found), uint64_t(found >> 64));
+    return py::make_tuple(uint64_t(digest), uint64_t(digest >> 64));
   });
   m.def("soup_digest_file", [](int file, int64_t bytes, int threads) {
-    SoupDigest found = 0;
+    SoupDigest digest = 0;
     int error;
     {
       py::gil_scoped_release release;
-      error = digest_file(&found, file, bytes, threads);
+      error = digest_file(&digest, file, bytes, threads);
     }
-    return py::make_tuple(error, py::make_tuple(uint64_t(found), uint64_t(found >> 64)));
+    return py::make_tuple(error, py::make_tuple(uint64_t(digest), uint64_t(digest >> 64)));
   });
 
   // a failure, then the dot products, row by row
   m.def("soup_dots", [](const py::tuple& segment, bool centered, int64_t chunk, int threads) {
     const SoupSegment of = segment_of(segment);
     std::vector<double> dots;
-    SoupFailure found;
+    SoupFailure failure;
     {
       py::gil_scoped_release release;
-      found = soup_dots(dots, of, centered, chunk, threads);
+      failure = soup_dots(dots, of, centered, chunk, threads);
     }
-    return py::make_tuple(found.failed, found.writing, found.error, found.segment, found.file, dots);
+    return py::make_tuple(failure.failed, failure.writing, failure.error, failure.segment, failure.file, dots);
   });
 
-  // choices: (keep, from, to, largest_first, probability, spread, own_scale, match_sum, scale, stream) for each model
+  // choices: (keep, from, to, largest_first, probability, epsilon, own_scale, match_sum, scale, stream) for each model
   m.def("soup_tasks", [](const py::tuple& segment, const py::list& choices, int out_type, double lambda, bool elect,
                          bool normalize, uint64_t seed, int64_t row, int64_t chunk, int threads, bool digesting) {
     const SoupSegment of = segment_of(segment);
@@ -530,19 +530,19 @@ PYBIND11_MODULE(_C, m) {
       TaskChoice one;
       one.vector.keep = TaskKeep(t[0].cast<int>());
       one.from = t[1].cast<int64_t>(), one.to = t[2].cast<int64_t>(), one.largest_first = t[3].cast<bool>();
-      one.vector.probability = t[4].cast<double>(), one.vector.spread = t[5].cast<double>();
+      one.vector.probability = t[4].cast<double>(), one.vector.epsilon = t[5].cast<double>();
       one.vector.own_scale = t[6].cast<bool>(), one.match_sum = t[7].cast<bool>();
       one.vector.scale = t[8].cast<double>(), one.vector.stream = t[9].cast<uint64_t>();
       all.push_back(one);
     }
     SoupSeen seen = seen_by(int(of.in_files.size()), int(of.out_files.size()), digesting);
-    SoupFailure found;
+    SoupFailure failure;
     {
       py::gil_scoped_release release;
       const TaskMerge merge = {nullptr, nullptr, lambda, elect, normalize, seed, row};
-      found = soup_task_files(&seen, of, all, SoupType(out_type), merge, chunk, threads);
+      failure = soup_task_files(&seen, of, all, SoupType(out_type), merge, chunk, threads);
     }
-    return told_of(found, seen);
+    return result_of(failure, seen);
   });
 
   m.def("soup_memory", [](const py::list& outs, const py::list& ins, const std::vector<double>& weights, int threads) {

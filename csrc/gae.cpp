@@ -1,7 +1,8 @@
-// gae: A_t = r_t + gamma V' - V_t + gamma lambda A', where V' and A' stand at the next valid place. Built once per level.
+// gae: A_t = r_t + gamma V' - V_t + gamma lambda A', where V' and A' belong to the next valid token. Built once per
+// level.
 //
-// Where a whole vector of places is valid, the recurrence is solved inside it in log2(lanes) steps (each lane adds
-// c^s times the lane s ahead, s = 1, 2, 4, ..), so that only one product and one sum a vector wait for each other.
+// Where a whole vector of tokens is valid, the recurrence is solved inside it in log2(lanes) steps (each lane adds c^s
+// times the lane s ahead, s = 1, 2, 4, ..), so that vectors depend on each other only through one product and one sum.
 #include "gae.h"
 
 #include <utility>
@@ -10,7 +11,7 @@
 
 namespace fastalign::FASTALIGN_LEVEL {
 
-constexpr int64_t kPlacesPerThread = 1 << 15;  // some 15 us of work: below, a second thread costs more than it gives
+constexpr int64_t kPlacesPerThread = 1 << 15;  // about 15 us of work; below that a second thread costs more than it saves
 
 // Lanes kBy .. L - 1 of x, then the first kBy of `after`.
 template <int kBy, typename C, std::size_t... I>

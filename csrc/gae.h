@@ -7,7 +7,7 @@
 namespace fastalign {
 
 struct GaeInput {
-  Rows rewards, values;  // float32 or float64, both alike
+  Rows rewards, values;  // both float32 or both float64
   const bool* mask;      // (rows, length) contiguous, true = valid
   double gamma, lambda;
 };

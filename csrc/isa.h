@@ -1,6 +1,6 @@
 // Which instruction set the kernels run on, chosen at run time.
 //
-// Every op's source is compiled once per level with FASTALIGN_LEVEL naming the level; what it defines lies in
+// Every op's source is compiled once per level, with FASTALIGN_LEVEL set to the level's name. Its definitions are in
 // namespace fastalign::<level>, so that no inline function compiled for a newer processor can be linked into
 // code for an older one. This header is the only thing those files share with the rest.
 #pragma once
@@ -15,8 +15,8 @@ namespace fastalign {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The level in use: the best one that the processor has, or the one that FASTALIGN_ISA names.
-// Throws std::runtime_error when FASTALIGN_ISA names an unknown or an unavailable level.
+// The level in use: the best one that the processor supports, or the one that FASTALIGN_ISA names.
+// Throws std::runtime_error if FASTALIGN_ISA names an unknown or unavailable level.
 Isa active_isa();
 bool isa_available(Isa isa);
 const char* isa_name(Isa isa);

@@ -1,4 +1,4 @@
-// What stands between a decoder layer's matrix products: norm, gate and rotation, one pass each. Built once per level.
+// The work between a decoder layer's matrix products: norm, gate and rotation, one pass each. Built once per level.
 #include "layer.h"
 
 #include "simd.h"
@@ -7,7 +7,7 @@ namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kL = lanes<float>;
 
-// f(i, n) over [0, size) in vectors: n = kL, and once what is left.
+// f(i, n) over [0, size) in vectors of n = kL, and once for the remainder.
 template <typename F> static inline void in_vectors(int64_t size, F f) {
   int64_t i = 0;
   for (; i + kL <= size; i += kL) f(i, kL);
@@ -46,7 +46,7 @@ void rms_norm(float* y, float* rstd, const float* x, const float* weight, int64_
 
 void rms_norm_backward(float* dx, float* dweight, const float* dy, const float* x, const float* rstd,
                        const float* weight, int64_t rows, int64_t width, float offset, int threads) {
-  // Chunks by number and not by whichever thread comes: the same sums every time.
+  // Chunks are assigned by index, not to whichever thread is free, so that the sums are reproducible.
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int t = 0; t < threads; ++t) {
     float* share = dweight == nullptr ? nullptr : dweight + t * width;
@@ -75,7 +75,7 @@ static inline vec<float> sigmoid(vec<float> x) {
   return (x < 0 ? e : one) / (one + e);
 }
 
-constexpr int64_t kChunk = 4096;  // elements that a thread takes at a time
+constexpr int64_t kChunk = 4096;  // elements per thread at a time
 
 template <typename F> static inline void in_chunks(int64_t size, int threads, F f) {
 #pragma omp parallel for num_threads(threads) schedule(static)

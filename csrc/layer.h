@@ -1,4 +1,4 @@
-// What stands between a decoder layer's matrix products: norm, gate and rotation, one pass each. float32, contiguous.
+// The work between a decoder layer's matrix products: norm, gate and rotation, one pass each. float32, contiguous.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@ FASTALIGN_DECLARE(
   // y = (offset + weight) x rstd with rstd = 1 / sqrt(mean(x^2) + eps) of each row; x, y (rows, width), rstd (rows,).
   void rms_norm(float* y, float* rstd, const float* x, const float* weight, int64_t rows, int64_t width, float eps,
                 float offset, int threads);
-  // dx (rows, width), and unless it is null dweight (threads, width): each thread's share of the sum over rows.
+  // dx (rows, width), and dweight (threads, width) unless null: each thread's part of the sum over rows.
   void rms_norm_backward(float* dx, float* dweight, const float* dy, const float* x, const float* rstd,
                          const float* weight, int64_t rows, int64_t width, float offset, int threads);
 
   // out = silu(gate) up, n of each
   void silu_gate(float* out, const float* gate, const float* up, int64_t n, int threads);
-  // From dout: dgate, dup, and in dout's place out itself, which the product behind it needs again.
+  // From dout: dgate and dup. dout is overwritten with out, which the following product needs again.
   void silu_gate_backward(float* dgate, float* dup, float* dout, const float* gate, const float* up, int64_t n,
                           int threads);
 
-  // Rotates the halves of each head: out (tokens, heads, d) from x of that shape; cos and sin (tokens, d). Inverse:
-  // the transposed map, which is its backward pass.
+  // Rotates the halves of each head: out (tokens, heads, d) from x of the same shape; cos and sin (tokens, d). inverse:
+  // the transposed map, i.e. the backward pass.
   void rotate(float* out, const float* x, const float* cosine, const float* sine, int64_t tokens, int64_t heads,
               int64_t d, bool inverse, int threads);
 )

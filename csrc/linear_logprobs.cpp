@@ -63,7 +63,7 @@ static void backward(const HeadTile& tile, const C* logits, const C* bias, const
     for (int64_t r = slice * tile.rows / threads; r < (slice + 1) * tile.rows / threads; ++r) {
       C* row = static_cast<C*>(tile.data) + r * tile.cols;
       const C *from = logits != nullptr ? logits + r * tile.cols : row, *at = rows + r;
-      if (at[0] == 0 && at[stride] == 0) {  // whatever the logits are
+      if (at[0] == 0 && at[stride] == 0) {  // for any logits
         __builtin_memset(row, 0, size_t(tile.cols) * sizeof(C));
         continue;
       }

@@ -1,6 +1,6 @@
-// map_newton: projected Newton (Bertsekas 1982) with the quadratic model over the bounds solved exactly by an active set, and a
-// safeguarded line search. All palettes step together, so that a pass serves every one that is still at work. Built once
-// per level.
+// map_newton: projected Newton (Bertsekas 1982) with the quadratic model over the bounds solved exactly by an active
+// set, and a safeguarded line search. All palettes step together, so that a pass serves every one that is still at
+// work. Built once per level.
 #include "map_newton.h"
 
 #include "map_pass.h"
@@ -8,15 +8,17 @@
 namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int kMaxPasses = 200, kLineSearch = 40, kPolishSteps = 3;
-// Beyond this lambda (in standard deviations) a policy holds single samples; only the feasibility test can tell then.
+// Beyond this lambda (in standard deviations) a policy is down to single samples, and only the feasibility test can
+// decide.
 constexpr double kHuge = 1e12;
-// What rounding may take from a covariance, as a share of the second moment; of the mean, what a deviation must exceed to be
-// more than rounding; of a reward's variance, what counts as none.
+// Rounding error of a covariance relative to the second moment; the share of the mean that a deviation must exceed to
+// be more than rounding; the share of a reward's variance that counts as zero.
 constexpr double kRounding = 16 * 0x1p-52, kDoubtful = 1e-6, kFlat = 2e-13;
-// So many chunks are read for a start, where there are this many times as many; and to what residual.
+// How many chunks a first estimate reads, how many times as many there must be for it to pay, and its residual.
 constexpr int64_t kFewChunks = 64, kFewShare = 8;
 constexpr double kFewEnough = 1e-3;
-// Of so many palettes every fourth is solved before the rest, which begin beside it; so many are looked at for the nearest.
+// From this many palettes on, every fourth is solved first and the others start near it; how many neighbours are
+// searched.
 constexpr int64_t kManyPalettes = 8, kNearest = 1024;
 
 static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
@@ -29,8 +31,8 @@ static double dot(const double* a, const double* b, int64_t m) {
 }
 static double norm(const double* a, int64_t m) { return __builtin_sqrt(dot(a, a, m)); }
 
-// l <- the factors of A = L D L^T, D on the diagonal, for the rows and columns `free` of h, less ridge times the identity;
-// a pivot below rounding is raised to it. False where one was not positive.
+// l <- the factors of A = L D L^T, D on the diagonal, for the rows and columns `free` of h, minus ridge times the
+// identity; a pivot below rounding is raised to it. False if a pivot was not positive.
 static bool factorise(double* l, const double* h, const int64_t* free, int64_t count, int64_t m, double ridge) {
   bool positive = true;
   for (int64_t i = 0; i < count; ++i) {
@@ -49,13 +51,13 @@ static bool factorise(double* l, const double* h, const int64_t* free, int64_t c
   return positive;
 }
 
-// What all palettes share, in units of the rewards' standard deviations.
+// Data common to all palettes, in units of the rewards' standard deviations.
 struct Dual {
   MapProblem problem;
   int64_t m;
   const double *mean, *scale;        // at lambda = 0, from the center
   double *lower, *upper, *hessian;   // bounds on mu; the covariance at lambda = 0
-  double norm_of_weights;            // log sum w, of what passes read
+  double norm_of_weights;            // log sum w of the rows read
 
   double offset(int64_t k, int64_t j) const { return problem.rewards.center[j] - problem.palettes[k * m + j]; }
   bool constant(int64_t j) const { return problem.constant != nullptr && problem.constant[j]; }
@@ -63,7 +65,7 @@ struct Dual {
   void gradient(double* out, int64_t k, const double* mean_there) const {
     for (int64_t j = 0; j < m; ++j) out[j] = constant(j) ? 0.0 : (mean_there[j] + offset(k, j)) / scale[j];
   }
-  // What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
+  // Rounding may make a covariance negative; if the distribution is down to a few samples, that is all there is.
   void curvature(double* out, const double* moments) const {
     const double *mean_there = moments + 3, *cov = mean_there + m;
     for (int64_t i = 0; i < m; ++i) {
@@ -82,37 +84,38 @@ struct Dual {
   }
 };
 
-// What the active set works in.
+// Scratch memory of the active-set method.
 struct Scratch {
   double *factor, *solved, *slope;
   int64_t* free;
-  bool* held;
+  bool* at_bound;
   static int64_t size(int64_t m) { return m * m + 4 * m; }
   Scratch(double* at, int64_t m)
       : factor(at), solved(at + m * m), slope(solved + m), free(reinterpret_cast<int64_t*>(slope + m)),
-        held(reinterpret_cast<bool*>(free + m)) {}
+        at_bound(reinterpret_cast<bool*>(free + m)) {}
 };
 
-// z <- argmin within the bounds of 1/2 (z-x)' H (z-x) + gradient.(z-x) from x, by a primal active set; see _newton.py.
+// z <- argmin within the bounds of 1/2 (z-x)' H (z-x) + gradient.(z-x) from x, by a primal active-set method; see
+// fastalign/palette/newton.py.
 static void model_minimum(double* z, const Dual& dual, const double* x, const double* gradient, double* h, const Scratch& work) {
   const int64_t m = dual.m;
   const double *lower = dual.lower, *upper = dual.upper;
   double *g = work.slope, *l = work.factor, *step = work.solved, largest = 0;
   int64_t* free = work.free;
-  bool* held = work.held;
+  bool* at_bound = work.at_bound;
   for (int64_t j = 0; j < m; ++j) largest = h[j * m + j] > largest ? h[j * m + j] : largest;
-  // A constant reward, or a policy of a single sample, leaves nothing to divide by.
+  // For a constant reward, or a policy of a single sample, there is nothing to divide by.
   for (int64_t j = 0; j < m; ++j) {
     if (!(h[j * m + j] >= 1e-14 * largest + 1e-280)) h[j * m + j] = 1e-14 * largest + 1e-280;
   }
   for (int64_t j = 0; j < m; ++j) {
     z[j] = x[j], g[j] = gradient[j];
-    held[j] = !((x[j] > lower[j] || g[j] < 0) && (x[j] < upper[j] || g[j] > 0) && lower[j] < upper[j]);
+    at_bound[j] = !((x[j] > lower[j] || g[j] < 0) && (x[j] < upper[j] || g[j] > 0) && lower[j] < upper[j]);
   }
   for (int64_t round = 0; round < 10 * m + 20; ++round) {
     int64_t count = 0;
     for (int64_t j = 0; j < m; ++j) {
-      if (!held[j]) free[count++] = j;
+      if (!at_bound[j]) free[count++] = j;
     }
     if (count > 0) {
       factorise(l, h, free, count, m, 0);
@@ -134,8 +137,8 @@ static void model_minimum(double* z, const Dual& dual, const double* x, const do
       for (int64_t i = 0; i < count; ++i) {
         const int64_t j = free[i];
         const double goal = z[j] + step[i], end = end_of(j, goal);
-        held[j] = goal != end && (end - z[j]) / step[i] <= t;
-        z[j] = held[j] ? end : z[j] + (t < kInf ? t : 1.0) * step[i];
+        at_bound[j] = goal != end && (end - z[j]) / step[i] <= t;
+        z[j] = at_bound[j] ? end : z[j] + (t < kInf ? t : 1.0) * step[i];
       }
       for (int64_t j = 0; j < m; ++j) {
         g[j] = gradient[j];
@@ -146,12 +149,12 @@ static void model_minimum(double* z, const Dual& dual, const double* x, const do
     int64_t most = -1;
     double wrong = 0;
     for (int64_t j = 0; j < m; ++j) {
-      if (!held[j] || !(lower[j] < upper[j])) continue;
+      if (!at_bound[j] || !(lower[j] < upper[j])) continue;
       const double pull = z[j] <= lower[j] ? -g[j] : g[j];
       if (pull > wrong) wrong = pull, most = j;
     }
     if (most < 0 || wrong <= 1e-13 * (1 + __builtin_fabs(gradient[most]))) break;
-    held[most] = false;
+    at_bound[most] = false;
   }
 }
 
@@ -163,7 +166,7 @@ static double shorten(double f0, double d0, double f1, double d1) {
   return clip(whole > 0 ? 1 - (d1 + root - a) / whole : 0.5, 0.05, 0.8);
 }
 
-// One palette's iteration between the passes that it asks for: the best point so far, and the trial that is to be evaluated.
+// One palette's iteration between passes: the best point so far, and the trial point to evaluate next.
 struct Newton {
   struct Point {
     double *mu, *gradient, value, top, ess;
@@ -178,7 +181,7 @@ struct Newton {
 
   void begin(int64_t palette, double tolerance) { k = palette, tol = tolerance, iterations = tries = polished = 0; }
 
-  // trial <- what the pass found there
+  // trial <- the pass's result
   void see(const double* moments) {
     double shift = 0;
     for (int64_t j = 0; j < dual->m; ++j) shift += trial.mu[j] / dual->scale[j] * dual->offset(k, j);
@@ -207,20 +210,21 @@ struct Newton {
     slope = dot(point.gradient, step, dual->m);
   }
 
-  // The residual may be met while lambda is still off where the dual is flat: a few steps more, until lambda stands still.
+  // Where the dual is flat the residual may be small while lambda is still off: take a few more steps until lambda
+  // settles.
   bool check_convergence(double length, double size) {
     if (!(slope < 0)) return true;
     if (!(left <= tol)) return false;
     return length <= 10 * tol * size || polished++ == kPolishSteps;
   }
 
-  // Places the next trial; false where the iteration ends.
+  // Sets the next trial point; false if the iteration ends.
   bool next() {
     const int64_t m = dual->m;
     const double size = norm(point.mu, m);
     if (!certified && falls_short(point)) {
       certified = true;
-      bool bounded = true;  // then the minimum exists whatever the palette, and the search goes on
+      bool bounded = true;  // then the minimum exists for any palette, and the search continues
       for (int64_t j = 0; j < m; ++j) {
         certificate[j] = point.mu[j] / size;
         bounded = bounded && finite(dual->upper[j] - dual->lower[j]);
@@ -240,11 +244,11 @@ struct Newton {
     return true;
   }
 
-  // After the trial's pass: takes it, or shortens the step. False where the iteration ends.
+  // After the trial's pass: accepts it, or shortens the step. False if the iteration ends.
   bool line_search(const double* moments) {
     ++passes;
     see(moments);
-    // Near the minimum the dual stands still at its last bits; there the residual is what must fall.
+    // Near the minimum the dual no longer changes beyond its last bits; then the residual has to decrease.
     const bool better = trial.value <= point.value + 1e-4 * t * slope ||
                         (trial.value <= point.value + 1e-12 * (1 + __builtin_fabs(point.value)) &&
                          dual->residual(trial.mu, trial.gradient) < 0.5 * left);
@@ -262,8 +266,8 @@ struct Newton {
 
 class NewtonSolver {
  public:
-  NewtonSolver(const MapSolution& out, const MapProblem& problem, const Pass& pass, Crew& crew)
-      : out_(out), problem_(problem), pass_(pass), crew_(crew), m_(problem.rewards.m), count_(problem.count) {
+  NewtonSolver(const MapSolution& out, const MapProblem& problem, const Pass& pass, ThreadPool& pool)
+      : out_(out), problem_(problem), pass_(pass), pool_(pool), m_(problem.rewards.m), count_(problem.count) {
     const int64_t m = m_, each = m * m + 5 * m + Scratch::size(m), moments = pass.moments;
     memory_ = allocate_zeros<double>(2 * m + m * m + moments + count_ * (each + m + moments));
     newton_ = static_cast<Newton*>(std::calloc(size_t(count_), sizeof(Newton)));
@@ -286,7 +290,7 @@ class NewtonSolver {
     std::free(active_);
   }
 
-  // The units and every palette's point at 0; false where a unit is in doubt.
+  // Sets the units and every palette's point at 0; false if a unit is in doubt.
   bool measure() {
     const double* cov = dual_.mean + m_;
     bool measured = true;
@@ -323,7 +327,7 @@ class NewtonSolver {
   const MapSolution& out_;
   const MapProblem& problem_;
   const Pass& pass_;
-  Crew& crew_;
+  ThreadPool& pool_;
   const int64_t m_, count_;
   double *memory_, *few_, *lambda_, *found_;
   Newton* newton_;
@@ -347,7 +351,7 @@ class NewtonSolver {
     own.take(moments);
   }
 
-  // Whether no combination of the rewards that vary is constant.
+  // Whether no combination of the varying rewards is constant.
   bool is_steep() const {
     const Scratch work(newton_[0].scratch, m_);
     int64_t moving = 0;
@@ -357,7 +361,7 @@ class NewtonSolver {
     return factorise(work.factor, dual_.hessian, work.free, moving, m_, kFlat * double(moving));
   }
 
-  // Makes the palettes at multiples of the stride the active ones, but for those of the grid before; returns how many.
+  // Makes the palettes at multiples of the stride active, except those of the previous grid; returns how many.
   int64_t choose(int64_t stride, bool first) {
     int64_t here = 0;
     for (int64_t i = 0; i * stride < count_; ++i) {
@@ -367,7 +371,7 @@ class NewtonSolver {
   }
   bool skipped(int64_t k) const { return problem_.skip != nullptr && problem_.skip[k]; }
 
-  // Newton on the first `here` palettes of the active ones, from their points, over every stride-th chunk.
+  // Newton's method on the first `here` active palettes, from their points, over every stride-th chunk.
   void iterate(int64_t here, int64_t stride, double tol) {
     each(here, [&](Newton& own, int64_t) {
       own.begin(own.k, tol);
@@ -388,17 +392,17 @@ class NewtonSolver {
     return kept;
   }
   template <typename F> void each(int64_t here, const F& f) {
-    crew_.each(here, [&](int, int64_t i) { f(newton_[active_[i]], i); });
+    pool_.for_each(here, [&](int, int64_t i) { f(newton_[active_[i]], i); });
   }
   // found_ <- the moments at the trials of the first `here` active palettes
   void evaluate(int64_t here, int64_t stride) {
     for (int64_t i = 0; i < here; ++i) {
       for (int64_t j = 0; j < m_; ++j) lambda_[i * m_ + j] = newton_[active_[i]].trial.mu[j] / dual_.scale[j];
     }
-    pass_.run(found_, lambda_, here, stride, crew_);
+    pass_.run(found_, lambda_, here, stride, pool_);
   }
 
-  // Where the trials of the first `here` active palettes lie lower than their points they take their place.
+  // For the first `here` active palettes, a trial that is lower than the point replaces it.
   void start_at_trials(int64_t here) {
     evaluate(here, 1);
     each(here, [&](Newton& own, int64_t i) {
@@ -417,7 +421,8 @@ class NewtonSolver {
     start_at_trials(here);
   }
 
-  // Each begins where its minimum lies by the model of the nearest palette that is solved, of those at multiples of `known`.
+  // Each starts at the minimum predicted by the quadratic model of the nearest solved palette, among the multiples of
+  // `known`.
   void start_beside(int64_t here, int64_t known) {
     while (count_ / known > kNearest) known *= 4;
     each(here, [&](Newton& own, int64_t) {
@@ -449,11 +454,11 @@ class NewtonSolver {
     return best;
   }
 
-  // Each begins where it is solved on a few of the chunks.
+  // Each starts at its solution on a few of the chunks.
   void start_on_few(int64_t here, int64_t grid) {
     const int64_t stride = pass_.chunks / kFewChunks;
     std::memset(lambda_, 0, size_t(m_) * sizeof(double));
-    pass_.run(few_, lambda_, 1, stride, crew_);
+    pass_.run(few_, lambda_, 1, stride, pool_);
     dual_.norm_of_weights = few_[0];
     for (int64_t i = 0; i < here; ++i) put_at_zero(active_[i], few_, kFewEnough);
     iterate(here, stride, kFewEnough);
@@ -473,11 +478,11 @@ class NewtonSolver {
 MapVerdict map_newton(const MapSolution& out, const MapProblem& problem, int threads) {
   const Pass pass(problem.rewards, problem.count, threads);
   MapVerdict verdict = MapVerdict::unmeasured;
-  Crew::gather(pass.threads, [&](Crew& crew) {
+  ThreadPool::run(pass.threads, [&](ThreadPool& pool) {
     double* const zero = allocate_zeros<double>(problem.rewards.m);
-    pass.run(out.first, zero, 1, 1, crew);
+    pass.run(out.first, zero, 1, 1, pool);
     std::free(zero);
-    NewtonSolver solver(out, problem, pass, crew);
+    NewtonSolver solver(out, problem, pass, pool);
     if (solver.measure()) verdict = solver.solve();
   });
   return verdict;

@@ -1,5 +1,5 @@
-// The MAP dual minimised for K palettes, whole solves without Python between the passes: fastalign/palette/newton.py's
-// method, on the passes of map_pass.h.
+// Minimises the MAP dual for K palettes, without returning to Python between passes: the method of
+// fastalign/palette/newton.py on the passes of map_pass.h.
 #pragma once
 
 #include "map_statistics.h"
@@ -10,16 +10,16 @@ struct MapProblem {
   MapInput rewards;
   int64_t count;
   const double *palettes, *sign;  // (K, m); (m,) 1: at least, -1: at most, 0: exactly
-  const double* start;            // (K, m) lambda to begin at, or null
+  const double* start;            // (K, m) initial lambda, or null
   double tol, lam_max;            // bounds on the residual and on |lambda|
-  // Null: the rewards' standard deviations are taken for units and none is constant. Else given: constant (m,) rewards are
-  // left at lambda = 0, skip (K,) palettes alone.
+  // Null: the rewards' standard deviations are the units and no reward is constant. Otherwise: rewards marked in
+  // constant (m,) stay at lambda = 0, and palettes marked in skip (K,) are not solved.
   const bool *constant, *skip;
 };
 
-// What was found. first: the moments at lambda = 0, scale (m,) the rewards' units, given where constant is. The rest leads
-// with K; mu = lambda scale. residual: how far off the minimum; passes: how often all rows were read; certificate (K, m): where certified, a direction
-// mu / |mu| in which every law falls short of the palette.
+// first: the moments at lambda = 0. scale (m,): the rewards' units, an input if constant is given. All others have a
+// leading dimension K; mu = lambda scale. residual: the KKT residual. passes: how often all rows were read. certificate
+// (K, m): where certified is set, a direction mu / |mu| in which every distribution falls short of the palette.
 struct MapSolution {
   double *first, *scale, *mu, *value, *gradient, *ess, *residual, *certificate;
   bool* certified;
@@ -31,7 +31,8 @@ enum class MapVerdict { unmeasured, flat, steep };
 }  // namespace fastalign
 
 FASTALIGN_DECLARE(
-  // unmeasured: some reward is not finite, or varies by no more than rounding may have made: `first` and `scale` alone were
-  // written. flat: some combination of the rewards may be constant. The same bits at any number of threads.
+  // unmeasured: some reward is not finite, or its variation may be rounding error; only `first` and `scale` were
+  // written. flat: some combination of the rewards may be constant. The result does not depend on the number of
+  // threads.
   MapVerdict map_newton(const MapSolution& out, const MapProblem& problem, int threads);
 )

@@ -1,17 +1,18 @@
-// The one pass over the rewards: chunk by chunk, each chunk read once for all lambdas and by one thread, into the moments
+// The pass over the rewards: chunk by chunk, each chunk read once by one thread for all lambdas, giving the moments
 // that map_statistics.h describes. Included by the per-level files alone (see isa.h).
 //
-// A group that fits in a tile is summed there about its own maximum, beside its neighbours. A larger one, as all rows are in
-// the joint form, is cut into pieces whose sums are merged. Within a group rewards may differ by far less than between
-// groups, and would lose those digits about a center that is common to all: each is summed about its own first row.
+// A group that fits in a tile is summed there relative to its own maximum, next to its neighbours. A larger group (such
+// as all rows in the joint form) is cut into pieces whose sums are merged. Rewards may differ far less within a group
+// than between groups and would lose digits relative to a common center, so each group is summed relative to its first
+// row.
 #pragma once
 
-#include "crew.h"
+#include "thread_pool.h"
 #include "map_tile.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
 
-// Rows of a chunk, unless a group ends later; it fixes the rounding, so it depends on nothing.
+// Rows of a chunk, unless a group ends later. It determines the rounding, so it is a constant.
 constexpr int64_t kChunkRows = 1024;
 
 // Groups [group, group + groups), each of which fits in a tile; or, with none, the rows [begin, end) of a larger one.
@@ -25,15 +26,15 @@ class Pass {
   const int64_t m, moments;
   int64_t chunks = 0;
 
-  // For up to `count` lambdas by up to `threads` threads; the least that pays of both is taken.
+  // For up to `count` lambdas and up to `threads` threads; it uses as few of each as pays.
   Pass(const MapInput& input, int64_t count, int threads_given)
       : in(input), m(in.m), moments(3 + m + m * m), groups_(in.offsets != nullptr ? in.groups : 1),
         size_(Total::size(m) > moments ? Total::size(m) : moments) {
     chunk_ = static_cast<Chunk*>(std::malloc(size_t(groups_ + in.n / kChunkRows + 1) * sizeof(Chunk)));
     cut_up();
-    // So many lambdas a read that what they sum up fits in a few caches, whatever K is.
+    // As many lambdas per read as have their sums fit in the caches, for any K.
     most_ = at_most(count, (int64_t(1) << 22) / ((chunks + kLanes) * size_) + 1);
-    // A thread is woken only for a tenth of a millisecond's work or more.
+    // A thread is woken only for at least a tenth of a millisecond of work.
     threads = int(at_most(at_most(threads_given, chunks), 1 + ((in.n * (m + 4) * (m + 4) * count) >> 21)));
     room_ = Tile::size(m) + Partial::size(m) + Tile::width_for(m) / kLanes * m + m + most_ * Partial::size(m);
     room_ = (room_ + 7) / 8 * 8;
@@ -49,12 +50,12 @@ class Pass {
   int threads;
 
   // out (count, moments) at lambda (count, m), from every stride-th chunk.
-  void run(double* out, const double* lambda, int64_t count, int64_t stride, Crew& crew) const {
+  void run(double* out, const double* lambda, int64_t count, int64_t stride, ThreadPool& pool) const {
     const int64_t here = (chunks + stride - 1) / stride;
     for (int64_t k = 0; k < count; k += most_) {
       const double* at = lambda + k * m;
       const int64_t some = at_most(most_, count - k);
-      crew.each(here, [&](int thread, int64_t i) {
+      pool.for_each(here, [&](int thread, int64_t i) {
         if (in.dtype == DType::float64) sum_chunk<double>(i * stride, at, some, thread);
         else sum_chunk<float>(i * stride, at, some, thread);
       });
@@ -85,7 +86,7 @@ class Pass {
     }
   }
 
-  // center <- what group g is summed about, moved <- by how much that is more than in.center
+  // center <- the point relative to which group g is summed, moved <- its difference from in.center
   template <typename S> void center_of(double* center, double* moved, int64_t g) const {
     const S* row = row_of<S>(in, begin_of(g));
     for (int64_t j = 0; j < m; ++j) {
@@ -138,7 +139,7 @@ class Pass {
     }
   }
 
-  // Adds a tile of one group; leaves its e in the scores.
+  // Adds a tile of one group; its e remain in the scores.
   template <int M> void add_piece(const Partial& sums, const Tile& tile, const double* lambda) const {
     double best, top;
     score_rows<M>(best, top, tile, 0, tile.padded, lambda, m, in.log_weights != nullptr);
@@ -150,8 +151,8 @@ class Pass {
     exp_rows<M>(sums, tile, 0, tile.padded, *sums.shift == -kInf ? 0.0 : *sums.shift, m);
   }
 
-  // out += the moments of the groups [first, end) in the tile, of the covariance only what their means are to it; leaves
-  // their laws in the scores.
+  // out += the moments of the groups [first, end) in the tile (of the covariance, only the part due to their means);
+  // their distributions remain in the scores.
   template <int M>
   void add_groups(double* out, const Partial& own, const Tile& tile, const double* lambda, const double* moved, int64_t first,
                   int64_t end) const {

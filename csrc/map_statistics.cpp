@@ -5,7 +5,7 @@ namespace fastalign::FASTALIGN_LEVEL {
 
 void map_statistics(double* out, const MapInput& in, const double* lambda, int64_t count, int threads) {
   const Pass pass(in, count, threads);
-  Crew::gather(pass.threads, [&](Crew& crew) { pass.run(out, lambda, count, 1, crew); });
+  ThreadPool::run(pass.threads, [&](ThreadPool& pool) { pass.run(out, lambda, count, 1, pool); });
 }
 
 }  // namespace fastalign::FASTALIGN_LEVEL

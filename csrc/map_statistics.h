@@ -1,4 +1,4 @@
-// Moments of the rewards under the tilted law p ∝ w exp(lambda . (r - center)), for K lambdas, in one read.
+// Moments of the rewards under the tilted distribution p ∝ w exp(lambda . (r - center)), for K lambdas, in one read.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,6 @@ struct MapInput {
 FASTALIGN_DECLARE(
   // out (K, 3 + m + m * m): log sum w e^s, (sum w e^s)^2 / sum (w e^s)^2, the largest s of a row with w > 0, the mean
   // of r - center (m), its covariance (m, m); with groups the mean of each over the groups. lambda (K, m).
-  // The same bits at any number of threads.
+  // The result does not depend on the number of threads.
   void map_statistics(double* out, const MapInput& in, const double* lambda, int64_t count, int threads);
 )

@@ -1,5 +1,6 @@
-// A tile of rewards turned into columns, and the sums of a tilted law over it: scores, their exp about a maximum, and the
-// Gram matrix of (1, x_1 .. x_m) under those weights. Included by the per-level files alone (see isa.h).
+// A tile of rewards transposed into columns, and the sums of a tilted distribution over it: scores, their exp relative
+// to a maximum, and the Gram matrix of (1, x_1 .. x_m) under those weights. Included by the per-level files alone (see
+// isa.h).
 #pragma once
 
 #include <cstdlib>
@@ -12,7 +13,7 @@ namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr double kInf = __builtin_inf();
 constexpr int64_t kLanes = lanes<double>;
-// So many values have a Gram matrix that stays in registers while a tile is read once.
+// Up to this many values, the Gram matrix stays in registers while a tile is read once.
 #if defined(__AVX512F__)
 constexpr int kInRegisters = 6;
 #else
@@ -23,7 +24,7 @@ inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 inline int64_t triangle(int64_t m) { return m * (m + 1) / 2; }
 
-// Zeroed, on a cache line's boundary: a vector that crosses one costs two reads.
+// Zeroed and aligned to a cache line: a vector that crosses a line costs two reads.
 template <typename T> T* allocate_zeros(int64_t count) {
   const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
   void* memory = std::aligned_alloc(64, bytes);
@@ -109,7 +110,7 @@ template <typename S> inline const S* row_of(const MapInput& in, int64_t i) {
   return static_cast<const S*>(in.rewards) + (in.order != nullptr ? in.order[i] : i) * in.row_stride;
 }
 
-// ---- four rows and four columns at a time: a strided store for every element would cost more than all the arithmetic ----
+// ---- four rows and four columns at a time: one strided store per element would cost more than the arithmetic ----
 
 typedef double quad __attribute__((vector_size(32)));
 typedef double unaligned_quad __attribute__((vector_size(32), aligned(8), may_alias));
@@ -148,7 +149,7 @@ inline void transpose_4x4(double* columns, int64_t width, const S* const rows[4]
   put(3, shuffle4<2, 3, 6, 7>(odd01, odd23));
 }
 
-// f(std::integral_constant<int, m>()) where m is so small that the compiler may know it, else of 0
+// f(std::integral_constant<int, m>()) for small m, so that it is a compile-time constant; otherwise f of 0
 template <int Most = 8, typename F> inline void with_values(int64_t m, const F& f) {
   if constexpr (Most > 0) {
     if (m != Most) return with_values<Most - 1>(m, f);
@@ -189,7 +190,7 @@ static int64_t transpose_packed(double* columns, int64_t width, const float* pac
     __m512 in[kIn];
 #pragma GCC unroll 4
     for (int v = 0; v < kIn; ++v) {
-      // Far enough ahead for memory; past the end it does no harm.
+      // Far enough ahead to hide memory latency; harmless past the end.
       __builtin_prefetch(from + 16 * v + 256 * M);
       in[v] = 2 * v + 1 < M ? _mm512_loadu_ps(from + 16 * v) : _mm512_maskz_loadu_ps(0xff, from + 16 * v);
     }
@@ -215,7 +216,7 @@ static int64_t transpose_packed(double* columns, int64_t width, const float* pac
 }
 #endif
 
-// Appends the rows [begin, end) less the center.
+// Appends the rows [begin, end) minus the center.
 template <typename S>
 static void load_rows(Tile& tile, const MapInput& in, int64_t begin, int64_t end, const double* center) {
   const int64_t m = in.m, width = tile.width, rows = end - begin, filled = whole_vectors(rows);
@@ -231,14 +232,14 @@ static void load_rows(Tile& tile, const MapInput& in, int64_t begin, int64_t end
     }
   }
 #endif
-  // Of fewer than four columns, what is read beyond a row lies in the rows after it: not so for the last ones.
+  // With fewer than four columns, a read past a row reaches into the rows after it; the last rows have none.
   const bool narrow = m < 4;
   quad narrow_center = {};
   for (int64_t j = 0; narrow && j < m; ++j) narrow_center[j] = center[j];
   for (; i + 4 <= rows; i += 4) {
     const S* from[4];
     for (int k = 0; k < 4; ++k) from[k] = row_of<S>(in, begin + i + k);
-    // Far enough ahead for memory; past the end, or with an order, a prefetch does no harm.
+    // Far enough ahead to hide memory latency; harmless past the end, or with an order.
     __builtin_prefetch(from[0] + 256 * in.row_stride);
     __builtin_prefetch(from[2] + 256 * in.row_stride);
     if (narrow) {
@@ -266,7 +267,7 @@ static void load_rows(Tile& tile, const MapInput& in, int64_t begin, int64_t end
   for (; i < filled; ++i) log_weights[i] = -kInf;
 }
 
-// ---- sums; M = m where the compiler knows it, so that lambda stays in registers, else 0 ----
+// ---- sums; M = m if it is a compile-time constant, so that lambda stays in registers, else 0 ----
 
 // scores [begin, end) <- lambda . x + log w; `best` <- the largest of them, `top` <- the largest lambda . x with w > 0.
 template <int M>
@@ -371,7 +372,7 @@ template <int M> static void add_gram(double* gram, const Tile& tile, int64_t m)
     return;
   }
   for (int64_t a = 0; a < m;) {
-    const int64_t left = m - a, rows = left == 4 ? 2 : at_most(left, 3);  // 2 + 2: one alone waits for each of its additions
+    const int64_t left = m - a, rows = left == 4 ? 2 : at_most(left, 3);  // 2 + 2: a single row would wait for each of its additions
     with_values<3>(rows, [&](auto A) {
       for (int64_t b = a; b < m; b += 4) {
         with_values<4>(at_most(m - b, 4), [&](auto B) {

@@ -1,5 +1,5 @@
-// A decoding step's attention beside its two large products: softmax over the shared prompt, and the own tokens' part.
-// Built once per level.
+// The part of a decoding step's attention outside its two large products: softmax over the shared prompt, and attention
+// over the candidate's own tokens. Built once per level.
 #include "own_attention.h"
 
 #include "simd.h"
@@ -7,7 +7,7 @@
 namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kL = lanes<float>;
-constexpr int64_t kBlock = 256;  // own keys whose scores are held at once
+constexpr int64_t kBlock = 256;  // own keys whose scores are in memory at once
 constexpr float kNegInf = -__builtin_inff();
 
 // The first n < kL floats, and `rest` in the other lanes.
@@ -64,7 +64,7 @@ static inline void scale(float* x, float by, int64_t d) {
   for (; j < d; ++j) x[j] *= by;
 }
 
-// One query: goes on from the prompt's part (its sum stands in `out`) over the candidate's own keys, block by block.
+// One query: continues from the prompt's part (its sum is in `out`) over the candidate's own keys, block by block.
 static void attend(float* out, float top, float mass, const float* query, const float* keys, const float* values,
                    int64_t length, float scaling, int64_t d, int64_t dv) {
   float scores[kBlock];

@@ -1,4 +1,4 @@
-// One new token's attention over what a shared prompt gave and over the candidate's own tokens.
+// Attention of one new token over the shared prompt and over the candidate's own tokens.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastalign {
 
-// All float32 and contiguous. `rows` names the places in the cache of the n rows of one prompt.
+// All float32 and contiguous. `rows` are the cache slots of the n rows of one prompt.
 struct OwnAttention {
   float *keys, *values;         // (places, kv, room, d) and dv: the candidates' own; the new token comes at lengths[place]
   const float *query;           // (places, kv * group, d)
@@ -15,7 +15,7 @@ struct OwnAttention {
   const float *prompt_sum;      // (kv, n * group, dv): sum over the prompt of exp(score - max) value
   const float *prompt_max, *prompt_mass;  // (kv, n * group)
   const int64_t *rows, *lengths;          // (n,), (places,)
-  int64_t n, kv, group, room, d, dv;  // values may be of another width than keys
+  int64_t n, kv, group, room, d, dv;  // the width of values may differ from that of keys
   float scaling;
 };
 

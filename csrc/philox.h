@@ -8,7 +8,7 @@
 
 namespace fastalign::FASTALIGN_LEVEL {
 
-// Lanes of 64 bits, whose low halves are the numbers: what stands above them is never looked at.
+// 64-bit lanes whose low halves are the numbers; the high halves are ignored.
 typedef uint64_t wide_words __attribute__((vector_size(kVectorBytes)));
 
 inline uint64_t product(uint64_t a, uint64_t b) { return (a & 0xffffffff) * (b & 0xffffffff); }
@@ -24,7 +24,7 @@ inline wide_words product(wide_words a, wide_words b) {  // of the low halves
 #endif
 }
 
-// c <- what the key makes of the counters c, the four words of each in c[.][v]; Word: uint64_t or lanes of them.
+// c <- the output for the counters c under the key, the four words of each in c[.][v]; Word: uint64_t or lanes of them.
 template <typename Word, int V> inline void philox(Word (&c)[4][V], uint64_t key) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   const Word none = {}, m0 = none + 0xD2511F53u, m1 = none + 0xCD9E8D57u;

@@ -12,9 +12,9 @@ namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kSumBlock = 64;  // weights under one cumulative sum
 constexpr double kMinusInfinity = -__builtin_inf();
-// Sets these draws apart from those of sample_tokens, whose offsets are below 2^63: one seed serves both.
+// Separates these draws from those of sample_tokens, whose offsets are below 2^63, so that both can share a seed.
 constexpr uint64_t kDomain = uint64_t(1) << 63;
-// A share that is whole but for rounding is whole; the same number as in the reference.
+// A share this close to an integer counts as one; the same constant as in the reference.
 constexpr double kShareSlack = 1 + 1e-12;
 
 struct Candidate {
@@ -96,7 +96,7 @@ struct Mass {
       else low = middle + 1;
     }
     double before = low > 0 ? cumulative[low - 1] : 0;
-    int64_t last = low * kSumBlock;  // with any weight, should rounding let none exceed the target
+    int64_t last = low * kSumBlock;  // with any weight, in case rounding lets none exceed the target
     for (int64_t i = low * kSumBlock; i < (low + 1) * kSumBlock; ++i) {
       before += weights[i];
       if (weights[i] > 0) {
@@ -108,7 +108,7 @@ struct Mass {
   }
 };
 
-// The weights exp(values - top) of values[0:n], in their place.
+// Replaces values[0:n] with the weights exp(values - top).
 static Mass weigh(int64_t n, double top, const Scratch& work) {
   constexpr int64_t L = lanes<double>;
   Mass mass = {work.values, work.sums, (n + kSumBlock - 1) / kSumBlock};
@@ -180,12 +180,12 @@ static void draw_largest(int64_t* ids, const ResampleOptions& o, int64_t n, doub
       if (key > least) take(i + lane, key);
     }
   }
-  const int64_t found = count < o.k ? count : o.k;
-  if (found < count) {
-    std::nth_element(work.candidates, work.candidates + found - 1, work.candidates + count, LargestFirst());
+  const int64_t drawn = count < o.k ? count : o.k;
+  if (drawn < count) {
+    std::nth_element(work.candidates, work.candidates + drawn - 1, work.candidates + count, LargestFirst());
   }
-  std::sort(work.candidates, work.candidates + found, LargestFirst());
-  for (int64_t j = 0; j < o.k; ++j) ids[j] = j < found ? work.candidates[j].index : -1;
+  std::sort(work.candidates, work.candidates + drawn, LargestFirst());
+  for (int64_t j = 0; j < o.k; ++j) ids[j] = j < drawn ? work.candidates[j].index : -1;
 }
 
 template <typename S>

@@ -19,6 +19,6 @@ struct ResampleOptions {
 }  // namespace fastalign
 
 FASTALIGN_DECLARE(
-  // ids (rows, k). log_weights float32 or float64. False where memory ran out.
+  // ids (rows, k). log_weights float32 or float64. False if memory ran out.
   bool resample(int64_t* ids, const Rows& log_weights, const ResampleOptions& options, int threads);
 )

@@ -8,7 +8,7 @@
 namespace fastalign {
 
 // Row r = o * inner + i starts at data + o * outer_stride + i * inner_stride (in elements); a row is contiguous.
-// Two strides, because logits[:, :-1] of a (batch, time, vocab) tensor has no single one.
+// Two strides, because logits[:, :-1] of a (batch, time, vocab) tensor cannot be walked with one.
 struct Rows {
   const void* data;
   DType dtype;

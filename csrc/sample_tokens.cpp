@@ -1,6 +1,6 @@
-// sample_tokens: the inverse of the cumulative sum in index order. Without filters one read of the row, block by block,
-// then one block again. With filters the row, or what top_k leaves of it, goes into a buffer that stays in cache, and
-// top_p finds its border there by a histogram. Built once per level.
+// sample_tokens: inverts the cumulative sum in index order. Without filters it reads the row once, block by block, and
+// then one block again. With filters the row, or what top_k keeps of it, is copied into a buffer that stays in cache,
+// where top_p finds its cut-off with a histogram. Built once per level.
 #include "sample_tokens.h"
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 namespace fastalign::FASTALIGN_LEVEL {
 
 constexpr int64_t kBins = 2048;
-// What is within the logits' own rounding of top_p and min_p has reached them; the same numbers as in the reference.
+// A value within the logits' own rounding of top_p or min_p counts as reaching it; the same constants as in the
+// reference.
 template <typename S> constexpr double kSlack = 0x1p-23;
 template <> constexpr double kSlack<double> = 1e-12;
 template <> constexpr double kSlack<bfloat16> = 0x1p-7;
@@ -35,12 +36,12 @@ template <typename C> struct Member {
   int32_t position;
 };
 
-// Memory of one thread, for rows of `vocab`. Pages that are not touched cost nothing.
+// One thread's memory for rows of `vocab`. Untouched pages cost nothing.
 template <typename C> struct Scratch {
   typedef typename Vec<C>::bits bits;
   int64_t room;
   void* memory;
-  C *x, *e;               // the tokens in question, in index order, and their exp
+  C *x, *e;               // the remaining tokens, in index order, and their exp
   decltype(bits{}[0] + 0)* bin;
   int32_t* index;         // their indices, where not 0, 1, 2, ..
   Member<C>* members;
@@ -70,7 +71,7 @@ template <typename C> struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-// The first position whose cumulative sum exceeds target. Should rounding leave none, the last with any mass.
+// The first position whose cumulative sum exceeds target. If rounding leaves none, the last with any mass.
 template <typename C> static int64_t pick(const C* e, int64_t n, double target) {
   constexpr int64_t L = lanes<C>;
   double before = 0;
@@ -105,8 +106,8 @@ static int64_t pick_block(const double* mass, int64_t blocks, double& target) {
   return last;
 }
 
-// Asks for the part of a row that four vectors will come from a block later, so that memory is read while they compute;
-// a prefetch of an address that is not there is no fault.
+// Prefetches the part of a row that four vectors will need one block later, so that memory is read during the
+// computation; prefetching an invalid address is not a fault.
 template <typename C, typename S> inline void prefetch_next_block(const S* row) {
   const char* ahead = reinterpret_cast<const char*>(row + kBlock);
   for (int64_t byte = 0; byte < int64_t(4 * lanes<C> * sizeof(S)); byte += 64) __builtin_prefetch(ahead + byte);
@@ -157,7 +158,7 @@ static Draw<C> draw_from_all(const S* row, int64_t vocab, C scale, double u, con
   double target = u * total;
   const int64_t chosen = pick_block(work.mass, blocks, target);
   const C* z = block(chosen, &full);
-  // exp about the same shift as when it was summed, so that what had mass has it again.
+  // exp with the same shift as in the sum, so that the same tokens have mass.
   target /= work.shift[chosen] == top ? 1.0 : double(exp((work.shift[chosen] - top) * scale));
   for (int64_t i = 0; i < full; i += L) {
     store<C>(work.e + i, exp_nonpositive((load<C>(z + i) - work.shift[chosen]) * scale));
@@ -192,7 +193,7 @@ template <typename S, typename C> static Draw<C> largest(const S* row, int64_t v
   return id < 0 || !(top <= kLargest<C>) ? kNothing<C> : Draw<C>{id, C(0)};
 }
 
-// ---- filters: first the tokens in question, into work.x ----
+// ---- filters: first collect the remaining tokens in work.x ----
 
 // The whole row. False on NaN.
 template <typename S, typename C> static bool load_all(const S* row, int64_t vocab, const Scratch<C>& work) {
@@ -288,7 +289,7 @@ static int64_t load_top_k(const S* row, int64_t vocab, int64_t k, const Scratch<
   };
   for (; i + 4 * L <= vocab; i += 4 * L) {
     prefetch_next_block<C>(row + i);
-    // Not below, rather than above: so NaN is caught too.
+    // "Not below" rather than "above", to catch NaN too.
     typename Vec<C>::bits hit[4];
     for (int j = 0; j < 4; ++j) hit[j] = ~(Storage<S>::load_wide(row + i + j * L) < least);
     if (lane_mask((hit[0] | hit[1]) | (hit[2] | hit[3])) == 0) continue;
@@ -306,10 +307,10 @@ static int64_t load_top_k(const S* row, int64_t vocab, int64_t k, const Scratch<
   return n > k ? shrink<C>(n, k, work, &least) : n;
 }
 
-// ---- then what is left of them ----
+// ---- then filter them further ----
 
-// Finds the border of the most likely tokens whose mass reaches top_p: all above the returned logit stay, and those that
-// equal it unless their exp in work.e was set to 0 here. work.e holds exp((x - top) * scale) for work.x[0:n].
+// Finds the cut-off of the most likely tokens whose mass reaches top_p: all above the returned logit stay, and so do
+// those equal to it unless their exp in work.e was set to 0 here. work.e holds exp((x - top) * scale) for work.x[0:n].
 template <typename C>
 static C nucleus_border(int64_t n, C top, C bottom, C scale, double top_p, double slack, const Scratch<C>& work) {
   constexpr int64_t L = lanes<C>;

@@ -1,4 +1,4 @@
-// One token drawn from each row of logits, and its log-probability under the law it was drawn from.
+// One token drawn from each row of logits, and its log-probability under the distribution it was drawn from.
 #pragma once
 
 #include "isa.h"
@@ -19,6 +19,6 @@ struct SampleOptions {
 }  // namespace fastalign
 
 FASTALIGN_DECLARE(
-  // ids (rows,), log_probs (rows,) in the compute type. False where memory ran out.
+  // ids (rows,), log_probs (rows,) in the compute type. False if memory ran out.
   bool sample_tokens(int64_t* ids, void* log_probs, const Rows& logits, const SampleOptions& options, int threads);
 )

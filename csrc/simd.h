@@ -1,8 +1,8 @@
 // Vectors of the level that is being compiled: float and double lanes, loads and stores of every storage type,
 // exp. Only GCC's vector extensions, so that one body serves SSE2, AVX2, AVX-512 and NEON.
 //
-// Included only by the per-level files (see isa.h). Those use no STL function or container that the linker
-// could share with code for an older processor: algorithms from <algorithm> only with a comparator type of ours.
+// Included only by the per-level files (see isa.h). They use no STL function or container that the linker could
+// share with code for an older processor; algorithms from <algorithm> only with our own comparator type.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ template <typename C> inline vec<C> splat(C x) { return x - vec<C>{}; }
 template <typename C> inline vec<C> load(const C* p) { return *reinterpret_cast<const typename Vec<C>::unaligned*>(p); }
 template <typename C> inline void store(C* p, vec<C> x) { *reinterpret_cast<typename Vec<C>::unaligned*>(p) = x; }
 
-// a > b ? a : b in each lane, which is b where either is NaN: one instruction that GCC does not find by itself.
+// a > b ? a : b in each lane, b if either is NaN: one instruction that GCC does not generate by itself.
 template <typename C> inline vec<C> greater(vec<C> a, vec<C> b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(C) == 4) return (vec<C>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -63,7 +63,7 @@ template <typename C> inline vec<C> greater(vec<C> a, vec<C> b) {
   return a > b ? a : b;
 #endif
 }
-// A NaN in x never becomes the maximum; it is carried by the sums instead.
+// A NaN in x never becomes the maximum; the sums propagate it instead.
 template <typename C> inline vec<C> max(vec<C> m, vec<C> x) { return greater<C>(x, m); }
 // x, but no less than low; a NaN stays.
 template <typename C> inline vec<C> at_least(C low, vec<C> x) { return greater<C>(splat<C>(low), x); }
@@ -91,7 +91,7 @@ inline uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); ret
 
 template <typename S> struct Storage;  // S -> compute type C
 
-// Two neighbouring vectors in whatever order is cheap, the same for both: Storage<bfloat16> has its own.
+// Two neighbouring vectors in whatever order is cheap, the same for loads and stores; Storage<bfloat16> has its own.
 template <typename S, typename C> struct InOrder {
   static void load_pair(const S* p, vec<C>& a, vec<C>& b) {
     a = Storage<S>::load_wide(p);
@@ -156,7 +156,7 @@ template <> struct Storage<float16> : InOrder<float16, float> {
   static float widen(float16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
-    // Shifting moves the exponent's bias from 15 to 127 - 112; the product puts it right, subnormals too.
+    // Shifting changes the exponent's bias from 15 to 127 - 112; the product corrects it, also for subnormals.
     return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
   }
   static float16 narrow(float x) {

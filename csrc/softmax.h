@@ -1,4 +1,4 @@
-// One pass over a row of logits: its maximum, the sum of exponentials and, if asked for, the other statistics.
+// One pass over a row of logits: its maximum, the sum of exponentials and, on request, the other statistics.
 // Included only by the per-level files.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace fastalign::FASTALIGN_LEVEL {
 
-constexpr int64_t kBlock = 1024;  // of the compute type: a block stays in the first-level cache between its two readings
+constexpr int64_t kBlock = 1024;  // of the compute type: a block stays in the L1 cache between its two reads
 
 // The transform with its constants in the compute type.
 template <typename C> struct RowTransform {
@@ -27,9 +27,9 @@ template <typename C> struct RowTransform {
   }
 };
 
-// The transformed logits of row[0:n], n <= kBlock, padded to whole groups of four vectors with -inf.
-// Returns where they are: in `buffer`, or the row itself where nothing is to be done to it. Unless kOrdered, pairs of
-// vectors may have their elements mixed.
+// The transformed logits of row[0:n], n <= kBlock, padded to whole groups of four vectors with -inf. Returns their
+// address: `buffer`, or the row itself if the transform is the identity. Unless kOrdered, the elements of a pair of
+// vectors may be interleaved.
 template <bool kOrdered = true, typename S, typename C>
 inline const C* transformed_block(const S* row, int64_t n, const RowTransform<C>& transform, C* buffer) {
   constexpr int64_t L = lanes<C>;
@@ -70,8 +70,8 @@ template <typename C> inline C block_max(const C* z, int64_t n) {
   return reduce_max<C>(max<C>(max<C>(m0, m1), max<C>(m2, m3)));
 }
 
-// Sum of exp(z - shift). Asks meanwhile for `next`, the row's coming block, so that memory is read while exp is
-// computed (a third off the pass over rows that lie in memory); a prefetch of an address that is not there is no fault.
+// Sum of exp(z - shift). Meanwhile prefetches `next`, the row's next block, so that memory is read while exp is
+// computed (the pass over rows in memory takes a third less time); prefetching an invalid address is not a fault.
 template <typename C, typename S = C>
 inline C block_sum_exp(const C* z, int64_t n, C shift, const S* next = nullptr) {
   constexpr int64_t L = lanes<C>, kLine = 64;
@@ -101,7 +101,7 @@ template <typename C> struct SoftmaxStats {
   C max_before_label = C(-__builtin_inf());
 };
 
-// Adds row[0:vocab], which follows what `stats` has seen. label: where in it the label lies; outside, it is not here.
+// Adds row[0:vocab], which follows the part already in `stats`. label: its index in this part, or outside it.
 template <bool kAll, typename S, typename C = typename Storage<S>::C>
 void softmax_add(SoftmaxStats<C>& stats, const S* row, int64_t vocab, int64_t label, const RowTransform<C>& transform) {
   constexpr int64_t L = lanes<C>;
@@ -161,14 +161,14 @@ SoftmaxStats<C> softmax_stats(const S* row, int64_t vocab, int64_t label, const 
   return stats;
 }
 
-// What the gradient of one row is made of: the incoming gradients, and what the forward pass found.
+// Inputs of one row's gradient: the incoming gradients, and the forward pass's results.
 template <typename C> struct SoftmaxGradient {
   C g, g_entropy, max, sum, entropy;
-  C filter = 0;  // entries with p below it count as 0, the label's excepted
+  C filter = 0;  // entries with p below it count as 0, except the label's
 };
 
 // d log p_l / dz = 1[l] - p;  d H / dz = -p (log p + H);  times dz/dx = (1 - tanh^2(s x / softcap)) s / temperature.
-// grad may be row itself. A label outside [0, vocab) is not in this part of the row.
+// grad may be row itself. A label outside [0, vocab) is in another part of the row.
 template <bool kEntropy, bool kSoftcap, bool kFilter, typename S, typename C>
 void gradient_row(S* grad, const S* row, int64_t vocab, int64_t label, const SoftmaxGradient<C>& in,
                   const RowTransform<C>& transform) {

@@ -1,12 +1,12 @@
-// soup_span: blocks of every input widened into the cache, summed in registers, narrowed once; or, for few outputs of
-// inputs' own type, straight from their bytes. Built once per level.
+// soup_span: blocks of every input are widened into the cache, summed in registers, and narrowed once; or, for a few
+// outputs of the inputs' own type, read directly. Built once per level.
 #include "soup.h"
 
 #include "soup_wide.h"
 
 namespace fastalign::FASTALIGN_LEVEL {
 
-constexpr int kDirect = 2;  // more outputs than these, and widening the inputs once is worth a buffer
+constexpr int kDirect = 2;  // with more outputs, widening the inputs once is worth a buffer
 
 // The sum of one step's elements of one output, left in `sums`.
 template <typename C> static inline void sum_step(C* sums, const C* const* wide, int inputs, const C* weights, int64_t j) {
@@ -29,8 +29,8 @@ template <> struct TypeOf<float16> { static constexpr SoupType type = SoupType::
 template <> struct TypeOf<float8_e4m3fn> { static constexpr SoupType type = SoupType::float8_e4m3fn; };
 template <> struct TypeOf<float8_e5m2> { static constexpr SoupType type = SoupType::float8_e5m2; };
 
-// One output of inputs of its own type, whole steps of them, without the buffer: the same sums in the same order.
-// Pairs of vectors may do here: a NaN that comes of bfloat16 numbers and finite weights has its low bits clear.
+// One output, inputs of the same type, whole steps, without the buffer: the same sums in the same order. Interleaved
+// pairs are safe here: a NaN that comes from bfloat16 numbers and finite weights has clear low bits.
 template <typename S>
 static void direct(S* out, const S* const* ins, int inputs, const typename Storage<S>::C* weights, int64_t n) {
   typedef typename Storage<S>::C C;

@@ -19,9 +19,9 @@ static uint64_t odd(uint64_t x) {  // splitmix64
 }
 
 static const std::array<uint64_t, kWords> kFactors = [] {
-  std::array<uint64_t, kWords> found;
-  for (int64_t i = 0; i < kWords; ++i) found[size_t(i)] = odd(uint64_t(i));
-  return found;
+  std::array<uint64_t, kWords> factors;
+  for (int64_t i = 0; i < kWords; ++i) factors[size_t(i)] = odd(uint64_t(i));
+  return factors;
 }();
 
 // Bytes of one block, from byte `at` of it on.

@@ -1,5 +1,6 @@
-// A digest of a file that can be taken while it is written, piece by piece and in any order: the sum, modulo 2^128, of its
-// 64-bit words, each times an odd number that its place decides. It tells a torn, exchanged or changed file, not a forged one.
+// A digest of a file that can be taken while it is written, piece by piece and in any order: the sum, modulo 2^128, of
+// its 64-bit words, each times an odd number that depends on its position. It detects a torn, swapped or changed file,
+// not a forged one.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,10 @@ namespace fastalign {
 
 typedef unsigned __int128 SoupDigest;
 
-// What `bytes` bytes that begin at byte `position` of the file add to its digest; words may be cut anywhere.
+// The contribution of `bytes` bytes from byte `position` of the file on; the range need not be aligned to words.
 SoupDigest digest_of(const void* data, int64_t bytes, int64_t position);
 
-// Of a whole file of so many bytes; an errno, -1 where it ended early, or 0.
+// The digest of a whole file of `bytes` bytes. Returns 0, an errno, or -1 if the file ended early.
 int digest_file(SoupDigest* digest, int file, int64_t bytes, int threads);
 
 }  // namespace fastalign

@@ -1,8 +1,8 @@
-// Chunks of files through the kernel: each thread reads a chunk of every input, then sums and writes one output after the
-// other.
+// Chunks of files through the kernel: each thread reads a chunk of every input, then sums and writes one output after
+// the other.
 //
-// Chunks are small enough to stay in a core's cache between the system's copy and the kernel, and with one output's beside
-// them as large as can be: the system writes many pages at once for less than one by one.
+// Chunks of all inputs and one output must stay in a core's cache between the system's copy and the kernel. Within that
+// limit they are as large as possible: the system writes many pages at once more cheaply than one by one.
 #include "soup_files.h"
 
 #include <cerrno>
@@ -57,10 +57,10 @@ SoupFailure soup_files(SoupSeen* seen, const std::vector<SoupSegment>& segments,
         fail(unread);
         continue;
       }
-      bool asked = false, answer = true;  // what is not finite in an input is not in an output either, so outputs say when to look
+      bool checked = false, all_finite = true;  // a non-finite input makes a non-finite output, so inputs are checked only then
       const auto finite = [&] {
-        if (!asked) answer = see_inputs(seen, of, piece.segment, ins, piece.first, piece.n), asked = true;
-        return answer;
+        if (!checked) all_finite = see_inputs(seen, of, piece.segment, ins, piece.first, piece.n), checked = true;
+        return all_finite;
       };
       void* const out = mine + input_room(of, chunk);
       for (int k = 0; k < outputs; ++k) {
@@ -83,7 +83,7 @@ SoupFailure soup_files(SoupSeen* seen, const std::vector<SoupSegment>& segments,
 SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& of, bool centered, int64_t chunk, int threads) {
   const int inputs = int(of.in_files.size());
   const int64_t pieces = (of.n + chunk - 1) / chunk, each = int64_t(inputs) * inputs;
-  std::vector<double> parts(size_t(pieces * each), 0.0);  // summed in order, so that threads do not show
+  std::vector<double> parts(size_t(pieces * each), 0.0);  // summed in order, so that the result does not depend on threads
   read_ahead(of);
   SoupFailure failure;
 #pragma omp parallel num_threads(threads)

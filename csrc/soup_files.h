@@ -1,4 +1,4 @@
-// Weighted sums of tensors that lie in files, or in memory, by chunks and in parallel.
+// Weighted sums of tensors in files or in memory, by chunks and in parallel.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastalign {
 
-// n elements that lie together in every input and in every output. An input or output is a file and a place in it.
+// n elements that are contiguous in every input and in every output. An input or output is a file and an offset.
 struct SoupSegment {
   int64_t n;
   std::vector<SoupType> in_types;
@@ -24,25 +24,25 @@ struct SoupFailure {
   int error = 0, segment = 0, file = 0;
 };
 
-// What was seen of the numbers that went by.
+// Statistics of the numbers read and written.
 struct SoupSeen {
-  // Elements that are no finite numbers; the first of them, counted within its segment.
+  // The number of non-finite elements, and the first of them, counted within its segment.
   struct Count {
     int64_t count = 0, first = 0;
     int segment = 0;
   };
   bool digesting = false;
-  std::vector<SoupDigest> digests;  // of what was written, by output
+  std::vector<SoupDigest> digests;  // of the written data, by output
   std::vector<Count> inputs;        // by input
-  std::vector<Count> outputs;       // by output; where an input has none in the same chunk, it alone is counted
+  std::vector<Count> outputs;       // by output; only if no input has any in the same chunk
 };
 
 // Reads every segment's inputs once, in chunks of at most `chunk` elements a thread, and writes every output once.
 // Holds threads * chunk elements of every input and of one output.
 SoupFailure soup_files(SoupSeen* seen, const std::vector<SoupSegment>& segments, SoupType out_type, int64_t chunk, int threads);
 
-// Dot products of a segment's inputs with one another, or, centered, of what the others differ by from input 0:
-// dots (inputs, inputs). Its outputs and weights are not looked at.
+// Dot products of a segment's inputs with each other, or, centered, of the others' differences from input 0:
+// dots (inputs, inputs). Outputs and weights are ignored.
 SoupFailure soup_dots(std::vector<double>& dots, const SoupSegment& segment, bool centered, int64_t chunk, int threads);
 
 // soup_files in memory: outs (outputs,), ins (inputs,) addresses of n contiguous elements each.

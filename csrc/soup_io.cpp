@@ -51,21 +51,21 @@ SoupFailure write_output(void* out, SoupType out_type, const SoupSegment& of, in
   return {};
 }
 
-static void count(SoupSeen::Count* to, int64_t found, int segment, int64_t first) {
+static void count(SoupSeen::Count* to, int64_t bad, int segment, int64_t first) {
   const bool earlier = segment < to->segment || (segment == to->segment && first < to->first);
   if (to->count == 0 || earlier) to->segment = segment, to->first = first;
-  to->count += found;
+  to->count += bad;
 }
 
 bool see_inputs(SoupSeen* seen, const SoupSegment& of, int segment, const void* const* ins, int64_t first, int64_t n) {
   bool finite = true;
   for (int i = 0; i < int(of.in_types.size()); ++i) {
     int64_t at = 0;
-    const int64_t found = FASTALIGN_CALL(soup_not_finite, ins[i], of.in_types[i], n, &at);
-    if (found == 0) continue;
+    const int64_t bad = FASTALIGN_CALL(soup_not_finite, ins[i], of.in_types[i], n, &at);
+    if (bad == 0) continue;
     finite = false;
 #pragma omp critical(soup_seen)
-    count(&seen->inputs[size_t(i)], found, segment, first + at);
+    count(&seen->inputs[size_t(i)], bad, segment, first + at);
   }
   return finite;
 }
@@ -74,7 +74,7 @@ void see_output(SoupSeen* seen, const SoupSegment& of, int segment, int k, const
                 int64_t n, const std::function<bool()>& finite, const std::function<void(void*)>& again) {
   const int64_t size = size_of(out_type);
   const SoupDigest digest = seen->digesting ? digest_of(out, n * size, of.out_offsets[k] + first * size) : 0;
-  int64_t at = 0, found = 0;
+  int64_t at = 0, bad = 0;
   if (out_type == SoupType::float8_e4m3fn) {
     const auto* bytes = static_cast<const uint8_t*>(out);
     bool most = false;
@@ -83,19 +83,19 @@ void see_output(SoupSeen* seen, const SoupSegment& of, int segment, int k, const
       std::vector<float> wide(static_cast<size_t>(n));
       again(wide.data());
       for (int64_t j = n - 1; j >= 0; --j) {
-        if (wide[size_t(j)] < -464 || wide[size_t(j)] > 464) ++found, at = j;  // beyond what rounds to 448
+        if (wide[size_t(j)] < -464 || wide[size_t(j)] > 464) ++bad, at = j;  // beyond what rounds to 448
       }
     }
   }
-  if (found == 0) {
-    found = FASTALIGN_CALL(soup_not_finite, out, out_type, n, &at);
-    if (found != 0 && !finite()) found = 0;
+  if (bad == 0) {
+    bad = FASTALIGN_CALL(soup_not_finite, out, out_type, n, &at);
+    if (bad != 0 && !finite()) bad = 0;
   }
-  if (found == 0 && !seen->digesting) return;
+  if (bad == 0 && !seen->digesting) return;
 #pragma omp critical(soup_seen)
   {
     seen->digests[size_t(k)] += digest;
-    if (found != 0) count(&seen->outputs[size_t(k)], found, segment, first + at);
+    if (bad != 0) count(&seen->outputs[size_t(k)], bad, segment, first + at);
   }
 }
 

@@ -1,5 +1,5 @@
-// Passes over one tensor's chunks, each in parallel: digits of the keys until the ranks' keys are known, where their ties
-// are cut, sums of sizes, and the merge. Nothing but counts is kept between them.
+// Passes over one tensor's chunks, each in parallel: digits of the keys until the keys of the ranks are known, the
+// positions at which their ties are cut, sums of magnitudes, and the merge. Only counts are kept between passes.
 #include "soup_task_files.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace fastalign {
 
-static constexpr int64_t kScan = 1 << 16;  // elements that are read at once where nothing is written
+static constexpr int64_t kScan = 1 << 16;  // elements per read in passes that write nothing
 
 namespace {
 
@@ -18,9 +18,9 @@ namespace {
 struct Chunks {
   const SoupSegment& of;
   int threads;
-  int64_t ranked_row;  // 0 where no rank within a row is asked for
+  int64_t ranked_row;  // 0 if no rank within a row is needed
 
-  // A multiple of the row where rows must stay whole.
+  // A multiple of the row, if rows must stay whole.
   int64_t step(int64_t chunk) const { return ranked_row == 0 ? chunk : std::max<int64_t>(1, chunk / ranked_row) * ranked_row; }
   int64_t count(int64_t chunk) const { return (of.n + step(chunk) - 1) / step(chunk); }
 
@@ -37,16 +37,16 @@ struct Chunks {
       for (int64_t p = 0; p < pieces; ++p) {
         const int64_t first = p * size, n = std::min(size, of.n - first);
         const void* ins[kSoupInputs];
-        SoupFailure found = {true, true, ENOMEM, 0, 0};
+        SoupFailure result = {true, true, ENOMEM, 0, 0};
         if (buffer != nullptr) {
           char* const mine = line_in(buffer);
-          found = read_inputs(ins, mine, of, 0, first, n, size);
+          result = read_inputs(ins, mine, of, 0, first, n, size);
           char* const outs = mine + input_room(of, size);
-          if (!found.failed) found = use(p, ins, first, n, outs + outputs * stride, outs, stride);
+          if (!result.failed) result = use(p, ins, first, n, outs + outputs * stride, outs, stride);
         }
-        if (!found.failed) continue;
+        if (!result.failed) continue;
 #pragma omp critical(soup_failure)
-        if (!failure.failed) failure = found;
+        if (!failure.failed) failure = result;
       }
     }
     return failure;
@@ -73,13 +73,13 @@ struct Chunks {
   }
 };
 
-// The key at a rank of one task vector, found digit by digit.
+// The key at a rank of one task vector, determined digit by digit.
 struct Selection {
   int choice;
   bool low;       // else the band's high end
-  int64_t left;   // of the rank, less the elements that are known to lie below
+  int64_t left;   // the rank minus the number of elements known to lie below
   uint64_t prefix = 0;
-  int64_t ties = 0, cut = 0;  // elements that have the key; how many of them, from the first on, lie on one side
+  int64_t ties = 0, cut = 0;  // elements with this key; how many of them, from the first on, lie on one side
   int64_t place = 0;          // of the first on the other side
 };
 
@@ -105,10 +105,10 @@ SoupFailure find_keys(std::vector<Selection>& wanted, const Chunks& chunks) {
     for (int c = 0; c < count; ++c) {
       Selection& one = wanted[size_t(c)];
       int64_t bin = 0;
-      const int64_t* const held = all.data() + c * bins;
-      while (bin < bins - 1 && one.left >= held[bin]) one.left -= held[bin++];
+      const int64_t* const counts = all.data() + c * bins;
+      while (bin < bins - 1 && one.left >= counts[bin]) one.left -= counts[bin++];
       one.prefix = one.prefix << kDigitBits | uint64_t(bin);
-      one.ties = held[bin];
+      one.ties = counts[bin];
     }
   }
   return {};
@@ -128,15 +128,15 @@ SoupFailure cut_ties(std::vector<Selection>& wanted, const Chunks& chunks) {
   }
   if (cut.empty()) return {};
   const int count = int(cut.size());
-  std::vector<int64_t> found(size_t(chunks.count(kScan) * count), 0);
+  std::vector<int64_t> ties_in(size_t(chunks.count(kScan) * count), 0);
   const SoupFailure failure = chunks.scan([&](int64_t p, const void* const* ins, int64_t, int64_t n, char* scratch) {
-    FASTALIGN_CALL(soup_task_ties, found.data() + p * count, ties.data(), count, ins, of.in_types.data(), inputs, n, scratch);
+    FASTALIGN_CALL(soup_task_ties, ties_in.data() + p * count, ties.data(), count, ins, of.in_types.data(), inputs, n, scratch);
   });
   if (failure.failed) return failure;
   std::vector<int64_t> in_piece, before;  // where each is cut
   for (int c = 0; c < count; ++c) {
     int64_t p = 0, sum = 0;
-    while (sum + found[size_t(p * count + c)] <= cut[size_t(c)]->cut) sum += found[size_t(p++ * count + c)];
+    while (sum + ties_in[size_t(p * count + c)] <= cut[size_t(c)]->cut) sum += ties_in[size_t(p++ * count + c)];
     in_piece.push_back(p), before.push_back(sum);
   }
   for (int c = 0; c < count; ++c) {
@@ -163,7 +163,8 @@ SoupFailure find_bands(std::vector<TaskChoice>& choices, const Chunks& chunks) {
     if (failure.failed) return failure;
     for (Selection& one : wanted) {
       const bool first_stay = one.low && choices[size_t(one.choice)].largest_first;
-      // one.left ties lie below the rank: of the low end they go, of the high end they and the one at the rank stay.
+      // one.left ties lie below the rank: at the low end they are dropped; at the high end they and the one at the rank
+      // stay.
       one.cut = first_stay ? one.ties - one.left : one.low ? one.left : one.left + 1;
     }
     failure = cut_ties(wanted, chunks);
@@ -185,7 +186,7 @@ SoupFailure match_sums(std::vector<TaskChoice>& choices, const TaskMerge& merge,
   const SoupSegment& of = chunks.of;
   const int inputs = int(of.in_files.size());
   const size_t each = 2 * choices.size();
-  std::vector<double> parts(size_t(chunks.count(kScan)) * each, 0.0);  // summed in order, so that threads do not show
+  std::vector<double> parts(size_t(chunks.count(kScan)) * each, 0.0);  // summed in order, so that the result does not depend on threads
   const SoupFailure failure = chunks.scan([&](int64_t p, const void* const* ins, int64_t first, int64_t n, char* scratch) {
     FASTALIGN_CALL(soup_task_sizes, parts.data() + size_t(p) * each, merge, ins, of.in_types.data(), inputs, first, n, scratch);
   });

@@ -52,12 +52,13 @@ template <typename Use> static inline void with_words(uint64_t seed, uint64_t st
 
 // ---- ranks within a row ----
 
-// What ranks of a row take: keys and places, twice over, and the ranks.
+// Memory for the ranks of a row: keys and positions, twice, and the ranks.
 template <typename C> static int64_t rank_bytes(int64_t row) {
   return row * (2 * int64_t(sizeof(key_of<C>)) + 3 * int64_t(sizeof(uint32_t))) + 64;
 }
 
-// ranks[j] of row elements by size, the least 0; among equals the earlier is the less. By digits, from the lowest on.
+// ranks[j] of row elements by magnitude, the smallest 0; among equals the earlier ranks lower. Radix sort from the
+// lowest digit.
 template <typename C> static const uint32_t* ranks_of(const C* d, int64_t row, void* scratch) {
   typedef key_of<C> K;
   K* keys = static_cast<K*>(scratch);
@@ -91,7 +92,7 @@ template <typename C> static const uint32_t* ranks_of(const C* d, int64_t row, v
 
 // ---- which elements stay ----
 
-// Zeros for what is dropped of elements [first, first + n); with a rank's own scale, what stays is divided by its chance.
+// Zeroes the dropped elements of [first, first + n); with own_scale, kept elements are divided by their probability.
 template <typename C>
 static void drop(C* d, const TaskVector& of, uint64_t seed, int64_t first, int64_t n, void* scratch) {
   constexpr double kRange = 0x1p32;
@@ -107,7 +108,7 @@ static void drop(C* d, const TaskVector& of, uint64_t seed, int64_t first, int64
       d[j] = (above & below) ? d[j] : C(0);
     }
   } else if (of.keep == TaskKeep::random) {
-    const double stay = __builtin_ceil(of.probability * kRange);  // so many of the 2^32 numbers
+    const double stay = __builtin_ceil(of.probability * kRange);  // this many of the 2^32 numbers
     const uint32_t last = stay < 1 ? 0 : uint32_t(stay - 1);
     with_words(seed, of.stream, first, n, [&](const uint32_t* words, int64_t from, int64_t to) {
       C* const x = d + from;
@@ -116,7 +117,7 @@ static void drop(C* d, const TaskVector& of, uint64_t seed, int64_t first, int64
     });
   } else if (of.keep == TaskKeep::ranked) {
     const uint32_t* const ranks = ranks_of<C>(d, n, scratch);
-    const double least = n > 1 ? of.probability - of.spread : of.probability, step = n > 1 ? 2 * of.spread / double(n - 1) : 0;
+    const double least = n > 1 ? of.probability - of.epsilon : of.probability, step = n > 1 ? 2 * of.epsilon / double(n - 1) : 0;
     with_words(seed, of.stream, first, n, [&](const uint32_t* words, int64_t from, int64_t to) {
       for (int64_t j = 0; j < to - from; ++j) {
         const double chance = least + double(ranks[from + j]) * step;
@@ -136,7 +137,7 @@ static bool is_ranked(const TaskMerge& merge, int inputs) {
   return false;
 }
 
-// use(wide, first, n) for blocks of at most `most` elements: wide[0] the base, wide[i] what input i differs by from it.
+// use(wide, first, n) for blocks of at most `most` elements: wide[0] the base, wide[i] input i's difference from it.
 template <typename C, typename Use>
 static inline void each_block(const void* const* ins, const SoupType* in_types, int inputs, int64_t n, int64_t most,
                               C* buffer, Use use) {
@@ -194,7 +195,7 @@ static void histogram(uint32_t* counts, const TaskDigit* digits, int count, cons
 }
 
 template <typename C>
-static void ties_of(int64_t* found, const TaskTie* ties, int count, const void* const* ins, const SoupType* in_types,
+static void ties_of(int64_t* counts, const TaskTie* ties, int count, const void* const* ins, const SoupType* in_types,
                     int inputs, int64_t n, void* scratch) {
   each_block<C>(ins, in_types, inputs, n, block_of(inputs), buffer_in<C>(scratch), [&](C* const* d, int64_t, int64_t m) {
     for (int c = 0; c < count; ++c) {
@@ -202,7 +203,7 @@ static void ties_of(int64_t* found, const TaskTie* ties, int count, const void* 
       const key_of<C> wanted = key_of<C>(ties[c].key);
       int32_t sum = 0;
       for (int64_t j = 0; j < m; ++j) sum += key<C>(x + j) == wanted;
-      found[c] += sum;
+      counts[c] += sum;
     }
   });
 }
@@ -247,7 +248,8 @@ static void sizes(double* sums, const TaskMerge& merge, const void* const* ins, 
   });
 }
 
-// A product rounded by itself, not fused with the sum that follows: what cancels out exactly must, for its sign is asked for.
+// A product rounded on its own, not fused with the following sum: terms that cancel exactly must, because the sign
+// matters.
 template <typename C> static inline vec<C> rounded(vec<C> x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
@@ -322,9 +324,9 @@ void soup_task_histogram(uint32_t* counts, const TaskDigit* digits, int count, c
   FASTALIGN_WIDE(histogram, counts, digits, count, ins, in_types, inputs, n, scratch);
 }
 
-void soup_task_ties(int64_t* found, const TaskTie* ties, int count, const void* const* ins, const SoupType* in_types,
+void soup_task_ties(int64_t* counts, const TaskTie* ties, int count, const void* const* ins, const SoupType* in_types,
                     int inputs, int64_t n, void* scratch) {
-  FASTALIGN_WIDE(ties_of, found, ties, count, ins, in_types, inputs, n, scratch);
+  FASTALIGN_WIDE(ties_of, counts, ties, count, ins, in_types, inputs, n, scratch);
 }
 
 int64_t soup_task_nth(TaskTie tie, int64_t left, const void* const* ins, const SoupType* in_types, int inputs, int64_t n,

@@ -18,8 +18,8 @@ struct Storage<float8<kMantissa, kBias, kInfinity>> : InOrder<float8<kMantissa, 
   typedef Vec<float>::bits bits;
   typedef uint8_t bytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
   static constexpr int kShift = 23 - kMantissa;
-  static constexpr int kTop = kInfinity ? 0x7c : 0x7f;   // the least magnitude that is no number
-  static constexpr int kMost = kInfinity ? 0x7c : 0x7e;  // what becomes of numbers beyond the range
+  static constexpr int kTop = kInfinity ? 0x7c : 0x7f;   // the smallest magnitude that is not a number
+  static constexpr int kMost = kInfinity ? 0x7c : 0x7e;  // the result for numbers beyond the range
 
   static vec<float> load_wide(const S* p) {
     const bits u = __builtin_convertvector(*reinterpret_cast<const bytes*>(p), bits), magnitude = u & 0x7f;
@@ -46,7 +46,7 @@ struct Storage<float8<kMantissa, kBias, kInfinity>> : InOrder<float8<kMantissa, 
   static constexpr float kLeast = kInfinity ? 0x1p-16f : 0x1p-9f;  // 2^(1 - bias - mantissa)
 };
 
-constexpr int64_t kStep = 4 * lanes<float>;  // elements that are summed at once
+constexpr int64_t kStep = 4 * lanes<float>;  // elements summed at a time
 constexpr int64_t kBuffer = 1 << 13;         // wide elements of all inputs together
 
 // A double as a float, rounded to odd: rounding that once more to fewer bits is rounding the double.
@@ -78,7 +78,7 @@ template <typename S, typename C> static void widen_block(C* wide, const void* f
   }
 }
 
-// count elements of every input, then zeros up to the end of the last step: what stands there is summed too.
+// count elements of every input, then zeros up to the end of the last step, because the padding is summed too.
 template <typename C>
 static void widen_blocks(C* buffer, int64_t stride, const C** wide, const void* const* ins, const SoupType* in_types,
                          int inputs, int64_t first, int64_t count) {

@@ -7,9 +7,9 @@
 namespace fastalign {
 
 // Arrays of (rows,) in the compute type: double for float64 logits, float for the others.
-// The last four are null when not asked for.
+// The last four are null if not requested.
 struct LogprobOutputs {
-  void *log_probs, *max, *sum;  // max and sum of exp(z - max): what the gradient needs
+  void *log_probs, *max, *sum;  // max and sum of exp(z - max), needed by the gradient
   void *entropy, *mean_logits, *log_sum_sq_probs;
   bool* is_top1;
 };

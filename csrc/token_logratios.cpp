@@ -1,4 +1,4 @@
-// token_logratios: policy and reference row by row, so that a label's two rows are scored by one thread at one time.
+// token_logratios: policy and reference row by row, so that one thread scores both rows of a label.
 #include "token_logratios.h"
 
 #include "softmax.h"

@@ -1,4 +1,4 @@
-// log p(label) - log p0(label) from two sets of logits, both read once, without the log-probabilities between.
+// log p(label) - log p0(label) from two sets of logits, each read once, without intermediate log-probabilities.
 #pragma once
 
 #include "isa.h"

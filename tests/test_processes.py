@@ -75,7 +75,7 @@ assert torch.equal(torch.cat(list(loader)), whole)
 
 
 def test_many_threads_at_once_give_what_one_gives():
-    done = child("import sanitize; sanitize.hammer(threads=6, rounds=3, crew=3)", OMP_NUM_THREADS="2")
+    done = child("import sanitize; sanitize.hammer(threads=6, rounds=3, pool=3)", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

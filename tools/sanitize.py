@@ -1,15 +1,15 @@
-"""The engine under a sanitizer: its own tests under AddressSanitizer and UBSan, and many threads at once under
-ThreadSanitizer.
+"""The native extension under sanitizers: its tests under AddressSanitizer and UBSan, threads under ThreadSanitizer.
 
     python tools/sanitize.py address|undefined|thread|all [--level baseline|avx2|avx512] [--short] [--in-turn]
 
-Builds the engine for one instruction set (the best that there is) with the sanitizer in it, into build/sanitize, and
-loads it in place of the installed one in a process that has the sanitizer's library before anything else. First a
-fault planted there must be seen. address, undefined: the tests of every op, of palettes and of soups that run on the
-CPU, then mutated files (tools/fuzz_soup.py). thread: Python threads that call all ops, soups and the solver's crew at
-once, against what one alone gives. There the engine is built without OpenMP, whose barriers ThreadSanitizer does not
-see and takes for races; the crew's threads are then std::thread's. --short: some of it, in half a minute; --in-turn:
-of the three and of the levels, the one whose turn it is today. Needs g++ with the sanitizers' libraries (Linux).
+Builds the extension with the sanitizer for one instruction set (by default the best one available) into build/sanitize.
+It is loaded instead of the installed one, in a process that loads the sanitizer's library first. First the sanitizer
+must detect a planted fault. address, undefined: the CPU tests of every op, of palettes and of soups, then mutated files
+(tools/fuzz_soup.py). thread: Python threads that call all ops, soups and the solver's thread pool at once, compared
+with the results of a single thread. For that the extension is built without OpenMP, because ThreadSanitizer does not
+see OpenMP's barriers and reports races; the thread pool then uses std::thread. --short: a part of it, in half a minute;
+--in-turn: one of the three sanitizers and one of the levels, changing every day. Needs g++ with the sanitizers'
+libraries (Linux).
 """
 
 from __future__ import annotations
@@ -204,17 +204,16 @@ def work() -> dict[str, Callable[[], list]]:
     }
 
 
-def hammer(threads: int, rounds: int, crew: int) -> None:
-    """`work` in many threads at once, every loop of it over a crew of so many: what each gives is what it gives
-    alone."""
+def hammer(threads: int, rounds: int, pool: int) -> None:
+    """Runs `work` in many threads at once, each with a thread pool of size `pool`; all must give the serial results."""
     import torch
 
     torch.set_num_threads(1)
     calls = work()
     expected = {name: [x.clone() for x in call()] for name, call in calls.items()}
-    # torch's own loops stay in one thread, which is OpenMP's; the engine's crews take more.
+    # torch's own loops use one OpenMP thread; only the extension's thread pools use more.
     for name in ("fastalign.ops.map_statistics", "fastalign.palette.native"):
-        sys.modules[name].threads = lambda: crew
+        sys.modules[name].threads = lambda: pool
     failed: list[str] = []
     begin = threading.Barrier(threads)
 
@@ -267,7 +266,7 @@ def worker(name: str, kind: str, module: Path, short: bool) -> int:
     if name == "plant":
         plant(kind)
     elif name == "hammer":
-        hammer(threads=4, rounds=3 if short else 40, crew=3)
+        hammer(threads=4, rounds=3 if short else 40, pool=3)
     else:
         import pytest
 
