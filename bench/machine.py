@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
-        "isa": backend.engine.active_isa() if backend.engine else "none",
+        "isa": backend.native.active_isa() if backend.native else "none",
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }

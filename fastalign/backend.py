@@ -35,9 +35,9 @@ def _use_openmp_of_torch() -> None:
 
 try:
     _use_openmp_of_torch()
-    from fastalign import _C as engine
+    from fastalign import _C as native
 except ImportError:
-    engine = None
+    native = None
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 BUILD_COMMAND = "pip install -e ."
@@ -67,7 +67,7 @@ def choose(device: torch.device) -> str:
     return _choose(device.type, device)
 
 
-def engine_runs() -> bool:
+def native_runs() -> bool:
     """Whether the native extension runs CPU work without tensors, such as merges of files."""
     return _choose("cpu", "cpu") == "cpu"
 
@@ -125,7 +125,7 @@ def _choose(kind: str, device: torch.device | str) -> str:
             "triton", "fastalign's GPU kernels need Triton (pip install triton); the slow reference runs instead"
         )
     elif kind == "cpu":
-        if engine is not None:
+        if native is not None:
             return "cpu"
         _warn_once(
             "engine", f"fastalign's native extension is not built; the slow reference runs instead ({BUILD_COMMAND})"
@@ -152,7 +152,7 @@ def interpreted() -> bool:
 def _check(name: str, argument: str) -> None:
     if name not in BACKENDS:
         raise UserError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "cpu" and engine is None:
+    if name == "cpu" and native is None:
         raise UserError(f"{argument} 'cpu' needs the native extension, which is not built: {BUILD_COMMAND}")
     if name == "triton" and not has_triton():
         raise UserError(f"{argument} 'triton' needs Triton, which is not installed: pip install triton")

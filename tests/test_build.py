@@ -17,7 +17,7 @@ from fastalign import kernels
 
 ROOT = Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "setup.py"))
-engine = fastalign.backend.engine
+engine = fastalign.backend.native
 
 SUMS = """
 import sys, torch, fastalign.backend
@@ -29,7 +29,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     found = token_logprobs(x, torch.arange(5) * 300, softcap=9.0, outputs=("log_probs", "entropy"))
     (found.log_probs.sum() + found.entropy.sum()).backward()
     out += [found.log_probs.sum().item(), found.entropy.sum().item(), x.grad.double().abs().sum().item()]
-print(fastalign.backend.engine.active_isa(), *out)
+print(fastalign.backend.native.active_isa(), *out)
 """
 
 

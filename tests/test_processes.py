@@ -13,7 +13,7 @@ from fastalign import backend
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-pytestmark = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+pytestmark = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 
 
 def child(code, **environment):

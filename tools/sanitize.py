@@ -44,9 +44,9 @@ FILES, FEW_FILES = 2000, 60
 
 def levels() -> list[str]:
     """What this processor can run, the best first."""
-    from fastalign.backend import engine
+    from fastalign.backend import native
 
-    return engine.available_isas()[::-1] if engine else ["baseline"]
+    return native.available_isas()[::-1] if native else ["baseline"]
 
 
 def in_turn() -> tuple[str, str]:
@@ -130,7 +130,7 @@ def use_engine(module: Path) -> None:
     sys.modules["fastalign._C"] = engine
     import fastalign.backend
 
-    if fastalign.backend.engine is not engine:
+    if fastalign.backend.native is not engine:
         raise SystemExit("the sanitised engine was not taken")
 
 
@@ -138,20 +138,20 @@ def plant(kind: str) -> None:
     """A fault that the sanitizer must see, in the engine's own code."""
     import torch
 
-    from fastalign.backend import engine
+    from fastalign.backend import native
     from fastalign.ops.buffers import buffer
 
     x, y = torch.zeros(1000), torch.zeros(1000)
     longer = [(*buffer(each)[:1], 1064, "float32") for each in (y, x)]
     if kind == "address":  # 64 elements too many
-        engine.soup_memory([longer[0]], [longer[1]], [1.0], 1)
+        native.soup_memory([longer[0]], [longer[1]], [1.0], 1)
     elif kind == "undefined":  # a number of rows times a width beyond 64 bits
-        engine.exp_rows(buffer(x), buffer(y), buffer(y), 1 << 40, 1 << 40, 1.0, 1)
+        native.exp_rows(buffer(x), buffer(y), buffer(y), 1 << 40, 1 << 40, 1.0, 1)
     else:  # two threads, one place to write
         ins = torch.randn(1 << 22)
         out = torch.empty_like(ins)
         calls = [
-            threading.Thread(target=lambda: engine.soup_memory([buffer(out)], [buffer(ins)], [1.0], 1))
+            threading.Thread(target=lambda: native.soup_memory([buffer(out)], [buffer(ins)], [1.0], 1))
             for _ in range(4)
         ]
         for each in calls:

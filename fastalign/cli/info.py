@@ -38,11 +38,11 @@ def show(console: Console) -> None:
     table.add_row("fastalign", fastalign.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    engine, forced = backend.engine, _forced()
-    if engine is None:
+    native, forced = backend.native, _forced()
+    if native is None:
         table.add_row("CPU backend", f"reference: the native extension is not built ({backend.BUILD_COMMAND})")
     else:
-        isa = f"{engine.active_isa()} (available: {', '.join(engine.available_isas())})"
+        isa = f"{native.active_isa()} (available: {', '.join(native.available_isas())})"
         table.add_row("CPU backend", forced or f"compiled, {isa}")
         table.add_row("CPU kernels", ", ".join(_cpu_kernels()))
     table.add_row("GPU backend", _gpu())
@@ -62,14 +62,14 @@ def show(console: Console) -> None:
 
 def about() -> dict[str, Any]:
     """The same as JSON values."""
-    engine = backend.engine
-    isa = {} if engine is None else {"isa": engine.active_isa(), "available": list(engine.available_isas())}
+    native = backend.native
+    isa = {} if native is None else {"isa": native.active_isa(), "available": list(native.available_isas())}
     return {
         "fastalign": fastalign.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "compiled": engine is not None,
+        "compiled": native is not None,
         **isa,
         "cpu_kernels": _cpu_kernels(),
         "backend": backend.forced(),
@@ -126,7 +126,7 @@ def _forced() -> str:
 
 def _cpu_kernels() -> list[str]:
     """The ops that the native extension implements, by their public names; its fused head is called head_forward."""
-    kernels = {name.replace("head_", "linear_token_logprobs_").removesuffix("_forward") for name in dir(backend.engine)}
+    kernels = {name.replace("head_", "linear_token_logprobs_").removesuffix("_forward") for name in dir(backend.native)}
     return sorted(kernels & set(fastalign.ops.__all__))
 
 

@@ -298,9 +298,9 @@ class _Step:
             together = grouped.transpose(0, 1)[:, rows].reshape(kv, -1, d)
             scores = torch.bmm(together, prefix.keys[layer].transpose(1, 2))
             top, mass = scores.new_empty(2, kv * together.shape[1]).unbind()
-            backend.engine.exp_rows(*map(buffer, (scores, top, mass)), len(top), prefix.length, scaling, threads())
+            backend.native.exp_rows(*map(buffer, (scores, top, mass)), len(top), prefix.length, scaling, threads())
             given = torch.bmm(scores, prefix.values[layer])
-            backend.engine.own_attention(
+            backend.native.own_attention(
                 *map(buffer, (out, keys, values, q, k, v, given, top, mass, rows, self.lengths)),
                 kv,
                 heads // kv,

@@ -47,7 +47,7 @@ class CompiledLayers:
         self._forwards: list[tuple[nn.Module, Callable]] = []
         self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # theirs, then ours
         self._undo = contextlib.ExitStack()
-        if backend.engine is None:
+        if backend.native is None:
             return
         tried: dict[tuple, Callable | None] = {}  # modules of one class and shape are tried once
         for module in model.modules():
@@ -227,7 +227,7 @@ class _RMSNorm(torch.autograd.Function):
         dy, width, count = dy.contiguous(), x.shape[-1], threads()
         dx = torch.empty_like(x)
         shares = x.new_empty(count, width) if ctx.needs_input_grad[1] else None
-        backend.engine.rms_norm_backward(
+        backend.native.rms_norm_backward(
             *map(buffer, (dx, shares, dy, x, rstd, weight)), len(rstd), width, ctx.offset, count
         )
         return dx, None if shares is None else shares.sum(0), None, None
@@ -238,20 +238,20 @@ def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
     width = x.shape[-1]
     rows = x.numel() // width
     y, rstd = torch.empty_like(x), x.new_empty(rows)
-    backend.engine.rms_norm(*map(buffer, (y, rstd, x, weight)), rows, width, eps, offset, threads())
+    backend.native.rms_norm(*map(buffer, (y, rstd, x, weight)), rows, width, eps, offset, threads())
     return y, rstd
 
 
 def _gate(g: Tensor, u: Tensor) -> Tensor:
     out = torch.empty_like(g)
-    backend.engine.silu_gate(*map(buffer, (out, g, u)), g.numel(), threads())
+    backend.native.silu_gate(*map(buffer, (out, g, u)), g.numel(), threads())
     return out
 
 
 def _gate_backward(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(dg, du); in dh's place then stands the gate's output."""
     dg, du = torch.empty_like(g), torch.empty_like(u)
-    backend.engine.silu_gate_backward(*map(buffer, (dg, du, dh, g, u)), g.numel(), threads())
+    backend.native.silu_gate_backward(*map(buffer, (dg, du, dh, g, u)), g.numel(), threads())
     return dg, du
 
 
@@ -319,5 +319,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     batch, heads, length, d = x.shape
     x = x.transpose(1, 2).contiguous()  # as the projection wrote it: no copy
     out = torch.empty_like(x)
-    backend.engine.rotate(*map(buffer, (out, x, cos, sin)), batch * length, heads, d, inverse, threads())
+    backend.native.rotate(*map(buffer, (out, x, cos, sin)), batch * length, heads, d, inverse, threads())
     return out.transpose(1, 2)

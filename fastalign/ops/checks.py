@@ -39,9 +39,9 @@ def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Reads the labels' values, so it runs only in an op's implementation, never while torch traces."""
     if torch.compiler.is_compiling():
         return
-    if backend.engine is not None and labels.device.type == "cpu":
+    if backend.native is not None and labels.device.type == "cpu":
         labels = labels.contiguous()
-        position = backend.engine.first_bad_label(buffer(labels), vocab, ignore_index)
+        position = backend.native.first_bad_label(buffer(labels), vocab, ignore_index)
     else:
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         position = int(bad.flatten().nonzero()[0]) if bool(bad.any()) else -1

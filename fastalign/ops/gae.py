@@ -61,7 +61,7 @@ def _gae_cpu(rewards, values, mask, gamma, lam):
     reward_rows, rewards_kept = rows(rewards)
     value_rows, values_kept = rows(values)
     mask = mask.contiguous()
-    backend.engine.gae(*map(buffer, out), reward_rows, value_rows, buffer(mask), gamma, lam, threads())
+    backend.native.gae(*map(buffer, out), reward_rows, value_rows, buffer(mask), gamma, lam, threads())
     del rewards_kept, values_kept
     return out
 

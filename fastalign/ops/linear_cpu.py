@@ -196,7 +196,7 @@ def forward(
         for rows in tiles.rows():
             tile = tiles.room(rows, end - first) if place is None else place[rows]
             tiles.project(tile, rows, w, b_part)
-            backend.engine.head_forward(
+            backend.native.head_forward(
                 tiles.describe(tile, rows, first),
                 buffer(stats),
                 statistics,
@@ -327,7 +327,7 @@ def _gradients(
                 tile = taken[rows] if among is None else torch.index_select(taken, 0, among[rows], out=tile)
                 logits = buffer(tile)  # with their bias
             seen = torch.zeros(threads(), end - first if filtered else 0, dtype=torch.bool)
-            backend.engine.head_backward(
+            backend.native.head_backward(
                 tiles.describe(tile, rows, first), logits, buffer(small), grad_filter, buffer(seen), threads()
             )
             if filtered:
@@ -344,7 +344,7 @@ def _gradients(
                 part, sums = d_bias[first:end], tile.sum(0)
                 part.add_(sums) if columns is None else part.index_add_(0, columns, sums)
         if taken is not None:
-            backend.engine.release_pages(buffer(taken), taken.itemsize)
+            backend.native.release_pages(buffer(taken), taken.itemsize)
         for total in (d_weight, d_b):
             if total is not None:
                 total.close(first, end)

@@ -91,7 +91,7 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
             for some in tiles.rows():
                 tile = tiles.room(some, end - first)
                 tiles.project(tile, some, w, b_part)
-                backend.engine.head_forward(
+                backend.native.head_forward(
                     tiles.describe(tile, some, first), buffer(stats[step]), False, None, threads()
                 )
         tops, sums = stats[:, 0], stats[:, 1].double()

@@ -86,17 +86,17 @@ class MapPass:
         self.order, self.offsets = (None, None) if groups is None else rows_by_group(groups)
         if log_weights is not None:
             _ = self.log_norm  # which raises where no weight is positive
-        self.on_engine: bool = backend.choose(torch.device("cpu")) == "cpu"
+        self.is_native: bool = backend.choose(torch.device("cpu")) == "cpu"
         count = 0 if groups is None else len(self.offsets) - 1
         self.description: tuple[Any, ...] = (rewards, self.center, log_weights, self.order, self.offsets, count)
 
     def __call__(self, lam: np.ndarray) -> MapStatistics:
-        if not self.on_engine:
+        if not self.is_native:
             return self._reference(lam)
         lam = np.ascontiguousarray(lam, dtype=np.float64)
         count, m = lam.shape
         out = np.empty((count, 3 + m + m * m))
-        backend.engine.map_statistics(out, self.description, lam, threads())
+        backend.native.map_statistics(out, self.description, lam, threads())
         mean, cov = out[:, 3 : 3 + m], out[:, 3 + m :].reshape(count, m, m)
         return MapStatistics(out[:, 0] - self.log_norm, mean, cov, out[:, 1], out[:, 2])
 

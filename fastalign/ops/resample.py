@@ -79,7 +79,7 @@ def _resample_cpu(log_weights, k, method, mask, seed):
     described, kept = rows(log_weights)
     mask = None if mask is None else mask.contiguous()
     ids = _resample_fake(log_weights, k, method, mask, seed)
-    backend.engine.resample(buffer(ids), described, k, method, buffer(mask), seed, threads())
+    backend.native.resample(buffer(ids), described, k, method, buffer(mask), seed, threads())
     del kept
     return ids
 

@@ -112,7 +112,7 @@ def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     described, kept = described_rows(logits)
     rows = None if rows is None else rows.contiguous()
     ids, log_probs = _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
-    backend.engine.sample_tokens(
+    backend.native.sample_tokens(
         buffer(ids), buffer(log_probs), described, temperature, top_k, top_p, min_p, seed, offset, buffer(rows),
         1 if rows is None else rows.ndim, threads(),
     )  # fmt: skip

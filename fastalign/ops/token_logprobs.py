@@ -136,7 +136,7 @@ def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics)
     checks.labels_in_range(labels, logits.shape[-1], ignore_index)
     out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
     made = [buffer(x) if x.shape == labels.shape else None for x in out]
-    backend.engine.token_logprobs_forward(
+    backend.native.token_logprobs_forward(
         *made, described, buffer(labels), ignore_index, temperature, softcap, threads()
     )
     del kept
@@ -171,7 +171,7 @@ def _backward_cpu(
     labels = labels.contiguous()
     if not statistics:
         small[1] = small[4] = None
-    backend.engine.token_logprobs_backward(
+    backend.native.token_logprobs_backward(
         buffer(grad), *map(buffer, small), described, buffer(labels), ignore_index, temperature, softcap, threads()
     )
     del kept

@@ -84,7 +84,7 @@ def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     labels = labels.contiguous()
     checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
     out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
-    backend.engine.token_logratios_forward(
+    backend.native.token_logratios_forward(
         *map(buffer, out), policy, ref, buffer(labels), ignore_index, temperature, threads()
     )
     del policy_kept, ref_kept

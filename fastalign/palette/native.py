@@ -22,7 +22,7 @@ UNMEASURED, FLAT, STEEP = range(3)
 
 
 def serves(run: Pass) -> bool:
-    return isinstance(run, ArrayPass) and run.on_engine and len(run.center) <= MOST_VALUES
+    return isinstance(run, ArrayPass) and run.is_native and len(run.center) <= MOST_VALUES
 
 
 def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Minima | None:
@@ -39,7 +39,7 @@ def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Mini
     value, ess, residual = np.empty((3, count))
     given = (problem.constant, problem.short) if measured else (None, None)
     start = None if start is None else np.ascontiguousarray(start, dtype=np.float64)
-    verdict = backend.engine.map_newton(
+    verdict = backend.native.map_newton(
         (first, problem.scale, mu, value, gradient, ess, residual, certificate, certified, passes),
         problem.run.description,
         (problem.palettes, problem.sign, start, *given),

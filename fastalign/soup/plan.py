@@ -206,7 +206,7 @@ def key_of(files: Sequence[File], sidecar: Sidecar, **basis: Any) -> str:
     basis |= {
         "files": [[file.modified, file.identity, of_weights(file.path)] for file in files],
         "with": of_files(sidecar.sources()),
-        "by": backend.engine.active_isa() if backend.engine_runs() else "torch",
+        "by": backend.native.active_isa() if backend.native_runs() else "torch",
     }
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 

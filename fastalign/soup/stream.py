@@ -48,30 +48,30 @@ def chunk_for(memory_limit: int, widths: int, threads: int) -> int:
 def allocate(file: int, nbytes: int) -> None:
     """Set a file's length and allocate its blocks if the file system can. Raises OSError: ENOSPC before a byte is
     written."""
-    if not backend.engine_runs():
+    if not backend.native_runs():
         return os.ftruncate(file, nbytes)
-    error = backend.engine.allocate(file, nbytes)
+    error = backend.native.allocate(file, nbytes)
     if error:
         raise OSError(error, os.strerror(error))
 
 
 def write_behind(files: Sequence[int]) -> None:
     """Lets the system start writing to disk, if the native extension is available."""
-    if backend.engine_runs():
+    if backend.native_runs():
         for file in files:
-            backend.engine.write_behind(file)
+            backend.native.write_behind(file)
 
 
 def weighted_sums(segments: Sequence[Segment], out_type: str, *, chunk: int, threads: int) -> Seen:
     """Read every segment's inputs once and write its outputs, in chunks of `chunk` elements. Raises StreamError.
 
     All segments have the same files."""
-    if not backend.engine_runs():
+    if not backend.native_runs():
         from fastalign.soup import by_torch
 
         return by_torch.weighted_sums(segments, out_type, chunk)
     coded = [(s.n, [code(t) for t in s.in_types], *s[2:]) for s in segments]
-    return _seen(*backend.engine.soup_files(coded, code(out_type), chunk, threads, flushes()))
+    return _seen(*backend.native.soup_files(coded, code(out_type), chunk, threads, flushes()))
 
 
 def _seen(failure: tuple, digests: list[tuple[int, int]], inputs: list, outputs: list) -> Seen:
@@ -87,22 +87,22 @@ def _joined(low: int, high: int) -> int:
 
 def added(data: bytes | memoryview, offset: int) -> int:
     """The contribution of these bytes to a file's digest, modulo 2^128; only if the native extension is built."""
-    return _joined(*backend.engine.soup_digest(data, offset)) if backend.engine_runs() else 0
+    return _joined(*backend.native.soup_digest(data, offset)) if backend.native_runs() else 0
 
 
 def digest(total: int, path: Path) -> str:
     """A written file's digest, from the sum of its contributions."""
-    return f"{total % 2**128:032x}" if backend.engine_runs() else sha256(path)
+    return f"{total % 2**128:032x}" if backend.native_runs() else sha256(path)
 
 
 def digest_of(path: Path) -> str:
     """A file's digest, by reading it again."""
-    if not backend.engine_runs():
+    if not backend.native_runs():
         return sha256(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         threads = min(backend.threads(), 1 + size // _A_THREADS)
-        error, halves = backend.engine.soup_digest_file(file.fileno(), size, threads)
+        error, halves = backend.native.soup_digest_file(file.fileno(), size, threads)
     if error:
         raise OSError(error, os.strerror(error), str(path))
     return f"{_joined(*halves):032x}"
@@ -113,13 +113,13 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str, *, chunk: int, thr
 
     Its inputs are read several times, in chunks, if ranks or sums of the whole tensor are needed.
     """
-    if not backend.engine_runs():
+    if not backend.native_runs():
         from fastalign.soup import by_torch
 
         return by_torch.merge_tasks(tensor, tasks, out_type)
     coded = (tensor.n, [code(t) for t in tensor.in_types], *tensor[2:6], [w for row in tasks.weights for w in row])
     choices = [(KEEPS.index(choice.keep), *choice[1:]) for choice in tasks.choices]
-    result = backend.engine.soup_tasks(
+    result = backend.native.soup_tasks(
         coded,
         choices,
         code(out_type),
@@ -140,13 +140,13 @@ def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarra
 
     centered: of the inputs' differences from input 0.
     """
-    if not backend.engine_runs():
+    if not backend.native_runs():
         from fastalign.soup import by_torch
 
         return by_torch.dots(segment, MOST_CHUNK, centered=centered)
     m = len(segment.in_files)
     coded = (segment.n, [code(t) for t in segment.in_types], *segment[2:])
-    failed, *what, products = backend.engine.soup_dots(coded, centered, MOST_CHUNK, threads)
+    failed, *what, products = backend.native.soup_dots(coded, centered, MOST_CHUNK, threads)
     if failed:
         raise StreamError(*what)
     return np.array(products).reshape(m, m)
@@ -208,7 +208,7 @@ def mix_tensors(tensors: Sequence[Tensor], rows: Sequence[Sequence[float]], dtyp
         return reference.weighted_sums(tensors, rows, dtype)
     outs = [torch.empty(tensors[0].shape, dtype=dtype) for _ in rows]
     kept = [tensor.detach().contiguous() for tensor in tensors]
-    backend.engine.soup_memory(
+    backend.native.soup_memory(
         [buffer(out) for out in outs],
         [buffer(tensor) for tensor in kept],
         [float(w) for row in rows for w in row],

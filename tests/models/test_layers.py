@@ -13,7 +13,7 @@ from tiny import tiny_causal_lm
 from fastalign import backend, use_backend
 from fastalign.models.compiled_layers import CompiledLayers, _GatedMLP, _RMSNorm, _Rotate, _SiluGate
 
-pytestmark = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+pytestmark = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 WIDTHS = [1, 3, 16, 17, 64, 100, 576]
 
 
@@ -134,7 +134,7 @@ print(*(float((out * torch.arange(out.numel()).view(out.shape)).double().sum()) 
 
 def test_every_level_gives_the_same_numbers():
     rows = []
-    for isa in backend.engine.available_isas():
+    for isa in backend.native.available_isas():
         done = subprocess.run(
             [sys.executable, "-c", LEVELS],
             env=os.environ | {"FASTALIGN_ISA": isa},

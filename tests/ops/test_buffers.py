@@ -82,12 +82,12 @@ CALLS = {
     "gae": ([floats(3, 5), floats(3, 5), LOGITS, LOGITS, torch.ones(3, 5, dtype=torch.bool)], (1.0, 1.0, 1)),
     "resample": ([integers(0, 0, 0), LOGITS], (1, 0, None, 0, 1)),
 }  # fmt: skip
-needs_engine = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+needs_engine = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 
 
 def call(name, tensors):
     described = [rows(x)[0] if x is LOGITS else buffer(x) for x in tensors]
-    return getattr(backend.engine, name)(*described, *CALLS[name][1])
+    return getattr(backend.native, name)(*described, *CALLS[name][1])
 
 
 @needs_engine
@@ -117,7 +117,7 @@ def test_attention_stays_within_the_cache(rows, lengths):
 @needs_engine
 def test_a_soup_takes_buffers_of_one_size():
     out, short, x = floats(9), floats(8), floats(9)
-    backend.engine.soup_memory([buffer(out)], [buffer(x)], [1.0], 1)
+    backend.native.soup_memory([buffer(out)], [buffer(x)], [1.0], 1)
     for outs, ins, weights in (
         ([short], [x], 1),
         ([out], [short], 1),
@@ -127,7 +127,7 @@ def test_a_soup_takes_buffers_of_one_size():
         ([out], [x] * 129, 129),
     ):
         with pytest.raises(RuntimeError, match="called wrongly"):
-            backend.engine.soup_memory([*map(buffer, outs)], [*map(buffer, ins)], [1.0] * weights, 1)
+            backend.native.soup_memory([*map(buffer, outs)], [*map(buffer, ins)], [1.0] * weights, 1)
 
 
 @needs_engine
@@ -149,12 +149,12 @@ def test_arrays_of_another_layout_are_refused(spoil):
         np.empty(1, dtype=np.int64),
     ]
     palette, sign = np.full(m, -0.1), np.ones(m)
-    assert backend.engine.map_newton((*found,), description, (palette, sign, None, None, None), 1e-8, np.inf, 1) == 2
+    assert backend.native.map_newton((*found,), description, (palette, sign, None, None, None), 1e-8, np.inf, 1) == 2
     for i in range(2):
         given = [palette, sign, None, None, None]
         given[i] = spoil(given[i])
         with pytest.raises(RuntimeError, match="called wrongly"):
-            backend.engine.map_newton((*found,), description, (*given,), 1e-8, np.inf, 1)
+            backend.native.map_newton((*found,), description, (*given,), 1e-8, np.inf, 1)
     for wrong in (
         rewards.astype(">f8"),
         rewards.T,
@@ -162,4 +162,4 @@ def test_arrays_of_another_layout_are_refused(spoil):
         np.zeros((20, 3), dtype=[("a", "u1"), ("x", "f8")])["x"],
     ):
         with pytest.raises((RuntimeError, TypeError)):
-            backend.engine.map_statistics(np.empty((1, 15)), (wrong, None, None, None, None, 0), np.zeros((1, m)), 1)
+            backend.native.map_statistics(np.empty((1, 15)), (wrong, None, None, None, None, 0), np.zeros((1, m)), 1)

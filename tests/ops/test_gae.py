@@ -192,13 +192,13 @@ for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
             truth = reference.gae(r.double(), v.double(), mask, 0.99, 0.95)
             for a, b in zip(gae(r, v, mask, gamma=0.99), truth):
                 worst = max(worst, float((a - b).abs().max() / bound))
-print(fastalign.backend.engine.active_isa(), worst)
+print(fastalign.backend.native.active_isa(), worst)
 """
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 def test_every_instruction_set():
-    for isa in fastalign.backend.engine.available_isas():
+    for isa in fastalign.backend.native.available_isas():
         done = subprocess.run(
             [sys.executable, "-c", LEVELS], env=os.environ | {"FASTALIGN_ISA": isa}, capture_output=True, text=True
         )

@@ -154,7 +154,7 @@ STOPPED = ("grpo_loss, cispo", "grpo_loss, vespo", "LinearDPOLoss, WPO")
 ALIKE = [f"grpo_loss, {kind}" for kind in ("grpo", "dr_grpo", "luspo", "dapo")]  # in one way of being traced
 ALIKE += [f"pairwise_loss, {kind}" for kind in FUSED if kind not in ("sigmoid", "exo_pair", "sigmoid_norm")]
 TRACED = [name for name in ALL if name not in ALIKE]
-COMPILED = backend.engine is not None
+COMPILED = backend.native is not None
 BACKENDS = [*["cpu"] * COMPILED, "reference"]
 
 

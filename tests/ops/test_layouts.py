@@ -135,7 +135,7 @@ def outcome(f, tensors):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("on", [*["cpu"] * (backend.engine is not None), "reference", "triton"])
+@pytest.mark.parametrize("on", [*["cpu"] * (backend.native is not None), "reference", "triton"])
 def test_a_layout_changes_nothing(name, on):
     f, tensors = CASES[name]
     with use_backend(on):
@@ -151,7 +151,7 @@ def test_a_layout_changes_nothing(name, on):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 def test_flushing_denormals_changes_nothing(name):
     """torch.set_flush_denormal is of one thread alone: what hung on it would hang on which thread a row fell to."""
     f, tensors = CASES[name]

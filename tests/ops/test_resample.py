@@ -261,14 +261,14 @@ out = []
 for x in (x.float(), x):
     for method in METHODS:
         out += resample(x, 9, method=method, seed=1).flatten().tolist()
-print(fastalign.backend.engine.active_isa(), *out)
+print(fastalign.backend.native.active_isa(), *out)
 """
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 def test_every_instruction_set_draws_the_same():
     rows = {}
-    for isa in fastalign.backend.engine.available_isas():
+    for isa in fastalign.backend.native.available_isas():
         done = subprocess.run(
             [sys.executable, "-c", LEVELS], env=os.environ | {"FASTALIGN_ISA": isa}, capture_output=True, text=True
         )
@@ -368,7 +368,7 @@ def test_flushing_denormals_changes_nothing(method, k, dtype):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
 def test_the_best_of_denormals(engine):
     """Differences no normal number holds: with denormals they order, without they are ties, and never is there none."""

@@ -330,14 +330,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     every = {"top_k": 300, "top_p": 0.8, "min_p": 0.01}
     for options in ({}, {"temperature": 0.0}, {"top_k": 30}, {"top_p": 0.9}, every):
         out += sample_tokens(x, seed=1, **options).ids.tolist()
-print(fastalign.backend.engine.active_isa(), *out)
+print(fastalign.backend.native.active_isa(), *out)
 """
 
 
-@pytest.mark.skipif(fastalign.backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 def test_every_instruction_set_draws_the_same_ids():
     rows = {}
-    for isa in fastalign.backend.engine.available_isas():
+    for isa in fastalign.backend.native.available_isas():
         done = subprocess.run(
             [sys.executable, "-c", LEVELS], env=os.environ | {"FASTALIGN_ISA": isa}, capture_output=True, text=True
         )

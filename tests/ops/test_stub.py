@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import fastalign
-from fastalign.backend import engine
+from fastalign.backend import native
 
 STUB = Path(fastalign.__file__).with_name("_C.pyi")
 
@@ -19,7 +19,7 @@ def test_the_stub_has_the_functions_of_the_compiled_module():
     # pybind11 begins a docstring with the signature, whose arguments are arg0, arg1, ...
     compiled = {
         name: len(re.findall(r"\barg\d+: ", what.__doc__.splitlines()[0]))
-        for name, what in vars(engine).items()
+        for name, what in vars(native).items()
         if callable(what) and not name.startswith("_")
     }
     assert declared == compiled

@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(params=["engine", "torch"], autouse=True)
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(backend, "engine_runs", lambda: False)
+        monkeypatch.setattr(backend, "native_runs", lambda: False)
     return request.param
 
 

@@ -12,7 +12,7 @@ from fastalign.soup.checkpoint import FLOATS, in_torch
 from fastalign.soup.steps import Segment
 from fastalign.soup.stream import dots, mix_tensors
 
-pytestmark = pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+pytestmark = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 
 DTYPES = [in_torch(name) for name in FLOATS]
 BYTES = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -126,7 +126,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e
 
 def test_every_level_gives_the_same_numbers(monkeypatch):
     rows = []
-    for isa in backend.engine.available_isas():
+    for isa in backend.native.available_isas():
         monkeypatch.setenv("FASTALIGN_ISA", isa)
         done = subprocess.run([sys.executable, "-c", LEVELS], capture_output=True, text=True, check=True)
         rows.append([float(x) for x in done.stdout.split()])

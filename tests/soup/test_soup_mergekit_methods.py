@@ -126,7 +126,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_by_merge_by_recipe_and_by_command(case, engine, files, tmp_path, monkeypatch):
     if not engine:
-        monkeypatch.setattr(backend, "engine_runs", lambda: False)
+        monkeypatch.setattr(backend, "native_runs", lambda: False)
     reference, m, with_base, options = CASES[case]
     method, base = case.partition(",")[0], files[0] if with_base else None
     weights = [0.3, 0.9] if method == "nuslerp" else None

@@ -59,7 +59,7 @@ def every_choice(n):
     }
 
 
-@pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 @pytest.mark.parametrize("kind", every_choice(9))
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, F32, BF16), (F64, F64, F64), (BF16, torch.float16, F64)])
 def test_the_engine_does_what_is_defined(tmp_path, kind, dtypes):
@@ -78,7 +78,7 @@ def test_the_engine_does_what_is_defined(tmp_path, kind, dtypes):
                 assert far.sum() <= (0 if dtype == F64 else 2 + 1e-4 * n), (shape, elect, normalize)
 
 
-@pytest.mark.skipif(backend.engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 def test_threads_and_chunks_do_not_matter_and_outputs_round_once(tmp_path):
     inputs = models((300, 700), (BF16, BF16, BF16))
     for kind, choices in every_choice(300 * 700).items():

@@ -124,7 +124,7 @@ def test_a_union_without_a_base(models, tmp_path, engine, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not engine:
-        monkeypatch.setattr(backend, "engine_runs", lambda: False)
+        monkeypatch.setattr(backend, "native_runs", lambda: False)
     recipe = {"merge_method": "linear", "models": listed(models, "ABD", weight=[1, 2, 3]), "tokenizer_source": "union"}
     out = merged(tmp_path, recipe)
     first, other, tokens = vocab(models / "A"), vocab(models / "D"), vocab(out)
