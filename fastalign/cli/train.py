@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -115,9 +116,14 @@ def dpo(
     from fastalign.jobs import preference as jobs
 
     _needs_trl()
-    pairs = jobs.read_pairs(
-        data, lam=_lam(lam), palette=palette, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
-    )
+    weights = _lam(lam)
+
+    @functools.cache
+    def pairs():
+        return jobs.read_pairs(
+            data, lam=weights, palette=palette, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
+        )
+
     result = jobs.train_dpo(
         model, pairs, out, learning_rate=learning_rate, batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs, max_steps=max_steps, beta=beta,
@@ -125,7 +131,7 @@ def dpo(
         dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite,
         show_progress=True,
     )  # fmt: skip
-    _print_result(out, result, pairs)
+    _print_result(out, result, pairs())
     return result
 
 
@@ -271,16 +277,27 @@ def reward(
 
     _needs_trl()
     heads = names("values", values) if values is not None else None
-    pairs = jobs.read_pairs(
-        data, lam=_lam(lam), palette=palette, values=heads, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
-    )
+    weights = _lam(lam)
+
+    @functools.cache
+    def pairs():
+        return jobs.read_pairs(
+            data,
+            lam=weights,
+            palette=palette,
+            values=heads,
+            how=how.value,
+            pairs_per_prompt=pairs_per_prompt,
+            seed=seed,
+        )
+
     result = jobs.train_reward(
         model, pairs, out, values=heads, held_out=held_out, report=report,
         learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
         epochs=epochs, max_steps=max_steps, center=center, lora_r=lora_r, max_length=max_length, chat=chat, seed=seed,
         save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
     )  # fmt: skip
-    _print_result(out, result, pairs)
+    _print_result(out, result, pairs())
     for head in result.get("held_out", []):
         console().print(
             f"  {head['name']:<12} accuracy n/a (0 pairs)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def read_pairs(
 
 def train_dpo(
     model: str,
-    pairs: PreferencePairs,
+    pairs: PreferencePairs | Callable[[], PreferencePairs],
     out: str | os.PathLike[str],
     *,
     learning_rate: float = 5e-6,
@@ -89,6 +89,7 @@ def train_dpo(
 ) -> dict[str, Any]:
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `jobs.run`.
 
+    pairs: or what reads them, which is called once the other arguments are checked.
     loss_type: one of TRL's, or several separated by commas. lora_r: train adapters of that rank, merged at the end.
     precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder, even where not
         every pair will be met; where each will, that is done anyway.
@@ -113,6 +114,7 @@ def train_dpo(
     )
     from fastalign.models.loading import load_causal_lm
 
+    pairs = pairs() if callable(pairs) else pairs
     settings = {
         "command": "dpo", "model": model, "pairs": runs.rows_hash(pairs), "learning_rate": learning_rate,
         "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs,
@@ -151,7 +153,7 @@ def train_dpo(
 
 def train_reward(
     model: str,
-    pairs: PreferencePairs,
+    pairs: PreferencePairs | Callable[[], PreferencePairs],
     out: str | os.PathLike[str],
     *,
     values: Sequence[str] | None = None,
@@ -199,6 +201,7 @@ def train_reward(
     pages = [] if report is None else written(report)
     for page in pages:
         check_target(page)
+    pairs = pairs() if callable(pairs) else pairs
     settings = {
         "command": "reward", "model": model, "pairs": runs.rows_hash(pairs), "values": values, "held_out": held_out,
         "learning_rate": learning_rate, "batch_size": batch_size,

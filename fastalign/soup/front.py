@@ -15,6 +15,7 @@ from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
 from fastalign._base.files import read_json, write_json
 from fastalign._base.units import counted
+from fastalign.data.palettes import LARGEST
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class SoupFront:
             shapes = (len(rho), means.shape[1], len(values)), (len(rho), len(models)), (len(values),)
             if (means.shape, rho.shape, std.shape) != shapes or 0 in means.shape:
                 raise ValueError(f"means of shape {means.shape} do not fit {len(rho)} soups of {len(values)} values")
-            if not all(np.isfinite(numbers).all() for numbers in (means, rho, std)):
-                raise ValueError("means, rho and spread must be finite")
-            if chosen is not None and np.array(chosen["palette"], dtype=np.float64).shape != (len(values),):
+            palette = np.zeros(len(values)) if chosen is None else np.array(chosen["palette"], dtype=np.float64)
+            if palette.shape != (len(values),):
                 raise ValueError(f"chosen for other values than {', '.join(values)}")
+            palette = palette[np.isfinite(palette)]  # the others are free
+            if not all((np.abs(numbers) <= LARGEST).all() for numbers in (means, rho, std, palette)):
+                raise ValueError(f"means, rho, spread and the chosen palette must be finite, at most {LARGEST:g}")
             return cls(values, models, rho, means, std, int(record["candidates"]), chosen)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a whole soup_front file ({error})") from None

@@ -117,7 +117,21 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         (tmp_path / "bad.json").write_text(json.dumps(held | change))
         with pytest.raises(UserError, match=part):
             soup.SoupFront.read(tmp_path / "bad.json")
-    odd = [None, True, -1, "x", [], [[]], {}, [1], [True, False], [1e308, -1e308], [float("nan")] * 2, {"a": 1}]
+    odd = [
+        {"palette": [1e308, 1e308]},
+        None,
+        True,
+        -1,
+        "x",
+        [],
+        [[]],
+        {},
+        [1],
+        [True, False],
+        [1e308, -1e308],
+        [float("nan")] * 2,
+        {"a": 1},
+    ]
     for name in ("values", "models", "rho", "means", "spread", "candidates", "chosen"):
         for value in odd:
             if (name, value) in (("candidates", True), ("candidates", -1), ("chosen", None)):
