@@ -79,7 +79,7 @@ def test_clang_compiles_the_engine(name, level, tmp_path):
 
 @pytest.mark.skipif(engine is None, reason="the native extension is not built")
 def test_an_unknown_level_is_refused():
-    code, _, err = run("import fastalign.backend as b; b.engine.active_isa()", FASTALIGN_ISA="mmx")
+    code, _, err = run("import fastalign.backend as b; b.native.active_isa()", FASTALIGN_ISA="mmx")
     assert code != 0 and "FASTALIGN_ISA must be baseline, avx2 or avx512, got mmx" in err
 
 

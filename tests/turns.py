@@ -10,7 +10,7 @@ import pytest
 
 ALL = bool(os.environ.get("FASTALIGN_TEST_ALL"))
 DAY = int(time.time() // 86400)
-SWEEPS = ("compile_gate", "bytes_moved", "sanitize", "clang", "readme")
+SWEEPS = ("compile_gate", "bytes_moved", "sanitize", "clang", "readme", "resume", "ranks")
 
 
 def on_its_day(sweep: str) -> pytest.MarkDecorator:

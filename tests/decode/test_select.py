@@ -149,5 +149,5 @@ def test_best_of_keeps_k_and_averages_its_own_draw_out(sampler):
 
 
 def test_weights_that_leave_the_numbers_are_said():
-    with pytest.raises(UserError, match=r"lam must leave lambda \. R finite"):
+    with pytest.raises(UserError, match="lam must leave λ·R finite"):
         select(np.full((1, 2, 2), 3.0), np.array([1e308, 1.0]), seed=0)

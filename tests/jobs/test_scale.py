@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 from tiny import tiny_folder
+from turns import on_its_day
 
 from fastalign._base.errors import UserError
 from fastalign.decode import Candidates, Sampler
@@ -93,6 +94,7 @@ def test_a_worker_killed_a_run_cut_off_and_one_process_give_the_same(cluster, fo
         scale.run(folder, PROMPTS, out, rewards=length(log=log), **{**options, "seed": 4})
 
 
+@on_its_day("ranks")
 def test_a_block_that_kills_every_worker_is_named_and_all_others_are_kept(cluster, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "RETRIES", 1)
     out, log = tmp_path / "out", tmp_path / "log"

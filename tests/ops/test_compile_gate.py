@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from turns import on_its_day
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
+pytestmark = on_its_day("compile_gate")
 TOOLS = Path(__file__).parents[2] / "tools"
 
 KERNELS = """

@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from tiny import tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from turns import on_its_day
 
 from fastalign import UserError
 from fastalign.losses import dpo_loss
@@ -297,6 +298,7 @@ print("LOSSES", *[row["loss"] for row in logs(t)])
 """
 
 
+@on_its_day("resume")  # as the command does every day
 def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     def run(out, kill=False, resume=False):
         tests = str(Path(__file__).parents[1])
@@ -363,7 +365,9 @@ if t.is_world_process_zero():
 """
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, id="DDP"), pytest.param(True, id="FSDP2", marks=on_its_day("ranks"))]
+)
 def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, tmp_path, sharded):
     tests, found = str(Path(__file__).parents[1]), []
     for ranks, size in ((1, 4), (2, 2)):
