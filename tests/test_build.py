@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from turns import ALL, DAY, on_its_day
+from turns import by_the_day, on_its_day
 
 import fastalign.backend
 from fastalign import kernels
@@ -57,7 +57,7 @@ def sources_in_turn():
     """(file, level) of the engine, a fourth of them in turn."""
     files = [(name, "baseline") for name in BUILD["COMMON"]]
     files += [(name, level) for name in BUILD["OPS"] for level in BUILD["LEVELS"]]
-    return files if ALL else files[DAY % 4 :: 4]
+    return by_the_day(files, 4)
 
 
 @on_its_day("clang")

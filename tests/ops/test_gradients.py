@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tiny import tiny_causal_lm
+from turns import by_the_day
 
 from fastalign import backend, losses, ops, use_backend
 from fastalign.losses.preference import LOSS_TYPES
@@ -245,7 +246,7 @@ def test_a_gradient_of_nothing_is_differentiated_again():
     assert grad == 0
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", by_the_day(TRACED, 3))
 def test_traces_at_any_number(name):
     """What is plain torch is traced by dynamo alone, which takes a third of the time."""
     f, tensors = ALL[name]
