@@ -193,11 +193,16 @@ def ppo(
     """Train a model with PPO on λ·R of its own responses; every rollout is scored with every value."""
     from fastalign.data import hub
     from fastalign.data.dialogues import HUMAN
-    from fastalign.jobs.ppo import read_values, train_ppo
+    from fastalign.jobs.ppo import check_numbers, read_values, train_ppo
 
     requested, weights = _values_and_lam(values, lam, palette)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
+    check_numbers(
+        learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
+        epochs=epochs, max_steps=max_steps, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
+        kl_target=kl_target, seed=seed, save_steps=save_steps,
+    )  # fmt: skip
     prompts = hub.load_prompts(data, column=column, split=split, words=words)
     if chat is None and (data in (*hub.IMDB, *hub.HH_RLHF) or any(HUMAN in prompt for prompt in prompts)):
         chat = False  # texts to continue, not questions from a user

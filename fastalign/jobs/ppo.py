@@ -18,6 +18,16 @@ from fastalign.data.text import Text
 from fastalign.jobs import run as runs
 
 
+def check_numbers(*, learning_rate: float, init_kl_coef: float, kl_target: float, **counts: int | None) -> None:
+    """Raises UserError for arguments of `train_ppo` out of range, before prompts are read, which may take long."""
+    runs.check_counts(**counts)
+    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= init_kl_coef < float("inf"):
+        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
+
+
 def read_values(names: Sequence[Any]) -> list[Any]:
     """Rewards by registered name, as objects, or from a reward model's folder: one of each of its heads.
 
@@ -97,20 +107,18 @@ def train_ppo(
     lam = weights(lam, len(names), ", ".join(names))
     if not lam.any():
         raise UserError("lam must not be all zero: there is nothing to learn")
-    runs.check_counts(
-        epochs=epochs,
-        max_new_tokens=max_new_tokens,
-        save_steps=save_steps,
+    check_numbers(
+        learning_rate=learning_rate,
         batch_size=batch_size,
-        max_steps=max_steps,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        epochs=epochs,
+        max_steps=max_steps,
+        max_new_tokens=max_new_tokens,
+        init_kl_coef=init_kl_coef,
+        kl_target=kl_target,
         seed=seed,
+        save_steps=save_steps,
     )
-    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} must be positive and finite, got {value}")
-    if not 0 <= init_kl_coef < float("inf"):
-        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)

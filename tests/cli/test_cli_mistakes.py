@@ -132,8 +132,8 @@ def test_and_so_where_python_names_it(given, model, said):
         assert str(told.value) == f"{path}: {said}"
 
 
-@pytest.mark.parametrize("command", ["train dpo", "train reward"])
-@pytest.mark.parametrize("wrong", [("--batch-size", 0), ("--learning-rate", 0), ("--max-length", 0), ("--seed", -1)])
+@pytest.mark.parametrize("command", ["train dpo", "train reward", "train ppo --values diversity --lam 1"])
+@pytest.mark.parametrize("wrong", [("--batch-size", 0), ("--learning-rate", 0), ("--save-steps", 0), ("--seed", -1)])
 def test_numbers_are_checked_before_data_are_read(refused, command, wrong):
     told = refused(f"{command} --model model --data nobody/nothing", *wrong)
     assert told.startswith((f"{wrong[0]} must be", f"{wrong[0][2:].replace('-', '_')} must be")), told
