@@ -25,6 +25,11 @@ questions: TextIO | None = None
 answers: TextIO | None = None
 
 
+def alone() -> dict[str, str]:
+    """The environment of a pytest of our own, whatever pytest runs around it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | ALONE
+
+
 class OtherBuild:
     """The same benchmark in a process with another build of fastalign. folder: has the package; its name is the
     commit's."""
@@ -32,7 +37,7 @@ class OtherBuild:
     def __init__(self, folder: str, item: pytest.Item):
         self.name, self.errors = Path(folder).name, tempfile.TemporaryFile("w+")
         command = [sys.executable, "-W", "ignore", __file__, "--serve", f"{item.path}::{item.name}"]
-        pipe, environment = subprocess.PIPE, os.environ | ALONE | {"PYTHONPATH": folder}
+        pipe, environment = subprocess.PIPE, alone() | {"PYTHONPATH": folder}
         self.process = subprocess.Popen(
             command, env=environment, stdin=pipe, stdout=pipe, stderr=self.errors, text=True
         )

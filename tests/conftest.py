@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors
 import pytest
 import torch
 from hypothesis import settings
+from turns import ALL
 
 import fastalign
 from fastalign import kernels
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
     fourth, always the same one, is run. FASTALIGN_TEST_ALL=1 runs all of them."""
     order = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))  # or a worker is left alone with one of them
-    if os.environ.get("FASTALIGN_TEST_ALL"):
+    if ALL:
         return
 
     def matrix(item):

@@ -19,6 +19,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,7 @@ def build(kind: str, level: str) -> Path:
     """The engine for one level with the sanitizer in it; compiles what changed."""
     import pybind11
 
-    made: dict = {"__file__": str(ROOT / "setup.py")}
-    exec((ROOT / "setup.py").read_text().partition("class BuildPerLevel")[0], made)
+    made = runpy.run_path(str(ROOT / "setup.py"))
     folder = ROOT / "build" / "sanitize" / f"{kind}-{level}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = [

@@ -66,7 +66,7 @@ def claim(
     if overwrite:
         return record
     if had is None and out in targets and out.exists():
-        raise UserError(f"{out}: exists, and is not this command's; --overwrite replaces it")
+        raise _not_this_commands(out)
     if had is not None and (name := differing(had, record)):
         made = "of other inputs" if name == "inputs" else f"with {name}={had.get(name)!r}, not {record.get(name)!r}"
         raise UserError(f"{out}: exists, made {made}; --overwrite replaces it")
@@ -139,7 +139,7 @@ def check_same(
     another path; "contents" maps names to fingerprints. knobs: names that may differ.
     """
     if had is None:
-        raise UserError(f"{where}: exists, and is not this command's; --overwrite replaces it")
+        raise _not_this_commands(where)
     wanted = json.loads(json.dumps(wanted, default=str))  # tuples and the like as the file has them
     ignored = {*knobs, *(name for name in FINGERPRINTS if name not in had)}  # earlier versions kept none
     if had.get("model_content") == wanted.get("model_content") is not None:
@@ -222,3 +222,7 @@ def ask(question: str) -> bool:
 def _digest(path: str | os.PathLike[str]) -> str:
     local = Path(os.fspath(path)).expanduser()
     return sha256(local) if local.is_file() else fingerprint.of_model(path)
+
+
+def _not_this_commands(path: str | os.PathLike[str]) -> UserError:
+    return UserError(f"{path}: exists, and is not this command's; --overwrite replaces it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
     from pytest import ExitCode
 
     import fastalign.bench
+    from fastalign.bench.commits import alone
     from fastalign.bench.tables import GROUPS, table
 
     check_folder(out)
@@ -37,16 +37,14 @@ def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
             raise UserError(f"{path}: already exists; --overwrite measures again and replaces it")
     pytest = [sys.executable, "-m", "pytest", fastalign.bench.__path__[0], "-q", "-p", "pytest_benchmark.plugin"]
     pytest += ["-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "-o", "addopts="]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # another run's
-    alone |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # other plugins take time, and may change the order
     for name in names:
-        collected = subprocess.run([*pytest, "--collect-only", "-k", name], env=alone, capture_output=True)
+        collected = subprocess.run([*pytest, "--collect-only", "-k", name], env=alone(), capture_output=True)
         if collected.returncode in (ExitCode.NO_TESTS_COLLECTED, ExitCode.USAGE_ERROR):
             raise UserError(f"names must be {', '.join(GROUPS)} or match a benchmark (pytest's -k), got {name!r}")
     chosen = ["-k", " or ".join(f"({name})" for name in names)] if names else []
     with atomic_write(results) as beside:
         measured = ["--benchmark-only", "--benchmark-quiet", "-rs", f"--benchmark-json={beside}", *chosen]
-        failed = subprocess.run([*pytest, *measured], env=alone).returncode
+        failed = subprocess.run([*pytest, *measured], env=alone()).returncode
         if not beside.is_file():
             raise UserError("the benchmarks wrote no results: see above")
     if failed:

@@ -47,11 +47,11 @@ def read_pairs(
     if kind != "scored":
         if lam is not None or palette is not None:
             raise UserError(f"{data}: lam and palette make pairs of a scored file, this file contains pairs")
-        solution = preferences.load(data)
-        lacking = [name for name in values or () if not any(name in row for row in solution)]
-        if lacking and not any("value" in row for row in solution):
+        loaded = preferences.load(data)
+        lacking = [name for name in values or () if not any(name in row for row in loaded)]
+        if lacking and not any("value" in row for row in loaded):
             raise UserError(f"{data}: must have a column 'value', or one for each value, lacks {', '.join(lacking)}")
-        return solution
+        return loaded
     if palette is not None:
         solution = palettes.read(palette, "lambda")
         lam = dict(zip(solution["values"], solution["lambda"], strict=True))

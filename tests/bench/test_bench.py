@@ -1,7 +1,6 @@
 """The benchmarks under pytest-benchmark: what `compare` tells, what stays of it, and that every op has one."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +11,9 @@ import pytest
 from fastalign import ops
 
 pytest.importorskip("pytest_benchmark")
-from fastalign.bench import tables
+from fastalign.bench import commits, tables
 
 PYTEST = [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "--benchmark-only"]
-ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of this run
-ALONE |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 BENCH = Path(__file__).parents[2] / "bench"
 TINY = """
 import time
@@ -44,7 +41,7 @@ def test_what_a_benchmark_tells(tmp_path):
     done = subprocess.run(
         [*PYTEST, "-p", "fastalign.bench.conftest", "bench_tiny.py", "--benchmark-json=out.json"],
         cwd=tmp_path,
-        env=ALONE | {"FASTALIGN_ISA": "baseline"},
+        env=commits.alone() | {"FASTALIGN_ISA": "baseline"},
         capture_output=True,
         text=True,
     )
@@ -81,7 +78,7 @@ def test_another_build_is_a_peer_in_a_process_of_its_own(tmp_path):
     done = subprocess.run(
         [*PYTEST, BENCH / "bench_gae.py", "-k", "64", *options],
         cwd=BENCH.parent,
-        env=ALONE,
+        env=commits.alone(),
         capture_output=True,
         text=True,
     )

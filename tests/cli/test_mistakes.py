@@ -1,14 +1,13 @@
 """Every option of every command, given what it cannot mean: one clear line, or usage, and never a traceback."""
 
 import inspect
-import os
-import time
 import typing
 from pathlib import Path
 
 import pytest
 import typer
 from test_outputs import COMMANDS, argued, contents, made, work  # noqa: F401
+from turns import by_the_day
 from typer.testing import CliRunner
 
 from fastalign.cli.main import app
@@ -48,8 +47,7 @@ CASES = [
     for option, kind in options(name)
     for value in BAD[kind]
 ]
-TURNS = 1 if os.environ.get("FASTALIGN_TEST_ALL") else 12
-TODAY = [case for i, case in enumerate(CASES) if i % TURNS == int(time.time() // 86400) % TURNS]
+TODAY = by_the_day(CASES, 12)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,13 +1,11 @@
 """Causal models of transformers on every path, beside their own plain logits; all of them by `python
 tools/model_sweep.py`."""
 
-import datetime
-import os
-
 import pytest
 from causal_models import model_types
 from model_paths import CHECKS, sweep
 from tiny import tiny_folder
+from turns import by_the_day
 from typer.testing import CliRunner
 
 from fastalign.cli.main import app
@@ -22,10 +20,7 @@ PARTS = 16  # a part of the others runs in turn, a day each
 
 
 def in_turn() -> list[str]:
-    if os.environ.get("FASTALIGN_TEST_ALL"):
-        return list(model_types())
-    part = datetime.date.today().toordinal() % PARTS
-    return [*ALWAYS, *(name for i, name in enumerate(model_types()) if i % PARTS == part and name not in ALWAYS)]
+    return [*ALWAYS, *by_the_day([name for name in model_types() if name not in ALWAYS], PARTS)]
 
 
 @pytest.mark.parametrize("model_type", in_turn())
