@@ -31,7 +31,7 @@ def make_models(root: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from fastalign.soup.lora import write_adapter
+    from fastalign.soup.lora.made import write_adapter
 
     for i in range(2):
         torch.manual_seed(i)

@@ -192,28 +192,19 @@ def ppo(
 ) -> Result:
     """Train a model with PPO on λ·R of its own responses; every rollout is scored with every value."""
     from fastalign.data import hub
-    from fastalign.data.dialogues import HUMAN
-    from fastalign.jobs.ppo import check_numbers, read_values, train_ppo
+    from fastalign.jobs.ppo import train_ppo
 
     requested, weights = _values_and_lam(values, lam, palette)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    check_numbers(
-        learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
-        epochs=epochs, max_steps=max_steps, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
-        kl_target=kl_target, seed=seed, save_steps=save_steps,
-    )  # fmt: skip
-    prompts = hub.load_prompts(data, column=column, split=split, words=words)
-    if chat is None and (data in (*hub.IMDB, *hub.HH_RLHF) or any(HUMAN in prompt for prompt in prompts)):
+    if chat is None and data in (*hub.IMDB, *hub.HH_RLHF):
         chat = False  # texts to continue, not questions from a user
-    rewards = read_values(requested)
-    if isinstance(weights, dict):
-        known = [reward.name for reward in rewards]
-        if set(weights) != set(known):
-            raise UserError(f"lam must weigh each of {', '.join(known)} once, got {', '.join(weights)}")
-        weights = [weights[name] for name in known]
+
+    def prompts():
+        return hub.load_prompts(data, column=column, split=split, words=words)[:limit]
+
     result = train_ppo(
-        model, prompts[:limit], rewards, weights, out, learning_rate=learning_rate, batch_size=batch_size,
+        model, prompts, requested, weights, out, learning_rate=learning_rate, batch_size=batch_size,
         mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
         max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
         kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,9 @@ from fastalign._base import progress
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
 from fastalign._base.numbers import weights
+from fastalign.data.dialogues import HUMAN
 from fastalign.data.text import Text
 from fastalign.jobs import run as runs
-
-
-def check_numbers(*, learning_rate: float, init_kl_coef: float, kl_target: float, **counts: int | None) -> None:
-    """Raises UserError for arguments of `train_ppo` out of range, before prompts are read, which may take long."""
-    runs.check_counts(**counts)
-    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} must be positive and finite, got {value}")
-    if not 0 <= init_kl_coef < float("inf"):
-        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
 
 
 def read_values(names: Sequence[Any]) -> list[Any]:
@@ -58,9 +49,9 @@ def read_values(names: Sequence[Any]) -> list[Any]:
 
 def train_ppo(
     model: str,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Callable[[], Sequence[str]],
     values: Sequence[Any],
-    lam: Sequence[float],
+    lam: Sequence[float] | Mapping[str, float],
     out: str | os.PathLike[str],
     *,
     learning_rate: float = 1.41e-5,
@@ -85,12 +76,13 @@ def train_ppo(
     """Train a model by PPO on λ · R of its own responses, into the folder `out`; see `jobs.run`.
 
     Args:
-        prompts: what it answers; each epoch goes through all of them, in batches of `batch_size`.
-        values: m rewards, see `read_values`. lam: a weight for each.
+        prompts: what it answers, or what reads them, which is called once the other arguments are checked; each epoch
+            goes through all of them, in batches of `batch_size`.
+        values: m rewards, see `read_values`. lam: a weight for each, in order or by name.
         mini_batch_size: rollouts at once in an optimiser step; None: batch_size / gradient_accumulation_steps, at
             most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL
             coefficient is steered to, from init_kl_coef.
-        chat: prompts go through the chat template; None: where there is one.
+        chat: prompts go through the chat template; None: where there is one and no prompt is a dialogue of its own.
         lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
         resume, overwrite: see `train.run.Run`.
 
@@ -102,23 +94,29 @@ def train_ppo(
     Raises:
         UserError: one line, before anything is trained.
     """
-    scorers = read_values(values)
-    names = [reward.name for reward in scorers]
-    lam = weights(lam, len(names), ", ".join(names))
-    if not lam.any():
-        raise UserError("lam must not be all zero: there is nothing to learn")
-    check_numbers(
-        learning_rate=learning_rate,
+    runs.check_counts(
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         epochs=epochs,
         max_steps=max_steps,
         max_new_tokens=max_new_tokens,
-        init_kl_coef=init_kl_coef,
-        kl_target=kl_target,
         seed=seed,
         save_steps=save_steps,
     )
+    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= init_kl_coef < float("inf"):
+        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
+    scorers = read_values(values)
+    names = [reward.name for reward in scorers]
+    if isinstance(lam, Mapping):
+        if set(lam) != set(names):
+            raise UserError(f"lam must weigh each of {', '.join(names)} once, got {', '.join(lam)}")
+        lam = [lam[name] for name in names]
+    lam = weights(lam, len(names), ", ".join(names))
+    if not lam.any():
+        raise UserError("lam must not be all zero: there is nothing to learn")
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
@@ -138,6 +136,10 @@ def train_ppo(
         log_with=runs.board(),
         project_kwargs={"project_dir": str(out), "logging_dir": str(Path(out) / "runs")},
     )
+    adapters = runs.lora(lora_r, "CAUSAL_LM")
+    prompts = prompts() if callable(prompts) else prompts
+    if chat is None and any(HUMAN in prompt for prompt in prompts):
+        chat = False
     settings = {
         "command": "ppo", "model": model, "values": names, "lambda": lam.tolist(), "prompts": runs.rows_hash(prompts),
         "learning_rate": learning_rate, "batch_size": batch_size, "mini_batch_size": mini_batch_size,
@@ -145,7 +147,6 @@ def train_ppo(
         "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,
         "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    adapters = runs.lora(lora_r, "CAUSAL_LM")
     folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
     inputs = [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
     run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs)

@@ -18,7 +18,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.work_folder import MARK
 from fastalign.cli.main import app
 from fastalign.soup.checkpoint import INDEX
-from fastalign.soup.lora import write_adapter
+from fastalign.soup.lora.made import write_adapter
 from fastalign.soup.methods.settings import simplex_grid
 
 RHO = [0.5, 0.3, 0.2]
@@ -613,7 +613,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from fastalign import soup
-from fastalign.soup.lora import write_adapter
+from fastalign.soup.lora.made import write_adapter
 
 def files(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

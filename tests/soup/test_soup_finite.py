@@ -120,7 +120,7 @@ def test_many_outputs_and_shards(tmp_path):
 
 
 def test_an_adapter_merged_onto_its_base(tmp_path):
-    from fastalign.soup.lora import write_adapter
+    from fastalign.soup.lora.made import write_adapter
 
     base = {"a.weight": torch.full((4, 4), 60_000.0).half(), "b.weight": torch.ones(4, 4).half()}
     base["b.weight"][0, 0] = NAN

@@ -352,3 +352,49 @@ def test_the_command(base, adapters, tmp_path):
     ):
         code, _, err = command(*arguments, "--out", tmp_path / "no")
         assert code == 1 and part in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("job", ["mix", "grid", "extract"])
+def test_the_same_command_reuses_its_adapters_and_another_is_refused(base, adapters, tmp_path, job):
+    pair, out = [shutil.copytree(one, tmp_path / one.name) for one in adapters[:2]], tmp_path / "out"
+    if job == "extract":
+        assert command(*pair, "--weights", "1,1", "--base", base, "--out", tmp_path / "tuned")[0] == 0
+        pair, given = [tmp_path / "tuned"], ["--extract", "--base", base, "--rank", 2]
+    else:
+        given = [*(["--weights", "0.3,0.7"] if job == "mix" else ["--grid", 3]), "--rank", 2]
+    first = command(*pair, *given, "--json", "--out", out)
+    assert first[0] == 0, first[2]
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = command(*pair, *given, "--json", "--out", out)
+    assert again[:2] == first[:2] and "already there" in again[2]
+    shutil.copytree(out, tmp_path / "moved")
+    assert command(*pair, *given, "--out", tmp_path / "moved")[0] == 0  # the record has no path
+
+    def refused(part, *changed, models=pair):
+        code, _, err = command(*models, *given, *changed, "--out", out)
+        assert code == 1 and part in err and "--overwrite" in err and err.count("\n") == 1, err
+
+    refused("made with rank=2, not 3", "--rank", 3)
+    refused("made with dtype=", "--dtype", "float16")
+    if job != "extract":
+        refused("made of other inputs", models=pair[::-1])
+        was = (pair[0] / WEIGHTS).read_bytes()
+        save_file({name: x + 1 for name, x in load_file(pair[0] / WEIGHTS).items()}, pair[0] / WEIGHTS)
+        refused("made of other inputs")
+        (pair[0] / WEIGHTS).write_bytes(was)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    (folder,) = {path.parent for path in stamps if path.name == WEIGHTS and path.parent.name in ("out", "1")}
+    (folder / CONFIG).write_text("{}")
+    refused("was changed since it was made")
+    code, _, err = command(*pair, *given, "--out", out, "--overwrite")
+    assert code == 0 and open_adapter(folder), err
+
+
+@pytest.mark.parametrize("where", [".", "a0", "a0/new"])
+def test_adapters_that_are_inputs_are_kept(base, adapters, tmp_path, where):
+    pair = [tmp_path / "a0", tmp_path / "a1"]
+    for one, source in zip(pair, adapters, strict=False):
+        assert soup.merge_adapters([source], [1.0], one)
+    code, _, err = command(*pair, "--weights", "1,1", "--out", tmp_path / where, "--overwrite")
+    assert code == 1 and "an input" in err and err.count("\n") == 1, err
+    assert all(open_adapter(one) for one in pair)

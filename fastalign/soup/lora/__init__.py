@@ -1,4 +1,4 @@
-"""LoRA adapters as peft writes them, adapter_config.json beside adapter_model.safetensors: read, checked, and written.
+"""LoRA adapters as peft writes them, adapter_config.json beside adapter_model.safetensors: read and checked.
 
 A module's update is delta W = s B A with s = alpha / r, or alpha / sqrt(r) with rslora; A is (r, in) and B (out, r).
 Of an embedding, A is (r, vocabulary), B (width, r), and the update is the transpose.
@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import check_folder, read_json, write_json
+from fastalign._base.files import read_json
 from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
-from fastalign.soup.checkpoint import FLOATS, File, lay_out, mapped_file, of_torch, read_header
-from fastalign.soup.outputs import bytes_of
-from fastalign.soup.stream import naming
+from fastalign.soup.checkpoint import FLOATS, File, mapped_file, of_torch, read_header
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Kinds of adapters whose update is not s B A, or is one of other weights than the base model's.
 _OTHERS = {
     "use_dora": "DoRA, whose magnitudes make it no sum of updates: merge it into its base with peft first",
@@ -90,9 +88,9 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in mapped_file(file).items():
-        if not key.startswith(_PREFIX):
-            raise UserError(f"{name}: tensor {key[:80]!r} must begin with {_PREFIX}, as peft writes it")
-        module, factor = _split(key.removeprefix(_PREFIX))
+        if not key.startswith(PREFIX):
+            raise UserError(f"{name}: tensor {key[:80]!r} must begin with {PREFIX}, as peft writes it")
+        module, factor = _split(key.removeprefix(PREFIX))
         if factor:
             factors.setdefault(module, {})[factor] = tensor
         elif "lora_" in module:
@@ -213,7 +211,7 @@ def _split(key: str) -> tuple[str, str]:
 
 def base_name(key: str) -> str:
     """What the base model calls a tensor that an adapter stores whole."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def _factors(name: str, module: str, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> Factors:
@@ -252,85 +250,6 @@ def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, modul
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{name}: {key} of {module} must be a number, got {value!r}")
     return value
-
-
-class MadeAdapter(NamedTuple):
-    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all
-    modules; worst: the module of which least is, and its share."""
-
-    out: Path
-    modules: int
-    ranks: tuple[int, int]  # least and most
-    kept: float
-    worst: tuple[str, float]
-
-
-def made_adapter(
-    out: Path, factors: Mapping[str, tuple[Tensor, Tensor, bool]], norms: Mapping[str, tuple[float, float]]
-) -> MadeAdapter:
-    """norms: for each module the squared norm of what is kept, and of its whole update."""
-    ranks = [len(a) for a, _, _ in factors.values()]
-    kept, total = (sum(column) for column in zip(*norms.values(), strict=True))
-    shares = {module: mine / of if of else 1.0 for module, (mine, of) in norms.items()}
-    worst = min(shares, key=lambda module: shares[module])
-    share = kept / total if total else 1.0
-    return MadeAdapter(out, len(factors), (min(ranks), max(ranks)), share, (worst, shares[worst]))
-
-
-def write_adapter(
-    folder: Path,
-    factors: Mapping[str, tuple[Tensor, Tensor, bool]],
-    settings: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    whole: Mapping[str, Tensor] | None = None,
-) -> None:
-    """An adapter that peft loads, of factors (A, B, whether an embedding's) with scale 1: alpha is the rank everywhere.
-
-    settings: what else its configuration says; target_modules defaults to the modules by their whole names.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for module, (a, b, embedding) in factors.items():
-        names = (".lora_embedding_A", ".lora_embedding_B") if embedding else (".lora_A.weight", ".lora_B.weight")
-        for ending, tensor in zip(names, (a, b), strict=True):
-            tensors[_PREFIX + module + ending] = tensor
-    tensors |= whole or {}
-    (shard,) = lay_out(((name, of_torch(x.dtype), tuple(x.shape)) for name, x in tensors.items()), 2**62)
-    with naming(folder / WEIGHTS), open(folder / WEIGHTS, "wb") as file:
-        file.write(shard.header(metadata))
-        for name in shard.tensors:
-            file.write(bytes_of(tensors[name]))
-    ranks = {module: a.shape[0] for module, (a, _, _) in factors.items()}
-    usual = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
-    config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "r": usual, "lora_alpha": usual,
-        "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(factors), "fan_in_fan_out": False,
-        "bias": "none", "modules_to_save": None, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
-        "init_lora_weights": True, "inference_mode": True, **settings,
-    }  # fmt: skip
-    write_json(folder / CONFIG, config)
-
-
-def target_folder(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """`out`, which must not exist or be an empty folder; with overwrite it may hold adapters that were made here."""
-    path = Path(out)
-    check_folder(path)
-    if path.exists() and any(path.iterdir()):
-        if not _made_here(path) and not _made_here(path / "0"):
-            raise UserError(
-                f"{path}: exists, and contains no adapter made by fastalign; choose another folder or remove it"
-            )
-        if not overwrite:
-            raise UserError(f"{path}: exists; --overwrite replaces it")
-    return path
-
-
-def _made_here(folder: Path) -> bool:
-    try:
-        return "fastalign" in read_header(folder / WEIGHTS).metadata
-    except (OSError, UserError):
-        return False
 
 
 def wide(*tensors: Tensor) -> torch.dtype:

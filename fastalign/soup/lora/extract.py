@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from fastalign._base import progress as bars
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
+from fastalign._base.outputs import Job
 from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
 from fastalign.soup.checkpoint import FLOATS, Checkpoint, in_torch, mapped, open_checkpoint, parse_dtype
-from fastalign.soup.lora import MadeAdapter, made_adapter, target_folder, wide, write_adapter
+from fastalign.soup.lora import wide
+from fastalign.soup.lora.made import MadeAdapter, existing, from_json, made_adapter, making, to_json, write_adapter
 from fastalign.soup.plan import identity_of, metadata_of
 from fastalign.soup.vocabulary import EMBEDDINGS
 
@@ -48,12 +50,15 @@ def extract_adapter(
 
     Args:
         tuned, base: two checkpoints of one architecture: folders, *.safetensors files or hub names.
+        out: the output folder. What the same call made there from the same models is reused.
         rank: of each module, at most. energy: instead, in (0, 1], the least rank that keeps this share of the module's
             squared norm; with both, whichever is less.
         targets: the modules' last names, such as ("q_proj", "v_proj"); None takes every linear layer, that is each
             two-dimensional weight but embeddings and the head.
         dtype: to store in; None: float32.
-        force: though configurations or tokenizers differ. overwrite: an adapter that fastalign made may be at `out`.
+        force: though configurations or tokenizers differ.
+        out: the output folder. What the same call made there from the same models is reused; overwrite: replace
+            whatever adapter fastalign made there.
 
     Large matrices are reduced by a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
     algorithm 4.4), with fixed random numbers; the share kept is computed, not estimated. It holds one tensor's
@@ -66,8 +71,12 @@ def extract_adapter(
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
     stored = torch.float32 if dtype is None else in_torch(parse_dtype(dtype))
-    target = target_folder(out, overwrite=overwrite)
+    target = Path(out)
     models = open_checkpoint(tuned), open_checkpoint(base)
+    settings = {"rank": rank, "energy": energy, "targets": targets and list(targets), "dtype": str(stored)}
+    job = Job("soup", {"tuned": tuned, "base": base}, {"method": "extract", **settings})
+    if (record := existing(target, job, overwrite=overwrite)) is not None:
+        return Extracted(from_json(record["adapters"][0], target), record["kept_of_all"], record["left_out"])
     names = [name for name in same_model(models, force=force) if models[0][name].dtype in FLOATS]
     modules = _modules(models[0], names, targets)
     config = config_of(models[1])
@@ -104,10 +113,12 @@ def extract_adapter(
         "kept": made.kept,
     }
     settings = {"task_type": _task(config), "base_model_name_or_path": models[1].name, "fan_in_fan_out": bool(turned)}
-    with atomic_write(target, replace=overwrite) as beside:
-        write_adapter(beside, factors, settings, metadata_of(recipe))
     aimed = sum(whole for _, whole in norms.values())
-    return Extracted(made, made.kept * aimed / (aimed + rest), left_out)
+    extracted = Extracted(made, made.kept * aimed / (aimed + rest), left_out)
+    with making(target, job, overwrite=overwrite) as (beside, stored_too):
+        write_adapter(beside, factors, settings, metadata_of(recipe))
+        stored_too |= {"adapters": [to_json(made, target)], "kept_of_all": extracted.kept_of_all, "left_out": left_out}
+    return extracted
 
 
 def _modules(model: Checkpoint, names: Sequence[str], targets: Sequence[str] | None) -> set[str]:

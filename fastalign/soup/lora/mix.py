@@ -19,20 +19,17 @@ from torch import Tensor
 
 from fastalign._base import progress as bars
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
+from fastalign._base.outputs import Job
 from fastalign.soup.checkpoint import in_torch, parse_dtype
 from fastalign.soup.lora import (
     Adapter,
-    MadeAdapter,
     base_name,
     listed,
-    made_adapter,
     modules_of,
     open_adapters,
     stacked,
-    target_folder,
-    write_adapter,
 )
+from fastalign.soup.lora.made import MadeAdapter, existing, from_json, made_adapter, making, to_json, write_adapter
 from fastalign.soup.methods.settings import weight_rows
 from fastalign.soup.plan import metadata_of
 from fastalign.soup.sidecar import stays_within
@@ -57,6 +54,7 @@ def merge_adapters(
         adapters: m folders with adapter_config.json and adapter_model.safetensors. A module that an adapter does not
             have counts as zero.
         weights: (m,) for one adapter at `out`; (K, m) for K at `out`/0 ... They need not sum to 1.
+        out: the output folder. What the same call made there from the same adapters is reused.
         rank: None keeps the exact sum, of rank Σ r_i; a number gives the best approximation of at most that rank in the
             Frobenius norm, computed from the factors alone (QR of each side, SVD of the small product).
         dtype: the stored type; None: float32, or float64 if an input is. peft itself keeps adapters in float32.
@@ -70,19 +68,27 @@ def merge_adapters(
     if rank is not None and not (type(rank) is int and rank >= 1):
         raise UserError(f"rank must be a whole number, at least 1, got {rank!r}")
     stored = None if dtype is None else in_torch(parse_dtype(dtype))
-    target = target_folder(out, overwrite=overwrite)
     opened = open_adapters(adapters, force=force)
+    target, single = Path(out), np.ndim(weights) == 1
+    job = Job(
+        "soup",
+        {f"adapter {i}": one.folder for i, one in enumerate(opened)},
+        {"method": "lora", "rank": rank, "dtype": stored and str(stored), "weights": rows.tolist(), "single": single},
+    )
+    if (record := existing(target, job, overwrite=overwrite)) is not None:
+        return [from_json(one, target) for one in record["adapters"]]
     whole = [_whole(opened, row) for row in rows]
     made = []
     total = len(rows) * len(modules_of(opened))
     with (
         bars.bar("adapters", total=total, unit="modules", show=progress) as advance,
-        atomic_write(target, replace=overwrite) as beside,
+        making(target, job, overwrite=overwrite) as (beside, stored_too),
     ):
         for k, row in enumerate(rows):
-            single = np.ndim(weights) == 1
-            made.append(_mixed(opened, row, beside if single else beside / str(k), rank, stored, whole[k], advance))
+            folder = beside if single else beside / str(k)
+            made.append(_mixed(opened, row, folder, rank, stored, whole[k], advance))
             made[-1] = made[-1]._replace(out=target if single else target / str(k))
+        stored_too["adapters"] = [to_json(one, target) for one in made]
     return made
 
 
