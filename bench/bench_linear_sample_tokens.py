@@ -35,10 +35,10 @@ def test_tokens(compare, rows, temperature):
         return sample_tokens(F.linear(hidden, weight), temperature=temperature, seed=0)
 
     def check():
-        found, drawn = ours(), in_two()
-        same = found.ids == drawn.ids  # but where rounding decides
+        result, drawn = ours(), in_two()
+        same = result.ids == drawn.ids  # but where rounding decides
         assert same.float().mean() > 0.97
-        torch.testing.assert_close(found.log_probs[same], drawn.log_probs[same], rtol=0, atol=1e-4)
+        torch.testing.assert_close(result.log_probs[same], drawn.log_probs[same], rtol=0, atol=1e-4)
 
     compare(
         ours,

@@ -190,26 +190,26 @@ def around(rewards: np.ndarray, count: int, deviation: np.ndarray) -> np.ndarray
 
 
 def agree_on_many(rewards: np.ndarray, palettes: np.ndarray, peer, groups=None) -> None:
-    found = solve(rewards, palettes, groups=groups)
-    assert found.feasible.all() and found.kkt_residual.max() <= 1e-9
+    result = solve(rewards, palettes, groups=groups)
+    assert result.feasible.all() and result.kkt_residual.max() <= 1e-9
     for k in range(0, len(palettes), 100):
         theirs = peer(rewards.astype(np.float64), palettes[k])
-        np.testing.assert_allclose(found.lam[k], theirs, atol=1e-4 * (1 + found.lam[k].max()))
+        np.testing.assert_allclose(result.lam[k], theirs, atol=1e-4 * (1 + result.lam[k].max()))
 
 
 def agree(rewards: np.ndarray, palette: np.ndarray, tolerance: float, *peers) -> str:
     """With the first peer; tells the residuals of all."""
-    found = solve(rewards, palette)
+    result = solve(rewards, palette)
     theirs = [peer(rewards, palette) for peer in peers]
-    residuals = [residual(rewards, palette, lam) for lam in (found.lam, *theirs)]
-    np.testing.assert_allclose(found.lam, theirs[0], atol=tolerance * (1 + found.lam.max()))
+    residuals = [residual(rewards, palette, lam) for lam in (result.lam, *theirs)]
+    np.testing.assert_allclose(result.lam, theirs[0], atol=tolerance * (1 + result.lam.max()))
     assert residuals[0] <= min(2e-9, residuals[1])
-    told = [f"{peer.__name__} {x:.0e}" for peer, x in zip(peers, residuals[1:], strict=True)]
-    return ", ".join([f"KKT residual ours {residuals[0]:.0e} in {found.iterations} passes", *told])
+    lines = [f"{peer.__name__} {x:.0e}" for peer, x in zip(peers, residuals[1:], strict=True)]
+    return ", ".join([f"KKT residual ours {residuals[0]:.0e} in {result.iterations} passes", *lines])
 
 
 def of_own(rewards: np.ndarray, palette: np.ndarray) -> str:
     """What the solver says of itself, where the definition in float64 would take too much time and memory."""
-    found = solve(rewards, palette)
-    assert found.kkt_residual <= 1e-9
-    return f"KKT residual {found.kkt_residual:.0e} by its own account, in {found.iterations} passes"
+    result = solve(rewards, palette)
+    assert result.kkt_residual <= 1e-9
+    return f"KKT residual {result.kkt_residual:.0e} by its own account, in {result.iterations} passes"

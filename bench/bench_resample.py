@@ -47,8 +47,8 @@ def check(log_weights, k, method) -> None:
     ids = resample(log_weights, k, method=method, seed=0)
     if method == "systematic":
         expected = k * log_weights.double().softmax(-1)
-        found = torch.zeros_like(expected).scatter_add(1, ids, torch.ones_like(ids, dtype=torch.float64))
-        assert (found - expected).abs().max() < 1 + 1e-6
+        result = torch.zeros_like(expected).scatter_add(1, ids, torch.ones_like(ids, dtype=torch.float64))
+        assert (result - expected).abs().max() < 1 + 1e-6
     elif method == "best":
         assert torch.equal(log_weights.gather(1, ids), log_weights.topk(k).values)
     elif method == "gumbel_top_k":

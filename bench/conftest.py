@@ -68,7 +68,7 @@ def compare(benchmark, request):
         first, peaks = {}, {}
         for name, call in {OURS: ours, **timed}.items():
             first[name], peaks[name] = _warm(call)
-        found = check() if check else None
+        result = check() if check else None
         if benchmark.disabled:
             return benchmark.pedantic(lambda: None)
         repeats = {name: max(1, min(1000, int(MIN_SECONDS / seconds))) for name, seconds in first.items()}
@@ -91,16 +91,16 @@ def compare(benchmark, request):
         own = benchmark.stats.stats.data
         benchmark.extra_info |= machine() | {
             "rounds": rounds,
-            "ratio": {name: _spread([x / y for x, y in zip(times[name], own, strict=True)]) for name in peers},
-            "peers": {name: _spread(times[name]) for name in peers},  # seconds
+            "ratio": {name: _quantiles([x / y for x, y in zip(times[name], own, strict=True)]) for name in peers},
+            "peers": {name: _quantiles(times[name]) for name in peers},  # seconds
             "bars": dict(bars or {}),
             "peak_mb": {name: peaks[name] for name in (OURS, *peers)},
         }
         least = statistics.median(times["floor"]) if callable(floor) else floor and floor / read_bandwidth()
         if least and least <= statistics.median(own):
             benchmark.extra_info["floor"] = least  # seconds
-        if found:
-            benchmark.extra_info["check"] = found
+        if result:
+            benchmark.extra_info["check"] = result
         with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
             print(line(benchmark.stats.as_dict()), flush=True)
 
@@ -133,6 +133,6 @@ def _rest(call: Call) -> None:
     time.sleep(REST_SECONDS)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def _quantiles(values: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}

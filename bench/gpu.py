@@ -43,18 +43,18 @@ def main(argv: list[str] | None = None) -> int:
     if not wanted:
         parser.error(f"no kernel is named {', '.join(options.ops)}")
     ceilings = {"bytes_per_s": copy_rate(), "flops_per_s": product_rate()}
-    found, wrong = [], []
+    results, wrong = [], []
     for op, case in wanted:
         result = {"op": op, **measure(case, options.rounds, ceilings)}
-        found.append(result)
+        results.append(result)
         if result["error"]:
             wrong.append(f"{op}: {case.name}: {result['error']}")
         print(line(result), flush=True)
-    everything = {"machine": machine(), "ceilings": ceilings, "results": found}
+    everything = {"machine": machine(), "ceilings": ceilings, "results": results}
     write_json(options.out / "gpu.json", everything)
     with atomic_write(options.out / "gpu.md") as path:
         path.write_text(table(everything))
-    print(f"{options.out / 'gpu.md'}: {len(found)} cases, {len(wrong)} wrong")
+    print(f"{options.out / 'gpu.md'}: {len(results)} cases, {len(wrong)} wrong")
     for text in wrong:
         print(text, file=sys.stderr)
     return 1 if wrong else 0
@@ -84,7 +84,7 @@ def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[s
         for _ in range(rounds):
             for name, call in calls.items():
                 times[name].append(milliseconds(call, flush))
-        result["ms"] = {name: spread(ts) for name, ts in times.items()}
+        result["ms"] = {name: quantiles(ts) for name, ts in times.items()}
         result["peak_mb"] = {name: peak_mb(call) for name, call in calls.items()}
         seconds = result["ms"]["fastalign"]["p50"] / 1e3
         result["bandwidth"] = work.bytes / seconds / ceilings["bytes_per_s"]
@@ -115,7 +115,7 @@ def peak_mb(call: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 

@@ -196,16 +196,16 @@ def _peers(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor, gra
     def whole(score):
         def call():
             with torch.set_grad_enabled(setting.backward):
-                found = score(x, w)
+                result = score(x, w)
                 if setting.backward:
                     wanted = [t for t in (x, w) if t.requires_grad]
-                    factors = [grad.to(found[0].dtype), 0.1 * grad][: len(found)]
-                    return torch.autograd.grad(found, wanted, factors)
-                return found
+                    factors = [grad.to(result[0].dtype), 0.1 * grad][: len(result)]
+                    return torch.autograd.grad(result, wanted, factors)
+                return result
 
         return call
 
-    found = {
+    result = {
         "bare products": _bare(setting, hidden, weight),
         "torch": whole(plain),
         "torch.compile": whole(torch.compile(plain)),
@@ -213,27 +213,29 @@ def _peers(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor, gra
     if find_spec("trl"):
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        asked = ("entropy",) if setting.statistics else ()
+        requested = ("entropy",) if setting.statistics else ()
 
         def trl(x, w):
-            return ChunkedLogProbFunction.apply(x, w, None, labels, 1.0, 8192, None, 1.0, asked)[: 1 + len(asked)]
+            return ChunkedLogProbFunction.apply(x, w, None, labels, 1.0, 8192, None, 1.0, requested)[
+                : 1 + len(requested)
+            ]
 
-        found["TRL"] = whole(trl)
+        result["TRL"] = whole(trl)
     if find_spec("liger_kernel") and not setting.statistics:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         # It makes gradients for a loss summed with equal weights alone: its time, not its numbers, is compared.
-        found["Liger-Kernel (equal weights)"] = whole(
+        result["Liger-Kernel (equal weights)"] = whole(
             lambda x, w: (liger_fused_linear_cross_entropy(x, w, labels).expand(len(labels)),)
         )
     if find_spec("cut_cross_entropy") and not setting.statistics:
         from cut_cross_entropy import linear_cross_entropy
 
-        found["Cut Cross-Entropy"] = whole(lambda x, w: (-linear_cross_entropy(x, w, labels, reduction="none"),))
-        found["Cut Cross-Entropy, exact"] = whole(
+        result["Cut Cross-Entropy"] = whole(lambda x, w: (-linear_cross_entropy(x, w, labels, reduction="none"),))
+        result["Cut Cross-Entropy, exact"] = whole(
             lambda x, w: (-linear_cross_entropy(x, w, labels, reduction="none", filter_eps=None),)
         )
-    return found
+    return result
 
 
 def _bare(setting: Setting, hidden: Tensor, weight: Tensor) -> Callable:

@@ -59,9 +59,9 @@ def _build(
 
     def check():
         truth = reference.map_statistics(rewards, lam, center, log_weights, groups)
-        found = dict(zip(("log_z", "mean", "cov", "ess", "max_score"), run(), strict=True))
+        result = dict(zip(("log_z", "mean", "cov", "ess", "max_score"), run(), strict=True))
         for name, value in truth.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(result[name], value, rtol=1e-9, atol=1e-9)
 
     moved = (
         rewards.numel() * rewards.element_size() + n * 8 * (weighted + bool(group)) + count * (m * m + 2 * m + 3) * 8

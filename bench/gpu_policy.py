@@ -66,11 +66,11 @@ def cases() -> Iterator[KernelCase]:
 
 
 def _tensors(count: int, shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    found = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
+    result = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
     if device != "meta":
-        for x in found:
+        for x in result:
             x.uniform_(-2, 0)
-    return found, torch.ones(shape, dtype=torch.bool, device=device)
+    return result, torch.ones(shape, dtype=torch.bool, device=device)
 
 
 def _policy(setting: Setting, device: str, small: bool) -> Work:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from fastalign.bench.gpu_common import KernelCase, Work
-from fastalign.kernels import _spread, preference
+from fastalign.kernels import _sum_gradient, preference
 from torch import Tensor
 
 import fastalign
@@ -94,7 +94,7 @@ def _backward(over: str, dtype: torch.dtype, device: str, small: bool) -> Work:
     arguments += (scales, weights) if "weights" in over else (None, None)
 
     def run():
-        return _spread.spread(*arguments, dtype)
+        return _sum_gradient.sum_gradient(*arguments, dtype)
 
     def check():
         truth = (each[:, None] * mask if "mask" in over else 0) + (

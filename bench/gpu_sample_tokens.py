@@ -59,8 +59,8 @@ def case(rows: int, vocab: int, dtype: torch.dtype, options: dict, rows_given: b
             check=lambda: check(logits[:CHECKED], chosen, *(x[:CHECKED] for x in run())),
         )
 
-    told = ", ".join(f"{name} {value}" for name, value in options.items()) or "no filter"
-    name = f"{rows:,} × {vocab:,}, {str(dtype).removeprefix('torch.')}, {told}{', streams given' * rows_given}"
+    message = ", ".join(f"{name} {value}" for name, value in options.items()) or "no filter"
+    name = f"{rows:,} × {vocab:,}, {str(dtype).removeprefix('torch.')}, {message}{', streams given' * rows_given}"
     return KernelCase(name, build, streaming=not (options.keys() - {"temperature"}))
 
 
@@ -89,15 +89,15 @@ def peers(logits, options):
             scores = warper(None, scores)
         return scores.softmax(-1).multinomial(1)
 
-    found = {"transformers' warpers + softmax + multinomial" if chain else "softmax + multinomial": warped}
+    result = {"transformers' warpers + softmax + multinomial" if chain else "softmax + multinomial": warped}
     if options.keys() == {"top_k"}:
 
         def top():
             values, ids = logits.topk(options["top_k"])
             return ids.gather(1, values.float().softmax(-1).multinomial(1))
 
-        found["topk + softmax + multinomial"] = top
-    return found | flashinfer(logits, options)
+        result["topk + softmax + multinomial"] = top
+    return result | flashinfer(logits, options)
 
 
 def flashinfer(logits, options):

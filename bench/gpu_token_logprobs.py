@@ -60,10 +60,10 @@ def _forward(vocab: int, dtype: torch.dtype, softcap: float, statistics: bool, d
 
     def check():
         log_probs, _, _, *rest = run()
-        found = (log_probs, *rest) if statistics else (log_probs,)
+        result = (log_probs, *rest) if statistics else (log_probs,)
         for rows in _chunks(logits):
             truth = reference.token_logprobs(logits[rows].double(), labels[rows], 1.0, softcap or None)
-            for name, ours in zip(OUTPUTS, found, strict=False):
+            for name, ours in zip(OUTPUTS, result, strict=False):
                 torch.testing.assert_close(ours[rows].to(truth[name].dtype), truth[name], rtol=1e-5, atol=1e-5)
 
     per_row = 8 + 3 * 4 + statistics * (3 * 4 + 1)
@@ -89,7 +89,7 @@ def _backward(
 
     def check():
         given = logits.clone()
-        found = run()
+        result = run()
         for rows in _chunks(given):
             x = given[rows].double().requires_grad_()
             truth = reference.token_logprobs(x, labels[rows], 1.0, softcap or None)
@@ -97,7 +97,7 @@ def _backward(
             if statistics:
                 loss = loss + truth["entropy"] @ grad_entropy[rows].double()
             loss.backward()
-            torch.testing.assert_close(found[rows].double(), x.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+            torch.testing.assert_close(result[rows].double(), x.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
     per_row = 8 + 3 * 4 + statistics * 2 * 4
     peers = {} if in_place else _backward_peers(logits, labels, grad, grad_entropy, softcap, statistics)
@@ -123,35 +123,35 @@ def _peers(logits: Tensor, labels: Tensor, softcap: float, statistics: bool) -> 
         picked = log_p.gather(-1, labels[:, None])[:, 0]
         return (picked, -(log_p.exp() * log_p).sum(-1)) if statistics else picked
 
-    found = {"torch": plain, "torch.compile": torch.compile(plain)}
+    result = {"torch": plain, "torch.compile": torch.compile(plain)}
     if find_spec("trl"):
         from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
 
         score = selective_log_softmax_and_entropy if statistics else selective_log_softmax
-        found["TRL"] = lambda x: score(x, labels)
+        result["TRL"] = lambda x: score(x, labels)
     if find_spec("flash_attn") and not statistics:
         from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
-        found["Flash-Attention"] = lambda x: -cross_entropy_loss(x, labels)[0]
+        result["Flash-Attention"] = lambda x: -cross_entropy_loss(x, labels)[0]
     if find_spec("liger_kernel") and not statistics:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         # It makes the gradient in the same launch, over the logits: so it is given a copy of its own.
         own = logits.clone()
-        found["Liger-Kernel (with gradient)"] = lambda x: -liger_cross_entropy(own, labels, reduction="none")
-    return {name: partial(call, logits) for name, call in found.items()}
+        result["Liger-Kernel (with gradient)"] = lambda x: -liger_cross_entropy(own, labels, reduction="none")
+    return {name: partial(call, logits) for name, call in result.items()}
 
 
 def _backward_peers(
     logits: Tensor, labels: Tensor, grad: Tensor, grad_entropy: Tensor, softcap: float, statistics: bool
 ) -> dict[str, Callable]:
     """Others' backward pass alone: their forward pass runs here, and its graph is kept."""
-    asked = logits.detach().requires_grad_() if logits.is_cuda else logits
-    found = {}
-    for name, call in _peers(asked, labels, softcap, statistics).items():
+    requested = logits.detach().requires_grad_() if logits.is_cuda else logits
+    result = {}
+    for name, call in _peers(requested, labels, softcap, statistics).items():
         if "Liger" not in name:
-            found[name] = _Later(call, asked, (grad, grad_entropy) if statistics else (grad,))
-    return found
+            result[name] = _Later(call, requested, (grad, grad_entropy) if statistics else (grad,))
+    return result
 
 
 class _Later:

@@ -41,11 +41,11 @@ def _build(vocab: int, dtype: torch.dtype, device: str, small: bool) -> Work:
         return kernel.forward(policy, ref, labels, 1.0, IGNORED)
 
     def check():
-        found = run()[0]
+        result = run()[0]
         for start in range(0, rows, 256):
             part = slice(start, start + 256)
             truth = reference.token_logratios(policy[part].double(), ref[part].double(), labels[part])
-            torch.testing.assert_close(found[part].double(), truth, rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(result[part].double(), truth, rtol=1e-5, atol=2e-5)
 
     moved = 2 * policy.numel() * policy.element_size() + rows * (8 + 5 * 4)
     return Work(run, moved, check=check, peers=_peers(policy, ref, labels))
@@ -59,9 +59,9 @@ def _peers(policy: Tensor, ref: Tensor, labels: Tensor) -> dict[str, Callable]:
         sides = (torch.log_softmax(x.float(), -1).gather(-1, labels[:, None])[:, 0] for x in (policy, ref))
         return next(sides) - next(sides)
 
-    found = {"torch": plain, "torch.compile": torch.compile(plain)}
+    result = {"torch": plain, "torch.compile": torch.compile(plain)}
     if find_spec("trl"):
         from trl.trainer.utils import selective_log_softmax
 
-        found["TRL"] = lambda: selective_log_softmax(policy, labels) - selective_log_softmax(ref, labels)
-    return found
+        result["TRL"] = lambda: selective_log_softmax(policy, labels) - selective_log_softmax(ref, labels)
+    return result

@@ -59,8 +59,8 @@ def reach(rewards: np.ndarray, palette: np.ndarray, n: int, limit: float) -> flo
     low, high = 0.0, limit
     for _ in range(4):  # 33 palettes at a time
         ts = np.linspace(low, high, 33)
-        found = solve(rewards, mean + ts[:, None] * (palette - mean))
-        within = found.feasible & (found.kl <= best_of_kl(n))
+        result = solve(rewards, mean + ts[:, None] * (palette - mean))
+        within = result.feasible & (result.kl <= best_of_kl(n))
         last = int(np.flatnonzero(within).max(initial=0))
         low, high = ts[last], ts[min(last + 1, 32)]
     return float(low)
@@ -71,7 +71,7 @@ def lp_slack(rewards: np.ndarray, palette: np.ndarray) -> float:
     from scipy.optimize import linprog
 
     n, m = rewards.shape
-    found = linprog(
+    result = linprog(
         np.r_[np.zeros(n), -1.0],
         A_ub=np.c_[-(rewards.astype(np.float64) - palette).T, np.ones(m)],
         b_ub=np.zeros(m),
@@ -80,18 +80,18 @@ def lp_slack(rewards: np.ndarray, palette: np.ndarray) -> float:
         bounds=[(0, None)] * n + [(None, None)],
         method="highs",
     )
-    return -float(found.fun)
+    return -float(result.fun)
 
 
 def timed(call) -> tuple[object, float]:
     """What the call returns and its median milliseconds, a first call that warms up apart."""
     call()
-    began, times, found = time.perf_counter(), [], None
+    began, times, result = time.perf_counter(), [], None
     while not times or (len(times) < 15 and time.perf_counter() - began + times[-1] < BUDGET_SECONDS):
         start = time.perf_counter()
-        found = call()
+        result = call()
         times.append(time.perf_counter() - start)
-    return found, 1e3 * statistics.median(times)
+    return result, 1e3 * statistics.median(times)
 
 
 def peer(name: str, call, rewards: np.ndarray, palette: np.ndarray) -> dict:
@@ -111,46 +111,46 @@ def peer(name: str, call, rewards: np.ndarray, palette: np.ndarray) -> dict:
 
 def row(rewards: np.ndarray, values: list[str], q: int) -> dict:
     palette = quantile_palette(rewards, q / 100, values=[values.index(name) for name in ASKED])
-    found, ms = timed(lambda: solve(rewards, palette))
+    actual, ms = timed(lambda: solve(rewards, palette))
     wide = rewards.astype(np.float64)
     result = {
         "palette": palette.tolist(),
-        "feasible": bool(found.feasible),
+        "feasible": bool(actual.feasible),
         "lp_slack": lp_slack(rewards, palette),
-        "scaling": found.scaling,
-        "nearest": None if found.nearest is None else found.nearest.tolist(),
+        "scaling": actual.scaling,
+        "nearest": None if actual.nearest is None else actual.nearest.tolist(),
         "ms": ms,
-        "passes": int(found.iterations),
+        "passes": int(actual.iterations),
         "peers": {
             "Adam, 150 steps": peer("adam", adam, rewards, palette),
             "L-BFGS-B": peer("lbfgsb", scipy_lbfgsb, wide, palette),
             "cvxpy + Clarabel": peer("cvxpy", cvxpy_clarabel, rewards, palette),
         },
     }
-    if found.feasible:
-        errors, apart = standard_errors(rewards, found.lam), held_out(rewards, palette)
+    if actual.feasible:
+        errors, apart = standard_errors(rewards, actual.lam), held_out(rewards, palette)
         result |= {
-            "lambda": found.lam.tolist(),
+            "lambda": actual.lam.tolist(),
             "lambda_error": errors.lam.tolist(),
-            "kl": float(found.kl),
-            "ess": float(found.ess),
-            "nearly_infeasible": bool(found.nearly_infeasible),
-            "kkt_residual": float(found.kkt_residual),
-            "duality_gap": float(found.duality_gap),
+            "kl": float(actual.kl),
+            "ess": float(actual.ess),
+            "nearly_infeasible": bool(actual.nearly_infeasible),
+            "kkt_residual": float(actual.kkt_residual),
+            "duality_gap": float(actual.duality_gap),
             "held_out_met": int(apart.met.sum()),
-            "samples_needed": samples_for(found.kl),
+            "samples_needed": samples_for(actual.kl),
         }
-    limit = 1.0 if found.feasible else found.scaling
+    limit = 1.0 if actual.feasible else actual.scaling
     result["reach"] = {str(n): reach(rewards, palette, n, limit) for n in SAMPLES}
     return result
 
 
 def draw(model: str, rewards: np.ndarray, values: list[str], folder: Path) -> None:
     """The λ region and the fronts of one model, as the paper's figures have them: all samples tilted together."""
-    asked = [values.index(name) for name in ASKED]
-    palettes = {f"HHH-{q}": quantile_palette(rewards, q / 100, values=asked) for q in QUANTILES}
+    requested = [values.index(name) for name in ASKED]
+    palettes = {f"HHH-{q}": quantile_palette(rewards, q / 100, values=requested) for q in QUANTILES}
     figures = study(values, rewards[None], joint=True, palettes=palettes, n_lambda=600).figures(
-        list(combinations(asked, 2))
+        list(combinations(requested, 2))
     )
     for name in ("front", "region", "ess"):
         for suffix in ("svg", "png"):
@@ -231,9 +231,9 @@ def main() -> None:
     for model, x in rewards.items():
         models[model] = {}
         for q in QUANTILES:
-            found = models[model][str(q)] = row(x, values, q)
-            verdict = f"KL {found['kl']:.2f}, ESS {found['ess']:,.0f}" if found["feasible"] else "infeasible"
-            print(f"{model} HHH-{q}: {verdict}, {found['ms']:.2f} ms", flush=True)
+            result = models[model][str(q)] = row(x, values, q)
+            verdict = f"KL {result['kl']:.2f}, ESS {result['ess']:,.0f}" if result["feasible"] else "infeasible"
+            print(f"{model} HHH-{q}: {verdict}, {result['ms']:.2f} ms", flush=True)
         draw(model, x, values, arguments.out)
     write_json(
         arguments.out / "map_paper.json", {"machine": machine(), "results": [], "values": values, "models": models}

@@ -26,9 +26,9 @@ def median_ms(rewards: np.ndarray, palette: np.ndarray) -> tuple[float, int]:
     times = []
     for _ in range(9):
         began = time.perf_counter()
-        found = solve(rewards, palette)
+        result = solve(rewards, palette)
         times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times), int(found.iterations)
+    return 1e3 * statistics.median(times), int(result.iterations)
 
 
 def main() -> None:

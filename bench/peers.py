@@ -11,12 +11,12 @@ from torch import Tensor
 def python_loop(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """GAE: one step of torch operations on (batch,) per token, from the last to the first; padding holds zeros."""
     length = rewards.shape[1]
-    running, found = torch.zeros(len(rewards)), []
+    running, result = torch.zeros(len(rewards)), []
     for t in range(length - 1, -1, -1):
         upcoming = values[:, t + 1] if t + 1 < length else 0.0
         running = rewards[:, t] + gamma * upcoming - values[:, t] + gamma * lam * running
-        found.append(running)
-    advantages = torch.stack(found[::-1], 1)
+        result.append(running)
+    advantages = torch.stack(result[::-1], 1)
     return advantages, advantages + values
 
 

@@ -83,8 +83,8 @@ def run(seed: int, options: argparse.Namespace) -> dict:
         torch.manual_seed(10_000 + seed)
         _, texts, scores = draw(rows * options.evaluations)
         error = scores.std(0, ddof=1) / len(scores) ** 0.5
-        told = {"mean": scores.mean(0).tolist(), "standard_error": error.tolist(), "n": len(scores)}
-        return told | {"samples": texts[:4]}
+        record = {"mean": scores.mean(0).tolist(), "standard_error": error.tolist(), "n": len(scores)}
+        return record | {"samples": texts[:4]}
 
     before, steps, spent, began = evaluate(), [], 0.0, time.perf_counter()
     torch.manual_seed(seed)
@@ -98,8 +98,8 @@ def run(seed: int, options: argparse.Namespace) -> dict:
             kept = ("objective/kl", "objective/kl_coef", "objective/entropy", "ppo/loss/policy", "ppo/loss/value",
                     "ppo/policy/clipfrac", "ppo/policy/approxkl", "ppo/policy/entropy", "ppo/val/var_explained",
                     "tokens/responses_len_mean", "time/ppo/forward_pass", "time/ppo/optimize_step")  # fmt: skip
-            told = {name: stats[name] for name in kept if np.isfinite(stats[name])}
-            steps.append({"seconds": round(spent, 2), "rewards": scores.mean(0).tolist(), **told})
+            record = {name: stats[name] for name in kept if np.isfinite(stats[name])}
+            steps.append({"seconds": round(spent, 2), "rewards": scores.mean(0).tolist(), **record})
             print(
                 f"seed {seed} step {len(steps):3d} {spent:6.1f} s ({time.perf_counter() - began:6.1f} wall)  reward "
                 f"{' '.join(f'{x:+.3f}' for x in scores.mean(0))}  KL {stats['objective/kl']:6.2f}  "
@@ -198,10 +198,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-shared-layers", type=int, default=15)
     parser.add_argument("--evaluations", type=int, default=2, help="responses per prompt before and after")
     parser.add_argument("--threads", type=int, default=2)
-    found = parser.parse_args()
-    if len(found.lam) != len(found.values):
-        parser.error(f"--lam must have one number per value, {len(found.values)}, got {len(found.lam)}")
-    return found
+    result = parser.parse_args()
+    if len(result.lam) != len(result.values):
+        parser.error(f"--lam must have one number per value, {len(result.values)}, got {len(result.lam)}")
+    return result
 
 
 if __name__ == "__main__":

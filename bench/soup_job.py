@@ -41,14 +41,14 @@ def _mergekit(models, rows, method, density, out, flush):
                     "parameters": {"t": row[1]},
                 }
             elif method == "ties":
-                held = zip(models[1:], row, strict=True)
+                kept = zip(models[1:], row, strict=True)
                 config["models"] = [
-                    {"model": model, "parameters": {"weight": weight, "density": density}} for model, weight in held
+                    {"model": model, "parameters": {"weight": weight, "density": density}} for model, weight in kept
                 ]
                 config["base_model"] = models[0]
             else:
-                held = zip(models, row, strict=True)
-                config["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in held]
+                kept = zip(models, row, strict=True)
+                config["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in kept]
             options = MergeOptions(
                 copy_tokenizer=True,
                 write_model_card=False,

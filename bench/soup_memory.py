@@ -38,8 +38,8 @@ def tensors(nbytes: int) -> list[tuple[str, str, tuple[int, ...]]]:
     width = 1024
     rows = nbytes // 2 // width
     each = int(rows * 0.92) // (LAYERS * PARTS)
-    found = [("embed.weight", "BF16", (rows - each * LAYERS * PARTS, width))]
-    return found + [(f"layers.{i}.{j}.weight", "BF16", (each, width)) for i in range(LAYERS) for j in range(PARTS)]
+    result = [("embed.weight", "BF16", (rows - each * LAYERS * PARTS, width))]
+    return result + [(f"layers.{i}.{j}.weight", "BF16", (each, width)) for i in range(LAYERS) for j in range(PARTS)]
 
 
 def make_model(folder: Path, nbytes: int, *, holes: bool) -> None:
@@ -81,16 +81,16 @@ def meminfo(name: str) -> int:
 
 def resident(pid: int) -> tuple[int, int]:
     """Bytes of anonymous pages, and of files' pages mapped."""
-    found = {"RssAnon": 0, "RssFile": 0}
+    result = {"RssAnon": 0, "RssFile": 0}
     try:
         with open(f"/proc/{pid}/status") as file:
             for line in file:
                 name = line.partition(":")[0]
-                if name in found:
-                    found[name] = int(line.split()[1]) * 1024
+                if name in result:
+                    result[name] = int(line.split()[1]) * 1024
     except OSError:
         pass
-    return found["RssAnon"], found["RssFile"]
+    return result["RssAnon"], result["RssFile"]
 
 
 def merge(inputs: list[Path], out: Path) -> dict:
@@ -229,7 +229,7 @@ def main() -> int:
             f"from a cold disk: {disk['share_of_copy']:.0%} of the disk's rate ({disk['copy_gb_s']:.2f} GB/s read and "
             f"written, reading alone {disk['read_gb_s']:.2f} GB/s); bar {BAR:.0%} {verdict}"
         )
-    found = {
+    result = {
         "what": "memory and cold-disk rate of a linear merge of two models",
         "memory": rows,
         "cold": disk,
@@ -238,7 +238,7 @@ def main() -> int:
         "threads": os.cpu_count(),
         "date": datetime.date.today().isoformat(),
     }
-    write_json(given.out, found)
+    write_json(given.out, result)
     return 0
 
 

@@ -137,15 +137,15 @@ def run(sampler, chosen, job, lam, scored, lengths, options, seconds) -> dict:
     mean, best = at[new].mean(), at[new].max(1).mean()
     checkpoints = [new // 4, new // 2]
     began = time.perf_counter()
-    found = speculative_rejection(
+    result = speculative_rejection(
         sampler, chosen, list(REWARDS), lam=lam, checkpoints=checkpoints, keep=options.keep, **job
     )
     seconds["rejection, scoring included"] = time.perf_counter() - began
     expected, tokens = replay(at, lengths, checkpoints, options.keep, new)
-    reached = found.rewards.astype(np.float64) @ lam
-    if found.tokens != tokens or abs(reached - expected).max() > 1e-3:
+    reached = result.rewards.astype(np.float64) @ lam
+    if result.tokens != tokens or abs(reached - expected).max() > 1e-3:
         raise AssertionError(
-            f"the run drew {found.tokens} tokens and reached {reached}, the replay {tokens} and {expected}"
+            f"the run drew {result.tokens} tokens and reached {reached}, the replay {tokens} and {expected}"
         )
     few = {**job, "n": max(4, round(job["n"] * options.particles))}
     began = time.perf_counter()
@@ -159,7 +159,7 @@ def run(sampler, chosen, job, lam, scored, lengths, options, seconds) -> dict:
             "checkpoints": checkpoints,
             "keep": options.keep,
             "gain": float((reached.mean() - mean) / (best - mean)),
-            "tokens": found.tokens / int(lengths.sum()),
+            "tokens": result.tokens / int(lengths.sum()),
         },
         "particles": {
             "n": few["n"],

@@ -21,15 +21,15 @@ KEPT = ("group", "name", "fullname", "extra_info", "stats")  # of what pytest-be
 
 def line(benchmark: dict) -> str:
     """One benchmark on the terminal."""
-    found = benchmark["extra_info"]
+    result = benchmark["extra_info"]
     parts = [f"{benchmark['group']}: {title(benchmark)}: {_ms(benchmark['stats']['median'])}"]
-    for peer, ratio in found["ratio"].items():
-        bar = found["bars"].get(peer)
-        told = "" if bar is None else f" (bar {bar:.3g}{'' if ratio['p50'] >= bar else ', MISSED'})"
+    for peer, ratio in result["ratio"].items():
+        bar = result["bars"].get(peer)
+        message = "" if bar is None else f" (bar {bar:.3g}{'' if ratio['p50'] >= bar else ', MISSED'})"
         low, middle, high = (_figures(ratio[name]) for name in ("p20", "p50", "p80"))
-        parts.append(f"{middle} × {peer} [{low}–{high}]{told}")
-    parts += [f"floor {_ms(found['floor'])}"] if "floor" in found else []
-    parts += [found["check"]] if "check" in found else []
+        parts.append(f"{middle} × {peer} [{low}–{high}]{message}")
+    parts += [f"floor {_ms(result['floor'])}"] if "floor" in result else []
+    parts += [result["check"]] if "check" in result else []
     return ", ".join(parts)
 
 
@@ -42,23 +42,25 @@ def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
     ]
     machines, shown = [], set()
     for benchmark in sorted(benchmarks, key=lambda one: one["group"]):
-        found = benchmark["extra_info"]
-        place = f"{found['processor']}, {found['threads']} threads, {found['isa']}, torch {found['versions']['torch']}"
-        floor = _ms(found["floor"]) if "floor" in found else ""
-        for peer, ratio in found["ratio"].items():
-            bar = found["bars"].get(peer)
+        result = benchmark["extra_info"]
+        place = (
+            f"{result['processor']}, {result['threads']} threads, {result['isa']}, torch {result['versions']['torch']}"
+        )
+        floor = _ms(result["floor"]) if "floor" in result else ""
+        for peer, ratio in result["ratio"].items():
+            bar = result["bars"].get(peer)
             if headline and (bar is None or ratio["p50"] < bar or benchmark["group"] in shown):
                 continue
             shown.add(benchmark["group"])
             machines += [place] * (place not in machines)
-            memory = [found["peak_mb"].get(name) for name in (peer, "fastalign")]
+            memory = [result["peak_mb"].get(name) for name in (peer, "fastalign")]
             cells = [benchmark["group"], title(benchmark), peer]
             low, middle, high = (_figures(ratio[name]) for name in ("p20", "p50", "p80"))
             cells += [f"**{middle} ×** ({low}–{high})"]
             cells += ["" if bar is None else f"{bar:.3g}{'' if ratio['p50'] >= bar else ', missed'}"]
             cells += [_ms(benchmark["stats"]["median"]), floor]
             cells += ["" if None in memory else f"{memory[0]:,.0f} → {memory[1]:,.0f} MB"]
-            cells += [f"{found['date']} on {machines.index(place) + 1}"]
+            cells += [f"{result['date']} on {machines.index(place) + 1}"]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *(f"{i}. {place}" for i, place in enumerate(machines, 1))]
 
@@ -80,8 +82,8 @@ def _figures(x: float) -> str:
 def existing() -> list[str]:
     """The benchmarks that there are, as pytest names them."""
     command = [sys.executable, "-m", "pytest", str(HERE), "--collect-only", "-q", "-o", "addopts="]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
-    return [line for line in told.splitlines() if "::" in line]
+    message = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
+    return [line for line in message.splitlines() if "::" in line]
 
 
 def keep(run: Path, names: Sequence[str]) -> None:

@@ -39,20 +39,20 @@ def main() -> None:
         drawn = sampler.sample(prompts.bundled(options.prompts), n=512, max_new_tokens=16, seed=0, show_progress=True)
     R = rewards.score(list(NAMES), *drawn.pairs(), show_progress=True).reshape(len(drawn.prompts), drawn.n, len(NAMES))
     many, cases = drawn.n // 2, []
-    for asked in ASKED:
-        columns = [NAMES.index(name) for name in asked]
+    for requested in ASKED:
+        columns = [NAMES.index(name) for name in requested]
         for share, n in PILOTS:
             some = R[:: round(1 / share), :n, columns]
-            lam = solved(some, list(asked.values()))
-            found = worth(some, lam)
-            low, high = found.at(many, prompts=len(R))
+            lam = solved(some, list(requested.values()))
+            result = worth(some, lam)
+            low, high = result.at(many, prompts=len(R))
             measured = float(effective_sample_size(R[:, -many:, columns], lam).mean())
             cases.append({
-                "quantiles": asked, "lambda": lam.tolist(), "prompts": found.prompts, "n": n, "N": many, "low": low,
-                "high": high, "measured": measured, "inside": bool((low or 1.0) <= measured <= high),
-                "below": bool(low is not None and measured < low), "told": found.tell(many, prompts=len(R)),
+                "quantiles": requested, "lambda": lam.tolist(), "prompts": result.prompts, "n": n, "N": many,
+                "low": low, "high": high, "measured": measured, "inside": bool((low or 1.0) <= measured <= high),
+                "below": bool(low is not None and measured < low), "told": result.tell(many, prompts=len(R)),
             })  # fmt: skip
-            print(f"{', '.join(asked)}: measured {measured:.1f}: {found.tell(many, prompts=len(R))}")
+            print(f"{', '.join(requested)}: measured {measured:.1f}: {result.tell(many, prompts=len(R))}")
     inside, below = (sum(case[name] for case in cases) for name in ("inside", "below"))
     print(f"{inside} of {len(cases)} inside, {below} below")
     write_json(
@@ -74,12 +74,12 @@ def solved(some: np.ndarray, quantiles: list[float]) -> np.ndarray:
     does."""
     flat = np.ascontiguousarray(some.reshape(-1, some.shape[2]))
     groups = np.repeat(np.arange(len(some)), some.shape[1])
-    asked = np.array([np.quantile(flat[:, j], q) for j, q in enumerate(quantiles)])
-    found = palette.solve(flat, asked, groups=groups)
-    if not found.feasible:
+    requested = np.array([np.quantile(flat[:, j], q) for j, q in enumerate(quantiles)])
+    result = palette.solve(flat, requested, groups=groups)
+    if not result.feasible:
         before = flat.mean(axis=0, dtype=np.float64)
-        found = palette.solve(flat, before + 0.9 * (found.nearest - before), groups=groups)
-    return found.lam
+        result = palette.solve(flat, before + 0.9 * (result.nearest - before), groups=groups)
+    return result.lam
 
 
 def arguments() -> argparse.Namespace:

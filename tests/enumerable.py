@@ -63,8 +63,8 @@ def law(model) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Every sequence (END included where it ends so) and its probability under the model."""
     whole = torch.tensor([[BEGIN, *ids] for ids in itertools.product(range(5), repeat=LIMIT)])
     logp = model(input_ids=whole).logits.log_softmax(-1)[:, :-1].gather(2, whole[:, 1:, None]).squeeze(2).double()
-    found = {}
+    result = {}
     for ids, steps in zip(whole[:, 1:].tolist(), logp.tolist(), strict=True):
         length = ids.index(END) + 1 if END in ids else LIMIT
-        found[tuple(ids[:length])] = sum(steps[:length])
-    return list(found), np.exp(np.array(list(found.values())))
+        result[tuple(ids[:length])] = sum(steps[:length])
+    return list(result), np.exp(np.array(list(result.values())))

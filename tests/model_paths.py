@@ -41,9 +41,9 @@ def sampled(model, tokenizer) -> float:
     for rows in (None, 1):
         made = sampler.sample(PROMPTS, n=3, max_new_tokens=9, seed=0, batch_size=rows, chat=False)
         for prompt, candidates, log_probs in zip(PROMPTS, made.token_ids, made.logprobs, strict=True):
-            for new, found in zip(candidates, log_probs, strict=True):
+            for new, result in zip(candidates, log_probs, strict=True):
                 expected = truth(model, tokenizer(prompt)["input_ids"], new)
-                worst = max(worst, float((torch.tensor(found, dtype=torch.float64) - expected).abs().max()))
+                worst = max(worst, float((torch.tensor(result, dtype=torch.float64) - expected).abs().max()))
     return worst
 
 
@@ -75,9 +75,9 @@ def differences(model, rows, labels, found) -> float:
 @torch.no_grad()
 def fused(model, tokenizer) -> float:
     whole = torch.tensor([tokens(12, 40), tokens(12, 41)])
-    found = fused_forward(model, whole, input_ids=whole)
+    result = fused_forward(model, whole, input_ids=whole)
     expected = model(input_ids=whole, use_cache=False).logits[:, :-1].double().log_softmax(-1)
-    return float((found.double() - expected.gather(-1, whole[:, 1:, None])[..., 0]).abs().max())
+    return float((result.double() - expected.gather(-1, whole[:, 1:, None])[..., 0]).abs().max())
 
 
 @torch.no_grad()
@@ -87,25 +87,25 @@ def pairs(model, tokenizer) -> float:
     expected_by = copy.deepcopy(model)  # without what the path puts on it
     enable(model)
     add_pair_forward(model)
-    found = model(pairs=PairBatch(ids, mask, labels, pack_pairs(ids, mask)))["log_probs"]
-    return differences(expected_by, rows, labels, found)
+    result = model(pairs=PairBatch(ids, mask, labels, pack_pairs(ids, mask)))["log_probs"]
+    return differences(expected_by, rows, labels, result)
 
 
 @torch.no_grad()
 def ppo(model, tokenizer) -> float:
     rows = rows_of(7)
     ids, _, labels = padded(rows)
-    found = AutoModelForCausalLMWithValueHead(model)(ids, score_labels=labels[:, 1:]).log_probs
-    return differences(model, rows, labels, found)
+    result = AutoModelForCausalLMWithValueHead(model)(ids, score_labels=labels[:, 1:]).log_probs
+    return differences(model, rows, labels, result)
 
 
 def log_likelihood(model, tokenizer) -> float:
     from fastalign.rewards.log_likelihood import LogLikelihood
 
     responses = [" red house and then some more of it", " you"]
-    found = LogLikelihood(model=model, tokenizer=tokenizer, chat=False, batch_size=4)(PROMPTS, responses)
+    result = LogLikelihood(model=model, tokenizer=tokenizer, chat=False, batch_size=4)(PROMPTS, responses)
     worst = 0.0
-    for prompt, response, score in zip(PROMPTS, responses, found, strict=True):
+    for prompt, response, score in zip(PROMPTS, responses, result, strict=True):
         new = tokenizer(response, add_special_tokens=False)["input_ids"]
         worst = max(worst, abs(float(score) - float(truth(model, tokenizer(prompt)["input_ids"], new).mean())))
     return worst
@@ -121,11 +121,11 @@ def sweep(model_type: str) -> dict[str, str]:
     except Exception as error:
         return {"not built": f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"}
     assert tokenizer_vocab >= VOCAB
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found["sampled on"] = told(lambda: Sampler(model, tokenizer).path().__name__)
-        found["scored on"] = told(lambda: scoring.describe(model))
+        result["sampled on"] = told(lambda: Sampler(model, tokenizer).path().__name__)
+        result["scored on"] = told(lambda: scoring.describe(model))
         checks = {
             "float32": sampled,
             "float64": sampled,
@@ -136,11 +136,11 @@ def sweep(model_type: str) -> dict[str, str]:
         }
         for name, check in checks.items():
             double = build(model_type, torch.float64) if name == "float64" else model
-            found[name] = (
+            result[name] = (
                 judged(check, double, tokenizer) if double is model or runs(double) else "right: not in float64"
             )
-        found["pairs on"] = told(lambda: "packed" if is_enabled(model) else "padded")
-    return found
+        result["pairs on"] = told(lambda: "packed" if is_enabled(model) else "padded")
+    return result
 
 
 @torch.no_grad()

@@ -48,13 +48,13 @@ def random_problem(seed: int, dtype=np.float64):
 
 def random_problem_of_prompts(seed: int, dtype=np.float64):
     """The same with few samples in up to three prompts, in any order, and their numbers (n,) last."""
-    rewards, _, senses, told = random_problem(seed, dtype)
+    rewards, _, senses, message = random_problem(seed, dtype)
     rng = np.random.default_rng(seed + 1_000_000)
     rewards = rewards[: int(rng.integers(1, 15))]
     groups = rng.integers(0, rng.integers(1, 4), len(rewards)) * 7 - 3
     place = rng.choice(PLACES)
     palette = _palette_at(place, rng, mixtures(rewards, groups), senses)
-    return rewards, palette, senses, f"{told}; {place}, prompts {groups.tolist()}", groups
+    return rewards, palette, senses, f"{message}; {place}, prompts {groups.tolist()}", groups
 
 
 def mixtures(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ def _palette_at(place: str, rng, x: np.ndarray, senses) -> np.ndarray:
     }[place]
 
 
-def spread(rewards: np.ndarray, groups=None) -> np.ndarray:
+def deviations(rewards: np.ndarray, groups=None) -> np.ndarray:
     """Each reward's deviation, within groups, or its size where it has none: the units of the tolerance."""
     ids = np.zeros(len(rewards), dtype=int) if groups is None else np.unique(groups, return_inverse=True)[1]
     variance = np.mean([rewards[ids == g].var(axis=0) for g in range(ids.max() + 1)], axis=0)
@@ -95,7 +95,7 @@ def exact_slack(rewards: np.ndarray, palette: np.ndarray, senses, unit=None) -> 
 
     By linear programming in floating point, and in rational numbers where that comes out near 0.
     """
-    unit = spread(rewards) if unit is None else unit
+    unit = deviations(rewards) if unit is None else unit
     rows = []
     for j, sense in enumerate(senses):
         gap = [(Fraction(float(r)) - Fraction(float(palette[j]))) / Fraction(float(unit[j])) for r in rewards[:, j]]
@@ -104,7 +104,7 @@ def exact_slack(rewards: np.ndarray, palette: np.ndarray, senses, unit=None) -> 
     a = np.array([[float(g) for g in row] for row in rows])
     n = len(rewards)
     # heavy tails and far palettes: each constraint in units of its own size, t with it
-    found = linprog(
+    result = linprog(
         np.r_[np.zeros(n), -1],
         A_ub=np.c_[-a, np.ones(len(a))],
         b_ub=np.zeros(len(a)),
@@ -113,8 +113,8 @@ def exact_slack(rewards: np.ndarray, palette: np.ndarray, senses, unit=None) -> 
         bounds=[(0, None)] * n + [(None, None)],
         method="highs",
     )
-    if found.status == 0 and abs(found.fun) > 1e-5:
-        return -found.fun
+    if result.status == 0 and abs(result.fun) > 1e-5:
+        return -result.fun
     return float(_rational_slack(rows))
 
 
@@ -174,9 +174,10 @@ def _inverse(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
 
 
 def precise_lambda(rewards, palette, senses, lam, groups=None, digits: int = 40):
-    """λ·spread in forty digits by Newton on the values in `lam`'s support; the KKT residual there in deviations; and
-    how far the last step still went: along a direction in which the dual hardly falls, λ is not to be known."""
-    unit = spread(rewards, groups)
+    """λ × standard deviation in forty digits by Newton on the values in `lam`'s support; the KKT residual there in
+    deviations; and how far the last step still went: along a direction in which the dual hardly falls, λ is not to be
+    known."""
+    unit = deviations(rewards, groups)
     ids = np.zeros(len(rewards), dtype=int) if groups is None else np.unique(groups, return_inverse=True)[1]
     members = [np.flatnonzero(ids == g) for g in range(ids.max() + 1)]
     active, last = np.flatnonzero(lam), 0.0

@@ -23,12 +23,12 @@ NAMES = ("objective/kl", "objective/entropy", "ppo/loss/total", "ppo/loss/policy
 
 def steps(run, rows, count=2):
     """`count` steps on this process's rows of the same rollouts."""
-    found = []
+    result = []
     for seed in range(count):
         parts = [part[rows] for part in rollouts(seed=seed)]
         stats = run.step(*parts)
-        found.append([stats[name] for name in NAMES])
-    return found
+        result.append([stats[name] for name in NAMES])
+    return result
 
 
 def sharded(optimizer="sgd"):
@@ -52,7 +52,7 @@ def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
-    found = {}
+    result = {}
 
     run = trainer(
         policy(),
@@ -65,18 +65,18 @@ def main(out: Path) -> None:
     )
     assert (run.accelerator.num_processes, run.config.global_batch_size) == (2, 4), run.config
     assert type(run.model).__name__ == "DistributedDataParallel"
-    found["replicated"] = (steps(run, mine), snapshot(run.policy))
-    found["replicated coefficient"] = run.kl_ctl.value
+    result["replicated"] = (steps(run, mine), snapshot(run.policy))
+    result["replicated coefficient"] = run.kl_ctl.value
     every = [None, None]
     dist.all_gather_object(every, [batch["query"] for batch in run.dataloader])
-    found["rows"] = every
+    result["rows"] = every
     run.save_checkpoint(out / "replicated")
 
     run = sharded()
-    found["sharded"] = (steps(run, mine), whole(run.policy))
+    result["sharded"] = (steps(run, mine), whole(run.policy))
     exact = sharded()
     exact.config.kl_penalty = "full"
-    found["sharded exact"] = steps(exact, mine, 1)
+    result["sharded exact"] = steps(exact, mine, 1)
 
     # Responses of unequal lengths, on one process twice as many as on the other.
     queries = [torch.arange(5, 6 + i) for i in range(2 + 2 * rank)]
@@ -91,25 +91,25 @@ def main(out: Path) -> None:
     run.step(*[part[mine] for part in rollouts(seed=2)])  # and training goes on
 
     run.save_pretrained(out / "model")
-    found["saved"] = whole(run.policy)
+    result["saved"] = whole(run.policy)
 
     one = sharded("adam")
     steps(one, mine)
     one.save_checkpoint(out / "sharded")
     two = sharded("adam")
     two.load_checkpoint(out / "sharded")
-    told = []
+    lines = []
     for each in (one, two):
         torch.manual_seed(rank)
-        told.append((each.step(*[part[mine] for part in rollouts(seed=5)])["ppo/loss/total"], whole(each.policy)))
-    assert told[0][0] == told[1][0] and all(torch.equal(told[0][1][n], told[1][1][n]) for n in told[0][1])
+        lines.append((each.step(*[part[mine] for part in rollouts(seed=5)])["ppo/loss/total"], whole(each.policy)))
+    assert lines[0][0] == lines[1][0] and all(torch.equal(lines[0][1][n], lines[1][1][n]) for n in lines[0][1])
 
     shard_by_accelerate()
     run = trainer(policy(), policy(seed=1), batch_size=2, mini_batch_size=1, gradient_accumulation_steps=2, **OPTIONS)
     assert all(hasattr(p, "full_tensor") for m in (run.policy, run.ref_model) for p in m.parameters())
-    found["sharded by accelerate"] = (steps(run, mine), whole(run.policy))
+    result["sharded by accelerate"] = (steps(run, mine), whole(run.policy))
     if rank == 0:
-        torch.save(found, out / "found.pt")
+        torch.save(result, out / "result.pt")
     dist.barrier()
     dist.destroy_process_group()
 

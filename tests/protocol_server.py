@@ -24,7 +24,7 @@ def draw(model, tokenizer, prompt, *, seeds, max_tokens, temperature, top_k, top
         (min_p > 0, MinPLogitsWarper, min_p),
     )
     warpers = [warper(value) for wanted, warper, value in wants if wanted]
-    found = []
+    result = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         ids, logprobs, reason = [], [], "length"
@@ -43,10 +43,10 @@ def draw(model, tokenizer, prompt, *, seeds, max_tokens, temperature, top_k, top
                 reason = "stop"
                 break
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        found.append(
+        result.append(
             (text[: min([text.find(end) for end in stop if end in text], default=len(text))], ids, logprobs, reason)
         )
-    return found
+    return result
 
 
 class ProtocolServer:

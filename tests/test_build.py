@@ -160,9 +160,9 @@ def test_without_the_engine_the_reference_runs_and_says_so():
 
 def test_every_package_is_in_the_wheel():
     text = (ROOT / "pyproject.toml").read_text()
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastalign").rglob("__init__.py")}
-    assert "fastalign.models" in found
-    assert [name for name in sorted(found) if f'"{name}",' not in text] == []
+    result = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastalign").rglob("__init__.py")}
+    assert "fastalign.models" in result
+    assert [name for name in sorted(result) if f'"{name}",' not in text] == []
 
 
 def test_the_architecture_page_is_what_the_imports_say():

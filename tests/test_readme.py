@@ -23,13 +23,13 @@ def run(code, **given):
 def test_what_replaces_the_log_probs_gives_the_same_values_gradients_and_shapes():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 5, 40) * 3, torch.randint(40, (3, 5))
-    found = []
+    result = []
     for code in (BEFORE, AFTER):
         own = logits.clone().requires_grad_()
         made = run(code, torch=torch, logits=own, labels=labels, step=0)
         made["log_probs"].sum().backward()
-        found.append((made["log_probs"], own.grad, made["next_token"]))
-    (theirs, their_grad, their_token), (ours, our_grad, our_token) = found
+        result.append((made["log_probs"], own.grad, made["next_token"]))
+    (theirs, their_grad, their_token), (ours, our_grad, our_token) = result
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(our_grad, their_grad)
     assert our_token.shape == their_token.shape == (3,) and our_token.dtype == their_token.dtype

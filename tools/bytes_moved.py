@@ -110,18 +110,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no kernel is named {', '.join(options.ops)}")
     if options.in_turn:
         wanted = wanted[int(time.time() // 86400) % 4 :: 4]
-    found = []
+    result = []
     for op, case in wanted:
-        found.append(measure(op, case))
+        result.append(measure(op, case))
         print(
-            f"{op}: {case.name}: {found[-1].ratio:.3f} of the least{'  TOO MUCH' if found[-1].fault else ''}",
+            f"{op}: {case.name}: {result[-1].ratio:.3f} of the least{'  TOO MUCH' if result[-1].fault else ''}",
             flush=True,
         )
     if options.table:
         with atomic_write(options.table) as path:
-            path.write_text(table(found))
-    faults = [m for m in found if m.fault]
-    print(f"{len(found)} cases, {len(faults)} over {LIMIT} of the least")
+            path.write_text(table(result))
+    faults = [m for m in result if m.fault]
+    print(f"{len(result)} cases, {len(faults)} over {LIMIT} of the least")
     return 1 if faults else 0
 
 

@@ -32,19 +32,19 @@ def surface(every: bool) -> int:
         (Path(folder) / "fastalign").symlink_to(ROOT / "fastalign", target_is_directory=True)
         # What the package imports is found by the `python` of PATH.
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "basedpyright", "--verifytypes", "fastalign", "--ignoreexternal", "--outputjson"],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": folder, "PATH": path},
             stdout=subprocess.PIPE,
             text=True,
         )
-    report = json.loads(found.stdout)["typeCompleteness"]
+    report = json.loads(result.stdout)["typeCompleteness"]
     score = 100 * report["completenessScore"]
     if every or score < LEAST:
         for symbol in report["symbols"]:
-            for told in symbol["diagnostics"] if symbol["isExported"] and not symbol["isTypeKnown"] else ():
-                print(f"{symbol['name']}: {told['message']}")
+            for message in symbol["diagnostics"] if symbol["isExported"] and not symbol["isTypeKnown"] else ():
+                print(f"{symbol['name']}: {message['message']}")
     count = sum(report["exportedSymbolCounts"].values())
     print(f"types: {score:.1f} % of {count} public symbols, at least {LEAST:g} wanted")
     return score < LEAST

@@ -183,18 +183,18 @@ def named(recipe: dict, paths: dict[str, str], dtype: str | None = None) -> dict
     def replaced(value):
         if isinstance(value, dict):
             return {
-                key: paths.get(held, held)
-                if key in ("model", "base_model", "tokenizer_source", "source") and isinstance(held, str)
-                else replaced(held)
-                for key, held in value.items()
+                key: paths.get(kept, kept)
+                if key in ("model", "base_model", "tokenizer_source", "source") and isinstance(kept, str)
+                else replaced(kept)
+                for key, kept in value.items()
             }
         return [replaced(one) for one in value] if isinstance(value, list) else value
 
-    found = replaced(copy.deepcopy(recipe))
+    result = replaced(copy.deepcopy(recipe))
     if dtype is not None:
-        found["dtype"] = dtype
-        found.pop("out_dtype", None)
-    return found
+        result["dtype"] = dtype
+        result.pop("out_dtype", None)
+    return result
 
 
 def names_in(recipe: dict) -> list[str]:
@@ -235,10 +235,10 @@ def theirs(jobs: list[tuple[dict, Path]], scratch: Path) -> dict[str, str]:
 def load(folder: Path) -> dict:
     from safetensors.torch import load_file
 
-    found = {}
+    result = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+        result |= load_file(path)
+    return result
 
 
 def digest(folder: Path) -> dict[str, list[float]]:
@@ -250,12 +250,12 @@ def digest(folder: Path) -> dict[str, list[float]]:
     for name, tensor in sorted(load(folder).items()):
         layer = layer_of(name)
         groups.setdefault(f"layer {layer.number}" if layer else "outside", []).append(tensor.double().flatten().numpy())
-    found = {}
+    result = {}
     for group, flats in groups.items():
         flat = np.concatenate(flats)
         places = np.arange(len(flat)) * 0.7
-        found[group] = [round(float(flat @ np.cos(places)), 4), round(float(flat @ np.sin(places)), 4)]
-    return found
+        result[group] = [round(float(flat @ np.cos(places)), 4), round(float(flat @ np.sin(places)), 4)]
+    return result
 
 
 def about(folder: Path) -> dict:
@@ -263,12 +263,12 @@ def about(folder: Path) -> dict:
     from transformers import AutoTokenizer
 
     config = json.loads((folder / "config.json").read_text())
-    found = {key: config.get(key) for key in ("num_hidden_layers", "vocab_size")}
-    found["dtype"] = config.get("dtype", config.get("torch_dtype"))
+    result = {key: config.get(key) for key in ("num_hidden_layers", "vocab_size")}
+    result["dtype"] = config.get("dtype", config.get("torch_dtype"))
     if (folder / "tokenizer.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        found |= {"tokens": tokenizer.get_vocab(), "template": tokenizer.chat_template}
-    return found
+        result |= {"tokens": tokenizer.get_vocab(), "template": tokenizer.chat_template}
+    return result
 
 
 def difference(a: Path, b: Path) -> str:
@@ -323,24 +323,24 @@ def main() -> int:
         for (name, dtype, recipe), (a, b) in zip(jobs, outs, strict=True):
             refused = ours(recipe, a)
             if str(b) in errors:
-                told = f"mergekit fails ({errors[str(b)][:60]}), fastalign " + (
+                message = f"mergekit fails ({errors[str(b)][:60]}), fastalign " + (
                     f"refuses ({refused[:60]})" if refused else "does not"
                 )
             elif refused is not None:
-                told = f"refused: {refused[:150]}"
+                message = f"refused: {refused[:150]}"
             else:
                 what = difference(a, b)
                 disagree += dtype == "float32" and bool(what) and not what.endswith("at most")
-                told = (
+                message = (
                     f"agreed, {what or 'bit for bit'}" if not what or what.endswith("at most") else f"differs: {what}"
                 )
             if name in RECIPES and str(b) not in errors:
                 stored[name] = digest(b)
-            print(f"{name:36} {dtype:9} {told}", flush=True)
+            print(f"{name:36} {dtype:9} {message}", flush=True)
             for out in (a, b):
                 shutil.rmtree(out, ignore_errors=True)
         if given.store:
-            text = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in stored.items())
+            text = ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in stored.items())
             given.store.write_text("{\n" + text + "\n}\n")
     return 1 if disagree else 0
 

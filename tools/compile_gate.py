@@ -70,14 +70,14 @@ class Report:
 
     def faults(self) -> list[str]:
         where = f"{self.op}: {self.kernel} ({self.case}) on {self.device}"
-        found = []
+        result = []
         if self.spills:
-            found.append(f"{where} spills {self.spills} bytes of registers")
+            result.append(f"{where} spills {self.spills} bytes of registers")
         if self.shared > DEVICES[self.device].shared:
-            found.append(
+            result.append(
                 f"{where} wants {self.shared:,} bytes of shared memory, {DEVICES[self.device].shared:,} is all"
             )
-        return found
+        return result
 
 
 class _Driver:
@@ -98,12 +98,12 @@ class _Driver:
 
 def launched(run: Callable[[], object], device: str) -> list:
     """The kernels that `run` launches, compiled for `device` and not run."""
-    found = []
+    result = []
     launch = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        found.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
-        return found[-1]
+        result.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+        return result[-1]
 
     JITFunction.run = compile_only
     driver.set_active(_Driver(device))
@@ -111,7 +111,7 @@ def launched(run: Callable[[], object], device: str) -> list:
         run()
     finally:
         JITFunction.run = launch
-    return found
+    return result
 
 
 def inspect(op: str, case: str, kernel, device: str) -> Report:
@@ -169,7 +169,7 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report
     """
     from fastalign.bench.gpu_common import cases
 
-    found, seen = [], set()
+    result, seen = [], set()
     today = int(time.time() // 86400) % 4
     for i, (op, case) in enumerate(cases()):
         if (ops and op not in ops) or (turns and (i % 4 != today or turns[i // 4 % len(turns)] != device)):
@@ -177,8 +177,8 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report
         for kernel in launched(case.build("meta", False).run, device):
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                found.append(inspect(op, case.name, kernel, device))
-    return found
+                result.append(inspect(op, case.name, kernel, device))
+    return result
 
 
 def table(found: list[Report]) -> str:
@@ -210,13 +210,13 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(options.ops) - set(kernels.names())
     if unknown:
         parser.error(f"no kernel is named {', '.join(sorted(unknown))}; there are {', '.join(kernels.names())}")
-    found, faults = [], []
+    result, faults = [], []
     spawn = multiprocessing.get_context("spawn")  # one driver a process
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(options.target)), mp_context=spawn) as pool:
         turns = options.target if options.in_turn else None
         for part in pool.map(partial(reports, options.ops, turns), options.target):
             for report in part:
-                found.append(report)
+                result.append(report)
                 faults += report.faults()
                 print(
                     f"{report.device:8} {report.op:24} {report.kernel:24} {report.registers:4} registers "
@@ -226,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
     if options.table:
         with atomic_write(options.table) as path:
-            path.write_text(table(found))
-    print(f"{len(found)} kernels compiled with Triton {triton.__version__}, {len(faults)} faults")
+            path.write_text(table(result))
+    print(f"{len(result)} kernels compiled with Triton {triton.__version__}, {len(faults)} faults")
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0

@@ -49,14 +49,14 @@ def home(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    result = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastalign"):
             inner = node.module.split(".")[1:2]
-            found.update(inner or [alias.name for alias in node.names])
+            result.update(inner or [alias.name for alias in node.names])
         elif isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastalign."))
-    return found
+            result.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastalign."))
+    return result
 
 
 def purpose(name: str) -> str:

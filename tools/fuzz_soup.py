@@ -58,26 +58,26 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     length = struct.unpack("<Q", data[:8])[0]
     if draw.random() < 0.25:
         return _as_json(data, length, draw)
-    held = bytearray(data)
+    kept = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        kind, at = draw.randrange(6), draw.randrange(min(8 + length, len(held)))
+        kind, at = draw.randrange(6), draw.randrange(min(8 + length, len(kept)))
         if kind == 0:
-            held[at] = draw.randrange(256)
+            kept[at] = draw.randrange(256)
         elif kind == 1:
-            held[at] ^= 1 << draw.randrange(8)
+            kept[at] ^= 1 << draw.randrange(8)
         elif kind == 2:
-            held[8:8] = held[8 : 8 + draw.randrange(40)]
+            kept[8:8] = kept[8 : 8 + draw.randrange(40)]
         elif kind == 3:
-            held[at : at + draw.randrange(4)] = draw.choice(WORDS)
+            kept[at : at + draw.randrange(4)] = draw.choice(WORDS)
         elif kind == 4:
-            del held[draw.randrange(len(held)) :]
+            del kept[draw.randrange(len(kept)) :]
         else:
-            digits = [i for i in range(8, min(8 + length, len(held))) if 48 <= held[i] <= 57]
+            digits = [i for i in range(8, min(8 + length, len(kept))) if 48 <= kept[i] <= 57]
             if digits:
-                held[draw.choice(digits)] = 48 + draw.randrange(10)
-        if len(held) < 9:
+                kept[draw.choice(digits)] = 48 + draw.randrange(10)
+        if len(kept) < 9:
             break
-    return bytes(held)
+    return bytes(kept)
 
 
 def _as_json(data: bytes, length: int, draw: random.Random) -> bytes:
@@ -130,15 +130,15 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
             raise AssertionError(f"not one clear line: {line!r}")
 
     try:
-        found = soup.open_checkpoint(path)
+        result = soup.open_checkpoint(path)
     except UserError as error:
         told(error)
         return "refused"
     size = path.stat().st_size
-    if not all(8 <= found[name].offset <= size - found[name].nbytes for name in found):
+    if not all(8 <= result[name].offset <= size - result[name].nbytes for name in result):
         raise AssertionError(f"{path}: a tensor lies beyond the file")
     out, method, cut = scratch / "out", METHODS[number % len(METHODS)], number % 4 == 0
-    twin = write_twin(found, path, draw)
+    twin = write_twin(result, path, draw)
     kind, refused = KINDS[method], 0
     parameters = {"density": 0.5} if "density" in kind.parameters else None
     weights = None if kind.weights == "none" else [0.25, 0.75]
@@ -167,7 +167,7 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
             except (UserError, OSError) as error:
                 told(error)
                 refused += 1
-        if cut and found.nbytes and refused < len(made):
+        if cut and result.nbytes and refused < len(made):
             raise AssertionError(f"{path}: was cut short, and nobody noticed")
     except (UserError, OSError) as error:
         told(error)
@@ -180,16 +180,16 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
 
 def fuzz(files: int, seed: int, scratch: Path, *, watch: bool = False) -> Counter:
     """How many files became what. watch: end the process where one takes MOST_SECONDS."""
-    data, draw, found = good(), random.Random(seed), Counter()
+    data, draw, outcomes = good(), random.Random(seed), Counter()
     for number in range(files):
         path = scratch / f"{number}.safetensors"
         path.write_bytes(mutated(data, draw))
         if watch:
             faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
-        found[attempt(path, scratch, number, draw)] += 1
+        outcomes[attempt(path, scratch, number, draw)] += 1
         path.unlink()
     faulthandler.cancel_dump_traceback_later()
-    return found
+    return outcomes
 
 
 def main() -> int:
@@ -205,15 +205,17 @@ def main() -> int:
             print(json.dumps(fuzz(given.files, given.seed, Path(scratch), watch=True)))
         return 0
     module = sanitize.build("address", sanitize.levels()[0])
-    found = sanitize.run(
+    result = sanitize.run(
         "address", module, Path(__file__), "--worker", "fuzz", "--files", given.files, "--seed", given.seed
     )
-    if found.returncode:
-        print(found.stderr[-6000:], file=sys.stderr)
+    if result.returncode:
+        print(result.stderr[-6000:], file=sys.stderr)
         return 1
-    counts = json.loads(found.stdout.splitlines()[-1])
-    told = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
-    print(f"{given.files:,} mutated files under AddressSanitizer: {told}; no crash, no hang, no access out of bounds")
+    counts = json.loads(result.stdout.splitlines()[-1])
+    message = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+    print(
+        f"{given.files:,} mutated files under AddressSanitizer: {message}; no crash, no hang, no access out of bounds"
+    )
     return 0
 
 

@@ -140,18 +140,18 @@ def main() -> None:
         root = Path(folder)
         make_models(root)
         kinds = (linear, ties, stack, lora)
-        found = {
+        result = {
             merge.__name__: kill(merge, root, given.kills * (i + 1) // len(kinds) - given.kills * i // len(kinds), draw)
             for i, merge in enumerate(kinds)
         }
-    for name, seen in found.items():
+    for name, seen in result.items():
         print(
             f"{name}: {seen['killed']} killed, {seen['partial']} of them while a file was half written, with "
             f"{len(set(seen['shards']))} different numbers of finished shards; {seen['finished']} times whole in "
             "between; always the same bytes",
             file=sys.stderr,
         )
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -44,14 +44,14 @@ def main(names: list[str]) -> int:
     lines, counts = [], {"right": 0, "refused": 0, "wrong": 0, "raises": 0, "not built": 0}
     for name in names or model_types():
         began = time.perf_counter()
-        found = sweep(name)
-        verdicts = [found[check].split(":")[0] for check in CHECKS] if "not built" not in found else ["not built"]
+        result = sweep(name)
+        verdicts = [result[check].split(":")[0] for check in CHECKS] if "not built" not in result else ["not built"]
         worst = next(v for v in ("not built", "raises", "wrong", "refused", "right") if v in verdicts)
         counts[worst] += 1
         if worst != "right":
-            told = [f"{k}: {v}" for k, v in found.items() if not v.startswith("right")]
-            print(f"{name}: {'; '.join(told)} ({time.perf_counter() - began:.1f} s)", flush=True)
-        cells = [found.get(k, "") for k in ("sampled on", "scored on", "pairs on")]
+            message = [f"{k}: {v}" for k, v in result.items() if not v.startswith("right")]
+            print(f"{name}: {'; '.join(message)} ({time.perf_counter() - began:.1f} s)", flush=True)
+        cells = [result.get(k, "") for k in ("sampled on", "scored on", "pairs on")]
         shown = verdicts if worst != "not built" else ["not built", *[""] * (len(CHECKS) - 1)]
         lines.append("| " + " | ".join([name, *cells, *shown]) + " |")
     print(counts)

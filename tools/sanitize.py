@@ -104,8 +104,8 @@ def run(kind: str, module: Path, script: Path, *arguments: object) -> subprocess
     """A Python script in a process that has the sanitizer's library first; `use_engine(module)` is the script's to
     call."""
     # The C++ library with it, for exceptions are thrown past it.
-    asked = (["g++", f"-print-file-name={name}"] for name in (LIBRARY[kind], "libstdc++.so.6"))
-    libraries = [subprocess.run(each, capture_output=True, text=True, check=True).stdout.strip() for each in asked]
+    requested = (["g++", f"-print-file-name={name}"] for name in (LIBRARY[kind], "libstdc++.so.6"))
+    libraries = [subprocess.run(each, capture_output=True, text=True, check=True).stdout.strip() for each in requested]
     environment = os.environ | {
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": f"detect_leaks=0:exitcode={FOUND}",
@@ -185,8 +185,8 @@ def work() -> dict[str, Callable[[], list]]:
         return [x.grad, w.grad]
 
     def solved(palettes, groups=None):
-        found = palette.solve(rewards, palettes, groups=groups)
-        return [torch.from_numpy(np.array(x)) for x in (found.lam, found.levels)]
+        result = palette.solve(rewards, palettes, groups=groups)
+        return [torch.from_numpy(np.array(x)) for x in (result.lam, result.levels)]
 
     return {
         "token_logprobs": gradients,
@@ -223,8 +223,8 @@ def hammer(threads: int, rounds: int, pool: int) -> None:
         names = list(calls)
         for turn in range(rounds * len(names)):
             name = names[(first * 5 + turn) % len(names)]
-            found = calls[name]()
-            if not all(torch.equal(a, b) for a, b in zip(found, expected[name], strict=True)):
+            result = calls[name]()
+            if not all(torch.equal(a, b) for a, b in zip(result, expected[name], strict=True)):
                 failed.append(name)
 
     each = [threading.Thread(target=several, args=(first,)) for first in range(threads)]

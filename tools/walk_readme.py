@@ -66,16 +66,16 @@ def prepare(folder: Path) -> None:
 
 def steps(tiny: bool) -> list[tuple[str, list[str]]]:
     """(what README has, what is run) ..."""
-    found = []
+    result = []
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/guide.md"))
     for kind, block in re.findall(r"```(\w*)\n(.*?)```", text, re.S):
         if kind == "python":
-            found.append((block.strip().splitlines()[-1], [sys.executable, "-W", "ignore", "-c", python(block, tiny)]))
+            result.append((block.strip().splitlines()[-1], [sys.executable, "-W", "ignore", "-c", python(block, tiny)]))
             continue
         for line in filter(None, map(str.strip, block.splitlines())):
             if line.startswith("fastalign ") and not line.startswith(LEFT_OUT):
-                found.append((line, [sys.executable, "-W", "ignore", "-m", "fastalign", *command(line, tiny)]))
-    return found
+                result.append((line, [sys.executable, "-W", "ignore", "-m", "fastalign", *command(line, tiny)]))
+    return result
 
 
 def command(line: str, tiny: bool) -> list[str]:
@@ -103,11 +103,13 @@ def main(argv: list[str] | None = None) -> int:
     tiny = parser.parse_args(argv).tiny
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        for said, run in steps(tiny):
+        for message, run in steps(tiny):
             began = time.perf_counter()
             done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
-            right = done.returncode == 0 or (done.returncode == 3 and " map " in f" {said}")  # 3: told to be infeasible
-            print(f"{'ok  ' if right else 'FAIL'} {time.perf_counter() - began:6.1f} s  {said[:120]}", flush=True)
+            right = done.returncode == 0 or (
+                done.returncode == 3 and " map " in f" {message}"
+            )  # 3: told to be infeasible
+            print(f"{'ok  ' if right else 'FAIL'} {time.perf_counter() - began:6.1f} s  {message[:120]}", flush=True)
             if not right:
                 print(done.stdout[-3000:] + done.stderr[-3000:])
                 return 1

@@ -29,6 +29,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def decimals(spread: float) -> int:
+def decimals(std: float) -> int:
     """Decimal places that show a hundredth of a standard deviation, two to six; three if it is zero."""
-    return min(6, max(2, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3
+    return min(6, max(2, 2 - math.floor(math.log10(std)))) if std > 0 else 3

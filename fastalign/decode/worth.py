@@ -38,14 +38,14 @@ class Worth(NamedTuple):
     """Mean ESS of n candidates per prompt, for L sizes n: the logs of its lower and upper bound, with standard errors
     over prompts.
 
-    spread: standard deviation of one prompt's ESS relative to the mean, which enters the error for a few other prompts.
+    relative_std: of one prompt's ESS, relative to the mean, which enters the error for a few other prompts.
     low is None if the pilot cannot determine it: fewer than two prompts or eight candidates, or all weights equal.
     """
 
     prompts: int
     candidates: int
     n: np.ndarray  # (L,) rising from 1
-    spread: np.ndarray  # (L,)
+    relative_std: np.ndarray  # (L,)
     high: np.ndarray  # (L,)
     high_error: np.ndarray  # (L,)
     low: np.ndarray | None  # (L,)
@@ -114,7 +114,9 @@ class Worth(NamedTuple):
             }
             made = cls(int(content["prompts"]), int(content["candidates"]), **rows)
             bad = made.n is None or made.n.ndim != 1 or not len(made.n) or (np.diff(made.n) <= 0).any() or made.n[0] < 1
-            ends = [made.spread, made.high, made.high_error] + ([] if made.low is None else [made.low, made.low_error])
+            ends = [made.relative_std, made.high, made.high_error] + (
+                [] if made.low is None else [made.low, made.low_error]
+            )
             bad = bad or made.prompts < 1 or any(row is None or row.shape != made.n.shape for row in ends)
             bad = bad or not np.isfinite(ends).all()
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -130,7 +132,9 @@ class Worth(NamedTuple):
         t = stdtrit(max(self.prompts - 1, 1), 0.5 + level / 2)
 
         def wide(error: np.ndarray) -> np.ndarray:
-            each = np.maximum(self.spread, error * math.sqrt(self.prompts))  # other prompts are as uncertain as these
+            each = np.maximum(
+                self.relative_std, error * math.sqrt(self.prompts)
+            )  # other prompts are as uncertain as these
             return t * np.hypot(error, each / math.sqrt(prompts or self.prompts))
 
         high = np.minimum(self.high + wide(self.high_error), np.log(self.n))
@@ -177,14 +181,14 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
     if prompts < 2:
         return Worth(prompts, n, grid, np.zeros_like(high), high, np.zeros_like(high), None, None)
     variance = np.maximum(squares.mean(axis=0) - measured.mean(axis=0) ** 2, 0.0) * prompts / (prompts - 1)
-    spread = (np.sqrt(variance) / measured.mean(axis=0))[::-1]
-    spread = np.r_[spread, np.full(DOUBLINGS, spread[-1])]
+    relative_std = (np.sqrt(variance) / measured.mean(axis=0))[::-1]
+    relative_std = np.r_[relative_std, np.full(DOUBLINGS, relative_std[-1])]
     without = [(x.sum(axis=0) - x) / (prompts - 1) for x in (measured, logs)]  # each prompt in turn left out
     error = [np.sqrt((prompts - 1) * x.var(axis=0)) for x in ends(np.log(without[0]), without[1])]
     same = not np.ptp(scores, axis=1).any() and lam.any()  # nothing was seen of what λ weighs
     if n < LEAST_CANDIDATES or same:
-        return Worth(prompts, n, grid, spread, high, error[1], None, None)
-    return Worth(prompts, n, grid, spread, high, error[1], low, error[0])
+        return Worth(prompts, n, grid, relative_std, high, error[1], None, None)
+    return Worth(prompts, n, grid, relative_std, high, error[1], low, error[0])
 
 
 def words(fewest: int, most: int | None) -> str:

@@ -149,12 +149,12 @@ def bradley_terry_scores(
         return np.where(s >= 0, upper, e * upper), e * upper * upper
 
     def information(s):
-        p, spread = chances(s[:, None] - s[None, :])
-        p0, spread0 = chances(s)
-        weight = games * spread
+        p, variance = chances(s[:, None] - s[None, :])
+        p0, variance0 = chances(s)
+        weight = games * variance
         # p.T is 1 - p to the last digit: as a difference of products the gradient keeps its digits at any odds.
         gradient = (wins * p.T).sum(1) - (wins.T * p).sum(1) + prior * (1 - 2 * p0)
-        hessian = np.diag(weight.sum(1) + 2 * prior * spread0) - weight
+        hessian = np.diag(weight.sum(1) + 2 * prior * variance0) - weight
         # Without a prior all scores may shift together; a constant along that direction fixes their mean.
         return gradient, hessian + (weight.sum() / n**2 if prior == 0 else 0.0)
 

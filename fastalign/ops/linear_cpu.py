@@ -141,7 +141,7 @@ def _rows(x: Tensor, index: Tensor | None) -> Tensor:
     return x[torch.unravel_index(index, x.shape[:-1])]
 
 
-def _spread(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
+def _scattered(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
     """The inverse of `_rows`, with zeros in rows that `index` omits."""
     if index is None:
         return x.view(shape)
@@ -216,12 +216,12 @@ def forward(
             (squares.double().log().to(tiles.dtype) - 2 * log_sum).masked_fill(empty, 0),
             (label_logit >= row_max) & (label_logit > before) & ~empty & ~row_sum.isnan(),
         ]
-    results = [_spread(x, index, labels.shape) for x in results]
+    results = [_scattered(x, index, labels.shape) for x in results]
     if not statistics:
         nothing = results[0].new_empty(*labels.shape, 0)
         results += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
     if unit:
-        unit = _spread(unit.finish(stats, empty), index, hidden.shape)
+        unit = _scattered(unit.finish(stats, empty), index, hidden.shape)
     return (*results, store, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
 
 
@@ -294,7 +294,7 @@ def backward(
     among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the kept rows that count
     grads = _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs)
     if needs[0]:
-        grads[0] = _spread(grads[0].to(hidden.dtype), index, hidden.shape)
+        grads[0] = _scattered(grads[0].to(hidden.dtype), index, hidden.shape)
     pairs = zip(grads, (hidden, weight, bias, a, b), strict=True)
     return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.fused import on_triton, spread
+from fastalign.ops.fused import on_triton, sum_gradient
 from fastalign.ops.library import Op, define
 
 
@@ -224,12 +224,12 @@ class _PolicyRows(torch.autograd.Function):
     def backward(ctx, grad, grad_entropy, *_constants):
         logprobs, entropy, mask, shares, scales, weights = ctx.saved_tensors
         if ctx.importance == "token":
-            gradient = spread(logprobs, None, None, grad, weights)
+            gradient = sum_gradient(logprobs, None, None, grad, weights)
         elif weights.numel() == 0:
-            gradient = spread(logprobs, grad * shares, mask, None, None)
+            gradient = sum_gradient(logprobs, grad * shares, mask, None, None)
         else:
-            gradient = spread(logprobs, grad * shares, mask, grad * scales, weights)
-        entropy = spread(entropy, grad_entropy, mask, None, None) if ctx.needs_input_grad[1] else None
+            gradient = sum_gradient(logprobs, grad * shares, mask, grad * scales, weights)
+        entropy = sum_gradient(entropy, grad_entropy, mask, None, None) if ctx.needs_input_grad[1] else None
         return gradient, entropy, *(None,) * 11
 
 
@@ -248,7 +248,7 @@ class _ValueRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_constants):
         values, weights = ctx.saved_tensors
-        return spread(values, None, None, grad, weights), *(None,) * 4
+        return sum_gradient(values, None, None, grad, weights), *(None,) * 4
 
 
 def _policy_cpu(logprobs, *rest):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastalign._base.errors import UserError
 from fastalign.ops import checks
 from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.fused import on_triton, spread
+from fastalign.ops.fused import on_triton, sum_gradient
 from fastalign.ops.library import Op, define
 from fastalign.ops.pairwise import FUSED, TABLE, Margin, Options, check_options
 
@@ -130,7 +130,7 @@ class _PairwiseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_constants):
         log_probs, mask, slopes = ctx.saved_tensors
-        return spread(log_probs, grad.repeat(2) * slopes, mask, None, None), *(None,) * 6
+        return sum_gradient(log_probs, grad.repeat(2) * slopes, mask, None, None), *(None,) * 6
 
 
 def _forward_cpu(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):

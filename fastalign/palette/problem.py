@@ -103,11 +103,11 @@ class Problem:
             _check_spread(size)
             towards = np.zeros((len(doubtful), len(size)))
             towards[range(len(doubtful)), doubtful] = SHARP / size[doubtful]
-            spread = np.zeros(len(size))
+            span = np.zeros(len(size))
             most, least = np.split(run(np.vstack([towards, -towards])).mean, 2)
-            spread[doubtful] = (most - least)[range(len(doubtful)), doubtful]
-            constant[doubtful] = ~(spread[doubtful] > 1e-14 * size[doubtful])
-            deviation[doubtful] = np.where(constant, size, np.maximum(deviation, spread))[doubtful]
+            span[doubtful] = (most - least)[range(len(doubtful)), doubtful]
+            constant[doubtful] = ~(span[doubtful] > 1e-14 * size[doubtful])
+            deviation[doubtful] = np.where(constant, size, np.maximum(deviation, span))[doubtful]
         return deviation, constant
 
     def _miss(self, gradient: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ LOW_ESS = 2.0
 class Value:
     """One value's row. Levels are means over prompts, in the reward's own units.
 
-    before: mean over all candidates; spread: their standard deviation. asked: the palette's level. predicted: the level
+    before: mean over all candidates; std: their standard deviation. target: the palette's level. predicted: the level
     of p_λ according to the dual. realised: mean over the chosen texts. rao_blackwell: mean over prompts of the
     softmax(λ·R)-weighted mean of all N candidates, which is the expectation of the realised mean.
 
@@ -39,17 +39,17 @@ class Value:
     Exact for "resample"; at most that for the stratified methods in the usual case.
 
     score: (realised - predicted) / se; None if se is 0 and they differ. agrees: within 3 standard errors.
-    sense: ">=", "<=" or "==": at least, at most or exactly `asked`; "free": no target.
+    sense: ">=", "<=" or "==": at least, at most or exactly `target`; "free": no target.
     verdict: "met", "within error" (the policy reaches it, and the texts miss it by at most 3 SE), or "short" (below the
     target) or "above" (beyond it).
-    short_by: how far `realised` is on the wrong side of `asked`, else 0. reason: why it is short, "" if met.
+    short_by: how far `realised` is on the wrong side of `target`, else 0. reason: why it is short, "" if met.
     """
 
     name: str
     lam: float
     before: float
-    spread: float
-    asked: float
+    std: float
+    target: float
     predicted: float
     realised: float
     se: float
@@ -67,7 +67,7 @@ class Value:
         """The target, as the report prints it: a level to reach, or "<= 0.20", "== 0.20", "free"."""
         if self.sense == "free":
             return "free"
-        return self.show(self.asked) if self.sense == ">=" else f"{self.sense} {self.show(self.asked)}"
+        return self.show(self.target) if self.sense == ">=" else f"{self.sense} {self.show(self.target)}"
 
     @property
     def missed(self) -> str:
@@ -77,7 +77,7 @@ class Value:
 
     @property
     def decimals(self) -> int:
-        return decimals(self.spread)
+        return decimals(self.std)
 
     def show_error(self, report: Report) -> str:
         """ "± 0.030", or why there is none: a single prompt, or a single candidate per prompt."""
@@ -180,7 +180,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the report as plain data: no NaN, no numpy."""
-        names = ("name", "before", "spread", "asked", "predicted", "realised", "se", "rao_blackwell", "score", "agrees",
+        names = ("name", "before", "std", "target", "predicted", "realised", "se", "rao_blackwell", "score", "agrees",
                  "verdict", "short_by", "reason", "nearest", "sense")  # fmt: skip
         return _plain({
             "kind": "report",
@@ -227,15 +227,15 @@ class Report:
         from fastalign.report.tradeoff import Tradeoff
 
         names = [value.name for value in self.values]
-        columns = ("before", "spread", "asked", "predicted", "realised", "se", "lam")
-        before, spread, target, predicted, realised, se, lam = (
+        columns = ("before", "std", "target", "predicted", "realised", "se", "lam")
+        before, std, target, predicted, realised, se, lam = (
             np.array([getattr(v, c) for v in self.values]) for c in columns
         )
         target[[v.sense == "free" for v in self.values]] = np.nan
         m = len(names)
         figures = {
             "levels": plots.levels(
-                names, before=before, spread=spread, palette=target, predicted=predicted, realised=realised, se=se
+                names, before=before, std=std, palette=target, predicted=predicted, realised=realised, se=se
             ),
             "histograms": plots.histograms(
                 self.rewards.reshape(-1, m),
@@ -247,11 +247,11 @@ class Report:
         }
         if m > 2:
             series = {"before": before, "asked for": target, "predicted": predicted, "realised": realised}
-            figures["radar"] = plots.radar(names, series, before=before, spread=spread)
+            figures["radar"] = plots.radar(names, series, before=before, std=std)
         tradeoff = Tradeoff(self.rewards)
         # The policy's own KL over the prompts; with the joint dual `kl` is that of the prompts' tilt too.
-        kl = float(tradeoff.at((lam * tradeoff.spread)[None])[1][0])
-        reach = 2.5 * float(np.linalg.norm(lam * tradeoff.spread)) or 3.0
+        kl = float(tradeoff.at((lam * tradeoff.std)[None])[1][0])
+        reach = 2.5 * float(np.linalg.norm(lam * tradeoff.std)) or 3.0
         cloud = tradeoff.cloud(reach)
         pairs = plots.pairs(cloud[0])
         figures["pareto"] = plots.pareto(
@@ -302,16 +302,16 @@ def build(
     realised_rewards = np.take_along_axis(exact, selected[:, :, None], axis=1)
 
     flat = exact.reshape(-1, m)
-    spread = flat.std(axis=0)
-    # A constant reward's spread is rounding.
-    spread[spread <= 1e-14 * np.abs(flat).max(axis=0)] = 0.0
+    std = flat.std(axis=0)
+    # A constant reward's std is rounding.
+    std[std <= 1e-14 * np.abs(flat).max(axis=0)] = 0.0
     tilted = np.einsum("pn,pnm->pm", weights, exact)
     variance = np.einsum("pn,pnm->pm", weights, (exact - tilted[:, None]) ** 2)
     columns = {
         "lam": lam,
         "before": flat.mean(axis=0),
-        "spread": spread,
-        "asked": solution["palette"],
+        "std": std,
+        "target": solution["palette"],
         "predicted": solution["levels"],
         "realised": realised_rewards.mean(axis=(0, 1)),
         "se": np.sqrt(variance.sum(axis=0) / k) / p,
@@ -357,19 +357,19 @@ def _short(sense: str, target: float, level: float) -> float:
 def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None, ess: np.ndarray, frame: dict) -> Value:
     """The verdict on one value."""
     # What rounding in the rewards and the solver's tolerance may leave.
-    slack = 1e-6 * row["spread"] + 1e-9 * abs(row["before"])
+    slack = 1e-6 * row["std"] + 1e-9 * abs(row["before"])
     gap = row["realised"] - row["predicted"]
     score = gap / row["se"] if row["se"] > 0 else (0.0 if abs(gap) <= slack else None)
     agrees = abs(gap) <= 3 * row["se"] + slack
     short_by, counted_on, within = (
-        _short(sense, row["asked"], row[level]) for level in ("realised", "predicted", "rao_blackwell")
+        _short(sense, row["target"], row[level]) for level in ("realised", "predicted", "rao_blackwell")
     )
     verdict, reasons = "met", []
     if short_by <= slack:
         short_by = 0.0
     else:
         drawn = max(counted_on, within) <= slack and short_by <= 3 * row["se"] + slack
-        verdict = "within error" if drawn else "above" if row["realised"] > row["asked"] else "short"
+        verdict = "within error" if drawn else "above" if row["realised"] > row["target"] else "short"
         if not frame["feasible"]:
             reasons.append(
                 "the palette is infeasible"

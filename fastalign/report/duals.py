@@ -79,14 +79,14 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
     return duals[0], duals[1]
 
 
-def table(values: Sequence[str], targets: Sequence[str], spread: np.ndarray, duals: tuple[Dual, Dual]) -> str:
+def table(values: Sequence[str], targets: Sequence[str], std: np.ndarray, duals: tuple[Dual, Dual]) -> str:
     """An HTML table: one row per value with its target, then the cost."""
     within, at_once = duals
 
     def cells(dual: Dual, j: int, *columns: str) -> str:
         if not dual.feasible:
             return "<td>–</td>" * (1 + len(columns))
-        shown = (f"{getattr(dual, name)[j]:.{decimals(spread[j])}f}" for name in columns)
+        shown = (f"{getattr(dual, name)[j]:.{decimals(std[j])}f}" for name in columns)
         return f"<td>{dual.lam[j]:.3g}</td>" + "".join(f"<td>{x}</td>" for x in shown)
 
     def price(dual: Dual) -> tuple[str, str, str]:

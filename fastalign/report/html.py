@@ -72,7 +72,7 @@ def _table(report: Report) -> str:
             ("Value", ""),
             ("λ", ""),
             ("Before", "before"),
-            ("Asked for", "asked"),
+            ("Asked for", "target"),
             ("Predicted", "predicted"),
             ("Realised ± SE", "realised"),
             ("All reweighted", ""),
@@ -116,7 +116,7 @@ def _facts(report: Report) -> str:
 def _duals(report: Report) -> list[str]:
     if not report.duals:
         return []
-    columns = zip(*((v.name, v.wish, v.spread) for v in report.values), strict=True)
+    columns = zip(*((v.name, v.wish, v.std) for v in report.values), strict=True)
     return ["<h2>Both duals at this palette</h2>", duals.table(*columns, report.duals), duals.NOTE]
 
 

@@ -29,14 +29,14 @@ class Study:
     rewards: np.ndarray = field(repr=False)  # (P, N, m)
     joint: bool
     before: np.ndarray  # (m,)
-    spread: np.ndarray  # (m,) standard deviations of the units: within prompts, or of all candidates
+    std: np.ndarray  # (m,) standard deviations of the units: within prompts, or of all candidates
     ks: list[int]  # numbers N of best-of-N; each front is at that one's KL
     directions: np.ndarray  # (K, m)
     fronts: dict[float, Policies]  # by KL
     limit: Policies
     region: Region
     l1_max: float
-    beta: float  # of the linear scalarisation, for rewards in units of `spread`
+    beta: float  # of the linear scalarisation, for rewards in units of `std`
     scalarised: Policies
     best_of: dict[int, np.ndarray]  # by N, (K, m)
     palettes: dict[str, Way]
@@ -67,7 +67,7 @@ class Study:
         sets |= {f"linear scalarisation, β {self.beta:.3g}": self.scalarised.levels}
         if self.soups is not None:
             sets["merged models"] = self.soups
-        unit = np.where(self.spread > 0, self.spread, 1.0)
+        unit = np.where(self.std > 0, self.std, 1.0)
         lowest = np.min([x.min(axis=0) for x in sets.values()], axis=0) / unit
         return [(name, len(x), hypervolume(x / unit, lowest)) for name, x in sets.items()]
 
@@ -81,7 +81,7 @@ class Study:
             "candidates": self.rewards.shape[1],
             "dual": "joint" if self.joint else "per_prompt",
             "before": self.before.tolist(),
-            "spread": self.spread.tolist(),
+            "std": self.std.tolist(),
             "directions": self.directions.tolist(),
             "fronts": [{"at": kl, **_lists(front)} for kl, front in self.fronts.items()],
             "limit": _lists(self.limit),
@@ -115,7 +115,7 @@ class Study:
         """
         from fastalign.report import figures as plots
 
-        m, unit = len(self.values), np.where(self.spread > 0, self.spread, 1.0)
+        m, unit = len(self.values), np.where(self.std > 0, self.std, 1.0)
         drawn, cloud = {}, self.region.policies
         ends = {name: _last(way.policies) for name, way in self.palettes.items()}
         targets = np.array([way.palette for way in self.palettes.values()]) if self.palettes else None
@@ -136,7 +136,7 @@ class Study:
             series = {name: end.levels for name, end in ends.items()}
             if series:
                 drawn["radar"] = plots.radar(
-                    self.values, {"before": self.before, **series}, before=self.before, spread=unit
+                    self.values, {"before": self.before, **series}, before=self.before, std=unit
                 )
         if m > 1:
             drawn["region"] = plots.region(
@@ -251,7 +251,7 @@ def study(
     rows = flat(rewards)
     return Study(
         values=list(values), rewards=rewards, joint=joint, before=tilts.mean,
-        spread=np.where(tilts.constant, 0.0, tilts.scale), ks=ks, directions=directions,
+        std=np.where(tilts.constant, 0.0, tilts.scale), ks=ks, directions=directions,
         fronts={kl: front_of(tilts, kl, directions) for kl in budgets}, limit=limit,
         region=region_of(tilts, n_lambda, l1_max, seed), l1_max=l1_max, beta=beta,
         scalarised=tilts.at(_simplex(directions) / beta / tilts.scale),

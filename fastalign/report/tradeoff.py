@@ -18,20 +18,20 @@ class Tradeoff:
         prompts, n, m = rewards.shape
         self.rewards: np.ndarray = np.asarray(rewards[:: -(-prompts * n // MAX_ROWS)], dtype=np.float64)
         flat = self.rewards.reshape(-1, m)
-        spread = flat.std(axis=0)
-        self.spread: np.ndarray = np.where(spread > 0, spread, 1.0)
+        std = flat.std(axis=0)
+        self.std: np.ndarray = np.where(std > 0, std, 1.0)
         self.center: np.ndarray = flat.mean(axis=0)
-        self._flat = torch.from_numpy(np.ascontiguousarray((flat - self.center) / self.spread))
+        self._flat = torch.from_numpy(np.ascontiguousarray((flat - self.center) / self.std))
         self._groups = torch.arange(len(self.rewards)).repeat_interleave(n)
 
     def at(self, mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Levels (K, m) and mean KL (K,) at K weights mu = λ · spread."""
+        """Levels (K, m) and mean KL (K,) at K weights mu = λ · std."""
         stats = map_statistics(self._flat, torch.from_numpy(mu), groups=self._groups)
         mean = stats.mean.numpy()
-        return self.center + mean * self.spread, np.maximum((mu * mean).sum(axis=1) - stats.log_z.numpy(), 0.0)
+        return self.center + mean * self.std, np.maximum((mu * mean).sum(axis=1) - stats.log_z.numpy(), 0.0)
 
     def cloud(self, reach: float, *, count: int = 240, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Levels and KL of `count` policies with |λ · spread| between 0 and `reach` and directions uniform over λ ≥
+        """Levels and KL of `count` policies with |λ · std| between 0 and `reach` and directions uniform over λ ≥
         0."""
         rng = np.random.default_rng(seed)
         directions = np.abs(rng.standard_normal((count, self._flat.shape[1])))

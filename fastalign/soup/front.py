@@ -53,7 +53,7 @@ class SoupFront:
             "kind": "soup_front", "version": 1, "values": self.values, "models": self.models, "rho": self.rho.tolist(),
             "levels": self.levels.tolist(),
             "stderr": [[None if np.isnan(x) else x for x in row] for row in self.stderr.tolist()],
-            "spread": self.std.tolist(), "prompts": self.means.shape[1], "candidates": self.candidates,
+            "std": self.std.tolist(), "prompts": self.means.shape[1], "candidates": self.candidates,
             "means": self.means.tolist(), "chosen": self.chosen,
         })  # fmt: skip
 
@@ -63,7 +63,7 @@ class SoupFront:
         record = read_json(path, kind="soup_front")
         try:
             values, models, chosen = (record[name] for name in ("values", "models", "chosen"))
-            means, rho, std = (np.array(record[name], dtype=np.float64) for name in ("means", "rho", "spread"))
+            means, rho, std = (np.array(record[name], dtype=np.float64) for name in ("means", "rho", "std"))
             for names in (values, models):
                 if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
                     raise ValueError(f"values and models must be lists of names, got {names!r:.60}")
@@ -75,7 +75,7 @@ class SoupFront:
                 raise ValueError(f"chosen for other values than {', '.join(values)}")
             palette = palette[np.isfinite(palette)]  # the others are free
             if not all((np.abs(numbers) <= LARGEST).all() for numbers in (means, rho, std, palette)):
-                raise ValueError(f"means, rho, spread and the chosen palette must be finite, at most {LARGEST:g}")
+                raise ValueError(f"means, rho, std and the chosen palette must be finite, at most {LARGEST:g}")
             return cls(values, models, rho, means, std, int(record["candidates"]), chosen)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a whole soup_front file ({error})") from None

@@ -181,8 +181,8 @@ def backward(
         head.use_tall()
     grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own, order).make(needs)
     if needs[0]:
-        spread = torch.empty_like(grads[0]).index_copy_(0, head.position, grads[0]).view(hidden.shape)
-        grads[0] = spread if by_unit is None else spread.add_(by_unit)
+        by_label = torch.empty_like(grads[0]).index_copy_(0, head.position, grads[0]).view(hidden.shape)
+        grads[0] = by_label if by_unit is None else by_label.add_(by_unit)
     pairs = zip(grads, inputs, strict=True)
     return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
 

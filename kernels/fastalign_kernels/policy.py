@@ -5,7 +5,7 @@ that is watched; the lanes are added at the end. Where the ratio is each token's
 tokens pass. Where the ratio is the sequence's, it is known only at the end; but the clipped term depends on a token
 through its advantage alone, so that the sums of the positive and of the negative advantages are enough, and all that a
 token has of its own is the gradient of its KL estimate: the row is read once here too, and without a KL term nothing is
-written but numbers per row. The backward pass scales (`_spread`).
+written but numbers per row. The backward pass scales (`_sum_gradient`).
 
 Bytes: every input once, padding too (a load that asks the mask first is narrow and waits for it); the gradient once.
 """
@@ -13,7 +13,7 @@ Bytes: every input once, padding too (a load that asks the mask first is narrow 
 import triton
 import triton.language as tl
 from fastalign.kernels._elementary import exp_excess, expm1
-from fastalign.kernels._spread import compute, contiguous_rows, valid_part
+from fastalign.kernels._sum_gradient import compute, contiguous_rows, valid_part
 
 from fastalign.ops.policy import _policy_fake, _value_fake
 

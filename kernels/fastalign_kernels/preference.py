@@ -4,7 +4,7 @@ A program sums the chosen and the rejected completion under policy and reference
 time, and then has the pair's log-ratios as scalars: the loss, the rewards and the two derivatives are a few operations
 more, by the formulas that `_pairwise` holds. Log-probabilities and mask are read once, padding too (a load that asks
 the mask first is narrow and waits for it), and seven numbers a pair are written. The backward pass reads the mask and
-writes the gradient (`_spread`).
+writes the gradient (`_sum_gradient`).
 """
 
 import math
@@ -12,7 +12,7 @@ import math
 import triton
 import triton.language as tl
 from fastalign.kernels._pairwise import FORMULAS, PER_TOKEN
-from fastalign.kernels._spread import compute, contiguous_rows, valid_part
+from fastalign.kernels._sum_gradient import compute, contiguous_rows, valid_part
 
 from fastalign.ops.preference import _forward_fake
 

@@ -35,7 +35,7 @@ def test_wilson_of_nothing_is_everything():
 
 
 @pytest.mark.parametrize(
-    ("error", "count", "said"),
+    ("error", "count", "message"),
     [
         (0.03, 12, "0.500 ± 0.030"),
         (0.0, 1, "0.500 ± n/a (1 prompt)"),
@@ -43,8 +43,8 @@ def test_wilson_of_nothing_is_everything():
         (None, 0, "0.500 ± n/a (0 prompts)"),
     ],
 )
-def test_plus_minus(error, count, said):
-    assert plus_minus(0.5, error, count) == said
+def test_plus_minus(error, count, message):
+    assert plus_minus(0.5, error, count) == message
 
 
 def test_standard_error_is_of_the_units():
@@ -71,8 +71,8 @@ def test_one_prompt_has_no_error(errors):
 
 def test_held_out_prompts_one_a_fold_have_errors():
     R = np.random.default_rng(2).normal(size=(6, 50, 1)) + np.random.default_rng(3).normal(size=(6, 1, 1))
-    found = palette.held_out(R.reshape(-1, 1), [R.mean() + 0.1], groups=np.arange(300) // 50, folds=6)
-    assert found.error[0] == pytest.approx(R.mean(axis=1).std(ddof=1) / np.sqrt(6), rel=0.3)
+    result = palette.held_out(R.reshape(-1, 1), [R.mean() + 0.1], groups=np.arange(300) // 50, folds=6)
+    assert result.error[0] == pytest.approx(R.mean(axis=1).std(ddof=1) / np.sqrt(6), rel=0.3)
 
 
 def test_a_run_of_one_step_has_no_error():
@@ -124,9 +124,9 @@ def test_the_commands_print_it_and_write_no_nan(tmp_path):
 
 
 def test_a_value_of_no_pairs_is_null(tmp_path):
-    found = reward.build(np.ones((3, 1)), np.zeros((3, 1)), ["v"], preference=np.zeros((3, 1)))
-    row = json.loads(json.dumps(found.to_json(), allow_nan=False))["values"][0]
+    result = reward.build(np.ones((3, 1)), np.zeros((3, 1)), ["v"], preference=np.zeros((3, 1)))
+    row = json.loads(json.dumps(result.to_json(), allow_nan=False))["values"][0]
     assert row["pairs"] == 0 and all(row[name] is None for name in ("accuracy", "low", "high", "log_loss"))
     pytest.importorskip("matplotlib")
-    found.write(tmp_path / "r.html")
+    result.write(tmp_path / "r.html")
     assert "n/a (0 pairs)" in (tmp_path / "r.html").read_text()

@@ -28,8 +28,8 @@ def fifo(path):
 
 
 def local_socket(path):
-    with socket.socket(socket.AF_UNIX) as held:
-        held.bind(os.path.relpath(path))
+    with socket.socket(socket.AF_UNIX) as caught:
+        caught.bind(os.path.relpath(path))
 
 
 def device(path):
@@ -258,8 +258,8 @@ def test_a_model_of_the_hub_is_its_name_and_commit(tmp_path, monkeypatch):
     assert fingerprint.of_model("http://host:80/v1#some/model") == "http://host:80/v1#some/model@"
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache("some/model", "config.json", cache_dir=tmp_path)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: found)
+    result = huggingface_hub.try_to_load_from_cache("some/model", "config.json", cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: result)
     assert fingerprint.of_model("some/model") == "some/model@c0ffee"
 
 
@@ -296,8 +296,8 @@ def test_parts_of_another_model_under_the_same_path_are_refused(models, tmp_path
         pipeline.sample(str(here), PROMPTS, out, resume=True, **OPTIONS)
     moved = here.rename(tmp_path / "moved")  # the same model in another place is the same model
     shutil.copy(models / "a" / "model.safetensors", moved)
-    found = pipeline.sample(str(moved), PROMPTS, out, resume=True, **OPTIONS)
-    assert found.texts == pipeline.sample(str(models / "a"), PROMPTS, tmp_path / "new.parquet", **OPTIONS).texts
+    result = pipeline.sample(str(moved), PROMPTS, out, resume=True, **OPTIONS)
+    assert result.texts == pipeline.sample(str(models / "a"), PROMPTS, tmp_path / "new.parquet", **OPTIONS).texts
     assert not parts.exists()
     shutil.copy(models / "b" / "model.safetensors", moved)
     with pytest.raises(UserError, match="files have changed"):  # finished, and of the other one
@@ -311,8 +311,8 @@ def test_only_our_parts_are_removed_and_a_changed_one_is_drawn_again(models, tmp
     (parts / "part-mine.parquet").write_text("precious")
     first = min(parts.glob("part-0*"))
     first.write_bytes(first.read_bytes()[:-1] + b"?")
-    found = pipeline.sample(str(models / "a"), PROMPTS, out, resume=True, **OPTIONS)
-    assert found.texts == pipeline.sample(str(models / "a"), PROMPTS, tmp_path / "new.parquet", **OPTIONS).texts
+    result = pipeline.sample(str(models / "a"), PROMPTS, out, resume=True, **OPTIONS)
+    assert result.texts == pipeline.sample(str(models / "a"), PROMPTS, tmp_path / "new.parquet", **OPTIONS).texts
     assert {path.name for path in parts.iterdir()} == {"mine.txt", "part-mine.parquet"}
     with pytest.raises(UserError, match="is not fastalign's: move it"):
         pipeline.sample(str(models / "a"), PROMPTS, out, overwrite=True, **OPTIONS)

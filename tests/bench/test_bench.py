@@ -47,18 +47,18 @@ def test_what_a_benchmark_tells(tmp_path):
     )
     assert done.returncode == 1 and "assert (1 + 1) == 3" in done.stdout, done.stdout
     sums, floor = json.loads((tmp_path / "out.json").read_text())["benchmarks"]  # and not the one whose check fails
-    found = sums["extra_info"]
-    ratio = found["ratio"]["slower"]
-    assert sums["group"] == "tiny" and found["check"] == "the same" and found["bars"] == {"slower": 2.0}
+    result = sums["extra_info"]
+    ratio = result["ratio"]["slower"]
+    assert sums["group"] == "tiny" and result["check"] == "the same" and result["bars"] == {"slower": 2.0}
     assert (
         1 < ratio["p50"]
         and ratio["p20"] <= ratio["p50"] <= ratio["p80"]
-        and found["rounds"] == len(sums["stats"]["data"]) == 3
+        and result["rounds"] == len(sums["stats"]["data"]) == 3
     )
-    assert found["peers"]["slower"]["p20"] >= 0.05
-    assert found["floor"] < sums["stats"]["median"] and "floor" not in floor["extra_info"]
-    assert set(found["peak_mb"]) == {"fastalign", "slower"} and found["threads"] >= 1 and found["processor"]
-    assert found["isa"] in ("baseline", "none") and {"torch", "numpy", "fastalign"} <= set(found["versions"])
+    assert result["peers"]["slower"]["p20"] >= 0.05
+    assert result["floor"] < sums["stats"]["median"] and "floor" not in floor["extra_info"]
+    assert set(result["peak_mb"]) == {"fastalign", "slower"} and result["threads"] >= 1 and result["processor"]
+    assert result["isa"] in ("baseline", "none") and {"torch", "numpy", "fastalign"} <= set(result["versions"])
     assert f"tiny: sum: {1e3 * sums['stats']['median']:.3g} ms" in done.stdout
 
 
@@ -83,8 +83,8 @@ def test_another_build_is_a_peer_in_a_process_of_its_own(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    (found,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
-    assert list(found["extra_info"]["ratio"]) == ["abc123"] and found["extra_info"]["ratio"]["abc123"]["p50"] > 5
+    (result,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert list(result["extra_info"]["ratio"]) == ["abc123"] and result["extra_info"]["ratio"]["abc123"]["p50"] > 5
 
 
 def test_every_op_has_its_benchmark():
@@ -95,9 +95,9 @@ def test_every_op_has_its_benchmark():
 
 def row(name, ratio, date="2026-01-01", bar=2.0):
     stats = {"median": 1e-3, "data": [1e-3]}
-    found = {"processor": "P", "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "peak_mb": {}}
-    found |= {"ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
-    return {"group": "x", "name": f"test_x[{name}]", "fullname": name, "extra_info": found, "stats": stats}
+    result = {"processor": "P", "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "peak_mb": {}}
+    result |= {"ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
+    return {"group": "x", "name": f"test_x[{name}]", "fullname": name, "extra_info": result, "stats": stats}
 
 
 def test_a_run_replaces_its_own_rows_and_what_is_gone_goes(tmp_path, monkeypatch):

@@ -134,9 +134,9 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     code, _, err = fastalign(*sampling)
     assert code == 0 and f"{out}: going on from the {finished} batches" in err
     assert len(again) == len(expected.prompts) - finished  # what was finished is not drawn again
-    found = Candidates.from_parquet(out)
-    assert found.texts == expected.texts
-    for row, other in zip(found.logprobs, expected.logprobs, strict=True):
+    result = Candidates.from_parquet(out)
+    assert result.texts == expected.texts
+    for row, other in zip(result.logprobs, expected.logprobs, strict=True):
         for a, b in zip(row, other, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     assert not (tmp_path / "candidates.parquet.parts").exists()
@@ -179,9 +179,9 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     out = ["--out", tmp_path / "x"]
-    asked = ["sample", "--model", model, "--prompts"]
-    assert "contains no prompts" in refused(*asked, empty, *out)
-    assert "no such prompt file" in refused(*asked, tmp_path / "none.txt", *out)
+    requested = ["sample", "--model", model, "--prompts"]
+    assert "contains no prompts" in refused(*requested, empty, *out)
+    assert "no such prompt file" in refused(*requested, tmp_path / "none.txt", *out)
     assert "no such model folder" in refused("sample", "--model", tmp_path / "none", "--prompts", "bundled", *out)
     assert "n must be an integer, at least 1, got 0" in refused(*sampling[:-2], *out, "-n", 0)
     assert "no such file" in refused("score", tmp_path / "none.parquet", "--rewards", "positive", *out)
@@ -229,10 +229,10 @@ def test_bench_writes_results_and_a_table(tmp_path, monkeypatch):
 
 
 def test_bench_knows_its_names_from_collection_alone(tmp_path):
-    told = refused("bench", "elephant", "--out", tmp_path / "other")
+    message = refused("bench", "elephant", "--out", tmp_path / "other")
     assert (
         "names must be losses, sampling, map, training, decode, soup or match a benchmark (pytest's -k), got 'elephant'"
-        in told
+        in message
     )
     assert not (tmp_path / "other").exists()
 
@@ -306,7 +306,7 @@ def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got 'tpu'"),
         (["--dtype", "int8"], "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'int8'"),
@@ -318,9 +318,9 @@ def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
         (["--memory-limit", "much"], "--memory-limit must be a size"),
     ],
 )
-def test_what_cannot_be_is_refused_though_the_output_is_there(sampling, wrong, said):
+def test_what_cannot_be_is_refused_though_the_output_is_there(sampling, wrong, message):
     assert fastalign(*sampling)[0] == 0
-    assert said in refused(*sampling, *wrong)
+    assert message in refused(*sampling, *wrong)
 
 
 @pytest.mark.parametrize("engine", [True, False])
@@ -341,6 +341,6 @@ def test_a_stopped_run_goes_on_in_less_memory(sampling, tmp_path, monkeypatch, e
         assert fastalign(*sampling)[0] == 130
     code, _, err = fastalign(*sampling, *knobs)
     assert code == 0 and "going on from the 2 batches" in err, err
-    whole, found = (Candidates.from_parquet(tmp_path / name) for name in ("whole.parquet", "candidates.parquet"))
-    assert found.texts == whole.texts and found.settings["sampling"] == whole.settings["sampling"]
+    whole, result = (Candidates.from_parquet(tmp_path / name) for name in ("whole.parquet", "candidates.parquet"))
+    assert result.texts == whole.texts and result.settings["sampling"] == whole.settings["sampling"]
     assert "already there" in fastalign(*sampling)[2]

@@ -43,8 +43,8 @@ def given(tmp_path_factory):
         kind(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     (root / "adapter").mkdir()
-    told = {"base_model_name_or_path": str(root / "model"), "peft_type": "LORA", "task_type": "SEQ_CLS"}
-    (root / "adapter" / "adapter_config.json").write_text(json.dumps(told))
+    record = {"base_model_name_or_path": str(root / "model"), "peft_type": "LORA", "task_type": "SEQ_CLS"}
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(record))
     (root / "prompts.txt").write_text("hello\nthe cat\nwho\nwhy")
     pairs = [{"prompt": f"the {word}", "chosen": " very good", "rejected": " bad"} for word in WORDS]
     (root / "palettes").mkdir()
@@ -98,7 +98,7 @@ ON = "--model model"
 
 @pytest.mark.parametrize("command", [SAMPLE, DPO, f"{PPO} --values diversity --lam 1"])
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ("classifier", "classifier: must be a causal language model, this is a LlamaForSequenceClassification"),
         ("tagger", "tagger: must be a causal language model, this is a LlamaForTokenClassification"),
@@ -106,12 +106,12 @@ ON = "--model model"
         ("adapter", "adapter: must be an adapter of a causal language model, its task_type is SEQ_CLS"),
     ],
 )
-def test_what_is_no_language_model_is_no_policy(refused, command, model, said):
-    assert refused(f"{command} --model {model}") == said
+def test_what_is_no_language_model_is_no_policy(refused, command, model, message):
+    assert refused(f"{command} --model {model}") == message
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ("classifier", "must be a causal language model, this is a LlamaForSequenceClassification"),
         ("tagger", "must be a causal language model, this is a LlamaForTokenClassification"),
@@ -119,7 +119,7 @@ def test_what_is_no_language_model_is_no_policy(refused, command, model, said):
         ("adapter", "must be an adapter of a causal language model, its task_type is SEQ_CLS"),
     ],
 )
-def test_and_so_where_python_names_it(given, model, said):
+def test_and_so_where_python_names_it(given, model, message):
     path = given / model
     args = DPOConfig(output_dir=str(given / "none"), report_to=[], bf16=False, use_cpu=True)
     for call in (
@@ -127,16 +127,16 @@ def test_and_so_where_python_names_it(given, model, said):
         lambda: DPOTrainer(str(path), args=args),
         lambda: DPOTrainer(str(given / "model"), str(path), args=args),
     ):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as caught:
             call()
-        assert str(told.value) == f"{path}: {said}"
+        assert str(caught.value) == f"{path}: {message}"
 
 
 @pytest.mark.parametrize("command", ["train dpo", "train reward", "train ppo --values diversity --lam 1"])
 @pytest.mark.parametrize("wrong", [("--batch-size", 0), ("--learning-rate", 0), ("--save-steps", 0), ("--seed", -1)])
 def test_numbers_are_checked_before_data_are_read(refused, command, wrong):
-    told = refused(f"{command} --model model --data nobody/nothing", *wrong)
-    assert told.startswith((f"{wrong[0]} must be", f"{wrong[0][2:].replace('-', '_')} must be")), told
+    message = refused(f"{command} --model model --data nobody/nothing", *wrong)
+    assert message.startswith((f"{wrong[0]} must be", f"{wrong[0][2:].replace('-', '_')} must be")), message
 
 
 LAM = [
@@ -158,18 +158,18 @@ LAM = [
         "train reward --data scored.parquet",
     ],
 )
-@pytest.mark.parametrize(("lam", "said"), LAM)
-def test_a_palette_s_lam_is_a_number_for_each_value(refused, command, lam, said, tmp_path):
+@pytest.mark.parametrize(("lam", "message"), LAM)
+def test_a_palette_s_lam_is_a_number_for_each_value(refused, command, lam, message, tmp_path):
     palette = tmp_path / "palette.json"
     palette.write_text(
         json.dumps({"kind": "palette", "version": 1, "values": ["diversity", "readability"], "kl": 1.0, **lam})
     )
-    assert refused(f"{command} {ON} --palette", palette) == f"{palette}: {said}"
+    assert refused(f"{command} {ON} --palette", palette) == f"{palette}: {message}"
 
 
 @pytest.mark.parametrize("command", ["train dpo --data scored.parquet", "train reward --data scored.parquet", PPO])
 @pytest.mark.parametrize(
-    ("lam", "said"),
+    ("lam", "message"),
     [
         ("1", "--lam must have one weight per reward, 2 ({}), got 1"),
         ("1,2,3", "--lam must have one weight per reward, 2 ({}), got 3"),
@@ -181,11 +181,13 @@ def test_a_palette_s_lam_is_a_number_for_each_value(refused, command, lam, said,
         ),
     ],
 )
-def test_lam_on_the_command_line_is_a_number_for_each_value(refused, command, lam, said):
+def test_lam_on_the_command_line_is_a_number_for_each_value(refused, command, lam, message):
     names = ["diversity", "readability"] if command == PPO else ["length", "short"]
     values = ["--values", ",".join(names)] if command == PPO else []
     lam = lam.format(*names) if "{" in lam else lam
-    assert refused(f"{command} {ON} --lam", lam, *values) == (said.format(", ".join(names)) if "{}" in said else said)
+    assert refused(f"{command} {ON} --lam", lam, *values) == (
+        message.format(", ".join(names)) if "{}" in message else message
+    )
 
 
 @pytest.mark.parametrize("lam", [[float("nan"), 1.0], [1.0], ["a", 1], None, [[1.0, 1.0]]])
@@ -210,7 +212,7 @@ def test_and_so_in_python(given, lam):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (f"{SAMPLE} {ON} --max-new-tokens 0", "--max-new-tokens must be an integer, at least 1, got 0"),
         (f"{SAMPLE} {ON} -n 0", "-n must be an integer, at least 1, got 0"),
@@ -325,12 +327,12 @@ def test_and_so_in_python(given, lam):
         ("demo --seed -1", "--seed must be an integer, in 0..2^64-1, got -1"),
     ],
 )  # fmt: skip
-def test_in_the_command_line_s_words(refused, run, command, said):
-    assert refused(command) == said.replace("OUT", str(run.out))
+def test_in_the_command_line_s_words(refused, run, command, message):
+    assert refused(command) == message.replace("OUT", str(run.out))
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "text"),
     [
         ("a/batch_size/b: no such file", "a/batch_size/b: no such file"),
         ("my_batch_size and batch_sizes", "my_batch_size and batch_sizes"),
@@ -339,7 +341,7 @@ def test_in_the_command_line_s_words(refused, run, command, said):
         ("force needs sync=False", "--force needs --no-sync"),
     ],
 )
-def test_a_parameter_s_name_is_told_from_other_words(message, said):
+def test_a_parameter_s_name_is_told_from_other_words(message, text):
     lone = typer.Typer()
 
     @registrar(lone)("example")
@@ -350,7 +352,7 @@ def test_a_parameter_s_name_is_told_from_other_words(message, said):
     ) -> None:
         raise UserError(message)
 
-    assert CliRunner().invoke(lone, []).stderr == f"fastalign: {said}\n"
+    assert CliRunner().invoke(lone, []).stderr == f"fastalign: {text}\n"
 
 
 def test_a_reward_model_of_a_scored_file_by_each_value_or_by_lam(run):
@@ -372,15 +374,15 @@ def test_a_reward_model_of_a_scored_file_by_each_value_or_by_lam(run):
 def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
     import fastalign.cli.command as commands
 
-    asked = []
-    monkeypatch.setattr(commands, "_ask", lambda question: asked.append(question) or answer == "y")
+    requested = []
+    monkeypatch.setattr(commands, "_ask", lambda question: requested.append(question) or answer == "y")
     code, err = run(f"{REWARD} --data pairs.jsonl --resume")
-    assert asked == [f"{run.out}: there is nothing to resume; begin a run?"]
+    assert requested == [f"{run.out}: there is nothing to resume; begin a run?"]
     assert code == (answer == "n") and run.out.exists() == (answer == "y"), err
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("sample --prompts prompts.txt -n 0", "-n must be an integer, at least 1, got 0"),
         ("sample --prompts prompts.txt --temperature -1", "temperature must be at least 0 (0 is greedy), got -1.0"),
@@ -401,12 +403,12 @@ def test_nothing_to_resume_asks_at_a_terminal(run, answer, monkeypatch):
         )),
     ],
 )  # fmt: skip
-def test_what_costs_nothing_to_check_comes_first(refused, monkeypatch, command, said):
+def test_what_costs_nothing_to_check_comes_first(refused, monkeypatch, command, message):
     """Before files are read or torch is imported."""
     for heavy in ("fastalign.jobs.align", "fastalign.decode", "fastalign.soup", "fastalign.report.pareto", "torch"):
         if "map" not in command and "pareto" not in command:
             monkeypatch.setitem(sys.modules, heavy, None)  # to import it is an error
-    assert said in refused(command + (" --model none" if command.startswith("sample") else ""))
+    assert message in refused(command + (" --model none" if command.startswith("sample") else ""))
 
 
 @pytest.mark.parametrize("option", ["--prompts", "--values"])
@@ -417,8 +419,8 @@ def test_no_text_is_no_name(refused, option):
 
 def test_a_tilde_is_the_home_folder(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    asked = ["map", "scored.parquet", "--quantile", "0.5", "--allow-infeasible", "--out", "~/palette.json"]
-    result = CliRunner().invoke(app, asked)
+    requested = ["map", "scored.parquet", "--quantile", "0.5", "--allow-infeasible", "--out", "~/palette.json"]
+    result = CliRunner().invoke(app, requested)
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "palette.json").is_file()
 

@@ -31,20 +31,20 @@ def palette(scored, tmp_path):
     code, out, _ = fastalign(
         "map", scored, "--palette", "diversity=0.8,readability=0.3", "--out", tmp_path / "palette.json"
     )
-    found = json.loads((tmp_path / "palette.json").read_text())
-    told = worth(Candidates.from_parquet(scored).reward_array(), found["lambda"])
-    assert code == 0 and told.tell(24) in " ".join(out.split())
-    low, high = told.at(24)
-    assert low <= found["ess"] <= high
+    result = json.loads((tmp_path / "palette.json").read_text())
+    estimated = worth(Candidates.from_parquet(scored).reward_array(), result["lambda"])
+    assert code == 0 and estimated.tell(24) in " ".join(out.split())
+    low, high = estimated.at(24)
+    assert low <= result["ess"] <= high
     return tmp_path / "palette.json"
 
 
 def test_select_tells_what_to_expect(scored, palette, tmp_path):
     whole, solution = Candidates.from_parquet(scored), json.loads(palette.read_text())
-    told = estimate(whole.reward_array(solution["values"]), solution["lambda"], warn=False)
+    estimated = estimate(whole.reward_array(solution["values"]), solution["lambda"], warn=False)
     code, out, _ = fastalign("select", scored, "--palette", palette, "--out", tmp_path / "selected.parquet")
-    assert code == 0 and f"KL {told.kl[0]:.3f} nats, effective sample size {told.ess[0]:.1f} of 24" in out
-    assert f"diversity {told.values[0, 0]:.4f} ± {told.stderr[0, 0]:.4f}" in out and "too few" not in out
+    assert code == 0 and f"KL {estimated.kl[0]:.3f} nats, effective sample size {estimated.ess[0]:.1f} of 24" in out
+    assert f"diversity {estimated.values[0, 0]:.4f} ± {estimated.stderr[0, 0]:.4f}" in out and "too few" not in out
     solution["lambda"] = [6.0, 0.0]
     palette.write_text(json.dumps(solution))
     code, out, _ = fastalign("select", scored, "--palette", palette, "--out", tmp_path / "few.parquet")
@@ -59,11 +59,11 @@ def test_eval_along_a_grid(scored, tmp_path):
     out_file = tmp_path / "grid.json"
     code, out, _ = fastalign("eval", scored, "--lam-grid", "readability=0:4:3,diversity=0.5", "--out", out_file)
     assert code == 0 and "in yellow: fewer than 10 effective" in out
-    found = json.loads(out_file.read_text())
-    assert found["values"] == ["diversity", "readability"] and found["n"] == 24
-    assert [row["lambda"] for row in found["rows"]] == [[0.5, 0.0], [0.5, 2.0], [0.5, 4.0]]
+    result = json.loads(out_file.read_text())
+    assert result["values"] == ["diversity", "readability"] and result["n"] == 24
+    assert [row["lambda"] for row in result["rows"]] == [[0.5, 0.0], [0.5, 2.0], [0.5, 4.0]]
     array = Candidates.from_parquet(scored).reward_array()
-    for row in found["rows"]:
+    for row in result["rows"]:
         one = estimate(array, row["lambda"], warn=False)
         np.testing.assert_allclose(row["values"], one.values[0])
         np.testing.assert_allclose([row["low"], row["high"]], np.concatenate(one.interval()))
@@ -71,7 +71,7 @@ def test_eval_along_a_grid(scored, tmp_path):
         assert words(*row["needed"]) in out
         assert f"{one.values[0, 1]:.3f}±{one.interval()[1][0, 1] - one.values[0, 1]:.3f}" in out
     assert "λ throughout: diversity 0.5" in out and "λ readability" in out
-    assert {row["doubtful"] for row in found["rows"]} == {True, False}
+    assert {row["doubtful"] for row in result["rows"]} == {True, False}
     code, out, _ = fastalign("eval", scored, "--lam-grid", "diversity=0:1:100", "--out", out_file, "--overwrite")
     assert code == 0 and "and 40 more in the file" in out and len(json.loads(out_file.read_text())["rows"]) == 100
 
@@ -89,15 +89,15 @@ def test_sample_foretells_and_a_pilot_corrects_it(palette, tmp_path):
 
 
 def test_a_palette_file_of_before_tells_a_bound(palette, tmp_path):
-    found = json.loads(palette.read_text())
-    worth = found.pop("worth")
-    palette.write_text(json.dumps(found))
-    kl = found["kl"]
+    result = json.loads(palette.read_text())
+    worth = result.pop("worth")
+    palette.write_text(json.dumps(result))
+    kl = result["kl"]
     assert f"1,000 candidates a prompt are worth at most {1000 * math.exp(-kl):.1f}" in predicted_need(palette, 1000)
     assert f"10 need at least {needed(kl)};" in predicted_need(palette, 1000)
-    palette.write_text(json.dumps({**found, "dual": "joint"}))
+    palette.write_text(json.dumps({**result, "dual": "joint"}))
     assert "does not say how many candidates it needs" in predicted_need(palette, 1000)
-    palette.write_text(json.dumps({**found, "worth": {**worth, "high": [1]}}))
+    palette.write_text(json.dumps({**result, "worth": {**worth, "high": [1]}}))
     with pytest.raises(UserError, match=r"palette\.json: worth is not what"):
         predicted_need(palette, 1000)
 

@@ -111,10 +111,10 @@ def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
     palette = tmp_path / "palette.json"
     palette.write_text(json.dumps({"kind": "palette", "values": ["short"], "lambda": [2.0]}))
     out = tmp_path / "out"
-    code, said, err = fastalign("dpo", "--data", scored, "--palette", palette, "--model", model, "--out", out,
+    code, stdout, err = fastalign("dpo", "--data", scored, "--palette", palette, "--model", model, "--out", out,
                                 "--learning-rate", "1e-2", "--batch-size", 4, "--epochs", 4, "--beta", "0.5",
                                 "--precompute-ref")  # fmt: skip
-    assert code == 0 and "8 steps on 8 pairs" in said and "tokens/s" in err
+    assert code == 0 and "8 steps on 8 pairs" in stdout and "tokens/s" in err
     rows = [row for row in log(out) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and rows[-1]["loss"] < 0.5
@@ -135,9 +135,9 @@ def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
 
 def test_dpo_lora_and_losses_on_messages(chat_model, pairs, tmp_path):
     out = tmp_path / "out"
-    code, said, _ = fastalign("dpo", "--data", pairs, "--model", chat_model, "--out", out, "--lora-r", 2, "--max-steps",
-                              2, "--loss-type", "ipo, sft", "--learning-rate", "1e-2")  # fmt: skip
-    assert code == 0 and "2 steps" in said
+    code, stdout, _ = fastalign("dpo", "--data", pairs, "--model", chat_model, "--out", out, "--lora-r", 2,
+                              "--max-steps", 2, "--loss-type", "ipo, sft", "--learning-rate", "1e-2")  # fmt: skip
+    assert code == 0 and "2 steps" in stdout
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     trained, _ = load_causal_lm(out)
     before, _ = load_causal_lm(chat_model)
@@ -151,9 +151,9 @@ def test_dpo_lora_and_losses_on_messages(chat_model, pairs, tmp_path):
 
 def test_reward_from_pairs_to_scores(model, pairs, tmp_path):
     out, page = tmp_path / "reward", tmp_path / "r.html"
-    code, said, _ = fastalign("reward", "--data", pairs, "--model", model, "--out", out, "--learning-rate", "1e-2",
+    code, stdout, _ = fastalign("reward", "--data", pairs, "--model", model, "--out", out, "--learning-rate", "1e-2",
                               "--epochs", 6, "--batch-size", 4, "--held-out", 0.25, "--report", page)  # fmt: skip
-    assert code == 0 and "on 2 held-out pairs" in said
+    assert code == 0 and "on 2 held-out pairs" in stdout
     reward = rewards.from_pairwise(str(out))
     better, worse = rewards.score(reward, [PROMPTS[0]] * 2, [" very good", " bad, why"])[:, 0]
     assert better > worse and reward.text == "plain"
@@ -161,8 +161,8 @@ def test_reward_from_pairs_to_scores(model, pairs, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["values"][0]["pairs"] == 2 and report["values"][0]["reliability"]
     # and straight on as a value of PPO
-    found = several_values.read_values([str(out), "long"])
-    assert [value.name for value in found] == ["pairwise", "long"]
+    result = several_values.read_values([str(out), "long"])
+    assert [value.name for value in result] == ["pairwise", "long"]
 
 
 def test_reward_with_several_heads_and_lora(chat_model, tmp_path):
@@ -174,10 +174,10 @@ def test_reward_with_several_heads_and_lora(chat_model, tmp_path):
         ]
     )
     rows.to_parquet(data.with_suffix(".parquet"))
-    code, said, _ = fastalign("reward", "--data", data.with_suffix(".parquet"), "--values", "kind,brief", "--model",
+    code, stdout, _ = fastalign("reward", "--data", data.with_suffix(".parquet"), "--values", "kind,brief", "--model",
                               chat_model, "--out", out, "--lora-r", 2, "--learning-rate", "1e-2", "--center", "0.01",
                               "--held-out", 0.5)  # fmt: skip
-    assert code == 0 and "kind" in said and "brief" in said
+    assert code == 0 and "kind" in stdout and "brief" in stdout
     heads = several_values.read_values([f"{out}#brief", str(out) + "#kind"])
     assert [head.name for head in heads] == ["brief", "kind"] and heads[0].text == "chat"
     assert np.isfinite(rewards.score(heads, PROMPTS, PROMPTS)).all()
@@ -191,12 +191,12 @@ PPO = ["--batch-size", 4, "--max-new-tokens", 6, "--learning-rate", "1e-3"]
 def test_ppo_on_two_values_by_the_classic_options(model, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("\n".join(PROMPTS))
-    code, said, err = fastalign(
+    code, stdout, err = fastalign(
         "ppo", "--lam_list", "1.0,0.25", "--value_list", "long,brief", "--model_name", model, "--data_name", prompts,
         "--save_path", out, "--learning_rate", "1e-3", "--batch_size", 4, "--mini_batch_size", 2, "--nepoch", 2,
         "--max-new-tokens", 6,
     )  # fmt: skip
-    assert code == 0 and "4 steps" in said and "long" in said and "tokens/s" in err
+    assert code == 0 and "4 steps" in stdout and "long" in stdout and "tokens/s" in err
     rows = log(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
@@ -281,8 +281,8 @@ def same(a, b):
 
 def test_two_processes_train_as_one(model, pairs, tmp_path):
     """torchrun of the command: the log of one process with the same pairs a step."""
-    asked = ["dpo", "--data", pairs, "--model", model, "--learning-rate", "1e-2", "--max-steps", 3]
-    assert fastalign(*asked, "--batch-size", 4, "--out", tmp_path / "one")[0] == 0
+    requested = ["dpo", "--data", pairs, "--model", model, "--learning-rate", "1e-2", "--max-steps", 3]
+    assert fastalign(*requested, "--batch-size", 4, "--out", tmp_path / "one")[0] == 0
     torchrun = [
         sys.executable,
         "-m",
@@ -293,7 +293,7 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
         "fastalign",
     ]
     done = subprocess.run(
-        [*torchrun, "train", *map(str, asked), "--batch-size", "2", "--out", tmp_path / "two"],
+        [*torchrun, "train", *map(str, requested), "--batch-size", "2", "--out", tmp_path / "two"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -311,7 +311,7 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
 def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path):
     """SIGKILL in the middle; --resume gives the same losses and the same weights."""
     if kind == "dpo":
-        asked = [
+        requested = [
             "dpo",
             "--data",
             pairs,
@@ -327,13 +327,13 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
             2,
         ]
     else:
-        asked = ["ppo", "--values", "readability,diversity", "--lam", "1,1", "--model", model, *PPO, "--limit", 12,
+        requested = ["ppo", "--values", "readability,diversity", "--lam", "1,1", "--model", model, *PPO, "--limit", 12,
                  "--epochs", 4, "--save-steps", 2]  # fmt: skip
-    assert fastalign(*asked, "--out", tmp_path / "whole")[0] == 0
+    assert fastalign(*requested, "--out", tmp_path / "whole")[0] == 0
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "train", *map(str, asked), "--out", str(out)],
+        [sys.executable, "-c", SLOW, "train", *map(str, requested), "--out", str(out)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -345,13 +345,13 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (out / "checkpoints").is_dir() and not (out / "model.safetensors").exists()
-    assert "was made with seed=0, this run has 1" in refused(*asked, "--out", out, "--seed", 1)
-    assert fastalign(*asked, "--out", out, "--resume")[0] == 0
+    assert "was made with seed=0, this run has 1" in refused(*requested, "--out", out, "--seed", 1)
+    assert fastalign(*requested, "--out", out, "--resume")[0] == 0
     key = "loss" if kind == "dpo" else "score"
-    found, expected = (
+    result, expected = (
         [(row["step"], row[key]) for row in log(folder) if key in row] for folder in (out, tmp_path / "whole")
     )
-    assert found == expected and len(found) == 12
+    assert result == expected and len(result) == 12
     assert same(out, tmp_path / "whole") and not (out / "checkpoints").exists()
 
 
@@ -409,12 +409,12 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "lam must not be all zero" in refused(*ppo, "--values", "long", "--lam", "0")
     assert "give --lam" in refused(*ppo, "--values", "long")
     assert "give --values" in refused(*ppo, "--lam", "1")
-    asked = [*ppo, "--values", "long", "--lam", "1"]
-    assert "multiple of --mini-batch-size" in refused(*asked, "--batch-size", 4, "--mini-batch-size", 3)
-    assert "dataset must have at least --batch-size" in refused(*asked, "--limit", 2, "--batch-size", 4)
-    assert "must fit the model's 256 tokens" in refused(*asked, "--max-new-tokens", 300)
-    assert "no such prompt file" in refused(*asked, "--data", tmp_path / "none.txt")
-    assert "limit must be at least 1" in refused(*asked, "--limit", 0)
+    requested = [*ppo, "--values", "long", "--lam", "1"]
+    assert "multiple of --mini-batch-size" in refused(*requested, "--batch-size", 4, "--mini-batch-size", 3)
+    assert "dataset must have at least --batch-size" in refused(*requested, "--limit", 2, "--batch-size", 4)
+    assert "must fit the model's 256 tokens" in refused(*requested, "--max-new-tokens", 300)
+    assert "no such prompt file" in refused(*requested, "--data", tmp_path / "none.txt")
+    assert "limit must be at least 1" in refused(*requested, "--limit", 0)
     assert "must be a folder, this is a file" in refused(
         "ppo", "--model", model, "--out", pairs, "--values", "long", "--lam", "1"
     )
@@ -490,15 +490,15 @@ def test_other_processes_wait_until_an_ended_run_is_put_back(tmp_path, monkeypat
     over = runs.Run(out, {"a": 2}, resume=False, overwrite=True)
     over.begin(0)
     os.close(over._lock)  # killed
-    found, ranks = {}, {"MainThread": True, "other": False}
+    result, ranks = {}, {"MainThread": True, "other": False}
     monkeypatch.setattr(runs, "is_main", lambda: ranks[threading.current_thread().name])
-    other = threading.Thread(target=lambda: found.update(r=runs.Run(out, {"a": 1}, resume=False).result), name="other")
+    other = threading.Thread(target=lambda: result.update(r=runs.Run(out, {"a": 1}, resume=False).result), name="other")
     other.start()
     other.join(0.3)
-    assert other.is_alive() and not found
+    assert other.is_alive() and not result
     assert runs.Run(out, {"a": 1}, resume=False).result == first
     other.join(10)
-    assert found["r"] == first
+    assert result["r"] == first
 
 
 def test_how_the_reference_is_held_is_no_setting(tmp_path):
@@ -539,10 +539,10 @@ def test_a_finished_run_removes_its_checkpoints_and_nothing_else(tmp_path):
 
 def test_summary_of_a_run():
     rows = [{"values": {"v": float(i)}, "kl": i / 10, "tokens_per_second": 10.0} for i in range(40)]
-    found = several_values.summary(rows, ["v"])
+    result = several_values.summary(rows, ["v"])
     se = np.std(range(4), ddof=1) / 2
-    assert found["values"]["v"] == {"first": [1.5, pytest.approx(se)], "last": [37.5, pytest.approx(se)]}
-    assert found["kl"] == pytest.approx(3.75)
+    assert result["values"]["v"] == {"first": [1.5, pytest.approx(se)], "last": [37.5, pytest.approx(se)]}
+    assert result["kl"] == pytest.approx(3.75)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")

@@ -30,14 +30,14 @@ def options(name):
         group = group.commands[word]
     command = group.commands[words[-1]]
     names = {one.name: one.opts[0] for one in command.params if one.param_type_name == "option"}
-    found = []
+    result = []
     for one in inspect.signature(command.callback, eval_str=True).parameters.values():
-        held = {one.annotation, *typing.get_args(one.annotation)}
-        held |= {inner for outer in held for inner in typing.get_args(outer)}
-        kind = next((kind for cls, kind in KINDS.items() if cls in held), None)
+        kept = {one.annotation, *typing.get_args(one.annotation)}
+        kept |= {inner for outer in kept for inner in typing.get_args(outer)}
+        kind = next((kind for cls, kind in KINDS.items() if cls in kept), None)
         if kind and one.name in names and one.name not in WRITTEN:
-            found.append((names[one.name], kind))
-    return found
+            result.append((names[one.name], kind))
+    return result
 
 
 CASES = [

@@ -24,8 +24,8 @@ PALETTE = {"kind": "palette", "values": ["a"], "lambda": [0.5], "palette": [0.1]
 
 def scored(path, *names):
     values = {name: np.array([[0.0, 1.0], [1.0, 0.5]]) + i for i, name in enumerate(names)}
-    found = Candidates(["p", "q"], [["x", "y"]] * 2, [[[1]] * 2] * 2, [[[-0.1]] * 2] * 2, rewards=values)
-    found.to_parquet(path)
+    result = Candidates(["p", "q"], [["x", "y"]] * 2, [[[1]] * 2] * 2, [[[-0.1]] * 2] * 2, rewards=values)
+    result.to_parquet(path)
     return path
 
 
@@ -43,9 +43,9 @@ def test_names_are_shown_as_they_are(tmp_path, name):
     ):
         if command[0] == "eval" and "=" in name:
             continue
-        found = run(*command)
-        assert found.exit_code == 0, found.output
-        assert name in found.stdout
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        assert name in result.stdout
 
 
 @pytest.mark.parametrize("count", ["1000000000000", "1e3", "-1", str(10**400)])
@@ -83,9 +83,9 @@ def test_a_grid_is_counted_before_it_is_made(tmp_path, count):
 def test_a_palette_file_is_checked(tmp_path, change, message):
     row = {k: v for k, v in PALETTE.items() if k != change} if isinstance(change, str) else {**PALETTE, **change}
     (tmp_path / "p.json").write_text(json.dumps(row))
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as caught:
         pipeline.select(scored(tmp_path / "s.parquet", "a"), tmp_path / "p.json", tmp_path / "o.parquet", seed=0)
-    assert str(told.value).startswith(str(tmp_path / "p.json")) and "\n" not in str(told.value)
+    assert str(caught.value).startswith(str(tmp_path / "p.json")) and "\n" not in str(caught.value)
 
 
 COMMANDS = {  # that read a palette file, each with what of it it needs
@@ -132,7 +132,7 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
         palette_file.write_text(json.dumps(bad))
         file, model, given = made / "s.parquet", made / "model", ("--palette", palette_file)
         out, few = tmp_path / "out", ("-n", 2, "--max-new-tokens", 2)
-        found = run(
+        result = run(
             *{
                 "map": ("map", file, "--palette", "0.8", "--out", palette_file),
                 "select": ("select", file, *given, "--out", out),
@@ -154,17 +154,17 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
                 ),
             }[command]
         )  # fmt: skip
-        assert found.exit_code == 1, (name, found.output)
-        lines = [line for line in found.stderr.splitlines() if "already there" not in line]
-        assert len(lines) == 1 and str(palette_file) in lines[0] and name in lines[0], (name, found.stderr)
+        assert result.exit_code == 1, (name, result.output)
+        lines = [line for line in result.stderr.splitlines() if "already there" not in line]
+        assert len(lines) == 1 and str(palette_file) in lines[0] and name in lines[0], (name, result.stderr)
         assert not out.exists()
 
 
 @pytest.mark.parametrize("command", [("map", "--quantile", "0.5"), ("pareto",), ("palette-ui", "--no-browser")])
 def test_values_are_asked_for_once(tmp_path, command):
     out = ("--out", tmp_path / "out") if command[0] != "palette-ui" else ()
-    found = run(command[0], scored(tmp_path / "s.parquet", "a", "b"), *command[1:], "--values", "a,a", *out)
-    assert found.exit_code == 1 and found.stderr == "fastalign: --values must be different, got a, a\n"
+    result = run(command[0], scored(tmp_path / "s.parquet", "a", "b"), *command[1:], "--values", "a,a", *out)
+    assert result.exit_code == 1 and result.stderr == "fastalign: --values must be different, got a, a\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -172,11 +172,11 @@ def test_map_shows_what_was_asked(tmp_path):
     file, out = scored(tmp_path / "s.parquet", "a", "b", "c", "d"), tmp_path / "p.json"
     command = ("map", file, "--palette", "a=0.6,b<=1.7,c==2.65,d=free", "--out", out)
     for again in (False, True):  # from the solver, and from the file
-        found = run(*command)
-        assert found.exit_code == 0, found.output
-        rows = {line.split()[0]: line for line in found.stdout.splitlines()[1:5]}
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        rows = {line.split()[0]: line for line in result.stdout.splitlines()[1:5]}
         for name, wish in (("a", ">= 0.6000"), ("b", "<= 1.7000"), ("c", "== 2.6500"), ("d", "free")):
-            assert wish in rows[name], (again, found.stdout)
+            assert wish in rows[name], (again, result.stdout)
     assert json.loads(out.read_text())["free"] == [False, False, False, True]
 
 
@@ -184,9 +184,9 @@ def test_a_level_that_is_not_there_asks_for_nothing(made, tmp_path):
     for change in ({"palette": [None]}, {"palette": [None], "sense": None, "free": None}):
         (tmp_path / "p.json").write_text(json.dumps({**json.loads((made / "p.json").read_text()), **change}))
         given = ("--palette", tmp_path / "p.json", "--out", "-")
-        found = run("eval", made / "s.parquet", "--selected", made / "o.parquet", *given)
-        assert found.exit_code == 0, found.output
-        value = json.loads(found.stdout)["values"][0]
+        result = run("eval", made / "s.parquet", "--selected", made / "o.parquet", *given)
+        assert result.exit_code == 0, result.output
+        value = json.loads(result.stdout)["values"][0]
         assert (value["sense"], value["verdict"], value["short_by"]) == ("free", "met", 0)
 
 
@@ -243,9 +243,9 @@ def test_rewards_of_a_file_are_finite(tmp_path, value, command):
         "select": ("--palette", tmp_path / "p.json"),
         "score": ("--rewards", "diversity"),
     }
-    found = run(command, file, *more[command], "--out", tmp_path / "out.parquet")
-    assert found.exit_code == 1
-    assert "row 2" in found.stderr and "reward:a" in found.stderr and found.stderr.count("\n") == 1
+    result = run(command, file, *more[command], "--out", tmp_path / "out.parquet")
+    assert result.exit_code == 1
+    assert "row 2" in result.stderr and "reward:a" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_extras_are_quoted_for_every_shell_wherever_they_are_named():

@@ -124,18 +124,18 @@ def test_an_input_is_never_the_output(name, by, work):
 
 @every_command
 @pytest.mark.parametrize(
-    ("kind", "told"), [("folder", "this is a folder"), ("FIFO", "this is a FIFO"), ("", "no such")]
+    ("kind", "message"), [("folder", "this is a folder"), ("FIFO", "this is a FIFO"), ("", "no such")]
 )
-def test_what_is_no_file_is_no_input(name, kind, told, work):
+def test_what_is_no_file_is_no_input(name, kind, message, work):
     for i, word in enumerate(inputs_of(name)):
         if Path(word).is_dir():
             continue
         odd = Path(f"odd{i}").with_suffix(Path(word).suffix)
         if kind:
             {"folder": os.mkdir, "FIFO": os.mkfifo}[kind](odd)
-        asked = [odd if argument == word else argument for argument in argued(name, "--out", "out")]
-        line = refused(*asked)
-        assert line.startswith(f"fastalign: {odd}: ") and told in line
+        requested = [odd if argument == word else argument for argument in argued(name, "--out", "out")]
+        line = refused(*requested)
+        assert line.startswith(f"fastalign: {odd}: ") and message in line
         assert not Path("out").exists()
 
 
@@ -325,9 +325,9 @@ def test_other_outputs_do_not(name, work):
 
 @pytest.mark.parametrize("option", ["--html", "--figures"])
 def test_what_is_written_beside_the_output_is_held_to_the_same(option, work):
-    asked = argued("eval", "--out", "out.json")
-    assert "is an input" in refused(*asked, option, "selected.parquet", "--overwrite")
-    assert "must be different" in refused(*asked, option, "out.json")
+    requested = argued("eval", "--out", "out.json")
+    assert "is an input" in refused(*requested, option, "selected.parquet", "--overwrite")
+    assert "must be different" in refused(*requested, option, "out.json")
     beside = Path("beside")
     if option == "--html":
         beside.write_text("precious")
@@ -335,14 +335,14 @@ def test_what_is_written_beside_the_output_is_held_to_the_same(option, work):
         beside.mkdir()
         (beside / "levels.svg").write_text("precious")
     before = contents(work)
-    assert "is not what this command wrote" in refused(*asked, option, beside)
+    assert "is not what this command wrote" in refused(*requested, option, beside)
     assert contents(work) == before
-    assert fastalign(*asked, option, beside, "--overwrite")[0] == 0
+    assert fastalign(*requested, option, beside, "--overwrite")[0] == 0
     written = contents(work)
-    code, _, err = fastalign(*asked, option, beside)
+    code, _, err = fastalign(*requested, option, beside)
     assert code == 0 and "already there" in err and contents(work) == written
     (beside if option == "--html" else beside / "levels.svg").write_text("changed")
-    assert "is not what this command wrote" in refused(*asked, option, beside)
+    assert "is not what this command wrote" in refused(*requested, option, beside)
 
 
 def test_every_command_that_writes_says_how_to_overwrite():
@@ -351,10 +351,10 @@ def test_every_command_that_writes_says_how_to_overwrite():
     from fastalign.cli.main import app
 
     group = typer.main.get_group(app)
-    found = {name: one for name, one in group.commands.items() if not hasattr(one, "commands")}
-    found |= {f"train {name}": one for name, one in group.commands["train"].commands.items()}
-    writing = {name for name, one in found.items() if any(p.name == "out" for p in one.params)}
-    assert writing == {name for name, one in found.items() if any(p.name == "overwrite" for p in one.params)}
+    result = {name: one for name, one in group.commands.items() if not hasattr(one, "commands")}
+    result |= {f"train {name}": one for name, one in group.commands["train"].commands.items()}
+    writing = {name for name, one in result.items() if any(p.name == "out" for p in one.params)}
+    assert writing == {name for name, one in result.items() if any(p.name == "overwrite" for p in one.params)}
     # Of several of these; of none.
     assert {name.partition(" --")[0] for name in COMMANDS} == writing - {"demo", "bench"}
 
@@ -375,11 +375,11 @@ def test_a_job_is_its_settings_and_the_content_of_its_inputs(work):
 def test_what_is_printed_as_json(name, work):
     code, out, err = fastalign(*argued(name, "--out", "out", "--json"))
     assert code == 0, err
-    found = json.loads(out)  # and nothing else is on stdout
-    assert isinstance(found, dict) and found
+    result = json.loads(out)  # and nothing else is on stdout
+    assert isinstance(result, dict) and result
     again = json.loads(fastalign(*argued(name, "--out", "out", "--json"))[1])  # from what is there
     if name not in ("soup",):  # which tells what it moved
-        assert again == found
+        assert again == result
 
 
 def test_json_of_info():
@@ -387,13 +387,13 @@ def test_json_of_info():
 
 
 def test_an_infeasible_palette_has_a_code_of_its_own(work):
-    asked = ["map", "scored.parquet", "--palette", "9,9"]
-    code, out, err = fastalign(*asked, "--out", "out")
+    requested = ["map", "scored.parquet", "--palette", "9,9"]
+    code, out, err = fastalign(*requested, "--out", "out")
     assert code == 3 and "infeasible" in out and not err
-    assert fastalign(*asked, "--out", "out")[0] == 3  # also of what is there
+    assert fastalign(*requested, "--out", "out")[0] == 3  # also of what is there
     assert json.loads(Path("out").read_text())["feasible"] is False
-    assert fastalign(*asked, "--out", "out", "--allow-infeasible")[0] == 0
-    code, out, _ = fastalign(*asked, "--out", "out", "--json")
+    assert fastalign(*requested, "--out", "out", "--allow-infeasible")[0] == 0
+    code, out, _ = fastalign(*requested, "--out", "out", "--json")
     assert code == 3 and json.loads(out)["feasible"] is False
     code, shown, _ = fastalign("select", "scored.parquet", "--palette", "out", "--out", "picked")
     assert code == 0 and "out: infeasible; its λ is for a point just inside" in shown
@@ -405,7 +405,7 @@ def test_lines_are_not_folded_where_no_terminal_is(work):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "requested",
     [
         argued("eval", "--html", "page.html", "--figures", "figures"),
         argued("map", "--plot", "figures"),
@@ -413,7 +413,7 @@ def test_lines_are_not_folded_where_no_terminal_is(work):
     ],
     ids=["eval", "map", "pareto"],
 )
-def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(asked, work, monkeypatch):
+def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(requested, work, monkeypatch):
     from fastalign.report import figures as plots
 
     save, saved = plots.save, []
@@ -426,11 +426,11 @@ def test_what_an_interrupted_run_left_beside_its_output_is_taken_for_its_own(ask
 
     with monkeypatch.context() as patch:
         patch.setattr(plots, "save", interrupted)
-        assert fastalign(*asked, "--out", "out")[0] == 130
+        assert fastalign(*requested, "--out", "out")[0] == 130
     assert len(saved) == 2
-    code, _, err = fastalign(*asked, "--out", "out")
+    code, _, err = fastalign(*requested, "--out", "out")
     assert code in (0, 3), err
-    assert "already there" in fastalign(*asked, "--out", "out")[2]
+    assert "already there" in fastalign(*requested, "--out", "out")[2]
 
 
 def test_two_runs_of_score_into_one_file_do_not_meet(work, monkeypatch):

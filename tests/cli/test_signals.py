@@ -87,8 +87,8 @@ def whole(given, tmp_path_factory):
 
 def content(name, out):
     if name in ("sample", "score"):
-        found = Candidates.from_parquet(out, kind=("candidates", "scored"))
-        return found.texts, found.logprobs, {reward: x.tolist() for reward, x in found.rewards.items()}
+        result = Candidates.from_parquet(out, kind=("candidates", "scored"))
+        return result.texts, result.logprobs, {reward: x.tolist() for reward, x in result.rewards.items()}
     if name == "soup-front":
         return json.loads((out / "soups.json").read_text())
     files = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
@@ -105,12 +105,12 @@ def content(name, out):
 def test_an_interrupted_command_run_again_gives_what_one_gives_that_was_not(name, number, given, whole, tmp_path):
     arguments, at, call = given[name]
     out = tmp_path / "out"
-    told = tmp_path / "stderr"
-    code = signalled.run([*arguments, "--out", out], told, at=at, call=call, number=number)
-    said = told.read_text()
-    assert code == CODES[number], said
-    assert "Traceback" not in said
-    lines = [line for line in said.splitlines() if line.startswith("fastalign: ")]
+    log = tmp_path / "stderr"
+    code = signalled.run([*arguments, "--out", out], log, at=at, call=call, number=number)
+    message = log.read_text()
+    assert code == CODES[number], message
+    assert "Traceback" not in message
+    lines = [line for line in message.splitlines() if line.startswith("fastalign: ")]
     if number == signal.SIGKILL:
         assert not lines
     elif name in TRAINING:
@@ -136,12 +136,12 @@ def test_an_interrupted_command_run_again_gives_what_one_gives_that_was_not(name
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_second_signal_ends_training_at_once(name, given, whole, tmp_path):
     arguments, at, _ = given[name]
-    out, told = tmp_path / "out", tmp_path / "stderr"
+    out, log = tmp_path / "out", tmp_path / "stderr"
     call = 2 if name == "reward" else 4  # logged as the step ends, before it is saved
-    code = signalled.run([*arguments, "--out", out], told, at=at, call=call, number=signal.SIGTERM, times=2)
+    code = signalled.run([*arguments, "--out", out], log, at=at, call=call, number=signal.SIGTERM, times=2)
     (kept,) = (path for path in (out / "checkpoints").iterdir() if path.is_dir())
     assert code == 143 and int(kept.name.rpartition("-")[2]) == 2
-    assert told.read_text().endswith(f"fastalign: {out}: stopped; the same command goes on from {kept}\n")
+    assert log.read_text().endswith(f"fastalign: {out}: stopped; the same command goes on from {kept}\n")
     assert "going on from" in done([*arguments, "--resume"], out)
     assert content(name, out) == whole(name)
 
@@ -160,11 +160,11 @@ def test_stopped_after_the_last_step_it_goes_on_with_saving(name, given, whole, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("name", TRAINING)
 def test_stopped_before_training_begins_nothing_stays(name, number, given, tmp_path):
-    out, told = tmp_path / "out", tmp_path / "stderr"
+    out, log = tmp_path / "out", tmp_path / "stderr"
     at = "fastalign.jobs.run.Run.begin"
-    code = signalled.run([*given[name][0], "--out", out], told, at=at, call=1, number=number)
+    code = signalled.run([*given[name][0], "--out", out], log, at=at, call=1, number=number)
     assert code == CODES[number] and not out.exists()
-    assert told.read_text() == f"fastalign: {out}: stopped before its first checkpoint\n"
+    assert log.read_text() == f"fastalign: {out}: stopped before its first checkpoint\n"
 
 
 def test_all_processes_stop_at_one_step():

@@ -15,9 +15,9 @@ INFO = [sys.executable, "-m", "fastalign", "info", "--json"]
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed(closed, tmp_path):
-    found = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *INFO], capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 0 and found.stderr == ""
-    assert ">&-" in closed.split() or json.loads(found.stdout)["fastalign"]
+    result = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *INFO], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    assert ">&-" in closed.split() or json.loads(result.stdout)["fastalign"]
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
@@ -25,14 +25,14 @@ def test_who_reads_stdout_may_stop(more):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stdout:
-        found = subprocess.run([*INFO[:4], *more], stdout=stdout, stderr=subprocess.PIPE, text=True)
-    assert found.returncode == 1 and found.stderr == ""
+        result = subprocess.run([*INFO[:4], *more], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr == ""
 
 
 def test_a_full_device_is_one_line():
     with open("/dev/full", "w") as stdout:
-        found = subprocess.run(INFO, stdout=stdout, stderr=subprocess.PIPE, text=True)
-    assert found.returncode == 1 and found.stderr == "fastalign: No space left on device\n"
+        result = subprocess.run(INFO, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr == "fastalign: No space left on device\n"
 
 
 def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):

@@ -56,8 +56,8 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_reads_every_kind_of_file(tmp_path, suffix):
     rows = [{**row, "margin": row.get("margin", 0.25)} for row in ROWS]
-    found = preferences.load(write(tmp_path / f"pairs.{suffix}", rows))
-    assert list(found) == rows and found.lost == ""
+    result = preferences.load(write(tmp_path / f"pairs.{suffix}", rows))
+    assert list(result) == rows and result.lost == ""
 
 
 def test_reads_messages_with_and_without_a_prompt(tmp_path):
@@ -76,18 +76,18 @@ def test_reads_dialogues(tmp_path, suffix):
 
 
 def test_hub_names_and_rows_that_are_no_pair(monkeypatch):
-    asked = []
+    requested = []
 
     def load_dataset(name, split):
-        asked.append((name, split))
+        requested.append((name, split))
         empty = {"chosen": HH[0]["chosen"], "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"}
         return datasets.Dataset.from_list([HH[0], empty, HH[1]])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.warns(UserWarning, match="1 of 3 rows dropped, the first row 1: rejected must not be empty"):
-        found = preferences.load("Anthropic/hh-rlhf", split="test")
-    assert len(found) == 2 and found.dropped == {"rows that are no pair": 1}
-    assert asked == [("Anthropic/hh-rlhf", "test")]
+        result = preferences.load("Anthropic/hh-rlhf", split="test")
+    assert len(result) == 2 and result.dropped == {"rows that are no pair": 1}
+    assert requested == [("Anthropic/hh-rlhf", "test")]
     with pytest.raises(UserError, match="row 1: rejected must not be empty"):
         preferences.load("hh-rlhf", on_bad="raise")
     prompts = hub.load_prompts("Anthropic/hh-rlhf")
@@ -110,7 +110,7 @@ def test_prompts_of_film_reviews(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([{"prompt": "a", "chosen": "b"}], "lacks 'rejected', got prompt, chosen"),
         ([ROWS[0], {**ROWS[0], "rejected": " "}], "row 1: rejected must not be empty"),
@@ -126,11 +126,11 @@ def test_prompts_of_film_reviews(monkeypatch, tmp_path):
         ([], "contains no pairs"),
     ],
 )
-def test_mistakes_name_the_row(tmp_path, rows, said):
+def test_mistakes_name_the_row(tmp_path, rows, message):
     path = write(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(UserError, match=said) as told:
+    with pytest.raises(UserError, match=message) as caught:
         preferences.load(path)
-    assert str(told.value).startswith(str(path)) and "\n" not in str(told.value)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 def test_mistakes_in_the_file(tmp_path):
@@ -138,14 +138,14 @@ def test_mistakes_in_the_file(tmp_path):
     (tmp_path / "ragged.csv").write_text("prompt,chosen,rejected\na,b,c,d\n")
     (tmp_path / "pairs.txt").write_text("a")
     (tmp_path / "pairs.parquet").write_text("a")
-    for name, said in [
+    for name, message in [
         ("broken.jsonl", "line 1 is not JSON"),
         ("ragged.csv", "row 0 has more cells"),
         ("pairs.txt", "must be a .jsonl"),
         ("pairs.parquet", "not a Parquet file"),
         ("", "is a folder"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             preferences.load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such file of pairs"):
         preferences.load(tmp_path / "none.csv")
@@ -172,21 +172,21 @@ def scored():
 
 
 def test_best_against_worst(scored, tmp_path):
-    found = preference_pairs(scored, lam={"one": 2.0}, seed=0)
-    assert [(row["chosen"], row["rejected"]) for row in found] == [("d", "a"), ("h", "j")]  # q's candidates tie
-    assert (found[0]["chosen_score"], found[0]["rejected_score"]) == (6.0, 0.0)
-    assert found.dropped == {"ties": 1, "pairs with an empty text": 0, "prompts with one candidate": 0}
-    assert found.lost == "1 ties"
+    result = preference_pairs(scored, lam={"one": 2.0}, seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in result] == [("d", "a"), ("h", "j")]  # q's candidates tie
+    assert (result[0]["chosen_score"], result[0]["rejected_score"]) == (6.0, 0.0)
+    assert result.dropped == {"ties": 1, "pairs with an empty text": 0, "prompts with one candidate": 0}
+    assert result.lost == "1 ties"
     more = preference_pairs(scored, lam=[2.0, 0.0], pairs_per_prompt=9, seed=0)
     assert [(row["chosen"], row["rejected"]) for row in more] == [("d", "a"), ("c", "b"), ("h", "j"), ("k", "i")]
     other = preference_pairs(scored, lam=[0.0, 1.0], seed=0)
     assert [(row["chosen"], row["rejected"]) for row in other] == [("a", "d"), ("e", "g"), ("h", "k")]
-    found.to_parquet(tmp_path / "pairs.parquet")
+    result.to_parquet(tmp_path / "pairs.parquet")
     again = preferences.load(tmp_path / "pairs.parquet")
-    assert list(again) == list(found) and again.settings["pairs"]["lambda"] == [2.0]
+    assert list(again) == list(result) and again.settings["pairs"]["lambda"] == [2.0]
     assert again.settings["sampling"] == {"seed": 3}
-    assert found.to_dataset().column_names == ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"]
-    assert found.to_dataset(chat=True)[0]["chosen"] == [{"role": "assistant", "content": "d"}]
+    assert result.to_dataset().column_names == ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"]
+    assert result.to_dataset(chat=True)[0]["chosen"] == [{"role": "assistant", "content": "d"}]
 
 
 def test_drawn_pairs_follow_their_distributions():
@@ -196,26 +196,26 @@ def test_drawn_pairs_follow_their_distributions():
     texts = [[f"t{j}" for j in range(n)] for _ in range(count)]
     empty = [[[] for _ in row] for row in texts]
     whole = Candidates([f"p{i}" for i in range(count)], texts, empty, empty, rewards={"r": np.tile(scores, (count, 1))})
-    found = preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
+    result = preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
     p = np.exp(1.5 * scores) / np.exp(1.5 * scores).sum()
     joint = np.outer(p, np.full(n, 1 / n))
     np.fill_diagonal(joint, 0)
-    assert found.dropped["ties"] == count - len(found)
-    assert abs(len(found) / count - joint.sum()) < 4 * np.sqrt(0.25 / count)
+    assert result.dropped["ties"] == count - len(result)
+    assert abs(len(result) / count - joint.sum()) < 4 * np.sqrt(0.25 / count)
     counts = np.zeros((n, n))
-    for row in found:
+    for row in result:
         counts[int(row["chosen"][1]), int(row["rejected"][1])] += 1
-    expected = joint / joint.sum() * len(found)
+    expected = joint / joint.sum() * len(result)
     off = ~np.eye(n, dtype=bool)
     chi2 = ((counts - expected)[off] ** 2 / expected[off]).sum()
     assert chi2 < 32.9  # 11 degrees of freedom, p = 5e-4
     again = preference_pairs(whole, lam=[1.5], how="sampled", seed=1)
-    assert list(again) == list(found)
-    assert list(preference_pairs(whole, lam=[1.5], how="sampled", seed=2)) != list(found)
+    assert list(again) == list(result)
+    assert list(preference_pairs(whole, lam=[1.5], how="sampled", seed=2)) != list(result)
 
 
 def test_mistakes_in_making_pairs(scored, tmp_path):
-    for options, said in [
+    for options, message in [
         ({"lam": [0.0, 0.0]}, "no preference pairs: 3 ties"),
         ({"lam": [1.0]}, "one weight per reward, 2 \\(one, two\\)"),
         ({"lam": {"three": 1.0}}, "rewards that the file carries \\(one, two\\)"),
@@ -223,7 +223,7 @@ def test_mistakes_in_making_pairs(scored, tmp_path):
         ({"lam": [1.0, 1.0], "how": "worst"}, "how must be one of best_worst, sampled"),
         ({"lam": [1.0, 1.0], "pairs_per_prompt": 0}, "pairs_per_prompt must be an integer"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             preference_pairs(scored, seed=0, **options)
     single = scored.take(np.zeros((3, 1), dtype=np.int64))
     with pytest.raises(UserError, match="at least 2 candidates"):
@@ -238,10 +238,10 @@ def test_bundled_pairs_keep_their_rule(rule):
         pytest.importorskip("vaderSentiment")
     from fastalign import rewards
 
-    found = preferences.bundled(100, rule=rule, seed=3)
-    assert len(found) == 100 and list(found) == list(preferences.bundled(100, rule=rule, seed=3))
-    assert len({row["prompt"] for row in found}) >= 60  # ties are left out
-    for row in found:
+    result = preferences.bundled(100, rule=rule, seed=3)
+    assert len(result) == 100 and list(result) == list(preferences.bundled(100, rule=rule, seed=3))
+    assert len({row["prompt"] for row in result}) >= 60  # ties are left out
+    for row in result:
         if rule == "length":
             assert len(row["chosen"]) > len(row["rejected"])
         else:

@@ -171,11 +171,11 @@ def test_conversations_are_prompts(tmp_path, suffix, row, messages):
         pq.write_table(pa.Table.from_pylist([row]), path)
     else:
         path.write_text(json.dumps([row] if suffix == ".json" else row))
-    (found,) = prompts.load(path)
-    assert isinstance(found, Conversation) and found.messages == messages
-    assert found.chat_template_kwargs == row.get("chat_template_kwargs", {})
+    (result,) = prompts.load(path)
+    assert isinstance(result, Conversation) and result.messages == messages
+    assert result.chat_template_kwargs == row.get("chat_template_kwargs", {})
     if "prompt" not in row:
-        assert hub.load_prompts(path) == [found]
+        assert hub.load_prompts(path) == [result]
 
 
 def test_a_prompt_of_text_beside_conversations_is_the_prompt(tmp_path):

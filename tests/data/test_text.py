@@ -110,8 +110,8 @@ def test_stop_strings_of_special_tokens(stop, text, tokens):
     new = ids_of(tokenizer, *pieces)
     assert len(new) == len(pieces)
     assert codec.continuation(prompt, new, [stop]) == text
-    found = [k for k in range(len(new) + 1) if codec.stopped(prompt, new[:k], [stop])]
-    assert (found or [None])[0] == tokens
+    result = [k for k in range(len(new) + 1) if codec.stopped(prompt, new[:k], [stop])]
+    assert (result or [None])[0] == tokens
     assert codec.continuation(prompt, new) == " fine\nuser"  # shown without them, as ever
 
 
@@ -279,8 +279,8 @@ def test_classifiers_read_the_whole_conversation():
         "<s>system be brief</s><s>user who sat</s><s>assistant a dog</s>",
         "<s>user who sat</s><s>assistant the cat a dog</s>",
     ]
-    found = reward([[SYSTEM, USER], [USER, BEGUN]], ["a dog", " a dog"])
-    assert found == pytest.approx(whole(["", ""], texts), abs=1e-6)
+    result = reward([[SYSTEM, USER], [USER, BEGUN]], ["a dog", " a dog"])
+    assert result == pytest.approx(whole(["", ""], texts), abs=1e-6)
 
 
 @pytest.mark.parametrize(

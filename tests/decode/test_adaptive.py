@@ -29,7 +29,7 @@ def test_each_prompt_stops_at_the_first_round_that_suffices(sampler, method, sha
     if not shares:
         monkeypatch.setattr(sampler, "path", lambda **_: CachedRows)
     lam = [0.6, 0.02]
-    found = adaptive(
+    result = adaptive(
         sampler, PROMPTS, [VOWELS, LENGTH], lam=lam, method=method, ess=14, gain=0.4, each=8, max_n=64, **JOB
     )
     whole = best_of(sampler, PROMPTS, [VOWELS, LENGTH], lam=lam, n=64, **JOB).candidates
@@ -46,17 +46,17 @@ def test_each_prompt_stops_at_the_first_round_that_suffices(sampler, method, sha
             mean, left = mean + left * chance * half[i], left * (1 - chance)
         return scores.max() - mean <= 0.4 * scores.std()
 
-    for p, n in enumerate(found.counts):
+    for p, n in enumerate(result.counts):
         rounds = range(8, n + 1, 8)
-        assert [bool(enough(p, k)) for k in rounds] == [False] * (len(rounds) - 1) + [bool(found.enough[p])]
-        assert found.enough[p] or n == 64
-        assert found.candidates[p].token_ids[0] == whole.token_ids[p][:n]
-        assert found.texts[p] == whole.texts[p][found.indices[p]]
-        np.testing.assert_array_equal(found.rewards[p], array[p, found.indices[p]])
-        np.testing.assert_allclose(found.effective_sample_size[p], effective_sample_size(array[p, :n], lam))
+        assert [bool(enough(p, k)) for k in rounds] == [False] * (len(rounds) - 1) + [bool(result.enough[p])]
+        assert result.enough[p] or n == 64
+        assert result.candidates[p].token_ids[0] == whole.token_ids[p][:n]
+        assert result.texts[p] == whole.texts[p][result.indices[p]]
+        np.testing.assert_array_equal(result.rewards[p], array[p, result.indices[p]])
+        np.testing.assert_allclose(result.effective_sample_size[p], effective_sample_size(array[p, :n], lam))
         if method == "best":
-            assert found.indices[p] == (array[p, :n].astype(float) @ lam).argmax()
-    assert len(set(found.counts)) > 1
+            assert result.indices[p] == (array[p, :n].astype(float) @ lam).argmax()
+    assert len(set(result.counts)) > 1
 
 
 def test_a_harder_tilt_takes_more_and_max_n_ends_it(sampler):
@@ -75,12 +75,12 @@ def test_a_pilot_foretells_the_exact_number():
     p /= p.sum()
     kl = float(p @ np.log(p / p0))
     job = {"lam": [1.0], "max_new_tokens": LIMIT, "seed": 2}
-    found = pilot(sampler, [PROMPT] * 20, WORTH, n=256, **job)
-    assert (found.n, found.prompts) == (256, 8)
-    assert found.kl == pytest.approx(kl, rel=0.15)
-    fewest, most = found.worth.needed()
+    result = pilot(sampler, [PROMPT] * 20, WORTH, n=256, **job)
+    assert (result.n, result.prompts) == (256, 8)
+    assert result.kl == pytest.approx(kl, rel=0.15)
+    fewest, most = result.worth.needed()
     for n in (fewest, most):
-        low, high = found.worth.at(n, prompts=40)
+        low, high = result.worth.at(n, prompts=40)
         enough = best_of(sampler, [PROMPT] * 40, WORTH, n=n, method="resample", **job)
         assert low <= enough.effective_sample_size.mean() <= high
     assert most <= 2 * fewest

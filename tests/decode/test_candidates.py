@@ -262,7 +262,7 @@ def test_candidates_can_be_looked_at():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("log_weights", np.zeros((3, 3)), r"shape \(3, 4\), got \(3, 3\)"),
         ("log_weights", np.zeros(3), r"shape \(3, 4\), got \(3,\)"),
@@ -276,8 +276,8 @@ def test_candidates_can_be_looked_at():
         ("rewards", {"a": np.zeros((3, 3))}, r"shape \(3, 4\), got \(3, 3\)"),
     ],
 )
-def test_every_field_has_its_shape(field, value, said):
-    with pytest.raises(UserError, match=rf"^{field}(\['a'\])? must (be|have) {said}$"):
+def test_every_field_has_its_shape(field, value, message):
+    with pytest.raises(UserError, match=rf"^{field}(\['a'\])? must (be|have) {message}$"):
         replace(make(), **{field: value})
 
 
@@ -326,9 +326,9 @@ def test_a_column_of_another_type_is_one_line(tmp_path, column, odd):
         with contextlib.suppress(UserError):  # such as one number for all candidates
             Candidates.from_parquet(path)
         return
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         Candidates.from_parquet(path)
-    line = str(told.value)
+    line = str(caught.value)
     assert line.startswith(f"{path}: ") and repr(column) in line and "\n" not in line
 
 

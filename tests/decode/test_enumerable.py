@@ -82,8 +82,8 @@ def test_select_draws_that_law(exact, drawn):
     scored = drawn.with_rewards(["worth"], np.array([worth(text) for row in drawn.texts for text in row])[:, None])
     array = scored.reward_array()
     picked = drawn.take(select(array, [LAM], k=4, seed=3))
-    found = counts(place, picked.token_ids) / (200 * 4)
-    assert found @ r == pytest.approx(p_lam @ r, abs=4 * np.sqrt((p_lam @ r**2 - (p_lam @ r) ** 2) / 800) + 0.02)
+    result = counts(place, picked.token_ids) / (200 * 4)
+    assert result @ r == pytest.approx(p_lam @ r, abs=4 * np.sqrt((p_lam @ r**2 - (p_lam @ r) ** 2) / 800) + 0.02)
     at = estimate(array, [LAM])
     assert at.values[0, 0] == pytest.approx(p_lam @ r, abs=4 * at.stderr[0, 0] + 0.02)
     kl = float(p_lam @ np.log(p_lam / exact[1]))
@@ -95,7 +95,7 @@ def test_particles_are_properly_weighted(sampler, exact, method):
     """Unbiased in Z and in Z E f, for a few particles, however often they were resampled."""
     place, _, r, p_lam, z = exact
     runs = 600
-    found = particles(
+    result = particles(
         sampler,
         [PROMPT] * runs,
         WORTH,
@@ -108,13 +108,13 @@ def test_particles_are_properly_weighted(sampler, exact, method):
         batch_size=6 * runs,
         **JOB,
     )
-    assert found.resampled.mean() > 1.5
-    w = np.exp(found.log_weights)
-    ids = np.array([[place[tuple(ids)] for ids in row] for row in found.candidates.token_ids])
+    assert result.resampled.mean() > 1.5
+    w = np.exp(result.log_weights)
+    ids = np.array([[place[tuple(ids)] for ids in row] for row in result.candidates.token_ids])
     for f, truth in ((np.ones_like(r), z), (r, z * (p_lam @ r)), (r == 2.0, z * p_lam[r == 2.0].sum())):
         each = (w * f[ids]).mean(1)
         assert each.mean() == pytest.approx(truth, abs=4 * each.std() / np.sqrt(runs))
-    np.testing.assert_allclose(found.log_z, np.log(w.mean(1)))
+    np.testing.assert_allclose(result.log_z, np.log(w.mean(1)))
 
 
 @pytest.mark.parametrize("promise", [None, lambda prompts, texts: [-2.0 * worth(t) + len(t) for t in texts]])
@@ -122,7 +122,7 @@ def test_any_promise_is_taken_back(sampler, exact, promise):
     """A promise that points the wrong way costs variance, no bias."""
     _, _, r, p_lam, z = exact
     runs = 800
-    found = particles(
+    result = particles(
         sampler,
         [PROMPT] * runs,
         WORTH,
@@ -135,9 +135,9 @@ def test_any_promise_is_taken_back(sampler, exact, promise):
         batch_size=8 * runs,
         **JOB,
     )
-    each = np.exp(found.log_z)
+    each = np.exp(result.log_z)
     assert each.mean() == pytest.approx(z, abs=4 * each.std() / np.sqrt(runs))
-    mean = (np.exp(found.log_weights) * found.candidates.reward_array()[..., 0]).mean(1)
+    mean = (np.exp(result.log_weights) * result.candidates.reward_array()[..., 0]).mean(1)
     assert mean.mean() == pytest.approx(z * (p_lam @ r), abs=4 * mean.std() / np.sqrt(runs))
 
 
@@ -147,7 +147,7 @@ def test_the_best_promise_makes_particles_exact(sampler, exact):
     sequences = list(place)
 
     def promise(prompts, texts):
-        found = []
+        result = []
         for text in texts:
             begun = [
                 i
@@ -156,11 +156,11 @@ def test_the_best_promise_makes_particles_exact(sampler, exact):
                 and len(ids) > len(text)
                 and all(t < 4 for t in ids[: len(text)])
             ]
-            found.append(np.log(p0[begun] @ np.exp(LAM * r[begun]) / p0[begun].sum()))
-        return found
+            result.append(np.log(p0[begun] @ np.exp(LAM * r[begun]) / p0[begun].sum()))
+        return result
 
     runs = 60
-    found = particles(
+    result = particles(
         sampler,
         [PROMPT] * runs,
         WORTH,
@@ -174,27 +174,27 @@ def test_the_best_promise_makes_particles_exact(sampler, exact):
         **JOB,
     )
     plain = particles(sampler, [PROMPT] * runs, WORTH, n=16, lam=[LAM], checkpoints=[], seed=7, **JOB)
-    assert found.log_z.std() < 0.8 * plain.log_z.std()
-    assert found.values[0] == pytest.approx(p_lam @ r, abs=0.15)
+    assert result.log_z.std() < 0.8 * plain.log_z.std()
+    assert result.values[0] == pytest.approx(p_lam @ r, abs=0.15)
 
 
 def test_particles_without_checkpoints_are_resample(sampler):
     job = {"n": 16, "lam": [LAM], "seed": 8, **JOB}
-    found = particles(sampler, [PROMPT] * 3, WORTH, checkpoints=[], **job)
+    result = particles(sampler, [PROMPT] * 3, WORTH, checkpoints=[], **job)
     plain = best_of(sampler, [PROMPT] * 3, WORTH, method="resample", **job)
-    assert found.candidates.token_ids == plain.candidates.token_ids
-    np.testing.assert_allclose(found.log_weights, LAM * plain.candidates.reward_array()[..., 0], rtol=1e-6)
-    np.testing.assert_allclose(found.values, plain.values, rtol=1e-6)
-    assert found.tokens == sum(len(ids) for row in plain.candidates.token_ids for ids in row)
+    assert result.candidates.token_ids == plain.candidates.token_ids
+    np.testing.assert_allclose(result.log_weights, LAM * plain.candidates.reward_array()[..., 0], rtol=1e-6)
+    np.testing.assert_allclose(result.values, plain.values, rtol=1e-6)
+    assert result.tokens == sum(len(ids) for row in plain.candidates.token_ids for ids in row)
 
 
 def test_the_bias_of_speculative_rejection_is_what_its_candidates_say(sampler, drawn):
     """Its mean reward lies between that of the tokens' worth of whole candidates and best-of-n's."""
     job = {"n": 16, "lam": [1.0], "seed": 9, "batch_size": 16 * 300, **JOB}
     whole = best_of(sampler, [PROMPT] * 300, WORTH, **job)
-    found = speculative_rejection(sampler, [PROMPT] * 300, WORTH, checkpoints=[1, 2], keep=0.5, **job)
-    best, reached, mean = whole.values[0], found.rewards.mean(), whole.candidates.rewards["worth"].mean()
-    assert (found.rewards <= whole.rewards).all()
+    result = speculative_rejection(sampler, [PROMPT] * 300, WORTH, checkpoints=[1, 2], keep=0.5, **job)
+    best, reached, mean = whole.values[0], result.rewards.mean(), whole.candidates.rewards["worth"].mean()
+    assert (result.rewards <= whole.rewards).all()
     assert mean + 0.5 * (best - mean) < reached < best
     full = sum(len(ids) for row in whole.candidates.token_ids for ids in row)
-    assert 0.4 * full < found.tokens < 0.75 * full
+    assert 0.4 * full < result.tokens < 0.75 * full

@@ -13,10 +13,10 @@ from fastalign.decode import best_of_curve, best_of_n_kl, estimate, needed, sele
 def test_values_are_the_mean_of_what_select_draws():
     R = np.random.default_rng(0).normal(size=(20, 16, 2))
     lam = np.array([0.8, -0.3])
-    found = estimate(R, lam)
+    result = estimate(R, lam)
     picks = np.stack([select(R, lam, seed=seed)[:, 0] for seed in range(2000)])
     drawn = R[np.arange(20)[None], picks].mean((0, 1))
-    assert found.values[0] == pytest.approx(drawn, abs=5 / math.sqrt(2000 * 20))
+    assert result.values[0] == pytest.approx(drawn, abs=5 / math.sqrt(2000 * 20))
 
 
 @pytest.mark.filterwarnings("ignore:at λ")
@@ -36,10 +36,10 @@ def test_kl_and_values_approach_the_ideal():
     p = p0 * np.exp(lam * r)
     p /= p.sum()
     R = np.random.default_rng(2).choice(r, p=p0, size=(50, 20000, 1))
-    found = estimate(R, [[lam], [0.0]])
-    assert found.values[0, 0] == pytest.approx(p @ r, abs=0.005)
-    assert found.kl[0] == pytest.approx(float(p @ np.log(p / p0)), abs=0.005)
-    assert found.kl[1] == pytest.approx(0, abs=1e-12) and found.ess[1] == pytest.approx(20000)
+    result = estimate(R, [[lam], [0.0]])
+    assert result.values[0, 0] == pytest.approx(p @ r, abs=0.005)
+    assert result.kl[0] == pytest.approx(float(p @ np.log(p / p0)), abs=0.005)
+    assert result.kl[1] == pytest.approx(0, abs=1e-12) and result.ess[1] == pytest.approx(20000)
 
 
 def test_too_few_effective_candidates_warn_and_say_how_many_are_needed():
@@ -54,8 +54,8 @@ def test_best_of_curve_is_the_mean_over_all_subsets(ties):
     rng = np.random.default_rng(4)
     R = rng.integers(0, 3, size=(3, 6, 2)).astype(float) if ties else rng.normal(size=(3, 6, 2))
     lam = np.array([1.0, 1.0])
-    found = best_of_curve(R, lam, [1, 2, 4, 6])
-    for k, values in zip(found.k, found.values, strict=True):
+    result = best_of_curve(R, lam, [1, 2, 4, 6])
+    for k, values in zip(result.k, result.values, strict=True):
         means = []
         for prompt in R:
             for subset in itertools.combinations(range(6), k):
@@ -65,7 +65,7 @@ def test_best_of_curve_is_the_mean_over_all_subsets(ties):
         if ties:  # equal scores share alike over all subsets: the score itself is exact
             best = np.mean([max((prompt @ lam)[list(s)]) for prompt in R for s in itertools.combinations(range(6), k)])
             assert values @ lam == pytest.approx(best)
-    assert found.kl == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4, math.log(6) - 5 / 6])
+    assert result.kl == pytest.approx([0, math.log(2) - 1 / 2, math.log(4) - 3 / 4, math.log(6) - 5 / 6])
 
 
 def test_best_of_n_kl_is_exact_without_ties():
@@ -78,8 +78,8 @@ def test_best_of_n_kl_is_exact_without_ties():
 
 def test_large_n_and_extreme_scores_stay_finite():
     R = np.random.default_rng(5).normal(size=(2, 10000, 1)) * 1e4
-    found = best_of_curve(R, np.ones(1), [1, 5000, 10000])
-    assert np.isfinite(found.values).all() and found.values[2, 0] == pytest.approx(R.max(1).mean())
+    result = best_of_curve(R, np.ones(1), [1, 5000, 10000])
+    assert np.isfinite(result.values).all() and result.values[2, 0] == pytest.approx(R.max(1).mean())
     with pytest.warns(UserWarning):
         again = estimate(R, [1.0])
     assert again.kl[0] <= math.log(10000) + 1e-9 and np.isfinite(again.values).all()

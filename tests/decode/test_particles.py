@@ -26,10 +26,10 @@ def sampler(request):
 @torch.no_grad()
 def test_log_probs_of_copies_are_those_of_their_texts(sampler):
     """A copy whose keys and values were another's would draw from another law."""
-    found = particles(sampler, PROMPTS, VOWELS, **JOB)
-    assert (found.resampled > 0).all()
+    result = particles(sampler, PROMPTS, VOWELS, **JOB)
+    assert (result.resampled > 0).all()
     shared = 0
-    for prompt, row, logprobs in zip(PROMPTS, found.candidates.token_ids, found.candidates.logprobs, strict=True):
+    for prompt, row, logprobs in zip(PROMPTS, result.candidates.token_ids, result.candidates.logprobs, strict=True):
         start = sampler.tokenizer(prompt)["input_ids"]
         for ids, values in zip(row, logprobs, strict=True):
             logits = sampler.model(input_ids=torch.tensor([start + ids])).logits[0, len(start) - 1 : -1]
@@ -39,18 +39,18 @@ def test_log_probs_of_copies_are_those_of_their_texts(sampler):
         whole = [tuple(ids) for ids in row if len(ids) == 10]
         assert len(set(whole)) > 0.5 * len(whole)  # copies go on apart
     assert shared > 6
-    ended = [len(ids) for row in found.candidates.token_ids for ids in row]
+    ended = [len(ids) for row in result.candidates.token_ids for ids in row]
     assert min(ended) < 10 == max(ended)
 
 
 @pytest.mark.parametrize("batch_size", [1, 24, 256])
 def test_a_seed_reproduces_whatever_goes_together(sampler, batch_size):
-    whole, found = (
+    whole, result = (
         particles(sampler, PROMPTS, VOWELS, **JOB),
         particles(sampler, PROMPTS, VOWELS, batch_size=batch_size, **JOB),
     )
-    assert found.candidates.token_ids == whole.candidates.token_ids and found.texts == whole.texts
-    np.testing.assert_allclose(found.log_weights, whole.log_weights)
+    assert result.candidates.token_ids == whole.candidates.token_ids and result.texts == whole.texts
+    np.testing.assert_allclose(result.log_weights, whole.log_weights)
     other = particles(sampler, PROMPTS, VOWELS, **{**JOB, "seed": 5})
     assert other.candidates.token_ids != whole.candidates.token_ids
 
@@ -58,10 +58,10 @@ def test_a_seed_reproduces_whatever_goes_together(sampler, batch_size):
 def test_particles_reach_more_with_as_many_tokens(sampler):
     prompts = PROMPTS * 5
     plain = particles(sampler, prompts, VOWELS, **{**JOB, "checkpoints": []})
-    found = particles(sampler, prompts, VOWELS, **JOB)
-    assert found.candidates.rewards["vowels"].mean() > plain.candidates.rewards["vowels"].mean() + 0.5
-    assert found.effective_sample_size.mean() > plain.effective_sample_size.mean()
-    for result in (plain, found):
+    actual = particles(sampler, prompts, VOWELS, **JOB)
+    assert actual.candidates.rewards["vowels"].mean() > plain.candidates.rewards["vowels"].mean() + 0.5
+    assert actual.effective_sample_size.mean() > plain.effective_sample_size.mean()
+    for result in (plain, actual):
         w = np.exp(result.log_weights - result.log_weights.max(1, keepdims=True))
         np.testing.assert_allclose(result.effective_sample_size, w.sum(1) ** 2 / (w**2).sum(1))
         np.testing.assert_allclose(

@@ -31,7 +31,7 @@ def sampler(request):
 @pytest.mark.parametrize("batch_size", [16, 48])
 def test_a_replay_of_best_of_n_says_who_survives(sampler, batch_size):
     whole = best_of(sampler, PROMPTS, [LENGTH, VOWELS], lam=[0.1, 1.0], **JOB)
-    found = speculative_rejection(
+    result = speculative_rejection(
         sampler,
         PROMPTS,
         [LENGTH, VOWELS],
@@ -55,30 +55,30 @@ def test_a_replay_of_best_of_n_says_who_survives(sampler, batch_size):
             racing = ranked[: -int(-0.4 * len(ranked) // 1)]
             cut |= {i: age for i in ranked if i not in racing and len(ids[i]) > age}
         for i in range(16):
-            assert found.candidates.token_ids[p][i] == ids[i][: cut.get(i, 12)]
-            assert found.complete[p, i] == (i not in cut)
+            assert result.candidates.token_ids[p][i] == ids[i][: cut.get(i, 12)]
+            assert result.complete[p, i] == (i not in cut)
         left = [i for i in range(16) if i not in cut]
-        assert found.indices[p] == max(left, key=lambda i: worth(ids[i]))
-        assert found.texts[p] == whole.candidates.texts[p][found.indices[p]]
+        assert result.indices[p] == max(left, key=lambda i: worth(ids[i]))
+        assert result.texts[p] == whole.candidates.texts[p][result.indices[p]]
         tokens += sum(min(len(ids[i]), cut.get(i, 12)) for i in range(16))
-    assert found.tokens == tokens < 0.8 * sum(len(ids) for row in whole.candidates.token_ids for ids in row)
+    assert result.tokens == tokens < 0.8 * sum(len(ids) for row in whole.candidates.token_ids for ids in row)
 
 
 def test_keeping_all_is_best_of_n(sampler):
     whole = best_of(sampler, PROMPTS, LENGTH, **JOB)
-    found = speculative_rejection(sampler, PROMPTS, LENGTH, checkpoints=[3], keep=1.0, **JOB)
-    assert found.candidates.token_ids == whole.candidates.token_ids and found.texts == whole.texts
-    assert found.complete.all()
+    result = speculative_rejection(sampler, PROMPTS, LENGTH, checkpoints=[3], keep=1.0, **JOB)
+    assert result.candidates.token_ids == whole.candidates.token_ids and result.texts == whole.texts
+    assert result.complete.all()
 
 
 def test_checkpoints_are_an_eighth_a_quarter_and_half(sampler):
     job = {**JOB, "max_new_tokens": 18}
-    found = speculative_rejection(sampler, PROMPTS, LENGTH, **job)
+    result = speculative_rejection(sampler, PROMPTS, LENGTH, **job)
     assert (
-        found.candidates.token_ids
+        result.candidates.token_ids
         == speculative_rejection(sampler, PROMPTS, LENGTH, checkpoints=[2, 4, 9], **job).candidates.token_ids
     )
-    assert (found.complete.sum(1) < 16).all()
+    assert (result.complete.sum(1) < 16).all()
 
 
 def test_memory_pressure_drops_the_worst_and_the_limit_holds(monkeypatch):
@@ -98,13 +98,13 @@ def test_memory_pressure_drops_the_worst_and_the_limit_holds(monkeypatch):
 
     monkeypatch.setattr(SharedPromptEngine, "step", watched)
     job = {"n": n, "max_new_tokens": new, "seed": 1, "checkpoints": [], "memory_limit": limit}
-    found = speculative_rejection(sampler, ["why"], LENGTH, **job)
+    result = speculative_rejection(sampler, ["why"], LENGTH, **job)
     assert max(seen) + prompt <= limit
-    lengths = sorted(len(ids) for ids in found.candidates.token_ids[0])
+    lengths = sorted(len(ids) for ids in result.candidates.token_ids[0])
     assert lengths.count(GROW) == 10 and lengths.count(2 * GROW) == 4 and lengths.count(new) == 6
     free = speculative_rejection(sampler, ["why"], LENGTH, **{**job, "memory_limit": None})
     scores = [len(sampler.text.continuation([], ids[:GROW])) for ids in free.candidates.token_ids[0]]
-    gone = [i for i, ids in enumerate(found.candidates.token_ids[0]) if len(ids) == GROW]
+    gone = [i for i, ids in enumerate(result.candidates.token_ids[0]) if len(ids) == GROW]
     assert max(scores[i] for i in gone) <= min(scores[i] for i in range(n) if i not in gone)
 
 

@@ -125,18 +125,18 @@ class StandIn:
 
 @pytest.fixture
 def vllm(model, tokenizer, monkeypatch):
-    found = StandIn(model, tokenizer)
-    monkeypatch.setitem(sys.modules, "vllm", found.module)
-    return found
+    result = StandIn(model, tokenizer)
+    monkeypatch.setitem(sys.modules, "vllm", result.module)
+    return result
 
 
 @pytest.fixture(params=["vllm", "openai", "openai, chat by the server"])
 def remote(request, model, tokenizer, monkeypatch):
     """Each adapter over the same model; all of them put the chat template before the same tokens."""
     if request.param == "vllm":
-        found = StandIn(model, tokenizer)
-        monkeypatch.setitem(sys.modules, "vllm", found.module)
-        yield VLLMSampler(found.module.LLM())
+        result = StandIn(model, tokenizer)
+        monkeypatch.setitem(sys.modules, "vllm", result.module)
+        yield VLLMSampler(result.module.LLM())
     else:
         with ProtocolServer(model, tokenizer) as running:
             yield OpenAISampler(running.url, tokenizer=None if "chat" in request.param else tokenizer)
@@ -197,12 +197,12 @@ def test_first_tokens_follow_the_truncated_distribution(remote, model, tokenizer
 def test_stop_strings_cut_the_text(remote):
     free = remote.sample(["the cat"], n=1, max_new_tokens=20, seed=0).texts[0][0]
     stop = free[4:6]
-    held = remote.sample(["the cat"], n=1, max_new_tokens=20, seed=0, stop=[stop]).texts[0][0]
-    assert held == free[: free.find(stop)]
+    kept = remote.sample(["the cat"], n=1, max_new_tokens=20, seed=0, stop=[stop]).texts[0][0]
+    assert kept == free[: free.find(stop)]
 
 
 def test_the_same_argument_checks(remote):
-    for wrong, told in (
+    for wrong, message in (
         ({"n": 0}, "n must be an integer, at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"stop": [""]}, "stop must be"),
@@ -210,7 +210,7 @@ def test_the_same_argument_checks(remote):
         ({"memory_limit": "1GB"}, "memory_limit is for models that run here"),
         ({"chat": "yes"}, "chat must be"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             remote.sample(PROMPTS, **{**SHORT, **wrong})
     with pytest.raises(UserError, match=r"prompts\[1\] must be a string that is not empty"):
         remote.sample(["the cat", " "], **SHORT)
@@ -225,8 +225,8 @@ def test_best_of_takes_either(remote):
         def __call__(self, prompts, responses):
             return np.array([len(text) for text in responses], dtype=np.float32)
 
-    found = best_of(remote, PROMPTS, Long(), n=4, max_new_tokens=5, seed=0)
-    assert [len(text) for text in found.texts] == [max(map(len, row)) for row in found.candidates.texts]
+    result = best_of(remote, PROMPTS, Long(), n=4, max_new_tokens=5, seed=0)
+    assert [len(text) for text in result.texts] == [max(map(len, row)) for row in result.candidates.texts]
 
 
 # vLLM
@@ -399,20 +399,20 @@ def test_a_key_is_never_repeated(server, fault, tmp_path):
     assert KEY.encode() not in (tmp_path / "made.parquet").read_bytes()
     assert KEY not in repr(sampler) + repr(made) + repr(made.settings)
     server.faults = [fault]
-    with pytest.raises(UserError, match=f"answered {fault[0]}: ") as told:
+    with pytest.raises(UserError, match=f"answered {fault[0]}: ") as caught:
         sampler.sample(["why"], **SHORT)
-    assert KEY not in str(told.value) and "(the key)" in str(told.value)
+    assert KEY not in str(caught.value) and "(the key)" in str(caught.value)
 
 
 def test_a_key_or_password_that_cannot_be_sent_is_not_repeated():
     for key in ("two words secret", "secret\nX-Header: y", "s\u00e9cret"):
-        with pytest.raises(UserError, match="api_key must be printable ASCII without spaces") as told:
+        with pytest.raises(UserError, match="api_key must be printable ASCII without spaces") as caught:
             OpenAISampler("http://127.0.0.1:9/v1", "m", api_key=key)
-        assert "cret" not in str(told.value)
+        assert "cret" not in str(caught.value)
     for url in ("http://me:secret@host/v1", "me:secret@host", "http://host/v1?api_key=secret"):
-        with pytest.raises(UserError, match="without user, password or query") as told:
+        with pytest.raises(UserError, match="without user, password or query") as caught:
             OpenAISampler(url)
-        assert "secret" not in str(told.value)
+        assert "secret" not in str(caught.value)
     for timeout in (0, float("nan")):
         with pytest.raises(UserError, match="timeout must be at least 1"):
             OpenAISampler("http://127.0.0.1:9/v1", "m", timeout=timeout)
@@ -481,7 +481,7 @@ def change(**fields):
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (lambda a: b"<html>", "did not answer with JSON"),
         (lambda a: b"[" * 100000, "did not answer with JSON"),
@@ -506,9 +506,9 @@ def change(**fields):
         (lambda a: b" " * 10**6, "answered with more than"),
     ],
 )
-def test_answers_are_not_trusted(server, answer, told):
+def test_answers_are_not_trusted(server, answer, message):
     server.answer = answer
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         OpenAISampler(server.url, in_flight=1).sample(["why"], chat=False, **SHORT)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
@@ -525,9 +525,9 @@ def test_choices_of_one_number_are_refused(server, numbers):
     server.complete = lambda path, body: {
         "choices": [{**choice, "index": i} for choice, i in zip(true(path, body)["choices"], numbers, strict=False)]
     }
-    with pytest.raises(UserError, match=f"must number its choices 0 to {len(numbers) - 1}, once each, got") as told:
+    with pytest.raises(UserError, match=f"must number its choices 0 to {len(numbers) - 1}, once each, got") as caught:
         OpenAISampler(server.url).sample(["why"], n=len(numbers), max_new_tokens=4, seed=0)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_server_that_gives_every_candidate_the_same_seed_is_found_out(server):
@@ -550,9 +550,9 @@ def test_left_early_no_more_is_asked(server):
     batches = OpenAISampler(server.url, in_flight=1).iter_batches(PROMPTS * 20, n=1, max_new_tokens=1, seed=0)
     next(batches)
     batches.close()
-    asked = len(server.seen)
-    assert asked < 30
-    assert OpenAISampler(server.url).sample(["why"], **SHORT).n == 5 and len(server.seen) <= asked + 2
+    requested = len(server.seen)
+    assert requested < 30
+    assert OpenAISampler(server.url).sample(["why"], **SHORT).n == 5 and len(server.seen) <= requested + 2
 
 
 def test_the_command_over_a_server(server, tmp_path):
@@ -561,8 +561,8 @@ def test_the_command_over_a_server(server, tmp_path):
     command += ["-n", "5", "--max-new-tokens", "6", "--seed", "7", "--out", "c.parquet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = Candidates.from_parquet(tmp_path / "c.parquet")
-    assert found.texts == OpenAISampler(server.url).sample(PROMPTS, **SHORT).texts
+    result = Candidates.from_parquet(tmp_path / "c.parquet")
+    assert result.texts == OpenAISampler(server.url).sample(PROMPTS, **SHORT).texts
     scored = pipeline.score(tmp_path / "c.parquet", ["diversity"], tmp_path / "s.parquet")
     assert json.dumps(scored.settings["sampling"]["model"]) == json.dumps(server.url)
     server.faults = [(404, {}, b'{"error": {"message": "The model `x` does not exist."}}')]

@@ -31,8 +31,8 @@ def sampler():
 )
 def test_what_is_drawn(sampler, draw, more, shown):
     values = ["diversity", "readability"]
-    found = draw(sampler, ["the cat", "a dog"], values, lam=[1.0, 1.0], max_new_tokens=3, seed=0, **more)
-    assert repr(found).startswith(shown) and len(repr(found)) < 120
+    result = draw(sampler, ["the cat", "a dog"], values, lam=[1.0, 1.0], max_new_tokens=3, seed=0, **more)
+    assert repr(result).startswith(shown) and len(repr(result)) < 120
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_what_is_told_of_it(made, shown):
 
 
 def test_a_solution_as_a_data_frame():
-    found = palette.solve(FLAT, [0.1, 0.1], values=["kind", "short"])
-    table = found.to_pandas()
-    assert table.index.tolist() == ["kind", "short"] and table["reached"].tolist() == found.levels.tolist()
+    result = palette.solve(FLAT, [0.1, 0.1], values=["kind", "short"])
+    table = result.to_pandas()
+    assert table.index.tolist() == ["kind", "short"] and table["reached"].tolist() == result.levels.tolist()
     many = palette.solve(FLAT, np.full((3, 2), 0.1), values=["kind", "short"]).to_pandas()
     assert len(many) == 3 and many.columns.tolist() == ["λ kind", "λ short", "KL", "feasible"]
 

@@ -265,11 +265,11 @@ def test_a_memory_limit_bounds_the_keys_and_values_and_changes_no_token(tokenize
         on("copied cache", sampler)
     whole = sampler.sample(PROMPTS, **SHORT)
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
-    held, step = [], SharedPromptEngine.step
+    kept, step = [], SharedPromptEngine.step
 
     def watched(engine):
         prompts = sum(x.nbytes for p in engine.prefixes.values() for x in (*p.keys.values(), *p.values.values()))
-        held.append(prompts + len(engine.jobs) * SharedPromptEngine.row_bytes(sampler.model, 32))
+        kept.append(prompts + len(engine.jobs) * SharedPromptEngine.row_bytes(sampler.model, 32))
         return step(engine)
 
     monkeypatch.setattr(SharedPromptEngine, "step", watched)
@@ -278,7 +278,7 @@ def test_a_memory_limit_bounds_the_keys_and_values_and_changes_no_token(tokenize
     )
     again = sampler.sample(PROMPTS, memory_limit=limit, **SHORT)
     assert again.token_ids == whole.token_ids
-    assert not shares or 0 < max(held) <= limit
+    assert not shares or 0 < max(kept) <= limit
     with pytest.raises(UserError, match="memory_limit must hold one candidate"):
         sampler.sample(PROMPTS, memory_limit="1kB", **SHORT)
 
@@ -373,13 +373,13 @@ def test_gpu_kernels_draw_from_the_fused_head(tokenizer, monkeypatch):
     model = tiny_causal_lm(tokenizer, dtype=torch.float32)
     options = {"n": 3, "max_new_tokens": 4, "seed": 5, "chat": False, "show_progress": False}
     expected = Sampler(model, tokenizer, backend="cpu").sample(["hello world", "why"], **options)
-    held = []
+    kept = []
     logits = SharedPromptEngine.logits
-    monkeypatch.setattr(SharedPromptEngine, "logits", lambda *args: held.append(1) or logits(*args))
-    found = Sampler(model, tokenizer, backend="triton").sample(["hello world", "why"], **options)
-    assert found.token_ids == expected.token_ids and not held
-    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+    monkeypatch.setattr(SharedPromptEngine, "logits", lambda *args: kept.append(1) or logits(*args))
+    result = Sampler(model, tokenizer, backend="triton").sample(["hello world", "why"], **options)
+    assert result.token_ids == expected.token_ids and not kept
+    for ours, theirs in zip(result.logprobs, expected.logprobs, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert a == pytest.approx(b, abs=1e-4)
     Sampler(model, tokenizer, backend="triton").sample(["why"], **options, top_k=5)  # filters read all logits
-    assert held
+    assert kept

@@ -55,26 +55,26 @@ def test_the_same_tokens_as_a_plain_loop(name):
     model = build(name)
     assert supports(model)
     expected = {Job(p, c): by_hand(model, PROMPTS[p], Job(p, c)) for p in PROMPTS for c in range(N)}
-    found, _ = by_engine(model, rows=5)
+    result, _ = by_engine(model, rows=5)
     for job, (ids, logprobs) in expected.items():
-        assert found[job][0] == ids, job
-        assert found[job][1] == pytest.approx(logprobs, abs=1e-4)
-    assert max(len(logprobs) for _, logprobs in found.values()) > 1
+        assert result[job][0] == ids, job
+        assert result[job][1] == pytest.approx(logprobs, abs=1e-4)
+    assert max(len(logprobs) for _, logprobs in result.values()) > 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 def test_rows_in_flight_change_nothing(rows):
     model = build("llama")
     whole, _ = by_engine(model, rows=18)
-    found, seen = by_engine(model, rows=rows)
-    assert {job: ids for job, (ids, _) in found.items()} == {job: ids for job, (ids, _) in whole.items()}
+    result, seen = by_engine(model, rows=rows)
+    assert {job: ids for job, (ids, _) in result.items()} == {job: ids for job, (ids, _) in whole.items()}
     assert max(seen) <= min(rows, 18) and len(seen) > 1
 
 
 def test_a_place_is_taken_again_at_once():
     model = build("llama")
-    found, seen = by_engine(model, rows=4)
-    tokens = sum(len(ids) for ids, _ in found.values())
+    result, seen = by_engine(model, rows=4)
+    tokens = sum(len(ids) for ids, _ in result.values())
     assert len(seen) <= tokens / 4 * 1.6 + LIMIT  # a batch-by-batch run waits for the longest of each
 
 
@@ -136,7 +136,7 @@ def test_compiled_step_equals_the_plain_one(heads, kv, d, dv, own, lay):
     laid = lay(q, k, v)
     assert all(map(torch.equal, laid, (q, k, v)))
     own_keys, own_values = torch.randn(5, kv, own + 3, d), torch.randn(5, kv, own + 3, dv)
-    found = []
+    result = []
     for name in ("cpu", "reference"):
         engine = SimpleNamespace(
             jobs=jobs, prefixes=prefixes, rows=5, keys={0: own_keys.clone()}, values={0: own_values.clone()}
@@ -144,8 +144,8 @@ def test_compiled_step_equals_the_plain_one(heads, kv, d, dv, own, lay):
         with use_backend(name):
             step = _Step(engine, 5, own, lengths, lengths + 5)
             assert step.compiled == (name == "cpu")
-            found.append((step.attend(0, *laid, d**-0.5, None, None), engine.keys[0], engine.values[0]))
-    (ours, *caches), (plain, *others) = found
+            result.append((step.attend(0, *laid, d**-0.5, None, None), engine.keys[0], engine.values[0]))
+    (ours, *caches), (plain, *others) = result
     assert ours.shape == (5, heads, 1, dv)
     assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
     assert all(map(torch.equal, caches, others))
@@ -164,8 +164,8 @@ def test_one_projection_of_queries_keys_and_values_in_float32(family):
     for name, p in model.named_parameters():
         if p.ndim == 2:  # so large that attention is far from flat
             p.normal_(0, 0.7 if "emb" in name else 0.6 / p.shape[-1] ** 0.5)
-    found, _ = by_engine(model, rows=5)
-    for job, (ids, logprobs) in found.items():
+    result, _ = by_engine(model, rows=5)
+    for job, (ids, logprobs) in result.items():
         prompt = PROMPTS[job.prompt]
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         expected = logits.double().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]

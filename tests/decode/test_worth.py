@@ -52,27 +52,27 @@ def test_the_plug_in_promises_too_much():
 
 def test_up_to_the_pilots_own_number_it_is_measured():
     R = np.random.default_rng(1).normal(size=(200, 24, 2))
-    found = worth(R, [0.8, -0.3])
-    assert found.n[:6].tolist() == [1, 3, 6, 12, 24, 48]
+    result = worth(R, [0.8, -0.3])
+    assert result.n[:6].tolist() == [1, 3, 6, 12, 24, 48]
     for n in (6, 12, 24):
-        low, high = found.at(n)
+        low, high = result.at(n)
         here = effective_sample_size(R[:, :n], np.array([0.8, -0.3])).mean()
         assert low < here < high < 1.2 * low
-    wider, narrower = (found.at(24, prompts=p) for p in (5, 10**9))
+    wider, narrower = (result.at(24, prompts=p) for p in (5, 10**9))
     assert wider[0] < narrower[0] < narrower[1] < wider[1]
-    assert found.at(1) == (1.0, 1.0)
+    assert result.at(1) == (1.0, 1.0)
 
 
 def test_needed_is_where_the_ends_reach():
-    found = worth(np.random.default_rng(2).normal(size=(30, 64, 1)), [1.0])
-    fewest, most = found.needed(50)
+    result = worth(np.random.default_rng(2).normal(size=(30, 64, 1)), [1.0])
+    fewest, most = result.needed(50)
     assert 50 < fewest < most
-    assert found.at(fewest)[1] == pytest.approx(50, rel=0.02) and found.at(most)[0] == pytest.approx(50, rel=0.02)
+    assert result.at(fewest)[1] == pytest.approx(50, rel=0.02) and result.at(most)[0] == pytest.approx(50, rel=0.02)
     assert worth(np.zeros((3, 16, 1)), [0.0]).needed() == (10, 10)
 
 
 @pytest.mark.parametrize(
-    ("shape", "lam", "said"),
+    ("shape", "lam", "message"),
     [
         ((1, 64, 1), 1.0, "how few at least 1 prompt × 64 cannot tell"),
         ((6, 4, 1), 1.0, "how few at least 6 prompts × 4 cannot tell"),
@@ -80,26 +80,26 @@ def test_needed_is_where_the_ends_reach():
         ((12, 64, 1), 0.0, "are worth 1,000 effective ones (95 %, from 12 prompts × 64); 10 need 10"),
     ],
 )
-def test_what_it_cannot_tell_it_does_not_tell(shape, lam, said):
-    assert said in worth(np.random.default_rng(3).normal(size=shape), [lam]).tell(1000)
+def test_what_it_cannot_tell_it_does_not_tell(shape, lam, message):
+    assert message in worth(np.random.default_rng(3).normal(size=shape), [lam]).tell(1000)
 
 
 def test_rewards_that_were_all_alike_promise_nothing():
-    found = worth(np.zeros((12, 64, 1)), [5.0])
-    assert found.at(1000)[0] is None and "cannot tell" in found.tell(1000)
+    result = worth(np.zeros((12, 64, 1)), [5.0])
+    assert result.at(1000)[0] is None and "cannot tell" in result.tell(1000)
 
 
 def test_extreme_scores_stay_finite():
-    found = worth(np.random.default_rng(4).normal(size=(5, 100, 1)) * 1e4, [1.0])
-    low, high = found.at(10**6)
-    assert 1 <= low <= high <= 10**6 and "or more" in found.tell(100)
+    result = worth(np.random.default_rng(4).normal(size=(5, 100, 1)) * 1e4, [1.0])
+    low, high = result.at(10**6)
+    assert 1 <= low <= high <= 10**6 and "or more" in result.tell(100)
 
 
 def test_it_goes_through_json_and_what_is_broken_is_told():
-    found = worth(np.random.default_rng(5).normal(size=(5, 16, 1)), [1.0])
-    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    result = worth(np.random.default_rng(5).normal(size=(5, 16, 1)), [1.0])
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     again = Worth.from_json(data, "p.json: worth")
-    assert again.tell(100) == found.tell(100) and again.needed() == found.needed()
+    assert again.tell(100) == result.tell(100) and again.needed() == result.needed()
     one = worth(np.random.default_rng(5).normal(size=(1, 16, 1)), [1.0])
     assert Worth.from_json(one.to_json(), "x").tell(9) == one.tell(9)
     breaks = [
@@ -120,16 +120,16 @@ def test_it_goes_through_json_and_what_is_broken_is_told():
 
 
 def test_the_real_cases_of_the_repository_hold():
-    found = json.loads((Path(__file__).parents[2] / "bench" / "results" / "worth.json").read_text())
-    cases = found["cases"]
+    result = json.loads((Path(__file__).parents[2] / "bench" / "results" / "worth.json").read_text())
+    cases = result["cases"]
     inside = [(case["low"] or 1) <= case["measured"] <= case["high"] for case in cases]
-    assert len(cases) == 20 and sum(inside) == found["inside"] >= 18 and found["below"] <= 1
-    told = [case for case in cases if case["low"] and case["high"] <= 10 * case["low"]]
-    assert len(told) >= 10  # and most of them say something
+    assert len(cases) == 20 and sum(inside) == result["inside"] >= 18 and result["below"] <= 1
+    lines = [case for case in cases if case["low"] and case["high"] <= 10 * case["low"]]
+    assert len(lines) >= 10  # and most of them say something
 
 
 def test_what_a_file_rounds_changes_no_number_needed():
     rewards = np.random.default_rng(0).normal(size=(6, 12, 1))
-    found = worth(rewards, [0.0])
-    again = type(found).from_json(json.loads(json.dumps(found.to_json())), "x")
-    assert again.needed() == found.needed() == (10, 10)
+    result = worth(rewards, [0.0])
+    again = type(result).from_json(json.loads(json.dumps(result.to_json())), "x")
+    assert again.needed() == result.needed() == (10, 10)

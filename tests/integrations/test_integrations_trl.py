@@ -62,7 +62,7 @@ def test_the_head_gives_trls_output_and_gradients(outputs, bias, masked):
     labels[2] = -100
     if masked:
         labels[:] = -100
-    found = {}
+    result = {}
     for name in ("trl", "fastalign"):
         if name == "fastalign":
             adapter.install()
@@ -74,10 +74,10 @@ def test_the_head_gives_trls_output_and_gradients(outputs, bias, masked):
             utils.add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", *outputs))
             out = model(input_ids=ids, labels=labels, fused_lm_head=True)
             (out.loss + (0 if out.entropy is None else out.entropy.sum())).backward()
-            found[name] = (out, {n: p.grad for n, p in model.named_parameters()})
+            result[name] = (out, {n: p.grad for n, p in model.named_parameters()})
         finally:
             adapter.uninstall()
-    (theirs, their_grads), (ours, our_grads) = found["trl"], found["fastalign"]
+    (theirs, their_grads), (ours, our_grads) = result["trl"], result["fastalign"]
     assert ours.keys() == theirs.keys()
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=2e-5, atol=2e-5, msg=key)
@@ -107,7 +107,7 @@ def test_softcapped_scaled_and_mixture_models(family):
     common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     config = getattr(transformers, f"{family}Config")(**common, **FAMILIES[family])
-    found = {}
+    result = {}
     for name in ("trl", "fastalign"):
         torch.manual_seed(1)
         model = getattr(transformers, f"{family}ForCausalLM")(config)
@@ -119,10 +119,10 @@ def test_softcapped_scaled_and_mixture_models(family):
             utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
             out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             (out.loss + out.entropy.mean()).backward()
-            found[name] = (out, {n: p.grad for n, p in model.named_parameters()})
+            result[name] = (out, {n: p.grad for n, p in model.named_parameters()})
         finally:
             adapter.uninstall()
-    (theirs, their_grads), (ours, our_grads) = found["trl"], found["fastalign"]
+    (theirs, their_grads), (ours, our_grads) = result["trl"], result["fastalign"]
     assert ours.keys() == theirs.keys()
     assert (family == "Mixtral") == (theirs.aux_loss is not None)
     for key in theirs:

@@ -99,8 +99,8 @@ def test_a_block_that_kills_every_worker_is_named_and_all_others_are_kept(cluste
     monkeypatch.setattr(scale, "RETRIES", 1)
     out, log = tmp_path / "out", tmp_path / "log"
     job = {"rewards": length(log=log, dies_on=PROMPTS[1], always=True), "workers": 1, **SHORT}
-    told = "^prompts 1 to 1: the worker that drew them died 2 times, .* goes on with what is missing$"
-    with pytest.raises(UserError, match=told):
+    message = "^prompts 1 to 1: the worker that drew them died 2 times, .* goes on with what is missing$"
+    with pytest.raises(UserError, match=message):
         scale.run(folder, PROMPTS[:3], out, **job)
     met = [line.split(" ", 1)[1] for line in log.read_text().splitlines()]
     assert met.count(PROMPTS[1]) == 2
@@ -130,10 +130,10 @@ def test_selected_parts_and_the_pipeline_on_workers(cluster, folder, tmp_path):
         workers=1,
         **SHORT,
     )
-    found = whole(paths)
+    result = whole(paths)
     alone = Sampler.from_pretrained(folder).sample(PROMPTS[:3], **SHORT)
-    assert found.texts == [sorted(row, key=len, reverse=True)[:2] for row in alone.texts]
-    assert found.rewards["length"].tolist() == [[len(text) for text in row] for row in found.texts]
+    assert result.texts == [sorted(row, key=len, reverse=True)[:2] for row in alone.texts]
+    assert result.rewards["length"].tolist() == [[len(text) for text in row] for row in result.texts]
 
     one = pipeline.sample(folder, PROMPTS[:3], tmp_path / "one.parquet", **SHORT)
     two = pipeline.sample(folder, PROMPTS[:3], tmp_path / "two.parquet", ray="auto", workers=1, **SHORT)
@@ -142,7 +142,7 @@ def test_selected_parts_and_the_pipeline_on_workers(cluster, folder, tmp_path):
 
 
 def test_mistakes_are_one_line(cluster, folder, tmp_path):
-    for wrong, told in (
+    for wrong, message in (
         ({"n": 0}, "n must be an integer, at least 1, got 0"),
         ({"prompts": []}, "prompts must be a list of at least one string"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
@@ -151,8 +151,15 @@ def test_mistakes_are_one_line(cluster, folder, tmp_path):
         ({"max_new_tokens": 300}, r"exceed the model's context of 256 \(in the block of prompts 0 to"),
         ({"lam": [1.0]}, "lam must have one weight per reward, 0, got 1"),
     ):
-        options = {"model": folder, "prompts": PROMPTS[:2], "out": tmp_path / told[:9], "workers": 1, **SHORT, **wrong}
-        with pytest.raises(UserError, match=told) as caught:
+        options = {
+            "model": folder,
+            "prompts": PROMPTS[:2],
+            "out": tmp_path / message[:9],
+            "workers": 1,
+            **SHORT,
+            **wrong,
+        }
+        with pytest.raises(UserError, match=message) as caught:
             scale.run(**options)
         assert "\n" not in str(caught.value)
 

@@ -62,17 +62,17 @@ def with_column(name, values):
 def test_numbers_of_a_data_set_are_finite(kind, column, value, where, tmp_path):
     bad, good = (Dataset.from_list(with_column(column, [0.5, 1.0, x, 0.0])) for x in (value, 1.0))
     evals = {"b": bad} if "b" in where else bad if "eval" in where else None
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         trainer(kind, bad if where == "train_dataset" else good, tmp_path, eval_data=evals)
-    assert str(told.value) == f"{where} row 2: {column} must be a finite number, got {value}"
+    assert str(caught.value) == f"{where} row 2: {column} must be a finite number, got {value}"
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_no_pair_weighs_less_than_nothing(kind, tmp_path):
     data = Dataset.from_list(with_column("weight", [0.5, 0.0, -1.0, 1.0]))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         trainer(kind, data, tmp_path)
-    assert str(told.value) == "train_dataset row 2: weight must be at least 0, got -1"
+    assert str(caught.value) == "train_dataset row 2: weight must be at least 0, got -1"
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
@@ -122,13 +122,13 @@ def test_a_loss_that_is_nan_stops_with_its_row(kind, tmp_path):
     one = trainer(kind, Dataset.from_list(PAIRS), tmp_path, save_strategy="steps", save_steps=1)
     with torch.no_grad():
         one.model.get_input_embeddings().weight[words(one, 2)[0]] = NAN
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         one.train()
-    said, step = str(told.value), one.state.global_step
-    assert said.startswith(f"step {step + 1}: the loss is nan on rows ") and "\n" not in said
-    assert 2 in map(int, said.partition("on rows ")[2].partition(";")[0].split(", "))
+    message, step = str(caught.value), one.state.global_step
+    assert message.startswith(f"step {step + 1}: the loss is nan on rows ") and "\n" not in message
+    assert 2 in map(int, message.partition("on rows ")[2].partition(";")[0].split(", "))
     kept = f"checkpoint-{step}" if step else "no checkpoint was kept before"
-    assert kept in said
+    assert kept in message
 
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
@@ -179,6 +179,6 @@ def test_the_command_ends_with_1_and_saves_nothing(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     monkeypatch.setattr(trl.DPOTrainer, "training_step", lambda *args, **kwargs: torch.tensor(NAN))
     command = ["train", "dpo", "--data", tmp_path / "pairs.jsonl", "--model", folder, "--out", tmp_path / "out"]
-    found = CliRunner().invoke(app, [*map(str, command), "--no-chat"])
-    assert found.exit_code == 1 and "step 1: the loss is nan" in found.stderr + found.stdout
+    result = CliRunner().invoke(app, [*map(str, command), "--no-chat"])
+    assert result.exit_code == 1 and "step 1: the loss is nan" in result.stderr + result.stdout
     assert not list((tmp_path / "out").glob("*.safetensors"))

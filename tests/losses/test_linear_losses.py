@@ -117,10 +117,10 @@ def test_head_options_bias_and_adapter():
     mask = labels != -100
     policy = sequence_logps(plain_log_probs(hidden / 0.5, weight + 0.7 * b @ a, labels, bias / 0.5), mask).chunk(2)
     module = LinearDPOLoss(temperature=0.5, ignore_index=-1)
-    found, _ = module(hidden, weight, labels.masked_fill(~mask, -1), bias=bias, adapter=(a, b, 0.7))
+    result, _ = module(hidden, weight, labels.masked_fill(~mask, -1), bias=bias, adapter=(a, b, 0.7))
     expected = dpo_loss(*policy, None, None).losses.mean()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(gradient(x, b)[0] for x in (found, expected)))
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*(gradient(x, b)[0] for x in (result, expected)))
     capped, _ = LinearDPOLoss(softcap=3.0, logit_scale=0.5)(hidden, weight, labels)
     logits = 3 * torch.tanh(0.5 * hidden @ weight.T / 3)
     log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -131,15 +131,15 @@ def test_a_frozen_head_and_kept_tiles_change_nothing(each_backend):
     hidden, weight, labels = problem()
     hidden.requires_grad_()
     learned = weight.clone().requires_grad_()
-    found = [
+    result = [
         LinearDPOLoss(loss_type=["sigmoid", "sft"], **options)(hidden, w, labels)[0]
         for options, w in (({}, learned), ({}, weight), ({"memory_budget": 1 << 20}, learned))
     ]
-    grads = [gradient(loss, hidden)[0] for loss in found]
-    for loss, grad in zip(found[1:], grads[1:], strict=True):
-        torch.testing.assert_close(loss, found[0])
+    grads = [gradient(loss, hidden)[0] for loss in result]
+    for loss, grad in zip(result[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, result[0])
         torch.testing.assert_close(grad, grads[0])
-    torch.testing.assert_close(*(gradient(found[i], learned)[0] for i in (0, 2)))
+    torch.testing.assert_close(*(gradient(result[i], learned)[0] for i in (0, 2)))
 
 
 def test_gradcheck_in_float64():
@@ -234,8 +234,8 @@ def test_kto_is_kto_loss_on_the_heads_log_probs(kind):
         {"kl_hidden": kl_hidden, "kl_labels": labels, "ref_kl_hidden": ref_kl_hidden, **reference},
         {"kl": kl, "ref_logps": sums[1]},
     ):
-        found, metrics = LinearKTOLoss(**options, token_metrics=True)(hidden, weight, labels, desirable, **more)
-        torch.testing.assert_close(found, expected.losses.mean())
+        result, metrics = LinearKTOLoss(**options, token_metrics=True)(hidden, weight, labels, desirable, **more)
+        torch.testing.assert_close(result, expected.losses.mean())
         torch.testing.assert_close(metrics["rewards/chosen"], expected.rewards[desirable].mean())
         torch.testing.assert_close(metrics["rewards/rejected"], expected.rewards[~desirable].mean())
         torch.testing.assert_close(metrics["logps/chosen"], sums[0].detach()[desirable].mean())
@@ -243,8 +243,8 @@ def test_kto_is_kto_loss_on_the_heads_log_probs(kind):
         torch.testing.assert_close(metrics["kl"], kl if kind == "kto" else torch.zeros_like(kl))
         logits = (hidden @ weight.T).detach()
         torch.testing.assert_close(metrics["logits/rejected"], logits[mask & ~desirable[:, None]].mean())
-        torch.testing.assert_close(*(gradient(x, hidden)[0] for x in (found, expected.losses.mean())))
-        found.backward()
+        torch.testing.assert_close(*(gradient(x, hidden)[0] for x in (result, expected.losses.mean())))
+        result.backward()
         assert kl_hidden.grad is None
 
 
@@ -278,10 +278,10 @@ def test_compiles_whole_and_under_func_grad(name):
     inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
     expected, metrics = f(*inputs)
     expected_grads = gradient(expected, *inputs)
-    found, compiled_metrics = torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs)
-    torch.testing.assert_close(found, expected)
+    result, compiled_metrics = torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(result, expected)
     torch.testing.assert_close(compiled_metrics, metrics)
-    for grads in (gradient(found, *inputs), torch.func.grad(plain, argnums=(0, 1))(hidden, weight)):
+    for grads in (gradient(result, *inputs), torch.func.grad(plain, argnums=(0, 1))(hidden, weight)):
         for x, y in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(x, y)
 

@@ -34,16 +34,16 @@ def by_logits(f, p, hidden, weight, bias, *, temperature=1.0, entropy_coef=0.0, 
     """The function on log-probs and entropies of logits that are held."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     labels = p["labels"] if mask is None else p["labels"].masked_fill(mask == 0, -100)
-    found = reference.token_logprobs(logits, labels, temperature)
+    result = reference.token_logprobs(logits, labels, temperature)
     ref = reference.token_logprobs(p["ref_hidden"] @ p["ref_weight"].T, labels, temperature)["log_probs"]
-    old = found["log_probs"].detach() + p["noise"]
+    old = result["log_probs"].detach() + p["noise"]
     return old, f(
-        found["log_probs"],
+        result["log_probs"],
         old,
         p["advantages"],
         labels != -100,
         ref_logprobs=ref,
-        entropy=found["entropy"],
+        entropy=result["entropy"],
         entropy_coef=entropy_coef,
         **options,
     )
@@ -128,8 +128,8 @@ def test_an_adapter_on_the_head():
     merged = p["weight"] + 0.5 * b @ a
     rest = (p["labels"], p["advantages"], p["noise"] - 3)
     expected, _ = LinearPPOLoss()(p["hidden"], merged, *rest)
-    found, _ = LinearPPOLoss()(p["hidden"], p["weight"], *rest, adapter=(a, b, 0.5))
-    torch.testing.assert_close(found, expected)
+    result, _ = LinearPPOLoss()(p["hidden"], p["weight"], *rest, adapter=(a, b, 0.5))
+    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("module", [LinearPPOLoss(entropy_coef=0.01, kl_coef=0.1), LinearGRPOLoss(loss_type="gspo")])

@@ -67,8 +67,8 @@ def test_bradley_terry_loss_equals_trls_trainer(dtype, with_margin, coefficient,
 def test_bradley_terry_loss_by_hand():
     chosen, rejected = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
     terms = [math.log1p(math.exp(-(0.5 - 0.1))), math.log1p(math.exp(2.1))]
-    found = bradley_terry_loss(chosen, rejected, margin=0.1, center_coefficient=0.5)
-    assert found.item() == pytest.approx(sum(terms) / 2 + 0.5 * (1.5**2 + 2.0**2) / 2, rel=1e-12)
+    result = bradley_terry_loss(chosen, rejected, margin=0.1, center_coefficient=0.5)
+    assert result.item() == pytest.approx(sum(terms) / 2 + 0.5 * (1.5**2 + 2.0**2) / 2, rel=1e-12)
     assert bradley_terry_loss(torch.zeros(0), torch.zeros(0)) == 0
     assert bradley_terry_loss(chosen.bfloat16(), rejected.bfloat16()).dtype == torch.float32
 
@@ -82,9 +82,9 @@ def test_plackett_luce_is_the_product_of_choices():
             left, chance = [math.exp(row[i]) for i in order], 1.0
             for k in range(4):
                 chance *= left[k] / sum(left[k:])
-            found = plackett_luce_loss(row, torch.tensor(order))
-            assert found.item() == pytest.approx(-math.log(chance), rel=1e-12)
-            chances.append(math.exp(-found))
+            result = plackett_luce_loss(row, torch.tensor(order))
+            assert result.item() == pytest.approx(-math.log(chance), rel=1e-12)
+            chances.append(math.exp(-result))
         assert sum(chances) == pytest.approx(1)
     two = torch.tensor([[0, 1]] * 5)
     torch.testing.assert_close(plackett_luce_loss(scores, two), bradley_terry_loss(scores[:, 0], scores[:, 1]))
@@ -95,9 +95,9 @@ def test_plackett_luce_padding():
     ranking = torch.tensor([[3, 1, 5, 0], [2, 4, -1, -1], [5, 99, 99, 99], [7, 7, 7, 7]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
     parts = [plackett_luce_loss(scores[0], ranking[0]), plackett_luce_loss(scores[1], ranking[1, :2])]
-    found = plackett_luce_loss(scores, ranking, mask)
-    torch.testing.assert_close(found, sum(parts) / 4)
-    (grad,) = torch.autograd.grad(found, scores)
+    result = plackett_luce_loss(scores, ranking, mask)
+    torch.testing.assert_close(result, sum(parts) / 4)
+    (grad,) = torch.autograd.grad(result, scores)
     assert (grad[2:] == 0).all() and (grad[0, [2, 4]] == 0).all() and grad.isfinite().all()
     assert plackett_luce_loss(scores[:0], ranking[:0]) == 0
 
@@ -106,11 +106,11 @@ def test_plackett_luce_padding():
 def test_plackett_luce_at_extremes(numbers, seed):
     scores = torch.tensor(numbers).requires_grad_()
     ranking = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
-    found = plackett_luce_loss(scores, ranking)
+    result = plackett_luce_loss(scores, ranking)
     placed = scores.detach().double()[ranking]
     truth = sum((placed[k:].logsumexp(0) - placed[k] for k in range(len(numbers))), torch.tensor(0.0))
-    assert found.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-5)
-    (grad,) = torch.autograd.grad(found, scores)
+    assert result.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-5)
+    (grad,) = torch.autograd.grad(result, scores)
     expected = torch.zeros(len(numbers), dtype=torch.float64)
     for k in range(len(numbers)):
         expected[ranking[k:]] += placed[k:].softmax(0)
@@ -172,32 +172,32 @@ def random_table(n, seed, games=6):
 
 @pytest.mark.parametrize("wins", [np.array(GAMES, float), random_table(3, 0), random_table(20, 1)], ids=len)
 def test_scores_equal_hunters_mm_and_scipys(wins):
-    found = bradley_terry_scores(wins)
-    assert isinstance(found, BradleyTerryScores) and found.items == tuple(range(len(wins)))
-    assert found.scores.sum() == pytest.approx(0, abs=1e-12)
-    np.testing.assert_allclose(found.scores, hunters_mm(wins), atol=1e-9)
+    result = bradley_terry_scores(wins)
+    assert isinstance(result, BradleyTerryScores) and result.items == tuple(range(len(wins)))
+    assert result.scores.sum() == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(result.scores, hunters_mm(wins), atol=1e-9)
     best = minimize(negative_log_likelihood, np.zeros(len(wins)), (wins,), method="BFGS", options={"gtol": 1e-7}).x
-    np.testing.assert_allclose(found.scores, best - best.mean(), atol=1e-5)
-    assert found.log_likelihood == pytest.approx(-negative_log_likelihood(best, wins), rel=1e-10)
+    np.testing.assert_allclose(result.scores, best - best.mean(), atol=1e-5)
+    assert result.log_likelihood == pytest.approx(-negative_log_likelihood(best, wins), rel=1e-10)
     # At the optimum each item's expected wins are its wins.
-    chance = 1 / (1 + np.exp(found.scores[None, :] - found.scores[:, None]))
+    chance = 1 / (1 + np.exp(result.scores[None, :] - result.scores[:, None]))
     np.testing.assert_allclose(((wins + wins.T) * chance).sum(1), wins.sum(1), rtol=1e-10)
 
 
 def test_standard_errors_by_the_constrained_likelihood():
     """Scores of all but the last free, the last minus their sum: the inverse of that Hessian, by differences."""
     wins = np.array(GAMES, float)
-    found = bradley_terry_scores(wins)
+    result = bradley_terry_scores(wins)
     basis = np.vstack([np.eye(7), -np.ones(7)])
-    free, h = found.scores[:7], 1e-4
+    free, h = result.scores[:7], 1e-4
     f = lambda x: negative_log_likelihood(basis @ x, wins)  # noqa: E731
     e = np.eye(7) * h
     hessian = [
         [(f(free + a + b) - f(free + a - b) - f(free - a + b) + f(free - a - b)) / (4 * h * h) for b in e] for a in e
     ]
     covariance = basis @ np.linalg.inv(hessian) @ basis.T
-    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.standard_errors, np.sqrt(np.diag(covariance)), rtol=1e-4)
+    np.testing.assert_allclose(result.covariance, covariance, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(result.standard_errors, np.sqrt(np.diag(covariance)), rtol=1e-4)
 
 
 def test_standard_errors_cover_the_truth():
@@ -211,15 +211,15 @@ def test_standard_errors_cover_the_truth():
         for i, j in itertools.combinations(range(4), 2):
             wins[i, j] = rng.binomial(60, chance[i, j])
             wins[j, i] = 60 - wins[i, j]
-        found = bradley_terry_scores(wins)
-        z.append((found.scores - truth) / found.standard_errors)
+        result = bradley_terry_scores(wins)
+        z.append((result.scores - truth) / result.standard_errors)
     assert np.abs(np.mean(z, 0)).max() < 0.25 and np.abs(np.std(z, 0) - 1).max() < 0.15
 
 
 def test_two_players_by_hand():
-    found = bradley_terry_scores(np.array([[0, 30], [10, 0]]))
-    assert found.scores[0] - found.scores[1] == pytest.approx(math.log(3))
-    c = found.covariance
+    result = bradley_terry_scores(np.array([[0, 30], [10, 0]]))
+    assert result.scores[0] - result.scores[1] == pytest.approx(math.log(3))
+    c = result.covariance
     assert c[0, 0] + c[1, 1] - 2 * c[0, 1] == pytest.approx(1 / 30 + 1 / 10)  # of a log odds
 
 
@@ -236,10 +236,10 @@ def test_lists_of_games_names_and_draws():
     names = ("Anand", "Carlsen", "Polgar")
     for winner, loser, *count in games:
         wins[names.index(winner), names.index(loser)] += count[0] if count else 1
-    found, table = bradley_terry_scores(games), bradley_terry_scores(torch.tensor(wins))
-    assert found.items == names
-    np.testing.assert_allclose(found.scores, table.scores)
-    np.testing.assert_allclose(found.standard_errors, table.standard_errors)
+    result, table = bradley_terry_scores(games), bradley_terry_scores(torch.tensor(wins))
+    assert result.items == names
+    np.testing.assert_allclose(result.scores, table.scores)
+    np.testing.assert_allclose(result.standard_errors, table.standard_errors)
     numbered = bradley_terry_scores([(names.index(a), names.index(b), *c) for a, b, *c in games[::-1]])
     assert numbered.items == (0, 1, 2)
     np.testing.assert_allclose(numbered.scores, table.scores, atol=1e-12)
@@ -249,8 +249,8 @@ def test_lopsided_tables_converge():
     """A ladder in which each beats the next 10^6 times and loses once."""
     n = 12
     wins = np.diag(np.full(n - 1, 1e6), 1) + np.diag(np.ones(n - 1), -1)
-    found = bradley_terry_scores(wins)
-    np.testing.assert_allclose(-np.diff(found.scores), np.log(1e6), rtol=1e-8)
+    result = bradley_terry_scores(wins)
+    np.testing.assert_allclose(-np.diff(result.scores), np.log(1e6), rtol=1e-8)
 
 
 def test_disconnected_tables_are_told_and_a_prior_helps():
@@ -261,13 +261,13 @@ def test_disconnected_tables_are_told_and_a_prior_helps():
     with pytest.raises(UserError, match=r"no other item beat 'a', 'b' \(give"):
         bradley_terry_scores(apart)
     for comparisons, prior in ((never_lost, 0.1), (apart, 0.5), (np.array([[0, 9], [0, 0]]), 1e-3)):
-        found = bradley_terry_scores(comparisons, prior=prior)
+        result = bradley_terry_scores(comparisons, prior=prior)
         wins = comparisons if isinstance(comparisons, np.ndarray) else np.kron(np.eye(2), np.array([[0, 1], [1, 0]]))
         best = minimize(
             negative_log_likelihood, np.zeros(len(wins)), (wins, prior), method="BFGS", options={"gtol": 1e-9}
         ).x
-        np.testing.assert_allclose(found.scores, best, atol=1e-4)
-        assert np.isfinite(found.standard_errors).all() and (found.standard_errors > 0).all()
+        np.testing.assert_allclose(result.scores, best, atol=1e-4)
+        assert np.isfinite(result.standard_errors).all() and (result.standard_errors > 0).all()
     # A prior is so many games against an item of score 0, which may as well stand in the table.
     wins = np.array(GAMES, float)
     widened = np.zeros((9, 9))
@@ -282,10 +282,10 @@ def test_disconnected_tables_are_told_and_a_prior_helps():
 @given(st.integers(2, 9), st.integers(0, 10**6), st.sampled_from([0.0, 1e-3, 1.0]))
 def test_any_connected_table(n, seed, prior):
     wins = random_table(n, seed, games=3)
-    found = bradley_terry_scores(wins, prior=prior)
-    gradient = wins.sum(1) - ((wins + wins.T) / (1 + np.exp(found.scores[None, :] - found.scores[:, None]))).sum(1)
-    gradient += prior * (1 - 2 / (1 + np.exp(-found.scores)))
-    assert np.abs(gradient).max() < 1e-8 and found.iterations < 30
+    result = bradley_terry_scores(wins, prior=prior)
+    gradient = wins.sum(1) - ((wins + wins.T) / (1 + np.exp(result.scores[None, :] - result.scores[:, None]))).sum(1)
+    gradient += prior * (1 - 2 / (1 + np.exp(-result.scores)))
+    assert np.abs(gradient).max() < 1e-8 and result.iterations < 30
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ def test_equals_the_models_own_logits_and_gradients(name):
     expected.sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    found = fused_forward(model, labels, input_ids=ids, attention_mask=mask, temperature=0.9)
-    found.sum().backward()
-    close = {"rtol": 1e-4, "atol": 1e-4} if found.dtype == torch.float32 else {}
-    torch.testing.assert_close(found, expected, **close)
+    result = fused_forward(model, labels, input_ids=ids, attention_mask=mask, temperature=0.9)
+    result.sum().backward()
+    close = {"rtol": 1e-4, "atol": 1e-4} if result.dtype == torch.float32 else {}
+    torch.testing.assert_close(result, expected, **close)
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(dict(model.named_parameters())[parameter].grad, gradient, msg=parameter, **close)
 
@@ -40,9 +40,9 @@ def test_unshifted_labels_and_other_outputs():
     ids, mask, labels = batch()
     shifted = torch.full_like(labels, -100)
     shifted[:, :-1] = labels[:, 1:]
-    asked = ("log_probs", "entropy")
-    a = fused_forward(model, labels, input_ids=ids, attention_mask=mask, outputs=asked)
-    b = fused_forward(model, shifted, shift_labels=False, input_ids=ids, attention_mask=mask, outputs=asked)
+    requested = ("log_probs", "entropy")
+    a = fused_forward(model, labels, input_ids=ids, attention_mask=mask, outputs=requested)
+    b = fused_forward(model, shifted, shift_labels=False, input_ids=ids, attention_mask=mask, outputs=requested)
     torch.testing.assert_close(b.entropy[:, :-1], a.entropy)
     torch.testing.assert_close(b.log_probs[:, :-1], a.log_probs)
 
@@ -60,9 +60,9 @@ def test_a_lora_on_the_head():
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert any("lm_head.lora_A" in name for name in gradients)
     model.zero_grad()
-    found = fused_forward(model, labels, input_ids=ids, attention_mask=mask)
-    found.sum().backward()
-    torch.testing.assert_close(found, expected)
+    result = fused_forward(model, labels, input_ids=ids, attention_mask=mask)
+    result.sum().backward()
+    torch.testing.assert_close(result, expected)
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], msg=name)

@@ -21,11 +21,11 @@ def same(ours, definition, inputs, tolerance=2e-5):
     """Values and gradients of `ours` in float32 against `definition` in float64."""
     exact = [x.double().requires_grad_() for x in inputs]
     rounded = [x.clone().requires_grad_() for x in inputs]
-    expected, found = definition(*exact), ours(*rounded)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    expected, result = definition(*exact), ours(*rounded)
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     for a, b in zip(
-        torch.autograd.grad(found, rounded, out.float()), torch.autograd.grad(expected, exact, out), strict=True
+        torch.autograd.grad(result, rounded, out.float()), torch.autograd.grad(expected, exact, out), strict=True
     ):
         size = float(b.abs().max()) if b.numel() else 0.0
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * (1 + size))
@@ -50,15 +50,15 @@ def test_norm(rows, width, offset):
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-10, 1e15])
 def test_norm_of_tiny_and_huge_rows(scale):
     x, weight = normals(4, 33, scale=scale), normals(33, seed=1)
-    found = _RMSNorm.apply(x, weight, 1e-6, 0.0)
-    torch.testing.assert_close(found.double(), rms(x.double(), weight.double(), 1e-6, 0.0), rtol=1e-5, atol=1e-30)
+    result = _RMSNorm.apply(x, weight, 1e-6, 0.0)
+    torch.testing.assert_close(result.double(), rms(x.double(), weight.double(), 1e-6, 0.0), rtol=1e-5, atol=1e-30)
 
 
 def test_norm_keeps_nan_in_its_row():
     x = normals(3, 40)
     x[1, 39] = float("nan")
-    found = _RMSNorm.apply(x, torch.ones(40), 1e-6, 0.0)
-    assert found[1].isnan().all() and not found[[0, 2]].isnan().any()
+    result = _RMSNorm.apply(x, torch.ones(40), 1e-6, 0.0)
+    assert result[1].isnan().all() and not result[[0, 2]].isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (17,), (3, 100), (2, 5, 4097)])
@@ -94,8 +94,8 @@ def test_an_mlp_behind_a_norm_keeps_no_second_copy():
 
     expected, kept = run(), []
     with CompiledLayers.of(model), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found = run()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        result = run()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     owned = {t.untyped_storage().data_ptr() for t in kept if t.shape[-1] == 32 and t.numel() == 7 * 32}
     assert owned == {x.untyped_storage().data_ptr()}
 
@@ -215,8 +215,8 @@ def test_models_keep_their_outputs_and_gradients(kind, count):
     )
     assert logits.grad_fn is not None and not any("forward" in vars(m) for m in model.modules())
     with layers:
-        found, ours = run()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        result, ours = run()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     assert gradients.keys() == ours.keys()
     for name in gradients:
         torch.testing.assert_close(ours[name], gradients[name], rtol=1e-3, atol=1e-4, msg=name)
@@ -281,8 +281,8 @@ def test_what_the_engine_does_not_do_takes_the_models_own_path(case):
 
     expected = run(plain)
     with use_backend("reference") if case == "reference" else use_backend("auto"), CompiledLayers.of(model):
-        found = run(model)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        result = run(model)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 
 def test_adapters_in_an_mlp_have_their_say():
@@ -297,10 +297,10 @@ def test_adapters_in_an_mlp_have_their_say():
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with CompiledLayers.of(inner):
-        found = model(ids).logits
-        assert "_SiluGateBackward" in {type(node).__name__ for node in graph(found.grad_fn)}
-    found.sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        result = model(ids).logits
+        assert "_SiluGateBackward" in {type(node).__name__ for node in graph(result.grad_fn)}
+    result.sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     for name, p in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-4)

@@ -25,15 +25,15 @@ def in_turn() -> list[str]:
 
 @pytest.mark.parametrize("model_type", in_turn())
 def test_every_path_is_right_or_refused_in_one_line(model_type):
-    found = sweep(model_type)
-    if "not built" in found:
-        assert model_type not in ALWAYS, found
-        pytest.skip(found["not built"])
-    assert {check: found[check] for check in CHECKS if not found[check].startswith(("right", "refused"))} == {}
+    result = sweep(model_type)
+    if "not built" in result:
+        assert model_type not in ALWAYS, result
+        pytest.skip(result["not built"])
+    assert {check: result[check] for check in CHECKS if not result[check].startswith(("right", "refused"))} == {}
 
 
 @pytest.mark.parametrize(
-    "kind, said",
+    "kind, message",
     [
         (
             "llama",
@@ -41,7 +41,7 @@ def test_every_path_is_right_or_refused_in_one_line(model_type):
         )
     ],
 )
-def test_info_tells_which_path_each_part_takes(tmp_path, kind, said):
+def test_info_tells_which_path_each_part_takes(tmp_path, kind, message):
     folder = tiny_folder(tmp_path / "m", kind=kind)
     result = CliRunner().invoke(app, ["info", "--model", str(folder)])
-    assert result.exit_code == 0 and all(words in result.output for words in said), result.output
+    assert result.exit_code == 0 and all(words in result.output for words in message), result.output

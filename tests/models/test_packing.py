@@ -37,12 +37,12 @@ def test_hidden_states_and_gradients_equal_the_padded_batchs(name):
     model.zero_grad()
     enable(model)
     pack = pack_pairs(ids, mask)
-    found = packed_hidden(model, pack)
-    assert len(found) == pack.input_ids.shape[1] < int(mask.sum())
-    error = 1e-4 if found.dtype == torch.float32 else 1e-6  # their norms compute in float32
-    found = found[pack.place]
-    torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=error * float(expected.detach().abs().max()))
-    (found * g)[keep].sum().backward()
+    result = packed_hidden(model, pack)
+    assert len(result) == pack.input_ids.shape[1] < int(mask.sum())
+    error = 1e-4 if result.dtype == torch.float32 else 1e-6  # their norms compute in float32
+    result = result[pack.place]
+    torch.testing.assert_close(result[keep], expected[keep], rtol=0, atol=error * float(expected.detach().abs().max()))
+    (result * g)[keep].sum().backward()
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for n, gradient in gradients.items():
         grad = dict(model.named_parameters())[n].grad
@@ -56,8 +56,8 @@ def test_without_a_pack_the_model_is_what_it_was(name):
     keep = mask.bool()
     expected = model(input_ids=ids, attention_mask=mask).logits
     enable(model)
-    found = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=1e-6)
+    result = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(result[keep], expected[keep], rtol=0, atol=1e-6)
 
 
 def test_left_padding_is_packed_to_the_same_row():

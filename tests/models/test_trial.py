@@ -82,8 +82,8 @@ def masked(model, monkeypatch):
 
     def hide(module, args, kwargs):
         x = kwargs.get("hidden_states", args[0] if args else None)
-        n, held = x.shape[1], kwargs.get("cache")
-        past = held.get_seq_length(module.layer_idx) if held is not None else 0
+        n, kept = x.shape[1], kwargs.get("cache")
+        past = kept.get_seq_length(module.layer_idx) if kept is not None else 0
         mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)
         mask[:, 1:2] &= torch.arange(past, past + n)[:, None] == 1
         own = kwargs.get("attention_mask")
@@ -157,8 +157,10 @@ def test_a_planted_fault_is_seen_and_no_number_is_wrong(fault, tokenizer, monkey
     assert {name for name, verdict in verdicts.items() if not verdict} == where
     assert all("\n" not in verdict.why and (verdict or verdict.why) for verdict in verdicts.values())
 
-    told = pytest.warns(RuntimeWarning, match="not on the") if where & {"engine", "head"} else contextlib.nullcontext()
-    with told:
+    message = (
+        pytest.warns(RuntimeWarning, match="not on the") if where & {"engine", "head"} else contextlib.nullcontext()
+    )
+    with message:
         assert sampled(model, tokenizer) < ROUNDING
         rows = rows_of()
         ids, mask, labels = padded(rows)
@@ -170,9 +172,9 @@ def test_a_planted_fault_is_seen_and_no_number_is_wrong(fault, tokenizer, monkey
     plain = model.forward
     add_pair_forward(model)
     with torch.no_grad():
-        found = model(pairs=PairBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
+        result = model(pairs=PairBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
     model.forward = plain
-    assert differences(model, rows, labels, found) < ROUNDING
+    assert differences(model, rows, labels, result) < ROUNDING
 
 
 def reordering(model, how, monkeypatch):
@@ -215,10 +217,10 @@ def test_the_path_is_told_once(tokenizer):
     model = llama()
     masked(model, None)
     sampler = Sampler(model, tokenizer)
-    with pytest.warns(RuntimeWarning) as told:
+    with pytest.warns(RuntimeWarning) as caught:
         for _ in range(3):
             sampler.sample(PROMPTS, n=1, max_new_tokens=2, seed=0)
-    assert len([x for x in told if "shared-prompt engine" in str(x.message)]) == 1
+    assert len([x for x in caught if "shared-prompt engine" in str(x.message)]) == 1
 
 
 def test_a_model_that_looks_ahead_is_refused_in_one_line(tokenizer):
@@ -326,9 +328,9 @@ def test_adapters_on_the_head_that_are_no_plain_lora(adapter):
             model.train()
             assert not fused_head(model)
             model.eval()
-        found = fused_forward(model, ids, input_ids=ids)
+        result = fused_forward(model, ids, input_ids=ids)
         expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(result, expected, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -450,8 +452,8 @@ def test_a_text_s_law_does_not_depend_on_its_neighbours(tokenizer):
     assert lengths[0] + 6 <= 16 < lengths[1] and lengths[2] <= 16 < lengths[2] + 6
     made = Sampler(model, tokenizer).sample(prompts, **job)
     for prompt, length, ids, log_probs in zip(prompts, lengths, made.token_ids, made.logprobs, strict=True):
-        for new, found in zip(ids, log_probs, strict=True):
-            for step, (token, log_prob) in enumerate(zip(new, found, strict=True)):
+        for new, result in zip(ids, log_probs, strict=True):
+            for step, (token, log_prob) in enumerate(zip(new, result, strict=True)):
                 row = torch.tensor([[*tokenizer(prompt)["input_ids"], *new[:step]]])
                 with torch.no_grad():
                     expected = model(input_ids=row, use_cache=False).logits[0, -1].double().log_softmax(-1)[token]
@@ -464,8 +466,8 @@ def test_scores_of_rows_on_both_sides_of_a_rope_s_change(kind):
     rows = [(tokens(3, 1), tokens(4, 2)), (tokens(12, 3), tokens(6, 4))]
     ids, mask, labels = padded(rows)
     with torch.no_grad():
-        found = score(model, ids, labels[:, 1:], attention_mask=mask).outputs["log_probs"].split([4, 6])
-    for (prompt, tail), ours in zip(rows, found, strict=True):
+        result = score(model, ids, labels[:, 1:], attention_mask=mask).outputs["log_probs"].split([4, 6])
+    for (prompt, tail), ours in zip(rows, result, strict=True):
         model = stretched(kind, 12)  # a dynamic rope remembers what it ran
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *tail]]), use_cache=False).logits[0]
@@ -559,13 +561,13 @@ def test_a_verdict_is_not_for_a_model_that_something_was_done_to(kind, same_mode
     @torch.no_grad()
     def off(model):
         wanted = model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
-        found = fused_forward(model, ids, input_ids=ids).double()
+        result = fused_forward(model, ids, input_ids=ids).double()
         drawn = Sampler(model, tokenizer).sample(["hello"], n=2, max_new_tokens=4, seed=0, chat=False)
         new, prompt = drawn.token_ids[0][0], tokenizer("hello")["input_ids"]
         whole = model(input_ids=torch.tensor([[*prompt, *new]]), use_cache=False).logits[0].double().log_softmax(-1)
         own = whole[len(prompt) - 1 : -1].gather(1, torch.tensor(new)[:, None])[:, 0]
         return max(
-            float((found - wanted.gather(-1, ids[:, 1:, None])[..., 0]).abs().max()),
+            float((result - wanted.gather(-1, ids[:, 1:, None])[..., 0]).abs().max()),
             float((own - torch.tensor(drawn.logprobs[0][0], dtype=torch.float64)).abs().max()),
         )
 

@@ -18,8 +18,8 @@ ADDRESSES = {"ops/buffers.py", "soup/memory.py"}
 def test_addresses_leave_python_in_one_place():
     kernels = PACKAGE.parent / "kernels"
     sources = [*PACKAGE.rglob("*.py"), *kernels.rglob("*.py")]
-    found = {str(path.relative_to(PACKAGE)) for path in sources if "data_ptr" in path.read_text()}
-    assert found == ADDRESSES
+    result = {str(path.relative_to(PACKAGE)) for path in sources if "data_ptr" in path.read_text()}
+    assert result == ADDRESSES
     assert not [path for path in sources if ".ctypes" in path.read_text() or "__array_interface__" in path.read_text()]
 
 
@@ -46,8 +46,8 @@ def test_rows_are_walked_as_the_tensor_is(x):
     flat = torch.tensor([])
     offset = (address - kept.untyped_storage().data_ptr()) // 4
     flat = kept.as_strided((kept.untyped_storage().nbytes() // 4,), (1,), 0)
-    found = [flat[offset + r // inner * outer + r % inner * step :][:width] for r in range(count)]
-    assert dtype == "float32" and torch.equal(torch.stack(found), x.reshape(-1, width))
+    result = [flat[offset + r // inner * outer + r % inner * step :][:width] for r in range(count)]
+    assert dtype == "float32" and torch.equal(torch.stack(result), x.reshape(-1, width))
 
 
 def floats(*shape):
@@ -144,17 +144,17 @@ def test_a_soup_takes_buffers_of_one_size():
 def test_arrays_of_another_layout_are_refused(spoil):
     rewards, m = np.random.default_rng(0).normal(size=(20, 3)), 3
     description = (rewards, np.zeros(m), None, None, None, 0)
-    found = [np.empty(n) for n in (3 + m + m * m, m, m, 1, m, 1, 1, m)] + [
+    result = [np.empty(n) for n in (3 + m + m * m, m, m, 1, m, 1, 1, m)] + [
         np.empty(1, dtype=bool),
         np.empty(1, dtype=np.int64),
     ]
     palette, sign = np.full(m, -0.1), np.ones(m)
-    assert backend.native.map_newton((*found,), description, (palette, sign, None, None, None), 1e-8, np.inf, 1) == 2
+    assert backend.native.map_newton((*result,), description, (palette, sign, None, None, None), 1e-8, np.inf, 1) == 2
     for i in range(2):
         given = [palette, sign, None, None, None]
         given[i] = spoil(given[i])
         with pytest.raises(RuntimeError, match="called wrongly"):
-            backend.native.map_newton((*found,), description, (*given,), 1e-8, np.inf, 1)
+            backend.native.map_newton((*result,), description, (*given,), 1e-8, np.inf, 1)
     for wrong in (
         rewards.astype(">f8"),
         rewards.T,

@@ -58,8 +58,8 @@ def by_definition(rewards, values, mask, gamma, lam):
 def test_equals_the_papers_sum(each_backend, gamma, lam, kind):
     rewards, values = problem((9, 45))
     mask = masks((9, 45))[kind]
-    found = gae(rewards, values, mask, gamma=gamma, lam=lam)
-    for ours, truth in zip(found, by_definition(rewards, values, mask, gamma, lam), strict=True):
+    result = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    for ours, truth in zip(result, by_definition(rewards, values, mask, gamma, lam), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
 
@@ -123,8 +123,8 @@ def test_rows_of_many_blocks(monkeypatch, length, kind):
     rewards[2, length // 3] = NAN
     mask[2, length // 3] = True
     with use_backend("triton"):
-        found = gae(rewards, values.T.contiguous().T, mask.T.contiguous().T, gamma=0.9, lam=0.8)
-    for ours, truth in zip(found, reference.gae(rewards, values, mask, 0.9, 0.8), strict=True):
+        result = gae(rewards, values.T.contiguous().T, mask.T.contiguous().T, gamma=0.9, lam=0.8)
+    for ours, truth in zip(result, reference.gae(rewards, values, mask, 0.9, 0.8), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
@@ -169,14 +169,14 @@ def test_equals_the_python_loop_of_older_trl(each_backend):
 def test_the_same_bits_at_any_thread_count():
     rewards, values = problem((13, 301), torch.float32)
     mask = masks((13, 301))["holes"]
-    before, found = torch.get_num_threads(), []
+    before, result = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(gae(rewards, values, mask))
+            result.append(gae(rewards, values, mask))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    assert all(torch.equal(a, b) for other in result[1:] for a, b in zip(other, result[0], strict=True))
 
 
 LEVELS = """

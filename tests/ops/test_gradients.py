@@ -44,10 +44,10 @@ def dpo(kind, divergence="reverse_kl"):
     def f(logps, x):
         lengths = {"chosen_lengths": LENGTHS[:B], "rejected_lengths": LENGTHS[B:]}
         options = {"beta": x, "label_smoothing": x / 4, "discopop_tau": x, "f_alpha_divergence_coef": x}
-        found = losses.dpo_loss(
+        result = losses.dpo_loss(
             *logps.chunk(2), *REF.chunk(2), loss_type=kind, f_divergence_type=divergence, **lengths, **options
         )
-        return found.losses
+        return result.losses
 
     return f, (LOGPS,)
 
@@ -183,12 +183,12 @@ def test_second_derivatives_are_right_or_refused(name, on):
         expected = penalised(f, tensors)
     with use_backend(on):
         try:
-            found = penalised(f, tensors)
+            result = penalised(f, tensors)
         except RuntimeError as error:
             assert on == "cpu" and "cannot be differentiated again" in str(error)
             assert name in OPS or name.startswith("Linear")
             return
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b)
     if name in STOPPED or on != "reference":
         return
@@ -228,11 +228,11 @@ def test_compiled_layers_refuse_too():
     expected = gradient(model)
     with CompiledLayers.of(compiled):
         assert len(CompiledLayers.of(compiled))
-        found = gradient(compiled)
-    for a, b in zip(found, expected, strict=True):
+        result = gradient(compiled)
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        sum(g.square().sum() for g in found).backward()
+        sum(g.square().sum() for g in result).backward()
 
 
 def test_a_gradient_of_nothing_is_differentiated_again():
@@ -253,12 +253,12 @@ def test_traces_at_any_number(name):
     torch._dynamo.reset()
     traced = torch.compile(f, backend="aot_eager" if name in OPS else "eager", fullgraph=True, dynamic=True)
     for x in (1.0, 0.7, 0.5):
-        found, expected = [], []
-        for run, into in ((traced, found), (f, expected)):
+        result, expected = [], []
+        for run, into in ((traced, result), (f, expected)):
             leaves = [t.clone().requires_grad_() for t in tensors]
             out = run(*leaves, x)
             into += [out, *torch.autograd.grad(out.sum(), leaves)]
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(result, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
@@ -282,8 +282,8 @@ def test_nothing_is_largest_beside_what_is_no_number(bad, dtype, on):
     x[torch.arange(len(places)), places[:, 0]] = bad
     with use_backend(on):
         for z, expected in ((x, False), (sound, True)):
-            found = ops.token_logprobs(z, places[:, 1], outputs=("is_top1", "log_probs"))
-            assert (found.is_top1 == expected).all()
-            assert (found.log_probs.isfinite() == expected).all()
+            result = ops.token_logprobs(z, places[:, 1], outputs=("is_top1", "log_probs"))
+            assert (result.is_top1 == expected).all()
+            assert (result.log_probs.isfinite() == expected).all()
         for z, expected in ((x, False), (sound, True)):
             assert (ops.linear_token_logprobs(z, head, places[:, 1], outputs=("is_top1",)).is_top1 == expected).all()

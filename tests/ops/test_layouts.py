@@ -158,8 +158,8 @@ def test_flushing_denormals_changes_nothing(name):
     expected = outcome(f, tensors)
     try:
         assert torch.set_flush_denormal(True)
-        found = outcome(f, tensors)
+        result = outcome(f, tensors)
     finally:
         torch.set_flush_denormal(False)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         assert torch.equal(a, b)

@@ -52,19 +52,19 @@ def assert_drawn_from(found, logits, seed, offset=0, rows=None, temperature=1.0,
 @pytest.mark.parametrize("shape", [(7, 33, 301), (19, 16, 96), (1, 5, 1), (2, 3, 33)], ids=str)
 def test_draws_what_sample_tokens_draws(each_backend, shape, dtype, options):
     hidden, weight, bias = problem(shape, dtype)
-    found = linear_sample_tokens(hidden, weight, bias=bias, seed=5, offset=3, **options)
+    result = linear_sample_tokens(hidden, weight, bias=bias, seed=5, offset=3, **options)
     exact = hidden.double() @ weight.double().T + bias.double()
     temperature = options.get("temperature", 1.0)
     logits = reference.transform_logits(exact * options.get("logit_scale", 1.0), 1.0, options.get("softcap"))
     expected = reference.sample_tokens(logits, temperature, seed=5, offset=3)
-    assert found.ids.dtype == torch.int64
-    assert found.log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert result.ids.dtype == torch.int64
+    assert result.log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     if temperature == 0:
-        assert torch.equal(found.ids, expected[0]) and (found.log_probs == 0).all()
+        assert torch.equal(result.ids, expected[0]) and (result.log_probs == 0).all()
     else:
         # A draw within rounding of a border may go to either side.
-        assert (found.ids == expected[0]).float().mean() > 0.95
-        assert_drawn_from(found, logits, 5, 3, temperature=temperature)
+        assert (result.ids == expected[0]).float().mean() > 0.95
+        assert_drawn_from(result, logits, 5, 3, temperature=temperature)
 
 
 def test_an_adapter_equals_the_merged_weight(each_backend):
@@ -79,28 +79,28 @@ def test_an_adapter_equals_the_merged_weight(each_backend):
 def test_rows_that_cannot_be_drawn_from(each_backend):
     hidden, weight, bias = problem((6, 8, 120))
     hidden[2] = NAN
-    found = linear_sample_tokens(hidden, weight, bias=bias, seed=0)
-    assert found.ids[2] == -1 and found.log_probs[2].isnan()
-    assert (found.ids[[0, 1, 3, 4, 5]] >= 0).all() and found.log_probs[[0, 1, 3, 4, 5]].isfinite().all()
+    result = linear_sample_tokens(hidden, weight, bias=bias, seed=0)
+    assert result.ids[2] == -1 and result.log_probs[2].isnan()
+    assert (result.ids[[0, 1, 3, 4, 5]] >= 0).all() and result.log_probs[[0, 1, 3, 4, 5]].isfinite().all()
     for value in (NAN, INF):
         for temperature in (1.0, 0.0):
             spoiled = bias.clone()
             spoiled[100] = value
-            found = linear_sample_tokens(hidden, weight, bias=spoiled, seed=0, temperature=temperature)
-            assert (found.ids == -1).all() and found.log_probs.isnan().all()
-    found = linear_sample_tokens(hidden, weight, bias=torch.full((120,), NEG_INF), seed=0)
-    assert (found.ids == -1).all() and found.log_probs.isnan().all()
+            result = linear_sample_tokens(hidden, weight, bias=spoiled, seed=0, temperature=temperature)
+            assert (result.ids == -1).all() and result.log_probs.isnan().all()
+    result = linear_sample_tokens(hidden, weight, bias=torch.full((120,), NEG_INF), seed=0)
+    assert (result.ids == -1).all() and result.log_probs.isnan().all()
 
 
 def test_masked_tokens_are_never_drawn(each_backend):
     hidden, weight, bias = problem((40, 8, 120), scale=0.1)
     bias[:64], bias[64:70], bias[70:] = NEG_INF, 0, NEG_INF
-    found = linear_sample_tokens(hidden, weight, bias=bias, seed=2)
-    assert ((found.ids >= 64) & (found.ids < 70)).all() and len(found.ids.unique()) > 3
+    result = linear_sample_tokens(hidden, weight, bias=bias, seed=2)
+    assert ((result.ids >= 64) & (result.ids < 70)).all() and len(result.ids.unique()) > 3
     bias[:] = NEG_INF
     bias[99] = 0
-    found = linear_sample_tokens(hidden, weight, bias=bias, seed=2)
-    assert (found.ids == 99).all() and (found.log_probs.abs() < 1e-6).all()
+    result = linear_sample_tokens(hidden, weight, bias=bias, seed=2)
+    assert (result.ids == 99).all() and (result.log_probs.abs() < 1e-6).all()
 
 
 def test_greedy_takes_the_first_of_equals(each_backend):
@@ -116,22 +116,22 @@ def test_greedy_takes_the_first_of_equals(each_backend):
 def test_tiny_temperatures_do_not_overflow(each_backend):
     hidden, weight, _ = problem((5, 8, 100))
     for temperature in (1e-3, 1e-20, 1e-44):
-        found = linear_sample_tokens(hidden, weight, temperature=temperature, seed=0)
-        assert torch.equal(found.ids, (hidden @ weight.T).argmax(-1))
+        result = linear_sample_tokens(hidden, weight, temperature=temperature, seed=0)
+        assert torch.equal(result.ids, (hidden @ weight.T).argmax(-1))
 
 
 def test_streams_are_those_of_the_rows(each_backend):
     hidden, weight, _ = problem((9, 8, 200))
     rows = torch.tensor([5, 2**40, 7, 0, 3, 9, 8, 1, 2])
-    found = linear_sample_tokens(hidden, weight, seed=2**64 - 1, offset=4, rows=rows)
+    result = linear_sample_tokens(hidden, weight, seed=2**64 - 1, offset=4, rows=rows)
     order = torch.randperm(9)
     again = linear_sample_tokens(hidden[order], weight, seed=2**64 - 1, offset=4, rows=rows[order])
-    assert torch.equal(again.ids, found.ids[order])
-    assert_drawn_from(found, hidden @ weight.T, 2**64 - 1, 4, rows)
-    assert torch.equal(found.ids, sample_tokens(hidden @ weight.T, seed=2**64 - 1, offset=4, rows=rows).ids)
+    assert torch.equal(again.ids, result.ids[order])
+    assert_drawn_from(result, hidden @ weight.T, 2**64 - 1, 4, rows)
+    assert torch.equal(result.ids, sample_tokens(hidden @ weight.T, seed=2**64 - 1, offset=4, rows=rows).ids)
     pairs = torch.stack([rows, torch.arange(9) % 4], 1)  # and with steps of their own
-    found = linear_sample_tokens(hidden, weight, seed=1, offset=4, rows=pairs)
-    assert torch.equal(found.ids, sample_tokens(hidden @ weight.T, seed=1, offset=4, rows=pairs).ids)
+    result = linear_sample_tokens(hidden, weight, seed=1, offset=4, rows=pairs)
+    assert torch.equal(result.ids, sample_tokens(hidden @ weight.T, seed=1, offset=4, rows=pairs).ids)
 
 
 def test_strided_inputs_and_mixed_dtypes(each_backend):
@@ -151,10 +151,10 @@ def test_strided_inputs_and_mixed_dtypes(each_backend):
 def test_the_law_is_the_softmax(each_backend):
     count = 4000 if each_backend != "triton" else 250
     hidden, weight, bias = problem((1, 6, 60), scale=2.0)
-    found = linear_sample_tokens(hidden.expand(count, 6), weight, bias=bias, seed=11)
+    result = linear_sample_tokens(hidden.expand(count, 6), weight, bias=bias, seed=11)
     p = (hidden @ weight.T + bias).double().softmax(-1)[0]
     likely = p * count >= 5
-    observed = torch.bincount(found.ids, minlength=60).double()
+    observed = torch.bincount(result.ids, minlength=60).double()
     seen = torch.cat([observed[likely], observed[~likely].sum()[None]])
     expected = torch.cat([p[likely], p[~likely].sum()[None]]) * count
     assert chisquare(seen, expected).pvalue > 1e-3
@@ -177,17 +177,17 @@ def test_any_shape_and_scale(count, width, vocab, seed, scale, columns):
         patch.setattr(head, "VOCAB", columns)
         for name in ("cpu", "triton"):
             with fastalign.use_backend(name):
-                found = linear_sample_tokens(hidden, weight, bias=bias, seed=seed)
-            assert_drawn_from(found, logits, seed, slack=1e-4)
+                result = linear_sample_tokens(hidden, weight, bias=bias, seed=seed)
+            assert_drawn_from(result, logits, seed, slack=1e-4)
 
 
 def test_has_no_gradient_and_heeds_no_autocast(each_backend):
     hidden, weight, _ = problem((8, 64, 100))
     plain = linear_sample_tokens(hidden, weight, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = linear_sample_tokens(hidden.requires_grad_(), weight.requires_grad_(), seed=1)
-    assert not found.log_probs.requires_grad
-    assert torch.equal(found.ids, plain.ids) and torch.equal(found.log_probs, plain.log_probs)
+        result = linear_sample_tokens(hidden.requires_grad_(), weight.requires_grad_(), seed=1)
+    assert not result.log_probs.requires_grad
+    assert torch.equal(result.ids, plain.ids) and torch.equal(result.log_probs, plain.log_probs)
 
 
 def test_opcheck_and_compile(each_backend):
@@ -196,16 +196,16 @@ def test_opcheck_and_compile(each_backend):
         arguments = (hidden, weight, bias, None, None, 1.0, 0.8, 0.0, 1.0, 7, 0, None)
         torch.library.opcheck(sample_op, arguments, test_utils=("test_schema", "test_faketensor"))
     draw = lambda h: linear_sample_tokens(h, weight, bias=bias, seed=7)  # noqa: E731
-    found = torch.compile(draw, fullgraph=True, backend="aot_eager")(hidden)
-    assert torch.equal(found.ids, draw(hidden).ids)
+    result = torch.compile(draw, fullgraph=True, backend="aot_eager")(hidden)
+    assert torch.equal(result.ids, draw(hidden).ids)
 
 
 def test_equal_logits_follow_the_generator(each_backend):
     """Of 2^8 equally likely tokens the one drawn is the first 8 bits of the generator's first word."""
     words = reference.philox(9, torch.arange(20), torch.full((20,), 1))
-    found = linear_sample_tokens(torch.zeros(20, 4), torch.randn(256, 4), seed=9, offset=1)
-    assert torch.equal(found.ids, words[:, 0] >> 24)
-    torch.testing.assert_close(found.log_probs, torch.full((20,), -8 * math.log(2)))
+    result = linear_sample_tokens(torch.zeros(20, 4), torch.randn(256, 4), seed=9, offset=1)
+    assert torch.equal(result.ids, words[:, 0] >> 24)
+    torch.testing.assert_close(result.log_probs, torch.full((20,), -8 * math.log(2)))
 
 
 @pytest.mark.parametrize(

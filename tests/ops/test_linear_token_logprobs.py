@@ -69,8 +69,8 @@ def test_values_and_gradients(each_backend, small_tiles, shape, dtype, options):
         assert_as_good_as_torch(getattr(ours, name).detach(), theirs[name].detach(), truth[name].detach(), hair, name)
     assert torch.equal(ours.is_top1, truth["is_top1"])
     weights = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for found in (truth, theirs, ours._asdict()):
-        (found["log_probs"].double() * weights + 0.3 * found["entropy"].double()).sum().backward()
+    for result in (truth, theirs, ours._asdict()):
+        (result["log_probs"].double() * weights + 0.3 * result["entropy"].double()).sum().backward()
     for name, x, y, z in zip(("hidden", "weight", "bias"), c, b, a, strict=True):
         assert x.grad.dtype == dtype
         assert_as_good_as_torch(x.grad, y.grad, z.grad, HAIR[dtype], name)
@@ -86,8 +86,8 @@ def test_frozen_head_makes_its_gradient_going_forward(each_backend, small_tiles,
     truth = plain(a, weight.double(), bias.double(), labels, **options)["log_probs"]
     theirs = plain(b, weight, bias, labels, **options)["log_probs"]
     ours = linear_token_logprobs(c, weight, labels, bias=bias, **options)
-    for found in (truth, theirs, ours):
-        (found.double() * weights).sum().backward()
+    for result in (truth, theirs, ours):
+        (result.double() * weights).sum().backward()
     assert_as_good_as_torch(c.grad, b.grad, a.grad, HAIR[dtype], "hidden")
 
 
@@ -99,8 +99,8 @@ def test_real_tiles_and_kept_ones(shape, budget):
     truth = plain(*a, labels)
     ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=("log_probs", "entropy"), memory_budget=budget)
     assert (ours.log_probs - truth["log_probs"]).abs().max() < 1e-5
-    for found in (truth, ours._asdict()):
-        total = found["log_probs"].sum() + found["entropy"].sum()
+    for result in (truth, ours._asdict()):
+        total = result["log_probs"].sum() + result["entropy"].sum()
         total.backward(retain_graph=True)
         total.backward()  # the kept tiles are not used up
     for x, y in zip(b, a, strict=True):
@@ -156,10 +156,10 @@ def test_gradcheck_in_float64(each_backend, small_tiles, frozen):
     options = {"temperature": 0.7, "softcap": 4.0, "logit_scale": 1.5}
 
     def everything(hidden, weight, bias, a, b):
-        found = linear_token_logprobs(
+        result = linear_token_logprobs(
             hidden, weight, labels, bias=bias, adapter=(a, b, 0.5), outputs=("log_probs", "entropy"), **options
         )
-        return found.log_probs, found.entropy
+        return result.log_probs, result.entropy
 
     fast = each_backend == "triton"  # along random directions
     if frozen:
@@ -191,8 +191,8 @@ def test_only_requested_gradients_are_made(each_backend, small_tiles):
     options = (0.5, 1.0, 0.0, 1.0, -100)
     log_probs, row_max, row_sum, entropy, *_, kept, unit = forward_op(*tensors, labels, *options, False, False, 0)
     given = (log_probs, log_probs, row_max, row_sum, entropy, kept, unit)
-    found = backward_op(*given, *tensors, labels, *options, 0.0, [False, False, True, False, False])
-    assert [x.numel() for x in found] == [0, 0, 90, 0, 0]
+    result = backward_op(*given, *tensors, labels, *options, 0.0, [False, False, True, False, False])
+    assert [x.numel() for x in result] == [0, 0, 90, 0, 0]
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -225,10 +225,10 @@ def test_ignored_positions_are_not_looked_at(each_backend, small_tiles):
     hidden[:, :4] = float("nan")
     a, b, c = leaves(hidden, weight, bias)
     adapter = leaves(torch.randn(2, 8), torch.randn(60, 2))
-    found = linear_token_logprobs(a, b, labels, bias=c, adapter=(*adapter, 1.0), outputs=OUTPUTS)
-    (found.log_probs.sum() + found.entropy.sum()).backward()
+    result = linear_token_logprobs(a, b, labels, bias=c, adapter=(*adapter, 1.0), outputs=OUTPUTS)
+    (result.log_probs.sum() + result.entropy.sum()).backward()
     for name in OUTPUTS:
-        assert (getattr(found, name)[:, :4] == 0).all()
+        assert (getattr(result, name)[:, :4] == 0).all()
     assert (a.grad[:, :4] == 0).all() and (a.grad[:, 4:] != 0).any()
     assert all(x.grad.isfinite().all() for x in (a, b, c, *adapter))
     (d,) = leaves(hidden)
@@ -244,9 +244,9 @@ def test_nothing_to_score(each_backend, labels, frozen):
     hidden, weight, _, _ = problem((tuple(labels.shape), 4, 9))
     a, b = leaves(hidden, weight)
     b.requires_grad_(not frozen)
-    found = linear_token_logprobs(a, b, labels, outputs=OUTPUTS, memory_budget=1 << 20)
-    (found.log_probs.sum() + found.entropy.sum()).backward()
-    assert found.log_probs.shape == labels.shape and not found.log_probs.any() and not found.is_top1.any()
+    result = linear_token_logprobs(a, b, labels, outputs=OUTPUTS, memory_budget=1 << 20)
+    (result.log_probs.sum() + result.entropy.sum()).backward()
+    assert result.log_probs.shape == labels.shape and not result.log_probs.any() and not result.is_top1.any()
     assert a.grad.shape == hidden.shape and not a.grad.any()
     assert frozen or (b.grad.shape == weight.shape and not b.grad.any())
 
@@ -254,9 +254,9 @@ def test_nothing_to_score(each_backend, labels, frozen):
 def test_another_ignore_index(each_backend):
     hidden, weight, _, labels = problem(((6,), 4, 9))
     labels[1] = labels[2] = 0
-    found = linear_token_logprobs(hidden, weight, labels, ignore_index=0)
-    assert found[1] == 0 and found[2] == 0
-    torch.testing.assert_close(found, token_logprobs(hidden @ weight.T, labels, ignore_index=0))
+    result = linear_token_logprobs(hidden, weight, labels, ignore_index=0)
+    assert result[1] == 0 and result[2] == 0
+    torch.testing.assert_close(result, token_logprobs(hidden @ weight.T, labels, ignore_index=0))
 
 
 def test_strided_hidden_and_weight(each_backend, small_tiles):
@@ -268,10 +268,10 @@ def test_strided_hidden_and_weight(each_backend, small_tiles):
         for view in (hidden[:, :-1], hidden.transpose(0, 1)[:-1].transpose(0, 1), hidden[:1, :-1].expand(3, 5, 2, 8)):
             a, b = leaves(view.contiguous(), weight)
             whole, w = view.detach().requires_grad_(), weight.T.contiguous().T.requires_grad_()
-            expected, found = linear_token_logprobs(a, b, labels), linear_token_logprobs(whole, w, labels)
-            torch.testing.assert_close(found, expected)
+            expected, result = linear_token_logprobs(a, b, labels), linear_token_logprobs(whole, w, labels)
+            torch.testing.assert_close(result, expected)
             for x, y in zip(
-                torch.autograd.grad(found.sum(), (whole, w)), torch.autograd.grad(expected.sum(), (a, b)), strict=True
+                torch.autograd.grad(result.sum(), (whole, w)), torch.autograd.grad(expected.sum(), (a, b)), strict=True
             ):
                 torch.testing.assert_close(x, y)
     label = torch.tensor(3)
@@ -327,11 +327,11 @@ def test_masked_vocabulary_and_nan_stay_in_their_row(each_backend, small_tiles):
     for frozen in (False, True):
         (a,) = leaves(hidden)
         (b,) = leaves(weight)
-        found = linear_token_logprobs(a, weight if frozen else b, labels, bias=bias)
-        found.sum().backward()
+        result = linear_token_logprobs(a, weight if frozen else b, labels, bias=bias)
+        result.sum().backward()
         expected = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        torch.testing.assert_close(found, expected, equal_nan=True)
-        assert found[3].isnan() and a.grad[3].isnan().all() and a.grad[[0, 1, 2, 4]].isfinite().all()
+        torch.testing.assert_close(result, expected, equal_nan=True)
+        assert result[3].isnan() and a.grad[3].isnan().all() and a.grad[[0, 1, 2, 4]].isfinite().all()
     (a,) = leaves(hidden)
     everything = linear_token_logprobs(a, weight, labels, bias=torch.full((100,), NEG_INF))
     everything[:3].sum().backward()
@@ -345,12 +345,18 @@ def test_equals_trls_chunked_head(each_backend, options):
     hidden, weight, bias, labels = problem(((9,), 16, 301), scale=3.0)
     labels = labels.clamp(min=0)
     a, b = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
-    asked = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    requested = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     theirs = ChunkedLogProbFunction.apply(
-        *a, labels, options.get("temperature", 1.0), 128, options.get("softcap"), options.get("logit_scale", 1.0), asked
+        *a,
+        labels,
+        options.get("temperature", 1.0),
+        128,
+        options.get("softcap"),
+        options.get("logit_scale", 1.0),
+        requested,
     )
     ours = linear_token_logprobs(b[0], b[1], labels, bias=b[2], outputs=OUTPUTS, **options)
-    for name, value in zip(("log_probs", *asked), theirs, strict=True):
+    for name, value in zip(("log_probs", *requested), theirs, strict=True):
         torch.testing.assert_close(
             getattr(ours, name), value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -389,8 +395,8 @@ def test_any_shape_tile_and_scale(tokens, width, vocab, seed, scale, ignored, ro
             truth, theirs = plain(*a, labels)["log_probs"], plain(*b, labels)["log_probs"]
             ours = linear_token_logprobs(c[0], c[1], labels, bias=c[2])
             assert_as_good_as_torch(ours.detach(), theirs.detach(), truth.detach(), 3e-6)
-            for found in (truth, theirs, ours):
-                found.sum().backward()
+            for result in (truth, theirs, ours):
+                result.sum().backward()
             for x, y, z, learn in zip(c, b, a, learns, strict=True):
                 if learn:
                     assert_as_good_as_torch(x.grad, y.grad, z.grad, 5e-6 * max(1.0, scale))
@@ -413,9 +419,9 @@ def test_grad_filter_drops_what_is_small(each_backend, monkeypatch):
         d = d * ((p >= eps) | (F.one_hot(labels.clamp(min=0), 3000) == 1)) * scored
         a, b, c = leaves(hidden, weight, chosen)
         exact = linear_token_logprobs(a, b, labels, bias=c)
-        found = linear_token_logprobs(a, b, labels, bias=c, grad_filter=eps)
-        assert torch.equal(found, exact)
-        grads = torch.autograd.grad(found.sum(), (a, b, c))
+        result = linear_token_logprobs(a, b, labels, bias=c, grad_filter=eps)
+        assert torch.equal(result, exact)
+        grads = torch.autograd.grad(result.sum(), (a, b, c))
         for x, y in zip(grads, (d @ weight, d.T @ hidden, d.sum(0)), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert (grads[1][2500:].abs().sum(-1) == 0).float().mean() > 0.9
@@ -497,9 +503,9 @@ def test_small_gradients_survive_float16_tiles(small_tiles, frozen):
     a, b = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.float64)
     a[1].requires_grad_(not frozen)
     with fastalign.use_backend("triton"):
-        found = linear_token_logprobs(*a, labels, outputs=("log_probs", "entropy"))
+        result = linear_token_logprobs(*a, labels, outputs=("log_probs", "entropy"))
         inputs = a[: 1 if frozen else 2]
-        grads = torch.autograd.grad(found.log_probs.sum() * 1e-3, inputs)
+        grads = torch.autograd.grad(result.log_probs.sum() * 1e-3, inputs)
     expected = torch.autograd.grad(plain(*b, None, labels)["log_probs"].sum() * 1e-3, b)
     for x, y in zip(grads, expected, strict=False):
         # The result is float16 itself: 2^-24 apart where it is small.
@@ -513,27 +519,27 @@ def test_triton_gives_nan_where_it_cannot_raise(monkeypatch, small_tiles):
     for frozen in (False, True):
         (a,) = leaves(hidden)
         with fastalign.use_backend("triton"):
-            found = linear_token_logprobs(a, weight.clone().requires_grad_(not frozen), labels)
-        found[[0, 3]].sum().backward()
-        assert found.isnan().tolist() == [False, True, True, False] and a.grad[[0, 3]].isfinite().all()
+            result = linear_token_logprobs(a, weight.clone().requires_grad_(not frozen), labels)
+        result[[0, 3]].sum().backward()
+        assert result.isnan().tolist() == [False, True, True, False] and a.grad[[0, 3]].isfinite().all()
 
 
 def test_same_bits_again_and_near_ones_at_any_thread_count():
     hidden, weight, _, labels = problem(((70,), 24, 5000), scale=3.0)
-    before, found = torch.get_num_threads(), []
+    before, result = torch.get_num_threads(), []
     try:
         for threads in (1, 1, 2, 2, 3):
             torch.set_num_threads(threads)
             a, b = leaves(hidden, weight)
             out = linear_token_logprobs(a, b, labels)
             out.sum().backward()
-            found.append((out.detach(), a.grad, b.grad))
+            result.append((out.detach(), a.grad, b.grad))
     finally:
         torch.set_num_threads(before)
     for i, j in ((0, 1), (2, 3)):
-        assert all(torch.equal(x, y) for x, y in zip(found[i], found[j], strict=True))
-    for other in found[2:]:  # the engine gives the same bits; torch's products may not
-        for x, y in zip(other, found[0], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(result[i], result[j], strict=True))
+    for other in result[2:]:  # the engine gives the same bits; torch's products may not
+        for x, y in zip(other, result[0], strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
@@ -545,13 +551,13 @@ def test_func_grad_vmap_and_compile(frozen):
     wanted = 0 if frozen else (0, 1)
     a, b = leaves(hidden, weight)
     expected = torch.autograd.grad(token_logprobs(a @ b.T, labels).sum(), (a, b))
-    found = torch.func.grad(loss, argnums=wanted)(hidden, weight, labels)
-    found = (found,) if frozen else found
-    for x, y in zip(found, expected, strict=False):
+    result = torch.func.grad(loss, argnums=wanted)(hidden, weight, labels)
+    result = (result,) if frozen else result
+    for x, y in zip(result, expected, strict=False):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
-    found = torch.func.vmap(torch.func.grad(loss, argnums=wanted), in_dims=(0, None, 0))(hidden, weight, labels)
-    found = (found,) if frozen else (found[0], found[1].sum(0))
-    for x, y in zip(found, expected, strict=False):
+    result = torch.func.vmap(torch.func.grad(loss, argnums=wanted), in_dims=(0, None, 0))(hidden, weight, labels)
+    result = (result,) if frozen else (result[0], result[1].sum(0))
+    for x, y in zip(result, expected, strict=False):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
     a, b = leaves(hidden, weight)
     b.requires_grad_(not frozen)
@@ -584,10 +590,10 @@ def test_compiles_with_every_option():
 
     one, two = leaves(hidden, weight, bias, a, b), leaves(hidden, weight, bias, a, b)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    expected, found = run(*one, labels), compiled(*two, labels)
-    for x, y in zip(expected, found, strict=True):
+    expected, result = run(*one, labels), compiled(*two, labels)
+    for x, y in zip(expected, result, strict=True):
         torch.testing.assert_close(x, y)
-    for out in (expected, found):
+    for out in (expected, result):
         (out.log_probs.sum() + out.entropy.sum()).backward()
     for x, y in zip(one, two, strict=True):
         torch.testing.assert_close(x.grad, y.grad)

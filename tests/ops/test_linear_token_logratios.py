@@ -51,9 +51,9 @@ def test_values_and_gradients(each_backend, shape, dtype):
 def test_equals_the_ratios_of_the_logits(each_backend):
     hidden, weight, ref_hidden, ref_weight, labels = problem()
     expected = token_logratios(hidden @ weight.T, ref_hidden @ ref_weight.T, labels, temperature=1.3)
-    found = linear_token_logratios(hidden, weight, ref_hidden, ref_weight, labels, temperature=1.3)
-    torch.testing.assert_close(found, expected)
-    assert (found[..., 0] == 0).all()
+    result = linear_token_logratios(hidden, weight, ref_hidden, ref_weight, labels, temperature=1.3)
+    torch.testing.assert_close(result, expected)
+    assert (result[..., 0] == 0).all()
     assert (linear_token_logratios(hidden, weight, hidden, weight, labels) == 0).all()
 
 
@@ -62,10 +62,10 @@ def test_options_reach_both_sides(each_backend):
     a, b = torch.randn(2, 12, dtype=torch.float64), torch.randn(61, 2, dtype=torch.float64)
     z, z0 = hidden @ (weight + 0.5 * b @ a).T, ref_hidden @ ref_weight.T
     softcapped = [reference.transform_logits(0.7 * x, 1.0, 4.0) for x in (z, z0)]
-    found = linear_token_logratios(
+    result = linear_token_logratios(
         hidden, weight, ref_hidden, ref_weight, labels, softcap=4.0, logit_scale=0.7, adapter=(a, b, 0.5)
     )
-    torch.testing.assert_close(found, token_logratios(*softcapped, labels))
+    torch.testing.assert_close(result, token_logratios(*softcapped, labels))
 
 
 def test_gradcheck_compile_and_func_grad():

@@ -77,8 +77,8 @@ def test_engine_equals_reference(n, m, groups, weighted, wide, seed):
     dtype = torch.float64 if wide else torch.float32
     rewards, lam, options = problem(n, m, dtype, 2, seed, weighted, groups)
     with use_backend("cpu"):
-        found = map_statistics(rewards, lam, **options)
-    assert_same(found, MapStatistics(**reference.map_statistics(rewards, lam, **options)))
+        result = map_statistics(rewards, lam, **options)
+    assert_same(result, MapStatistics(**reference.map_statistics(rewards, lam, **options)))
 
 
 def test_many_chunks_many_values_and_many_lambdas():
@@ -108,9 +108,9 @@ def test_many_programs_blocks_and_lambdas(monkeypatch, shape, groups, weighted):
     if n == 35 and groups:
         options.pop("log_weights", None)
     with use_backend("triton"):
-        found = map_statistics(rewards, lam, **options)
-        assert_same(map_statistics(rewards.T.contiguous().T, lam, **options), found, 1e-14)
-    assert_same(found, MapStatistics(**reference.map_statistics(rewards, lam, **options)))
+        result = map_statistics(rewards, lam, **options)
+        assert_same(map_statistics(rewards.T.contiguous().T, lam, **options), result, 1e-14)
+    assert_same(result, MapStatistics(**reference.map_statistics(rewards, lam, **options)))
 
 
 def test_a_group_without_weight_is_nan_where_nobody_waits():
@@ -119,18 +119,18 @@ def test_a_group_without_weight_is_nan_where_nobody_waits():
     log_weights = torch.tensor([0.0, 0.0, NEG_INF, NEG_INF, 0.0])
     for groups in (None, torch.tensor([0, 0, 1, 1, 2])):
         with use_backend("triton"):
-            found = map_statistics(
+            result = map_statistics(
                 R, LAM, log_weights=log_weights - (0 if groups is not None else np.inf), groups=groups
             )
-        assert found.log_z.isnan() and found.mean.isnan().all() and found.cov.isnan().all()
+        assert result.log_z.isnan() and result.mean.isnan().all() and result.cov.isnan().all()
 
 
 def test_the_mean_is_the_gradient_and_the_covariance_the_hessian(each_backend):
     rewards, lam, options = problem(50, 4, groups=5)
     log_z = lambda x: reference.map_statistics(rewards, x, **options)["log_z"]  # noqa: E731
-    found = map_statistics(rewards, lam, **options)
-    torch.testing.assert_close(found.mean, torch.func.grad(log_z)(lam), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.cov, torch.func.hessian(log_z)(lam), rtol=1e-10, atol=1e-10)
+    result = map_statistics(rewards, lam, **options)
+    torch.testing.assert_close(result.mean, torch.func.grad(log_z)(lam), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.cov, torch.func.hessian(log_z)(lam), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("groups", [0, 700])
@@ -138,14 +138,14 @@ def test_same_bits_at_any_number_of_threads(groups):
     rewards, lam, options = problem(30_000, 6, torch.float32, 2, groups=groups)
     before = torch.get_num_threads()
     try:
-        found = []
+        result = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(map_statistics(rewards, lam, **options))
+            result.append(map_statistics(rewards, lam, **options))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for other in result[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result[0], other, strict=True))
 
 
 def test_every_instruction_set():
@@ -180,9 +180,9 @@ def test_strided_rows_are_read_in_place(each_backend):
 
 def test_huge_scores_do_not_overflow(each_backend):
     rewards = torch.tensor([[1.0], [0.5], [-1.0]])
-    found = map_statistics(rewards, torch.tensor([1e6]))
-    assert found.log_z.item() == pytest.approx(1e6 - np.log(3), rel=1e-15)
-    assert found.mean.item() == 1 and found.ess.item() == 1 and found.cov.item() == 0
+    result = map_statistics(rewards, torch.tensor([1e6]))
+    assert result.log_z.item() == pytest.approx(1e6 - np.log(3), rel=1e-15)
+    assert result.mean.item() == 1 and result.ess.item() == 1 and result.cov.item() == 0
     assert map_statistics(rewards, torch.tensor([-1e6])).mean.item() == -1
 
 
@@ -197,16 +197,16 @@ def test_rows_without_weight_count_for_nothing(each_backend):
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [50.0, 50.0]], dtype=torch.float64)
     lam = torch.tensor([0.7, 0.1])
     log_weights = torch.tensor([0.2, -0.1, NEG_INF])
-    found = map_statistics(rewards, lam, log_weights=log_weights)
-    assert_same(found, map_statistics(rewards[:2], lam, log_weights=log_weights[:2]), 1e-14)
-    assert found.max_score.item() == pytest.approx(0.7)
+    result = map_statistics(rewards, lam, log_weights=log_weights)
+    assert_same(result, map_statistics(rewards[:2], lam, log_weights=log_weights[:2]), 1e-14)
+    assert result.max_score.item() == pytest.approx(0.7)
 
 
 def test_nan_gives_nan(each_backend):
     rewards = torch.randn(40, 3)
     rewards[17, 1] = float("nan")
-    found = map_statistics(rewards, torch.zeros(3))
-    assert found.log_z.isnan() and found.mean[1].isnan() and found.max_score.isnan()
+    result = map_statistics(rewards, torch.zeros(3))
+    assert result.log_z.isnan() and result.mean[1].isnan() and result.max_score.isnan()
     groups = torch.arange(40) // 10
     assert map_statistics(rewards, torch.zeros(3), groups=groups).mean.isnan().any()
 

@@ -24,10 +24,10 @@ def test_uniform_is_the_reference_to_the_last_bit(seed):
     generator = torch.Generator().manual_seed(3)
     rows = torch.cat([torch.tensor(edges), torch.randint(-(2**62), 2**62, (22,), generator=generator)])
     offsets = rows.flip(0).contiguous()
-    found = torch.empty(32, 32, dtype=torch.float64)
-    _fill[(1,)](found, rows, offsets, seed, COUNT=32)
-    assert torch.equal(found, reference.uniform(seed, rows[:, None], offsets[None, :]))
-    assert found.min() > 0 and found.max() < 1
+    result = torch.empty(32, 32, dtype=torch.float64)
+    _fill[(1,)](result, rows, offsets, seed, COUNT=32)
+    assert torch.equal(result, reference.uniform(seed, rows[:, None], offsets[None, :]))
+    assert result.min() > 0 and result.max() < 1
 
 
 @triton.jit
@@ -37,6 +37,6 @@ def _one(out, row, offset, seed):
 
 @pytest.mark.parametrize("row, offset, seed", [(0, 0, 0), (3, 2**40, 7), (2**33, 5, -9)])
 def test_scalars_of_any_width(row, offset, seed):
-    found = torch.empty((), dtype=torch.float64)
-    _one[(1,)](found, row, offset, seed)
-    assert found == reference.uniform(seed, torch.tensor(row), torch.tensor(offset))
+    result = torch.empty((), dtype=torch.float64)
+    _one[(1,)](result, row, offset, seed)
+    assert result == reference.uniform(seed, torch.tensor(row), torch.tensor(offset))

@@ -129,10 +129,10 @@ def ours_grpo(
 
 def with_gradient(f, p, *args, **options):
     leaves = [x.detach().clone().requires_grad_() for x in (p.logprobs, p.entropy)]
-    found = f(SimpleNamespace(**vars(p) | {"logprobs": leaves[0], "entropy": leaves[1]}), *args, **options)
-    loss = found[0]
+    result = f(SimpleNamespace(**vars(p) | {"logprobs": leaves[0], "entropy": leaves[1]}), *args, **options)
+    loss = result[0]
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True) if loss.requires_grad else None
-    return found, grads
+    return result, grads
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["", "with an empty row"])
@@ -156,7 +156,7 @@ def test_grpo_equals_trls_trainer(each_backend, loss_type, options, dtype, sprea
         options = options | {"high": 1.2}
     options = {"importance": "token"} | options
     (theirs, metrics), expected = with_gradient(trl_grpo, p, loss_type, **options)
-    ours, found = with_gradient(ours_grpo, p, loss_type, **options)
+    ours, result = with_gradient(ours_grpo, p, loss_type, **options)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-6
     if loss_type == "sapo":  # whose temperatures TRL rounds to float32, whatever the rest is
         tolerance = max(tolerance, 1e-7)
@@ -165,7 +165,7 @@ def test_grpo_equals_trls_trainer(each_backend, loss_type, options, dtype, sprea
     torch.testing.assert_close(
         ours.loss, theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=tolerance * scale
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance * float(b.abs().max() + 1))
     near = {"rtol": 10 * tolerance, "atol": tolerance}
     assert ours.entropy.item() == pytest.approx(metrics["entropy"][0], rel=1e-5)
@@ -225,8 +225,8 @@ def papers_grpo(p, loss_type, low=0.2, high=0.28, beta=0.04, max_length=16, cap=
 def test_grpo_equals_the_papers(each_backend, loss_type):
     p = problem(seed=3)
     high = 2.0 if loss_type == "cispo" else 0.28
-    found = ours_grpo(p, loss_type, high=high, beta=0.04).loss
-    assert found.item() == pytest.approx(papers_grpo(p, loss_type), rel=1e-12)
+    result = ours_grpo(p, loss_type, high=high, beta=0.04).loss
+    assert result.item() == pytest.approx(papers_grpo(p, loss_type), rel=1e-12)
 
 
 def test_ppo_equals_the_papers(each_backend):
@@ -241,19 +241,19 @@ def test_ppo_equals_the_papers(each_backend):
         kl += 0.5 * (p.logprobs[i, t] - p.ref[i, t]).item() ** 2
         entropy += p.entropy[i, t].item()
     n = p.mask.sum().item()
-    found = ppo_loss(
+    result = ppo_loss(
         p.logprobs, p.old, advantages, p.mask, clip_range=0.1, clip_range_high=0.3, dual_clip=1.5, ref_logprobs=p.ref,
         kl_coef=0.2, kl_estimator="k2", entropy=p.entropy, entropy_coef=0.01,
     )  # fmt: skip
-    assert found.loss.item() == pytest.approx((total + 0.2 * kl - 0.01 * entropy) / n, rel=1e-12)
-    assert found.policy_loss.item() == pytest.approx(total / n, rel=1e-12)
-    assert found.kl.item() == pytest.approx(kl / n) and found.entropy.item() == pytest.approx(entropy / n)
+    assert result.loss.item() == pytest.approx((total + 0.2 * kl - 0.01 * entropy) / n, rel=1e-12)
+    assert result.policy_loss.item() == pytest.approx(total / n, rel=1e-12)
+    assert result.kl.item() == pytest.approx(kl / n) and result.entropy.item() == pytest.approx(entropy / n)
     d = (p.logprobs - p.old)[p.mask]
-    assert found.approx_kl.item() == pytest.approx((d.exp() - 1 - d).mean().item())
-    assert found.ratio.item() == pytest.approx(d.exp().mean().item())
+    assert result.approx_kl.item() == pytest.approx((d.exp() - 1 - d).mean().item())
+    assert result.ratio.item() == pytest.approx(d.exp().mean().item())
     a = advantages[p.mask]
-    assert found.clip_low.item() == pytest.approx(((d.exp() < 0.9) & (a < 0)).double().mean().item())
-    assert found.clip_high.item() == pytest.approx(((d.exp() > 1.3) & (a > 0)).double().mean().item())
+    assert result.clip_low.item() == pytest.approx(((d.exp() < 0.9) & (a < 0)).double().mean().item())
+    assert result.clip_high.item() == pytest.approx(((d.exp() > 1.3) & (a > 0)).double().mean().item())
 
 
 def test_ppo_is_grpo_with_other_sums(each_backend):
@@ -274,10 +274,10 @@ def test_ppo_is_grpo_with_other_sums(each_backend):
 def test_first_step_without_old_logprobs_is_the_policy_gradient(each_backend):
     p = problem()
     x = p.logprobs.clone().requires_grad_()
-    found = ppo_loss(x, None, p.advantages, p.mask)
-    (grad,) = torch.autograd.grad(found.loss, x)
+    result = ppo_loss(x, None, p.advantages, p.mask)
+    (grad,) = torch.autograd.grad(result.loss, x)
     torch.testing.assert_close(grad, -(p.advantages[:, None] * p.mask) / p.mask.sum())
-    assert found.approx_kl == 0 and found.ratio == 1 and found.clip_low == found.clip_high == 0
+    assert result.approx_kl == 0 and result.ratio == 1 and result.clip_low == result.clip_high == 0
 
 
 def trl_rloo(p):
@@ -310,9 +310,9 @@ def trl_rloo(p):
 def test_rloo_equals_trls_trainer(each_backend, dtype, spread):
     p = problem(dtype=dtype, spread=spread)
     (theirs, metrics), expected = with_gradient(trl_rloo, p)
-    ours, found = with_gradient(lambda p: rloo_loss(p.logprobs, p.old, p.advantages, p.mask, clip_range_high=0.3), p)
+    ours, result = with_gradient(lambda p: rloo_loss(p.logprobs, p.old, p.advantages, p.mask, clip_range_high=0.3), p)
     torch.testing.assert_close(ours.loss, theirs, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result[0], expected[0], rtol=1e-5, atol=1e-6)
     assert ours.clip_low.item() == pytest.approx(metrics["clip_ratio/low_mean"][0])
     assert ours.clip_high.item() == pytest.approx(metrics["clip_ratio/high_mean"][0])
 
@@ -327,9 +327,9 @@ def test_group_advantages():
     mean = grouped.nanmean(1, keepdim=True)
     for scale, std in (("group", nanstd(grouped, dim=1, keepdim=True)), ("batch", nanstd(rewards)), ("none", None)):
         expected = grouped - mean if std is None else (grouped - mean) / (std + 1e-4)
-        found = group_advantages(rewards, 4, scale=scale)
-        torch.testing.assert_close(found, expected.nan_to_num(0.0).flatten())
-        assert found[[9, 12, 13, 14, 15]].eq(0).all() and found[4:8].abs().max() < 1e-12
+        result = group_advantages(rewards, 4, scale=scale)
+        torch.testing.assert_close(result, expected.nan_to_num(0.0).flatten())
+        assert result[[9, 12, 13, 14, 15]].eq(0).all() and result[4:8].abs().max() < 1e-12
     assert (group_advantages(rewards, 1, scale="group") == 0).all()
     assert (group_advantages(torch.full((4,), NAN), 4) == 0).all()
 
@@ -342,9 +342,9 @@ def test_rloo_advantages():
     normal = rloo_advantages(rewards, 4, normalize=True)
     torch.testing.assert_close(normal, (expected - expected.mean()) / (expected.std() + 1e-4))
     rewards[1:4], rewards[5] = NAN, NAN
-    found = rloo_advantages(rewards, 4)
-    assert (found[[0, 1, 2, 3, 5]] == 0).all()
-    torch.testing.assert_close(found[4], rewards[4] - rewards[6:8].mean())
+    result = rloo_advantages(rewards, 4)
+    assert (result[[0, 1, 2, 3, 5]] == 0).all()
+    torch.testing.assert_close(result[4], rewards[4] - rewards[6:8].mean())
     assert rloo_advantages(rewards, 4, normalize=True)[[0, 1, 2, 3, 5]].eq(0).all()
     assert (rloo_advantages(rewards, 1) == 0).all()
 
@@ -364,8 +364,8 @@ def test_kl_estimators():
         torch.testing.assert_close((p.exp() * kl_penalty(p, q, estimator)).sum(), exact)
     z = p.clone().requires_grad_()
     (expected,) = torch.autograd.grad((z.softmax(-1) * (z.log_softmax(-1) - q)).sum(), z)
-    (found,) = torch.autograd.grad((p.exp() * kl_penalty(z.log_softmax(-1), q, "k2")).sum(), z)
-    torch.testing.assert_close(found, expected)
+    (result,) = torch.autograd.grad((p.exp() * kl_penalty(z.log_softmax(-1), q, "k2")).sum(), z)
+    torch.testing.assert_close(result, expected)
 
 
 def test_value_loss(each_backend):
@@ -377,9 +377,9 @@ def test_value_loss(each_backend):
         plain, clipped = (v - r) ** 2, (min(max(v, o - 0.2), o + 0.2) - r) ** 2
         total, over = total + 0.5 * max(plain, clipped), over + (clipped > plain)
     n = p.mask.sum().item()
-    found = value_loss(values, old, returns, p.mask)
-    assert found.loss.item() == pytest.approx(total / n, rel=1e-12)
-    assert found.clip_fraction.item() == pytest.approx(over / n)
+    result = value_loss(values, old, returns, p.mask)
+    assert result.loss.item() == pytest.approx(total / n, rel=1e-12)
+    assert result.clip_fraction.item() == pytest.approx(over / n)
     free = value_loss(values, None, returns, p.mask, clip_range=None)
     torch.testing.assert_close(free.loss, 0.5 * (values - returns)[p.mask].square().mean())
     assert free.clip_fraction == 0
@@ -391,11 +391,11 @@ def test_value_loss(each_backend):
 def test_whiten():
     p = problem()
     x = p.logprobs.masked_fill(~p.mask, NAN)
-    found = whiten(x, p.mask)
-    assert found[p.mask].mean().abs() < 1e-12 and found[p.mask].std().item() == pytest.approx(1, rel=1e-6)
-    assert (found[~p.mask] == 0).all()
+    result = whiten(x, p.mask)
+    assert result[p.mask].mean().abs() < 1e-12 and result[p.mask].std().item() == pytest.approx(1, rel=1e-6)
+    assert (result[~p.mask] == 0).all()
     kept = whiten(x, p.mask, shift_mean=False)
-    torch.testing.assert_close(kept[p.mask] - found[p.mask], x[p.mask].mean().expand(p.mask.sum()))
+    torch.testing.assert_close(kept[p.mask] - result[p.mask], x[p.mask].mean().expand(p.mask.sum()))
     for mask in (torch.zeros(2, 2), torch.eye(2)[:1]):
         assert (whiten(torch.ones(mask.shape) * 3, mask) == 0).all()
     assert whiten(torch.ones(2, 2).bfloat16(), torch.ones(2, 2)).dtype == torch.float32
@@ -463,12 +463,12 @@ def test_masked_places_and_empty_rows_count_for_nothing(each_backend, name):
         setattr(dirty, key, getattr(clean, key).masked_fill(~clean.mask, bad))
     dirty.advantages = clean.advantages.clone()
     dirty.advantages[2] = NAN  # the empty row's
-    found = []
+    result = []
     for p in (clean, dirty):
         leaves = [x.clone().requires_grad_() for x in (p.logprobs, p.entropy)]
         out = all_losses(p)[name](leaves[0], leaves[1] if name not in ("rloo", "value") else torch.zeros(1))
-        found.append((out.detach(), torch.autograd.grad(out, leaves[0])[0]))
-    (a, grad_a), (b, grad_b) = found
+        result.append((out.detach(), torch.autograd.grad(out, leaves[0])[0]))
+    (a, grad_a), (b, grad_b) = result
     assert torch.equal(a, b) and torch.equal(grad_a, grad_b)
     assert (grad_b[~clean.mask] == 0).all()
 
@@ -482,13 +482,13 @@ def test_masked_places_and_empty_rows_count_for_nothing(each_backend, name):
 
 def both_ways(f, *leaves):
     """What f makes of copies of the leaves, and its gradients of a sum with unequal weights: torch's, the kernels'."""
-    found = []
+    result = []
     for backend in ("auto", "triton"):
         inputs = [x.detach().clone().requires_grad_() for x in leaves]
         with fastalign.use_backend(backend):
             out = f(*inputs)
-        found.append((out, torch.autograd.grad(out[0], inputs)))
-    return found
+        result.append((out, torch.autograd.grad(out[0], inputs)))
+    return result
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["", "with a reference"])
@@ -559,10 +559,10 @@ def test_the_kernel_keeps_the_digits_of_a_small_kl():
     p = problem(dtype=torch.float32, spread=1e-4)
     arguments = (p.logprobs, p.old, p.advantages, p.mask)
     with fastalign.use_backend("triton"):
-        found = ppo_loss(*arguments, ref_logprobs=p.ref)
+        result = ppo_loss(*arguments, ref_logprobs=p.ref)
     truth = ppo_loss(*(x.double() for x in arguments), ref_logprobs=p.ref.double())
     for name in ("approx_kl", "kl"):
-        assert getattr(found, name).item() == pytest.approx(getattr(truth, name).item(), rel=1e-5)
+        assert getattr(result, name).item() == pytest.approx(getattr(truth, name).item(), rel=1e-5)
 
 
 def test_the_ops_on_the_cpu_are_the_plain_formulas():
@@ -570,24 +570,24 @@ def test_the_ops_on_the_cpu_are_the_plain_formulas():
     p = problem(spread=0.8)
     for importance in ("token", "mean", "sum"):
         arguments = (p.logprobs, p.entropy, p.old, p.advantages[:, None], p.mask, p.ref, importance, -0.2, 0.2, 1.0)
-        found = policy_op(*arguments, 0.1, "k3", True)
+        result = policy_op(*arguments, 0.1, "k3", True)
         with fastalign.use_backend("triton"):
             expected = policy_op(*arguments, 0.1, "k3", True)
-        torch.testing.assert_close(found[:3], expected[:3])
-        slopes = [(out[3] if importance != "token" else 0 * out[3])[:, None] * p.mask for out in (found, expected)]
-        scales = [(out[4] if importance != "token" else 0 * out[4] + 1)[:, None] for out in (found, expected)]
-        whole = [a + b * out[5] for a, b, out in zip(slopes, scales, (found, expected), strict=True)]
+        torch.testing.assert_close(result[:3], expected[:3])
+        slopes = [(out[3] if importance != "token" else 0 * out[3])[:, None] * p.mask for out in (result, expected)]
+        scales = [(out[4] if importance != "token" else 0 * out[4] + 1)[:, None] for out in (result, expected)]
+        whole = [a + b * out[5] for a, b, out in zip(slopes, scales, (result, expected), strict=True)]
         torch.testing.assert_close(*whole)
     arguments = (p.logprobs, p.old, p.ref, p.mask, 0.2)
-    found = value_op(*arguments)
+    result = value_op(*arguments)
     with fastalign.use_backend("triton"):
-        torch.testing.assert_close(found, value_op(*arguments))
+        torch.testing.assert_close(result, value_op(*arguments))
 
 
 def test_figures_of_an_empty_batch_are_zero(each_backend):
     p = problem()
-    found = ppo_loss(p.logprobs, p.old, p.advantages, torch.zeros(6, 9), ref_logprobs=p.ref, entropy=p.entropy)
-    assert all(x == 0 for x in found)
+    result = ppo_loss(p.logprobs, p.old, p.advantages, torch.zeros(6, 9), ref_logprobs=p.ref, entropy=p.entropy)
+    assert all(x == 0 for x in result)
     none = ppo_loss(p.logprobs[:0], p.old[:0], p.advantages[:0], p.mask[:0])
     assert none.loss == 0
 
@@ -619,11 +619,11 @@ def test_extreme_ratios(loss_type, ratios, advantage):
 def test_narrow_dtypes_are_summed_in_float32(each_backend):
     p = problem(dtype=torch.bfloat16)
     x = p.logprobs.clone().requires_grad_()
-    found = ppo_loss(x, p.old, p.advantages, p.mask, ref_logprobs=p.ref, kl_coef=0.1)
-    found.loss.backward()
-    assert found.loss.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+    result = ppo_loss(x, p.old, p.advantages, p.mask, ref_logprobs=p.ref, kl_coef=0.1)
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
     wide = ppo_loss(p.logprobs.float(), p.old, p.advantages, p.mask, ref_logprobs=p.ref, kl_coef=0.1)
-    assert torch.equal(found.loss.detach(), wide.loss)
+    assert torch.equal(result.loss.detach(), wide.loss)
 
 
 @pytest.mark.parametrize(

@@ -163,13 +163,13 @@ def test_pairwise_loss_equals_dpo_loss_at_extremes(each_backend, kind, smooth, d
     expected = dpo_loss(
         chosen, rejected, None, None, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **options
     )
-    found = pairwise_loss(y, None, mask, **options)
+    result = pairwise_loss(y, None, mask, **options)
     rtol, atol = (1e-12, 1e-30) if dtype == torch.float64 else (2e-6, 1e-37)
-    torch.testing.assert_close(found.losses, expected.losses, rtol=rtol, atol=atol)
-    torch.testing.assert_close(found[1:3], expected[1:])
+    torch.testing.assert_close(result.losses, expected.losses, rtol=rtol, atol=atol)
+    torch.testing.assert_close(result[1:3], expected[1:])
     weights = torch.linspace(0.5, 2, len(chosen), dtype=dtype)
     (a,) = torch.autograd.grad((expected.losses * weights).sum(), x)
-    (b,) = torch.autograd.grad((found.losses * weights).sum(), y)
+    (b,) = torch.autograd.grad((result.losses * weights).sum(), y)
     # Derivatives are differences of terms as large as beta; some of theirs cancel to nothing.
     torch.testing.assert_close(b, a, rtol=10 * rtol, atol=1e-16 if dtype == torch.float64 else 1e-7)
 
@@ -195,10 +195,10 @@ def test_pairwise_loss_reads_every_form(each_backend, monkeypatch, dtype, refere
         x, y = (log_probs.detach().clone().requires_grad_() for _ in range(2))
         expected = dpo_loss(*sequence_logps(x, mask).chunk(2), *halves, loss_type=kind, **lengths)
         spaced = torch.cat((y, y), 1)[:, 37:]
-        found = pairwise_loss(spaced, given, kept, loss_type=kind)
-        assert found.losses.dtype == torch.float32
-        torch.testing.assert_close(found[:3], tuple(expected))
-        (a,), (b,) = (torch.autograd.grad(out.losses.sum(), z) for out, z in ((expected, x), (found, y)))
+        result = pairwise_loss(spaced, given, kept, loss_type=kind)
+        assert result.losses.dtype == torch.float32
+        torch.testing.assert_close(result[:3], tuple(expected))
+        (a,), (b,) = (torch.autograd.grad(out.losses.sum(), z) for out, z in ((expected, x), (result, y)))
         assert b.dtype == dtype and (b[~mask] == 0).all()
         torch.testing.assert_close(b, a)
 
@@ -208,9 +208,9 @@ def test_nan_in_a_pair_stays_there(each_backend):
     mask[3] = True
     log_probs[3, 0] = math.nan
     x = log_probs.clone().requires_grad_()
-    found = fused_on("sigmoid", x, mask, ref)
-    found.losses.sum().backward()
-    assert found.losses.isnan().tolist() == [False] * 3 + [True, False]
+    result = fused_on("sigmoid", x, mask, ref)
+    result.losses.sum().backward()
+    assert result.losses.isnan().tolist() == [False] * 3 + [True, False]
     assert x.grad.isnan().any(-1).tolist() == ([False] * 3 + [True, False]) * 2
     assert pairwise_loss(log_probs[:0], None, mask[:0]).losses.shape == (0,)
 
@@ -233,9 +233,9 @@ def test_the_op_on_the_cpu_is_the_table():
     log_probs, mask, ref = random_pairs(torch.float64)
     for kind in ("sigmoid", "ipo", "nca_pair"):
         arguments = (log_probs, torch.cat(ref), mask, kind, 0.2, 0.1, 0.05)
-        found = forward_op(*arguments)
+        result = forward_op(*arguments)
         with fastalign.use_backend("triton"):
-            torch.testing.assert_close(found, forward_op(*arguments))
+            torch.testing.assert_close(result, forward_op(*arguments))
 
 
 def test_linear_dpo_takes_the_fused_loss_where_it_applies(each_backend):
@@ -342,8 +342,8 @@ def test_without_a_reference_its_log_probs_are_zero():
     for kind in LOSS_TYPES:
         options = {"label_smoothing": smoothing(kind)}
         expected = ours_on(kind, log_probs, mask, (zero, zero), **options)
-        found = ours_on(kind, log_probs, mask, (None, None), **options)
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        result = ours_on(kind, log_probs, mask, (None, None), **options)
+        assert all(torch.equal(x, y) for x, y in zip(result, expected, strict=True))
 
 
 def test_limits_that_plain_arithmetic_makes_nan():
@@ -352,9 +352,9 @@ def test_limits_that_plain_arithmetic_makes_nan():
     def loss(c, r, **options):
         x = torch.tensor([c], requires_grad=True)
         y = torch.tensor([r], requires_grad=True)
-        found = dpo_loss(x, y, None, None, beta=1.0, **options).losses
-        found.sum().backward()
-        return found.item(), x.grad.item(), y.grad.item()
+        result = dpo_loss(x, y, None, None, beta=1.0, **options).losses
+        result.sum().backward()
+        return result.item(), x.grad.item(), y.grad.item()
 
     forward = {"f_divergence_type": "forward_kl"}
     # The score of a completion that became impossible is -inf. The other one's does not save it.
@@ -432,18 +432,18 @@ def test_dpo_equals_the_papers_in_wide_arithmetic(kind, divergence):
             truth = float(textbook(kind, divergence, c, r, 0.125, e, 0.05, n, m))
             for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
                 x, y = (torch.tensor([v], dtype=dtype) for v in (c, r))
-                found = dpo_loss(x, y, None, None, loss_type=kind, **options).losses
+                result = dpo_loss(x, y, None, None, loss_type=kind, **options).losses
                 expected = torch.tensor([truth], dtype=torch.float64).to(dtype)
-                message = f"{kind} {divergence} {c} {r}: {found.item()} {truth}"
-                torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-37, msg=message)
+                message = f"{kind} {divergence} {c} {r}: {result.item()} {truth}"
+                torch.testing.assert_close(result, expected, rtol=rtol, atol=1e-37, msg=message)
 
 
 def test_forward_kl_margin_against_wide_arithmetic():
     """Per token, where both scores overflow the lengths decide which is the larger."""
     c, r = torch.tensor([-1e4, -1e4]), torch.tensor([-1e4, -1e4])
     lengths = {"chosen_lengths": torch.tensor([2, 8]), "rejected_lengths": torch.tensor([4, 4])}
-    found = dpo_loss(c, r, None, None, loss_type="sigmoid_norm", f_divergence_type="forward_kl", **lengths).losses
-    assert found.tolist() == [math.inf, 0]
+    result = dpo_loss(c, r, None, None, loss_type="sigmoid_norm", f_divergence_type="forward_kl", **lengths).losses
+    assert result.tolist() == [math.inf, 0]
 
 
 @given(
@@ -459,9 +459,9 @@ def test_no_nan_anywhere(kind, c, r, beta, dtype):
     zero, lengths = torch.zeros(n, dtype=dtype), torch.arange(n)
     options = {"label_smoothing": smoothing(kind[0]), "f_divergence_type": kind[1], "beta": beta}
     options |= {"chosen_lengths": lengths, "rejected_lengths": lengths + 2}
-    found = dpo_loss(x, y, zero, zero, loss_type=kind[0], **options).losses
-    assert not found.isnan().any()
-    found[found.isfinite()].sum().backward()
+    result = dpo_loss(x, y, zero, zero, loss_type=kind[0], **options).losses
+    assert not result.isnan().any()
+    result[result.isfinite()].sum().backward()
     for z in (x, y):
         assert z.grad is None or not z.grad.isnan().any()
 
@@ -523,9 +523,9 @@ def test_the_table_names_a_source_for_each_and_formulas_are_elementwise():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_inputs_are_widened(dtype):
     a, b = torch.tensor([-300.0], dtype=dtype), torch.tensor([-290.0], dtype=dtype)
-    found = dpo_loss(a, b, b, a)
-    assert found.losses.dtype == torch.float32
-    torch.testing.assert_close(found.losses, -F.logsigmoid(torch.tensor([-2.0])))
+    result = dpo_loss(a, b, b, a)
+    assert result.losses.dtype == torch.float32
+    torch.testing.assert_close(result.losses, -F.logsigmoid(torch.tensor([-2.0])))
 
 
 def test_sequence_logps():
@@ -588,8 +588,8 @@ def test_orpo_equals_trls():
     # From the paper: odds = p / (1 - p), in float64.
     p, q = values[:9].double().exp(), values[:9].double().roll(1).exp()
     expected = -0.3 * F.logsigmoid((p / (1 - p)).log() - (q / (1 - q)).log())
-    found = orpo_loss(values[:9].double(), values[:9].double().roll(1), beta=0.3).losses
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    result = orpo_loss(values[:9].double(), values[:9].double().roll(1), beta=0.3).losses
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
 
 
 def test_orpo_of_certain_and_of_nearly_certain_completions():
@@ -651,9 +651,9 @@ def assert_compiles(f, x, both=True):
     expected = f(y)
     expected.backward()
     z = x.clone().requires_grad_()
-    found = torch.compile(f, fullgraph=True, backend="aot_eager")(z)
-    found.backward()
-    torch.testing.assert_close(found, expected)
+    result = torch.compile(f, fullgraph=True, backend="aot_eager")(z)
+    result.backward()
+    torch.testing.assert_close(result, expected)
     torch.testing.assert_close(z.grad, y.grad)
     torch.testing.assert_close(torch.func.grad(f)(x), y.grad)
     if both:

@@ -108,12 +108,12 @@ def test_expected_counts(each_backend, method, k):
     n, runs = 12, 8000
     log_weights = torch.randn(1, n) * 1.5
     probs = log_weights.double().softmax(-1)[0]
-    found = counts(resample(log_weights.expand(runs, -1), k, method=method, seed=1), n).double()
-    assert (found.sum(1) == k).all()
-    error = found.var(0).div(runs).sqrt() + 1e-12  # 0 where residual and its kin always draw the same number
-    assert ((found.mean(0) - k * probs).abs() <= 5 * error + 1e-9).all()
+    result = counts(resample(log_weights.expand(runs, -1), k, method=method, seed=1), n).double()
+    assert (result.sum(1) == k).all()
+    error = result.var(0).div(runs).sqrt() + 1e-12  # 0 where residual and its kin always draw the same number
+    assert ((result.mean(0) - k * probs).abs() <= 5 * error + 1e-9).all()
     if k == 1 or method == "multinomial":
-        assert chisquare(found.sum(0).tolist(), (probs * k * runs).tolist()).pvalue > 1e-4
+        assert chisquare(result.sum(0).tolist(), (probs * k * runs).tolist()).pvalue > 1e-4
 
 
 @pytest.mark.not_interpreted
@@ -233,14 +233,14 @@ def test_the_scale_of_the_weights_does_not_matter(each_backend, method):
 def test_threads_do_not_matter(method):
     x = torch.randn(30, 2000)
     before = torch.get_num_threads()
-    found = []
+    result = []
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            found.append(resample(x, 9, method=method, seed=2))
+            result.append(resample(x, 9, method=method, seed=2))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(result[0], result[1]) and torch.equal(result[0], result[2])
 
 
 def test_a_long_row(each_backend):
@@ -362,10 +362,10 @@ def test_flushing_denormals_changes_nothing(method, k, dtype):
         expected = resample(log_weights, k, method=method, mask=valid, seed=1)
         try:
             assert torch.set_flush_denormal(True)
-            found = resample(log_weights, k, method=method, mask=valid, seed=1)
+            result = resample(log_weights, k, method=method, mask=valid, seed=1)
         finally:
             torch.set_flush_denormal(False)
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")

@@ -83,16 +83,16 @@ KNOWN = [
 
 @pytest.mark.parametrize("seed, row, offset, words", KNOWN)
 def test_philox_gives_the_published_answers(seed, row, offset, words):
-    found = reference.philox(seed, torch.tensor(row), torch.tensor(offset))
-    assert found.tolist() == [int(word, 16) for word in words.split()]
+    result = reference.philox(seed, torch.tensor(row), torch.tensor(offset))
+    assert result.tolist() == [int(word, 16) for word in words.split()]
 
 
 @pytest.mark.parametrize("seed, row, offset, words", [known for known in KNOWN if known[2] >= 0])
 def test_draws_follow_the_published_answers(each_backend, seed, row, offset, words):
     """Of 2^16 equally likely tokens the one drawn is the first 16 bits of the generator's first word."""
-    found = sample_tokens(torch.zeros(1, 2**16), seed=seed, offset=offset, rows=torch.tensor([row]))
-    assert found.ids.item() == int(words[:4], 16)
-    assert found.log_probs.item() == pytest.approx(-16 * math.log(2))
+    result = sample_tokens(torch.zeros(1, 2**16), seed=seed, offset=offset, rows=torch.tensor([row]))
+    assert result.ids.item() == int(words[:4], 16)
+    assert result.log_probs.item() == pytest.approx(-16 * math.log(2))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -106,11 +106,11 @@ def test_the_engine_draws_what_the_reference_draws(dtype, options):
             logits[4] = NEG_INF
             logits[5, 0] = INF
             logits[6, vocab // 2 :] = NEG_INF
-            found = assert_same(logits, seed=7, offset=2, **options)
-            assert found.log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert found.ids[[3, 4, 5]].tolist() == [-1] * 3 and found.log_probs[[3, 4, 5]].isnan().all()
-            assert ((found.ids[7:] >= 0) & (found.ids[7:] < vocab)).all()
-            assert not found.log_probs[7:].isnan().any() and (found.log_probs[7:] <= 1e-5).all()
+            result = assert_same(logits, seed=7, offset=2, **options)
+            assert result.log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert result.ids[[3, 4, 5]].tolist() == [-1] * 3 and result.log_probs[[3, 4, 5]].isnan().all()
+            assert ((result.ids[7:] >= 0) & (result.ids[7:] < vocab)).all()
+            assert not result.log_probs[7:].isnan().any() and (result.log_probs[7:] <= 1e-5).all()
 
 
 @pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
@@ -128,8 +128,8 @@ def test_many_tiles_and_groups_draw_what_the_reference_draws(monkeypatch, dtype,
         logits[1, vocab // 2 :] = NEG_INF
         logits[2] = NEG_INF
         logits[3, vocab // 2], logits[4, 0] = NAN, INF
-        found = assert_same(logits, "triton", seed=2**63 + 7, offset=2**31 + 2, rows=rows, **options)
-        assert found.ids[[2, 3, 4]].tolist() == [-1] * 3 and found.log_probs[[2, 3, 4]].isnan().all()
+        result = assert_same(logits, "triton", seed=2**63 + 7, offset=2**31 + 2, rows=rows, **options)
+        assert result.ids[[2, 3, 4]].tolist() == [-1] * 3 and result.log_probs[[2, 3, 4]].isnan().all()
 
 
 @pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
@@ -150,9 +150,9 @@ def test_triton_reads_strided_logits_in_place():
 
 def test_minus_zero_ties_with_zero(each_backend):
     logits = torch.tensor([[-0.0, -1.0, 0.0]]).expand(8, -1)
-    found = sample_tokens(logits, top_k=1, seed=0)
-    assert set(found.ids.tolist()) == {0, 2}
-    torch.testing.assert_close(found.log_probs, torch.full((8,), -math.log(2)))
+    result = sample_tokens(logits, top_k=1, seed=0)
+    assert set(result.ids.tolist()) == {0, 2}
+    torch.testing.assert_close(result.log_probs, torch.full((8,), -math.log(2)))
     assert (sample_tokens(logits, top_k=2, top_p=0.5, seed=0).ids == 2).all()
 
 
@@ -160,8 +160,8 @@ def test_strided_logits_are_read_in_place_and_give_the_same():
     base = torch.randn(6, 4, 333)
     for view in (base[:, -1], base[:, 1, 5:200], base[:, 2, ::2], base[0].T, base[:1, 0].expand(6, -1)):
         for options in OPTIONS:
-            found = assert_same(view, seed=1, **options)
-            assert torch.equal(found.ids, sample_tokens(view.contiguous(), seed=1, **options).ids)
+            result = assert_same(view, seed=1, **options)
+            assert torch.equal(result.ids, sample_tokens(view.contiguous(), seed=1, **options).ids)
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("temperature", 1) > 0], ids=str)
@@ -173,9 +173,9 @@ def test_survivors_are_those_of_transformers(options):
     # The engine shows its survivors by the log-probability it reports: their total mass is in it.
     truth = warped(logits, **options).log_softmax(-1)
     for offset in range(5):
-        found = sample_tokens(logits, seed=0, offset=offset, **options)
-        assert theirs.gather(1, found.ids[:, None]).all()
-        torch.testing.assert_close(found.log_probs, truth.gather(1, found.ids[:, None])[:, 0], rtol=0, atol=1e-10)
+        result = sample_tokens(logits, seed=0, offset=offset, **options)
+        assert theirs.gather(1, result.ids[:, None]).all()
+        torch.testing.assert_close(result.log_probs, truth.gather(1, result.ids[:, None])[:, 0], rtol=0, atol=1e-10)
 
 
 @pytest.mark.not_interpreted
@@ -186,9 +186,9 @@ def test_survivors_among_ties(each_backend, options):
     torch.manual_seed(4)
     logits = torch.randint(0, 4, (1, 24)).double()
     theirs = warped(logits, **options)
-    found = sample_tokens(logits.expand(4000, -1), seed=5, **options)
+    result = sample_tokens(logits.expand(4000, -1), seed=5, **options)
     kept = torch.zeros(24, dtype=torch.bool)
-    kept[found.ids.unique()] = True
+    kept[result.ids.unique()] = True
     assert kept.sum() == (theirs > NEG_INF).sum()
     scaled = logits[0] / options.get("temperature", 1.0)
     assert torch.equal(scaled[kept].sort().values, theirs[theirs > NEG_INF].sort().values)
@@ -201,9 +201,9 @@ def test_survivors_among_ties(each_backend, options):
 def test_a_mass_that_is_met_exactly_is_enough(each_backend):
     draws = 2 if each_backend == "triton" else 3000  # the interpreter is slow
     for vocab, top_p, kept in ((10, 0.9, 9), (10, 0.1, 1), (4, 0.5, 2), (3, 1 / 3, 1), (1000, 0.123, 123)):
-        found = sample_tokens(torch.zeros(draws, vocab), top_p=top_p, seed=0)
-        assert found.ids.min() >= vocab - kept and (found.ids.min() == vocab - kept or draws < 3000)
-        assert found.log_probs[0].item() == pytest.approx(-math.log(kept), abs=1e-6)
+        result = sample_tokens(torch.zeros(draws, vocab), top_p=top_p, seed=0)
+        assert result.ids.min() >= vocab - kept and (result.ids.min() == vocab - kept or draws < 3000)
+        assert result.log_probs[0].item() == pytest.approx(-math.log(kept), abs=1e-6)
 
 
 # Probabilities in whole parts, and options whose border they meet to the last digit; what is kept, as parts.
@@ -229,11 +229,11 @@ def test_what_meets_a_border_to_its_dtypes_rounding_has_reached_it(each_backend,
     parts = torch.tensor(parts, dtype=torch.float64)
     logits = (parts / parts.sum()).log().to(dtype)[None] + 3
     draws = 2 if each_backend == "triton" else 400
-    found = sample_tokens(logits.expand(draws, -1), seed=0, **options)
-    expected = (parts[found.ids] / sum(kept)).log()
-    torch.testing.assert_close(found.log_probs.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    result = sample_tokens(logits.expand(draws, -1), seed=0, **options)
+    expected = (parts[result.ids] / sum(kept)).log()
+    torch.testing.assert_close(result.log_probs.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
     if draws > 2:
-        assert parts[found.ids.unique()].tolist() == kept
+        assert parts[result.ids.unique()].tolist() == kept
     if dtype == torch.float32:  # its own rounding decides theirs in others, and so does an offset
         probs = (parts / parts.sum()).log().to(dtype)[None]
         assert parts[warped(probs, **options)[0] > NEG_INF].tolist() == kept
@@ -245,10 +245,10 @@ def test_frequencies(each_backend, options):
     torch.manual_seed(1)
     logits = torch.randn(1, 40) * 1.5
     probs = warped(logits.double(), **options).softmax(-1)[0]
-    found = sample_tokens(logits.expand(40_000, -1), seed=11, **options)
-    counts = torch.bincount(found.ids, minlength=40).double()
+    result = sample_tokens(logits.expand(40_000, -1), seed=11, **options)
+    counts = torch.bincount(result.ids, minlength=40).double()
     assert counts[probs == 0].sum() == 0
-    probs = probs * len(found.ids)
+    probs = probs * len(result.ids)
     large = probs >= 5
     observed, expected = [*counts[large].tolist()], [*probs[large].tolist()]
     if (~large & (probs > 0)).any():
@@ -256,15 +256,15 @@ def test_frequencies(each_backend, options):
         expected.append(probs[~large].sum().item())
     if len(expected) > 1:
         assert chisquare(observed, expected).pvalue > 1e-4
-    assert len(found.ids.unique()) > 1 or len(expected) == 1
+    assert len(result.ids.unique()) > 1 or len(expected) == 1
 
 
 def test_frequencies_over_a_large_vocabulary():
     torch.manual_seed(1)
     logits = torch.randn(1, 5000) * 2
-    found = sample_tokens(logits.expand(50_000, -1), seed=2)
+    result = sample_tokens(logits.expand(50_000, -1), seed=2)
     bins = logits.double().softmax(-1)[0].view(50, 100).sum(1)
-    counts = torch.bincount(found.ids, minlength=5000).view(50, 100).sum(1)
+    counts = torch.bincount(result.ids, minlength=5000).view(50, 100).sum(1)
     assert chisquare(counts.tolist(), (bins * 50_000).tolist()).pvalue > 1e-4
 
 
@@ -307,17 +307,17 @@ def test_rows_with_steps_of_their_own(each_backend, options):
     torch.manual_seed(3)
     logits, streams = torch.randn(6, 700), torch.randperm(1000)[:6]
     steps = torch.tensor([0, 5, 2, 5, 2**40, 1])
-    found = sample_tokens(logits, seed=9, offset=4, rows=torch.stack([streams, steps], 1), **options)
+    result = sample_tokens(logits, seed=9, offset=4, rows=torch.stack([streams, steps], 1), **options)
     for i, step in enumerate(steps.tolist()):
         one = sample_tokens(logits[i : i + 1], seed=9, offset=4 + step, rows=streams[i : i + 1], **options)
-        assert torch.equal(one.ids[0], found.ids[i]) and torch.equal(one.log_probs[0], found.log_probs[i])
+        assert torch.equal(one.ids[0], result.ids[i]) and torch.equal(one.log_probs[0], result.log_probs[i])
 
 
 def test_greedy_takes_the_first_of_the_largest(each_backend):
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [NEG_INF, NEG_INF, -5.0, -5.0], [NAN, 1.0, 2.0, 3.0]])
-    found = sample_tokens(logits, temperature=0, top_p=0.5, seed=0)
-    assert found.ids.tolist() == [1, 2, -1]
-    assert found.log_probs[:2].tolist() == [0.0, 0.0] and found.log_probs[2].isnan()
+    result = sample_tokens(logits, temperature=0, top_p=0.5, seed=0)
+    assert result.ids.tolist() == [1, 2, -1]
+    assert result.log_probs[:2].tolist() == [0.0, 0.0] and result.log_probs[2].isnan()
 
 
 LEVELS = """
@@ -376,11 +376,11 @@ def test_edge_values(values, temperature, top_k, top_p, min_p, seed, engine):
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
 def test_top_k_of_any_size_keeps_exactly_the_ties(vocab, k, seed):
     logits = torch.randint(0, 1 + vocab // 2, (1, vocab), generator=torch.Generator().manual_seed(seed)).float()
-    found = sample_tokens(logits, temperature=1e4, top_k=k, seed=seed)
+    result = sample_tokens(logits, temperature=1e4, top_k=k, seed=seed)
     kth = logits.topk(min(k, vocab)).values.min()
-    assert logits[0, found.ids[0]] >= kth
-    kept = (logits / 1e4).masked_fill(logits < kth, NEG_INF).double().log_softmax(-1)[0, found.ids[0]]
-    assert found.log_probs.item() == pytest.approx(kept.item(), abs=2e-5)
+    assert logits[0, result.ids[0]] >= kth
+    kept = (logits / 1e4).masked_fill(logits < kth, NEG_INF).double().log_softmax(-1)[0, result.ids[0]]
+    assert result.log_probs.item() == pytest.approx(kept.item(), abs=2e-5)
 
 
 @pytest.mark.parametrize("k", [1, 1100, 3000, 4999])
@@ -390,21 +390,21 @@ def test_top_k_with_outliers(k):
     for odd in ([-3.4e38], [1e30, -1e30], [3.4e38, -3.4e38], [NEG_INF]):
         logits = torch.randn(3, 5000)
         logits[:, torch.randperm(5000)[: 40 * len(odd)]] = torch.tensor(odd * 40)
-        found = assert_same(logits, top_k=k, seed=1, temperature=3.0)
+        result = assert_same(logits, top_k=k, seed=1, temperature=3.0)
         kth = logits.topk(k).values[:, -1:]
-        truth = (logits.double() / 3).masked_fill(logits < kth, NEG_INF).log_softmax(-1).gather(1, found.ids[:, None])
-        torch.testing.assert_close(found.log_probs, truth[:, 0].float(), rtol=1e-5, atol=1e-5)
+        truth = (logits.double() / 3).masked_fill(logits < kth, NEG_INF).log_softmax(-1).gather(1, result.ids[:, None])
+        torch.testing.assert_close(result.log_probs, truth[:, 0].float(), rtol=1e-5, atol=1e-5)
 
 
 def test_no_rows(each_backend):
-    found = sample_tokens(torch.zeros(0, 5), top_p=0.5, seed=0)
-    assert found.ids.shape == found.log_probs.shape == (0,)
+    result = sample_tokens(torch.zeros(0, 5), top_p=0.5, seed=0)
+    assert result.ids.shape == result.log_probs.shape == (0,)
 
 
 def test_it_carries_no_gradient_and_compiles(each_backend):
     logits = torch.randn(3, 50, requires_grad=True)
-    found = sample_tokens(logits, seed=1)
-    assert not found.log_probs.requires_grad
+    result = sample_tokens(logits, seed=1)
+    assert not result.log_probs.requires_grad
     compiled = torch.compile(lambda x: sample_tokens(x, top_k=5, seed=1), backend="eager", fullgraph=True)
     assert torch.equal(compiled(logits).ids, sample_tokens(logits, top_k=5, seed=1).ids)
 

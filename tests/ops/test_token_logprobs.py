@@ -40,8 +40,8 @@ def test_values_and_gradients(each_backend, shape, dtype, options):
         assert_as_good_as_torch(getattr(ours, name).detach(), theirs[name].detach(), truth[name].detach(), hair, name)
     assert torch.equal(ours.is_top1, theirs["is_top1"])
     weights = torch.randn(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for found in (truth, theirs, ours._asdict()):
-        (found["log_probs"].double() * weights + 0.3 * found["entropy"].double()).sum().backward()
+    for result in (truth, theirs, ours._asdict()):
+        (result["log_probs"].double() * weights + 0.3 * result["entropy"].double()).sum().backward()
     assert ours_in.grad.dtype == dtype
     assert_as_good_as_torch(ours_in.grad, torch_in.grad, truth_in.grad, HAIR[dtype], "gradient")
 
@@ -50,8 +50,8 @@ def test_values_and_gradients(each_backend, shape, dtype, options):
 def test_dtypes_of_the_result(each_backend, dtype):
     logits, labels = problem((3, 9), dtype)
     assert token_logprobs(logits, labels).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    found = token_logprobs(logits, labels, outputs=("entropy", "is_top1"))
-    assert found.log_probs is None and found.entropy.shape == (3,) and found.is_top1.dtype == torch.bool
+    result = token_logprobs(logits, labels, outputs=("entropy", "is_top1"))
+    assert result.log_probs is None and result.entropy.shape == (3,) and result.is_top1.dtype == torch.bool
 
 
 def test_gradcheck_in_float64(each_backend):
@@ -59,8 +59,8 @@ def test_gradcheck_in_float64(each_backend):
     logits.requires_grad_()
 
     def f(x):
-        found = token_logprobs(x, labels, temperature=0.7, softcap=4.0, outputs=("log_probs", "entropy"))
-        return found.log_probs, found.entropy
+        result = token_logprobs(x, labels, temperature=0.7, softcap=4.0, outputs=("log_probs", "entropy"))
+        return result.log_probs, result.entropy
 
     assert torch.autograd.gradcheck(f, logits)
     assert torch.autograd.gradcheck(lambda x: token_logprobs(x, labels), logits)
@@ -85,10 +85,10 @@ def test_statistics_equal_trls_chunked_head():
     hidden, weight, labels = torch.randn(9, 16), torch.randn(301, 16), torch.randint(0, 301, (9,))
     logits = hidden @ weight.T
     labels[:4] = logits[:4].argmax(-1)
-    asked = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    theirs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 0.8, 128, 3.0, 1.0, asked)
+    requested = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    theirs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 0.8, 128, 3.0, 1.0, requested)
     ours = token_logprobs(logits, labels, temperature=0.8, softcap=3.0, outputs=OUTPUTS)
-    for name, value in zip(("log_probs", *asked), theirs, strict=True):
+    for name, value in zip(("log_probs", *requested), theirs, strict=True):
         torch.testing.assert_close(
             getattr(ours, name), value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -114,14 +114,14 @@ def test_masked_vocabulary_masked_rows_and_nan(each_backend):
     logits[5, 2] = float("inf")
     labels = torch.tensor([2, 3, 1, 4, -100, 1])
     logits.requires_grad_()
-    found = token_logprobs(logits, labels, outputs=OUTPUTS)
-    found.log_probs[[0, 1, 2, 3, 4]].sum().backward()
-    torch.testing.assert_close(found.log_probs[0], logits[0, :5].log_softmax(0)[2])
-    assert found.log_probs[1] == 0 and found.entropy[1] == 0 and (logits.grad[1] == 0).all()
-    assert found.log_probs[2].isnan() and logits.grad[2].isnan().all() and not found.is_top1[2]
-    assert found.log_probs[3] == NEG_INF
-    assert found.log_probs[4] == 0 and (logits.grad[4] == 0).all()
-    assert found.log_probs[5].isnan()
+    result = token_logprobs(logits, labels, outputs=OUTPUTS)
+    result.log_probs[[0, 1, 2, 3, 4]].sum().backward()
+    torch.testing.assert_close(result.log_probs[0], logits[0, :5].log_softmax(0)[2])
+    assert result.log_probs[1] == 0 and result.entropy[1] == 0 and (logits.grad[1] == 0).all()
+    assert result.log_probs[2].isnan() and logits.grad[2].isnan().all() and not result.is_top1[2]
+    assert result.log_probs[3] == NEG_INF
+    assert result.log_probs[4] == 0 and (logits.grad[4] == 0).all()
+    assert result.log_probs[5].isnan()
     assert (logits.grad[0, 5:] == 0).all() and logits.grad[[0, 1, 3, 4]].isfinite().all()
 
 
@@ -131,19 +131,19 @@ def test_nan_stays_nan_in_narrow_types(each_backend, dtype):
     labels = labels.clamp(min=0)
     logits[2, 5] = float("nan")
     logits.requires_grad_()
-    found = token_logprobs(logits, labels)
+    result = token_logprobs(logits, labels)
     weird = torch.tensor([1.0, 1.0, 1.0, 0.0])
     weird[1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a NaN that rounding could overflow
-    found.backward(weird)
-    assert found[2].isnan() and found[[0, 1, 3]].isfinite().all()
+    result.backward(weird)
+    assert result[2].isnan() and result[[0, 1, 3]].isfinite().all()
     assert logits.grad[2].isnan().all() and logits.grad[1].isnan().all() and logits.grad[[0, 3]].isfinite().all()
 
 
 def test_one_word_vocabulary_is_certain(each_backend):
     x = torch.tensor([[1e30], [-5.0]], requires_grad=True)
-    found = token_logprobs(x, torch.tensor([0, 0]), outputs=OUTPUTS)
-    found.log_probs.sum().backward()
-    assert (found.log_probs == 0).all() and (x.grad == 0).all() and found.is_top1.all()
+    result = token_logprobs(x, torch.tensor([0, 0]), outputs=OUTPUTS)
+    result.log_probs.sum().backward()
+    assert (result.log_probs == 0).all() and (x.grad == 0).all() and result.is_top1.all()
 
 
 def test_top1_is_the_first_of_equals(each_backend):
@@ -171,24 +171,24 @@ def test_any_vocabulary_and_scale(vocab, scale, seed, masked):
     for name in ("log_probs", "entropy", "log_sum_sq_probs"):
         assert_as_good_as_torch(getattr(ours, name).detach(), theirs[name].detach(), truth[name].detach(), 3e-6, name)
     alive = truth["log_probs"].isfinite()
-    for found in (truth, theirs, ours._asdict()):
-        found["log_probs"][alive].sum().backward()
+    for result in (truth, theirs, ours._asdict()):
+        result["log_probs"][alive].sum().backward()
     assert_as_good_as_torch(c.grad, b.grad, a.grad, 3e-6, "gradient")
 
 
 def test_the_same_bits_at_any_thread_count():
     logits, labels = problem((13, 3001), torch.float32)
-    before, found = torch.get_num_threads(), []
+    before, result = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             x = logits.clone().requires_grad_()
             out = token_logprobs(x, labels)
             out.sum().backward()
-            found.append((out.detach(), x.grad))
+            result.append((out.detach(), x.grad))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, found[0][0]) and torch.equal(g, found[0][1]) for a, g in found)
+    assert all(torch.equal(a, result[0][0]) and torch.equal(g, result[0][1]) for a, g in result)
 
 
 def test_compile_in_one_graph(each_backend):
@@ -293,18 +293,18 @@ def test_rows_of_many_blocks(in_small_blocks, vocab, dtype, softcap):
         assert_as_good_as_torch(ours[name].detach(), theirs[name].detach(), truth[name].detach(), hair, name)
     assert torch.equal(ours["is_top1"], theirs["is_top1"]) and ours["is_top1"].any()
     torch.testing.assert_close(token_logprobs(c, labels, softcap=softcap), ours["log_probs"])
-    for found in (truth, theirs, ours):
+    for result in (truth, theirs, ours):
         alive = truth["log_probs"].isfinite()
-        (found["log_probs"][alive].sum() + 0.3 * found["entropy"].sum()).backward()
+        (result["log_probs"][alive].sum() + 0.3 * result["entropy"].sum()).backward()
     assert_as_good_as_torch(c.grad, b.grad, a.grad, HAIR[dtype], "gradient")
 
 
 def test_lowest_logit_of_all_can_be_the_first(in_small_blocks):
     logits = torch.full((2, 200), NEG_INF)
     logits[:, 100:] = torch.finfo(torch.float32).min
-    found = token_logprobs(logits, torch.tensor([100, 101]), outputs=OUTPUTS)
-    assert found.is_top1.tolist() == [True, False]
-    torch.testing.assert_close(found.entropy, torch.full((2,), 100.0).log())
+    result = token_logprobs(logits, torch.tensor([100, 101]), outputs=OUTPUTS)
+    assert result.is_top1.tolist() == [True, False]
+    torch.testing.assert_close(result.entropy, torch.full((2,), 100.0).log())
 
 
 @pytest.mark.parametrize("statistics", [False, True])
@@ -333,8 +333,8 @@ def test_an_unknown_label_is_nan_where_nobody_waits(monkeypatch, bad):
     monkeypatch.setattr(checks, "labels_in_range", lambda *_: None)
     logits = torch.randn(3, 40, requires_grad=True)
     with use_backend("triton"):
-        found = token_logprobs(logits, torch.tensor([3, bad, -100]), outputs=OUTPUTS)
-        (found.log_probs.sum() + found.entropy.sum()).backward()
-    assert found.log_probs[1].isnan() and found.entropy[1].isnan() and not found.is_top1[1]
+        result = token_logprobs(logits, torch.tensor([3, bad, -100]), outputs=OUTPUTS)
+        (result.log_probs.sum() + result.entropy.sum()).backward()
+    assert result.log_probs[1].isnan() and result.entropy[1].isnan() and not result.is_top1[1]
     assert logits.grad[1].isnan().all()
-    assert logits.grad[[0, 2]].isfinite().all() and found.log_probs[[0, 2]].isfinite().all()
+    assert logits.grad[[0, 2]].isfinite().all() and result.log_probs[[0, 2]].isfinite().all()

@@ -62,9 +62,9 @@ def leaves(*tensors):
 
 
 def backpropagate(*outputs):
-    for found in outputs:
-        weights = torch.randn(found["log_probs"].shape, generator=torch.Generator().manual_seed(1))
-        (found["log_probs"] * weights + 0.3 * found["entropy"]).nan_to_num(0, 0, 0).sum().backward()
+    for result in outputs:
+        weights = torch.randn(result["log_probs"].shape, generator=torch.Generator().manual_seed(1))
+        (result["log_probs"] * weights + 0.3 * result["entropy"]).nan_to_num(0, 0, 0).sum().backward()
 
 
 def agree(found, one, truth, dtype):
@@ -93,12 +93,12 @@ def check_head(sizes, dtype, backend, options, masked=()):
     truth = reference.linear_token_logprobs(*truths[:2], labels, truths[2], adapter=(*truths[3:], 0.5), **options)
     with fastalign.use_backend(backend):
         one = linear_token_logprobs(*ones[:2], labels, bias=ones[2], adapter=(*ones[3:], 0.5), **call)._asdict()
-        found = vocab_parallel_linear_token_logprobs(
+        result = vocab_parallel_linear_token_logprobs(
             *ours[:2], labels, bias=ours[2], adapter=(*ours[3:], 0.5), **call
         )._asdict()
-        backpropagate(one, found)
+        backpropagate(one, result)
     backpropagate(truth)
-    agree(found, one, truth, dtype)
+    agree(result, one, truth, dtype)
     split = lambda i, g: mine(g, sizes) if i in (1, 2, 4) else g  # noqa: E731
     expected = [[split(i, x.grad) for i, x in enumerate(xs)] for xs in (ones, truths)]
     gradients_agree("hidden weight bias A B".split(), ours, *expected, dtype)
@@ -141,12 +141,12 @@ def check_rows(sizes, dtype, backend, options):
     expected = reference.token_logprobs(truth, labels, **options)
     with fastalign.use_backend(backend):
         single = token_logprobs(one, labels, outputs=OUTPUTS, **options)._asdict()
-        found = vocab_parallel_token_logprobs(ours, labels, outputs=OUTPUTS, **options)._asdict()
-        backpropagate(single, found)
+        result = vocab_parallel_token_logprobs(ours, labels, outputs=OUTPUTS, **options)._asdict()
+        backpropagate(single, result)
     backpropagate(expected)
-    assert found["is_top1"][2, :4].tolist() == [True, False, False, False]
-    agree(found, single, expected, dtype)
-    assert not found["log_probs"][2, 3].isfinite() and found["log_probs"][2, 4:].isfinite().all()
+    assert result["is_top1"][2, :4].tolist() == [True, False, False, False]
+    agree(result, single, expected, dtype)
+    assert not result["log_probs"][2, 3].isfinite() and result["log_probs"][2, 4:].isfinite().all()
     kept = torch.ones(3, 6, dtype=torch.bool)
     kept[2, 3] = False  # the NaN's row
     slices = [mine(x.grad, sizes, -1)[kept] for x in (one, truth)]
@@ -167,10 +167,10 @@ def check_one_output(frozen):
     (one, w), (ours, shard) = leaves(hidden, weight), leaves(hidden, mine(weight, sizes))
     if frozen:
         w, shard = w.detach(), shard.detach()
-    found = vocab_parallel_linear_token_logprobs(ours, shard, labels, sizes=sizes)
+    result = vocab_parallel_linear_token_logprobs(ours, shard, labels, sizes=sizes)
     expected = linear_token_logprobs(one, w, labels)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    (found.sum() + expected.sum()).backward()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    (result.sum() + expected.sum()).backward()
     torch.testing.assert_close(ours.grad, one.grad, rtol=1e-5, atol=1e-5)
     if not frozen:
         torch.testing.assert_close(shard.grad, mine(w.grad, sizes), rtol=1e-5, atol=1e-5)
@@ -194,8 +194,8 @@ def check_within_a_group():
             vocab_parallel_linear_token_logprobs(hidden, weight, labels, group=group)
     else:
         shard = weight[:30] if dist.get_rank() == 0 else weight[30:]
-        found = vocab_parallel_linear_token_logprobs(hidden, shard, labels, group=group)
-        torch.testing.assert_close(found, expected)
+        result = vocab_parallel_linear_token_logprobs(hidden, shard, labels, group=group)
+        torch.testing.assert_close(result, expected)
 
 
 def test_a_group_of_some_of_the_processes(ranks):
@@ -269,13 +269,13 @@ def check_tensor_parallel(bias):
     whole, low = (DTensor.from_local(x, mesh, [Replicate()]) for x in rows)
     more = {"bias": ours[1], "adapter": (low, ours[2], 0.5)} if bias else {}
     with CommDebugMode() as comm:
-        found = linear_token_logprobs(whole, ours[0], labels, **more)
-        found.sum().backward()
+        result = linear_token_logprobs(whole, ours[0], labels, **more)
+        result.sum().backward()
     assert not any("gather" in str(op) for op in comm.get_comm_counts())
     more = {"bias": ones[2], "adapter": (*ones[3:], 0.5)} if bias else {}
     expected = linear_token_logprobs(*ones[:2], labels, **more)
     expected.sum().backward()
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     torch.testing.assert_close(rows[0].grad, ones[0].grad)
     torch.testing.assert_close(ours[0].grad.full_tensor(), ones[1].grad)
     if bias:
@@ -312,9 +312,9 @@ def check_data_parallel(same_rows):
         ours = [spread(weight), spread(bias, [Replicate()] * mesh.ndim), spread(a), spread(b)]
         part = parts[dist.get_rank()]
         (row,) = leaves(hidden[part])
-        found = linear_token_logprobs(row, ours[0], labels[part], bias=ours[1], adapter=(*ours[2:], 0.5))
-        torch.testing.assert_close(found, each[dist.get_rank()])
-        found.sum().backward()
+        result = linear_token_logprobs(row, ours[0], labels[part], bias=ours[1], adapter=(*ours[2:], 0.5))
+        torch.testing.assert_close(result, each[dist.get_rank()])
+        result.sum().backward()
         for x, one in zip(ours, ones[1:], strict=True):
             assert x.grad.placements == x.placements
             torch.testing.assert_close(x.grad.full_tensor(), one.grad)
@@ -391,9 +391,9 @@ def check_fsdp2(units, tied):
     expected.backward()
     for _ in range(2):
         two.zero_grad()
-        found = run(two, ids[2 * rank : 2 * rank + 2])
-        found.backward()
-    torch.testing.assert_close(found, loss(one, ids[2 * rank : 2 * rank + 2]))
+        result = run(two, ids[2 * rank : 2 * rank + 2])
+        result.backward()
+    torch.testing.assert_close(result, loss(one, ids[2 * rank : 2 * rank + 2]))
     names = dict(one.named_parameters())
     for name, parameter in two.named_parameters():
         torch.testing.assert_close(parameter.grad.full_tensor(), names[name].grad, msg=lambda m, n=name: f"{n}: {m}")

@@ -37,13 +37,13 @@ def most_within(scores: np.ndarray, kl: float, p0: np.ndarray) -> float:
 def test_no_policy_within_the_kl_reaches_beyond_the_front(m, kl):
     rewards = samples(300, m)
     directions = spread_directions(m, 12)
-    found = kl_front(rewards, kl, directions)
-    np.testing.assert_allclose(found.kl, kl, rtol=1e-9)
+    result = kl_front(rewards, kl, directions)
+    np.testing.assert_allclose(result.kl, kl, rtol=1e-9)
     scaled = rewards / rewards.std(axis=0)
-    for w, levels in zip(directions, found.levels, strict=True):
+    for w, levels in zip(directions, result.levels, strict=True):
         most = most_within(scaled @ w, kl, np.full(300, 1 / 300))
         assert w @ (levels / rewards.std(axis=0)) == pytest.approx(most, rel=1e-8)
-    assert pareto_front(found.levels).tolist() == list(range(len(directions)))
+    assert pareto_front(result.levels).tolist() == list(range(len(directions)))
 
 
 def test_every_front_point_is_its_own_palettes_answer():
@@ -58,9 +58,9 @@ def test_every_front_point_is_its_own_palettes_answer():
 
 def test_front_by_groups_and_by_weights():
     rewards, groups = samples(240, 2), np.arange(240) % 8
-    found = kl_front(rewards, 0.9, groups=groups)
-    np.testing.assert_allclose(found.kl, 0.9, rtol=1e-9)
-    for lam, levels, kl in zip(found.lam[::20], found.levels[::20], found.kl[::20], strict=True):
+    result = kl_front(rewards, 0.9, groups=groups)
+    np.testing.assert_allclose(result.kl, 0.9, rtol=1e-9)
+    for lam, levels, kl in zip(result.lam[::20], result.levels[::20], result.kl[::20], strict=True):
         p = np.exp(rewards @ lam - [logsumexp((rewards @ lam)[groups == g]) for g in groups])
         np.testing.assert_allclose(p @ rewards / 8, levels, rtol=1e-9)
         assert (p @ np.log(30 * p)) / 8 == pytest.approx(kl, rel=1e-8)
@@ -83,12 +83,12 @@ def test_the_limit_is_the_best_samples():
 
 def test_nothing_to_move():
     for rewards in (np.ones((5, 2)), samples(1, 2)):
-        found = kl_front(rewards, 0.5)
-        assert (found.lam == 0).all() and (found.kl == 0).all() and np.allclose(found.levels, rewards.mean(axis=0))
+        result = kl_front(rewards, 0.5)
+        assert (result.lam == 0).all() and (result.kl == 0).all() and np.allclose(result.levels, rewards.mean(axis=0))
     half = samples(50, 2)
     half[:, 1] = 4.0
-    found = kl_front(half, 0.5, [[1.0, 1.0], [0.0, 1.0]])
-    np.testing.assert_allclose(found.kl, [0.5, 0.0], rtol=1e-9)
+    result = kl_front(half, 0.5, [[1.0, 1.0], [0.0, 1.0]])
+    np.testing.assert_allclose(result.kl, [0.5, 0.0], rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -118,32 +118,32 @@ def test_map_and_linear_scalarisation_realise_the_same_levels(law):
     for _ in range(6):
         w, beta = rng.dirichlet(np.ones(2)), rng.uniform(0.3, 1.2)
         levels = scalarised(p0, rewards, w, beta) @ rewards
-        found = solve(rewards, levels, weights=p0)  # what RLHF reaches is a palette whose λ is w / β
-        assert found.feasible
-        np.testing.assert_allclose(found.lam, w / beta, rtol=1e-6)
-        np.testing.assert_allclose(found.levels, levels, rtol=1e-8)
+        result = solve(rewards, levels, weights=p0)  # what RLHF reaches is a palette whose λ is w / β
+        assert result.feasible
+        np.testing.assert_allclose(result.lam, w / beta, rtol=1e-6)
+        np.testing.assert_allclose(result.levels, levels, rtol=1e-8)
     mean, deviation = p0 @ rewards, np.sqrt(p0 @ rewards**2 - (p0 @ rewards) ** 2)
     for _ in range(6):  # and a palette with λ is what RLHF with weights λ / |λ| at β = 1 / |λ| reaches
-        found = solve(rewards, mean + rng.uniform(0.1, 0.6, 2) * deviation, weights=p0)
-        size = found.lam.sum()
-        reached = scalarised(p0, rewards, found.lam / size, 1 / size, rate=0.1 * size, steps=600)
-        np.testing.assert_allclose(reached @ rewards, found.levels, rtol=1e-7)
+        result = solve(rewards, mean + rng.uniform(0.1, 0.6, 2) * deviation, weights=p0)
+        size = result.lam.sum()
+        reached = scalarised(p0, rewards, result.lam / size, 1 / size, rate=0.1 * size, steps=600)
+        np.testing.assert_allclose(reached @ rewards, result.levels, rtol=1e-7)
 
 
 def test_front_towards_palettes():
     rewards = samples(300, 3)
     mean = rewards.mean(axis=0)
     front = kl_front(rewards, 1.0, spread_directions(3, 15))
-    t, found = front_towards(rewards, mean + 0.5 * (front.levels - mean), 1.0)
+    t, result = front_towards(rewards, mean + 0.5 * (front.levels - mean), 1.0)
     inside = (front.lam > 0).all(axis=1)
     np.testing.assert_allclose(t[inside], 2.0, rtol=1e-6)
-    np.testing.assert_allclose(found.lam[inside], front.lam[inside], rtol=1e-4)
-    np.testing.assert_allclose(found.kl, 1.0, rtol=1e-7)
+    np.testing.assert_allclose(result.lam[inside], front.lam[inside], rtol=1e-4)
+    np.testing.assert_allclose(result.kl, 1.0, rtol=1e-7)
     # With room for any KL it goes as far as the samples allow.
     palettes = mean + rewards.std(axis=0) * [[9.0, 9.0, 9.0], [0.0, 9.0, 2.0]]
-    t, found = front_towards(rewards, palettes, 30.0)
+    t, result = front_towards(rewards, palettes, 30.0)
     np.testing.assert_allclose(t, solve(rewards, palettes).scaling, rtol=1e-6)
-    assert (found.levels >= mean + t[:, None] * (palettes - mean) - 1e-6 * rewards.std(axis=0)).all()
+    assert (result.levels >= mean + t[:, None] * (palettes - mean) - 1e-6 * rewards.std(axis=0)).all()
 
 
 def test_the_way_to_a_palette():
@@ -169,28 +169,28 @@ def test_the_way_to_a_palette():
 
 def test_random_lambda_and_the_desirable_ones():
     rewards = samples(150, 3)
-    found = feasible_region(rewards, 400, 3.0, seed=5)
-    assert np.array_equal(found.policies.lam, feasible_region(rewards, 400, 3.0, seed=5).policies.lam)
-    assert not np.array_equal(found.policies.lam, feasible_region(rewards, 400, 3.0, seed=6).policies.lam)
-    scaled = found.policies.lam * rewards.std(axis=0)
+    result = feasible_region(rewards, 400, 3.0, seed=5)
+    assert np.array_equal(result.policies.lam, feasible_region(rewards, 400, 3.0, seed=5).policies.lam)
+    assert not np.array_equal(result.policies.lam, feasible_region(rewards, 400, 3.0, seed=6).policies.lam)
+    scaled = result.policies.lam * rewards.std(axis=0)
     assert (scaled >= 0).all() and scaled.sum(axis=1).max() <= 3.0
     # Uniform over the corner: Σ ≤ r has the share (r / 3)³.
     assert (scaled.sum(axis=1) < 1.5).mean() == pytest.approx(1 / 8, abs=0.05)
     desirable = []
-    for lam, levels, kl in zip(*found.policies[:3], strict=True):
+    for lam, levels, kl in zip(*result.policies[:3], strict=True):
         p = np.exp(rewards @ lam - logsumexp(rewards @ lam))
         np.testing.assert_allclose(levels, p @ rewards, rtol=1e-9)
         assert kl == pytest.approx(p @ np.log(150 * p), abs=1e-9)
         desirable.append((p @ rewards >= rewards.mean(axis=0)).all())
-    assert found.desirable.tolist() == desirable and 0.02 < found.desirable.mean() < 0.98
+    assert result.desirable.tolist() == desirable and 0.02 < result.desirable.mean() < 0.98
 
 
 def test_directions():
     for m in (1, 2, 3, 5):
-        found = spread_directions(m, 30)
-        assert (found >= 0).all() and len(np.unique(found, axis=0)) == len(found)
-        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
-        assert all((np.abs(found - axis).max(axis=1) < 1e-12).any() for axis in np.eye(m))
+        result = spread_directions(m, 30)
+        assert (result >= 0).all() and len(np.unique(result, axis=0)) == len(result)
+        np.testing.assert_allclose(np.linalg.norm(result, axis=1), 1)
+        assert all((np.abs(result - axis).max(axis=1) < 1e-12).any() for axis in np.eye(m))
     assert len(spread_directions(3, 28)) == 28 and (spread_directions(4, 5, columns=[1, 3])[:, [0, 2]] == 0).all()
 
 

@@ -30,7 +30,7 @@ def dual(lam, rewards, palette, groups=None, weights=None):
 
 
 def scipy_dual(rewards, palette, groups=None, weights=None, upper=None):
-    found = minimize(
+    result = minimize(
         dual,
         np.zeros(len(palette)),
         args=(rewards, palette, groups, weights),
@@ -38,7 +38,7 @@ def scipy_dual(rewards, palette, groups=None, weights=None, upper=None):
         bounds=[(0, upper)] * len(palette),
         options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 10**6},
     )
-    return found.x, found.fun
+    return result.x, result.fun
 
 
 def slack(rewards, palette, groups=None):
@@ -50,7 +50,7 @@ def slack(rewards, palette, groups=None):
     groups = np.zeros(n) if groups is None else groups
     members = np.array([groups == g for g in np.unique(groups)], dtype=float)
     reach = np.hstack([-scaled.T / len(members), np.ones((m, 1))])
-    found = linprog(
+    result = linprog(
         np.r_[np.zeros(n), -1],
         A_ub=reach,
         b_ub=np.zeros(m),
@@ -58,8 +58,8 @@ def slack(rewards, palette, groups=None):
         b_eq=np.ones(len(members)),
         bounds=[(0, None)] * n + [(None, None)],
     )
-    assert found.status == 0
-    return -found.fun
+    assert result.status == 0
+    return -result.fun
 
 
 @pytest.mark.parametrize("kind", ["normal", "bounded", "skewed"])
@@ -73,23 +73,23 @@ def test_solves_the_dual(form, kind):
     if form in ("weights", "both"):
         options["weights"] = rng.random(400)
     palette = rewards.mean(axis=0) + np.array([0.3, 0.1, -0.5]) * rewards.std(axis=0)
-    found = solve(rewards, palette, **options)
+    result = solve(rewards, palette, **options)
     lam, value = scipy_dual(rewards, palette, **options)
-    assert found.feasible and found.nearest is None and found.certificate is None
-    assert found.kkt_residual <= 1e-9 and found.iterations <= 12
-    np.testing.assert_allclose(found.lam, lam, atol=2e-4 * (1 + np.abs(lam).max()))
-    assert dual(found.lam, rewards, palette, **options) <= value + 1e-12
+    assert result.feasible and result.nearest is None and result.certificate is None
+    assert result.kkt_residual <= 1e-9 and result.iterations <= 12
+    np.testing.assert_allclose(result.lam, lam, atol=2e-4 * (1 + np.abs(lam).max()))
+    assert dual(result.lam, rewards, palette, **options) <= value + 1e-12
     # strong duality: -KL is the least value of the dual
-    assert found.kl == pytest.approx(-dual(found.lam, rewards, palette, **options), abs=1e-8)
-    assert (found.levels >= palette - 1e-9 * rewards.std(axis=0)).all()
+    assert result.kl == pytest.approx(-dual(result.lam, rewards, palette, **options), abs=1e-8)
+    assert (result.levels >= palette - 1e-9 * rewards.std(axis=0)).all()
 
 
 def test_two_samples_by_hand():
-    found = solve(np.array([[0.0], [1.0]]), [0.8])
-    assert found.lam[0] == pytest.approx(np.log(4), rel=1e-9)
-    assert found.kl == pytest.approx(np.log(2) + 0.8 * np.log(0.8) + 0.2 * np.log(0.2), rel=1e-9)
-    assert found.ess == pytest.approx(1 / (0.8**2 + 0.2**2), rel=1e-8)
-    assert found.levels[0] == pytest.approx(0.8, abs=1e-9)
+    result = solve(np.array([[0.0], [1.0]]), [0.8])
+    assert result.lam[0] == pytest.approx(np.log(4), rel=1e-9)
+    assert result.kl == pytest.approx(np.log(2) + 0.8 * np.log(0.8) + 0.2 * np.log(0.2), rel=1e-9)
+    assert result.ess == pytest.approx(1 / (0.8**2 + 0.2**2), rel=1e-8)
+    assert result.levels[0] == pytest.approx(0.8, abs=1e-9)
 
 
 def test_joint_and_per_prompt_duals_differ_as_they_should():
@@ -114,8 +114,8 @@ def test_groups_need_be_neither_sorted_nor_small_numbers():
 
 def test_slack_constraints_are_exactly_zero():
     rewards = samples(500, 4)
-    found = solve(rewards, rewards.mean(axis=0) + np.array([0.5, -1.0, -2.0, -3.0]) * rewards.std(axis=0))
-    assert found.lam[0] > 0 and (found.lam[1:] == 0).all()
+    result = solve(rewards, rewards.mean(axis=0) + np.array([0.5, -1.0, -2.0, -3.0]) * rewards.std(axis=0))
+    assert result.lam[0] > 0 and (result.lam[1:] == 0).all()
     nothing = solve(rewards, rewards.mean(axis=0) - 1)
     assert (
         (nothing.lam == 0).all() and nothing.kl == 0 and nothing.iterations == 1 and nothing.ess == pytest.approx(500)
@@ -136,13 +136,13 @@ def test_many_palettes_as_one_by_one():
     groups = np.arange(300) // 10
     palettes = np.array([np.quantile(rewards, q, axis=0) for q in (0.3, 0.5, 0.6, 0.99, 1.0)])
     for options in ({}, {"groups": groups}):
-        found = solve(rewards, palettes, **options)
-        assert found.lam.shape == found.levels.shape == found.nearest.shape == (5, 3)
-        assert found.feasible.tolist() == [True, True, True, False, False]
+        result = solve(rewards, palettes, **options)
+        assert result.lam.shape == result.levels.shape == result.nearest.shape == (5, 3)
+        assert result.feasible.tolist() == [True, True, True, False, False]
         for k, palette in enumerate(palettes):
             alone = solve(rewards, palette, **options)
             for field in dataclasses.fields(alone):
-                ours, one = getattr(found, field.name)[k], getattr(alone, field.name)
+                ours, one = getattr(result, field.name)[k], getattr(alone, field.name)
                 one = np.full(3, np.nan) if one is None else one
                 np.testing.assert_allclose(ours, one, rtol=1e-7, atol=1e-8, err_msg=field.name)
 
@@ -183,11 +183,11 @@ def test_degenerate_rewards(case):
     met = solve(rewards, mean)
     assert met.feasible and met.kkt_residual <= 1e-9 and met.kl <= 1e-9
     step = np.where(rewards.std(axis=0) > 1e-9, 0.3, 0.0)
-    found = solve(rewards, mean + step)
-    assert found.feasible and found.kkt_residual <= 1e-9 and np.isfinite(found.lam).all()
+    result = solve(rewards, mean + step)
+    assert result.feasible and result.kkt_residual <= 1e-9 and np.isfinite(result.lam).all()
     if case in ("constant", "all constant", "one row"):
         still = rewards.std(axis=0) < 1e-9
-        assert (found.lam[still] == 0).all()
+        assert (result.lam[still] == 0).all()
         too_much = solve(rewards, mean + np.where(still, 0.5, 0.0))
         assert not too_much.feasible
         np.testing.assert_allclose(too_much.nearest[still], mean[still], rtol=1e-12)
@@ -198,10 +198,10 @@ def test_a_reward_that_only_the_prompt_decides():
     rewards, groups = samples(300, 3), np.arange(300) // 10
     rewards[:, 1] = np.cos(groups) * 1e3
     palette = rewards.mean(axis=0) + [0.3, 0, 0.1]
-    found = solve(rewards, palette, groups=groups)
-    assert found.feasible and found.lam[1] == 0 and found.kkt_residual <= 1e-9
+    result = solve(rewards, palette, groups=groups)
+    assert result.feasible and result.lam[1] == 0 and result.kkt_residual <= 1e-9
     alone = solve(rewards[:, [0, 2]], palette[[0, 2]], groups=groups)
-    np.testing.assert_allclose(found.lam[[0, 2]], alone.lam, rtol=1e-8)
+    np.testing.assert_allclose(result.lam[[0, 2]], alone.lam, rtol=1e-8)
     assert not solve(rewards, palette + [0, 1, 0], groups=groups).feasible
     # a hair of spread within the groups is enough to be moved by, and keeps its digits beside the groups' offsets
     hair = 1e-6 * samples(300, 1, 5)[:, 0]
@@ -226,13 +226,13 @@ def test_large_lambda_where_a_plain_exp_overflows():
     rewards = samples(3000, 3, 0, "bounded").astype(np.float32)
     palette = quantile_palette(rewards, 0.8)
     rewards, palette = rewards * 0.05, palette * 0.05
-    found = solve(rewards, palette)
-    assert found.feasible and found.kkt_residual <= 1e-9 and found.iterations <= 14
-    assert found.lam.max() > 88
-    p = np.exp(rewards.astype(float) @ found.lam - (rewards @ found.lam).max())
+    result = solve(rewards, palette)
+    assert result.feasible and result.kkt_residual <= 1e-9 and result.iterations <= 14
+    assert result.lam.max() > 88
+    p = np.exp(rewards.astype(float) @ result.lam - (rewards @ result.lam).max())
     p /= p.sum()
     assert (p @ rewards >= palette - 1e-9).all()
-    assert found.ess == pytest.approx(1 / (p @ p), rel=1e-6)
+    assert result.ess == pytest.approx(1 / (p @ p), rel=1e-6)
 
 
 @settings(max_examples=150)
@@ -242,39 +242,39 @@ def test_verdict_agrees_with_linear_programming(seed, n, m, whole, grouped, ask)
     rewards = rng.integers(0, 4, (n, m)).astype(float) if whole else rng.normal(size=(n, m))
     groups = rng.integers(0, max(1, n // 4), n) if grouped else None
     palette = rewards.mean(axis=0) + ask * rng.random(m) * rewards.std(axis=0)
-    found, room = solve(rewards, palette, groups=groups), slack(rewards, palette, groups)
+    result, room = solve(rewards, palette, groups=groups), slack(rewards, palette, groups)
     ids = np.zeros(n) if groups is None else groups
     within = np.sqrt(np.mean([rewards[ids == g].var(axis=0) for g in np.unique(ids)], axis=0))
     deviation = np.where(within > 1e-14, within, np.abs(rewards.mean(axis=0)) + (rewards.mean(axis=0) == 0))
-    if found.feasible:
+    if result.feasible:
         assert room > -1e-7
-        assert found.kkt_residual <= 1e-9
-        assert (found.levels >= palette - 2e-9 * np.maximum(deviation, np.abs(palette))).all()
+        assert result.kkt_residual <= 1e-9
+        assert (result.levels >= palette - 2e-9 * np.maximum(deviation, np.abs(palette))).all()
         return
     assert room < 1e-7
     # The certificate proves it: d >= 0 and no mixture scores d·c.
-    d = found.certificate
+    d = result.certificate
     assert (d >= 0).all()
     farthest = np.mean([(rewards[ids == g] @ d).max() for g in np.unique(ids)])
     assert farthest < d @ palette
     # The nearest palette is reachable and asks no more anywhere; and no reachable point is nearer, because none lies
     # beyond the plane through it (with equality at the projection).
-    assert slack(rewards, found.nearest, groups) > -1e-7 and solve(rewards, found.nearest, groups=groups).feasible
-    assert (found.nearest <= palette + 1e-9).all()
-    away = (palette - found.nearest) / deviation**2
+    assert slack(rewards, result.nearest, groups) > -1e-7 and solve(rewards, result.nearest, groups=groups).feasible
+    assert (result.nearest <= palette + 1e-9).all()
+    away = (palette - result.nearest) / deviation**2
     away /= np.abs(away).max()
     best = np.mean([(rewards[ids == g] @ away).max() for g in np.unique(ids)])
-    assert best <= away @ found.nearest + 1e-7
+    assert best <= away @ result.nearest + 1e-7
 
 
 def test_nearest_is_the_projection_by_hand():
     """A triangle with corners (0,0), (2,0), (0,2): what is reachable ends at x + y = 2."""
     rewards = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    found = solve(rewards, [1.5, 2.5])
-    assert not found.feasible
-    np.testing.assert_allclose(found.nearest, [0.5, 1.5], atol=1e-12)
-    np.testing.assert_allclose(found.certificate / found.certificate[0], [1, 1], rtol=1e-9)
-    assert np.isnan(found.lam).all() and np.isnan(found.kl) and np.isnan(found.levels).all()
+    result = solve(rewards, [1.5, 2.5])
+    assert not result.feasible
+    np.testing.assert_allclose(result.nearest, [0.5, 1.5], atol=1e-12)
+    np.testing.assert_allclose(result.certificate / result.certificate[0], [1, 1], rtol=1e-9)
+    assert np.isnan(result.lam).all() and np.isnan(result.kl) and np.isnan(result.levels).all()
     # to the right of a corner, the corner's own level in the other value does
     np.testing.assert_allclose(solve(rewards, [3.0, -1.0]).nearest, [2.0, -1.0], atol=1e-12)
 
@@ -283,10 +283,10 @@ def test_nearest_is_the_projection_by_hand():
 def test_palettes_on_the_very_edge_are_feasible(kind):
     rewards = np.vstack([np.random.default_rng(0).dirichlet(np.ones(3), 50) * 1.9, 2 * np.eye(3)])
     palette = {"corner": [2, 0, 0], "edge": [1, 1, 0], "largest level of one value": [2, -5, -5]}[kind]
-    found = solve(rewards, palette)
-    assert found.feasible and found.nearest is None
-    assert found.kkt_residual <= 1e-9 and np.isfinite(found.lam).all()
-    np.testing.assert_allclose(found.levels, np.maximum(palette, 0), atol=1e-8)
+    result = solve(rewards, palette)
+    assert result.feasible and result.nearest is None
+    assert result.kkt_residual <= 1e-9 and np.isfinite(result.lam).all()
+    np.testing.assert_allclose(result.levels, np.maximum(palette, 0), atol=1e-8)
 
 
 def test_lam_max_bounds_lambda_and_leaves_the_verdict():
@@ -294,12 +294,12 @@ def test_lam_max_bounds_lambda_and_leaves_the_verdict():
     palette = quantile_palette(rewards, 0.75)
     free = solve(rewards, palette)
     bound = free.lam.max() / 2
-    found = solve(rewards, palette, lam_max=bound)
-    assert found.feasible and found.lam.max() == bound and found.kkt_residual <= 1e-9
-    assert (found.levels < palette - 1e-3).any()
+    result = solve(rewards, palette, lam_max=bound)
+    assert result.feasible and result.lam.max() == bound and result.kkt_residual <= 1e-9
+    assert (result.levels < palette - 1e-3).any()
     lam, value = scipy_dual(rewards, palette, upper=bound)
-    np.testing.assert_allclose(found.lam, lam, atol=1e-4)
-    assert dual(found.lam, rewards, palette) <= value + 1e-12
+    np.testing.assert_allclose(result.lam, lam, atol=1e-4)
+    assert dual(result.lam, rewards, palette) <= value + 1e-12
     np.testing.assert_allclose(solve(rewards, palette, lam_max=10 * free.lam.max()).lam, free.lam, rtol=1e-6)
     # infeasible: the bounded dual has a minimum all the same
     beyond = solve(rewards, rewards.max(axis=0), lam_max=5.0)
@@ -313,26 +313,26 @@ def test_many_rows_start_from_few(grouped):
     rewards = samples(160_000, 4, 3, "bounded").astype(np.float32)
     groups = np.random.default_rng(0).permutation(np.arange(160_000) // 16) if grouped else None
     palette = quantile_palette(rewards, 0.6)
-    found = solve(rewards, palette, groups=groups)
-    assert found.feasible and found.kkt_residual <= 1e-9 and found.iterations <= 7
+    result = solve(rewards, palette, groups=groups)
+    assert result.feasible and result.kkt_residual <= 1e-9 and result.iterations <= 7
     # the gradient at λ, in float64 by the definition
-    x, s = rewards.astype(float), rewards.astype(float) @ found.lam
+    x, s = rewards.astype(float), rewards.astype(float) @ result.lam
     ids = np.zeros(len(x), int) if groups is None else groups
     weight = np.exp(s - s.max())
     p = weight / np.bincount(ids, weight)[ids] / len(np.unique(ids))
-    np.testing.assert_allclose(p @ x, found.levels, atol=1e-11)
-    active = found.lam > 0
+    np.testing.assert_allclose(p @ x, result.levels, atol=1e-11)
+    active = result.lam > 0
     assert active.any()
     np.testing.assert_allclose((p @ x)[active], palette[active], atol=1e-8)
 
 
 def test_infeasible_with_many_rows():
     rewards = samples(160_000, 3, 3).astype(np.float32)
-    found = solve(rewards, quantile_palette(rewards, 0.99999))
-    assert not found.feasible and (rewards @ found.certificate).max() < found.certificate @ quantile_palette(
+    result = solve(rewards, quantile_palette(rewards, 0.99999))
+    assert not result.feasible and (rewards @ result.certificate).max() < result.certificate @ quantile_palette(
         rewards, 0.99999
     )
-    assert solve(rewards, found.nearest).feasible
+    assert solve(rewards, result.nearest).feasible
 
 
 def test_what_is_taken_and_what_is_copied():
@@ -433,12 +433,12 @@ def test_a_solution_can_be_looked_at():
 
     rewards = np.random.default_rng(0).normal(size=(200, 2))
     table = pd.DataFrame(rewards, columns=["kind", "short"])
-    found = solve(table, [0.2, 0.3])
-    assert found.values == ("kind", "short") and np.allclose(found.lam, solve(rewards, [0.2, 0.3]).lam, rtol=1e-9)
-    header, names, first, second = repr(found).splitlines()
+    result = solve(table, [0.2, 0.3])
+    assert result.values == ("kind", "short") and np.allclose(result.lam, solve(rewards, [0.2, 0.3]).lam, rtol=1e-9)
+    header, names, first, second = repr(result).splitlines()
     assert header.startswith("PaletteSolution: feasible, KL ") and names.split() == ["λ", "asked", "for", "reached"]
     assert first.split()[::2] == ["kind", "0.2"] and second.split()[0] == "short"
-    assert "<td>kind</td>" in found._repr_html_()
+    assert "<td>kind</td>" in result._repr_html_()
     beyond = solve(rewards, [9, 0.3], values=["<a>", "b"])
     assert "infeasible" in repr(beyond) and "nearest" in repr(beyond) and "&lt;a&gt;" in beyond._repr_html_()
     many = solve(rewards, np.full((12, 2), 0.1))

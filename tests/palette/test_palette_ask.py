@@ -28,16 +28,16 @@ def test_raised_palettes():
     ten = raised_palette(torch.from_numpy(rewards), [0.1] * 3, unit="relative")
     np.testing.assert_allclose(ten - mean, 0.1 * np.abs(mean), rtol=1e-9)
     # one deviation more of the first, nothing lost elsewhere
-    found = solve(rewards, raised_palette(rewards, {0: 1}))
-    assert found.feasible and (found.levels >= mean + [deviation[0] - 1e-8, -1e-8, -1e-8]).all()
+    result = solve(rewards, raised_palette(rewards, {0: 1}))
+    assert result.feasible and (result.levels >= mean + [deviation[0] - 1e-8, -1e-8, -1e-8]).all()
 
 
 def test_a_single_value_leaves_the_others_alone():
     rewards = samples(400, 3).astype(np.float32)
     level = float(np.quantile(rewards[:, 1], 0.8))
-    found = solve(rewards, single_value_palette(rewards, 1, level))
-    assert found.lam[0] == found.lam[2] == 0
-    assert found.lam[1] == pytest.approx(solve(rewards[:, [1]], [level]).lam[0], rel=1e-8)
+    result = solve(rewards, single_value_palette(rewards, 1, level))
+    assert result.lam[0] == result.lam[2] == 0
+    assert result.lam[1] == pytest.approx(solve(rewards[:, [1]], [level]).lam[0], rel=1e-8)
 
 
 def test_palettes_in_words():
@@ -160,15 +160,15 @@ def test_palettes_and_linear_scalarisation_realise_the_same_set():
     for _ in range(3):
         weights, beta = rng.random(3) * (rng.random(3) < 0.8) + [1e-2, 0, 0], rng.uniform(0.3, 2)
         p = scalarised(log_p0, rewards, weights, beta)
-        found = solve(rewards, p @ rewards, weights=p0)
-        np.testing.assert_allclose(found.lam, lambda_of_rlhf(beta, weights), atol=1e-3)
-        np.testing.assert_allclose(found.levels, p @ rewards, atol=2e-6)
+        result = solve(rewards, p @ rewards, weights=p0)
+        np.testing.assert_allclose(result.lam, lambda_of_rlhf(beta, weights), atol=1e-3)
+        np.testing.assert_allclose(result.levels, p @ rewards, atol=2e-6)
     for _ in range(3):
         palette = p0 @ rewards + rng.uniform(-0.3, 0.5, 3)
-        found = solve(rewards, palette, weights=p0)
-        assert found.feasible and found.lam.any()
-        beta, weights = rlhf_of_lambda(found.lam)
+        result = solve(rewards, palette, weights=p0)
+        assert result.feasible and result.lam.any()
+        beta, weights = rlhf_of_lambda(result.lam)
         assert np.abs(weights).sum() == pytest.approx(1)
         p = scalarised(log_p0, rewards, weights, beta)
-        np.testing.assert_allclose(p @ rewards, found.levels, atol=1e-5)
-        np.testing.assert_allclose(lambda_of_rlhf(beta, weights), found.lam, rtol=1e-12)
+        np.testing.assert_allclose(p @ rewards, result.levels, atol=1e-5)
+        np.testing.assert_allclose(lambda_of_rlhf(beta, weights), result.lam, rtol=1e-12)

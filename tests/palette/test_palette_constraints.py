@@ -30,10 +30,10 @@ def policy(rewards, lam):
 
 
 def test_equalities_are_entropy_balancing():
-    found = solve(COVARIATES, [1.1 / 3, -0.4 / 3], sense="==")
-    np.testing.assert_allclose(policy(COVARIATES, found.lam), CALIBRATED, atol=1e-6)
-    np.testing.assert_allclose(found.levels, [1.1 / 3, -0.4 / 3], atol=1e-12)
-    assert (found.lam < 0).any() and found.kl > 0
+    result = solve(COVARIATES, [1.1 / 3, -0.4 / 3], sense="==")
+    np.testing.assert_allclose(policy(COVARIATES, result.lam), CALIBRATED, atol=1e-6)
+    np.testing.assert_allclose(result.levels, [1.1 / 3, -0.4 / 3], atol=1e-12)
+    assert (result.lam < 0).any() and result.kl > 0
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -41,17 +41,17 @@ def test_each_value_has_its_own_sense(grouped):
     rewards = samples(400, 4)
     groups = np.arange(400) // 20 if grouped else None
     palette = rewards.mean(axis=0) + np.array([0.2, -0.2, -0.1, 0.5]) * rewards.std(axis=0)
-    found = solve(rewards, palette, sense=[">=", "<=", "==", "<="], groups=groups)
-    assert found.feasible and found.kkt_residual <= 1e-9
-    assert found.lam[0] > 0 > found.lam[1] and found.lam[2] != 0 and found.lam[3] == 0
-    np.testing.assert_allclose(found.levels[:3], palette[:3], atol=1e-8)
-    assert found.levels[3] < palette[3]
+    result = solve(rewards, palette, sense=[">=", "<=", "==", "<="], groups=groups)
+    assert result.feasible and result.kkt_residual <= 1e-9
+    assert result.lam[0] > 0 > result.lam[1] and result.lam[2] != 0 and result.lam[3] == 0
+    np.testing.assert_allclose(result.levels[:3], palette[:3], atol=1e-8)
+    assert result.levels[3] < palette[3]
     # a value asked to be at most is its negative asked to be at least; one exactly, both at once
     turned = np.c_[rewards[:, 0], -rewards[:, 1], rewards[:, 2], -rewards[:, 2], -rewards[:, 3]]
     both = solve(turned, [palette[0], -palette[1], palette[2], -palette[2], -palette[3]], groups=groups)
-    np.testing.assert_allclose(both.lam[[0, 1]], [found.lam[0], -found.lam[1]], rtol=1e-7)
-    assert both.lam[2] - both.lam[3] == pytest.approx(found.lam[2], rel=1e-7)
-    assert both.kl == pytest.approx(found.kl, rel=1e-9)
+    np.testing.assert_allclose(both.lam[[0, 1]], [result.lam[0], -result.lam[1]], rtol=1e-7)
+    assert both.lam[2] - both.lam[3] == pytest.approx(result.lam[2], rel=1e-7)
+    assert both.kl == pytest.approx(result.kl, rel=1e-9)
 
 
 def test_infeasible_in_every_sense():
@@ -61,10 +61,10 @@ def test_infeasible_in_every_sense():
         ("==", [0.0, 9.0], [0, 0]),
         (">=", [0.0, 9.0], [1, 1]),
     ):
-        found = solve(rewards, palette, sense=sense)
-        assert not found.feasible and (found.certificate * signs >= 0).all()
-        assert (rewards @ found.certificate).max() < found.certificate @ palette
-        assert solve(rewards, found.nearest, sense=sense).feasible
+        result = solve(rewards, palette, sense=sense)
+        assert not result.feasible and (result.certificate * signs >= 0).all()
+        assert (rewards @ result.certificate).max() < result.certificate @ palette
+        assert solve(rewards, result.nearest, sense=sense).feasible
 
 
 def test_largest_scaling_by_hand():
@@ -82,18 +82,18 @@ def test_largest_scaling_is_on_the_edge(grouped):
     rewards = samples(300, 4, 2, "skewed")
     groups = np.arange(300) // 30 if grouped else None
     palette, mean = quantile_palette(rewards, 0.99), rewards.mean(axis=0)
-    found = solve(rewards, palette, groups=groups)
-    assert 0 < found.scaling < 1
-    assert abs(slack(rewards, mean + found.scaling * (palette - mean), groups)) < 1e-8
+    result = solve(rewards, palette, groups=groups)
+    assert 0 < result.scaling < 1
+    assert abs(slack(rewards, mean + result.scaling * (palette - mean), groups)) < 1e-8
 
 
 def test_the_duality_gap_bounds_the_kl():
     rewards = samples(300, 3)
     palette = quantile_palette(rewards, 0.7)
-    found = solve(rewards, palette)
+    result = solve(rewards, palette)
     rough = solve(rewards, palette, tol=1e-2)
-    assert abs(found.duality_gap) < 1e-12 < abs(rough.duality_gap)
-    for each in (found, rough):
+    assert abs(result.duality_gap) < 1e-12 < abs(rough.duality_gap)
+    for each in (result, rough):
         assert each.duality_gap == pytest.approx(each.kl + dual(each.lam, rewards, palette), abs=1e-12)
         assert each.duality_gap == pytest.approx(each.lam @ (each.levels - palette), abs=1e-12)
 
@@ -121,9 +121,9 @@ def test_collinear_rewards_get_the_least_lambda(case):
     sense = ["==", ">=", "=="] if case == "opposite" else ">="
     deviation = rewards.std(axis=0)
     target = policy(rewards, np.array([0.5, 0.4, 0.0])) @ rewards
-    found = solve(rewards, target, sense=sense)
-    assert found.feasible and not found.unique and found.kkt_residual <= 1e-9
-    mu = found.lam * deviation
+    result = solve(rewards, target, sense=sense)
+    assert result.feasible and not result.unique and result.kkt_residual <= 1e-9
+    mu = result.lam * deviation
     # moving along the flat direction in either sense makes |μ| no smaller, within the bounds
     flat = {"duplicate": [1, 0, -1], "scaled": [5, 0, -1], "sum": [1, 1, -1], "opposite": [1, 0, 1]}[case] * deviation
     flat = np.array(flat) / np.linalg.norm(flat)
@@ -134,7 +134,7 @@ def test_collinear_rewards_get_the_least_lambda(case):
         assert not allowed or moved @ moved > mu @ mu
     assert solve(rewards[:, :2], target[:2]).unique
     if case == "duplicate":  # half each, and the whole is what one of them would get
-        np.testing.assert_allclose(found.lam, [0.25, 0.4, 0.25], rtol=1e-7)
+        np.testing.assert_allclose(result.lam, [0.25, 0.4, 0.25], rtol=1e-7)
     # a duplicate that is asked for less does not bind, and leaves nothing open
     if case == "duplicate":
         less = solve(rewards, target - [0, 0, 0.1])
@@ -157,9 +157,9 @@ def test_mistakes_in_a_sense(sense, message):
 
 def test_lam_max_bounds_both_signs():
     rewards = samples(300, 2)
-    found = solve(rewards, rewards.mean(axis=0) - 1.0, sense="==", lam_max=0.1)
-    np.testing.assert_allclose(found.lam, [-0.1, -0.1])
-    assert found.feasible and found.kkt_residual <= 1e-9
+    result = solve(rewards, rewards.mean(axis=0) - 1.0, sense="==", lam_max=0.1)
+    np.testing.assert_allclose(result.lam, [-0.1, -0.1])
+    assert result.feasible and result.kkt_residual <= 1e-9
 
 
 @pytest.mark.parametrize("sense", [">=", "mixed"])
@@ -169,15 +169,15 @@ def test_a_path_of_palettes_is_what_each_gives_alone(sense):
     sense = [">=", "<=", "=="] if sense == "mixed" else sense
     ask = np.linspace(0, 2, 160)[:, None] * rng.uniform(0.2, 1.2, 3) * ([1, -1, 1] if len(sense) == 3 else 1)
     palettes = rewards.mean(axis=0) + ask * rewards.std(axis=0)
-    found = solve(rewards, palettes, sense=sense)
+    result = solve(rewards, palettes, sense=sense)
     alone = [solve(rewards, palette, sense=sense) for palette in palettes]
-    assert found.feasible.tolist() == [each.feasible for each in alone]
-    assert 10 < found.feasible.sum() < 160
-    reached = found.feasible
-    np.testing.assert_allclose(found.lam, [each.lam for each in alone], rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(found.kl, [each.kl for each in alone], atol=1e-9)
-    assert found.kkt_residual[reached].max() <= 1e-9
+    assert result.feasible.tolist() == [each.feasible for each in alone]
+    assert 10 < result.feasible.sum() < 160
+    reached = result.feasible
+    np.testing.assert_allclose(result.lam, [each.lam for each in alone], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(result.kl, [each.kl for each in alone], atol=1e-9)
+    assert result.kkt_residual[reached].max() <= 1e-9
     np.testing.assert_allclose(
-        found.scaling[~reached], [each.scaling for each in alone if not each.feasible], rtol=1e-6
+        result.scaling[~reached], [each.scaling for each in alone if not each.feasible], rtol=1e-6
     )
-    assert found.iterations[reached].sum() < 0.8 * sum(each.iterations for each in alone if each.feasible)
+    assert result.iterations[reached].sum() < 0.8 * sum(each.iterations for each in alone if each.feasible)

@@ -49,9 +49,9 @@ def test_a_value_that_cannot_be_moved_keeps_its_weight_at_0(form, dtype, sense):
         rewards, level, options = with_constant(rng, form, dtype)
         mean = palette.solve(rewards, [-9.0, -1e9], **options).levels[0]
         c = np.array([mean, level])
-        found = palette.solve(rewards, c, sense=[">=", sense], **options)
-        assert found.feasible and found.lam[1] == 0 and found.kl < 1e-9
-        assert found.levels[1] == pytest.approx(level, rel=1e-6, abs=1e-12)
+        result = palette.solve(rewards, c, sense=[">=", sense], **options)
+        assert result.feasible and result.lam[1] == 0 and result.kl < 1e-9
+        assert result.levels[1] == pytest.approx(level, rel=1e-6, abs=1e-12)
         step = 1e-3 * max(abs(level), 1)
         beyond = palette.solve(rewards, c + [0, step], sense=[">=", sense], **options)
         assert not beyond.feasible and proves(beyond.certificate, rewards, c + [0, step], **options)
@@ -96,11 +96,11 @@ def test_a_certificate_proves_what_it_says(dtype, beyond, how):
                 options["weights"] = rng.random(n) + 0.1
         # So far along the normal, in units of σ: the distance to the plane, and so to the hull, is no less.
         c = corner + beyond * (away * sigma**2) / np.linalg.norm(away * sigma)
-        found = palette.solve(rewards, c, **options)
+        result = palette.solve(rewards, c, **options)
         options.pop("sense", None)
-        assert not found.feasible
-        assert proves(found.certificate, rewards, c, **options)
-        assert 0 <= found.scaling < 1
+        assert not result.feasible
+        assert proves(result.certificate, rewards, c, **options)
+        assert 0 <= result.scaling < 1
 
 
 @pytest.mark.parametrize("spread", [4, 20, 50, 300])
@@ -114,23 +114,23 @@ def test_weights_of_every_magnitude(spread):
         has = rewards[rng.integers(n)]
         assert palette.solve(rewards, has - 0.1, weights=weights).feasible
         c = np.quantile(rewards, 0.7, axis=0) if trial % 2 else has + 0.5
-        found = palette.solve(rewards, c, weights=weights)
-        if found.feasible:
-            assert (found.levels >= c - 1e-6).all()
+        result = palette.solve(rewards, c, weights=weights)
+        if result.feasible:
+            assert (result.levels >= c - 1e-6).all()
         else:
-            assert proves(found.certificate, rewards, c)
+            assert proves(result.certificate, rewards, c)
 
 
 def test_many_palettes_at_once_have_the_same_verdicts():
     rng = np.random.default_rng(4)
     rewards = rng.normal(size=(50, 3))
     palettes = np.stack([rewards.max(0) * t for t in np.linspace(0.1, 1.2, 12)])
-    found = palette.solve(rewards, palettes)
+    result = palette.solve(rewards, palettes)
     for k, c in enumerate(palettes):
         one = palette.solve(rewards, c)
-        assert bool(one.feasible) == bool(found.feasible[k])
+        assert bool(one.feasible) == bool(result.feasible[k])
         if not one.feasible:
-            assert proves(found.certificate[k], rewards, c) and proves(one.certificate, rewards, c)
+            assert proves(result.certificate[k], rewards, c) and proves(one.certificate, rewards, c)
 
 
 def views(x):
@@ -169,8 +169,8 @@ def test_rewards_are_read_where_they_lie_or_copied(dtype, m):
         expected = palette.solve(x, c, **options)
         assert expected.feasible
         for name, view in views(x).items():
-            found = palette.solve(view, c, **options)
-            np.testing.assert_allclose(found.lam, expected.lam, rtol=1e-6, err_msg=name)
+            result = palette.solve(view, c, **options)
+            np.testing.assert_allclose(result.lam, expected.lam, rtol=1e-6, err_msg=name)
         odd = {key: records[key[0]] for key in options}
         np.testing.assert_allclose(palette.solve(x, records["c"][:m], **odd).lam, expected.lam, rtol=1e-6)
         turned = np.stack([c, c], 1).T[::-1]

@@ -58,9 +58,9 @@ def test_one_palette_of_any_width(in_python, m, dtype):
         {"groups": groups, "sense": "==", "lam_max": 0.2},
     ):
         palette = quantile_palette(rewards, 0.6 if m < 8 or (m == 8 and "groups" not in options) else 0.53)
-        found = solve(rewards, palette, **options)
-        assert found.kkt_residual <= 1e-9 and found.iterations <= 15
-        assert_same(found, in_python(rewards, palette, **options))
+        result = solve(rewards, palette, **options)
+        assert result.kkt_residual <= 1e-9 and result.iterations <= 15
+        assert_same(result, in_python(rewards, palette, **options))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -68,14 +68,14 @@ def test_one_palette_of_any_width(in_python, m, dtype):
 def test_hard_problems_end_as_they_do_in_python(in_python, problem, dtype):
     compared = 0
     for seed in range(5000, 5150):
-        rewards, palette, senses, told, *groups = problem(seed, dtype)
+        rewards, palette, senses, message, *groups = problem(seed, dtype)
         options = {"sense": senses, "groups": groups[0] if groups else None}
-        found, expected = (call(rewards, palette, **options) for call in (solve, in_python))
-        assert found.feasible == expected.feasible, told
-        if not found.feasible:
-            np.testing.assert_allclose(found.scaling, expected.scaling, rtol=1e-6, atol=1e-7, err_msg=told)
-        elif found.unique and max(found.kkt_residual, expected.kkt_residual) <= 1e-9 and found.ess > 1.5:
-            np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-6, atol=1e-8, err_msg=told)
+        result, expected = (call(rewards, palette, **options) for call in (solve, in_python))
+        assert result.feasible == expected.feasible, message
+        if not result.feasible:
+            np.testing.assert_allclose(result.scaling, expected.scaling, rtol=1e-6, atol=1e-7, err_msg=message)
+        elif result.unique and max(result.kkt_residual, expected.kkt_residual) <= 1e-9 and result.ess > 1.5:
+            np.testing.assert_allclose(result.kl, expected.kl, rtol=1e-6, atol=1e-8, err_msg=message)
             compared += 1
     assert compared > 40
 
@@ -87,11 +87,11 @@ def test_many_palettes_start_from_their_neighbours(in_python, kind, most, prompt
     groups = None if prompts is None else np.arange(900) % prompts
     ask = np.random.default_rng(3).uniform(-0.3, most, (150, 3))
     palettes = rewards.mean(axis=0) + ask * rewards.std(axis=0)
-    found = solve(rewards, palettes, groups=groups)
-    assert_same(found, in_python(rewards, palettes, groups=groups))
-    assert 20 < found.feasible.sum() < 150
-    assert found.kkt_residual[found.feasible].max() <= 1e-9
-    assert found.iterations[found.feasible].mean() < 7
+    result = solve(rewards, palettes, groups=groups)
+    assert_same(result, in_python(rewards, palettes, groups=groups))
+    assert 20 < result.feasible.sum() < 150
+    assert result.kkt_residual[result.feasible].max() <= 1e-9
+    assert result.iterations[result.feasible].mean() < 7
 
 
 LAWS = {
@@ -118,25 +118,25 @@ def test_many_palettes_are_those_solved_alone(law, m, options):
         "lam_max": {"lam_max": 0.3 / deviation.max()},
         "groups": {"groups": rng.integers(0, 60, 6000)},
     }[options]
-    found = solve(rewards, palettes, **options)
+    result = solve(rewards, palettes, **options)
     for k in range(0, 200, 25):
         alone = solve(rewards, palettes[k], **options)
-        assert found.feasible[k] == alone.feasible
+        assert result.feasible[k] == alone.feasible
         if alone.feasible and np.isfinite(alone.lam).all():
             size = np.abs(alone.lam * deviation).max() + 1e-3
-            np.testing.assert_allclose(found.lam[k] * deviation, alone.lam * deviation, atol=1e-7 * size)
-            np.testing.assert_allclose([found.kl[k], found.ess[k]], [alone.kl, alone.ess], rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(result.lam[k] * deviation, alone.lam * deviation, atol=1e-7 * size)
+            np.testing.assert_allclose([result.kl[k], result.ess[k]], [alone.kl, alone.ess], rtol=1e-6, atol=1e-9)
     if law in ("normal", "bounded") and not options:
-        assert found.iterations.mean() < [3.5, 4.5, 5, 5.5][m - 1]
+        assert result.iterations.mean() < [3.5, 4.5, 5, 5.5][m - 1]
 
 
 @pytest.mark.parametrize("m", [1, 3, 8, 11])
 def test_offsets_of_float32_rewards_cost_no_digits(in_python, m):
     rewards = (24.5 + 1e-3 * samples(4000, m, m)).astype(np.float32)
     palette = rewards.mean(axis=0, dtype=np.float64) + 2e-4 * (np.arange(m) < 3)
-    for found in (solve(rewards, palette), solve(rewards, np.tile(palette, (3, 1)))):
-        assert found.kkt_residual.max() <= 1e-9 and found.iterations.max() <= 15
-        np.testing.assert_allclose(np.atleast_2d(found.lam)[0], in_python(rewards, palette).lam, rtol=1e-6)
+    for result in (solve(rewards, palette), solve(rewards, np.tile(palette, (3, 1)))):
+        assert result.kkt_residual.max() <= 1e-9 and result.iterations.max() <= 15
+        np.testing.assert_allclose(np.atleast_2d(result.lam)[0], in_python(rewards, palette).lam, rtol=1e-6)
 
 
 @pytest.mark.parametrize("candidates", [None, 70, 5000])
@@ -144,9 +144,9 @@ def test_many_rows_are_read_few_times(in_python, candidates):
     rewards = samples(600_000, 6, 1, "bounded").astype(np.float32)
     groups = None if candidates is None else np.arange(len(rewards)) // candidates
     palette = quantile_palette(rewards, 0.6, values=[0, 1, 2])
-    found = solve(rewards, palette, groups=groups)
-    assert found.kkt_residual <= 1e-9 and found.iterations <= 5
-    assert_same(found, in_python(rewards, palette, groups=groups), 1e-8)
+    result = solve(rewards, palette, groups=groups)
+    assert result.kkt_residual <= 1e-9 and result.iterations <= 5
+    assert_same(result, in_python(rewards, palette, groups=groups), 1e-8)
 
 
 @pytest.mark.parametrize("prompts", [None, 30])
@@ -157,15 +157,15 @@ def test_same_bits_at_any_number_of_threads(rows, count, prompts):
     palettes = np.array([quantile_palette(rewards, q) for q in np.linspace(0.5, 0.62, count)])
     before = torch.get_num_threads()
     try:
-        found = []
+        result = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(solve(rewards, palettes, groups=groups))
+            result.append(solve(rewards, palettes, groups=groups))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
+    for other in result[1:]:
         for field in dataclasses.fields(other):
-            np.testing.assert_array_equal(getattr(found[0], field.name), getattr(other, field.name))
+            np.testing.assert_array_equal(getattr(result[0], field.name), getattr(other, field.name))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no such call")
@@ -175,8 +175,8 @@ def test_solves_side_by_side_leave_every_thread_its_processors():
     expected = solve(rewards, palette)
     allowed = os.sched_getaffinity(0)
     with ThreadPoolExecutor(3) as pool:
-        for found in pool.map(lambda _: solve(rewards, palette), range(12)):
-            np.testing.assert_array_equal(found.lam, expected.lam)
+        for result in pool.map(lambda _: solve(rewards, palette), range(12)):
+            np.testing.assert_array_equal(result.lam, expected.lam)
         threads = [int(name) for name in os.listdir("/proc/self/task")]
         assert all(os.sched_getaffinity(thread) == allowed for thread in threads)
 

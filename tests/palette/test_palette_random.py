@@ -4,7 +4,14 @@ import os
 
 import numpy as np
 import pytest
-from palette_problems import exact_slack, mixtures, precise_lambda, random_problem, random_problem_of_prompts, spread
+from palette_problems import (
+    deviations,
+    exact_slack,
+    mixtures,
+    precise_lambda,
+    random_problem,
+    random_problem_of_prompts,
+)
 
 from fastalign.palette import solve
 
@@ -21,33 +28,33 @@ def test_verdict_and_lambda_are_exact(problem, first, dtype):
 
 
 def check(rewards, palette, senses, told, groups=None):
-    found = solve(rewards, palette, sense=senses, groups=groups)
+    result = solve(rewards, palette, sense=senses, groups=groups)
     rewards = rewards.astype(np.float64)
-    unit = spread(rewards, groups)
+    unit = deviations(rewards, groups)
     corners = rewards if groups is None else mixtures(rewards, groups)
     slack = lambda levels: exact_slack(corners, levels, senses, unit)  # noqa: E731
     room = slack(palette)
-    assert found.feasible == (room >= -TOL), f"{told}: slack {room:g}"
+    assert result.feasible == (room >= -TOL), f"{told}: slack {room:g}"
     signs = np.array([{">=": 1, "<=": -1, "==": 0}[s] for s in senses])
-    if not found.feasible:
-        d = found.certificate
-        assert (d * signs >= 0).all() and np.isfinite(found.nearest).all(), told
+    if not result.feasible:
+        d = result.certificate
+        assert (d * signs >= 0).all() and np.isfinite(result.nearest).all(), told
         assert ((corners - palette) @ d).max() < 0, told
-        assert slack(found.nearest) > -1e-8, told
-        assert 0 <= found.scaling <= 1, told
+        assert slack(result.nearest) > -1e-8, told
+        assert 0 <= result.scaling <= 1, told
         mean = corners.mean(axis=0)
-        assert abs(slack(mean + found.scaling * (palette - mean))) < 1e-7, told
+        assert abs(slack(mean + result.scaling * (palette - mean))) < 1e-7, told
         return
-    assert all(np.isfinite(x).all() for x in (found.lam, found.levels, found.kl, found.ess)), told
-    assert (found.lam * signs >= 0).all(), told
-    assert found.kkt_residual <= TOL or room < 1e-6, f"{told}: residual {found.kkt_residual:g}, slack {room:g}"
-    if room < 1e-6 or not found.unique:
+    assert all(np.isfinite(x).all() for x in (result.lam, result.levels, result.kl, result.ess)), told
+    assert (result.lam * signs >= 0).all(), told
+    assert result.kkt_residual <= TOL or room < 1e-6, f"{told}: residual {result.kkt_residual:g}, slack {room:g}"
+    if room < 1e-6 or not result.unique:
         return
-    exact, left, last = precise_lambda(rewards, palette, senses, found.lam, groups)
+    exact, left, last = precise_lambda(rewards, palette, senses, result.lam, groups)
     # At the mean λ is 0 but for the rounding of the palette: which values bind is then rounding too.
     assert left < 1e-12, f"{told}: support of λ is wrong, {left:g}"
     if last > 1e-9 * (1 + np.abs(exact).max()):
         return
     np.testing.assert_allclose(
-        found.lam * unit, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max() + 1e-12, err_msg=told
+        result.lam * unit, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max() + 1e-12, err_msg=told
     )

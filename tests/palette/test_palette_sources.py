@@ -65,9 +65,9 @@ def test_parquet_in_chunks(tmp_path, form):
     named = {name: column for name, column in (("groups", "prompt"), ("weights", "weight")) if form in (name, "both")}
     source = ParquetRewards(tmp_path, NAMES, chunk_rows=500, **named)
     palettes = np.array([quantile_palette(rewards, q) for q in (0.6, 0.999)])
-    found = solve(source, palettes)
-    assert found.feasible.tolist() == [True, False]
-    assert_same(found, solve(rewards, palettes, **options_of(form, groups, weights)))
+    result = solve(source, palettes)
+    assert result.feasible.tolist() == [True, False]
+    assert_same(result, solve(rewards, palettes, **options_of(form, groups, weights)))
     assert sum(len(chunk[0]) for chunk in source) == len(rewards)
     if "groups" in named:
         seen = [set(chunk[2]) for chunk in source]
@@ -81,9 +81,9 @@ def test_chunks_start_from_few_rows(tmp_path):
     source = ParquetRewards([tmp_path / "a.parquet"], NAMES, chunk_rows=30_000)
     reads = []
     source._chunks = lambda chunks=source._chunks: reads.append(1) or chunks()
-    found = solve(source, palette)
-    assert_same(found, solve(rewards, palette), 1e-6)
-    assert len(reads) == 1 + found.iterations <= 6
+    result = solve(source, palette)
+    assert_same(result, solve(rewards, palette), 1e-6)
+    assert len(reads) == 1 + result.iterations <= 6
 
 
 def test_a_mapped_array_is_read_in_place(tmp_path):
@@ -159,8 +159,8 @@ def one_rank_errs(what):
 
 @pytest.mark.parametrize("what, message", [("shape", "rewards must have shape"), ("nan", "rewards must be finite")])
 def test_a_mistake_on_one_rank_is_told_by_all(ranks, what, message):
-    for told in ranks(one_rank_errs, what):
-        assert message in told and told.endswith("(on rank 1)")
+    for text in ranks(one_rank_errs, what):
+        assert message in text and text.endswith("(on rank 1)")
 
 
 def test_mistakes_in_a_parquet_source(tmp_path):

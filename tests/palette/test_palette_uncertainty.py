@@ -20,16 +20,16 @@ def test_standard_errors_of_a_normal_law():
     true = np.linalg.solve(cov, palette)
     assert (true > 0).all()
     rng = np.random.default_rng(0)
-    lams, told, off, told_off = [], [], [], []
+    lams, lines, off, told_off = [], [], [], []
     for _ in range(400):
         rewards = draw(rng, 1000)
         lam = solve(rewards, palette).lam
         errors = standard_errors(rewards, lam)
         lams.append(lam)
-        told.append(errors.lam)
+        lines.append(errors.lam)
         off.append(cov @ lam - palette)  # what the policy's levels really are
         told_off.append(errors.levels)
-    np.testing.assert_allclose(np.std(lams, axis=0), np.mean(told, axis=0), rtol=0.15)
+    np.testing.assert_allclose(np.std(lams, axis=0), np.mean(lines, axis=0), rtol=0.15)
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(off), axis=0)), np.mean(told_off, axis=0), rtol=0.15)
     np.testing.assert_allclose(np.mean(lams, axis=0), true, atol=0.02)
 
@@ -68,22 +68,22 @@ def test_bootstrap_agrees_with_the_sandwich(grouped):
     rewards = draw(np.random.default_rng(3), 900)
     options = {"groups": np.arange(900) // 9} if grouped else {}
     palette = [0.3, 0.3]
-    found = bootstrap(rewards, palette, draws=150, seed=1, **options)
+    result = bootstrap(rewards, palette, draws=150, seed=1, **options)
     lam = solve(rewards, palette, **options).lam
     errors = standard_errors(rewards, lam, **options)
-    assert found.feasible == 1 and found.lam.shape == found.levels.shape == (150, 2)
-    np.testing.assert_allclose(found.lam.std(axis=0), errors.lam, rtol=0.3)
-    low, high = found.interval(0.9)
+    assert result.feasible == 1 and result.lam.shape == result.levels.shape == (150, 2)
+    np.testing.assert_allclose(result.lam.std(axis=0), errors.lam, rtol=0.3)
+    low, high = result.interval(0.9)
     assert (low < lam).all() and (lam < high).all()
-    np.testing.assert_array_equal(bootstrap(rewards, palette, draws=3, seed=1, **options).lam, found.lam[:3])
+    np.testing.assert_array_equal(bootstrap(rewards, palette, draws=3, seed=1, **options).lam, result.lam[:3])
 
 
 def test_bootstrap_tells_how_often_the_palette_is_out_of_reach():
     rewards = draw(np.random.default_rng(4), 30)
-    found = bootstrap(rewards, 0.98 * solve(rewards, [9, 9]).nearest, draws=60)
-    assert 0.2 < found.feasible < 1
-    assert np.isfinite(found.lam).all(axis=1).mean() == found.feasible
-    assert np.isfinite(found.interval()).all()
+    result = bootstrap(rewards, 0.98 * solve(rewards, [9, 9]).nearest, draws=60)
+    assert 0.2 < result.feasible < 1
+    assert np.isfinite(result.lam).all(axis=1).mean() == result.feasible
+    assert np.isfinite(result.interval()).all()
 
 
 def test_held_out_levels_are_honest():

@@ -39,18 +39,18 @@ def session():
 
 @contextmanager
 def served(session, allowed=()):
-    with server.open_server(session, 0, allowed) as found:
-        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+    with server.open_server(session, 0, allowed) as caught:
+        thread = threading.Thread(target=caught.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield found
-        found.shutdown()
+        yield caught
+        caught.shutdown()
         thread.join()
 
 
 @pytest.fixture
 def page_server(session):
-    with served(session) as found:
-        yield found
+    with served(session) as caught:
+        yield caught
 
 
 def ask(to, method, path, body=None, **headers):
@@ -59,27 +59,27 @@ def ask(to, method, path, body=None, **headers):
         method, f"/{to.token}{path}", body, {name.replace("_", "-"): value for name, value in headers.items()}
     )
     reply = connection.getresponse()
-    found = reply.status, reply.read().decode(), reply.headers
+    result = reply.status, reply.read().decode(), reply.headers
     connection.close()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_an_answer_is_the_solvers(session, joint):
-    asked, sense = session.mean + [0.6, -0.3], [">=", "=="]
-    found = session.answer({"palette": asked.tolist(), "sense": sense, "joint": joint, "first": 4})
-    told = palette.solve(session.flat, asked, groups=None if joint else session.groups, sense=sense)
-    assert found["feasible"] and found["beyond"] is None and found["ms"] > 0
-    np.testing.assert_allclose(found["lambda"], told.lam, rtol=1e-9)
-    np.testing.assert_allclose(found["levels"], told.levels, rtol=1e-9)
-    assert found["kl"] == pytest.approx(float(told.kl)) and found["ess"] == pytest.approx(float(told.ess))
-    assert [each["prompt"] for each in found["examples"]] == ["prompt 4", "prompt 5"]
-    weights = np.exp(session.rewards[4].astype(float) @ told.lam)
-    picked = found["examples"][0]["picked"]
+    requested, sense = session.mean + [0.6, -0.3], [">=", "=="]
+    result = session.answer({"palette": requested.tolist(), "sense": sense, "joint": joint, "first": 4})
+    solution = palette.solve(session.flat, requested, groups=None if joint else session.groups, sense=sense)
+    assert result["feasible"] and result["beyond"] is None and result["ms"] > 0
+    np.testing.assert_allclose(result["lambda"], solution.lam, rtol=1e-9)
+    np.testing.assert_allclose(result["levels"], solution.levels, rtol=1e-9)
+    assert result["kl"] == pytest.approx(float(solution.kl)) and result["ess"] == pytest.approx(float(solution.ess))
+    assert [each["prompt"] for each in result["examples"]] == ["prompt 4", "prompt 5"]
+    weights = np.exp(session.rewards[4].astype(float) @ solution.lam)
+    picked = result["examples"][0]["picked"]
     assert picked[0]["text"] == session.texts[4][weights.argmax()]
     assert picked[0]["weight"] == pytest.approx(weights.max() / weights.sum())
-    assert [each["text"] for each in found["examples"][0]["base"]] == session.texts[4][:3]
-    json.dumps(found, allow_nan=False)
+    assert [each["text"] for each in result["examples"][0]["base"]] == session.texts[4][:3]
+    json.dumps(result, allow_nan=False)
 
 
 def test_the_command_in_an_answer_makes_its_palette(session):
@@ -91,22 +91,26 @@ def test_the_command_in_an_answer_makes_its_palette(session):
 
 
 def test_out_of_reach_comes_with_what_can_be_reached(session):
-    asked = session.mean + [3.0, 3.0]
-    found = session.answer({"palette": asked.tolist()})
-    told = palette.solve(session.flat, asked, groups=session.groups)
-    assert not found["feasible"] and found["beyond"]["scaling"] == pytest.approx(told.scaling) and told.scaling < 1
-    # Inside of the nearest, where λ is finite and the λ of `fastalign map`; and both ways out are in reach.
-    inside = session.mean + INWARD * (told.nearest - session.mean)
-    np.testing.assert_allclose(found["beyond"]["nearest"], inside, rtol=1e-6)
-    np.testing.assert_allclose(
-        found["lambda"], palette.solve(session.flat, inside, groups=session.groups).lam, rtol=1e-6
+    requested = session.mean + [3.0, 3.0]
+    result = session.answer({"palette": requested.tolist()})
+    solution = palette.solve(session.flat, requested, groups=session.groups)
+    assert (
+        not result["feasible"]
+        and result["beyond"]["scaling"] == pytest.approx(solution.scaling)
+        and solution.scaling < 1
     )
-    assert (np.array(found["levels"]) >= np.array(found["beyond"]["nearest"]) - 1e-6).all()
+    # Inside of the nearest, where λ is finite and the λ of `fastalign map`; and both ways out are in reach.
+    inside = session.mean + INWARD * (solution.nearest - session.mean)
+    np.testing.assert_allclose(result["beyond"]["nearest"], inside, rtol=1e-6)
+    np.testing.assert_allclose(
+        result["lambda"], palette.solve(session.flat, inside, groups=session.groups).lam, rtol=1e-6
+    )
+    assert (np.array(result["levels"]) >= np.array(result["beyond"]["nearest"]) - 1e-6).all()
     for way in ("nearest", "scaled"):
-        there = session.answer({"palette": found["beyond"][way]})
+        there = session.answer({"palette": result["beyond"][way]})
         assert there["feasible"] and np.isfinite(there["lambda"]).all(), way
-    scaled = np.array(found["beyond"]["scaled"])
-    np.testing.assert_allclose(scaled, session.mean + INWARD * told.scaling * 3.0, rtol=1e-6)
+    scaled = np.array(result["beyond"]["scaled"])
+    np.testing.assert_allclose(scaled, session.mean + INWARD * solution.scaling * 3.0, rtol=1e-6)
 
 
 def test_each_value_spans_what_it_can_realise_alone(session):
@@ -116,14 +120,14 @@ def test_each_value_spans_what_it_can_realise_alone(session):
             low, high = value[dual]
             others = session.flat.min(axis=0), session.flat.max(axis=0)  # which ask nothing as at least, as at most
             for sense, end, inwards in ((">=", high, -1e-4), ("<=", low, 1e-4)):
-                asked = others[sense == "<="].astype(np.float64)
-                for asked[j], reached in ((end + inwards, True), (end - inwards, False)):
-                    assert palette.solve(session.flat, asked, groups=groups, sense=sense).feasible == reached
+                requested = others[sense == "<="].astype(np.float64)
+                for requested[j], reached in ((end + inwards, True), (end - inwards, False)):
+                    assert palette.solve(session.flat, requested, groups=groups, sense=sense).feasible == reached
     assert about["starts"]["q80"] == palette.quantile_palette(session.flat, 0.8).tolist()
 
 
 @pytest.mark.parametrize(
-    "question, told",
+    "question, message",
     [
         (b"{", "the question must be JSON"),
         (b"\xff", "the question must be JSON"),
@@ -140,10 +144,10 @@ def test_each_value_spans_what_it_can_realise_alone(session):
         (b'{"palette": [0, 0], "first": 6}', "first must be a prompt's number from 0 to 5, got 6"),
     ],
 )
-def test_a_bad_question_is_one_clear_line(page_server, question, told):
+def test_a_bad_question_is_one_clear_line(page_server, question, message):
     status, text, _ = ask(page_server, "POST", "/solve", question)
     assert status == 400
-    assert told in json.loads(text)["error"] and "\n" not in json.loads(text)["error"]
+    assert message in json.loads(text)["error"] and "\n" not in json.loads(text)["error"]
 
 
 def test_only_its_own_page_is_answered(page_server):
@@ -206,8 +210,8 @@ def test_a_bad_content_length_is_told(page_server, length):
             f"POST /{page_server.token}/solve HTTP/1.1\r\nHost: localhost:{page_server.server_port}\r\n{line}\r\n{{}}"
         )
         connection.sendall(head.encode("latin-1"))
-        told = connection.makefile("rb").read()  # to its end: the connection is closed
-    assert told.startswith(b"HTTP/1.1 400") and b"Content-Length must be" in told
+        message = connection.makefile("rb").read()  # to its end: the connection is closed
+    assert message.startswith(b"HTTP/1.1 400") and b"Content-Length must be" in message
 
 
 @pytest.mark.parametrize("path", ["//[", "http://[/", "*", "?", "/%00", "http://127.0.0.1/x/values"])
@@ -252,16 +256,16 @@ def test_an_allowed_host_is_a_name(session, name):
 
 def test_one_that_keeps_silent_is_left_and_many_may_wait(session, monkeypatch, capfd):
     monkeypatch.setattr(server._Handler, "timeout", 0.2)
-    with served(session) as found:
-        silent = [socket.create_connection(("127.0.0.1", found.server_port)) for _ in range(60)]
+    with served(session) as caught:
+        silent = [socket.create_connection(("127.0.0.1", caught.server_port)) for _ in range(60)]
         silent[0].sendall(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
         silent[1].sendall(b"GE")
         for one in silent:
             one.settimeout(10)
             assert one.recv(1) == b""
             one.close()
-        assert ask(found, "GET", "/values")[0] == 200
-    assert found.request_queue_size >= 100 and capfd.readouterr().err == ""
+        assert ask(caught, "GET", "/values")[0] == 200
+    assert caught.request_queue_size >= 100 and capfd.readouterr().err == ""
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
@@ -292,14 +296,14 @@ def test_the_command_serves_until_it_is_interrupted(session, tmp_path, monkeypat
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", serve_forever)
 
     def run(*arguments):
-        found = CliRunner().invoke(app, ["palette-ui", *map(str, arguments)])
-        return found.exit_code, found.stdout + found.stderr
+        result = CliRunner().invoke(app, ["palette-ui", *map(str, arguments)])
+        return result.exit_code, result.stdout + result.stderr
 
     code, text = run(tmp_path / "scored.parquet", "--values", "short")
     assert code == 0 and text.startswith(opened[0] + "  (Ctrl-C") and len(urlsplit(opened[0]).path) > 20
     names = ["--allowed-host", "localhost:9000", "--allowed-host", "gpu.lab"]
     assert run(tmp_path / "scored.parquet", "--no-browser", *names)[0] == 0 and len(opened) == 1
-    for arguments, told in (
+    for arguments, message in (
         (["nowhere.parquet"], "no such file"),
         ([tmp_path / "candidates.parquet"], "must be a fastalign scored file"),
         ([tmp_path / "scored.parquet", "--values", "mild"], "one at least, got mild"),
@@ -307,7 +311,7 @@ def test_the_command_serves_until_it_is_interrupted(session, tmp_path, monkeypat
         ([tmp_path / "scored.parquet", "--allowed-host", "http://a"], "allowed-host must be a name or name:port"),
     ):
         code, text = run(*arguments)
-        assert code == 1 and told in text and text.count("\n") == 1
+        assert code == 1 and message in text and text.count("\n") == 1
 
 
 def test_a_port_in_use_is_one_line(session, page_server):
@@ -320,8 +324,8 @@ def test_a_port_in_use_is_one_line(session, page_server):
 def page(tmp_path_factory):
     if browser.find() is None:
         pytest.skip(f"needs a browser: none of {', '.join(browser.NAMES)} is here")
-    with browser.Browser(tmp_path_factory.mktemp("browser")) as found:
-        yield found
+    with browser.Browser(tmp_path_factory.mktemp("browser")) as caught:
+        yield caught
 
 
 ANSWERED = """new Promise(done => {
@@ -336,8 +340,8 @@ def test_a_slider_moves_lambda_in_a_browser(session, page_server, page):
     page.open(f"{address}#c={session.mean[0] + 0.2},{session.mean[1]}&from=3")
     before = page.evaluate(ANSWERED % 1)
     assert float(before[0]) > 0
-    told = palette.solve(session.flat, session.mean + [0.2, 0.0], groups=session.groups).lam
-    assert float(before[0]) == pytest.approx(told[0], rel=0.01)
+    solution = palette.solve(session.flat, session.mean + [0.2, 0.0], groups=session.groups).lam
+    assert float(before[0]) == pytest.approx(solution[0], rel=0.01)
     assert page.evaluate("document.querySelector('#examples h3').textContent") == "prompt 3"
     # By the keyboard, as one who sees no slider would.
     page.evaluate("document.querySelector('[type=range]').focus()")
@@ -345,16 +349,18 @@ def test_a_slider_moves_lambda_in_a_browser(session, page_server, page):
         page.press("ArrowRight", 39)
     after = page.evaluate(ANSWERED % 2)
     assert float(after[0]) > float(before[0])
-    asked = float(page.evaluate("location.hash").partition("c=")[2].partition(",")[0])
-    assert asked > session.mean[0] + 0.2
-    told = palette.solve(session.flat, [asked, session.mean[1]], groups=session.groups)
-    assert float(after[0]) == pytest.approx(told.lam[0], rel=0.01)
+    requested = float(page.evaluate("location.hash").partition("c=")[2].partition(",")[0])
+    assert requested > session.mean[0] + 0.2
+    solution = palette.solve(session.flat, [requested, session.mean[1]], groups=session.groups)
+    assert float(after[0]) == pytest.approx(solution.lam[0], rel=0.01)
     assert page.evaluate("document.querySelector('.reached').textContent").startswith("realised")
     # Texts stay texts, and nothing was asked of anybody else.
     assert TRAP in page.evaluate("document.querySelector('.text p').textContent")
     assert page.evaluate("document.querySelectorAll('#examples img').length") == 0
-    asked = [each["params"]["request"]["url"] for each in page.heard if each["method"] == "Network.requestWillBeSent"]
-    assert asked and all(url.startswith((address, "data:")) for url in asked)
+    requested = [
+        each["params"]["request"]["url"] for each in page.heard if each["method"] == "Network.requestWillBeSent"
+    ]
+    assert requested and all(url.startswith((address, "data:")) for url in requested)
     assert not [each for each in page.heard if each["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 

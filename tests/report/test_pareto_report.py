@@ -40,8 +40,8 @@ def scored(tmp_path):
 
 def test_the_pareto_command(scored, tmp_path):
     soup = write_scored(tmp_path / "soup.parquet", rewards(4, 2, 3, seed=1), ["kind", "brief", "funny"])
-    code, told, _ = fastalign("map", scored, "--palette", "kind=9,rest=mean", "--out", tmp_path / "far.json")
-    assert code == 3 and "infeasible" in told
+    code, stdout, _ = fastalign("map", scored, "--palette", "kind=9,rest=mean", "--out", tmp_path / "far.json")
+    assert code == 3 and "infeasible" in stdout
     out = tmp_path / "fronts"
     command = [
         "pareto",
@@ -55,42 +55,42 @@ def test_the_pareto_command(scored, tmp_path):
         "--lambdas",
         80,
     ]
-    code, told, _ = fastalign(*command, "--out", out)
-    assert code == 0 and "far: out of reach" in told and "q55: in reach" in told
+    code, stdout, _ = fastalign(*command, "--out", out)
+    assert code == 0 and "far: out of reach" in stdout and "q55: in reach" in stdout
     figures = ["ess", "front", "front3d", "histograms", "path", "radar", "region"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [f"{name}.{kind}" for name in figures for kind in ("png", "svg")] + ["pareto.html", "pareto.json"]
     )
-    found = json.loads((out / "pareto.json").read_text())
-    assert found["kind"] == "pareto" and found["values"] == ["kind", "brief", "funny"]
-    assert found["soups"] == [pytest.approx(rewards(4, 2, 3, seed=1).mean(axis=(0, 1)).tolist(), rel=1e-5)]
-    assert found["soup_names"] == ["soup"] and ">soup<" in (out / "front.svg").read_text()
-    assert len(found["region"]["lambda"]) == len(found["region"]["desirable"]) == 80
-    assert [p["name"] for p in found["palettes"]] == ["q55", "q60", "far"]
+    result = json.loads((out / "pareto.json").read_text())
+    assert result["kind"] == "pareto" and result["values"] == ["kind", "brief", "funny"]
+    assert result["soups"] == [pytest.approx(rewards(4, 2, 3, seed=1).mean(axis=(0, 1)).tolist(), rel=1e-5)]
+    assert result["soup_names"] == ["soup"] and ">soup<" in (out / "front.svg").read_text()
+    assert len(result["region"]["lambda"]) == len(result["region"]["desirable"]) == 80
+    assert [p["name"] for p in result["palettes"]] == ["q55", "q60", "far"]
     # Every λ in the file realises what the file says, by another part of the program.
     grid = Candidates.from_parquet(scored).reward_array()
-    assert study(found["values"], grid, n_lambda=80).to_json()["region"] == found["region"]  # a seed reproduces
-    for points in (*found["fronts"], found["scalarised"], found["region"], *found["palettes"]):
-        told = estimate(grid, points["lambda"], warn=False)
-        np.testing.assert_allclose(told.values, points["levels"], rtol=1e-6, atol=1e-8)
-        np.testing.assert_allclose(told.kl, points["kl"], atol=1e-8)
-        np.testing.assert_allclose(told.ess, points["ess"], rtol=1e-6)
+    assert study(result["values"], grid, n_lambda=80).to_json()["region"] == result["region"]  # a seed reproduces
+    for points in (*result["fronts"], result["scalarised"], result["region"], *result["palettes"]):
+        estimated = estimate(grid, points["lambda"], warn=False)
+        np.testing.assert_allclose(estimated.values, points["levels"], rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(estimated.kl, points["kl"], atol=1e-8)
+        np.testing.assert_allclose(estimated.ess, points["ess"], rtol=1e-6)
 
 
 def test_what_lies_within_what():
-    found = study(NAMES[:2], rewards(60, 64, 2))
-    assert found.ks == [4, 16] and list(found.fronts) == [best_of_n_kl(4), best_of_n_kl(16)]
-    volume = {name: v for name, _, v in found.hypervolumes()}
+    result = study(NAMES[:2], rewards(60, 64, 2))
+    assert result.ks == [4, 16] and list(result.fronts) == [best_of_n_kl(4), best_of_n_kl(16)]
+    volume = {name: v for name, _, v in result.hypervolumes()}
     front, further = volume["front at KL 0.64"], volume["front at KL 1.84"]
     assert volume["best of 4"] < front < further < volume["limit of these candidates"]
     assert volume["best of 4"] < volume["best of 16"] < further
-    unit = found.directions / found.spread
-    for kl, n in zip(found.fronts, found.ks, strict=True):
-        most = (unit * found.fronts[kl].levels).sum(axis=1)
-        assert ((unit * found.best_of[n]).sum(axis=1) < most + 0.02).all()
+    unit = result.directions / result.std
+    for kl, n in zip(result.fronts, result.ks, strict=True):
+        most = (unit * result.fronts[kl].levels).sum(axis=1)
+        assert ((unit * result.best_of[n]).sum(axis=1) < most + 0.02).all()
         # and no random λ of no more KL goes beyond, either
-        within = found.region.policies.kl <= kl
-        assert within.any() and (unit @ found.region.policies.levels[within].T <= most[:, None] + 1e-9).all()
+        within = result.region.policies.kl <= kl
+        assert within.any() and (unit @ result.region.policies.levels[within].T <= most[:, None] + 1e-9).all()
 
 
 @pytest.mark.parametrize(
@@ -110,16 +110,16 @@ def test_studies_of_every_size_draw(shape, joint):
     if shape == (3, 16, 3):
         x[..., 1] = 0.25  # a constant value
     palettes = {"a $": quantile_palette(x.reshape(-1, shape[2]), 0.6), "b": x.max(axis=(0, 1)) + 1}
-    found = study(NAMES[: shape[2]], x, joint=joint, palettes=palettes, n_lambda=30, soups=x[0, :1])
-    figures = found.figures()
+    result = study(NAMES[: shape[2]], x, joint=joint, palettes=palettes, n_lambda=30, soups=x[0, :1])
+    figures = result.figures()
     expected = {"ess", "path", "histograms"} | ({"front", "region"} if shape[2] > 1 else set())
     expected |= {"front3d", "radar"} if shape[2] > 2 else set()
     assert set(figures) == expected
-    text = page(found, figures)
+    text = page(result, figures)
     assert text.count("<svg") == len(expected) and not re.search(r"\bnan\b", text, re.IGNORECASE)
     assert f"{NAMES[1]}" not in text.split("<script")[0]  # names are escaped
     data = re.search(r"<script type='application/json' id='report'>(.*)</script>", text)[1]
-    assert json.loads(data) == found.to_json()
+    assert json.loads(data) == result.to_json()
 
 
 def test_merged_models_have_their_names(tmp_path):
@@ -133,17 +133,17 @@ def test_merged_models_have_their_names(tmp_path):
     out = tmp_path / "out"
     soups = [part for path in (scored, again, tmp_path / "soups.json") for part in ("--soup", path)]
     assert fastalign("pareto", scored, *soups, "--lambdas", 20, "--out", out)[0] == 0
-    told = json.loads((out / "pareto.json").read_text())["soup_names"]
-    assert told == ["scored", str(again), "bold", "0.5 mild + 0.5 bold", "mild"]
+    content = json.loads((out / "pareto.json").read_text())["soup_names"]
+    assert content == ["scored", str(again), "bold", "0.5 mild + 0.5 bold", "mild"]
     for figure in ((out / "front.svg").read_text(), (out / "pareto.html").read_text()):
         assert ">0.5 mild + 0.5 bold<" in figure and ">bold<" in figure
 
 
 def test_of_many_merged_models_those_furthest_out_are_named():
     levels = np.random.default_rng(0).normal(size=(66, 2))
-    found = study(["a", "b"], rewards(5, 8, 2), soups=levels, soup_names=[f"s{k}" for k in range(66)], n_lambda=20)
-    told = [text.get_text() for text in found.figures()["front"].axes[0].texts]
-    assert sorted(told) == sorted({f"s{k}" for k in (*levels.argmin(axis=0), *levels.argmax(axis=0))})
+    result = study(["a", "b"], rewards(5, 8, 2), soups=levels, soup_names=[f"s{k}" for k in range(66)], n_lambda=20)
+    lines = [text.get_text() for text in result.figures()["front"].axes[0].texts]
+    assert sorted(lines) == sorted({f"s{k}" for k in (*levels.argmin(axis=0), *levels.argmax(axis=0))})
 
 
 @pytest.mark.parametrize("values", ["brief,kind", "kind", "funny,kind,brief"])
@@ -164,19 +164,21 @@ def test_two_palettes_of_one_name_are_both_marked(scored, tmp_path):
         assert fastalign("map", scored, "--quantile", quantile, "--out", tmp_path / folder / "q60.json")[0] == 0
     marks = [part for folder in "ab" for part in ("--palette", tmp_path / folder / "q60.json")]
     assert fastalign("pareto", scored, *marks, "--quantile", "0.6", "--lambdas", 10, "--out", tmp_path / "f")[0] == 0
-    told = [mark["name"] for mark in json.loads((tmp_path / "f" / "pareto.json").read_text())["palettes"]]
-    assert told == ["q60", str(marks[1]), str(marks[3])]
+    lines = [mark["name"] for mark in json.loads((tmp_path / "f" / "pareto.json").read_text())["palettes"]]
+    assert lines == ["q60", str(marks[1]), str(marks[3])]
 
 
 def test_no_palettes_and_no_soups_is_fine():
-    found = study(NAMES[:2], rewards(5, 16, 2), n_lambda=20)
-    assert set(found.figures()) == {"front", "region", "ess"} and found.to_json()["palettes"] == []
+    result = study(NAMES[:2], rewards(5, 16, 2), n_lambda=20)
+    assert set(result.figures()) == {"front", "region", "ess"} and result.to_json()["palettes"] == []
 
 
 def test_map_draws_the_way_to_its_palette(scored, tmp_path):
     palette, folder = "kind=mean+0.5sd,brief<=mean,rest=free", tmp_path / "figures"
-    code, told, _ = fastalign("map", scored, "--palette", palette, "--out", tmp_path / "palette.json", "--plot", folder)
-    assert code == 0 and str(folder) in told.replace("\n", "")
+    code, stdout, _ = fastalign(
+        "map", scored, "--palette", palette, "--out", tmp_path / "palette.json", "--plot", folder
+    )
+    assert code == 0 and str(folder) in stdout.replace("\n", "")
     assert {p.name for p in folder.iterdir()} == {"path.svg", "path.png", "histograms.svg", "histograms.png"}
 
 
@@ -221,8 +223,8 @@ def test_the_commands_mistakes_are_one_line(scored, tmp_path, extra, says):
 def test_palettes_that_do_not_fit_are_told(scored, tmp_path):
     code, _, _ = fastalign("map", scored, "--palette", "kind<=mean,rest=mean", "--out", tmp_path / "most.json")
     assert code == 0
-    said = refused("pareto", scored, "--palette", tmp_path / "most.json", "--out", tmp_path / "fronts")
-    assert "must ask for at least its levels in every value, got <=, >=, >=" in said
+    message = refused("pareto", scored, "--palette", tmp_path / "most.json", "--out", tmp_path / "fronts")
+    assert "must ask for at least its levels in every value, got <=, >=, >=" in message
     for values, says in (
         ("kind,brief", "must ask for at least its levels in every value, got <=, >="),
         ("brief", None),  # of which it asks for at least
@@ -233,8 +235,8 @@ def test_palettes_that_do_not_fit_are_told(scored, tmp_path):
         else:
             assert fastalign(*command, "--out", tmp_path / "fronts")[0] == 0
     assert fastalign("map", scored, "--values", "kind", "--quantile", 0.6, "--out", tmp_path / "one.json")[0] == 0
-    said = refused("pareto", scored, "--palette", tmp_path / "one.json", "--out", tmp_path / "f")
-    assert "its values are kind, it has no brief" in said
+    message = refused("pareto", scored, "--palette", tmp_path / "one.json", "--out", tmp_path / "f")
+    assert "its values are kind, it has no brief" in message
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,9 @@ def page(found, tmp_path):
 
 
 def test_numbers_are_those_of_plain_loops():
-    found, a = make(p=5, n=20, m=3, k=4)
+    result, a = make(p=5, n=20, m=3, k=4)
     rewards, lam = a["rewards"].astype(float), np.array(a["palette"]["lambda"])
-    for j, value in enumerate(found.values):
+    for j, value in enumerate(result.values):
         tilted, variance, chosen, ess = [], [], [], []
         for x in range(5):
             w = softmax(rewards[x] @ lam)
@@ -86,19 +86,19 @@ def test_numbers_are_those_of_plain_loops():
             chosen += [rewards[x, i, j] for i in a["selected"][x]]
             ess.append(1 / sum(w**2))
         assert value.before == pytest.approx(rewards[..., j].mean())
-        assert value.spread == pytest.approx(rewards[..., j].std())
+        assert value.std == pytest.approx(rewards[..., j].std())
         assert value.realised == pytest.approx(np.mean(chosen))
         assert value.rao_blackwell == pytest.approx(np.mean(tilted))
         assert value.rao_blackwell == pytest.approx(value.predicted, abs=1e-6)  # the per-prompt dual predicts just this
         assert value.se == pytest.approx(np.sqrt(sum(variance)) / 5 / np.sqrt(4))
         assert value.score == pytest.approx((value.realised - value.predicted) / value.se)
-        assert (value.asked, value.lam) == (a["palette"]["palette"][j], lam[j])
-    assert found.ess_per_prompt == pytest.approx(ess)
-    assert found.ess == pytest.approx(np.mean(ess))
+        assert (value.target, value.lam) == (a["palette"]["palette"][j], lam[j])
+    assert result.ess_per_prompt == pytest.approx(ess)
+    assert result.ess == pytest.approx(np.mean(ess))
 
 
 def test_the_standard_error_is_the_spread_of_repeated_draws():
-    found, a = make(p=4, n=16, m=2, k=3)
+    result, a = make(p=4, n=16, m=2, k=3)
     rng = np.random.default_rng(1)
     weights = softmax(a["rewards"].astype(float) @ np.array(a["palette"]["lambda"]))
     repeats = 4000
@@ -106,7 +106,7 @@ def test_the_standard_error_is_the_spread_of_repeated_draws():
     for x, w in enumerate(weights):
         means += a["rewards"][x][rng.choice(16, size=(repeats, 3), p=w)].mean(axis=1) / 4
     # The relative error of a standard deviation from 4000 draws is about 1 %.
-    assert [value.se for value in found.values] == pytest.approx(means.std(axis=0), rel=0.06)
+    assert [value.se for value in result.values] == pytest.approx(means.std(axis=0), rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -137,26 +137,26 @@ def test_a_verdict_goes_by_what_was_asked(tmp_path, sense, above, verdict, shown
         }
         arguments["palette"] |= {"sense": [">=" if sense == "free" else sense], "free": [sense == "free"]}
 
-    found, _ = make(m=1, n=4, edit=edit)
-    value = found.values[0]
-    assert value.verdict == verdict and value.sense == sense == found.to_json()["values"][0]["sense"]
+    result, _ = make(m=1, n=4, edit=edit)
+    value = result.values[0]
+    assert value.verdict == verdict and value.sense == sense == result.to_json()["values"][0]["sense"]
     assert (value.short_by > 0) == (verdict in ("short", "above")) == bool(value.reason)
     console = Console(file=io.StringIO(), width=100)
-    found.print(console)
-    level = value.show(value.asked)
+    result.print(console)
+    level = value.show(value.target)
     wish = {">=": f" {level} ", "free": " free "}.get(sense, f"{sense} {level}")
     assert wish in console.file.getvalue() and (shown is None or shown in console.file.getvalue())
-    assert shown is None or shown in page(found, tmp_path)
+    assert shown is None or shown in page(result, tmp_path)
 
 
 @pytest.mark.parametrize("free", [[True, False, False], [False, True, True], [True] * 3, [True]])
 def test_what_nothing_is_asked_of_has_no_line_at_its_level(tmp_path, free):
-    found, _ = make(m=len(free), edit=lambda arguments: arguments["palette"].update(free=free))
-    figures = found.figures()
-    grid = found.rewards.reshape(-1, len(free))
-    scores = found.weights.reshape(-1)
-    asked = np.where(free, np.nan, [value.asked for value in found.values])
-    figures["of map"] = plots.histograms(grid, None, NAMES[: len(free)], weights=scores, palette=asked)
+    result, _ = make(m=len(free), edit=lambda arguments: arguments["palette"].update(free=free))
+    figures = result.figures()
+    grid = result.rewards.reshape(-1, len(free))
+    scores = result.weights.reshape(-1)
+    requested = np.where(free, np.nan, [value.target for value in result.values])
+    figures["of map"] = plots.histograms(grid, None, NAMES[: len(free)], weights=scores, palette=requested)
     for name in ("histograms", "of map"):
         axes = [one for one in figures[name].axes if one.get_visible()]
         drawn = [sum(line.get_color() == plots.ASKED for line in one.lines) for one in axes]
@@ -170,7 +170,7 @@ def test_what_nothing_is_asked_of_has_no_line_at_its_level(tmp_path, free):
             sum(line.get_color() == plots.ASKED and line.get_linestyle() == "--" for line in one.lines)
             == 2 - free[i] - free[j]
         )
-    assert "free" in page(found, tmp_path)
+    assert "free" in page(result, tmp_path)
 
 
 def test_a_sense_that_is_none_is_told():
@@ -179,24 +179,24 @@ def test_a_sense_that_is_none_is_told():
 
 
 def test_json_and_page_hold_the_same_numbers(tmp_path):
-    found, _ = make(m=3, k=2)
-    plain = found.to_json()
+    result, _ = make(m=3, k=2)
+    plain = result.to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    text = page(found, tmp_path)
+    text = page(result, tmp_path)
     inside = re.search(r"<script type='application/json' id='report'>(.*?)</script>", text, re.DOTALL).group(1)
     assert json.loads(inside) == plain
-    for value, row in zip(found.values, plain["values"], strict=True):
+    for value, row in zip(result.values, plain["values"], strict=True):
         assert row["realised"] == value.realised and row["lambda"] == value.lam
-        for level in (value.before, value.asked, value.predicted, value.rao_blackwell):
+        for level in (value.before, value.target, value.predicted, value.rao_blackwell):
             assert f"<td>{value.show(level)}</td>" in text
         assert f"{value.show(value.realised)} <span class='se'>± {value.show(value.se)}</span>" in text
-    assert found.headline.replace("'", "&#x27;") in text
-    assert f"{found.kl:.3f} nats" in text
+    assert result.headline.replace("'", "&#x27;") in text
+    assert f"{result.kl:.3f} nats" in text
 
 
 def test_page_asks_for_nothing_and_holds_together(tmp_path):
-    found, _ = make(m=3)
-    text = page(found, tmp_path)
+    result, _ = make(m=3)
+    text = page(result, tmp_path)
     parser = Links()
     parser.feed(text)
     assert parser.tags.count("svg") == 4
@@ -235,14 +235,14 @@ def test_texts_cannot_break_out(tmp_path):
         a["texts"] = [[evil] * 24] * 6
         a["settings"]["<u>" + evil] = {evil: [evil, float("nan")], "model": evil}
 
-    found, _ = make(edit=edit, p=6)
-    text = page(found, tmp_path)
+    result, _ = make(edit=edit, p=6)
+    text = page(result, tmp_path)
     assert text.count("<script") == 1 and text.count("</script") == 1
     assert "&lt;/script&gt;&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; [31mred" in text
     assert "<i>$" not in text and "<u>" not in text
     assert not re.search("[\x00-\x08\x0e-\x1f\x7f]", text)
-    json.dumps(found.to_json(), allow_nan=False, ensure_ascii=False).encode()
-    assert "\x1b" not in printed(found)
+    json.dumps(result.to_json(), allow_nan=False, ensure_ascii=False).encode()
+    assert "\x1b" not in printed(result)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
@@ -251,13 +251,13 @@ def test_every_figure_draws(m, case, tmp_path):
     case = dict(case)
     if "asked" in case:
         case["asked"] = [case["asked"]] * m
-    found, _ = make(m=m, **case)
-    figures = found.figures()
+    result, _ = make(m=m, **case)
+    figures = result.figures()
     assert set(figures) == {"levels", "histograms", "pareto"} | ({"radar"} if m > 2 else set())
     panels = {"levels": 1, "histograms": m, "radar": 1, "pareto": max(1, m * (m - 1) // 2)}
     for name, figure in figures.items():
         assert sum(axes.get_visible() for axes in figure.axes) == panels[name]
-    text = page(found, tmp_path)
+    text = page(result, tmp_path)
     assert text.count("<svg") == len(figures) and not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
@@ -282,10 +282,10 @@ def test_constant_reward_is_met_and_draws(tmp_path):
         a["palette"]["palette"][1] = a["palette"]["levels"][1] = float(np.float32(0.1))
         a["palette"]["lambda"][1] = 0.0
 
-    found, _ = make(edit=edit)
-    value = found.values[1]
-    assert (value.spread, value.verdict, value.agrees, value.score) == (0.0, "met", True, 0.0)
-    assert "nan" not in page(found, tmp_path).lower()
+    result, _ = make(edit=edit)
+    value = result.values[1]
+    assert (value.std, value.verdict, value.agrees, value.score) == (0.0, "met", True, 0.0)
+    assert "nan" not in page(result, tmp_path).lower()
 
 
 def test_verdict_within_error_says_so():
@@ -294,35 +294,35 @@ def test_verdict_within_error_says_so():
     assert {value.verdict for value in verdicts} == {"met", "within error"}
     for value in verdicts:
         if value.verdict == "met":
-            assert value.short_by == 0 and value.reason == "" and value.realised >= value.asked - 1e-5
+            assert value.short_by == 0 and value.reason == "" and value.realised >= value.target - 1e-5
         else:
-            assert value.short_by == pytest.approx(value.asked - value.realised)
+            assert value.short_by == pytest.approx(value.target - value.realised)
             assert value.short_by <= 3 * value.se + 1e-5 and "sampling error of 48 draws" in value.reason
 
 
 def test_infeasible_palette_is_short_and_says_why():
-    found, a = make(m=2, k=3, asked=[1.5, 0.0])
-    value = found.values[0]
-    assert not found.feasible and value.verdict == "short"
+    result, a = make(m=2, k=3, asked=[1.5, 0.0])
+    value = result.values[0]
+    assert not result.feasible and value.verdict == "short"
     assert value.short_by == pytest.approx(1.5 - value.realised)
     assert "infeasible" in value.reason and f"{a['palette']['nearest'][0]:.4g}" in value.reason
-    assert any("infeasible" in note for note in found.notes)
-    assert "short by" in printed(found)
+    assert any("infeasible" in note for note in result.notes)
+    assert "short by" in printed(result)
 
 
 def test_missing_the_prediction_is_the_headline():
     def edit(a):
         a["palette"]["levels"][0] = a["palette"]["palette"][0] = a["palette"]["levels"][0] + 3.0
 
-    found, _ = make(edit=edit)
-    assert not found.agrees and not found.values[0].agrees
-    assert found.headline.startswith("Not within 3 standard errors") and "positive (off by -" in found.headline
-    assert found.values[0].verdict == "short" and "other candidates" in found.values[0].reason
+    result, _ = make(edit=edit)
+    assert not result.agrees and not result.values[0].agrees
+    assert result.headline.startswith("Not within 3 standard errors") and "positive (off by -" in result.headline
+    assert result.values[0].verdict == "short" and "other candidates" in result.values[0].reason
 
 
 def test_agreement_is_the_headline():
-    found, _ = make(p=12, seed=3)
-    assert found.agrees and found.headline == "All values agree with the dual's prediction within 3 standard errors."
+    result, _ = make(p=12, seed=3)
+    assert result.agrees and result.headline == "All values agree with the dual's prediction within 3 standard errors."
     alone, _ = make(p=12, m=1, seed=3)
     assert alone.headline == "positive agrees with the dual's prediction within 3 standard errors."
 
@@ -331,8 +331,8 @@ def test_bounded_lambda_is_named():
     def edit(a):
         a["palette"]["palette"][1] += 1.0
 
-    found, _ = make(edit=edit)
-    assert found.values[1].verdict == "short" and "λ reaches only" in found.values[1].reason
+    result, _ = make(edit=edit)
+    assert result.values[1].verdict == "short" and "λ reaches only" in result.values[1].reason
 
 
 def test_joint_dual_and_best_are_named():
@@ -343,22 +343,22 @@ def test_joint_dual_and_best_are_named():
 
 
 def test_low_effective_sample_size_is_named():
-    found, _ = make(m=2, k=2, asked=[1.5, 0.0])
+    result, _ = make(m=2, k=2, asked=[1.5, 0.0])
     sharp, _ = make(m=2, k=2, asked=[1.5, 0.0], edit=lambda a: a["palette"].update({"lambda": [200.0, 50.0]}))
     assert np.median(sharp.ess_per_prompt) < report.LOW_ESS < np.median(make()[0].ess_per_prompt)
     assert any("effective sample size is low" in note for note in sharp.notes)
     assert "effective sample size" in sharp.values[0].reason
-    assert found.prompts == sharp.prompts
+    assert result.prompts == sharp.prompts
 
 
 def test_examples_rise_most_then_are_random():
-    found, a = make(p=12, n=16)
+    result, a = make(p=12, n=16)
     lam = np.array(a["palette"]["lambda"])
     gain = (a["rewards"][np.arange(12), a["selected"][:, 0]].astype(float) - a["rewards"][:, 0]) @ lam
-    risen = [example for example in found.examples if example.why.startswith("largest")]
+    risen = [example for example in result.examples if example.why.startswith("largest")]
     assert [example.prompt for example in risen] == [f"Prompt {i}" for i in np.argsort(-gain)[:3]]
-    assert len(found.examples) == 6 and len({example.prompt for example in found.examples}) == 6
-    for example in found.examples:
+    assert len(result.examples) == 6 and len({example.prompt for example in result.examples}) == 6
+    for example in result.examples:
         x = int(example.prompt.split()[1])
         assert example.before == f"Text 0 of prompt {x}"
         assert example.after == f"Text {a['selected'][x, 0]} of prompt {x}"
@@ -377,13 +377,13 @@ def test_print_fits(width):
         a["texts"] = [["[bold]word[/nope] " * 60] * 24] * 6
         a["values"] = ["a_very_long_reward_name_that_goes_on", *a["values"][1:]]
 
-    found, _ = make(edit=edit)
-    text = printed(found, width)
+    result, _ = make(edit=edit)
+    text = printed(result, width)
     assert max(map(len, text.splitlines())) <= min(width, 100)
     assert "[bold]word[/nope]" in text  # shown, not taken for markup
     if width >= 100:
-        assert found.headline in text
-        for value in found.values:
+        assert result.headline in text
+        for value in result.values:
             assert f"{value.show(value.realised)} ± {value.show(value.se)}" in text
 
 
@@ -394,40 +394,40 @@ def test_levels_show_a_hundredth_of_the_spread():
 
 
 def test_front_is_at_the_policys_kl_and_under_the_limit():
-    found, a = make(p=8, n=32, m=2, k=1)
+    result, a = make(p=8, n=32, m=2, k=1)
     tradeoff = Tradeoff(a["rewards"])
-    front, limit = tradeoff.front(0, 1, found.kl, count=41), tradeoff.limit(0, 1)
+    front, limit = tradeoff.front(0, 1, result.kl, count=41), tradeoff.limit(0, 1)
     # With two values the policy is itself on the front: no point of the front is better in both, none far away.
     predicted = np.array(a["palette"]["levels"])
-    assert not (front > predicted + 1e-6 * tradeoff.spread).all(axis=1).any()
-    assert (np.abs(front - predicted) / tradeoff.spread).max(axis=1).min() < 0.1
+    assert not (front > predicted + 1e-6 * tradeoff.std).all(axis=1).any()
+    assert (np.abs(front - predicted) / tradeoff.std).max(axis=1).min() < 0.1
     for direction in (np.array([1, 0]), np.array([1, 1]), np.array([0, 1])):
-        scores = direction / tradeoff.spread
+        scores = direction / tradeoff.std
         assert (limit @ scores).max() >= (front @ scores).max()
     lam = np.array(a["palette"]["lambda"])
-    levels, kl = tradeoff.at((lam * tradeoff.spread)[None])
-    assert kl[0] == pytest.approx(found.kl, abs=1e-6) and levels[0] == pytest.approx(predicted, abs=1e-6)
+    levels, kl = tradeoff.at((lam * tradeoff.std)[None])
+    assert kl[0] == pytest.approx(result.kl, abs=1e-6) and levels[0] == pytest.approx(predicted, abs=1e-6)
 
 
 def test_save_writes_the_same_file_each_time_or_none(tmp_path):
-    found, _ = make()
+    result, _ = make()
     for name in ("a.svg", "b.svg", "a.png", "a.pdf"):
-        plots.save(found.figures()["levels"], tmp_path / name)
+        plots.save(result.figures()["levels"], tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match=r"must end in .svg, .png or .pdf, got"):
-        plots.save(found.figures()["levels"], tmp_path / "a.gif")
+        plots.save(result.figures()["levels"], tmp_path / "a.gif")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.png", "a.svg", "b.svg"]
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    found, _ = make()
+    result, _ = make()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'fastalign\[plots\]'"):
-        found.to_html(tmp_path / "report.html")
+        result.to_html(tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
-    assert found.headline in printed(found)
+    assert result.headline in printed(result)
 
 
 @pytest.mark.parametrize(

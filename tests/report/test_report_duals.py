@@ -54,15 +54,15 @@ def test_the_joint_kl_is_its_two_parts_and_no_more_than_the_other():
 
 @pytest.mark.parametrize("dual", ["per_prompt", "joint"])
 def test_the_report_shows_both(dual, tmp_path):
-    found, a = make(p=6, n=24, m=3, dual=dual)
-    text = page(found, tmp_path)
+    result, a = make(p=6, n=24, m=3, dual=dual)
+    text = page(result, tmp_path)
     table = re.search(r"<table class='duals'>.*?</table>", text, re.DOTALL).group(0)
     flat = a["rewards"].reshape(-1, 3)
     for groups in (None, np.repeat(np.arange(6), 24)):
-        told = palettes.solve(flat, a["palette"]["palette"], groups=groups)
-        assert f"{told.kl:.3f}" in table
-        assert all(f"<td>{lam:.3g}</td>" in table for lam in told.lam)
-    own = found.to_json()["duals"][dual == "joint"]
+        solution = palettes.solve(flat, a["palette"]["palette"], groups=groups)
+        assert f"{solution.kl:.3f}" in table
+        assert all(f"<td>{lam:.3g}</td>" in table for lam in solution.lam)
+    own = result.to_json()["duals"][dual == "joint"]
     assert own["lambda"] == pytest.approx(a["palette"]["lambda"], rel=1e-6) and own["form"] == dual
     single, _ = make(p=1, n=24, m=2)
     assert single.duals == () and "Both duals" not in page(single, tmp_path)
@@ -71,12 +71,12 @@ def test_the_report_shows_both(dual, tmp_path):
 def test_the_pareto_page_shows_both_for_each_palette():
     x = rewards(6, 16, 2)
     flat = x.reshape(-1, 2)
-    asked = {"a <b>": quantile_palette(flat, 0.6), "far": x.max(axis=(0, 1)) - 0.05}
-    found = study(NAMES[:2], x, palettes=asked, n_lambda=20)
-    text = pareto_page(found, {})
+    requested = {"a <b>": quantile_palette(flat, 0.6), "far": x.max(axis=(0, 1)) - 0.05}
+    result = study(NAMES[:2], x, palettes=requested, n_lambda=20)
+    text = pareto_page(result, {})
     assert text.count("<table class='duals'>") == 2 and "<h3>a &lt;b&gt;</h3>" in text and "<b></h3>" not in text
     assert "of the way" in text
-    rows = found.to_json()["palettes"][0]["duals"]
+    rows = result.to_json()["palettes"][0]["duals"]
     assert [row["form"] for row in rows] == ["per_prompt", "joint"]
-    assert rows[0]["kl"] == pytest.approx(found.palettes["a <b>"].policies.kl[-1], rel=1e-5)
-    assert study(NAMES[:2], x[:1], palettes=asked, n_lambda=20).duals == {}
+    assert rows[0]["kl"] == pytest.approx(result.palettes["a <b>"].policies.kl[-1], rel=1e-5)
+    assert study(NAMES[:2], x[:1], palettes=requested, n_lambda=20).duals == {}

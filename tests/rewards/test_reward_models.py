@@ -314,5 +314,5 @@ def test_scores_are_forgotten_when_the_model_changes():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    found, fresh = (one(["who is it"], ["the cat sat"]) for one in (reward, rewards.from_pairwise(model, tokenizer())))
-    assert found == fresh and found != before
+    result, fresh = (one(["who is it"], ["the cat sat"]) for one in (reward, rewards.from_pairwise(model, tokenizer())))
+    assert result == fresh and result != before

@@ -277,7 +277,7 @@ def test_options_go_to_a_factory_only(registry):
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "message"),
     [
         (lambda responses: [0.0], r"parameters \(responses\)"),
         (lambda prompts, responses, labels: [0.0], r"parameters \(prompts, responses, labels\)"),
@@ -290,13 +290,13 @@ def test_options_go_to_a_factory_only(registry):
         (3, "got int"),
     ],
 )
-def test_register_refuses_what_is_neither(registry, reward, said):
-    with pytest.raises((UserError, TypeError), match=f"reward must be a function of .prompts, responses.*{said}"):
+def test_register_refuses_what_is_neither(registry, reward, message):
+    with pytest.raises((UserError, TypeError), match=f"reward must be a function of .prompts, responses.*{message}"):
         rewards.register("odd", reward)
 
 
 @pytest.mark.parametrize(
-    ("factory", "said"),
+    ("factory", "message"),
     [
         (lambda: 3, "int"),
         (lambda: None, "NoneType"),
@@ -305,10 +305,10 @@ def test_register_refuses_what_is_neither(registry, reward, said):
         (OneText, "OneText"),
     ],
 )
-def test_a_factory_that_makes_no_reward_is_told_before_any_text_is_scored(registry, factory, said):
+def test_a_factory_that_makes_no_reward_is_told_before_any_text_is_scored(registry, factory, message):
     rewards.register("odd", factory)
     rule = r"factory of reward 'odd' must return a reward or a function of \(prompts, responses\), got"
-    with pytest.raises(UserError, match=f"{rule} {said}$"):
+    with pytest.raises(UserError, match=f"{rule} {message}$"):
         rewards.get("odd")
 
 

@@ -26,7 +26,7 @@ def models(tmp_path_factory):
 def test_a_recipe_gives_what_mergekit_made_of_it(models, tmp_path, name):
     recipe = compare_mergekit.named(compare_mergekit.RECIPES[name], models, "float32")
     assert compare_mergekit.ours(recipe, tmp_path / "out") is None
-    found, wanted = compare_mergekit.digest(tmp_path / "out"), STORED[name]
-    assert found.keys() == wanted.keys()
+    result, wanted = compare_mergekit.digest(tmp_path / "out"), STORED[name]
+    assert result.keys() == wanted.keys()
     for group, sums in wanted.items():
-        assert found[group] == pytest.approx(sums, abs=5e-4), group
+        assert result[group] == pytest.approx(sums, abs=5e-4), group

@@ -31,16 +31,16 @@ def models(tmp_path_factory):
 
 
 def load(folder):
-    found = {}
+    result = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(path))
-    return found
+        result.update(load_file(path))
+    return result
 
 
 def by_hand(models, weights, dtype=torch.bfloat16):
-    held = [load(model) for model in models]
+    kept = [load(model) for model in models]
     return {
-        name: sum(w * one[name].float() for w, one in zip(weights, held, strict=True)).to(dtype) for name in held[0]
+        name: sum(w * one[name].float() for w, one in zip(weights, kept, strict=True)).to(dtype) for name in kept[0]
     }
 
 
@@ -63,8 +63,8 @@ def test_a_soup_is_the_weighted_sum_and_loads_with_its_tokenizer(models, tmp_pat
     from fastalign.models.loading import load_causal_lm
 
     out = tmp_path / "out"
-    found = soup.merge(models, RHO, out)
-    assert (found.models, found.resumed, found.read_bytes) == (1, 0, 3 * found.written_bytes)
+    result = soup.merge(models, RHO, out)
+    assert (result.models, result.resumed, result.read_bytes) == (1, 0, 3 * result.written_bytes)
     wanted = by_hand(models, RHO)
     close(load(out), wanted)
     model, tokenizer = load_causal_lm(out, dtype="auto")
@@ -83,9 +83,9 @@ def test_a_soup_is_the_weighted_sum_and_loads_with_its_tokenizer(models, tmp_pat
 def test_many_soups_in_one_reading_equal_each_alone(models, tmp_path):
     rows = simplex_grid(3, 3)
     assert len(rows) == 6 and (rows.sum(1) == 1).all()
-    found = soup.merge(models, rows, tmp_path / "all", max_shard_size="40kB")
+    result = soup.merge(models, rows, tmp_path / "all", max_shard_size="40kB")
     alone = soup.merge(models, rows[1], tmp_path / "alone")
-    assert found.read_bytes == alone.read_bytes and found.written_bytes == 6 * alone.written_bytes
+    assert result.read_bytes == alone.read_bytes and result.written_bytes == 6 * alone.written_bytes
     for k, row in enumerate(rows):
         soup.merge(models, row, tmp_path / f"one{k}", max_shard_size="40kB")
         together, single = files(tmp_path / "all" / str(k)), files(tmp_path / f"one{k}")
@@ -117,8 +117,8 @@ def test_types_are_mixed_and_chosen(tmp_path):
     torch.manual_seed(0)
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64, torch.float8_e5m2]
     names = ["w", "v"]
-    held = [{name: torch.randn(33, 7).to(dtype) for name in names} for dtype in dtypes]
-    for i, one in enumerate(held):
+    kept = [{name: torch.randn(33, 7).to(dtype) for name in names} for dtype in dtypes]
+    for i, one in enumerate(kept):
         one["ids"], one["mask"] = torch.arange(5), torch.tensor([True, False])
         one["nothing"] = torch.empty(0, 3)
         save_file(one, tmp_path / f"{i}.safetensors")
@@ -131,24 +131,24 @@ def test_types_are_mixed_and_chosen(tmp_path):
         ("float8_e4m3fn", torch.float8_e4m3fn),
     ):
         out = soup.merge(paths, weights, tmp_path / f"out-{dtype}", dtype=dtype).out
-        found = load(out)
-        assert torch.equal(found["ids"], held[0]["ids"]) and torch.equal(found["mask"], held[0]["mask"])
+        result = load(out)
+        assert torch.equal(result["ids"], kept[0]["ids"]) and torch.equal(result["mask"], kept[0]["mask"])
         for name in names:
-            exact = sum(w * one[name].double() for w, one in zip(weights, held, strict=True))
-            assert found[name].dtype == wanted
+            exact = sum(w * one[name].double() for w, one in zip(weights, kept, strict=True))
+            assert result[name].dtype == wanted
             torch.testing.assert_close(
-                found[name].double(),
+                result[name].double(),
                 exact,
                 rtol=torch.finfo(wanted).eps / 2,
                 atol=1e-3 if wanted.itemsize == 1 else 1e-9,
             )
-        assert found["nothing"].shape == (0, 3)
+        assert result["nothing"].shape == (0, 3)
         with use_backend("reference"):
             again = soup.merge(paths, weights, tmp_path / f"torch-{dtype}", dtype=dtype).out
         rtol = 2 * torch.finfo(wanted).eps
         for name, tensor in load(again).items():
             torch.testing.assert_close(
-                tensor.double(), found[name].double(), rtol=rtol, atol=2e-3 if wanted.itemsize == 1 else 1e-6
+                tensor.double(), result[name].double(), rtol=rtol, atol=2e-3 if wanted.itemsize == 1 else 1e-6
             )
 
 
@@ -157,23 +157,23 @@ def test_task_arithmetic_and_slerp(models, tmp_path):
     out = soup.merge(
         models[1:], [0.7, 0.6], tmp_path / "task", method="task_arithmetic", base=models[0], dtype="float32"
     ).out
-    for name, found in load(out).items():
+    for name, result in load(out).items():
         wanted = (
             base[name].double()
             + 0.7 * (a[name].double() - base[name].double())
             + 0.6 * (b[name].double() - base[name].double())
         )
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-6)
     rows = [[0.75, 0.25], [0.5, 0.5]]
     soup.merge(models[1:], rows, tmp_path / "slerp", method="slerp", dtype="float32")
     for k, (_, t) in enumerate(rows):
-        for name, found in load(tmp_path / "slerp" / str(k)).items():
+        for name, result in load(tmp_path / "slerp" / str(k)).items():
             x, y = a[name].double(), b[name].double()
             theta = torch.acos((x * y).sum() / x.norm() / y.norm())
             wanted = (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta)
             if torch.equal(x, y):
                 wanted = x
-            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_in_memory_as_in_files(models, tmp_path):
@@ -242,8 +242,8 @@ def test_tied_weights_stored_once_or_twice(tmp_path):
 def changed(model, folder, **tensors):
     """A copy of a model with tensors put in its place (None takes one out)."""
     shutil.copytree(model, folder)
-    held = {name: tensor for name, tensor in (load(model) | tensors).items() if tensor is not None}
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    kept = {name: tensor for name, tensor in (load(model) | tensors).items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -317,8 +317,8 @@ def test_flushing_left_to_the_system(models, tmp_path, monkeypatch):
     wanted = files(soup.merge(models, RHO, tmp_path / "flushed", max_shard_size="30kB").out)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: pytest.fail("flushed"))
-        found = soup.merge(models, RHO, tmp_path / "out", max_shard_size="30kB", sync=False)
-        assert {**wanted, "soup.json": ""} == {**files(found.out), "soup.json": ""}
+        result = soup.merge(models, RHO, tmp_path / "out", max_shard_size="30kB", sync=False)
+        assert {**wanted, "soup.json": ""} == {**files(result.out), "soup.json": ""}
         assert command(*models, "--weights", "1,0,0", "--no-sync", "--out", tmp_path / "by_command")[0] == 0
     with pytest.raises(UserError, match="is not this merge, finished and flushed"):
         soup.merge(models, RHO, tmp_path / "out", max_shard_size="30kB")
@@ -332,8 +332,8 @@ def test_flushing_left_to_the_system(models, tmp_path, monkeypatch):
             patch.setattr("fastalign.soup.sidecar.Sidecar.copy", stop)
             with pytest.raises(KeyboardInterrupt):
                 soup.merge(models, RHO, out, max_shard_size="30kB", sync=first)
-        found = soup.merge(models, RHO, out, max_shard_size="30kB", sync=then)
-        assert (found.resumed > 0) is resumes
+        result = soup.merge(models, RHO, out, max_shard_size="30kB", sync=then)
+        assert (result.resumed > 0) is resumes
         assert {**wanted, "soup.json": ""} == {**files(out), "soup.json": ""}
 
 
@@ -347,13 +347,13 @@ def test_little_memory_gives_the_same(models, tmp_path):
 def test_much_output_leaves_no_pages_behind_and_little_does(models, tmp_path, monkeypatch):
     from fastalign.soup import outputs
 
-    told, advise = [], os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda *what: (told.append(what), advise(*what)))
+    lines, advise = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *what: (lines.append(what), advise(*what)))
     soup.merge(models, RHO, tmp_path / "little")
-    assert not told
+    assert not lines
     monkeypatch.setattr(outputs, "_KEPT", 0)
     soup.merge(models, RHO, tmp_path / "much")
-    assert {what[3] for what in told} == {os.POSIX_FADV_DONTNEED}
+    assert {what[3] for what in lines} == {os.POSIX_FADV_DONTNEED}
     little, much = files(tmp_path / "little"), files(tmp_path / "much")
     assert little.keys() == much.keys() and little["model.safetensors"] == much["model.safetensors"]
 
@@ -380,11 +380,11 @@ def test_killed_at_any_moment_and_run_again_it_is_the_same():
     tool = Path(__file__).parents[2] / "tools" / "kill_soup.py"
     done = subprocess.run([sys.executable, tool, "--kills", "32"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    for seen in found.values():
+    result = json.loads(done.stdout)
+    for seen in result.values():
         assert seen["killed"] == 8 and len(set(seen["shards"])) >= 2, seen
-    assert sum(seen["finished"] for seen in found.values()) >= 2
-    assert sum(seen["partial"] for seen in found.values()) >= 3
+    assert sum(seen["finished"] for seen in result.values()) >= 2
+    assert sum(seen["partial"] for seen in result.values()) >= 3
 
 
 def stopped(models, out, monkeypatch, **options):
@@ -405,8 +405,8 @@ def test_what_another_merge_left_is_not_taken_over(large, tmp_path, monkeypatch)
     wanted = files(soup.merge(large, [0.25, 0.75], tmp_path / "whole", max_shard_size="4MB").out)
     beside = stopped(large, out, monkeypatch, weights=[0.5, 0.5])
     assert list(beside.glob("*.safetensors"))
-    found = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
-    assert found.resumed == 0 and files(out) == wanted and not beside.exists()
+    result = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
+    assert result.resumed == 0 and files(out) == wanted and not beside.exists()
 
 
 def test_a_finished_shard_is_known_again_by_its_bytes(large, tmp_path, monkeypatch):
@@ -425,8 +425,8 @@ def test_a_finished_shard_is_known_again_by_its_bytes(large, tmp_path, monkeypat
     for at in (-1, -100_001):
         beside = stopped(large, out, monkeypatch)
         spoil(max(beside.glob("*.safetensors")), at)
-        found = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
-        assert found.resumed == len(list(out.glob("*.safetensors"))) - 1 and files(out) == wanted
+        result = soup.merge(large, [0.25, 0.75], out, max_shard_size="4MB")
+        assert result.resumed == len(list(out.glob("*.safetensors"))) - 1 and files(out) == wanted
         if at == -1:
             shutil.rmtree(out)
     spoil(max(out.glob("*.safetensors")), -1)
@@ -504,8 +504,8 @@ def test_an_output_that_is_a_link_or_the_current_folder(large, tmp_path, monkeyp
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
     for here in (".", "..", "", "../below"):
-        code, _, said = command(*large, "--weights", "0.5,0.5", "--out", here)
-        assert code == 1 and said.count("\n") == 1 and "out must be a new folder" in said, said
+        code, _, stderr = command(*large, "--weights", "0.5,0.5", "--out", here)
+        assert code == 1 and stderr.count("\n") == 1 and "out must be a new folder" in stderr, stderr
 
 
 def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):
@@ -513,11 +513,11 @@ def test_two_merges_into_one_folder_do_not_meet(large, tmp_path):
 
     beside = tmp_path / ".out.soup"
     beside.mkdir()
-    held = os.open(beside, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    kept = os.open(beside, os.O_RDONLY)
+    fcntl.flock(kept, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another merge is writing it"):
         soup.merge(large, [0.5, 0.5], tmp_path / "out")
-    os.close(held)
+    os.close(kept)
     soup.merge(large, [0.5, 0.5], tmp_path / "out")
 
 
@@ -689,10 +689,10 @@ def command(*arguments):
 
 def test_the_command(models, tmp_path):
     out = tmp_path / "out"
-    code, told, err = command(*models, "--grid", 3, "--out", out, "--dry-run")
-    assert code == 0 and "6 models by linear, 21 tensors" in told and "dry run" in told and not out.exists(), err
-    code, told, err = command(*models, "--weights", "0.5,0.3,0.2", "--out", out)
-    assert code == 0 and "GB/s" in told, err
+    code, stdout, err = command(*models, "--grid", 3, "--out", out, "--dry-run")
+    assert code == 0 and "6 models by linear, 21 tensors" in stdout and "dry run" in stdout and not out.exists(), err
+    code, stdout, err = command(*models, "--weights", "0.5,0.3,0.2", "--out", out)
+    assert code == 0 and "GB/s" in stdout, err
     close(load(out), by_hand(models, RHO))
     assert "already there" in command(*models, "--weights", "0.5,0.3,0.2", "--out", out)[1]
     code, _, err = command(*models, "--weights", "5,3,2", "--normalize", "--dtype", "fp32", "--out", tmp_path / "b")

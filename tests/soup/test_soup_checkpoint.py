@@ -44,21 +44,21 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
 def refused(path, part):
     with pytest.raises(UserError) as caught:
         open_checkpoint(path)
-    told = str(caught.value)
-    assert part in told and "\n" not in told and len(told) < 600, told
+    message = str(caught.value)
+    assert part in message and "\n" not in message and len(message) < 600, message
 
 
 def test_a_file_is_read_as_safetensors_reads_it(tmp_path):
     path = tmp_path / "m.safetensors"
     tensors = good(path)
-    found = read_header(path)
-    assert found.metadata == {"format": "pt"} and set(found.tensors) == set(tensors)
+    result = read_header(path)
+    assert result.metadata == {"format": "pt"} and set(result.tensors) == set(tensors)
     data = path.read_bytes()
     for name, tensor in tensors.items():
-        where = found.tensors[name]
+        where = result.tensors[name]
         assert where.shape == tuple(tensor.shape) and where.count == tensor.numel()
-        held = data[where.offset : where.offset + where.nbytes]
-        assert held == tensor.numpy().tobytes()
+        kept = data[where.offset : where.offset + where.nbytes]
+        assert kept == tensor.numpy().tobytes()
 
 
 BROKEN = {
@@ -116,18 +116,18 @@ def test_ten_thousand_mutated_headers(tmp_path):
     data, draw = fuzz_soup.good(), random.Random(0)
     valid = refusals = 0
     for number in range(10_000):
-        held = fuzz_soup.mutated(data, draw)
+        kept = fuzz_soup.mutated(data, draw)
         mutated = tmp_path / f"{number}.safetensors"
-        mutated.write_bytes(held)
+        mutated.write_bytes(kept)
         try:
-            found = open_checkpoint(mutated)
+            result = open_checkpoint(mutated)
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 900
             refusals += 1
         else:
-            assert all(8 <= found[name].offset <= len(held) - found[name].nbytes for name in found)
+            assert all(8 <= result[name].offset <= len(kept) - result[name].nbytes for name in result)
             with safe_open(mutated, "pt") as theirs:
-                assert set(theirs.keys()) == set(found)
+                assert set(theirs.keys()) == set(result)
             valid += 1
         mutated.unlink()
     assert valid > 1000 and refusals > 5000
@@ -135,10 +135,10 @@ def test_ten_thousand_mutated_headers(tmp_path):
 
 def test_mutated_files_are_merged_or_refused(tmp_path):
     """A few of what `python tools/fuzz_soup.py` does ten thousand times under AddressSanitizer."""
-    found = fuzz_soup.fuzz(400, 1, tmp_path)
-    assert found["merged"] > 20 and found["refused later"] > 5 and found["refused"] > 200 and found.total() == 400, (
-        found
-    )
+    result = fuzz_soup.fuzz(400, 1, tmp_path)
+    assert (
+        result["merged"] > 20 and result["refused later"] > 5 and result["refused"] > 200 and result.total() == 400
+    ), result
 
 
 def sharded(folder):
@@ -153,17 +153,17 @@ def sharded(folder):
 
 
 def test_an_index_must_agree_with_its_files(tmp_path):
-    held = sharded(tmp_path)
-    found = open_checkpoint(tmp_path)
-    assert list(found) == ["a", "b", "c"] and found.nbytes == 36
+    kept = sharded(tmp_path)
+    result = open_checkpoint(tmp_path)
+    assert list(result) == ["a", "b", "c"] and result.nbytes == 36
 
     def with_map(change):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": change}))
         return tmp_path
 
-    refused(with_map(held | {"d": "x-2.safetensors"}), "names 'd', which no file holds")
-    refused(with_map({name: file for name, file in held.items() if name != "b"}), "lacks 'b', which a file holds")
-    refused(with_map(held | {"c": "x-1.safetensors"} | {"b": "x-2.safetensors"}), "looks for 'b' in x-2.safetensors")
+    refused(with_map(kept | {"d": "x-2.safetensors"}), "names 'd', which no file holds")
+    refused(with_map({name: file for name, file in kept.items() if name != "b"}), "lacks 'b', which a file holds")
+    refused(with_map(kept | {"c": "x-1.safetensors"} | {"b": "x-2.safetensors"}), "looks for 'b' in x-2.safetensors")
     refused(with_map({}), "weight_map must map")
     refused(with_map([1]), "weight_map must map")
     for escape in (
@@ -174,11 +174,11 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         "..",
         "..\\x.safetensors",
     ):
-        refused(with_map(held | {"c": escape}), "is not the name of a *.safetensors file beside it")
+        refused(with_map(kept | {"c": escape}), "is not the name of a *.safetensors file beside it")
     with pytest.raises(FileNotFoundError, match="x-3"):
-        open_checkpoint(with_map(held | {"c": "x-3.safetensors"}))
+        open_checkpoint(with_map(kept | {"c": "x-3.safetensors"}))
     save_file({"c": torch.ones(4), "a": torch.ones(2)}, tmp_path / "x-2.safetensors")
-    refused(with_map(held), "tensor 'a' is in x-1.safetensors and x-2.safetensors")
+    refused(with_map(kept), "tensor 'a' is in x-1.safetensors and x-2.safetensors")
     good(tmp_path / "model.safetensors")
     assert set(open_checkpoint(tmp_path)) == {"a.weight", "b", "ids", "none"}
     (tmp_path / "model.safetensors").unlink()

@@ -46,11 +46,11 @@ def files(folder, dtype, bad, size=70_000):
 def merged(*arguments, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = soup.merge(*arguments, progress=False, **options)
-    told = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-    assert told == ([f"{found.out}: {found.not_finite}"] if found.not_finite else [])
-    record = json.loads((found.out / "soup.json").read_text())
-    return found, record.get("not_finite")
+        result = soup.merge(*arguments, progress=False, **options)
+    lines = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    assert lines == ([f"{result.out}: {result.not_finite}"] if result.not_finite else [])
+    record = json.loads((result.out / "soup.json").read_text())
+    return result, record.get("not_finite")
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
@@ -63,11 +63,11 @@ def test_what_is_not_finite_in_an_input(dtype, options, tmp_path):
     weights = [0.5, 0.5]
     if options.get("method") == "ties":
         options = options | {"base": models[0]}
-    found, record = merged(models, weights, tmp_path / "out", **options)
+    result, record = merged(models, weights, tmp_path / "out", **options)
     named = {str(models[0]): [1, "w2"], str(models[1]): [len(bad) - 1, "w0"]}
-    assert {name: held for name, held in record["inputs"].items()} | {} == named or options.get("base")
+    assert {name: kept for name, kept in record["inputs"].items()} | {} == named or options.get("base")
     assert record["inputs"][str(models[1])] == named[str(models[1])] and not record["outputs"]
-    assert f"{len(bad) - 1} numbers of {models[1]} are NaN or infinite (first in w0)" in found.not_finite
+    assert f"{len(bad) - 1} numbers of {models[1]} are NaN or infinite (first in w0)" in result.not_finite
     with pytest.raises(UserError, match=r"^strict: .* are NaN or infinite") as caught:
         soup.merge(models, weights, tmp_path / "strict", strict=True, progress=False, **options)
     assert "\n" not in str(caught.value) and not (tmp_path / "strict").exists()
@@ -103,9 +103,9 @@ def test_what_the_outputs_type_cannot_hold(out_type, most, beyond, method, tmp_p
         torch.float64,
         {(1, "w1", 9): beyond, (1, "w2", 66_000): -beyond, (0, "w1", 9): 0, (0, "w2", 66_000): 0},
     )
-    found, record = merged(given, weights, tmp_path / "out", dtype=out_type, method=method, **options)
+    result, record = merged(given, weights, tmp_path / "out", dtype=out_type, method=method, **options)
     assert record == {"inputs": {}, "outputs": {"": [2, "w1"]}}
-    assert found.not_finite == "2 numbers of the output are beyond its type's range (first in w1)"
+    assert result.not_finite == "2 numbers of the output are beyond its type's range (first in w1)"
     with pytest.raises(UserError, match=r"^strict: 2 numbers of the output are beyond its type's range"):
         soup.merge(
             given, weights, tmp_path / "strict", dtype=out_type, method=method, strict=True, progress=False, **options
@@ -114,9 +114,9 @@ def test_what_the_outputs_type_cannot_hold(out_type, most, beyond, method, tmp_p
 
 def test_many_outputs_and_shards(tmp_path):
     models = files(tmp_path, torch.float32, {(0, "w2", 7): 1e30})
-    found, record = merged(models, [[0.5, 0.5], [0, 1]], tmp_path / "out", dtype="float16", max_shard_size="150kB")
+    result, record = merged(models, [[0.5, 0.5], [0, 1]], tmp_path / "out", dtype="float16", max_shard_size="150kB")
     assert record == {"inputs": {}, "outputs": {"0": [1, "w2"]}}
-    assert found.not_finite == "1 numbers of the output 0 are beyond its type's range (first in w2)"
+    assert result.not_finite == "1 numbers of the output 0 are beyond its type's range (first in w2)"
 
 
 def test_an_adapter_merged_onto_its_base(tmp_path):
@@ -127,7 +127,7 @@ def test_an_adapter_merged_onto_its_base(tmp_path):
     save_file(base, tmp_path / "base.safetensors")
     factors = {name: (torch.full((1, 4), 100.0), torch.full((4, 1), 100.0), False) for name in ("a", "b")}
     write_adapter(tmp_path / "adapter", factors, {}, {})
-    found = soup.apply_adapters(
+    result = soup.apply_adapters(
         tmp_path / "base.safetensors", [tmp_path / "adapter"], [1.0], tmp_path / "out", progress=False
     )
     record = json.loads((tmp_path / "out" / "soup.json").read_text())["not_finite"]
@@ -135,22 +135,22 @@ def test_an_adapter_merged_onto_its_base(tmp_path):
         "inputs": {str(tmp_path / "base.safetensors"): [1, "b.weight"]},
         "outputs": {"": [16, "a.weight"]},
     }
-    assert found.not_finite
+    assert result.not_finite
 
 
 def test_by_command(tmp_path):
     models = files(tmp_path, torch.float32, {(0, "w2", 7): NAN})
-    asked = ["soup", *map(str, models), "--weights", "0.5,0.5", "--out"]
-    told = CliRunner().invoke(app, [*asked, str(tmp_path / "out")])
+    requested = ["soup", *map(str, models), "--weights", "0.5,0.5", "--out"]
+    run = CliRunner().invoke(app, [*requested, str(tmp_path / "out")])
     assert (
-        told.exit_code == 0
-        and told.stderr.endswith("are NaN or infinite (first in w2)\n")
-        and told.stderr.count("\n") == 1
+        run.exit_code == 0
+        and run.stderr.endswith("are NaN or infinite (first in w2)\n")
+        and run.stderr.count("\n") == 1
     )
-    told = CliRunner().invoke(app, [*asked, str(tmp_path / "strict"), "--strict"])
+    run = CliRunner().invoke(app, [*requested, str(tmp_path / "strict"), "--strict"])
     assert (
-        told.exit_code == 1
-        and told.stderr.startswith("fastalign: strict: 1 numbers of ")
+        run.exit_code == 1
+        and run.stderr.startswith("fastalign: strict: 1 numbers of ")
         and not (tmp_path / "strict").exists()
     )
 
@@ -180,9 +180,9 @@ def test_in_memory_as_from_file_to_file(dtype, which, strict, tmp_path):
             assert parts(str(caught.value).removeprefix("strict: ")) == parts(told)
             return None
         with pytest.warns(UserWarning) as caught:
-            found = call()
+            result = call()
         assert [parts(str(one.message)) for one in caught] == [parts(told)] and caught[0].filename == __file__
-        return found
+        return result
 
     several = by(lambda **more: soup.mix(models, rows, normalize=False, **more), made.not_finite)
     one = made.not_finite.replace("the output 0 are", "the output are")

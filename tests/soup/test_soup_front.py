@@ -22,14 +22,14 @@ DRAW = {"n": 3, "max_new_tokens": 4, "seed": 0, "progress": False}
 @pytest.fixture(scope="module", autouse=True)
 def vowels():
     """Two opposed values."""
-    held = {
+    kept = {
         "length": lambda prompts, texts: [float(len(text)) for text in texts],
         "vowels": lambda prompts, texts: [text.count("a") - float(len(text)) for text in texts],
     }
-    for name, function in held.items():
+    for name, function in kept.items():
         rewards.register(name, lambda function=function, name=name: rewards.from_function(function, name))
     yield
-    for name in held:
+    for name in kept:
         registry._entries.pop(name)
         registry._instances.pop(name, None)
 
@@ -42,21 +42,21 @@ def models(tmp_path_factory):
 
 def test_a_walk_measures_what_each_soup_would(models, tmp_path):
     rho = soup.simplex_grid(3, 3)
-    found = soup.walk(models, rho, PROMPTS, ["length", "vowels"], tmp_path / "out", **DRAW)
-    assert found.levels.shape == (6, 2) and found.models == ["long", "short", "third"]
+    result = soup.walk(models, rho, PROMPTS, ["length", "vowels"], tmp_path / "out", **DRAW)
+    assert result.levels.shape == (6, 2) and result.models == ["long", "short", "third"]
     soup.merge(models, rho[1], tmp_path / "merged")
     drawn = Sampler.from_pretrained(str(tmp_path / "merged")).sample(PROMPTS, n=3, max_new_tokens=4, seed=0)
     stored = Candidates.from_parquet(tmp_path / "out" / "001.parquet")
     assert drawn.texts == stored.texts
     lengths = np.array([[len(text) for text in row] for row in drawn.texts], dtype=float)
-    assert found.levels[1, 0] == pytest.approx(lengths.mean())
-    assert found.stderr[1, 0] == pytest.approx(lengths.mean(axis=1).std(ddof=1) / 2)
-    assert len({tuple(x) for x in found.levels.tolist()}) > 3
+    assert result.levels[1, 0] == pytest.approx(lengths.mean())
+    assert result.stderr[1, 0] == pytest.approx(lengths.mean(axis=1).std(ddof=1) / 2)
+    assert len({tuple(x) for x in result.levels.tolist()}) > 3
 
     (tmp_path / "out" / "004.parquet").unlink()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     again = soup.walk(models, rho, PROMPTS, ["length", "vowels"], tmp_path / "out", **DRAW)
-    assert np.array_equal(again.means, found.means)
+    assert np.array_equal(again.means, result.means)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     with pytest.raises(UserError, match="is of other soups or settings"):
         soup.walk(models, rho, PROMPTS, ["length"], tmp_path / "out", **DRAW)
@@ -64,12 +64,12 @@ def test_a_walk_measures_what_each_soup_would(models, tmp_path):
 
 def test_a_walk_over_adapters(models, tmp_path):
     pair = [adapter(models[0], tmp_path / f"a{i}", i, r=2, target_modules=["q_proj", "down_proj"]) for i in range(2)]
-    found = soup.walk(pair, [[0, 0], [2.0, 1.0]], PROMPTS, ["length"], tmp_path / "out", base=models[0], **DRAW)
+    result = soup.walk(pair, [[0, 0], [2.0, 1.0]], PROMPTS, ["length"], tmp_path / "out", base=models[0], **DRAW)
     soup.apply_adapters(models[0], pair, [2.0, 1.0], tmp_path / "merged")
     for k, of in enumerate((models[0], tmp_path / "merged")):
         drawn = Sampler.from_pretrained(str(of)).sample(PROMPTS, n=3, max_new_tokens=4, seed=0)
         assert drawn.texts == Candidates.from_parquet(tmp_path / "out" / f"{k:03d}.parquet").texts
-    assert not np.array_equal(found.means[0], found.means[1])
+    assert not np.array_equal(result.means[0], result.means[1])
 
 
 def made(rho, levels, noise=0.0):
@@ -85,19 +85,19 @@ def made(rho, levels, noise=0.0):
 
 def test_the_rho_for_a_palette_is_found_between_the_soups():
     two = made([[1, 0], [0.5, 0.5], [0, 1]], [[4.0, 0.0], [3.0, 2.0], [0.0, 3.0]], noise=1.0)
-    found = soup.choose(two, [3.5, 0.5])
+    result = soup.choose(two, [3.5, 0.5])
     # On the line from (4, 0) to (3, 2): margins 0.5 - t and 2 t - 0.5 meet at t = 1/3.
-    assert found.rho == pytest.approx([5 / 6, 1 / 6]) and found.levels == pytest.approx([11 / 3, 2 / 3])
-    assert found.margin == pytest.approx(1 / 6) and found.between == [0, 1]
-    assert found.stderr == pytest.approx(two.means[0].std(axis=0, ddof=1) / np.sqrt(50))
+    assert result.rho == pytest.approx([5 / 6, 1 / 6]) and result.levels == pytest.approx([11 / 3, 2 / 3])
+    assert result.margin == pytest.approx(1 / 6) and result.between == [0, 1]
+    assert result.stderr == pytest.approx(two.means[0].std(axis=0, ddof=1) / np.sqrt(50))
     out = soup.choose(two, [4.0, 2.0])
     assert out.margin == pytest.approx(-2 / 3) and soup.choose(two, [-np.inf, 2.0]).rho == pytest.approx([0, 1])
     rho = soup.simplex_grid(3, 5)
     three = made(rho, np.sqrt(rho))
-    found = soup.choose(three, [0.5, 0.5, 0.5])
-    assert found.margin == pytest.approx(found.levels.min() - 0.5) and found.margin <= np.sqrt(1 / 3) - 0.5
-    assert found.margin >= max(np.sqrt(rho).min(axis=1)) - 0.5 - 1e-9
-    assert abs(found.rho - 1 / 3).max() < 0.1 and found.rho.sum() == pytest.approx(1)
+    result = soup.choose(three, [0.5, 0.5, 0.5])
+    assert result.margin == pytest.approx(result.levels.min() - 0.5) and result.margin <= np.sqrt(1 / 3) - 0.5
+    assert result.margin >= max(np.sqrt(rho).min(axis=1)) - 0.5 - 1e-9
+    assert abs(result.rho - 1 / 3).max() < 0.1 and result.rho.sum() == pytest.approx(1)
     assert soup.choose(made([[1.0, 0.0]], [[1.0, 2.0]]), [0.5, 1.0]).rho == pytest.approx([1, 0])
 
 
@@ -112,9 +112,9 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
     two.write(tmp_path / "soups.json")
     back = soup.SoupFront.read(tmp_path / "soups.json")
     assert np.array_equal(back.means, two.means) and back.models == two.models
-    held = json.loads((tmp_path / "soups.json").read_text())
+    kept = json.loads((tmp_path / "soups.json").read_text())
     for change, part in (({"means": [[[1.0]]]}, "do not fit"), ({"rho": "x"}, "not a whole soup_front file")):
-        (tmp_path / "bad.json").write_text(json.dumps(held | change))
+        (tmp_path / "bad.json").write_text(json.dumps(kept | change))
         with pytest.raises(UserError, match=part):
             soup.SoupFront.read(tmp_path / "bad.json")
     odd = [
@@ -132,13 +132,13 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
         [float("nan")] * 2,
         {"a": 1},
     ]
-    for name in ("values", "models", "rho", "means", "spread", "candidates", "chosen"):
+    for name in ("values", "models", "rho", "means", "std", "candidates", "chosen"):
         for value in odd:
             if (name, value) in (("candidates", True), ("candidates", -1), ("chosen", None)):
                 continue
-            if (name, value) == ("spread", [1e308, -1e308]) or (name, value) == ("spread", [True, False]):
+            if (name, value) == ("std", [1e308, -1e308]) or (name, value) == ("std", [True, False]):
                 continue
-            (tmp_path / "bad.json").write_text(json.dumps(held | {name: value}))
+            (tmp_path / "bad.json").write_text(json.dumps(kept | {name: value}))
             with pytest.raises(UserError, match=r"bad\.json: not a whole soup_front file"):
                 soup.SoupFront.read(tmp_path / "bad.json")
     with pytest.raises(UserError, match="must sum to 1"):
@@ -159,7 +159,7 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
             raise result.exception
         return result.exit_code, result.stdout, result.stderr
 
-    asked = [
+    requested = [
         "soup-front",
         *models[:2],
         "--prompts",
@@ -169,26 +169,26 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
         "--grid",
         3,
     ]
-    asked += ["-n", 2, "--max-new-tokens", 4, "--palette", tmp_path / "palette.json", "--out", tmp_path / "out"]
-    code, told, err = run(*asked)
-    assert code == 0 and "chosen: long" in told and "measured" in told, err
-    code, alone, err = run(*asked[:-1], tmp_path / "alone", "--limit", 1)
+    requested += ["-n", 2, "--max-new-tokens", 4, "--palette", tmp_path / "palette.json", "--out", tmp_path / "out"]
+    code, stdout, err = run(*requested)
+    assert code == 0 and "chosen: long" in stdout and "measured" in stdout, err
+    code, alone, err = run(*requested[:-1], tmp_path / "alone", "--limit", 1)
     assert code == 0 and "nan" not in alone, err
     assert alone.count("± n/a (1 prompt)") == 8 and "more prompts would tell" in alone
-    found = json.loads((tmp_path / "out" / "soups.json").read_text())
-    assert found["chosen"]["palette"] == [2.0, None] and len(found["levels"]) == 3
+    actual = json.loads((tmp_path / "out" / "soups.json").read_text())
+    assert actual["chosen"]["palette"] == [2.0, None] and len(actual["levels"]) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "000.parquet", "001.parquet", "002.parquet", "chosen", "soups.json", "soups.png", "soups.svg",
     ]  # fmt: skip
-    at = asked.index("--palette")
-    code, again, err = run(*asked[:at], *asked[at + 2 :])
-    assert code == 0 and again == told, err  # the choice stays where no palette is given
-    assert json.loads((tmp_path / "out" / "soups.json").read_text()) == found
+    at = requested.index("--palette")
+    code, again, err = run(*requested[:at], *requested[at + 2 :])
+    assert code == 0 and again == stdout, err  # the choice stays where no palette is given
+    assert json.loads((tmp_path / "out" / "soups.json").read_text()) == actual
     (tmp_path / "other.json").write_text(json.dumps({**palette, "palette": [1.0]}))
-    other = [*asked[:at], "--palette", tmp_path / "other.json", *asked[at + 2 :]]
+    other = [*requested[:at], "--palette", tmp_path / "other.json", *requested[at + 2 :]]
     code, _, err = run(*other)
     assert code == 1 and "soups.json: exists, and is of other soups or settings" in err
-    assert json.loads((tmp_path / "out" / "soups.json").read_text()) == found
+    assert json.loads((tmp_path / "out" / "soups.json").read_text()) == actual
     code, _, err = run(*other, "--overwrite")
     assert code == 0 and json.loads((tmp_path / "out" / "soups.json").read_text())["chosen"]["palette"] == [1.0, None]
     scored = tmp_path / "out" / "000.parquet"
@@ -196,10 +196,10 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
         "pareto", scored, "--soup", tmp_path / "out" / "soups.json", "--lambdas", 20, "--out", tmp_path / "page"
     )
     assert code == 0, err
-    assert json.loads((tmp_path / "page" / "pareto.json").read_text())["soups"] == found["levels"]
+    assert json.loads((tmp_path / "page" / "pareto.json").read_text())["soups"] == actual["levels"]
     assert (tmp_path / "page" / "pareto.html").is_file()
-    asked[asked.index("length,vowels")] = "vowels"
-    code, _, err = run(*asked)
+    requested[requested.index("length,vowels")] = "vowels"
+    code, _, err = run(*requested)
     assert code == 1 and "has a target for length, but the rewards are vowels" in err and err.count("\n") == 1
 
 
@@ -235,7 +235,7 @@ def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_pat
     assert len(calls) == 3
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "sample", lambda *a, **s: calls.append(1) or sample(*a, **s))
-        found = study(0, 3, overwrite=True)
+        result = study(0, 3, overwrite=True)
     assert len(calls) == 4  # the third soup alone
     assert sorted(content()) == [
         "000.parquet",
@@ -247,7 +247,7 @@ def test_what_is_overwritten_stays_until_all_of_the_new_is_there(models, tmp_pat
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     out = tmp_path / "alone"
-    assert np.array_equal(study(0, 3).means, found.means)
+    assert np.array_equal(study(0, 3).means, result.means)
     assert content()["soups.json"] == content(tmp_path / "out")["soups.json"]
 
 

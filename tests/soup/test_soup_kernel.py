@@ -45,12 +45,12 @@ def same(a, b):
 @pytest.mark.parametrize(("source", "target"), itertools.product(DTYPES, DTYPES))
 def test_a_lone_model_is_converted_as_ieee_says(source, target):
     x = every_number(source)
-    (found,) = mix_tensors([x], [[1.0]], target)
-    same(found, reference.weighted_sums([x], [[1.0]], target)[0])
+    (result,) = mix_tensors([x], [[1.0]], target)
+    same(result, reference.weighted_sums([x], [[1.0]], target)[0])
     if source == target:
-        same(found, x)
+        same(result, x)
     if source != torch.float64:  # torch rounds a float64 twice on its way to fewer than 32 bits
-        same(found, x.float().to(target))
+        same(result, x.float().to(target))
 
 
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, *BYTES])
@@ -62,8 +62,8 @@ def test_what_lies_half_way_goes_to_even_and_float64_is_rounded_once(target):
     assert (even != 0).sum() > len(even) - 3
     nudge = half.abs() * 2.0**-50  # far below float32's last bit
     for x, wanted in ((half, even), (half + nudge, finite[1:]), (half - nudge, finite[:-1])):
-        (found,) = mix_tensors([x], [[1.0]], target)
-        assert torch.equal(found.double(), wanted)
+        (result,) = mix_tensors([x], [[1.0]], target)
+        assert torch.equal(result.double(), wanted)
 
 
 @pytest.mark.parametrize("target", DTYPES)
@@ -77,11 +77,11 @@ def test_mixtures_of_types_and_odd_lengths_round_the_float64_sum(target):
             exact = [sum(w * x.double() for w, x in zip(row, used, strict=True)) for row in weights]
             size = [sum(abs(w) * x.double().abs() for w, x in zip(row, used, strict=True)) for row in weights]
             added = torch.finfo(torch.float64 if torch.float64 in (target, used[0].dtype) else torch.float32).eps
-            for found, truth, scale in zip(mix_tensors(used, weights, target), exact, size, strict=True):
+            for result, truth, scale in zip(mix_tensors(used, weights, target), exact, size, strict=True):
                 info = torch.finfo(target)
                 stored = torch.maximum(truth.abs() * info.eps / 2, torch.tensor(info.smallest_normal * info.eps / 2))
-                ok = (found.double() - truth).abs() <= stored * (1 + 1e-6) + scale * added * (len(used) + 1)
-                assert ok.all(), (n, len(used), truth[~ok][:3], found[~ok][:3])
+                ok = (result.double() - truth).abs() <= stored * (1 + 1e-6) + scale * added * (len(used) + 1)
+                assert ok.all(), (n, len(used), truth[~ok][:3], result[~ok][:3])
 
 
 @pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), *((dtype, dtype) for dtype in DTYPES)])
@@ -101,11 +101,11 @@ def test_an_element_does_not_depend_on_where_it_stands_nor_on_the_other_soups(ty
 def test_many_models_and_special_numbers():
     torch.manual_seed(3)
     tensors = [torch.randn(777).half() for _ in range(128)]
-    (found,) = mix_tensors(tensors, [[1 / 128] * 128], torch.float32)
-    torch.testing.assert_close(found.double(), torch.stack(tensors).double().mean(0), rtol=0, atol=1e-6)
+    (result,) = mix_tensors(tensors, [[1 / 128] * 128], torch.float32)
+    torch.testing.assert_close(result.double(), torch.stack(tensors).double().mean(0), rtol=0, atol=1e-6)
     bad = torch.tensor([float("inf"), float("nan"), 1.0, -float("inf")])
-    (found,) = mix_tensors([bad, torch.ones(4)], [[0.5, 0.5]], torch.bfloat16)
-    assert found[0] == float("inf") and found[1].isnan() and found[2] == 1 and found[3] == -float("inf")
+    (result,) = mix_tensors([bad, torch.ones(4)], [[0.5, 0.5]], torch.bfloat16)
+    assert result[0] == float("inf") and result[1].isnan() and result[2] == 1 and result[3] == -float("inf")
 
 
 LEVELS = """
@@ -144,7 +144,7 @@ def test_dot_products_of_all_types(tmp_path, each_backend):
         with open(path, "rb") as file:
             for used in (range(6), range(1, 6)):
                 m = len(used)
-                found = dots(
+                result = dots(
                     Segment(
                         n,
                         tuple(FLOATS[i] for i in used),
@@ -157,4 +157,4 @@ def test_dot_products_of_all_types(tmp_path, each_backend):
                     threads=2,
                 )
                 rows = torch.stack([tensors[i].double() for i in used])
-                torch.testing.assert_close(torch.from_numpy(found), rows @ rows.T, rtol=1e-6, atol=1e-6 * n)
+                torch.testing.assert_close(torch.from_numpy(result), rows @ rows.T, rtol=1e-6, atol=1e-6 * n)

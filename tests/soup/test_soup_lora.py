@@ -90,9 +90,9 @@ def test_a_soup_of_adapters_is_the_sum_of_their_updates(base, adapters, tmp_path
     (made,) = soup.merge_adapters(adapters, RHO, tmp_path / "out")
     assert made.ranks == (2, 7) and made.kept == 1.0 and made.modules == 7
     wanted = summed(base, adapters, RHO)
-    found = merged(base, tmp_path / "out").state_dict()
+    result = merged(base, tmp_path / "out").state_dict()
     for name, x in wanted.items():
-        torch.testing.assert_close(found[name].double(), x, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result[name].double(), x, rtol=1e-5, atol=1e-6)
     model = plain(base).double()
     model.load_state_dict(wanted)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_compressed_it_is_the_best_of_its_rank(base, adapters, tmp_path):
     (made,) = soup.merge_adapters(adapters[:2], [1.0, 0.6], tmp_path / "out", rank=3)
     assert made.ranks == (2, 3)
     before, wanted = plain(base).state_dict(), summed(base, adapters[:2], [1.0, 0.6])
-    found = merged(base, tmp_path / "out").state_dict()
+    result = merged(base, tmp_path / "out").state_dict()
     kept = total = 0.0
     shares = {}
     for name, x in wanted.items():
@@ -130,7 +130,7 @@ def test_compressed_it_is_the_best_of_its_rank(base, adapters, tmp_path):
             continue
         u, s, v = torch.linalg.svd(delta)
         best = (u[:, :3] * s[:3]) @ v[:3]
-        torch.testing.assert_close(found[name].double() - before[name].double(), best, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(result[name].double() - before[name].double(), best, rtol=1e-4, atol=2e-5)
         shares[name.removesuffix(".weight")] = float(s[:3].square().sum() / s.square().sum())
         kept, total = kept + float(s[:3].square().sum()), total + float(s.square().sum())
     assert made.kept == pytest.approx(kept / total, rel=1e-4) and 0.5 < made.kept < 1
@@ -142,9 +142,9 @@ def test_compressed_it_is_the_best_of_its_rank(base, adapters, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_onto_the_base_it_is_what_peft_makes(base, adapters, tmp_path, dtype):
     soup.merge([base], [1.0], tmp_path / "base", dtype=dtype, max_shard_size="60kB")
-    found = soup.apply_adapters(tmp_path / "base", adapters[:1], [1.0], tmp_path / "one", memory_limit="200kB")
+    result = soup.apply_adapters(tmp_path / "base", adapters[:1], [1.0], tmp_path / "one", memory_limit="200kB")
     theirs, ours = merged(tmp_path / "base", adapters[0], dtype=dtype).state_dict(), load(tmp_path / "one")
-    assert theirs.keys() == ours.keys() and found.models == 1
+    assert theirs.keys() == ours.keys() and result.models == 1
     before, factors = load(tmp_path / "base"), open_adapter(adapters[0]).factors
     for name, x in theirs.items():
         assert ours[name].dtype == dtype
@@ -218,8 +218,8 @@ def test_an_adapter_out_of_two_models(base, adapters, tmp_path):
     from peft import PeftModel
 
     tuned = soup.apply_adapters(base, adapters[:2], [1.0, 1.0], tmp_path / "tuned").out
-    found = soup.extract_adapter(tuned, base, tmp_path / "out", rank=7)
-    assert found.left_out == [] and found.made.kept > 1 - 1e-6 and found.kept_of_all == found.made.kept
+    result = soup.extract_adapter(tuned, base, tmp_path / "out", rank=7)
+    assert result.left_out == [] and result.made.kept > 1 - 1e-6 and result.kept_of_all == result.made.kept
     with torch.no_grad():
         ours = PeftModel.from_pretrained(plain(base), tmp_path / "out")(IDS).logits
         torch.testing.assert_close(ours, plain(tuned)(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -241,13 +241,13 @@ def test_a_large_difference_is_found_by_a_random_subspace(tmp_path):
     new = {"a.weight": old["a.weight"] + low + 0.3 * torch.randn(700, 600)}
     for name, tensors in (("old", old), ("new", new)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-    found = soup.extract_adapter(tmp_path / "new.safetensors", tmp_path / "old.safetensors", tmp_path / "out", rank=20)
+    result = soup.extract_adapter(tmp_path / "new.safetensors", tmp_path / "old.safetensors", tmp_path / "out", rank=20)
     s = torch.linalg.svdvals((new["a.weight"] - old["a.weight"]).double()).square()
     best = float(s[:20].sum() / s.sum())
-    assert best - 1e-4 < found.made.kept <= best + 1e-6
+    assert best - 1e-4 < result.made.kept <= best + 1e-6
     of = open_adapter(tmp_path / "out").factors["a"]
     rest = (new["a.weight"] - old["a.weight"] - of.b @ of.a).double().square().sum() / s.sum()
-    assert float(rest) == pytest.approx(1 - found.made.kept, rel=1e-3)
+    assert float(rest) == pytest.approx(1 - result.made.kept, rel=1e-3)
     less = soup.extract_adapter(
         tmp_path / "new.safetensors", tmp_path / "old.safetensors", tmp_path / "less", energy=0.5
     )
@@ -256,8 +256,8 @@ def test_a_large_difference_is_found_by_a_random_subspace(tmp_path):
 
 def changed(path, folder, drop=(), **config):
     shutil.copytree(path, folder)
-    held = json.loads((folder / CONFIG).read_text()) | config
-    (folder / CONFIG).write_text(json.dumps(held))
+    kept = json.loads((folder / CONFIG).read_text()) | config
+    (folder / CONFIG).write_text(json.dumps(kept))
     return folder
 
 
@@ -328,14 +328,14 @@ def command(*arguments):
 
 def test_the_command(base, adapters, tmp_path):
     pair = adapters[:2]
-    code, told, err = command(*pair, "--weights", "0.5,0.5", "--rank", 3, "--out", tmp_path / "soup")
-    assert code == 0 and "of the update" in told and open_adapter(tmp_path / "soup"), err
-    code, told, err = command(*pair, "--grid", 3, "--base", base, "--out", tmp_path / "full")
-    assert code == 0 and "3 models" in told and len(list((tmp_path / "full").glob("*/model.safetensors"))) == 3, err
-    code, told, err = command(
+    code, stdout, err = command(*pair, "--weights", "0.5,0.5", "--rank", 3, "--out", tmp_path / "soup")
+    assert code == 0 and "of the update" in stdout and open_adapter(tmp_path / "soup"), err
+    code, stdout, err = command(*pair, "--grid", 3, "--base", base, "--out", tmp_path / "full")
+    assert code == 0 and "3 models" in stdout and len(list((tmp_path / "full").glob("*/model.safetensors"))) == 3, err
+    code, stdout, err = command(
         tmp_path / "full" / "1", "--extract", "--base", base, "--rank", 4, "--out", tmp_path / "back"
     )
-    assert code == 0 and "kept" in told and open_adapter(tmp_path / "back"), err
+    assert code == 0 and "kept" in stdout and open_adapter(tmp_path / "back"), err
     for arguments, part in (
         (
             [*pair, "--weights", "1,1", "--method", "slerp"],

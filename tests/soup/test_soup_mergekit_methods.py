@@ -27,10 +27,10 @@ def files(tmp_path_factory):
     root, draw = tmp_path_factory.mktemp("models"), np.random.default_rng(0)
     base = {name: draw.standard_normal(shape) for name, shape in SHAPES.items()}
     for i in range(4):
-        held = {name: x + (i > 0) * 0.3 * draw.standard_normal(x.shape) for name, x in base.items()}
-        held["same.weight"] = base["same.weight"]
-        held["zero.weight"] = 0 * base["zero.weight"] if i else base["zero.weight"]
-        save_file({name: torch.from_numpy(x.copy()) for name, x in held.items()}, root / f"{i}.safetensors")
+        kept = {name: x + (i > 0) * 0.3 * draw.standard_normal(x.shape) for name, x in base.items()}
+        kept["same.weight"] = base["same.weight"]
+        kept["zero.weight"] = 0 * base["zero.weight"] if i else base["zero.weight"]
+        save_file({name: torch.from_numpy(x.copy()) for name, x in kept.items()}, root / f"{i}.safetensors")
     return [root / f"{i}.safetensors" for i in range(4)]
 
 
@@ -74,12 +74,12 @@ def sce(base, models, select_topk=1.0):
         deltas = deltas * kept.reshape(base.shape)
     squares = np.array([(x**2).mean() for x in deltas])
     shares = squares / squares.sum() if squares.sum() >= 1e-6 else np.full(len(models), 1 / len(models))
-    found = np.array(base)
+    result = np.array(base)
     for place in np.ndindex(base.shape):
         column = deltas[(slice(None), *place)]
         agree = np.sign(column) == (1 if column.sum() >= 0 else -1)
-        found[place] += (shares * agree * column).sum() / max((shares * agree).sum(), 1e-6)
-    return found
+        result[place] += (shares * agree * column).sum() / max((shares * agree).sum(), 1e-6)
+    return result
 
 
 def nearswap(base, models, t):
@@ -133,17 +133,17 @@ def test_by_merge_by_recipe_and_by_command(case, engine, files, tmp_path, monkey
     soup.merge(
         files[1 : 1 + m], weights, tmp_path / "out", method=method, base=base, parameters=options, progress=False
     )
-    found, start, models = (
+    result, start, models = (
         loaded(tmp_path / "out" / "model.safetensors"),
         loaded(files[0]),
         [loaded(one) for one in files[1 : 1 + m]],
     )
     for name, shape in SHAPES.items():
         if not np.prod(shape):
-            assert found[name].shape == shape
+            assert result[name].shape == shape
             continue
         wanted = reference(start[name] if with_base else None, [one[name] for one in models], **options)
-        np.testing.assert_allclose(found[name], wanted, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(result[name], wanted, rtol=1e-9, atol=1e-12, err_msg=name)
 
     entries = [
         {"model": str(one), **({"parameters": {"weight": w}} if weights else {})}
@@ -155,21 +155,21 @@ def test_by_merge_by_recipe_and_by_command(case, engine, files, tmp_path, monkey
 
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     soup.merge(**soup.read_recipe(tmp_path / "recipe.yml"), out=tmp_path / "by_recipe", progress=False)
-    asked = ["soup", *map(str, files[1 : 1 + m]), "--method", method, "--out", str(tmp_path / "by_command")]
-    asked += ["--weights", "0.3,0.9"] if weights else []
-    asked += ["--base", str(base)] if with_base else []
-    asked += [x for name, value in options.items() for x in ("--set", f"{name}={str(value).lower()}")]
-    done = CliRunner().invoke(app, [*asked, "--dry-run"])
+    requested = ["soup", *map(str, files[1 : 1 + m]), "--method", method, "--out", str(tmp_path / "by_command")]
+    requested += ["--weights", "0.3,0.9"] if weights else []
+    requested += ["--base", str(base)] if with_base else []
+    requested += [x for name, value in options.items() for x in ("--set", f"{name}={str(value).lower()}")]
+    done = CliRunner().invoke(app, [*requested, "--dry-run"])
     assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(app, asked)
+    done = CliRunner().invoke(app, requested)
     assert done.exit_code == 0, done.output
     for way in ("by_recipe", "by_command"):
         for name, x in loaded(tmp_path / way / "model.safetensors").items():
-            np.testing.assert_array_equal(x, found[name], err_msg=f"{way}: {name}")
+            np.testing.assert_array_equal(x, result[name], err_msg=f"{way}: {name}")
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "told"),
+    ("method", "options", "message"),
     [
         ("nuslerp", {"weights": None}, "nuslerp needs weights"),
         ("nearswap", {}, "nearswap needs the parameter t"),
@@ -180,11 +180,11 @@ def test_by_merge_by_recipe_and_by_command(case, engine, files, tmp_path, monkey
         ("arcee_fusion", {"weights": [1.0]}, "takes no weights"),
     ],
 )
-def test_what_they_do_not_take(method, options, told, files, tmp_path):
+def test_what_they_do_not_take(method, options, message, files, tmp_path):
     m = 2 if method in ("nuslerp", "sce", "ram") else 1
     given = {"base": files[0], "weights": None, "method": method, "progress": False} | options
     weights = given.pop("weights")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         soup.merge(files[1 : 1 + m], weights, tmp_path / "out", **given)
     for wrong in ({"nearswap": 2, "arcee_fusion": 2, "nuslerp": 3}.get(method),):
         if wrong:
@@ -199,6 +199,6 @@ def test_several_outputs_of_nuslerp(files, tmp_path):
     soup.merge(files[1:3], rows, tmp_path / "out", **options)
     for k, row in enumerate(rows):
         alone = soup.merge(files[1:3], row, tmp_path / f"alone{k}", **options).out
-        found = loaded(tmp_path / "out" / str(k) / "model.safetensors")
+        result = loaded(tmp_path / "out" / str(k) / "model.safetensors")
         for name, x in loaded(alone / "model.safetensors").items():
-            np.testing.assert_array_equal(found[name], x)
+            np.testing.assert_array_equal(result[name], x)

@@ -77,13 +77,13 @@ def largest(density):
 def test_ties_trims_elects_and_merges(files, tmp_path, each_backend, half):
     weights = [0.7, 0.2, 0.5]
     options = {"method": "ties", "parameters": {"density": 0.25, "lambda": 0.8}, "half": half, "dtype": "float64"}
-    found = made(files, tmp_path / "out", weights, **options)
+    result = made(files, tmp_path / "out", weights, **options)
     for name in NAMES:
         if half:  # its sizes are often equal; which of those stay is test_soup_tasks' to say
-            assert (found[name] != tensors(files, 0, half=True)[0][name]).float().mean() > 0.25
+            assert (result[name] != tensors(files, 0, half=True)[0][name]).float().mean() > 0.25
             continue
         wanted = by_hand(files, name, weights, 0.8, True, True, keep=largest(0.25))
-        torch.testing.assert_close(found[name], wanted, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(result[name], wanted, rtol=1e-13, atol=1e-13)
     everything = made(files, tmp_path / "all", weights, **(options | {"parameters": {"density": 1.0}}))
     for name in NAMES:
         wanted = by_hand(files, name, weights, 1, True, True, half=half, keep=lambda delta, i: delta)
@@ -98,11 +98,11 @@ def test_breadcrumbs_drop_the_largest_and_the_smallest(files, tmp_path, each_bac
         return delta * ((delta.abs() >= low) & (delta.abs() < high))
 
     for method, elect in (("breadcrumbs", False), ("breadcrumbs_ties", True)):
-        asked = {"density": 0.6, "gamma": 0.1}
-        found = made(files, tmp_path / method, [0.3, 0.4, 0.5], method=method, parameters=asked)
+        requested = {"density": 0.6, "gamma": 0.1}
+        result = made(files, tmp_path / method, [0.3, 0.4, 0.5], method=method, parameters=requested)
         for name in NAMES:
             wanted = by_hand(files, name, [0.3, 0.4, 0.5], elect=elect, keep=keep)
-            torch.testing.assert_close(found[name], wanted, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(result[name], wanted, rtol=1e-13, atol=1e-13)
     nothing = made(files, tmp_path / "none", [1, 1, 1], method="breadcrumbs", parameters={"density": 0})
     base = tensors(files, 0)[0]
     assert all(torch.equal(nothing[name], base[name]) for name in NAMES)
@@ -110,9 +110,9 @@ def test_breadcrumbs_drop_the_largest_and_the_smallest(files, tmp_path, each_bac
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_what_goes_by_chance_is_the_same_however_it_is_cut_and_right_on_average(files, tmp_path, method):
-    asked = {"density": 0.4, "seed": 3, **({"epsilon": 0.2} if method.startswith("della") else {})}
-    options = {"method": method, "parameters": asked}
-    found = made(files, tmp_path / "one", [0.5, 0.5, 0.5], **options)
+    requested = {"density": 0.4, "seed": 3, **({"epsilon": 0.2} if method.startswith("della") else {})}
+    options = {"method": method, "parameters": requested}
+    result = made(files, tmp_path / "one", [0.5, 0.5, 0.5], **options)
     soup.merge(
         paths(files, 1, 2, 3),
         [[0.5] * 3, [0.1, 0.2, 0.3]],
@@ -126,17 +126,17 @@ def test_what_goes_by_chance_is_the_same_however_it_is_cut_and_right_on_average(
     again = {}
     for path in (tmp_path / "cut" / "0").glob("*.safetensors"):
         again.update(load_file(path))
-    assert all(torch.equal(found[name], again[name]) for name in NAMES)
-    other = made(files, tmp_path / "other", [0.5, 0.5, 0.5], method=method, parameters=asked | {"seed": 4})
-    assert not torch.equal(found[NAMES[0]], other[NAMES[0]])
+    assert all(torch.equal(result[name], again[name]) for name in NAMES)
+    other = made(files, tmp_path / "other", [0.5, 0.5, 0.5], method=method, parameters=requested | {"seed": 4})
+    assert not torch.equal(result[NAMES[0]], other[NAMES[0]])
     if method.endswith("linear"):  # the mean over many tensors is that of whole task vectors
         base, *models = tensors(files, 0, 1, 2, 3)
-        for sums in ([found[name] - base[name] for name in NAMES],):
+        for sums in ([result[name] - base[name] for name in NAMES],):
             made_of = torch.stack(sums)
             whole = torch.stack([sum(0.5 * (one[name] - base[name]) for one in models) for name in NAMES])
             slope = float((made_of * whole).sum() / (whole * whole).sum())
             assert slope == pytest.approx(1.0, abs=0.05)
-        l1 = made(files, tmp_path / "l1", [1.0], which=(1,), method=method, parameters=asked | {"rescale": "l1"})
+        l1 = made(files, tmp_path / "l1", [1.0], which=(1,), method=method, parameters=requested | {"rescale": "l1"})
         for name in NAMES:
             size = (models[0][name] - base[name]).abs().sum()
             assert float((l1[name] - base[name]).abs().sum() / size) == pytest.approx(1.0, rel=1e-9)
@@ -148,11 +148,11 @@ def unit(x):
 
 def test_karcher_is_where_the_pulls_of_all_models_cancel(files, tmp_path):
     weights = [0.5, 0.2, 0.3]
-    asked = {"max_iter": 50, "tol": 1e-12}
-    found = made(files, tmp_path / "out", weights, base=False, method="karcher", parameters=asked)
+    requested = {"max_iter": 50, "tol": 1e-12}
+    result = made(files, tmp_path / "out", weights, base=False, method="karcher", parameters=requested)
     models = tensors(files, 1, 2, 3)
     for name in NAMES:
-        mean = unit(found[name])
+        mean = unit(result[name])
         pull = 0
         for weight, one in zip(weights, models, strict=True):
             x = unit(one[name])
@@ -160,13 +160,13 @@ def test_karcher_is_where_the_pulls_of_all_models_cancel(files, tmp_path):
             pull = pull + weight * unit(x - (x * mean).sum() * mean) * angle
         assert float(pull.norm()) < 1e-9
         length = sum(w * one[name].norm() for w, one in zip(weights, models, strict=True))
-        torch.testing.assert_close(found[name].norm(), length, rtol=1e-10, atol=0)
+        torch.testing.assert_close(result[name].norm(), length, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("base", [False, True])
 def test_multislerp_on_whole_tensors(files, tmp_path, base):
     weights = torch.tensor([0.5, 0.2, 0.4], dtype=F64)
-    found = made(files, tmp_path / "out", weights.tolist(), base=base, method="multislerp")
+    result = made(files, tmp_path / "out", weights.tolist(), base=base, method="multislerp")
     shares = weights / weights.sum()
     for name in NAMES:
         first, *models = [one[name].flatten() for one in tensors(files, 0, 1, 2, 3)]
@@ -176,26 +176,26 @@ def test_multislerp_on_whole_tensors(files, tmp_path, base):
         tangent = shares @ (directions - (directions @ mean)[:, None] * mean)
         angle = tangent.norm() + 1e-8
         wanted = (mean * torch.cos(angle) + tangent * torch.sin(angle) / angle) * (shares @ x.norm(dim=1))
-        torch.testing.assert_close(found[name].flatten(), wanted + (first if base else 0), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(result[name].flatten(), wanted + (first if base else 0), rtol=1e-9, atol=1e-10)
 
 
 def test_a_model_that_is_the_base_pulls_nowhere(files, tmp_path):
     """Its task vector has no direction; the others' is taken, and lengths are averaged with its 0."""
-    found = made(files, tmp_path / "out", [0.5, 0.5], which=(0, 1), method="multislerp", dtype="float32", half=True)
+    result = made(files, tmp_path / "out", [0.5, 0.5], which=(0, 1), method="multislerp", dtype="float32", half=True)
     base, model = tensors(files, 0, 1, half=True)
     for name in NAMES:
-        torch.testing.assert_close(found[name].double(), (base[name] + model[name]) / 2, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result[name].double(), (base[name] + model[name]) / 2, rtol=0, atol=1e-6)
 
 
 def test_model_stock_goes_as_far_as_the_models_agree(files, tmp_path):
-    found = made(files, tmp_path / "out", None, method="model_stock")
+    result = made(files, tmp_path / "out", None, method="model_stock")
     for name in NAMES:
         base, *models = [one[name].flatten() for one in tensors(files, 0, 1, 2, 3)]
         deltas = [model - base for model in models]
         pairs = [(0, 1), (0, 2), (1, 2)]
         cosine = sum(torch.cosine_similarity(deltas[i], deltas[j], dim=0) for i, j in pairs) / 3
         t = 3 * cosine / (1 + 2 * cosine)
-        torch.testing.assert_close(found[name].flatten(), t * sum(models) / 3 + (1 - t) * base, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result[name].flatten(), t * sum(models) / 3 + (1 - t) * base, rtol=1e-9, atol=1e-9)
     same, share = np.full((2, 2), 4.0), soup.METHODS["model_stock"].share
     assert share(same, floor=0) == pytest.approx(1.0)
     assert share(np.diag([1.0, 2.0]), floor=0) == 0.0
@@ -204,7 +204,7 @@ def test_model_stock_goes_as_far_as_the_models_agree(files, tmp_path):
 
 
 def test_warp_merges_task_vectors_on_great_circles(files, tmp_path):
-    found = made(files, tmp_path / "out", None, method="warp", parameters={"eta": 0.5})
+    result = made(files, tmp_path / "out", None, method="warp", parameters={"eta": 0.5})
 
     def slerp(x, y, t):
         theta = torch.acos(torch.cosine_similarity(x, y, dim=0))
@@ -214,40 +214,40 @@ def test_warp_merges_task_vectors_on_great_circles(files, tmp_path):
         base, *models = [one[name].flatten() for one in tensors(files, 0, 1, 2, 3)]
         a, b, c = (model - base for model in models)
         wanted = base + 0.5 * slerp(slerp(a, b, 0.5), c, 1 / 3)
-        torch.testing.assert_close(found[name].flatten(), wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(result[name].flatten(), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_moving_average_and_equal_weights(files, tmp_path):
-    found = made(files, tmp_path / "ema", None, base=False, method="ema", parameters={"decay": 0.8})
+    result = made(files, tmp_path / "ema", None, base=False, method="ema", parameters={"decay": 0.8})
     equal = made(files, tmp_path / "warm", None, base=False)
     for name in NAMES:
         a, b, c = (one[name] for one in tensors(files, 1, 2, 3))
         average = a
         for x in (b, c):
             average = 0.8 * average + 0.2 * x
-        torch.testing.assert_close(found[name], average, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result[name], average, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(equal[name], (a + b + c) / 3, rtol=1e-12, atol=1e-12)
 
 
 def test_weights_and_parameters_by_name_and_by_layer(files, tmp_path):
     first = {"*.attn.*": [1.0, 0.0], "*.mlp.*": 0.25, "*": 0.5}
-    found = made(files, tmp_path / "linear", [first, {"*": 0.5}], which=(1, 2), base=False, normalize=True)
+    result = made(files, tmp_path / "linear", [first, {"*": 0.5}], which=(1, 2), base=False, normalize=True)
     a, b = tensors(files, 1, 2)
     for name in NAMES:
         layer = int(name.split(".")[2]) if "layers" in name else None
         weight = 0.5 if layer is None else (1 - layer / 2 if "attn" in name else 0.25)
         wanted = (weight * a[name] + 0.5 * b[name]) / (weight + 0.5)
-        torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-12)
-    asked = {"density": [{"*.layers.*": [0.0, 1.0], "*": 0.5}, 1.0], "lambda": {"head*": 0.0, "*": 1.0}}
-    found = made(
-        files, tmp_path / "ties", [1.0, 1.0], which=(1, 2), method="breadcrumbs", parameters=asked | {"gamma": 0.0}
+        torch.testing.assert_close(result[name], wanted, rtol=1e-12, atol=1e-12)
+    requested = {"density": [{"*.layers.*": [0.0, 1.0], "*": 0.5}, 1.0], "lambda": {"head*": 0.0, "*": 1.0}}
+    result = made(
+        files, tmp_path / "ties", [1.0, 1.0], which=(1, 2), method="breadcrumbs", parameters=requested | {"gamma": 0.0}
     )
     base = tensors(files, 0)[0]
-    assert torch.equal(found["head.weight"], base["head.weight"])
+    assert torch.equal(result["head.weight"], base["head.weight"])
     name = "model.layers.0.mlp.weight"  # nothing of the first model
-    torch.testing.assert_close(found[name], b[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result[name], b[name], rtol=1e-12, atol=1e-12)
     name = "model.layers.2.mlp.weight"  # all of both
-    torch.testing.assert_close(found[name], a[name] + b[name] - base[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result[name], a[name] + b[name] - base[name], rtol=1e-12, atol=1e-12)
     places = Places(["e", "h.0.x", "h.4.x", "v.blocks.1.y", "v.blocks.0.y", "one.0.z"])
     assert [places[name] for name in ("e", "h.0.x", "h.4.x", "v.blocks.1.y", "one.0.z")] == [0, 0, 1, 1, 1]
     assert parse("x", {"*": [0, 1, 0]}).at("h.4.x", 0.75) == 0.5
@@ -303,8 +303,8 @@ def test_what_is_asked_for_wrongly(files, tmp_path):
     same = made(
         files, tmp_path / "same", [1, 1], which=(1, 2), method="ties", parameters={"density": 0.5, "normalize": False}
     )
-    found = load_file(tmp_path / "cli" / "model.safetensors")
-    assert all(torch.equal(found[name], same[name]) for name in NAMES)
+    actual = load_file(tmp_path / "cli" / "model.safetensors")
+    assert all(torch.equal(actual[name], same[name]) for name in NAMES)
     result = CliRunner().invoke(app, ["soup", *args, "--set", "density", "--out", str(tmp_path / "no")])
     assert result.exit_code == 1 and "--set must be name=value" in result.output
 
@@ -328,6 +328,6 @@ def test_a_dry_run_tells_the_time_and_leaves_nothing(files, tmp_path):
         assert "time: about " in result.output and "dry run: nothing was written" in result.output
     assert not any(tmp_path.iterdir())
     plan = plans.make(paths(files, 1, 2), [[0.5, 0.5], [1.0, 0.0]], tmp_path / "out")
-    found = estimate(plan)
-    assert found.sample == 4 * 8 * 24 * 40  # the whole of one tensor: two inputs, two outputs
-    assert found.seconds > 0 and found.rate == pytest.approx((plan.read_bytes + plan.written_bytes) / found.seconds)
+    actual = estimate(plan)
+    assert actual.sample == 4 * 8 * 24 * 40  # the whole of one tensor: two inputs, two outputs
+    assert actual.seconds > 0 and actual.rate == pytest.approx((plan.read_bytes + plan.written_bytes) / actual.seconds)

@@ -121,14 +121,16 @@ def test_an_adapter_with_whole_modules_scales_and_patterns(bases, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "merged")), by_peft(bases["gpt2"], made), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["in config.json", "by its class"])
+@pytest.mark.parametrize("message", [True, False], ids=["in config.json", "by its class"])
 @pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["c_proj", "wte"]])
-def test_tied_embeddings_are_refused(told, targets, tmp_path):
+def test_tied_embeddings_are_refused(message, targets, tmp_path):
     """config.json leaves out what is its class's default, and GPT-2's default is tied."""
     filled(MODELS["gpt2"](tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config | ({"tie_word_embeddings": True} if told else {})))
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps(config | ({"tie_word_embeddings": True} if message else {}))
+    )
     made = adapter(tmp_path / "base", tmp_path / "a", targets)
     with pytest.raises(UserError, match="ties to its other embedding") as caught:
         soup.apply_adapters(tmp_path / "base", [made], [1.0], tmp_path / "out", progress=False)

@@ -135,7 +135,7 @@ def layer_of(name):
 
 
 def test_gradients_of_slerp(models, tmp_path):
-    found = run(models, tmp_path, GRADIENT_SLERP)
+    result = run(models, tmp_path, GRADIENT_SLERP)
     a, b = tensors(models, "AB")
     for name in NAMES:
         lines = {"self_attn": [0, 0.5, 0.3, 0.7, 1], "mlp": [1, 0.5, 0.7, 0.3, 0]}
@@ -143,18 +143,18 @@ def test_gradients_of_slerp(models, tmp_path):
         t = between(values, layer_of(name))
         x, y = a[name], b[name]
         theta = torch.acos((x * y).sum() / x.norm() / y.norm())
-        close(found[name], (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta))
+        close(result[name], (torch.sin((1 - t) * theta) * x + torch.sin(t * theta) * y) / torch.sin(theta))
 
 
 def test_linear_divides_by_the_sum(models, tmp_path):
-    found = run(models, tmp_path, LINEAR)
+    result = run(models, tmp_path, LINEAR)
     a, b, c = tensors(models, "ABC")
     for name in NAMES:
-        close(found[name], (a[name] + 0.3 * b[name] + 0.5 * c[name]) / 1.8)
+        close(result[name], (a[name] + 0.3 * b[name] + 0.5 * c[name]) / 1.8)
 
 
 def test_ties_with_and_without_division(models, tmp_path):
-    found = run(models, tmp_path, BIO_MERGE)
+    result = run(models, tmp_path, BIO_MERGE)
     wanted = soup.merge(
         [models / "B.safetensors", models / "C.safetensors"],
         [0.5, 0.5],
@@ -165,9 +165,9 @@ def test_ties_with_and_without_division(models, tmp_path):
         progress=False,
     )
     same = load_file(wanted.out / "model.safetensors")
-    assert all(torch.equal(found[name], same[name]) for name in NAMES)
+    assert all(torch.equal(result[name], same[name]) for name in NAMES)
 
-    found = run(models, tmp_path, TIES, "gradients")
+    result = run(models, tmp_path, TIES, "gradients")
     base, *others = tensors(models)
     for name in NAMES:
         layer = layer_of(name)
@@ -183,7 +183,7 @@ def test_ties_with_and_without_division(models, tmp_path):
         agree = [(x.sign() == sign).double() for x in weighted]
         taken = sum(w * x for w, x in zip(weights, agree, strict=True))
         merged = sum(x * y for x, y in zip(weighted, agree, strict=True)) / torch.where(taken == 0, 1.0, taken)
-        close(found[name], base[name] + merged)
+        close(result[name], base[name] + merged)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +207,13 @@ def test_what_mergekit_leaves_out_it_takes_as_such(models, tmp_path, method, ext
         for one in "BC"
     )
     shared = f"parameters: {{lambda: 0.7, {extra}}}\n"
-    found = run(models, tmp_path, head + each + shared)
+    result = run(models, tmp_path, head + each + shared)
     paths = [models / f"{one}.safetensors" for one in "BC"]
     done = soup.merge(
         paths, [0.5, 0.5], tmp_path / "same", method=method, base=models / "A.safetensors", progress=False, **same
     )
     wanted = load_file(done.out / "model.safetensors")
-    assert all(torch.equal(found[name], wanted[name]) for name in NAMES)
+    assert all(torch.equal(result[name], wanted[name]) for name in NAMES)
 
 
 def test_parameters_of_other_methods_are_passed_over(models, tmp_path):
@@ -221,7 +221,7 @@ def test_parameters_of_other_methods_are_passed_over(models, tmp_path):
         'models: [{model: "{B}", parameters: {density: 0.5}}, {model: "{C}"}]\n'
         "parameters: {normalize: true, int8_mask: true}\n"
     )
-    found = run(models, tmp_path, 'name: mine\nmerge_method: model_stock\nbase_model: "{A}"\n' + listed)
+    result = run(models, tmp_path, 'name: mine\nmerge_method: model_stock\nbase_model: "{A}"\n' + listed)
     done = soup.merge(
         [models / "B.safetensors", models / "C.safetensors"],
         None,
@@ -231,7 +231,7 @@ def test_parameters_of_other_methods_are_passed_over(models, tmp_path):
         parameters={"floor": 1e-6},
         progress=False,
     )
-    assert all(torch.equal(found[name], x) for name, x in load_file(done.out / "model.safetensors").items())
+    assert all(torch.equal(result[name], x) for name, x in load_file(done.out / "model.safetensors").items())
 
 
 def test_means_on_the_sphere(models, tmp_path):
@@ -246,10 +246,10 @@ def test_means_on_the_sphere(models, tmp_path):
         "merge_method: multislerp\nparameters: {weight: 0.4}\n": {"method": "multislerp"},
     }
     for i, (text, options) in enumerate(cases.items()):
-        found = run(models, tmp_path, listed + text, f"out{i}")
+        result = run(models, tmp_path, listed + text, f"out{i}")
         done = soup.merge(paths, None, tmp_path / f"same{i}", progress=False, **options)
         for name, wanted in load_file(done.out / "model.safetensors").items():
-            close(found[name], wanted)
+            close(result[name], wanted)
 
 
 def test_the_own_form(models, tmp_path):
@@ -262,7 +262,7 @@ models:
 parameters: {lambda: 0.5, normalize: false}
 dtype: float32
 """
-    found = run(models, tmp_path, text)
+    actual = run(models, tmp_path, text)
     same = soup.merge(
         [models / "B.safetensors", models / "C.safetensors"],
         [1.0, {"*": [0, 1]}],
@@ -274,7 +274,7 @@ dtype: float32
         parameters={"density": [{"*mlp*": [0.2, 0.8], "*": 0.5}, 0.3], "lambda": 0.5, "normalize": False},
     )
     wanted = load_file(same.out / "model.safetensors")
-    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == torch.float32 for name in NAMES)
+    assert all(torch.equal(actual[name], wanted[name]) and actual[name].dtype == torch.float32 for name in NAMES)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"models: [{models}/A.safetensors, {models}/B.safetensors]\ngrid: 3\n")
     result = CliRunner().invoke(
@@ -387,17 +387,17 @@ def test_mergekits_flags_and_counts_may_be_numbers(written, tmp_path):
         is flag
     )
     assert read(f"merge_method: karcher\n{two}\nparameters: {{max_iter: {written}}}")["parameters"]["max_iter"] == count
-    found = read(f"merge_method: multislerp\n{each}\nparameters: {{normalize_weights: {written}}}")
-    assert found["parameters"]["normalize_weights"] is flag
-    found = read(
+    result = read(f"merge_method: multislerp\n{each}\nparameters: {{normalize_weights: {written}}}")
+    assert result["parameters"]["normalize_weights"] is flag
+    result = read(
         "merge_method: ties\n"
         f"{base}\n"
         f"{each}\n"
         f"parameters: {{normalize: {written}, rescale: {written}, int8_mask: {written}}}"
     )
-    assert (found["parameters"]["normalize"], found["parameters"]["rescale"]) == (flag, "l1" if flag else "none")
-    found = read(f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: {written}}}}}]")
-    assert found["weights"][0].constant == count
+    assert (result["parameters"]["normalize"], result["parameters"]["rescale"]) == (flag, "l1" if flag else "none")
+    result = read(f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: {written}}}}}]")
+    assert result["weights"][0].constant == count
 
 
 def test_mergekits_layer_ranges_may_be_numbers_with_a_point(tmp_path):
@@ -408,7 +408,7 @@ def test_mergekits_layer_ranges_may_be_numbers_with_a_point(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("normalize: maybe", "normalize must be true or false, or a number, for all"),
         ("normalize: .nan", "got nan"),
@@ -416,12 +416,12 @@ def test_mergekits_layer_ranges_may_be_numbers_with_a_point(tmp_path):
         ("normalize: [{filter: mlp, value: 1}]", "for all tensors"),
     ],
 )
-def test_what_is_neither_flag_nor_number(body, told, tmp_path):
+def test_what_is_neither_flag_nor_number(body, message, tmp_path):
     recipe = f"merge_method: linear\nmodels: [{{model: b, parameters: {{weight: 1}}}}]\nparameters: {{{body}}}"
     (tmp_path / "r.yml").write_text(recipe)
     with pytest.raises(UserError) as caught:
         soup.read_recipe(tmp_path / "r.yml")
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("count", ["5.5", ".inf", "many"])

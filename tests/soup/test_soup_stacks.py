@@ -39,14 +39,14 @@ def test_a_stack_has_the_layers_asked_for_and_loads(models, tmp_path):
     made = soup.merge(
         [[(a, 0, 2), (b, 1, 2), (a, 1, 2)]], [1.0], tmp_path / "out", max_shard_size="30kB", progress=False
     )
-    found = {}
+    result = {}
     for path in made.out.glob("*.safetensors"):
-        found |= load_file(path)
-    held, other = weights(a), weights(b)
-    sources = [(held, 0), (held, 1), (other, 1), (held, 1)]
-    assert len(found) == 3 + 4 * 9
-    for name, tensor in found.items():
-        source, number = sources[int(name.split(".")[2])] if ".layers." in name else (held, None)
+        result |= load_file(path)
+    kept, other = weights(a), weights(b)
+    sources = [(kept, 0), (kept, 1), (other, 1), (kept, 1)]
+    assert len(result) == 3 + 4 * 9
+    for name, tensor in result.items():
+        source, number = sources[int(name.split(".")[2])] if ".layers." in name else (kept, None)
         assert torch.equal(tensor, source[name if number is None else layer(name, number)]), name
     config = json.loads((made.out / "config.json").read_text())
     assert config["num_hidden_layers"] == 4 and config["rows"] == [1, 2]
@@ -66,10 +66,10 @@ def test_a_stack_has_the_layers_asked_for_and_loads(models, tmp_path):
 
 def test_the_ends_come_from_the_lowest_and_the_highest_model(models, tmp_path):
     made = soup.merge([[(models[0], 0, 1), (models[1], 0, 2)]], [1.0], tmp_path / "out", progress=False)
-    found, a, b = weights(made.out), weights(models[0]), weights(models[1])
-    assert torch.equal(found["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
-    assert torch.equal(found["model.norm.weight"], b["model.norm.weight"])
-    assert torch.equal(found["lm_head.weight"], b["lm_head.weight"])
+    result, a, b = weights(made.out), weights(models[0]), weights(models[1])
+    assert torch.equal(result["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+    assert torch.equal(result["model.norm.weight"], b["model.norm.weight"])
+    assert torch.equal(result["lm_head.weight"], b["lm_head.weight"])
 
 
 def test_stacks_are_mixed_as_models_are(models, tmp_path):
@@ -80,12 +80,12 @@ models:
   - {{model: [{{model: {a}, layers: [0, 2]}}, {{model: {b}, layers: [0, 1]}}], weight: 0.25}}
   - {{model: [{{model: {c}, layers: [1, 2]}}, {{model: {c}, layers: [0, 2]}}], weight: 0.75}}
 """)
-    found = weights(soup.merge(**soup.read_recipe(recipe), out=tmp_path / "out", progress=False).out)
+    result = weights(soup.merge(**soup.read_recipe(recipe), out=tmp_path / "out", progress=False).out)
     x, y, z = map(weights, models)
     name = "model.layers.2.self_attn.q_proj.weight"
-    torch.testing.assert_close(found[name], 0.25 * y[layer(name, 0)] + 0.75 * z[layer(name, 1)])
+    torch.testing.assert_close(result[name], 0.25 * y[layer(name, 0)] + 0.75 * z[layer(name, 1)])
     name = "model.layers.0.mlp.down_proj.weight"
-    torch.testing.assert_close(found[name], 0.25 * x[name] + 0.75 * z[layer(name, 1)])
+    torch.testing.assert_close(result[name], 0.25 * x[name] + 0.75 * z[layer(name, 1)])
     plain = soup.merge([a, c], [0.5, 0.5], tmp_path / "plain", progress=False)
     whole = soup.merge([[(a, 0, 2)], c], [0.5, 0.5], tmp_path / "whole", progress=False)
     assert (plain.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
@@ -134,10 +134,10 @@ def test_what_cannot_be_stacked(models, tmp_path):
 def padded(source, target, rows):
     """A copy whose embeddings have more rows than the tokenizer has tokens."""
     shutil.copytree(source, target)
-    held = weights(source)
+    kept = weights(source)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        held[name] = torch.cat([held[name], torch.ones(rows, held[name].shape[1])])
-    save_file(held, target / "model.safetensors", metadata={"format": "pt"})
+        kept[name] = torch.cat([kept[name], torch.ones(rows, kept[name].shape[1])])
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + rows}))
     return target
@@ -185,9 +185,9 @@ def test_companions_that_are_refused(models, tmp_path):
     refused("tokenizer must be companion, union or a folder with a tokenizer, got 'base'", tokenizer="base")
     other = tmp_path / "other"
     shutil.copytree(models[0], other)
-    held = json.loads((other / "tokenizer.json").read_text())
-    held["added_tokens"].append({**held["added_tokens"][-1], "content": "<new>", "id": len(held["model"]["vocab"])})
-    (other / "tokenizer.json").write_text(json.dumps(held))
+    kept = json.loads((other / "tokenizer.json").read_text())
+    kept["added_tokens"].append({**kept["added_tokens"][-1], "content": "<new>", "id": len(kept["model"]["vocab"])})
+    (other / "tokenizer.json").write_text(json.dumps(kept))
     refused("token '<new>' is 320 in the tokenizer and absent in all models", tokenizer=str(other))
     weights_of = weights(models[1])
     for name in ("model.embed_tokens.weight", "lm_head.weight"):  # now with a row for the new token
@@ -210,16 +210,16 @@ def test_model_stock_row_by_row(tmp_path):
     torch.manual_seed(0)
     shapes = {"w": (30, 20), "v": (17,), "c": (4, 3, 5), "s": ()}
     base = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    held = [base] + [{name: x + 0.3 * torch.randn_like(x) for name, x in base.items()} for _ in range(3)]
-    for i, one in enumerate(held):
+    kept = [base] + [{name: x + 0.3 * torch.randn_like(x) for name, x in base.items()} for _ in range(3)]
+    for i, one in enumerate(kept):
         save_file(one, tmp_path / f"{i}.safetensors")
     paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
     options = {"method": "model_stock", "base": paths[0], "parameters": {"filter_wise": True}, "progress": False}
-    found = weights(soup.merge(paths[1:], None, tmp_path / "out", **options).out)
+    result = weights(soup.merge(paths[1:], None, tmp_path / "out", **options).out)
     cut = weights(soup.merge(paths[1:], None, tmp_path / "cut", memory_limit="9kB", **options).out)
     for name, x in base.items():
         rows = x.reshape(-1, x.shape[-1] if x.ndim else 1)
-        deltas = [one[name].reshape(rows.shape) - rows for one in held[1:]]
+        deltas = [one[name].reshape(rows.shape) - rows for one in kept[1:]]
         wanted = rows.clone()
         for i in range(len(rows)):
             cosines = [
@@ -227,5 +227,5 @@ def test_model_stock_row_by_row(tmp_path):
             ]
             cosine = sum(cosines) / 3
             wanted[i] += 3 * cosine / (1 + 2 * cosine) * sum(delta[i] for delta in deltas) / 3
-        torch.testing.assert_close(found[name], wanted.reshape(x.shape), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(cut[name], found[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result[name], wanted.reshape(x.shape), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(cut[name], result[name], rtol=1e-12, atol=1e-12)

@@ -71,10 +71,10 @@ def test_the_engine_does_what_is_defined(tmp_path, kind, dtypes):
             tasks = Tasks(every_choice(n)[kind], ((0.7, 0.4), (0.3, -0.3)), 0.8, elect, normalize, 11, shape[-1])
             # A total of nothing has either sign, as the last bit falls: float64 leaves no such elements.
             dtype = F64 if F64 in dtypes else F32
-            for found, wanted in zip(
+            for result, wanted in zip(
                 from_files(tmp_path, inputs, tasks, dtype), merge_tensor(inputs, tasks, dtype), strict=True
             ):
-                far = (found.double() - wanted.double()).abs() > 4e-6 * (1 + wanted.double().abs())
+                far = (result.double() - wanted.double()).abs() > 4e-6 * (1 + wanted.double().abs())
                 assert far.sum() <= (0 if dtype == F64 else 2 + 1e-4 * n), (shape, elect, normalize)
 
 
@@ -96,16 +96,16 @@ def test_what_cancels_out_has_the_sign_of_nothing(tmp_path, each_backend):
     base, a = torch.zeros(70), torch.linspace(-1, 1, 70).bfloat16()
     b = -1.25 * a.float()
     tasks = Tasks((Choice(), Choice()), ((0.5, 0.4),), 1.0, True, True, 0, 70)
-    (found,) = from_files(tmp_path, [base, a, b], tasks, F32)
-    torch.testing.assert_close(found, torch.maximum(a.float(), b))
+    (result,) = from_files(tmp_path, [base, a, b], tasks, F32)
+    torch.testing.assert_close(result, torch.maximum(a.float(), b))
 
 
 def test_what_is_no_number_stays_none(tmp_path, each_backend):
     base, a, b = torch.zeros(70), torch.linspace(-1, 1, 70), torch.linspace(1, -1, 70)
     a[3] = float("nan")
     for choices in ((Choice(), Choice()), (Choice("band", 60, 70, largest_first=True), Choice())):
-        (found,) = from_files(tmp_path, [base, a, b], Tasks(choices, ((0.5, 0.5),), 1.0, True, True, 0, 70), F32)
-        assert found.isnan().nonzero().tolist() == [[3]]
+        (result,) = from_files(tmp_path, [base, a, b], Tasks(choices, ((0.5, 0.5),), 1.0, True, True, 0, 70), F32)
+        assert result.isnan().nonzero().tolist() == [[3]]
 
 
 def test_a_band_cuts_ties_by_place():
@@ -122,10 +122,10 @@ def test_ties_by_hand():
     deltas = [torch.tensor([3.0, -4.0, 0.1]), torch.tensor([-1.0, -2.0, 1.0]), torch.tensor([1.0, 5.0, -1.0])]
     keep_two = Choice("band", 1, 3, largest_first=True)
     tasks = Tasks((keep_two, keep_two, keep_two), ((1.0, 1.0, 1.0),), 1.0, True, True, 0, 3)
-    (found,) = merge_tensor([base, *deltas], tasks, F32)
+    (result,) = merge_tensor([base, *deltas], tasks, F32)
     # second: -4, -2, +5 are -1 in all: the mean of -4 and -2. third: 0.1 and 1 are dropped as the least of their
     # vectors, but of the second vector -1 comes first among equals, so that 1 goes; of the third 1 stays and -1 goes.
-    assert found.tolist() == [2.0, -3.0, 0.0]
+    assert result.tolist() == [2.0, -3.0, 0.0]
 
 
 def test_what_stays_by_chance_is_as_likely_as_asked_and_keeps_the_mean():

@@ -83,18 +83,18 @@ def is_rows(name):
 def in_order(paths, tokens, rows, base=None):
     """Each model's tensors with rows for `tokens`, token by token. base: the place of the one whose rows others take
     first."""
-    held, known = [tensors(path) for path in paths], [vocab(path) for path in paths]
-    found = [dict(one) for one in held]
-    for name in filter(is_rows, held[0]):
-        for i, one in enumerate(held):
+    kept, known = [tensors(path) for path in paths], [vocab(path) for path in paths]
+    result = [dict(one) for one in kept]
+    for name in filter(is_rows, kept[0]):
+        for i, one in enumerate(kept):
             table = np.zeros((rows, *one[name].shape[1:]))
             for token, place in tokens.items():
                 have = [j for j in range(len(paths)) if token in known[j]]
                 sources = [i] if i in have else [base] if base in have else have
-                table[place] = np.mean([held[j][name][known[j][token]] for j in sources], axis=0)
+                table[place] = np.mean([kept[j][name][known[j][token]] for j in sources], axis=0)
             table[len(tokens) :] = table[: len(tokens)].mean(axis=0)
-            found[i][name] = table
-    return found
+            result[i][name] = table
+    return result
 
 
 def merged(tmp_path, recipe, out="out"):
@@ -130,9 +130,9 @@ def test_a_union_without_a_base(models, tmp_path, engine, monkeypatch):
     first, other, tokens = vocab(models / "A"), vocab(models / "D"), vocab(out)
     assert set(tokens) == {*first, *other} and all(tokens[token] == i for token, i in first.items())
     assert set(tokens.values()) == set(range(len(tokens)))
-    held = in_order([models / one for one in "ABD"], tokens, len(tokens))
+    kept = in_order([models / one for one in "ABD"], tokens, len(tokens))
     close(
-        tensors(out), {name: sum(w * one[name] for w, one in zip((1, 2, 3), held, strict=True)) / 6 for name in held[0]}
+        tensors(out), {name: sum(w * one[name] for w, one in zip((1, 2, 3), kept, strict=True)) / 6 for name in kept[0]}
     )
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -160,9 +160,9 @@ def test_a_union_over_a_base(models, tmp_path):
     tokens = vocab(out)
     rows = json.loads((out / "config.json").read_text())["vocab_size"]
     assert rows % 64 == 0 and 0 < rows - len(tokens) < 64
-    base, *held = in_order([models / one for one in "CABD"], tokens, rows, base=0)
+    base, *kept = in_order([models / one for one in "CABD"], tokens, rows, base=0)
     moved = {
-        name: sum(w * (one[name] - x) for w, one in zip((0.5, 0.25, 0.7), held, strict=True))
+        name: sum(w * (one[name] - x) for w, one in zip((0.5, 0.25, 0.7), kept, strict=True))
         for name, x in base.items()
     }
     close(tensors(out), {name: x + 0.6 * moved[name] for name, x in base.items()})
@@ -189,8 +189,8 @@ def test_every_method_sees_the_rows_in_their_order(models, tmp_path, method):
     out = merged(tmp_path, recipe | {"tokenizer_source": "union"})
     names = ([base] if base and base not in which else []) + list(which)
     tokens = vocab(out)
-    held = in_order([models / one for one in names], tokens, len(tokens), base=names.index(base) if base else None)
-    for name, one in zip(names, held, strict=True):
+    kept = in_order([models / one for one in names], tokens, len(tokens), base=names.index(base) if base else None)
+    for name, one in zip(names, kept, strict=True):
         save_file({key: torch.from_numpy(x) for key, x in one.items()}, tmp_path / f"{name}.safetensors")
     text = json.dumps(recipe)
     for name in names:
@@ -221,8 +221,8 @@ def test_another_models_tokenizer(models, tmp_path):
     made = json.loads((out / "config.json").read_text())
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         assert made[key] == tokens[before[config[key]]]
-    held = in_order([models / "A", models / "C"], tokens, made["vocab_size"], base=1)
-    close(tensors(out), {name: (0.25 * x + 0.5 * held[1][name]) / 0.75 for name, x in held[0].items()})
+    kept = in_order([models / "A", models / "C"], tokens, made["vocab_size"], base=1)
+    close(tensors(out), {name: (0.25 * x + 0.5 * kept[1][name]) / 0.75 for name, x in kept[0].items()})
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +233,8 @@ def pair(tmp_path_factory):
 
 def retyped(source, target, dtype):
     shutil.copytree(source, target)
-    held = {name: x.to(dtype) for name, x in load_file(source / "model.safetensors").items()}
-    save_file(held, target / "model.safetensors", metadata={"format": "pt"})
+    kept = {name: x.to(dtype) for name, x in load_file(source / "model.safetensors").items()}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
@@ -272,11 +272,11 @@ def test_a_stack_has_two_models_tokenizers(pair, tmp_path):
     out = quietly([stack, [(c, 0, 1), (a, 0, 1)]], [0.25, 0.75], tmp_path / "out", tokenizer="union")
     tokens = vocab(out)
     x, y = in_order(pair, tokens, len(tokens))
-    found = tensors(out)
+    result = tensors(out)
     name = "model.embed_tokens.weight"
-    np.testing.assert_allclose(found[name], 0.25 * x[name] + 0.75 * y[name], atol=1e-12)
+    np.testing.assert_allclose(result[name], 0.25 * x[name] + 0.75 * y[name], atol=1e-12)
     name = "lm_head.weight"
-    np.testing.assert_allclose(found[name], 0.25 * y[name] + 0.75 * x[name], atol=1e-12)
+    np.testing.assert_allclose(result[name], 0.25 * y[name] + 0.75 * x[name], atol=1e-12)
 
 
 def test_interrupted_and_gone_on_with(pair, tmp_path, monkeypatch):
@@ -308,11 +308,11 @@ def test_by_command(pair, tmp_path):
     (tmp_path / "r.yml").write_text(
         f"models: [{pair[0]}, {pair[1]}]\nweights: [0.5, 0.5]\ntokenizer: union\npad_to_multiple_of: 16\n"
     )
-    asked = ["soup", "--recipe", str(tmp_path / "r.yml"), "--out", str(tmp_path / "out")]
-    told = CliRunner().invoke(app, [*asked, "--dry-run"])
-    assert told.exit_code == 0 and "time: about" in told.output and not (tmp_path / "out").exists(), told.output
-    assert "tokens are added to" in told.output and not list(tmp_path.glob(".out*"))
-    assert CliRunner().invoke(app, asked).exit_code == 0
+    requested = ["soup", "--recipe", str(tmp_path / "r.yml"), "--out", str(tmp_path / "out")]
+    run = CliRunner().invoke(app, [*requested, "--dry-run"])
+    assert run.exit_code == 0 and "time: about" in run.output and not (tmp_path / "out").exists(), run.output
+    assert "tokens are added to" in run.output and not list(tmp_path.glob(".out*"))
+    assert CliRunner().invoke(app, requested).exit_code == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] % 16 == 0
 
 
@@ -332,14 +332,14 @@ def test_what_cannot_be_joined(pair, tmp_path):
     refused("has tokenizer.model and no tokenizer.json, by which its tokens are known", [a, old], tokenizer="union")
     odd = tmp_path / "odd"
     shutil.copytree(a, odd)
-    held = load_file(a / "model.safetensors")
-    save_file(held | {"model.scale_of_tokens": torch.ones(320)}, odd / "model.safetensors")
+    kept = load_file(a / "model.safetensors")
+    save_file(kept | {"model.scale_of_tokens": torch.ones(320)}, odd / "model.safetensors")
     refused("model.scale_of_tokens of ", [odd, odd], tokenizer="union")
     # Gemma 3n's.
-    save_file(held | {"model.embed_tokens_per_layer.weight": torch.ones(256, 8)}, odd / "model.safetensors")
+    save_file(kept | {"model.embed_tokens_per_layer.weight": torch.ones(256, 8)}, odd / "model.safetensors")
     refused("model.embed_tokens_per_layer.weight of ", [odd, odd], tokenizer="union")
-    held["model.symbols.weight"] = held.pop("model.embed_tokens.weight")
-    save_file(held, odd / "model.safetensors")
+    kept["model.symbols.weight"] = kept.pop("model.embed_tokens.weight")
+    save_file(kept, odd / "model.safetensors")
     refused("no tensor is called as input embeddings are", [odd, odd], tokenizer="union")
     small = {name: x[:300] if is_rows(name) else x for name, x in load_file(a / "model.safetensors").items()}
     save_file(small, odd / "model.safetensors")
@@ -362,6 +362,6 @@ def test_a_model_without_a_tokenizer_has_the_first_ones(pair, tmp_path):
     a, c = pair
     bare = tmp_path / "bare.safetensors"
     shutil.copy(a / "model.safetensors", bare)
-    found = tensors(quietly([a, bare, c], [0.2, 0.3, 0.5], tmp_path / "out", tokenizer="union"))
+    result = tensors(quietly([a, bare, c], [0.2, 0.3, 0.5], tmp_path / "out", tokenizer="union"))
     wanted = tensors(quietly([a, a, c], [0.2, 0.3, 0.5], tmp_path / "wanted", tokenizer="union"))
-    close(found, wanted)
+    close(result, wanted)

@@ -107,13 +107,13 @@ def test_lora_takes_its_reference_from_the_model_without_it(folder, tmp_path):
 
 
 def test_padded_rows_and_evaluation_give_the_same(folder, tmp_path):
-    found = []
+    result = []
     for share in (True, False):
         t = trainer(DPOTrainer, folder, tmp_path, eval_data=rows(6), share_prompt=share, max_steps=2)
         assert t._packs == share
         t.train()
-        found.append((logs(t), t.evaluate()))
-    (a, evaluated), (b, again) = found
+        result.append((logs(t), t.evaluate()))
+    (a, evaluated), (b, again) = result
     assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], abs=1e-5)
     for name in ("eval_loss", "eval_rewards/margins", "eval_entropy"):
         assert evaluated[name] == pytest.approx(again[name], abs=1e-4)
@@ -206,10 +206,10 @@ def swapped(folder):
 )
 def test_kept_log_probs_are_of_the_same_model_alone(folder, tmp_path, one, other):
     options = {"max_steps": 1, "precompute_ref_log_probs": True, "data": rows(4), "learning_rate": 0.0}
-    found = [trainer(DPOTrainer, folder, tmp_path, model=make(folder), **options) for make in (one, other)]
-    ours, theirs = (each.train_dataset["ref_chosen_logps"][:] for each in found)
+    result = [trainer(DPOTrainer, folder, tmp_path, model=make(folder), **options) for make in (one, other)]
+    ours, theirs = (each.train_dataset["ref_chosen_logps"][:] for each in result)
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 1e-3
-    for each in found:  # the policy is its own reference
+    for each in result:  # the policy is its own reference
         each.train()
         assert each.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
@@ -218,9 +218,9 @@ def test_kept_log_probs_are_of_the_same_model_alone(folder, tmp_path, one, other
 def test_the_reference_has_no_dropout(folder, tmp_path, training):
     options = {"max_steps": 1, "data": rows(4), "disable_dropout": False}
     model = gpt2(folder, 0.5).train(training)
-    found = trainer(DPOTrainer, folder, tmp_path, model=model, precompute_ref_log_probs=True, **options)
+    result = trainer(DPOTrainer, folder, tmp_path, model=model, precompute_ref_log_probs=True, **options)
     plain = trainer(DPOTrainer, folder, tmp_path / "b", model=gpt2(folder), precompute_ref_log_probs=True, **options)
-    assert found.train_dataset["ref_chosen_logps"][:] == pytest.approx(
+    assert result.train_dataset["ref_chosen_logps"][:] == pytest.approx(
         plain.train_dataset["ref_chosen_logps"][:], abs=1e-4
     )
     assert all(module.training == training for module in model.modules())
@@ -242,11 +242,11 @@ def test_no_second_model_where_the_reference_can_be_asked_before_training(folder
     partly = trainer(DPOTrainer, folder, tmp_path, max_steps=1, data=rows(8))  # half of the pairs would be run in vain
     assert partly.ref_model is not None and "ref_chosen_logps" not in partly.train_dataset.column_names
     theirs = trainer(trl.DPOTrainer, folder, tmp_path)
-    found = []
+    result = []
     for each in (ours, theirs):
         each.train()
-        found.append(each.evaluate(Dataset.from_list(rows(6)))["eval_loss"])
-    assert found[0] == pytest.approx(found[1], abs=1e-4)
+        result.append(each.evaluate(Dataset.from_list(rows(6)))["eval_loss"])
+    assert result[0] == pytest.approx(result[1], abs=1e-4)
     assert ours.ref_model is not None
 
 
@@ -304,8 +304,8 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
         tests = str(Path(__file__).parents[1])
         script = RESUMES.format(tests=tests, folder=folder, out=str(tmp_path / out), kill=kill, resume=resume)
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
-        found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LOSSES")]
-        return done, [float(x) for x in found[0]] if found else None
+        result = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LOSSES")]
+        return done, [float(x) for x in result[0]] if result else None
 
     done, whole = run("whole")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -369,18 +369,18 @@ if t.is_world_process_zero():
     "sharded", [pytest.param(False, id="DDP"), pytest.param(True, id="FSDP2", marks=on_its_day("ranks"))]
 )
 def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, tmp_path, sharded):
-    tests, found = str(Path(__file__).parents[1]), []
+    tests, result = str(Path(__file__).parents[1]), []
     for ranks, size in ((1, 4), (2, 2)):
         script = tmp_path / f"run{ranks}.py"
-        told = {"sharded": sharded and ranks == 2, "precomputed": ranks == 2, "out": str(tmp_path / "out")}
-        script.write_text(RANKS.format(tests=tests, folder=folder, size=size, **told))
+        record = {"sharded": sharded and ranks == 2, "precomputed": ranks == 2, "out": str(tmp_path / "out")}
+        script.write_text(RANKS.format(tests=tests, folder=folder, size=size, **record))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
         done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append(
+        result.append(
             [float(x) for line in done.stdout.splitlines() if line.startswith("LOSSES") for x in line.split()[1:]]
         )
-    assert len(found[0]) == 9 and found[1] == pytest.approx(found[0], abs=1e-4)
+    assert len(result[0]) == 9 and result[1] == pytest.approx(result[0], abs=1e-4)
 
 
 def test_the_callers_configuration_stays_as_it_is(folder, tmp_path):

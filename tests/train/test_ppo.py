@@ -108,13 +108,13 @@ def test_a_step_equals_the_plain_float64_reference(case):
     run = trainer(model, reference, rate=rate, **CASES[case])
     twin = policy(kind)
     figures, loss = plain_step(twin, reference, queries, responses, scores, masks, run.config)
-    told, optimizer = [], torch.optim.SGD(twin.parameters(), lr=rate)
+    lines, optimizer = [], torch.optim.SGD(twin.parameters(), lr=rate)
     for _ in range(run.config.ppo_epochs):
         total, *parts = loss()
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        told.append([total.detach(), *(x.detach() for x in parts)])
+        lines.append([total.detach(), *(x.detach() for x in parts)])
     before = snapshot(model)
     stats = run.step(queries, responses, scores, masks)
 
@@ -122,7 +122,7 @@ def test_a_step_equals_the_plain_float64_reference(case):
     for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, **close, msg=lambda m, n=name: f"{n}: {m}")
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
-    mean = lambda i: float(torch.stack([t[i] for t in told]).mean())  # noqa: E731
+    mean = lambda i: float(torch.stack([t[i] for t in lines]).mean())  # noqa: E731
     apart = lambda t: t[4] - figures["old"]  # noqa: E731
     expected = {
         "objective/kl": float(torch.stack([k.sum() for k in figures["kl"]]).mean()),
@@ -133,15 +133,15 @@ def test_a_step_equals_the_plain_float64_reference(case):
         "ppo/loss/total": mean(0),
         "ppo/loss/policy": mean(1),
         "ppo/loss/value": mean(2),
-        "ppo/policy/approxkl": float(np.mean([0.5 * float((apart(t) ** 2).mean()) for t in told])),
-        "ppo/policy/policykl": float(np.mean([-float(apart(t).mean()) for t in told])),
+        "ppo/policy/approxkl": float(np.mean([0.5 * float((apart(t) ** 2).mean()) for t in lines])),
+        "ppo/policy/policykl": float(np.mean([-float(apart(t).mean()) for t in lines])),
         "ppo/policy/advantages_mean": float(figures["advantages"].mean()),
         "ppo/returns/mean": float(figures["returns"].mean()),
         "ppo/returns/var": float(figures["returns"].var()),
         "ppo/val/mean": float(figures["values"].mean()),
         "ppo/val/var": float(figures["values"].var()),
-        "ppo/val/vpred": float(np.mean([float(t[5].mean()) for t in told])),
-        "ppo/val/error": float(np.mean([float(((t[5] - figures["returns"]) ** 2).mean()) for t in told])),
+        "ppo/val/vpred": float(np.mean([float(t[5].mean()) for t in lines])),
+        "ppo/val/error": float(np.mean([float(((t[5] - figures["returns"]) ** 2).mean()) for t in lines])),
         "ppo/learning_rate": rate,
     }
     for name, value in expected.items():
@@ -154,17 +154,17 @@ def test_a_step_equals_the_plain_float64_reference(case):
 
 
 def test_accumulation_and_mini_batches_do_not_change_the_gradient():
-    found = []
+    result = []
     for mini, accumulation in ((4, 1), (1, 4), (2, 2)):
         model = policy()
         run = trainer(model, mini_batch_size=mini, gradient_accumulation_steps=accumulation)
         stats = run.step(*rollouts())
-        found.append((snapshot(model), stats))
-    for weights, stats in found[1:]:
+        result.append((snapshot(model), stats))
+    for weights, stats in result[1:]:
         for name, x in weights.items():
-            torch.testing.assert_close(x, found[0][0][name], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(x, result[0][0][name], rtol=1e-9, atol=1e-11)
         for name in ("ppo/loss/total", "ppo/policy/entropy", "objective/kl", "ppo/returns/mean"):
-            assert stats[name] == pytest.approx(found[0][1][name], rel=1e-9, abs=1e-12)
+            assert stats[name] == pytest.approx(result[0][1][name], rel=1e-9, abs=1e-12)
 
 
 def test_an_adapted_policy_is_its_own_reference():
@@ -211,13 +211,13 @@ def test_a_first_step_has_ratio_one_with_dropout_in_the_model():
 
 
 def test_gradient_checkpointing_gives_the_same_step():
-    found = []
+    result = []
     for checkpointing in (False, True):
         model = policy("gpt2")
         trainer(model, gradient_checkpointing=checkpointing).step(*rollouts())
-        found.append(snapshot(model))
-    for name, x in found[0].items():
-        torch.testing.assert_close(x, found[1][name], rtol=1e-9, atol=1e-11)
+        result.append(snapshot(model))
+    for name, x in result[0].items():
+        torch.testing.assert_close(x, result[1][name], rtol=1e-9, atol=1e-11)
 
 
 def test_kl_controllers():

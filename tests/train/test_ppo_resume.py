@@ -121,10 +121,10 @@ def test_a_learning_rate_schedule_resumes(tmp_path):
     run.save_checkpoint(tmp_path)
     again.load_checkpoint(tmp_path)
     assert again.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-    told = []
+    lines = []
     for r in (run, again):
         torch.manual_seed(0)
-        told.append(r.step(*rollouts()))
-    one, two = told
+        lines.append(r.step(*rollouts()))
+    one, two = lines
     assert one["ppo/learning_rate"] == two["ppo/learning_rate"] == 5e-4
     assert one["ppo/loss/total"] == two["ppo/loss/total"]

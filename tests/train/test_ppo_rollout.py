@@ -22,8 +22,8 @@ def test_a_batch_of_unequal_queries_gives_what_each_alone_gives(kind, engine):
     options |= {"max_new_tokens": 8, "return_prompt": False}
     alone = [generate(model, tokenizer, [q], **options)[0] for q in QUERIES]
     for size in (None, 2):
-        found = generate(model, tokenizer, QUERIES, batch_size=size, **options)
-        assert [x.tolist() for x in found] == [x.tolist() for x in alone]
+        result = generate(model, tokenizer, QUERIES, batch_size=size, **options)
+        assert [x.tolist() for x in result] == [x.tolist() for x in alone]
     whole = generate(model, tokenizer, QUERIES, **options | {"return_prompt": True})
     assert [x.tolist() for x in whole] == [q.tolist() + a.tolist() for q, a in zip(QUERIES, alone, strict=True)]
     greedy = [
@@ -90,10 +90,10 @@ def test_ends_and_padding(monkeypatch, sampled):
     script(monkeypatch, [[9, 2, 0, 0], [8, 8, 8, 8], [2, 0, 0, 0], [7, 7, 2, 0]])
     queries = [torch.tensor([2, 5]), *QUERIES[1:]]  # a prompt that begins with the end token, as OPT's do
     options = {"do_sample": sampled, "max_new_tokens": 4, "return_prompt": False}
-    found = generate(model, tokenizer, queries, **options)
-    assert [x.tolist() for x in found] == [[9, 2], [8, 8, 8, 8], [2], [7, 7, 2]]
-    found = generate(model, tokenizer, queries, remove_padding=False, **options)
-    assert [x.tolist() for x in found] == [[9, 2, 0, 0], [8, 8, 8, 8], [2, 0, 0, 0], [7, 7, 2, 0]]
+    result = generate(model, tokenizer, queries, **options)
+    assert [x.tolist() for x in result] == [[9, 2], [8, 8, 8, 8], [2], [7, 7, 2]]
+    result = generate(model, tokenizer, queries, remove_padding=False, **options)
+    assert [x.tolist() for x in result] == [[9, 2, 0, 0], [8, 8, 8, 8], [2, 0, 0, 0], [7, 7, 2, 0]]
     whole = generate(model, tokenizer, queries, **options | {"return_prompt": True})
     assert whole[0].tolist() == [2, 5, 9, 2]
 

@@ -183,12 +183,12 @@ def test_rows_of_tuples_take_torchs_collator():
 
 
 @pytest.mark.parametrize(
-    "said, given, dropout", [(None, 0.3, 0.3), (0.5, 0.3, 0.5), (0.5, None, 0.5), (None, None, 0.1)]
+    "message, given, dropout", [(None, 0.3, 0.3), (0.5, 0.3, 0.5), (0.5, None, 0.5), (None, None, 0.1)]
 )
-def test_the_value_heads_dropout_is_the_configurations(said, given, dropout):
+def test_the_value_heads_dropout_is_the_configurations(message, given, dropout):
     model = tiny_causal_lm()
-    if said is not None:
-        model.config.summary_dropout_prob = said
+    if message is not None:
+        model.config.summary_dropout_prob = message
     options = {} if given is None else {"summary_dropout_prob": given}
     assert AutoModelForCausalLMWithValueHead.from_pretrained(model, **options).v_head.dropout.p == dropout
 

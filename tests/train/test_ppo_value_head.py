@@ -27,12 +27,12 @@ def test_the_fused_scores_are_those_of_the_logits(kind):
     labels[1, 4] = -100
     padded = torch.cat((IDS, torch.zeros(2, 3, dtype=torch.int64)), 1)  # padding behind changes nothing
     wide = torch.cat((labels, labels.new_full((2, 3), -100)), 1)
-    found = model(padded, score_labels=wide)
+    result = model(padded, score_labels=wide)
     at = labels != -100
     logp = logits[:, :-1].log_softmax(-1)
     picked = logp.gather(-1, IDS[:, 1:, None])[..., 0]
     entropy = -(logp.exp() * logp).sum(-1)
-    for mine, theirs in ((found.log_probs, picked), (found.entropy, entropy), (found.values, values[:, :-1])):
+    for mine, theirs in ((result.log_probs, picked), (result.entropy, entropy), (result.values, values[:, :-1])):
         torch.testing.assert_close(mine[:, :5], theirs * at, rtol=1e-9, atol=1e-10)
         assert not mine[:, 5:].any()
     assert len(model(padded, score_labels=wide, return_hidden=True).hidden) == at.sum()
@@ -69,8 +69,8 @@ def test_saved_and_loaded_again_here_and_in_transformers(tmp_path):
     assert again.pretrained_model.dtype == torch.float32
     for mine, theirs in zip(again(IDS)[::2], model(IDS)[::2], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    plain, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not told["unexpected_keys"] and not told["missing_keys"]
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
     torch.testing.assert_close(plain(IDS).logits, model(IDS)[0], rtol=0, atol=0)
     files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert files >= {"mine.txt", "config.json", "model.safetensors", "value_head/model.safetensors"}

@@ -181,11 +181,11 @@ def learned(words, tmp_path_factory):
 
 def test_known_rules_are_learned(learned):
     trainer, test, _ = learned
-    found = trainer.evaluate()
-    assert found["eval_accuracy/length"] >= 0.9 and found["eval_accuracy/positive"] >= 0.9, found
-    mean = sum(found[f"eval_accuracy/{row['value']}"] for row in test) / len(test)
-    assert found["eval_accuracy"] == pytest.approx(mean)
-    assert 0 <= found["eval_calibration_error"] < 0.15
+    result = trainer.evaluate()
+    assert result["eval_accuracy/length"] >= 0.9 and result["eval_accuracy/positive"] >= 0.9, result
+    mean = sum(result[f"eval_accuracy/{row['value']}"] for row in test) / len(test)
+    assert result["eval_accuracy"] == pytest.approx(mean)
+    assert 0 <= result["eval_calibration_error"] < 0.15
     assert any("accuracy/length" in entry for entry in trainer.state.log_history)
 
 
@@ -195,8 +195,8 @@ def test_the_result_scores_by_rewards(learned):
     assert [head.name for head in heads] == ["length", "positive"] and heads[0].text == "plain"
     prompts = [row["prompt"] for row in test]
     sides = [rewards.score(heads, prompts, [row[side] for row in test]) for side in ("chosen", "rejected")]
-    found = trainer.predict(trainer.eval_dataset)
-    np.testing.assert_allclose(np.stack(sides, 1), found.predictions, atol=1e-5)
+    result = trainer.predict(trainer.eval_dataset)
+    np.testing.assert_allclose(np.stack(sides, 1), result.predictions, atol=1e-5)
     # The second head read nothing of its own: the first told it all.
     forward, calls = heads[0].model.forward, []
     heads[0].model.forward = lambda **inputs: calls.append(1) or forward(**inputs)
@@ -214,9 +214,9 @@ def test_the_result_scores_by_rewards(learned):
 def test_report(learned, tmp_path):
     trainer, test, _ = learned
     report = trainer.report(settings={"model": "tiny <b>"})
-    found = trainer.evaluate()
+    result = trainer.evaluate()
     for head in report.heads:
-        assert head.accuracy == pytest.approx(found[f"eval_accuracy/{head.name}"])
+        assert head.accuracy == pytest.approx(result[f"eval_accuracy/{head.name}"])
         assert sum(row.count for row in head.reliability) == head.pairs == sum(r["value"] == head.name for r in test)
         assert head.log_loss == pytest.approx(np.logaddexp(0, head.worse - head.better).mean())
     json.dumps(report.to_json(), allow_nan=False)
@@ -262,13 +262,13 @@ def test_one_head_plugs_into_from_pairwise_with_messages(tmp_path):
 def test_a_column_for_each_value_and_lora(tokenizer, tmp_path):
     from peft import LoraConfig
 
-    said = [
+    lines = [
         {"kind": 1, "short": -1},
         {"kind": None, "short": 2.5},
         {"kind": 0, "short": 1},
         {"kind": -3, "short": None},
     ]
-    rows = Dataset.from_list([{**row, **said[i % 4]} for i, row in enumerate(PAIRS)])
+    rows = Dataset.from_list([{**row, **lines[i % 4]} for i, row in enumerate(PAIRS)])
     args = settings(tmp_path, values=["kind", "short"], learning_rate=1e-2)
     trainer = RewardTrainer(
         classifier(tokenizer, 2),
@@ -310,7 +310,7 @@ def test_mistakes(tokenizer, tmp_path):
     tagged = [{**row, "value": "a"} for row in PAIRS]
     bare = tiny_tokenizer()
     bare.pad_token = bare.eos_token = None
-    for call, said in [
+    for call, message in [
         (lambda: make([{"prompt": "a", "chosen": "b"}]), "lacks rejected"),
         (lambda: make([PAIRS[0], {**PAIRS[0], "chosen": ""}]), "row 1 has one in chosen"),
         (lambda: make(outputs=2), r"one output per value, 1 \(pairwise\), got 2"),
@@ -331,9 +331,9 @@ def test_mistakes(tokenizer, tmp_path):
             "no such model folder",
         ),
     ]:
-        with pytest.raises((UserError, FileNotFoundError), match=said) as told:
+        with pytest.raises((UserError, FileNotFoundError), match=message) as caught:
             call()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     with pytest.warns(UserWarning, match=r"train: 12 of 24 pairs are longer than max_length 12 tokens"):
         make(max_length=12)
 

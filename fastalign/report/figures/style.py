@@ -101,8 +101,8 @@ def figure(width: float, height: float):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def in_deviations(level: np.ndarray, before: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    return np.where((spread > 0) | np.isnan(level), (level - before) / np.where(spread > 0, spread, 1), 0.0)
+def in_deviations(level: np.ndarray, before: np.ndarray, std: np.ndarray) -> np.ndarray:
+    return np.where((std > 0) | np.isnan(level), (level - before) / np.where(std > 0, std, 1), 0.0)
 
 
 def body(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

@@ -19,7 +19,7 @@ def levels(
     values: Sequence[str],
     *,
     before: np.ndarray,
-    spread: np.ndarray,
+    std: np.ndarray,
     palette: np.ndarray,
     predicted: np.ndarray,
     realised: np.ndarray,
@@ -28,18 +28,18 @@ def levels(
     """One row per value: the mean before, the target, predicted and realised (with a bar of 3 standard errors each
     way).
 
-    All (m,); palette is NaN for no target. The scale is (level - before) / spread, spread the standard
-    deviation of all candidates; a value with no spread stays at 0.
+    All (m,); palette is NaN for no target. The scale is (level - before) / std, std the standard
+    deviation of all candidates; a value with no std stays at 0.
     """
     m = len(values)
     with style.figure(7.6, 0.9 + 0.52 * m) as figure:
         axes = figure.add_subplot()
         rows = np.arange(m)
         at = {
-            name: style.in_deviations(x, before, spread)
+            name: style.in_deviations(x, before, std)
             for name, x in (("asked for", palette), ("predicted", predicted), ("realised", realised))
         }
-        bar = 3 * np.where(spread > 0, se / np.where(spread > 0, spread, 1), 0)
+        bar = 3 * np.where(std > 0, se / np.where(std > 0, std, 1), 0)
         axes.axvline(0, color=BEFORE, linewidth=1.1, zorder=1)
         axes.hlines(rows, 0, at["predicted"], color=GRID, linewidth=6, zorder=1)
         axes.hlines(rows + 0.17, at["realised"] - bar, at["realised"] + bar, color=REALISED, linewidth=1.7, zorder=2)
@@ -151,15 +151,15 @@ def histograms(
     return figure
 
 
-def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np.ndarray, spread: np.ndarray) -> Figure:
-    """Levels (m,) by name on m spokes, as (level - before) / spread: 0 is the ring of the candidates' means; NaN is
+def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np.ndarray, std: np.ndarray) -> Figure:
+    """Levels (m,) by name on m spokes, as (level - before) / std: 0 is the ring of the candidates' means; NaN is
     not drawn.
 
     Series named "before", "asked for", "predicted" and "realised" keep their house colours. The scale is on the plot.
     """
     m = len(values)
     angles = np.linspace(0, 2 * np.pi, m, endpoint=False)
-    heights = {name: style.in_deviations(np.asarray(x), before, spread) for name, x in series.items()}
+    heights = {name: style.in_deviations(np.asarray(x), before, std) for name, x in series.items()}
     everything = np.concatenate([[0.0], *heights.values()])
     everything = everything[np.isfinite(everything)]
     step = style.nice_step(float(np.ptp(everything)) or 1.0)

@@ -47,7 +47,7 @@ class Session:
         self.flat: np.ndarray = np.ascontiguousarray(self.rewards.reshape(-1, len(self.values)))
         self.groups: np.ndarray = np.repeat(np.arange(len(self.rewards)), self.rewards.shape[1])
         self.mean: np.ndarray = self.flat.mean(axis=0, dtype=np.float64)
-        self.spread: np.ndarray = self.flat.std(axis=0, dtype=np.float64)
+        self.std: np.ndarray = self.flat.std(axis=0, dtype=np.float64)
         self._one = Lock()  # the solver runs on all cores already
         solve(np.array([[0.0], [1.0]]), [2.0])  # loads what the first palette out of reach would wait for
 
@@ -64,7 +64,7 @@ class Session:
                 {
                     "name": name,
                     "mean": float(self.mean[j]),
-                    "decimals": decimals(self.spread[j]),
+                    "decimals": decimals(self.std[j]),
                     "per_prompt": [float(end[j]) for end in within],
                     "joint": [float(end[j]) for end in over_all],
                 }

@@ -13,20 +13,20 @@ BLOCK = 4096
 
 
 @triton.jit
-def _spread(
+def _sum_gradient(
     rows, mask, scales, weights, out, length, mask_stride, weight_stride, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < length
-    spread = tl.zeros((BLOCK,), COMPUTE)
+    gradient = tl.zeros((BLOCK,), COMPUTE)
     if rows is not None:
         valid = tl.load(mask + row * mask_stride + place, mask=inside, other=0) != 0
-        spread += tl.where(valid, tl.load(rows + row), 0)
+        gradient += tl.where(valid, tl.load(rows + row), 0)
     if scales is not None:
         weight = tl.load(weights + row * weight_stride + place, mask=inside, other=0)
-        spread += tl.where(weight != 0, tl.load(scales + row) * weight, 0)
-    tl.store(out + row * length + place, spread.to(out.dtype.element_ty), mask=inside)
+        gradient += tl.where(weight != 0, tl.load(scales + row) * weight, 0)
+    tl.store(out + row * length + place, gradient.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def valid_part(pointers, inside, valid, COMPUTE: tl.constexpr):
     return tl.where(valid, tl.load(pointers, mask=inside, other=0).to(COMPUTE), 0)
 
 
-def spread(rows, mask, scales, weights, dtype):
+def sum_gradient(rows, mask, scales, weights, dtype):
     over = weights if mask is None else mask
     out = torch.empty(over.shape, dtype=dtype, device=over.device)
     if out.numel() == 0:
@@ -44,7 +44,7 @@ def spread(rows, mask, scales, weights, dtype):
     mask, weights = (None if x is None else contiguous_rows(x.reshape(-1, length)) for x in (mask, weights))
     rows, scales = (None if x is None else x.reshape(-1).contiguous() for x in (rows, scales))
     block = min(BLOCK, triton.next_power_of_2(length))
-    _spread[(out.numel() // length, triton.cdiv(length, block))](
+    _sum_gradient[(out.numel() // length, triton.cdiv(length, block))](
         rows,
         mask,
         scales,
