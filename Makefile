@@ -14,8 +14,9 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 demo: $(VENV)/.demo
 	$(BIN)/fastalign demo --out out/demo $(ARGS)
 
+# Bytecode is kept, whatever the environment says: the tests start many processes.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.dev
 	mkdir -p out

@@ -1,5 +1,4 @@
 import os
-import zlib
 from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a hub
@@ -10,13 +9,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on CPU tensors
 import pytest
 import torch
 from hypothesis import settings
-from turns import ALL
+from turns import not_today
 
 import fastalign
 from fastalign import kernels
 from fastalign._base import progress
 
-LARGE = 24  # cases of a matrix
+LARGE = 8  # cases of an interpreted matrix
 # The files that take longest.
 FIRST = """scale processes kernels dpo_trainer cli_train cli gradients vocab_parallel linear_token_logprobs resample
 ppo_resume ppo_processes integrations_trl reward_trainer sample_tokens gae soup pareto_report report""".split()
@@ -33,25 +32,23 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long files first. Triton's interpreter takes thirty times as long as what is compiled: of its larger matrices a
-    fourth, always the same one, is run. FASTALIGN_TEST_ALL=1 runs all of them."""
+    """Long files first. A fourth of each slow matrix a day: those marked so, and those of Triton's interpreter, which
+    takes thirty times as long as what is compiled."""
     order = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))  # or a worker is left alone with one of them
-    if ALL:
-        return
 
-    def matrix(item):
-        """The test's name, where it is interpreted."""
-        interpreted = "callspec" in vars(item) and item.callspec.params.get("each_backend") == "triton"
-        return item.nodeid.partition("[")[0] if interpreted else None
+    def test_of(item):
+        return item.nodeid.partition("[")[0]
 
-    sizes = Counter(matrix(item) for item in items)
-    left_out = [
-        item for item in items if matrix(item) and sizes[matrix(item)] >= LARGE and zlib.crc32(item.nodeid.encode()) % 4
-    ]
-    config.hook.pytest_deselected(items=left_out)
-    kept = {*items} - {*left_out}
-    items[:] = [item for item in items if item in kept]
+    def is_interpreted(item):
+        return "callspec" in vars(item) and item.callspec.params.get("each_backend") == "triton"
+
+    sizes = Counter(test_of(item) for item in items if is_interpreted(item))
+    marked = [item for item in items if item.get_closest_marker("slow_matrix")]
+    interpreted = [i for i in items if is_interpreted(i) and sizes[test_of(i)] >= LARGE and i not in {*marked}]
+    left_out = not_today([*marked, *interpreted], group=test_of, name=lambda item: item.nodeid)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

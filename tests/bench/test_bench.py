@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from turns import on_its_day
 
 from fastalign import ops
 
@@ -69,6 +70,7 @@ def gae(*arguments, quick=gae):
 """
 
 
+@on_its_day("bench")
 def test_another_build_is_a_peer_in_a_process_of_its_own(tmp_path):
     build = tmp_path / "abc123"
     shutil.copytree(BENCH.parent / "fastalign", build / "fastalign")

@@ -13,6 +13,7 @@ import pytest
 import typer
 from commands import fastalign, refused
 from tiny import tiny_folder
+from turns import on_its_day
 from typer.testing import CliRunner
 
 from fastalign._base import files
@@ -145,7 +146,13 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     assert code == 0 and f"{out}: already there, with the same settings" in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(number, code, id=number.name, marks=on_its_day(f"signal: {number.name}"))
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143))
+    ],
+)
 def test_a_real_interrupt_signal(number, code, model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a prompt, the {i}th\n" for i in range(400)))
@@ -218,6 +225,7 @@ def test_help_has_an_example(command):
     assert code == 0 and f"Example: fastalign {command}" in out
 
 
+@on_its_day("bench")
 def test_bench_writes_results_and_a_table(tmp_path, monkeypatch):
     assert fastalign("bench", "gae and 64", "--out", tmp_path)[0] == 0
     (result,) = json.loads((tmp_path / "bench.json").read_text())["benchmarks"]

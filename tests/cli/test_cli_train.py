@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_folder
+from turns import on_its_day
 from typer.testing import CliRunner
 
 from fastalign import rewards
@@ -279,6 +280,7 @@ def same(a, b):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@on_its_day("ranks: train dpo")
 def test_two_processes_train_as_one(model, pairs, tmp_path):
     """torchrun of the command: the log of one process with the same pairs a step."""
     requested = ["dpo", "--data", pairs, "--model", model, "--learning-rate", "1e-2", "--max-steps", 3]
@@ -307,7 +309,9 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
         assert len(expected) == 3 and [row[name] for row in two if name in row] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=on_its_day(f"killed: train {kind}")) for kind in ("dpo", "ppo")]
+)
 def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path):
     """SIGKILL in the middle; --resume gives the same losses and the same weights."""
     if kind == "dpo":

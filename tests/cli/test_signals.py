@@ -100,6 +100,7 @@ def content(name, out):
     return files, [{key: row[key] for key in seen if key in row} for row in rows if {"loss", "score"} & row.keys()]
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", ["sample", "score", "soup", "soup-front", *TRAINING])
 def test_an_interrupted_command_run_again_gives_what_one_gives_that_was_not(name, number, given, whole, tmp_path):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
+from turns import on_its_day
 
 from fastalign import UserError, integrations
 from fastalign import ops as fastalign_ops
@@ -198,7 +199,7 @@ trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=rows,
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_its_day(f"script: {name}")) for name in BODIES])
 def test_a_trl_script_gives_the_same_loss_curve_but_for_the_install_line(name, tmp_path):
     curves, model = {}, str(tiny_folder(tmp_path / "model", scale=3.0))
     for install in ("", "import fastalign; fastalign.integrations.trl.install()"):

@@ -68,6 +68,7 @@ def same(found, true):
         assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(came, wanted, strict=True))
 
 
+@on_its_day("ray")
 def test_a_worker_killed_a_run_cut_off_and_one_process_give_the_same(cluster, folder, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     options = {**SHORT, "workers": 2, "temperature": 1.2}
@@ -94,7 +95,7 @@ def test_a_worker_killed_a_run_cut_off_and_one_process_give_the_same(cluster, fo
         scale.run(folder, PROMPTS, out, rewards=length(log=log), **{**options, "seed": 4})
 
 
-@on_its_day("ranks")
+@on_its_day("ray")
 def test_a_block_that_kills_every_worker_is_named_and_all_others_are_kept(cluster, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "RETRIES", 1)
     out, log = tmp_path / "out", tmp_path / "log"
@@ -107,6 +108,7 @@ def test_a_block_that_kills_every_worker_is_named_and_all_others_are_kept(cluste
     assert sorted(whole(out.glob("part-*.parquet")).prompts) == sorted([PROMPTS[0], PROMPTS[2]])
 
 
+@on_its_day("ray")
 def test_a_failing_reward_is_shown_where_it_failed(cluster, folder, tmp_path):
     class Broken:
         name = "broken"
@@ -118,6 +120,7 @@ def test_a_failing_reward_is_shown_where_it_failed(cluster, folder, tmp_path):
         scale.run(folder, PROMPTS[:2], tmp_path / "out", rewards=Broken(), workers=1, **SHORT)
 
 
+@on_its_day("ray")
 def test_selected_parts_and_the_pipeline_on_workers(cluster, folder, tmp_path):
     paths = scale.run(
         folder,

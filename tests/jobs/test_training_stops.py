@@ -131,6 +131,7 @@ def test_a_loss_that_is_nan_stops_with_its_row(kind, tmp_path):
     assert kept in message
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 @pytest.mark.parametrize("value", [NAN, INF])

@@ -260,6 +260,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("name", MODULES)
 def test_compiles_whole_and_under_func_grad(name):
     hidden, weight, labels = problem(torch.float32)

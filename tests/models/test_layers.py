@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_causal_lm
+from turns import on_its_day
 
 from fastalign import backend, use_backend
 from fastalign.models.compiled_layers import CompiledLayers, _GatedMLP, _RMSNorm, _Rotate, _SiluGate
@@ -132,6 +133,7 @@ print(*(float((out * torch.arange(out.numel()).view(out.shape)).double().sum()) 
 """
 
 
+@on_its_day("levels: layers and soups")
 def test_every_level_gives_the_same_numbers():
     rows = []
     for isa in backend.native.available_isas():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import HAIR, assert_as_good_as_torch
+from turns import on_its_day
 
 import fastalign.backend
 from fastalign import UserError, reference, use_backend
@@ -63,6 +64,7 @@ def test_equals_the_papers_sum(each_backend, gamma, lam, kind):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_further_from_the_truth_than_torch(each_backend, shape, dtype):
@@ -196,6 +198,7 @@ print(fastalign.backend.native.active_isa(), worst)
 """
 
 
+@on_its_day("levels: losses")
 @pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 def test_every_instruction_set():
     for isa in fastalign.backend.native.available_isas():

@@ -246,7 +246,7 @@ def test_a_gradient_of_nothing_is_differentiated_again():
     assert grad == 0
 
 
-@pytest.mark.parametrize("name", by_the_day(TRACED, 3))
+@pytest.mark.parametrize("name", by_the_day(TRACED, 6))
 def test_traces_at_any_number(name):
     """What is plain torch is traced by dynamo alone, which takes a third of the time."""
     f, tensors = ALL[name]
@@ -270,6 +270,7 @@ def test_numbers_out_of_range_are_still_refused(bad):
         losses.dpo_loss(*LOGPS.chunk(2), None, None, beta=bad)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("on", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -134,6 +134,7 @@ def outcome(f, tensors):
     return [x for x in (*out, *grads) if x is not None]
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("on", [*["cpu"] * (backend.native is not None), "reference", "triton"])
 def test_a_layout_changes_nothing(name, on):

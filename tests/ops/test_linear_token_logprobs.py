@@ -91,6 +91,7 @@ def test_frozen_head_makes_its_gradient_going_forward(each_backend, small_tiles,
     assert_as_good_as_torch(c.grad, b.grad, a.grad, HAIR[dtype], "hidden")
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("shape", [((1030,), 16, 9000), ((4, 300), 16, 4097)], ids=ids)
 @pytest.mark.parametrize("budget", [None, 0, 20 << 20, 1 << 30])
 def test_real_tiles_and_kept_ones(shape, budget):

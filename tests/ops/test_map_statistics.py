@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from turns import on_its_day
 
 from fastalign import UserError, reference, use_backend
 from fastalign.ops import MapStatistics, map_statistics
@@ -94,6 +95,7 @@ def test_many_chunks_many_values_and_many_lambdas():
     )
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("groups", [0, 5])
 @pytest.mark.parametrize("shape", [(1, 3, 1), (35, 3, 3), (9, 9, 2)], ids=str)
@@ -148,6 +150,7 @@ def test_same_bits_at_any_number_of_threads(groups):
         assert all(torch.equal(a, b) for a, b in zip(result[0], other, strict=True))
 
 
+@on_its_day("levels: palettes")
 def test_every_instruction_set():
     from fastalign import _C
 

@@ -135,6 +135,7 @@ def with_gradient(f, p, *args, **options):
     return result, grads
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("empty", [False, True], ids=["", "with an empty row"])
 @pytest.mark.parametrize("spread", [0.0, 0.4, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -426,6 +427,7 @@ def all_losses(p):
     return losses
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("name", list(all_losses(problem())))
 def test_gradcheck_compile_and_func_grad(each_backend, name):
     p = problem(rows=3, length=3, spread=0.6, empty=True)

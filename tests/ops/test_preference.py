@@ -632,6 +632,7 @@ def test_kto_equals_trls(kind, label, scale):
 COMPILED = [(kind, "reverse_kl") for kind in LOSS_TYPES] + [("sigmoid_norm", d) for d in F_DIVERGENCES[1:]]
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(("kind", "divergence"), COMPILED)
 def test_compiles_whole_and_under_func_grad(kind, divergence):
     log_probs, mask, ref = random_pairs(torch.float32)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from turns import on_its_day
 
 import fastalign.backend
 from fastalign import UserError, kernels, reference, use_backend
@@ -68,6 +69,7 @@ def test_the_engine_draws_what_the_reference_draws(dtype, method):
                     assert ((ids == -1).all(1) | (ids >= 0).all(1)).all()
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -221,6 +223,7 @@ def test_places_that_cannot_be_filled(each_backend, method):
     assert resample(hidden, 1, method=method, mask=torch.tensor([[False, False, True]]), seed=0).item() == 2
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("method", METHODS)
 def test_the_scale_of_the_weights_does_not_matter(each_backend, method):
     x = torch.randn(10, 40, dtype=torch.float64)
@@ -265,6 +268,7 @@ print(fastalign.backend.native.active_isa(), *out)
 """
 
 
+@on_its_day("levels: draws")
 @pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 def test_every_instruction_set_draws_the_same():
     rows = {}

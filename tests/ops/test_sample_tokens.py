@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from turns import on_its_day
 
 import fastalign.backend
 from fastalign import UserError, kernels, reference, use_backend
@@ -113,6 +114,7 @@ def test_the_engine_draws_what_the_reference_draws(dtype, options):
             assert not result.log_probs[7:].isnan().any() and (result.log_probs[7:] <= 1e-5).all()
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -334,6 +336,7 @@ print(fastalign.backend.native.active_isa(), *out)
 """
 
 
+@on_its_day("levels: draws")
 @pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
 def test_every_instruction_set_draws_the_same_ids():
     rows = {}

@@ -274,6 +274,7 @@ def in_small_blocks(monkeypatch):
         yield
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", HAIR, ids=str)
 @pytest.mark.parametrize("vocab", [64, 129, 300])

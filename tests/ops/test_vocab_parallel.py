@@ -111,6 +111,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("backend, sizes, dtype", CASES, ids=str)
 def test_a_head_in_slices(ranks, backend, sizes, dtype, options):
@@ -154,6 +155,7 @@ def check_rows(sizes, dtype, backend, options):
         assert_as_good_as_torch(ours.grad[kept], *slices, HAIR[dtype], "logits")
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 30.0, "ignore_index": 0}], ids=str)
 @pytest.mark.parametrize("backend, sizes, dtype", CASES, ids=str)
 def test_logits_in_slices(ranks, backend, sizes, dtype, options):

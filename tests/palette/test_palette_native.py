@@ -11,6 +11,7 @@ import pytest
 import torch
 from palette_problems import random_problem, random_problem_of_prompts
 from test_palette import samples
+from turns import on_its_day
 
 from fastalign import use_backend
 from fastalign.palette import native, quantile_palette, solve
@@ -181,6 +182,7 @@ def test_solves_side_by_side_leave_every_thread_its_processors():
         assert all(os.sched_getaffinity(thread) == allowed for thread in threads)
 
 
+@on_its_day("levels: palettes")
 def test_every_instruction_set():
     from fastalign import _C
 

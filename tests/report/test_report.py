@@ -245,6 +245,7 @@ def test_texts_cannot_break_out(tmp_path):
     assert "\x1b" not in printed(result)
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
 @pytest.mark.parametrize("case", [dict(), dict(p=1, k=3), dict(asked=9.0, k=2), dict(n=1, asked=-9.0), dict(p=40, k=5)])
 def test_every_figure_draws(m, case, tmp_path):

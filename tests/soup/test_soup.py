@@ -378,7 +378,7 @@ def large(tmp_path_factory):
 def test_killed_at_any_moment_and_run_again_it_is_the_same():
     """`python tools/kill_soup.py` kills 200."""
     tool = Path(__file__).parents[2] / "tools" / "kill_soup.py"
-    done = subprocess.run([sys.executable, tool, "--kills", "32"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, tool, "--kills", "16"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for seen in result.values():

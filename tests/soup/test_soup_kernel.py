@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from turns import on_its_day
 
 from fastalign import backend, reference
 from fastalign.soup.checkpoint import FLOATS, in_torch
@@ -124,6 +125,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e
 """
 
 
+@on_its_day("levels: layers and soups")
 def test_every_level_gives_the_same_numbers(monkeypatch):
     rows = []
     for isa in backend.native.available_isas():

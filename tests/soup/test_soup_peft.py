@@ -85,6 +85,7 @@ def by_peft(base, path):
     return logits(PeftModel.from_pretrained(load(base), path).merge_and_unload())
 
 
+@pytest.mark.slow_matrix
 @pytest.mark.parametrize(("kind", "targets"), CASES, ids=[f"{kind}: {', '.join(targets)}" for kind, targets in CASES])
 def test_merged_mixed_and_taken_out_as_peft_has_it(kind, targets, bases, tmp_path):
     base = bases[kind]

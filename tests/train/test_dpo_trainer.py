@@ -298,7 +298,7 @@ print("LOSSES", *[row["loss"] for row in logs(t)])
 """
 
 
-@on_its_day("resume")  # as the command does every day
+@on_its_day("killed: DPOTrainer")
 def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     def run(out, kill=False, resume=False):
         tests = str(Path(__file__).parents[1])
@@ -366,7 +366,11 @@ if t.is_world_process_zero():
 
 
 @pytest.mark.parametrize(
-    "sharded", [pytest.param(False, id="DDP"), pytest.param(True, id="FSDP2", marks=on_its_day("ranks"))]
+    "sharded",
+    [
+        pytest.param(sharded, id=name, marks=on_its_day(f"ranks: {name}"))
+        for sharded, name in ((False, "DDP"), (True, "FSDP2"))
+    ],
 )
 def test_two_processes_give_the_losses_of_one_for_the_same_global_batch(folder, tmp_path, sharded):
     tests, result = str(Path(__file__).parents[1]), []

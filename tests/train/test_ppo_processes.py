@@ -10,9 +10,11 @@ import pytest
 import torch
 from ppo_processes import OPTIONS, ROWS, steps
 from ppo_setup import policy, snapshot, trainer
+from turns import on_its_day
 
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
+pytestmark = on_its_day("ranks: PPO")
 HERE = Path(__file__).parents[1]
 
 

@@ -58,7 +58,7 @@ def launch(folder, steps, die=0):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
-@on_its_day("resume")  # as the command does every day
+@on_its_day("killed: PPOTrainer")
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
     whole = launch(tmp_path / "whole", 8)
     first = launch(tmp_path / "killed", 8, die=5)  # step 5 is not saved
