@@ -264,7 +264,7 @@ def test_every_figure_draws(m, case, tmp_path):
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_radar_of_few_values_draws(m, tmp_path):
-    figure = plots.radar(NAMES[:m], {"before": np.zeros(m), "mine": np.ones(m)}, before=np.zeros(m), spread=np.ones(m))
+    figure = plots.radar(NAMES[:m], {"before": np.zeros(m), "mine": np.ones(m)}, before=np.zeros(m), std=np.ones(m))
     plots.save(figure, tmp_path / "radar.png")
     assert (tmp_path / "radar.png").stat().st_size > 1000
 
