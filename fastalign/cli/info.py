@@ -10,6 +10,7 @@ import torch
 
 import fastalign
 from fastalign import backend, kernels, rewards
+from fastalign.ops import products
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,7 @@ def show(console: Console) -> None:
         isa = f"{native.active_isa()} (available: {', '.join(native.available_isas())})"
         table.add_row("CPU backend", forced or f"compiled, {isa}")
         table.add_row("CPU kernels", ", ".join(_cpu_kernels()))
+    table.add_row("products", _products())
     table.add_row("GPU backend", _gpu())
     table.add_row("GPU kernels", ", ".join(kernels.names()) or "none in this version")
     console.print(table)
@@ -60,6 +62,28 @@ def show(console: Console) -> None:
     console.print(table)
 
 
+def _rates() -> dict[str, Any]:
+    """GFLOP/s of matrix products by provider, dtype, kind and rows; {} where torch has its own alone."""
+    if not products.available():
+        return {}
+    return {str(dtype).removeprefix("torch."): products.rates(dtype) for dtype in products.DTYPES}
+
+
+def _products() -> str:
+    if not products.available():
+        return "torch's own alone: this torch has no oneDNN"
+    if (name := products.forced()) is not None:
+        return f"{name} (FASTALIGN_PRODUCTS)"
+    rows = max(products.ROWS)
+    parts = []
+    for dtype in products.DTYPES:
+        rates = products.rates(dtype)[f"linear {rows}"]
+        shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+        word = str(dtype).removeprefix("torch.")
+        parts.append(f"{word} by {products.chosen('linear', rows, dtype)} ({shown} GFLOP/s)")
+    return "; ".join(parts)
+
+
 def about() -> dict[str, Any]:
     """The same as JSON values."""
     native = backend.native
@@ -72,6 +96,7 @@ def about() -> dict[str, Any]:
         "compiled": native is not None,
         **isa,
         "cpu_kernels": _cpu_kernels(),
+        "products": _rates(),
         "backend": backend.forced(),
         "gpu": _gpu(),
         "gpu_kernels": list(kernels.names()),

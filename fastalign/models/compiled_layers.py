@@ -1,11 +1,11 @@
-"""A transformers model's norms, gated MLPs and rotations on the compiled engine: one pass each where eager torch
-takes five to ten.
+"""A transformers model's norms, gated MLPs and rotations on the compiled engine, one pass each where eager torch takes
+five to ten, and its linear layers' products by `ops.products`.
 
 `CompiledLayers` looks for modules of the usual forms (RMSNorm, Llama's MLP, rotary embeddings of halves) and gives each
 a forward of its own where that gives the same numbers on a random input; anything else stays as it is. Whatever the
-engine does not do takes the old forward: other dtypes than float32, other devices, autocast, weights that FSDP holds.
-Less is kept for the backward pass: a norm keeps its input and a number per token, an MLP neither its gate's activation
-nor the product of its halves, which its backward pass makes again.
+engine does not do takes the old forward: other dtypes than float32 (but for products), other devices, autocast, weights
+that FSDP holds. Less is kept for the backward pass: a norm keeps its input and a number per token, an MLP neither its
+gate's activation nor the product of its halves, which its backward pass makes again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastalign import backend
 from fastalign.backend import threads
+from fastalign.ops import products
 from fastalign.ops.buffers import buffer
 from fastalign.ops.once import once_differentiable
 
@@ -46,6 +47,7 @@ class CompiledLayers:
         self._model = weakref.ref(model)
         self._forwards: list[tuple[nn.Module, Callable]] = []
         self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # theirs, then ours
+        self._linears: list[nn.Linear] = [m for m in model.modules() if type(m) is nn.Linear]
         self._undo = contextlib.ExitStack()
         if backend.native is None:
             return
@@ -73,7 +75,8 @@ class CompiledLayers:
         checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         if checkpointed or backend.choose(torch.device("cpu")) != "cpu":
             return self
-        for module, forward in self._forwards:
+        quicker = self._linears if any(map(products.quicker, {m.weight.dtype for m in self._linears})) else []
+        for module, forward in [*self._forwards, *((m, types.MethodType(_linear, m)) for m in quicker)]:
             if "forward" not in vars(module):  # somebody else's forward stays
                 vars(module)["forward"] = forward
                 self._undo.callback(vars(module).pop, "forward", None)
@@ -169,6 +172,11 @@ def _agrees(module: nn.Module, forward: Callable) -> bool:
     return bool(((result - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
 
 
+def _linear(self: nn.Linear, x: Tensor) -> Tensor:
+    """nn.Linear's forward."""
+    return products.linear(x, self.weight, self.bias)
+
+
 def _ours(*tensors: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and all(
         type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors
@@ -178,7 +186,8 @@ def _ours(*tensors: Tensor) -> bool:
 def _plain(layer: nn.Module) -> bool:
     """A linear layer that nobody listens to: its product may be taken without calling it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and layer.bias is None and not hooks and "forward" not in vars(layer)
+    whose = getattr(vars(layer).get("forward"), "__func__", None)
+    return type(layer) is nn.Linear and layer.bias is None and not hooks and whose in (None, _linear)
 
 
 @functools.lru_cache
@@ -276,27 +285,27 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        g, u = rows @ gate.T, rows @ up.T
+        g, u = products.linear(rows, gate), products.linear(rows, up)
         source, weight, *ctx.norm = getattr(x, "fastalign_norm", (rows, None))
         ctx.save_for_backward(source, weight, g, u, gate, up, down)
-        return (_gate(g, u) @ down.T).view(*x.shape[:-1], len(down))
+        return products.linear(_gate(g, u), down).view(*x.shape[:-1], len(down))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         source, weight, g, u, gate, up, down = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(-1, dy.shape[-1])
-        h = dy @ down
+        x_shape, dy = (*dy.shape[:-1], gate.shape[1]), dy.reshape(-1, dy.shape[-1])
+        h = products.grad_input(dy, down)
         dg, du = _gate_backward(h, g, u)
         dx, *weights = ctx.needs_input_grad
         if any(weights[:2]):
             x = source if weight is None else _normed(source.contiguous(), weight.contiguous(), *ctx.norm)[0]
             rows = x.reshape(-1, x.shape[-1])
         return (
-            (dg @ gate).addmm_(du, up).view(*shape[:-1], gate.shape[1]) if dx else None,
-            dg.T @ rows if weights[0] else None,
-            du.T @ rows if weights[1] else None,
-            dy.T @ h if weights[2] else None,
+            products.grad_input(dg, gate).add_(products.grad_input(du, up)).view(x_shape) if dx else None,
+            products.grad_weight(dg, rows) if weights[0] else None,
+            products.grad_weight(du, rows) if weights[1] else None,
+            products.grad_weight(dy, h) if weights[2] else None,
         )
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
-import os
 import struct
 import sys
 from pathlib import Path
 
+from fastalign._base.cache import cache_dir
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, check_input
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
@@ -23,11 +23,6 @@ from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 FORMAT = 1  # of what `convert` writes
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $FASTALIGN_CACHE, else ~/.cache/fastalign."""
-    return Path(os.environ.get("FASTALIGN_CACHE") or Path.home() / ".cache" / "fastalign").expanduser()
 
 
 def check(path: str | Path) -> None:

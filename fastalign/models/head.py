@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.ops import products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., H)."""
-        logits = F.linear(hidden, self.weight, self.bias)
+        logits = products.linear(hidden, self.weight, self.bias)
         if self.adapter is not None:
             a, b, scale = self.adapter
             logits = logits + scale * (hidden @ a.T) @ b.T

@@ -29,12 +29,12 @@ from trl.trainer.utils import use_adapter
 
 import fastalign
 from fastalign._base import progress
+from fastalign._base.cache import cache_dir
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.numbers import number
 from fastalign.data.preferences import NUMBERS
 from fastalign.losses import dpo_loss, sequence_logps, wpo_weights
-from fastalign.models.gguf import cache_dir
 from fastalign.models.identity import described, language_model, reads_tokens
 from fastalign.models.loading import check_language_model
 from fastalign.models.packing import enable, pack_pairs

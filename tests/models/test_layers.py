@@ -240,7 +240,7 @@ def test_the_model_is_left_as_it_was_after_an_error():
     before = place.apply_rotary_pos_emb
     with pytest.raises(ZeroDivisionError), CompiledLayers.of(model):
         assert place.apply_rotary_pos_emb is not before
-        assert sum("forward" in vars(m) for m in model.modules()) == 7
+        assert sum("forward" in vars(m) for m in model.modules()) >= 7
         1 / 0  # noqa: B018
     assert place.apply_rotary_pos_emb is before
     assert not any("forward" in vars(m) for m in model.modules())

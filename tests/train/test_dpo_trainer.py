@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from turns import on_its_day
 
 from fastalign import UserError
+from fastalign._base.cache import cache_dir
 from fastalign.losses import dpo_loss
-from fastalign.models.gguf import cache_dir
 from fastalign.train import DPOConfig, DPOTrainer
 
 WORDS = "the quick brown fox jumps over a lazy dog near some quiet river bank".split()

@@ -1,0 +1,216 @@
+"""Matrix products on a CPU at the best rate that torch offers: by its own BLAS (MKL on x86), or by oneDNN.
+
+Which is faster depends on the processor, the dtype and the kind of product: MKL uses AVX-512 on Intel's processors
+alone. It is measured at first use, for some milliseconds, and kept in the cache folder by processor, threads and
+torch's version; FASTALIGN_PRODUCTS=torch or onednn decides without measuring. The two sum in different orders, so their
+results differ by rounding.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign._base.cache import cache_dir
+from fastalign._base.errors import UserError
+from fastalign._base.files import write_json
+from fastalign.ops.once import once_differentiable
+
+PROVIDERS = ("torch", "onednn")
+KINDS = ("linear", "grad_input", "grad_weight")
+DTYPES = (torch.float32, torch.bfloat16)  # for which oneDNN is tried
+ROWS = (1, 16, 256)  # measured; a product goes by the nearest at most as large
+GAIN = 1.05  # torch's own product is left only for one so much faster,
+SMALL = 10_000_000  # and not for one of fewer multiplications: calling oneDNN's takes ten microseconds longer
+_PLAIN = (Tensor, torch.nn.Parameter)  # not cut over processes, nor traced
+_WIDTHS = 1024, 512  # of the weight that is measured with
+_SECONDS = 0.016  # of measuring, for each kind and number of rows
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
+
+    Differentiable once, each derivative by the provider that is best at it; any number of times where all are torch's.
+    """
+    if not _may_be_quicker(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Linear.apply(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """dY W, the derivative of `linear` with respect to x: dy (..., N), weight (N, K) -> (..., K)."""
+    return dy @ weight if _provider("grad_input", dy, weight.t()) == "torch" else _onednn(dy, weight.t())
+
+
+def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """dYᵀ X, the derivative of `linear` with respect to W: dy (..., N), x (..., K) -> (N, K)."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    return dy.t() @ x if _provider("grad_weight", dy, x.t()) == "torch" else _onednn(dy.t(), x.t())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        return (
+            grad_input(dy, weight) if ctx.needs_input_grad[0] else None,
+            grad_weight(dy, x) if ctx.needs_input_grad[1] else None,
+            dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if _provider("linear", x, weight) == "torch" else _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# ---- which provider ----
+
+
+def forced() -> str | None:
+    """The provider that FASTALIGN_PRODUCTS names. Raises UserError for a name that is none."""
+    name = os.environ.get("FASTALIGN_PRODUCTS", "auto")
+    if name not in ("auto", *PROVIDERS):
+        raise UserError(f"FASTALIGN_PRODUCTS must be auto, {' or '.join(PROVIDERS)}, got {name!r}")
+    return None if name == "auto" else name
+
+
+@functools.cache
+def available() -> bool:
+    """Whether torch has oneDNN's product on this machine."""
+    try:
+        x = torch.ones(2, 2)
+        return bool(torch.backends.mkldnn.is_available() and (_onednn(x, x) == 2).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """GFLOP/s of each provider, by kind and number of rows ("linear 256"); measured where that was not done yet."""
+    every = ((kind, rows) for kind in KINDS for rows in ROWS)
+    return {f"{kind} {rows}": _rates(kind, rows, dtype, torch.get_num_threads()) for kind, rows in every}
+
+
+def chosen(kind: str, rows: int, dtype: torch.dtype) -> str:
+    """The provider of products of this kind, dtype and number of rows."""
+    if dtype not in DTYPES or not available():
+        return "torch"
+    measured = max(least for least in ROWS if least <= max(rows, 1))
+    return forced() or _best(kind, measured, dtype, torch.get_num_threads())
+
+
+def quicker(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes a product of this dtype that `linear` makes, of any number of rows."""
+    return any(chosen("linear", rows, dtype) != "torch" for rows in ROWS)
+
+
+def _may_be_quicker(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.numel() * len(weight) >= SMALL
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and weight.dtype == x.dtype
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _provider(kind: str, x: Tensor, other: Tensor) -> str:
+    """Of x's product with `other`, as long as the result is wide."""
+    return chosen(kind, x.numel() // x.shape[-1], x.dtype) if _may_be_quicker(x, other) else "torch"
+
+
+@functools.cache
+def _best(kind: str, rows: int, dtype: torch.dtype, threads: int) -> str:
+    measured = _rates(kind, rows, dtype, threads)
+    return "onednn" if measured["onednn"] > GAIN * measured["torch"] else "torch"
+
+
+@functools.cache
+def _rates(kind: str, rows: int, dtype: torch.dtype, threads: int) -> dict[str, float]:
+    """Of the first process that measured, for all: one choice on one machine."""
+    name, path = f"{kind} {rows} {str(dtype).removeprefix('torch.')}", _file(threads)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if name not in (kept := _kept(path)):
+                write_json(path, kept := kept | {name: _measured(kind, rows, dtype)})
+        return kept[name]
+    except OSError:  # no folder to keep it in
+        return _measured(kind, rows, dtype)
+
+
+@torch.no_grad()
+def _measured(kind: str, rows: int, dtype: torch.dtype) -> dict[str, float]:
+    """GFLOP/s of each provider, the best of several products of random matrices."""
+    n, k = _WIDTHS
+    draw = torch.Generator().manual_seed(0)
+    x, dy, w = (torch.randn(shape, generator=draw).to(dtype) for shape in ((rows, k), (rows, n), (n, k)))
+    calls: dict[str, Callable[[], Tensor]] = {
+        "linear": {"torch": lambda: F.linear(x, w), "onednn": lambda: _onednn(x, w)},
+        "grad_input": {"torch": lambda: dy @ w, "onednn": lambda: _onednn(dy, w.t())},
+        "grad_weight": {"torch": lambda: dy.t() @ x, "onednn": lambda: _onednn(dy.t(), x.t())},
+    }[kind]
+    least = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    until = time.perf_counter() + _SECONDS
+    while time.perf_counter() < until:  # in turn: what slows the machine slows both
+        for provider, call in calls.items():
+            began = time.perf_counter()
+            call()
+            least[provider] = min(least[provider], time.perf_counter() - began)
+    return {provider: round(2e-9 * rows * n * k / seconds, 1) for provider, seconds in least.items()}
+
+
+def _kept(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and all(map(_is_rates, kept.values())) else {}
+
+
+def _is_rates(value: object) -> bool:
+    return isinstance(value, dict) and {*value} == {*PROVIDERS} and all(type(x) is float for x in value.values())
+
+
+def _file(threads: int) -> Path:
+    words = f"{_processor()} {threads} torch {torch.__version__}"
+    return cache_dir() / "products" / f"{''.join(c if c.isalnum() else '-' for c in words)}.json"
+
+
+@functools.cache
+def _processor() -> str:
+    """Its make and model, as Linux tells them; elsewhere what Python knows."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
+    lines = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
+    return " ".join(value.strip() for name, _, value in lines if name.strip() in wanted)
