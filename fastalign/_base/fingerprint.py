@@ -25,7 +25,7 @@ def of_model(name: str | os.PathLike[str]) -> str:
     an adapter's configuration is not JSON.
     """
     path = Path(os.fspath(name).removeprefix("vllm:")).expanduser()
-    base = _base(path / "adapter_config.json")
+    base = base_of(path)
     parts = [_of_one(path, name), *([_of_one(Path(base).expanduser(), base)] if base else [])]
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -36,7 +36,10 @@ def _of_one(path: Path, name: str | os.PathLike[str]) -> str:
     return of_files(path.iterdir() if path.is_dir() else [path])
 
 
-def _base(config: Path) -> str | None:
+def base_of(folder: Path) -> str | None:
+    """The model that a folder's adapter is for; None for anything else. Raises UserError if its configuration is not
+    JSON."""
+    config = folder / "adapter_config.json"
     settings = read_json(config) if config.is_file() else {}
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     return base if isinstance(base, str) and base else None

@@ -176,10 +176,11 @@ def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] 
 
 def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: bool = False) -> None:
     """Raises UserError if `out` is one of these files or folders, through any link, or is inside one of the folders.
+    The base of an input that is an adapter is an input too.
 
     folder: `out` is a folder of the command's own, so no input may be inside it either."""
     there = os.stat(out) if os.path.exists(out) else None
-    for path in inputs:
+    for path in [path for given in inputs for path in _with_base(given)]:
         try:
             status = os.stat(path)
         except (OSError, TypeError, ValueError):
@@ -195,6 +196,14 @@ def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: 
             raise UserError(f"{out}: lies in {path}, an input, and cannot be the output")
         if folder and outer.is_relative_to(inner):
             raise UserError(f"{out}: {path}, an input, lies in it, so it cannot be the output's folder")
+
+
+def _with_base(path: Any) -> list[Any]:
+    try:
+        base = fingerprint.base_of(Path(path))
+    except (OSError, TypeError, ValueError, UserError):  # no path, or no adapter that can be read
+        base = None
+    return [path] if base is None else [path, os.path.expanduser(base)]
 
 
 @contextmanager

@@ -32,3 +32,12 @@ def counted(count: int, noun: str) -> str:
 def decimals(std: float) -> int:
     """Decimal places that show a hundredth of a standard deviation, two to six; three if it is zero."""
     return min(6, max(2, 2 - math.floor(math.log10(std)))) if std > 0 else 3
+
+
+def size(nbytes: float) -> str:
+    """Bytes in readable form."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.1f} TB"

@@ -185,8 +185,8 @@ def _parameters(given: list[str]) -> dict[str, Any]:
 
 def _merge(made, dry_run: bool, sync: bool, strict: bool, overwrite: bool) -> Result:
     """Print the plan, run it unless dry_run is set, and print its speed."""
+    from fastalign._base.units import size
     from fastalign.soup.outputs import already_made
-    from fastalign.soup.plan import size
     from fastalign.soup.run import estimated, execute
 
     out, terminal = made.out, console()

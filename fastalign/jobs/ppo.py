@@ -153,7 +153,7 @@ def train_ppo(
     if run.result is not None:
         return run.result
     with runs.quiet(), run:
-        trainer = _trainer(config, model, adapters, prompts, chat, dtype, max_new_tokens)
+        trainer = _trainer(config, model, run.out, adapters, prompts, chat, dtype, max_new_tokens)
         if run.resumes:
             trainer.load_checkpoint(run.checkpoints)
         run.begin(trainer.current_step)
@@ -234,14 +234,15 @@ def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tok
                 return
 
 
-def _trainer(config, model: str, adapters, prompts: Sequence[str], chat: bool | None, dtype: str, max_new_tokens: int):
+def _trainer(
+    config, model: str, out: Path, adapters, prompts: Sequence[str], chat: bool | None, dtype: str, max_new_tokens: int
+):
     import torch
 
-    from fastalign.models.loading import load_causal_lm
     from fastalign.rewards.encoding import context_length
     from fastalign.train import AutoModelForCausalLMWithValueHead, PPOTrainer
 
-    loaded, tokenizer = load_causal_lm(model, dtype=dtype, device="cpu")
+    loaded, tokenizer = runs.load_policy(model, dtype, out)
     rows = prompt_rows(prompts, tokenizer, chat)
     limit = context_length(loaded.config, tokenizer)
     for i, row in enumerate(rows):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign._base import progress
+from fastalign._base import fingerprint, progress
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_target, write_json
 from fastalign._base.numbers import number
@@ -112,7 +112,6 @@ def train_dpo(
         max_steps=max_steps,
         seed=seed,
     )
-    from fastalign.models.loading import load_causal_lm
 
     pairs = pairs() if callable(pairs) else pairs
     settings = {
@@ -126,16 +125,18 @@ def train_dpo(
     if run.result is not None:
         return run.result
     with runs.quiet(), run:
-        loaded, tokenizer = load_causal_lm(model, dtype=dtype, device="cpu")
+        loaded, tokenizer = runs.load_policy(model, dtype, run.out)
         rows = _as_trained(pairs, tokenizer, chat)
         preferences.check_lengths(rows, tokenizer, max_length)
         from fastalign.train import DPOConfig, DPOTrainer
 
+        # Else the reference may be loaded by the model's name, and what is merged has none.
+        precompute = precompute_ref or (adapters is None and fingerprint.base_of(Path(model).expanduser()) is not None)
         with runs.one_line():
             args = DPOConfig(
                 **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed,
                              save_steps, log_steps),
-                beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute_ref or None,
+                beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute or None,
             )  # fmt: skip
             make = lambda callback: DPOTrainer(  # noqa: E731
                 loaded,

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, check_folder, read_json, write_error, write_json
+from fastalign._base.units import size
 
 if TYPE_CHECKING:
     from fastalign.jobs.stopping import Stopping
@@ -258,17 +259,37 @@ class Run:
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write a model for `from_pretrained` into `out`: adapters merged, and beside it in adapter/ on their own."""
+    """Write a model for `from_pretrained` into `out`: adapters merged, and beside it in adapter/ on their own, if they
+    were trained on a model that has a name."""
     if not is_main():
         return
     from fastalign.train.value_head import staged
 
     with staged(out) as beside:
         if hasattr(model, "peft_config"):
-            model.save_pretrained(beside / "adapter", selected_adapters=["default"])
+            if model.peft_config["default"].base_model_name_or_path:
+                model.save_pretrained(beside / "adapter", selected_adapters=["default"])
             model = model.merge_and_unload()
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+
+
+def load_policy(name: str, dtype: str, out: Path) -> tuple[Any, Any]:
+    """The model to train, and its tokenizer; of an adapter's folder the base with the adapter merged, all of it to
+    train. Raises UserError if the disk of `out` has no room for it."""
+    from fastalign.models.loading import load_causal_lm
+
+    model: Any
+    model, tokenizer = load_causal_lm(name, dtype=dtype, device="cpu")
+    if hasattr(model, "peft_config"):
+        outputs.say(f"{name}: an adapter, is merged into its base before training")
+        model = model.merge_and_unload().requires_grad_(True)
+        model.name_or_path = ""  # no adapter trained on it is one of the base's
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(f"{out}: the model needs {size(needed)}, the disk has {size(free)} free")
+    return model, tokenizer
 
 
 def rows_hash(rows: Any) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastalign._base import outputs
 from fastalign._base.errors import UserError
+from fastalign._base.units import counted
 from fastalign.data import palettes
 from fastalign.soup.front import Choice, SoupFront, choose
 from fastalign.soup.measure import FIGURES, RECORD, Walk, making
@@ -77,6 +79,8 @@ def study(
             for name in FIGURES:
                 with files.making(name) as path:
                     plots.save(figure, path)
+        if files.reused:
+            outputs.say(f"{out}: {counted(files.reused, 'soup')} already there, measured with the same settings")
         with files.making(RECORD) as path:
             front.write(path)
     return front
@@ -98,7 +102,9 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
         return [float(v) if np.isfinite(v) else None for v in x]
 
     levels, errors = again.levels[0], again.stderr[0]
-    away = (levels - palette) / errors  # -inf asked for: inf, met; one prompt: NaN
+    with np.errstate(invalid="ignore"):
+        away = (levels - palette) / errors  # -inf asked for: inf, met; one prompt: NaN
+    away[(levels == palette) & (errors == 0)] = np.inf  # a value that does not vary
     short = [name for name, x in zip(values, away, strict=True) if x < -2]
     unsure = [name for name, x in zip(values, away, strict=True) if -2 <= x < 2]
     if np.isnan(errors).any():

@@ -230,10 +230,12 @@ def _open(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     with quiet_unless_terminal(), one_line_errors(model):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return (
-            AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False),
-            tokenizer,
-        )
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+    missing = sorted(set(info["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
+    if missing:  # transformers would fill it with random numbers
+        raise UserError(f"{model}: must be a sequence classifier, there is no {missing[0]} in it")
+    return loaded, tokenizer
 
 
 def _label_index(id2label: dict[int, str], outputs: int, label: str | int) -> int:

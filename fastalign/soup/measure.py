@@ -48,6 +48,7 @@ class Files:
         self._out, self._parts, self._overwrite = out, parts, overwrite
         self._new: list[str] = []
         self._used: set[str] = set()
+        self.reused: int = 0  # soups that need not be measured
 
     def measured(self, name: str, wanted: Mapping[str, Any]) -> Candidates | None:
         """A soup's scored candidates, if they exist with the settings `wanted`. Raises UserError if others exist."""
@@ -56,6 +57,7 @@ class Files:
             if outputs.recorded(folder / name, "soup") == wanted:
                 if folder != self._out:
                     self._new.append(name)
+                self.reused += 1
                 return Candidates.from_parquet(folder / name, kind="scored")
         self._free(name)
         return None

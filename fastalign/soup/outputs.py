@@ -15,12 +15,12 @@ from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_folder, flushes, read_json, sync, write_json
 from fastalign._base.outputs import not_an_input
-from fastalign._base.units import counted
+from fastalign._base.units import counted, size
 from fastalign._base.work_folder import WorkFolder, hold
 from fastalign.soup import stream
 from fastalign.soup.checkpoint import FLOATS, INDEX, SIZES, Shard, in_torch, index_of, read_bytes, unchanged
 from fastalign.soup.methods.base import Blocks, Step
-from fastalign.soup.plan import Plan, size
+from fastalign.soup.plan import Plan
 from fastalign.soup.steps import NotFinite, Seen, Segment, StreamError, Tasks
 
 if TYPE_CHECKING:

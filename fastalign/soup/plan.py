@@ -15,7 +15,7 @@ import fastalign
 from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign._base.fingerprint import of_files, of_weights
-from fastalign._base.units import counted, parse_bytes
+from fastalign._base.units import counted, parse_bytes, size
 from fastalign.soup.architecture import same_model
 from fastalign.soup.checkpoint import FLOATS, Checkpoint, File, Shard, lay_out, parse_dtype
 from fastalign.soup.methods import method_named
@@ -243,12 +243,3 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     local = os.path.exists(os.path.expanduser(checkpoint.name))
     name = Path(checkpoint.name).expanduser().resolve().name if local else checkpoint.name
     return {"name": name, "files": [file.identity for file in checkpoint.files]}
-
-
-def size(nbytes: float) -> str:
-    """Bytes in readable form."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:,.1f} TB"

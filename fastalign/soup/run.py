@@ -20,9 +20,10 @@ from fastalign import backend
 from fastalign._base import files
 from fastalign._base import progress as bars
 from fastalign._base.errors import printable
+from fastalign._base.units import size
 from fastalign.soup.checkpoint import FLOATS, SIZES, allow_open_files, opened, unchanged
 from fastalign.soup.outputs import already_made, chunk_of, growing, recorded
-from fastalign.soup.plan import Plan, make, size
+from fastalign.soup.plan import Plan, make
 from fastalign.soup.stacks import Model
 from fastalign.soup.steps import NotFinite, Tasks
 from fastalign.soup.stream import merge_tasks, weighted_sums

@@ -359,6 +359,60 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
     assert same(out, tmp_path / "whole") and not (out / "checkpoints").exists()
 
 
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    """A LoRA of the model, far from nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(load_causal_lm(model)[0], LoraConfig(r=2, task_type="CAUSAL_LM"))
+    wrapped.peft_config["default"].base_model_name_or_path = str(model)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.3)
+    path = tmp_path_factory.mktemp("adapter") / "lora"
+    wrapped.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-r", 2]], ids=["whole", "lora"])
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, tmp_path):
+    given = {
+        "dpo": ["--data", pairs, "--batch-size", 2],
+        "ppo": ["--values", "readability", "--lam", 1, *PPO, "--limit", 12],
+    }[kind]
+    steps = [*given, *lora, "--model", adapter, "--max-steps", 2]
+    code, _, err = fastalign(kind, *steps, "--learning-rate", "1e-12", "--out", tmp_path / "still")
+    assert code == 0 and f"{adapter}: an adapter, is merged into its base before training\n" in err
+    before = load_causal_lm(adapter)[0].merge_and_unload().state_dict()
+    still = load_causal_lm(tmp_path / "still")[0].state_dict()
+    for name, x in before.items():
+        torch.testing.assert_close(still[name], x, rtol=1e-5, atol=1e-6)
+    first = log(tmp_path / "still")[0]
+    assert abs(first["kl"] if kind == "ppo" else first["loss"] - np.log(2)) < 1e-3  # from what was given
+    assert fastalign(kind, *steps, "--learning-rate", "1e-2", "--out", tmp_path / "out")[0] == 0
+    after = load_causal_lm(tmp_path / "out")[0].state_dict()
+    assert sum(not torch.equal(after[name], x) for name, x in before.items()) > 3
+    assert not (tmp_path / "out" / "adapter").exists()  # it would be one of a model without a name
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_a_disk_without_room_for_the_model_is_told_first(kind, model, pairs, tmp_path, monkeypatch):
+    given = {"dpo": ["--data", pairs], "ppo": ["--values", "readability", "--lam", 1, *PPO]}[kind]
+    usage = type(runs.shutil.disk_usage("/"))(10**9, 10**9 - 5, 5)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
+    line = refused(kind, *given, "--model", model, "--out", tmp_path / "out")
+    assert line.startswith(f"fastalign: {tmp_path / 'out'}: the model needs ") and "the disk has 5 B free" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_is_no_reward_model(model, tmp_path):
+    line = refused("ppo", "--values", model, "--lam", 1, *PPO, "--model", model, "--out", tmp_path / "out")
+    assert "must be a sequence classifier, there is no score.weight in it" in line
+
+
 # The command, with a pause at each logged step, so that a signal comes in the middle.
 SLOW = """
 import sys, time, torch

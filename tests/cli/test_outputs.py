@@ -500,3 +500,24 @@ def test_more_drops_what_another_run_left_unfinished_only_when_told(work, monkey
     assert fastalign("sample", "--more", 2, "--out", "out", "--overwrite")[0] == 0
     assert [row[:2] for row in Candidates.from_parquet("out").texts] == before
     assert Candidates.from_parquet("out").n == 4 and not Path("out.parts").exists()
+
+
+@every_command
+def test_the_base_of_an_adapter_is_an_input(name, work):
+    if not any(word.startswith("model") for word in inputs_of(name)):
+        pytest.skip("takes no model")
+    Path("adapter").mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "model0"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    arguments = ["adapter" if word in ("model0", "model1") else word for word in argued(name)]
+    before = contents(work)
+    assert "is an input" in refused(*arguments, "--out", "model0", "--overwrite")
+    assert "lies in model0, an input" in refused(*arguments, "--out", "model0/model.safetensors", "--overwrite")
+    assert contents(work) == before
+
+
+def test_soups_that_are_there_are_told(work):
+    command = argued("soup-front", "--out", "front")
+    assert "already there" not in fastalign(*command)[2]
+    code, _, err = fastalign(*command)
+    assert code == 0 and err == "fastalign: front: 2 soups already there, measured with the same settings\n"

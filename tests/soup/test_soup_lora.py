@@ -386,6 +386,8 @@ def test_the_same_command_reuses_its_adapters_and_another_is_refused(base, adapt
     (folder,) = {path.parent for path in stamps if path.name == WEIGHTS and path.parent.name in ("out", "1")}
     (folder / CONFIG).write_text("{}")
     refused("was changed since it was made")
+    (folder / WEIGHTS).write_bytes(b"")
+    refused("was changed since it was made")
     code, _, err = command(*pair, *given, "--out", out, "--overwrite")
     assert code == 0 and open_adapter(folder), err
 

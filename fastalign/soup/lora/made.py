@@ -90,14 +90,14 @@ def existing(out: str | os.PathLike[str], job: Job, *, overwrite: bool) -> dict[
     not_an_input(path, job.inputs.values(), folder=True)
     if not path.exists() or not any(path.iterdir()):
         return None
-    if not _made_here(path) and not _made_here(path / "0"):
+    record = recorded(path)
+    if record is None and not _made_here(path) and not _made_here(path / "0"):
         raise UserError(
             f"{path}: exists, and contains no adapter made by fastalign; choose another folder or remove it"
         )
     if overwrite:
         return None
-    record = recorded(path) or {}
-    if not isinstance(made := record.get("made"), dict):
+    if record is None or not isinstance(made := record.get("made"), dict):
         raise UserError(f"{path}: exists; --overwrite replaces it")
     if name := differing(made, wanted := job.record()):
         how = "of other inputs" if name == "inputs" else f"with {name}={made.get(name)!r}, not {wanted.get(name)!r}"
