@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastalign import backend
 from fastalign.backend import threads
+from fastalign.models import linear_layers
 from fastalign.ops import products
 from fastalign.ops.buffers import buffer
 from fastalign.ops.once import once_differentiable
@@ -47,7 +48,7 @@ class CompiledLayers:
         self._model = weakref.ref(model)
         self._forwards: list[tuple[nn.Module, Callable]] = []
         self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # theirs, then ours
-        self._linears: list[nn.Linear] = [m for m in model.modules() if type(m) is nn.Linear]
+        self._linears: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Linear]
         self._undo = contextlib.ExitStack()
         if backend.native is None:
             return
@@ -75,8 +76,7 @@ class CompiledLayers:
         checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         if checkpointed or backend.choose(torch.device("cpu")) != "cpu":
             return self
-        quicker = self._linears if any(map(products.quicker, {m.weight.dtype for m in self._linears})) else []
-        for module, forward in [*self._forwards, *((m, types.MethodType(_linear, m)) for m in quicker)]:
+        for module, forward in [*self._forwards, *linear_layers.forwards(self._linears)]:
             if "forward" not in vars(module):  # somebody else's forward stays
                 vars(module)["forward"] = forward
                 self._undo.callback(vars(module).pop, "forward", None)
@@ -172,11 +172,6 @@ def _agrees(module: nn.Module, forward: Callable) -> bool:
     return bool(((result - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
 
 
-def _linear(self: nn.Linear, x: Tensor) -> Tensor:
-    """nn.Linear's forward."""
-    return products.linear(x, self.weight, self.bias)
-
-
 def _ours(*tensors: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and all(
         type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors
@@ -186,8 +181,8 @@ def _ours(*tensors: Tensor) -> bool:
 def _plain(layer: nn.Module) -> bool:
     """A linear layer that nobody listens to: its product may be taken without calling it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    whose = getattr(vars(layer).get("forward"), "__func__", None)
-    return type(layer) is nn.Linear and layer.bias is None and not hooks and whose in (None, _linear)
+    own = "forward" in vars(layer) and not linear_layers.replaces(layer)
+    return type(layer) is nn.Linear and layer.bias is None and not hooks and not own
 
 
 @functools.lru_cache

@@ -1,0 +1,65 @@
+"""A model's linear layers with their products by `ops.products`: oneDNN's where it is faster on this processor."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor, nn
+
+from fastalign.ops import products
+
+
+def forward(self: nn.Linear, x: Tensor) -> Tensor:
+    """In place of nn.Linear's."""
+    return products.linear(x, self.weight, self.bias)
+
+
+def replaces(module: nn.Module) -> bool:
+    """Whether the module's forward is this one."""
+    return getattr(vars(module).get("forward"), "__func__", None) is forward
+
+
+def forwards(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Linear, Callable]]:
+    """The linear layers among them with the forward for each; none if torch's own products are the fastest here. Layers
+    of other classes and those with a forward of their own stay."""
+    layers = [m for m in modules if type(m) is nn.Linear and "forward" not in vars(m)]
+    if any(map(products.quicker, {layer.weight.dtype for layer in layers})):
+        yield from ((layer, types.MethodType(forward, layer)) for layer in layers)
+
+
+class SpedUp:
+    """What `speed_up` changed. count: the number of layers. `remove()`, or the end of a `with` block, undoes it."""
+
+    count: int
+
+    def __init__(self, model: nn.Module):
+        self._layers = list(forwards(model.modules()))
+        self.count = len(self._layers)
+        for layer, replacement in self._layers:
+            vars(layer)["forward"] = replacement
+
+    def remove(self) -> None:
+        for layer, _ in self._layers:
+            if replaces(layer):
+                del vars(layer)["forward"]
+        self._layers.clear()
+
+    def __enter__(self) -> SpedUp:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def speed_up(model: nn.Module) -> SpedUp:
+    """Compute the products of any model's nn.Linear layers by whatever is measured to be fastest on this CPU, forward
+    and backward: oneDNN instead of MKL on AMD processors with AVX-512, nothing changed on others.
+
+    Results differ from torch's by rounding. Layers wrapped later (by peft, say) keep it. On a GPU, under autocast or
+    torch.compile, and for other dtypes than float32 and bfloat16, torch's own product is taken. A second derivative is
+    refused where oneDNN made the first.
+
+    Returns a handle: its `remove()` undoes the change, as does the end of a `with` block.
+    """
+    return SpedUp(model)
