@@ -62,7 +62,7 @@ def write_adapter(
         for ending, tensor in zip(names, (a, b), strict=True):
             tensors[PREFIX + module + ending] = tensor
     tensors |= whole or {}
-    (shard,) = lay_out(((name, of_torch(x.dtype), tuple(x.shape)) for name, x in tensors.items()), 2**62)
+    (shard,) = lay_out(((name, str(of_torch(x.dtype)), tuple(x.shape)) for name, x in tensors.items()), 2**62)
     with naming(folder / WEIGHTS), open(folder / WEIGHTS, "wb") as file:
         file.write(shard.header(metadata))
         for name in shard.tensors:
