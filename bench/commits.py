@@ -74,9 +74,15 @@ def serve(test: str) -> int:
 
 def main(ref: str, arguments: list[str]) -> int:
     git = ["git", "-C", str(HERE)]
-    commit = subprocess.run([*git, "rev-parse", "--short", f"{ref}^{{commit}}"], stdout=subprocess.PIPE, text=True)
+    commit = subprocess.run(
+        [*git, "rev-parse", "--short", f"{ref}^{{commit}}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     if commit.returncode:
-        return commit.returncode
+        print(f"{ref} is no commit of this repository", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         tree, build = Path(folder, "tree"), Path(folder, commit.stdout.strip())
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(tree), ref], check=True)
@@ -91,6 +97,8 @@ def main(ref: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
+    if sys.argv[1:2] == ["--serve"]:
         sys.exit(serve(sys.argv[2]))
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m bench.commits REF [pytest's arguments]")
     sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -43,6 +43,7 @@ BACKENDS = ("auto", "cpu", "triton", "reference")
 BUILD_COMMAND = "pip install -e ."
 
 _forced = os.environ.get("FASTALIGN_BACKEND", "auto")
+_checked = False  # by the first that asks: an import raises nothing
 _warned: set[str] = set()
 
 
@@ -112,12 +113,13 @@ def _wanted_threads() -> int:
 
 
 def _choose(kind: str, device: torch.device | str) -> str:
-    if _forced == "reference":
+    requested = forced()
+    if requested == "reference":
         return "reference"
-    if _forced == "cpu" and kind != "cpu":
+    if requested == "cpu" and kind != "cpu":
         raise UserError(f"backend 'cpu' takes CPU tensors, got one on {device}")
-    if _forced == "triton" or kind == "cuda":
-        if _forced == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted()):
+    if requested == "triton" or kind == "cuda":
+        if requested == "triton" and kind != "cuda" and not (kind == "cpu" and interpreted()):
             raise UserError(f"backend 'triton' takes GPU tensors (others with TRITON_INTERPRET=1), got one on {device}")
         if has_triton():
             return "triton"
@@ -136,7 +138,12 @@ def _choose(kind: str, device: torch.device | str) -> str:
 
 
 def forced() -> str:
-    """The backend requested by `use_backend` or the environment; "auto" if none."""
+    """The backend requested by `use_backend` or the environment; "auto" if none. Raises UserError for what the
+    environment requests in vain."""
+    global _checked
+    if not _checked:
+        _check(_forced, "FASTALIGN_BACKEND")
+        _checked = True
     return _forced
 
 
@@ -164,6 +171,3 @@ def _warn_once(key: str, message: str) -> None:
     if key not in _warned and not torch.compiler.is_compiling():
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=5)
-
-
-_check(_forced, "FASTALIGN_BACKEND")

@@ -121,6 +121,20 @@ def test_import_is_light():
     assert out.split() == []
 
 
+def test_a_module_goes_by_its_own_name():
+    """`from package import name` is `import package.name`, where it is a module."""
+    code, out, err = run(
+        "import importlib, pkgutil, types\n"
+        "for package in ('fastalign', 'fastalign.integrations', 'fastalign.report'):\n"
+        "    whole = importlib.import_module(package)\n"
+        "    for name in (found.name for found in pkgutil.iter_modules(whole.__path__)):\n"
+        "        value = getattr(whole, name, None)\n"
+        "        if isinstance(value, types.ModuleType) and value.__name__ != f'{package}.{name}':\n"
+        "            print(package, name, value.__name__)\n"
+    )
+    assert (code, out.split()) == (0, []), err
+
+
 def test_every_public_name_is_there_when_it_is_asked_for():
     for package in ("fastalign", "fastalign.data", "fastalign.soup"):
         code, out, err = run(
@@ -154,7 +168,10 @@ def test_without_the_engine_the_reference_runs_and_says_so():
     )
     assert code == 0, err
     assert err.count("fastalign's native extension is not built") == 1 and "pip install -e ." in err
-    code, _, err = run("import sys; sys.modules['fastalign._C'] = None; import fastalign", FASTALIGN_BACKEND="cpu")
+    code, _, err = run(
+        "import sys; sys.modules['fastalign._C'] = None\nimport fastalign.backend\nfastalign.backend.forced()",
+        FASTALIGN_BACKEND="cpu",
+    )
     assert code != 0 and "FASTALIGN_BACKEND 'cpu' needs the native extension" in err
 
 

@@ -15,24 +15,25 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 HEAD = """# Architecture
 
-One sentence for each package, from the top layer down. An import goes down only, never up and never in a circle;
-`make lint` holds the code to it. The arrows are the imports there are. Those that nearly all have, to `_base` and
-`backend`, are left out.
+One sentence for each package, from the top layer down. Imports go down only, and `make lint` holds the code to it; the
+one exception stands within a layer: `data` ranks its bundled pairs by a reward, while `rewards` read texts by `data`.
+The arrows are the imports there are. Those that nearly all packages have, to `_base` and `backend`, are left out.
 """
 TAIL = """
 Below Python lie three places that the ops choose among (`fastalign/backend.py`):
 
-- `csrc/`: the CPU engine in C++17, imported as `fastalign._C`. One source per op; `bindings.cpp` alone knows Python.
-  Kernels are compiled once per instruction set and chosen at run time.
+- `csrc/`: the native C++17 extension for CPUs, imported as `fastalign._C`. `bindings.cpp` alone knows Python. Kernels
+  are compiled once per instruction set and chosen at run time.
 - `kernels/`: Triton kernels, one file per op, imported as `fastalign.kernels` when a GPU tensor arrives.
 - `fastalign/reference.py`: every op in plain torch, the definition that both answer to.
 
-An op is five things of one name: its reference, its C++ kernel, its Triton kernel, `ops/<op>.py` (checks, choice of
-backend, autograd) and `tests/ops/test_<op>.py`.
+An op has a definition in `reference`, a file `ops/<op>.py` (checks, choice of backend, autograd), a Triton kernel,
+`tests/ops/test_<op>.py`, and a C++ kernel where that is faster than torch. All bear its name, but for the fused head's
+C++ kernels (`csrc/linear_logprobs.cpp`). `fastalign info` lists the kernels there are.
 
-A text's way through the house: `data.prompts` → `decode.Sampler` (on `decode.shared_prompt`, by `decode.token_loop`) →
-`rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` is that way from file to file, and each
-command of `cli` is one step of it.
+How a prompt becomes a choice: `data.prompts` → `decode.Sampler` (on `decode.shared_prompt`, by `decode.token_loop`) →
+`rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` does this from file to file, and commands
+of `cli` are its steps.
 """
 
 

@@ -1,1 +1,1 @@
-"""The command line: each command reads its options, calls one job and prints what it gives."""
+"""The command line: each command reads its options, calls what does the work and prints the result."""

@@ -40,6 +40,9 @@ Out = Annotated[
 ]
 Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
+LearningRate = Annotated[
+    float, typer.Option("--learning-rate", "--learning_rate", help="Learning rate of the optimiser.")
+]
 Accumulation = Annotated[
     int,
     typer.Option(
@@ -89,7 +92,7 @@ def dpo(
     palette: PairsPalette = None,
     how: PairsHow = How.best_worst,
     pairs_per_prompt: PairsPerPrompt = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 5e-6,
+    learning_rate: LearningRate = 5e-6,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs per batch.")] = 4,
     gradient_accumulation_steps: Accumulation = 1,
     epochs: Annotated[float, typer.Option("--epochs", "--nepoch", help="Passes over the pairs.")] = 1.0,
@@ -169,7 +172,7 @@ def ppo(
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     words: Annotated[int | None, typer.Option(help="Use only the first WORDS words of each prompt; imdb: 8.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")] = None,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 1.41e-5,
+    learning_rate: LearningRate = 1.41e-5,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Rollouts per step.")] = 32,
     mini_batch_size: Annotated[
         int | None,
@@ -253,12 +256,12 @@ def reward(
     report: Annotated[
         Path | None, typer.Option(help="Write the evaluation as a page (.html) or as figures (.png, .svg).")
     ] = None,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--learning_rate")] = 1e-5,
+    learning_rate: LearningRate = 1e-5,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs per batch.")] = 8,
     gradient_accumulation_steps: Accumulation = 1,
     epochs: Annotated[float, typer.Option("--epochs", "--nepoch", help="Passes over the pairs.")] = 1.0,
     max_steps: MaxSteps = None,
-    center: Annotated[float, typer.Option(help="Strength of centring the scores at 0; 0.01 is usual.")] = 0.0,
+    center: Annotated[float, typer.Option(help="Weight of a penalty that centres scores at 0; 0.01 is usual.")] = 0.0,
     lora_r: LoraR = None,
     max_length: MaxLength = 1024,
     chat: Chat = None,

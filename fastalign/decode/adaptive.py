@@ -13,8 +13,7 @@ from fastalign._base.units import counted
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
-from fastalign.decode.sampler import Sampler
-from fastalign.decode.samplers.base import SamplingOptions
+from fastalign.decode.samplers.base import BaseSampler, SamplingOptions
 from fastalign.decode.select import effective_sample_size, select
 from fastalign.decode.streams import places_of
 from fastalign.decode.worth import TRUSTED_ESS, Worth
@@ -47,7 +46,7 @@ class Adaptive:
 
 
 def adaptive(
-    sampler: Sampler | str,
+    sampler: BaseSampler | str,
     prompts: Sequence[Any],
     rewards: Any,
     *,
@@ -172,7 +171,7 @@ class Pilot(NamedTuple):
 
 
 def pilot(
-    sampler: Sampler | str,
+    sampler: BaseSampler | str,
     prompts: Sequence[Any],
     rewards: Any,
     *,

@@ -43,7 +43,7 @@ class BestOf:
 
 
 def best_of(
-    sampler: Sampler | str,
+    sampler: BaseSampler | str,
     prompts: Sequence[Any],
     rewards: Any,
     *,
@@ -76,7 +76,7 @@ def best_of(
 
 
 def prepared(
-    sampler: Sampler | str, rewards: Any, lam: Sequence[float] | None
+    sampler: BaseSampler | str, rewards: Any, lam: Sequence[float] | None
 ) -> tuple[BaseSampler, list[Any], list[str], np.ndarray]:
     """(Sampler, list of rewards, their names, lam (m,) float64) from the arguments of `best_of`."""
     rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]

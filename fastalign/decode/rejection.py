@@ -20,7 +20,7 @@ from fastalign.data.text import check_prompts, template_settings
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
-from fastalign.decode.sampler import Sampler
+from fastalign.decode.samplers.base import BaseSampler
 from fastalign.decode.shared_prompt import GROW
 from fastalign.decode.streams import places_of
 from fastalign.decode.token_loop import Job
@@ -52,7 +52,7 @@ class Rejection:
 
 
 def speculative_rejection(
-    sampler: Sampler | str,
+    sampler: BaseSampler | str,
     prompts: Sequence[Any],
     rewards: Any,
     *,

@@ -1,1 +1,1 @@
-"""Whole jobs, from file to file: each command of the command line is one call here."""
+"""Whole jobs, from file to file: what stands behind the commands that sample, score, choose, report and train."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalign import backend
 from fastalign.backend import threads
-from fastalign.ops import checks
+from fastalign.ops import checks, products
 from fastalign.ops.buffers import buffer
 from fastalign.ops.dtypes import compute_dtype
 
@@ -78,10 +78,11 @@ class Tiles:
         count = rows.stop - rows.start
         return self._tile[: count * columns].view(count, columns)
 
-    def project(self, tile: Tensor, rows: slice, w: Tensor, b: Tensor | None) -> None:
-        torch.mm(self.hidden[rows], w.t(), out=tile)
-        if b is not None:
-            tile.addmm_(self.low[rows], b.t())
+    def project(self, rows: slice, w: Tensor, b: Tensor | None, *, place: Tensor | None = None) -> Tensor:
+        """A tile of logits without their bias, (rows, columns): in `place`, or where it stands until the next one."""
+        out = self.room(rows, len(w)) if place is None else place
+        tile = products.linear_into(out, self.hidden[rows], w, kept=place is not None)
+        return tile if b is None else tile.addmm_(self.low[rows], b.t())
 
     def describe(self, tile: Tensor, rows: slice, first: int) -> tuple[Any, ...]:
         """For the kernel: the tile, and its offsets in the rows and in the vocabulary."""
@@ -190,12 +191,11 @@ def forward(
     stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
     stats[0] = stats[6] = NEG_INF
     unit = _UnitGradient(tiles, a, adapter_scale) if unit else None
-    for step, (first, end, w, b_part) in enumerate(tiles.columns()):
+    for step, (first, _, w, b_part) in enumerate(tiles.columns()):
         place = kept.place(step)
         kept.marks[step : step + 1] = 0 if place is None else 1
         for rows in tiles.rows():
-            tile = tiles.room(rows, end - first) if place is None else place[rows]
-            tiles.project(tile, rows, w, b_part)
+            tile = tiles.project(rows, w, b_part, place=None if place is None else place[rows])
             backend.native.head_forward(
                 tiles.describe(tile, rows, first),
                 buffer(stats),
@@ -236,7 +236,7 @@ class _UnitGradient:
 
     def add(self, tile, rows, w, b):
         rescale = self.rescale[: len(tile), None]
-        self.total[rows].mul_(rescale).addmm_(tile, w)
+        products.add_grad_input(self.total[rows].mul_(rescale), tile, w)
         if b is not None:
             self.low[rows].mul_(rescale).addmm_(tile, b)
 
@@ -320,11 +320,12 @@ def _gradients(
     for step, (first, end, w, b_part) in enumerate(tiles.columns()):
         taken = kept.take(step)
         for rows in tiles.rows():
-            tile, logits, columns = tiles.room(rows, end - first), None, None
+            logits, columns = None, None
             if taken is None:
-                tiles.project(tile, rows, w, b_part)
+                tile = tiles.project(rows, w, b_part)
             else:
-                tile = taken[rows] if among is None else torch.index_select(taken, 0, among[rows], out=tile)
+                room = tiles.room(rows, end - first)
+                tile = taken[rows] if among is None else torch.index_select(taken, 0, among[rows], out=room)
                 logits = buffer(tile)  # with their bias
             seen = torch.zeros(threads(), end - first if filtered else 0, dtype=torch.bool)
             backend.native.head_backward(
@@ -336,7 +337,9 @@ def _gradients(
                 tile = tile if columns is None else tile.index_select(1, columns)
             for total, head in ((d_hidden, w), (d_low, b_part)):
                 if total is not None:
-                    total[rows].addmm_(tile, head if columns is None else head.index_select(0, columns))
+                    products.add_grad_input(
+                        total[rows], tile, head if columns is None else head.index_select(0, columns)
+                    )
             for total, x in ((d_weight, tiles.hidden), (d_b, tiles.low)):
                 if total is not None:
                     total.add(tile, x[rows], columns, first, end, fresh=rows.start == 0)
@@ -375,7 +378,7 @@ class _HeadGradient:
     def add(self, tile, x, columns, first, end, fresh):
         part = self._part(first, end)
         if columns is None:
-            part.addmm_(tile.t(), x, beta=0 if fresh else 1)
+            products.add_grad_weight(part, tile, x, beta=0 if fresh else 1)
         else:
             part = part.zero_() if fresh else part
             part.index_add_(0, columns, tile.t() @ x)

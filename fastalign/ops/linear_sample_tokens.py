@@ -87,10 +87,9 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
         steps = -(-tiles.vocab // tiles.width)
         stats = torch.zeros(steps, 7, count, dtype=dtype)  # of each part of the vocabulary
         stats[:, 0] = NEG_INF
-        for step, (first, end, w, b_part) in enumerate(tiles.columns()):
+        for step, (first, _, w, b_part) in enumerate(tiles.columns()):
             for some in tiles.rows():
-                tile = tiles.room(some, end - first)
-                tiles.project(tile, some, w, b_part)
+                tile = tiles.project(some, w, b_part)
                 backend.native.head_forward(
                     tiles.describe(tile, some, first), buffer(stats[step]), False, None, threads()
                 )

@@ -60,6 +60,32 @@ def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
     return dy.t() @ x if _provider("grad_weight", dy, x.t()) == "torch" else _onednn(dy.t(), x.t())
 
 
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, *, kept: bool = True) -> Tensor:
+    """x Wᵀ (M, N) in the memory of `out`: x (M, K), weight (N, K). If it need not be kept there, where it is made."""
+    if _provider("linear", x, weight) == "torch":
+        return torch.mm(x, weight.t(), out=out)
+    made = _onednn(x, weight)
+    return out.copy_(made) if kept else made
+
+
+def add_grad_input(total: Tensor, dy: Tensor, weight: Tensor) -> None:
+    """total (M, K) += dY W."""
+    if _provider("grad_input", dy, weight.t()) == "torch":
+        total.addmm_(dy, weight)
+    else:
+        total.add_(_onednn(dy, weight.t()))
+
+
+def add_grad_weight(total: Tensor, dy: Tensor, x: Tensor, *, beta: float = 1.0) -> None:
+    """total (N, K) = beta · total + dYᵀ X; with beta 0, whatever stands in `total`."""
+    if _provider("grad_weight", dy, x.t()) == "torch":
+        total.addmm_(dy.t(), x, beta=beta)
+    elif beta:
+        total.mul_(beta).add_(_onednn(dy.t(), x.t()))
+    else:
+        total.copy_(_onednn(dy.t(), x.t()))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ class PPOTrainer:
         self.lr_scheduler = lr_scheduler  # not prepared: accelerate would step it once per process
         self.data_collator: Callable[[list[Any]], Any] = lists if data_collator is None else data_collator
         self.dataset: Any = None
-        self.dataloader: PromptLoader | None = (
+        self.dataloader: Any = (  # a PromptLoader, where a data set was given
             None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         )
         controller = AdaptiveKLController if config.adap_kl_ctrl else FixedKLController
@@ -214,7 +214,7 @@ class PPOTrainer:
         self,
         queries: list[Tensor],
         responses: list[Tensor],
-        scores: list[Tensor],
+        scores: Sequence[Tensor] | Sequence[float],
         response_masks: list[Tensor] | None = None,
     ) -> dict[str, Any]:
         """One PPO step on batch_size rollouts of this process; returns statistics of the global batch.

@@ -124,3 +124,12 @@ def test_the_committed_tables_are_made_from_the_committed_numbers():
     assert every.endswith("\n".join([*tables.table(benchmarks), ""]))
     for one in benchmarks:
         assert one["extra_info"].get("floor", 0) <= one["stats"]["median"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "usage: python -m bench.commits REF"), (["--help"], "usage: "),
+    (["no-such-commit"], "no-such-commit is no commit"),
+])  # fmt: skip
+def test_a_comparison_with_nothing(arguments, message):
+    done = subprocess.run([sys.executable, commits.__file__, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

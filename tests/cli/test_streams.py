@@ -43,3 +43,17 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         entry.main()
     assert ended.value.code == 130 and capsys.readouterr().err == "fastalign: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "rule"),
+    [
+        ("FASTALIGN_BACKEND", "must be one of auto, cpu, triton, reference"),
+        ("FASTALIGN_PRODUCTS", "must be auto, torch or onednn"),
+        ("FASTALIGN_ISA", "must be"),
+    ],
+)
+def test_a_variable_that_means_nothing_is_one_line(variable, rule):
+    result = subprocess.run(INFO, capture_output=True, text=True, env=os.environ | {variable: "nonsense"})
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"fastalign: {variable} {rule}") and "nonsense" in result.stderr

@@ -111,7 +111,7 @@ def test_real_tiles_and_kept_ones(shape, budget):
 def test_kept_tiles_spare_the_products(monkeypatch):
     made = []
     project = head.Tiles.project
-    monkeypatch.setattr(head.Tiles, "project", lambda self, *a: (made.append(1), project(self, *a))[1])
+    monkeypatch.setattr(head.Tiles, "project", lambda *a, **k: (made.append(1), project(*a, **k))[1])
     hidden, weight, _, labels = problem(((40,), 8, 10_000))
     counts = []
     for budget in (0, 39 * 4096 * 4, 1 << 30, None):  # one of the 40 labels is ignored

@@ -176,3 +176,23 @@ def test_a_models_linear_layers_take_part(provider, called):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
     assert not any("forward" in vars(module) for module in model.modules())
     assert os.environ["FASTALIGN_PRODUCTS"] == provider
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_that_are_added_or_written_in_place(provider, dtype):
+    x, dy, w = (torch.randn(size).to(dtype) for size in ((70, 40), (70, 90), (90, 40)))
+    before = [torch.randn(size).to(dtype) for size in ((70, 90), (70, 40), (90, 40))]
+    out, to_input, to_weight = (t.clone() for t in before)
+    assert products.linear_into(out, x, w) is out
+    torch.testing.assert_close(products.linear_into(torch.empty_like(out), x, w, kept=False), out)
+    products.add_grad_input(to_input, dy, w)
+    products.add_grad_weight(to_weight, dy, x)
+    fresh = torch.full_like(to_weight, float("nan"))
+    products.add_grad_weight(fresh, dy, x, beta=0)
+    for result, expected in (
+        (out, x @ w.T),
+        (to_input, before[1] + dy @ w),
+        (to_weight, before[2] + dy.T @ x),
+        (fresh, dy.T @ x),
+    ):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
