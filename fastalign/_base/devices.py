@@ -1,8 +1,9 @@
-"""Checks names of devices and dtypes without torch."""
+"""Names of devices and dtypes, checked without torch, and the memory that is free."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
@@ -16,3 +17,12 @@ def check_loading(dtype: Any, device: Any) -> None:
         raise UserError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', got {device!r}")
     if isinstance(dtype, str) and DTYPES.get(dtype, dtype).removeprefix("torch.") not in ("auto", *DTYPES.values()):
         raise UserError(f"dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got {dtype!r}")
+
+
+def free_memory() -> int:
+    """Bytes that processes may still take without swapping; 0 if the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)

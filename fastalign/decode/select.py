@@ -20,7 +20,9 @@ def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "r
     gumbel_top_k draws from the weights without replacement. Raises UserError on wrong shapes and on NaN.
     """
     from fastalign import ops
+    from fastalign.ops import checks
 
+    checks.integer("k", k, 1)
     weights = torch.from_numpy(np.atleast_2d(log_weights_of(rewards, lam)))
     if method in ("best", "gumbel_top_k") and k > weights.shape[1]:
         rule = f"k must be at most {weights.shape[1]}, the candidates per prompt"
@@ -41,6 +43,9 @@ def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
 
 def log_weights_of(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
     """lambda . R in float64: (P, N, m) -> (P, N), (N, m) -> (N,)."""
+    from fastalign.ops import checks
+
+    checks.arrays(rewards=rewards, lam=lam)
     rewards, lam = np.asarray(rewards, dtype=np.float64), np.asarray(lam, dtype=np.float64)
     if rewards.ndim not in (2, 3) or 0 in rewards.shape:
         raise UserError(f"rewards must be (prompts, candidates, values), no dimension 0, got shape {rewards.shape}")

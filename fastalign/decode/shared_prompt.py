@@ -7,6 +7,7 @@ from the same prompt or another, so that every row of every product is live.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
+from fastalign.models.linear_layers import PackedLayers
 from fastalign.models.trial import Probe, attention_set, tried
 from fastalign.ops.buffers import buffer
 
@@ -56,7 +58,8 @@ class SharedPromptEngine:
     """The rows in flight and their keys and values. Not thread-safe; one job at a time on a model.
 
     rows: maximum number of candidates in flight; prompts: of prompts, None for any number. Memory beyond the model:
-    `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts.
+    `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts; on processors where
+    that is faster, a copy of the linear layers' weights, if it takes no more than a fourth of what is free.
     """
 
     model: PreTrainedModel
@@ -76,6 +79,7 @@ class SharedPromptEngine:
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
         self.lengths: Tensor = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
         self.last: Tensor = torch.zeros(rows, dtype=torch.int64)  # the token drawn last, whose keys are not
+        self._packed: PackedLayers | None = None  # from the first step on
         self.keys: dict[int, Tensor] = {}  # layer -> (rows, kv heads, room, d)
         self.values: dict[int, Tensor] = {}
 
@@ -123,7 +127,10 @@ class SharedPromptEngine:
         lengths = self.lengths[:count]
         starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
         step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
-        hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step)
+        if self._packed is None and backend.choose(self.device) == "cpu":
+            self._packed = PackedLayers(self.model, self.rows)
+        with self._packed or contextlib.nullcontext():
+            hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step)
         self.lengths[:count] += 1
         return hidden[:, 0]
 

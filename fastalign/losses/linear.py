@@ -26,7 +26,7 @@ from fastalign.losses.preference import (
     sequence_logps,
     wpo_weights,
 )
-from fastalign.ops import TokenLogprobs, linear_token_logprobs
+from fastalign.ops import TokenLogprobs, checks, linear_token_logprobs
 from fastalign.ops.fused import on_triton
 from fastalign.ops.head import Adapter
 from fastalign.ops.pairwise import FUSED
@@ -40,6 +40,7 @@ def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: in
 
     input_ids, completion_mask (R, T) -> (R, T) int64; the last position, which predicts nothing, is ignored.
     """
+    checks.tensors(input_ids=input_ids, completion_mask=completion_mask)
     if input_ids.shape != completion_mask.shape or input_ids.ndim != 2:
         raise UserError(
             "input_ids and completion_mask must have one shape (rows, tokens), "
@@ -84,6 +85,7 @@ class LinearLoss(nn.Module):
         outputs: tuple[str, ...] = (),
     ) -> TokenLogprobs:
         """log_probs, `outputs`, and the statistics if token metrics are requested, each (R, T)."""
+        checks.tensors(hidden=hidden, weight=weight, labels=labels)
         if hidden.ndim != 3 or labels.shape != hidden.shape[:-1]:
             raise UserError(
                 "hidden must be (rows, tokens, H) and labels (rows, tokens), "
@@ -102,6 +104,9 @@ class LinearLoss(nn.Module):
             return None
         if ref_weight is None:
             raise UserError("ref_weight must be given with ref_hidden: the reference model's own lm_head, got None")
+        checks.tensors(ref_hidden=ref_hidden, ref_weight=ref_weight)
+        if ref_bias is not None:
+            checks.tensor("ref_bias", ref_bias)
         inputs = (x if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
         ref_hidden, ref_weight, ref_bias = inputs
         return linear_token_logprobs(ref_hidden, ref_weight, labels, bias=ref_bias, **self.head)
@@ -137,7 +142,8 @@ class _LinearPairLoss(LinearLoss):
         adapter: Adapter | None,
         outputs: tuple[str, ...] = (),
     ) -> TokenLogprobs:
-        if labels.shape[0] % 2:
+        checks.tensors(hidden=hidden, weight=weight, labels=labels)
+        if labels.ndim and labels.shape[0] % 2:
             raise UserError(f"hidden must have an even number of rows, chosen then rejected, got {labels.shape[0]}")
         return self._project(hidden, weight, labels, bias, adapter, outputs)
 
@@ -243,6 +249,11 @@ class LinearDPOLoss(_LinearPairLoss):
         """
         if ref_hidden is not None and ref_logps is not None:
             raise UserError("ref_hidden and ref_logps must not both be given")
+        if ref_logps is not None:
+            if not isinstance(ref_logps, tuple | list) or len(ref_logps) != 2:
+                raise UserError(f"ref_logps must be two tensors, chosen and rejected, got {checks.shown(ref_logps)}")
+            for x in ref_logps:
+                checks.tensor("ref_logps", x, "two tensors, chosen and rejected")
         outputs = ("log_sum_sq_probs",) if self.use_weighting else ()
         scored = self._project_pairs(hidden, weight, labels, bias, adapter, outputs)
         mask = self._mask(labels)
@@ -412,9 +423,11 @@ class LinearORPOLoss(_LinearPairLoss):
         nll_labels: (B, T) labels of the chosen rows for the likelihood term, equal to `labels` on the completion; give
         the prompt's labels too for TRL's and the authors' loss. None: the completion alone.
         """
-        half = len(labels) // 2
+        checks.tensors(hidden=hidden, weight=weight, labels=labels)
+        half = len(labels) // 2 if labels.ndim else 0
         projected = labels
         if nll_labels is not None:
+            checks.tensor("nll_labels", nll_labels)
             if nll_labels.shape != labels[:half].shape:
                 raise UserError(
                     f"nll_labels must have shape {tuple(labels[:half].shape)}, got {tuple(nll_labels.shape)}"
@@ -502,6 +515,7 @@ class LinearKTOLoss(LinearLoss):
         """
         if ref_hidden is not None and ref_logps is not None:
             raise UserError("ref_hidden and ref_logps must not both be given")
+        checks.tensor("desirable", desirable)
         scored = self._project(hidden, weight, labels, bias, adapter)
         mask = self._mask(labels)
         logps = sequence_logps(scored.log_probs, mask)
@@ -535,6 +549,7 @@ class LinearKTOLoss(LinearLoss):
     ) -> Tensor:
         if kl_hidden is None or kl_labels is None or ref_kl_hidden is None:
             raise UserError("kl, or kl_hidden with kl_labels and ref_kl_hidden, must be given for loss_type 'kto'")
+        checks.tensors(kl_hidden=kl_hidden, kl_labels=kl_labels, ref_kl_hidden=ref_kl_hidden)
         mask = self._mask(kl_labels)
         with torch.no_grad():
             policy = linear_token_logprobs(kl_hidden, weight, kl_labels, bias=bias, adapter=adapter, **self.head)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastalign._base.errors import UserError
 from fastalign.losses.linear import LinearLoss
 from fastalign.losses.policy import PolicyLoss, grpo_loss, ppo_loss
+from fastalign.ops import checks
 from fastalign.ops.head import Adapter
 
 
@@ -57,12 +58,15 @@ class _LinearPolicyLoss(LinearLoss):
         """
         if ref_hidden is not None and ref_logprobs is not None:
             raise UserError("ref_hidden and ref_logprobs must not both be given")
+        checks.tensors(hidden=hidden, weight=weight, labels=labels)
         if mask is not None:
+            checks.tensor("mask", mask)
             if mask.shape != labels.shape:
                 raise UserError(
                     f"mask.shape must equal labels.shape, got {tuple(mask.shape)} and {tuple(labels.shape)}"
                 )
             labels = labels.masked_fill(mask == 0, self.head["ignore_index"])
+        checks.numbers(entropy_coef=self.options["entropy_coef"])
         in_loss = self.options["entropy_coef"] != 0
         scored = self._project(hidden, weight, labels, bias, adapter, ("entropy",) if in_loss else ())
         if ref_hidden is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastalign._base.errors import UserError
 from fastalign.losses.tokens import aggregate, check_aggregation, check_beside, check_tokens, valid, wide
+from fastalign.ops import checks
 from fastalign.ops.policy import KL, Clip, PolicyRows, Tokens, kl_estimate, policy_rows, value_rows
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -62,6 +63,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") ->
         UserError: another estimator, or shapes that differ.
     """
     _check_estimator(estimator)
+    checks.tensors(logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_beside("ref_logprobs", ref_logprobs, logprobs)
     d = wide(logprobs)
     return kl_estimate(d - ref_logprobs.detach().to(d.dtype), estimator)
@@ -78,6 +80,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         Like x, float32 or float64. A single valid token, or equal ones, have no deviation: 0 (or the mean, if it is
         kept).
     """
+    checks.tensor("x", x)
     x = wide(x)
     mask = valid(mask, x, "x")
     count = mask.sum().clamp(min=1)
@@ -235,8 +238,7 @@ def grpo_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    if loss_type not in GRPO_LOSS_TYPES:
-        raise UserError(f"loss_type must be one of {', '.join(GRPO_LOSS_TYPES)}, got {loss_type!r}")
+    checks.among("loss_type", loss_type, GRPO_LOSS_TYPES)
     importance = importance or ("sequence" if loss_type in ("gspo", "luspo") else "token")
     if importance not in ("token", "sequence"):
         raise UserError(f"importance must be token or sequence, got {importance!r}")
@@ -250,10 +252,13 @@ def grpo_loss(
     kl = batch.penalty(kl_coef, kl_estimator, kl_bias_correction)
     importance = "token" if importance == "token" else "mean"
     if loss_type == "cispo":
+        checks.numbers(clip_range_high=clip_range_high)
         rows = batch.capped(importance, clip_range_high, kl)
     elif loss_type == "sapo":
+        _check_pairs(sapo_temperatures=sapo_temperatures)
         rows = batch.softly_gated(importance, *sapo_temperatures, kl)
     elif loss_type == "vespo":
+        _check_pairs(vespo_positive=vespo_positive, vespo_negative=vespo_negative)
         rows = batch.gamma_weighted(importance, vespo_positive, vespo_negative, kl)
     else:
         rows = batch.clipped(importance, _clip(clip_range, clip_range_high, dual_clip), kl)
@@ -316,8 +321,11 @@ def value_loss(
     """
     check_tokens("values", values)
     mask = valid(mask, values, "values")
+    checks.tensor("returns", returns)
     check_beside("returns", returns, values, "values")
     check_aggregation(aggregation)
+    if clip_range is not None:
+        checks.numbers(clip_range=clip_range)
     if clip_range is None:
         old_values, clip_range = None, math.inf
     elif not clip_range > 0:
@@ -344,14 +352,14 @@ class _Batch:
 
     def _advantages(self, x: Tensor) -> Tensor:
         """(B, 1) or (B, T)."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"advantages must be a torch.Tensor, got {type(x).__name__}")
+        checks.tensor("advantages", x)
         rows, length = self.mask.shape
         if x.shape not in ((rows,), (rows, 1), (rows, length)):
             raise UserError(f"advantages must have shape ({rows},) or ({rows}, {length}), got {tuple(x.shape)}")
         return x if x.ndim == 2 else x.unsqueeze(1)
 
     def penalty(self, coef: float, estimator: str, times_ratio: bool = False) -> KL:
+        checks.numbers(kl_coef=coef)
         if self.ref_logprobs is not None:
             _check_estimator(estimator)
         elif coef != 0:
@@ -412,6 +420,7 @@ class _Batch:
     def finish(self, rows: PolicyRows, importance: str, entropy_coef: float, how: str, normalizer) -> PolicyLoss:
         """The scalar loss and the metrics to log."""
         check_aggregation(how, normalizer)
+        checks.numbers(entropy_coef=entropy_coef)
         if self.entropy is None and entropy_coef != 0:
             raise UserError(f"entropy must be given if entropy_coef is not 0, got None and {entropy_coef!r}")
         tokens = rows.tokens.sum().clamp(min=1)
@@ -437,16 +446,26 @@ class _Batch:
 def _clip(low: float, high: float | None, cap: float | None) -> Clip:
     high = low if high is None else high
     for name, x in (("clip_range", low), ("clip_range_high", high)):
+        checks.numbers(**{name: x})
         if not x > 0:
             raise UserError(f"{name} must be positive, got {x!r}")
+    if cap is not None:
+        checks.numbers(dual_clip=cap)
     if cap is not None and not cap > 1 + high:
         raise UserError(f"dual_clip must be above 1 + clip_range_high = {1 + high:g}, got {cap!r}")
     return Clip(_log(1 - low), math.log1p(high), math.inf if cap is None else math.log(cap))
 
 
 def _check_estimator(estimator: str) -> None:
-    if estimator not in KL_ESTIMATORS:
-        raise UserError(f"estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
+    checks.among("estimator", estimator, KL_ESTIMATORS)
+
+
+def _check_pairs(**named: tuple[float, float]) -> None:
+    for name, pair in named.items():
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise UserError(f"{name} must be two numbers, got {checks.shown(pair)}")
+        for x in pair:
+            checks.numbers(**{name: x})
 
 
 def _by_sign(up: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
@@ -459,12 +478,13 @@ def _log(x: float) -> float:
 
 
 def _grouped(rewards: Tensor, group_size: int) -> Tensor:
-    if not isinstance(rewards, Tensor) or rewards.ndim != 1:
-        raise UserError(
-            f"rewards must be a tensor of shape (n,), got {getattr(rewards, 'shape', type(rewards).__name__)}"
-        )
+    checks.tensor("rewards", rewards, "a tensor of shape (n,)")
+    if rewards.ndim != 1:
+        raise UserError(f"rewards must be a tensor of shape (n,), got {tuple(rewards.shape)}")
     if not (isinstance(group_size, int) and group_size >= 1 and rewards.shape[0] % group_size == 0):
-        raise UserError(f"group_size must be a positive divisor of {rewards.shape[0]}, the rewards, got {group_size!r}")
+        raise UserError(
+            f"group_size must be a positive divisor of {rewards.shape[0]}, the rewards, got {checks.shown(group_size)}"
+        )
     return wide(rewards.detach()).reshape(-1, group_size)
 
 

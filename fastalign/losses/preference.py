@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.losses.tokens import check_beside
+from fastalign.ops import checks
 from fastalign.ops.pairwise import (
     F_DIVERGENCES,
     TABLE,
     Margin,
     Options,
     check_options,
-    check_positive,
     check_smoothing,
     divergence_margin,
     logistic,
@@ -83,6 +84,7 @@ def sequence_logps(
         UserError, TypeError: a shape or option that breaks these rules.
     """
     _check_float("log_probs", log_probs)
+    checks.tensor("mask", mask)
     if log_probs.ndim != 2 or mask.shape != log_probs.shape:
         raise UserError(
             "log_probs and mask must have one shape (rows, tokens), "
@@ -95,11 +97,13 @@ def sequence_logps(
         return total / mask.sum(-1).clamp(min=1) if average else total
     if average:
         raise UserError("average must be False if ld_alpha is given: LD-DPO is defined on sums")
+    checks.numbers(ld_alpha=ld_alpha)
     if not 0 <= ld_alpha <= 1:
         raise UserError(f"ld_alpha must be in [0, 1], got {ld_alpha!r}")
     if shared_lengths is None:
         chosen, rejected = _halves("mask", mask.sum(-1))
         shared_lengths = torch.minimum(chosen, rejected).repeat(2)
+    _check_extras(mask.shape[:1], shared_lengths=shared_lengths)
     tail = mask.cumsum(-1) > shared_lengths.unsqueeze(-1)
     return torch.where(tail, ld_alpha * kept, kept).sum(-1)
 
@@ -116,6 +120,9 @@ def wpo_weights(log_probs: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Te
     Returns:
         (B,) weights for `dpo_loss(weights=)`.
     """
+    for name, x in (("log_probs", log_probs), ("log_sum_sq_probs", log_sum_sq_probs)):
+        _check_float(name, x)
+        check_beside(name, x, log_probs, "log_probs")
     aligned = _wide(log_probs.detach()) - _wide(log_sum_sq_probs.detach())
     chosen, rejected = _halves("log_probs", sequence_logps(aligned, mask, average=True))
     return chosen.exp() * rejected.exp()
@@ -165,6 +172,9 @@ def dpo_loss(
         UserError, TypeError: a shape or option that breaks these rules.
     """
     kinds, factors = _loss_types(loss_type, loss_weights)
+    for name, x in (("beta", beta), ("discopop_tau", discopop_tau)):
+        checks.positive(name, x)
+    checks.numbers(label_smoothing=label_smoothing, f_alpha_divergence_coef=f_alpha_divergence_coef)
     options = Options(beta, label_smoothing, discopop_tau)
     check_options(kinds, options)
     _check_divergence(kinds, f_divergence_type)
@@ -178,7 +188,8 @@ def dpo_loss(
         vectors |= {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
     _check_vectors(vectors)
     batch = policy_chosen_logps.shape
-    _check_extras(batch, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, weights=weights)
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    _check_extras(batch, **lengths, sft_logps=sft_logps, weights=weights)
     if weights is not None and not {"aot", "aot_unpaired"}.isdisjoint(kinds):
         raise UserError("weights must be None for aot and aot_unpaired, which sort the batch and so lose the pairs")
 
@@ -236,12 +247,15 @@ def kto_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    check_positive("beta", beta)
-    _check_among("loss_type", loss_type, KTO_LOSS_TYPES)
+    checks.positive("beta", beta)
+    checks.among("loss_type", loss_type, KTO_LOSS_TYPES)
     _check_vectors({"policy_logps": policy_logps} | ({} if ref_logps is None else {"ref_logps": ref_logps}))
+    checks.tensor("desirable", desirable)
+    checks.tensor("desirable", desirable, "bool", torch.bool)
     _check_extras(policy_logps.shape, desirable=desirable)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be bool, got {desirable.dtype}")
+    checks.numbers(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    if not isinstance(kl, Tensor):
+        checks.numbers(kl=kl)
     ratio = _wide(policy_logps)
     if ref_logps is not None:
         ratio = ratio - _wide(ref_logps)
@@ -291,10 +305,12 @@ def cpo_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    check_positive("beta", beta)
-    _check_among("loss_type", loss_type, CPO_LOSS_TYPES)
+    checks.positive("beta", beta)
+    checks.among("loss_type", loss_type, CPO_LOSS_TYPES)
+    checks.numbers(label_smoothing=label_smoothing, simpo_gamma=simpo_gamma, alpha=alpha, cpo_alpha=cpo_alpha)
     check_smoothing(label_smoothing)
     _check_vectors({"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps})
+    _check_nll(chosen_nll, policy_chosen_logps.shape)
     chosen, rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     margin = power_margin(chosen, rejected, -alpha)
     if loss_type == "simpo":
@@ -320,6 +336,7 @@ def simpo_loss(
     policy_chosen_logps, policy_rejected_logps: (B,) log-probabilities averaged over tokens. alpha: AlphaPO's reward
     shape (arXiv 2501.03884), 0 for off. Raises UserError, TypeError on shapes and options that break these rules.
     """
+    checks.numbers(gamma=gamma)
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "simpo_gamma": gamma, "alpha": alpha}
     return cpo_loss(policy_chosen_logps, policy_rejected_logps, beta=beta, loss_type="simpo", **options)
 
@@ -341,8 +358,9 @@ def orpo_loss(
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
     """
-    check_positive("beta", beta)
+    checks.positive("beta", beta)
     _check_vectors({"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps})
+    _check_nll(chosen_nll, policy_chosen_logps.shape)
     chosen, rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     losses = beta * logistic(log_odds)
@@ -387,19 +405,23 @@ def _halves(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _loss_types(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    kinds = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    kinds = (loss_type,) if isinstance(loss_type, str) or not isinstance(loss_type, Sequence) else tuple(loss_type)
     if not kinds:
         raise UserError("loss_type must name at least one loss, got none")
     for kind in kinds:
-        _check_among("loss_type", kind, LOSS_TYPES)
+        checks.among("loss_type", kind, LOSS_TYPES)
+    if loss_weights is not None and (isinstance(loss_weights, str) or not hasattr(loss_weights, "__len__")):
+        raise UserError(f"loss_weights must be one number per loss type, got {checks.shown(loss_weights)}")
     factors = (1.0,) * len(kinds) if loss_weights is None else tuple(loss_weights)
     if len(factors) != len(kinds):
         raise UserError(f"loss_weights must have one weight per loss type, {len(kinds)}, got {len(factors)}")
+    for factor in factors:
+        checks.numbers(loss_weights=factor)
     return kinds, factors
 
 
 def _check_divergence(kinds, f_divergence_type) -> None:
-    _check_among("f_divergence_type", f_divergence_type, F_DIVERGENCES)
+    checks.among("f_divergence_type", f_divergence_type, F_DIVERGENCES)
     if f_divergence_type != "reverse_kl":
         for kind in kinds:
             if kind != "sft" and not TABLE[kind].takes_f_divergence:
@@ -409,16 +431,9 @@ def _check_divergence(kinds, f_divergence_type) -> None:
                 )
 
 
-def _check_among(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
 def _check_float(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    checks.tensor(name, x)
+    checks.tensor(name, x, "floating point", "floating")
 
 
 def _check_vectors(vectors: dict[str, Tensor]) -> None:
@@ -429,7 +444,17 @@ def _check_vectors(vectors: dict[str, Tensor]) -> None:
             raise UserError(f"{', '.join(vectors)} must have one shape (B,), got {tuple(x.shape)} for {name}")
 
 
+def _check_nll(nll: Any, batch: torch.Size) -> None:
+    if isinstance(nll, Tensor) and nll.ndim:
+        _check_extras(batch, chosen_nll=nll)
+    elif nll is not None:
+        checks.numbers(chosen_nll=nll)
+
+
 def _check_extras(batch: torch.Size, **extras: Tensor | None) -> None:
     for name, x in extras.items():
-        if x is not None and x.shape != batch:
+        if x is None:
+            continue
+        checks.tensor(name, x)
+        if x.shape != batch:
             raise UserError(f"{name} must have shape {tuple(batch)}, got {tuple(x.shape)}")

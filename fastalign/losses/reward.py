@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from fastalign._base.errors import UserError
 from fastalign.losses.tokens import wide
+from fastalign.ops import checks
 
 
 def bradley_terry_loss(
@@ -44,6 +45,9 @@ def bradley_terry_loss(
         )
     if isinstance(margin, Tensor) and margin.ndim and margin.shape != chosen.shape:
         raise UserError(f"margin must have shape {tuple(chosen.shape)}, got {tuple(margin.shape)}")
+    checks.numbers(center_coefficient=center_coefficient)
+    if margin is not None and not isinstance(margin, Tensor):
+        checks.numbers(margin=margin)
     count = max(chosen.numel(), 1)
     apart = chosen - rejected
     if margin is not None:
@@ -73,8 +77,9 @@ def plackett_luce_loss(scores: Tensor, ranking: Tensor, mask: Tensor | None = No
         UserError, TypeError: a shape or dtype that breaks these rules.
     """
     scores = _scores("scores", scores)
-    if not isinstance(ranking, Tensor) or ranking.dtype != torch.int64:
-        raise TypeError(f"ranking must be an int64 tensor, got {getattr(ranking, 'dtype', type(ranking).__name__)}")
+    checks.tensor("ranking", ranking, "an int64 tensor", torch.int64)
+    if mask is not None:
+        checks.tensor("mask", mask)
     if scores.ndim == 0 or ranking.shape[:-1] != scores.shape[:-1] or ranking.shape[-1] > scores.shape[-1]:
         raise UserError(
             "ranking must have shape (..., k) for scores (..., n) with k <= n, "
@@ -131,7 +136,9 @@ def bradley_terry_scores(
             assumption 1: in every split of the items in two, some item of each side has beaten one of the other).
     """
     if not (isinstance(prior, int | float) and 0 <= prior < math.inf):
-        raise UserError(f"prior must be a finite number, at least 0, got {prior!r}")
+        raise UserError(f"prior must be a finite number, at least 0, got {checks.shown(prior)}")
+    checks.numbers(tol=tol)
+    checks.integer("max_iterations", max_iterations)
     wins, items = _wins_table(comparisons)
     n = len(wins)
     if prior == 0:
@@ -184,14 +191,15 @@ def bradley_terry_scores(
 
 
 def _scores(name: str, x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    checks.tensor(name, x, "a floating tensor", "floating")
     return wide(x)
 
 
 def _wins_table(comparisons: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
     """wins (n, n) float64 with an empty diagonal, and the items' names."""
     if isinstance(comparisons, np.ndarray | Tensor):
+        checks.arrays(comparisons=comparisons)
+        comparisons = comparisons.detach().cpu() if isinstance(comparisons, Tensor) else comparisons
         wins = np.array(comparisons, dtype=np.float64)
         if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
             raise UserError(f"comparisons must be a square table (n, n) with n >= 2, or a list, got shape {wins.shape}")
@@ -208,18 +216,24 @@ def _wins_table(comparisons: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
 
 
 def _from_list(comparisons: Sequence) -> tuple[np.ndarray, tuple[Hashable, ...]]:
-    rows = [tuple(row) for row in comparisons]
+    rule = "comparisons must be (winner, loser) or (winner, loser, count)"
+    if isinstance(comparisons, str) or not isinstance(comparisons, Iterable):
+        raise UserError(f"{rule}, got {checks.shown(comparisons)}")
+    rows = [tuple(row) if isinstance(row, Iterable) and not isinstance(row, str) else (row,) for row in comparisons]
     bad = next((row for row in rows if len(row) not in (2, 3)), None)
     if bad is not None or not rows:
         got = "an empty list" if bad is None else repr(bad)
-        raise UserError(f"comparisons must be (winner, loser) or (winner, loser, count), got {got}")
+        raise UserError(f"{rule}, got {got}")
     names = list(dict.fromkeys(name for row in rows for name in row[:2]))
     if all(isinstance(name, int | np.integer) and name >= 0 for name in names):
         names = list(range(max(names) + 1))
     place = {name: i for i, name in enumerate(names)}
     wins = np.zeros((len(names), len(names)))
     for winner, loser, *count in rows:
-        wins[place[winner], place[loser]] += float(count[0]) if count else 1.0
+        try:
+            wins[place[winner], place[loser]] += float(count[0]) if count else 1.0
+        except (TypeError, ValueError):
+            raise UserError(f"comparisons must count wins by numbers, got {checks.shown(count[0])}") from None
     return wins, tuple(names)
 
 

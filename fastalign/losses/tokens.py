@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
 
@@ -20,16 +21,14 @@ def wide(x: Tensor) -> Tensor:
 
 def check_tokens(name: str, x: Tensor) -> None:
     """x must be (B, T) floating numbers."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    checks.tensor(name, x, "a floating tensor", "floating")
     if x.ndim != 2:
         raise UserError(f"{name} must have shape (B, T), got {tuple(x.shape)}")
 
 
 def valid(mask: Tensor, like: Tensor, name: str) -> Tensor:
     """mask as bool, checked to have the shape of `like`, which is called `name`."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    checks.tensor("mask", mask)
     if mask.shape != like.shape:
         raise UserError(f"mask.shape must equal {name}.shape, got {tuple(mask.shape)} and {tuple(like.shape)}")
     return mask if mask.dtype == torch.bool else mask != 0
@@ -39,17 +38,17 @@ def check_beside(name: str, x: Tensor | None, like: Tensor, of: str = "logprobs"
     """x, where it is given, must have the shape of `like`, which is called `of`."""
     if x is None:
         return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    checks.tensor(name, x)
     if x.shape != like.shape:
         raise UserError(f"{name}.shape must equal {of}.shape, got {tuple(x.shape)} and {tuple(like.shape)}")
 
 
 def check_aggregation(how: str, normalizer: Tensor | float | None = None) -> None:
-    if how not in AGGREGATIONS:
-        raise UserError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}")
+    checks.among("aggregation", how, AGGREGATIONS)
     if normalizer is not None and how != "token_mean":
         raise UserError(f"normalizer must be None unless aggregation is 'token_mean', got {how!r}")
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        checks.numbers(normalizer=normalizer)
 
 
 def aggregate(rows: Tensor, tokens: Tensor, how: str, normalizer: Tensor | float | None = None) -> Tensor:

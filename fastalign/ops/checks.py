@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,20 +16,73 @@ from fastalign.ops.buffers import buffer
 from fastalign.ops.dtypes import DTYPES
 
 
+class WrongType(UserError, TypeError):
+    """A UserError that is a TypeError too: what was passed is of another class or dtype."""
+
+
+def tensor(name: str, x: Any, rule: str = "a torch.Tensor", dtype: torch.dtype | str | None = None) -> None:
+    """x must be a tensor: of this dtype, or of any floating one for "floating"."""
+    if not isinstance(x, Tensor):
+        raise WrongType(f"{name} must be {rule}, got {type(x).__name__}")
+    if dtype is not None and not (x.is_floating_point() if dtype == "floating" else x.dtype == dtype):
+        raise WrongType(f"{name} must be {rule}, got {x.dtype}")
+
+
+def tensors(**named: Any) -> None:
+    for name, x in named.items():
+        tensor(name, x)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, on one line: a number's, a string's or None's text; of all else the class."""
+    short = value is None or isinstance(value, str | int | float | np.number)
+    return f"{value!r:.80}" if short else type(value).__name__
+
+
+def numbers(**named: Any) -> None:
+    """Each must be one number: Python's, numpy's or a tensor ()."""
+    for name, value in named.items():
+        if not isinstance(value, int | float) and not (hasattr(value, "__float__") and not getattr(value, "ndim", 0)):
+            raise UserError(f"{name} must be a number, got {shown(value)}")
+
+
+def integer(name: str, value: Any, least: int | None = None) -> None:
+    if not isinstance(value, int | np.integer) or (least is not None and value < least):
+        rule = "" if least is None else f", at least {least}"
+        raise UserError(f"{name} must be an integer{rule}, got {shown(value)}")
+
+
+def among(name: str, value: Any, known: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+
+
+def arrays(**named: Any) -> None:
+    """Each must be numbers that make an array; its shape, and what a DataFrame holds, is for others to check."""
+    for name, x in named.items():
+        numeric = getattr(getattr(x, "dtype", None), "kind", None) in ("f", "i", "u", "b")
+        if numeric or isinstance(x, Tensor) or hasattr(x, "columns"):
+            continue
+        try:
+            np.asarray(x, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise UserError(f"{name} must be an array of numbers, got {shown(x)}") from None
+
+
 def logits(name: str, x: Tensor, last: str = "V") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise WrongType(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        raise WrongType(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise UserError(f"{name} must have shape (..., {last}) with {last} >= 1, got {tuple(x.shape)}")
 
 
 def labels(logits_name: str, x: Tensor, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+        raise WrongType(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+        raise WrongType(f"labels must be int64, got {labels.dtype}")
     if labels.shape != x.shape[:-1]:
         raise UserError(
             f"labels.shape must equal {logits_name}.shape[:-1], got {tuple(labels.shape)} and {tuple(x.shape[:-1])}"
@@ -59,12 +115,12 @@ def outputs(requested: tuple[str, ...], known: tuple[str, ...]) -> None:
 
 def positive(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise UserError(f"{name} must be a positive finite number, got {value!r}")
+        raise UserError(f"{name} must be a positive finite number, got {shown(value)}")
 
 
 def seed(value: int) -> None:
     if not (isinstance(value, int) and 0 <= value < 2**64):
-        raise UserError(f"seed must be an integer in [0, 2^64), got {value!r}")
+        raise UserError(f"seed must be an integer in [0, 2^64), got {shown(value)}")
 
 
 def as_signed(value: int) -> int:

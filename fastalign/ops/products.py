@@ -27,7 +27,7 @@ from fastalign._base.files import write_json
 from fastalign.ops.once import once_differentiable
 
 PROVIDERS = ("torch", "onednn")
-KINDS = ("linear", "grad_input", "grad_weight")
+KINDS = ("linear", "packed", "grad_input", "grad_weight")
 DTYPES = (torch.float32, torch.bfloat16)  # for which oneDNN is tried
 ROWS = (1, 16, 256)  # measured; a product goes by the nearest at most as large
 GAIN = 1.05  # torch's own product is left only for one so much faster,
@@ -47,6 +47,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _linear(x, weight, bias)
+
+
+def pack(weight: Tensor, rows: int) -> Tensor | None:
+    """A copy of the weight as oneDNN wants it for `packed_linear` with that many rows; None where that is no faster
+    than `linear`. For weights that do not change meanwhile."""
+    plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
+    if not plain or not _packs(rows, weight.dtype):
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, without derivatives, for a W of `pack`."""
+    return _onednn(x, packed, bias)
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
@@ -151,6 +165,16 @@ def quicker(dtype: torch.dtype) -> bool:
     return any(chosen("linear", rows, dtype) != "torch" for rows in ROWS)
 
 
+def _packs(rows: int, dtype: torch.dtype) -> bool:
+    if rows < ROWS[1] or not available() or forced() == "torch":
+        return False
+    if forced() is not None:
+        return True
+    measured = max(least for least in ROWS if least <= rows)
+    rates = [_rates(kind, measured, dtype, torch.get_num_threads()) for kind in ("packed", "linear")]
+    return rates[0]["onednn"] > GAIN * max(rates[1].values())
+
+
 def _may_be_quicker(x: Tensor, weight: Tensor) -> bool:
     return (
         x.numel() * len(weight) >= SMALL
@@ -196,8 +220,10 @@ def _measured(kind: str, rows: int, dtype: torch.dtype) -> dict[str, float]:
     n, k = _WIDTHS
     draw = torch.Generator().manual_seed(0)
     x, dy, w = (torch.randn(shape, generator=draw).to(dtype) for shape in ((rows, k), (rows, n), (n, k)))
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, rows) if kind == "packed" else w
     calls: dict[str, Callable[[], Tensor]] = {
         "linear": {"torch": lambda: F.linear(x, w), "onednn": lambda: _onednn(x, w)},
+        "packed": {"torch": lambda: F.linear(x, w), "onednn": lambda: _onednn(x, packed)},
         "grad_input": {"torch": lambda: dy @ w, "onednn": lambda: _onednn(dy, w.t())},
         "grad_weight": {"torch": lambda: dy.t() @ x, "onednn": lambda: _onednn(dy.t(), x.t())},
     }[kind]

@@ -54,19 +54,16 @@ def resample(
 
 
 def _check(log_weights, k, method, mask) -> None:
-    if not isinstance(log_weights, Tensor):
-        raise TypeError(f"log_weights must be a torch.Tensor, got {type(log_weights).__name__}")
+    checks.tensor("log_weights", log_weights)
     if log_weights.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"log_weights must be float32 or float64, got {log_weights.dtype}")
+        raise checks.WrongType(f"log_weights must be float32 or float64, got {log_weights.dtype}")
     if log_weights.ndim != 2 or log_weights.shape[1] == 0:
         raise UserError(f"log_weights must have shape (P, N) with N >= 1, got {tuple(log_weights.shape)}")
     if not (isinstance(k, int) and k >= 1):
-        raise UserError(f"k must be an integer, at least 1, got {k!r}")
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise UserError(f"k must be an integer, at least 1, got {checks.shown(k)}")
+    checks.among("method", method, METHODS)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        checks.tensor("mask", mask, "a bool tensor", torch.bool)
         if mask.shape != log_weights.shape:
             raise UserError(
                 f"mask.shape must equal log_weights.shape, got {tuple(mask.shape)} and {tuple(log_weights.shape)}"

@@ -8,7 +8,7 @@ per-prompt distributions p(y|x) and the KL is the mean over prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -16,12 +16,13 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
+from fastalign.ops import checks
 from fastalign.palette.feasibility import INWARD
 from fastalign.palette.inputs import Array, Rewards, Sense, as_palettes, as_sign
 from fastalign.palette.passes import Pass
 from fastalign.palette.problem import Problem
 from fastalign.palette.setup import pass_over
-from fastalign.palette.solve import solve
+from fastalign.palette.solve import check_arguments, one_palette, solve
 
 TOGETHER = 1024  # λ in one read of the rewards
 TOP = 1e-9  # nats to the highest score: a policy so close to its limit is there
@@ -73,6 +74,7 @@ class Tilts:
     cov: np.ndarray
 
     def __init__(self, rewards: Rewards, *, groups: Array | None = None, weights: Array | None = None):
+        check_arguments(rewards, (), weights)
         self.run: Pass = pass_over(rewards, groups, weights)
         m = len(self.run.center)
         first = self.run(np.zeros((1, m)))
@@ -119,6 +121,9 @@ def kl_front(
 def front_of(tilts: Tilts, kl: float, directions: Array | None = None) -> Policies:
     """`kl_front` of samples that are already set up."""
     m = len(tilts.mean)
+    checks.numbers(kl=kl)
+    if directions is not None:
+        checks.arrays(directions=directions)
     if not kl > 0:
         raise UserError(f"kl must be positive, got {kl!r}")
     w = spread_directions(m) if directions is None else np.asarray(directions, dtype=np.float64)
@@ -176,6 +181,8 @@ def front_towards(
     − mean) is reachable, and those Policies: the front's points on given rays, while `kl_front` gives those with given
     normals. Solved as palettes, each started from its previous λ; kl must be finite.
     """
+    checks.numbers(kl=kl, tol=tol)
+    checks.arrays(palettes=palettes)
     if not 0 < kl < np.inf:
         raise UserError(f"kl must be positive and finite, got {kl!r}")
     tilts = Tilts(rewards, groups=groups, weights=weights)
@@ -233,10 +240,12 @@ def palette_path(
 
     rewards, groups, weights, sense: as in `palette.solve`.
     """
+    checks.integer("steps", steps)
     if not steps >= 2:
         raise UserError(f"steps must be at least 2, got {steps!r}")
+    check_arguments(rewards, palette, weights, sense)
     tilts = Tilts(rewards, groups=groups, weights=weights)
-    palette = as_palettes(palette, len(tilts.mean))[0]
+    palette = one_palette(palette, len(tilts.mean))
     options: dict[str, Any] = {"groups": groups, "weights": weights, "sense": sense}
     whole = solve(rewards, palette, **options)
     limit = 1.0 if whole.feasible else float(whole.scaling)
@@ -268,6 +277,9 @@ def feasible_region(
 
 def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
     """`feasible_region` of samples that are already set up."""
+    checks.integer("n_lambda", n_lambda)
+    checks.integer("seed", seed, 0)
+    checks.numbers(l1_max=l1_max)
     if n_lambda < 1:
         raise UserError(f"n_lambda must be at least 1, got {n_lambda!r}")
     if not 0 < l1_max < np.inf:
@@ -286,7 +298,14 @@ def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None 
     For two values evenly spaced by angle; for three on a triangular lattice with at least `count` points, row by row;
     for more the axes and then random directions, always the same.
     """
+    checks.integer("m", m, 1)
+    checks.integer("count", count)
+    if columns is not None and (isinstance(columns, str) or not isinstance(columns, Iterable)):
+        raise UserError(f"columns must be several of the {m} values, got {checks.shown(columns)}")
     columns = list(range(m)) if columns is None else list(columns)
+    for column in columns:
+        if not isinstance(column, int | np.integer) or not 0 <= column < m:
+            raise UserError(f"columns must be from 0 to {m - 1}, of {m} values, got {checks.shown(column)}")
     d = len(columns)
     if d == 1:
         rows = np.ones((1, 1))

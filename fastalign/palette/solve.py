@@ -21,9 +21,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign._base.lazy import pandas
 from fastalign._base.units import counted
-from fastalign.palette.inputs import Array, Rewards, Sense
+from fastalign.ops import checks
+from fastalign.palette.inputs import Array, Rewards, Sense, as_palettes
 from fastalign.palette.problem import Problem
 from fastalign.palette.setup import set_up
 from fastalign.palette.sources import ParquetRewards
@@ -174,11 +176,35 @@ def solve(
     Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights that are
     negative or sum to zero (in any group).
     """
+    own = (rewards, weights) if process_group is None else ((), None)  # one rank alone must not stop
+    check_arguments(own[0], palette, own[1], sense, tol=tol, lam_max=lam_max)
     if values is None:
         values = rewards.values if isinstance(rewards, ParquetRewards) else getattr(rewards, "columns", ())
-    shown = np.array(palette, dtype=np.float64), tuple(map(str, values))
     run, palettes, sign = set_up(rewards, palette, groups, weights, sense, tol, lam_max, process_group)
     result = Problem(run, palettes, sign, tol, np.inf if lam_max is None else lam_max).conclude()
+    names, m = () if isinstance(values, str) else tuple(map(str, values)), palettes.shape[1]
+    if isinstance(values, str) or (names and len(names) != m):
+        raise UserError(f"values must name each of the {counted(m, 'reward')} once, got {values!r}")
     if np.ndim(palette) == 1:
         result = {name: None if x is None else x[0] for name, x in result.items()}
-    return PaletteSolution(**result).shown_with(*shown)
+    return PaletteSolution(**result).shown_with(np.array(palette, dtype=np.float64), names)
+
+
+def check_arguments(rewards: Any, palette: Any, weights: Any, sense: Any = ">=", **options: Any) -> None:
+    """That arrays are of numbers and options are numbers or, by default, None; their shapes and ranges are for others
+    to check."""
+    weights = {} if weights is None else {"weights": weights}
+    if not isinstance(rewards, ParquetRewards):
+        checks.arrays(rewards=rewards)
+    checks.arrays(palette=palette, **weights)
+    if not isinstance(sense, str | Sequence | np.ndarray):
+        raise UserError(f"sense must be '>=', '<=' or '==', got {checks.shown(sense)}")
+    checks.numbers(**{name: x for name, x in options.items() if not (name == "lam_max" and x is None)})
+
+
+def one_palette(palette: Array, m: int) -> np.ndarray:
+    """palette as (m,) float64; K of them are refused."""
+    palettes = as_palettes(palette, m)
+    if np.ndim(palette) != 1:
+        raise UserError(f"palette must be one palette, of shape ({m},), got {len(palettes)} palettes")
+    return palettes[0]

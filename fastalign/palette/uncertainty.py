@@ -9,9 +9,10 @@ import numpy as np
 
 from fastalign._base.error_bars import standard_error
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 from fastalign.palette.feasibility import INWARD
-from fastalign.palette.inputs import Array, Sense, as_groups, as_palettes, as_rewards, as_weights
-from fastalign.palette.solve import solve
+from fastalign.palette.inputs import Array, Sense, as_groups, as_rewards, as_weights
+from fastalign.palette.solve import check_arguments, one_palette, solve
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Bootstrap:
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """The percentile interval of λ, (m,) and (m,), over the resamples that reach the palette."""
+        checks.numbers(level=level)
         tail = (1 - level) / 2
         return tuple(np.nanquantile(self.lam, (tail, 1 - tail), axis=0))
 
@@ -63,6 +65,8 @@ def standard_errors(
     first order is the error of the policy's levels (White 1982). With groups the prompts are the random sample: V is
     the covariance of the groups' levels divided by the number of groups. NaN for a single group or sample.
     """
+    check_arguments(rewards, (), weights)
+    checks.arrays(lam=lam)
     rewards, lam = as_rewards(rewards), np.asarray(lam, dtype=np.float64)
     n, m = rewards.shape
     if lam.shape != (m,) or not np.isfinite(lam).all():
@@ -103,10 +107,13 @@ def bootstrap(
     sense: Sense = ">=",
 ) -> Bootstrap:
     """`solve` on `draws` resamples of the rows (with groups: of whole groups) drawn with replacement."""
+    check_arguments(rewards, palette, weights, sense)
+    checks.integer("seed", seed, 0)
     rewards = as_rewards(rewards)
     n, m = rewards.shape
-    palette = as_palettes(palette, m)[0]
+    palette = one_palette(palette, m)
     weights = np.ones(n) if weights is None else as_weights(weights, n)
+    checks.integer("draws", draws)
     if draws < 1:
         raise UserError(f"draws must be at least 1, got {draws}")
     rng = np.random.default_rng(seed)
@@ -147,12 +154,15 @@ def held_out(
     Folds are random sets of rows (with groups: of whole groups). A training part that cannot reach the palette is
     solved for its nearest reachable one, just inside.
     """
+    check_arguments(rewards, palette, weights, sense)
+    checks.integer("seed", seed, 0)
     rewards = as_rewards(rewards)
     n, m = rewards.shape
-    palette = as_palettes(palette, m)[0]
+    palette = one_palette(palette, m)
     weights = np.ones(n) if weights is None else as_weights(weights, n)
     units = np.arange(n) if groups is None else np.unique(as_groups(groups, n), return_inverse=True)[1]
     count = int(units.max()) + 1
+    checks.integer("folds", folds)
     if not 2 <= folds <= count:
         raise UserError(f"folds must lie between 2 and the number of samples or prompts, {count}, got {folds}")
     fold = (np.random.default_rng(seed).permutation(count) % folds)[units]

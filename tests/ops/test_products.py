@@ -52,6 +52,22 @@ def test_each_product_is_right(provider, shape, dtype):
     assert_near(products.grad_weight(dy, x), exact[1].T @ exact[0], size[1].T @ size[0])
 
 
+@ABSENT
+@pytest.mark.parametrize("dtype", products.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_packed_weight(shape, dtype, monkeypatch):
+    monkeypatch.setenv("FASTALIGN_PRODUCTS", "onednn")
+    rows, k, n = shape
+    x, w, b = (torch.randn(size).to(dtype) for size in ((rows, k), (n, k), (n,)))
+    packed = products.pack(w, 64)
+    exact, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    assert_near(products.packed_linear(x, packed), exact, size)
+    assert_near(products.packed_linear(x, packed, b), exact + b.double(), size + b.double().abs())
+    assert products.pack(w, 1) is None and products.pack(w.half(), 64) is None
+    monkeypatch.setenv("FASTALIGN_PRODUCTS", "torch")
+    assert products.pack(w, 64) is None
+
+
 @pytest.mark.parametrize("dtype", products.DTYPES, ids=str)
 def test_any_strides_and_leading_dimensions(provider, dtype):
     wide = torch.randn(4, 6, 80).to(dtype)

@@ -446,3 +446,10 @@ def test_a_solution_can_be_looked_at():
         repr(many).startswith("PaletteSolution: 12 palettes of 2 values, 12 feasible")
         and len(repr(many).splitlines()) == 12
     )
+
+
+@pytest.mark.parametrize("values", [["a"], ["a", "b", "c", "d"], "abc"])
+def test_names_that_are_not_one_for_each_reward(values):
+    rewards = np.random.default_rng(0).normal(size=(50, 3))
+    with pytest.raises(UserError, match=r"^values must name each of the 3 rewards once, got "):
+        solve(rewards, [0.0, 0.0, 0.0], values=values)

@@ -226,6 +226,8 @@ class Weights:
 
 def simplex_grid(m: int, points: int) -> np.ndarray:
     """All weights of m models that sum to 1 in steps of 1 / (points - 1): (K, m), the first model's weight falling."""
+    if not (isinstance(m, int) and m >= 1):
+        raise UserError(f"m must be an integer, at least 1, got {m!r}")
     if not (isinstance(points, int) and points >= 2):
         raise UserError(f"grid must be at least 2 points a side, got {points!r}")
     if math.comb(points - 1 + m - 1, m - 1) > 10_000:

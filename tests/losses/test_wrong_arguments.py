@@ -1,0 +1,136 @@
+"""A wrong argument of a loss is one line of UserError that names it, what came and what is wanted."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastalign import losses, ops
+from fastalign._base.errors import UserError
+
+B, T = 2, 3
+V = torch.zeros(B)
+X = torch.zeros(2 * B, T)
+MASK = torch.ones(2 * B, T, dtype=torch.bool)
+A = torch.zeros(2 * B)
+NP = np.zeros((2 * B, T), dtype=np.float32)
+IDS = torch.zeros(2 * B, T, dtype=torch.int64)
+HIDDEN, WEIGHT = torch.zeros(2 * B, T, 4), torch.zeros(5, 4)
+DESIRABLE = torch.ones(B, dtype=torch.bool)
+PAIRS = [("a", "b"), ("b", "a")]
+TENSOR = "must be a torch.Tensor, got"
+
+
+def ppo(*given, **options):
+    return losses.ppo_loss(*(given or (X, X, A, MASK)), **options)
+
+
+def grpo(**options):
+    return losses.grpo_loss(X, X, A, MASK, **options)
+
+
+def dpo(**options):
+    return losses.dpo_loss(V, V, V, V, **options)
+
+
+def kto(desirable=DESIRABLE, kl=0.0, **options):
+    return losses.kto_loss(V, V, desirable, kl, **options)
+
+
+CASES = [
+    (lambda: losses.shift_labels(NP, MASK), f"input_ids {TENSOR} ndarray"),
+    (lambda: losses.shift_labels(IDS, [[1]]), f"completion_mask {TENSOR} list"),
+    (lambda: losses.shift_labels(None, None), f"input_ids {TENSOR} NoneType"),
+    (lambda: losses.whiten(NP, MASK), f"x {TENSOR} ndarray"),
+    (lambda: losses.whiten([1.0], MASK), f"x {TENSOR} list"),
+    (lambda: losses.whiten(X, None), f"mask {TENSOR} NoneType"),
+    (lambda: losses.kl_penalty(NP, X), f"logprobs {TENSOR} ndarray"),
+    (lambda: losses.kl_penalty(X, None), f"ref_logprobs {TENSOR} NoneType"),
+    (lambda: losses.kl_penalty(X, X, None), "estimator must be one of k1, k2, k3, got None"),
+    (lambda: losses.sequence_logps(X, None), f"mask {TENSOR} NoneType"),
+    (lambda: losses.sequence_logps(X, np.ones((2 * B, T), bool)), f"mask {TENSOR} ndarray"),
+    (lambda: losses.sequence_logps(NP, MASK), f"log_probs {TENSOR} ndarray"),
+    (lambda: losses.sequence_logps(X, MASK, ld_alpha="x"), "ld_alpha must be a number, got 'x'"),
+    (lambda: losses.sequence_logps(X, MASK, ld_alpha=0.5, shared_lengths=[1]), f"shared_lengths {TENSOR} list"),
+    (lambda: losses.wpo_weights(NP, X, MASK), f"log_probs {TENSOR} ndarray"),
+    (lambda: losses.wpo_weights(X, None, MASK), f"log_sum_sq_probs {TENSOR} NoneType"),
+    (lambda: losses.wpo_weights(X, X, None), f"mask {TENSOR} NoneType"),
+    (lambda: losses.wpo_weights(X, X[:1], MASK), "log_sum_sq_probs.shape must equal log_probs.shape, got (1, 3)"),
+    (lambda: losses.wpo_weights(X, X[:, :1], MASK), "log_sum_sq_probs.shape must equal log_probs.shape, got (4, 1)"),
+    (lambda: losses.wpo_weights(X[:1], X, MASK), "log_sum_sq_probs.shape must equal log_probs.shape, got (4, 3)"),
+    (lambda: losses.dpo_loss(V, None, V, V), f"policy_rejected_logps {TENSOR} NoneType"),
+    (lambda: dpo(loss_type=None), "loss_type must be one of sigmoid, "),
+    (lambda: dpo(loss_type=["sigmoid", None]), "loss_type must be one of sigmoid, "),
+    (lambda: dpo(loss_weights="x"), "loss_weights must be one number per loss type, got 'x'"),
+    (lambda: dpo(loss_weights=1.0), "loss_weights must be one number per loss type, got 1.0"),
+    (lambda: dpo(loss_weights=[None]), "loss_weights must be a number, got None"),
+    (lambda: dpo(weights=[1.0, 1.0]), f"weights {TENSOR} list"),
+    (lambda: dpo(sft_logps=np.zeros(B)), f"sft_logps {TENSOR} ndarray"),
+    (lambda: dpo(beta=None), "beta must be a positive finite number, got None"),
+    (lambda: dpo(beta=NP), "beta must be a positive finite number, got ndarray"),
+    (lambda: dpo(label_smoothing=None), "label_smoothing must be a number, got None"),
+    (lambda: kto(None), f"desirable {TENSOR} NoneType"),
+    (lambda: kto(np.ones(B, bool)), f"desirable {TENSOR} ndarray"),
+    (lambda: kto(V), "desirable must be bool, got torch.float32"),
+    (lambda: kto(kl=None), "kl must be a number, got None"),
+    (lambda: kto(desirable_weight="x"), "desirable_weight must be a number, got 'x'"),
+    (lambda: kto(loss_type=None), "loss_type must be one of kto, apo_zero_unpaired, got None"),
+    (lambda: losses.kto_kl(np.zeros(B), V), f"policy_logps {TENSOR} ndarray"),
+    (lambda: losses.cpo_loss(V, V, alpha=None), "alpha must be a number, got None"),
+    (lambda: losses.cpo_loss(V, V, chosen_nll=[0.0]), "chosen_nll must be a number, got list"),
+    (lambda: losses.cpo_loss(V, V, chosen_nll=V[:, None]), "chosen_nll must have shape (2,), got (2, 1)"),
+    (lambda: losses.orpo_loss(V, V, chosen_nll="x"), "chosen_nll must be a number, got 'x'"),
+    (lambda: losses.simpo_loss(V, V, gamma=None), "gamma must be a number, got None"),
+    (lambda: ppo(NP, X, A, MASK), "logprobs must be a floating tensor, got ndarray"),
+    (lambda: ppo(X, X, [0.0], MASK), f"advantages {TENSOR} list"),
+    (lambda: ppo(X, X, A, NP), f"mask {TENSOR} ndarray"),
+    (lambda: ppo(clip_range=None), "clip_range must be a number, got None"),
+    (lambda: ppo(clip_range_high="x"), "clip_range_high must be a number, got 'x'"),
+    (lambda: ppo(dual_clip="x"), "dual_clip must be a number, got 'x'"),
+    (lambda: ppo(kl_coef=None), "kl_coef must be a number, got None"),
+    (lambda: ppo(entropy_coef=None), "entropy_coef must be a number, got None"),
+    (lambda: ppo(normalizer="x"), "normalizer must be a number, got 'x'"),
+    (lambda: ppo(aggregation=None), "aggregation must be one of token_mean, "),
+    (lambda: grpo(loss_type=None), "loss_type must be one of grpo, "),
+    (lambda: grpo(loss_type="sapo", sapo_temperatures=None), "sapo_temperatures must be two numbers, got None"),
+    (lambda: grpo(loss_type="vespo", vespo_positive=(1.0, None)), "vespo_positive must be a number, got None"),
+    (lambda: grpo(loss_type="cispo", clip_range_high="x"), "clip_range_high must be a number, got 'x'"),
+    (lambda: losses.value_loss(X, X, None, MASK), f"returns {TENSOR} NoneType"),
+    (lambda: losses.value_loss(X, X, X, MASK, clip_range="x"), "clip_range must be a number, got 'x'"),
+    (lambda: losses.group_advantages(np.zeros(4), 2), "rewards must be a tensor of shape (n,), got ndarray"),
+    (lambda: losses.rloo_advantages(torch.zeros(4), None), "group_size must be a positive divisor of 4"),
+    (lambda: losses.bradley_terry_loss(np.zeros(2), V), "chosen_scores must be a floating tensor, got ndarray"),
+    (lambda: losses.bradley_terry_loss(V, V, margin="x"), "margin must be a number, got 'x'"),
+    (lambda: losses.bradley_terry_loss(V, V, center_coefficient=None), "center_coefficient must be a number, got None"),
+    (lambda: losses.plackett_luce_loss(X, IDS.numpy()), "ranking must be an int64 tensor, got ndarray"),
+    (lambda: losses.plackett_luce_loss(X, IDS, NP), f"mask {TENSOR} ndarray"),
+    (lambda: losses.bradley_terry_scores(None), "comparisons must be (winner, loser) or (winner, loser, count), got N"),
+    (
+        lambda: losses.bradley_terry_scores([1, 2]),
+        "comparisons must be (winner, loser) or (winner, loser, count), got (",
+    ),
+    (lambda: losses.bradley_terry_scores([("a", "b", None)]), "comparisons must count wins by numbers, got None"),
+    (lambda: losses.bradley_terry_scores(PAIRS, tol=None), "tol must be a number, got None"),
+    (lambda: losses.bradley_terry_scores(PAIRS, max_iterations="x"), "max_iterations must be an integer, got 'x'"),
+    (lambda: losses.LinearDPOLoss()(None, None, None), f"hidden {TENSOR} NoneType"),
+    (lambda: losses.LinearCPOLoss()(None, None, None), f"hidden {TENSOR} NoneType"),
+    (lambda: losses.LinearSimPOLoss()(None, None, None), f"hidden {TENSOR} NoneType"),
+    (lambda: losses.LinearORPOLoss()(None, None, None), f"hidden {TENSOR} NoneType"),
+    (lambda: losses.LinearKTOLoss()(HIDDEN, WEIGHT, IDS, None), f"desirable {TENSOR} NoneType"),
+    (lambda: losses.LinearPPOLoss()(HIDDEN, None, IDS, A), f"weight {TENSOR} NoneType"),
+    (lambda: losses.LinearGRPOLoss()(HIDDEN, WEIGHT, IDS, A, mask=NP), f"mask {TENSOR} ndarray"),
+    (lambda: losses.LinearDPOLoss()(HIDDEN, WEIGHT, IDS.numpy()), f"labels {TENSOR} ndarray"),
+    (lambda: losses.LinearDPOLoss()(HIDDEN, WEIGHT, IDS, ref_logps=A), "ref_logps must be two tensors, chosen and rej"),
+    (lambda: losses.LinearDPOLoss()(HIDDEN, WEIGHT, IDS, ref_hidden=NP, ref_weight=WEIGHT), f"ref_hidden {TENSOR} nda"),
+    (lambda: ops.resample(NP, seed=0), f"log_weights {TENSOR} ndarray"),
+    (lambda: ops.resample(X, mask=MASK.numpy(), seed=0), "mask must be a bool tensor, got ndarray"),
+    (lambda: ops.resample(X, method=None, seed=0), "method must be one of multinomial, "),
+    (lambda: ops.resample(X, seed=None), "seed must be an integer in [0, 2^64), got None"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CASES)
+def test_a_wrong_argument_is_one_line(call, message):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
