@@ -12,7 +12,7 @@ from fastalign.kernels import token_logprobs as kernel
 from torch import Tensor
 
 from fastalign import reference
-from fastalign.ops.token_logprobs import OUTPUTS, _forward_fake
+from fastalign.ops.token_logprobs import OUTPUTS, forward_fake
 
 TOKENS = 8192
 IGNORED = -100
@@ -79,7 +79,7 @@ def _backward(
     grad = torch.empty(len(labels), dtype=torch.float32, device=device)
     if device != "meta":
         grad.normal_()
-    forward = _forward_fake if device == "meta" else kernel.forward
+    forward = forward_fake if device == "meta" else kernel.forward
     _, row_max, row_sum, entropy, *_ = forward(logits, labels, 1.0, softcap, IGNORED, statistics)
     grad_entropy = 0.1 * grad
     small_ones = (grad, grad_entropy, row_max, row_sum, entropy)

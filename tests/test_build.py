@@ -1,5 +1,6 @@
 """What the build promises: levels that agree, no libtorch, nothing that answers to `import kernels`."""
 
+import ast
 import os
 import re
 import runpy
@@ -194,3 +195,16 @@ def test_the_architecture_page_is_what_the_imports_say():
         text=True,
     )
     assert done.returncode == 0, "python tools/draw_architecture.py" + done.stderr[-500:]
+
+
+def test_no_private_name_is_used_in_another_file():
+    """A name that begins with an underscore is its file's own; private modules belong to their package."""
+    root = Path(__file__).parents[1]
+    outside = []
+    for path in [*root.glob("fastalign/**/*.py"), *root.glob("kernels/**/*.py"), *root.glob("bench/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastalign."):
+                private = [one.name for one in node.names if one.name.startswith("_") and one.name != "_C"]
+                modules = {file.stem for file in root.glob("kernels/fastalign_kernels/_*.py")}
+                outside += [f"{path}: {name}" for name in private if name not in modules]
+    assert not outside

@@ -205,6 +205,7 @@ def forward(
             )
             if unit:
                 unit.add(tile, rows, w, b_part)
+            del tile  # the next may stand elsewhere
     row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
     log_sum = row_sum.double().log().to(tiles.dtype)
     empty = (row_sum == 0) & (row_max == NEG_INF)
@@ -346,6 +347,7 @@ def _gradients(
             if d_bias is not None:
                 part, sums = d_bias[first:end], tile.sum(0)
                 part.add_(sums) if columns is None else part.index_add_(0, columns, sums)
+            del tile
         if taken is not None:
             backend.native.release_pages(buffer(taken), taken.itemsize)
         for total in (d_weight, d_b):

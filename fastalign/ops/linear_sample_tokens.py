@@ -93,6 +93,7 @@ def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap,
                 backend.native.head_forward(
                     tiles.describe(tile, some, first), buffer(stats[step]), False, None, threads()
                 )
+                del tile
         tops, sums = stats[:, 0], stats[:, 1].double()
         top = tops.amax(0)
         masses = torch.where(sums > 0, sums * (tops - top).double().exp(), sums)
@@ -137,7 +138,7 @@ def _first_beyond(weights: Tensor, sums: Tensor, target: Tensor) -> Tensor:
     return torch.minimum((sums <= target).sum(0), last)
 
 
-def _sample_fake(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
+def sample_fake(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
     ids = hidden.new_empty(hidden.shape[:1], dtype=torch.int64)
     return ids, hidden.new_empty(hidden.shape[:1], dtype=compute_dtype(hidden.dtype))
 
@@ -146,6 +147,6 @@ sample_op: Op = define(
     "linear_sample_tokens(Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float adapter_scale, "
     "float temperature, float softcap, float logit_scale, int seed, int offset, Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,
-    _sample_fake,
+    sample_fake,
     triton="linear_sample_tokens.sample",
 )

@@ -146,7 +146,7 @@ def _statistics_cpu(rewards, lam, center, log_weights, groups):
     return tuple(torch.from_numpy(np.array(x)).reshape((*leading, *x.shape[1:])) for x in moments)
 
 
-def _statistics_fake(rewards, lam, center, log_weights, groups):
+def statistics_fake(rewards, lam, center, log_weights, groups):
     leading, m = lam.shape[:-1], rewards.shape[1]
     shapes = (leading, (*leading, m), (*leading, m, m), leading, leading)
     return tuple(rewards.new_empty(shape, dtype=torch.float64) for shape in shapes)
@@ -156,7 +156,7 @@ statistics_op: Op = define(
     "map_statistics(Tensor rewards, Tensor lam, Tensor? center, Tensor? log_weights, Tensor? groups) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _statistics_cpu,
-    _statistics_fake,
+    statistics_fake,
     triton="map_statistics.statistics",
 )
 

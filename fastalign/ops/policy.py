@@ -261,7 +261,7 @@ def _policy_cpu(logprobs, *rest):
     return rows.objective, rows.entropy.clone(), torch.stack(rows[2:]), none, none + 1, weights
 
 
-def _policy_fake(logprobs, entropy, old, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, *_):
+def policy_fake(logprobs, entropy, old, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, *_):
     dtype, (rows, length) = compute_dtype(logprobs.dtype), logprobs.shape
     weighted = importance == "token" or (ref_logprobs is not None and kl_coef != 0)
     shapes = (
@@ -284,7 +284,7 @@ def _value_cpu(values, *rest):
     return rows.objective, torch.stack(rows[1:]), weights
 
 
-def _value_fake(values, old_values, returns, mask, clip_range):
+def value_fake(values, old_values, returns, mask, clip_range):
     dtype, rows = compute_dtype(values.dtype), values.shape[0]
     return tuple(values.new_empty(shape, dtype=dtype) for shape in ((rows,), (2, rows), values.shape))
 
@@ -297,7 +297,7 @@ policy_op: Op = define(
     "Tensor? ref_logprobs, str importance, float low, float high, float cap, float kl_coef, str kl_estimator, "
     "bool kl_times_ratio) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _policy_cpu,
-    _policy_fake,
+    policy_fake,
     triton="policy.policy_rows",
     vmap_in_turn=True,
 )
@@ -307,7 +307,7 @@ value_op: Op = define(
     "value_rows(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float clip_range) -> "
     "(Tensor, Tensor, Tensor)",
     _value_cpu,
-    _value_fake,
+    value_fake,
     triton="policy.value_rows",
     vmap_in_turn=True,
 )

@@ -147,7 +147,7 @@ def _forward_cpu(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothin
     return losses, beta * c, beta * r, sums, torch.cat(slopes)
 
 
-def _forward_fake(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):
+def forward_fake(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):
     rows, dtype = log_probs.shape[0], _dtype(log_probs, ref_log_probs)
     return tuple(log_probs.new_empty(n, dtype=dtype) for n in (*(rows // 2,) * 3, rows, rows))
 
@@ -157,7 +157,7 @@ forward_op: Op = define(
     "pairwise_loss_forward(Tensor log_probs, Tensor? ref_log_probs, Tensor mask, str loss_type, float beta, "
     "float label_smoothing, float discopop_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    _forward_fake,
+    forward_fake,
     triton="preference.forward",
     vmap_in_turn=True,
 )

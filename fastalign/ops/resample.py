@@ -75,19 +75,19 @@ def _check(log_weights, k, method, mask) -> None:
 def _resample_cpu(log_weights, k, method, mask, seed):
     described, kept = rows(log_weights)
     mask = None if mask is None else mask.contiguous()
-    ids = _resample_fake(log_weights, k, method, mask, seed)
+    ids = resample_fake(log_weights, k, method, mask, seed)
     backend.native.resample(buffer(ids), described, k, method, buffer(mask), seed, threads())
     del kept
     return ids
 
 
-def _resample_fake(log_weights, k, method, mask, seed):
+def resample_fake(log_weights, k, method, mask, seed):
     return log_weights.new_empty((log_weights.shape[0], k), dtype=torch.int64)
 
 
 resample_op: Op = define(
     "resample(Tensor log_weights, int k, int method, Tensor? mask, int seed) -> Tensor",
     _resample_cpu,
-    _resample_fake,
+    resample_fake,
     triton="resample.resample",
 )

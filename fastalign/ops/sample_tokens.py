@@ -111,7 +111,7 @@ def check(
 def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     described, kept = described_rows(logits)
     rows = None if rows is None else rows.contiguous()
-    ids, log_probs = _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
+    ids, log_probs = sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
     backend.native.sample_tokens(
         buffer(ids), buffer(log_probs), described, temperature, top_k, top_p, min_p, seed, offset, buffer(rows),
         1 if rows is None else rows.ndim, threads(),
@@ -120,7 +120,7 @@ def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     return ids, log_probs
 
 
-def _sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
+def sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     ids = logits.new_empty(logits.shape[:1], dtype=torch.int64)
     return ids, logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
 
@@ -129,6 +129,6 @@ sample_op: Op = define(
     "sample_tokens(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int offset, "
     "Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,
-    _sample_fake,
+    sample_fake,
     triton="sample_tokens.sample",
 )

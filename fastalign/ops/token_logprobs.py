@@ -134,7 +134,7 @@ def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics)
     described, kept = rows(logits)
     labels = labels.contiguous()
     checks.labels_in_range(labels, logits.shape[-1], ignore_index)
-    out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
+    out = forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
     made = [buffer(x) if x.shape == labels.shape else None for x in out]
     backend.native.token_logprobs_forward(
         *made, described, buffer(labels), ignore_index, temperature, softcap, threads()
@@ -143,7 +143,7 @@ def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics)
     return out
 
 
-def _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics):
+def forward_fake(logits, labels, temperature, softcap, ignore_index, statistics):
     dtype = compute_dtype(logits.dtype)
     always = [logits.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
     shape = labels.shape if statistics else (*labels.shape, 0)
@@ -198,7 +198,7 @@ forward_op: Op = define(
     "token_logprobs_forward(Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
     "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    _forward_fake,
+    forward_fake,
     triton="token_logprobs.forward",
     leading_dims=True,
 )

@@ -83,7 +83,7 @@ def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     ref, ref_kept = rows(ref_logits)
     labels = labels.contiguous()
     checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
-    out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
+    out = forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
     backend.native.token_logratios_forward(
         *map(buffer, out), policy, ref, buffer(labels), ignore_index, temperature, threads()
     )
@@ -91,7 +91,7 @@ def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     return out
 
 
-def _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index):
+def forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index):
     dtype = compute_dtype(policy_logits.dtype)
     return tuple(policy_logits.new_empty(labels.shape, dtype=dtype) for _ in range(5))
 
@@ -100,7 +100,7 @@ forward_op: Op = define(
     "token_logratios_forward(Tensor policy_logits, Tensor ref_logits, Tensor labels, float temperature, "
     "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    _forward_fake,
+    forward_fake,
     triton="token_logratios.forward",
     leading_dims=True,
 )

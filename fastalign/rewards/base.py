@@ -116,19 +116,19 @@ class CachedReward:
         scores = {}  # this call's own, so that a cache smaller than the call loses nothing
         for key in dict.fromkeys(keys):
             if key in self._cache:
-                scores[key] = self._remember(key, self._cache.pop(key))
+                scores[key] = self.remember(key, self._cache.pop(key))
         # Sorted, so that batches (and with them the last bits of a model's scores) do not depend on the order.
         missing = sorted(set(keys) - scores.keys())
         advance(len(keys) - len(missing))
         if missing:
             for indices, values in self._score([prompt for prompt, _ in missing], [text for _, text in missing]):
                 for index, value in zip(indices, values, strict=True):
-                    scores[missing[index]] = self._remember(missing[index], float(value))
+                    scores[missing[index]] = self.remember(missing[index], float(value))
                 advance(len(indices))
         self._scored_by = self._model_state()
         return np.fromiter((scores[key] for key in keys), dtype=np.float32, count=len(keys))
 
-    def _remember(self, key: tuple[str, str], value: float) -> float:
+    def remember(self, key: tuple[str, str], value: float) -> float:
         if self.cache_size:
             self._cache[key] = value
             if len(self._cache) > self.cache_size:

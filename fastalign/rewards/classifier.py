@@ -205,7 +205,7 @@ class _Head(SequenceReward):
             for column, head in enumerate(self.heads):
                 if column != own:
                     for index, value in zip(indices, scores[:, column], strict=True):
-                        head._remember((prompts[index], responses[index]), float(value))
+                        head.remember((prompts[index], responses[index]), float(value))
             yield indices, scores[:, own]
 
 

@@ -18,7 +18,7 @@ from fastalign.kernels._head_layout import Head, plain
 from fastalign.kernels._philox import row_uniform
 from fastalign.kernels._softmax import lowest, transform
 
-from fastalign.ops.linear_sample_tokens import MIN_TEMPERATURE, _sample_fake
+from fastalign.ops.linear_sample_tokens import MIN_TEMPERATURE, sample_fake
 
 
 @triton.jit(do_not_specialize=["rows", "vocab", "blocks", "seed", "offset"])
@@ -82,7 +82,7 @@ def _draw(
 @plain
 def sample(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
     """The op: one token a row."""
-    ids, log_probs = _sample_fake(
+    ids, log_probs = sample_fake(
         hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows
     )
     if len(hidden) == 0:

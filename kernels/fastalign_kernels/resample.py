@@ -18,7 +18,7 @@ import triton.language as tl
 from fastalign.kernels._philox import philox_uniform
 from torch import Tensor
 
-from fastalign.ops.resample import METHODS, _resample_fake
+from fastalign.ops.resample import METHODS, resample_fake
 
 BLOCK = 64  # weights under one cumulative sum
 TILE = 2048  # elements of a program that streams a row
@@ -305,7 +305,7 @@ def _winners(
 
 
 def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed: int) -> Tensor:
-    ids = _resample_fake(log_weights, k, method, mask, seed)
+    ids = resample_fake(log_weights, k, method, mask, seed)
     prompts, n = log_weights.shape
     if prompts == 0:
         return ids

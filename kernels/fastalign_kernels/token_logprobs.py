@@ -19,7 +19,7 @@ from fastalign.kernels._rows import lanes_and_options, row_start, rows_of
 from torch import Tensor
 
 from fastalign.ops import checks
-from fastalign.ops.token_logprobs import _forward_fake
+from fastalign.ops.token_logprobs import forward_fake
 
 TILES = 4  # loads of a thread in flight: with two programs of 256 threads on each of an H100's cores, 32 KB
 
@@ -199,7 +199,7 @@ def forward(
     vocab = logits.shape[-1]
     if labels.device.type == "cpu":
         checks.labels_in_range(labels, vocab, ignore_index)
-    out = _forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
+    out = forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
     logits, rows = rows_of(logits)
     lanes, options = lanes_and_options(vocab, logits.dtype, logits.device)
     # Three more sums a lane, of eight lanes a thread, leave registers for half as many loads.

@@ -14,7 +14,7 @@ from fastalign.kernels.token_logprobs import TILES, row_state, store_state
 from torch import Tensor
 
 from fastalign.ops import checks
-from fastalign.ops.token_logratios import _forward_fake
+from fastalign.ops.token_logratios import forward_fake
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def forward(
     vocab = policy_logits.shape[-1]
     if labels.device.type == "cpu":
         checks.labels_in_range(labels, vocab, ignore_index)
-    out = _forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
+    out = forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
     policy, policy_rows = rows_of(policy_logits)
     ref, ref_rows = rows_of(ref_logits)
     lanes, options = lanes_and_options(vocab, policy.dtype, policy.device)

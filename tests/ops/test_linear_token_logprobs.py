@@ -131,7 +131,10 @@ def test_kept_tiles_spare_the_products(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_beyond_the_gradients_is_bounded():
+@pytest.mark.parametrize("provider", ["torch", "onednn"])
+def test_memory_beyond_the_gradients_is_bounded(provider, monkeypatch):
+    monkeypatch.setenv("FASTALIGN_PRODUCTS", provider)
+
     def kilobytes(field):
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith(field))
