@@ -109,9 +109,15 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 def _check_writable(path: str | os.PathLike[str], folder: Path) -> None:
     """folder: the folder in which `path` will be written."""
-    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    nearest = nearest_folder(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written, {nearest} is {'read-only' if nearest.is_dir() else 'no folder'}")
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest around it that exists."""
+    folder = folder.absolute()
+    return next(one for one in (folder, *folder.parents) if one.exists())
 
 
 def _kind(status: os.stat_result) -> str:

@@ -67,9 +67,8 @@ def claim(
         return record
     if had is None and out in targets and out.exists():
         raise _not_this_commands(out)
-    if had is not None and (name := differing(had, record)):
-        made = "of other inputs" if name == "inputs" else f"with {name}={had.get(name)!r}, not {record.get(name)!r}"
-        raise UserError(f"{out}: exists, made {made}; --overwrite replaces it")
+    if had is not None:
+        check_same_job(out, had, record)
     recorded_files = (had or {}).get("companions", {})
     there = _existing(files, figures)
     if had is not None and had.get("unfinished"):
@@ -84,8 +83,19 @@ def claim(
         or (figures and not any(name.startswith(f"{figures.name}/") for name in recorded_files))
     ):
         return record
-    say(f"{out}: already there, made by the same command from the same inputs")
+    say_already_there(out)
     return None
+
+
+def check_same_job(out: str | os.PathLike[str], had: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError, one line, if what is at `out` has the record of another job."""
+    if name := differing(had, wanted):
+        made = "of other inputs" if name == "inputs" else f"with {name}={had.get(name)!r}, not {wanted.get(name)!r}"
+        raise UserError(f"{out}: exists, made {made}; --overwrite replaces it")
+
+
+def say_already_there(out: str | os.PathLike[str]) -> None:
+    say(f"{out}: already there, made by the same command from the same inputs")
 
 
 @contextmanager

@@ -132,9 +132,8 @@ class Worth(NamedTuple):
         t = stdtrit(max(self.prompts - 1, 1), 0.5 + level / 2)
 
         def wide(error: np.ndarray) -> np.ndarray:
-            each = np.maximum(
-                self.relative_std, error * math.sqrt(self.prompts)
-            )  # other prompts are as uncertain as these
+            # Other prompts are as uncertain as these.
+            each = np.maximum(self.relative_std, error * math.sqrt(self.prompts))
             return t * np.hypot(error, each / math.sqrt(prompts or self.prompts))
 
         high = np.minimum(self.high + wide(self.high_error), np.log(self.n))

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write, check_folder, read_json, write_error, write_json
+from fastalign._base.files import atomic_write, check_folder, nearest_folder, read_json, write_error, write_json
 from fastalign._base.units import size
 
 if TYPE_CHECKING:
@@ -285,8 +285,7 @@ def load_policy(name: str, dtype: str, out: Path) -> tuple[Any, Any]:
         outputs.say(f"{name}: an adapter, is merged into its base before training")
         model = model.merge_and_unload().requires_grad_(True)
         model.name_or_path = ""  # no adapter trained on it is one of the base's
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(there).free
+    needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(nearest_folder(out)).free
     if needed > free:
         raise UserError(f"{out}: the model needs {size(needed)}, the disk has {size(free)} free")
     return model, tokenizer

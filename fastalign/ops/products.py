@@ -40,13 +40,13 @@ _SECONDS = 0.016  # of measuring, for each kind and number of rows
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
 
-    Differentiable once, each derivative by the provider that is best at it; any number of times where all are torch's.
+    Where oneDNN makes it, differentiable once, each derivative by the provider that is best at it.
     """
-    if not _may_be_quicker(x, weight):
+    if _provider("linear", x, weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
-    return _linear(x, weight, bias)
+    return _onednn(x, weight, bias)
 
 
 def pack(weight: Tensor, rows: int) -> Tensor | None:
@@ -104,7 +104,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -115,10 +115,6 @@ class _Linear(torch.autograd.Function):
             grad_weight(dy, x) if ctx.needs_input_grad[1] else None,
             dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None,
         )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if _provider("linear", x, weight) == "torch" else _onednn(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, check_folder, write_json
-from fastalign._base.outputs import Job, differing, not_an_input, say
+from fastalign._base.outputs import Job, check_same_job, not_an_input, say_already_there
 from fastalign._base.work_folder import sha256
 from fastalign.soup.checkpoint import ADAPTER_CONFIG as CONFIG
 from fastalign.soup.checkpoint import lay_out, of_torch, read_header
@@ -99,12 +99,10 @@ def existing(out: str | os.PathLike[str], job: Job, *, overwrite: bool) -> dict[
         return None
     if record is None or not isinstance(made := record.get("made"), dict):
         raise UserError(f"{path}: exists; --overwrite replaces it")
-    if name := differing(made, wanted := job.record()):
-        how = "of other inputs" if name == "inputs" else f"with {name}={made.get(name)!r}, not {wanted.get(name)!r}"
-        raise UserError(f"{path}: exists, made {how}; --overwrite replaces it")
+    check_same_job(path, made, job.record())
     if record["files"] != _digests(path):
         raise UserError(f"{path}: exists, and was changed since it was made; --overwrite replaces it")
-    say(f"{path}: already there, made by the same command from the same inputs")
+    say_already_there(path)
     return record
 
 
