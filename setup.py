@@ -1,7 +1,7 @@
-"""Builds fastalign._C from csrc/: each op once per instruction set, everything else for the oldest processor.
+"""Builds fastalign._C from csrc/: each op once per instruction set, everything else for the oldest processors.
 
-Metadata lies in pyproject.toml. A machine with no C++ compiler gets the package with its reference backend, and
-a line that says so.
+Metadata is in pyproject.toml. Without a C++ compiler the package is installed with its reference backend only, and one
+line says so.
 """
 
 import os
@@ -37,7 +37,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mprefer-vector-width=512",
     ]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
-# -Wno-psabi: wide vectors never cross a function that another file calls.
+# -Wno-psabi: no function with wide vectors as arguments is called from another file.
 FLAGS = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
          "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas", *OPENMP]  # fmt: skip
 
@@ -49,7 +49,7 @@ class BuildPerLevel(build_ext):
         compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
         if shutil.which(compiler.split()[0]) is None:
             print(
-                f"fastalign: no C++ compiler found ({compiler}): installing without the compiled CPU engine. "
+                f"fastalign: no C++ compiler found ({compiler}): installing without the native extension. "
                 "Install g++ and run `pip install -e .` (or reinstall) for the fast path.",
                 file=sys.stderr,
             )

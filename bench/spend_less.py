@@ -206,7 +206,7 @@ def figure(result: dict):
                     100 * swarm["best_gain"],
                     marker="*",
                     s=110,
-                    color=plots.ASKED,
+                    color=plots.TARGET,
                     label=f"best of {swarm['n']} particles",
                 )
             ax.set_title(curve["value"], fontsize=11)

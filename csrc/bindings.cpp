@@ -34,7 +34,9 @@ using namespace fastalign;
 namespace {
 
 // A failed check is a bug in the caller, never a user's mistake, so it shows its traceback.
-[[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("the engine was called wrongly: " + what); }
+[[noreturn]] void refuse(const std::string& what) {
+  throw std::runtime_error("the native extension was called wrongly: " + what);
+}
 
 void require(bool holds, const char* what) {
   if (!holds) refuse(what);
@@ -136,7 +138,7 @@ MapInput map_input_of(const py::tuple& t) {
   const auto rewards = py::reinterpret_borrow<py::array>(t[0]);
   const bool wide = py::isinstance<py::array_t<double>>(rewards);
   require(wide || py::isinstance<py::array_t<float>>(rewards), "rewards that are neither float32 nor float64");
-  require(rewards.ndim() == 2, "rewards that are no matrix");
+  require(rewards.ndim() == 2, "rewards that are not a matrix");
   const int64_t n = rewards.shape(0), m = rewards.shape(1), size = rewards.itemsize(), groups = t[5].cast<int64_t>();
   const void* data = rewards.data();
   require((m == 1 || rewards.strides(1) == size) && rewards.strides(0) % size == 0 &&
@@ -239,7 +241,7 @@ int64_t first_bad_label(const int64_t* labels, int64_t count, int64_t vocab, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "fastalign's CPU engine; called by fastalign.ops, which checks the arguments";
+  m.doc() = "fastalign's native extension; called by fastalign.ops, which checks the arguments";
 
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("available_isas", [] {

@@ -148,8 +148,8 @@ static void draw_residual(int64_t* ids, const ResampleOptions& o, Mass mass, uin
 // ids <- the k largest keys, largest first, the lower index first among ties; -1 after the last finite one.
 static void draw_largest(int64_t* ids, const ResampleOptions& o, int64_t n, double top, uint64_t row, const Scratch& work) {
   const bool perturbed = o.method == ResampleMethod::gumbel_top_k;
-  // A key must exceed `least` to be among the k: at a tie the earlier index is there already. Of the one
-  // best it is known that no key but 0 comes nearer to 0 than a normal number; a smaller one is 0 where denormals are.
+  // A key must exceed `least` to be among the k: at a tie the earlier index is already among them. For k = 1 no key but
+  // 0 is nearer to 0 than a normal number; a smaller one is 0 where denormals are flushed.
   double least = !perturbed && o.k == 1 ? -__DBL_MIN__ : kMinusInfinity;
   int64_t count = 0;
   const auto take = [&](int64_t i, double key) {

@@ -20,7 +20,7 @@ template <typename C> static inline key_of<C> key(const C* p) {
 
 // ---- random numbers ----
 
-constexpr int kWords = 64;  // that are made together
+constexpr int kWords = 64; // generated together
 
 // Element j's number is word (j % 64) / 16 of Philox4x32-10 with key `seed` and counter (stream, j / 64 * 16 + j % 16).
 static void random_words(uint32_t* words, uint64_t seed, uint64_t stream, uint64_t block) {

@@ -1,4 +1,4 @@
-"""The compiled CPU engine, as csrc/bindings.cpp binds it. Every argument goes by position."""
+"""The native extension, as csrc/bindings.cpp defines it. Every argument is positional."""
 
 from collections.abc import Sequence
 from typing import TypeAlias

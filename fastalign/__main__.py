@@ -10,18 +10,18 @@ def main() -> None:
         from fastalign.cli.main import main as run
 
         run()
-    except KeyboardInterrupt:  # while modules are imported: a command that runs says more
+    except KeyboardInterrupt:  # during imports: a running command says more
         print("fastalign: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _open_standard_streams() -> None:
-    """Those that the caller has closed, on the null device: nothing of ours may get their numbers."""
+    """Open closed standard streams on the null device, so that no other file gets their descriptors."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the least number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 

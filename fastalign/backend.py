@@ -43,7 +43,7 @@ BACKENDS = ("auto", "cpu", "triton", "reference")
 BUILD_COMMAND = "pip install -e ."
 
 _forced = os.environ.get("FASTALIGN_BACKEND", "auto")
-_checked = False  # by the first that asks: an import raises nothing
+_checked = False  # read on first use: an import raises nothing
 _warned: set[str] = set()
 
 
@@ -130,7 +130,7 @@ def _choose(kind: str, device: torch.device | str) -> str:
         if native is not None:
             return "cpu"
         _warn_once(
-            "engine", f"fastalign's native extension is not built; the slow reference runs instead ({BUILD_COMMAND})"
+            "native", f"fastalign's native extension is not built; the slow reference runs instead ({BUILD_COMMAND})"
         )
     else:
         _warn_once(kind, f"fastalign has no compiled kernel for {kind}; the torch reference runs instead")
@@ -138,8 +138,8 @@ def _choose(kind: str, device: torch.device | str) -> str:
 
 
 def forced() -> str:
-    """The backend requested by `use_backend` or the environment; "auto" if none. Raises UserError for what the
-    environment requests in vain."""
+    """The backend requested by `use_backend` or the environment; "auto" if none. Raises UserError if the environment
+    requests one that is unavailable."""
     global _checked
     if not _checked:
         _check(_forced, "FASTALIGN_BACKEND")

@@ -24,7 +24,7 @@ settings.load_profile("fastalign")
 
 
 def pytest_generate_tests(metafunc):
-    """`each_backend`: the compiled engine, the plain torch reference and, in test_<op>.py, the op's Triton kernel."""
+    """`each_backend`: the native extension, the plain torch reference and, in test_<op>.py, the op's Triton kernel."""
     if "each_backend" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".")[-1].removeprefix("test_")
         interpreted = op in kernels.names() and not metafunc.definition.get_closest_marker("not_interpreted")

@@ -18,7 +18,7 @@ from fastalign import kernels
 
 ROOT = Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "setup.py"))
-engine = fastalign.backend.native
+native = fastalign.backend.native
 
 SUMS = """
 import sys, torch, fastalign.backend
@@ -41,10 +41,10 @@ def run(code, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.skipif(engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(native is None, reason="the native extension is not built")
 def test_every_level_this_processor_has_gives_the_same_numbers():
     rows = []
-    for isa in engine.available_isas():
+    for isa in native.available_isas():
         code, out, err = run(SUMS, FASTALIGN_ISA=isa)
         assert code == 0, err
         name, *numbers = out.split()
@@ -55,7 +55,7 @@ def test_every_level_this_processor_has_gives_the_same_numbers():
 
 
 def sources_in_turn():
-    """(file, level) of the engine, a fourth of them in turn."""
+    """(file, level) of the native extension, a quarter of them in turn."""
     files = [(name, "baseline") for name in BUILD["COMMON"]]
     files += [(name, level) for name in BUILD["OPS"] for level in BUILD["LEVELS"]]
     return by_the_day(files, 4)
@@ -63,7 +63,7 @@ def sources_in_turn():
 
 @on_its_day("clang")
 @pytest.mark.parametrize(("name", "level"), sources_in_turn())
-def test_clang_compiles_the_engine(name, level, tmp_path):
+def test_clang_compiles_the_extension(name, level, tmp_path):
     """As on macOS, without OpenMP; clang as Zig's package brings it."""
     pytest.importorskip("ziglang")
     pybind11 = pytest.importorskip("pybind11")
@@ -78,15 +78,15 @@ def test_clang_compiles_the_engine(name, level, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(engine is None, reason="the native extension is not built")
+@pytest.mark.skipif(native is None, reason="the native extension is not built")
 def test_an_unknown_level_is_refused():
     code, _, err = run("import fastalign.backend as b; b.native.active_isa()", FASTALIGN_ISA="mmx")
     assert code != 0 and "FASTALIGN_ISA must be baseline, avx2 or avx512, got mmx" in err
 
 
-@pytest.mark.skipif(engine is None or shutil.which("readelf") is None, reason="needs the engine and readelf")
-def test_the_engine_links_no_libtorch_and_the_plain_openmp():
-    listing = subprocess.run(["readelf", "-d", engine.__file__], capture_output=True, text=True, check=True).stdout
+@pytest.mark.skipif(native is None or shutil.which("readelf") is None, reason="needs the extension and readelf")
+def test_the_extension_links_no_libtorch_and_the_plain_openmp():
+    listing = subprocess.run(["readelf", "-d", native.__file__], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", listing)
     assert not [name for name in needed if "torch" in name or "c10" in name]
     assert "libgomp.so.1" in needed
@@ -147,9 +147,9 @@ def test_every_public_name_is_there_when_it_is_asked_for():
         fastalign.soups  # noqa: B018
 
 
-@pytest.mark.skipif(engine is None or not Path("/proc/self/maps").exists(), reason="needs the engine and Linux")
+@pytest.mark.skipif(native is None or not Path("/proc/self/maps").exists(), reason="needs the extension and Linux")
 @pytest.mark.parametrize("first", ["torch", "fastalign"])
-def test_engine_and_torch_share_one_openmp(first):
+def test_extension_and_torch_share_one_openmp(first):
     second = {"torch": "fastalign", "fastalign": "torch"}[first]
     code, out, err = run(
         f"import {first}, {second}\nlines = open('/proc/self/maps').read().split('\\n')\n"
@@ -159,7 +159,7 @@ def test_engine_and_torch_share_one_openmp(first):
     assert len(out.split()) == 1
 
 
-def test_without_the_engine_the_reference_runs_and_says_so():
+def test_without_the_extension_the_reference_runs_and_says_so():
     code, _, err = run(
         "import sys; sys.modules['fastalign._C'] = None\n"
         "import torch, fastalign\n"

@@ -1,4 +1,4 @@
-"""The engine in many threads and after forks; a little of what tools/sanitize.py looks at every day."""
+"""The native extension in many threads and after forks; a small part of the daily tools/sanitize.py."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ if pid == 0:
     faulthandler.dump_traceback_later(60, exit=True)
     assert backend.threads() == 1
     assert torch.get_num_threads() == (1 if expected else 4)
-    torch.set_num_threads(4)  # as a user may: the engine still takes one
+    torch.set_num_threads(4)  # as a user may: the extension still uses one
     assert backend.threads() == 1
     torch.set_num_threads(1)
     found = all_of_it()

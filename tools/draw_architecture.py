@@ -1,6 +1,6 @@
-"""Draw docs/architecture.md: the package's layers from its imports, the purpose of each from its own first line.
+"""Draw docs/architecture.md: the layers from the packages' imports, their purposes from their first docstring lines.
 
-`python tools/draw_architecture.py` writes it anew; a test holds the file to what it would write.
+`python tools/draw_architecture.py` rewrites it; a test compares the file with its output.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 HEAD = """# Architecture
 
-One sentence for each package, from the top layer down. Imports go down only, and `make lint` holds the code to it; the
-one exception stands within a layer: `data` ranks its bundled pairs by a reward, while `rewards` read texts by `data`.
-The arrows are the imports there are. Those that nearly all packages have, to `_base` and `backend`, are left out.
+One sentence for each package, from the top layer down. Imports go down only, which `make lint` enforces, with one
+exception within a layer: `data` ranks its bundled pairs by a reward, and `rewards` reads texts with `data`. The arrows
+show the imports, except those that nearly all packages have, to `_base` and `backend`.
 """
 TAIL = """
-Below Python lie three places that the ops choose among (`fastalign/backend.py`):
+Ops run in one of three places (`fastalign/backend.py`):
 
-- `csrc/`: the native C++17 extension for CPUs, imported as `fastalign._C`. `bindings.cpp` alone knows Python. Kernels
-  are compiled once per instruction set and chosen at run time.
+- `csrc/`: the native C++17 extension for CPUs, imported as `fastalign._C`. Only `bindings.cpp` depends on Python.
+  Kernels are compiled once per instruction set and chosen at run time.
 - `kernels/`: Triton kernels, one file per op, imported as `fastalign.kernels` when a GPU tensor arrives.
-- `fastalign/reference.py`: every op in plain torch, the definition that both answer to.
+- `fastalign/reference.py`: every op in plain torch, the definition against which both are tested.
 
 An op has a definition in `reference`, a file `ops/<op>.py` (checks, choice of backend, autograd), a Triton kernel,
-`tests/ops/test_<op>.py`, and a C++ kernel where that is faster than torch. All bear its name, but for the fused head's
-C++ kernels (`csrc/linear_logprobs.cpp`). `fastalign info` lists the kernels there are.
+`tests/ops/test_<op>.py`, and a C++ kernel where that is faster than torch. All have the op's name, except for the fused
+head's C++ kernels (`csrc/linear_logprobs.cpp`). `fastalign info` lists the available kernels.
 
-How a prompt becomes a choice: `data.prompts` → `decode.Sampler` (on `decode.shared_prompt`, by `decode.token_loop`) →
-`rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` does this from file to file, and commands
-of `cli` are its steps.
+From a prompt to a selected text: `data.prompts` → `decode.Sampler` (with `decode.shared_prompt` and
+`decode.token_loop`) → `rewards.score` → `palette.solve` → `decode.select` → `report`. `jobs.align` does this from file
+to file, and the commands of `cli` run its steps.
 """
 
 
 def layers() -> list[list[str]]:
-    """Of the contract in pyproject.toml, the top one first."""
+    """The layers of the contract in pyproject.toml, top first."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     ordered = next(one["layers"] for one in contracts if one["type"] == "layers")
     return [[name.strip() for name in layer.replace("|", ":").split(":")] for layer in ordered]

@@ -3,9 +3,9 @@ line each.
 
     python tools/fuzz_soup.py [--files 10000] [--seed 0]
 
-Runs the files through an engine with the sanitizer in it (tools/sanitize.py). What reads as a valid file is mixed in
-memory and merged with a twin of other numbers, by a weighted sum, as a stack, and by one of the other methods in
-turn; every fourth is cut short between its check and its merges.
+Runs the files through a native extension built with the sanitizer (tools/sanitize.py). What reads as a valid file is
+mixed in memory and merged with a twin of other numbers, by a weighted sum, as a stack, and by one of the other methods
+in turn; every fourth is cut short between its check and its merges.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        sanitize.use_engine(given.module)
+        sanitize.use_build(given.module)
         with tempfile.TemporaryDirectory() as scratch:
             print(json.dumps(fuzz(given.files, given.seed, Path(scratch), watch=True)))
         return 0

@@ -2,9 +2,9 @@
 
     python tools/generate_pairwise.py
 
-Each formula of fastalign/_pairwise.py is traced together with the gradient that autograd takes of it; equal terms are
-merged, products with 1 and sums of constants done, and what is left is written as Triton expressions. So the CPU's
-value, its gradient and the GPU's have one source. A test holds the committed file to what this prints.
+Each formula of fastalign/ops/pairwise.py is traced together with the gradient that autograd computes. Equal terms are
+merged, products with 1 and sums of constants evaluated, and the rest is written as Triton expressions. So the CPU's
+value, its gradient and the GPU's have one source. A test compares the committed file with this output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TARGET = Path(__file__).parents[1] / "kernels" / "fastalign_kernels" / "_pairwis
 
 HEADER = '''"""Every pairwise preference loss of one pair, and its gradient.
 
-Written by tools/generate_pairwise.py from the table in fastalign/_pairwise.py: change that and run it again.
+Written by tools/generate_pairwise.py from the table in fastalign/ops/pairwise.py: change that and run it again.
 
 A formula takes the pair's log-ratios, its margin and the options as scalars, and returns the loss and its derivatives
 by c, by r and by the margin. SMOOTHS: label_smoothing is not 0.

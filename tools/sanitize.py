@@ -57,7 +57,7 @@ def in_turn() -> tuple[str, str]:
 
 
 def build(kind: str, level: str) -> Path:
-    """The engine for one level with the sanitizer in it; compiles what changed."""
+    """The native extension for one level with the sanitizer in it; compiles what changed."""
     import pybind11
 
     made = runpy.run_path(str(ROOT / "setup.py"))
@@ -101,8 +101,7 @@ def build(kind: str, level: str) -> Path:
 
 
 def run(kind: str, module: Path, script: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """A Python script in a process that has the sanitizer's library first; `use_engine(module)` is the script's to
-    call."""
+    """A Python script in a process that has the sanitizer's library first; the script calls `use_build(module)`."""
     # The C++ library with it, for exceptions are thrown past it.
     requested = (["g++", f"-print-file-name={name}"] for name in (LIBRARY[kind], "libstdc++.so.6"))
     libraries = [subprocess.run(each, capture_output=True, text=True, check=True).stdout.strip() for each in requested]
@@ -120,22 +119,22 @@ def run(kind: str, module: Path, script: Path, *arguments: object) -> subprocess
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
-def use_engine(module: Path) -> None:
-    """Load this build of the engine in place of the installed one."""
+def use_build(module: Path) -> None:
+    """Load this build of the extension in place of the installed one."""
     import torch  # its OpenMP first  # noqa: F401
 
     spec = importlib.util.spec_from_file_location("fastalign._C", module)
-    engine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engine)
-    sys.modules["fastalign._C"] = engine
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    sys.modules["fastalign._C"] = build
     import fastalign.backend
 
-    if fastalign.backend.native is not engine:
-        raise SystemExit("the sanitised engine was not taken")
+    if fastalign.backend.native is not build:
+        raise SystemExit("the sanitised extension was not loaded")
 
 
 def plant(kind: str) -> None:
-    """A fault that the sanitizer must see, in the engine's own code."""
+    """A fault in the extension's own code, which the sanitizer must detect."""
     import torch
 
     from fastalign.backend import native
@@ -262,7 +261,7 @@ def _told(text: str) -> str:
 
 
 def worker(name: str, kind: str, module: Path, short: bool) -> int:
-    use_engine(module)
+    use_build(module)
     if name == "plant":
         plant(kind)
     elif name == "hammer":
@@ -271,7 +270,7 @@ def worker(name: str, kind: str, module: Path, short: bool) -> int:
         import pytest
 
         files = [str(*(ROOT / "tests").rglob(f"test_{each}.py")) for each in (SHORT if short else TESTS)]
-        chosen = "not triton and not reference and not blocks"  # what runs in the engine
+        chosen = "not triton and not reference and not blocks"  # what runs in the extension
         return int(pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", "-k", chosen, *files]))
     return 0
 

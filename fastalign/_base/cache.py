@@ -1,4 +1,4 @@
-"""The folder in which results that take long are kept for later runs."""
+"""The folder that keeps slow results for later runs."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Names of devices and dtypes, checked without torch, and the memory that is free."""
+"""Checks names of devices and dtypes without torch; and the available memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_loading(dtype: Any, device: Any) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that processes may still take without swapping; 0 if the system does not tell."""
+    """Bytes of memory available without swapping; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def standard_error(means: np.ndarray, axis: int = 0) -> np.ndarray:
     """Standard error of the mean over an axis of independent units, such as prompts; NaN for fewer than two."""
-    import numpy as np  # here, for commands start without it
+    import numpy as np  # imported here: commands must start without it
 
     means = np.asarray(means, dtype=np.float64)
     count = means.shape[axis]

@@ -60,12 +60,12 @@ def atomic_write(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
 
 
 def write_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | None:
-    """An OSError for `path`, from an error that safetensors' or torch's writer raised for a system error; None for any
-    other error."""
+    """The OSError, with `path`, behind an error of safetensors' or torch's writer; None if a system error did not cause
+    it."""
     text = str(error)
     if match := re.search(r"\(os error (\d+)\)", text):
         return OSError(int(match[1]), os.strerror(int(match[1])), str(path))
-    if "inline_container.cc" in text or "PytorchStreamWriter failed" in text:  # which does not say why
+    if "inline_container.cc" in text or "PytorchStreamWriter failed" in text:  # torch does not say why
         return OSError(errno.EIO, "cannot be written; the disk may be full", str(path))
     return None
 
@@ -86,7 +86,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
     check this before they start."""
     status = _status(path)
     if status is not None and not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: must be a file or not be there, it is {_kind(status)}")
+        raise UserError(f"{path}: must be a file or absent, it is {_kind(status)}")
     _check_writable(path, Path(os.path.realpath(path)).parent)
 
 
@@ -115,7 +115,7 @@ def _check_writable(path: str | os.PathLike[str], folder: Path) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder itself, or the nearest around it that exists."""
+    """The folder itself, or its nearest existing parent."""
     folder = folder.absolute()
     return next(one for one in (folder, *folder.parents) if one.exists())
 

@@ -14,7 +14,7 @@ from fastalign._base.work_folder import sha256
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _REST = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # configuration, tokenizer, remote code
 _WHOLE = 1 << 20  # bytes of weights that are hashed whole
-_PAGES, _PAGE = 256, 4096  # of larger files: so many evenly, from the first to the last
+_PAGES, _PAGE = 256, 4096  # of larger files: so many, evenly spaced
 
 
 def of_model(name: str | os.PathLike[str]) -> str:
@@ -46,7 +46,7 @@ def base_of(folder: Path) -> str | None:
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """A hash of those of these files from which a model is loaded, and of their names."""
+    """A hash of the names and contents of those files that a model is loaded from."""
     digests = {}
     for path in paths:
         if path.suffix in (*_WEIGHTS, *_REST) and path.is_file():
@@ -73,6 +73,6 @@ def _commit(name: str) -> str:
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub can have, as a server's address
+    except ValueError:  # not a valid hub name, such as a server's address
         return ""
     return Path(cached).parent.name if isinstance(cached, str) else ""

@@ -179,7 +179,7 @@ def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] 
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
         made = content.get(key)
-    except Exception:  # whatever a stranger's file is: it is not ours
+    except Exception:  # a file of any other kind: it is not ours
         return None
     return made if isinstance(made, dict) else None
 
@@ -194,7 +194,7 @@ def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: 
         try:
             status = os.stat(path)
         except (OSError, TypeError, ValueError):
-            continue  # a name, and no file
+            continue  # a name, not a file
         if there is not None and os.path.samestat(there, status):
             raise UserError(f"{out}: is an input, and cannot be the output")
         if there is not None and there.st_nlink > 1 and stat.S_ISREG(there.st_mode) and os.path.isdir(path):
@@ -211,7 +211,7 @@ def not_an_input(out: str | os.PathLike[str], inputs: Iterable[Any], *, folder: 
 def _with_base(path: Any) -> list[Any]:
     try:
         base = fingerprint.base_of(Path(path))
-    except (OSError, TypeError, ValueError, UserError):  # no path, or no adapter that can be read
+    except (OSError, TypeError, ValueError, UserError):  # not a path, or not a readable adapter
         base = None
     return [path] if base is None else [path, os.path.expanduser(base)]
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-FIRST, EVERY = 5.0, 30.0  # seconds to work's first line off a terminal, and from a line to the next
-NEWS = 10.0  # as EVERY, where a step has something to say
+FIRST, EVERY = 5.0, 30.0  # without a terminal: seconds to the first line, and between lines
+NEWS = 10.0  # in place of EVERY, if a step has extra text
 TICK = 0.5
 
-_open: list[Work] = []  # off a terminal, the outermost first
+_open: list[Work] = []  # without a terminal; the outermost first
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ def bar(
 @contextmanager
 def at_work(description: str) -> Iterator[None]:
     """A line at intervals, without a terminal, as long as no inner bar prints one."""
-    if sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # of torchrun, the first process tells
+    if sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # under torchrun only the first process prints
         yield
         return
     with _shown(Work(description, None)):
@@ -117,7 +117,7 @@ def _watch(end: threading.Event) -> None:
 def _tell(works: list[Work]) -> None:
     now = time.monotonic()
     shown = [work for work in works if work.total is not None] or works
-    for work in {*works, *_open[:1]}:  # the whole command has given a sign of life too
+    for work in {*works, *_open[:1]}:  # which also shows that the command is alive
         work.shown_at = now
     print("; ".join(work.line(now) for work in shown), file=sys.stderr, flush=True)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from fastalign._base.errors import UserError
 
-_PLAIN = {  # how what transformers says begins, where its first line does not tell what is wrong
+_PLAIN = {  # beginnings of transformers' messages whose first line does not say what is wrong
     "You set `ignore_mismatched_sizes`": "its weights have other shapes than its config.json says",
     "Couldn't instantiate the backend tokenizer": "it has no tokenizer that can be read",
 }
@@ -23,7 +23,7 @@ def one_line_errors(name: str | os.PathLike[str], where: str = "") -> Iterator[N
     except UserError:
         raise
     except OSError as error:
-        if error.errno is not None:  # the system's own: disk full, no permission
+        if error.errno is not None:  # from the operating system: disk full, no permission
             raise
         raise UserError(f"{name}: cannot be loaded as a model: {where}{_first_line(error)}") from None
     except Exception as error:  # safetensors, JSON, tokenizers and transformers each have their own types

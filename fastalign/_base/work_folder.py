@@ -159,14 +159,14 @@ def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = Non
             yield work
         except KeyboardInterrupt as stopped:
             if keeps and work.digests and not stopped.args:
-                stopped.args = (f"interrupted; finished {keeps} are kept, and the same command goes on from them",)
+                stopped.args = (f"interrupted; finished {keeps} are kept, and the same command resumes from them",)
             raise
         finally:
             os.close(mark)
             if _is(folder, path) and [one.name for one in path.iterdir()] == [MARK]:
                 (path / MARK).unlink()
                 path.rmdir()
-                with suppress(OSError):  # what is in use stays
+                with suppress(OSError):  # not empty: it stays
                     for one in above:
                         one.rmdir()
     finally:
@@ -174,7 +174,7 @@ def hold(path: Path, *, writes: Path, what: str = "run", keeps: str | None = Non
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -187,7 +187,7 @@ def _locked(folder: int, path: Path) -> bool:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return _is(folder, path)  # else whoever held it has finished, and the folder is gone
+    return _is(folder, path)  # otherwise the other run has finished and removed the folder
 
 
 def _is(folder: int, path: Path) -> bool:
@@ -229,5 +229,5 @@ def _plain(name: str) -> bool:
 
 def _not_ours(path: Path) -> UserError:
     return UserError(
-        f"{path}: unfinished work is kept there, and what is there is not fastalign's: move it or choose another output"
+        f"{path}: is the folder for unfinished work, and is not fastalign's: move it or choose another output"
     )

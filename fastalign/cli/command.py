@@ -88,8 +88,8 @@ def registrar(app: typer.Typer) -> Registrar:
                     _fail(str(stopped) or "interrupted", 143 if isinstance(stopped, Terminated) else 130)
                 except (typer.Exit, typer.Abort, typer.BadParameter):
                     raise
-                except BrokenPipeError:  # who read stdout has enough: `| head`
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
+                except BrokenPipeError:  # the reader of stdout has closed it: `| head`
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest that would be flushed
                     raise typer.Exit(1) from None
                 except Exception as error:
                     if not _is_users(error):
@@ -224,7 +224,7 @@ def warn_in_one_line() -> None:
 
 def _is_users(error: BaseException) -> bool:
     """Whether it is a user error or an operating-system error. Everything else is a bug in fastalign."""
-    # Which the engine itself checks.
+    # csrc/isa.cpp checks FASTALIGN_ISA.
     return isinstance(error, UserError | OSError) or str(error).startswith("FASTALIGN_ISA")
 
 
@@ -243,7 +243,7 @@ def _in_options(message: str, signature: inspect.Signature) -> str:
         ]
         if not declared:
             continue
-        # In Annotated, the first name takes the place of the default.
+        # In Annotated, the first name replaces the default.
         given = [d for d in (declared[0].default, *(declared[0].param_decls or ())) if isinstance(d, str)]
         on, _, off = (given or ["--" + name.rstrip("_").replace("_", "-")])[0].partition("/")
         alone = rf"(?<![\w./'\"-]){name}"

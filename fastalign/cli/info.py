@@ -63,7 +63,7 @@ def show(console: Console) -> None:
 
 
 def _rates() -> dict[str, Any]:
-    """GFLOP/s of matrix products by provider, dtype, kind and rows; {} where torch has its own alone."""
+    """GFLOP/s of matrix products by provider, dtype, kind and rows; {} if torch has only its own."""
     if not products.available():
         return {}
     return {str(dtype).removeprefix("torch."): products.rates(dtype) for dtype in products.DTYPES}
@@ -71,7 +71,7 @@ def _rates() -> dict[str, Any]:
 
 def _products() -> str:
     if not products.available():
-        return "torch's own alone: this torch has no oneDNN"
+        return "torch's own only: this torch has no oneDNN"
     if (name := products.forced()) is not None:
         return f"{name} (FASTALIGN_PRODUCTS)"
     rows = max(products.ROWS)
@@ -113,7 +113,7 @@ def show_model(console: Console, name: str, *, dtype: str, device: str) -> dict[
 
     sampler = Sampler.from_pretrained(name, dtype=dtype, device=device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the table says the same
+        warnings.simplefilter("ignore")  # the table shows the same
         rows = paths(sampler)
     for part, path, why in rows:
         console.print(f"{part:26}{path}" + (f" ({why})" if why else ""), soft_wrap=True)

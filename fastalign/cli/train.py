@@ -213,14 +213,14 @@ def ppo(
         kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,
         overwrite=overwrite, show_progress=True,
     )  # fmt: skip
-    if "values" not in result:  # another process prints them
+    if "values" not in result:  # the first process prints them
         return result
     out_console = console()
     out_console.print(
         f"{out}: {counted(result['steps'], 'step')}, KL {result['kl']:.2f} nats, {result['tokens_per_second']:,.0f} "
         "tokens/s"
     )
-    steps = max(1, result["steps"] // 10)  # of each end
+    steps = max(1, result["steps"] // 10)  # steps at each end
     for name, row in result["values"].items():
         before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
         out_console.print(f"  {name:<12} {before}  →  {after}")

@@ -168,7 +168,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
 
             try:
                 tool = get_json_schema(tool)
-            except Exception as error:  # its own types, for a docstring that says too little
+            except Exception as error:  # its own error types, for an insufficient docstring
                 raise UserError(
                     f"tools[{i}] must be a JSON schema or a function with types and a docstring ({error})"
                 ) from None

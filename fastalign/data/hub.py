@@ -73,6 +73,6 @@ def _has_dialogues(name: str, split: str) -> bool:
         return False
     try:
         first = rows.read(path, split=split, what="prompts")[0]
-    except UserError:  # a list of strings, or broken: for the reader of prompts to say
+    except UserError:  # a list of strings, or invalid: `prompts.load` reports it
         return False
     return "chosen" in first and not any(column in first for column in prompts.COLUMNS)

@@ -11,7 +11,7 @@ from fastalign._base.files import read_json
 from fastalign._base.numbers import number
 
 VERSION = 1
-LARGEST = 1e100  # of a number: rewards are float32, and what is calculated with them must not overflow
+LARGEST = 1e100  # of a number: rewards are float32, and results computed with them must not overflow
 SENSES = (">=", "<=", "==")
 ROWS = ("lambda", "palette", "sense", "free", "levels", "before", "solved_for", "nearest")  # one entry for each value
 NUMBERS = ("kl", "ess", "kkt_residual")
@@ -63,7 +63,7 @@ def of_values(path: str | os.PathLike[str], solution: Mapping[str, Any], names: 
 
 
 def check_carried(path: str | os.PathLike[str], solution: Mapping[str, Any], rewards: Iterable[str]) -> None:
-    """Raises UserError, naming the file, where one of its values is none of the rewards that are there."""
+    """Raises UserError, naming the file, if one of its values is not among the rewards."""
     rewards = list(rewards)
     for name in solution["values"]:
         if name not in rewards:
@@ -85,12 +85,12 @@ def _row(where: str, row: Any, name: str, count: int) -> None:
             raise UserError(f"{where}[{i}] must be one of {', '.join(SENSES)}, got {x!r:.60}")
         if name == "free" and not isinstance(x, bool):
             raise UserError(f"{where}[{i}] must be true or false, got {x!r:.60}")
-        if name not in ("sense", "free") and not (name == "palette" and x is None):  # None: no level is asked of it
+        if name not in ("sense", "free") and not (name == "palette" and x is None):  # None: no target
             _number(f"{where}[{i}]", x)
 
 
 def _number(where: str, x: Any) -> None:
-    if isinstance(x, (str, bool)):  # a number in a text is none, to those who calculate with it
+    if isinstance(x, (str, bool)):  # a number as text cannot be calculated with
         raise UserError(f"{where} must be a number, got {x!r:.60}")
     if abs(number(where, x)) > LARGEST:
         raise UserError(f"{where} must lie within ±{LARGEST:g}, got {x:g}")

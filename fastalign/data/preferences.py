@@ -123,7 +123,7 @@ def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: 
             given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row
             pair = check(with_prompt(given))
             if pairs and type(pair["prompt"]) is not type(pairs[0]["prompt"]):
-                raise UserError("rows must all be text or all be messages, this one is not what came before it")
+                raise UserError("rows must all be text or all be messages, this one differs from those before it")
             pairs.append(pair)
         except UserError as error:
             if not drop:
@@ -133,7 +133,7 @@ def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: 
         raise UserError(f"{name}: no row is a preference pair ({first})")
     if bad:
         warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
-    return PreferencePairs(pairs, {"rows that are no pair": bad} if bad else {}, _settings(Path(name).expanduser()))
+    return PreferencePairs(pairs, {"rows that are not pairs": bad} if bad else {}, _settings(Path(name).expanduser()))
 
 
 def check(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def from_hub(name: str, *, split: str, what: str) -> Any:
         raise UserError(f"{name}: no such file of {what}, {rule}") from None
     try:
         return datasets.load_dataset(name, split=split)
-    except Exception as error:  # each builder has its own
+    except Exception as error:  # each builder has its own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: no such file of {what}, and not available from the hub: {reason}") from None
 
@@ -96,13 +96,13 @@ def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> li
     except UserError:  # from `columns`
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        # ValueError: bytes that are no text, dates beyond the calendar.
+        # ValueError: bytes that are not text, dates beyond the calendar.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
 
 
 def _csv(path: Path, text: str) -> list[dict[str, Any]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the library's own is 131,072 characters
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the library's own limit is 131,072 characters
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error as error:

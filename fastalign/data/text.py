@@ -18,13 +18,13 @@ from typing import Any
 from fastalign._base.errors import UserError
 from fastalign.data.conversations import Conversation, as_prompt, check_options, check_tools, check_utf8, text_of
 
-TAIL = 8  # tokens of a prompt that its continuation is decoded with
+TAIL = 8  # tokens of the prompt decoded together with its continuation
 SLACK = 4  # tokens beyond a stop string's bytes: one has at least one byte, but for half characters at either end
 _PROBE = "fastalign-probe"
 
 
 class Text:
-    """Encoding and decoding with a tokenizer (or None, if another engine has it).
+    """Encoding and decoding with a tokenizer (or None, if only the server or inference engine has it).
 
     rows: number of rows of the model's embedding, an upper limit for token ids; None: unknown.
     """
@@ -82,7 +82,7 @@ class Text:
         texts = list(texts)
         try:
             rows = self.tokenizer(texts, **options)["input_ids"] if texts else []
-        except Exception:  # whatever a tokenizer raises: ask for each alone, to say which it was
+        except Exception:  # tokenizers raise anything: encode one by one, to name the text
             rows = [self.one(text, f"{name} {i}", **options)["input_ids"] for i, text in enumerate(texts)]
         for i, ids in enumerate(rows):
             self.check_ids(ids, f"{name} {i}")
@@ -167,7 +167,7 @@ class Text:
                     rendered = self.tokenizer.apply_chat_template(
                         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options
                     )
-                except Exception:  # told when it is asked in earnest
+                except Exception:  # reported when the template is really used
                     return False
                 return _PROBE in rendered and not re.search(r"""['"]type['"]""", rendered)
 
@@ -196,9 +196,9 @@ class Text:
                 continue
             if others and name in others:
                 rule = f"{name} is no argument of sample, and the chat template does not read it either"
-                hint = "" if self.tokenizer else "; what a server's template reads goes into chat_template_kwargs"
+                hint = "" if self.tokenizer else "; arguments of a server's template go into chat_template_kwargs"
                 raise UserError(rule + hint)
-            if self.tokenizer is None:  # the engine's own reads who knows what
+            if self.tokenizer is None:  # the server's own template may read anything
                 continue
             warnings.warn(f"chat_template_kwargs: the chat template does not read {name}", stacklevel=4)
         return result
@@ -240,14 +240,14 @@ class Text:
         return False
 
     def sees_special(self, stop: Sequence[str]) -> bool:
-        """Whether a stop string contains a special token, so that an engine must show them."""
+        """Whether a stop string contains a special token, so that an inference engine must show them."""
         return self.tokenizer is not None and any(map(self._naming, stop))
 
     def _after(self, prompt: Sequence[int], new: Sequence[int], skip: bool) -> str:
         """The text that new tokens add to that of the prompt."""
         tail = self._last(prompt, TAIL, special=True)
         before, whole = self._before(tail, skip), self._decode((*tail, *new), skip)
-        if not whole.startswith(before):  # a character that the prompt leaves half-way is whole now
+        if not whole.startswith(before):  # completes a character that the prompt ends within
             before = os.path.commonprefix([before, whole])  # noqa: RUF071  character by character is what is meant
         return whole[len(before) :]
 
@@ -286,10 +286,10 @@ def template_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def embedding_rows(model: Any) -> int | None:
-    """Number of rows of a model's embedding, None if unknown."""
+    """Number of rows of a model's embedding; None if unknown."""
     try:
         return int(model.get_input_embeddings().weight.shape[0])
-    except Exception:  # models that have none, or several, raise each in their own way
+    except Exception:  # models with none, or several, raise errors of their own
         return None
 
 

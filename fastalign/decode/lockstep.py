@@ -77,7 +77,7 @@ class Lockstep:
             (self.ended.add if of in self.ended else self.ended.discard)(job)
         rows = {job: row for row, job in enumerate(self.engine.jobs)}
         sources = {job: rows[ancestors.get(job, job)] for job in self.jobs if ancestors.get(job, job) in rows}
-        # Whoever stays in flight stays in its row, so that only copies move keys and values.
+        # A candidate that stays in flight keeps its row, so that only copies move keys and values.
         places: list[Job | None] = [None] * len(sources)
         others = []
         for job in sources:

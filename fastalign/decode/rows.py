@@ -1,4 +1,5 @@
-"""Candidates of a batch of prompts, token by token, with transformers' cache or none: for models the engine cannot run.
+"""Candidates of a batch of prompts, token by token, with transformers' cache or none: for models that
+`SharedPromptEngine` cannot run.
 
 Each class requires less of a model than the previous one. `CachedRows` copies a prompt's cache for its candidates and
 pads prompts of different lengths. `RepeatedRows` instead runs the prompt once per candidate, and never pads.
@@ -33,7 +34,7 @@ class CachedRows:
 
     model: Any
 
-    pads: bool = True  # whether prompts of different lengths may stand in one batch
+    pads: bool = True  # whether prompts of different lengths may share a batch
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int = 0):
         inner = language_model(model)
@@ -82,7 +83,7 @@ class CachedRows:
         output = self.model(input_ids=ids, use_cache=True, **extra, **self._last_only)
         self.cache = cache_of(output)
         if self.cache is None:
-            raise UserError("it gives no cache back")
+            raise UserError("it returns no cache")
         return output.logits[:, -1]
 
 
@@ -92,7 +93,7 @@ class RepeatedRows(CachedRows):
     pads = False
 
     def repeat(self, count: int, *, again: bool) -> RepeatedRows:
-        raise NotImplementedError("the prompts are repeated before they run")
+        raise NotImplementedError("prompts are repeated before they run")
 
     def keep(self, rows: Tensor) -> bool:
         return False
@@ -129,9 +130,9 @@ Rows = CachedRows | UncachedRows
 
 
 class Batch:
-    """A batch's rows for the token loop: all begin together, and none joins later.
+    """A batch's rows as a decoder for the token loop: all begin together, and none joins later.
 
-    Ended rows are removed once so few are live that it pays for copying the cache; until then they run on, ignored.
+    Ended rows are removed once few enough are live to pay for copying the cache; until then they run on, ignored.
     """
 
     def __init__(self, rows: Rows):

@@ -24,11 +24,11 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.rows import Batch, CachedRows, RepeatedRows, Rows, UncachedRows, start, trial
 from fastalign.decode.samplers.base import BaseSampler, Request
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine, draw, supports
-from fastalign.decode.token_loop import Engine, Job, TokenLoop
+from fastalign.decode.token_loop import Decoder, Job, TokenLoop
 from fastalign.models.spans import rope_group
 from fastalign.models.trial import is_causal, tried, warn_once
 
-# What may draw, and how each is said
+# The ways of drawing, in words
 HOW: dict[type[SharedPromptEngine] | type[Rows], str] = {
     SharedPromptEngine: "on the shared-prompt engine",
     CachedRows: "batch by batch on its own cache",
@@ -47,7 +47,7 @@ class Sampler(BaseSampler):
     backend: str
 
     def __init__(self, model: Any, tokenizer: Any, *, backend: str = "auto"):
-        with backends.use_backend(backend):  # an unknown name raises here
+        with backends.use_backend(backend):  # raises for an unknown name
             self.model, self.tokenizer, self.backend = model.eval(), tokenizer, backend
         self.name: str = getattr(model, "name_or_path", "") or type(model).__name__
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -83,14 +83,14 @@ class Sampler(BaseSampler):
         return sampler
 
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        """On the engine, each prompt as soon as its last candidate ends; for models that cannot run there, batch by
-        batch."""
+        """On the shared-prompt engine, each prompt as soon as its last candidate ends; for models that cannot run
+        there, batch by batch."""
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:
                 wanted = [i for i in wanted if i not in request.skip]
                 if wanted:
-                    parts.append(self._on_engine(wanted, request))
+                    parts.append(self._on_shared_prompt(wanted, request))
             else:
                 batches = _by_length(
                     wanted, request.encoded, max(1, request.rows // request.settings.n), mixed=kind.pads
@@ -102,7 +102,7 @@ class Sampler(BaseSampler):
 
     def _joined(self, parts: list[Iterator[tuple[list[int], Candidates]]]) -> Iterator[tuple[list[int], Candidates]]:
         for part in parts:
-            self.model.eval()  # no dropout: it may have been trained since
+            self.model.eval()  # without dropout, in case it was trained since
             yield from part
 
     def draw(
@@ -112,15 +112,15 @@ class Sampler(BaseSampler):
         without texts."""
         self.model.eval()
         drawn: dict[int, tuple[list, list]] = {}
-        for kind, wanted in self._by_path(encoded, settings.max_new_tokens, engine=False):
+        for kind, wanted in self._by_path(encoded, settings.max_new_tokens, shared=False):
             for batch in _by_length(wanted, encoded, len(wanted), mixed=kind.pads):
                 prompts = {i: encoded[i] for i in batch}
                 drawn |= self._by_rows(kind, prompts, None, settings, len(batch) * settings.n, lambda count: None)
         ids, log_probs = zip(*(drawn[i] for i in range(len(encoded))), strict=True)
         return list(ids), list(log_probs)
 
-    def path(self, *, engine: bool = True) -> type[SharedPromptEngine] | type[Rows]:
-        """How candidates are drawn: the first of the shared-prompt engine (if allowed), a copied cache, one run per
+    def path(self, *, shared: bool = True) -> type[SharedPromptEngine] | type[Rows]:
+        """How candidates are drawn: the first of the shared-prompt engine (if `shared`), a copied cache, one run per
         candidate, and no cache, that gives the model's own logits.
 
         Raises UserError if its tokens cannot be drawn one by one.
@@ -130,7 +130,7 @@ class Sampler(BaseSampler):
             if not verdict.ok:
                 raise UserError(f"{self.name} cannot be sampled token by token: {verdict.why}")
             first = "a cache that can be copied"
-            if engine:
+            if shared:
                 first, verdict = "the shared-prompt engine", supports(self.model)
                 if verdict.ok:
                     return SharedPromptEngine
@@ -139,17 +139,17 @@ class Sampler(BaseSampler):
                 verdict = tried(self.model, kind.__name__, trial(kind))
                 why = why or verdict.why
                 if verdict.ok:
-                    if engine or kind is not CachedRows:
+                    if shared or kind is not CachedRows:
                         warn_once(self.model, f"{self.name} is sampled {HOW[kind]}, not on {first}: {why}")
                     return kind
         raise UserError(f"{self.name} cannot be sampled: even without a cache {verdict.why}")
 
     def _by_path(
-        self, encoded: Sequence[list[int]], new: int, *, engine: bool = True
+        self, encoded: Sequence[list[int]], new: int, *, shared: bool = True
     ) -> Iterator[tuple[Any, list[int]]]:
         """Each way of drawing with its prompts, short ones first. Texts during which the RoPE changes run without a
         cache."""
-        kind, config = self.path(engine=engine), self._config
+        kind, config = self.path(shared=shared), self._config
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         groups: dict[str, list[int]] = {}
         for i in order:
@@ -162,27 +162,27 @@ class Sampler(BaseSampler):
         """How many candidates' keys and values fit in that many bytes, together with those of the prompts in flight."""
         limit, new = parse_bytes("memory_limit", memory_limit), -(-settings.max_new_tokens // GROW) * GROW
         row, prompt = (SharedPromptEngine.row_bytes(self.model, tokens) for tokens in (new, longest))
-        on_engine = self.path() is SharedPromptEngine
-        fit = int((limit - 2 * prompt) / (row + prompt / settings.n)) if on_engine else limit // (row + prompt)
+        shared = self.path() is SharedPromptEngine
+        fit = int((limit - 2 * prompt) / (row + prompt / settings.n)) if shared else limit // (row + prompt)
         if fit < 1:
             raise UserError(f"memory_limit must hold one candidate, {row + 3 * prompt:,} bytes, got {limit:,}")
         return fit
 
     def token_loop(
         self,
-        engine: Engine,
+        decoder: Decoder,
         settings: SamplingSettings,
         encoded: Mapping[int, Sequence[int]] | Sequence[Sequence[int]],
         places: Mapping[int, int] | Sequence[int] | None = None,
     ) -> TokenLoop:
-        """The token loop for this model on an engine; encoded: token ids by prompt."""
+        """The token loop for this model on a decoder; encoded: token ids by prompt."""
 
         def stopped(job: Job, ids: list[int]) -> bool:
             return self.text.stopped(encoded[job.prompt], ids, settings.stop)
 
-        return TokenLoop(engine, settings, self.ends, stopped, places=places, name=self.name, backend=self.backend)
+        return TokenLoop(decoder, settings, self.ends, stopped, places=places, name=self.name, backend=self.backend)
 
-    def _on_engine(self, wanted: list[int], request: Request) -> Iterator[tuple[list[int], Candidates]]:
+    def _on_shared_prompt(self, wanted: list[int], request: Request) -> Iterator[tuple[list[int], Candidates]]:
         from fastalign._base import progress
 
         settings, encoded = request.settings, request.encoded
@@ -243,13 +243,13 @@ class Sampler(BaseSampler):
                 rows = prefilled.repeat(count, again=first + count < n)
             else:
                 rows = start(kind, self.model, encoded, count)
-            engine = Batch(rows)
-            loop = self.token_loop(engine, settings, prompts, places)
+            batch = Batch(rows)
+            loop = self.token_loop(batch, settings, prompts, places)
             jobs = [Job(i, first + j) for i in prompts for j in range(count)]
             new = jobs
-            while new or engine.jobs:
+            while new or batch.jobs:
                 ended, new = loop.step(new), []
-                advance(len(engine.jobs) + sum(limit + 1 - len(loop.ids[job]) for job in ended))
+                advance(len(batch.jobs) + sum(limit + 1 - len(loop.ids[job]) for job in ended))
             for job in jobs:
                 for collected, of_job in zip(drawn[job.prompt], loop.pop(job), strict=True):
                     collected.append(of_job)

@@ -49,7 +49,7 @@ class Prefix:
 
 
 def supports(model: PreTrainedModel) -> Verdict:
-    """Whether the engine gives the model's own logits, tested by trial: see `fastalign.models`."""
+    """Whether `SharedPromptEngine` gives the model's own logits, tested by trial: see `fastalign.models`."""
     wrapped = passable(model)
     return tried(model, "shared-prompt engine", _forced, attends=True) if wrapped else wrapped
 
@@ -59,7 +59,7 @@ class SharedPromptEngine:
 
     rows: maximum number of candidates in flight; prompts: of prompts, None for any number. Memory beyond the model:
     `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts; on processors where
-    that is faster, a copy of the linear layers' weights, if it takes no more than a fourth of what is free.
+    it is faster, also a copy of the linear layers' weights, if it takes at most a quarter of the available memory.
     """
 
     model: PreTrainedModel
@@ -177,7 +177,7 @@ class SharedPromptEngine:
                 position_ids=positions.to(self.device),
                 use_cache=False,
                 plan=plan,
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # taken as it is, not read
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # passed on, not read
             ).last_hidden_state
         if not plan.calls:
             raise UserError(f"{type(self.model).__name__} keeps arguments from its attention")
@@ -194,7 +194,7 @@ class SharedPromptEngine:
         from fastalign import ops
 
         rows = rows.to(hidden.device)
-        # Compiled for a CPU, the fused op's second look at the head's weight costs more than the logits do.
+        # On a CPU the fused op's second read of the head's weight costs more than the logits do.
         if backend.choose(hidden.device) == "triton" and not settings.truncates:
             return ops.linear_sample_tokens(
                 hidden, **self.head.arguments(), rows=rows, temperature=settings.temperature, seed=settings.seed
@@ -299,7 +299,7 @@ class _Step:
     def _compiled(self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """The same with native kernels: two products with the prompt per group, and one pass for each."""
         (_, heads, _, d), kv, room, width = q.shape, k.shape[1], keys.shape[2], v.shape[-1]
-        q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))  # a fused projection hands out views of itself
+        q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))  # a fused projection returns views of itself
         grouped, out = q.view(self.count, kv, heads // kv, d), q.new_empty(self.count, heads, width)
         for prefix, rows in self.groups:
             together = grouped.transpose(0, 1)[:, rows].reshape(kv, -1, d)
@@ -325,7 +325,7 @@ class _Step:
             room = -(-self.longest // GROW) * GROW
             for caches, new in ((engine.keys, k), (engine.values, v)):
                 grown = new.new_empty(engine.rows, new.shape[1], room, new.shape[3])
-                grown.zero_()  # what stands behind a row's tokens is weighed by 0, and must be a number
+                grown.zero_()  # places after a row's tokens get weight 0, but must be finite
                 if layer in caches:
                     grown[:, :, : caches[layer].shape[2]] = caches[layer]
                 caches[layer] = grown
@@ -359,7 +359,7 @@ def attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, with the engine's `plan`: -> (rows, tokens, heads, d)."""
+    """transformers' attention interface, with the `plan` of `SharedPromptEngine`: -> (rows, tokens, heads, d)."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases cannot run on the shared-prompt engine")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -368,7 +368,7 @@ def attention(
 
 
 def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
-    """The engine's path in a trial: both prompts' continuations in flight together, token by token; ended ones are
+    """`SharedPromptEngine` in a trial: both prompts' continuations in flight together, token by token; ended ones are
     dropped."""
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
     engine = SharedPromptEngine(model, len(tails))
@@ -389,12 +389,11 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
 def draw(
     loop: TokenLoop, prompts: Mapping[int, Sequence[int]], jobs: Iterator[Job], counts: Mapping[int, int]
 ) -> Iterator[list[Job]]:
-    """Draw every job to its end, with as many in flight as the engine allows; yields after every step the jobs that
-    ended.
+    """Draw every job to its end, with as many in flight as fit; after every step, yields the jobs that ended.
 
     prompts: token ids; counts: candidates per prompt, after which its keys and values are released.
     """
-    engine, left = loop.engine, dict(counts)
+    engine, left = loop.decoder, dict(counts)
     waiting = next(jobs, None)
     while waiting is not None or engine.jobs:
         new: list[Job] = []

@@ -29,8 +29,8 @@ class Job(NamedTuple):
     candidate: int
 
 
-class Engine(Protocol):
-    """The interface of an engine. States are the arguments of `sample`, one per row."""
+class Decoder(Protocol):
+    """The interface of a decoder with rows in flight. States are the arguments of `sample`, one per row."""
 
     jobs: list[Job]  # of the rows in flight
 
@@ -51,14 +51,14 @@ class Engine(Protocol):
 
 
 class TokenLoop:
-    """Draws one token at a time for all rows of an engine, and collects each candidate's tokens.
+    """Draws one token at a time for all rows in flight, and collects each candidate's tokens.
 
     stopped(job, ids) -> whether the text so far contains a stop string. places: prompt -> its index in the full set,
     which determines its random streams; by default the prompt's own index. name: the model's, for errors. backend: for
     `sample_tokens`.
     """
 
-    engine: Engine
+    decoder: Decoder
     settings: SamplingSettings
     ends: set[int]
     stopped: Callable[[Job, list[int]], bool]
@@ -68,7 +68,7 @@ class TokenLoop:
 
     def __init__(
         self,
-        engine: Engine,
+        decoder: Decoder,
         settings: SamplingSettings,
         ends: Sequence[int],
         stopped: Callable[[Job, list[int]], bool],
@@ -77,7 +77,7 @@ class TokenLoop:
         name: str = "the model",
         backend: str = "auto",
     ):
-        self.engine, self.settings, self.ends, self.stopped = engine, settings, set(ends), stopped
+        self.decoder, self.settings, self.ends, self.stopped = decoder, settings, set(ends), stopped
         self.places, self.name, self.backend = places, name, backend
         self.ids: dict[Job, list[int]] = {}
         self.log_probs: dict[Job, list[float]] = {}
@@ -85,18 +85,18 @@ class TokenLoop:
     def step(self, new: Sequence[Job] = ()) -> list[Job]:
         """Draw the next token of every row in flight, and the first of `new`, which join them. Returns the jobs that
         ended, which are no longer in flight."""
-        engine, over = self.engine, []
+        decoder, over = self.decoder, []
         for job in new:
             self.ids[job], self.log_probs[job] = [], []
         for first, states in self._states(new):
-            jobs = engine.jobs[first:]
+            jobs = decoder.jobs[first:]
             with nullcontext() if self.backend == "auto" else backends.use_backend(self.backend):
-                drawn = engine.sample(states, self.settings, rows=self._streams(jobs))
+                drawn = decoder.sample(states, self.settings, rows=self._streams(jobs))
             ids = drawn.ids.cpu()
             for row in (ids < 0).nonzero():
                 at = len(self.ids[jobs[row]])
                 raise UserError(f"{self.name}: the logits of new token {at} are NaN, or all of them -inf")
-            engine.place(first, ids)
+            decoder.place(first, ids)
             over += [
                 first + row
                 for row, (job, *token) in enumerate(
@@ -104,8 +104,8 @@ class TokenLoop:
                 )
                 if self._take(job, *token)
             ]
-        ended = [engine.jobs[row] for row in over]
-        engine.drop(over)
+        ended = [decoder.jobs[row] for row in over]
+        decoder.drop(over)
         return ended
 
     def pop(self, job: Job) -> tuple[list[int], list[float]]:
@@ -114,10 +114,10 @@ class TokenLoop:
 
     def _states(self, new: Sequence[Job]) -> Iterator[tuple[int, Tensor]]:
         """(first row, states of the rows from it on): first those in flight, then the new ones."""
-        if self.engine.jobs:
-            yield 0, self.engine.step()
+        if self.decoder.jobs:
+            yield 0, self.decoder.step()
         if new:
-            yield len(self.engine.jobs), self.engine.admit(new)
+            yield len(self.decoder.jobs), self.decoder.admit(new)
 
     def _streams(self, jobs: Sequence[Job]) -> Tensor:
         """(rows, 2): each row's random stream and the number of its token."""

@@ -31,7 +31,7 @@ from fastalign.decode.select import log_weights_of
 TRUSTED_ESS = 10.0  # effective draws per prompt below which weighted means are mostly the noise of a few candidates
 LEAST_CANDIDATES = 8  # for an exponent from halves and quarters
 DOUBLINGS = 24  # beyond the pilot's n
-SHUFFLES, SHUFFLED = 8, 2**21  # at most so many, of at most so many candidates in all
+SHUFFLES, SHUFFLED = 8, 2**21  # at most this many subsets, with at most this many candidates in all
 
 
 class Worth(NamedTuple):
@@ -70,8 +70,8 @@ class Worth(NamedTuple):
         return self._reaches(high, ess) or int(self.n[-1]), None if low is None else self._reaches(low, ess)
 
     def more(self, n: int) -> str | None:
-        """The command that adds to n candidates a prompt what they lack of `needed`; None where they lack none, or too
-        many."""
+        """The command that adds the candidates missing from `needed`, given n per prompt; None if none are missing, or
+        too many."""
         fewest, most = self.needed()
         lacking = (most or fewest) - n
         return f"fastalign sample --more {lacking} --out CANDIDATES" if 0 < lacking <= 10**6 else None
@@ -184,7 +184,7 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
     relative_std = np.r_[relative_std, np.full(DOUBLINGS, relative_std[-1])]
     without = [(x.sum(axis=0) - x) / (prompts - 1) for x in (measured, logs)]  # each prompt in turn left out
     error = [np.sqrt((prompts - 1) * x.var(axis=0)) for x in ends(np.log(without[0]), without[1])]
-    same = not np.ptp(scores, axis=1).any() and lam.any()  # nothing was seen of what λ weighs
+    same = not np.ptp(scores, axis=1).any() and lam.any()  # no effect of λ was seen
     if n < LEAST_CANDIDATES or same:
         return Worth(prompts, n, grid, relative_std, high, error[1], None, None)
     return Worth(prompts, n, grid, relative_std, high, error[1], low, error[0])

@@ -6,7 +6,7 @@ for CPU tensors only (tensors on other devices use TRL's own code):
         test that decides whether prompt and padding positions are left out of the projection: now they are;
     trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...; OnlineDPO
         writes its log-softmax inside a method and runs as it did).
-A head that FSDP2 shards as a unit of its own comes to the first as a DTensor, on every device: TRL 1.16 gathers it with
+If FSDP2 shards the head on its own, the first function gets it as a DTensor, on every device: TRL 1.16 gathers it with
 `full_tensor()`, whose gradient is not reduced over the processes; here it is averaged, as FSDP's are.
 """
 
@@ -73,7 +73,7 @@ def uninstall() -> None:
 
 
 def _replace(name: str, old: Any, new: Any) -> None:
-    """In trl.trainer.utils, and for the public function in every trl module that imported it by name."""
+    """Set a function in trl.trainer.utils and, if it is public, in every trl module that imported it by name."""
     everywhere = name == "selective_log_softmax"
     for module_name, module in list(sys.modules.items()):
         ours = module_name == "trl.trainer.utils" or (everywhere and module_name.split(".")[0] == "trl")
@@ -94,7 +94,7 @@ def _check(utils: Any) -> None:
 
 
 class _NoDTensor:
-    """What TRL then asks a weight to be before it gathers it; none is, and the head below gathers."""
+    """Replaces the class for which TRL gathers a weight. No weight is of this class: the head below gathers."""
 
 
 def _head(original: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Whole jobs, from file to file: what stands behind the commands that sample, score, choose, report and train."""
+"""Whole jobs, from file to file, behind the commands that sample, score, select, report and train."""

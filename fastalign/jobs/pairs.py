@@ -149,7 +149,7 @@ def _pick(scores: np.ndarray, how: str, k: int, seed: int) -> tuple[np.ndarray, 
         order = np.argsort(-scores, axis=1, kind="stable")
         k = min(k, n // 2)
         return order[:, :k], order[:, ::-1][:, :k]
-    seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)  # two streams that never meet
+    seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)  # two independent streams
     weights = torch.from_numpy(np.ascontiguousarray(scores))
     chosen = ops.resample(weights, k, seed=int(seeds[0])).numpy()
     rejected = ops.resample(torch.zeros(count, n, dtype=torch.float64), k, seed=int(seeds[1])).numpy()

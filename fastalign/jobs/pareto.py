@@ -34,11 +34,11 @@ def write(
 ) -> Study | None:
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
 
-    palettes: palette files of these values and maybe others. quantiles: palettes that ask for this quantile of each
-    value. soups:
+    palettes: palette files of these values and possibly others. quantiles: palettes at these quantiles of each value.
+    soups:
     scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
-    values: which rewards; default all. None where the folder holds this very study; else it raises UserError where it
-    holds one, unless `overwrite` is given.
+    values: which rewards; default all. Returns None if the folder already contains this study. Raises UserError if it
+    contains another one, unless `overwrite` is set.
     """
     from fastalign.palette.quantile import check_quantile, quantile_palette
     from fastalign.report.pareto_html import page
@@ -114,7 +114,7 @@ def _soup_levels(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray
 
 
 def _unlike(taken: Mapping[str, Any], path: str | Path, name: str = "") -> str:
-    """A name for what comes from a file, its own or the file's, that is none of those taken."""
+    """An unused name for the content of a file: its own, or the file's."""
     plain = name or Path(path).stem
     longer = f"{name} of {path}" if name else str(path)
     numbered = (f"{longer} ({k})" for k in itertools.count(2))
@@ -122,7 +122,7 @@ def _unlike(taken: Mapping[str, Any], path: str | Path, name: str = "") -> str:
 
 
 def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | Path) -> None:
-    """Figures of a palette file's content, see `palette_figures`, into a folder; as its own dual has it."""
+    """Write `palette_figures` of a palette file's content to a folder, for the dual that it was solved with."""
     names, joint = solution["values"], solution["dual"] == "joint"
     rewards = Candidates.from_parquet(scored, kind="scored").reward_array(names)
     groups = groups_of(rewards, joint)
@@ -133,7 +133,7 @@ def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | 
 
 
 def save_figures(figures: Mapping[str, Any], folder: str | Path) -> None:
-    """Each figure as SVG and PNG into a folder."""
+    """Write each figure to a folder, as SVG and PNG."""
     from fastalign.report import figures as plots
 
     for name, figure in figures.items():

@@ -1,4 +1,4 @@
-"""PPO on several values at once: every rollout is scored with every reward, and λ · R is what the policy learns."""
+"""PPO on several values at once: every rollout is scored with every reward, and the policy is trained on λ · R."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastalign.jobs import run as runs
 
 
 def read_values(names: Sequence[Any]) -> list[Any]:
-    """Rewards by registered name, as objects, or from a reward model's folder: one of each of its heads.
+    """Rewards by registered name, as objects, or from a reward model's folder: one reward per head.
 
-    A folder may be cut down to one head: "folder#head". Raises UserError for a name that is neither.
+    "folder#head" selects one head. Raises UserError for a name that is neither.
     """
     from fastalign import rewards
 
@@ -40,7 +40,7 @@ def read_values(names: Sequence[Any]) -> list[Any]:
                 raise UserError(f"{folder}: has no head {head!r}, it has {', '.join(known)}")
             result += [h for h in heads if not mark or h.name == head]
         else:
-            result.append(rewards.get(name))  # says what there is
+            result.append(rewards.get(name))  # lists the known names
     names = [reward.name for reward in result]
     if len(set(names)) < len(names):
         raise UserError(f"values must be different, got {', '.join(names)}")
@@ -76,20 +76,20 @@ def train_ppo(
     """Train a model by PPO on λ · R of its own responses, into the folder `out`; see `jobs.run`.
 
     Args:
-        prompts: what it answers, or what reads them, which is called once the other arguments are checked; each epoch
-            goes through all of them, in batches of `batch_size`.
+        prompts: the prompts, or a function that reads them, called once the other arguments are checked; each epoch
+        goes through all of them, in batches of `batch_size`.
         values: m rewards, see `read_values`. lam: a weight for each, in order or by name.
         mini_batch_size: rollouts at once in an optimiser step; None: batch_size / gradient_accumulation_steps, at
-            most 8. epochs, max_steps: max_steps counts where given. kl_target: nats per response that the KL
-            coefficient is steered to, from init_kl_coef.
-        chat: prompts go through the chat template; None: where there is one and no prompt is a dialogue of its own.
+            most 8. epochs, max_steps: if given, max_steps takes precedence. kl_target: the KL per response, in nats,
+            that the coefficient is adapted to, starting from init_kl_coef.
+        chat: apply the chat template; None: if there is one and no prompt is a dialogue in text.
         lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
-        resume, overwrite: see `train.run.Run`.
+        resume, overwrite: see `jobs.run.Run`.
 
     Returns:
-        What is in <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
-        standard error, and the KL. <out>/log.jsonl has a line a step: the mean of every value, of λ · R, the KL to the
-        model before training, losses, tokens per second.
+        The content of <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
+        standard error, and the KL. <out>/log.jsonl has one line per step: the mean of every value, of λ · R, the KL to
+        the model before training, losses, tokens per second.
 
     Raises:
         UserError: one line, before anything is trained.
@@ -116,7 +116,7 @@ def train_ppo(
         lam = [lam[name] for name in names]
     lam = weights(lam, len(names), ", ".join(names))
     if not lam.any():
-        raise UserError("lam must not be all zero: there is nothing to learn")
+        raise UserError("lam must not be all zero: there would be nothing to learn")
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
@@ -169,12 +169,13 @@ def train_ppo(
 
 
 def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Each value at the beginning and at the end of a run: the mean of a tenth of its steps, and its standard error."""
+    """Each value at the beginning and at the end of a run: the mean over a tenth of the steps, and its standard
+    error."""
     k = max(1, len(rows) // 10)
 
     def mean(part: Sequence[dict[str, Any]], name: str) -> list[float | None]:
         x = np.array([row["values"][name] for row in part])
-        # Steps' means are independent but for the policy's drift within the tenth; one step alone tells no error.
+        # Steps' means are independent, except for the policy's drift within the tenth; a single step has no error.
         return [float(x.mean()), float(standard_error(x)) if len(x) > 1 else None]
 
     table = {name: {"first": mean(rows[:k], name), "last": mean(rows[-k:], name)} for name in names}
@@ -255,7 +256,7 @@ def _trainer(
 
 
 def prompt_rows(prompts: Sequence[str], tokenizer: Any, chat: bool | None) -> list[dict[str, Any]]:
-    """Rows of a PPO data set: "input_ids", through the chat template where that is asked for, and "query", the text."""
+    """Rows of a PPO data set: "input_ids", with the chat template if requested, and "query", the text."""
     import torch
 
     encoded = Text(tokenizer).encode(prompts, chat="auto" if chat is None else chat)
@@ -269,7 +270,7 @@ def _tensors(scores: np.ndarray) -> list:
 
 
 def _over_processes(trainer, scores: np.ndarray, combined: np.ndarray, tokens: int) -> tuple[list[float], int]:
-    """Means of the m values and of λ · R over every process's rollouts, and all their tokens."""
+    """Means of the m values and of λ · R over all processes' rollouts, and the number of their tokens."""
     import torch
 
     sums = np.concatenate([scores.sum(0, dtype=np.float64), [combined.sum(), len(scores), tokens]])
@@ -279,7 +280,7 @@ def _over_processes(trainer, scores: np.ndarray, combined: np.ndarray, tokens: i
 
 
 def _save(trainer, run) -> None:
-    """The policy as any language model, and for PPO's own from_pretrained its value head beside it."""
+    """Save the policy as a plain language model, with the value head beside it for PPO's own from_pretrained."""
     from fastalign.train.value_head import save_value_head
 
     if not trainer.is_peft_model:

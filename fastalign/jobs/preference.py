@@ -29,12 +29,12 @@ def read_pairs(
     pairs_per_prompt: int = 1,
     seed: int = 0,
 ) -> PreferencePairs:
-    """Pairs from `data`: read where it holds pairs, made where it is a scored file, by λ or by each of some values
-    alone.
+    """Pairs from `data`: read from a file of pairs, or made from a scored file, by λ or separately by each of some
+    values.
 
-    lam: see `pairs.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values:
-    rewards of a scored file, whose names stand in the pairs' column "value". Raises UserError where a scored file
-    comes without any of these, or λ without a scored file.
+    lam: see `pairs.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values: rewards
+    of a scored file, whose names become the pairs' column "value". Raises UserError for a scored file without any of
+    these, or λ without a scored file.
     """
     kind = _parquet_kind(data)
     if kind in ("candidates", "selected"):
@@ -46,7 +46,7 @@ def read_pairs(
         raise UserError("give values, a head for each, or lam or palette, for one head, not both")
     if kind != "scored":
         if lam is not None or palette is not None:
-            raise UserError(f"{data}: lam and palette make pairs of a scored file, this file contains pairs")
+            raise UserError(f"{data}: lam and palette make pairs from a scored file, this file contains pairs")
         loaded = preferences.load(data)
         lacking = [name for name in values or () if not any(name in row for row in loaded)]
         if lacking and not any("value" in row for row in loaded):
@@ -59,7 +59,7 @@ def read_pairs(
     if values is not None:
         return pairs.pairs_by_value(data, values, **making)
     if lam is None:
-        raise UserError(f"{data}: a scored file needs lam or a palette to make pairs of it")
+        raise UserError(f"{data}: a scored file needs lam or a palette to make pairs from it")
     return pairs.preference_pairs(data, lam=lam, **making)
 
 
@@ -89,13 +89,13 @@ def train_dpo(
 ) -> dict[str, Any]:
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `jobs.run`.
 
-    pairs: or what reads them, which is called once the other arguments are checked.
+    pairs: the pairs, or a function that reads them, called once the other arguments are checked.
     loss_type: one of TRL's, or several separated by commas. lora_r: train adapters of that rank, merged at the end.
-    precompute_ref: the reference's log-probabilities once, before training, kept in the cache folder, even where not
-        every pair will be met; where each will, that is done anyway.
-    chat: pairs of text become messages; None: where the tokenizer has a chat template, unless the pairs' candidates
-        were sampled without it. epochs, max_steps: max_steps counts where given.
-    resume, overwrite: see `train.run.Run`.
+    precompute_ref: compute the reference's log-probabilities once, before training, and cache them on disk, even if not
+    every pair will be used; if every pair will, this is done anyway.
+    chat: pairs of text become messages; None: if the tokenizer has a chat template, unless the pairs' candidates were
+    sampled without it. epochs, max_steps: if given, max_steps takes precedence.
+    resume, overwrite: see `jobs.run.Run`.
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
     """
     from fastalign.losses.preference import LOSS_TYPES
@@ -130,7 +130,7 @@ def train_dpo(
         preferences.check_lengths(rows, tokenizer, max_length)
         from fastalign.train import DPOConfig, DPOTrainer
 
-        # Else the reference may be loaded by the model's name, and what is merged has none.
+        # Otherwise TRL may load the reference by the model's name, and a merged model has none.
         precompute = precompute_ref or (adapters is None and fingerprint.base_of(Path(model).expanduser()) is not None)
         with runs.one_line():
             args = DPOConfig(
@@ -176,10 +176,9 @@ def train_reward(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Train a Bradley–Terry reward model into the folder `out`, and measure it on the prompts held out.
+    """Train a Bradley–Terry reward model into the folder `out`, and evaluate it on held-out prompts.
 
-    values: names of several heads, see `RewardConfig`. held_out: the share of prompts kept for the measurement; 0:
-        none.
+    values: names of several heads, see `RewardConfig`. held_out: the share of prompts kept for the evaluation; 0: none.
     report: a page (.html) or figures (.png, .svg) of it. center: see `bradley_terry_loss`. The rest as in `train_dpo`.
     Returns what is in <out>/result.json; <out>/report.json has the calibration table.
     """
@@ -259,7 +258,7 @@ def train_reward(
 def _arguments(
     run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps
 ):
-    """What DPO and reward training tell transformers' Trainer alike."""
+    """The arguments of transformers' Trainer that DPO and reward training share."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -270,7 +269,7 @@ def _arguments(
         "output_dir": str(run.checkpoints), "learning_rate": learning_rate, "num_train_epochs": epochs,
         "max_steps": max_steps or -1, "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "data_seed": seed,
-        # Unless told, accelerate takes processes without a GPU for unrelated ones.
+        # Otherwise accelerate treats processes without a GPU as unrelated.
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": gpu, "dataloader_pin_memory": gpu,
         "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1, "logging_steps": log_steps,
@@ -279,7 +278,7 @@ def _arguments(
 
 
 def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
-    """Make the trainer and let it run, from its newest checkpoint where there is one; (trainer, tokens per second)."""
+    """Make the trainer and run it, from its newest checkpoint if there is one; returns (trainer, tokens per second)."""
     from transformers import PrinterCallback, TrainerState
 
     from fastalign.jobs.stopping import Stopping
@@ -293,7 +292,7 @@ def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
     run.begin(step)
     trainer.remove_callback(PrinterCallback)
     total = _steps(trainer)
-    if step >= total:  # it was stopped after its last step; transformers would train one more
+    if step >= total:  # interrupted after its last step; transformers would train one more
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return trainer, 0.0
@@ -307,7 +306,7 @@ def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint; transformers writes trainer_state.json last."""
+    """The latest complete checkpoint; transformers writes trainer_state.json last."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -338,7 +337,7 @@ def _finish(
 
 
 def _as_trained(pairs: PreferencePairs, tokenizer, chat: bool | None) -> list[dict[str, Any]]:
-    """The pairs' three columns and what else the trainers read, as messages where that is how they are to be read."""
+    """The pairs' three columns and the others that trainers read, as messages if `chat` asks for them."""
     if chat is None:
         chat = (
             tokenizer.chat_template is not None and pairs.settings.get("sampling", {}).get("chat", "auto") is not False
@@ -371,7 +370,7 @@ def _digests(pages: Sequence[Path]) -> dict[str, str]:
 
 
 def _parquet_kind(data: str | os.PathLike[str]) -> str | None:
-    """The "kind" that fastalign noted in a Parquet file; None for others."""
+    """The "kind" that fastalign recorded in a Parquet file; None for others."""
     path = Path(data).expanduser()
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return None
@@ -381,7 +380,7 @@ def _parquet_kind(data: str | os.PathLike[str]) -> str | None:
     try:
         return json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}")).get("kind")
     except (pa.ArrowException, OSError, ValueError, AttributeError):
-        return None  # for the reader to say
+        return None  # the reader reports it
 
 
 def _positive(**numbers: float) -> None:

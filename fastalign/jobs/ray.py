@@ -1,14 +1,14 @@
-"""Sample, score and select on many machines: prompts through a Ray Data pipeline, results as Parquet parts.
+"""Sample, score and select on many machines: a Ray Data pipeline of prompts, with Parquet parts as results.
 
-Workers are Ray actors that hold the model and the rewards; a task is a block of prompts, from sampling to selection,
-so that candidates cross the network once, as the Parquet file that the driver writes. A worker that dies is
-started again by Ray and its block is drawn anew, a few times at most: a block that kills every worker that meets it is
-named once all others are done. A part is written whole or not at all, by the driver alone, so that
-each prompt is there once, and a run that was cut off goes on with what is missing.
+Workers are Ray actors with the model and the rewards. A task takes a block of prompts from sampling to selection, so
+candidates cross the network once, as the Parquet file that the driver writes. If a worker dies, Ray restarts it and its
+block is drawn again, a few times at most; a block that kills every worker is reported once all others are done. Only
+the driver writes parts, each completely or not at all, so each prompt occurs once, and an interrupted run resumes with
+the missing ones.
 
-Random numbers are a function of (seed, the prompt's place, candidate, step): the result depends neither on the number
-of workers nor on what became of them, but for the rounding of the model's arithmetic. Another number of threads or of
-candidates in the batch moves log-probs by some 1e-5, and with that, now and then, a rare token of a large vocabulary.
+Random numbers are a function of (seed, prompt index, candidate, step), so the result does not depend on the workers,
+except through the rounding of the model's arithmetic: other numbers of threads or of candidates in a batch change
+log-probs by about 1e-5, and with them, rarely, a token of a large vocabulary.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
         device: str
 
 
-RETRIES = 3  # of a block whose worker died
-TASKS_PER_WORKER = 8  # at least, where there are prompts enough: workers then end at about the same time
+RETRIES = 3  # for a block whose worker died
+TASKS_PER_WORKER = 8  # at least, if there are enough prompts: workers then finish at about the same time
 
 
 def run(
@@ -68,14 +68,15 @@ def run(
     show_progress: bool = False,
     **sampling: Unpack[RayOptions],
 ) -> list[Path]:
-    """Sample n candidates per prompt, score them where rewards are given, select k where lam is; parts in folder `out`.
+    """Sample n candidates per prompt, score them with `rewards` if given, select k if lam is given; writes parts to
+    folder `out`.
 
     model: any name that `Sampler.from_pretrained` takes. rewards: names or Reward objects. lam: one weight per reward.
     k, method: as in `decode.select`, each prompt with a random stream of its own. sampling: dtype, device and what
     `Sampler.iter_batches` takes. ray, workers, worker_cpus, worker_gpus: see `draw`. `Candidates.concat` of
     `Candidates.from_parquet` of the parts is the whole.
-    Called again with the same settings it draws for the prompts that are missing in `out`. Returns the parts, in order.
-    Raises UserError, one line, on bad arguments and where `out` holds another job's parts.
+    With the same settings, another call draws for the prompts missing in `out`. Returns the parts, in order. Raises
+    UserError, one line, on bad arguments, and if `out` contains another job's parts.
     """
     out = Path(out)
     rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
@@ -125,12 +126,12 @@ def draw(
     worker_gpus: float | None = None,
     show_progress: bool = False,
 ) -> None:
-    """Make part-<first prompt>.parquet in `parts` for every prompt whose place is not in `skip`, as they are done.
+    """Write part-<first prompt>.parquet to `parts` as blocks finish, for every prompt whose index is not in `skip`.
 
     job: model, dtype, device, and the arguments of `Sampler.iter_batches`. ray: a cluster's address; "local" is this
     machine; "auto" is the cluster that this machine belongs to, else this machine. Workers: by default one per GPU,
-    or one per machine with all of its cores. fastalign and the model must be there on every machine.
-    Raises UserError once all else is done where a block's worker died time and again.
+    or one per machine with all of its cores. fastalign and the model must be available on every machine. If a block's
+    worker died on every try, raises UserError once all others are done.
     """
     check_ray(ray, workers, worker_cpus, worker_gpus)
     prompts = _check(prompts, job)
@@ -140,10 +141,10 @@ def draw(
     from fastalign._base import progress
 
     with (
-        _cluster(ray) as engine,
+        _cluster(ray) as cluster,
         progress.bar("prompts", total=len(wanted), unit="prompts", show=show_progress) as step,
     ):
-        workers, cpus, gpus = _shape(engine, workers, worker_cpus, worker_gpus)
+        workers, cpus, gpus = _shape(cluster, workers, worker_cpus, worker_gpus)
         size = max(1, min(ROWS_AT_ONCE // job["n"], len(wanted) // (workers * TASKS_PER_WORKER)))
         blocks = [wanted[i : i + size] for i in range(0, len(wanted), size)]
         rows = [
@@ -155,10 +156,10 @@ def draw(
             for block in blocks
         ]
         workers = min(workers, len(rows))
-        data = engine.data.from_items(rows, override_num_blocks=len(rows)).map(
+        data = cluster.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Worker,
             fn_constructor_args=(job, list(rewards), selection),
-            compute=engine.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            compute=cluster.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             num_cpus=cpus,
             num_gpus=gpus,
             max_task_retries=RETRIES,
@@ -179,13 +180,14 @@ def draw(
         first, *others = [f"{block[0]} to {block[-1]}" for block in lost.values()]
         more = f" (and {len(others)} more blocks)" if others else ""
         raise UserError(
-            f"prompts {first}{more}: the worker that drew them died {1 + RETRIES} times, of memory perhaps; all "
-            "others are kept, and the same job goes on with what is missing"
+            f"prompts {first}{more}: their worker died {1 + RETRIES} times, possibly out of memory; all "
+            "others are kept, and the same job resumes with the missing ones"
         )
 
 
 def _check(prompts: Sequence[Any], job: dict[str, Any]) -> list[str]:
-    """The prompts, and what else needs no model checked before any worker is started. Raises UserError."""
+    """The checked prompts; also checks everything else that needs no model, before a worker starts. Raises
+    UserError."""
     prompts = check_prompts(prompts, job.get("chat", "auto"))
     check(job)
     return prompts
@@ -194,9 +196,9 @@ def _check(prompts: Sequence[Any], job: dict[str, Any]) -> list[str]:
 class _Worker:
     """An actor: block of prompts in, their Parquet part out. The model is loaded with the first block.
 
-    A user's mistake (no such model) comes back as one line, "wrong": from the constructor it would be the death of
-    an actor, and as an exception a page of what Ray wraps around it. Another exception comes back as its traceback,
-    "bug": Ray is told to pass over blocks that fail, so that what fails here is a worker's death alone.
+    A user's mistake (no such model) is returned as one line, "wrong": raised in the constructor it would kill the
+    actor, and elsewhere Ray would wrap it in a page of text. Any other exception is returned as its traceback, "bug".
+    Ray skips failed blocks, so a block fails only if its worker dies.
     """
 
     def __init__(self, job: dict[str, Any], rewards: list[Any], selection: dict[str, Any] | None):
@@ -249,7 +251,7 @@ class _Worker:
 
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """The ray module, connected; what was not connected before is disconnected after."""
+    """The ray module, connected; disconnected afterwards if it was not connected before."""
     try:
         import ray
         import ray.data
@@ -271,7 +273,7 @@ def _cluster(address: str) -> Iterator[Any]:
     borne, context.max_errored_blocks = context.max_errored_blocks, -1  # the others go on: see `draw`
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what it logs of errors, it raises too
+    logger.setLevel(logging.CRITICAL)  # Ray raises the errors that it logs
     try:
         yield ray
     finally:
@@ -283,14 +285,15 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at host:port: Ray itself tries for minutes."""
+    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
     host, colon, port = address.rpartition(":")
     if colon and "/" not in host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _shape(ray, workers: int | None, cpus: float | None, gpus: float | None) -> tuple[int, float, float]:
-    """How many workers, and the CPUs and GPUs of each; what does not fit would wait for ever, and is refused."""
+    """How many workers, and the CPUs and GPUs of each. Raises UserError if they do not fit, because Ray would wait
+    forever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     if gpus is None:

@@ -1,11 +1,11 @@
 """A training run's folder and its log: the same for every `fastalign train` command.
 
 <out>/               the model as transformers reads it, its tokenizer, and (with LoRA) the adapter in adapter/
-<out>/run.json       what the run was asked for; one that goes on must ask for the same
-<out>/log.jsonl      one object a logged step
-<out>/checkpoints/   while the run goes on
-<out>/result.json    when it has ended: what came of it, and which files it wrote
-<out>/previous/      while an ended run is being overwritten: its run.json, log.jsonl and result.json
+<out>/run.json       the run's settings; a resumed run must have the same
+<out>/log.jsonl      one object per logged step
+<out>/checkpoints/   during the run
+<out>/result.json    at the end: the results, and the files written
+<out>/previous/      while a finished run is overwritten: its run.json, log.jsonl and result.json
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ _RECORDS = ("run.json", "log.jsonl", "result.json")
 # transformers' names, and ppo_checkpoint's.
 _CHECKPOINT = re.compile(r"checkpoint-\d+|step-\d+|\.step-\d+\.\d+\.partial")
 _LAST = ("trainer_state.json", "state.json")
-_KNOB = "precompute_ref"  # of memory, which earlier versions counted as a setting
+_KNOB = "precompute_ref"  # saves memory only; earlier versions counted it as a setting
 PATIENCE = 60  # seconds that one process waits for the first
-_CARD = "README.md"  # TRL writes one beside them
+_CARD = "README.md"  # TRL writes one there
 
 
 def is_main() -> bool:
-    """Whether this process writes; the others of a torchrun only work."""
+    """Whether this process writes files; under torchrun only the first one does."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class Run:
-    """The folder `out` of one run. settings: JSON values that make the run what it is; inputs: models and reward
-    models.
+    """The folder `out` of one run. settings: JSON values that determine the run; inputs: models and reward models.
 
-    result: of a run of these settings that has ended there. resumes: whether one was interrupted there, and this goes
-    on. Raises UserError, one line: the folder is an input; it holds another run or something else, and is not to be
-    overwritten; there is nothing to `resume`.
+    result: of a finished run with these settings in the folder. resumes: whether this continues an interrupted one.
+    Raises UserError, one line: the folder is an input; it contains another run or something else and overwrite is not
+    set; there is nothing to `resume`.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Run:
         check_folder(self.out)
         outputs.not_an_input(self.out, inputs, folder=True)
         self.previous: Path = self.out / "previous"
-        # What began to overwrite this very run was stopped.
+        # An attempt to overwrite this run was interrupted.
         if not overwrite and self._settings_in(self.previous) == self.settings:
             if is_main():
                 self._hold()
@@ -87,7 +86,7 @@ class Run:
         self._new = not self.out.is_dir() or not any(self.out.iterdir())
         self._old_files = (ended or self._result_in(self.previous) or {}).get("files", [])
         if had is None and self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
-            raise UserError(f"{out}: exists, and is no training run's; --overwrite writes into it")
+            raise UserError(f"{out}: exists, and was not made by a training run; --overwrite writes into it")
         if had is not None and not overwrite:
             outputs.check_same(self.out, had, self.settings)
         same = had == self.settings
@@ -100,17 +99,17 @@ class Run:
         if self.result is not None:
             outputs.say(f"{out}: already there, finished by a run with the same settings")
         elif self.resumes:
-            outputs.say(f"{out}: going on from {self._kept()[-1].name}, where a run of the same settings was stopped")
+            outputs.say(f"{out}: resuming from {self._kept()[-1].name} of an interrupted run with the same settings")
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Of a run that was refused, or stopped before its first checkpoint, nothing stays behind; one that was
-        stopped says what does."""
+        """Removes everything of a run that was refused, or stopped before its first checkpoint; an interrupt's message
+        says what is kept."""
         kept = self._kept()
         if isinstance(error, KeyboardInterrupt) and not error.args:
-            where = f"; the same command goes on from {kept[-1]}" if kept else " before its first checkpoint"
+            where = f"; the same command resumes from {kept[-1]}" if kept else " before its first checkpoint"
             error.args = (f"{self.out}: stopped{where}",)
         self._release()
         if not (kind is None or kept or not is_main()):
@@ -119,7 +118,7 @@ class Run:
             raise failed from error
 
     def _clear(self) -> None:
-        """Of a run that made no checkpoint."""
+        """Remove the files of a run that made no checkpoint."""
         if self._settings_in(self.previous) is not None:
             self._restore()
         if not self._new:
@@ -145,14 +144,14 @@ class Run:
         return read_json(path, kind=RESULT) if path.is_file() else None
 
     def _set_aside(self) -> None:
-        """An ended run's record; run.json, by which `previous` is known, comes last there and goes last from there."""
+        """Move a finished run's record to `previous`, run.json last: it identifies a complete record there."""
         self.previous.mkdir(exist_ok=True)
         for name in reversed(_RECORDS):
             if (self.out / name).is_file():
                 os.replace(self.out / name, self.previous / name)
 
     def _restore(self) -> None:
-        """The record of the run whose model is still there, in the place of one that has not ended."""
+        """Put back the record of the finished run, whose model is still there, in place of the unfinished one's."""
         self._remove_checkpoints()
         for name in reversed(_RECORDS):
             if (self.previous / name).is_file():
@@ -160,7 +159,8 @@ class Run:
         self.previous.rmdir()
 
     def _wait_for_restored(self) -> None:
-        """Until the first process has done it: there is no process group yet, and run.json leaves `previous` last."""
+        """Wait for the first process to restore it: there is no process group yet, and run.json leaves `previous`
+        last."""
         until = time.monotonic() + PATIENCE
         while (self.previous / "run.json").is_file():
             if time.monotonic() > until:
@@ -168,13 +168,13 @@ class Run:
             time.sleep(0.02)
 
     def _kept(self) -> list[Path]:
-        """The whole checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
+        """The complete checkpoints, in the order of their steps; trainer_state.json and state.json are written last."""
         states = self.checkpoints.glob("*/*state.json")
         kept = [path.parent for path in states if _CHECKPOINT.fullmatch(path.parent.name) and path.name in _LAST]
         return sorted(kept, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def begin(self, step: int) -> None:
-        """Make the folder; training goes on after `step`, so what an interrupted run logged beyond it is forgotten."""
+        """Create the folder. Training continues after `step`: later lines in an interrupted run's log are removed."""
         if not is_main():
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ class Run:
         write_json(self.out / "run.json", {"kind": KIND, "version": 1, "settings": self.settings})
 
     def _hold(self) -> None:
-        """Against another run into the same folder, until this one ends. Raises UserError."""
+        """Lock the folder against other runs until this one ends. Raises UserError."""
         self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,7 +204,7 @@ class Run:
             self._lock = None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one object to the log; numbers that are not finite are left out."""
+        """Append one object to the log, without non-finite numbers."""
         if not is_main():
             return
         plain = {k: v for k, v in row.items() if not isinstance(v, float) or abs(v) < float("inf")}
@@ -226,7 +226,8 @@ class Run:
             beside.write_text("".join(kept), encoding="utf-8")
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep and return what came of it; checkpoints go, and what an overwritten run wrote and this one did not."""
+        """Write and return the result. Removes checkpoints, and files of an overwritten run that this one did not
+        write."""
         result = {"kind": RESULT, "version": 1, **result, "settings": self.settings}
         if not is_main():
             return result
@@ -240,14 +241,14 @@ class Run:
         return result
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """The model's and its like in the folder, with what tells whether they are written anew."""
+        """The folder's model files and the like, with what shows whether they are written again."""
         own = (*_RECORDS, "checkpoints", "runs", "previous")
         files = (path for path in self.out.rglob("*") if path.is_file())
         states = {path.relative_to(self.out): path.stat() for path in files}
         return {name.as_posix(): (s.st_ino, s.st_mtime_ns) for name, s in states.items() if name.parts[0] not in own}
 
     def _remove_checkpoints(self) -> None:
-        """What else lies among them stays."""
+        """Remove the checkpoints; other files among them stay."""
         if not self.checkpoints.is_dir():
             return
         for path in self.checkpoints.iterdir():
@@ -259,8 +260,8 @@ class Run:
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write a model for `from_pretrained` into `out`: adapters merged, and beside it in adapter/ on their own, if they
-    were trained on a model that has a name."""
+    """Write a model for `from_pretrained` into `out`, with adapters merged; the adapters alone also go into adapter/ if
+    the base model has a name."""
     if not is_main():
         return
     from fastalign.train.value_head import staged
@@ -275,8 +276,8 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
 
 
 def load_policy(name: str, dtype: str, out: Path) -> tuple[Any, Any]:
-    """The model to train, and its tokenizer; of an adapter's folder the base with the adapter merged, all of it to
-    train. Raises UserError if the disk of `out` has no room for it."""
+    """The model to train and its tokenizer. From an adapter's folder: the base with the adapter merged, all weights
+    trainable. Raises UserError if the disk of `out` has no room for it."""
     from fastalign.models.loading import load_causal_lm
 
     model: Any
@@ -284,7 +285,7 @@ def load_policy(name: str, dtype: str, out: Path) -> tuple[Any, Any]:
     if hasattr(model, "peft_config"):
         outputs.say(f"{name}: an adapter, is merged into its base before training")
         model = model.merge_and_unload().requires_grad_(True)
-        model.name_or_path = ""  # no adapter trained on it is one of the base's
+        model.name_or_path = ""  # an adapter trained on it does not fit the base
     needed, free = sum(p.nbytes for p in model.parameters()), shutil.disk_usage(nearest_folder(out)).free
     if needed > free:
         raise UserError(f"{out}: the model needs {size(needed)}, the disk has {size(free)} free")
@@ -296,7 +297,7 @@ def rows_hash(rows: Any) -> str:
 
 
 def check_counts(**given: int | None) -> None:
-    """Raise UserError for what is no integer of at least 1 (seed: 0); max_steps may be None."""
+    """Raise UserError for anything but an integer of at least 1 (seed: 0); max_steps may be None."""
     for name, count in given.items():
         least = 0 if name == "seed" else 1
         if (name, count) != ("max_steps", None) and not (isinstance(count, int) and least <= count < 1 << 32):
@@ -304,7 +305,7 @@ def check_counts(**given: int | None) -> None:
 
 
 def lora(r: int | None, task: str) -> Any:
-    """peft's LoraConfig of rank r on its usual layers, alpha 2r; None for None. task: "CAUSAL_LM" or "SEQ_CLS"."""
+    """peft's LoraConfig of rank r on its default layers, alpha 2r; None for None. task: "CAUSAL_LM" or "SEQ_CLS"."""
     if r is None:
         return None
     if not (isinstance(r, int) and r >= 1):
@@ -317,7 +318,7 @@ def lora(r: int | None, task: str) -> Any:
 
 
 def board() -> str | None:
-    """ "tensorboard" where it is installed."""
+    """ "tensorboard" if it is installed."""
     import importlib.util
 
     installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
@@ -325,12 +326,11 @@ def board() -> str | None:
 
 
 def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> Any:
-    """A callback for transformers' Trainer: its logs into the run's log and onto the progress line, and a stop where
-    one is asked for.
+    """A callback for transformers' Trainer: writes its logs to the run's log and the progress line, and stops on
+    request.
 
-    Set its `trainer` and `advance` (of a `progress.bar`) once they are made. shown: which logged figures stand on the
-    line. What the next log will tell of the steps since the last is kept in checkpoints, so that a run which goes on
-    from one logs the same.
+    Set `trainer` and `advance` (of a `progress.bar`) once they exist. shown: which logged figures the line shows.
+    Checkpoints store the figures since the last log, so that a resumed run logs the same.
     """
     from transformers import TrainerCallback
 
@@ -358,7 +358,7 @@ def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> 
 
         def on_log(self, args, state, control, logs=None, **_):
             logs = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-            if self.stopped and "loss" not in logs:  # of a whole run
+            if self.stopped and "loss" not in logs:  # TRL's summary of a whole run
                 return
             if state.is_world_process_zero:
                 run.log({"step": state.global_step, **logs})
@@ -379,7 +379,7 @@ def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings meant for programmers, and other libraries' bars where stderr is no terminal, are not shown."""
+    """Hides warnings meant for programmers, and other libraries' progress bars if stderr is not a terminal."""
     from transformers.utils import logging
 
     from fastalign._base.quiet import quiet_unless_terminal
@@ -406,7 +406,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """What another library's constructor says against an argument, as one line."""
+    """Turns another library's error about an argument into one line."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""The command `soup-front`: soups measured along ρ, and the ρ that a palette asks for; figures and soups.json."""
+"""The command `soup-front`: measures soups along ρ and chooses the ρ for a palette; writes figures and soups.json."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def study(
     progress: bool = True,
     **sampling: Unpack[SamplingOptions],
 ) -> SoupFront:
-    """`walk`, then `choose` for a palette (d,), whose ρ is measured afresh with the next seed; soups.json and figures
-    in `out`.
+    """`walk`, then `choose` for a palette (d,), and measure the chosen ρ with the next seed. Writes soups.json and
+    figures to `out`.
 
-    The arguments are those of `walk`. The verdict holds what was measured, not what was chosen by, against the palette.
-    What was chosen for a palette in `out` stays where none is given; for another palette it is refused, unless it is
-    to be overwritten.
+    The arguments are those of `walk`. The verdict compares the new measurement with the palette, not the one used to
+    choose ρ. Without a palette, an earlier choice in `out` stays; one for another palette raises UserError, unless
+    overwrite is set.
     """
     from fastalign.report import figures as plots
 
@@ -103,18 +103,16 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
 
     levels, errors = again.levels[0], again.stderr[0]
     with np.errstate(invalid="ignore"):
-        away = (levels - palette) / errors  # -inf asked for: inf, met; one prompt: NaN
+        away = (levels - palette) / errors  # target -inf: inf, met; one prompt: NaN
     away[(levels == palette) & (errors == 0)] = np.inf  # a value that does not vary
     short = [name for name, x in zip(values, away, strict=True) if x < -2]
     unsure = [name for name, x in zip(values, away, strict=True) if -2 <= x < 2]
     if np.isnan(errors).any():
-        verdict = "not judged, for errors are n/a (1 prompt): more prompts would tell"
+        verdict = "not judged: errors are n/a (1 prompt); use more prompts"
     elif short:
-        verdict = f"not met: {', '.join(short)} below what was asked for by more than two standard errors"
+        verdict = f"not met: {', '.join(short)} below the target by more than two standard errors"
     elif unsure:
-        verdict = (
-            f"within two standard errors of the palette in {', '.join(unsure)}: more prompts or candidates would tell"
-        )
+        verdict = f"within two standard errors of the palette in {', '.join(unsure)}: use more prompts or candidates"
     else:
         verdict = "met, by more than two standard errors in every value"
     return {
@@ -131,7 +129,7 @@ def _chosen(values: Sequence[str], palette: np.ndarray, choice: Choice, again: S
 
 
 def read_palette(path: str | os.PathLike[str], values: Sequence[str]) -> np.ndarray:
-    """The levels (d,) that a palette file asks for, of these values; -inf where it asks for none."""
+    """The target levels (d,) of these values in a palette file; -inf for a value without one."""
     solution = palettes.read(path, "palette", "sense")
     palettes.check_carried(path, solution, values)
     if set(solution["sense"]) != {">="}:

@@ -1,4 +1,4 @@
-"""A training that is asked to stop, by Ctrl-C or SIGTERM, ends its step first, so that a checkpoint can be kept."""
+"""On Ctrl-C or SIGTERM, training finishes its step first, so that a checkpoint can be saved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastalign._base.errors import Terminated
 
 
 class Stopping:
-    """A context. Within it the first signal is noted, for `asked` to tell at the end of the step; a second one ends
-    at once.
+    """A context in which the first signal is only noted, for `requested` at the end of the step; a second one stops at
+    once.
 
-    Signals that are ignored stay so, and outside the main thread nothing is caught.
+    Ignored signals stay ignored, and outside the main thread none is caught.
     """
 
     def __init__(self) -> None:
@@ -37,18 +37,18 @@ class Stopping:
             signal.signal(*self._before.popitem())
 
     def requested(self, accelerator: Any) -> bool:
-        """Whether any process of the run was asked to stop; all call it at the same step and hear the same."""
-        if accelerator.num_processes > 1:  # the launcher's signal reaches each in another moment
+        """Whether any process of the run was asked to stop. All call it at the same step and get the same answer."""
+        if accelerator.num_processes > 1:  # the launcher's signal reaches them at different times
             noted = accelerator.gather(torch.tensor([self._signal], device=accelerator.device))
             self._signal = int(noted.max())
         return bool(self._signal)
 
     def end(self) -> None:
-        """What the signal would have raised at once."""
+        """Raise what the signal would have raised."""
         raise Terminated if self._signal == signal.SIGTERM else KeyboardInterrupt
 
     def _note(self, number: int, frame: object) -> None:
         self._signal = number
         self.__exit__()
-        with suppress(RuntimeError):  # it came while a line was being written
-            outputs.say("stopping after the step in progress; once more to stop at once")
+        with suppress(RuntimeError):  # the signal came while a line was being written
+            outputs.say("stopping after the current step; a second signal stops at once")

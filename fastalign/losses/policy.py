@@ -21,7 +21,7 @@ from fastalign.ops.policy import KL, Clip, PolicyRows, Tokens, kl_estimate, poli
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 GRPO_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo")
-# TRL's: keeps a group of equal rewards from dividing by 0.
+# TRL's; prevents division by 0 in a group of equal rewards.
 STD_FLOOR = 1e-4
 
 
@@ -34,8 +34,8 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor | None  # mean over tokens; None where not given
     approx_kl: Tensor  # KL(old, new) by k3, mean over tokens
     ratio: Tensor  # mean of the importance ratio
-    clip_low: Tensor  # share of ratios under the clip range with a negative advantage
-    clip_high: Tensor  # share of ratios over it with a positive one
+    clip_low: Tensor  # share of ratios below the clip range with a negative advantage
+    clip_high: Tensor  # share of ratios above it with a positive one
 
 
 class ValueLoss(NamedTuple):
@@ -469,7 +469,7 @@ def _check_pairs(**named: tuple[float, float]) -> None:
 
 
 def _by_sign(up: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
-    # Not torch.where of two numbers, which is float32 whatever the rest is.
+    # torch.where of two numbers would be float32, whatever the other dtypes.
     return torch.full_like(like, negative).masked_fill(up, positive)
 
 

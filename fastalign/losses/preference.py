@@ -151,9 +151,9 @@ def dpo_loss(
     Args:
         policy_chosen_logps, policy_rejected_logps: (B,) log pi(y|x), summed over the completion's tokens.
         ref_chosen_logps, ref_rejected_logps: (B,) the same under the reference model; both None for reference-free.
-        beta: strength of the tie to the reference; tau of IPO; the reciprocal margin of hinge.
+        beta: strength of the penalty for leaving the reference; IPO's tau; hinge's reciprocal margin.
         loss_type: one of LOSS_TYPES, or several (MPO, arXiv 2411.10442): their sum by `loss_weights`.
-        loss_weights: one weight per loss type; 1 each where None.
+        loss_weights: one weight per loss type; None: 1 each.
         label_smoothing: the chance that a label is flipped, in [0, 1): for sigmoid and sigmoid_norm (cDPO; TRL's
             trainer ignores it there), aot, aot_unpaired, robust (below 0.5) and exo_pair (above 0). Others ignore it.
         f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence (f-DPO, arXiv 2309.16240), for
@@ -191,7 +191,7 @@ def dpo_loss(
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     _check_extras(batch, **lengths, sft_logps=sft_logps, weights=weights)
     if weights is not None and not {"aot", "aot_unpaired"}.isdisjoint(kinds):
-        raise UserError("weights must be None for aot and aot_unpaired, which sort the batch and so lose the pairs")
+        raise UserError("weights must be None for aot and aot_unpaired, which sort the batch and so separate the pairs")
 
     chosen, rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     if ref_chosen_logps is None or ref_rejected_logps is None:
@@ -235,13 +235,13 @@ def kto_loss(
 ) -> KTOLoss:
     """KTO (arXiv 2402.01306, eq. 7): unpaired completions, each labelled desirable or not.
 
-    w · (1 - sigmoid(s · beta · (log-ratio - kl))), s = +1 where desirable and -1 where not.
+    w · (1 - sigmoid(s · beta · (log-ratio - kl))), s = +1 if desirable, else -1.
 
     Args:
         policy_logps, ref_logps: (B,) log-probabilities of the completions; ref None for reference-free.
         desirable: (B,) bool.
-        kl: the reference point, a number or a tensor () such as `kto_kl` gives; no gradient passes. Read by "kto" only.
-        desirable_weight, undesirable_weight: w of either side.
+        kl: the reference point, a number or a tensor () as returned by `kto_kl`; without gradient. Used by "kto" only.
+        desirable_weight, undesirable_weight: w of each side.
         loss_type: "kto", or "apo_zero_unpaired" (arXiv 2408.06266, eq. 7, unpaired), whose reference point is 0.
 
     Raises:
@@ -300,7 +300,7 @@ def cpo_loss(
         chosen_nll: () or (B,) negative log-likelihood of the chosen, added cpo_alpha times; None for none.
 
     Returns:
-        PreferenceLoss; the rewards are beta times the log-probabilities (AlphaPO's rewards where alpha is not 0).
+        PreferenceLoss; the rewards are beta times the log-probabilities (AlphaPO's rewards if alpha is not 0).
 
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
@@ -352,7 +352,7 @@ def orpo_loss(
 
     Args:
         policy_chosen_logps, policy_rejected_logps: (B,) log-probabilities averaged over tokens, at most 0. A
-            probability of exactly 1 is read as 1 less the smallest normal number.
+        probability of exactly 1 is taken as 1 minus the smallest normal number.
         chosen_nll: () or (B,) negative log-likelihood of the chosen, the paper's L_SFT; None for the odds term alone.
 
     Raises:
@@ -370,7 +370,8 @@ def orpo_loss(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, by the branch that keeps its digits (Maechler 2012), each fed only its own side."""
+    """log(1 - exp(x)) for x <= 0, by the accurate branch on each side (Maechler 2012); each branch gets only its own
+    inputs."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
     close = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
@@ -426,7 +427,7 @@ def _check_divergence(kinds, f_divergence_type) -> None:
         for kind in kinds:
             if kind != "sft" and not TABLE[kind].takes_f_divergence:
                 raise UserError(
-                    f"f_divergence_type must be 'reverse_kl' for loss_type {kind!r}, which is no function of the "
+                    f"f_divergence_type must be 'reverse_kl' for loss_type {kind!r}, which is not a function of the "
                     f"reward difference alone, got {f_divergence_type!r}"
                 )
 

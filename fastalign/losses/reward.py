@@ -27,15 +27,15 @@ def bradley_terry_loss(
 
     Args:
         chosen_scores, rejected_scores: of one shape, one score per completion.
-        margin: how far apart the pair should be, a number or one a pair; None: 0.
-        center_coefficient: adds this times the mean of (chosen + rejected)², which holds the scores about 0 (arXiv
+        margin: the desired difference, one number or one per pair; None: 0.
+        center_coefficient: adds this times the mean of (chosen + rejected)², which keeps the scores near 0 (arXiv
             2312.09244, section 2), as TRL's RewardTrainer does.
 
     Returns:
         () float32, float64 for float64 scores; 0 for no pairs.
 
     Raises:
-        UserError, TypeError: shapes that differ, or scores that are no floating tensors.
+        UserError, TypeError: shapes that differ, or scores that are not floating-point tensors.
     """
     chosen, rejected = _scores("chosen_scores", chosen_scores), _scores("rejected_scores", rejected_scores)
     if chosen.shape != rejected.shape:
@@ -59,16 +59,16 @@ def bradley_terry_loss(
 
 
 def plackett_luce_loss(scores: Tensor, ranking: Tensor, mask: Tensor | None = None) -> Tensor:
-    """-log P(ranking), the mean over rankings: each place is won against all that come after it.
+    """-log P(ranking), the mean over rankings: the item at each place is preferred to all that follow it.
 
     P = Π_k exp(s_{π(k)}) / Σ_{j >= k} exp(s_{π(j)}) (Plackett 1975; Luce 1959; as a reward loss arXiv 2305.18290,
     appendix A.3). For two items it is Bradley–Terry's.
 
     Args:
         scores: (..., n) one score per item.
-        ranking: (..., k) int64, k <= n: the items from best to worst. Items that it does not name took no part.
-        mask: (..., k) bool or 0/1, 0 where a shorter ranking is padded; None: no padding. A ranking of no or one item
-            says nothing: 0 and no gradient.
+        ranking: (..., k) int64, k <= n: the items from best to worst. Items not listed are ignored.
+        mask: (..., k) bool or 0/1, 0 on the padding of a shorter ranking; None: no padding. A ranking of fewer than two
+        items contributes 0 and no gradient.
 
     Returns:
         () float32, float64 for float64 scores; 0 for no rankings.
@@ -91,9 +91,9 @@ def plackett_luce_loss(scores: Tensor, ranking: Tensor, mask: Tensor | None = No
         raise UserError(f"mask.shape must equal ranking.shape, got {tuple(mask.shape)} and {tuple(ranking.shape)}")
     mask, k = mask != 0, ranking.shape[-1]
     placed = scores.gather(-1, ranking.masked_fill(~mask, 0))
-    # (..., k, k): row i holds the places from i on, less its own, so that no digits cancel. What is out weighs nothing
-    # in the sums; it is a number and not -inf, which would leave NaN in the gradient. (logcumsumexp needs no k², but
-    # its gradient overflows.)
+    # (..., k, k): row i holds the places from i on, minus its own score, so that no digits cancel. Excluded places have
+    # no weight in the sums; they get a finite number, because -inf would put NaN in the gradient. (logcumsumexp needs
+    # no k², but its gradient overflows.)
     stays = mask.unsqueeze(-2) & torch.ones(k, k, dtype=torch.bool, device=mask.device).triu()
     apart = (placed.unsqueeze(-2) - placed.unsqueeze(-1)).masked_fill(~stays, torch.finfo(placed.dtype).min / 4)
     return apart.logsumexp(-1).masked_fill(~mask, 0).sum() / max(math.prod(ranking.shape[:-1]), 1)
@@ -105,7 +105,7 @@ class BradleyTerryScores(NamedTuple):
     scores: np.ndarray  # (n,) natural log-odds: P(i beats j) = 1 / (1 + exp(scores[j] - scores[i]))
     standard_errors: np.ndarray  # (n,)
     covariance: np.ndarray  # (n, n): the variance of a difference is c[i, i] + c[j, j] - 2 c[i, j]
-    items: tuple[Hashable, ...]  # (n,) what each place stands for
+    items: tuple[Hashable, ...]  # (n,) the items' names
     log_likelihood: float
     iterations: int
 
@@ -113,26 +113,26 @@ class BradleyTerryScores(NamedTuple):
 def bradley_terry_scores(
     comparisons: Any, *, prior: float = 0.0, tol: float = 1e-10, max_iterations: int = 100
 ) -> BradleyTerryScores:
-    """The scores of many items from who beat whom, by maximum likelihood (Bradley and Terry 1952; Hunter 2004).
+    """The scores of many items from pairwise comparisons, by maximum likelihood (Bradley and Terry 1952; Hunter 2004).
 
-    The strengths of chess players from their games, of models from votes between their answers. Scores are log-odds;
-    times 400 / ln 10 they are Elo points. Newton's method, on a problem that is concave once the comparisons connect
-    the items.
+    For example, the strengths of chess players from their games, or of models from votes on their answers. Scores are
+    log-odds; times 400 / ln 10 they are Elo points. Uses Newton's method; the problem is concave if the comparisons
+    connect the items.
 
     Args:
-        comparisons: a square table (n, n), wins[i, j] = how often i beat j; or a list of (winner, loser) or
-            (winner, loser, count), by names or by indices. Counts may be fractions: a draw is half a win to each side.
-        prior: adds so many wins and as many losses of every item against an imaginary one of score 0. Any value above
-            0 makes scores finite where some items never won, never lost or never met.
-        tol: the largest step of a score at which Newton stops.
-        max_iterations: of Newton.
+        comparisons: a square table (n, n), wins[i, j] = how often i beat j; or a list of (winner, loser) or (winner,
+        loser, count), by names or by indices. Counts may be fractions: a draw is half a win for each side. prior: adds
+        this many wins and losses of every item against an imaginary item of score 0. Any value above 0 makes scores
+        finite even if some items never won, never lost or never met.
+        tol: stop when no score changes by more than this.
+        max_iterations: of Newton's method.
 
     Returns:
         BradleyTerryScores. Without a prior the scores' mean is 0 and the errors are those of a score against the mean
-        (inverse Fisher information on Σ score = 0); with one, both are against the imaginary item.
+        (inverse Fisher information on Σ score = 0); with one, both are relative to the imaginary item.
 
     Raises:
-        UserError: comparisons of another form; items that the comparisons leave without finite scores (Hunter's
+        UserError: comparisons of another form; items without finite scores (Hunter's
             assumption 1: in every split of the items in two, some item of each side has beaten one of the other).
     """
     if not (isinstance(prior, int | float) and 0 <= prior < math.inf):
@@ -159,10 +159,10 @@ def bradley_terry_scores(
         p, variance = chances(s[:, None] - s[None, :])
         p0, variance0 = chances(s)
         weight = games * variance
-        # p.T is 1 - p to the last digit: as a difference of products the gradient keeps its digits at any odds.
+        # p.T is 1 - p to the last digit, so the gradient, a difference of products, is accurate at any odds.
         gradient = (wins * p.T).sum(1) - (wins.T * p).sum(1) + prior * (1 - 2 * p0)
         hessian = np.diag(weight.sum(1) + 2 * prior * variance0) - weight
-        # Without a prior all scores may shift together; a constant along that direction fixes their mean.
+        # Without a prior all scores may shift together; a constant in that direction fixes their mean.
         return gradient, hessian + (weight.sum() / n**2 if prior == 0 else 0.0)
 
     scores, iterations = np.zeros(n), 0
@@ -243,12 +243,12 @@ def _check_connected(wins: np.ndarray, items: tuple[Hashable, ...]) -> None:
     count, component = connected_components(wins > 0, connection="strong")
     if count == 1:
         return
-    # One of the parts lost to no other, and so has no finite score against the rest.
+    # A part that never lost to another has no finite score relative to the rest.
     beaten = {int(component[j]) for i, j in zip(*np.nonzero(wins), strict=True) if component[i] != component[j]}
     part = next(c for c in range(count) if c not in beaten)
     members = [repr(items[i]) for i in np.flatnonzero(component == part)]
     listed = ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
     raise UserError(
-        "comparisons must let every item be compared with every other through wins both ways; no other item beat "
+        "comparisons must connect every two items by wins in both directions; no other item beat "
         f"{listed} (give prior=0.1, say, for finite scores)"
     )

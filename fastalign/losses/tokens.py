@@ -1,6 +1,6 @@
-"""Per-token quantities (B, T) and their masks: what the policy losses share.
+"""Per-token quantities (B, T) and their masks, for the policy losses.
 
-What stands at masked places is never read, NaN or not, and gets no gradient.
+Masked places are never read, even if NaN, and get no gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check_tokens(name: str, x: Tensor) -> None:
 
 
 def valid(mask: Tensor, like: Tensor, name: str) -> Tensor:
-    """mask as bool, checked to have the shape of `like`, which is called `name`."""
+    """mask as bool, checked to have the shape of `like`, whose name is `name`."""
     checks.tensor("mask", mask)
     if mask.shape != like.shape:
         raise UserError(f"mask.shape must equal {name}.shape, got {tuple(mask.shape)} and {tuple(like.shape)}")
@@ -35,7 +35,7 @@ def valid(mask: Tensor, like: Tensor, name: str) -> Tensor:
 
 
 def check_beside(name: str, x: Tensor | None, like: Tensor, of: str = "logprobs") -> None:
-    """x, where it is given, must have the shape of `like`, which is called `of`."""
+    """x, if given, must have the shape of `like`, whose name is `of`."""
     if x is None:
         return
     checks.tensor(name, x)
@@ -52,9 +52,9 @@ def check_aggregation(how: str, normalizer: Tensor | float | None = None) -> Non
 
 
 def aggregate(rows: Tensor, tokens: Tensor, how: str, normalizer: Tensor | float | None = None) -> Tensor:
-    """Sums (B,) over the valid tokens of each row, and their numbers, to a scalar. token_mean: over all tokens, or over
-    `normalizer`; seq_mean_token_mean: the mean over rows (empty ones too, as 0) of each row's mean; seq_mean_token_sum:
-    of its sum.
+    """A scalar from the sums (B,) over each row's valid tokens and their counts. token_mean: the mean over all tokens,
+    or the sum divided by `normalizer`; seq_mean_token_mean: the mean over rows (0 for an empty row) of the rows' means;
+    seq_mean_token_sum: of their sums.
     """
     if how == "token_mean":
         return rows.sum() / (tokens.sum().clamp(min=1) if normalizer is None else normalizer)

@@ -1,4 +1,4 @@
-"""What is known of a transformers model, and the trial that proves each path it may run on."""
+"""Properties of a transformers model, and the trial that tests each path it may run on."""
 
 from fastalign.models.identity import Verdict, language_model
 from fastalign.models.trial import Probe, tried

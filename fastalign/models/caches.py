@@ -1,4 +1,4 @@
-"""The cache of a model's forward pass, whatever its class and its version of transformers call it."""
+"""The cache of a model's forward pass, whose name depends on the class and the version of transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buck
 
 
 def cache_name(model: Any) -> str:
-    """The argument of forward that takes it."""
+    """The name of forward's argument for it."""
     accepted = inspect.signature(type(language_model(model)).forward).parameters
     return next((name for name in NAMES if name in accepted), NAMES[0])
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what forward returned; None where there is none."""
+    """The cache in forward's output; None if there is none."""
     return next((output[name] for name in NAMES if output.get(name) is not None), None)

@@ -1,11 +1,11 @@
-"""A transformers model's norms, gated MLPs and rotations on the compiled engine, one pass each where eager torch takes
-five to ten, and its linear layers' products by `ops.products`.
+"""A transformers model's norms, gated MLPs and rotary embeddings in native kernels, one pass each where eager torch
+takes five to ten, and its linear layers' products by `ops.products`.
 
 `CompiledLayers` looks for modules of the usual forms (RMSNorm, Llama's MLP, rotary embeddings of halves) and gives each
-a forward of its own where that gives the same numbers on a random input; anything else stays as it is. Whatever the
-engine does not do takes the old forward: other dtypes than float32 (but for products), other devices, autocast, weights
-that FSDP holds. Less is kept for the backward pass: a norm keeps its input and a number per token, an MLP neither its
-gate's activation nor the product of its halves, which its backward pass makes again.
+a compiled forward if that returns the same numbers on a random input. Everything else uses the old forward: other
+dtypes than float32 (except for products), other devices, autocast, weights sharded by FSDP. Less is kept for the
+backward pass: a norm keeps its input and one number per token; an MLP recomputes its gate's activation and the product
+of its halves.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fastalign.ops.buffers import buffer
 from fastalign.ops.once import once_differentiable
 
 MLP = ("gate_proj", "up_proj", "down_proj")
-ROTATION = "apply_rotary_pos_emb"  # by this name in every model of transformers
+ROTATION = "apply_rotary_pos_emb"  # has this name in every model of transformers
 
 
 class CompiledLayers:
-    """Within `with CompiledLayers.of(model):` its forward passes run their small operations on the engine.
+    """Within `with CompiledLayers.of(model):` the model's forward passes run their small operations in native kernels.
 
-    Outside the model is as it was. Gradients are right wherever backward is called; but a forward pass that is run
-    again then (gradient checkpointing) would not find what the first one kept, so such models run as they are.
+    Outside the block the model is unchanged. Gradients are correct wherever backward is called. Models with gradient
+    checkpointing run unchanged, because their second forward pass would not find what the first one kept.
     """
 
     @classmethod
@@ -47,7 +47,7 @@ class CompiledLayers:
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         self._forwards: list[tuple[nn.Module, Callable]] = []
-        self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # theirs, then ours
+        self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # the model's, then ours
         self._linears: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Linear]
         self._undo = contextlib.ExitStack()
         if backend.native is None:
@@ -77,7 +77,7 @@ class CompiledLayers:
         if checkpointed or backend.choose(torch.device("cpu")) != "cpu":
             return self
         for module, forward in [*self._forwards, *linear_layers.forwards(self._linears)]:
-            if "forward" not in vars(module):  # somebody else's forward stays
+            if "forward" not in vars(module):  # replaced by someone else since: it stays
                 vars(module)["forward"] = forward
                 self._undo.callback(vars(module).pop, "forward", None)
         for place, original, compiled in self._rotations:
@@ -92,7 +92,7 @@ class CompiledLayers:
 _known: weakref.WeakKeyDictionary[nn.Module, CompiledLayers] = weakref.WeakKeyDictionary()
 
 
-# ---- which modules, and whether theirs is what the engine does ----
+# ---- which modules have a compiled form, tested on random inputs ----
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -109,7 +109,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _settings(module: nn.Module) -> str:
-    """Everything plain that the module keeps beside its tensors: of one class, one may scale and another not."""
+    """The module's plain attributes: of two modules of a class, one may scale and the other not."""
     kept = {
         k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, bool, type(None))) and k != "training"
     }
@@ -130,7 +130,7 @@ def _norm_forward(original: Callable, offset: float) -> Callable:
             return original(self, hidden_states, *args, **kwargs)
         y = _RMSNorm.apply(hidden_states, self.weight, _eps(self), offset)
         if y.requires_grad:
-            y.fastalign_norm = (hidden_states.detach(), self.weight.detach(), _eps(self), offset)  # to make it again
+            y.fastalign_norm = (hidden_states.detach(), self.weight.detach(), _eps(self), offset)  # to recompute it
         return y
 
     return forward
@@ -143,7 +143,7 @@ def _mlp_forwards(original: Callable) -> Iterator[Callable]:
         gate, up, down = layers = [getattr(self, name) for name in MLP]
         if all(map(_plain, layers)) and _ours(*(layer.weight for layer in layers)):
             return _GatedMLP.apply(x, *(layer.weight for layer in layers))
-        g, u = gate(x), up(x)  # adapters and hooks have their say
+        g, u = gate(x), up(x)  # respects adapters and hooks
         return down(_SiluGate.apply(g, u) if _ours(g, u) and g.shape == u.shape else self.act_fn(g) * u)
 
     yield forward
@@ -151,7 +151,7 @@ def _mlp_forwards(original: Callable) -> Iterator[Callable]:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, forward: Callable) -> bool:
-    """Whether `forward` gives what the module gives on random inputs, tiny and large too, up to float32's rounding."""
+    """Whether `forward` equals the module on random inputs, also tiny and large ones, up to float32's rounding."""
     parameters = list(module.parameters())
     if not parameters or any(
         p.device.type != "cpu" or type(p) is not nn.Parameter or p.dtype != torch.float32 for p in parameters
@@ -164,7 +164,7 @@ def _agrees(module: nn.Module, forward: Callable) -> bool:
         with torch.autocast("cpu", enabled=False):
             expected = type(module).forward(module, x)
             result = forward(module, x)
-    except Exception:  # it takes more than one tensor: not what the engine does
+    except Exception:  # takes more than one tensor: no compiled form
         return False
     if not isinstance(expected, Tensor) or expected.shape != result.shape:
         return False
@@ -179,7 +179,7 @@ def _ours(*tensors: Tensor) -> bool:
 
 
 def _plain(layer: nn.Module) -> bool:
-    """A linear layer that nobody listens to: its product may be taken without calling it."""
+    """A linear layer without hooks: its product may be computed without calling it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     own = "forward" in vars(layer) and not linear_layers.replaces(layer)
     return type(layer) is nn.Linear and layer.bias is None and not hooks and not own
@@ -193,7 +193,7 @@ def _rotates_halves(original: Callable) -> bool:
     cos, sin = torch.randn(2, 1, 3, 8, generator=draw).unbind()
     try:
         expected = original(q, k, cos, sin)
-    except Exception:  # another signature: not this rotation
+    except Exception:  # another signature: another rotation
         return False
     rotated = (_Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin))
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(rotated, expected, strict=True))
@@ -253,7 +253,7 @@ def _gate(g: Tensor, u: Tensor) -> Tensor:
 
 
 def _gate_backward(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(dg, du); in dh's place then stands the gate's output."""
+    """(dg, du); dh is overwritten with the gate's output."""
     dg, du = torch.empty_like(g), torch.empty_like(u)
     backend.native.silu_gate_backward(*map(buffer, (dg, du, dh, g, u)), g.numel(), threads())
     return dg, du
@@ -275,7 +275,7 @@ class _SiluGate(torch.autograd.Function):
 
 
 class _GatedMLP(torch.autograd.Function):
-    """(silu(x Wgᵀ) ∘ x Wuᵀ) Wdᵀ, which keeps x (or what a norm made it of) and the first two products."""
+    """(silu(x Wgᵀ) ∘ x Wuᵀ) Wdᵀ, which keeps x (or the input of the norm before it) and the first two products."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     batch, heads, length, d = x.shape
-    x = x.transpose(1, 2).contiguous()  # as the projection wrote it: no copy
+    x = x.transpose(1, 2).contiguous()  # in the projection's layout: no copy
     out = torch.empty_like(x)
     backend.native.rotate(*map(buffer, (out, x, cos, sin)), batch * length, heads, d, inverse, threads())
     return out.transpose(1, 2)

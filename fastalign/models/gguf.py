@@ -22,7 +22,7 @@ from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 # value types of the metadata: fixed sizes in bytes; 8 is a string and 9 an array
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
-FORMAT = 1  # of what `convert` writes
+FORMAT = 1  # of the output of `convert`
 
 
 def check(path: str | Path) -> None:
@@ -42,13 +42,13 @@ def check(path: str | Path) -> None:
 def convert(path: str | Path) -> Path:
     """The safetensors folder (float32 weights, tokenizer) of a GGUF file, created on the first call, then reused.
 
-    Its name carries a hash of the file's content and time and of who converts it, so a changed file is converted again.
-    Raises FileNotFoundError, UserError (one line) or OSError (disk full).
+    Its name contains a hash of the file's content and time and of the converter's versions, so a changed file is
+    converted again. Raises FileNotFoundError, UserError (one line) or OSError (disk full).
     """
     path = Path(path).resolve()
     check(path)
     digest = hashlib.sha256()
-    with path.open("rb") as file:  # all of it: the time may be kept, and weights change while the header stays
+    with path.open("rb") as file:  # all of it: weights may change under the same header and time
         while block := file.read(1 << 20):
             digest.update(block)
     digest.update(f"{path.stat().st_mtime_ns} {FORMAT} {importlib.metadata.version('transformers')}".encode())
@@ -141,7 +141,7 @@ class _Header:
             if item in _SIZES:
                 self.take(_SIZES[item] * count)
             else:
-                for _ in range(count):  # each takes bytes, so `take` ends a bogus count
+                for _ in range(count):  # each takes bytes, so `take` stops at a bogus count
                     self.skip_value(item, depth + 1)
         else:
             raise _Bad(f"unknown metadata type {kind}")

@@ -14,10 +14,10 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_KNOWN = ("torch.distributed", "accelerate.", "fastalign.")  # whose hooks change no number
-_LIBRARIES = ("transformers", "fastalign", "liger_kernel")  # whose forwards are a function of their classes alone
-_PASSING = ("training", "gradient_checkpointing", "max_seq_len_cached")  # attributes that say nothing of the numbers
-_PLAIN = (bool, int, float, str)  # to isinstance, faster than their union
+_KNOWN = ("torch.distributed", "accelerate.", "fastalign.")  # libraries whose hooks change no numbers
+_LIBRARIES = ("transformers", "fastalign", "liger_kernel")  # libraries whose forwards depend only on their classes
+_PASSING = ("training", "gradient_checkpointing", "max_seq_len_cached")  # attributes that do not affect the numbers
+_PLAIN = (bool, int, float, str)  # faster for isinstance than a union
 _NO_PART = (
     "_name_or_path",
     "name_or_path",
@@ -143,7 +143,7 @@ def _parts(model: Any) -> tuple:
 
 
 def _adapter_state(module: nn.Module) -> tuple:
-    # hasattr of a module takes long where it is not, and all of this is asked of at every minibatch
+    # hasattr of a module is slow if the attribute is missing, and this runs at every minibatch
     if "base_layer" not in module._modules and not hasattr(type(module), "base_layer"):
         return ()
     return tuple(str(getattr(module, name, None)) for name in ("active_adapters", "disable_adapters", "merged"))
@@ -173,7 +173,7 @@ def _hooks_of(model: Any) -> Iterator[Any]:
 
 def _module_of(hook: Any) -> str:
     function = getattr(hook, "__func__", hook)
-    code = getattr(function, "__code__", None)  # of functools.wraps the name is the wrapped one's
+    code = getattr(function, "__code__", None)  # under functools.wraps this is the wrapped function's name
     named = getattr(function, "__globals__", {}).get("__name__") if code is not None else type(function).__module__
     return named or ""
 

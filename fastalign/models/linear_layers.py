@@ -25,8 +25,8 @@ def replaces(module: nn.Module) -> bool:
 
 
 def forwards(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Linear, Callable]]:
-    """The linear layers among them with the forward for each; none if torch's own products are the fastest here. Layers
-    of other classes and those with a forward of their own stay."""
+    """The linear layers among them, each with its new forward; none if torch's own products are fastest here. Layers of
+    other classes and those with a forward of their own are left out."""
     layers = [m for m in modules if type(m) is nn.Linear and "forward" not in vars(m)]
     if any(map(products.quicker, {layer.weight.dtype for layer in layers})):
         yield from ((layer, types.MethodType(forward, layer)) for layer in layers)
@@ -35,7 +35,7 @@ def forwards(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Linear, Callable
 class PackedLayers:
     """Within `with`, the linear layers' products of about `rows` rows, for inference, with weights packed once.
 
-    The copies are made where they pay and take no more than a fourth of the memory that is free.
+    Weights are copied only if that pays and takes at most a quarter of the available memory.
     """
 
     def __init__(self, model: nn.Module, rows: int):
@@ -92,8 +92,8 @@ def speed_up(model: nn.Module) -> SpedUp:
     and backward: oneDNN instead of MKL on AMD processors with AVX-512, nothing changed on others.
 
     Results differ from torch's by rounding. Layers wrapped later (by peft, say) keep it. On a GPU, under autocast or
-    torch.compile, and for other dtypes than float32 and bfloat16, torch's own product is taken. A second derivative is
-    refused where oneDNN made the first.
+    torch.compile, and for other dtypes than float32 and bfloat16, torch's own product is taken. A second derivative
+    raises if oneDNN computed the first.
 
     Returns a handle: its `remove()` undoes the change, as does the end of a `with` block.
     """

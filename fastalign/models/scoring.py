@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """A batch as the model runs it, and its scored positions."""
 
     input_ids: Tensor  # (R, T), padded on the right
-    lengths: list[int]  # of the rows, as far as they are scored
+    lengths: list[int]  # of the rows, up to the last scored position
     row: Tensor  # (n,)
     column: Tensor  # (n,): the hidden state there gives the label's probability
 
@@ -45,7 +45,7 @@ def fused_head(model: Any) -> Verdict:
     if not wrapped:
         return wrapped
     try:
-        head_of(language_model(model))  # what is on the head now: a dropout that is on, or another adapter
+        head_of(language_model(model))  # active on the head now: dropout, or another adapter
     except UserError as refusal:
         return Verdict(False, str(refusal), math.nan)
     return tried(model, "fused head", _fused_head)
@@ -87,8 +87,7 @@ def describe(model: Any) -> str:
     return {_hidden: "fused head", _logits: "full logits", _alone: "full logits, row by row"}[run]
 
 
-# What runs a layout: -> (hidden states or logits (n, ...) of the scored positions, hidden states (n, H) where asked
-# for)
+# Runs a layout: -> (hidden states or logits (n, ...) of the scored positions, hidden states (n, H) if requested)
 Run = Callable[[Any, Layout, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -140,7 +139,7 @@ def _alone(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Ten
 
 def _layout(input_ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Layout:
     row, column = at.nonzero(as_tuple=True)
-    lengths = (at * torch.arange(2, at.shape[1] + 2, device=at.device)).amax(1)  # the last label's own token is in
+    lengths = (at * torch.arange(2, at.shape[1] + 2, device=at.device)).amax(1)  # includes the last label's token
     if attention_mask is not None:
         keep = attention_mask.bool()
         input_ids = input_ids.gather(1, (~keep).long().argsort(dim=1, stable=True))
@@ -235,7 +234,7 @@ def fused_forward(
     verdict = fused_head(model)
     if not verdict.ok:
         warn_once(model, f"{name_of(model)} is scored from its full logits, not on the fused head: {verdict.why}")
-        logits = model(**inputs).logits[:, -labels.shape[1] :]  # behind virtual tokens
+        logits = model(**inputs).logits[:, -labels.shape[1] :]  # after virtual tokens
         if shift_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return token_logprobs(logits, labels, **options)

@@ -30,8 +30,8 @@ from fastalign.models.spans import chunk_length, narrowed, rope_change, rope_is_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEAR = 64  # tokens: a length at which the configuration changes something is passed in the trial up to here
-TELLING = 300  # a change of the inputs must move the logits by so many tolerances, or the trial could not tell
+NEAR = 64  # tokens: the trial passes any length below this at which the configuration changes something
+TELLING = 300  # a changed input must move the logits by this many tolerances for the trial to detect errors
 
 
 class Probe(NamedTuple):
@@ -57,12 +57,12 @@ class _Truth:
     probe: Probe
     log_probs: list[Tensor]  # float64, (len(tail), V) of each row
     tolerance: float
-    causal: float  # how far a token's logits move with what follows it, in tolerances
+    causal: float  # how far a token's logits depend on later tokens, in tolerances
     telling: bool
 
 
 _kept: dict[tuple, Verdict] = {}
-# With uses.
+# Verdicts, and their numbers of uses.
 _flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -123,7 +123,7 @@ def _at_rest(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference mode: what shards a model keeps the tensors that it gathers.
+        # Not inference mode: sharding libraries keep the tensors that they gather.
         with torch.no_grad(), torch.autocast(language_model(model).device.type, enabled=False):
             yield
     finally:
@@ -148,18 +148,18 @@ def _truth(model: Any) -> _Truth:
         raise UserError(
             f"{name_of(model)} cannot be used: its log-probabilities of one text differ from run to run, by {again:.2g}"
         )
-    # Rounding as it shows where the same tokens are run alone and with what follows.
+    # The rounding between running the same tokens alone and with later ones.
     noise = distance(_log_softmax(_plain(model, prompt)), _log_softmax(logits[0][: len(prompt)]))
-    # Of a logit that rules its token out (-1e9) the size says nothing of the others' rounding.
+    # The size of a logit that excludes its token (-1e9) says nothing about the others' rounding.
     scale = max(
         [1.0, *(float(x[p > -30].abs().max()) for x, p in zip(tails, log_probs, strict=True) if (p > -30).any())]
     )
     eps = torch.finfo(language_model(model).dtype).eps
-    eps = max(eps, torch.finfo(torch.float32).eps)  # norms, ropes and softmaxes of a float64 model are float32's
+    eps = max(eps, torch.finfo(torch.float32).eps)  # a float64 model's norms, RoPEs and softmaxes run in float32
     allowed = (256 if eps < 1e-4 else 4) * eps * scale
     tolerance = max(allowed, 4 * noise) if noise <= 8 * allowed else allowed
     causal = noise / (8 * allowed)
-    whole = not any(p.isnan().any() for p in log_probs)  # of NaN weights nothing can be told
+    whole = not any(p.isnan().any() for p in log_probs)  # NaN weights allow no verdict
     telling = whole and _tells(model, rows[-1], log_probs[-1], TELLING * tolerance)
     return _Truth(probe, log_probs, tolerance, causal if whole else 0.0, telling)
 
@@ -180,7 +180,7 @@ def _tells(model: Any, row: tuple[list[int], list[int]], log_probs: Tensor, leas
         try:
             moved = distance(_log_softmax(run()[len(prompt) - 1 : -1]), log_probs)
         except Exception:
-            continue  # a model that has no such attention
+            continue  # a model without such attention
         if moved < least:
             return False
     return True
@@ -222,7 +222,7 @@ def _plain(model: Any, ids: Sequence[int]) -> Tensor:
     """(T, V): the model's own logits of one row."""
     row = torch.tensor([list(ids)], device=language_model(model).device)
     logits = model(input_ids=row, use_cache=False).logits[0]
-    return logits[-len(ids) :]  # behind the virtual tokens of prompt learning
+    return logits[-len(ids) :]  # after the virtual tokens of prompt learning
 
 
 def _compare(path: Path, model: Any, truth: _Truth) -> Verdict:
@@ -230,7 +230,7 @@ def _compare(path: Path, model: Any, truth: _Truth) -> Verdict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = path(model, truth.probe)
-    except Exception as error:  # whatever a stranger's model raises on this path: it is not taken
+    except Exception as error:  # any error of an unknown model: the path is not used
         return Verdict(False, first_line(error), math.nan)
     error = max(distance(_log_softmax(a), b) for a, b in zip(result, truth.log_probs, strict=True))
     if error <= truth.tolerance:
@@ -243,7 +243,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return math.inf
     apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).nan_to_num(math.inf)
-    # Of what is as good as ruled out only the verdict counts, not the rounding of its exponent.
+    # For an excluded token only the exclusion counts, not the rounding of its exponent.
     apart = apart / (1 + (-torch.maximum(a, b) - 20).clamp_min(0).nan_to_num(posinf=0))
     return float(apart.max()) if apart.numel() else 0.0
 
@@ -269,8 +269,8 @@ def _probe(config: Any) -> Probe:
     allowed = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
     draw = torch.Generator().manual_seed(0)
     change, dynamic = rope_change(text), rope_is_dynamic(text)
-    # Past a change of the rope or of chunks where it is near; within a dynamic rope's length, for beyond no two
-    # lengths agree.
+    # Past a change of the RoPE or of chunks, if it is near; within a dynamic RoPE's length, beyond which no two lengths
+    # agree.
     short = dynamic and change is not None and change < 16
     more = max((n for n in (0 if dynamic else change or 0, 2 * chunk_length(text)) if n <= NEAR), default=0)
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from fastalign.palette.passes import Pass
 
-# Where a palette is out of reach, λ is solved for the point this share of the way from the mean to the nearest one
-# within reach: on the very edge λ is infinite, and each prompt keeps a single candidate.
+# For an infeasible palette, λ is solved for the point this share of the way from the mean to the nearest feasible one:
+# at the boundary itself λ is infinite, and each prompt keeps a single candidate.
 INWARD = 0.9
 MAX_POINTS = 1000
-# Points of the hull that are kept from one projection for the next: palettes that are projected together lie together.
+# Points of the hull kept from one projection for the next: palettes projected together are close to each other.
 KEPT_POINTS = 64
 # λ so large that the tilted mean is the mean of the samples with the largest score, to the last digits of a score.
 SHARP = 1e13
@@ -95,7 +95,7 @@ class Reachable:
             if distance <= 1e-14 * max(1.0, size):
                 return palette + nearest * self.scale, None, 0.0
             point, score = self.farthest(d, palette)
-            # score + distance² is Frank-Wolfe's gap; where it is rounding, or nothing moved any more, it is nearest.
+            # score + distance² is Frank-Wolfe's gap; if it is only rounding, or nothing moved, the point is nearest.
             met = distance >= shortest and point.tobytes() in seen  # among `points`, or dropped from them before
             if score + distance**2 <= 1e-15 * (1.0 + size) * distance or met:
                 break
@@ -114,7 +114,7 @@ class Reachable:
         own edges are known to full precision.
         """
         edges = np.vstack([used[1:] - used[0], np.eye(len(d))[self.sign != 0][left > 0.0]])
-        for _ in range(2):  # what rounding leaves of the first time
+        for _ in range(2):  # the first pass's rounding error
             d = d - np.linalg.lstsq(edges, edges @ d, rcond=1e-12)[0] if len(edges) else d
         d[(np.abs(d) <= 1e-15 * np.abs(d).max())] = 0.0
         return self.inward(d)

@@ -25,7 +25,7 @@ from fastalign.palette.setup import pass_over
 from fastalign.palette.solve import check_arguments, one_palette, solve
 
 TOGETHER = 1024  # λ in one read of the rewards
-TOP = 1e-9  # nats to the highest score: a policy so close to its limit is there
+TOP = 1e-9  # nats below the highest score: a policy this close to its limit has reached it
 MOST_STEPS = 100
 
 
@@ -83,7 +83,7 @@ class Tilts:
             self.run.reject_nonfinite()
         deviation = np.sqrt(np.maximum(np.diagonal(self.cov), 0.0))
         size = np.maximum(self.run.size, np.abs(self.mean))
-        # A constant reward cannot be moved; its own size is as good a unit as any.
+        # A constant reward cannot be moved; its own size serves as a unit.
         self.constant: np.ndarray = ~(deviation > 1e-14 * size)
         self.scale: np.ndarray = np.where(self.constant, np.where(size > 0, size, 1.0), deviation)
 
@@ -253,7 +253,7 @@ def palette_path(
     palettes = tilts.mean + t[:, None] * (palette - tilts.mean)
     solution = solve(rewards, palettes[1:], **options)
     lam = np.concatenate([np.zeros((1, len(palette))), solution.lam])
-    known = np.isfinite(lam).all(axis=1)  # where nothing can move, not even a step of the way is
+    known = np.isfinite(lam).all(axis=1)  # if nothing can move, no step is feasible
     return Way(palette, t[known], palettes[known], tilts.at(lam[known]), limit)
 
 
@@ -285,7 +285,7 @@ def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
     if not 0 < l1_max < np.inf:
         raise UserError(f"l1_max must be positive and finite, got {l1_max!r}")
     m = len(tilts.mean)
-    # m + 1 shares of 1, the last thrown away: uniform over the corner below the simplex.
+    # m + 1 shares of 1 without the last: uniform over the corner below the simplex.
     shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lambda)[:, :m]
     policies = tilts.at(l1_max * shares / tilts.scale)
     desirable = np.asarray((policies.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1))

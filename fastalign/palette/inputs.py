@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastalign.palette.sources import ParquetRewards
 
-Array: TypeAlias = "ArrayLike | Tensor"  # whatever numpy takes, a DataFrame too; or a tensor of any device
+Array: TypeAlias = "ArrayLike | Tensor"  # anything that numpy accepts, including a DataFrame; or a tensor on any device
 Rewards: TypeAlias = "Array | ParquetRewards"
 Sense: TypeAlias = "str | Sequence[str]"
 
@@ -44,7 +44,7 @@ def as_rewards(rewards: Array) -> np.ndarray:
         raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
     if rewards.dtype == np.float32 or rewards.dtype == np.float64:
         apart, within = rewards.strides
-        # A field of records, say, may have its rows at any distance and its values at any address.
+        # A field of a record array, for example, may have any row stride and any address.
         in_place = rewards.flags.aligned and within == rewards.itemsize and apart >= 0 and apart % rewards.itemsize == 0
         return rewards if in_place else np.array(rewards, order="C")
     return rewards.astype(np.float32 if rewards.dtype == np.float16 else np.float64)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_PASSES = 200
-# Beyond this λ (in standard deviations) a policy holds single samples; only the feasibility test can tell then.
+# Beyond this λ (in standard deviations) a policy is on single samples, and only the feasibility test can decide.
 HUGE = 1e12
-# The residual may be met while λ is still off where g is flat: up to so many steps more, until λ moves by 10 tol or
-# less.
+# Where g is flat the residual may be met while λ is still off: take up to this many more steps, until λ moves by 10 tol
+# or less.
 POLISH_STEPS = 3
 
 
@@ -94,7 +94,7 @@ def newton(
     point: Point, lower: np.ndarray, upper: np.ndarray, tol: float
 ) -> Generator[np.ndarray, Point, tuple[Point, np.ndarray | None]]:
     """Yields the μ to evaluate and receives its Point; returns (last point, certificate or None). Starts at `point`."""
-    # With finite bounds the minimum exists whatever the palette, so a certificate does not end the search.
+    # With finite bounds the minimum exists for any palette, so a certificate does not end the search.
     bounded = bool(np.isfinite(upper - lower).all())
     certificate, polished = None, 0
     for _ in range(MAX_PASSES):
@@ -122,7 +122,7 @@ def newton(
         t = 1.0
         for _ in range(40):
             trial = yield np.minimum(np.maximum(point.mu + t * step, lower), upper)
-            # Near the minimum g stands still at its last bits; there the residual is what must fall.
+            # Near the minimum g no longer changes beyond its last bits; then the residual has to decrease.
             if trial.value <= point.value + 1e-4 * t * slope or (
                 trial.value <= point.value + 1e-12 * (1.0 + abs(point.value))
                 and residual(trial.mu, trial.gradient, lower, upper) < 0.5 * left
@@ -155,7 +155,7 @@ def model_minimum(
 ) -> np.ndarray:
     """argmin over lower ≤ z ≤ upper of ½ (z−x)ᵀ H (z−x) + gradient·(z−x), from a feasible x, by a primal active set."""
     diagonal = np.diagonal(hessian)
-    # A constant reward, or a policy of a single sample, leaves nothing to divide by.
+    # For a constant reward, or a policy on a single sample, there is nothing to divide by.
     h = hessian.copy()
     h.flat[:: len(x) + 1] = np.maximum(diagonal, 1e-14 * float(diagonal.max()) + 1e-280)
     z, g = x.copy(), gradient

@@ -25,7 +25,7 @@ def pareto_front(points: Array) -> np.ndarray:
     n, d = points.shape
     if n == 0:
         return np.empty(0, dtype=np.int64)
-    # Only the order counts: ranks are whole numbers, which overflow in no sum, and their ties are exact.
+    # Only the order matters: ranks are integers, whose sums cannot overflow and whose ties are exact.
     distinct, which = np.unique(points, axis=0, return_inverse=True)
     ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in distinct.T], axis=1)
     kept = _kept_by_sweep(ranks) if d <= 3 else _kept_by_blocks(ranks)
@@ -127,7 +127,7 @@ def _volume(heights: np.ndarray) -> float:
     if d == 2:
         a, b = heights[np.argsort(heights[:, 0])].T
         return float((np.diff(a, prepend=0.0) * b).sum())
-    # Lowest first in the last value: seen from a point, all that follow reach as high there, and the rest is flat.
+    # Lowest first in the last value: all later points reach at least as high there, so one dimension drops out.
     heights = heights[np.argsort(heights[:, -1], kind="stable")]
     total = 0.0
     for k, point in enumerate(heights):

@@ -69,8 +69,8 @@ class ArrayPass(MapPass):
     ):
         self.some: np.ndarray = rewards[:: max(1, len(rewards) // 256)].astype(np.float64)
         if center is None:
-            with np.errstate(all="ignore"):  # NaN and infinity are found by the first pass
-                # To the rewards' own precision: what is subtracted in float32 is then what is added in float64.
+            with np.errstate(all="ignore"):  # the first pass detects NaN and infinity
+                # In the rewards' own precision, so that float32 subtracts exactly what float64 adds back.
                 center = (self.some.sum(axis=0) / len(self.some)).astype(rewards.dtype)
         super().__init__(rewards, center=center, log_weights=log_weights, groups=groups)
         self.rows, self.group_count = len(rewards), 0 if groups is None else len(self.offsets) - 1
@@ -121,7 +121,7 @@ class DevicePass:
             "log_weights": move(log_weights),
             "groups": move(groups),
         }
-        # The weights lie on the host anyhow: their sums, and what is wrong with them, are found there.
+        # The weights are on the host: they are summed and checked there.
         whole = np.zeros((self.rows, 1), dtype=np.float32)
         alike = ArrayPass(whole, log_weights=log_weights, groups=groups)
         self.total, self.group_count = alike.total, alike.group_count
@@ -166,7 +166,7 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
     mass = stack.log_z + log_share
     log_z = np.logaddexp.reduce(mass, axis=0)
     p = np.exp(mass - log_z)
-    p /= p.sum(0)  # of huge scores the logarithms keep no digits after the point
+    p /= p.sum(0)  # logarithms of huge scores have no digits after the point
     mean = (p[:, :, None] * stack.mean).sum(0)
     apart = stack.mean - mean
     between = apart[:, :, :, None] * apart[:, :, None, :]
@@ -293,7 +293,7 @@ class ShardedPass:
 
         share = max(1, rows // dist.get_world_size(self.group))
         own = self.own.part(share) if self.own.rows >= share else None
-        if not self._gather(np.array([own is not None])).all():  # every rank takes the same way
+        if not self._gather(np.array([own is not None])).all():  # every rank takes the same branch
             return None
         return ShardedPass(own, self.group, self.grouped)
 

@@ -16,11 +16,11 @@ from fastalign.palette.newton import Point, residual
 from fastalign.palette.passes import Pass
 from fastalign.palette.uniqueness import flat_directions, least_norm
 
-# Rows on which λ is first sought where there are many times as many: a start that spares passes over all.
+# If there are many times as many rows, λ is first solved on this many: a start that saves full passes.
 FIRST_ROWS, FIRST_SHARE = 16_384, 8
 ROUNDING = 16 * np.finfo(np.float64).eps
 DOUBTFUL = 1e-12
-LEAST_SPREAD = 1e-40  # and its inverse: squares of what is beyond leave float64
+LEAST_SPREAD = 1e-40  # and its inverse: beyond these, squares leave float64's range
 ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
 
@@ -82,7 +82,7 @@ class Problem:
         self.scale, self.constant = self._units(self.cov.diagonal())
         _check_spread(np.where(self.constant, 1.0, self.scale))
         self.steep = False
-        # It cannot be moved; λ stays 0 there, and the palette must ask for no more than it is.
+        # A constant reward cannot be moved: λ stays 0, and its level must already meet the target.
         miss = self._miss((self.run.center + self.mean - self.palettes) / self.scale)
         self.short = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
 
@@ -125,7 +125,7 @@ class Problem:
         shift = (mu / self.scale * offset).sum(axis=1)
         gradient = np.where(self.constant, 0.0, (stats.mean + offset) / self.scale)
         hessian = stats.cov / (self.scale * self.scale[:, None])
-        # What rounding leaves of a covariance may be negative; where the law is down to few samples that is all of it.
+        # Rounding may make a covariance negative; if the distribution is down to few samples, rounding is all there is.
         diagonal = hessian.reshape(len(mu), -1)[:, :: mu.shape[1] + 1]
         diagonal += ROUNDING * (diagonal + (stats.mean / self.scale) ** 2)
         top = stats.max_score + shift
@@ -148,7 +148,7 @@ class Problem:
         """The verdicts, and the solutions in the rewards' own units: every field of PaletteSolution, K leading."""
         mu, value, gradient, ess, left, passes, _, _ = self.minima
         reached = (left <= self.tol) & ~self.short
-        if isfinite(self.lam_max):  # else no residual could hide what is missing
+        if isfinite(self.lam_max):  # otherwise the residual could not show the deficit
             reached &= (self._miss(gradient) <= self.tol).all(axis=1)
         feasible, beyond = (reached, {}) if reached.all() else self._judge(reached)
         solved = feasible | isfinite(self.lam_max)
@@ -189,7 +189,7 @@ class Problem:
             if feasible[k]:
                 continue
             nearest[k], scaling[k] = there, 1.0
-            if direction is not None:  # else beyond by too little to be proved in double
+            if direction is not None:  # otherwise infeasible by too little to prove in float64
                 certificate[k] = direction
                 scaling[k] = reachable.scaling(self.run.center + self.mean, palette, direction)
         beyond = {"nearest": nearest, "certificate": certificate, "scaling": scaling}

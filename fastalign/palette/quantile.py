@@ -30,8 +30,7 @@ def quantile_palette(rewards: Array, q: float, *, values: Sequence[int] | None =
     if not np.isfinite(palette).all():
         reject_nonfinite(rewards)
     for j in columns:
-        # Between two float32 samples the quantile would be rounded, which λ shows in its fourth digit on steep
-        # palettes.
+        # Interpolated in float32 the quantile would be rounded, which changes λ's fourth digit on steep palettes.
         palette[j] = max(palette[j], float(np.quantile(rewards[:, j].astype(np.float64), q)))
     return palette
 

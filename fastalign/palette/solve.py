@@ -114,7 +114,7 @@ class PaletteSolution:
         return self.values or tuple(map(str, range(np.shape(self.lam)[-1])))
 
     def _columns(self) -> dict[str, np.ndarray]:
-        columns = {"λ": self.lam, "asked for": self.palette, "reached": self.levels, "nearest": self.nearest}
+        columns = {"λ": self.lam, "target": self.palette, "reached": self.levels, "nearest": self.nearest}
         return {name: column for name, column in columns.items() if column is not None}
 
     def _verdict(self) -> str:
@@ -176,7 +176,7 @@ def solve(
     Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights that are
     negative or sum to zero (in any group).
     """
-    own = (rewards, weights) if process_group is None else ((), None)  # one rank alone must not stop
+    own = (rewards, weights) if process_group is None else ((), None)  # a single rank must not stop
     check_arguments(own[0], palette, own[1], sense, tol=tol, lam_max=lam_max)
     if values is None:
         values = rewards.values if isinstance(rewards, ParquetRewards) else getattr(rewards, "columns", ())
@@ -191,8 +191,7 @@ def solve(
 
 
 def check_arguments(rewards: Any, palette: Any, weights: Any, sense: Any = ">=", **options: Any) -> None:
-    """That arrays are of numbers and options are numbers or, by default, None; their shapes and ranges are for others
-    to check."""
+    """Checks that arrays hold numbers and options are numbers or None; shapes and ranges are checked elsewhere."""
     weights = {} if weights is None else {"weights": weights}
     if not isinstance(rewards, ParquetRewards):
         checks.arrays(rewards=rewards)
@@ -203,7 +202,7 @@ def check_arguments(rewards: Any, palette: Any, weights: Any, sense: Any = ">=",
 
 
 def one_palette(palette: Array, m: int) -> np.ndarray:
-    """palette as (m,) float64; K of them are refused."""
+    """palette as (m,) float64; raises UserError for K of them."""
     palettes = as_palettes(palette, m)
     if np.ndim(palette) != 1:
         raise UserError(f"palette must be one palette, of shape ({m},), got {len(palettes)} palettes")

@@ -16,7 +16,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 
 CHUNK_ROWS = 1 << 18
-SAMPLE_ROWS = 1 << 17  # kept in memory, to start from
+SAMPLE_ROWS = 1 << 17  # kept in memory, for the starting point
 
 
 class ParquetRewards:
@@ -89,7 +89,7 @@ class ParquetRewards:
             if (ids[1:] < ids[:-1]).any() or (last is not None and ids[0] < last):
                 raise UserError(f"rows must be sorted by {self.groups!r} to be read in chunks")
             last = ids[-1]
-            cut = int(np.searchsorted(ids, last))  # the last group may go on
+            cut = int(np.searchsorted(ids, last))  # the last group may continue
             if cut or (kept and kept[0][2][0] != last):
                 kept.append(tuple(None if x is None else x[:cut] for x in chunk))
                 yield _joined(kept)

@@ -86,13 +86,13 @@ def standard_errors(
         apart = mean - mean.mean(axis=0)
         meat = apart.T @ apart / count**2
     if (n if groups is None else count) < 2:
-        meat = np.full((m, m), np.nan)  # one unit tells no error
+        meat = np.full((m, m), np.nan)  # a single unit has no standard error
     binding = np.flatnonzero(lam)
     error = np.zeros(m)
     if len(binding):
         inverse = np.linalg.pinv(cov[np.ix_(binding, binding)], hermitian=True)
         variance = np.diagonal(inverse @ meat[np.ix_(binding, binding)] @ inverse)
-        error[binding] = np.sqrt(np.maximum(variance, 0.0))  # rounding alone makes one negative
+        error[binding] = np.sqrt(np.maximum(variance, 0.0))  # negative only by rounding
     return StandardErrors(error, np.sqrt(np.diagonal(meat)))
 
 

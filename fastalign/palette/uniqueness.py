@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-FLAT = 1e-13  # of the correlations' eigenvalues; what lies below is rounding
+FLAT = 1e-13  # smallest eigenvalue of the correlations that is not rounding
 
 
 def flat_directions(hessian: np.ndarray, constant: np.ndarray) -> np.ndarray | None:

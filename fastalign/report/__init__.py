@@ -1,4 +1,5 @@
-"""The report of the MAP job: each value before, its target, predicted by the dual, and realised by the chosen texts."""
+"""The report of the MAP job: for each value its level before, the target, the dual's prediction, and the level of the
+chosen texts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Example", "Report", "Value", "build"]
 
-# So few effective candidates per prompt that a few texts stand for the whole policy.
+# With fewer effective candidates per prompt, a few texts determine the levels.
 LOW_ESS = 2.0
 
 
@@ -142,7 +143,7 @@ class Report:
         if not self.is_draw:
             against += f" (texts were picked by {self.method!r}, which are not draws from p_λ)"
         if self.lone:
-            return f"Of one {self.lone} there is no telling whether the values agree with {against}."
+            return f"A single {self.lone} cannot show whether the values agree with {against}."
         off = [value for value in self.values if not value.agrees]
         if not off:
             every = "All values agree" if len(self.values) > 1 else f"{self.values[0].name} agrees"
@@ -173,8 +174,8 @@ class Report:
         if self.candidates > 1 and float(np.median(self.ess_per_prompt)) < LOW_ESS:
             notes.append(
                 f"The effective sample size is low, {np.median(self.ess_per_prompt):.1f} of {self.candidates} "
-                "candidates for half the prompts or more: the levels hold for these candidates, and fresh ones would "
-                "likely come out lower."
+                "candidates for half the prompts or more: the levels are those of these candidates; new ones would "
+                "probably reach less."
             )
         return notes
 
@@ -246,10 +247,10 @@ class Report:
             ),
         }
         if m > 2:
-            series = {"before": before, "asked for": target, "predicted": predicted, "realised": realised}
+            series = {"before": before, "target": target, "predicted": predicted, "realised": realised}
             figures["radar"] = plots.radar(names, series, before=before, std=std)
         tradeoff = Tradeoff(self.rewards)
-        # The policy's own KL over the prompts; with the joint dual `kl` is that of the prompts' tilt too.
+        # The policy's own mean KL over the prompts; with the joint dual, `kl` includes the reweighting of the prompts.
         kl = float(tradeoff.at((lam * tradeoff.std)[None])[1][0])
         reach = 2.5 * float(np.linalg.norm(lam * tradeoff.std)) or 3.0
         cloud = tradeoff.cloud(reach)
@@ -284,9 +285,9 @@ def build(
 
     values: m names. rewards: (P, N, m), finite, every candidate's. selected: (P, k) integers in 0..N-1, the candidates
     chosen. palette: the content of `fastalign map`'s file: "palette", "lambda", "levels" (m,), "kl", "ess", "feasible",
-    and if known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: anything
-    worth printing; its "method" is how the texts were chosen (default "resample"). seed: for the examples drawn at
-    random.
+    and if known "nearest" (m,) or None, "dual", "sense" and "free" (m,). prompts: P. texts: P x N. settings: rows for
+    the table of settings; its "method" is how the texts were chosen (default "resample"). seed: for the examples drawn
+    at random.
 
     Raises UserError, in one line, if shapes do not match, a number is not finite or an index is out of range.
     """
@@ -356,7 +357,7 @@ def _short(sense: str, target: float, level: float) -> float:
 
 def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None, ess: np.ndarray, frame: dict) -> Value:
     """The verdict on one value."""
-    # What rounding in the rewards and the solver's tolerance may leave.
+    # The solver's tolerance, and rounding of the rewards.
     slack = 1e-6 * row["std"] + 1e-9 * abs(row["before"])
     gap = row["realised"] - row["predicted"]
     score = gap / row["se"] if row["se"] > 0 else (0.0 if abs(gap) <= slack else None)
@@ -376,10 +377,10 @@ def _judged(name: str, sense: str, row: dict[str, float], nearest: float | None,
                 + (f", the nearest reachable level is {nearest:.4g}" if nearest is not None else "")
             )
         elif counted_on > slack:
-            reasons.append(f"λ reaches only {row['predicted']:.4g} (it is bounded, or the palette lies on the edge)")
+            reasons.append(f"λ reaches only {row['predicted']:.4g} (bounded, or at the edge of what is feasible)")
         elif within > slack:
             if frame["dual"] == "joint":
-                why = "the joint dual counts on other weights of the prompts"
+                why = "the joint dual assumes other weights of the prompts"
             else:
                 why = "λ was solved for other candidates"
             reasons.append(f"{why}; within these prompts it reaches {row['rao_blackwell']:.4g}")
@@ -432,7 +433,7 @@ def _examples(prompts, texts, rewards, selected, lam, seed: int, rose: int = 3, 
 
 
 def clean(text: str) -> str:
-    """Without control characters (a terminal obeys them, HTML forbids them) and halves of surrogate pairs."""
+    """Removes control characters (terminals execute them, HTML forbids them) and halves of surrogate pairs."""
     text = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160)).strip()
 

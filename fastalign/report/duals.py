@@ -13,9 +13,9 @@ from fastalign._base.units import decimals
 from fastalign.palette.solve import solve
 
 NOTE = (
-    "<p class='note'>Within each prompt, every prompt keeps its weight: that is what a decoder realises. All at once, "
-    "the policy may also choose which prompts come up, which no decoder can: its KL bounds the other's from below, "
-    "and it reaches further. Decoded: what drawing within each prompt by that λ gives.</p>"
+    "<p class='note'>Within each prompt: every prompt keeps its weight, as in any decoder. All at once: "
+    "the policy also reweights the prompts, which no decoder can do: its KL is a lower bound of the other's, "
+    "and it reaches more. Decoded: the levels if each prompt's candidates are drawn with that λ.</p>"
 )
 
 
@@ -57,7 +57,7 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
             continue
         scores = rewards.astype(np.float64) @ solution.lam
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        # log of each prompt's share of Z, which is its share of the prompts under the joint law.
+        # log of each prompt's share of Z, which is its probability under the joint policy.
         shares = np.log(weights.sum(axis=1)) + scores.max(axis=1)
         shares -= np.logaddexp.reduce(shares)
         weights /= weights.sum(axis=1, keepdims=True)
@@ -106,7 +106,7 @@ def table(values: Sequence[str], targets: Sequence[str], std: np.ndarray, duals:
         )
     return (
         "<div class='scroll'><table class='duals'><thead><tr><th colspan='2'></th><th colspan='2'>Within each "
-        "prompt</th><th colspan='3'>All at once</th></tr><tr><th>Value</th><th>Asked "
-        "for</th><th>λ</th><th>Reached</th>"
+        "prompt</th><th colspan='3'>All at once</th></tr><tr><th>Value</th>"
+        "<th>Target</th><th>λ</th><th>Reached</th>"
         f"<th>λ</th><th>Reached</th><th>Decoded</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

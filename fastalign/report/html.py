@@ -15,12 +15,12 @@ _CAPTIONS = {
     "levels": "Each value's mean, in units that compare across values. The bar reaches from the candidates' mean to "
     "the dual's prediction.",
     "histograms": "All candidates, and the same candidates under the policy p<sub>λ</sub>. {draws}",
-    "radar": "The same four levels around a ring. Outward is more; the ring marked 0 is the candidates' mean.",
-    "pareto": "What reweighting these candidates can reach, two values at a time. Dots are policies of random λ, the "
-    "stronger ones with no more KL than this one; the line is the most that two values alone can reach at "
+    "radar": "The same four levels as a radar plot. Further out is higher; the ring marked 0 is the candidates' mean.",
+    "pareto": "What reweighting these candidates can reach, for pairs of values. Dots are policies of random λ, the "
+    "stronger ones with at most this policy's KL; the line is the front of two values alone at "
     "this policy's KL. With more than two values the policy spends part of its KL on the others, and lies "
     "inside.",
-    "pareto_one": "How far the value can be raised at which distance from the model.",
+    "pareto_one": "How far the value can be raised at each KL from the model.",
 }
 
 
@@ -56,8 +56,8 @@ def page(report: Report) -> str:
         "<h2>Trade-offs</h2>",
         figure_of("pareto", figures, _CAPTIONS["pareto" if m > 1 else "pareto_one"]),
         "<h2>Texts before and after</h2>",
-        "<p class='sub'>Before is each prompt's first candidate, which is a plain draw from the model; after is the "
-        "first text chosen.</p>",
+        "<p class='sub'>Before: each prompt's first candidate, a plain draw from the model. After: the first chosen "
+        "text.</p>",
         *(_pair(example, report.values) for example in report.examples),
         "<h2>Settings and method</h2>",
         _settings(report),
@@ -72,7 +72,7 @@ def _table(report: Report) -> str:
             ("Value", ""),
             ("λ", ""),
             ("Before", "before"),
-            ("Asked for", "target"),
+            ("Target", "target"),
             ("Predicted", "predicted"),
             ("Realised ± SE", "realised"),
             ("All reweighted", ""),
@@ -149,9 +149,9 @@ def _settings(report: Report) -> str:
     method = (
         "<p class='note'>λ ≥ 0 minimises the dual of least KL to the model subject to the palette (MAP, arXiv "
         "2410.19198). Predicted: the levels of p<sub>λ</sub> by the dual. Realised: the mean over the texts chosen. "
-        "All reweighted: the mean of all candidates under the weights, which the realised mean is an estimate of. SE: "
+        "All reweighted: the weighted mean of all candidates, which the realised mean estimates. SE: "
         "the standard error of the realised mean given the candidates, √(Σ<sub>x</sub> Var<sub>λ,x</sub> / k) / P; it "
-        "does not include that other candidates or prompts would have come out differently.</p>"
+        "does not include the variation due to other candidates or prompts.</p>"
     )
     return (f"<table class='settings'><tbody>{cells}</tbody></table>" if rows else "") + method
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from fastalign.report import figures as plots
 
-# The figures' colours become the page's, so that they turn with it.
+# The figures' colours become the page's variables, to follow light and dark mode.
 THEME = {
     plots.INK: "ink",
     plots.MUTED: "muted",
     plots.GRID: "grid",
     plots.PAPER: "paper",
     plots.BEFORE: "before",
-    plots.ASKED: "asked",
+    plots.TARGET: "target",
     plots.PREDICTED: "predicted",
     plots.REALISED: "realised",
 }
@@ -33,7 +33,7 @@ DARK = {
     "grid": "#2c333b",
     "paper": "#14181c",
     "before": "#8d97a3",
-    "asked": "#ff8a3d",
+    "target": "#ff8a3d",
     "predicted": "#58b0ea",
     "realised": "#2fc796",
     "card": "#1b2127",
@@ -54,7 +54,7 @@ p { margin: .4rem 0 }
 .sub, figcaption, .note, .why { color: var(--muted); font-size: .9rem }
 .headline { margin: 1.3rem 0 1.2rem; padding: .65rem 1rem; background: var(--card);
   border-left: 4px solid var(--realised); border-radius: 3px; font-weight: 550 }
-.headline.off { border-color: var(--asked) }
+.headline.off { border-color: var(--target) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%%; font-variant-numeric: tabular-nums }
 th { text-align: right; font-weight: 550; font-size: .84rem; color: var(--muted); padding: .3rem .7rem;
@@ -69,7 +69,7 @@ td:first-child { font-weight: 600 }
 .verdict { display: inline-block; padding: 0 .55em; border-radius: 1em; border: 1.5px solid var(--realised);
   color: var(--realised); font-size: .84rem; font-weight: 600 }
 .verdict.within { border-style: dashed }
-.verdict.short, .verdict.above { border-color: var(--asked); color: var(--asked) }
+.verdict.short, .verdict.above { border-color: var(--target); color: var(--target) }
 ul { margin: .8rem 0 0; padding-left: 1.15rem; font-size: .93rem } li { margin: .2rem 0 }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .9rem 1.5rem;
   margin: 1.4rem 0 .4rem }

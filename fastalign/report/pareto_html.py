@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from fastalign.report.study import Study
 
 _TITLES = {
-    "front": "Fronts, two values at a time",
+    "front": "Fronts, for pairs of values",
     "front3d": "The front of three values",
     "region": "Which λ are desirable",
     "radar": "The palettes at a glance",
-    "path": "The way to {palette}",
+    "path": "The path to {palette}",
     "histograms": "Distributions before and under {palette}",
-    "ess": "What it costs in samples",
+    "ess": "Effective sample size",
 }
 _CAPTIONS = {
-    "front": "Lines are exact: no policy within that KL of the model reaches beyond; λ is on these two values alone. "
-    "{best}Linear scalarisation is RLHF's answer p<sub>0</sub> exp(w·R / β) for evenly spaced weights w at one β: the "
-    "same policies, at KLs that the weights decide. Green dots leave none of the values below the model's mean.",
-    "front3d": "All that is reachable at KL {kl:.2f} in the first three values lies under this surface.",
-    "region": "λ drawn evenly over all λ ≥ 0 with Σ λ·σ ≤ {l1:g}, seen two values at a time.",
-    "radar": "The levels that each palette's policy reaches; of one that is out of reach, the end of the way to it.",
-    "path": "The λ, and its price, of each palette on the straight way from the model's mean.",
-    "histograms": "All candidates, and the same candidates under the policy at the end of the way.",
-    "ess": "An effective sample size below {trusted:g} means that the levels there are those of a few texts.",
+    "front": "Lines are exact: no policy within that KL of the model lies beyond them; λ is on these two values alone. "
+    "{best}Linear scalarisation is RLHF's solution p<sub>0</sub> exp(w·R / β) for evenly spaced weights w at one β: "
+    "the same policies, at KLs that depend on w. Green dots leave no value below the model's mean.",
+    "front3d": "Everything reachable at KL {kl:.2f} in the first three values lies below this surface.",
+    "region": "Uniform draws of λ ≥ 0 with Σ λ·σ ≤ {l1:g}, for pairs of values.",
+    "radar": "The levels that each palette's policy reaches; an infeasible one's are at the end of the path to it.",
+    "path": "λ and its cost along the straight path from the model's mean to the palette.",
+    "histograms": "All candidates, and the same candidates under the policy at the end of the path.",
+    "ess": "Below an effective sample size of {trusted:g}, a few texts determine the levels.",
 }
 
 
@@ -51,7 +51,7 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
         "trusted": TRUSTED_ESS,
     }
     title = f"What these candidates allow: {', '.join(study.values)}"
-    how = "all at once, prompts tilted too" if study.joint else "within each prompt"
+    how = "all at once, prompts reweighted too" if study.joint else "within each prompt"
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p class='sub'>{counted(prompts, 'prompt')} × {counted(n, 'candidate')}, reweighted {how}</p>",
@@ -109,8 +109,8 @@ def _volumes(study: Study) -> str:
     )
     note = (
         "<p class='note'>Hypervolume above the lowest level of each value in any of these sets, in units of the "
-        f"values' standard deviations, of points for the same {len(study.directions)} weights w; more weights would "
-        "fill each front's up a little.</p>"
+        f"values' standard deviations, from {len(study.directions)} weights w for each front; more weights would "
+        "increase each a little.</p>"
     )
     head = "<th>Points</th><th>Number</th><th>Volume</th><th></th>"
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}"

@@ -33,7 +33,7 @@ class Head:
     """One value's row.
 
     pairs: the number of pairs with a preference in it. accuracy: the share whose better text scores higher, ties count
-    half; low, high its 95 % Wilson interval with one trial per prompt, because a prompt's pairs may be correlated.
+    half; low, high: its 95 % Wilson interval with one trial per prompt, because a prompt's pairs may be correlated.
     margin: the mean of better minus worse. calibration_error: the expected calibration error of sigmoid(margin) (arXiv
     1706.04599, eq. 3), Σ_b n_b / n · |accuracy_b - confidence_b| over ten equal bins of the confidence max(p, 1 - p) in
     [0.5, 1].
@@ -110,15 +110,15 @@ class RewardReport:
         )
         title = "Reward model on held-out pairs"
         sure = (
-            "On the line a text that the model prefers with probability p is the better one in a share p of the "
-            "pairs. Below it the model is too sure. Circles grow with the number of pairs."
+            "On the line, a text that the model prefers with probability p is the better one in a share p of the "
+            "pairs. Below it the model is overconfident. Larger circles have more pairs."
         )
         body = [
             f"<h1>{title}</h1>",
             f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>",
             "<h2>Scores of the better and the worse text</h2>",
-            page.figure_of("scores", drawn, "Score of each text, by its side of the pair."),
-            "<h2>Is it as often right as it is sure?</h2>",
+            page.figure_of("scores", drawn, "Score of each text, better and worse ones apart."),
+            "<h2>Calibration</h2>",
             page.figure_of("reliability", drawn, sure),
             tables,
             f"<h2>Settings</h2>\n<table class='settings'><tbody>{settings}</tbody></table>",
@@ -127,7 +127,7 @@ class RewardReport:
 
 
 def written(path: str | Path) -> list[Path]:
-    """The files that `RewardReport.write` writes. Raises UserError where it can write none of that kind."""
+    """The files that `RewardReport.write` writes. Raises UserError for any other suffix."""
     path = Path(path)
     if path.suffix.lower() == ".html":
         return [path]
@@ -272,5 +272,5 @@ def _reliability(heads: Sequence[Head]):
             axes.set_xlim(0.48, 1.02)
             axes.set_ylim(-0.03, 1.03)
             axes.grid(True)
-        grid[0, 0].set_ylabel("share that is right")
+        grid[0, 0].set_ylabel("accuracy")
     return figure

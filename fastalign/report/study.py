@@ -30,7 +30,7 @@ class Study:
     joint: bool
     before: np.ndarray  # (m,)
     std: np.ndarray  # (m,) standard deviations of the units: within prompts, or of all candidates
-    ks: list[int]  # numbers N of best-of-N; each front is at that one's KL
+    ks: list[int]  # numbers N of best-of-N; each front is at its KL
     directions: np.ndarray  # (K, m)
     fronts: dict[float, Policies]  # by KL
     limit: Policies
@@ -40,7 +40,7 @@ class Study:
     scalarised: Policies
     best_of: dict[int, np.ndarray]  # by N, (K, m)
     palettes: dict[str, Way]
-    duals: dict[str, tuple[Dual, Dual]]  # both forms at each of the palettes; none of a single prompt
+    duals: dict[str, tuple[Dual, Dual]]  # both forms at each palette; empty for a single prompt
     soups: np.ndarray | None  # (S, m)
     soup_names: list[str]  # S
 
@@ -166,7 +166,7 @@ class Study:
 
         m = len(self.values)
         around, few = (spread_directions(m, count, columns=(i, j)) for count in (CURVE, WEIGHTS))
-        # Not quite to the axes: there ties between candidates would leave the other value undecided.
+        # Not quite to the axes, where ties between candidates would leave the other value undetermined.
         nudged = np.maximum(around, 1e-3 * (spread_directions(m, 3, columns=(i, j))[1] > 0))
         return Shown(
             fronts={kl: front_of(self._tilts, kl, around).levels[:, [i, j]] for kl in self.fronts},
@@ -237,10 +237,10 @@ def study(
         raise UserError(f"soup_names must be {points}, one for each of soups, got {len(soup_names)}")
     tilts = _tilts(rewards, joint)
     several = n > 1 and not joint
-    # Best of N is an estimate from n candidates while N is well below n; each is 4 times the one before.
+    # Best-of-N can be estimated from n candidates while N is well below n; each N is 4 times the previous one.
     most = 2 ** max(1, int(np.log2(max(1, n // 4)))) if several else 64
     ks = [k for k in (most // 16, most // 4, most) if k > 1]
-    # Samples can move no further than to their limit; a front beyond that is the limit again.
+    # No front lies beyond the samples' limit: at a larger KL it is the limit again.
     directions = spread_directions(m, DIRECTIONS)
     limit = front_of(tilts, np.inf, np.maximum(directions, 1e-3))
     budgets = [best_of_n_kl(k) for k in ks if best_of_n_kl(k) < limit.kl.max()] or [best_of_n_kl(ks[0])]

@@ -21,7 +21,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     width = min(WIDTH, console.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("value", max_width=18, no_wrap=True)
-    for name in ("before", "asked for", "predicted", "realised ± SE"):
+    for name in ("before", "target", "predicted", "realised ± SE"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for v in report.values:
@@ -52,7 +52,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
     for note in report.notes:
         console.print(Text(note, "yellow"), width=width)
     if report.examples:
-        # The last ones are prompts drawn at random: of those one at least.
+        # The last ones are random prompts: show at least one of them.
         chosen = report.examples[: examples - 1] + report.examples[examples - 1 :][-1:]
         console.print(_sides(chosen, width), width=width)
 

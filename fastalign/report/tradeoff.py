@@ -7,12 +7,12 @@ import torch
 
 from fastalign.ops import map_statistics
 
-# Curves are a picture: beyond this many candidates evenly spaced prompts are enough for them.
+# For drawing, evenly spaced prompts with this many candidates are enough.
 MAX_ROWS = 20_000
 
 
 class Tradeoff:
-    """rewards (P, N, m), each prompt's candidates reweighted on their own (the per-prompt policy)."""
+    """rewards (P, N, m); each prompt's candidates are reweighted separately (the per-prompt policy)."""
 
     def __init__(self, rewards: np.ndarray):
         prompts, n, m = rewards.shape
@@ -65,7 +65,7 @@ class Tradeoff:
         return np.array(points)
 
     def _directions(self, i: int, j: int, count: int) -> np.ndarray:
-        # Not quite to the axes: there ties between candidates would leave the other value undecided.
+        # Not quite to the axes, where ties between candidates would leave the other value undetermined.
         angle = np.linspace(1e-3, np.pi / 2 - 1e-3, count)
         directions = np.zeros((count, self._flat.shape[1]))
         directions[:, i], directions[:, j] = np.cos(angle), np.sin(angle)

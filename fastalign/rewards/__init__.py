@@ -13,7 +13,7 @@ from fastalign.rewards.positive import Positive
 from fastalign.rewards.registry import available, check_names, get, register, score
 from fastalign.rewards.words import Diversity, Readability
 
-Perplexity = LogLikelihood  # its old name
+Perplexity = LogLikelihood  # the old name
 
 __all__ = [
     "Coherence",

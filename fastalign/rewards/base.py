@@ -33,7 +33,7 @@ def is_reward(item: object) -> bool:
 def with_conversations(prompts: Sequence[str | Sequence[dict[str, Any]]]) -> Sequence[str]:
     """The prompts, with lists of messages converted to Conversations. Raises UserError."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        return prompts  # for check_texts to refuse
+        return prompts  # `check_texts` reports it
     return [as_prompt(p, f"prompts[{i}]") if isinstance(p, list) else p for i, p in enumerate(prompts)]
 
 
@@ -78,8 +78,8 @@ class CachedReward:
             raise UserError(f"cache_size must be >= 0, got {cache_size}")
         self.name = name
         self.cache_size = cache_size
-        self._cache: dict[tuple[str, str], float] = {}  # oldest use first
-        self._scored_by: Any = None  # the state of the model that the cache is of
+        self._cache: dict[tuple[str, str], float] = {}  # least recently used first
+        self._scored_by: Any = None  # the model's state for which the cache is valid
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """Yield (indices, scores) batch by batch until every index has its score."""
@@ -110,10 +110,10 @@ class CachedReward:
             prompts = [as_text(prompt) for prompt in prompts]
         advance = advance or (lambda count: None)
         keys = list(zip(prompts if self.uses_prompt else [""] * len(responses), responses, strict=True))
-        # Trained since, or adapters switched.
+        # Trained since then, or adapters switched.
         if self._scored_by is not None and self._scored_by != self._model_state():
             self.clear_cache()
-        scores = {}  # this call's own, so that a cache smaller than the call loses nothing
+        scores = {}  # this call's scores, in case the cache is smaller than the call
         for key in dict.fromkeys(keys):
             if key in self._cache:
                 scores[key] = self.remember(key, self._cache.pop(key))

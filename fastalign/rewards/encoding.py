@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar lengths, longest first, so that padding is small and a lack of memory shows at
-    once."""
+    """Indices in batches of similar lengths, longest first, so that padding is small and running out of memory happens
+    at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

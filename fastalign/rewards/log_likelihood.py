@@ -71,7 +71,7 @@ class LogLikelihood(CachedReward):
         else:
             prompts = [transcript(prompt) for prompt in prompts]
         rows = text.tokens(prompts, f"reward {self.name!r}: prompt", add_special_tokens=not templated)
-        begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, 0]  # the first of these that there is
+        begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, 0]  # the first one available
         return [row or [next(token for token in begin if token is not None)] for row in rows]
 
     def _live_model(self) -> Any:

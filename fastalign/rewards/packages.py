@@ -9,7 +9,7 @@ from fastalign._base.errors import UserError
 
 
 def require(module: str, distribution: str, reward: str) -> ModuleType:
-    """Import `module` (from `distribution`) for `reward`; UserError with the install command if it is not there."""
+    """Import `module` (from `distribution`) for `reward`; UserError with the install command if it is missing."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -32,10 +32,10 @@ class _Entry(NamedTuple):
     package: str | None
 
 
-_NAME = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # what --rewards, --palette and --lam can tell from the rest
+_NAME = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # what --rewards, --palette and --lam can parse
 _entries: dict[str, _Entry] = {}
 _instances: dict[str, Reward] = {}
-_OLD_NAMES = {"perplexity": "log_likelihood"}  # which keep working, with a note
+_OLD_NAMES = {"perplexity": "log_likelihood"}  # old names still work, with a note
 
 
 def register(
@@ -82,7 +82,7 @@ def _maker(name: str, reward: Callable[..., object]) -> Callable[..., Reward]:
     try:
         parameters = inspect.signature(reward).parameters.values()
     except ValueError:  # of some that are written in C
-        raise UserError(f"{rule}, and {reward!r} does not tell its parameters: wrap it in a def") from None
+        raise UserError(f"{rule}, and the parameters of {reward!r} are unknown: wrap it in a def") from None
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not needed and (is_class or not any(p.kind is p.VAR_POSITIONAL for p in parameters)):
         return reward

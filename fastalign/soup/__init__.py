@@ -22,7 +22,7 @@ __all__ = [
     "merge_adapters", "mix", "open_checkpoint", "read_recipe", "simplex_grid", "walk",
 ]  # fmt: skip
 
-# Merges of files do without torch; what works on tensors in memory is imported with it, when it is asked for.
+# Merging files needs no torch; code for tensors in memory is imported, with torch, on first use.
 if not TYPE_CHECKING:
     _HOMES = {
         "SoupFront": "front",

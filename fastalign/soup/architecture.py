@@ -57,7 +57,7 @@ def _conv1d(config: str) -> frozenset[str] | None:
     try:
         with torch.device("meta"):
             model = cls(made) if cls is not None else transformers.AutoModelForCausalLM.from_config(made)
-    except Exception:  # each class has errors of its own for a configuration that it cannot be built from
+    except Exception:  # each class raises its own errors for an invalid configuration
         return None
     return frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
 
@@ -78,7 +78,7 @@ def _config(config: Mapping[str, Any]) -> Any | None:
 # ---- the same model ----
 
 
-# What a configuration may differ in and the weights still mean the same.
+# Keys that may differ between configurations of the same architecture.
 _FREE = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "dtype", "torch_dtype",
     "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "bos_token_id",
@@ -102,7 +102,7 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool | None = None, 
     for one in models:
         if (one.folder is not None and is_adapter(one.folder)) or any(".lora_A." in name for name in one):
             raise UserError(
-                f"{one.name}: a LoRA adapter: averaging A and B apart brings in cross terms B1 A2; give adapters "
+                f"{one.name}: a LoRA adapter: averaging A and B separately adds cross terms B1 A2; give adapters "
                 "alone, which are mixed exactly (soup.merge_adapters), or merge it into its base first "
                 "(soup.apply_adapters)"
             )
@@ -114,7 +114,7 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool | None = None, 
             )
     if not force:
         free = set() if tokens else {"vocab_size"}
-        if any(one.pieces for one in checkpoints):  # runs of layers are taken, so that what is said of each may differ
+        if any(one.pieces for one in checkpoints):  # runs of layers are selected, so entries per layer may differ
             free |= {
                 key
                 for config in configs
@@ -149,7 +149,7 @@ def same_model(checkpoints: Sequence[Checkpoint], *, force: bool | None = None, 
                 )
             if mine.dtype not in FLOATS and (mine.dtype != theirs.dtype or not _equal(first, name, other, name)):
                 raise UserError(
-                    f"{name} ({mine.dtype}) must be equal in all models, for it cannot be averaged; "
+                    f"{name} ({mine.dtype}) must be equal in all models, because it cannot be averaged; "
                     f"{other.name}'s differs from {first.name}'s"
                 )
     return names
@@ -198,12 +198,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _same_config(first: Checkpoint, mine: dict, other: Checkpoint, theirs: dict, free: set[str], way_out: str) -> None:
     """free: keys that may differ, besides those that always may."""
-    if not mine or not theirs:  # a bare file says nothing
+    if not mine or not theirs:  # a file without a configuration
         return
     for key in sorted(
         (mine.keys() | theirs.keys()) - _FREE - free, key=lambda key: (key not in ("model_type", "architectures"), key)
     ):
-        # A file of another version of transformers may leave out what the other spells out.
+        # Another version of transformers may have omitted default values.
         if key in mine and key in theirs and mine[key] != theirs[key]:
             raise UserError(
                 f"config.json: {key} must be the same in all models, is {json.dumps(mine[key])} in {first.name} and "
@@ -230,7 +230,7 @@ def _same_vocabulary(first: Checkpoint, other: Checkpoint, way_out: str) -> None
 
 
 def _same_bytes(a: Path, b: Path) -> bool:
-    filecmp.clear_cache()  # it goes by times, which may be too coarse to show a change
+    filecmp.clear_cache()  # it compares file times, which may be too coarse to show a change
     return filecmp.cmp(a, b, shallow=False)
 
 

@@ -1,5 +1,5 @@
-"""Merges of task vectors, defined in plain torch; and what the native module does from file to file (stream.py), by
-torch where it is not built: the same segments, the same results."""
+"""Merges of task vectors, defined in plain torch; and, if the native extension is not built, its work from file to file
+(stream.py) in torch: the same segments, the same results."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastalign.soup.steps import Choice, Seen, Segment, StreamError, Tasks
 # ---- merges of task vectors ----
 
 
-_BLOCK = 64  # random numbers that one block of counters gives
+_BLOCK = 64  # random numbers per block of counters
 
 
 def merge_tensor(inputs: Sequence[Tensor], tasks: Tasks, dtype: torch.dtype) -> list[Tensor]:
-    """The outputs for one tensor. inputs: the base, then the models; in float32, in float64 where one of them is."""
+    """The outputs for one tensor. inputs: the base, then the models; in float32, or float64 if one of them is."""
     wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     base, *models = [x.detach().reshape(-1).to(wide) for x in inputs]
     deltas = [
@@ -79,7 +79,7 @@ def mask(delta: Tensor, choice: Choice, seed: int, row: int) -> Tensor:
 
 
 def _chances(delta: Tensor, choice: Choice, row: int) -> Tensor:
-    """Of staying, by the rank of the size within the row, (n,) float64."""
+    """The probability of being kept, by the rank of the magnitude within the row, (n,) float64."""
     if row <= 1:
         return torch.full((len(delta),), choice.probability, dtype=torch.float64)
     order = delta.view(-1, row).abs().argsort(dim=1, stable=True)
@@ -117,7 +117,7 @@ def merge_tasks(tensor: Segment, tasks: Tasks, out_type: str) -> Seen:
 
 
 class _Run:
-    """Writes outputs of one type, and counts what is not finite as the native module does: see `Seen`."""
+    """Writes outputs of one type, and counts non-finite numbers as the native extension does: see `Seen`."""
 
     def __init__(self, of: Segment, dtype: torch.dtype):
         self.dtype = dtype
@@ -126,12 +126,12 @@ class _Run:
     def write(
         self, of: Segment, number: int, first: int, inputs: list[Tensor], make: Callable[[torch.dtype], list[Tensor]]
     ) -> None:
-        """make: the outputs in a type. first: the element of the segment that they begin with."""
+        """make: computes the outputs in a given type. first: the segment's element at which they begin."""
         outs = make(self.dtype)
         bad = [~x.double().isfinite() for x in inputs]
         _count(self.seen.inputs, bad, number, first)
         if not any(which.any() for which in bad):
-            # float8_e4m3fn has no infinity: beyond what rounds to its largest number, 448.
+            # float8_e4m3fn has no infinity: the bound of what rounds to its largest number, 448.
             if self.dtype == torch.float8_e4m3fn:
                 bad = [x.abs() > 464 for x in make(torch.float32)]
             else:

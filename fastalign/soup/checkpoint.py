@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # ---- storage types ----
 
 
-# In the order of SoupType in csrc/soup.h: what can be mixed.
+# The types that can be mixed, in the order of SoupType in csrc/soup.h.
 FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 WORDS = {
     "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
@@ -84,13 +84,13 @@ def code(name: str) -> int:
     return FLOATS.index(name)
 
 
-# ---- what a file holds ----
+# ---- contents of a file ----
 
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 64
-_BLOCK = 1 << 22  # bytes of a tensor that are read at once
+_BLOCK = 1 << 22  # bytes of a tensor read at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -251,7 +251,7 @@ def _parse(header: bytes, bad: Callable[[str], UserError]) -> dict[str, Any]:
         text = header.decode("utf-8")
         content = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
         for name in content:
-            name.encode("utf-8")  # JSON can spell half a character
+            name.encode("utf-8")  # JSON can contain half a surrogate pair
     except UserError:
         raise
     except RecursionError:
@@ -416,7 +416,7 @@ def index_of(shards: list[Shard]) -> dict[str, Any]:
 # ---- its files, open ----
 
 
-_OTHER_FILES = 256  # that a process has open besides
+_OTHER_FILES = 256  # other files that a process has open
 
 
 @contextmanager
@@ -454,7 +454,7 @@ def unchanged(checkpoints: Sequence[Checkpoint]) -> None:
     for file in files_of(checkpoints):
         status = os.stat(file.path)
         if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
-            raise UserError(f"{file.path}: changed while it was read; nothing was made of it")
+            raise UserError(f"{file.path}: changed while it was read; there is no output")
 
 
 def read_bytes(checkpoint: Checkpoint, name: str, block: int = _BLOCK) -> Iterator[bytes]:

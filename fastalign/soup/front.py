@@ -156,7 +156,7 @@ def _best_within(corners: np.ndarray) -> tuple[float, np.ndarray]:
         b_eq=[1.0],
         bounds=[(0, None)] * count + [(None, None)],
     )
-    if not solved.success:  # rounding alone can do that: the best corner stands
+    if not solved.success:  # only rounding can cause this: take the best corner
         k = int(corners.min(axis=1).argmax())
         return float(corners[k].min()), np.eye(count)[k]
     return float(solved.x[-1]), np.maximum(solved.x[:-1], 0.0)

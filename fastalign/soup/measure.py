@@ -48,7 +48,7 @@ class Files:
         self._out, self._parts, self._overwrite = out, parts, overwrite
         self._new: list[str] = []
         self._used: set[str] = set()
-        self.reused: int = 0  # soups that need not be measured
+        self.reused: int = 0  # soups that are already measured
 
     def measured(self, name: str, wanted: Mapping[str, Any]) -> Candidates | None:
         """A soup's scored candidates, if they exist with the settings `wanted`. Raises UserError if others exist."""
@@ -223,7 +223,7 @@ class Walk:
         files_wanted = [
             (f"{under}{k:03d}.parquet", self._made_with | {"rho": row.tolist()}) for k, row in enumerate(self._rows)
         ]
-        there = [files.measured(name, wanted) for name, wanted in files_wanted]  # all are looked at before any is made
+        there = [files.measured(name, wanted) for name, wanted in files_wanted]  # check all before measuring any
         with bars.bar("soups", total=len(files_wanted), unit="soups", show=self._progress) as advance:
             for row, (name, wanted), scored in zip(self._rows, files_wanted, there, strict=True):
                 if scored is None:
@@ -257,7 +257,7 @@ def _set(live, models: Sequence[str | os.PathLike[str]], row: np.ndarray, base: 
     changed = {name: blocks for name, blocks in steps.items() if callable(blocks)}
     lacking = next((name for name in changed if name not in own), None)
     if lacking is not None:
-        raise UserError(f"{lacking} is changed by the adapters and is not in {base} as it was loaded")
+        raise UserError(f"{lacking} is changed by the adapters and is not in the loaded {base}")
     with torch.no_grad():
         for name, blocks in changed.items():
             flat, at = own[name].view(-1), 0

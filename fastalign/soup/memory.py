@@ -117,7 +117,7 @@ def _look(
     """
     bad: Tensor | None = None
     for k, out in enumerate(outs):
-        if out.dtype == torch.float8_e4m3fn:  # which has no infinity, and 448 for its largest number
+        if out.dtype == torch.float8_e4m3fn:  # has no infinity; its largest number is 448
             (wide,) = mix_tensors(inputs, [rows[k]], torch.float32)
             beyond = ~(wide.abs() <= 464)
         elif out.dtype.itemsize > 1 and out.sum().isfinite():
@@ -165,7 +165,7 @@ def _prepare(
                     f"{name} is {_described(first)} in {labels[0]} and {_described(other)} in {label}: cannot be mixed"
                 )
             if not _is_float(first) and not torch.equal(other.to(first.device), first):
-                raise UserError(f"{name} ({first.dtype}) must be equal in all models, for it cannot be averaged")
+                raise UserError(f"{name} ({first.dtype}) must be equal in all models, because it cannot be averaged")
     return [{name: one[name].detach() for name in names} for one in models], rows, labels
 
 

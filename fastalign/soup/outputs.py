@@ -26,10 +26,9 @@ from fastalign.soup.steps import NotFinite, Seen, Segment, StreamError, Tasks
 if TYPE_CHECKING:
     import torch
 
-RECORD = "soup.json"  # in the output: what was made of what
+RECORD = "soup.json"  # in the output: the record of the merge
 _BATCH = 64_000_000  # bytes moved between two steps of the progress bar
-# A merge that writes more leaves no pages behind in the cache: new memory for all of them can take longer than the
-# disk.
+# A larger merge drops its pages from the cache: new memory for all of them can take longer than the disk.
 _KEPT = 1 << 30
 
 
@@ -132,7 +131,7 @@ class Outputs:
             with ExitStack() as stack:
                 files = []
                 for path, header in zip(partial, headers, strict=True):
-                    # Not cut short, but new: closing a file that was cut to nothing, ext4 begins to write it at once.
+                    # A new file, not a truncated one: ext4 starts to write a truncated file as soon as it is closed.
                     files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644))
                     stack.callback(os.close, files[-1])
                     with stream.naming(path):
@@ -190,7 +189,7 @@ class _Writer:
     def write_all(self) -> None:
         for k, header in enumerate(self.headers):
             self.write(k, header, 0)
-        # Steps as they come: what a step reads is in the cache when its tensor is merged.
+        # Step by step: a step's reads are in the cache when its tensor is merged.
         steps = ((name, of.dtype, self.step_of(name)) for name, of in self.shard.tensors.items() if of.nbytes)
         for (kind, dtype), group in itertools.groupby(steps, key=lambda one: (type(one[2]), one[1])):
             if kind is list:
@@ -293,7 +292,7 @@ class _Writer:
                     self.seen.add(side, name, count, tensor)
 
     def look_at_block(self, name: str, k: int, block: torch.Tensor) -> None:
-        """The same for a block; of its inputs' numbers only those count that gave a non-finite output."""
+        """The same for a block; of its inputs, only numbers behind a non-finite output are counted."""
         import torch
 
         count = block.numel() - int(block.double().isfinite().sum())

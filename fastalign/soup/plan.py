@@ -49,8 +49,8 @@ class Plan:
     key: str = field(repr=False)
     step_of: Callable[[str], Step] = field(repr=False)  # what is done for a tensor
     sidecar: Sidecar = field(repr=False)
-    notes: tuple[str, ...] = ()  # what the user may not expect
-    embeddings: Embeddings | None = None  # made first, where the vocabulary changes: the inputs read these
+    notes: tuple[str, ...] = ()  # notes for the user
+    embeddings: Embeddings | None = None  # if the vocabulary changes: files written first, which the inputs then read
 
     @property
     def target(self) -> Path:
@@ -125,7 +125,7 @@ def make(
     method: str = "linear",
     base: Model | None = None,
     parameters: Mapping[str, Any] | None = None,
-    companion: str = "first",
+    sidecar_from: str = "first",
     tokenizer: str | None = None,
     pad_to_multiple_of: int | None = None,
     chat_template: str | None = None,
@@ -159,7 +159,7 @@ def make(
     sidecar, vocabulary = sidecar_of(
         opened,
         None if base is None else inputs[0],
-        companion=companion,
+        sidecar_from=sidecar_from,
         tokenizer=tokenizer,
         multiple=pad_to_multiple_of,
         chat_template=chat_template,

@@ -54,7 +54,7 @@ def merge(
     method: str = "linear",
     base: Model | None = None,
     parameters: Mapping[str, Any] | None = None,
-    companion: str = "first",
+    sidecar_from: str = "first",
     tokenizer: str | None = None,
     pad_to_multiple_of: int | None = None,
     chat_template: str | None = None,
@@ -89,12 +89,12 @@ def merge(
         base: the model from which the others were trained, for methods that work on the differences.
         parameters: the method's own, such as {"density": 0.3, "lambda": 0.7}. A number may also be {pattern: number},
             or {pattern: numbers over the layers}, and density, epsilon and gamma a list with one for each model.
-        companion: the model whose configuration and tokenizer the outputs get: "first", "base", or a model as named in
-            models.
-        tokenizer: "companion", the folder of another one, or "union", the companion's with the other models' tokens
+        sidecar_from: the model whose configuration and tokenizer the outputs get: "first", "base", or a model as named
+            in models.
+        tokenizer: "sidecar", that model's; the folder of another; or "union", that model's with the others' tokens
             added. Embeddings and heads get one row per token, in its order: a model's own row; for a token that it does
-            not have, the base's (or a named companion's) row, else the mean of the models that have it. None leaves
-            embeddings unchanged, with the companion's tokenizer.
+            not have, the base's (or the named model's) row, else the mean of the models that have it. None leaves
+            embeddings unchanged, with that model's tokenizer.
         pad_to_multiple_of: with a tokenizer, pads the number of rows to a multiple of it, with rows that are the mean
             of the others.
         chat_template: the text of another chat template, or "auto" for the most common one among the models.
@@ -123,8 +123,8 @@ def merge(
         OSError: a disk error. Inputs and finished shards stay; the same call resumes from them.
     """
     made = make(
-        models, weights, out, method=method, base=base, parameters=parameters, companion=companion, tokenizer=tokenizer,
-        pad_to_multiple_of=pad_to_multiple_of, chat_template=chat_template, dtype=dtype,
+        models, weights, out, method=method, base=base, parameters=parameters, sidecar_from=sidecar_from,
+        tokenizer=tokenizer, pad_to_multiple_of=pad_to_multiple_of, chat_template=chat_template, dtype=dtype,
         normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
     for note in made.notes:
@@ -149,7 +149,7 @@ def execute(
 
 def _execute(plan: Plan, strict: bool, overwrite: bool, progress: bool) -> Merged:
     began = time.perf_counter()
-    chunk_of(plan)  # a memory limit that is too low is told of first
+    chunk_of(plan)  # first, to report a memory limit that is too low
     count, seen, resumed, read, written = len(plan.weights), NotFinite(), 0, 0, 0
     if already_made(plan, overwrite=overwrite):
         seen.join((recorded(plan.target) or {}).get("not_finite") or {}, strict=strict)
@@ -263,12 +263,12 @@ def estimated(plan: Plan) -> str:
     except OSError as error:
         return f"time: unknown, a sample could not be merged ({error.strerror})"
     if result is None:
-        return "time: none to speak of, nothing is mixed"
+        return "time: negligible, nothing is mixed"
     return f"time: about {_duration(result.seconds)}, {size(result.rate)}/s, measured on {size(result.sample)} of it"
 
 
 def _shortened(tasks: Tasks, n: int, whole: int) -> Tasks:
-    """For the first n elements only, ranks in proportion."""
+    """The same step for the first n elements only, with ranks in proportion."""
     choices = (one._replace(first=one.first * n // whole, last=one.last * n // whole) for one in tasks.choices)
     return tasks._replace(choices=tuple(choices))
 

@@ -81,7 +81,7 @@ def sidecar_of(
     models: Sequence[Checkpoint],
     base: Checkpoint | None,
     *,
-    companion: str,
+    sidecar_from: str,
     tokenizer: str | None,
     multiple: int | None,
     chat_template: str | None,
@@ -91,26 +91,26 @@ def sidecar_of(
 
     multiple: of the number of rows. Raises UserError: no such model, no usable tokenizer, or no template."""
     every = [*models_of(models), *(models_of([base]) if base is not None else ())]
-    if companion == "base" and base is not None:
+    if sidecar_from == "base" and base is not None:
         chosen = base
-    elif companion == "first":
+    elif sidecar_from == "first":
         chosen = models[0]
     else:
-        chosen = next((one for one in every if one.name == companion), None)
+        chosen = next((one for one in every if one.name == sidecar_from), None)
         if chosen is None:
             raise UserError(
-                f"companion must be first, one of the models, or base where there is one, got {companion!r}"
+                f"sidecar_from must be first, one of the models, or base where there is one, got {sidecar_from!r}"
             )
     folder = chosen.folder
-    if tokenizer not in (None, "companion", "union"):
+    if tokenizer not in (None, "sidecar", "union"):
         folder = Path(tokenizer).expanduser()
         if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise UserError(f"tokenizer must be companion, union or a folder with a tokenizer, got {tokenizer!r}")
+            raise UserError(f"tokenizer must be sidecar, union or a folder with a tokenizer, got {tokenizer!r}")
     changes: dict[str, dict[str, Any]] = {"config.json": dict(config_changes(chosen if chosen.pieces else models[0]))}
     vocabulary = None
     if tokenizer is not None:
         lead = models_of([chosen])[0]
-        preferred = base if base is not None else chosen if companion != "first" else None
+        preferred = base if base is not None else chosen if sidecar_from != "first" else None
         vocabulary = vocabulary_of(
             every,
             lead,
@@ -176,8 +176,7 @@ def stays_within(path: Path) -> None:
     home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not any(path.resolve().is_relative_to(one) for one in (folder, home)):
         raise UserError(
-            f"{path}: links to {path.resolve()}, out of its folder: what lies there is not copied; put the file "
-            "itself there"
+            f"{path}: links to {path.resolve()}, outside its folder, and is not copied; put the file itself there"
         )
 
 
@@ -198,7 +197,7 @@ def _own_template(folder: Path | None) -> str | None:
     for name in ("tokenizer_config.json", "chat_template.json"):
         config = read_json(folder / name) if (folder / name).is_file() else {}
         text = config.get("chat_template") if isinstance(config, dict) else None
-        if isinstance(text, list):  # several by name
+        if isinstance(text, list):  # several, by name
             text = next((one.get("template") for one in text if one.get("name") == "default"), None)
         if isinstance(text, str) and text.strip():
             return text.strip()

@@ -87,7 +87,7 @@ def open_model(model: Model) -> Checkpoint:
     for piece, other, _ in others:
         if other != begin:
             raise UserError(
-                f"layers must be called alike, {begin}* in {lowest.model.name}, {other}* in {piece.model.name}"
+                f"layers must have the same prefix, {begin}* in {lowest.model.name}, {other}* in {piece.model.name}"
             )
     return _stacked(tuple(piece for piece, _, _ in pieces), begin)
 

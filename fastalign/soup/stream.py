@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CACHE_BYTES = 1 << 20  # of a thread's chunks: about a core's second-level cache
 LEAST_CHUNK, MOST_CHUNK = 1 << 14, 1 << 17  # elements
 PAGE = 4096
-_A_THREADS = 1 << 24  # bytes to digest for which a thread is worth its start
+_A_THREADS = 1 << 24  # bytes to digest from which starting a thread pays
 
 
 @contextmanager

@@ -20,21 +20,21 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import read_json
 from fastalign.soup.checkpoint import FLOATS, SIZES, Checkpoint, File, Tensor, in_torch
 
-# What embeddings and heads, which have a row for each token, are called.
+# Names of embeddings and heads, which have one row per token.
 _HEADS = ("lm_head", "embed_out")
 _INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 EMBEDDINGS = tuple(f"{name}.weight" for name in (*_HEADS, *_INPUTS))
 ROWS = (*EMBEDDINGS, *(f"{name}.bias" for name in _HEADS))
-# A tokenizer that has one of these and no tokenizer.json is not read here.
+# A tokenizer with one of these files and no tokenizer.json is not supported.
 OLD_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "added_tokens.json")
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
 class Vocabulary(NamedTuple):
-    """What the output has rows for. tokens: numbered from 0 on; rows: as many, or more for padding; known: each
-    model's own, by its name; base: the model whose row others take for a token that they lack, where it knows it;
-    None for the mean of all that do; tokenizer: what tokenizer.json holds, where it is no model's own; note: what the
-    user may not expect of it, or ""."""
+    """The output's tokens. tokens: numbered from 0; rows: as many, or more with padding; known: each model's own
+    tokens, by its name; base: the model whose row is used for tokens that a model lacks, if base has them; None: the
+    mean of all models that have them; tokenizer: the content of tokenizer.json, if it is not a model's own; note: a
+    note for the user, or ""."""
 
     tokens: Mapping[str, int]
     rows: int
@@ -55,9 +55,8 @@ def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 def vocabulary_of(
     models: Sequence[Checkpoint], lead: Checkpoint, folder: Any, *, union: bool, multiple: int, base: str | None
 ) -> Vocabulary:
-    """models: all that are merged; lead: whose tokenizer counts for a model that has none, and is extended by a
-    union; folder: whose tokenizer the output has; multiple: what rows are padded to a multiple of. Raises
-    UserError."""
+    """models: all that are merged; lead: its tokenizer is used for a model without one, and extended by a union;
+    folder: with the output's tokenizer; multiple: pad rows to a multiple of it. Raises UserError."""
     path = folder and folder / "tokenizer.json"
     if path is None or not path.is_file():
         raise UserError(f"tokenizer needs a tokenizer.json to count its tokens, {folder or 'a bare file'} has none")
@@ -84,7 +83,7 @@ def embeddings_of(model: Checkpoint) -> list[str]:
     names = [name for name in model if name.endswith(ROWS)]
     inputs = [name for name in names if name.endswith(tuple(f"{one}.weight" for one in _INPUTS)) and model[name].count]
     if not inputs:
-        raise UserError(f"{model.name}: no tensor is called as input embeddings are (*.{', *.'.join(_INPUTS)})")
+        raise UserError(f"{model.name}: no tensor has a name of input embeddings (*.{', *.'.join(_INPUTS)})")
     rows, *width = model[inputs[0]].shape
 
     def looks_like_one(name: str) -> bool:
@@ -93,7 +92,7 @@ def embeddings_of(model: Checkpoint) -> list[str]:
 
     other = next((name for name in model if name not in names and looks_like_one(name)), None)
     if other is not None:
-        raise UserError(f"{other} of {model.name} may have a row for each token, and is not known for an embedding")
+        raise UserError(f"{other} of {model.name} may have a row for each token, and is not a known embedding")
     return names
 
 
@@ -105,8 +104,8 @@ def _note(own: Mapping[str, Any], made: Mapping[str, Any], lead: str) -> str:
     if not plain:
         return ""
     return (
-        f"{len(plain):,} tokens are added to {lead}'s tokenizer as mergekit does: each is found wherever its letters "
-        f"stand in a text, before its own tokens (first {plain[0]!r})"
+        f"{len(plain):,} tokens are added to {lead}'s tokenizer as in mergekit: each matches wherever its letters "
+        f"occur in a text, before the tokenizer's own tokens (first {plain[0]!r})"
     )
 
 
@@ -118,14 +117,14 @@ def _read(model: Checkpoint) -> dict[str, Any] | None:
         return read_json(path)
     old = next((name for name in OLD_FILES if (model.folder / name).is_file()), None)
     if old is not None:
-        raise UserError(f"{model.name}: has {old} and no tokenizer.json, by which its tokens are known")
+        raise UserError(f"{model.name}: has {old} and no tokenizer.json, from which its tokens are read")
     return None
 
 
 def _union(
     own: dict[str, Any], lead: Checkpoint, others: Sequence[tuple[Checkpoint, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """`own`, the tokenizer of `lead`, with the tokens that others have beside added; itself where there are none."""
+    """`own`, the tokenizer of `lead`, with the other tokenizers' additional tokens, if any."""
     mine, added = tokens_of(own), list(own.get("added_tokens") or ())
     beyond = next((token for token, i in mine.items() if i >= _rows(lead)), None)
     if beyond is not None:
@@ -162,8 +161,8 @@ _BLOCK = 32_000_000  # bytes of rows at once
 
 
 class _Table(NamedTuple):
-    """One tensor. numbers: for each input, the row of each token, -1 where it has none; made: for each input, where
-    the new one lies in its file, None for one that stays or is cut; base: the input whose rows others take."""
+    """One tensor. numbers: for each input, the row of each token, -1 if it has none; made: for each input, the new
+    tensor's offset in its file, None if the tensor is unchanged or cut; base: the input whose rows the others use."""
 
     name: str
     numbers: list[np.ndarray]
@@ -173,8 +172,8 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What is to be written before a merge. sources: the inputs as they are; files: those that are written, None for
-    an input that needs none; key: what decides their bytes beside the inputs'."""
+    """The files to write before a merge. sources: the original inputs; files: the new file of each input, None if it
+    needs none; key: what determines their bytes besides the inputs."""
 
     sources: tuple[Checkpoint, ...]
     files: tuple[Path | None, ...]
@@ -183,7 +182,7 @@ class Embeddings:
 
     @property
     def names(self) -> set[str]:
-        """Of the tensors that are made anew."""
+        """Bytes of the new tensors."""
         return {table.name for table in self.tables if any(table.made)}
 
     @property
@@ -191,7 +190,7 @@ class Embeddings:
         return sum(tensor.nbytes for table in self.tables for tensor in table.made if tensor)
 
     def write(self, path_of: Callable[[str], Path]) -> None:
-        """path_of: told each file's name before it is made, it says where."""
+        """path_of: returns the path for a file's name."""
         with ExitStack() as stack:
             files = [path and stack.enter_context(open(path_of(path.name), "wb")) for path in self.files]
             for table in self.tables:
@@ -206,10 +205,10 @@ class Embeddings:
 def in_order_of(
     vocabulary: Vocabulary, inputs: Sequence[Checkpoint], names: Sequence[str], folder: Path
 ) -> tuple[tuple[Checkpoint, ...], Embeddings]:
-    """The inputs with rows for the vocabulary's tokens, as they will be when `Embeddings.write` has made its files in
-    `folder`.
+    """The inputs with rows for the vocabulary's tokens, as they will be once `Embeddings.write` has written its files
+    to `folder`.
 
-    Where a model has the same tokens and at least as many rows, these are cut and nothing is written. Raises UserError.
+    If a model has the same tokens and at least as many rows, its rows are cut and nothing is written. Raises UserError.
     """
     for one in {owner.name: owner for model in inputs for owner in _owners(model)}.values():
         embeddings_of(one)
@@ -228,7 +227,7 @@ def in_order_of(
             )
         types = {one[name].dtype for one in inputs}
         if not types <= set(FLOATS):
-            raise UserError(f"{name} is {', '.join(types)}: its rows cannot be put in another order")
+            raise UserError(f"{name} is {', '.join(types)}: its rows cannot be reordered")
         dtype = types.pop() if len(types) == 1 else "F64" if "F64" in types else "F32"
         made: list[Tensor | None] = []
         for i, one in enumerate(inputs):
@@ -257,7 +256,7 @@ def _owners(model: Checkpoint) -> list[Checkpoint]:
 
 
 def _owner(model: Checkpoint, name: str) -> Checkpoint:
-    """The model that a tensor is of; a stack's are of several."""
+    """The model that a tensor belongs to; a stack has tensors of several."""
     path = model.path_of(name)
     return next(one for one in _owners(model) if any(file.path == path for file in one.files))
 
@@ -267,7 +266,7 @@ def _numbers(vocabulary: Vocabulary, model: str, rows: int) -> np.ndarray:
     numbers = np.full(len(vocabulary.tokens), -1)
     for token, i in vocabulary.tokens.items():
         number = known.get(token, -1)
-        numbers[i] = number if number < rows else -1  # a token without a row is one that the model does not know
+        numbers[i] = number if number < rows else -1  # a token without a row counts as unknown to the model
     return numbers
 
 
@@ -325,7 +324,7 @@ def _write(table: _Table, sources: Sequence[Checkpoint], files: Sequence) -> Non
 
 
 def _mapped(model: Checkpoint, name: str) -> np.ndarray:
-    """(rows, bytes of a row), read where it is used."""
+    """(rows, bytes per row), memory-mapped."""
     tensor = model[name]
     path = model.path_of(name)
     shape = (tensor.shape[0], tensor.nbytes // tensor.shape[0])

@@ -43,8 +43,8 @@ from fastalign.train import checks
 from fastalign.train.finite import StopsAtNaN
 from fastalign.train.pairs import PairBatch, add_pair_forward, split, take
 
-COUPLED = {"aot", "aot_unpaired", "sft"}  # whose value for a batch is not the mean of its pairs' own
-CPU_TOKENS = 1024  # enough rows for the products' full rate
+COUPLED = {"aot", "aot_unpaired", "sft"}  # losses of a batch that are not the mean over its pairs
+CPU_TOKENS = 1024  # enough rows for the full rate of matrix products
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
@@ -66,11 +66,11 @@ class DPOConfig(trl.DPOConfig):
     """
 
     precompute_ref_log_probs: bool | None = field(
-        default=None, metadata={"help": "Reference log-probs before training. Default: where that costs nothing."}
+        default=None, metadata={"help": "Compute reference log-probs before training. Default: if that costs nothing."}
     )
-    share_prompt: bool = field(default=True, metadata={"help": "Run each pair's common beginning once, no padding."})
+    share_prompt: bool = field(default=True, metadata={"help": "Process each pair's common beginning once."})
     max_packed_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens run at once. Default 1,024 on a CPU."}
+        default=None, metadata={"help": "Tokens per forward pass. Default 1,024 on a CPU."}
     )
     modpo_weight: float = field(default=1.0, metadata={"help": "MODPO's weight of the pairs' own value, in (0, 1]."})
 
@@ -141,7 +141,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         if getattr(args, "precompute_ref_log_probs", False) is None:
             peft = peft_config is not None or hasattr(model, "peft_config")
             self._lazy_reference = ref_model is None and not peft and _whole(args, train_dataset, eval_dataset)
-            args = copy.copy(args)  # the caller's stays as it is
+            args = copy.copy(args)  # the caller's config is unchanged
             args.precompute_ref_log_probs = self._lazy_reference
         super().__init__(
             model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
@@ -154,7 +154,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         given = eval_dataset is not None and not isinstance(eval_dataset, str)
         if given and self._lazy_reference and self.ref_model is None and self.state.global_step > 0:
-            # The policy is no longer the reference, whose log-probabilities of these pairs nobody took.
+            # The policy is no longer the reference, and these pairs' reference log-probabilities were not computed.
             reference = trl.trainer.utils.create_model_from_path(
                 trl.trainer.utils.get_config_model_id(self.model.config),
                 **{"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})},
@@ -244,7 +244,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._prepare()
-        if self._elsewhere or return_outputs:  # logits are asked for
+        if self._elsewhere or return_outputs:  # logits are requested
             return super()._compute_loss(model, inputs, return_outputs)
         batch = self._batch(inputs)
         scored = model(pairs=batch, outputs=self._outputs)
@@ -282,7 +282,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
 
     def _loss(self, scored, mask, chosen, rejected, ref_chosen, ref_rejected, inputs) -> Tensor:
         half = len(mask) // 2
-        # Lengths as TRL counts them, a completion's first token too where nothing comes before it.
+        # Lengths as TRL counts them: a completion's first token counts even if nothing precedes it.
         chosen_lengths, rejected_lengths = inputs["completion_mask"].sum(-1).chunk(2)
         weight, margin = getattr(self.args, "modpo_weight", 1.0), inputs.get("margin")
         if weight != 1 or margin is not None:
@@ -409,7 +409,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             self._packs,
         ]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-        for name, buffer in model.named_buffers():  # those too that no checkpoint holds
+        for name, buffer in model.named_buffers():  # including those that no checkpoint contains
             digest.update(name.encode() + buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
             for ids in dataset.with_format("numpy")[column]:

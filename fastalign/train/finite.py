@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-SHOWN = 8  # rows in a message
+SHOWN = 8  # rows listed in a message
 
 
 class StopsAtNaN(_Trainer):
@@ -56,7 +56,7 @@ def stopped(step: int, what: str, value: float, rows: list[int], checkpoint: str
     some = ", ".join(map(str, rows[:SHOWN])) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
     where = f" on rows {some}" if rows else ""
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was kept before"
-    return f"step {step}: the {what} is {value}{where}; training stops, with no weight changed by it; {kept}"
+    return f"step {step}: the {what} is {value}{where}; training stops before it changes a weight; {kept}"
 
 
 def rows_of(dataset: Any, input_ids: Tensor) -> list[int]:
@@ -69,7 +69,7 @@ def rows_of(dataset: Any, input_ids: Tensor) -> list[int]:
     rows = []
     for i, row in enumerate(dataset.select_columns(names)):
         ids = [token for name in names for token in row[name]]
-        # Padded on either side, and cut at either end where it was too long.
+        # Padded on either side, and truncated at either end if too long.
         if any(_within(ids[:k], one) or _within(ids[-k:], one) for one in wanted if (k := min(len(ids), len(one)))):
             rows.append(i)
     return rows

@@ -9,7 +9,7 @@ from fastalign.losses import kl_penalty
 from fastalign.models.head import Head
 from fastalign.reference import transform_logits
 
-TOKENS_AT_ONCE = 128  # of the exact KL: two tiles of logits, 50 MB in all for 49,152 entries
+TOKENS_AT_ONCE = 128  # rows for the exact KL: two tiles of logits, 50 MB in total for 49,152 entries
 
 
 class FixedKLController:

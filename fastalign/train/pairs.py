@@ -24,7 +24,7 @@ class PairBatch(NamedTuple):
     input_ids: Tensor  # (2B, T)
     attention_mask: Tensor  # (2B, T)
     labels: Tensor  # (2B, T): the ids of completion tokens, -100 elsewhere
-    pack: Pack | None  # the same batch as one row, which a model runs that `packing.enable` was right for; or None
+    pack: Pack | None  # the same batch as one row, for a model with `packing.enable`; or None
 
 
 def add_pair_forward(model: PreTrainedModel) -> None:

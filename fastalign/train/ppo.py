@@ -98,7 +98,7 @@ class PPOTrainer:
         self.config = config = PPOConfig() if config is None else config
         self.tokenizer: Any = processing_class if tokenizer is None else tokenizer
         ppo_checks.arguments(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
-        # Unless told, accelerate takes processes without a GPU for unrelated ones.
+        # Otherwise accelerate treats processes without a GPU as unrelated.
         settings = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
         try:
             project = ProjectConfiguration(**config.project_kwargs)
@@ -106,7 +106,7 @@ class PPOTrainer:
         except (ValueError, TypeError) as error:
             raise UserError(f"log_with or accelerator_kwargs: {str(error).splitlines()[0]}") from None
         processes = self.accelerator.num_processes
-        # The first process draws what a single one would; the others must not draw the same.
+        # The first process draws as a single one would; the others must draw differently.
         set_seed(config.seed + self.accelerator.process_index)
         config.world_size, config.is_encoder_decoder = processes, False
         config.global_batch_size = config.batch_size * processes
@@ -141,7 +141,7 @@ class PPOTrainer:
         self.kl_ctl: AdaptiveKLController | FixedKLController = controller(config.init_kl_coef, *options)
         self.running: ppo_stats.RunningMoments = ppo_stats.RunningMoments()
         self.current_step: int = 0
-        self._checkpoint: str | None = None  # the last that was saved or loaded
+        self._checkpoint: str | None = None  # the last one saved or loaded
         if config.log_with is not None:
             settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers(
@@ -245,7 +245,7 @@ class PPOTrainer:
             rows = {"log-probability": logprobs, "value": values, "reference's log-probability": ref_logprobs}
             self._check_rows(rows, rollouts.labels != -100)
         with times("compute_rewards"):
-            # Few numbers a token: every process holds those of all, so that one definition serves any number of them.
+            # A few numbers per token: every process has those of all, so one definition serves any number of processes.
             every = self._gather(
                 logprobs=logprobs,
                 values=values,
@@ -452,8 +452,8 @@ class PPOTrainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, figures, ratio = self.train_minibatch(rollouts, old, part)
                 count = float((rollouts.labels[part] != -100).sum())
-                # A mean over its tokens, weighed so that all mini batches of all processes make one mean over theirs;
-                # gradients are averaged over processes, hence their number.
+                # A mean over the mini batch's tokens, weighted so that all mini batches of all processes give one mean
+                # over all tokens. Gradients are averaged over processes, hence the factor of their number.
                 self.accelerator.backward(loss * (count * processes / every))
             sums = sums + figures
             ratios.append(ratio)

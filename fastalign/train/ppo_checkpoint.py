@@ -37,7 +37,7 @@ def save(folder: str | Path, step: int, model: Any, optimizer: Any, state: dict[
     every = gather_object([(draws, counters)])
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if target.exists():  # a run resumed from further back, or saved twice at one step
+        if target.exists():  # a run resumed from an earlier checkpoint, or saved twice at one step
             shutil.rmtree(target)
         with atomic_write(target) as beside:
             beside.mkdir()

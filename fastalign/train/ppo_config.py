@@ -25,7 +25,7 @@ class PPOConfig:
     seed: int = 0
     log_with: str | None = None  # "wandb", "tensorboard", another of accelerate's trackers by name or as an object
     task_name: str | None = None
-    model_name: str | None = "gpt2"  # a note for the script: the trainer takes a model
+    model_name: str | None = "gpt2"  # for the script's own use: the trainer takes a model
     query_dataset: str = "stanfordnlp/imdb"  # likewise
     reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"  # likewise
     remove_unused_columns: bool = True  # of a dataset: keeps what a model takes, and "query", "response", "label"
@@ -34,13 +34,13 @@ class PPOConfig:
     project_kwargs: dict[str, Any] = field(default_factory=dict)
     tracker_project_name: str = "fastalign"
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)  # must stay empty
-    steps: int = 20000  # a note for the script, as `step` is called by it
+    steps: int = 20000  # for the script's own use: it calls `step`
     learning_rate: float = 1.41e-5
-    adap_kl_ctrl: bool = True  # steer the KL towards `target`; False: init_kl_coef stays
+    adap_kl_ctrl: bool = True  # adapt the coefficient to reach `target`; False: init_kl_coef is constant
     init_kl_coef: float = 0.2
     kl_penalty: str = "kl"  # per token, d = log p - log p_ref: d, |d|, d²/2 or the exact KL over the vocabulary
     target: float = 6.0  # nats per response
-    horizon: float = 10000.0  # samples over which the coefficient follows
+    horizon: float = 10000.0  # samples over which the coefficient adapts
     gamma: float = 1.0
     lam: float = 0.95
     cliprange: float = 0.2
@@ -65,12 +65,12 @@ class PPOConfig:
     compare_steps: int = 1
     ratio_threshold: float = 10.0  # a mini batch whose mean ratio exceeds it is skipped
     use_score_scaling: bool = False  # divide scores by their running deviation
-    use_score_norm: bool = False  # and take their running mean off; needs use_score_scaling
+    use_score_norm: bool = False  # and subtract their running mean; needs use_score_scaling
     score_clip: float | None = None
     whiten_rewards: bool = False
     gradient_checkpointing: bool = False
     dataset_num_proc: int | None = None
-    disable_dropout: bool = True  # TRL 0.11 has no such option: its ratios carry dropout's noise
+    disable_dropout: bool = True  # not in TRL 0.11, whose ratios contain dropout's noise
 
     def __post_init__(self) -> None:
         if self.forward_batch_size is not None:

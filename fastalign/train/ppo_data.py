@@ -15,8 +15,8 @@ COLUMNS = ("label", "query", "response")
 
 class PromptLoader(DataLoader[Any]):
     """Batches of this process's rows. A global batch is a slice of the epoch's order; process r gets the r-th part of
-    it, so that one process with the whole batch sees the same. Rows that do not fill a batch are dropped from the
-    epoch."""
+    it, so that a single process with the whole batch sees the same rows. Rows that do not fill a batch are dropped from
+    the epoch."""
 
     def __init__(
         self, dataset: Any, batch_size: int, collate: Callable, *, seed: int, rank: int, world: int, device: Any
@@ -27,14 +27,14 @@ class PromptLoader(DataLoader[Any]):
             )
         self.order: _Order = _Order(len(dataset), batch_size, seed, rank, world)
         self.to = device
-        # A generator of its own: DataLoader draws a seed per iteration, which a resumed run would draw once more.
+        # Its own generator: DataLoader draws a seed per iteration, which a resumed run would draw twice.
         super().__init__(dataset, batch_sampler=self.order, collate_fn=collate, generator=torch.Generator())
 
     def __iter__(self) -> Any:
         from accelerate.utils import send_to_device
 
         for batch in super().__iter__():
-            # Counted as it is handed out: DataLoader may ask for indices ahead.
+            # Counted when a batch is returned: DataLoader may fetch indices ahead.
             self.order.done += 1
             yield send_to_device(batch, self.to)
         self.order.epoch, self.order.done = self.order.epoch + 1, 0
@@ -68,7 +68,7 @@ class _Order(Sampler):
         return self.rows // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.done and not self.resumed:  # the last iteration was broken off: this is a new epoch
+        if self.done and not self.resumed:  # the last iteration was not finished: this is a new epoch
             self.epoch, self.done = self.epoch + 1, 0
         self.resumed = False
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)

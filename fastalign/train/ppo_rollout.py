@@ -14,7 +14,7 @@ from torch.nn.functional import pad as padded
 from fastalign._base.errors import UserError
 
 ROWS_AT_ONCE = 128
-# What `decode.Sampler` does; any other option is left to transformers.
+# Options that `decode.Sampler` supports; with any other, transformers generates.
 _SAMPLED = {"do_sample", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "min_p"}
 _NEUTRAL = {
     "pad_token_id",
@@ -62,8 +62,8 @@ def generate(
         length_sampler: gives max_new_tokens for each batch.
         batch_size: queries at once; None: up to 128.
         remove_padding: cut a response after its first end token, which stays. False: all of a batch have one length.
-        options: those of transformers' generate. Sampling with only temperature, top_k, top_p and min_p runs on the
-            engine of `decode.Sampler`, seeded from torch's generator; everything else runs in transformers.
+        options: those of transformers' generate. Sampling with only temperature, top_k, top_p and min_p runs in
+        `decode.Sampler`, seeded from torch's generator; everything else runs in transformers.
     """
     for i, query in enumerate(queries):
         if not isinstance(query, Tensor) or query.ndim != 1 or len(query) == 0 or query.is_floating_point():
@@ -79,7 +79,7 @@ def generate(
             options["max_new_tokens"] = int(length_sampler())
         config = copy.deepcopy(model.generation_config)
         unknown = config.update(**options)
-        own_end = options.get("eos_token_id") is not None  # then the tokenizer's ends nothing
+        own_end = options.get("eos_token_id") is not None  # then the tokenizer's end token does not end a response
         ends = _ends(config.eos_token_id) | (set() if own_end else _ends(tokenizer.eos_token_id))
         pad = next(x for x in (config.pad_token_id, tokenizer.pad_token_id, *ends, 0) if x is not None)
         settings = None if unknown or own_end else _plain(config)

@@ -1,4 +1,4 @@
-"""Models that FSDP2 has cut over processes: where their weights are whole."""
+"""Models that FSDP2 has sharded over processes: access to their full weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 
 def inside(wrapped: Any, model: Any, call: Callable) -> Any:
-    """call(), within the model's forward pass where FSDP2 gives its weights only there."""
+    """call(), within the model's forward pass if FSDP2 gathers its weights only there."""
     return wrapped(call=call) if is_sharded(model) else call()
 
 
@@ -24,7 +24,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def whole_layers(model: Any):
-    """Layers that FSDP2 has cut stay whole from one forward pass to the next, so that no process waits for another."""
+    """Layers sharded by FSDP2 stay gathered from one forward pass to the next, so that no process waits for another."""
     from torch.distributed.fsdp import FSDPModule
 
     with ExitStack() as undo:
@@ -38,7 +38,7 @@ def whole_layers(model: Any):
 
 
 def whole_head(model: AutoModelForCausalLMWithValueHead) -> Head:
-    """The head that the last forward pass had, as plain tensors without gradient."""
+    """The last forward pass's head, as plain tensors without gradient."""
 
     def whole(x: Tensor | None) -> Tensor | None:
         return x if x is None else (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalign.losses import PolicyLoss, ValueLoss, kl_penalty
 
-# Means over tokens that one optimiser step reports, in the order in which they are summed over processes.
+# Means over tokens that an optimiser step reports, in the order of their sum over processes.
 MEANS = (
     "loss/policy",
     "loss/value",
@@ -69,7 +69,7 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Unbiased; 1 for a single score, which has none."""
+        """Unbiased; 1 for a single score."""
         return math.sqrt(self.sum_squares / (self.count - 1)) if self.count > 1 else 1.0
 
 

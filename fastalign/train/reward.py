@@ -55,7 +55,7 @@ class RewardCollator(DataCollatorForPreference):
         return batch
 
 
-TOKENIZED = ("chosen_ids", "chosen_input_ids")  # TRL's columns, new and old, for text that is tokenized already
+TOKENIZED = ("chosen_ids", "chosen_input_ids")  # TRL's columns, new and old, for tokenized text
 
 
 class RewardTrainer(StopsAtNaN, trl.RewardTrainer):

@@ -24,7 +24,7 @@ from fastalign.models.scoring import fused_head, score
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Beside the model's own files and not in one of them, so that whatever else loads the folder never meets it.
+# In a folder of its own, so that other programs that load the model never read it.
 VALUE_HEAD = Path("value_head") / "model.safetensors"
 
 
@@ -46,7 +46,7 @@ class Scored(NamedTuple):
     log_probs: Tensor
     entropy: Tensor
     values: Tensor
-    hidden: Tensor | None  # (n, H) of the n positions that have a label, where asked for
+    hidden: Tensor | None  # (n, H) of the n labelled positions, if requested
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
@@ -61,7 +61,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     lm_head_namings: tuple[str, ...] = ("lm_head", "embed_out")
     supported_args: tuple[str, ...] = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
     supported_modules: tuple[str, ...] = ("v_head",)
-    short_names = True  # of `state_dict`; False: as the modules have them, which what shards a model relies on
+    short_names = True  # names in `state_dict`; False: the modules' own names, on which sharding libraries rely
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return head_of(self.causal_lm)
 
     @property
-    def _no_split_modules(self) -> Any:  # what accelerate shards by
+    def _no_split_modules(self) -> Any:  # accelerate's sharding rule
         return self.causal_lm._no_split_modules
 
     def forward(

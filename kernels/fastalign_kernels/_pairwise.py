@@ -1,6 +1,6 @@
 """Every pairwise preference loss of one pair, and its gradient.
 
-Written by tools/generate_pairwise.py from the table in fastalign/_pairwise.py: change that and run it again.
+Written by tools/generate_pairwise.py from the table in fastalign/ops/pairwise.py: change that and run it again.
 
 A formula takes the pair's log-ratios, its margin and the options as scalars, and returns the loss and its derivatives
 by c, by r and by the margin. SMOOTHS: label_smoothing is not 0.

@@ -55,7 +55,7 @@ def test_what_is_no_file_is_not_written_over(make, tmp_path, monkeypatch):
     path = tmp_path / "out"
     make(path)
     before = os.lstat(path)
-    with pytest.raises(UserError, match=f"^{path}: must be a file or not be there, it is a ") as caught:
+    with pytest.raises(UserError, match=f"^{path}: must be a file or absent, it is a ") as caught:
         write_json(path, {})
     assert "\n" not in str(caught.value) and os.lstat(path) == before and not list(tmp_path.glob(".*"))
 
@@ -334,7 +334,7 @@ def test_two_runs_into_one_output_and_an_output_that_is_a_folder(models, tmp_pat
     assert not list(tmp_path.iterdir())  # nothing was made, nothing stays
     out.mkdir()
     model.sampler = None
-    with pytest.raises(UserError, match="must be a file or not be there, it is a folder"):
+    with pytest.raises(UserError, match="must be a file or absent, it is a folder"):
         pipeline.sample(model, PROMPTS, out, **OPTIONS)
 
 
@@ -349,5 +349,5 @@ def test_every_step_looks_at_its_output_before_it_works(tmp_path):
         lambda: pipeline.evaluate_grid(none, "x=1", out),
         lambda: pipeline.evaluate(none, none, none, out),
     ):
-        with pytest.raises(UserError, match="must be a file or not be there, it is a folder"):
+        with pytest.raises(UserError, match="must be a file or absent, it is a folder"):
             step()

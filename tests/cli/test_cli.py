@@ -124,7 +124,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
 
     monkeypatch.setattr(SharedPromptEngine, "prefill", interrupted)
     code, _, err = fastalign(*sampling)
-    assert code == 130 and "the same command goes on" in err and err.count("\n") == 1
+    assert code == 130 and "the same command resumes" in err and err.count("\n") == 1
     finished = len(list((tmp_path / "candidates.parquet.parts").glob("part-*")))
     assert not out.exists() and 1 <= finished <= 5
     assert "was made with seed=0, this run has 1" in refused(*sampling, "--seed", 1)
@@ -331,10 +331,10 @@ def test_what_cannot_be_is_refused_though_the_output_is_there(sampling, wrong, m
     assert message in refused(*sampling, *wrong)
 
 
-@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("knobs", [["--batch-size", 1], ["--memory-limit", "1MB"]])
-def test_a_stopped_run_goes_on_in_less_memory(sampling, tmp_path, monkeypatch, engine, knobs):
-    monkeypatch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(engine, "" if engine else "so"))
+def test_a_stopped_run_resumes_in_less_memory(sampling, tmp_path, monkeypatch, shared, knobs):
+    monkeypatch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(shared, "" if shared else "so"))
     assert fastalign(*sampling[:-1], tmp_path / "whole.parquet")[0] == 0
     write, written = Candidates.to_parquet, []
 

@@ -238,8 +238,9 @@ def test_and_so_in_python(given, lam):
         (f"{REWARD} --data pairs.jsonl --center nan", "--center must be a finite number, got nan"),
         (f"{REWARD} --data pairs.jsonl --held-out nan", "--held-out must be at least 0 and below 1, got nan"),
         (f"{REWARD} --data pairs.jsonl --lam 1",
-         "pairs.jsonl: lam and palette make pairs of a scored file, this file contains pairs"),
-        (f"{REWARD} --data scored.parquet", "scored.parquet: a scored file needs lam or a palette to make pairs of it"),
+         "pairs.jsonl: lam and palette make pairs from a scored file, this file contains pairs"),
+        (f"{REWARD} --data scored.parquet",
+         "scored.parquet: a scored file needs lam or a palette to make pairs from it"),
         (
             f"{REWARD} --data scored.parquet --values length,humor",
             "--values must be rewards that the file carries (length, short), got humor",
@@ -278,9 +279,9 @@ def test_and_so_in_python(given, lam):
         ("soup model --extract --base model", "give --rank, or --energy, the share of the difference to keep"),
         (
             "soup --recipe palettes/p.json",
-            "palettes/p.json: a recipe may have 'base', 'chat_template', 'companion', 'dtype', 'force', 'grid', "
+            "palettes/p.json: a recipe may have 'base', 'chat_template', 'dtype', 'force', 'grid', "
             "'max_shard_size', 'memory_limit', 'method', 'models', 'normalize', 'pad_to_multiple_of', 'parameters', "
-            "'tokenizer', 'weights', got 'kind'",
+            "'sidecar_from', 'tokenizer', 'weights', got 'kind'",
         ),
         (
             "soup-front model classifier --prompts prompts.txt --rewards diversity --grid 2",

@@ -129,7 +129,7 @@ def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
     text = tokenizer("why the dog 1", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert trained(text, labels=text).loss < before(text, labels=text).loss
-    assert "lam and palette make pairs of a scored file" in refused(
+    assert "lam and palette make pairs from a scored file" in refused(
         "dpo", "--data", "bundled", "--lam", "1", "--model", model, "--out", out
     )
 

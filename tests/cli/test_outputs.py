@@ -237,9 +237,7 @@ def test_what_can_be_no_output(name, work):
     Path("folder").mkdir()
     (Path("folder") / "mine").write_text("precious")
     if name in FILES:
-        assert "must be a file or not be there, it is a folder" in refused(
-            *argued(name, "--out", "folder", "--overwrite")
-        )
+        assert "must be a file or absent, it is a folder" in refused(*argued(name, "--out", "folder", "--overwrite"))
     else:
         line = refused(
             *argued(name, "--out", "prompts.txt" if "prompts.txt" not in inputs_of(name) else "scored.parquet")

@@ -3,6 +3,7 @@ same command goes on to what an uninterrupted one gives."""
 
 import json
 import os
+import re
 import signal
 import threading
 from types import SimpleNamespace
@@ -119,16 +120,16 @@ def test_an_interrupted_command_run_again_gives_what_one_gives_that_was_not(name
         step = {"dpo": 4, "reward": 2, "ppo": 3}[name]  # transformers logs after a step's end
         assert int(kept.name.rpartition("-")[2]) == step
         assert lines == [
-            "fastalign: stopping after the step in progress; once more to stop at once",
-            f"fastalign: {out}: stopped; the same command goes on from {kept}",
+            "fastalign: stopping after the current step; a second signal stops at once",
+            f"fastalign: {out}: stopped; the same command resumes from {kept}",
         ]
     else:
-        kept = "" if name == "score" else " are kept, and the same command goes on from them"
+        kept = "" if name == "score" else " are kept, and the same command resumes from them"
         assert len(lines) == 1 and lines[0].startswith("fastalign: interrupted") and lines[0].endswith(kept)
     assert name == "soup-front" or not (out.is_file() or list(out.glob("*.safetensors")))
     again = done(arguments, out)
     if name in ("sample", "dpo") or (name in TRAINING and number != signal.SIGKILL):
-        assert "going on from" in again
+        assert re.search("(going on|resuming) from", again)
     assert content(name, out) == whole(name)
     beside = {path.name for path in tmp_path.iterdir()} - {"out", "stderr"}
     assert not beside and not (out / "checkpoints").exists()
@@ -142,8 +143,8 @@ def test_a_second_signal_ends_training_at_once(name, given, whole, tmp_path):
     code = signalled.run([*arguments, "--out", out], log, at=at, call=call, number=signal.SIGTERM, times=2)
     (kept,) = (path for path in (out / "checkpoints").iterdir() if path.is_dir())
     assert code == 143 and int(kept.name.rpartition("-")[2]) == 2
-    assert log.read_text().endswith(f"fastalign: {out}: stopped; the same command goes on from {kept}\n")
-    assert "going on from" in done([*arguments, "--resume"], out)
+    assert log.read_text().endswith(f"fastalign: {out}: stopped; the same command resumes from {kept}\n")
+    assert "resuming from" in done([*arguments, "--resume"], out)
     assert content(name, out) == whole(name)
 
 

@@ -11,6 +11,8 @@ from fastalign import UserError, rewards
 from fastalign.data.conversations import Conversation
 from fastalign.data.text import Text
 from fastalign.decode import Candidates, Sampler
+from fastalign.decode.rows import CachedRows
+from fastalign.decode.shared_prompt import SharedPromptEngine
 
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = {"role": "user", "content": "who sat"}
@@ -115,12 +117,12 @@ def test_stop_strings_of_special_tokens(stop, text, tokens):
     assert codec.continuation(prompt, new) == " fine\nuser"  # shown without them, as ever
 
 
-@pytest.mark.parametrize("path", ["engine", "batches"])
+@pytest.mark.parametrize("path", [SharedPromptEngine, CachedRows])
 def test_the_sampler_stops_at_a_special_token(path):
     tokenizer = marked()
     model = tiny_causal_lm(tokenizer, scale=2.0)
     sampler = Sampler(model, tokenizer)
-    sampler._shares = path == "engine"
+    sampler.path = lambda **_: path
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     with torch.no_grad():  # likely enough to come
         model.lm_head.weight[end] += 3 * model.lm_head.weight.std()

@@ -28,7 +28,7 @@ def tokenizer():
 
 
 PATHS = {
-    "engine": SharedPromptEngine,
+    "shared prompt": SharedPromptEngine,
     "copied cache": CachedRows,
     "prompt repeated": RepeatedRows,
     "no cache": UncachedRows,
@@ -36,7 +36,7 @@ PATHS = {
 
 
 def on(path, sampler):
-    """On another path than the engine, as a model runs that it cannot take."""
+    """On another path than the shared-prompt engine, as for a model that it cannot run."""
     assert sampler.path() is SharedPromptEngine
     sampler.path = lambda **_: PATHS[path]
     return sampler
@@ -45,9 +45,9 @@ def on(path, sampler):
 @pytest.fixture(
     scope="module",
     params=[
-        "llama, engine",
-        "gpt2, engine",
-        "mistral, engine",
+        "llama, shared prompt",
+        "gpt2, shared prompt",
+        "mistral, shared prompt",
         "llama, copied cache",
         "mistral, copied cache",
         "llama, prompt repeated",

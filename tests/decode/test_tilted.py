@@ -117,7 +117,7 @@ def test_an_interrupted_run_goes_on_to_the_same_file(job, tmp_path, monkeypatch,
 
     monkeypatch.setitem(tilted._DRAW, method, interrupted)
     code, _, err = fastalign(*job, "--method", method, "--out", out)
-    assert code == 130 and "goes on from them" in err and len(list(tmp_path.glob("cut.parquet.parts/part-*"))) == 2
+    assert code == 130 and "resumes from them" in err and len(list(tmp_path.glob("cut.parquet.parts/part-*"))) == 2
     monkeypatch.setitem(tilted._DRAW, method, draw)
     assert "was made with method=" in refused(*job, "--out", out)
     assert fastalign(*job, "--method", method, "--out", out)[0] == 0

@@ -100,7 +100,7 @@ def test_a_block_that_kills_every_worker_is_named_and_all_others_are_kept(cluste
     monkeypatch.setattr(scale, "RETRIES", 1)
     out, log = tmp_path / "out", tmp_path / "log"
     job = {"rewards": length(log=log, dies_on=PROMPTS[1], always=True), "workers": 1, **SHORT}
-    message = "^prompts 1 to 1: the worker that drew them died 2 times, .* goes on with what is missing$"
+    message = "^prompts 1 to 1: their worker died 2 times, .* resumes with the missing ones$"
     with pytest.raises(UserError, match=message):
         scale.run(folder, PROMPTS[:3], out, **job)
     met = [line.split(" ", 1)[1] for line in log.read_text().splitlines()]

@@ -182,7 +182,7 @@ def test_other_things_that_are_no_model(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_causal_lm(tmp_path)
     (tmp_path / "x.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="this is another file"):
+    with pytest.raises(UserError, match="this is another kind of file"):
         load_causal_lm(tmp_path / "x.bin")
     with pytest.raises(UserError, match="empty name"):
         load_causal_lm(" ")

@@ -9,7 +9,7 @@ from causal_models import fill
 from model_paths import PROMPTS, ROUNDING, differences, padded, rows_of, sampled, tokens
 from tiny import tiny_causal_lm, tiny_tokenizer
 
-import fastalign.decode.shared_prompt as engine_module
+import fastalign.decode.shared_prompt as shared_prompt
 from fastalign import models
 from fastalign._base.errors import UserError
 from fastalign.decode import Sampler
@@ -107,9 +107,9 @@ def swallowed(model, monkeypatch):
 
 def misread(model, monkeypatch):
     """The compiled step reads its neighbours' queries, as it did of strided views."""
-    attend = engine_module._Step.attend
+    attend = shared_prompt._Step.attend
     monkeypatch.setattr(
-        engine_module._Step, "attend", lambda self, layer, q, *rest: attend(self, layer, q.roll(1, 0), *rest)
+        shared_prompt._Step, "attend", lambda self, layer, q, *rest: attend(self, layer, q.roll(1, 0), *rest)
     )
 
 
@@ -135,11 +135,11 @@ def clipped_norm(model, monkeypatch):
 
 
 FAULTS = {
-    "a soft cap by another name": (capped, {"engine", "packs", "head"}),
-    "a dense layer before the head": (dense, {"engine", "packs", "head"}),
-    "a mask of its own": (masked, {"engine", "packs"}),
-    "positions swallowed": (swallowed, {"engine", "packs"}),
-    "a step that reads its neighbours": (misread, {"engine"}),
+    "a soft cap by another name": (capped, {"shared", "packs", "head"}),
+    "a dense layer before the head": (dense, {"shared", "packs", "head"}),
+    "a mask of its own": (masked, {"shared", "packs"}),
+    "positions swallowed": (swallowed, {"shared", "packs"}),
+    "a step that reads its neighbours": (misread, {"shared"}),
     "a pack seen through": (seen_through, {"packs"}),
     "a norm of its own": (clipped_norm, set()),
 }
@@ -153,12 +153,12 @@ def test_a_planted_fault_is_seen_and_no_number_is_wrong(fault, tokenizer, monkey
     trial._kept.clear()
     layers._known.clear()
     plant(model, monkeypatch)
-    verdicts = {"engine": supports(model), "packs": packing.can_pack(model), "head": fused_head(model)}
+    verdicts = {"shared": supports(model), "packs": packing.can_pack(model), "head": fused_head(model)}
     assert {name for name, verdict in verdicts.items() if not verdict} == where
     assert all("\n" not in verdict.why and (verdict or verdict.why) for verdict in verdicts.values())
 
     message = (
-        pytest.warns(RuntimeWarning, match="not on the") if where & {"engine", "head"} else contextlib.nullcontext()
+        pytest.warns(RuntimeWarning, match="not on the") if where & {"shared", "head"} else contextlib.nullcontext()
     )
     with message:
         assert sampled(model, tokenizer) < ROUNDING
@@ -194,7 +194,7 @@ def refused(self, rows):
 )
 def test_a_cache_that_cannot_be_copied(how, path, tokenizer, monkeypatch):
     model = llama()
-    masked(model, monkeypatch)  # not on the engine
+    masked(model, monkeypatch)  # not on the shared-prompt engine
     if how is not None:
         reordering(model, how, monkeypatch)
     else:
@@ -390,8 +390,8 @@ def test_an_indexer_that_picks_fewer_tokens_than_a_text_has():
 
 def test_verdicts_are_kept_by_class_and_configuration(monkeypatch):
     ran = []
-    run = engine_module._forced
-    monkeypatch.setattr(engine_module, "_forced", lambda *args: ran.append(1) or run(*args))
+    run = shared_prompt._forced
+    monkeypatch.setattr(shared_prompt, "_forced", lambda *args: ran.append(1) or run(*args))
     assert supports(llama()) and supports(llama()) and len(ran) == 1
     assert supports(llama(rope_parameters={"rope_type": "default", "rope_theta": 50.0})) and len(ran) == 2
     assert supports(llama().double()) and len(ran) == 3
@@ -423,9 +423,9 @@ def test_a_wide_window_is_tried_narrow(monkeypatch):
     """A path that knows nothing of windows is seen though the trial's rows are shorter than this one."""
     assert supports(windowed(100))
     trial._kept.clear()
-    attend = engine_module._Step.attend
+    attend = shared_prompt._Step.attend
     monkeypatch.setattr(
-        engine_module._Step,
+        shared_prompt._Step,
         "attend",
         lambda self, layer, q, k, v, s, window, cap: attend(self, layer, q, k, v, s, None, cap),
     )

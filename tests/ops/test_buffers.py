@@ -1,4 +1,4 @@
-"""Memory is handed to the engine in one way only, and never one that it would read wrongly."""
+"""Memory is passed to the native extension in one way only, and never in a form that it would misread."""
 
 from pathlib import Path
 

@@ -542,7 +542,7 @@ def test_same_bits_again_and_near_ones_at_any_thread_count():
         torch.set_num_threads(before)
     for i, j in ((0, 1), (2, 3)):
         assert all(torch.equal(x, y) for x, y in zip(result[i], result[j], strict=True))
-    for other in result[2:]:  # the engine gives the same bits; torch's products may not
+    for other in result[2:]:  # the native kernels give the same bits; torch's products may not
         for x, y in zip(other, result[0], strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels' random numbers are those of the reference and the CPU engine, to the last bit."""
+"""The Triton kernels' random numbers are those of the reference and the native extension, to the last bit."""
 
 import pytest
 import torch

@@ -22,19 +22,19 @@ LOWER_VARIANCE = METHODS[1:4]
 WITHOUT = METHODS[4:]
 
 
-ENGINES = ["cpu", *["triton"] * ("resample" in kernels.names() and fastalign.backend.interpreted())]
+BACKENDS = ["cpu", *["triton"] * ("resample" in kernels.names() and fastalign.backend.interpreted())]
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter takes as long for a small block as for one of thousands."""
-    if "triton" in ENGINES:
+    if "triton" in BACKENDS:
         monkeypatch.setattr("fastalign.kernels.resample.DRAWS", 4096)
         monkeypatch.setattr("fastalign.kernels.resample.TILE", 1 << 16)
 
 
-def assert_same(log_weights, k, engine="cpu", **options):
-    with use_backend(engine):
+def assert_same(log_weights, k, backend="cpu", **options):
+    with use_backend(backend):
         ours = resample(log_weights, k, **options)
     with use_backend("reference"):
         theirs = resample(log_weights, k, **options)
@@ -70,7 +70,7 @@ def test_the_engine_draws_what_the_reference_draws(dtype, method):
 
 
 @pytest.mark.slow_matrix
-@pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton kernel")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_many_tiles_and_sums_draw_what_the_reference_draws(monkeypatch, dtype, method):
@@ -91,14 +91,14 @@ def test_many_tiles_and_sums_draw_what_the_reference_draws(monkeypatch, dtype, m
         assert_same(x, k, "triton", method=method, mask=mask, seed=2**63 + 3)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_strided_weights_and_masks_are_read_in_place(engine):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_weights_and_masks_are_read_in_place(backend):
     base, mask = torch.randn(3, 3, 200), torch.rand(200, 3) > 0.5
     for view in (base[:, 1], base[:, 2, ::2], base[:, 0, 7:], base[0, :, :9].T, base[:1, 0].expand(3, -1)):
         for method in METHODS:
-            ids = assert_same(view, 6, engine, method=method, seed=0)
+            ids = assert_same(view, 6, backend, method=method, seed=0)
             assert torch.equal(ids, resample(view.contiguous(), 6, method=method, seed=0))
-    a = assert_same(base[:, 1], 4, engine, mask=mask.T, seed=0)
+    a = assert_same(base[:, 1], 4, backend, mask=mask.T, seed=0)
     assert torch.equal(a, resample(base[:, 1], 4, mask=mask.T.contiguous(), seed=0))
 
 
@@ -291,11 +291,11 @@ value = st.sampled_from([NEG_INF, 0.0, 1.0, -1.0, 1e30, -1e30, 3e38, -3e38, 700.
     st.integers(1, 80),
     st.sampled_from(METHODS),
     st.integers(0, 2**64 - 1),
-    st.sampled_from(ENGINES),
+    st.sampled_from(BACKENDS),
 )
-def test_edge_values(values, k, method, seed, engine):
+def test_edge_values(values, k, method, seed, backend):
     x = torch.tensor(values)
-    ids = assert_same(x, k, engine, method=method, seed=seed)
+    ids = assert_same(x, k, backend, method=method, seed=seed)
     for row, drawn in zip(x, ids, strict=True):
         possible = int((row > NEG_INF).sum())
         filled = min(possible, k) if method in WITHOUT else (k if possible else 0)
@@ -373,11 +373,11 @@ def test_flushing_denormals_changes_nothing(method, k, dtype):
 
 
 @pytest.mark.skipif(fastalign.backend.native is None, reason="the native extension is not built")
-@pytest.mark.parametrize("engine", ["cpu", "reference"])
-def test_the_best_of_denormals(engine):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_best_of_denormals(backend):
     """Differences no normal number holds: with denormals they order, without they are ties, and never is there none."""
     x = torch.tensor([[3e-320, 5e-320, 5e-320, 0.0]], dtype=torch.float64)
-    with use_backend(engine):
+    with use_backend(backend):
         assert resample(x, 1, method="best", seed=0).item() == 1
         try:
             torch.set_flush_denormal(True)

@@ -38,26 +38,26 @@ OPTIONS = [
 ]
 
 
-ENGINES = ["cpu", *["triton"] * ("sample_tokens" in kernels.names() and fastalign.backend.interpreted())]
+BACKENDS = ["cpu", *["triton"] * ("sample_tokens" in kernels.names() and fastalign.backend.interpreted())]
 
 
 @pytest.fixture(autouse=True)
 def few_passes(monkeypatch):
     """The interpreter takes as long to try eight borders as to try a hundred."""
-    if "triton" in ENGINES:
+    if "triton" in BACKENDS:
         monkeypatch.setattr("fastalign.kernels.sample_tokens.DIGITS", 128)
 
 
-def both(logits, engine="cpu", **options):
-    with use_backend(engine):
+def both(logits, backend="cpu", **options):
+    with use_backend(backend):
         ours = sample_tokens(logits, **options)
     with use_backend("reference"):
         theirs = sample_tokens(logits, **options)
     return ours, theirs
 
 
-def assert_same(logits, engine="cpu", **options):
-    ours, theirs = both(logits, engine, **options)
+def assert_same(logits, backend="cpu", **options):
+    ours, theirs = both(logits, backend, **options)
     assert torch.equal(ours.ids, theirs.ids)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-5, atol=1e-5, equal_nan=True)
     return ours
@@ -115,7 +115,7 @@ def test_the_engine_draws_what_the_reference_draws(dtype, options):
 
 
 @pytest.mark.slow_matrix
-@pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton kernel")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tiles_and_groups_draw_what_the_reference_draws(monkeypatch, dtype, options):
@@ -134,7 +134,7 @@ def test_many_tiles_and_groups_draw_what_the_reference_draws(monkeypatch, dtype,
         assert result.ids[[2, 3, 4]].tolist() == [-1] * 3 and result.log_probs[[2, 3, 4]].isnan().all()
 
 
-@pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton kernel")
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8}], ids=str)
 def test_few_candidates_a_pass_find_the_same_border(monkeypatch, options):
     monkeypatch.setattr("fastalign.kernels.sample_tokens.DIGITS", 8)
@@ -142,7 +142,7 @@ def test_few_candidates_a_pass_find_the_same_border(monkeypatch, options):
         assert_same(torch.randn(2, 5003) * scale, "triton", seed=1, **options)
 
 
-@pytest.mark.skipif("triton" not in ENGINES, reason="no Triton kernel")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton kernel")
 def test_triton_reads_strided_logits_in_place():
     base = torch.randn(3, 2, 150)
     for view in (base[:, 1], base[:, 1, 5:100], base[:, 0, ::2], base[0, :, :4].T, base[:1, 0].expand(3, -1)):
@@ -172,7 +172,7 @@ def test_survivors_are_those_of_transformers(options):
     logits = torch.randn(50, 1200, dtype=torch.float64) * 3
     theirs = warped(logits, **options) > NEG_INF
     assert torch.equal(reference.survivors(logits, **options), theirs)
-    # The engine shows its survivors by the log-probability it reports: their total mass is in it.
+    # The reported log-probability shows the surviving tokens: it contains their total mass.
     truth = warped(logits, **options).log_softmax(-1)
     for offset in range(5):
         result = sample_tokens(logits, seed=0, offset=offset, **options)
@@ -362,12 +362,12 @@ edge = finite | finite | st.sampled_from([INF, NAN])
     st.sampled_from([0.0, 0.4, 1.0]),
     st.sampled_from([0.0, 1e-30, 0.5, 1.0]),
     st.integers(0, 2**64 - 1),
-    st.sampled_from(ENGINES),
+    st.sampled_from(BACKENDS),
 )
-def test_edge_values(values, temperature, top_k, top_p, min_p, seed, engine):
+def test_edge_values(values, temperature, top_k, top_p, min_p, seed, backend):
     logits = torch.tensor(values)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    ours, theirs = both(logits, engine, seed=seed, **options)
+    ours, theirs = both(logits, backend, seed=seed, **options)
     assert torch.equal(ours.ids, theirs.ids)
     for row, id, log_prob in zip(logits, ours.ids.tolist(), ours.log_probs, strict=True):
         if row.isnan().any() or (row == INF).any() or (row == NEG_INF).all():

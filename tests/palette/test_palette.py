@@ -436,7 +436,7 @@ def test_a_solution_can_be_looked_at():
     result = solve(table, [0.2, 0.3])
     assert result.values == ("kind", "short") and np.allclose(result.lam, solve(rewards, [0.2, 0.3]).lam, rtol=1e-9)
     header, names, first, second = repr(result).splitlines()
-    assert header.startswith("PaletteSolution: feasible, KL ") and names.split() == ["λ", "asked", "for", "reached"]
+    assert header.startswith("PaletteSolution: feasible, KL ") and names.split() == ["λ", "target", "reached"]
     assert first.split()[::2] == ["kind", "0.2"] and second.split()[0] == "short"
     assert "<td>kind</td>" in result._repr_html_()
     beyond = solve(rewards, [9, 0.3], values=["<a>", "b"])

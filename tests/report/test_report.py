@@ -27,7 +27,7 @@ def softmax(scores):
 
 
 def make(
-    p=6, n=24, m=3, k=1, *, seed=0, quantile=0.65, asked=None, dual="per_prompt", method="resample", edit=None, **more
+    p=6, n=24, m=3, k=1, *, seed=0, quantile=0.65, levels=None, dual="per_prompt", method="resample", edit=None, **more
 ):
     """A report on generated rewards: solved by palette.solve, drawn by numpy; `edit(arguments)` before build."""
     rng = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def make(
     rewards = (rng.normal(size=(p, n, m)) @ mix + rng.normal(size=(p, 1, m)) * 0.4).astype(np.float32)
     rewards[..., 0] = 1 / (1 + np.exp(-rewards[..., 0]))
     flat = rewards.reshape(-1, m)
-    palette = palettes.quantile_palette(flat, quantile) if asked is None else np.array(asked, dtype=float)
+    palette = palettes.quantile_palette(flat, quantile) if levels is None else np.array(levels, dtype=float)
     groups = np.repeat(np.arange(p), n) if dual == "per_prompt" else None
     solution = first = palettes.solve(flat, palette, groups=groups)
     if not first.feasible:
@@ -159,15 +159,15 @@ def test_what_nothing_is_asked_of_has_no_line_at_its_level(tmp_path, free):
     figures["of map"] = plots.histograms(grid, None, NAMES[: len(free)], weights=scores, palette=requested)
     for name in ("histograms", "of map"):
         axes = [one for one in figures[name].axes if one.get_visible()]
-        drawn = [sum(line.get_color() == plots.ASKED for line in one.lines) for one in axes]
+        drawn = [sum(line.get_color() == plots.TARGET for line in one.lines) for one in axes]
         assert drawn == [int(not one) for one in free], name
-        assert ("asked for" in [text.get_text() for text in figures[name].legends[0].get_texts()]) == (not all(free))
+        assert ("target" in [text.get_text() for text in figures[name].legends[0].get_texts()]) == (not all(free))
     lines = figures["levels"].axes[0].collections
-    rows = [len(one.get_segments()) for one in lines if np.allclose(one.get_colors()[0], to_rgba(plots.ASKED))]
+    rows = [len(one.get_segments()) for one in lines if np.allclose(one.get_colors()[0], to_rgba(plots.TARGET))]
     assert rows == [len(free) - sum(free)]
     for one, (i, j) in zip(figures["pareto"].axes, combinations(range(len(free)), 2), strict=False):
         assert (
-            sum(line.get_color() == plots.ASKED and line.get_linestyle() == "--" for line in one.lines)
+            sum(line.get_color() == plots.TARGET and line.get_linestyle() == "--" for line in one.lines)
             == 2 - free[i] - free[j]
         )
     assert "free" in page(result, tmp_path)
@@ -247,11 +247,13 @@ def test_texts_cannot_break_out(tmp_path):
 
 @pytest.mark.slow_matrix
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
-@pytest.mark.parametrize("case", [dict(), dict(p=1, k=3), dict(asked=9.0, k=2), dict(n=1, asked=-9.0), dict(p=40, k=5)])
+@pytest.mark.parametrize(
+    "case", [dict(), dict(p=1, k=3), dict(levels=9.0, k=2), dict(n=1, levels=-9.0), dict(p=40, k=5)]
+)
 def test_every_figure_draws(m, case, tmp_path):
     case = dict(case)
-    if "asked" in case:
-        case["asked"] = [case["asked"]] * m
+    if "levels" in case:
+        case["levels"] = [case["levels"]] * m
     result, _ = make(m=m, **case)
     figures = result.figures()
     assert set(figures) == {"levels", "histograms", "pareto"} | ({"radar"} if m > 2 else set())
@@ -302,7 +304,7 @@ def test_verdict_within_error_says_so():
 
 
 def test_infeasible_palette_is_short_and_says_why():
-    result, a = make(m=2, k=3, asked=[1.5, 0.0])
+    result, a = make(m=2, k=3, levels=[1.5, 0.0])
     value = result.values[0]
     assert not result.feasible and value.verdict == "short"
     assert value.short_by == pytest.approx(1.5 - value.realised)
@@ -344,8 +346,8 @@ def test_joint_dual_and_best_are_named():
 
 
 def test_low_effective_sample_size_is_named():
-    result, _ = make(m=2, k=2, asked=[1.5, 0.0])
-    sharp, _ = make(m=2, k=2, asked=[1.5, 0.0], edit=lambda a: a["palette"].update({"lambda": [200.0, 50.0]}))
+    result, _ = make(m=2, k=2, levels=[1.5, 0.0])
+    sharp, _ = make(m=2, k=2, levels=[1.5, 0.0], edit=lambda a: a["palette"].update({"lambda": [200.0, 50.0]}))
     assert np.median(sharp.ess_per_prompt) < report.LOW_ESS < np.median(make()[0].ess_per_prompt)
     assert any("effective sample size is low" in note for note in sharp.notes)
     assert "effective sample size" in sharp.values[0].reason

@@ -24,7 +24,7 @@ TYPES = {
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=["engine", "torch"], autouse=True)
+@pytest.fixture(params=["native", "torch"], autouse=True)
 def way(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(backend, "native_runs", lambda: False)

@@ -174,7 +174,7 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     assert code == 0 and "chosen: long" in stdout and "measured" in stdout, err
     code, alone, err = run(*requested[:-1], tmp_path / "alone", "--limit", 1)
     assert code == 0 and "nan" not in alone, err
-    assert alone.count("± n/a (1 prompt)") == 8 and "more prompts would tell" in alone
+    assert alone.count("± n/a (1 prompt)") == 8 and "use more prompts" in alone
     actual = json.loads((tmp_path / "out" / "soups.json").read_text())
     assert actual["chosen"]["palette"] == [2.0, None] and len(actual["levels"]) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -122,10 +122,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("engine", [True, False], ids=["engine", "torch"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("case", CASES)
-def test_by_merge_by_recipe_and_by_command(case, engine, files, tmp_path, monkeypatch):
-    if not engine:
+def test_by_merge_by_recipe_and_by_command(case, native, files, tmp_path, monkeypatch):
+    if not native:
         monkeypatch.setattr(backend, "native_runs", lambda: False)
     reference, m, with_base, options = CASES[case]
     method, base = case.partition(",")[0], files[0] if with_base else None

@@ -286,7 +286,7 @@ def test_what_is_asked_for_wrongly(files, tmp_path):
     refused("normalize must be true or false, got 'yes'", one, method="ties", parameters={"normalize": "yes"})
     refused("none of its patterns matches embed.weight", [{"*.mlp.*": 1.0}, 1, 1], base=False, normalize=True)
     refused("lambda must be finite", one, method="ties", parameters={"lambda": float("inf")})
-    refused("companion must be first, one of the models, or base", one, base=False, companion="base")
+    refused("sidecar_from must be first, one of the models, or base", one, base=False, sidecar_from="base")
     args = [
         *map(str, paths(files, 1, 2)),
         "--method",

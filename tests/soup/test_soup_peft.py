@@ -174,7 +174,7 @@ def test_a_vocabulary_cut_with_the_heads_bias(bases, tmp_path):
         filled(MODELS["phi"](vocab_size=len(tokenizer) + 8), seed=i).save_pretrained(tmp_path / f"m{i}")
         tokenizer.save_pretrained(tmp_path / f"m{i}")
     models = [tmp_path / "m0", tmp_path / "m1"]
-    soup.merge(models, [0.0, 1.0], tmp_path / "out", tokenizer="companion", progress=False)
+    soup.merge(models, [0.0, 1.0], tmp_path / "out", tokenizer="sidecar", progress=False)
     cut, whole = load(tmp_path / "out"), load(models[1])
     assert cut.lm_head.bias.shape == (len(tokenizer),)
     torch.testing.assert_close(logits(cut), logits(whole)[..., : len(tokenizer)])

@@ -295,9 +295,9 @@ MISTAKES = [
     ("- 1", "must be a mapping of names to values, got list"),
     ("!!python/object/apply:os.system [ls]", "not YAML"),
     ("models: []", "models must be a list of 1 to 1000 entries"),
-    ("models: [a]\nweight: [1]", "a recipe may have 'base', 'chat_template', 'companion', 'dtype',"),
+    ("models: [a]\nweight: [1]", "a recipe may have 'base', 'chat_template', 'dtype', 'force',"),
     ("models: [a]\nnull: 1",
-     "'method', 'models', 'normalize', 'pad_to_multiple_of', 'parameters', 'tokenizer', 'weights', got None"),
+     "'models', 'normalize', 'pad_to_multiple_of', 'parameters', 'sidecar_from', 'tokenizer', 'weights', got None"),
     ("models: [{path: a}]", "model 0 may have 'density', 'epsilon', 'gamma', 'model', 'weight', got 'path'"),
     ("models: [{model: a, weight: 1}, {model: b}]", "model 1 has no weight, others have one"),
     ("models: [{model: a, weight: 1}]\ngrid: 3", "weights must be given once"),
@@ -330,7 +330,7 @@ MISTAKES = [
     ("merge_method: karcher\nmodels: [{model: a}]\nparameters: {max_iter: x}", "max_iter must be a whole number"),
     ("merge_method: karcher\nmodels: [{model: a}]\nchat_template: [auto]", "chat_template must be text"),
     ("merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {normalize: [1]}", "weight of b is missing"),
-    ("merge_method: karcher\nmodels: [{model: a}, {model: a}]", "a model may be there once only"),
+    ("merge_method: karcher\nmodels: [{model: a}, {model: a}]", "a model may occur only once"),
 ]  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_stacked(models, tmp_path):
     odd, other = tmp_path / "odd.safetensors", tmp_path / "other.safetensors"
     save_file({"h.0.w": torch.ones(2), "thing": torch.ones(2)}, odd)
     save_file({"g.0.w": torch.ones(2)}, other)
-    refused([(odd, 0, 1), (other, 0, 1)], "layers must be called alike, h.* in")
+    refused([(odd, 0, 1), (other, 0, 1)], "layers must have the same prefix, h.* in")
     shutil.copy(odd, tmp_path / "copy.safetensors")
     refused(
         [(odd, 0, 1), (tmp_path / "copy.safetensors", 0, 1)], "thing: cannot tell whether it comes before the layers"
@@ -148,7 +148,7 @@ def test_embeddings_are_cut_to_the_tokenizers_tokens(models, tmp_path):
 
     pair = [padded(model, tmp_path / model.name, 7) for model in models[:2]]
     plain = soup.merge(models[:2], [0.5, 0.5], tmp_path / "plain", progress=False).out
-    out = soup.merge(pair, [0.5, 0.5], tmp_path / "out", tokenizer="companion", progress=False).out
+    out = soup.merge(pair, [0.5, 0.5], tmp_path / "out", tokenizer="sidecar", progress=False).out
     assert all(torch.equal(x, weights(plain)[name]) for name, x in weights(out).items())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == len(tokenizer)
@@ -174,15 +174,16 @@ def test_chat_templates(models, tmp_path):
         template("no", [0], "chatml")
 
 
-def test_companions_that_are_refused(models, tmp_path):
+def test_sidecars_that_are_refused(models, tmp_path):
     def refused(part, **more):
         with pytest.raises(UserError) as caught:
             soup.merge(models[:2], [0.5, 0.5], tmp_path / "no", progress=False, **more)
         assert part in str(caught.value) and "\n" not in str(caught.value)
 
-    refused("companion must be first, one of the models, or base where there is one, got 'base'", companion="base")
-    refused("got 'elsewhere'", companion="elsewhere")
-    refused("tokenizer must be companion, union or a folder with a tokenizer, got 'base'", tokenizer="base")
+    rule = "sidecar_from must be first, one of the models, or base where there is one"
+    refused(f"{rule}, got 'base'", sidecar_from="base")
+    refused("got 'elsewhere'", sidecar_from="elsewhere")
+    refused("tokenizer must be sidecar, union or a folder with a tokenizer, got 'base'", tokenizer="base")
     other = tmp_path / "other"
     shutil.copytree(models[0], other)
     kept = json.loads((other / "tokenizer.json").read_text())
@@ -195,14 +196,14 @@ def test_companions_that_are_refused(models, tmp_path):
     save_file(weights_of, other / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
-    cut = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "cut", tokenizer="companion", progress=False).out
+    cut = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "cut", tokenizer="sidecar", progress=False).out
     same = soup.merge(models[:2], [0.5, 0.5], tmp_path / "same", progress=False).out
     assert all(torch.equal(x, weights(same)[name]) for name, x in weights(cut).items())
     joined = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "joined", tokenizer="union", progress=False).out
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         wanted = torch.cat([weights(same)[name], torch.ones(1, 32)])
         assert torch.equal(weights(joined)[name], wanted)
-    second = soup.merge(models[:2], [0.5, 0.5], tmp_path / "second", companion=str(models[1]), progress=False)
+    second = soup.merge(models[:2], [0.5, 0.5], tmp_path / "second", sidecar_from=str(models[1]), progress=False)
     assert (second.out / "config.json").is_file()
 
 

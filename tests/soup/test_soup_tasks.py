@@ -1,4 +1,4 @@
-"""Merges of sparse task vectors: the engine against the definition in torch, and the definition against the papers."""
+"""Merges of sparse task vectors: the native extension against the definition in torch, and that against the papers."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def every_choice(n):
 @pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 @pytest.mark.parametrize("kind", every_choice(9))
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, F32, BF16), (F64, F64, F64), (BF16, torch.float16, F64)])
-def test_the_engine_does_what_is_defined(tmp_path, kind, dtypes):
+def test_the_extension_does_what_is_defined(tmp_path, kind, dtypes):
     for shape in ((1,), (63,), (7, 130), (1031, 129)):
         inputs = models(shape, dtypes)
         inputs[1].view(-1)[::3] = inputs[0].view(-1)[::3].to(inputs[1].dtype)  # task vectors of zeros, and of ties

@@ -119,11 +119,11 @@ def close(found, wanted):
         np.testing.assert_allclose(x, wanted[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("engine", [True, False], ids=["engine", "torch"])
-def test_a_union_without_a_base(models, tmp_path, engine, monkeypatch):
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_a_union_without_a_base(models, tmp_path, native, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not engine:
+    if not native:
         monkeypatch.setattr(backend, "native_runs", lambda: False)
     recipe = {"merge_method": "linear", "models": listed(models, "ABD", weight=[1, 2, 3]), "tokenizer_source": "union"}
     out = merged(tmp_path, recipe)
@@ -329,7 +329,7 @@ def test_what_cannot_be_joined(pair, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(c, old)
     (old / "tokenizer.json").rename(old / "tokenizer.model")
-    refused("has tokenizer.model and no tokenizer.json, by which its tokens are known", [a, old], tokenizer="union")
+    refused("has tokenizer.model and no tokenizer.json, from which its tokens are read", [a, old], tokenizer="union")
     odd = tmp_path / "odd"
     shutil.copytree(a, odd)
     kept = load_file(a / "model.safetensors")
@@ -340,7 +340,7 @@ def test_what_cannot_be_joined(pair, tmp_path):
     refused("model.embed_tokens_per_layer.weight of ", [odd, odd], tokenizer="union")
     kept["model.symbols.weight"] = kept.pop("model.embed_tokens.weight")
     save_file(kept, odd / "model.safetensors")
-    refused("no tensor is called as input embeddings are", [odd, odd], tokenizer="union")
+    refused("no tensor has a name of input embeddings", [odd, odd], tokenizer="union")
     small = {name: x[:300] if is_rows(name) else x for name, x in load_file(a / "model.safetensors").items()}
     save_file(small, odd / "model.safetensors")
     refused(f" in {odd}, whose embeddings have 300 rows", [odd, c], tokenizer="union")

@@ -1,4 +1,4 @@
-"""Rollouts: padding, ends, options, and which engine draws."""
+"""Rollouts: padding, ends, options, and whether the sampler or transformers draws."""
 
 import random
 
@@ -15,10 +15,10 @@ QUERIES = [torch.arange(5, 5 + n) for n in (3, 7, 1, 5)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("engine", ["sampler", "transformers"])
-def test_a_batch_of_unequal_queries_gives_what_each_alone_gives(kind, engine):
+@pytest.mark.parametrize("path", ["sampler", "transformers"])
+def test_a_batch_of_unequal_queries_gives_what_each_alone_gives(kind, path):
     model, tokenizer = tiny_causal_lm(tiny_tokenizer(), kind=kind, dtype=torch.float32), tiny_tokenizer()
-    options = {"do_sample": True, "temperature": 1e-4} if engine == "sampler" else {"do_sample": False}
+    options = {"do_sample": True, "temperature": 1e-4} if path == "sampler" else {"do_sample": False}
     options |= {"max_new_tokens": 8, "return_prompt": False}
     alone = [generate(model, tokenizer, [q], **options)[0] for q in QUERIES]
     for size in (None, 2):
@@ -35,7 +35,7 @@ def test_a_batch_of_unequal_queries_gives_what_each_alone_gives(kind, engine):
     assert [x.tolist() for x in alone] == [x.tolist() for x in greedy]
 
 
-def engines(monkeypatch):
+def paths_used(monkeypatch):
     used = []
     for name in ("_by_sampler", "_by_transformers"):
         original = getattr(ppo_rollout, name)
@@ -43,8 +43,8 @@ def engines(monkeypatch):
     return used
 
 
-def test_plain_sampling_runs_on_the_engine_and_the_rest_in_transformers(monkeypatch):
-    model, tokenizer, used = tiny_causal_lm(tiny_tokenizer()), tiny_tokenizer(), engines(monkeypatch)
+def test_plain_sampling_runs_on_the_sampler_and_the_rest_in_transformers(monkeypatch):
+    model, tokenizer, used = tiny_causal_lm(tiny_tokenizer()), tiny_tokenizer(), paths_used(monkeypatch)
     classic = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": 2, "max_new_tokens": 3}
     for options in (classic, {"do_sample": True, "max_new_tokens": 3, "temperature": 0.7, "top_k": 5, "min_p": 0.1}):
         generate(model, tokenizer, QUERIES, **options)
@@ -78,7 +78,7 @@ def test_draws_follow_torchs_seed():
 
 
 def script(monkeypatch, rows):
-    """Every engine draws these rows."""
+    """Both paths draw these rows."""
     cut = lambda row: row[: row.index(2) + 1] if 2 in row else row  # noqa: E731
     monkeypatch.setattr(ppo_rollout, "_by_sampler", lambda *a: [torch.tensor(cut(r)) for r in rows])
     monkeypatch.setattr(ppo_rollout, "_by_transformers", lambda *a: [torch.tensor(r) for r in rows])

@@ -6,12 +6,12 @@ Every function returns a matplotlib Figure without a window or global state; `sa
 from fastalign.report.figures.fronts import Shown, front_in_three, fronts
 from fastalign.report.figures.lam import path, region, samples_left
 from fastalign.report.figures.soups import soups
-from fastalign.report.figures.style import ASKED, BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED, save, write
+from fastalign.report.figures.style import BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED, TARGET, save, write
 from fastalign.report.figures.tradeoff import MAX_PAIRS, pairs, pareto
 from fastalign.report.figures.values import histograms, levels, radar
 
 __all__ = [
-    "ASKED", "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "Shown", "front_in_three",
-    "fronts", "histograms", "levels", "pairs", "pareto", "path", "radar", "region", "samples_left", "save", "soups",
-    "write",
+    "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "TARGET", "Shown",
+    "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path", "radar", "region", "samples_left",
+    "save", "soups", "write",
 ]  # fmt: skip

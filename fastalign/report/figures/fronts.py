@@ -71,7 +71,7 @@ def fronts(
                 axes.plot(*soups[:, pick].T, linestyle="none", zorder=5, **_look("D", INK, 5))
                 _name(axes, soups[:, pick], soup_names)
             if palettes is not None:
-                axes.plot(*palettes[:, pick].T, linestyle="none", zorder=6, **style.MARKERS["asked for"])
+                axes.plot(*palettes[:, pick].T, linestyle="none", zorder=6, **style.MARKERS["target"])
             axes.plot(*before[pick], linestyle="none", zorder=6, **style.MARKERS["before"])
             axes.set_xlabel(style.short(values[i], 30))
             axes.set_ylabel(style.short(values[j], 30))
@@ -105,7 +105,7 @@ def front_in_three(
     mesh = Triangulation(share[:, 0] + share[:, 1] / 2, share[:, 1] * np.sqrt(3) / 2)
     kl, surface = list(shown.fronts.items())[-1]
     with style.figure(9.6, 4.9) as figure:
-        # A layout by constraints leaves half of the page to what a turned box might need.
+        # A constrained layout would reserve half of the page for the rotated box.
         figure.set_layout_engine("none")
         for side, angle in enumerate((22, 68)):
             axes = figure.add_axes((0.01 + 0.49 * side, 0.03, 0.49, 0.96), projection="3d")
@@ -129,7 +129,7 @@ def front_in_three(
                     for at, name in zip(soups, soup_names, strict=False):
                         axes.text(*at, f" {style.short(name)}", color=INK, fontsize=8)
             if palettes is not None:
-                axes.plot(*palettes.T, linestyle="none", **style.MARKERS["asked for"])
+                axes.plot(*palettes.T, linestyle="none", **style.MARKERS["target"])
             axes.plot(*before[:, None], linestyle="none", **style.MARKERS["before"])
             axes.view_init(elev=24, azim=angle)
             axes.set_box_aspect((1, 1, 0.9), zoom=0.86)
@@ -149,7 +149,7 @@ def front_in_three(
 
 
 def _name(axes, points: np.ndarray, names: Sequence[str]) -> None:
-    """Names beside points (S, 2): of up to `NAMED` each its own, of more those at either end of either value."""
+    """Names beside points (S, 2): all of up to `NAMED` points, else those at either end of either value."""
     shown = range(len(names)) if len(names) <= NAMED else {*points.argmin(axis=0), *points.argmax(axis=0)}
     for k in sorted(shown):
         axes.annotate(
@@ -200,7 +200,7 @@ def _handles(shown: Shown, palettes, soups, *, cloud: bool = True) -> list:
     if soups is not None:
         handles.append(style.points("merged models", "D", INK, 5))
     if palettes is not None:
-        handles.append(style.handle("asked for", "palettes"))
+        handles.append(style.handle("target", "palettes"))
     return handles
 
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from fastalign.report.figures import style
 from fastalign.report.figures.fronts import DOTS_AS_IMAGE
-from fastalign.report.figures.style import ASKED, BEFORE, MUTED, PAPER, PREDICTED, REALISED, SERIES
+from fastalign.report.figures.style import BEFORE, MUTED, PAPER, PREDICTED, REALISED, SERIES, TARGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_HOLLOW = dict(markerfacecolor=PAPER, markeredgecolor=ASKED, markeredgewidth=1.2)
+_HOLLOW = dict(markerfacecolor=PAPER, markeredgecolor=TARGET, markeredgewidth=1.2)
 _FRONT: dict[str, Any] = dict(marker="o", color=PREDICTED, markersize=5.5, markerfacecolor="none", markeredgewidth=1.2)
 
 
@@ -28,7 +28,7 @@ def region(
 ) -> Figure:
     """Random λ (T, m), in units of 1/σ, two values at a time: the desirable ones (T,) strong, above the others.
 
-    chosen: λ (m,) by name, such as palettes' answers; those beyond the axes are marked, hollow, where they leave them.
+    chosen: λ (m,) by name, such as palettes' answers; those beyond the axes are drawn hollow, at the edge.
     """
     columns = min(3 if len(shown) <= 6 else 5, len(shown))
     rows = -(-len(shown) // columns)
@@ -52,7 +52,7 @@ def region(
                 )
             for at in (chosen or {}).values():
                 beyond = max(at[i], at[j]) >= edge
-                look = style.MARKERS["asked for"] | (_HOLLOW if beyond else {})
+                look = style.MARKERS["target"] | (_HOLLOW if beyond else {})
                 axes.plot(min(at[i], edge), min(at[j], edge), linestyle="none", clip_on=False, zorder=3, **look)
                 left_out |= beyond
             axes.set_xlim(-0.03 * edge, edge)
@@ -67,9 +67,9 @@ def region(
             style.points(f"no value below the model ({share})", ".", REALISED, 8),
         ]
         if chosen:
-            handles.append(style.handle("asked for", "palettes"))
+            handles.append(style.handle("target", "palettes"))
         if left_out:
-            handles.append(style.points("palettes beyond the axes", "X", ASKED, 9.5, **_HOLLOW))
+            handles.append(style.points("palettes beyond the axes", "X", TARGET, 9.5, **_HOLLOW))
         style.legend(figure, handles)
     return figure
 
@@ -103,18 +103,18 @@ def path(
             axes.set_ylabel(label)
             axes.grid(True)
             axes.set_xlim(0, max(1.0, float(t[-1])) * 1.02)
-            axes.axvline(1.0, color=ASKED, linewidth=1.6, linestyle=(0, (4, 2.5)))
+            axes.axvline(1.0, color=TARGET, linewidth=1.6, linestyle=(0, (4, 2.5)))
             if limit < 1:
                 axes.axvspan(limit, axes.get_xlim()[1], color=MUTED, alpha=0.13, linewidth=0)
         if lam.min() >= 0:
             left.set_ylim(bottom=0)
-        else:  # where at most, or exactly, a level is asked
+        else:  # for targets of at most, or exactly, a level
             left.axhline(0, color=MUTED, linewidth=0.8)
         middle.set_ylim(bottom=0)
         figure.supxlabel("share of the way from the model's mean to the palette", fontsize="medium")
         handles = [
             *left.get_legend_handles_labels()[0],
-            style.line("the palette", ASKED, linewidth=1.6, linestyle=(0, (3, 2))),
+            style.line("the palette", TARGET, linewidth=1.6, linestyle=(0, (3, 2))),
         ]
         if limit < 1:
             from matplotlib.patches import Patch
@@ -162,8 +162,8 @@ def samples_left(
         for at, left in (fronts or {}).values():
             axes.plot(at, left, linestyle="none", **_FRONT)
         if chosen is not None:
-            axes.plot(*chosen, linestyle="none", zorder=4, **style.MARKERS["asked for"])
-        axes.axhspan(0.8, min(trusted, samples), color=ASKED, alpha=0.1, linewidth=0)
+            axes.plot(*chosen, linestyle="none", zorder=4, **style.MARKERS["target"])
+        axes.axhspan(0.8, min(trusted, samples), color=TARGET, alpha=0.1, linewidth=0)
         axes.set_yscale("log")
         style.plain_logs(axes.yaxis)
         axes.set_ylim(0.8, samples * 1.25)
@@ -177,11 +177,11 @@ def samples_left(
         if fronts:
             handles.append(Line2D([], [], linestyle="none", label="fronts", **_FRONT))
         if chosen is not None:
-            handles.append(style.handle("asked for", "palettes"))
+            handles.append(style.handle("target", "palettes"))
         handles.append(style.line("N·exp(−KL)", MUTED, linewidth=1.3, linestyle=(0, (1.5, 2))))
 
         handles.append(
-            Patch(facecolor=ASKED, alpha=0.15, linewidth=0, label=f"below {min(trusted, samples):g}: mostly noise")
+            Patch(facecolor=TARGET, alpha=0.15, linewidth=0, label=f"below {min(trusted, samples):g}: mostly noise")
         )
         style.legend(figure, handles)
     return figure

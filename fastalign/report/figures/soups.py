@@ -1,4 +1,4 @@
-"""Merged models' measured values, two at a time, with their standard errors."""
+"""Merged models' measured values, for pairs of values, with standard errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def soups(
             for m, name in enumerate(models):
                 for k in np.flatnonzero(rho[:, m] == 1):
                     side = np.where(levels[k, [i, j]] >= middle, 1, -1)
-                    end = levels[k, i], levels[k, j] + side[1] * stderr[k, j]  # beyond the bar, which would cross it
+                    end = levels[k, i], levels[k, j] + side[1] * stderr[k, j]  # clear of the error bar
                     axes.annotate(
                         f"{style.short(name, 18)} alone",
                         end,
@@ -78,7 +78,7 @@ def soups(
                     palette[j],
                     linestyle="none",
                     zorder=6,
-                    **{**style.MARKERS["asked for"], "markersize": 13},
+                    **{**style.MARKERS["target"], "markersize": 13},
                 )
             if predicted is not None:
                 axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **style.MARKERS["predicted"])
@@ -105,7 +105,7 @@ def soups(
             style.points("of those, none better", "D", PREDICTED, 5),
             style.line("neighbours in ρ", MUTED, linewidth=0.7),
         ]
-        handles += [style.handle("asked for", "palette")] * (palette is not None)
+        handles += [style.handle("target", "palette")] * (palette is not None)
         handles += [style.handle("predicted", "chosen ρ, interpolated")] * (predicted is not None)
         handles += [style.handle("realised", "chosen ρ, measured")] * (measured is not None)
         style.legend(figure, handles)

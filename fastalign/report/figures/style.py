@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 INK, MUTED, GRID, PAPER = "#1b2026", "#66707b", "#e1e5ea", "#fefefe"
-BEFORE, ASKED, PREDICTED, REALISED = "#8a93a0", "#d55e00", "#0072b2", "#009e73"
+BEFORE, TARGET, PREDICTED, REALISED = "#8a93a0", "#d55e00", "#0072b2", "#009e73"
 
-# For lines that have no house colour: each with its own dash, so that print in grey tells them apart. A palette's own
-# colour is not among them.
+# For lines without a fixed colour: each has its own dash, so that they differ in grey print too. The palettes' colour
+# is not among them.
 SERIES: list[tuple[str, Any]] = [
     ("#0072b2", "-"),
     ("#e69f00", (0, (5, 1.5))),
@@ -36,7 +36,7 @@ SERIES: list[tuple[str, Any]] = [
 
 MARKERS: dict[str, dict[str, Any]] = {
     "before": dict(marker="o", color=BEFORE, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7),
-    "asked for": dict(marker="X", color=ASKED, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=9.5),
+    "target": dict(marker="X", color=TARGET, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=9.5),
     "predicted": dict(marker="D", color=PREDICTED, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7.5),
     "realised": dict(marker="o", color=REALISED, markeredgecolor=PAPER, markeredgewidth=0.6, markersize=8),
 }
@@ -139,7 +139,7 @@ def nice_step(extent: float) -> float:
 
 
 def short(name: str, width: int = 24) -> str:
-    # A $ would start mathematics.
+    # An unescaped $ would start mathematics.
     return (name if len(name) <= width else name[: width - 1] + "…").replace("$", r"\$")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastalign.report.figures import style
-from fastalign.report.figures.style import ASKED, BEFORE, MUTED, PREDICTED, REALISED
+from fastalign.report.figures.style import BEFORE, MUTED, PREDICTED, REALISED, TARGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +34,9 @@ def pareto(
 
     cloud: levels (T, m) and KL (T,) of T policies; the dots, strong where the KL is at most `kl`, the chosen policy's.
     fronts, limits: by pair (i, j), i < j, curves (S, 2): the highest levels at that KL, and at any KL. palette (m,):
-    NaN for no target, which is not drawn. The realised mean has a bar of 3 standard errors `se` each way. A single
-    value is drawn against the KL instead. With many values only the 15 pairs with the strongest trade-off are drawn
-    (lowest correlation over the cloud).
+    NaN for no target, which is not drawn. The realised mean has an error bar of 3 standard errors `se` each way. A
+    single value is drawn against the KL instead. With many values only the 15 pairs with the strongest trade-off are
+    drawn (lowest correlation over the cloud).
     """
     points, cost = cloud
     m = len(values)
@@ -67,7 +67,7 @@ def pareto(
                 axes.plot(*fronts[i, j].T, color=PREDICTED, linewidth=1.8)
             for line, k in ((axes.axvline, i), (axes.axhline, j)):
                 if np.isfinite(palette[k]):
-                    line(palette[k], color=ASKED, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
+                    line(palette[k], color=TARGET, linewidth=0.9, alpha=0.55, linestyle=(0, (4, 3)))
             axes.plot(before[i], before[j], linestyle="none", **style.MARKERS["before"])
             axes.errorbar(
                 realised[i],
@@ -79,7 +79,7 @@ def pareto(
                 elinewidth=1.3,
                 zorder=3,
             )
-            axes.plot(palette[i], palette[j], linestyle="none", zorder=4, **style.MARKERS["asked for"])
+            axes.plot(palette[i], palette[j], linestyle="none", zorder=4, **style.MARKERS["target"])
             axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **style.MARKERS["predicted"])
             axes.plot(realised[i], realised[j], linestyle="none", zorder=6, **style.MARKERS["realised"])
             axes.set_xlabel(style.short(values[i], 30))
@@ -90,7 +90,7 @@ def pareto(
             axes.set_visible(False)
         handles = [
             style.handle("before"),
-            style.handle("asked for"),
+            style.handle("target"),
             style.handle("predicted"),
             style.handle("realised", "realised ± 3 SE"),
             style.dot("policies of random λ"),
@@ -113,7 +113,7 @@ def _level_by_kl(value, before, points, cost, kl, palette, predicted, realised, 
         order = np.argsort(cost)
         axes.plot(cost[order], points[order, 0], color=PREDICTED, linewidth=1.8)
         if np.isfinite(palette[0]):
-            axes.axhline(palette[0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)))
+            axes.axhline(palette[0], color=TARGET, linewidth=1.8, linestyle=(0, (4, 2.5)))
         axes.plot(0, before[0], linestyle="none", zorder=3, **style.MARKERS["before"])
         axes.errorbar(kl, realised[0], yerr=3 * se[0], fmt="none", ecolor=REALISED, elinewidth=1.3, zorder=3)
         axes.plot(kl, predicted[0], linestyle="none", zorder=4, **style.MARKERS["predicted"])
@@ -123,7 +123,7 @@ def _level_by_kl(value, before, points, cost, kl, palette, predicted, realised, 
         axes.grid(True)
         handles = [
             style.handle("before"),
-            style.line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))),
+            style.line("target", TARGET, linewidth=1.8, linestyle=(0, (3, 2))),
             style.handle("predicted"),
             style.handle("realised", "realised ± 3 SE"),
             style.line("most at each KL", PREDICTED, linewidth=1.8),

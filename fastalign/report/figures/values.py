@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastalign.report.figures import style
-from fastalign.report.figures.style import ASKED, BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED, SERIES
+from fastalign.report.figures.style import BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED, SERIES, TARGET
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def levels(
         rows = np.arange(m)
         at = {
             name: style.in_deviations(x, before, std)
-            for name, x in (("asked for", palette), ("predicted", predicted), ("realised", realised))
+            for name, x in (("target", palette), ("predicted", predicted), ("realised", realised))
         }
         bar = 3 * np.where(std > 0, se / np.where(std > 0, std, 1), 0)
         axes.axvline(0, color=BEFORE, linewidth=1.1, zorder=1)
@@ -47,10 +47,10 @@ def levels(
         axes.plot(at["predicted"], rows, linestyle="none", zorder=4, **style.MARKERS["predicted"])
         targeted = np.isfinite(palette)
         axes.vlines(
-            at["asked for"][targeted],
+            at["target"][targeted],
             rows[targeted] - 0.33,
             rows[targeted] + 0.33,
-            color=ASKED,
+            color=TARGET,
             linewidth=2.4,
             zorder=3,
         )
@@ -64,7 +64,7 @@ def levels(
         axes.set_xlabel("change of the mean, in standard deviations of the candidates")
         handles = [
             style.handle("before"),
-            style.line("asked for", ASKED, linewidth=2.4),
+            style.line("target", TARGET, linewidth=2.4),
             style.handle("predicted"),
             style.handle("realised", "realised ± 3 SE"),
         ]
@@ -127,7 +127,7 @@ def histograms(
                 axes.plot([mean] * 2, [0, 1.0], color=PREDICTED, linewidth=1.8, transform=top)
             if palette is not None and np.isfinite(palette[j]):
                 axes.plot(
-                    [palette[j]] * 2, [0, 1.0], color=ASKED, linewidth=1.8, linestyle=(0, (4, 2.5)), transform=top
+                    [palette[j]] * 2, [0, 1.0], color=TARGET, linewidth=1.8, linestyle=(0, (4, 2.5)), transform=top
                 )
             axes.set_title(style.short(values[j], 30))
             axes.tick_params(axis="x", pad=8)
@@ -146,7 +146,7 @@ def histograms(
             few = weights is not None and len(after) < 100
             handles.append(style.line("realised mean" if few else "realised, its mean", REALISED, linewidth=1.8))
         if palette is not None and np.isfinite(palette).any():
-            handles.append(style.line("asked for", ASKED, linewidth=1.8, linestyle=(0, (3, 2))))
+            handles.append(style.line("target", TARGET, linewidth=1.8, linestyle=(0, (3, 2))))
         style.legend(figure, handles)
     return figure
 
@@ -155,7 +155,7 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
     """Levels (m,) by name on m spokes, as (level - before) / std: 0 is the ring of the candidates' means; NaN is
     not drawn.
 
-    Series named "before", "asked for", "predicted" and "realised" keep their house colours. The scale is on the plot.
+    Series named "before", "target", "predicted" and "realised" keep their house colours. The scale is on the plot.
     """
     m = len(values)
     angles = np.linspace(0, 2 * np.pi, m, endpoint=False)
@@ -189,8 +189,8 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
                 (color, dash), marker = next(others)
                 look = dict(style.MARKERS["before"], color=color, linestyle=dash, marker=marker)
             around = (np.append(angles, angles[0]), np.append(height, height[0]))
-            if name == "asked for":  # a broad band, to be seen also where the policy is exactly on it
-                axes.plot(*around, color=ASKED, linewidth=6, alpha=0.35, label=name, zorder=2)
+            if name == "target":  # a broad band, visible even under the policy's line
+                axes.plot(*around, color=TARGET, linewidth=6, alpha=0.35, label=name, zorder=2)
                 continue
             axes.plot(*around, linewidth=0 if name == "before" else 1.8, label=name, zorder=3, **look)
             if name == "realised" and m > 2:
@@ -198,7 +198,7 @@ def radar(values: Sequence[str], series: Mapping[str, np.ndarray], *, before: np
         axes.set_ylim(low, high)
         axes.grid(False)
         axes.set_yticks([])
-        # Between two spokes, so that the numbers stand on no line that is drawn.
+        # Between two spokes, so that the numbers cover no drawn line.
         for ring in rings:
             text = "0" if abs(ring) < step / 9 else f"{ring:+.3g} σ"
             axes.text(

@@ -38,8 +38,8 @@ function buildRow(value, j) {
     mean: find(".mean"), realised: find(".mark.realised"), reached: find(".reached"), least: find(".least"), most: find(".most"),
   };
   find("legend").textContent = find(".name").textContent = value.name;
-  parts.slider.setAttribute("aria-label", `${value.name}: level asked for`);
-  parts.level.setAttribute("aria-label", `${value.name}: level asked for, as a number`);
+  parts.slider.setAttribute("aria-label", `${value.name}: target`);
+  parts.level.setAttribute("aria-label", `${value.name}: target, as a number`);
   parts.sense.setAttribute("aria-label", `${value.name}: at least, exactly or at most`);
   parts.slider.addEventListener("input", () => change(() => (state.palette[j] = Number(parts.slider.value))));
   parts.sense.addEventListener("change", () => change(() => (state.sense[j] = parts.sense.value)));

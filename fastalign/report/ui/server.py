@@ -23,8 +23,8 @@ from fastalign.report.ui.session import Session
 
 HOST = "127.0.0.1"
 LONGEST_QUESTION = 1 << 16
-SECONDS = 30  # that a connection may keep silent
-WAITING = 128  # connections
+SECONDS = 30  # before a silent connection is closed
+WAITING = 128  # connections at once
 _FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -32,7 +32,7 @@ _FILES = {
 }
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 _HEADERS = {
-    # The page loads what is beside it and asks nobody else.
+    # The page loads only its own files.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -102,7 +102,7 @@ class Server(ThreadingHTTPServer):
         return bool(_HOST.fullmatch(host)) and (host in self.hosts or re.sub(r":\d+$", "", host) in self.hosts)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # one that left is no news
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that left
             super().handle_error(request, client_address)
 
 
@@ -146,13 +146,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(400, {"error": "the question must be JSON"})
 
     def _refuse_unread(self, status: int, why: str) -> None:
-        self.close_connection = True  # what it sends is not read
+        self.close_connection = True  # the request's body is not read
         self._send_json(status, {"error": why})
 
     def _is_ours(self) -> bool:
         """Refuses requests without the token, and those of other pages: under another host name, or from another
         origin."""
-        token, _, _ = self._asked_for()
+        token, _, _ = self._parts()
         origin = self.headers.get("Origin")
         known = hmac.compare_digest(token.encode(), self.server.token.encode())
         knows = self.server.knows
@@ -176,9 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _page(self) -> str:
         """The requested path, without token and query."""
-        return "/" + self._asked_for()[2]
+        return "/" + self._parts()[2]
 
-    def _asked_for(self) -> tuple[str, str, str]:
+    def _parts(self) -> tuple[str, str, str]:
         """(token, "/", page) of an address or path; nothing for anything else."""
         try:
             return urlsplit(self.path).path.partition("/")[2].partition("/")

@@ -48,8 +48,8 @@ class Session:
         self.groups: np.ndarray = np.repeat(np.arange(len(self.rewards)), self.rewards.shape[1])
         self.mean: np.ndarray = self.flat.mean(axis=0, dtype=np.float64)
         self.std: np.ndarray = self.flat.std(axis=0, dtype=np.float64)
-        self._one = Lock()  # the solver runs on all cores already
-        solve(np.array([[0.0], [1.0]]), [2.0])  # loads what the first palette out of reach would wait for
+        self._one = Lock()  # the solver already uses all cores
+        solve(np.array([[0.0], [1.0]]), [2.0])  # imports what the first infeasible palette would wait for
 
     def describe(self) -> dict[str, Any]:
         """What the page draws first: the values, how far each can go alone under either dual, and starting palettes."""
@@ -78,7 +78,7 @@ class Session:
         prompt).
 
         If the palette is infeasible, "beyond" has the nearest feasible one and the largest feasible scaling towards it,
-        each pulled in by `INWARD`, and λ and everything else are those of the nearest one. Raises UserError, in one
+        each moved inwards by `INWARD`; λ and everything else are those of the nearest one. Raises UserError, in one
         line, on anything else.
         """
         palette, sense, joint, first = self._read(question)

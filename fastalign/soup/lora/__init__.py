@@ -25,9 +25,9 @@ from fastalign.soup.checkpoint import FLOATS, File, mapped_file, of_torch, read_
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Kinds of adapters whose update is not s B A, or is one of other weights than the base model's.
+# Kinds of adapters whose update is not s B A, or does not apply to the base model's weights.
 _OTHERS = {
-    "use_dora": "DoRA, whose magnitudes make it no sum of updates: merge it into its base with peft first",
+    "use_dora": "DoRA, whose magnitudes are not additive: merge it into its base with peft first",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "an Arrow router",
@@ -65,15 +65,15 @@ class Adapter:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Its name without the place where it lies, and a hash of its file's header and size."""
+        """Its name without its path, and a hash of its file's header and size."""
         return {"name": self.folder.resolve().name, "files": [self.file.identity]}
 
 
 def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read an adapter's configuration and header, and map its tensors.
 
-    Raises FileNotFoundError or UserError, one line each: no adapter there, one of a kind that is not s B A, a file that
-    breaks the format's rules, or factors that do not fit each other or the configuration.
+    Raises FileNotFoundError or UserError, one line each: no adapter, an adapter that is not s B A, an invalid file, or
+    factors that do not fit each other or the configuration.
     """
     name = os.fspath(folder)
     path = Path(name).expanduser()
@@ -109,7 +109,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 
 def open_adapters(folders: Sequence[str | os.PathLike[str]], *, force: bool) -> list[Adapter]:
-    """Adapters that can be mixed. Raises as open_adapter does, and UserError where they do not fit one another."""
+    """Adapters that can be mixed. Raises like open_adapter, and UserError if they do not fit each other."""
     adapters = [open_adapter(one) for one in listed(folders)]
     _same_bases(adapters, force=force)
     _shapes_agree(adapters)
@@ -123,7 +123,7 @@ def listed(adapters: Sequence[str | os.PathLike[str]]) -> Sequence[str | os.Path
 
 
 def _same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
-    """Raises UserError where adapters say that they were trained on different models."""
+    """Raises UserError if the adapters name different base models."""
     first = adapters[0]
     for other in adapters[1:]:
         mine, theirs = (one.config.get("base_model_name_or_path") for one in (first, other))
@@ -135,7 +135,7 @@ def _same_bases(adapters: Sequence[Adapter], *, force: bool) -> None:
 
 
 def _shapes_agree(adapters: Sequence[Adapter]) -> None:
-    """Raises UserError where two adapters' updates of one module differ in shape."""
+    """Raises UserError if two adapters' updates of one module differ in shape."""
     seen: dict[str, tuple[str, Any]] = {}
     for one in adapters:
         for module, (a, b, _, embedding) in one.factors.items():
@@ -156,16 +156,16 @@ def _shapes_agree(adapters: Sequence[Adapter]) -> None:
 
 
 def modules_of(adapters: Sequence[Adapter]) -> list[str]:
-    """Every module that some adapter updates, the first's first."""
+    """Every module that an adapter updates, those of the first adapter first."""
     return list(dict.fromkeys(module for one in adapters for module in one.factors))
 
 
 def stacked(
     adapters: Sequence[Adapter], row: np.ndarray, module: str, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """A (R, in) and B (out, R) with B A = Σ ρ s B_i A_i; None where no adapter of a weight other than 0 has the module.
+    """A (R, in) and B (out, R) with B A = Σ ρ s B_i A_i; None if no adapter with a nonzero weight has the module.
 
-    dtype: None for float32, float64 where a factor is.
+    dtype: None for float32, or float64 if a factor is.
     """
     parts = [
         (rho, one.factors[module]) for rho, one in zip(row, adapters, strict=True) if rho and module in one.factors
@@ -197,7 +197,7 @@ def _check_kind(name: str, config: Any) -> None:
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The module and which factor; or the key itself and ""."""
+    """The module and the factor's name; or the key itself and ""."""
     for ending, factor in (
         (".lora_A.weight", "A"),
         (".lora_B.weight", "B"),
@@ -210,7 +210,7 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def base_name(key: str) -> str:
-    """What the base model calls a tensor that an adapter stores whole."""
+    """The base model's name for a tensor that an adapter stores whole."""
     return key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
@@ -238,7 +238,8 @@ def _factors(name: str, module: str, tensors: dict[str, Tensor], config: Mapping
 
 
 def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, module: str) -> float:
-    """A module's rank or alpha: of the first pattern that its name ends with, as peft reads it; else of all."""
+    """A module's rank or alpha: by the first pattern that matches the end of its name, as in peft, else the common
+    one."""
     value = config.get(key, 8)
     for ending, mine in (config.get(pattern) or {}).items():
         try:
@@ -246,12 +247,12 @@ def _setting(name: str, config: Mapping[str, Any], pattern: str, key: str, modul
                 value = mine
                 break
         except re.error:
-            raise UserError(f"{name}: {pattern} has the key {ending[:80]!r}, which is no regular expression") from None
+            raise UserError(f"{name}: {pattern} has the key {ending[:80]!r}, not a regular expression") from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{name}: {key} of {module} must be a number, got {value!r}")
     return value
 
 
 def wide(*tensors: Tensor) -> torch.dtype:
-    """What these are computed in: float32, or float64 where one is."""
+    """The type to compute in: float32, or float64 if one of these is."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -36,7 +36,7 @@ from fastalign.soup.sidecar import TOKENIZER, Sidecar
 from fastalign.soup.stream import mix_tensors
 from fastalign.soup.vocabulary import EMBEDDINGS
 
-_BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
+_BLOCK = 32_000_000  # bytes of rows at once, within the memory limit
 
 
 def apply_adapters(
@@ -54,17 +54,16 @@ def apply_adapters(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """Write the base model with Σ ρ_i s_i B_i A_i added, as `merge` writes a soup: streamed, whole or not there,
-    resumed.
+    """Write the base model plus Σ ρ_i s_i B_i A_i, as `merge` writes a soup: streamed, atomic, resumable.
 
-    base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as `merge_adapters` takes them;
-    weights (K, m) make K models in one reading of the base. Tensors that an adapter stores whole count as their
-    difference from the base's. dtype, max_shard_size, memory_limit, sync, strict, overwrite: as `merge` takes them;
-    beside memory_limit, one module's factors are held. The sums are made in float64 where float32 or wider is stored,
-    else in float32, and rounded once.
+    base: a folder, a *.safetensors file or a hub name. adapters, weights, force: as in `merge_adapters`; weights (K, m)
+    give K models with one read of the base. Tensors that an adapter stores whole count as their difference from the
+    base's. dtype, max_shard_size, memory_limit, sync, strict, overwrite: as in `merge`; one module's factors are held
+    in addition to memory_limit. Sums are computed in float64 if float32 or wider is stored, else in float32, and
+    rounded once.
 
-    Raises UserError or FileNotFoundError before a byte is written: also where a module is not in the base, or shares
-    its weight with another (tied embeddings), which the adapter does not change.
+    Raises UserError or FileNotFoundError before a byte is written; also if a module is not in the base, or is tied to
+    one that the adapter does not change (tied embeddings).
     """
     made = plan(
         base, adapters, weights, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force
@@ -85,7 +84,7 @@ def plan(
     memory_limit: int | str | None = None,
     force: bool = False,
 ) -> Plan:
-    """Check everything that `apply_adapters` takes (see there). Writes nothing."""
+    """Check all arguments of `apply_adapters`. Writes nothing."""
     rows = weight_rows(weights, len(listed(adapters)))
     out_dtype = None if dtype is None else parse_dtype(dtype)
     limit = parse_bytes("memory_limit", DEFAULT_MEMORY if memory_limit is None else memory_limit)
@@ -121,7 +120,8 @@ def plan(
 
 
 def _changed(model: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, tuple[str | None, bool]]:
-    """By tensor of the base: the module whose factors change it, if any, and whether W is the transpose of B A."""
+    """For each tensor of the base: the module whose factors change it, if any, and whether W is the transpose of B
+    A."""
     changed: dict[str, tuple[str | None, bool]] = {}
     for module in modules_of(adapters):
         name = f"{module}.weight"
@@ -152,7 +152,7 @@ def _changed(model: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, tuple[
 
 
 def _left_behind(model: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """A line for each adapter whose own chat template or tokenizer is not the base's, which the output gets."""
+    """One line for each adapter whose chat template or tokenizer differs from the base's, which the output gets."""
 
     def others(one: Adapter) -> list[str]:
         names = [path.name for pattern in TOKENIZER for path in sorted(one.folder.glob(pattern)) if path.is_file()]
@@ -176,8 +176,8 @@ def _left_behind(model: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, .
 
 
 def _turned_square(model: Checkpoint, module: str, adapter: Adapter) -> bool:
-    """Whether a square weight is stored (in, out). The adapter's own flag is that of whichever module peft came to
-    last, and counts only for a checkpoint without a configuration."""
+    """Whether a square weight is stored (in, out). The adapter's own flag is that of the last module peft visited, so
+    it counts only for a checkpoint without a configuration."""
     if not config_of(model):
         return bool(adapter.config.get("fan_in_fan_out"))
     turned = is_transposed(model, module)
@@ -198,7 +198,7 @@ def _only_turned(model: Checkpoint, module: str, factors: Factors) -> bool:
 
 
 def _in_base(model: Checkpoint, name: str, adapter: str, *, added: bool = False) -> None:
-    """added: peft stores the tensor beside the factors of an embedding, and nothing changes by it."""
+    """added: peft stores the tensor beside an embedding's factors, unchanged."""
     if name.endswith(EMBEDDINGS) and not added and is_tied(model):
         raise UserError(
             f"{adapter} changes {name}, which {model.name} ties to its other embedding: merged, both would change; "
@@ -218,7 +218,7 @@ def _blocks(
     dtype: torch.dtype,
     room: int,
 ) -> Iterator[list[Tensor]]:
-    """The changed tensor for each of K rows of weights, a run of its rows at a time."""
+    """The changed tensor for each of K rows of weights, some of its rows at a time."""
     before = model[name]
     height = before.shape[0] if before.shape else 1
     shape = height, before.count // height
@@ -228,7 +228,7 @@ def _blocks(
         for key in one.whole
         if base_name(key) == name
     ]
-    # One type wider than what is stored: what is written is the exact sum's rounding but for ties.
+    # One type wider than the stored one, so that the result is the rounded exact sum, except for ties.
     exact = torch.float64 if dtype.itemsize >= 4 else torch.float32
     pairs = [stacked(adapters, row, module, exact) if module else None for row in rows]
     if transposed:

@@ -1,4 +1,4 @@
-"""A LoRA adapter out of two full models: the SVD of tuned - base for each targeted weight, one tensor at a time."""
+"""A LoRA adapter from two full models: the SVD of tuned - base for each targeted weight, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastalign.soup.plan import identity_of, metadata_of
 from fastalign.soup.vocabulary import EMBEDDINGS
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared")
-_EXACT = 256  # below so many rows or columns the whole SVD is as fast
+_EXACT = 256  # with fewer rows or columns a full SVD is as fast
 _SPARE, _POWERS = 16, 3  # of the randomised range finder
 
 
 class Extracted(NamedTuple):
-    """made.kept counts the targeted modules; kept_of_all also what else differs, in the tensors `left_out`."""
+    """made.kept counts the targeted modules; kept_of_all also the other tensors that differ, `left_out`."""
 
     made: MadeAdapter
     kept_of_all: float
@@ -46,23 +46,24 @@ def extract_adapter(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Extracted:
-    """Write the adapter whose update is nearest to tuned - base in the Frobenius norm, module by module; peft loads it.
+    """Write the adapter, in peft's format, whose update is nearest to tuned - base in the Frobenius norm, module by
+    module.
 
     Args:
         tuned, base: two checkpoints of one architecture: folders, *.safetensors files or hub names.
         out: the output folder. What the same call made there from the same models is reused.
-        rank: of each module, at most. energy: instead, in (0, 1], the least rank that keeps this share of the module's
-            squared norm; with both, whichever is less.
-        targets: the modules' last names, such as ("q_proj", "v_proj"); None takes every linear layer, that is each
-            two-dimensional weight but embeddings and the head.
+        rank: maximum for each module. energy: or, in (0, 1], the smallest rank that keeps this share of the module's
+        squared norm; with both, the smaller of the two.
+        targets: the last parts of the modules' names, such as ("q_proj", "v_proj"); None: every linear layer, that is,
+        each two-dimensional weight except embeddings and the head.
         dtype: to store in; None: float32.
-        force: though configurations or tokenizers differ.
+        force: even if configurations or tokenizers differ.
         out: the output folder. What the same call made there from the same models is reused; overwrite: replace
             whatever adapter fastalign made there.
 
     Large matrices are reduced by a randomised range finder with power iterations (Halko, Martinsson & Tropp 2011,
-    algorithm 4.4), with fixed random numbers; the share kept is computed, not estimated. It holds one tensor's
-    difference. Raises UserError or FileNotFoundError before anything is written.
+    algorithm 4.4), with fixed random numbers; the share kept is exact. One tensor's difference is in memory at a time.
+    Raises UserError or FileNotFoundError before anything is written.
     """
     if rank is None and energy is None:
         raise UserError("give rank, or energy, the share of the difference to keep")
@@ -140,7 +141,7 @@ def _modules(model: Checkpoint, names: Sequence[str], targets: Sequence[str] | N
 
 
 def _task(config: dict) -> str | None:
-    """peft's word for what the model is for."""
+    """peft's task type of the model."""
     kinds = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
@@ -173,7 +174,7 @@ def _low_rank(d: Tensor, whole: float, rank: int | None, energy: float | None) -
 
 
 def _svd(d: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values and vectors of d within a random subspace of this dimension; all at full width."""
+    """The largest singular values and vectors of d within a random subspace of this dimension; at full width, all."""
     if width >= min(d.shape) // 2:
         return torch.linalg.svd(d, full_matrices=False)
     draw = torch.randn(d.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=d.dtype)

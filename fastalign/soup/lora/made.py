@@ -1,4 +1,4 @@
-"""Adapters as outputs: written as peft writes them, with a record of their job, by which the same job reuses them."""
+"""Adapters as outputs: in peft's format, with a record of their job, so that the same job reuses them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastalign.soup.stream import naming
 
 
 class MadeAdapter(NamedTuple):
-    """One adapter that was written. kept: the share of the update's squared Frobenius norm that is in it, over all
-    modules; worst: the module of which least is, and its share."""
+    """An adapter that was written. kept: the share of the update's squared Frobenius norm that it keeps, over all
+    modules; worst: the module with the smallest share, and that share."""
 
     out: Path
     modules: int
-    ranks: tuple[int, int]  # least and most
+    ranks: tuple[int, int]  # smallest and largest
     kept: float
     worst: tuple[str, float]
 
@@ -35,7 +35,7 @@ class MadeAdapter(NamedTuple):
 def made_adapter(
     out: Path, factors: Mapping[str, tuple[Tensor, Tensor, bool]], norms: Mapping[str, tuple[float, float]]
 ) -> MadeAdapter:
-    """norms: for each module the squared norm of what is kept, and of its whole update."""
+    """norms: for each module the squared norm of the kept part and of the whole update."""
     ranks = [len(a) for a, _, _ in factors.values()]
     kept, total = (sum(column) for column in zip(*norms.values(), strict=True))
     shares = {module: mine / of if of else 1.0 for module, (mine, of) in norms.items()}
@@ -51,9 +51,9 @@ def write_adapter(
     metadata: Mapping[str, str],
     whole: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """An adapter that peft loads, of factors (A, B, whether an embedding's) with scale 1: alpha is the rank everywhere.
+    """Write an adapter for peft from factors (A, B, whether an embedding's) with scale 1: alpha equals the rank.
 
-    settings: what else its configuration says; target_modules defaults to the modules by their whole names.
+    settings: further entries of its configuration; target_modules defaults to the modules' full names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -80,10 +80,10 @@ def write_adapter(
 
 
 def existing(out: str | os.PathLike[str], job: Job, *, overwrite: bool) -> dict[str, Any] | None:
-    """The record at `out` if this job made what is there; None if `out` has to be made. With overwrite it is made anew.
+    """The record at `out` if this job made it; None if it has to be made, as always with overwrite.
 
-    Raises UserError, one line, if `out` is or contains an input, or contains anything else than adapters made here, or
-    those of another job that may not be overwritten.
+    Raises UserError, one line, if `out` is or contains an input, or contains anything but adapters made here, or those
+    of another job without overwrite.
     """
     path = Path(out)
     check_folder(path)
@@ -117,7 +117,7 @@ def making(out: str | os.PathLike[str], job: Job, *, overwrite: bool) -> Iterato
 
 
 def to_json(made: MadeAdapter, out: Path) -> dict[str, Any]:
-    """For the record at `out`: independent of where that is."""
+    """A path for the record, relative to `out`."""
     return {**made._asdict(), "out": Path(os.path.relpath(made.out, out)).as_posix()}
 
 
@@ -128,7 +128,7 @@ def from_json(made: Mapping[str, Any], out: Path) -> MadeAdapter:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Of every file in the folder but the record, by its path in it."""
+    """The digest of every file in the folder except the record, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {name: sha256(path) for path in files if (name := path.relative_to(folder).as_posix()) != RECORD}
 

@@ -1,6 +1,6 @@
 """Soups of LoRA adapters without their base model: delta W = Σ ρ_i s_i B_i A_i, exact, or of a lower rank.
 
-Averaging the As and the Bs apart is not this sum: (Σ ρ B)(Σ ρ A) has the cross terms B_i A_j. Side by side,
+Averaging the As and the Bs separately does not give this sum: (Σ ρ B)(Σ ρ A) has cross terms B_i A_j. Concatenated,
 [ρ_1 s_1 B_1 ... ρ_m s_m B_m] [A_1; ...; A_m] is the sum itself, of rank Σ r_i.
 """
 
@@ -131,7 +131,7 @@ def _mixed(
         embedding = next(one.factors[module].embedding for one in adapters if module in one.factors)
         factors[module] = (a.to(dtype or a.dtype), b.to(dtype or b.dtype), embedding)
         if not all(x.isfinite().all() for x in factors[module][:2]):
-            raise UserError(f"{module}: its factors are not finite, or too large for the type to store them in")
+            raise UserError(f"{module}: its factors are not finite, or too large for the stored type")
     if not factors:
         raise UserError("weights must not all be 0: nothing would be left of the adapters")
     recipe = {"method": "lora", "rank": rank, "weights": row.tolist(), "adapters": [one.identity for one in adapters]}
@@ -143,7 +143,7 @@ def _mixed(
 
 
 def _settings(adapters: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
-    """What the soup's configuration takes over; the targets as they are spelt where that means the same in all."""
+    """Entries copied to the soup's configuration; the targets as written, if they mean the same in all."""
     first = adapters[0].config
     settings = {
         key: first.get(key)
@@ -161,7 +161,7 @@ def _settings(adapters: Sequence[Adapter], modules: set[str]) -> dict[str, Any]:
 
 
 def _whole(adapters: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
-    """Tensors that adapters store whole: without the base, only their average can be told from what they began as."""
+    """Tensors that adapters store whole: without the base, only their average can be computed."""
     mixed = {}
     for key in dict.fromkeys(key for one in adapters for key in one.whole):
         having = [one for one in adapters if key in one.whole]
@@ -169,7 +169,7 @@ def _whole(adapters: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
         if any(tensor.shape != tensors[0].shape for tensor in tensors):
             raise UserError(f"{base_name(key)} must have one shape in all adapters that store it whole")
         if ".base_layer." in key and all(torch.equal(tensor, tensors[0]) for tensor in tensors):
-            mixed[key] = tensors[0]  # the base model's own, which peft puts beside an embedding's factors
+            mixed[key] = tensors[0]  # the base model's own, which peft stores beside an embedding's factors
             continue
         if len(having) < len(adapters) or abs(row.sum() - 1) > 1e-6:
             raise UserError(

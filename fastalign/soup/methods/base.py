@@ -201,9 +201,9 @@ class WeightedSum(Method):
         raise NotImplementedError
 
     def step(self, job: Job, name: str) -> Step:
-        with np.errstate(invalid="ignore", over="ignore"):  # of a tensor with NaN or infinities, NaN is made
+        with np.errstate(invalid="ignore", over="ignore"):  # tensors with NaN or infinities give NaN
             rows = self.rows(job, name)
-        # Task arithmetic (arXiv 2212.04089) as a sum of models: the base's weight is 1 less theirs.
+        # Task arithmetic (arXiv 2212.04089) as a sum of models: the base's weight is 1 minus theirs.
         if job.base is not None:
             rows = np.concatenate([1 - rows.sum(1, keepdims=True), rows], 1)
         return rows.ravel().tolist()
@@ -221,7 +221,7 @@ class ByTensor(Method):
 
 
 def whole_tensor(job: Job, name: str, merge: Callable[[Tensor | None, list[Tensor]], list[Tensor]]) -> Blocks:
-    """What makes a tensor at once; merge: from the base and the models to K outputs, in float32 or float64."""
+    """Computes a whole tensor at once; merge: from the base and the models to K outputs, in float32 or float64."""
 
     def blocks() -> Iterator[list[Tensor]]:
         if job.models[0][name].count:
@@ -234,7 +234,7 @@ def whole_tensor(job: Job, name: str, merge: Callable[[Tensor | None, list[Tenso
 
 
 def inputs_as(job: Job, name: str, data: Sequence[bytes]) -> tuple[Tensor | None, list[Tensor], torch.dtype]:
-    """A tensor's bytes in the inputs, base and models, as flat tensors to compute in; and the type it is stored in."""
+    """A tensor's values in the inputs, base and models, as flat tensors of the computing type; and its stored type."""
     import torch
 
     types, dtype = [in_torch(one[name].dtype) for one in job.inputs], in_torch(job.stored[name])

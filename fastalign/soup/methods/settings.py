@@ -145,7 +145,7 @@ def _number(argument: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = float(value)  # also of "1e-5", which YAML takes for text
+        number = float(value)  # also "1e-5", which YAML reads as text
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{argument} must be a number, got {reprlib.repr(value)}") from None
     if not math.isfinite(number):
@@ -193,7 +193,7 @@ def weight_rows(weights: ArrayLike, m: int) -> np.ndarray:
 
 
 class Weights:
-    """Of every tensor: the same rows for all, or one row of Settings. `single`: one output, not a list of them."""
+    """Weights for every tensor: the same rows for all, or one row of Settings. `single`: one output, not a list."""
 
     settings: list[Setting] | None
     rows: np.ndarray
@@ -211,7 +211,7 @@ class Weights:
             self.single = np.ndim(weights) == 1
 
     def at(self, name: str, place: float) -> np.ndarray:
-        """(K, m) of a tensor. Raises UserError where a model has none for it."""
+        """(K, m) for one tensor. Raises UserError if a model has none for it."""
         if self.settings is None:
             return self.rows
         row = [one.at(name, place) for one in self.settings]
@@ -225,7 +225,8 @@ class Weights:
 
 
 def simplex_grid(m: int, points: int) -> np.ndarray:
-    """All weights of m models that sum to 1 in steps of 1 / (points - 1): (K, m), the first model's weight falling."""
+    """All weights of m models that sum to 1, in steps of 1 / (points - 1): (K, m), the first model's weight
+    descending."""
     if not (isinstance(m, int) and m >= 1):
         raise UserError(f"m must be an integer, at least 1, got {m!r}")
     if not (isinstance(points, int) and points >= 2):

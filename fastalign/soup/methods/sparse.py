@@ -130,7 +130,7 @@ class Breadcrumbs(Sparse):
 
     def choice(self, name: str, n: int, stream: int, *, density: float, gamma: float, rescale: str) -> Choice:
         kept = int(density * n)
-        dropped = max(0, n - kept - int(gamma * n))  # of the smallest; fewer large ones go where density says so
+        dropped = max(0, n - kept - int(gamma * n))  # of the smallest; fewer large ones are dropped if density says so
         return Choice("band", dropped, dropped + kept, match_sum=rescale == "l1")
 
 

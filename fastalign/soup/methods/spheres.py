@@ -31,8 +31,8 @@ from fastalign.soup.stream import mix_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PARALLEL = 0.9995  # cosines beyond: the great circle is a straight line
-_BLOCK = 32_000_000  # bytes of rows at once, where the limit allows
+_PARALLEL = 0.9995  # for larger cosines, a straight line replaces the great circle
+_BLOCK = 32_000_000  # bytes of rows at once, within the memory limit
 
 
 class OnSphere(WeightedSum):
@@ -41,7 +41,8 @@ class OnSphere(WeightedSum):
         return np.stack([self.mean(gram, row, values) for row in job.weights_of(name)])
 
     def mean(self, gram: np.ndarray, weights: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
-        """What the mean of m vectors is a sum with, (m,). gram: (m, m), their dot products; weights: (m,), as given."""
+        """The coefficients (m,) with which the mean of m vectors is their sum. gram: (m, m) dot products; weights:
+        (m,)."""
         raise NotImplementedError
 
 
@@ -82,8 +83,8 @@ def slerp(gram: np.ndarray, t: float) -> np.ndarray:
 
 
 class NuSlerp(OnSphere):
-    """SLERP of two models, or of their task vectors: of each tensor as a whole, or without nuslerp_flatten for each
-    row of the last dimension, with nuslerp_row_wise for each of the vectors that run along the first.
+    """SLERP of two models, or of their task vectors: of each tensor as a whole, or, without nuslerp_flatten, of each
+    row along the last dimension or, with nuslerp_row_wise, of each vector along the first.
 
     As in mergekit: halves if the weights' sum is nearly 0, a straight line if the vectors are.
     """
@@ -94,7 +95,7 @@ class NuSlerp(OnSphere):
     parameters: ClassVar[Parameters] = {"nuslerp_row_wise": flag(False), "nuslerp_flatten": flag(True)}
 
     def mean(self, gram: np.ndarray, weights: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
-        """Of many pairs, too: gram (..., 2, 2) gives (..., 2)."""
+        """Also for many pairs: gram (..., 2, 2) gives (..., 2)."""
         total = weights.sum()
         t = 0.5 if abs(total) < 1e-6 else float(weights[1] / total)
         lengths = np.maximum(np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1)), 1e-7)
@@ -134,7 +135,7 @@ class NuSlerp(OnSphere):
 class MultiSlerp(OnSphere):
     """The barycentre of the models, or of their task vectors, on their sphere (Goddard's Multi-SLERP, mergekit).
 
-    Directions are carried to the tangent space at their weighted mean's direction, averaged there, carried back, and
+    Directions are mapped to the tangent space at their weighted mean's direction, averaged there, mapped back, and
     given the weighted mean length. As in mergekit, a single model is unchanged, whatever its weight. Raises UserError
     if more than two directions cancel out.
     """
@@ -168,11 +169,11 @@ class MultiSlerp(OnSphere):
 
 
 class Karcher(OnSphere):
-    """The Karcher mean: the direction whose squared angles to the models', weighted, sum to the least (arXiv
-    2603.04972), at their weighted mean length; weights are divided by their sum.
+    """The Karcher mean: the direction with the least weighted sum of squared angles to the models' (arXiv 2603.04972),
+    at their weighted mean length; weights are divided by their sum.
 
-    Each step goes along the mean of the logarithms. As in mergekit, vectors no longer than `tol` have no direction,
-    and it ends when a step is shorter than `tol`.
+    Each step goes along the mean of the logarithms. As in mergekit, vectors of length up to `tol` have no direction,
+    and the iteration ends when a step is shorter than `tol`.
     """
 
     name = "karcher"
@@ -211,9 +212,8 @@ class Karcher(OnSphere):
 
 
 class ModelStock(OnSphere):
-    """As far from the base as the models agree: t mean + (1 - t) base, with a share t for each tensor, or with
-    filter_wise, as in the paper, for each of its rows (along its last dimension), which torch makes some rows at a
-    time."""
+    """Model Stock: t mean + (1 - t) base, with t from the models' agreement, for each tensor, or with filter_wise, as
+    in the paper, for each of its rows (along its last dimension), which torch computes some rows at a time."""
 
     name = "model_stock"
     base = "yes"
@@ -225,8 +225,8 @@ class ModelStock(OnSphere):
         """t (...,) (arXiv 2403.19522, equation 7): m cos / (1 + (m - 1) cos) with cos the mean cosine between task
         vectors; gram (..., m, m) their dot products.
 
-        floor: the least product of two lengths that a dot product is divided by. The paper has none; mergekit's is
-        1e-6, which takes vectors shorter than a thousandth for less alike than they are.
+        floor: the minimum product of two lengths that a dot product is divided by. The paper has none; mergekit's is
+        1e-6, which makes vectors shorter than 0.001 look less similar than they are.
         """
         m = gram.shape[-1]
         lengths = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
@@ -262,17 +262,17 @@ class ModelStock(OnSphere):
         import torch
 
         deltas = torch.stack([model - base for model in models], 1)  # (rows, m, n)
-        with np.errstate(invalid="ignore", over="ignore"):  # of a row with NaN or infinities, NaN is made
+        with np.errstate(invalid="ignore", over="ignore"):  # rows with NaN or infinities give NaN
             t = self.share((deltas @ deltas.mT).double().numpy(), floor)
         return base + torch.from_numpy(t).to(base.dtype)[:, None] * deltas.mean(1)
 
 
 class Warp(OnSphere):
-    """WARP's spherical merge of task vectors (arXiv 2406.16768, section 3.2 and appendix B.3), then `eta` of the way
-    from the base.
+    """WARP's spherical merge of task vectors (arXiv 2406.16768, section 3.2 and appendix B.3), then a share `eta` of
+    the way from the base.
 
-    Two task vectors are interpolated along their great circle; each further one with what was made of those before
-    it, at its share of the weights so far.
+    Two task vectors are interpolated along their great circle; each further one with the previous result, by its share
+    of the weights so far.
     """
 
     name = "warp"

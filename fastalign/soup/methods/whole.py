@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Sce(ByTensor):
-    """Select, calculate, erase (arXiv 2408.07990): of the task vectors' elements those stay in which they vary most,
-    the share select_topk of those that vary; each vector weighs as its mean square, and counts where it has the sign
-    of the sum."""
+    """Select, calculate, erase (arXiv 2408.07990): keeps the share select_topk of the varying elements, those with the
+    largest variance among the task vectors; each vector is weighted by its mean square, and counts where it has the
+    sign of the sum."""
 
     name = "sce"
     base = "yes"
@@ -44,7 +44,7 @@ class Sce(ByTensor):
 
 
 class NearSwap(ByTensor):
-    """The model's element where it is within t of the base's; else the base's, moved towards it by the share t /
+    """The model's element if it is within t of the base's; else the base's, moved towards it by the share t /
     distance."""
 
     name = "nearswap"
@@ -60,9 +60,8 @@ class NearSwap(ByTensor):
 
 
 class ArceeFusion(ByTensor):
-    """The model's elements that matter, the base's elsewhere: those whose distance from the base's, times the
-    divergence of their row's softmaxes, is at least the tensor's median and 1.5 times the distance of its
-    quartiles."""
+    """The model's important elements, and the base's elsewhere. Important: the distance from the base's, times the
+    divergence of the row's softmaxes, is at least the tensor's median plus 1.5 times its interquartile range."""
 
     name = "arcee_fusion"
     base = "yes"

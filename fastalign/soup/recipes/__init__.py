@@ -15,7 +15,7 @@ from fastalign.soup.recipes.mergekit import translate
 
 _MOST = 1_000_000  # bytes of a recipe
 _KEYS = {
-    "method", "models", "base", "weights", "grid", "parameters", "dtype", "normalize", "companion", "tokenizer",
+    "method", "models", "base", "weights", "grid", "parameters", "dtype", "normalize", "sidecar_from", "tokenizer",
     "pad_to_multiple_of", "chat_template", "max_shard_size", "memory_limit", "force",
 }  # fmt: skip
 _EACH = ("density", "epsilon", "gamma")
@@ -56,7 +56,7 @@ def _load(path: Path) -> Any:
 
 def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
     known(recipe, _KEYS, "a recipe")
-    for key in ("method", "dtype", "companion", "tokenizer", "chat_template"):
+    for key in ("method", "dtype", "sidecar_from", "tokenizer", "chat_template"):
         if recipe.get(key) is not None:
             text(recipe, key, "a recipe")
     for key in ("normalize", "force"):
@@ -108,7 +108,7 @@ def _model(mapping: Mapping[str, Any], key: str, where: str) -> str | list[tuple
 
 
 def _each(models: list[dict[str, Any]], key: str) -> list[Any]:
-    """Each model's; numbers over the layers as merge takes them."""
+    """Each model's value; numbers over the layers as in `merge`."""
     lacking = next((i for i, one in enumerate(models) if key not in one), None)
     if lacking is not None:
         raise UserError(f"model {lacking} has no {key}, others have one")

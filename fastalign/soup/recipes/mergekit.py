@@ -1,13 +1,13 @@
 """Translates mergekit's YAML to `merge`'s arguments, for the methods that both have, with the meaning of mergekit
 0.1.5.
 
-Where that is not what the papers say: what DARE and DELLA keep is scaled so that the sum of sizes is as it was, not
-by each element's probability; TIES elects signs and divides with the models' weights, which the paper does not have;
-breadcrumbs' share of small elements follows from density and gamma; Model Stock takes vectors shorter than 1e-3 for
-less alike than they are; SLERP's and other lines over the layers begin again at the final norm and the head. Random
-numbers are our own, and of elements of equal size at TIES' and breadcrumbs' cut we keep the earlier, mergekit
-whichever its sort leaves there. All is computed in float32 and rounded once; mergekit rounds the models to `dtype`
-before and works in it, so that in float16 its TIES ranks and elects signs otherwise for one element in a thousand.
+mergekit differs from the papers: DARE and DELLA rescale kept elements to preserve the sum of magnitudes, not by each
+element's probability; TIES elects signs and divides with the models' weights, which the paper does not have;
+breadcrumbs' share of small elements follows from density and gamma; Model Stock takes vectors shorter than 1e-3 as less
+similar than they are; gradients over the layers, as for SLERP, restart at the final norm and the head. We differ from
+mergekit in the random numbers, and in ties at TIES' and breadcrumbs' cut: we keep the earlier elements, mergekit those
+that its sort leaves. Everything is computed in float32 and rounded once; mergekit first rounds the models to `dtype`
+and computes in it, so in float16 its TIES ranks and elects differently for one element in a thousand.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _KEYS = {
     "chat_template",
     "name",
 }
-# What mergekit takes where a parameter is left out; None: it must be there. DARE and DELLA are rescaled there so that
-# the sum of sizes is as it was, in the papers by each element's probability.
+# mergekit's defaults; None: required. It rescales DARE and DELLA to preserve the sum of magnitudes, the papers by each
+# element's probability.
 _TASKS = {"lambda": 1.0, "normalize": False, "int8_mask": False, "rescale": False, "density": 1.0, "weight": None}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "passthrough": {"scale": 1.0},
@@ -79,7 +79,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     base = None if recipe.get("base_model") is None else model_named(recipe["base_model"], "base_model")
     kind = METHODS["linear" if method == "passthrough" else method]
     runs = runs_of(recipe)
-    if base is not None and "models" in recipe:  # where it is not among the models, mergekit adds it
+    if base is not None and "models" in recipe:  # mergekit adds it if it is not among the models
         runs[0].with_base(base)
     if method == "slerp":
         for run in runs:
@@ -142,9 +142,9 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if dtype is not None:
         arguments["dtype"] = text({"dtype": dtype}, "dtype", "the configuration").removeprefix("torch.")
     if "base" in arguments:
-        arguments["companion"] = "base"
+        arguments["sidecar_from"] = "base"
     elif base is not None and any(base in run.models for run in runs):
-        arguments["companion"] = base
+        arguments["sidecar_from"] = base
     tokenizer = _tokenizer(recipe)
     if "tokenizer" in tokenizer and base is not None and not any(base in run.models for run in runs):
         raise UserError("with a tokenizer, the base_model must be one of the models")
@@ -155,7 +155,7 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Whose tokenizer it is, and what its rows are padded to; no `tokens` by their names."""
+    """The tokenizer's source, and the padding of its rows; entries in `tokens` are not supported."""
     arguments: dict[str, Any] = {}
     tokenizer = recipe.get("tokenizer")
     if tokenizer is not None:
@@ -173,7 +173,7 @@ def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if source is not None:
         if not isinstance(source, str) or not source:
             raise UserError(f"tokenizer_source must be base, union or a model, got {reprlib.repr(source)}")
-        arguments["tokenizer"] = {"base": "companion", "union": "union"}.get(source) or model_named(
+        arguments["tokenizer"] = {"base": "sidecar", "union": "union"}.get(source) or model_named(
             source, "tokenizer_source"
         )
     if recipe.get("chat_template") is not None:
@@ -185,14 +185,14 @@ def _tokenizer(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Parameters:
-    """Each parameter as mergekit finds it: in a model's own, then the slice's, then the recipe's, then the default."""
+    """Each parameter as in mergekit: the model's own, else the slice's, the recipe's or the default."""
 
     def __init__(self, method: str, run: Run, *, renumbered: bool):
         self.method, self.models, self.scopes = method, run.models, run.scopes
         self.renumbered = renumbered  # a layer has another number in the output than in its model
         defaults = _DEFAULTS[method]
         for scope in (scope_of_model for one in run.scopes for scope_of_model in one if scope_of_model):
-            unknown = [name for name in scope if name not in _PARAMETERS]  # another method's is passed over, as there
+            unknown = [name for name in scope if name not in _PARAMETERS]  # another method's is ignored, as in mergekit
             if unknown:
                 raise UserError(
                     f"{reprlib.repr(unknown[0])} is no parameter of {method}, which takes {', '.join(defaults)}"
@@ -202,7 +202,7 @@ class _Parameters:
         label = f"{name} of {self.models[i]}"
         setting = self._setting(name, self.scopes[i], label)
         numbered = next((pattern for pattern, _ in setting.rules if _NUMBERED.search(pattern)), None)
-        if self.renumbered and numbered:  # mergekit looks for it in the source's names
+        if self.renumbered and numbered:  # mergekit matches it against the source's names
             raise UserError(
                 f"{label}: filters with a layer's number are not read here in slices, got {numbered.strip('*')!r}"
             )
@@ -221,8 +221,7 @@ class _Parameters:
         return int(number)
 
     def _number(self, name: str, rule: str) -> float:
-        """A flag's or count's: all of mergekit's parameters are numbers, and so its own files have true as 1.0, 5 as
-        5.0."""
+        """A flag or count: all of mergekit's parameters are numbers, so its files have 1.0 for true and 5.0 for 5."""
         value = self._plain(name)
         try:
             number = float(value)
@@ -247,7 +246,8 @@ class _Parameters:
 
 
 def _rules(label: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
-    """A number, numbers over the layers, or a list of {filter, value}: the first whose filter is in the name counts."""
+    """A number, numbers over the layers, or a list of {filter, value}: the first entry whose filter is in the name
+    counts."""
     conditions = [value] if isinstance(value, Mapping) else value
     if not (isinstance(conditions, list) and any(isinstance(one, Mapping) for one in conditions)):
         return [("*", _numbers(label, value))] if value != [] else []
@@ -265,13 +265,13 @@ def _rules(label: str, value: Any) -> list[tuple[str, tuple[float, ...]]]:
 
 
 def _numbers(label: str, value: Any) -> tuple[float, ...]:
-    """true is 1 and false 0."""
+    """A number; true is 1 and false 0."""
     plain = [float(x) if type(x) is bool else x for x in (value if isinstance(value, list) else [value])]
     return numbers(label, plain)
 
 
 def _contains(part: str | None) -> str:
-    """The pattern of names that have `part` in them."""
+    """The pattern of names that contain `part`."""
     if part is None or part == "*":
         return "*"
     return "*" + "".join(f"[{c}]" if c in "*?[" else c for c in part) + "*"
@@ -282,8 +282,8 @@ def _contains(part: str | None) -> str:
 
 @dataclass
 class Run:
-    """What is merged into some layers of the output: models, which of their layers (None for all), and for each the
-    parameters that hold for it, the nearest first: its own, its slice's, the whole recipe's."""
+    """The inputs of some of the output's layers: models, their layers (None for all), and for each its parameters in
+    order of precedence: its own, its slice's, the whole recipe's."""
 
     models: list[str]
     ranges: list[tuple[int, int] | None]
@@ -341,7 +341,7 @@ def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> Run:
         if not isinstance(scope, Mapping | None):
             raise UserError(f"parameters must map names to values, got {reprlib.repr(scope)}")
     if len(set(run.models)) != len(run.models):
-        raise UserError("a model may be there once only")
+        raise UserError("a model may occur only once")
     if sliced and len({last - first for first, last in run.ranges}) > 1:
         raise UserError("layer_range must have as many layers for every model of a slice")
     return run
@@ -355,7 +355,7 @@ def _whole(value: Any) -> Any:
 
 
 def stack_of(runs: Sequence[Run], places: Sequence[int]) -> str | list[tuple[str, int, int]]:
-    """The model that is at each slice's place, put together; without layer ranges, the model itself."""
+    """The stack of one position's models over all slices; without layer ranges, the model itself."""
     pieces = [(run.models[i], run.ranges[i]) for run, i in zip(runs, places, strict=True)]
     return pieces[0][0] if pieces[0][1] is None else [(model, *layers) for model, layers in pieces]
 
