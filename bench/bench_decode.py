@@ -1,7 +1,7 @@
 """Drawing candidates from SmolLM2-135M: the shared-prompt engine against transformers' generate.
 
 One prompt of about 265 tokens, 24 new tokens, float32; and 32 prompts of many lengths with 32 candidates each, whose
-texts end where they end. The floor is the linear layers alone, at as many rows, for as many steps.
+texts end at different lengths. The floor is the linear layers alone, with as many rows and steps.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _ends(model, tokenizer, ends: bool) -> list[int]:
 
 @torch.inference_mode()
 def linear_layers(model, rows: int, steps: int) -> None:
-    """Every linear layer of the model on that many rows, and its head: no attention, norm, cache or draw."""
+    """Every linear layer of the model and its head, on that many rows: no attention, norms, cache or sampling."""
     layers = [m.weight for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     layers.append(model.get_output_embeddings().weight)
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in layers}

@@ -1,8 +1,8 @@
-"""DPO on SmolLM2-135M: fastalign's DPOTrainer against TRL's, each in a process of its own, on the same pairs.
+"""DPO on SmolLM2-135M: fastalign's DPOTrainer against TRL's, each in its own process, on the same pairs.
 
-24 pairs, prompts of 96 words, completions of 24 to 64 words, batches of 4, float32. Time is that of the trainer, from
-its construction, which takes the reference's log-probabilities where they are precomputed, to the end of training;
-memory is the whole process's peak; the losses of every step must agree to 1e-4.
+24 pairs, prompts of 96 words, completions of 24 to 64 words, batches of 4, float32. Time is measured from the trainer's
+construction, which includes precomputed reference log-probabilities, to the end of training; memory is the process's
+peak; the losses of every step must agree to 1e-4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""linear_sample_tokens against the logits written, then softmax + multinomial (argmax at temperature 0), or our
+"""linear_sample_tokens against writing the logits, then softmax + multinomial (argmax at temperature 0) or our
 sample_tokens."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_tokens(compare, rows, temperature):
 
     def check():
         result, drawn = ours(), in_two()
-        same = result.ids == drawn.ids  # but where rounding decides
+        same = result.ids == drawn.ids  # except where rounding decides
         assert same.float().mean() > 0.97
         torch.testing.assert_close(result.log_probs[same], drawn.log_probs[same], rtol=0, atol=1e-4)
 

@@ -1,8 +1,8 @@
 """The fused head against TRL's chunked head, F.linear + cross_entropy, and torch.compile of the plain form; forward
 and backward.
 
-The floor is the matrix products that the pass consists of, in the tiles of the op: four with a head that learns (the
-logits twice, but for the tiles that are kept, and two gradients), two with a frozen one.
+The floor is the matrix products of the pass, in the op's tiles: four with a trainable head (the logits twice, except
+for kept tiles, and two gradients), two with a frozen one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def head(compare, tokens, width, vocab, *, bar, dtype=torch.float32, frozen=Fals
     def ours():
         return linear_token_logprobs(hidden, weight, labels)
 
-    def trl():  # what TRL does on the CPU: every position, then the mask
+    def trl():  # as TRL does on the CPU: every position, then the mask
         everything = (hidden, weight, None, labels.clamp(min=0), 1.0, 32768, None, 1.0, ())
         return chunked.apply(*everything)[0].masked_fill(~keep, 0)
 
@@ -64,7 +64,7 @@ def head(compare, tokens, width, vocab, *, bar, dtype=torch.float32, frozen=Fals
 
     @functools.cache
     def products():
-        from fastalign.ops.head import KEPT_BYTES  # not where a former commit is measured
+        from fastalign.ops.head import KEPT_BYTES  # not when an earlier commit is measured
 
         budget = KEPT_BYTES + weight.numel() * weight.dtype.itemsize
         kept = None if frozen else budget // (int(keep.sum()) * TILE * 4)

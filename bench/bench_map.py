@@ -173,7 +173,8 @@ def test_joint_ten_million_samples_of_many_values(compare, n, m):
 
 
 def many_values(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (2.6 GB for ten million of 64 rewards), made a tenth at a time; a palette that asks for more of eight."""
+    """Samples (2.6 GB for ten million of 64 rewards), generated a tenth at a time; a palette that raises eight
+    values."""
     rng, mix = np.random.default_rng(0), np.eye(m) + 0.05 * np.random.default_rng(1).normal(size=(m, m))
     rewards = np.empty((n, m), dtype=np.float32)
     for part in np.split(rewards, 10):
@@ -184,7 +185,7 @@ def many_values(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def around(rewards: np.ndarray, count: int, deviation: np.ndarray) -> np.ndarray:
-    """Palettes from a little below the mean to 0.7 standard deviations above it, drawn apart for each value."""
+    """Palettes from slightly below the mean to 0.7 standard deviations above it, drawn independently for each value."""
     ask = np.random.default_rng(1).uniform(-0.2, 0.7, (count, rewards.shape[1]))
     return rewards.mean(axis=0, dtype=np.float64) + ask * deviation
 
@@ -198,7 +199,7 @@ def agree_on_many(rewards: np.ndarray, palettes: np.ndarray, peer, groups=None) 
 
 
 def agree(rewards: np.ndarray, palette: np.ndarray, tolerance: float, *peers) -> str:
-    """With the first peer; tells the residuals of all."""
+    """Compares with the first peer; reports all residuals."""
     result = solve(rewards, palette)
     theirs = [peer(rewards, palette) for peer in peers]
     residuals = [residual(rewards, palette, lam) for lam in (result.lam, *theirs)]
@@ -209,7 +210,7 @@ def agree(rewards: np.ndarray, palette: np.ndarray, tolerance: float, *peers) ->
 
 
 def of_own(rewards: np.ndarray, palette: np.ndarray) -> str:
-    """What the solver says of itself, where the definition in float64 would take too much time and memory."""
+    """The solver's own residual, if the definition in float64 would take too much time and memory."""
     result = solve(rewards, palette)
     assert result.kkt_residual <= 1e-9
     return f"KKT residual {result.kkt_residual:.0e} by its own account, in {result.iterations} passes"

@@ -43,7 +43,7 @@ def numpy_systematic(log_weights, k):
 
 
 def check(log_weights, k, method) -> None:
-    """Systematic counts lie within one of k p, the best are torch's, and what is drawn without replacement differs."""
+    """Systematic counts are within one of k p, the best are torch's, and draws without replacement are distinct."""
     ids = resample(log_weights, k, method=method, seed=0)
     if method == "systematic":
         expected = k * log_weights.double().softmax(-1)
@@ -53,7 +53,7 @@ def check(log_weights, k, method) -> None:
         assert torch.equal(log_weights.gather(1, ids), log_weights.topk(k).values)
     elif method == "gumbel_top_k":
         assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
-    else:  # the mean log-weight of what is drawn is within five standard errors of its expectation
+    else:  # the draws' mean log-weight is within five standard errors of its expectation
         p = log_weights.double().softmax(-1)
         mean = (p * log_weights).sum(-1)
         variance = (p * log_weights.square()).sum(-1) - mean.square()

@@ -45,7 +45,7 @@ def warpers(options):
 
 
 def drawn_by_torch(logits, options):
-    """What transformers' generate does with the last logits."""
+    """As transformers' generate does with the last logits."""
     chain = warpers(options)
 
     def run():
@@ -58,7 +58,7 @@ def drawn_by_torch(logits, options):
 
 
 def check(logits, options) -> None:
-    """The warpers leave what we draw, with the probability we report; the reference draws the same ids."""
+    """The warpers keep our draws, with the probability that we report; the reference draws the same ids."""
     scores = logits.double()
     for warper in warpers(options):
         scores = warper(None, scores)

@@ -1,11 +1,11 @@
 """Soups of SmolLM2-135M with noise, three files of 269 MB in bfloat16: fastalign against mergekit, from file to file.
 
-mergekit runs in an environment of its own, whose Python FASTALIGN_MERGEKIT_PYTHON names (`pip install
-mergekit==0.1.5`); without it only fastalign is measured. Both merge in a fresh process with everything imported,
-after which the clock starts; or, "whole commands", as they are run in a shell. Inputs are in the page cache. mergekit
-leaves it to the system when its output reaches the disk; so does fastalign here (`sync=False`), but for the cases
-"flushed", its default, in which mergekit's output is flushed after it. Memory is the peak of anonymous pages above
-what the imports took: the page cache is not counted. Both results are held against the float64 sum.
+mergekit runs in its own environment, whose Python is given by FASTALIGN_MERGEKIT_PYTHON (`pip install
+mergekit==0.1.5`); without it only fastalign is measured. Both merge in a fresh process, timed after the imports; "whole
+commands" are timed as run in a shell. Inputs are in the page cache. mergekit leaves flushing to the system, and so does
+fastalign here (`sync=False`), except in the cases "flushed" (fastalign's default), in which mergekit's output is
+flushed afterwards. Memory is the peak of anonymous pages above that of the imports, without the page cache. Both
+results are compared with the float64 sum.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def test_merge(compare, models, tmp_path, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command(compare, models, tmp_path, name):
-    """As soups are made in a shell: one by one by mergekit-yaml with its fastest options; all by one `fastalign
-    soup`."""
+    """As in a shell: one soup per call of mergekit-yaml, with its fastest options; all by one `fastalign soup`."""
     rows, bar, rounds = COMMANDS[name]
 
     def commands(python):
@@ -99,7 +98,7 @@ def models(tmp_path_factory) -> list[str]:
 
 
 def our_command(python: str, models: list[str], rows: list, folder: Path) -> list[list[str]]:
-    """Which takes one row of weights, or a recipe of many."""
+    """The command takes one row of weights, or a recipe with many."""
     recipe = folder / "recipe.yaml"  # JSON is YAML
     recipe.write_text(json.dumps({"models": models, "weights": rows}))
     requested = ["--recipe", str(recipe)] if len(rows) > 1 else [*models, "--weights", ",".join(map(str, rows[0]))]
@@ -119,11 +118,11 @@ def their_commands(python: str, models: list[str], rows: list, folder: Path) -> 
 
 
 def copy_seconds(files: int) -> float:
-    """To move as many bytes through memory as `files` of 269 MB, half of them read and half written; best of three."""
+    """Seconds to move as many bytes through memory as `files` of 269 MB, half read and half written; best of three."""
     source = torch.ones(files * 269_000_000 // 2, dtype=torch.uint8)
     target = torch.empty_like(source)
     times = []
-    for _ in range(4):  # the first makes the pages
+    for _ in range(4):  # the first run allocates the pages
         began = time.perf_counter()
         target.copy_(source)
         times.append(time.perf_counter() - began)
@@ -131,8 +130,8 @@ def copy_seconds(files: int) -> float:
 
 
 def worst_error(models: list[str], row: list[float], method: str, made: Path) -> float:
-    """The largest error of any element, in units of a bfloat16's last place; where terms cancel, of 2^-20 of their
-    sum of sizes."""
+    """The largest error of any element, in units of a bfloat16's last place; where terms cancel, of 2^-20 of their sum
+    of magnitudes."""
     from fastalign.soup import open_checkpoint
     from fastalign.soup.checkpoint import mapped
 
@@ -160,7 +159,7 @@ def worst_error(models: list[str], row: list[float], method: str, made: Path) ->
 
 
 def worst_error_of_ties(held: list, row: list[float], made: dict) -> float:
-    """The same, over what no choice among equal sizes decides: elements whose size is not that at which it was cut."""
+    """The same, over elements whose magnitude is not that of the cut, so that ties do not matter."""
     worst = 0.0
     for name, result in made.items():
         if name not in held[0]:

@@ -1,8 +1,8 @@
-"""python -m bench.commits REF [pytest's arguments]: every benchmark of this checkout, its build against that of the
-commit REF.
+"""python -m bench.commits REF [pytest's arguments]: every benchmark of this checkout, with its build against that of
+the commit REF.
 
-REF is built in a temporary worktree. Each case runs in two processes, one a build, in turn (`--against`); the ratio
-told is REF's time over ours. A case that REF cannot run is skipped.
+REF is built in a temporary worktree. Each case runs in two processes, one per build, in turn (`--against`); the ratio
+is REF's time over ours. A case that REF cannot run is skipped.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import TextIO
 import pytest
 
 HERE = Path(__file__).resolve().parent
-# A process a case: other plugins would take seconds of each.
+# One process per case: other plugins would take seconds in each.
 ALONE, PLUGIN = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, ("-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
-# In the other build's process, its two ends of the pipes: how often to repeat the call, and the seconds that one took.
+# In the other build's process, its ends of the pipes: the number of calls to make, and the seconds per call.
 questions: TextIO | None = None
 answers: TextIO | None = None
 
 
 def alone() -> dict[str, str]:
-    """The environment of a pytest of our own, whatever pytest runs around it."""
+    """The environment for our own pytest, independent of a pytest that calls it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | ALONE
 
 
 class OtherBuild:
-    """The same benchmark in a process with another build of fastalign. folder: has the package; its name is the
-    commit's."""
+    """The same benchmark in a process with another build of fastalign. folder: contains the package, and is named after
+    the commit."""
 
     def __init__(self, folder: str, item: pytest.Item):
         self.name, self.errors = Path(folder).name, tempfile.TemporaryFile("w+")
@@ -56,7 +56,7 @@ class OtherBuild:
 
 
 def answer(seconds: Callable[[int], float]) -> None:
-    """Time our call as often as it is asked for."""
+    """Time our call on request."""
     for repeats in questions:
         print(seconds(int(repeats)), file=answers, flush=True)
 
@@ -81,7 +81,7 @@ def main(ref: str, arguments: list[str]) -> int:
         text=True,
     )
     if commit.returncode:
-        print(f"{ref} is no commit of this repository", file=sys.stderr)
+        print(f"{ref} is not a commit of this repository", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
         tree, build = Path(folder, "tree"), Path(folder, commit.stdout.strip())

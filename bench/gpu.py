@@ -1,8 +1,8 @@
-"""The GPU kernels on a real GPU: are they right, how fast, how near the hardware, against what people use today.
+"""The GPU kernels on a real GPU: correctness, speed, share of the hardware's limits, and comparison with peers.
 
     python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N]
 
-First every case is checked against the float64 reference, then ours and the peers that are installed are timed in turn
+Every case is first checked against the float64 reference; then ours and the installed peers are timed in turn
 with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md, which
 name the device, driver and versions. Without a GPU it says so and exits 0.
 """
@@ -27,7 +27,7 @@ import fastalign
 from fastalign._base.files import atomic_write, write_json
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "flashinfer-python")
-CACHE_BYTES = 256 << 20  # more than any second-level cache: what one call leaves there helps no other
+CACHE_BYTES = 256 << 20  # more than any second-level cache: no call profits from the previous one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Check one case, then time it and its peers in turn; a JSON value. A case that fails says why and is not timed."""
+    """Check one case, then time it and its peers in turn; a JSON value. A failed case has its error and no times."""
     gc.collect()
     torch.cuda.empty_cache()
     result: dict[str, Any] = {"name": case.name, "published": case.published, "error": "", "ms": {}, "peak_mb": {}}
@@ -74,7 +74,7 @@ def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[s
             try:
                 peer()
                 calls[name] = peer
-            except Exception as error:  # another package's failure is a line in the table
+            except Exception as error:  # another package's failure becomes a line in the table
                 result.setdefault("peers_failed", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         for _ in range(3):
             for call in calls.values():
@@ -105,7 +105,7 @@ def milliseconds(call: Callable[[], Any], flush: torch.Tensor) -> float:
 
 
 def peak_mb(call: Callable[[], Any]) -> float:
-    """What one call takes beyond what lay there before it."""
+    """The memory of one call beyond that before it."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -135,7 +135,7 @@ def product_rate() -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine on which the numbers were measured."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -168,7 +168,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def table(everything: dict[str, Any]) -> str:
-    """Markdown: each case against each peer that ran, and under it what it ran on."""
+    """Markdown: each case against each peer that ran, and below it the machine."""
     lines = [
         "| op | case | time (p20–p80) | of copy rate | of GEMM rate | against | faster by | peak memory, theirs → "
         "ours | published |",

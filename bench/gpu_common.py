@@ -1,4 +1,4 @@
-"""What the compile gate, the byte counter and the GPU benchmark share: each kernel at the sizes it is shipped for.
+"""Shared by the compile gate, the byte counter and the GPU benchmark: each kernel at the sizes it is made for.
 
 bench/gpu_<op>.py yields the cases of one op. A case builds its tensors on any device: "meta" for the gate, which
 compiles and runs nothing; "cpu", small, for the interpreter; "cuda" for real.
@@ -16,7 +16,7 @@ from fastalign import kernels
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a kernel's launcher on tensors that are ready."""
+    """One call of a kernel's launcher on existing tensors."""
 
     run: Callable[[], Any]
     bytes: int  # that must move: each input read once, each output written once

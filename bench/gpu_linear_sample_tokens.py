@@ -69,7 +69,7 @@ def _build(
 
 
 def _peers(hidden: Tensor, weight: Tensor, temperature: float, softcap: float) -> dict[str, Callable]:
-    """The logits written, then drawn from."""
+    """Write the logits, then sample."""
 
     def logits():
         x = hidden @ weight.T

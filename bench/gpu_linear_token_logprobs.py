@@ -136,7 +136,8 @@ def _build(setting: Setting, device: str, small: bool) -> Work:
 
 
 def _check(setting: Setting, run: Callable, head: tuple, grad: Tensor, grad_entropy: Tensor) -> None:
-    """The first rows' results and hidden gradient, and a slice of the weight's gradient, which is all rows' doing."""
+    """The first rows' results and hidden gradient, and a slice of the weight's gradient, to which all rows
+    contribute."""
     hidden, weight, bias, a, b, labels = head[:6]
     log_probs, entropy, *grads = run()
     wide = lambda x: None if x is None else x.double()  # noqa: E731
@@ -179,7 +180,7 @@ def _near(found: Tensor, truth: Tensor, error: float) -> None:
 
 
 def _peers(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor) -> dict[str, Callable]:
-    """Others' way to per-token log-probabilities (with statistics: and entropies) and their gradients."""
+    """Peers' per-token log-probabilities (with statistics: and entropies) and their gradients."""
     if setting.grad_filter or setting.rank or setting.softcap or setting.bias or setting.weight_dtype:
         return {}
     x = hidden.detach().requires_grad_(setting.backward)
@@ -224,7 +225,7 @@ def _peers(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor, gra
     if find_spec("liger_kernel") and not setting.statistics:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        # It makes gradients for a loss summed with equal weights alone: its time, not its numbers, is compared.
+        # It computes gradients only for a loss with equal weights: its time is compared, not its numbers.
         result["Liger-Kernel (equal weights)"] = whole(
             lambda x, w: (liger_fused_linear_cross_entropy(x, w, labels).expand(len(labels)),)
         )

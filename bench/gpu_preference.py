@@ -19,7 +19,7 @@ from fastalign.ops.preference import pairwise_loss
 
 @dataclass(frozen=True)
 class Setting:
-    """One configuration: 64 pairs as a step of DPO on one GPU takes them."""
+    """One configuration: 64 pairs, as in a step of DPO on one GPU."""
 
     loss_type: str = "sigmoid"
     smoothing: float = 0.0
@@ -108,7 +108,7 @@ def _backward(over: str, dtype: torch.dtype, device: str, small: bool) -> Work:
 
 
 def _peers(plain: Callable, log_probs: Tensor) -> dict[str, Callable]:
-    """The same in torch, forward and backward: what a fused forward pass leaves to do is one multiplication."""
+    """The same in torch, forward and backward: after a fused forward pass only one multiplication is left."""
     if not log_probs.is_cuda:
         return {}
     x = log_probs.clone().requires_grad_()

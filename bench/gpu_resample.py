@@ -12,7 +12,7 @@ from fastalign.ops.resample import METHODS
 
 SHAPES = ((4096, 64, 1), (64, 16_384, 64), (1, 1_000_000, 1000))
 READS = {"residual": 2}  # of the log-weights
-CHECKED = 256  # prompts, from the first on: a prompt's place is its stream
+CHECKED = 256  # prompts checked, from the first on: a prompt's index is its stream
 
 
 def cases() -> Iterator[KernelCase]:

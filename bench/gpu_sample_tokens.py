@@ -9,7 +9,7 @@ from fastalign.bench.gpu_common import KernelCase, Work
 
 from fastalign import reference
 
-CHECKED = 64  # rows, from the first on: a row's place is its stream
+CHECKED = 64  # rows checked, from the first on: a row's index is its stream
 FILTERS = (
     {},
     {"temperature": 0.0},
@@ -65,7 +65,8 @@ def case(rows: int, vocab: int, dtype: torch.dtype, options: dict, rows_given: b
 
 
 def check(logits, options, ids, log_probs) -> None:
-    """The log-probabilities are the law's and, but where rounding decides, the ids are the reference's."""
+    """The log-probabilities are those of the distribution, and the ids are the reference's, except where rounding
+    decides."""
     theirs, truth = reference.sample_tokens(logits.double(), *options.values(), 1, 0)
     agree = ids == theirs
     assert agree.double().mean() > 0.95, agree

@@ -114,7 +114,7 @@ def _size(x: Tensor) -> int:
 
 
 def _peers(logits: Tensor, labels: Tensor, softcap: float, statistics: bool) -> dict[str, Callable]:
-    """Others' way to the log-probabilities, and with `statistics` to the entropy: as callables that take the logits."""
+    """Peers' log-probabilities, and with `statistics` the entropy, as callables that take the logits."""
     if not logits.is_cuda or softcap:
         return {}
 
@@ -136,7 +136,7 @@ def _peers(logits: Tensor, labels: Tensor, softcap: float, statistics: bool) -> 
     if find_spec("liger_kernel") and not statistics:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
-        # It makes the gradient in the same launch, over the logits: so it is given a copy of its own.
+        # It writes the gradient over the logits in the same launch, so it gets its own copy.
         own = logits.clone()
         result["Liger-Kernel (with gradient)"] = lambda x: -liger_cross_entropy(own, labels, reduction="none")
     return {name: partial(call, logits) for name, call in result.items()}
@@ -145,7 +145,7 @@ def _peers(logits: Tensor, labels: Tensor, softcap: float, statistics: bool) -> 
 def _backward_peers(
     logits: Tensor, labels: Tensor, grad: Tensor, grad_entropy: Tensor, softcap: float, statistics: bool
 ) -> dict[str, Callable]:
-    """Others' backward pass alone: their forward pass runs here, and its graph is kept."""
+    """Peers' backward pass alone: their forward pass runs here, and its graph is kept."""
     requested = logits.detach().requires_grad_() if logits.is_cuda else logits
     result = {}
     for name, call in _peers(requested, labels, softcap, statistics).items():
@@ -155,7 +155,7 @@ def _backward_peers(
 
 
 class _Later:
-    """The forward pass at the first call, the backward pass at each: its memory is not taken before it is its turn."""
+    """The forward pass at the first call, the backward pass at each: memory is not allocated before its turn."""
 
     def __init__(self, call: Callable, logits: Tensor, grads: tuple[Tensor, ...]):
         self.call, self.logits, self.grads, self.outputs = call, logits, grads, None

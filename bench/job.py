@@ -1,4 +1,4 @@
-"""python job.py SCRIPT ARGUMENTS: the process of a `Worker`, which may lack fastalign.
+"""python job.py SCRIPT ARGUMENTS: the process of a `Worker`, possibly without fastalign.
 
 Calls SCRIPT's `job(*ARGUMENTS)`, a JSON list; says "ready"; waits for a line; calls what `job` returned and prints
 its answer as JSON.

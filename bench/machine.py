@@ -1,4 +1,4 @@
-"""This machine: its processor and software, the memory that a call takes, and the rate at which memory is read."""
+"""This machine: processor and software, the memory that a call takes, and the rate of reading memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "numpy", "scipy", "cvxpy", "
 
 
 def machine() -> dict[str, Any]:
-    """What numbers are measured on, and when."""
+    """The machine and the date of a measurement."""
     processor = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -54,7 +54,7 @@ def read_bandwidth() -> float:
 
 
 def peak_mb(call: Callable[[], Any]) -> float | None:
-    """Growth of the resident set over one call; None where the system does not tell."""
+    """Growth of the resident set over one call; None if unknown."""
     gc.collect()
     try:
         with open("/proc/self/clear_refs", "w") as file:
@@ -68,6 +68,6 @@ def peak_mb(call: Callable[[], Any]) -> float | None:
 
 
 def status_kb(field: str, pid: int | str = "self") -> int:
-    """A figure of a process as Linux tells it; 0 where the process is ending. OSError elsewhere."""
+    """A figure of a process from Linux's /proc; 0 if the process is ending. OSError on other systems."""
     with open(f"/proc/{pid}/status") as file:
         return next((int(line.split()[1]) for line in file if line.startswith(field + ":")), 0)

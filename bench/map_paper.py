@@ -3,9 +3,9 @@
 FILE is an .npz with `values` (the columns' names) and one (n, m) array of rewards per model. For each palette HHH-q:
 the verdict, λ, KL, effective sample size and time of this solver, beside 150 Adam steps on log λ in float32 (what the
 paper runs), scipy's L-BFGS-B and cvxpy with Clarabel. Then what a decoder can do with N samples per prompt: picking one
-of N moves the policy by at most log N − (N−1)/N nats, so a palette whose least KL is more is out of its reach, by
-whatever rule it picks. The joint dual may also tilt the prompts, which a decoder cannot: its KL is a lower bound on
-what a decoder needs, and so is the N given here.
+of N moves the policy by at most log N − (N−1)/N nats, so no rule for picking reaches a palette whose least KL is
+larger. The joint dual may also reweight the prompts, which a decoder cannot: its KL is a lower bound on what a decoder
+needs, and so is the N given here.
 
 Writes results/map_paper.json, its figures (fronts and palettes in pairs of the values that HHH asks for, the λ region,
 effective sample sizes) and MAP_PAPER.md beside this file.
@@ -95,12 +95,12 @@ def timed(call) -> tuple[object, float]:
 
 
 def peer(name: str, call, rewards: np.ndarray, palette: np.ndarray) -> dict:
-    """A peer's λ, what is left of the KKT conditions there, and its time; what it says when it fails."""
+    """A peer's λ, its KKT residual and its time; or its error message."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             lam, ms = timed(lambda: call(rewards, palette))
-    except Exception as error:  # a solver's own way of saying that it has no answer
+    except Exception as error:  # solvers report failure in different ways
         return {"ms": None, "lambda": None, "residual": None, "says": f"{type(error).__name__}: {error}"[:200]}
     if lam is None or not np.isfinite(lam).all():
         return {"ms": ms, "lambda": None, "residual": None, "says": "no solution" if lam is None else "NaN"}

@@ -1,5 +1,5 @@
-"""Samples of rewards, and what others do with them: MAP's dual solved by scipy, cvxpy and Adam, a pass over them in
-torch and numpy."""
+"""Samples of rewards, and the peers: MAP's dual solved by scipy, cvxpy and Adam, and a pass over the rewards in torch
+and numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def samples(n: int, m: int) -> np.ndarray:
 
 
 def candidates(prompts: int, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """(prompts * n, m) rewards, half of whose spread lies between prompts, and their prompts."""
+    """(prompts * n, m) rewards, half of whose variance is between prompts, and their prompts."""
     level = np.random.default_rng(1).normal(size=(prompts, m)).astype(np.float32)
     groups = np.repeat(np.arange(prompts), n)
     return samples(prompts * n, m) + 0.5 * level[groups], groups
@@ -80,7 +80,7 @@ def cvxpy_clarabel(rewards: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def adam(rewards: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """What MAP's authors run (arXiv 2410.19198): a fixed number of steps on log λ in float32."""
+    """The method of MAP's authors (arXiv 2410.19198): a fixed number of steps on log λ in float32."""
     x, c = torch.from_numpy(rewards), torch.from_numpy(palette).float()
     log_lam = torch.zeros(len(c), requires_grad=True)
     optimizer = torch.optim.Adam([log_lam], lr=0.1)

@@ -1,7 +1,7 @@
 """python -m bench.map_scaling: the time of one solve from a thousand samples to ten million, six values.
 
-Writes results/map_scaling.json and map_scaling.svg and .png beside this file, a line that a straight one is laid
-through: what a solve costs is linear in the number of samples.
+Writes results/map_scaling.json, map_scaling.svg and .png beside this file; the figure compares the times with a
+straight line: a solve's cost is linear in the number of samples.
 """
 
 from __future__ import annotations

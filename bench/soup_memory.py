@@ -3,11 +3,10 @@ cold disk.
 
     python bench/soup_memory.py [--sizes 0.3,1.2,12] [--cold 1.2] [--folder DIR] [--out bench/results/soup_memory.json]
 
-Models are made on the spot in shards of 4 GB, one of random bfloat16 numbers and one of holes (zeros that take no
-disk), merged in a process of its own, and removed again: --folder needs twice the largest size. Before each merge the
-inputs are dropped from the page cache. The disk's own rate is taken in turn with the merge, on two models without
-holes, by a loop that reads as many bytes, writes and flushes as many, and computes nothing; the bar is 70 % of it.
-Linux.
+Creates models in shards of 4 GB, one of random bfloat16 numbers and one of holes (zeros that take no disk space),
+merges them in a separate process, and removes them: --folder needs twice the largest size. Before each merge the inputs
+are dropped from the page cache. In turn with the merge, on two models without holes, the disk's own rate is measured by
+a loop that reads, writes and flushes the same number of bytes and computes nothing; the bar is 70 % of it. Linux only.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ BAR = 0.7  # of the disk's rate
 ROUNDS = 3
 BLOCK = 1 << 24
 SHARD = 4_000_000_000
-LAYERS, PARTS = 32, 7  # a large embedding, then so many equal matrices a layer
+LAYERS, PARTS = 32, 7  # a large embedding, then this many equal matrices per layer
 
 
 def tensors(nbytes: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Names, types and shapes of a bfloat16 model of about so many bytes."""
+    """Names, types and shapes of a bfloat16 model of about this many bytes."""
     width = 1024
     rows = nbytes // 2 // width
     each = int(rows * 0.92) // (LAYERS * PARTS)
@@ -80,7 +79,7 @@ def meminfo(name: str) -> int:
 
 
 def resident(pid: int) -> tuple[int, int]:
-    """Bytes of anonymous pages, and of files' pages mapped."""
+    """Bytes of anonymous pages, and of mapped file pages."""
     result = {"RssAnon": 0, "RssFile": 0}
     try:
         with open(f"/proc/{pid}/status") as file:
@@ -94,7 +93,7 @@ def resident(pid: int) -> tuple[int, int]:
 
 
 def merge(inputs: list[Path], out: Path) -> dict:
-    """One merge in a process of its own: seconds, and peaks above what that process held before it began."""
+    """One merge in its own process: seconds, and peaks above the process's memory before it began."""
     worker = subprocess.Popen(
         [sys.executable, __file__, "--worker", *map(str, inputs), str(out)],
         stdin=subprocess.PIPE,
@@ -126,7 +125,7 @@ def worker(inputs: list[str], out: str) -> None:
 
     from fastalign import soup
 
-    # Threads and their stacks are this process's, not the merge's.
+    # Threads and their stacks are not counted for the merge.
     soup.mix([{"x": torch.ones(1 << 20)}] * 2, [0.5, 0.5])
     print("ready", flush=True)
     sys.stdin.readline()
@@ -136,7 +135,7 @@ def worker(inputs: list[str], out: str) -> None:
 
 
 def copy(inputs: list[Path], target: Path) -> float:
-    """Seconds of what a merge must do to the disk and no more: read all inputs, write one of them, flush."""
+    """Seconds of a merge's disk work alone: read all inputs, write one of them, flush."""
     target.mkdir()
     began = time.perf_counter()
     for names in zip(*(sorted(one.glob("*.safetensors")) for one in inputs), strict=True):

@@ -1,10 +1,10 @@
-"""python bench/spend_less.py: what speculative rejection and particles reach for their tokens, against best-of-N.
+"""python bench/spend_less.py: what speculative rejection and particles reach for the tokens they draw, against
+best-of-N.
 
 SmolLM2-135M on the bundled prompts and the demo's rewards. N whole candidates per prompt are drawn once, and their
-beginnings
-scored: since dropped candidates are best-of-N's own, cut short, every schedule's outcome can be read off them
-exactly. One schedule and one set of particles are then run in earnest, timed, and held against that. Best-of-k, k <
-N, is what the same tokens buy without any of it. Writes spend_less.json and spend_less.png.
+beginnings scored. Dropped candidates are best-of-N's own, truncated, so these scores give every schedule's exact
+outcome. One schedule and one set of particles are then really run, timed, and compared with it. Best-of-k, k < N, shows
+what the same tokens reach without these methods. Writes spend_less.json and spend_less.png.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
                     {"k": k, "gain": gain(v), "tokens": k / n}
                     for k, v in zip(ks, plain.values[:, 0].tolist(), strict=True)
                 ],
-                # How far a beginning's score tells the whole's, within a prompt.
+                # How well a beginning's score predicts the whole text's, within a prompt.
                 "correlation": {age: correlation(at[age], at[new]) for age in ages},
             }
         )
@@ -94,7 +94,7 @@ def main() -> None:
         "settings": {"model": MODEL, "rewards": REWARDS, "prompts": len(chosen), **job, "tokens": int(lengths.sum())},
         "curves": curves,
     }
-    write_json(options.out / f"{options.name}.json", result)  # what follows takes minutes more
+    write_json(options.out / f"{options.name}.json", result)  # the rest takes minutes more
     result["run"] = run(sampler, chosen, job, 1 / sd, scored, lengths, options, seconds)
     result["seconds"] = {name: round(taken, 1) for name, taken in seconds.items()}
     write_json(options.out / f"{options.name}.json", result)
@@ -111,7 +111,7 @@ def score(sampler, drawn, age: int) -> tuple[np.ndarray, float]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of scores (P, N) within prompts, over all prompts together."""
+    """Correlation of scores (P, N) within prompts, over all prompts."""
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     return float((a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum() + 1e-30))
 
@@ -131,7 +131,7 @@ def replay(at, lengths, checkpoints: list[int], keep: float, new: int) -> tuple[
 
 
 def run(sampler, chosen, job, lam, scored, lengths, options, seconds) -> dict:
-    """One schedule and one set of particles in earnest, for all three values."""
+    """A real run of one schedule and one set of particles, for all three values."""
     new = job["max_new_tokens"]
     at = {age: values @ lam for age, values in scored.items()}
     mean, best = at[new].mean(), at[new].max(1).mean()
@@ -182,7 +182,7 @@ def say(curve: dict) -> None:
 
 
 def figure(result: dict):
-    """Gain over tokens for each aim: best-of-k, every schedule, and what was run."""
+    """Gain by tokens for each goal: best-of-k, every schedule, and the real runs."""
     n = result["settings"]["n"]
     with style.figure(10, 7.2) as page:
         axes = page.subplots(2, 2, sharex=True, sharey=True)

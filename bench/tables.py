@@ -1,7 +1,7 @@
-"""python -m bench.tables [RUN.json]: what `pytest bench --benchmark-json=RUN.json` measured, kept and shown.
+"""python -m bench.tables [RUN.json]: stores and shows the results of `pytest bench --benchmark-json=RUN.json`.
 
-Puts the run's benchmarks in the place of their earlier selves in results/benchmarks.json, drops those that no longer
-exist, and writes RESULTS.md and README's table from it. Without a run, only these two.
+Replaces the run's benchmarks in results/benchmarks.json, drops those that no longer exist, and writes RESULTS.md and
+README's table. Without a run, only writes these two.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-GROUPS = ("losses", "sampling", "map", "training", "decode", "soup")  # as which benchmarks are marked
+GROUPS = ("losses", "sampling", "map", "training", "decode", "soup")  # how benchmarks are marked
 RESULTS, README = HERE / "results" / "benchmarks.json", HERE.parent / "README.md"
 BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end -->"
-KEPT = ("group", "name", "fullname", "extra_info", "stats")  # of what pytest-benchmark tells of each
+KEPT = ("group", "name", "fullname", "extra_info", "stats")  # of pytest-benchmark's entries
 
 
 def line(benchmark: dict) -> str:
@@ -34,8 +34,8 @@ def line(benchmark: dict) -> str:
 
 
 def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
-    """Every comparison as a row of a Markdown table; headline: of each group the first that has a bar and reaches
-    it."""
+    """Every comparison as a row of a Markdown table; headline: for each group with a bar, the first comparison that
+    reaches it."""
     lines = [
         "| op | case | against | faster by (p20–p80) | bar | time | floor | peak memory, theirs → ours | measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -66,7 +66,7 @@ def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
 
 
 def title(benchmark: dict) -> str:
-    """What stands in brackets behind the test's name, or that name."""
+    """The parameters in brackets after the test's name, or that name."""
     name, _, case = benchmark["name"].removesuffix("]").partition("[")
     return (case or name.removeprefix("test_").replace("_", " ")).replace(" x ", " × ")
 
@@ -80,14 +80,14 @@ def _figures(x: float) -> str:
 
 
 def existing() -> list[str]:
-    """The benchmarks that there are, as pytest names them."""
+    """The existing benchmarks, by pytest's names."""
     command = [sys.executable, "-m", "pytest", str(HERE), "--collect-only", "-q", "-o", "addopts="]
     message = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
     return [line for line in message.splitlines() if "::" in line]
 
 
 def keep(run: Path, names: Sequence[str]) -> None:
-    """Merge a run into RESULTS, of which only these names stay; what was not run keeps its numbers and their date."""
+    """Merge a run into RESULTS and keep only these names; benchmarks that were not run keep their numbers and dates."""
     from fastalign._base.files import write_json
 
     known = {one["fullname"]: one for one in json.loads(RESULTS.read_text())["benchmarks"]}

@@ -1,5 +1,4 @@
-"""Calls that do their work in processes of their own, for benchmarks of whole jobs. What these print to stderr is
-pytest's to show."""
+"""Calls that run in separate processes, for benchmarks of whole jobs. pytest shows what these print to stderr."""
 
 from __future__ import annotations
 
@@ -22,16 +21,16 @@ EVERY_SECONDS = 0.005
 class Commands:
     """A call that runs commands one after the other, each from its start to its end.
 
-    peak_mb: the most anonymous memory (Linux) that one of them had; the page cache is not counted.
+    peak_mb: the largest anonymous memory (Linux) of any of them, without the page cache.
     """
 
     def __init__(self, commands: Callable[[], list[list[str]]]):
         self.make, self.ready, self.peak_mb = commands, [], 0.0
 
     def prepare(self) -> None:
-        """What comes before the clock starts."""
+        """The untimed preparation."""
         self.ready = self.make()
-        os.sync()  # what earlier jobs left to be written is not this one's to wait for
+        os.sync()  # so that this job does not wait for earlier jobs' writes
 
     def __call__(self) -> None:
         for command in self.ready:
@@ -58,11 +57,10 @@ class Commands:
 
 
 class Worker(Commands):
-    """A call of a job in a process that waits for it, so that what it imports is not timed; memory is that above the
-    imports'.
+    """A job in a process that waits for the call, so that imports are not timed; memory is that above the imports'.
 
-    Runs `job(*arguments())` of a script beside this file, see job.py. answer: what it found; a "peak_mb" in it is
-    taken for the memory.
+    Runs `job(*arguments())` of a script beside this file, see job.py. answer: its result; a "peak_mb" in it is used as
+    the memory.
     """
 
     def __init__(self, script: str, arguments: Callable[[], list], python: str = sys.executable):

@@ -1,9 +1,9 @@
-"""python bench/worth.py: does what few candidates promise of many hold? Twenty real cases; writes results/worth.json.
+"""python bench/worth.py: are estimates for many candidates from a few correct? Twenty real cases; writes
+results/worth.json.
 
-SmolLM2-135M on the bundled prompts, scored with real rewards. A palette is solved on a pilot, some prompts and the
-first n of their candidates, and what N candidates will be worth is told from it (`decode.worth`); the measured value
-is that of the last N of all prompts, none of them seen by the pilot. --candidates: a file of `fastalign sample`, in
-place of drawing.
+SmolLM2-135M on the bundled prompts, scored with real rewards. A palette is solved on a pilot, the first n candidates of
+some prompts, which also gives the estimate for N candidates (`decode.worth`); the measured value is that of the last N
+of all prompts, which the pilot has not seen. --candidates: a file of `fastalign sample`, in place of drawing.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def main() -> None:
 
 
 def solved(some: np.ndarray, quantiles: list[float]) -> np.ndarray:
-    """λ of the palette of these quantiles; where that is out of reach, of a point just inside, as `fastalign map`
-    does."""
+    """λ of the palette of these quantiles; if that is infeasible, of a point just inside, as in `fastalign map`."""
     flat = np.ascontiguousarray(some.reshape(-1, some.shape[2]))
     groups = np.repeat(np.arange(len(some)), some.shape[1])
     requested = np.array([np.quantile(flat[:, j], q) for j, q in enumerate(quantiles)])

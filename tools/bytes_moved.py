@@ -1,10 +1,10 @@
-"""Counts the bytes that every Triton kernel loads and stores, in the interpreter, against the least it could.
+"""Counts the bytes that every Triton kernel loads and stores, in the interpreter, against the minimum.
 
     python tools/bytes_moved.py [OP ...] [--in-turn] [--table FILE]
 
-The least is each input read once and each output written once. A kernel that only streams may move 1.05 of that; one
-that multiplies matrices reads its operands once per block of rows and is reported, not judged. Within one load or store
-an address counts once, masked places not at all.
+The minimum reads each input once and writes each output once. A streaming kernel may move 1.05 times that; one that
+multiplies matrices reads its operands once per block of rows, and is reported without a verdict. Within one load or
+store an address counts once, and masked places do not count.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Moved:
-    """What one case moved against the least."""
+    """What one case moved, against the minimum."""
 
     op: str
     case: str
@@ -57,7 +57,7 @@ class Moved:
 
 @contextmanager
 def counted() -> Iterator[Tally]:
-    """Tally every load and store of the interpreter inside the block."""
+    """Count every load and store of the interpreter inside the block."""
     tally = Tally()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -89,7 +89,7 @@ def measure(op: str, case) -> Moved:
 
 
 def table(found: list[Moved]) -> str:
-    """Markdown, one line a case."""
+    """Markdown, one line per case."""
     lines = ["| op | case | loaded | stored | least | ratio |", "| --- | --- | --- | --- | --- | --- |"]
     for m in found:
         ratio = f"{m.ratio:.3f}" if m.streaming else f"{m.ratio:.1f} (products)"
@@ -100,7 +100,7 @@ def table(found: list[Moved]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to run; all by default")
-    parser.add_argument("--in-turn", action="store_true", help="every fourth case, other ones each day")
+    parser.add_argument("--in-turn", action="store_true", help="every fourth case, different ones each day")
     parser.add_argument("--table", type=Path, help="write the Markdown table there")
     options = parser.parse_args(argv)
     from fastalign.bench.gpu_common import cases
@@ -114,14 +114,14 @@ def main(argv: list[str] | None = None) -> int:
     for op, case in wanted:
         result.append(measure(op, case))
         print(
-            f"{op}: {case.name}: {result[-1].ratio:.3f} of the least{'  TOO MUCH' if result[-1].fault else ''}",
+            f"{op}: {case.name}: {result[-1].ratio:.3f} of the minimum{'  TOO MUCH' if result[-1].fault else ''}",
             flush=True,
         )
     if options.table:
         with atomic_write(options.table) as path:
             path.write_text(table(result))
     faults = [m for m in result if m.fault]
-    print(f"{len(result)} cases, {len(faults)} over {LIMIT} of the least")
+    print(f"{len(result)} cases, {len(faults)} over {LIMIT} of the minimum")
     return 1 if faults else 0
 
 

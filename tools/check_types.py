@@ -1,10 +1,10 @@
-"""Types: at least LEAST % of the public surface carries them (basedpyright), and mypy finds no fault. `make types` runs
-it.
+"""Checks types: at least LEAST % of the public symbols have them (basedpyright), and mypy reports no error. Run by
+`make types`.
 
     python tools/check_types.py [--list]
 
 basedpyright does not follow the import hooks of an editable install, so the package is linked into a temporary folder
-on PYTHONPATH. --list: every public symbol without a type, not only where there are too many.
+on PYTHONPATH. --list: print every public symbol without a type, even if there are not too many.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
-    mypy = subprocess.Popen([sys.executable, "-m", "mypy"], cwd=ROOT)  # beside the other: each takes one core
+    mypy = subprocess.Popen([sys.executable, "-m", "mypy"], cwd=ROOT)  # in parallel with the other: each takes one core
     few = surface(every="--list" in sys.argv[1:])
     return mypy.wait() or few
 
 
 def surface(every: bool) -> int:
-    """1 where too few public symbols carry a type, else 0."""
+    """1 if too few public symbols have a type, else 0."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "fastalign").symlink_to(ROOT / "fastalign", target_is_directory=True)
         # What the package imports is found by the `python` of PATH.

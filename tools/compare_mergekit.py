@@ -2,10 +2,10 @@
 
     FASTALIGN_MERGEKIT_PYTHON=.../python python tools/compare_mergekit.py [--examples FOLDER] [--store FILE]
 
-Runs recipes of its own, which use what the two have in common, and every *.yml in FOLDER, such as the examples in
-mergekit's repository, with small random models in place of those that they name. Each is run with tensors stored as
-it says, and in float32, where rounding hides nothing. --store keeps what mergekit made of the own recipes, two
-numbers a layer, for tests/soup/test_mergekit.py, which holds fastalign to them where mergekit is not installed.
+Runs its own recipes, which use the features that both have, and every *.yml in FOLDER, such as the examples in
+mergekit's repository, with small random models in place of the named ones. Each runs with its stored type and in
+float32, where rounding hides nothing. --store saves mergekit's results of the own recipes, two numbers per layer, for
+tests/soup/test_mergekit.py, which compares fastalign with them without mergekit.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ RECIPES: dict[str, dict] = {
 
 
 def make_model(folder: Path, number: int, *, layers: int = LAYERS, more: int = 0) -> Path:
-    """A small Llama in float32 and a tokenizer of words: model 0's numbers, and others' near them. The same on every
-    machine."""
+    """A small Llama in float32 and a tokenizer of words: model 0's weights, and the others' close to them. The same on
+    every machine."""
     from safetensors.numpy import save_file
 
     hidden, inner = 16, 24
@@ -198,14 +198,14 @@ def named(recipe: dict, paths: dict[str, str], dtype: str | None = None) -> dict
 
 
 def names_in(recipe: dict) -> list[str]:
-    """The models that a recipe names, the base first."""
+    """The models named in a recipe, the base first."""
     listed = [recipe.get("base_model"), *(one["model"] for one in recipe.get("models", ()))]
     listed += [one["model"] for part in recipe.get("slices", ()) for one in part["sources"]]
     return list(dict.fromkeys(filter(None, listed)))
 
 
 def ours(recipe: dict, out: Path) -> str | None:
-    """fastalign's merge; the line where it refuses."""
+    """fastalign's merge, or its error."""
     import yaml
 
     from fastalign import soup
@@ -242,8 +242,8 @@ def load(folder: Path) -> dict:
 
 
 def digest(folder: Path) -> dict[str, list[float]]:
-    """Two sums over each layer and over what lies outside, along fixed directions: Σ x cos and Σ x sin of elements'
-    places."""
+    """Two sums over each layer and over the other tensors, in fixed directions: Σ x cos and Σ x sin of the elements'
+    positions."""
     from fastalign.soup.stacks import layer_of
 
     groups: dict[str, list] = {}
@@ -259,7 +259,7 @@ def digest(folder: Path) -> dict[str, list[float]]:
 
 
 def about(folder: Path) -> dict:
-    """What must be alike beside the weights: sizes, type, tokens, chat template."""
+    """What must be equal besides the weights: sizes, type, tokens, chat template."""
     from transformers import AutoTokenizer
 
     config = json.loads((folder / "config.json").read_text())
@@ -272,7 +272,7 @@ def about(folder: Path) -> dict:
 
 
 def difference(a: Path, b: Path) -> str:
-    """How two merged models differ, in a few words; "" where not at all."""
+    """How two merged models differ, in a few words; "" if they do not."""
     import torch
 
     x, y = load(a), load(b)

@@ -1,12 +1,13 @@
-"""Compiles every Triton kernel at its shipped configurations, for GPUs that are not here, and reads what came out.
+"""Compiles every Triton kernel in its shipped configurations, for GPUs that need not be present, and inspects the
+result.
 
     python tools/compile_gate.py [OP ...] [--target sm_90 ...] [--in-turn] [--table FILE]
 
-A kernel is launched on "meta" tensors against a driver that only names the target, so that what is compiled is what the
-launcher would have launched: the same specialisation, block sizes, warps and stages. Fails, naming the kernel, on
+A kernel is launched on "meta" tensors with a driver that only names the target, so exactly what the launcher would
+launch is compiled: the same specialisation, block sizes, warps and stages. Fails, naming the kernel, on
     a register spill, in the SASS (a store to or load from local memory) or in AMD's metadata;
     shared memory beyond what one block of the device may have.
-The table holds registers, shared memory, tensor-core instructions and the widest global load of each.
+The table has registers, shared memory, tensor-core instructions and the widest global load of each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fastalign._base.files import atomic_write
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU to compile for; `shared` bytes are the most that one block can have."""
+    """A GPU to compile for; shared: maximum bytes of shared memory per block."""
 
     target: GPUTarget
     shared: int
@@ -81,7 +82,7 @@ class Report:
 
 
 class _Driver:
-    """Stands where the GPU's driver would: it knows the target and nothing else."""
+    """Takes the place of the GPU's driver, and knows only the target."""
 
     def __init__(self, device: str):
         self.device = device
@@ -97,7 +98,7 @@ class _Driver:
 
 
 def launched(run: Callable[[], object], device: str) -> list:
-    """The kernels that `run` launches, compiled for `device` and not run."""
+    """The kernels that `run` launches, compiled for `device` but not run."""
     result = []
     launch = JITFunction.run
 
@@ -132,7 +133,7 @@ def _nvidia(kernel) -> dict:
     bulk = 1024 if re.search(r"\bUTMALDG|\bUBLKCP", sass) else 0
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        # Spills are what the assembler itself moves to local memory.
+        # The assembler's own moves to local memory are spills.
         "spills": 4 * len(re.findall(r"\bSTL\b|\bSTL\.", sass)),
         "tensor_core": ", ".join(
             name for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "IMMA", "DMMA") if re.search(rf"\b{name}\b", sass)
@@ -162,10 +163,10 @@ def _tool(name: str, *args: str) -> str:
 
 
 def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report]:
-    """Every kernel of every case of the ops (all where none is named) on one device, each distinct compilation once.
+    """Every kernel of every case of the ops (default: all) on one device, each distinct compilation once.
 
-    turns: the devices that every fourth case, other ones each day, is dealt out to in turn, one each; None: every
-        case goes to every device.
+    turns: every fourth case, different ones each day, is compiled for one of these devices in turn; None: every case
+    for every device.
     """
     from fastalign.bench.gpu_common import cases
 
@@ -182,7 +183,7 @@ def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report
 
 
 def table(found: list[Report]) -> str:
-    """Markdown, one line a kernel."""
+    """Markdown, one line per kernel."""
     lines = [
         "| op | kernel | case | device | warps | registers | spills | shared memory | tensor cores | widest load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--in-turn",
         action="store_true",
-        help="every fourth case, other ones each day, for one target each: a sixteenth",
+        help="every fourth case, different ones each day, for one target each: a sixteenth of all",
     )
     parser.add_argument("--table", type=Path, help="write the Markdown table there")
     options = parser.parse_args(argv)
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no kernel is named {', '.join(sorted(unknown))}; there are {', '.join(kernels.names())}")
     result, faults = [], []
-    spawn = multiprocessing.get_context("spawn")  # one driver a process
+    spawn = multiprocessing.get_context("spawn")  # one driver per process
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(options.target)), mp_context=spawn) as pool:
         turns = options.target if options.in_turn else None
         for part in pool.map(partial(reports, options.ops, turns), options.target):

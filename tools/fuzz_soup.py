@@ -3,9 +3,9 @@ line each.
 
     python tools/fuzz_soup.py [--files 10000] [--seed 0]
 
-Runs the files through a native extension built with the sanitizer (tools/sanitize.py). What reads as a valid file is
-mixed in memory and merged with a twin of other numbers, by a weighted sum, as a stack, and by one of the other methods
-in turn; every fourth is cut short between its check and its merges.
+Runs the files through a native extension built with the sanitizer (tools/sanitize.py). Valid files are mixed in memory
+and merged with a twin of other numbers, by a weighted sum, as a stack, and by the other methods in turn; every fourth
+is truncated between check and merge.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import sanitize
 
-# 7, so that each is cut too.
+# 7, so that each is truncated too.
 METHODS = ("slerp", "ties", "dare_linear", "karcher", "della", "breadcrumbs_ties", "model_stock")
 MOST_SECONDS = 120  # for one file; a hang ends the run with a traceback
 WORDS = b'null -1 1e3 true " { } [ ] , 18446744073709551616 F16 \\u0000'.split()
@@ -54,7 +54,7 @@ def good() -> bytes:
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """The file with its header damaged, byte by byte or, as one in four, as JSON that may still be valid."""
+    """The file with a damaged header: random bytes or, for one in four, JSON that may still be valid."""
     length = struct.unpack("<Q", data[:8])[0]
     if draw.random() < 0.25:
         return _as_json(data, length, draw)
@@ -118,7 +118,7 @@ def write_twin(found, path: Path, draw: random.Random) -> Path:
 
 
 def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
-    """What became of one file: "refused" or "merged" (or "refused later"). Anything else is an error that gets out."""
+    """The outcome of one file: "refused", "refused later" or "merged". Any other error is raised."""
     from fastalign import soup
     from fastalign._base.errors import UserError
     from fastalign.soup import plan
@@ -157,7 +157,7 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
         ]
         try:
             made.append(plan.make([[(path, 0, 2), (twin, 1, 2), (path, 0, 1)]], [1.0], out / "stack"))
-        except UserError as error:  # its layers may have lost their names
+        except UserError as error:  # its layers' names may be damaged
             told(error)
         if cut:
             os.truncate(path, size - 1 - size // 3)
@@ -179,7 +179,7 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
 
 
 def fuzz(files: int, seed: int, scratch: Path, *, watch: bool = False) -> Counter:
-    """How many files became what. watch: end the process where one takes MOST_SECONDS."""
+    """The number of files per outcome. watch: end the process if one takes MOST_SECONDS."""
     data, draw, outcomes = good(), random.Random(seed), Counter()
     for number in range(files):
         path = scratch / f"{number}.safetensors"

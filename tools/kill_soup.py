@@ -3,9 +3,9 @@
     python tools/kill_soup.py [--kills 200] [--seed 0]
 
 Makes two models of 12 MB and a LoRA adapter, and merges them into two outputs each: by weighted sums, by TIES, as a
-stack of some layers of one upon some of the other, and the adapter onto the first model. After every SIGKILL each
-file that has a shard's name must be whole, and no folder may have the output's name unless all of it is there. A
-process that never uses its threads forks the merges, so that each starts at once.
+stack of layers of both, and the adapter into the first model. After every SIGKILL each file with a shard's name must be
+complete, and a folder with the output's name must be complete. A process that never uses its threads forks the merges,
+so that each starts at once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def start(merge, root: Path, out: Path) -> int:
 
 
 def whole(merge, root: Path, out: Path) -> float:
-    """One merge left to end; its seconds."""
+    """The seconds of one uninterrupted merge."""
     began = time.perf_counter()
     if os.waitpid(start(merge, root, out), 0)[1] != 0:
         raise SystemExit("kill_soup: a merge that nobody killed failed")
@@ -104,7 +104,7 @@ def whole(merge, root: Path, out: Path) -> float:
 
 
 def kill(merge, root: Path, kills: int, draw: random.Random) -> dict:
-    """Kill `kills` merges; what was seen. Raises AssertionError where a file that passes for whole is not."""
+    """Kill `kills` merges and return counts. Raises AssertionError if a file that should be complete is not."""
     name = merge.__name__
     out, beside = root / f"{name}-out", root / f".{name}-out.soup"
     takes = whole(merge, root, root / name)

@@ -1,5 +1,5 @@
-"""Every causal language model of transformers on every path, small, beside plain `model(input_ids)`: the table of
-docs/models.md.
+"""Small versions of every causal language model of transformers, on every path, compared with plain `model(input_ids)`:
+the table of docs/models.md.
 
 python tools/model_sweep.py             # all of them, and the table
 python tools/model_sweep.py llama gpt2  # these

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("address", "undefined", "thread")
 LIBRARY = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
-FOUND = 77  # the exit status of a process in which a sanitizer found something
+FOUND = 77  # the exit status if a sanitizer reports something
 TESTS = (
     "buffers", "layouts", "token_logprobs", "token_logratios", "linear_token_logprobs", "linear_sample_tokens",
     "sample_tokens", "resample", "gae", "map_statistics", "layers", "shared_prompt", "palette_native", "palette_edges",
@@ -44,14 +44,14 @@ FILES, FEW_FILES = 2000, 60
 
 
 def levels() -> list[str]:
-    """What this processor can run, the best first."""
+    """The levels that this processor can run, the best first."""
     from fastalign.backend import native
 
     return native.available_isas()[::-1] if native else ["baseline"]
 
 
 def in_turn() -> tuple[str, str]:
-    """The kind and the level whose turn it is: another every day, all of them in as many days as there are."""
+    """The day's sanitizer and level: a different pair every day until all have had a turn."""
     pairs = [(kind, level) for level in levels() for kind in KINDS]
     return pairs[int(time.time() // 86400) % len(pairs)]
 
@@ -102,7 +102,7 @@ def build(kind: str, level: str) -> Path:
 
 def run(kind: str, module: Path, script: Path, *arguments: object) -> subprocess.CompletedProcess:
     """A Python script in a process that has the sanitizer's library first; the script calls `use_build(module)`."""
-    # The C++ library with it, for exceptions are thrown past it.
+    # With the C++ library, because exceptions pass through it.
     requested = (["g++", f"-print-file-name={name}"] for name in (LIBRARY[kind], "libstdc++.so.6"))
     libraries = [subprocess.run(each, capture_output=True, text=True, check=True).stdout.strip() for each in requested]
     environment = os.environ | {
@@ -113,7 +113,7 @@ def run(kind: str, module: Path, script: Path, *arguments: object) -> subprocess
         "OMP_NUM_THREADS": "1" if kind == "thread" else "2",
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(ROOT / "tools"))),
     }
-    # ThreadSanitizer wants memory where it expects it, which random addresses are not.
+    # ThreadSanitizer does not support randomised addresses.
     fixed = ["setarch", platform.machine(), "-R"] if kind == "thread" and shutil.which("setarch") else []
     command = [*fixed, sys.executable, str(script), "--module", str(module), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -144,9 +144,9 @@ def plant(kind: str) -> None:
     longer = [(*buffer(each)[:1], 1064, "float32") for each in (y, x)]
     if kind == "address":  # 64 elements too many
         native.soup_memory([longer[0]], [longer[1]], [1.0], 1)
-    elif kind == "undefined":  # a number of rows times a width beyond 64 bits
+    elif kind == "undefined":  # rows times width overflows 64 bits
         native.exp_rows(buffer(x), buffer(y), buffer(y), 1 << 40, 1 << 40, 1.0, 1)
-    else:  # two threads, one place to write
+    else:  # two threads write to one address
         ins = torch.randn(1 << 22)
         out = torch.empty_like(ins)
         calls = [
@@ -160,7 +160,7 @@ def plant(kind: str) -> None:
 
 
 def work() -> dict[str, Callable[[], list]]:
-    """What many threads may do at once: each a call on tensors that all of them read, and what it gives."""
+    """Calls that many threads may make at once, on tensors that all of them read, with their results."""
     import numpy as np
     import torch
 
@@ -236,7 +236,7 @@ def hammer(threads: int, rounds: int, pool: int) -> None:
 
 
 def check(kind: str, level: str, short: bool) -> str | None:
-    """What is wrong, or None."""
+    """The fault, or None."""
     module, here = build(kind, level), Path(__file__)
     caught = run(kind, module, here, kind, "--worker", "plant")
     if caught.returncode == 0 or (
@@ -254,7 +254,7 @@ def check(kind: str, level: str, short: bool) -> str | None:
 
 
 def _told(text: str) -> str:
-    """Without the interpreter's own part of each stack, which is most of it."""
+    """Without the interpreter's frames, most of each stack."""
     return "\n".join(
         line for line in text.splitlines() if not re.search(r"#\d+ .* (Objects|Python|Modules|Include)/", line)
     )

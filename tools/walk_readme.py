@@ -2,9 +2,8 @@
 
     python tools/walk_readme.py [--tiny]
 
-The models, prompts and pairs that README names and nobody has are made first, tiny. --tiny: also in place of SmolLM2,
-and with smaller settings. Left out are the lines that install, serve, or measure. Fails at the first line that does
-not do what README says.
+The models, prompts and pairs that README names are made first, tiny. --tiny: also in place of SmolLM2, and with smaller
+settings. Lines that install, serve or measure are left out. Fails at the first line that does not do what README says.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ prompts = ["Write a short poem about the sea.", "Why is the sky blue?"]
 
 
 def prepare(folder: Path) -> None:
-    """What README's commands read that no command of README's writes."""
+    """Make the files that README's commands read and none of them writes."""
     from tiny import tiny_folder
 
     from fastalign.soup import extract_adapter
@@ -106,9 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         for message, run in steps(tiny):
             began = time.perf_counter()
             done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
-            right = done.returncode == 0 or (
-                done.returncode == 3 and " map " in f" {message}"
-            )  # 3: told to be infeasible
+            right = done.returncode == 0 or (done.returncode == 3 and " map " in f" {message}")  # 3: infeasible
             print(f"{'ok  ' if right else 'FAIL'} {time.perf_counter() - began:6.1f} s  {message[:120]}", flush=True)
             if not right:
                 print(done.stdout[-3000:] + done.stderr[-3000:])

@@ -128,7 +128,7 @@ def test_the_committed_tables_are_made_from_the_committed_numbers():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "usage: python -m bench.commits REF"), (["--help"], "usage: "),
-    (["no-such-commit"], "no-such-commit is no commit"),
+    (["no-such-commit"], "no-such-commit is not a commit"),
 ])  # fmt: skip
 def test_a_comparison_with_nothing(arguments, message):
     done = subprocess.run([sys.executable, commits.__file__, *arguments], capture_output=True, text=True)
