@@ -124,8 +124,8 @@ def sweep(model_type: str) -> dict[str, str]:
     result: dict[str, str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result["sampled on"] = told(lambda: Sampler(model, tokenizer).path().__name__)
-        result["scored on"] = told(lambda: scoring.describe(model))
+        result["sampled on"] = answer_of(lambda: Sampler(model, tokenizer).path().__name__)
+        result["scored on"] = answer_of(lambda: scoring.describe(model))
         checks = {
             "float32": sampled,
             "float64": sampled,
@@ -139,7 +139,7 @@ def sweep(model_type: str) -> dict[str, str]:
             result[name] = (
                 judged(check, double, tokenizer) if double is model or runs(double) else "right: not in float64"
             )
-        result["pairs on"] = told(lambda: "packed" if is_enabled(model) else "padded")
+        result["pairs on"] = answer_of(lambda: "packed" if is_enabled(model) else "padded")
     return result
 
 
@@ -156,7 +156,7 @@ def runs(model) -> bool:
     return True
 
 
-def told(what) -> str:
+def answer_of(what) -> str:
     try:
         return what()
     except UserError:

@@ -27,7 +27,7 @@ class Scores(NamedTuple):
     """The requested outputs at each of the n labelled positions, in the batch's order."""
 
     outputs: dict[str, Tensor]  # name -> (n,)
-    hidden: Tensor | None  # (n, H), where asked for
+    hidden: Tensor | None  # (n, H), if requested
 
 
 class Layout(NamedTuple):

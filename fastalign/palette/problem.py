@@ -20,7 +20,7 @@ from fastalign.palette.uniqueness import flat_directions, least_norm
 FIRST_ROWS, FIRST_SHARE = 16_384, 8
 ROUNDING = 16 * np.finfo(np.float64).eps
 DOUBTFUL = 1e-12
-LEAST_SPREAD = 1e-40  # and its inverse: beyond these, squares leave float64's range
+LEAST_SCALE = 1e-40  # and its inverse: beyond these, squares leave float64's range
 ENOUGH_PER_VALUE, ENOUGH_PER_PROMPT = 10, 2
 
 
@@ -80,7 +80,7 @@ class Problem:
         if not (isfinite(self.mean.sum()) and isfinite(self.cov.sum())):
             self.run.reject_nonfinite()
         self.scale, self.constant = self._units(self.cov.diagonal())
-        _check_spread(np.where(self.constant, 1.0, self.scale))
+        _check_scale(np.where(self.constant, 1.0, self.scale))
         self.steep = False
         # A constant reward cannot be moved: λ stays 0, and its level must already meet the target.
         miss = self._miss((self.run.center + self.mean - self.palettes) / self.scale)
@@ -100,7 +100,7 @@ class Problem:
         if len(doubtful):
             size = np.maximum(run.size, np.abs(run.center + self.mean))
             size[size == 0] = 1.0
-            _check_spread(size)
+            _check_scale(size)
             towards = np.zeros((len(doubtful), len(size)))
             towards[range(len(doubtful)), doubtful] = SHARP / size[doubtful]
             span = np.zeros(len(size))
@@ -221,7 +221,7 @@ def too_thin(ess: Any, lam: np.ndarray, rows: int, groups: int) -> Any:
     return thin & (binding > 0)
 
 
-def _check_spread(scale: np.ndarray) -> None:
-    for j in np.flatnonzero(~((scale > LEAST_SPREAD) & (scale < 1 / LEAST_SPREAD))):
-        rule = f"rewards must spread by more than {LEAST_SPREAD:g} and less than {1 / LEAST_SPREAD:g} in each value"
+def _check_scale(scale: np.ndarray) -> None:
+    for j in np.flatnonzero(~((scale > LEAST_SCALE) & (scale < 1 / LEAST_SCALE))):
+        rule = f"rewards must have standard deviations between {LEAST_SCALE:g} and {1 / LEAST_SCALE:g}"
         raise UserError(f"{rule}, got about {scale[j]:.3g} in column {j}: scale it")

@@ -216,8 +216,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             self.causal_lm, input_ids, labels, outputs=("log_probs", "entropy"), return_hidden=True, **inputs
         )
         both = (scored["log_probs"], scored["entropy"], self.v_head(hidden))
-        spread = [torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in both]
-        return Scored(*spread, hidden if return_hidden else None)
+        scattered = [torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in both]
+        return Scored(*scattered, hidden if return_hidden else None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate."""

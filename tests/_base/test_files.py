@@ -92,7 +92,7 @@ def test_a_files_permissions_stay(mode, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_a_disk_that_takes_no_more_is_told_with_the_files_name(tmp_path):
+def test_a_disk_that_takes_no_more_is_reported_with_the_files_name(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "a.json"
     path.write_text("old")

@@ -39,7 +39,7 @@ def test_long_work_tells_count_rate_and_time_left(hasty, capsys):
         assert re.fullmatch(r"scoring: 4,000/4,000 texts  [\d,]+ texts/s\n", capsys.readouterr().err)
 
 
-def test_a_step_that_takes_long_is_told_too_and_a_command_that_counts_nothing(hasty, capsys):
+def test_a_step_that_takes_long_is_reported_too_and_a_command_that_counts_nothing(hasty, capsys):
     with progress.at_work("map"):
         time.sleep(0.45)
         assert capsys.readouterr().err == "map: at work for 0:00\n"

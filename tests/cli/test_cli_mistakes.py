@@ -342,7 +342,7 @@ def test_in_the_command_line_s_words(refused, run, command, message):
         ("force needs sync=False", "--force needs --no-sync"),
     ],
 )
-def test_a_parameter_s_name_is_told_from_other_words(message, text):
+def test_a_parameter_s_name_is_distinguished_from_other_words(message, text):
     lone = typer.Typer()
 
     @registrar(lone)("example")

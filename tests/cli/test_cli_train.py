@@ -399,7 +399,7 @@ def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, tmp
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ppo"])
-def test_a_disk_without_room_for_the_model_is_told_first(kind, model, pairs, tmp_path, monkeypatch):
+def test_a_disk_without_room_for_the_model_is_reported_first(kind, model, pairs, tmp_path, monkeypatch):
     given = {"dpo": ["--data", pairs], "ppo": ["--values", "readability", "--lam", 1, *PPO]}[kind]
     usage = type(runs.shutil.disk_usage("/"))(10**9, 10**9 - 5, 5)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)

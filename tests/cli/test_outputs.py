@@ -155,7 +155,7 @@ def test_a_folder_among_whose_files_an_input_is_is_never_the_output(name, work):
 
 
 @every_command
-def test_what_is_there_stays_unless_told(name, work, monkeypatch):
+def test_what_is_there_stays_without_overwrite(name, work, monkeypatch):
     inner = COMMANDS[name][2]
     out = Path("out")
     if inner:
@@ -484,7 +484,7 @@ def test_an_interrupted_overwriting_leaves_the_old_output_and_mixes_nothing(work
     assert texts() == other and not Path("out.parts").exists()
 
 
-def test_more_drops_what_another_run_left_unfinished_only_when_told(work, monkeypatch):
+def test_more_drops_what_another_run_left_unfinished_only_with_overwrite(work, monkeypatch):
     assert fastalign(*argued("sample", "--out", "out"))[0] == 0
     before = Candidates.from_parquet("out").texts
     with monkeypatch.context() as patch:
@@ -514,7 +514,7 @@ def test_the_base_of_an_adapter_is_an_input(name, work):
     assert contents(work) == before
 
 
-def test_soups_that_are_there_are_told(work):
+def test_soups_that_are_there_are_reported(work):
     command = argued("soup-front", "--out", "front")
     assert "already there" not in fastalign(*command)[2]
     code, _, err = fastalign(*command)

@@ -220,7 +220,7 @@ READERS = [prompts.load, preferences.load, hub.load_prompts]
         ("p.parquet", b"", "not a Parquet file that can be read"),
     ],
 )
-def test_broken_files_are_told_in_one_line(tmp_path, read, name, content, message):
+def test_broken_files_are_reported_in_one_line(tmp_path, read, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) if message else contextlib.suppress(UserError):
         read(tmp_path / name)

@@ -237,7 +237,7 @@ def test_templates_of_blocks_and_named_ones():
         ({"chat_template_kwargs": 3}, "chat_template_kwargs must be a dict"),
     ],
 )
-def test_what_cannot_be_encoded_is_told_in_one_line(change, message):
+def test_what_cannot_be_encoded_is_reported_in_one_line(change, message):
     given = {"prompts": ["why"], "template": tiny_tokenizer(chat=True).chat_template, **change}
     tokenizer = tiny_tokenizer()
     model = tiny_causal_lm(tokenizer)

@@ -122,7 +122,7 @@ def test_mistakes(sampler):
             speculative_rejection(sampler, PROMPTS, LENGTH, **{**job, **more})
 
 
-def test_a_model_that_the_engine_cannot_run_is_told():
+def test_a_model_that_the_engine_cannot_run_is_reported():
     sampler = enumerable.sampler()
     sampler.path = lambda **_: CachedRows
     with pytest.raises(UserError, match=r"shared-prompt engine alone.*best_of"):

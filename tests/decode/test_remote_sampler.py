@@ -263,7 +263,7 @@ def test_vllm_refusals_are_one_line(vllm, monkeypatch):
         VLLMSampler(vllm.module.LLM()).sample(PROMPTS, temperature=3.0, **SHORT)
 
 
-def test_vllm_absent_is_told(monkeypatch):
+def test_vllm_absent_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"pip install 'fastalign\[vllm\]'"):
         Sampler.from_pretrained("some/model", backend="vllm")
@@ -281,7 +281,7 @@ def test_a_server_by_its_address(server, monkeypatch):
     path, headers, body = server.seen[-1]
     assert path == "/v1/completions" and headers["Authorization"] == "Bearer secret"
     assert (body["model"], body["prompt"], body["n"], body["max_tokens"]) == ("tiny", "why", 5, 6)
-    # every knob is told: servers have defaults of their own
+    # every option is sent: servers have defaults of their own
     assert (body["temperature"], body["top_k"], body["top_p"], body["min_p"]) == (1.0, -1, 1.0, 0.0)
     assert body["repetition_penalty"] == 1.0 and "stop" not in body
 
@@ -326,7 +326,7 @@ def test_failures_that_pass_are_tried_again(server):
         b"no such thing",
     ],
 )
-def test_refusals_are_told_once_and_not_repeated(server, body):
+def test_refusals_are_reported_once_and_not_repeated(server, body):
     server.faults = [(400, {}, body)]
     with pytest.raises(UserError, match=r"completions answered 400: no such thing$"):
         OpenAISampler(server.url, in_flight=1).sample(PROMPTS, **SHORT)

@@ -51,7 +51,7 @@ def test_what_is_drawn(sampler, draw, more, shown):
         ),
     ],
 )  # fmt: skip
-def test_what_is_told_of_it(made, shown):
+def test_reprs(made, shown):
     assert repr(made()).startswith(shown) and len(repr(made())) < 160
 
 

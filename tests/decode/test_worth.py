@@ -1,4 +1,4 @@
-"""What many candidates will be worth, told from few, against what many of other prompts measure."""
+"""Estimates of what many candidates will be worth, from a few, against measurements on other prompts."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_extreme_scores_stay_finite():
     assert 1 <= low <= high <= 10**6 and "or more" in result.tell(100)
 
 
-def test_it_goes_through_json_and_what_is_broken_is_told():
+def test_it_goes_through_json_and_what_is_broken_is_reported():
     result = worth(np.random.default_rng(5).normal(size=(5, 16, 1)), [1.0])
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
     again = Worth.from_json(data, "p.json: worth")

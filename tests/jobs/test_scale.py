@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(cluster, folder, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_ray_absent_is_told(monkeypatch, folder, tmp_path):
+def test_ray_absent_is_reported(monkeypatch, folder, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "ray", None)

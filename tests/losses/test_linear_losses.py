@@ -316,7 +316,7 @@ def test_modules_say_what_they_are():
     assert "beta" in repr(LinearDPOLoss(beta=0.25)) and "0.25" in repr(LinearDPOLoss(beta=0.25))
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     hidden, weight, labels = problem()
     logps = (torch.zeros(B), torch.zeros(B))
     dpo = LinearDPOLoss()

@@ -253,7 +253,7 @@ def test_lopsided_tables_converge():
     np.testing.assert_allclose(-np.diff(result.scores), np.log(1e6), rtol=1e-8)
 
 
-def test_disconnected_tables_are_told_and_a_prior_helps():
+def test_disconnected_tables_are_reported_and_a_prior_helps():
     never_lost = np.array([[0, 2, 3], [0, 0, 1], [0, 1, 0]])
     with pytest.raises(UserError, match=r"no other item beat 0 \(give prior=0.1"):
         bradley_terry_scores(never_lost)
@@ -298,7 +298,7 @@ def test_any_connected_table(n, seed, prior):
         ([("a", "b"), ("c", "c")], "comparisons must be between two items, got 'c' with itself"),
     ],
 )
-def test_bad_comparisons_are_told_in_one_line(comparisons, says):
+def test_bad_comparisons_are_reported_in_one_line(comparisons, says):
     with pytest.raises(UserError) as raised:
         bradley_terry_scores(comparisons)
     assert says in str(raised.value) and "\n" not in str(raised.value)

@@ -244,7 +244,7 @@ def test_a_failed_conversion_leaves_nothing(gguf_file, tmp_path, monkeypatch):
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_cut_gguf_is_told_apart(gguf_file, data):
+def test_a_cut_gguf_is_recognised(gguf_file, data):
     whole = gguf_file.read_bytes()
     size = data.draw(st.integers(0, len(whole) - 129))  # the file's end is padding
     cut = gguf_file.with_name("cut.gguf")

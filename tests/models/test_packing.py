@@ -88,7 +88,7 @@ def test_under_gradient_checkpointing(reentrant):
         torch.testing.assert_close(gradients[1][n], gradient, msg=n)
 
 
-def test_models_that_cannot_be_packed_are_told_apart():
+def test_models_that_cannot_be_packed_are_recognised():
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
     )

@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_be_copied(how, path, tokenizer, monkeypatch):
         assert sampled(model, tokenizer) < ROUNDING
 
 
-def test_the_path_is_told_once(tokenizer):
+def test_the_path_is_reported_once(tokenizer):
     model = llama()
     masked(model, None)
     sampler = Sampler(model, tokenizer)

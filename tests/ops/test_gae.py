@@ -239,7 +239,7 @@ def test_no_gradient_compile_vmap_and_opcheck():
         ({"lam": NAN}, UserError, "lam must be a number in [0, 1], got nan"),
     ],
 )
-def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
+def test_mistakes_are_reported_in_one_line(each_backend, change, error, says):
     arguments = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "mask": torch.ones(2, 3)} | change
     with pytest.raises(error) as raised:
         gae(**arguments)

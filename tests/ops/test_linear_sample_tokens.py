@@ -223,7 +223,7 @@ def test_equal_logits_follow_the_generator(each_backend):
         ({"rows": torch.zeros(3, dtype=torch.int64)}, UserError, "rows.shape must be (B,) or (B, 2)"),
     ],
 )
-def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
+def test_mistakes_are_reported_in_one_line(each_backend, change, error, says):
     arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(4, 3), "seed": 0} | change
     with pytest.raises(error) as raised:
         linear_sample_tokens(**arguments)

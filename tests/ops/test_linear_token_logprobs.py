@@ -704,7 +704,7 @@ def test_entropy_that_is_only_looked_at_costs_no_exactness(each_backend):
         ({"memory_budget": -1}, UserError, "memory_budget must be a number of bytes, at least 0, or None, got -1"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
+def test_mistakes_are_reported_in_one_line(each_backend, change, error, says):
     arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(4, 3), "labels": torch.tensor([0, 3])} | change
     with pytest.raises(error) as raised:
         linear_token_logprobs(**arguments)

@@ -79,7 +79,7 @@ def test_gradcheck_compile_and_func_grad():
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
 
 
-def test_mistakes_are_told_in_one_line(each_backend):
+def test_mistakes_are_reported_in_one_line(each_backend):
     hidden, weight, ref_hidden, ref_weight, labels = problem()
     for change, says in (
         (

@@ -658,7 +658,7 @@ def test_narrow_dtypes_are_summed_in_float32(each_backend):
         (rloo_loss, {"advantages": torch.ones(2, 3)}, "advantages must have shape (B,), got (2, 3)"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_line(f, change, says):
+def test_mistakes_are_reported_in_one_line(f, change, says):
     good = {"logprobs": torch.zeros(2, 3), "old_logprobs": None, "advantages": torch.ones(2), "mask": torch.ones(2, 3)}
     with pytest.raises(UserError) as raised:
         f(**good | change)

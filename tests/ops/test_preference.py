@@ -723,7 +723,7 @@ def test_the_others_compile_whole_and_under_func_grad(name):
         ({"ref_chosen_logps": None}, UserError, "must both be tensors or both None"),
     ],
 )
-def test_mistakes_are_told_in_one_line(change, error, says):
+def test_mistakes_are_reported_in_one_line(change, error, says):
     names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     with pytest.raises(error) as raised:
         dpo_loss(**(dict.fromkeys(names, torch.zeros(2)) | change))
@@ -747,14 +747,14 @@ def test_mistakes_are_told_in_one_line(change, error, says):
         ({"ref_log_probs": torch.ones(2, device="meta")}, UserError, "ref_log_probs must be on log_probs' device"),
     ],
 )
-def test_mistakes_with_pairwise_loss_are_told(change, error, says):
+def test_mistakes_with_pairwise_loss_are_reported(change, error, says):
     good = {"log_probs": torch.zeros(2, 2), "ref_log_probs": None, "mask": torch.ones(2, 2)}
     with pytest.raises(error) as raised:
         pairwise_loss(**good | change)
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_mistakes_with_the_others_are_told():
+def test_mistakes_with_the_others_are_reported():
     x = torch.zeros(3)
     with pytest.raises(UserError, match=r"ld_alpha must be in \[0, 1\], got 2"):
         sequence_logps(torch.zeros(2, 3), torch.ones(2, 3), ld_alpha=2)

@@ -250,7 +250,7 @@ def test_opcheck(statistics):
         ({"outputs": ("logprobs",)}, UserError, "outputs must be some of log_probs, entropy"),
     ],
 )
-def test_mistakes_are_told_in_one_line(each_backend, change, error, says):
+def test_mistakes_are_reported_in_one_line(each_backend, change, error, says):
     arguments = {"logits": torch.zeros(2, 4), "labels": torch.tensor([0, 3])} | change
     logits, labels = arguments.pop("logits"), arguments.pop("labels")
     with pytest.raises(error) as raised:

@@ -59,7 +59,7 @@ def test_gradcheck_compile_and_opcheck():
     torch.library.opcheck(forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_mistakes_are_told_in_one_line(each_backend):
+def test_mistakes_are_reported_in_one_line(each_backend):
     a, y = torch.zeros(2, 4), torch.tensor([0, 3])
     with pytest.raises(UserError, match=r"ref_logits.shape must equal policy_logits.shape, got \(2, 5\) and \(2, 4\)"):
         token_logratios(a, torch.zeros(2, 5), y)

@@ -178,11 +178,9 @@ def test_rewards_are_read_where_they_lie_or_copied(dtype, m):
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e50, 1e150])
-def test_a_spread_beyond_what_can_be_squared_is_said(scale):
+def test_a_scale_beyond_what_can_be_squared_is_reported(scale):
     rewards = np.random.default_rng(0).normal(size=(100, 2)) * scale
-    with pytest.raises(
-        UserError, match=r"rewards must spread by more than 1e-40 and less than 1e[+]40 in each value, got"
-    ):
+    with pytest.raises(UserError, match=r"rewards must have standard deviations between 1e-40 and 1e[+]40, got"):
         palette.solve(rewards, np.quantile(rewards, 0.7, axis=0))
 
 

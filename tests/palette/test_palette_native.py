@@ -30,15 +30,15 @@ def in_python(monkeypatch):
     return call
 
 
-def assert_same(found, expected, tolerance=1e-6, told=""):
-    assert np.array_equal(found.feasible, expected.feasible), told
+def assert_same(found, expected, tolerance=1e-6, label=""):
+    assert np.array_equal(found.feasible, expected.feasible), label
     for name in ("lam", "levels", "kl", "scaling"):
         ours, theirs = getattr(found, name), getattr(expected, name)
-        assert (ours is None) == (theirs is None), told
+        assert (ours is None) == (theirs is None), label
         if ours is not None:
             size = np.nanmax(np.abs(theirs), initial=0.0)
             np.testing.assert_allclose(
-                ours, theirs, rtol=tolerance, atol=tolerance * size + 1e-14, err_msg=f"{told} {name}"
+                ours, theirs, rtol=tolerance, atol=tolerance * size + 1e-14, err_msg=f"{label} {name}"
             )
 
 

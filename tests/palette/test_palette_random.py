@@ -27,34 +27,34 @@ def test_verdict_and_lambda_are_exact(problem, first, dtype):
         check(*problem(seed, dtype))
 
 
-def check(rewards, palette, senses, told, groups=None):
+def check(rewards, palette, senses, label, groups=None):
     result = solve(rewards, palette, sense=senses, groups=groups)
     rewards = rewards.astype(np.float64)
     unit = deviations(rewards, groups)
     corners = rewards if groups is None else mixtures(rewards, groups)
     slack = lambda levels: exact_slack(corners, levels, senses, unit)  # noqa: E731
     room = slack(palette)
-    assert result.feasible == (room >= -TOL), f"{told}: slack {room:g}"
+    assert result.feasible == (room >= -TOL), f"{label}: slack {room:g}"
     signs = np.array([{">=": 1, "<=": -1, "==": 0}[s] for s in senses])
     if not result.feasible:
         d = result.certificate
-        assert (d * signs >= 0).all() and np.isfinite(result.nearest).all(), told
-        assert ((corners - palette) @ d).max() < 0, told
-        assert slack(result.nearest) > -1e-8, told
-        assert 0 <= result.scaling <= 1, told
+        assert (d * signs >= 0).all() and np.isfinite(result.nearest).all(), label
+        assert ((corners - palette) @ d).max() < 0, label
+        assert slack(result.nearest) > -1e-8, label
+        assert 0 <= result.scaling <= 1, label
         mean = corners.mean(axis=0)
-        assert abs(slack(mean + result.scaling * (palette - mean))) < 1e-7, told
+        assert abs(slack(mean + result.scaling * (palette - mean))) < 1e-7, label
         return
-    assert all(np.isfinite(x).all() for x in (result.lam, result.levels, result.kl, result.ess)), told
-    assert (result.lam * signs >= 0).all(), told
-    assert result.kkt_residual <= TOL or room < 1e-6, f"{told}: residual {result.kkt_residual:g}, slack {room:g}"
+    assert all(np.isfinite(x).all() for x in (result.lam, result.levels, result.kl, result.ess)), label
+    assert (result.lam * signs >= 0).all(), label
+    assert result.kkt_residual <= TOL or room < 1e-6, f"{label}: residual {result.kkt_residual:g}, slack {room:g}"
     if room < 1e-6 or not result.unique:
         return
     exact, left, last = precise_lambda(rewards, palette, senses, result.lam, groups)
     # At the mean λ is 0 but for the rounding of the palette: which values bind is then rounding too.
-    assert left < 1e-12, f"{told}: support of λ is wrong, {left:g}"
+    assert left < 1e-12, f"{label}: support of λ is wrong, {left:g}"
     if last > 1e-9 * (1 + np.abs(exact).max()):
         return
     np.testing.assert_allclose(
-        result.lam * unit, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max() + 1e-12, err_msg=told
+        result.lam * unit, exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max() + 1e-12, err_msg=label
     )

@@ -158,7 +158,7 @@ def one_rank_errs(what):
 
 
 @pytest.mark.parametrize("what, message", [("shape", "rewards must have shape"), ("nan", "rewards must be finite")])
-def test_a_mistake_on_one_rank_is_told_by_all(ranks, what, message):
+def test_a_mistake_on_one_rank_is_reported_by_all(ranks, what, message):
     for text in ranks(one_rank_errs, what):
         assert message in text and text.endswith("(on rank 1)")
 

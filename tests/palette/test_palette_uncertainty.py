@@ -20,7 +20,7 @@ def test_standard_errors_of_a_normal_law():
     true = np.linalg.solve(cov, palette)
     assert (true > 0).all()
     rng = np.random.default_rng(0)
-    lams, lines, off, told_off = [], [], [], []
+    lams, lines, off, predicted = [], [], [], []
     for _ in range(400):
         rewards = draw(rng, 1000)
         lam = solve(rewards, palette).lam
@@ -28,9 +28,9 @@ def test_standard_errors_of_a_normal_law():
         lams.append(lam)
         lines.append(errors.lam)
         off.append(cov @ lam - palette)  # what the policy's levels really are
-        told_off.append(errors.levels)
+        predicted.append(errors.levels)
     np.testing.assert_allclose(np.std(lams, axis=0), np.mean(lines, axis=0), rtol=0.15)
-    np.testing.assert_allclose(np.sqrt(np.mean(np.square(off), axis=0)), np.mean(told_off, axis=0), rtol=0.15)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(off), axis=0)), np.mean(predicted, axis=0), rtol=0.15)
     np.testing.assert_allclose(np.mean(lams, axis=0), true, atol=0.02)
 
 

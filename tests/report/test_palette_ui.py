@@ -203,7 +203,7 @@ def test_an_address_may_have_a_query(page_server):
 
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "1.5", "+2", "\xb2", "9" * 5000, None])
-def test_a_bad_content_length_is_told(page_server, length):
+def test_a_bad_content_length_is_reported(page_server, length):
     with socket.create_connection(page_server.server_address, timeout=10) as connection:
         line = "" if length is None else f"Content-Length: {length}\r\n"
         head = (

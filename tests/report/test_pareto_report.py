@@ -220,7 +220,7 @@ def test_the_commands_mistakes_are_one_line(scored, tmp_path, extra, says):
     assert not (tmp_path / "fronts").exists()
 
 
-def test_palettes_that_do_not_fit_are_told(scored, tmp_path):
+def test_palettes_that_do_not_fit_are_reported(scored, tmp_path):
     code, _, _ = fastalign("map", scored, "--palette", "kind<=mean,rest=mean", "--out", tmp_path / "most.json")
     assert code == 0
     message = refused("pareto", scored, "--palette", tmp_path / "most.json", "--out", tmp_path / "fronts")

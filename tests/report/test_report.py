@@ -173,7 +173,7 @@ def test_what_nothing_is_asked_of_has_no_line_at_its_level(tmp_path, free):
     assert "free" in page(result, tmp_path)
 
 
-def test_a_sense_that_is_none_is_told():
+def test_a_sense_that_is_none_is_reported():
     with pytest.raises(UserError, match="palette's 'sense' must have 3 of >=, <=, =="):
         make(edit=lambda arguments: arguments["palette"].update(sense=[">=", "<", ">="]))
 

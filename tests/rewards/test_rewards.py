@@ -305,7 +305,7 @@ def test_register_refuses_what_is_neither(registry, reward, message):
         (OneText, "OneText"),
     ],
 )
-def test_a_factory_that_makes_no_reward_is_told_before_any_text_is_scored(registry, factory, message):
+def test_a_factory_that_makes_no_reward_is_reported_before_any_text_is_scored(registry, factory, message):
     rewards.register("odd", factory)
     rule = r"factory of reward 'odd' must return a reward or a function of \(prompts, responses\), got"
     with pytest.raises(UserError, match=f"{rule} {message}$"):

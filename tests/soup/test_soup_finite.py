@@ -1,4 +1,4 @@
-"""Numbers that are not finite, in what a merge reads and in what it writes, are counted and told; with strict they
+"""Numbers that are not finite, in what a merge reads and in what it writes, are counted and reported; with strict they
 are an error."""
 
 import json
@@ -155,7 +155,7 @@ def test_by_command(tmp_path):
     )
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["told", "strict"])
+@pytest.mark.parametrize("strict", [False, True], ids=["warned", "strict"])
 @pytest.mark.parametrize("which", ["inputs", "outputs"])
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_in_memory_as_from_file_to_file(dtype, which, strict, tmp_path):
@@ -170,18 +170,18 @@ def test_in_memory_as_from_file_to_file(dtype, which, strict, tmp_path):
     counts = {"inputs": {str(models[0]): [1, "w2"], str(models[1]): [2, "w0"]}, "outputs": {"0": [2, "w1"]}}
     assert record == {"inputs": {}, "outputs": {}, which: counts[which]}
 
-    def parts(told):
-        return sorted(told.split("; "))
+    def parts(message):
+        return sorted(message.split("; "))
 
-    def by(call, told):
+    def by(call, message):
         if strict:
             with pytest.raises(UserError) as caught:
                 call(strict=True)
-            assert parts(str(caught.value).removeprefix("strict: ")) == parts(told)
+            assert parts(str(caught.value).removeprefix("strict: ")) == parts(message)
             return None
         with pytest.warns(UserWarning) as caught:
             result = call()
-        assert [parts(str(one.message)) for one in caught] == [parts(told)] and caught[0].filename == __file__
+        assert [parts(str(one.message)) for one in caught] == [parts(message)] and caught[0].filename == __file__
         return result
 
     several = by(lambda **more: soup.mix(models, rows, normalize=False, **more), made.not_finite)
@@ -193,7 +193,7 @@ def test_in_memory_as_from_file_to_file(dtype, which, strict, tmp_path):
         assert torch.equal(x.float().nan_to_num(), wanted.nan_to_num())
 
 
-def test_in_memory_what_is_finite_is_not_told(tmp_path):
+def test_in_memory_finite_numbers_are_not_counted(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         soup.mix(files(tmp_path, torch.float32, {}, size=10), [0.5, 0.5], strict=True)

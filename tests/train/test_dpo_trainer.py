@@ -316,7 +316,7 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     assert len(whole) == 4 and resumed == pytest.approx(whole, abs=1e-6)
 
 
-def test_mistakes_are_told_in_one_line(folder, tmp_path):
+def test_mistakes_are_reported_in_one_line(folder, tmp_path):
     def refused(match, **change):
         with pytest.raises(UserError, match=match) as raised:
             trainer(DPOTrainer, folder, tmp_path, **change)

@@ -83,8 +83,8 @@ def test_weights_moments_and_counters_come_back(tmp_path, peft):
     assert vars(again.running) == vars(run.running)
     for r in (run, again):
         torch.manual_seed(0)
-        r.told = r.step(*rollouts(seed=2))
-    assert all(run.told[n] == again.told[n] for n in ("ppo/loss/total", "objective/kl", "ppo/mean_scores"))
+        r.stats = r.step(*rollouts(seed=2))
+    assert all(run.stats[n] == again.stats[n] for n in ("ppo/loss/total", "objective/kl", "ppo/mean_scores"))
     for (name, mine), theirs in zip(again.policy.named_parameters(), run.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     (kept,) = tmp_path.glob("step-*/weights.safetensors")
