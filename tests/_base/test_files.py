@@ -154,7 +154,7 @@ def test_a_link_out_of_the_folder_is_not_copied(name, tmp_path):
     (tmp_path / "secret").write_text("{}")
     (one / name).unlink(missing_ok=True)
     (one / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=f"{name}: links to .*secret, out of its folder"):
+    with pytest.raises(UserError, match=f"{name}: links to .*secret, outside its folder"):
         merge_of(one)
     assert not (tmp_path / "out").exists()
     (one / name).unlink()
@@ -176,7 +176,7 @@ def test_snapshots_of_the_hubs_cache_link_to_their_blobs(tmp_path):
     (one / "config.json").unlink()
     (tmp_path / "secret").write_text("{}")
     (one / "config.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="out of its folder"):
+    with pytest.raises(UserError, match="outside its folder"):
         soup.merge([one], [1.0], tmp_path / "again", progress=False)
 
 

@@ -86,7 +86,7 @@ def test_hub_names_and_rows_that_are_no_pair(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.warns(UserWarning, match="1 of 3 rows dropped, the first row 1: rejected must not be empty"):
         result = preferences.load("Anthropic/hh-rlhf", split="test")
-    assert len(result) == 2 and result.dropped == {"rows that are no pair": 1}
+    assert len(result) == 2 and result.dropped == {"rows that are not pairs": 1}
     assert requested == [("Anthropic/hh-rlhf", "test")]
     with pytest.raises(UserError, match="row 1: rejected must not be empty"):
         preferences.load("hh-rlhf", on_bad="raise")
