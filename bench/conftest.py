@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fastalign.bench import commits
 from fastalign.bench.machine import machine, peak_mb, read_bandwidth
-from fastalign.bench.tables import GROUPS, line
+from fastalign.bench.tables import GROUPS, line, quantiles
 
 MIN_SECONDS = 0.02  # a shorter call is repeated until a measurement takes this long
 # numpy's BLAS threads spin for about 20 ms after a call: they must not occupy the next call's core.
@@ -91,8 +91,8 @@ def compare(benchmark, request):
         own = benchmark.stats.stats.data
         benchmark.extra_info |= machine() | {
             "rounds": rounds,
-            "ratio": {name: _quantiles([x / y for x, y in zip(times[name], own, strict=True)]) for name in peers},
-            "peers": {name: _quantiles(times[name]) for name in peers},  # seconds
+            "ratio": {name: quantiles([x / y for x, y in zip(times[name], own, strict=True)]) for name in peers},
+            "peers": {name: quantiles(times[name]) for name in peers},  # seconds
             "bars": dict(bars or {}),
             "peak_mb": {name: peaks[name] for name in (OURS, *peers)},
         }
@@ -131,8 +131,3 @@ def _rest(call: Call) -> None:
     gc.collect()
     getattr(call, "prepare", lambda: None)()
     time.sleep(REST_SECONDS)
-
-
-def _quantiles(values: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}

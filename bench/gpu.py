@@ -13,7 +13,6 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from fastalign.bench.gpu_common import KernelCase, cases
+from fastalign.bench.tables import quantiles
 
 import fastalign
 from fastalign._base.files import atomic_write, write_json
@@ -113,11 +113,6 @@ def peak_mb(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
 
 def copy_rate() -> float:

@@ -7,6 +7,7 @@ README's table. Without a run, only writes these two.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,12 @@ GROUPS = ("losses", "sampling", "map", "training", "decode", "soup")  # how benc
 RESULTS, README = HERE / "results" / "benchmarks.json", HERE.parent / "README.md"
 BEGIN, END = "<!-- bench: begin (written by `make bench`) -->", "<!-- bench: end -->"
 KEPT = ("group", "name", "fullname", "extra_info", "stats")  # of pytest-benchmark's entries
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """How times and ratios are kept: the median, and the numbers that a fifth lie below and above."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
 
 def line(benchmark: dict) -> str:

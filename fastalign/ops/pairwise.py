@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 
 # Beyond this a sigmoid is exactly 0 or 1, and x · sigmoid(-x) exactly 0, in float32 and in float64.
 SATURATED = 1e4
@@ -163,8 +164,8 @@ FUSED = tuple(kind for kind, row in TABLE.items() if not row.sorts)
 
 def check_options(kinds: Iterable[str], options: Options) -> None:
     """Raises UserError if a loss among `kinds` is not defined for these options."""
-    check_positive("beta", options.beta)
-    check_positive("discopop_tau", options.discopop_tau)
+    checks.positive("beta", options.beta)
+    checks.positive("discopop_tau", options.discopop_tau)
     e = options.label_smoothing
     check_smoothing(e)
     if "robust" in kinds and e >= 0.5:
@@ -176,11 +177,6 @@ def check_options(kinds: Iterable[str], options: Options) -> None:
 def check_smoothing(value: float) -> None:
     if not 0 <= value < 1:
         raise UserError(f"label_smoothing must be in [0, 1), got {value!r}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise UserError(f"{name} must be a positive finite number, got {value!r}")
 
 
 class _Expm1(torch.autograd.Function):
