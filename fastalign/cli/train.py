@@ -38,7 +38,6 @@ Model = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "--save_path", help="Output folder for the model, its log and its checkpoints.")
 ]
-Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
 LearningRate = Annotated[
     float, typer.Option("--learning-rate", "--learning_rate", help="Learning rate of the optimiser.")

@@ -29,7 +29,11 @@ _NEUTRAL = {
 
 
 class LengthSampler:
-    """Draws a length in [min_value, max_value) at each call, from Python's random numbers."""
+    """Draws a length in [min_value, max_value) at each call, from Python's random numbers.
+
+    The `trl.core.LengthSampler` of TRL 0.11, for its scripts: they draw the length of each prompt with it, and pass one
+    to `PPOTrainer.generate` as `length_sampler`.
+    """
 
     min_value: int
     max_value: int

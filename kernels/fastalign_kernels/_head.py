@@ -313,7 +313,7 @@ def merge_tiles(
 
 @triton.jit(do_not_specialize=["rows", "first", "last", "blocks", "row_blocks", "group"])
 def gradient_tiles(
-    tile, alive, given, order, hidden, weight, bias, low, b, labels, position, place, count,
+    tile, alive, given, hidden, weight, bias, low, b, labels, position, place, count,
     rows, first, last, blocks, row_blocks, group, width, rank,
     hidden_row, hidden_step, weight_row, weight_step, b_row, b_step, tile_row,
     to_cap: tl.float64, to_z: tl.float64, slope: tl.float64, grad_filter: tl.float64,
@@ -323,7 +323,7 @@ def gradient_tiles(
     """The gradient of the logits of vocabulary [first, last), into tile (row, entry - first), which holds whole tiles.
 
     given (5, rows): the incoming gradients of log_probs and entropy, then largest, total and entropy, by position.
-    alive (row block, block), if given, says where a tile holds anything but 0. order: the vocabulary, reordered.
+    alive (row block, block), if given, says where a tile holds anything but 0.
     """
     row_block, block = in_groups(tl.program_id(0), row_blocks, blocks, group)
     scored = tl.load(count)
@@ -335,15 +335,13 @@ def gradient_tiles(
     c = tl.arange(0, BLOCK_N)
     start = first + block * BLOCK_N
     v = tl.minimum(start + c, last - 1)
-    if order is not None:
-        v = tl.load(order + v)
     x = logits_tile(
         at, where, v, hidden, weight, bias, low, b, width, rank,
         hidden_row, hidden_step, weight_row, weight_step, b_row, b_step,
         DOT, COMPUTE, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     label = tl.load(labels + at, mask=valid, other=-1)
-    hit = c[None, :] == within(label, start, last)[:, None] if order is None else v[None, :] == label[:, None]
+    hit = c[None, :] == within(label, start, last)[:, None]
     stride = rows.to(tl.int64)
     grad = tl.load(given + at, mask=valid, other=0)[:, None]
     grad_entropy = tl.load(given + stride + at, mask=valid, other=0)[:, None]

@@ -23,7 +23,7 @@ ADDS_IN_PLACE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)  # 
 
 @triton.jit(do_not_specialize=["rows", "inner", "row_blocks", "list_row", "group", "tops_row"])
 def product_tiles(
-    out, a, b, out_index, b_index, limit, blocks, counts, tops, top, rescale, unscale,
+    out, a, b, b_index, limit, blocks, counts, tops, top, rescale, unscale,
     rows, columns, inner, row_blocks, list_row, group, tops_row, out_row, a_row, a_step, b_row, b_step,
     ADD: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
@@ -56,8 +56,7 @@ def product_tiles(
             at = tl.load(b_index + at)
         y = tl.load(b + at[:, None] * b_row + n_read[None, :] * b_step)
         acc = tl.dot(x.to(DOT), y.to(DOT), acc, input_precision="ieee", out_dtype=COMPUTE)
-    to_rows = m_read if out_index is None else tl.load(out_index + m_read)
-    to = out + to_rows[:, None] * out_row + n[None, :]
+    to = out + m_read[:, None] * out_row + n[None, :]
     keep = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (n < columns)[None, :]
     if unscale is not None:
         acc *= tl.load(unscale)
@@ -86,7 +85,6 @@ def product(
     dot: torch.dtype,
     blocks,
     sizes: tuple[int, int],
-    out_index: Tensor | None = None,
     b_index: Tensor | None = None,
     limit: Tensor | None = None,
     unscale: Tensor | None = None,
@@ -94,9 +92,9 @@ def product(
 ) -> None:
     """out [+]= a @ b, of shape (rows, inner, columns), leaving out the blocks of `inner` that are not listed.
 
-    sizes: of a row block and of a listed block. out_index, b_index: where the rows of out and b lie. limit: a count in
-    memory that ends `inner`. states: (tops (block, row), top (row,), rescale (row,)) of an online softmax: a's blocks
-    are relative to `tops` and become relative to `top`, what was summed before is rescaled.
+    sizes: of a row block and of a listed block. b_index: where the rows of b lie. limit: a count in memory that ends
+    `inner`. states: (tops (block, row), top (row,), rescale (row,)) of an online softmax: a's blocks are relative to
+    `tops` and become relative to `top`, what was summed before is rescaled.
     """
     rows, inner, columns = shape
     tops, top, rescale = (None, None, None) if states is None else states
@@ -105,7 +103,7 @@ def product(
     block_k = min(blocks.width, sizes[1])
     index, counts = listed
     product_tiles[(row_blocks * triton.cdiv(columns, block_n),)](
-        out, a, b, out_index, b_index, limit, index, counts, tops, top, rescale if add else None, unscale,
+        out, a, b, b_index, limit, index, counts, tops, top, rescale if add else None, unscale,
         rows, columns, inner, row_blocks, index.stride(0), 8, 0 if tops is None else tops.stride(0), out.stride(0),
         *a.stride(), *b.stride(),
         ADD=add, DOT=TYPES[dot], COMPUTE=compute_type(dot), EVEN=columns % block_n == 0,

@@ -148,9 +148,9 @@ def _unit_gradient(head: Head, unit: Tensor, statistics: bool) -> Tensor:
 @plain
 def backward(
     grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, unit, hidden, weight, bias, a, b, labels,
-    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs, *, order=None,
+    adapter_scale, temperature, softcap, logit_scale, ignore_index, grad_filter, needs,
 ):  # fmt: skip
-    """The op's backward pass. order: (V,) a permutation to walk the vocabulary in, for `grad_filter` (see below)."""
+    """The op's backward pass."""
     inputs = (hidden, weight, bias, a, b)
     dtype = compute_dtype(hidden.dtype)
     if labels.numel() == 0:
@@ -174,12 +174,12 @@ def backward(
     given[:2].masked_fill_(~counts, 0)
     head = Head(hidden, weight, bias, a, b, labels, adapter_scale, counts, temperature, softcap, logit_scale)
     # ROCm's library does not sum narrow numbers in float32.
-    own = frozen or grad_filter > 0 or order is not None or torch.version.hip is not None
+    own = frozen or grad_filter > 0 or torch.version.hip is not None
     if has_entropy and not entropy_fits(hidden.device):
         head.use_narrow()
     elif not has_entropy and not own:
         head.use_tall()
-    grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own, order).make(needs)
+    grads = _Gradients(head, given, has_entropy, 0.0 if frozen else grad_filter, own).make(needs)
     if needs[0]:
         by_label = torch.empty_like(grads[0]).index_copy_(0, head.position, grads[0]).view(hidden.shape)
         grads[0] = by_label if by_unit is None else by_label.add_(by_unit)
@@ -190,11 +190,9 @@ def backward(
 class _Gradients:
     """Of the scored rows of hidden, in order of `position`, and of weight, bias, A and B."""
 
-    def __init__(
-        self, head: Head, given: Tensor, has_entropy: bool, grad_filter: float, own: bool, order: Tensor | None
-    ):
+    def __init__(self, head: Head, given: Tensor, has_entropy: bool, grad_filter: float, own: bool):
         self.head, self.given, self.has_entropy, self.grad_filter = head, given, has_entropy, grad_filter
-        self.own, self.order = own, order
+        self.own = own
         self.unscale = None
         if head.dot == torch.float16:
             largest = given[:2].abs().sum(0).amax().nan_to_num() * head.slope
@@ -230,8 +228,6 @@ class _Gradients:
             for total in (hidden, low, bias):
                 if total is not None:
                     total *= self.unscale
-        if self.order is not None:
-            bias, b = (x if x is None else torch.empty_like(x).index_copy_(0, self.order, x) for x in (bias, b))
         if low is not None:
             low *= head.adapter_scale
             if to_hidden:
@@ -244,7 +240,7 @@ class _Gradients:
         head = self.head
         alive = tile.new_zeros((head.row_blocks, blocks), dtype=torch.int32) if self.own else None
         _head.gradient_tiles[(head.row_blocks * blocks,)](
-            tile, alive, self.given, self.order, first=first, last=last, blocks=blocks, tile_row=tile.stride(0),
+            tile, alive, self.given, first=first, last=last, blocks=blocks, tile_row=tile.stride(0),
             slope=head.slope, grad_filter=self.grad_filter, ENTROPY=self.has_entropy, FILTER=self.grad_filter > 0,
             **head.arguments(),
         )  # fmt: skip
@@ -259,14 +255,13 @@ class _Gradients:
         product(
             total,
             part,
-            of[first:last] if self.order is None else of,
+            of[first:last],
             alive_lists(alive),
             (head.rows, last - first, of.shape[1]),
             add=True,
             dot=head.dot,
             blocks=head.blocks,
             sizes=head.blocks[:2],
-            b_index=None if self.order is None else self.order[first:last],
         )
 
     def _complete(self, weight: Tensor, part: Tensor, rows, first: int, last: int, alive: Tensor | None) -> None:
@@ -276,7 +271,7 @@ class _Gradients:
             library_product(weight[first:last], part.t(), rows, self.unscale)
             return
         product(
-            weight[first:last] if self.order is None else weight,
+            weight[first:last],
             part.t(),
             head.all_rows(),
             alive_lists(alive.t()),
@@ -285,20 +280,7 @@ class _Gradients:
             dot=head.dot,
             blocks=head.blocks,
             sizes=head.blocks[1::-1],
-            out_index=None if self.order is None else self.order[first:last],
             b_index=head.place,
             limit=head.count,
             unscale=self.unscale,
         )
-
-
-def mean_logit_order(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The vocabulary (V,) by falling mean logit, for `backward(..., order=)`: what `grad_filter` drops comes together.
-
-    The mean logit is the logit of the mean hidden state, so that this takes one read of each. hidden: (..., H), without
-    rows that are ignored.
-    """
-    wide = compute_dtype(hidden.dtype)
-    mean = hidden.reshape(-1, hidden.shape[-1]).mean(0, dtype=wide)
-    logits = (weight @ mean.to(weight.dtype)).to(wide)
-    return (logits if bias is None else logits + bias).argsort(descending=True)
