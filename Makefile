@@ -28,7 +28,7 @@ bench-compare: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
+	$(BIN)/python tools/check_imports.py
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/python tools/check_types.py
 

@@ -8,7 +8,7 @@ import torch
 from fastalign.bench.gpu_common import KernelCase, Work
 
 from fastalign import reference
-from fastalign.ops.resample import METHODS
+from fastalign.reference import RESAMPLE_METHODS as METHODS
 
 SHAPES = ((4096, 64, 1), (64, 16_384, 64), (1, 1_000_000, 1000))
 READS = {"residual": 2}  # of the log-weights

@@ -11,8 +11,8 @@ from fastalign.bench.gpu_common import KernelCase, Work
 from fastalign.kernels import token_logprobs as kernel
 from torch import Tensor
 
-from fastalign import reference
-from fastalign.ops.token_logprobs import OUTPUTS, forward_fake
+from fastalign import empty, reference
+from fastalign.ops.token_logprobs import OUTPUTS
 
 TOKENS = 8192
 IGNORED = -100
@@ -79,8 +79,11 @@ def _backward(
     grad = torch.empty(len(labels), dtype=torch.float32, device=device)
     if device != "meta":
         grad.normal_()
-    forward = forward_fake if device == "meta" else kernel.forward
-    _, row_max, row_sum, entropy, *_ = forward(logits, labels, 1.0, softcap, IGNORED, statistics)
+    if device == "meta":
+        forward = empty.token_logprobs(logits, labels, statistics=statistics)
+    else:
+        forward = kernel.forward(logits, labels, 1.0, softcap, IGNORED, statistics)
+    _, row_max, row_sum, entropy, *_ = forward
     grad_entropy = 0.1 * grad
     small_ones = (grad, grad_entropy, row_max, row_sum, entropy)
 

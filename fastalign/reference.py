@@ -274,6 +274,8 @@ def linear_sample_tokens(
     return sample_tokens(logits, temperature, seed=seed, offset=offset, rows=rows)
 
 
+# The order of csrc/resample.h.
+RESAMPLE_METHODS = ("multinomial", "systematic", "stratified", "residual", "gumbel_top_k", "best")
 # Sets resample's draws apart from those of sample_tokens, whose offsets are below 2^63: one seed serves both.
 RESAMPLE_DOMAIN = -(2**63)
 # A share that is whole but for rounding is whole.

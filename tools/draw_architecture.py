@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import tomllib
 
 ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "kernels" / "fastalign_kernels"  # installed as fastalign.kernels
 PAGE = ROOT / "docs" / "architecture.md"
 HEAD = """# Architecture
 
@@ -44,9 +46,12 @@ def layers() -> list[list[str]]:
     return [[name.strip() for name in layer.replace("|", ":").split(":")] for layer in ordered]
 
 
-def home(path: Path) -> str:
-    """The package or module at the top of fastalign/ that a file belongs to."""
-    return path.relative_to(ROOT / "fastalign").parts[0].removesuffix(".py")
+def files() -> Iterator[tuple[str, Path]]:
+    """Every source file, and the package or module at the top of fastalign/ that it belongs to."""
+    for path in (ROOT / "fastalign").rglob("*.py"):
+        yield path.relative_to(ROOT / "fastalign").parts[0].removesuffix(".py"), path
+    for path in KERNELS.glob("*.py"):
+        yield "kernels", path
 
 
 def imports(path: Path) -> set[str]:
@@ -61,7 +66,7 @@ def imports(path: Path) -> set[str]:
 
 
 def purpose(name: str) -> str:
-    package = ROOT / "fastalign" / name
+    package = KERNELS if name == "kernels" else ROOT / "fastalign" / name
     source = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
     return (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()[0]
 
@@ -69,8 +74,8 @@ def purpose(name: str) -> str:
 def page() -> str:
     names = [name for layer in layers() for name in layer if name != "__main__"]
     uses: dict[str, set[str]] = {name: set() for name in names}
-    for path in (ROOT / "fastalign").rglob("*.py"):
-        if (own := home(path)) in uses:
+    for own, path in files():
+        if own in uses:
             uses[own] |= imports(path) & uses.keys() - {own, "_base", "backend"}
     rows = [f"| `{name}` | {purpose(name)} |" for name in names]
     arrows = [f"  {name} --> {other}" for name in names for other in names if other in uses[name]]

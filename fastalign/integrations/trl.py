@@ -141,8 +141,8 @@ def _compacts(original: Callable) -> Callable:
 
 def _selective_log_softmax(original: Callable) -> Callable:
     def selective_log_softmax(logits, index, temperature: float = 1.0, row_mask=None):
+        from fastalign._base.dtypes import DTYPES
         from fastalign.ops import token_logprobs
-        from fastalign.ops.dtypes import DTYPES
 
         ours = logits.device.type == "cpu" and logits.dtype in DTYPES and index.shape == logits.shape[:-1]
         if not ours or temperature <= 0:

@@ -12,6 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fastalign._base.strides import two_strides
+
 Buffer = tuple[int, int, str]  # address, elements, dtype
 Rows = tuple[int, str, int, int, int, int, int]  # address, dtype, rows, inner, outer stride, inner stride, V
 
@@ -47,23 +49,6 @@ def rows(x: Tensor) -> tuple[Rows, Tensor]:
     outer_stride, inner, inner_stride = strides
     vocab = x.shape[-1]
     return (x.data_ptr(), _NAMES[x.dtype], x.numel() // vocab, inner, outer_stride, inner_stride, vocab), x
-
-
-def two_strides(x: Tensor) -> tuple[int, int, int] | None:
-    """(outer stride, inner size, inner stride) that walk the leading dimensions as one; None if two strides are not
-    enough."""
-    dims: list[list[int]] = []  # [size, stride] of the leading dimensions, neighbours merged where one stride serves
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = [dims[-1][0] * size, stride]
-        else:
-            dims.append([size, stride])
-    if len(dims) > 2:
-        return None
-    dims = [[1, 0]] * (2 - len(dims)) + dims
-    return dims[0][1], max(dims[1][0], 1), dims[1][1]
 
 
 class _Names(dict[torch.dtype, str]):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
+from fastalign._base.dtypes import DTYPES
 from fastalign._base.errors import UserError
 from fastalign.ops.buffers import buffer
-from fastalign.ops.dtypes import DTYPES
 
 
 class WrongType(UserError, TypeError):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
+from fastalign._base.dtypes import compute_dtype
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.library import Op, define
 
 
@@ -57,7 +57,7 @@ def gae(
 
 
 def _gae_cpu(rewards, values, mask, gamma, lam):
-    out = _gae_fake(rewards, values, mask, gamma, lam)
+    out = empty.gae(rewards)
     reward_rows, rewards_kept = rows(rewards)
     value_rows, values_kept = rows(values)
     mask = mask.contiguous()
@@ -66,14 +66,10 @@ def _gae_cpu(rewards, values, mask, gamma, lam):
     return out
 
 
-def _gae_fake(rewards, values, mask, gamma, lam):
-    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-
-
 gae_op: Op = define(
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)",
     _gae_cpu,
-    _gae_fake,
+    lambda rewards, *_: empty.gae(rewards),
     triton="gae.gae",
     leading_dims=True,
 )

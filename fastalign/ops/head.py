@@ -16,10 +16,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
+from fastalign._base.dtypes import DTYPES, compute_dtype
 from fastalign._base.errors import UserError
 from fastalign.ops import checks, linear_cpu
-from fastalign.ops.dtypes import DTYPES, compute_dtype
 from fastalign.ops.library import Op, define
 from fastalign.ops.linear_cpu import kept_size
 from fastalign.ops.once import once
@@ -194,7 +194,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None)
 
 
-def forward_fake(
+def _forward_fake(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -210,13 +210,8 @@ def forward_fake(
     unit: bool,
     memory_budget: int,
 ) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(hidden.dtype)
-    always = [hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
-    shape = labels.shape if statistics else (*labels.shape, 0)
-    optional = [hidden.new_empty(shape, dtype=dtype) for _ in range(3)]
-    kept = hidden.new_empty(kept_size(weight, labels, memory_budget, dtype), dtype=dtype)
-    gradient = hidden.new_empty(hidden.shape if unit else 0, dtype=dtype)
-    return (*always, *optional, hidden.new_empty(shape, dtype=torch.bool), kept, gradient)
+    kept = kept_size(weight, labels, memory_budget, compute_dtype(hidden.dtype))
+    return empty.linear_token_logprobs(hidden, labels, statistics=statistics, unit=unit, kept=kept)
 
 
 def _backward_fake(
@@ -245,6 +240,12 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in pairs)
 
 
+def _check_labels(
+    _hidden, weight, _bias, _a, _b, labels, _scale, _temperature, _softcap, _logit_scale, ignore_index, *_
+):
+    checks.labels_in_range(labels, weight.shape[0], ignore_index)
+
+
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor labels"
 _OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_scale, int ignore_index"
 
@@ -252,8 +253,9 @@ forward_op: Op = define(
     f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     linear_cpu.forward,
-    forward_fake,
+    _forward_fake,
     triton="linear_token_logprobs.forward",
+    check=_check_labels,
     vmap_in_turn=True,
 )
 backward_op: Op = define(

@@ -7,7 +7,6 @@ calls the second op through `once`, because autograd may be recording there (fun
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,23 +25,28 @@ def define(
     fake: Op,
     *,
     triton: str,
+    check: Op | None = None,
     leading_dims: bool = False,
     vmap_in_turn: bool = False,
 ) -> Op:
     """Define `fastalign::<schema>` with its CPU implementation and its shapes; returns the callable op.
 
     `triton`: "file.function" in fastalign.kernels, the launcher that takes the same arguments on GPU tensors.
-    `leading_dims`: its tensors may have any leading dimensions, so vmap adds one. `vmap_in_turn`: they may not, and
-    vmap calls the op (which returns several tensors) once per example.
+    `check`: called first where the tensors are on the CPU and their values may be read. `leading_dims`: its tensors may
+    have any leading dimensions, so vmap adds one. `vmap_in_turn`: they may not, and vmap calls the op (which returns
+    several tensors) once per example.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
 
     def launch(*args):
-        file, function = triton.split(".")
-        return getattr(importlib.import_module(f"fastalign.kernels.{file}"), function)(*args)
+        from fastalign import kernels
+
+        return kernels.launcher(triton)(*args)
 
     def on_cpu(*args):
+        if check is not None:
+            check(*args)
         return launch(*args) if backend.forced() == "triton" else cpu(*args)
 
     def without_tape(*args):

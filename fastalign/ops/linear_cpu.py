@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastalign import backend
+from fastalign._base.dtypes import compute_dtype
 from fastalign.backend import threads
-from fastalign.ops import checks, products
+from fastalign.ops import products
 from fastalign.ops.buffers import buffer
-from fastalign.ops.dtypes import compute_dtype
 
 TOKENS = 1024  # of a tile
 VOCAB = 4096
@@ -183,7 +183,6 @@ def forward(
     unit: bool,
     memory_budget: int,
 ) -> tuple[Tensor, ...]:
-    checks.labels_in_range(labels, weight.shape[0], ignore_index)
     index = _index(labels.reshape(-1) != ignore_index)
     tiles = Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
     store = torch.empty(kept_size(weight, labels, memory_budget, tiles.dtype), dtype=tiles.dtype)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
+from fastalign._base.dtypes import compute_dtype
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks, linear_cpu
 from fastalign.ops.buffers import buffer
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.head import check as check_head
 from fastalign.ops.library import Op, define
 from fastalign.ops.sample_tokens import SampledTokens
@@ -71,14 +71,15 @@ def linear_sample_tokens(
         given = None if a is None else (*tensors[3:], adapter_scale)
         with torch.autocast(hidden.device.type, enabled=False):
             return SampledTokens(*reference.linear_sample_tokens(*tensors[:3], *options, given))
-    options = (float(temperature), float(softcap or 0.0), *options[2:])
+    temperature = max(float(temperature), MIN_TEMPERATURE) if temperature else 0.0
+    options = (temperature, float(softcap or 0.0), *options[2:])
     return SampledTokens(*sample_op(*tensors, float(adapter_scale), *options))
 
 
 def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         greedy = temperature == 0
-        temperature = 1.0 if greedy else max(temperature, MIN_TEMPERATURE)
+        temperature = 1.0 if greedy else temperature
         count, dtype = len(hidden), compute_dtype(hidden.dtype)
         labels = torch.full((count,), -1)
         tiles = linear_cpu.Tiles(
@@ -138,15 +139,10 @@ def _first_beyond(weights: Tensor, sums: Tensor, target: Tensor) -> Tensor:
     return torch.minimum((sums <= target).sum(0), last)
 
 
-def sample_fake(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
-    ids = hidden.new_empty(hidden.shape[:1], dtype=torch.int64)
-    return ids, hidden.new_empty(hidden.shape[:1], dtype=compute_dtype(hidden.dtype))
-
-
 sample_op: Op = define(
     "linear_sample_tokens(Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float adapter_scale, "
     "float temperature, float softcap, float logit_scale, int seed, int offset, Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,
-    sample_fake,
+    lambda hidden, *_: empty.sample_tokens(hidden),
     triton="linear_sample_tokens.sample",
 )

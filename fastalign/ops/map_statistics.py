@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops.library import Op, define
@@ -146,17 +146,11 @@ def _statistics_cpu(rewards, lam, center, log_weights, groups):
     return tuple(torch.from_numpy(np.array(x)).reshape((*leading, *x.shape[1:])) for x in moments)
 
 
-def statistics_fake(rewards, lam, center, log_weights, groups):
-    leading, m = lam.shape[:-1], rewards.shape[1]
-    shapes = (leading, (*leading, m), (*leading, m, m), leading, leading)
-    return tuple(rewards.new_empty(shape, dtype=torch.float64) for shape in shapes)
-
-
 statistics_op: Op = define(
     "map_statistics(Tensor rewards, Tensor lam, Tensor? center, Tensor? log_weights, Tensor? groups) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _statistics_cpu,
-    statistics_fake,
+    lambda rewards, lam, *_: empty.map_statistics(rewards, lam),
     triton="map_statistics.statistics",
 )
 

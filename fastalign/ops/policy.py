@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops.dtypes import compute_dtype
+from fastalign import empty
+from fastalign._base.dtypes import compute_dtype
 from fastalign.ops.fused import on_triton, sum_gradient
 from fastalign.ops.library import Op, define
 
@@ -261,18 +262,8 @@ def _policy_cpu(logprobs, *rest):
     return rows.objective, rows.entropy.clone(), torch.stack(rows[2:]), none, none + 1, weights
 
 
-def policy_fake(logprobs, entropy, old, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, *_):
-    dtype, (rows, length) = compute_dtype(logprobs.dtype), logprobs.shape
-    weighted = importance == "token" or (ref_logprobs is not None and kl_coef != 0)
-    shapes = (
-        (rows,),
-        (rows,),
-        (len(PolicyRows._fields) - 2, rows),
-        (rows,),
-        (rows,),
-        (rows, length) if weighted else (0,),
-    )
-    return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in shapes)
+def _policy_fake(logprobs, entropy, old, advantages, mask, ref_logprobs, importance, low, high, cap, kl_coef, *_):
+    return empty.policy_rows(logprobs, ref_logprobs, importance, kl_coef)
 
 
 def _value_cpu(values, *rest):
@@ -284,11 +275,6 @@ def _value_cpu(values, *rest):
     return rows.objective, torch.stack(rows[1:]), weights
 
 
-def value_fake(values, old_values, returns, mask, clip_range):
-    dtype, rows = compute_dtype(values.dtype), values.shape[0]
-    return tuple(values.new_empty(shape, dtype=dtype) for shape in ((rows,), (2, rows), values.shape))
-
-
 # objective (B,), entropy (B,), the other fields of PolicyRows (7, B); and the gradient of objective by a valid token's
 # log-probability: shares (B,) + scales (B,) · weights (B, T). Under "token" it is the weights alone; otherwise the
 # weights are empty unless there is a KL term.
@@ -297,7 +283,7 @@ policy_op: Op = define(
     "Tensor? ref_logprobs, str importance, float low, float high, float cap, float kl_coef, str kl_estimator, "
     "bool kl_times_ratio) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _policy_cpu,
-    policy_fake,
+    _policy_fake,
     triton="policy.policy_rows",
     vmap_in_turn=True,
 )
@@ -307,7 +293,7 @@ value_op: Op = define(
     "value_rows(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float clip_range) -> "
     "(Tensor, Tensor, Tensor)",
     _value_cpu,
-    value_fake,
+    lambda values, *_: empty.value_rows(values),
     triton="policy.value_rows",
     vmap_in_turn=True,
 )

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign import empty
 from fastalign._base.errors import UserError
 from fastalign.ops import checks
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.fused import on_triton, sum_gradient
 from fastalign.ops.library import Op, define
 from fastalign.ops.pairwise import FUSED, TABLE, Margin, Options, check_options
@@ -94,7 +94,7 @@ def _check(log_probs, ref_log_probs, mask) -> None:
 
 def _log_ratios(log_probs, ref_log_probs, mask, loss_type) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The policy's sums (2B,), and each pair's two log-ratios and margin."""
-    dtype = _dtype(log_probs, ref_log_probs)
+    dtype = empty.pair_dtype(log_probs, ref_log_probs)
     mask = mask != 0
 
     def summed(x):
@@ -107,12 +107,6 @@ def _log_ratios(log_probs, ref_log_probs, mask, loss_type) -> tuple[Tensor, Tens
         return sums, c, r, c - r
     chosen_lengths, rejected_lengths = mask.sum(-1).clamp(min=1).to(dtype).chunk(2)
     return sums, c, r, c / chosen_lengths - r / rejected_lengths
-
-
-def _dtype(log_probs, ref_log_probs) -> torch.dtype:
-    return compute_dtype(
-        log_probs.dtype if ref_log_probs is None else torch.promote_types(log_probs.dtype, ref_log_probs.dtype)
-    )
 
 
 class _PairwiseLoss(torch.autograd.Function):
@@ -147,17 +141,12 @@ def _forward_cpu(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothin
     return losses, beta * c, beta * r, sums, torch.cat(slopes)
 
 
-def forward_fake(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):
-    rows, dtype = log_probs.shape[0], _dtype(log_probs, ref_log_probs)
-    return tuple(log_probs.new_empty(n, dtype=dtype) for n in (*(rows // 2,) * 3, rows, rows))
-
-
 # losses (B,), chosen rewards (B,), rejected rewards (B,), sums (2B,), d loss / d sum (2B,)
 forward_op: Op = define(
     "pairwise_loss_forward(Tensor log_probs, Tensor? ref_log_probs, Tensor mask, str loss_type, float beta, "
     "float label_smoothing, float discopop_tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    forward_fake,
+    lambda log_probs, ref_log_probs, *_: empty.pairwise_loss(log_probs, ref_log_probs),
     triton="preference.forward",
     vmap_in_turn=True,
 )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.library import Op, define
-
-# The order of csrc/resample.h.
-METHODS = ("multinomial", "systematic", "stratified", "residual", "gumbel_top_k", "best")
+from fastalign.reference import RESAMPLE_METHODS
 
 
 def resample(
@@ -50,7 +48,7 @@ def resample(
     log_weights, seed = log_weights.detach(), checks.as_signed(seed)
     if backend.choose(log_weights.device) == "reference":
         return reference.resample(log_weights, k, method, mask, seed)
-    return resample_op(log_weights, k, METHODS.index(method), mask, seed)
+    return resample_op(log_weights, k, RESAMPLE_METHODS.index(method), mask, seed)
 
 
 def _check(log_weights, k, method, mask) -> None:
@@ -61,7 +59,7 @@ def _check(log_weights, k, method, mask) -> None:
         raise UserError(f"log_weights must have shape (P, N) with N >= 1, got {tuple(log_weights.shape)}")
     if not (isinstance(k, int) and k >= 1):
         raise UserError(f"k must be an integer, at least 1, got {checks.shown(k)}")
-    checks.among("method", method, METHODS)
+    checks.among("method", method, RESAMPLE_METHODS)
     if mask is not None:
         checks.tensor("mask", mask, "a bool tensor", torch.bool)
         if mask.shape != log_weights.shape:
@@ -75,19 +73,15 @@ def _check(log_weights, k, method, mask) -> None:
 def _resample_cpu(log_weights, k, method, mask, seed):
     described, kept = rows(log_weights)
     mask = None if mask is None else mask.contiguous()
-    ids = resample_fake(log_weights, k, method, mask, seed)
+    ids = empty.resample(log_weights, k)
     backend.native.resample(buffer(ids), described, k, method, buffer(mask), seed, threads())
     del kept
     return ids
 
 
-def resample_fake(log_weights, k, method, mask, seed):
-    return log_weights.new_empty((log_weights.shape[0], k), dtype=torch.int64)
-
-
 resample_op: Op = define(
     "resample(Tensor log_weights, int k, int method, Tensor? mask, int seed) -> Tensor",
     _resample_cpu,
-    resample_fake,
+    lambda log_weights, k, *_: empty.resample(log_weights, k),
     triton="resample.resample",
 )

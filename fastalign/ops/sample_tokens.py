@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer
 from fastalign.ops.buffers import rows as described_rows
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.library import Op, define
 
 MAX_VOCAB = 2**31 - 1
@@ -111,7 +110,7 @@ def check(
 def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     described, kept = described_rows(logits)
     rows = None if rows is None else rows.contiguous()
-    ids, log_probs = sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
+    ids, log_probs = empty.sample_tokens(logits)
     backend.native.sample_tokens(
         buffer(ids), buffer(log_probs), described, temperature, top_k, top_p, min_p, seed, offset, buffer(rows),
         1 if rows is None else rows.ndim, threads(),
@@ -120,15 +119,10 @@ def _sample_cpu(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
     return ids, log_probs
 
 
-def sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows):
-    ids = logits.new_empty(logits.shape[:1], dtype=torch.int64)
-    return ids, logits.new_empty(logits.shape[:1], dtype=compute_dtype(logits.dtype))
-
-
 sample_op: Op = define(
     "sample_tokens(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int offset, "
     "Tensor? rows) -> (Tensor, Tensor)",
     _sample_cpu,
-    sample_fake,
+    lambda logits, *_: empty.sample_tokens(logits),
     triton="sample_tokens.sample",
 )

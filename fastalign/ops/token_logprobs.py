@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict, ove
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
+from fastalign._base.dtypes import compute_dtype
 from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.library import Op, define
 from fastalign.ops.once import once
 
@@ -133,22 +133,13 @@ class _TokenLogprobs(torch.autograd.Function):
 def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):
     described, kept = rows(logits)
     labels = labels.contiguous()
-    checks.labels_in_range(labels, logits.shape[-1], ignore_index)
-    out = forward_fake(logits, labels, temperature, softcap, ignore_index, statistics)
+    out = empty.token_logprobs(logits, labels, statistics=statistics)
     made = [buffer(x) if x.shape == labels.shape else None for x in out]
     backend.native.token_logprobs_forward(
         *made, described, buffer(labels), ignore_index, temperature, softcap, threads()
     )
     del kept
     return out
-
-
-def forward_fake(logits, labels, temperature, softcap, ignore_index, statistics):
-    dtype = compute_dtype(logits.dtype)
-    always = [logits.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
-    shape = labels.shape if statistics else (*labels.shape, 0)
-    optional = [logits.new_empty(shape, dtype=dtype) for _ in range(3)]
-    return (*always, *optional, logits.new_empty(shape, dtype=torch.bool))
 
 
 def _backward_cpu(
@@ -198,8 +189,11 @@ forward_op: Op = define(
     "token_logprobs_forward(Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
     "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    forward_fake,
+    lambda logits, labels, *options: empty.token_logprobs(logits, labels, statistics=options[-1]),
     triton="token_logprobs.forward",
+    check=lambda logits, labels, _temperature, _softcap, ignore_index, *_: checks.labels_in_range(
+        labels, logits.shape[-1], ignore_index
+    ),
     leading_dims=True,
 )
 backward_op: Op = define(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign import backend, reference
+from fastalign import backend, empty, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.library import Op, define
 from fastalign.ops.once import once
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
@@ -82,8 +81,7 @@ def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     policy, policy_kept = rows(policy_logits)
     ref, ref_kept = rows(ref_logits)
     labels = labels.contiguous()
-    checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
-    out = forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index)
+    out = empty.token_logratios(policy_logits, labels)
     backend.native.token_logratios_forward(
         *map(buffer, out), policy, ref, buffer(labels), ignore_index, temperature, threads()
     )
@@ -91,16 +89,14 @@ def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):
     return out
 
 
-def forward_fake(policy_logits, ref_logits, labels, temperature, ignore_index):
-    dtype = compute_dtype(policy_logits.dtype)
-    return tuple(policy_logits.new_empty(labels.shape, dtype=dtype) for _ in range(5))
-
-
 forward_op: Op = define(
     "token_logratios_forward(Tensor policy_logits, Tensor ref_logits, Tensor labels, float temperature, "
     "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
-    forward_fake,
+    lambda policy_logits, _ref, labels, *_: empty.token_logratios(policy_logits, labels),
     triton="token_logratios.forward",
+    check=lambda policy_logits, _ref, labels, _temperature, ignore_index: checks.labels_in_range(
+        labels, policy_logits.shape[-1], ignore_index
+    ),
     leading_dims=True,
 )

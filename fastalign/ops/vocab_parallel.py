@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign import backend, reference
+from fastalign._base.dtypes import compute_dtype
 from fastalign._base.errors import UserError
 from fastalign.ops import checks, head
-from fastalign.ops.dtypes import compute_dtype
 from fastalign.ops.head import LinearOptions
 from fastalign.ops.head import backward_op as head_backward
 from fastalign.ops.head import forward_op as head_forward

@@ -12,7 +12,7 @@ from fastalign.kernels._softmax import compute_type, transform_factors
 from torch import Tensor
 from triton.runtime import driver
 
-from fastalign.ops.dtypes import compute_dtype
+from fastalign._base.dtypes import compute_dtype
 
 
 class Blocks(NamedTuple):

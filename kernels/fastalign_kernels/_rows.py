@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fastalign.ops.buffers import two_strides
+from fastalign._base.strides import two_strides
 
 THREADS = 256  # of a program that streams rows
 VECTOR_BYTES = 16  # that a thread loads at once

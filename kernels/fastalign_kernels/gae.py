@@ -11,12 +11,13 @@ Bytes: rewards, values and mask once, advantages and returns once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from fastalign.kernels._rows import row_start, rows_of
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
+
+from fastalign import empty
 
 BLOCK = 1024
 PLACES_PER_WARP = 128  # 16 bytes of float32 a thread
@@ -97,7 +98,7 @@ def _gae(
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    advantages, returns = (torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device) for _ in range(2))
+    advantages, returns = empty.gae(rewards)
     length = rewards.shape[-1]
     (rewards, reward_rows), (values, value_rows), (mask, mask_rows) = (rows_of(x) for x in (rewards, values, mask))
     block = min(BLOCK, triton.next_power_of_2(length))

@@ -18,7 +18,7 @@ from fastalign.kernels._head_layout import Head, plain
 from fastalign.kernels._philox import row_uniform
 from fastalign.kernels._softmax import lowest, transform
 
-from fastalign.ops.linear_sample_tokens import MIN_TEMPERATURE, sample_fake
+from fastalign import empty
 
 
 @triton.jit(do_not_specialize=["rows", "vocab", "blocks", "seed", "offset"])
@@ -82,14 +82,12 @@ def _draw(
 @plain
 def sample(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):
     """The op: one token a row."""
-    ids, log_probs = sample_fake(
-        hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows
-    )
+    ids, log_probs = empty.sample_tokens(hidden)
     if len(hidden) == 0:
         return ids, log_probs
     labels = torch.full_like(ids, -1)  # none
     greedy = temperature == 0
-    temperature = 1.0 if greedy else max(temperature, MIN_TEMPERATURE)
+    temperature = 1.0 if greedy else temperature
     head = Head(hidden, weight, bias, a, b, labels, adapter_scale, labels < 0, temperature, softcap, logit_scale)
     blocks = triton.cdiv(head.vocab, head.blocks.columns)
     partial = hidden.new_empty((_head.KINDS, blocks, head.rows), dtype=head.compute)

@@ -26,9 +26,8 @@ from fastalign.kernels._products import alive_lists, library_add, library_produc
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
 
-from fastalign.ops import checks
-from fastalign.ops.dtypes import compute_dtype
-from fastalign.ops.head import forward_fake
+from fastalign import empty
+from fastalign._base.dtypes import compute_dtype
 
 SPLIT = 16  # vocabulary blocks of one program, at most: long enough to hide its start, short enough to end together
 PROGRAMS = 1024  # that many at least, as far as there are blocks
@@ -53,13 +52,8 @@ def forward(
     unit,
     memory_budget,
 ):
-    """The op's forward pass; keeps no tiles. A label out of range gives NaN (on CPU tensors it raises)."""
-    if labels.device.type == "cpu":
-        checks.labels_in_range(labels, weight.shape[0], ignore_index)
-    found = forward_fake(
-        hidden, weight, bias, a, b, labels, adapter_scale, temperature, softcap, logit_scale, ignore_index, statistics,
-        unit, 0,
-    )  # fmt: skip
+    """The op's forward pass; keeps no tiles. A label out of range gives NaN."""
+    found = empty.linear_token_logprobs(hidden, labels, statistics=statistics, unit=unit)
     if labels.numel() == 0:
         return found
     head = Head(

@@ -15,7 +15,7 @@ import triton.language as tl
 from fastalign.kernels._elementary import exp_excess, expm1
 from fastalign.kernels._sum_gradient import compute, contiguous_rows, valid_part
 
-from fastalign.ops.policy import policy_fake, value_fake
+from fastalign import empty
 
 BLOCK = 1024
 NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -192,8 +192,7 @@ def _value(
 def policy_rows(
     logprobs, entropy, old, advantages, mask, ref, importance, low, high, cap, kl_coef, kl_estimator, kl_times_ratio
 ):
-    options = (importance, low, high, cap, kl_coef, kl_estimator, kl_times_ratio)
-    out = policy_fake(logprobs, entropy, old, advantages, mask, ref, *options)
+    out = empty.policy_rows(logprobs, ref, importance, kl_coef)
     rows, length = logprobs.shape
     if rows == 0:
         return out
@@ -208,7 +207,7 @@ def policy_rows(
 
 
 def value_rows(values, old, returns, mask, clip_range):
-    out = value_fake(values, old, returns, mask, clip_range)
+    out = empty.value_rows(values)
     rows, length = values.shape
     if rows == 0:
         return out

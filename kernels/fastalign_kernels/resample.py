@@ -18,7 +18,8 @@ import triton.language as tl
 from fastalign.kernels._philox import philox_uniform
 from torch import Tensor
 
-from fastalign.ops.resample import METHODS, resample_fake
+from fastalign import empty
+from fastalign.reference import RESAMPLE_METHODS
 
 BLOCK = 64  # weights under one cumulative sum
 TILE = 2048  # elements of a program that streams a row
@@ -305,11 +306,11 @@ def _winners(
 
 
 def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed: int) -> Tensor:
-    ids = resample_fake(log_weights, k, method, mask, seed)
+    ids = empty.resample(log_weights, k)
     prompts, n = log_weights.shape
     if prompts == 0:
         return ids
-    name = METHODS[method]
+    name = RESAMPLE_METHODS[method]
     draws = name not in ("gumbel_top_k", "best")
     tile = max(min(TILE, triton.next_power_of_2(n)), BLOCK)
     warps = max(tile // 512, 1)

@@ -23,7 +23,7 @@ from fastalign.kernels._philox import row_uniform
 from fastalign.kernels._softmax import compute_type, lowest
 from torch import Tensor
 
-from fastalign.ops.sample_tokens import sample_fake
+from fastalign import empty
 from fastalign.reference import slack
 
 TILE = 2048  # logits that one program of `_summarize` reads, and that a draw without filters reads again
@@ -384,7 +384,7 @@ def sample(
     offset: int,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    ids, log_probs = sample_fake(logits, temperature, top_k, top_p, min_p, seed, offset, rows)
+    ids, log_probs = empty.sample_tokens(logits)
     count, vocab = logits.shape
     if count == 0:
         return ids, log_probs

@@ -14,7 +14,8 @@ from turns import on_its_day
 import fastalign.backend
 from fastalign import UserError, kernels, reference, use_backend
 from fastalign.ops import resample, sample_tokens
-from fastalign.ops.resample import METHODS, resample_op
+from fastalign.ops.resample import resample_op
+from fastalign.reference import RESAMPLE_METHODS as METHODS
 
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
 WITH_REPLACEMENT = METHODS[:4]
@@ -257,7 +258,7 @@ def test_a_long_row(each_backend):
 LEVELS = """
 import torch, fastalign.backend
 from fastalign.ops import resample
-from fastalign.ops.resample import METHODS
+from fastalign.reference import RESAMPLE_METHODS as METHODS
 torch.manual_seed(0)
 x = torch.randn(8, 1500, dtype=torch.float64) * 3
 out = []
