@@ -70,14 +70,18 @@ def token_logprobs(
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
         head_learns = learns[1] or learns[2] or learns[3] or learns[4]
         options = HeadOptions(
-            float(adapter_scale), float(temperature), float(softcap or 0.0), float(logit_scale), ignore_index
-        )
-        kept = budget(memory_budget, weight, learns[1]) if head_learns and chosen == "cpu" else 0
-        wanted = Wanted(
-            tuple(outputs) != ("log_probs",), learns[0] and not head_learns, kept, float(grad_filter or 0.0)
+            float(adapter_scale),
+            float(temperature),
+            float(softcap or 0.0),
+            float(logit_scale),
+            ignore_index,
+            statistics=tuple(outputs) != ("log_probs",),
+            unit=learns[0] and not head_learns,
+            memory_budget=budget(memory_budget, weight, learns[1]) if head_learns and chosen == "cpu" else 0,
+            grad_filter=float(grad_filter or 0.0),
         )
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1, _, _ = _LinearTokenLogprobs.apply(
-            *inputs, labels, options, wanted
+            *inputs, labels, options
         )
         fields = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
     if tuple(outputs) == ("log_probs",):
@@ -148,36 +152,38 @@ def budget(memory_budget: int | None, weight: Tensor, learns: bool) -> int:
 
 
 class HeadOptions(NamedTuple):
-    """The head's arguments that are not tensors: see `ops.linear_token_logprobs`."""
+    """What the head's two ops take besides tensors: see `ops.linear_token_logprobs`."""
 
     adapter_scale: float
     temperature: float
     softcap: float
     logit_scale: float
     ignore_index: int
-
-
-class Wanted(NamedTuple):
-    """For one call: whether to compute statistics, whether to compute hidden's gradient in the forward pass, bytes for
-    tiles, filter."""
-
-    statistics: bool
-    unit: bool
-    memory_budget: int
+    statistics: bool  # whether to compute them
+    unit: bool  # whether to compute hidden's gradient in the forward pass
+    memory_budget: int  # bytes for tiles
     grad_filter: float
+
+    def of_forward(self) -> tuple[float | int | bool, ...]:
+        """In the forward op's order."""
+        return self[:8]
+
+    def of_backward(self) -> tuple[float | int, ...]:
+        """In the backward op's order."""
+        return (*self[:5], self.grad_filter)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hidden, weight, bias, a, b, labels, options, wanted):
-        return forward_op(hidden, weight, bias, a, b, labels, *options, *wanted[:3])
+    def forward(hidden, weight, bias, a, b, labels, options):
+        return forward_op(hidden, weight, bias, a, b, labels, *options.of_forward())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
-        *tensors, ctx.options, ctx.wanted = inputs
+        *tensors, ctx.options = inputs
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept, unit = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept, unit)
         ctx.save_for_backward(row_max, row_sum, entropy, kept, unit, *tensors)
@@ -185,13 +191,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
         if grad_log_probs is None and grad_entropy is None:
-            return (None,) * 8
-        saved, wanted = ctx.saved_tensors, ctx.wanted
+            return (None,) * 7
+        saved, options = ctx.saved_tensors, ctx.options
         grad_log_probs = torch.zeros_like(saved[0]) if grad_log_probs is None else grad_log_probs
-        grad_entropy = torch.zeros_like(saved[0]) if grad_entropy is None or not wanted.statistics else grad_entropy
+        grad_entropy = torch.zeros_like(saved[0]) if grad_entropy is None or not options.statistics else grad_entropy
         needs = list(ctx.needs_input_grad[:5])
-        grads = once(backward_op, grad_log_probs, grad_entropy, *saved, *ctx.options, wanted.grad_filter, needs)
-        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None)
+        grads = once(backward_op, grad_log_probs, grad_entropy, *saved, *options.of_backward(), needs)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None)
 
 
 def _forward_fake(

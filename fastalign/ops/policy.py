@@ -63,6 +63,20 @@ class Clip:
     cap: float = math.inf
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a policy loss takes besides tensors."""
+
+    importance: str
+    clip: Clip
+    kl: KL
+
+    def flat(self) -> tuple[str, float, float, float, float, str, bool]:
+        """In the op's order."""
+        clip, kl = self.clip, self.kl
+        return self.importance, clip.low, clip.high, clip.cap, float(kl.coef), kl.estimator, kl.times_ratio
+
+
 def policy_rows(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -81,10 +95,7 @@ def policy_rows(
         advantages: (B, 1) or (B, T).
         importance: r is each "token"'s, or the sequence's: exp of its tokens' log-ratios' "mean" or "sum".
     """
-    arguments = (
-        logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, importance,
-        clip.low, clip.high, clip.cap, float(kl.coef), kl.estimator, kl.times_ratio,
-    )  # fmt: skip
+    arguments = (logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, Objective(importance, clip, kl))
     if not on_triton(logprobs.device):
         return _clipped_rows(*arguments)
     objective, entropies, figures, *_ = _PolicyRows.apply(*arguments)
@@ -173,25 +184,11 @@ def kl_estimate(d: Tensor, estimator: str) -> Tensor:
     return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
 
 
-def _clipped_rows(
-    logprobs,
-    entropy,
-    old_logprobs,
-    advantages,
-    mask,
-    ref_logprobs,
-    importance,
-    low,
-    high,
-    cap,
-    kl_coef,
-    kl_estimator,
-    kl_times_ratio,
-) -> PolicyRows:
-    tokens, clip = Tokens(logprobs, old_logprobs, advantages, mask), Clip(low, high, cap)
+def _clipped_rows(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, objective: Objective) -> PolicyRows:
+    tokens, importance = Tokens(logprobs, old_logprobs, advantages, mask), objective.importance
     log_ratio = tokens.log_ratio if importance == "token" else tokens.sequence_log_ratio(importance)
-    losses = tokens.clipped(log_ratio, clip)
-    return tokens.rows(losses, log_ratio, clip, ref_logprobs, entropy, KL(kl_coef, kl_estimator, kl_times_ratio))
+    losses = tokens.clipped(log_ratio, objective.clip)
+    return tokens.rows(losses, log_ratio, objective.clip, ref_logprobs, entropy, objective.kl)
 
 
 def _value_rows(values, old_values, returns, mask, clip_range) -> ValueRows:
@@ -211,15 +208,15 @@ class _PolicyRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments):
-        return policy_op(*arguments)
+    def forward(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, objective):
+        return policy_op(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, *objective.flat())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logprobs, entropy, _, _, mask, _, importance, *_ = inputs
+        logprobs, entropy, _, _, mask, _, objective = inputs
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(logprobs, entropy, mask, *output[3:])
-        ctx.importance = importance
+        ctx.importance = objective.importance
 
     @staticmethod
     def backward(ctx, grad, grad_entropy, *_constants):
@@ -231,7 +228,7 @@ class _PolicyRows(torch.autograd.Function):
         else:
             gradient = sum_gradient(logprobs, grad * shares, mask, grad * scales, weights)
         entropy = sum_gradient(entropy, grad_entropy, mask, None, None) if ctx.needs_input_grad[1] else None
-        return gradient, entropy, *(None,) * 11
+        return gradient, entropy, None, None, None, None, None
 
 
 class _ValueRows(torch.autograd.Function):
@@ -249,15 +246,17 @@ class _ValueRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_constants):
         values, weights = ctx.saved_tensors
-        return sum_gradient(values, None, None, grad, weights), *(None,) * 4
+        return sum_gradient(values, None, None, grad, weights), None, None, None, None
 
 
-def _policy_cpu(logprobs, *rest):
-    def objective(logprobs):
-        rows = _clipped_rows(logprobs, *rest)
+def _policy_cpu(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, importance, low, high, cap, *kl):
+    objective = Objective(importance, Clip(low, high, cap), KL(*kl))
+
+    def summed(logprobs):
+        rows = _clipped_rows(logprobs, entropy, old_logprobs, advantages, mask, ref_logprobs, objective)
         return rows.objective.sum(), rows
 
-    weights, rows = torch.func.grad(objective, has_aux=True)(logprobs.to(compute_dtype(logprobs.dtype)))
+    weights, rows = torch.func.grad(summed, has_aux=True)(logprobs.to(compute_dtype(logprobs.dtype)))
     none = torch.zeros_like(rows.objective)
     return rows.objective, rows.entropy.clone(), torch.stack(rows[2:]), none, none + 1, weights
 

@@ -56,14 +56,12 @@ def pairwise_loss(
     """
     if loss_type not in FUSED:
         raise UserError(f"loss_type must be one of {', '.join(FUSED)}, got {loss_type!r}")
-    options = Options(beta, label_smoothing, discopop_tau)
-    check_options((loss_type,), options)
+    check_options((loss_type,), Options(beta, label_smoothing, discopop_tau))
+    options = Options(float(beta), float(label_smoothing), float(discopop_tau))
     _check(log_probs, ref_log_probs, mask)
     ref_log_probs = None if ref_log_probs is None else ref_log_probs.detach()
     if on_triton(log_probs.device):
-        result = _PairwiseLoss.apply(
-            log_probs, ref_log_probs, mask, loss_type, float(beta), float(label_smoothing), float(discopop_tau)
-        )
+        result = _PairwiseLoss.apply(log_probs, ref_log_probs, mask, loss_type, options)
         return PairLosses(*result[:3], *result[3].chunk(2))
     sums, c, r, margin = _log_ratios(log_probs, ref_log_probs, mask, loss_type)
     losses = TABLE[loss_type].formula(c, r, margin, options)
@@ -113,8 +111,9 @@ class _PairwiseLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(log_probs, ref_log_probs, mask, *options):
-        return forward_op(log_probs, ref_log_probs, mask, *options)
+    def forward(log_probs, ref_log_probs, mask, loss_type, options):
+        numbers = (options.beta, options.label_smoothing, options.discopop_tau)
+        return forward_op(log_probs, ref_log_probs, mask, loss_type, *numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -124,7 +123,7 @@ class _PairwiseLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_constants):
         log_probs, mask, slopes = ctx.saved_tensors
-        return sum_gradient(log_probs, grad.repeat(2) * slopes, mask, None, None), *(None,) * 6
+        return sum_gradient(log_probs, grad.repeat(2) * slopes, mask, None, None), None, None, None, None
 
 
 def _forward_cpu(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, discopop_tau):

@@ -97,26 +97,35 @@ def token_logprobs(
         checks.labels_in_range(labels, logits.shape[-1], ignore_index)
         fields = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
     else:
-        statistics = tuple(outputs) != ("log_probs",)
-        log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1 = _TokenLogprobs.apply(
-            logits, labels, float(temperature), float(softcap or 0.0), ignore_index, statistics
+        options = RowOptions(
+            float(temperature), float(softcap or 0.0), ignore_index, statistics=tuple(outputs) != ("log_probs",)
         )
+        log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1 = _TokenLogprobs.apply(logits, labels, options)
         fields = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
     if tuple(outputs) == ("log_probs",):
         return fields["log_probs"]
     return TokenLogprobs(**{name: fields[name] for name in outputs})
 
 
+class RowOptions(NamedTuple):
+    """What the two ops take besides tensors, in their order; softcap 0 for none."""
+
+    temperature: float
+    softcap: float
+    ignore_index: int
+    statistics: bool
+
+
 class _TokenLogprobs(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, labels, temperature, softcap, ignore_index, statistics):
-        return forward_op(logits, labels, temperature, softcap, ignore_index, statistics)
+    def forward(logits, labels, options):
+        return forward_op(logits, labels, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, *ctx.options, ctx.statistics = inputs
+        logits, labels, ctx.options = inputs
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1)
         ctx.save_for_backward(logits, labels, row_max, row_sum, entropy)
@@ -124,10 +133,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
         logits, labels, row_max, row_sum, entropy = ctx.saved_tensors
-        grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
+        grad_entropy = grad_entropy if ctx.options.statistics else torch.zeros_like(grad_log_probs)
         saved = (row_max, row_sum, entropy, logits, labels)
-        grad = once(backward_op, grad_log_probs, grad_entropy, *saved, *ctx.options, ctx.statistics)
-        return grad, None, None, None, None, None
+        return once(backward_op, grad_log_probs, grad_entropy, *saved, *ctx.options), None, None
 
 
 def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics):

@@ -12,6 +12,7 @@ from fastalign.ops import checks
 from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.library import Op, define
 from fastalign.ops.once import once
+from fastalign.ops.token_logprobs import RowOptions
 from fastalign.ops.token_logprobs import backward_op as token_logprobs_backward
 
 
@@ -47,19 +48,20 @@ def token_logratios(
     if backend.choose(policy_logits.device) == "reference":
         checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
         return reference.token_logratios(policy_logits, ref_logits, labels, temperature, ignore_index)
-    return _TokenLogratios.apply(policy_logits, ref_logits, labels, float(temperature), ignore_index)[0]
+    options = RowOptions(float(temperature), 0.0, ignore_index, statistics=False)
+    return _TokenLogratios.apply(policy_logits, ref_logits, labels, options)[0]
 
 
 class _TokenLogratios(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(policy_logits, ref_logits, labels, temperature, ignore_index):
-        return forward_op(policy_logits, ref_logits, labels, temperature, ignore_index)
+    def forward(policy_logits, ref_logits, labels, options):
+        return forward_op(policy_logits, ref_logits, labels, options.temperature, options.ignore_index)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        policy_logits, ref_logits, labels, ctx.temperature, ctx.ignore_index = inputs
+        policy_logits, ref_logits, labels, ctx.options = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(policy_logits, ref_logits, labels, *output[1:])
 
@@ -69,12 +71,11 @@ class _TokenLogratios(torch.autograd.Function):
 
         def side(grad, logits, row_max, row_sum):
             none = torch.zeros_like(grad)
-            options = (ctx.temperature, 0.0, ctx.ignore_index, False)
-            return once(token_logprobs_backward, grad, none, row_max, row_sum, none, logits, labels, *options)
+            return once(token_logprobs_backward, grad, none, row_max, row_sum, none, logits, labels, *ctx.options)
 
         policy_grad = side(grad, policy_logits, policy_max, policy_sum) if ctx.needs_input_grad[0] else None
         ref_grad = side(-grad, ref_logits, ref_max, ref_sum) if ctx.needs_input_grad[1] else None
-        return policy_grad, ref_grad, None, None, None
+        return policy_grad, ref_grad, None, None
 
 
 def _forward_cpu(policy_logits, ref_logits, labels, temperature, ignore_index):

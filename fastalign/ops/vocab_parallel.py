@@ -20,11 +20,11 @@ from fastalign import backend, reference
 from fastalign._base.dtypes import compute_dtype
 from fastalign._base.errors import UserError
 from fastalign.ops import checks, head
-from fastalign.ops.head import LinearOptions
+from fastalign.ops.head import HeadOptions, LinearOptions
 from fastalign.ops.head import backward_op as head_backward
 from fastalign.ops.head import forward_op as head_forward
 from fastalign.ops.once import once
-from fastalign.ops.token_logprobs import OUTPUTS, LogProbs, More, Options, TokenLogprobs
+from fastalign.ops.token_logprobs import OUTPUTS, LogProbs, More, Options, RowOptions, TokenLogprobs
 from fastalign.ops.token_logprobs import backward_op as rows_backward
 from fastalign.ops.token_logprobs import forward_op as rows_forward
 
@@ -107,17 +107,10 @@ def vocab_parallel_token_logprobs(
         checks.labels_in_range(labels, part.vocab, ignore_index)
         fields = reference.token_logprobs(_whole(logits_shard, part, -1), labels, temperature, softcap, ignore_index)
     else:
-        fields = _named(
-            *_VocabParallelTokens.apply(
-                logits_shard,
-                labels,
-                float(temperature),
-                float(softcap or 0.0),
-                ignore_index,
-                tuple(outputs) != ("log_probs",),
-                part,
-            )
+        options = RowOptions(
+            float(temperature), float(softcap or 0.0), ignore_index, statistics=tuple(outputs) != ("log_probs",)
         )
+        fields = _named(*_VocabParallelTokens.apply(logits_shard, labels, options, part))
     return _selected(fields, outputs)
 
 
@@ -224,11 +217,19 @@ def vocab_parallel_linear_token_logprobs(
             )
     else:
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
-        budget = head.budget(memory_budget, weight_shard, learns[0]) if any(learns) and chosen == "cpu" else 0
-        *fields, _ = _VocabParallelLinear.apply(
-            hidden, weight_shard, bias, a, b, labels, float(adapter_scale), float(temperature), float(softcap or 0.0),
-            float(logit_scale), ignore_index, tuple(outputs) != ("log_probs",), budget, float(grad_filter or 0.0), part,
-        )  # fmt: skip
+        kept = any(learns) and chosen == "cpu"
+        options = HeadOptions(
+            float(adapter_scale),
+            float(temperature),
+            float(softcap or 0.0),
+            float(logit_scale),
+            ignore_index,
+            statistics=tuple(outputs) != ("log_probs",),
+            unit=False,
+            memory_budget=head.budget(memory_budget, weight_shard, learns[0]) if kept else 0,
+            grad_filter=float(grad_filter or 0.0),
+        )
+        *fields, _ = _VocabParallelLinear.apply(hidden, weight_shard, bias, a, b, labels, options, part)
         fields = _named(*fields)
     return _selected(fields, outputs)
 
@@ -348,14 +349,16 @@ def _combine(own: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, pa
 
 class _VocabParallelTokens(torch.autograd.Function):
     @staticmethod
-    def forward(logits, labels, temperature, softcap, ignore_index, statistics, part):
-        local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
-        own = rows_forward(logits, local, temperature, softcap, IGNORED, statistics) if part.size else None
-        return _combine(own, labels, ignore_index, part, compute_dtype(logits.dtype), statistics)
+    def forward(logits, labels, options, part):
+        ignore_index, own = options.ignore_index, None
+        if part.size:
+            local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
+            own = rows_forward(logits, local, *options._replace(ignore_index=IGNORED))
+        return _combine(own, labels, ignore_index, part, compute_dtype(logits.dtype), options.statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, labels, *ctx.options, ctx.ignore_index, ctx.statistics, ctx.part = inputs
+        logits, labels, ctx.options, ctx.part = inputs
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1 = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1)
         ctx.save_for_backward(logits, labels, row_max, row_sum, entropy)
@@ -364,9 +367,9 @@ class _VocabParallelTokens(torch.autograd.Function):
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
         logits, labels, row_max, row_sum, entropy = ctx.saved_tensors
         if not ctx.part.size:
-            return once(_no_gradient, logits, grad_log_probs), *[None] * 6
-        local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
-        grad_entropy = grad_entropy if ctx.statistics else torch.zeros_like(grad_log_probs)
+            return once(_no_gradient, logits, grad_log_probs), None, None, None
+        local, _ = ctx.part.within(labels, ctx.options.ignore_index, ELSEWHERE)
+        grad_entropy = grad_entropy if ctx.options.statistics else torch.zeros_like(grad_log_probs)
         grad = once(
             rows_backward,
             grad_log_probs,
@@ -376,64 +379,44 @@ class _VocabParallelTokens(torch.autograd.Function):
             entropy,
             logits,
             local,
-            *ctx.options,
-            IGNORED,
-            ctx.statistics,
+            *ctx.options._replace(ignore_index=IGNORED),
         )
-        return grad, *[None] * 6
+        return grad, None, None, None
 
 
 class _VocabParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        hidden,
-        weight,
-        bias,
-        a,
-        b,
-        labels,
-        adapter_scale,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        statistics,
-        memory_budget,
-        grad_filter,
-        part,
-    ):
-        dtype = compute_dtype(hidden.dtype)
+    def forward(hidden, weight, bias, a, b, labels, options, part):
+        dtype, ignore_index = compute_dtype(hidden.dtype), options.ignore_index
         own, kept = None, hidden.new_empty(0, dtype=dtype)
         if part.size:
             local, _ = part.within(labels, ignore_index, elsewhere=0)  # any entry will do: what it gives is not read
-            *own, kept, _ = head_forward(
-                hidden, weight, bias, a, b, local, adapter_scale, temperature, softcap, logit_scale, IGNORED,
-                statistics, False, memory_budget,
-            )  # fmt: skip
-        return *_combine(own, labels, ignore_index, part, dtype, statistics), kept
+            given = options._replace(ignore_index=IGNORED).of_forward()
+            *own, kept, _ = head_forward(hidden, weight, bias, a, b, local, *given)
+        return *_combine(own, labels, ignore_index, part, dtype, options.statistics), kept
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
-        ctx.options, (ctx.ignore_index, ctx.statistics, _, ctx.grad_filter, ctx.part) = inputs[6:10], inputs[10:]
+        *tensors, ctx.options, ctx.part = inputs
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept)
-        ctx.save_for_backward(row_max, row_sum, entropy, kept, *inputs[:6])
+        ctx.save_for_backward(row_max, row_sum, entropy, kept, *tensors)
 
     @staticmethod
     def backward(ctx, grad_log_probs, _max, _sum, grad_entropy, *_rest):
         if grad_log_probs is None and grad_entropy is None:
-            return (None,) * 15
+            return (None,) * 8
         row_max, row_sum, entropy, kept, *inputs, labels = ctx.saved_tensors
         grad_log_probs = torch.zeros_like(row_max) if grad_log_probs is None else grad_log_probs
-        grad_entropy = torch.zeros_like(row_max) if grad_entropy is None or not ctx.statistics else grad_entropy
+        grad_entropy = torch.zeros_like(row_max) if grad_entropy is None or not ctx.options.statistics else grad_entropy
         needs = list(ctx.needs_input_grad[:5])
         if ctx.part.size:
-            local, _ = ctx.part.within(labels, ctx.ignore_index, ELSEWHERE)
+            local, _ = ctx.part.within(labels, ctx.options.ignore_index, ELSEWHERE)
+            given = ctx.options._replace(ignore_index=IGNORED).of_backward()
             grads = once(
                 head_backward, grad_log_probs, grad_entropy, row_max, row_sum, entropy, kept, row_max.new_empty(0),
-                *inputs, local,
-                *ctx.options, IGNORED, ctx.grad_filter, needs,
+                *inputs, local, *given, needs,
             )  # fmt: skip
         else:
             grads = [once(_no_gradient, x, *inputs) if need else None for x, need in zip(inputs, needs, strict=True)]
@@ -441,7 +424,7 @@ class _VocabParallelLinear(torch.autograd.Function):
         for i in (0, 3):  # hidden and A, to whose gradients every slice adds
             if needs[i]:
                 grads[i] = once(_summed, grads[i], ctx.part)
-        return *grads, *[None] * 10
+        return *grads, None, None, None
 
 
 def _no_gradient(x: Tensor, *_others) -> Tensor:
