@@ -23,8 +23,9 @@ def main() -> int:
         package, sources = Path(folder) / "fastalign", shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / "fastalign", package, ignore=sources)
         shutil.copytree(ROOT / "kernels" / "fastalign_kernels", package / "kernels", ignore=sources)
-        command = [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml", "--no-cache"]
-        return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}).returncode
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        command = Path(sys.executable).with_name("lint-imports")
+        return subprocess.run([command], cwd=folder, env={**os.environ, "PYTHONPATH": folder}).returncode
 
 
 if __name__ == "__main__":

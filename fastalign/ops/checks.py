@@ -66,7 +66,7 @@ def arrays(**named: Any) -> None:
         try:
             np.asarray(x, dtype=np.float64)
         except (TypeError, ValueError):
-            raise UserError(f"{name} must be an array of numbers, got {shown(x)}") from None
+            raise WrongType(f"{name} must be an array of numbers, got {shown(x)}") from None
 
 
 def logits(name: str, x: Tensor, last: str = "V") -> None:
@@ -109,8 +109,10 @@ def labels_in_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def outputs(requested: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not requested or any(name not in known for name in requested):
-        raise UserError(f"outputs must be some of {', '.join(known)}, got {tuple(requested)!r}")
+    several = isinstance(requested, tuple | list)
+    if not several or not requested or any(not isinstance(name, str) or name not in known for name in requested):
+        came = f"{tuple(requested)!r:.80}" if several else shown(requested)
+        raise UserError(f"outputs must be some of {', '.join(known)}, got {came}")
 
 
 def positive(name: str, value: float) -> None:

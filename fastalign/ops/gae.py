@@ -40,15 +40,14 @@ def gae(
     checks.logits("rewards", rewards)
     checks.logits("values", values)
     for name, x in (("values", values), ("mask", mask)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        checks.tensor(name, x)
         if x.shape != rewards.shape:
             raise UserError(f"{name}.shape must equal rewards.shape, got {tuple(x.shape)} and {tuple(rewards.shape)}")
         if x.device != rewards.device:
             raise UserError(f"{name} must be on rewards' device, got {x.device} and {rewards.device}")
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise UserError(f"{name} must be a number in [0, 1], got {value!r}")
+            raise UserError(f"{name} must be a number in [0, 1], got {checks.shown(value)}")
     dtype = compute_dtype(torch.promote_types(rewards.dtype, values.dtype))
     rewards, values, mask = rewards.detach().to(dtype), values.detach().to(dtype), mask.detach().bool()
     if backend.choose(rewards.device) == "reference":

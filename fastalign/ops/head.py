@@ -56,6 +56,7 @@ def token_logprobs(
 ) -> Tensor | TokenLogprobs:
     """See `ops.linear_token_logprobs`."""
     check(hidden, weight, labels, bias, temperature, softcap, logit_scale, grad_filter, adapter, memory_budget)
+    checks.integer("ignore_index", ignore_index)
     checks.outputs(outputs, OUTPUTS)
     chosen = backend.choose(hidden.device)
     if chosen == "reference":
@@ -112,7 +113,7 @@ def check(
             raise UserError(f"bias.shape[0] must equal weight.shape[0], got {bias.shape[0]} and {weight.shape[0]}")
     if adapter is not None:
         if not (isinstance(adapter, tuple | list) and len(adapter) == 3 and isinstance(adapter[2], int | float)):
-            raise TypeError(f"adapter must be (A, B, scale) with a number as scale, got {type(adapter).__name__}")
+            raise checks.WrongType(f"adapter must be (A, B, scale) with a number as scale, got {checks.shown(adapter)}")
         a, b, _ = adapter
         _head("adapter's A", a, hidden, 2, "(r, H)")
         _head("adapter's B", b, hidden, 2, "(V, r)")
@@ -126,17 +127,18 @@ def check(
     if softcap is not None:
         checks.positive("softcap", softcap)
     if grad_filter is not None and not (isinstance(grad_filter, int | float) and 0 < grad_filter < 1):
-        raise UserError(f"grad_filter must be a number between 0 and 1, or None, got {grad_filter!r}")
+        raise UserError(f"grad_filter must be a number between 0 and 1, or None, got {checks.shown(grad_filter)}")
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget >= 0):
-        raise UserError(f"memory_budget must be a number of bytes, at least 0, or None, got {memory_budget!r}")
+        raise UserError(
+            f"memory_budget must be a number of bytes, at least 0, or None, got {checks.shown(memory_budget)}"
+        )
 
 
 def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    checks.tensor(name, x)
     if x.dtype not in DTYPES or compute_dtype(x.dtype) != compute_dtype(hidden.dtype):
         kinds = "float64" if hidden.dtype == torch.float64 else "float32, bfloat16 or float16"
-        raise TypeError(f"{name} must be {kinds} if hidden is {hidden.dtype}, got {x.dtype}")
+        raise checks.WrongType(f"{name} must be {kinds} if hidden is {hidden.dtype}, got {x.dtype}")
     if x.device != hidden.device:
         raise UserError(f"{name} must be on hidden's device, got {x.device} and {hidden.device}")
     if x.ndim != ndim or 0 in x.shape:

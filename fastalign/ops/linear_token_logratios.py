@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 from fastalign.ops.linear_token_logprobs import linear_token_logprobs
 
 
@@ -46,9 +47,11 @@ def linear_token_logratios(
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
     """
-    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    checks.tensors(hidden=hidden, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    if ref_bias is not None:
+        checks.tensor("ref_bias", ref_bias)
+    if weight.ndim != 2:
+        raise UserError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise UserError(
             "ref_hidden.shape[:-1] must equal hidden.shape[:-1], "

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastalign import backend, empty, reference
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
+from fastalign.ops import checks
 from fastalign.ops.library import Op, define
 
 
@@ -158,15 +159,14 @@ statistics_op: Op = define(
 def _check(rewards, lam, center, log_weights, groups) -> None:
     named = {"rewards": rewards, "lam": lam, "center": center, "log_weights": log_weights, "groups": groups}
     for name, x in named.items():
-        if x is None:
+        if x is None and name not in ("rewards", "lam"):
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        checks.tensor(name, x)
         if name == "groups":
             if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-                raise TypeError(f"groups must be integers, got {x.dtype}")
+                raise checks.WrongType(f"groups must be integers, got {x.dtype}")
         elif x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
+            raise checks.WrongType(f"{name} must be float32 or float64, got {x.dtype}")
         if x.device != rewards.device:
             raise UserError(f"{name} must be on rewards' device, got {x.device} and {rewards.device}")
     if rewards.ndim != 2 or 0 in rewards.shape:

@@ -175,6 +175,7 @@ def check_options(kinds: Iterable[str], options: Options) -> None:
 
 
 def check_smoothing(value: float) -> None:
+    checks.numbers(label_smoothing=value)
     if not 0 <= value < 1:
         raise UserError(f"label_smoothing must be in [0, 1), got {value!r}")
 

@@ -54,8 +54,7 @@ def pairwise_loss(
     Raises:
         UserError, TypeError: a shape, device or option that breaks these rules.
     """
-    if loss_type not in FUSED:
-        raise UserError(f"loss_type must be one of {', '.join(FUSED)}, got {loss_type!r}")
+    checks.among("loss_type", loss_type, FUSED)
     check_options((loss_type,), Options(beta, label_smoothing, discopop_tau))
     options = Options(float(beta), float(label_smoothing), float(discopop_tau))
     _check(log_probs, ref_log_probs, mask)
@@ -72,8 +71,7 @@ def _check(log_probs, ref_log_probs, mask) -> None:
     checks.logits("log_probs", log_probs, "T")
     if log_probs.ndim != 2 or len(log_probs) % 2:
         raise UserError(f"log_probs must have shape (2B, T), chosen then rejected, got {tuple(log_probs.shape)}")
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    checks.tensor("mask", mask)
     if mask.shape != log_probs.shape:
         raise UserError(f"mask.shape must equal log_probs.shape, got {tuple(mask.shape)} and {tuple(log_probs.shape)}")
     beside = {"mask": mask}

@@ -88,17 +88,16 @@ def check(
     if logits.ndim != 2 or logits.shape[1] > MAX_VOCAB:
         raise UserError(f"logits must have shape (B, V) with V below 2^31, got {tuple(logits.shape)}")
     if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
-        raise UserError(f"temperature must be a finite number, at least 0, got {temperature!r}")
+        raise UserError(f"temperature must be a finite number, at least 0, got {checks.shown(temperature)}")
     if not (isinstance(top_k, int) and top_k >= 0):
-        raise UserError(f"top_k must be an integer, at least 0, got {top_k!r}")
+        raise UserError(f"top_k must be an integer, at least 0, got {checks.shown(top_k)}")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise UserError(f"{name} must be in [0, 1], got {value!r}")
+            raise UserError(f"{name} must be in [0, 1], got {checks.shown(value)}")
     if not (isinstance(offset, int) and 0 <= offset < 2**63):
-        raise UserError(f"offset must be an integer in [0, 2^63), got {offset!r}")
+        raise UserError(f"offset must be an integer in [0, 2^63), got {checks.shown(offset)}")
     if rows is not None:
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-            raise TypeError(f"rows must be an int64 tensor, got {getattr(rows, 'dtype', type(rows).__name__)}")
+        checks.tensor("rows", rows, "an int64 tensor", torch.int64)
         if rows.shape not in (logits.shape[:1], (len(logits), 2)):
             raise UserError(
                 f"rows.shape must be (B,) or (B, 2) with logits' B, got {tuple(rows.shape)} and {tuple(logits.shape)}"

@@ -92,6 +92,7 @@ def token_logprobs(
     checks.positive("temperature", temperature)
     if softcap is not None:
         checks.positive("softcap", softcap)
+    checks.integer("ignore_index", ignore_index)
     checks.outputs(outputs, OUTPUTS)
     if backend.choose(logits.device) == "reference":
         checks.labels_in_range(labels, logits.shape[-1], ignore_index)

@@ -45,6 +45,7 @@ def token_logratios(
             raise UserError(f"ref_logits.{what} must equal policy_logits.{what}, got {ref} and {policy}")
     checks.labels("policy_logits", policy_logits, labels)
     checks.positive("temperature", temperature)
+    checks.integer("ignore_index", ignore_index)
     if backend.choose(policy_logits.device) == "reference":
         checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
         return reference.token_logratios(policy_logits, ref_logits, labels, temperature, ignore_index)

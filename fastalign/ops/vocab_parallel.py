@@ -99,6 +99,7 @@ def vocab_parallel_token_logprobs(
         checks.positive("temperature", temperature)
         if softcap is not None:
             checks.positive("softcap", softcap)
+        checks.integer("ignore_index", ignore_index)
         checks.outputs(outputs, OUTPUTS)
         return {"size": logits_shard.shape[-1], "labels.numel()": labels.numel()}
 
@@ -194,6 +195,7 @@ def vocab_parallel_linear_token_logprobs(
         for name, x in (("bias", bias), ("adapter's B", adapter and adapter[1])):
             if x is not None and len(x) != len(weight_shard):
                 raise UserError(f"{name} must have weight_shard's rows, got {len(x)} and {len(weight_shard)}")
+        checks.integer("ignore_index", ignore_index)
         checks.outputs(outputs, OUTPUTS)
         return {"size": len(weight_shard), "labels.numel()": labels.numel(), "hidden.shape[-1]": hidden.shape[-1]}
 

@@ -10,6 +10,7 @@ from bisect import bisect_left
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 from fastalign.palette.inputs import Array, to_numpy
 
 BLOCK = 256
@@ -40,6 +41,7 @@ def hypervolume(points: Array, reference: Array) -> float:
     & Barone 2012); hundreds of points take seconds from d = 6 on. Raises UserError on NaN or infinity.
     """
     points = _checked(points)
+    checks.arrays(reference=reference)
     reference = np.asarray(to_numpy(reference), dtype=np.float64)
     if reference.shape != (points.shape[1],):
         raise UserError(
@@ -52,11 +54,12 @@ def hypervolume(points: Array, reference: Array) -> float:
 
 
 def _checked(points) -> np.ndarray:
+    checks.arrays(points=points)
     points = np.asarray(to_numpy(points))
     if points.ndim != 2 or points.shape[1] == 0:
         raise UserError(f"points must have shape (n, d), d at least 1, got {points.shape}")
     if points.dtype.kind not in "fiub":
-        raise TypeError(f"points must be real numbers, got {points.dtype}")
+        raise checks.WrongType(f"points must be real numbers, got {points.dtype}")
     points = points.astype(np.float64, copy=False)
     bad = np.argwhere(~np.isfinite(points))
     if len(bad):

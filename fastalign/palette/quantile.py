@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 from fastalign.palette.inputs import Array, as_rewards, reject_nonfinite
 
 
@@ -37,5 +38,6 @@ def quantile_palette(rewards: Array, q: float, *, values: Sequence[int] | None =
 
 def check_quantile(name: str, q: float) -> None:
     """Raises UserError, with the name it was given by, unless q is in [0, 1]."""
+    checks.numbers(**{name: q})
     if not 0 <= q <= 1:
         raise UserError(f"{name} must lie between 0 and 1, got {q}")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastalign._base.errors import UserError
+from fastalign.ops import checks
 from fastalign.palette.inputs import (
     Array,
     Rewards,
@@ -79,7 +80,7 @@ def pass_over(rewards: Rewards, groups: Array | None, weights: Array | None) -> 
 
 def _on_device(rewards: torch.Tensor) -> torch.Tensor:
     if rewards.is_complex():
-        raise TypeError(f"rewards must be real numbers, got {rewards.dtype}")
+        raise checks.WrongType(f"rewards must be real numbers, got {rewards.dtype}")
     if rewards.dtype in (torch.float32, torch.float64):
         return rewards
     return rewards.float() if rewards.is_floating_point() else rewards.double()

@@ -25,7 +25,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.lazy import pandas
 from fastalign._base.units import counted
 from fastalign.ops import checks
-from fastalign.palette.inputs import Array, Rewards, Sense, as_palettes
+from fastalign.palette.inputs import Array, Rewards, Sense, as_palettes, check_sense
 from fastalign.palette.problem import Problem
 from fastalign.palette.setup import set_up
 from fastalign.palette.sources import ParquetRewards
@@ -196,8 +196,7 @@ def check_arguments(rewards: Any, palette: Any, weights: Any, sense: Any = ">=",
     if not isinstance(rewards, ParquetRewards):
         checks.arrays(rewards=rewards)
     checks.arrays(palette=palette, **weights)
-    if not isinstance(sense, str | Sequence | np.ndarray):
-        raise UserError(f"sense must be '>=', '<=' or '==', got {checks.shown(sense)}")
+    check_sense(sense)
     checks.numbers(**{name: x for name, x in options.items() if not (name == "lam_max" and x is None)})
 
 

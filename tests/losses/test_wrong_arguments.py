@@ -36,6 +36,10 @@ def kto(desirable=DESIRABLE, kl=0.0, **options):
     return losses.kto_loss(V, V, desirable, kl, **options)
 
 
+def head(hidden=HIDDEN, weight=WEIGHT, labels=IDS, **options):
+    return ops.linear_token_logprobs(hidden, weight, labels, **options)
+
+
 CASES = [
     (lambda: losses.shift_labels(NP, MASK), f"input_ids {TENSOR} ndarray"),
     (lambda: losses.shift_labels(IDS, [[1]]), f"completion_mask {TENSOR} list"),
@@ -121,6 +125,42 @@ CASES = [
     (lambda: losses.LinearDPOLoss()(HIDDEN, WEIGHT, IDS.numpy()), f"labels {TENSOR} ndarray"),
     (lambda: losses.LinearDPOLoss()(HIDDEN, WEIGHT, IDS, ref_logps=A), "ref_logps must be two tensors, chosen and rej"),
     (lambda: losses.LinearDPOLoss()(HIDDEN, WEIGHT, IDS, ref_hidden=NP, ref_weight=WEIGHT), f"ref_hidden {TENSOR} nda"),
+    (lambda: head(None), f"hidden {TENSOR} NoneType"),
+    (lambda: head(weight=WEIGHT.numpy()), f"weight {TENSOR} ndarray"),
+    (lambda: head(weight=WEIGHT[0, 0]), "weight must have shape (V, H)"),
+    (lambda: head(weight=WEIGHT.double()), "weight must be float32, bfloat16 or float16 if hidden is torch.float32"),
+    (lambda: head(labels=None), "labels must be a torch.Tensor, got NoneType"),
+    (lambda: head(bias=[0.0] * 5), f"bias {TENSOR} list"),
+    (lambda: head(adapter=(WEIGHT, WEIGHT)), "adapter must be (A, B, scale) with a number as scale, got tuple"),
+    (lambda: head(adapter=(None, WEIGHT, 1.0)), f"adapter's A {TENSOR} NoneType"),
+    (lambda: head(outputs=None), "outputs must be some of log_probs, "),
+    (lambda: head(outputs="entropy"), "outputs must be some of log_probs, "),
+    (lambda: head(ignore_index="x"), "ignore_index must be an integer, got 'x'"),
+    (lambda: head(temperature=None), "temperature must be a positive finite number, got None"),
+    (lambda: head(grad_filter=NP), "grad_filter must be a number between 0 and 1, or None, got ndarray"),
+    (lambda: head(memory_budget="1GB"), "memory_budget must be a number of bytes, at least 0, or None, got '1GB'"),
+    (lambda: ops.token_logprobs(X, IDS[:, 0], outputs=[None]), "outputs must be some of log_probs, "),
+    (lambda: ops.token_logprobs(X, IDS[:, 0], ignore_index=None), "ignore_index must be an integer, got None"),
+    (lambda: ops.token_logratios(X, X, IDS[:, 0], ignore_index=0.5), "ignore_index must be an integer, got 0.5"),
+    (lambda: ops.linear_token_logratios(None, WEIGHT, HIDDEN, WEIGHT, IDS), f"hidden {TENSOR} NoneType"),
+    (lambda: ops.linear_token_logratios(HIDDEN, WEIGHT[0, 0], HIDDEN, WEIGHT, IDS), "weight must have shape (V, H)"),
+    (lambda: ops.linear_token_logratios(HIDDEN, WEIGHT, HIDDEN, WEIGHT, IDS, ref_bias=0), f"ref_bias {TENSOR} int"),
+    (lambda: ops.sample_tokens(X, seed=0, rows=[0]), "rows must be an int64 tensor, got list"),
+    (lambda: ops.sample_tokens(X, seed=0, top_p=NP), "top_p must be in [0, 1], got ndarray"),
+    (lambda: ops.gae(X, X, None), f"mask {TENSOR} NoneType"),
+    (lambda: ops.gae(X, X, MASK, gamma="x"), "gamma must be a number in [0, 1], got 'x'"),
+    (lambda: ops.gae(X, X, MASK, lam=NP), "lam must be a number in [0, 1], got ndarray"),
+    (lambda: ops.pairwise_loss(None, None, MASK), f"log_probs {TENSOR} NoneType"),
+    (lambda: ops.pairwise_loss(X, NP, MASK), f"ref_log_probs {TENSOR} ndarray"),
+    (lambda: ops.pairwise_loss(X, None, NP), f"mask {TENSOR} ndarray"),
+    (lambda: ops.pairwise_loss(X, None, MASK, loss_type=NP), "loss_type must be one of sigmoid, "),
+    (lambda: ops.pairwise_loss(X, None, MASK, beta=None), "beta must be a positive finite number, got None"),
+    (lambda: ops.pairwise_loss(X, None, MASK, label_smoothing=None), "label_smoothing must be a number, got None"),
+    (lambda: ops.map_statistics(None, A), f"rewards {TENSOR} NoneType"),
+    (lambda: ops.map_statistics(X, None), f"lam {TENSOR} NoneType"),
+    (lambda: ops.map_statistics(X, IDS[0]), "lam must be float32 or float64, got torch.int64"),
+    (lambda: ops.map_statistics(X, X[0], center=NP), f"center {TENSOR} ndarray"),
+    (lambda: ops.map_statistics(X, X[0], groups=A), "groups must be integers, got torch.float32"),
     (lambda: ops.resample(NP, seed=0), f"log_weights {TENSOR} ndarray"),
     (lambda: ops.resample(X, mask=MASK.numpy(), seed=0), "mask must be a bool tensor, got ndarray"),
     (lambda: ops.resample(X, method=None, seed=0), "method must be one of multinomial, "),

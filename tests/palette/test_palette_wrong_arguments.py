@@ -5,7 +5,7 @@ import pytest
 from refusals import assert_one_line
 
 from fastalign import decode, palette
-from fastalign.palette import front, uncertainty
+from fastalign.palette import front, sequential, uncertainty
 
 R = np.random.default_rng(0).standard_normal((40, 2))
 C = R.mean(axis=0) + 0.1
@@ -19,6 +19,18 @@ CASES = [
     (lambda: palette.solve(R, C, tol=None), "tol must be a number, got None"),
     (lambda: palette.solve(R, C, lam_max="x"), "lam_max must be a number, got 'x'"),
     (lambda: palette.solve(R, C, sense=None), "sense must be '>=', '<=' or '==', got None"),
+    (lambda: palette.solve(R, C, sense=[None, ">="]), "sense must be '>=', '<=' or '==', got None"),
+    (lambda: palette.solve(R, C, groups=[[1], [1, 2]]), "groups must have shape (40,), one prompt id for each row"),
+    (lambda: palette.solve(R, C, groups=["a"] * 40), "groups must be integers, got "),
+    (lambda: palette.quantile_palette("x", 0.5), "rewards must be an array of numbers, got 'x'"),
+    (lambda: palette.quantile_palette(R, None), "q must be a number, got None"),
+    (lambda: palette.pareto_front("x"), "points must be an array of numbers, got 'x'"),
+    (lambda: palette.pareto_front([[1.0], [1.0, 2.0]]), "points must be an array of numbers, got list"),
+    (lambda: palette.hypervolume(R, None), "reference must have one level for each of the 2 values, got ()"),
+    (lambda: palette.hypervolume(R, "x"), "reference must be an array of numbers, got 'x'"),
+    (lambda: sequential.solve_in_turn(R, "x"), "palette must be an array of numbers, got 'x'"),
+    (lambda: sequential.solve_in_turn(R, C, weights="x"), "weights must be an array of numbers, got 'x'"),
+    (lambda: sequential.solve_in_turn(R, C, sense=None), "sense must be '>=', '<=' or '==', got None"),
     (lambda: front.spread_directions(2, columns=[7]), "columns must be from 0 to 1, of 2 values, got 7"),
     (lambda: front.spread_directions(2, columns=[-1]), "columns must be from 0 to 1, of 2 values, got -1"),
     (lambda: front.spread_directions(2, columns=-1), "columns must be several of the 2 values, got -1"),

@@ -101,5 +101,5 @@ def test_bad_points_are_one_clear_line(call, says):
 
 
 def test_points_must_be_numbers():
-    with pytest.raises(TypeError, match="points must be real numbers"):
+    with pytest.raises(TypeError, match="points must be an array of numbers"):
         pareto_front([["a", "b"]])
