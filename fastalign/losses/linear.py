@@ -11,7 +11,7 @@ form one batch of 2B rows, first the B chosen, then the B rejected.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -283,6 +283,9 @@ class LinearDPOLoss(_LinearPairLoss):
         )
         return losses.mean(), self._pair_metrics(scored, mask, chosen_rewards, rejected_rewards, chosen, rejected)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _fuses(self, log_probs: Tensor) -> bool:
         """Whether `pairwise_loss` computes this loss in one kernel launch: a single loss of the plain log-ratios, on a
         GPU."""
@@ -354,6 +357,9 @@ class LinearCPOLoss(_LinearPairLoss):
         losses, *rewards = cpo_loss(chosen, rejected, chosen_nll=nll, **self.options)
         metrics = self._pair_metrics(scored, mask, *rewards, chosen, rejected)
         return losses.mean(), metrics if nll is None else metrics | {"nll_loss": nll.detach()}
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class LinearSimPOLoss(LinearCPOLoss):
@@ -446,6 +452,9 @@ class LinearORPOLoss(_LinearPairLoss):
         }
         return losses.mean(), metrics
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class LinearKTOLoss(LinearLoss):
     """`kto_loss` on hidden states. beta, weights and loss_type as in `kto_loss`; head as in `LinearDPOLoss`."""
@@ -535,6 +544,9 @@ class LinearKTOLoss(LinearLoss):
         token_metrics = self._token_metrics(scored, mask, desirable)
         token_metrics.pop("mean_token_accuracy", None)
         return losses.mean(), metrics | token_metrics
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _kl(
         self,

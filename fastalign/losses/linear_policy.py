@@ -7,7 +7,7 @@ without gradient. Labels are aligned with the hidden states that predict them, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -83,6 +83,9 @@ class _LinearPolicyLoss(LinearLoss):
             **self.options,
         )
         return result.loss, _metrics(result)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class LinearPPOLoss(_LinearPolicyLoss):

@@ -20,11 +20,21 @@ from fastalign.ops.library import Op, define
 class MapStatistics(NamedTuple):
     """What `map_statistics` returns; every field float64, with a leading K where lam is (K, m)."""
 
-    log_z: Any  # () log Σ w e^s / Σ w
-    mean: Any  # (m,) of R - center under the tilted law
-    cov: Any  # (m, m)
-    ess: Any  # () (Σ w e^s)² / Σ (w e^s)²
-    max_score: Any  # () the largest s of a row with positive weight
+    log_z: Tensor  # () log Σ w e^s / Σ w
+    mean: Tensor  # (m,) of R - center under the tilted law
+    cov: Tensor  # (m, m)
+    ess: Tensor  # () (Σ w e^s)² / Σ (w e^s)²
+    max_score: Tensor  # () the largest s of a row with positive weight
+
+
+class ArrayStatistics(NamedTuple):
+    """The same in numpy arrays, with a leading K."""
+
+    log_z: np.ndarray
+    mean: np.ndarray
+    cov: np.ndarray
+    ess: np.ndarray
+    max_score: np.ndarray
 
 
 def map_statistics(
@@ -62,7 +72,7 @@ def map_statistics(
 
 
 class MapPass:
-    """The same pass for numpy arrays, set up once and called at many λ: `run(lam (K, m)) -> MapStatistics`, K leading.
+    """The same pass for numpy arrays, set up once and called at many λ: `run(lam (K, m)) -> ArrayStatistics`.
 
     rewards: (n, m) float32 or float64, rows contiguous. center (m,) and log_weights (n,) float64; groups (n,) integers.
     """
@@ -91,7 +101,7 @@ class MapPass:
         count = 0 if groups is None else len(self.offsets) - 1
         self.description: tuple[Any, ...] = (rewards, self.center, log_weights, self.order, self.offsets, count)
 
-    def __call__(self, lam: np.ndarray) -> MapStatistics:
+    def __call__(self, lam: np.ndarray) -> ArrayStatistics:
         if not self.is_native:
             return self._reference(lam)
         lam = np.ascontiguousarray(lam, dtype=np.float64)
@@ -99,13 +109,13 @@ class MapPass:
         out = np.empty((count, 3 + m + m * m))
         backend.native.map_statistics(out, self.description, lam, threads())
         mean, cov = out[:, 3 : 3 + m], out[:, 3 + m :].reshape(count, m, m)
-        return MapStatistics(out[:, 0] - self.log_norm, mean, cov, out[:, 1], out[:, 2])
+        return ArrayStatistics(out[:, 0] - self.log_norm, mean, cov, out[:, 1], out[:, 2])
 
-    def _reference(self, lam: np.ndarray) -> MapStatistics:
+    def _reference(self, lam: np.ndarray) -> ArrayStatistics:
         given = (self.rewards, lam, self.center, self.log_weights, self.groups)
         tensors = (None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given)
         moments = reference.map_statistics(*tensors)
-        return MapStatistics(**{name: x.numpy() for name, x in moments.items()})
+        return ArrayStatistics(**{name: x.numpy() for name, x in moments.items()})
 
     @cached_property
     def log_norm(self) -> float:

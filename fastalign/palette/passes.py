@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastalign._base.errors import UserError
-from fastalign.ops.map_statistics import MapPass, MapStatistics, map_statistics
+from fastalign.ops.map_statistics import ArrayStatistics, MapPass, map_statistics
 from fastalign.palette.inputs import reject_nonfinite
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Pass(Protocol):
-    """Called at λ (K, m) it returns `MapStatistics` of numpy arrays."""
+    """Called at λ (K, m) it returns `ArrayStatistics` of numpy arrays."""
 
     @property
     def center(self) -> np.ndarray:
@@ -44,7 +44,7 @@ class Pass(Protocol):
     def total(self) -> float:
         """log Σ weights, or with groups the log of their number: the weight of this pass in a merge."""
 
-    def __call__(self, lam: np.ndarray) -> MapStatistics: ...
+    def __call__(self, lam: np.ndarray) -> ArrayStatistics: ...
 
     def part(self, rows: int) -> Pass | None:
         """A pass over about that many of the rows; None if they may not be representative: with groups or weights."""
@@ -131,9 +131,9 @@ class DevicePass:
         stride = max(1, len(rows) // 4096)
         return rows[::stride].contiguous().cpu().numpy()
 
-    def __call__(self, lam: np.ndarray) -> MapStatistics:
+    def __call__(self, lam: np.ndarray) -> ArrayStatistics:
         lam = torch.as_tensor(lam, dtype=torch.float64, device=self.rewards.device)
-        return MapStatistics(*(x.cpu().numpy() for x in map_statistics(self.rewards, lam, **self.options)))
+        return ArrayStatistics(*(x.cpu().numpy() for x in map_statistics(self.rewards, lam, **self.options)))
 
     def part(self, rows: int) -> ArrayPass | None:
         if self.groups is not None or self.log_weights is not None:
@@ -144,7 +144,7 @@ class DevicePass:
         reject_nonfinite(self.rewards.cpu().numpy())
 
 
-def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tuple[MapStatistics, float]:
+def merge(parts: list[ArrayStatistics], totals: list[float], grouped: bool) -> tuple[ArrayStatistics, float]:
     """The statistics of all rows from those of disjoint parts relative to one center, and the parts' total.
 
     totals: each part's log Σ weights, or with groups, the log of its number of groups (no group may be split).
@@ -152,11 +152,11 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
     share = np.array(totals)
     total = float(np.logaddexp.reduce(share))
     log_share = (share - total)[:, None]
-    stack = MapStatistics(*(np.stack(each) for each in zip(*parts, strict=True)))
+    stack = ArrayStatistics(*(np.stack(each) for each in zip(*parts, strict=True)))
     if grouped:
         p = np.exp(log_share)
         wide, square = p[:, :, None], p[:, :, None, None]
-        return MapStatistics(
+        return ArrayStatistics(
             (p * stack.log_z).sum(0),
             (wide * stack.mean).sum(0),
             (square * stack.cov).sum(0),
@@ -171,7 +171,7 @@ def merge(parts: list[MapStatistics], totals: list[float], grouped: bool) -> tup
     apart = stack.mean - mean
     between = apart[:, :, :, None] * apart[:, :, None, :]
     cov = (p[:, :, None, None] * (stack.cov + between)).sum(0)
-    return MapStatistics(log_z, mean, cov, 1.0 / (p * p / stack.ess).sum(0), stack.max_score.max(0)), total
+    return ArrayStatistics(log_z, mean, cov, 1.0 / (p * p / stack.ess).sum(0), stack.max_score.max(0)), total
 
 
 class ChunkedPass:
@@ -198,7 +198,7 @@ class ChunkedPass:
         self.sample: ArrayPass = ArrayPass(np.concatenate(kept))
         self.center, self.size, self.eps, self.total = self.sample.center, self.sample.size, self.sample.eps, np.nan
 
-    def __call__(self, lam: np.ndarray) -> MapStatistics:
+    def __call__(self, lam: np.ndarray) -> ArrayStatistics:
         merged = None
         for rewards, log_weights, groups in self.source:
             if log_weights is not None and not self.grouped and not (log_weights > -np.inf).any():
@@ -265,7 +265,7 @@ class ShardedPass:
         dist.all_gather(everyone, mine, group=self.group)
         return torch.stack(everyone).cpu().numpy()
 
-    def __call__(self, lam: np.ndarray) -> MapStatistics:
+    def __call__(self, lam: np.ndarray) -> ArrayStatistics:
         moments = self.own(lam)
         count, m = lam.shape
         score = lam @ self.shift
@@ -282,7 +282,7 @@ class ShardedPass:
         )
         gathered = self._gather(packed)
         parts = [
-            MapStatistics(x[:, 1], x[:, 4 : 4 + m], x[:, 4 + m :].reshape(count, m, m), x[:, 2], x[:, 3])
+            ArrayStatistics(x[:, 1], x[:, 4 : 4 + m], x[:, 4 + m :].reshape(count, m, m), x[:, 2], x[:, 3])
             for x in gathered
         ]
         merged, self.total = merge(parts, list(gathered[:, 0, 0]), self.grouped)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign.ops.map_statistics import MapStatistics
+from fastalign.ops.map_statistics import ArrayStatistics
 from fastalign.palette import native, newton
 from fastalign.palette.feasibility import SHARP, Reachable
 from fastalign.palette.newton import Point, residual
@@ -74,7 +74,7 @@ class Problem:
             return None
         return np.where(few.minima.certified[:, None], 0.0, few.minima.mu / few.scale)
 
-    def _measure(self, first: MapStatistics) -> None:
+    def _measure(self, first: ArrayStatistics) -> None:
         """The units, from the moments at λ = 0, and which palettes are infeasible in a constant reward."""
         self.mean, self.cov = first.mean[0], first.cov[0]
         if not (isfinite(self.mean.sum()) and isfinite(self.cov.sum())):
@@ -119,7 +119,7 @@ class Problem:
         bound = np.where(self.constant, 0.0, self.lam_max * self.scale)
         return np.where(self.sign > 0, 0.0, -bound), np.where(self.sign < 0, 0.0, bound)
 
-    def _points(self, ks: Sequence[int] | np.ndarray, mu: np.ndarray, stats: MapStatistics) -> list[Point]:
+    def _points(self, ks: Sequence[int] | np.ndarray, mu: np.ndarray, stats: ArrayStatistics) -> list[Point]:
         """The duals of the palettes `ks` at their μ (len(ks), m), from a pass's statistics."""
         offset = self.run.center - self.palettes[ks]
         shift = (mu / self.scale * offset).sum(axis=1)
@@ -134,7 +134,7 @@ class Problem:
     def _evaluate(self, ks: Sequence[int] | np.ndarray, mu: np.ndarray) -> list[Point]:
         return self._points(ks, mu, self.run(mu / self.scale))
 
-    def _minimise(self, first: MapStatistics, guess: np.ndarray | None) -> newton.Minima:
+    def _minimise(self, first: ArrayStatistics, guess: np.ndarray | None) -> newton.Minima:
         """Minimises in Python, from 0 or from the guess if that is lower; both share the first read."""
         (lower, upper), ks = self._bounds(), np.arange(len(self.palettes))
         part = lambda rows: type(first)(*(x[rows] for x in first))  # noqa: E731

@@ -63,17 +63,17 @@ class PaletteSolution:
 
     lam: np.ndarray
     levels: np.ndarray
-    kl: Any
-    ess: Any
-    feasible: Any
-    kkt_residual: Any
-    iterations: Any
+    kl: np.float64 | np.ndarray
+    ess: np.float64 | np.ndarray
+    feasible: np.bool_ | np.ndarray
+    kkt_residual: np.float64 | np.ndarray
+    iterations: np.int64 | np.ndarray
     nearest: np.ndarray | None
     certificate: np.ndarray | None
     scaling: Any
-    duality_gap: Any
-    nearly_infeasible: Any
-    unique: Any
+    duality_gap: np.float64 | np.ndarray
+    nearly_infeasible: np.bool_ | np.ndarray
+    unique: np.bool_ | np.ndarray
     palette: ClassVar[np.ndarray | None] = None
     values: ClassVar[tuple[str, ...]] = ()
 
@@ -132,7 +132,8 @@ class PaletteSolution:
         """A header and one row per value; of many palettes, for the first ten."""
         lam, names = np.asarray(self.lam), self._names()
         if lam.ndim == 2:
-            rows = [[str(k), *(f"{x:.4g}" for x in row), f"{self.kl[k]:.3f}"] for k, row in enumerate(lam[:10])]
+            kl = np.asarray(self.kl)
+            rows = [[str(k), *(f"{x:.4g}" for x in row), f"{kl[k]:.3f}"] for k, row in enumerate(lam[:10])]
             return [["", *(f"λ {name}" for name in names), "KL"], *rows]
         columns = self._columns()
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -23,6 +24,33 @@ from fastalign.soup.stream import mix_tensors
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]
 
 
+@overload
+def mix(
+    models: Sequence[Source],
+    weights: Sequence[float],
+    *,
+    dtype: str | torch.dtype | None = None,
+    normalize: bool | None = None,
+    strict: bool = False,
+) -> dict[str, Tensor]: ...
+@overload
+def mix(
+    models: Sequence[Source],
+    weights: Sequence[Sequence[float]],
+    *,
+    dtype: str | torch.dtype | None = None,
+    normalize: bool | None = None,
+    strict: bool = False,
+) -> list[dict[str, Tensor]]: ...
+@overload
+def mix(
+    models: Sequence[Source],
+    weights: ArrayLike,
+    *,
+    dtype: str | torch.dtype | None = None,
+    normalize: bool | None = None,
+    strict: bool = False,
+) -> dict[str, Tensor] | list[dict[str, Tensor]]: ...
 def mix(
     models: Sequence[Source],
     weights: ArrayLike,
