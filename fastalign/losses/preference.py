@@ -387,12 +387,12 @@ def _sft(chosen_logps: Tensor, chosen_lengths: Tensor | None) -> Tensor:
 
 
 def _lengths(kind: str, dtype: torch.dtype, **lengths: Tensor | None) -> list[Tensor]:
-    lengths = []
+    result = []
     for name, value in lengths.items():
         if value is None:
             raise UserError(f"{name} must be given for loss_type {kind!r}")
-        lengths.append(value.to(dtype).clamp(min=1))
-    return lengths
+        result.append(value.to(dtype).clamp(min=1))
+    return result
 
 
 def _wide(x: Tensor) -> Tensor:
