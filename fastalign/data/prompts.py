@@ -36,16 +36,20 @@ def bundled(k: int | None = None) -> list[str]:
     return prompts[:k]
 
 
-def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, split: str = "train") -> list[str]:
+def load(
+    name_or_path: str | os.PathLike[str], *, column: str | None = None, split: str = "train", limit: int | None = None
+) -> list[str]:
     """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
 
     column: the column with the prompts; by default "prompt", else "messages", else "text", else the common beginning of
     "chosen" and "rejected". A .txt file has one prompt per line, a .json file a list of strings or of objects; for
-    texts without columns, giving a column is an error. split: only for a hub data set. A prompt is a string or a
-    conversation, a list of messages, which becomes a `data.conversations.Conversation` (a str); columns "tools" and
-    "chat_template_kwargs" beside it are passed to the chat template, as in TRL. Raises FileNotFoundError or UserError,
-    one line: empty file, missing column, blank prompt and its row.
+    texts without columns, giving a column is an error. split: only for a hub data set. limit: return this many at most,
+    the first. A prompt is a string or a conversation, a list of messages, which becomes a
+    `data.conversations.Conversation` (a str); columns "tools" and "chat_template_kwargs" beside it are passed to the
+    chat template, as in TRL. Raises FileNotFoundError or UserError, one line: empty file, missing column, blank prompt
+    and its row.
     """
+    check_limit(limit)
     name = os.fspath(name_or_path)
     if not name.strip():
         raise UserError(f"prompts must be 'bundled', a file or a data set's name, got {name!r}")
@@ -53,7 +57,7 @@ def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, spl
         sources.no_split(name, split)
         if column is not None:
             raise _no_columns(name, column)
-        return bundled()
+        return bundled()[:limit]
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -78,7 +82,12 @@ def load(name_or_path: str | os.PathLike[str], *, column: str | None = None, spl
         rows = sources.local(path, lambda columns: _columns(name, columns, column))
     if not rows:
         raise UserError(f"{name}: contains no prompts")
-    return [_prompt(name, i, row, column) for i, row in enumerate(rows)]
+    return [_prompt(name, i, row, column) for i, row in enumerate(rows)][:limit]
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
 
 
 def _no_columns(source: str, column: str) -> UserError:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import parse_bytes
@@ -37,7 +37,7 @@ class SamplingSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     stop: Any = None
-    seed: int = 0
+    seed: int = field(kw_only=True)
     first: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +75,37 @@ class SamplingSettings:
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> SamplingSettings:
         """The sampling settings among a job's arguments."""
-        return cls(**{field.name: job[field.name] for field in fields(cls) if field.name in job})
+        return cls(**{one.name: job[one.name] for one in fields(cls) if one.name in job})
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The options that functions pass on to `Sampler.sample`, which describes them."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: str | Sequence[str] | None
+    chat: bool | str
+    batch_size: int | None
+    memory_limit: int | str | None
+    tools: Sequence[Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+class _Required(TypedDict):
+    n: int
+    max_new_tokens: int
+    seed: int
+
+
+class RequestOptions(_Required, SamplingOptions, total=False):
+    """All keyword arguments of `Sampler.sample`, without those of the chat template."""
+
+    first: int
+    skip: Collection[int]
+    prompt_ids: Sequence[int] | None
+    show_progress: bool
 
 
 def check(job: Mapping[str, Any]) -> SamplingSettings:

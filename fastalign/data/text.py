@@ -200,7 +200,7 @@ class Text:
                 raise UserError(rule + hint)
             if self.tokenizer is None:  # the server's own template may read anything
                 continue
-            warnings.warn(f"chat_template_kwargs: the chat template does not read {name}", stacklevel=4)
+            warnings.warn(f"chat_template_kwargs: the chat template does not read {name}", stacklevel=5)
         return result
 
     # -- back to text

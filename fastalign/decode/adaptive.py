@@ -10,10 +10,11 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
+from fastalign.data.sampling import SamplingOptions
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
-from fastalign.decode.samplers.base import BaseSampler, SamplingOptions
+from fastalign.decode.samplers.base import BaseSampler
 from fastalign.decode.select import effective_sample_size, select
 from fastalign.decode.streams import places_of
 from fastalign.decode.worth import TRUSTED_ESS, Worth

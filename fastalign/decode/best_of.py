@@ -11,10 +11,11 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign._base.numbers import weights
 from fastalign._base.units import counted
+from fastalign.data.sampling import SamplingOptions
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
 from fastalign.decode.sampler import Sampler
-from fastalign.decode.samplers.base import BaseSampler, SamplingOptions
+from fastalign.decode.samplers.base import BaseSampler
 from fastalign.decode.select import effective_sample_size, select
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ candidate that is never replaced is the same as there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,27 +16,29 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.sampler import Sampler
-from fastalign.decode.samplers.base import ROWS_AT_ONCE
+from fastalign.decode.samplers.base import BaseSampler, Request
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine
 from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.rewards import score
 
 
 class Lockstep:
-    """n candidates in flight for each of some prompts (by index), all with the same number of tokens."""
+    """n candidates in flight for each prompt of a group, by its place, all with the same number of tokens."""
 
     sampler: Sampler
-    encoded: Mapping[int, Sequence[int]]
     settings: SamplingSettings
 
-    def __init__(self, sampler: Sampler, encoded: Mapping[int, Sequence[int]], settings: SamplingSettings):
-        self.sampler, self.encoded, self.settings = sampler, encoded, settings
+    def __init__(self, sampler: Sampler, request: Request, group: Sequence[int]):
+        self.sampler, self.settings = sampler, request.settings
+        encoded = {request.places[i]: request.encoded[i] for i in group}
+        self.encoded: Mapping[int, Sequence[int]] = encoded
+        self.prompts: Mapping[int, Any] = {request.places[i]: request.prompts[i] for i in group}
         self.age: int = 0  # tokens drawn by those that have not ended
         self.drawn: int = 0  # tokens drawn in all
         self.ended: set[Job] = set()
-        self.jobs: list[Job] = [Job(prompt, place) for prompt in encoded for place in range(settings.n)]
+        self.jobs: list[Job] = [Job(prompt, place) for prompt in encoded for place in range(self.settings.n)]
         self.engine: SharedPromptEngine = SharedPromptEngine(sampler.model, len(self.jobs), prompts=len(encoded))
-        self.loop: TokenLoop = sampler.token_loop(self.engine, settings, encoded)
+        self.loop: TokenLoop = sampler.token_loop(self.engine, self.settings, encoded)
         for prompt, ids in encoded.items():
             self.engine.prefill(prompt, ids)
 
@@ -105,54 +107,43 @@ class Lockstep:
             self.grid(self.loop.log_probs),
         )
 
-    def score(self, rewards: Sequence[Any], prompts: Sequence[str], jobs: Sequence[Job]) -> np.ndarray:
+    def score(self, rewards: Sequence[Any], jobs: Sequence[Job]) -> np.ndarray:
         """(jobs, m) float64 rewards of their current texts."""
         texts = [self.text(job) for job in jobs]
-        return score(rewards, [prompts[job.prompt] for job in jobs], texts).astype(np.float64)
+        return score(rewards, [self.prompts[job.prompt] for job in jobs], texts).astype(np.float64)
 
 
-def groups(
-    sampler: Sampler,
-    encoded: Sequence[Sequence[int]],
-    settings: SamplingSettings,
-    batch_size: int | None,
-    limit: int | None,
-) -> list[list[int]]:
-    """Groups of prompts drawn together: as many as stay within batch_size candidates, and whose keys and values fit in
-    `limit` bytes, with room for all candidates' first tokens or for one candidate's last; at least one.
+def flights(sampler: BaseSampler, request: Request, limit: int | None = None) -> Iterator[tuple[list[int], Lockstep]]:
+    """Yield (prompt indices, their Lockstep) by groups of prompts drawn together: as many as stay within request.rows
+    candidates, and whose keys and values fit in `limit` bytes, with room for all candidates' first tokens or for one
+    candidate's last; at least one.
 
     Raises UserError if the shared-prompt engine cannot run the model, or if one prompt does not fit.
     """
-    if sampler.path() is not SharedPromptEngine:
+    if not isinstance(sampler, Sampler) or sampler.path() is not SharedPromptEngine:
         raise UserError(
             f"{sampler.name}: candidates are dropped and copied half-way on the shared-prompt engine alone, which "
             "cannot run this model; draw whole ones with best_of"
         )
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    n, model = settings.n, sampler.model
-    last = -(-settings.max_new_tokens // GROW) * GROW
+    n, model, encoded = request.settings.n, sampler.model, request.encoded
+    last = -(-request.settings.max_new_tokens // GROW) * GROW
     own = max(n * SharedPromptEngine.row_bytes(model, GROW), SharedPromptEngine.row_bytes(model, last))
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    result: list[list[int]] = []
+    groups: list[list[int]] = []
     size = 0
     for i in order:
         more = own + SharedPromptEngine.row_bytes(model, len(encoded[i]))
         if limit is not None and more > limit:
             rule = f"memory_limit must hold {n} candidates of {GROW} tokens and one of {last}, {more:,} bytes"
             raise UserError(f"{rule}, got {limit:,}")
-        fits = (
-            (limit is None or size + more <= limit)
-            and result
-            and (len(result[-1]) + 1) * n <= (batch_size or ROWS_AT_ONCE)
-        )
-        if fits:
-            result[-1].append(i)
+        if groups and (limit is None or size + more <= limit) and (len(groups[-1]) + 1) * n <= request.rows:
+            groups[-1].append(i)
             size += more
         else:
-            result.append([i])
+            groups.append([i])
             size = more
-    return result
+    for group in groups:
+        yield group, Lockstep(sampler, request, group)
 
 
 def checkpoints_of(checkpoints: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -10,23 +10,24 @@ particles are correct for any promise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
-from fastalign.data.sampling import SamplingSettings
-from fastalign.data.text import check_prompts, template_settings
+from fastalign.data.sampling import SamplingOptions
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
+from fastalign.decode.lockstep import Lockstep, checkpoints_of, flights
 from fastalign.decode.samplers.base import BaseSampler
-from fastalign.decode.streams import places_of
 from fastalign.decode.token_loop import Job
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # With n p copies of each on average: needed for the weights.
 METHODS = ("systematic", "multinomial", "stratified", "residual")
@@ -75,19 +76,10 @@ def particles(
     ess: float = 0.5,
     method: str = "systematic",
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop: str | Sequence[str] | None = None,
     seed: int,
-    chat: bool | str = "auto",
-    batch_size: int | None = None,
     prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    **template: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Particles:
     """Draw from p_lambda with n particles per prompt; p0 is the model's distribution with the given temperature, top_p
     ...
@@ -114,27 +106,17 @@ def particles(
         raise UserError(f"ess must lie in [0, 1], a share of n, got {ess}")
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_memory_limit(sampling.get("memory_limit"))
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
-    settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
-    prompts = check_prompts(prompts, chat)
-    template = sampler.text.template_options(chat_template_kwargs, tools, template)
-    encoded = sampler.encode(prompts, chat, max_new_tokens, template)
-    places = places_of(prompt_ids, len(prompts), rising=True)
-    by_place = dict(zip(places, prompts, strict=True))
-    record = {
-        "model": sampler.name,
-        **vars(settings),
-        "chat": chat,
-        **template_settings(template),
-        "checkpoints": checkpoints,
-        "ess": ess,
-    }
+    request = sampler.request(
+        prompts, rising=True, n=n, max_new_tokens=max_new_tokens, seed=seed, prompt_ids=prompt_ids, **sampling
+    )
+    request.record.update(checkpoints=checkpoints, ess=ess)
     parts, tokens = [], 0
     log_weights, resampled = np.zeros((len(prompts), n)), np.zeros(len(prompts), dtype=np.int64)
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
-        for group in groups(sampler, encoded, settings, batch_size, None):
-            flight = Lockstep(sampler, {places[i]: encoded[i] for i in group}, settings)
-            run = _Run(flight, by_place, rewards, lam, promise)
+        for group, flight in flights(sampler, request):
+            run = _Run(flight, rewards, lam, promise)
             for age in checkpoints:
                 flight.advance(age)
                 if not flight.live:
@@ -144,8 +126,7 @@ def particles(
             flight.advance(max_new_tokens)
             array = run.finish()
             log_weights[group] = run.log_weights
-            ids = np.array([places[i] for i in group], dtype=np.int64)
-            part = Candidates([prompts[i] for i in group], *flight.rows(), settings=record, prompt_ids=ids)
+            part = request.part(group, *flight.rows())
             parts.append(part.with_rewards(names, array))
             tokens += flight.drawn
             advance(len(group))
@@ -154,7 +135,7 @@ def particles(
     indices = np.array(
         [
             _resample(row, 1, "multinomial", (seed, i, max_new_tokens))[0]
-            for i, row in zip(places, log_weights, strict=True)
+            for i, row in zip(request.places, log_weights, strict=True)
         ]
     )
     weights = np.exp(log_weights - log_weights.max(1, keepdims=True))
@@ -172,11 +153,16 @@ def particles(
     )
 
 
+def check_memory_limit(limit: Any) -> None:
+    if limit is not None:
+        raise UserError("memory_limit is not for particles, all of a prompt's are in flight at once: draw fewer")
+
+
 class _Run:
     """The weights of particles in lockstep: log_weights (prompts, n) include the estimate of Z so far."""
 
-    def __init__(self, flight: Lockstep, prompts, rewards, lam, promise):
-        self.flight, self.prompts, self.rewards, self.lam, self.promise = flight, prompts, rewards, lam, promise
+    def __init__(self, flight: Lockstep, rewards, lam, promise):
+        self.flight, self.rewards, self.lam, self.promise = flight, rewards, lam, promise
         self.shape = (-1, flight.settings.n)
         self.log_weights = np.zeros(len(flight.jobs)).reshape(self.shape)
         self.promised = np.zeros_like(self.log_weights)
@@ -188,12 +174,10 @@ class _Run:
         over = np.array([job in flight.ended for job in flight.jobs])
         scored = np.ones_like(over) if self.promise is None else over
         # A text that has ended promises what it is worth.
-        now[scored] = (
-            flight.score(self.rewards, self.prompts, [flight.jobs[i] for i in np.flatnonzero(scored)]) @ self.lam
-        )
+        now[scored] = flight.score(self.rewards, [flight.jobs[i] for i in np.flatnonzero(scored)]) @ self.lam
         if not scored.all():
             open_ = [flight.jobs[i] for i in np.flatnonzero(~scored)]
-            promised = self.promise([self.prompts[job.prompt] for job in open_], [flight.text(job) for job in open_])
+            promised = self.promise([flight.prompts[job.prompt] for job in open_], [flight.text(job) for job in open_])
             promised = np.asarray(promised, dtype=np.float64)
             if promised.shape != (len(open_),) or not np.isfinite(promised).all():
                 raise UserError(f"promise must return {len(open_)} finite numbers, got shape {promised.shape}")
@@ -226,7 +210,7 @@ class _Run:
 
     def finish(self) -> np.ndarray:
         """Replace all promises with exp(lambda . R); returns the rewards (jobs, m)."""
-        array = self.flight.score(self.rewards, self.prompts, self.flight.jobs)
+        array = self.flight.score(self.rewards, self.flight.jobs)
         self.log_weights += (array @ self.lam).reshape(self.shape) - self.promised
         return array
 

@@ -7,23 +7,24 @@ are scored, and only the best of them continue.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted, parse_bytes
-from fastalign.data.sampling import SamplingSettings
-from fastalign.data.text import check_prompts, template_settings
+from fastalign.data.sampling import SamplingOptions
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.lockstep import Lockstep, checkpoints_of, groups
+from fastalign.decode.lockstep import Lockstep, checkpoints_of, flights
 from fastalign.decode.samplers.base import BaseSampler
 from fastalign.decode.shared_prompt import GROW
-from fastalign.decode.streams import places_of
 from fastalign.decode.token_loop import Job
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def usual_checkpoints(max_new_tokens: int) -> list[int]:
@@ -61,20 +62,10 @@ def speculative_rejection(
     checkpoints: Sequence[int] | None = None,
     keep: float = 0.5,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop: str | Sequence[str] | None = None,
     seed: int,
-    chat: bool | str = "auto",
-    batch_size: int | None = None,
-    memory_limit: int | str | None = None,
     prompt_ids: Sequence[int] | None = None,
     show_progress: bool = False,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    **template: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Rejection:
     """The best of n candidates by lam . R, most of them drawn only in part.
 
@@ -102,28 +93,17 @@ def speculative_rejection(
     if checkpoints is None:
         checkpoints = usual_checkpoints(max_new_tokens)
     checkpoints = checkpoints_of(checkpoints, max_new_tokens)
-    settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed)
-    prompts = check_prompts(prompts, chat)
-    template = sampler.text.template_options(chat_template_kwargs, tools, template)
-    encoded = sampler.encode(prompts, chat, max_new_tokens, template)
-    places = places_of(prompt_ids, len(prompts), rising=True)
-    by_place = dict(zip(places, prompts, strict=True))
-    limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
-    record = {
-        "model": sampler.name,
-        **vars(settings),
-        "chat": chat,
-        **template_settings(template),
-        "checkpoints": checkpoints,
-        "keep": keep,
-    }
+    request = sampler.request(
+        prompts, rising=True, n=n, max_new_tokens=max_new_tokens, seed=seed, prompt_ids=prompt_ids, **sampling
+    )
+    given = sampling.get("memory_limit")
+    limit = None if given is None else parse_bytes("memory_limit", given)
+    request.record.update(checkpoints=checkpoints, keep=keep)
     parts, complete, tokens = [], {}, 0
     with progress.bar("sampling", total=len(prompts), unit="prompts", show=show_progress) as advance:
-        for group in groups(sampler, encoded, settings, batch_size, limit):
-            flight = Lockstep(sampler, {places[i]: encoded[i] for i in group}, settings)
-            scores = _race(flight, by_place, rewards, lam, checkpoints, keep, limit)
-            ids = np.array([places[i] for i in group], dtype=np.int64)
-            part = Candidates([prompts[i] for i in group], *flight.rows(), settings=record, prompt_ids=ids)
+        for group, flight in flights(sampler, request, limit):
+            scores = _race(flight, rewards, lam, checkpoints, keep, limit)
+            part = request.part(group, *flight.rows())
             parts.append(part.with_rewards(names, np.stack([scores[one] for one in flight.jobs])))
             for i, row in zip(group, flight.grid({one: one in flight.ended for one in flight.jobs}), strict=True):
                 complete[i] = row
@@ -143,7 +123,7 @@ def speculative_rejection(
     )
 
 
-def _race(flight: Lockstep, prompts, rewards, lam, checkpoints: list[int], keep: float, limit: int | None):
+def _race(flight: Lockstep, rewards, lam, checkpoints: list[int], keep: float, limit: int | None):
     """Run all candidates to their end; returns each candidate's last rewards (m,)."""
     new = flight.settings.max_new_tokens
     scores: dict[Job, np.ndarray] = {}
@@ -154,7 +134,7 @@ def _race(flight: Lockstep, prompts, rewards, lam, checkpoints: list[int], keep:
 
     def rescore() -> None:
         todo = [one for members in racing.values() for one in members if one not in final]
-        scores.update(zip(todo, flight.score(rewards, prompts, todo), strict=True))
+        scores.update(zip(todo, flight.score(rewards, todo), strict=True))
         final.update(flight.ended.intersection(todo))
 
     # Room for keys and values grows by GROW tokens at a time: what would then outgrow the limit has to go before.

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign.data.sampling import SamplingOptions
 from fastalign.decode.adaptive import adaptive
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.particles import particles
+from fastalign.decode.particles import check_memory_limit, particles
 from fastalign.decode.rejection import speculative_rejection, usual_checkpoints
 from fastalign.decode.sampler import Sampler
-from fastalign.decode.samplers.base import ROWS_AT_ONCE, SamplingOptions
+from fastalign.decode.samplers.base import ROWS_AT_ONCE
 
-# By method, the kind of file that it makes: the text picked for each prompt, or all particles with their weights.
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# By method, the kind of file that it makes: the text picked for each prompt, or all particles with their weights.
 KINDS = {"rejection": "selected", "particles": "weighted", "adaptive": "selected"}
 EACH = 16  # candidates of a prompt in a round of "adaptive"
 
@@ -37,10 +38,8 @@ def check(method: str, *, n: int, ess: float | None, memory_limit: Any) -> None:
         raise UserError(
             f"candidates must be a multiple of {EACH} for --method adaptive, the number drawn per round; got {n}"
         )
-    if method == "particles" and memory_limit is not None:
-        raise UserError(
-            "memory_limit is not for --method particles, all of a prompt's are in flight at once: draw fewer"
-        )
+    if method == "particles":
+        check_memory_limit(memory_limit)
 
 
 def blocks(

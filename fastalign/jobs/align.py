@@ -23,14 +23,13 @@ from fastalign._base.files import check_target, read_json, write_json
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.data import palettes
 from fastalign.data.conversations import transcript
-from fastalign.data.sampling import KNOBS, check, check_knobs, check_more, check_ray
+from fastalign.data.sampling import KNOBS, SamplingOptions, check, check_knobs, check_more, check_ray
 from fastalign.decode.candidates import Candidates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastalign.decode import Estimate, Worth
-    from fastalign.decode.samplers.base import SamplingOptions
     from fastalign.report import Report
 
 GRID_LIMIT = 10_000  # points of `evaluate_grid`
@@ -39,19 +38,16 @@ GRID_LIMIT = 10_000  # points of `evaluate_grid`
 class Model:
     """A model given by a name for `Sampler.from_pretrained`, loaded once, on first use."""
 
-    name: str
-    dtype: str
-    device: str
-
-    def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto"):
-        self.name, self.dtype, self.device = name, str(dtype), device
-        check_loading(self.dtype, device)
+    def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto", backend: str = "auto"):
+        self.name: str = f"vllm:{name.removeprefix('vllm:')}" if backend == "vllm" else name
+        self.loading: dict[str, str] = {"dtype": str(dtype), "device": device, "backend": backend}
+        check_loading(str(dtype), device)
 
     @cached_property
     def sampler(self) -> Any:
         from fastalign.decode import Sampler
 
-        return Sampler.from_pretrained(self.name, dtype=self.dtype, device=self.device)
+        return Sampler.from_pretrained(self.name, **self.loading)
 
 
 def sample(
@@ -64,6 +60,7 @@ def sample(
     seed: int,
     dtype: str = "auto",
     device: str = "auto",
+    backend: str = "auto",
     method: str = "whole",
     palette: str | Path | None = None,
     ess: float | None = None,
@@ -78,8 +75,8 @@ def sample(
 ) -> Candidates:
     """Draw n candidates per prompt into a candidates file at `out`; with `ray`, on workers: see `jobs.ray.draw`.
 
-    model: its name, or a `Model` with dtype and device. method: "whole", or one of `decode.tilted`, which sample with
-    the λ of a `palette` file and write a file of another kind; ess: at which "adaptive" stops.
+    model: its name, or a `Model` with dtype, device and backend. method: "whole", or one of `decode.tilted`, which
+    sample with the λ of a `palette` file and write a file of another kind; ess: at which "adaptive" stops.
 
     Finished batches are kept in `<out>.parts`. After an interruption the same call resumes from them and gives the same
     file as an uninterrupted run; with `resume` it fails if there is nothing to resume. A finished file with the same
@@ -90,17 +87,15 @@ def sample(
     from fastalign.data.text import check_prompts
     from fastalign.decode import tilted
 
-    check({"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling})
+    job: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+    check(job)
     check_ray(ray, workers, worker_cpus, worker_gpus)
     out, prompts = Path(out), check_prompts(prompts, sampling.get("chat", "auto"))
-    model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device)
+    model = model if isinstance(model, Model) else Model(model, dtype=dtype, device=device, backend=backend)
     settings = {
         "model": model.name,
-        "n": n,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "dtype": model.dtype,
-        **{name: value for name, value in sampling.items() if name not in KNOBS},
+        "dtype": model.loading["dtype"],
+        **{name: value for name, value in job.items() if name not in KNOBS},
     }
     kind, by = "candidates", {}
     if method != "whole":
@@ -120,14 +115,13 @@ def sample(
     outputs.not_an_input(out, [model.name, palette])
     if not overwrite and _there(out, settings):
         return Candidates.from_parquet(out)
-    job: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
 
     def draw(parts: WorkFolder, finished: set[int]) -> None:
         if ray is not None:
             from fastalign.jobs import ray as scale
 
             scale.draw(
-                {"model": model.name, "dtype": model.dtype, "device": model.device, **job},
+                {"model": model.name, **model.loading, **job},
                 prompts,
                 parts,
                 skip=finished,
@@ -174,7 +168,6 @@ def sample_more(
     out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
     check_more(more)
     check_knobs(knobs)
-    check_loading("auto", device)
     whole = Candidates.from_parquet(out, kind="candidates")
     had = whole.settings.get("sampling")
     if had is None or not {"model", "model_content", "n", "dtype", "max_new_tokens", "seed"} <= had.keys():
@@ -260,24 +253,25 @@ def _there(out: Path, settings: dict) -> bool:
 
 def score(
     candidates: str | Path,
-    names: Sequence[str],
+    rewards: Sequence[str],
     out: str | Path,
     *,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Candidates:
     """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
-    job = outputs.Job("score", {"candidates": candidates}, {"rewards": list(names)})
+    names = list(rewards)
+    job = outputs.Job("score", {"candidates": candidates}, {"rewards": names})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return Candidates.from_parquet(out, kind="scored")
-    from fastalign import rewards
+    from fastalign.rewards import score
 
     whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
     with _held(out):
         if outputs.claim(out, job, overwrite=overwrite) is None:  # made since
             return Candidates.from_parquet(out, kind="scored")
-        values = rewards.score(list(names), *whole.pairs(), show_progress=show_progress)
-        whole = whole.with_rewards(list(names), values)
+        values = score(names, *whole.pairs(), show_progress=show_progress)
+        whole = whole.with_rewards(names, values)
         whole.settings["made"] = record
         whole.to_parquet(out)
     return whole
@@ -522,10 +516,10 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
     return np.stack([column.ravel() for column in columns], axis=1)
 
 
-def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def evaluate_grid(scored: str | Path, lam_grid: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write realised values with 95 % intervals, KL and effective sample size for each λ of a grid (`read_grid`) to a
     JSON file."""
-    job = outputs.Job("eval", {"scored": scored}, {"lam_grid": text})
+    job = outputs.Job("eval", {"scored": scored}, {"lam_grid": lam_grid})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return read_json(out, kind="lam_grid")
     from fastalign.decode import estimate
@@ -533,7 +527,7 @@ def evaluate_grid(scored: str | Path, text: str, out: str | Path, *, overwrite: 
 
     whole = Candidates.from_parquet(scored, kind="scored")
     names = list(whole.rewards)
-    estimates = estimate(whole.reward_array(names), read_grid(text, names), warn=False)
+    estimates = estimate(whole.reward_array(names), read_grid(lam_grid, names), warn=False)
     low, high = estimates.interval(0.95)
 
     def numbers(row: np.ndarray) -> list[float | None]:

@@ -24,7 +24,9 @@ FULL = {"prompts": 16, "n": 32, "max_new_tokens": 32}
 QUICK = {"prompts": 8, "n": 16, "max_new_tokens": 20}
 
 
-def run(out: Path, *, quick: bool, resume: bool, overwrite: bool, seed: int, console: Console) -> None:
+def run(
+    out: Path, *, quick: bool = False, resume: bool = False, overwrite: bool = False, seed: int, console: Console
+) -> None:
     """Sample, score, solve, select and report into `out`; prints the report and the files' paths."""
     size = QUICK if quick else FULL
     check_folder(out)

@@ -27,7 +27,7 @@ def write(
     soups: Sequence[str | Path] = (),
     values: Sequence[str] | None = None,
     joint: bool = False,
-    lambdas: int = 1000,
+    n_lambda: int = 1000,
     l1_max: float = L1_MAX,
     seed: int = 0,
     overwrite: bool = False,
@@ -45,15 +45,15 @@ def write(
 
     if seed < 0:
         raise UserError(f"seed must be at least 0, got {seed}")
-    if lambdas < 1:
-        raise UserError(f"lambdas must be at least 1, got {lambdas}")
+    if n_lambda < 1:
+        raise UserError(f"n_lambda must be at least 1, got {n_lambda}")
     for q in quantiles:
         check_quantile("quantile", q)
     out = Path(out)
     inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
     inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
     settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
-    job = outputs.Job("pareto", inputs, settings | {"lambdas": lambdas, "l1_max": l1_max, "seed": seed})
+    job = outputs.Job("pareto", inputs, settings | {"lambdas": n_lambda, "l1_max": l1_max, "seed": seed})
     written: dict[str, Any] = {"files": [out / "pareto.html"], "figures": out}
     if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
         return None
@@ -82,7 +82,7 @@ def write(
         soups=np.array(list(merged.values())) if merged else None,
         soup_names=list(merged),
         joint=joint,
-        n_lambda=lambdas,
+        n_lambda=n_lambda,
         l1_max=l1_max,
         seed=seed,
     )

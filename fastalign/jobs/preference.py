@@ -134,8 +134,7 @@ def train_dpo(
         precompute = precompute_ref or (adapters is None and fingerprint.base_of(Path(model).expanduser()) is not None)
         with runs.one_line():
             args = DPOConfig(
-                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed,
-                             save_steps, log_steps),
+                **_arguments(run, save_steps, log_steps),
                 beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute or None,
             )  # fmt: skip
             make = lambda callback: DPOTrainer(  # noqa: E731
@@ -226,8 +225,7 @@ def train_reward(
         train, test = every.split(held_out, seed=seed) if held_out else (every, None)
         with runs.one_line():
             args = RewardConfig(
-                **_arguments(run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed,
-                             save_steps, log_steps),
+                **_arguments(run, save_steps, log_steps),
                 values=None if values is None else list(values), max_length=max_length,
                 center_rewards_coefficient=center or None, per_device_eval_batch_size=2 * batch_size,
             )  # fmt: skip
@@ -255,20 +253,20 @@ def train_reward(
     return _finish(run, trainer, pairs, len(train), speed, names, more)
 
 
-def _arguments(
-    run, learning_rate, batch_size, gradient_accumulation_steps, epochs, max_steps, seed, save_steps, log_steps
-):
+def _arguments(run: runs.Run, save_steps: int, log_steps: int) -> dict[str, Any]:
     """The arguments of transformers' Trainer that DPO and reward training share."""
     import torch
 
-    gpu = torch.cuda.is_available()
+    settings, gpu = run.settings, torch.cuda.is_available()
     board = runs.board()
     if board:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.out / "runs")  # the only way to tell transformers
     return {
-        "output_dir": str(run.checkpoints), "learning_rate": learning_rate, "num_train_epochs": epochs,
-        "max_steps": max_steps or -1, "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "data_seed": seed,
+        "output_dir": str(run.checkpoints), "learning_rate": settings["learning_rate"],
+        "num_train_epochs": settings["epochs"], "max_steps": settings["max_steps"] or -1,
+        "per_device_train_batch_size": settings["batch_size"],
+        "gradient_accumulation_steps": settings["gradient_accumulation_steps"],
+        "seed": settings["seed"], "data_seed": settings["seed"],
         # Otherwise accelerate treats processes without a GPU as unrelated.
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": gpu, "dataloader_pin_memory": gpu,

@@ -30,10 +30,10 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.data.conversations import Conversation
-from fastalign.data.sampling import KNOBS, check, check_ray
+from fastalign.data.sampling import KNOBS, SamplingOptions, check, check_ray
 from fastalign.data.text import check_prompts
 from fastalign.decode.candidates import Candidates
-from fastalign.decode.samplers.base import ROWS_AT_ONCE, SamplingOptions
+from fastalign.decode.samplers.base import ROWS_AT_ONCE
 from fastalign.decode.samplers.external import request_seed
 from fastalign.decode.select import select
 
@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     class RayOptions(SamplingOptions, total=False):
         dtype: str
         device: str
+        backend: str
 
 
+LOADING = ("dtype", "device", "backend")  # arguments of `Sampler.from_pretrained`
 RETRIES = 3  # for a block whose worker died
 TASKS_PER_WORKER = 8  # at least, if there are enough prompts: workers then finish at about the same time
 
@@ -72,8 +74,8 @@ def run(
     folder `out`.
 
     model: any name that `Sampler.from_pretrained` takes. rewards: names or Reward objects. lam: one weight per reward.
-    k, method: as in `decode.select`, each prompt with a random stream of its own. sampling: dtype, device and what
-    `Sampler.iter_batches` takes. ray, workers, worker_cpus, worker_gpus: see `draw`. `Candidates.concat` of
+    k, method: as in `decode.select`, each prompt with a random stream of its own. sampling: dtype, device, backend
+    and what `Sampler.iter_batches` takes. ray, workers, worker_cpus, worker_gpus: see `draw`. `Candidates.concat` of
     `Candidates.from_parquet` of the parts is the whole.
     With the same settings, another call draws for the prompts missing in `out`. Returns the parts, in order. Raises
     UserError, one line, on bad arguments, and if `out` contains another job's parts.
@@ -128,10 +130,10 @@ def draw(
 ) -> None:
     """Write part-<first prompt>.parquet to `parts` as blocks finish, for every prompt whose index is not in `skip`.
 
-    job: model, dtype, device, and the arguments of `Sampler.iter_batches`. ray: a cluster's address; "local" is this
-    machine; "auto" is the cluster that this machine belongs to, else this machine. Workers: by default one per GPU,
-    or one per machine with all of its cores. fastalign and the model must be available on every machine. If a block's
-    worker died on every try, raises UserError once all others are done.
+    job: model, dtype, device, backend, and the arguments of `Sampler.iter_batches`. ray: a cluster's address; "local"
+    is this machine; "auto" is the cluster that this machine belongs to, else this machine. Workers: by default one per
+    GPU, or one per machine with all of its cores. fastalign and the model must be available on every machine. If a
+    block's worker died on every try, raises UserError once all others are done.
     """
     check_ray(ray, workers, worker_cpus, worker_gpus)
     prompts = _check(prompts, job)
@@ -203,7 +205,7 @@ class _Worker:
 
     def __init__(self, job: dict[str, Any], rewards: list[Any], selection: dict[str, Any] | None):
         self.job, self.rewards, self.selection, self.sampler = dict(job), rewards, selection, None
-        self.loading = {name: self.job.pop(name) for name in ("dtype", "device") if name in self.job}
+        self.loading = {name: self.job.pop(name) for name in LOADING if name in self.job}
         self.model = self.job.pop("model")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastalign.soup.measure import FIGURES, RECORD, Walk, making
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastalign.decode.samplers.base import SamplingOptions
+    from fastalign.data.sampling import SamplingOptions
     from fastalign.palette.inputs import Array
 
 

@@ -35,7 +35,7 @@ from fastalign.soup.plan import identity_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastalign.decode.samplers.base import SamplingOptions
+    from fastalign.data.sampling import SamplingOptions
 
 RECORD = "soups.json"
 FIGURES = ("soups.svg", "soups.png")

@@ -300,7 +300,7 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
 def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
     """Every option but those of where, how fast and how it is told."""
     kept = {"out", "more", "resume", "overwrite", "device", "batch_size", "memory_limit", "as_json", "help"}
-    words = {"method": "rejection", "engine": "vllm", "palette": "p.json", "chat_template_arg": "a=b"}
+    words = {"method": "rejection", "backend": "vllm", "palette": "p.json", "chat_template_arg": "a=b"}
     command = typer.main.get_group(app).commands["sample"]
     options = {one.name: one for one in command.params}
     assert kept - {"help"} < set(options) and len(options) > 25

@@ -218,7 +218,7 @@ def test_ppo_follows_its_weights(model, tmp_path):
         out = tmp_path / lam
         code, _, _ = fastalign("ppo", "--values", "long,brief", "--lam", lam, "--model", model, "--out", out,
                                "--max-steps", 25, "--limit", 16, "--batch-size", 16, "--max-new-tokens", 8,
-                               "--learning-rate", "5e-3", "--kl-coef", "0.01")  # fmt: skip
+                               "--learning-rate", "5e-3", "--init-kl-coef", "0.01")  # fmt: skip
         assert code == 0
         rows = log(out)
         last[lam] = np.mean([row["values"]["long"] for row in rows[-5:]]) - np.mean(

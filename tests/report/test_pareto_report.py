@@ -52,7 +52,7 @@ def test_the_pareto_command(scored, tmp_path):
         "0.55,0.6",
         "--soup",
         soup,
-        "--lambdas",
+        "--n-lambda",
         80,
     ]
     code, stdout, _ = fastalign(*command, "--out", out)
@@ -132,7 +132,7 @@ def test_merged_models_have_their_names(tmp_path):
     front.write(tmp_path / "soups.json")
     out = tmp_path / "out"
     soups = [part for path in (scored, again, tmp_path / "soups.json") for part in ("--soup", path)]
-    assert fastalign("pareto", scored, *soups, "--lambdas", 20, "--out", out)[0] == 0
+    assert fastalign("pareto", scored, *soups, "--n-lambda", 20, "--out", out)[0] == 0
     content = json.loads((out / "pareto.json").read_text())["soup_names"]
     assert content == ["scored", str(again), "bold", "0.5 mild + 0.5 bold", "mild"]
     for figure in ((out / "front.svg").read_text(), (out / "pareto.html").read_text()):
@@ -151,7 +151,7 @@ def test_a_palette_of_more_values_is_marked_by_those_named(scored, tmp_path, val
     mark = tmp_path / "three.json"
     assert fastalign("map", scored, "--palette", "kind=0.1,brief=0.2,funny=0", "--out", mark)[0] == 0
     out = tmp_path / "fronts"
-    code, _, err = fastalign("pareto", scored, "--values", values, "--palette", mark, "--lambdas", 10, "--out", out)
+    code, _, err = fastalign("pareto", scored, "--values", values, "--palette", mark, "--n-lambda", 10, "--out", out)
     assert code == 0, err
     level = {"kind": 0.1, "brief": 0.2, "funny": 0.0}
     assert json.loads((out / "pareto.json").read_text())["palettes"][0]["palette"] == [
@@ -163,7 +163,7 @@ def test_two_palettes_of_one_name_are_both_marked(scored, tmp_path):
     for folder, quantile in (("a", 0.55), ("b", 0.6)):
         assert fastalign("map", scored, "--quantile", quantile, "--out", tmp_path / folder / "q60.json")[0] == 0
     marks = [part for folder in "ab" for part in ("--palette", tmp_path / folder / "q60.json")]
-    assert fastalign("pareto", scored, *marks, "--quantile", "0.6", "--lambdas", 10, "--out", tmp_path / "f")[0] == 0
+    assert fastalign("pareto", scored, *marks, "--quantile", "0.6", "--n-lambda", 10, "--out", tmp_path / "f")[0] == 0
     lines = [mark["name"] for mark in json.loads((tmp_path / "f" / "pareto.json").read_text())["palettes"]]
     assert lines == ["q60", str(marks[1]), str(marks[3])]
 
@@ -210,7 +210,7 @@ def test_histograms_without_draws_show_the_policys_mean():
         (["--quantile", "0.5,x"], "quantile must be numbers, comma-separated, got '0.5,x'"),
         (["--quantile", "1.5"], "--quantile must lie between 0 and 1, got 1.5"),
         (["--values", "kind,odd"], "one at least, got odd"),
-        (["--lambdas", "0"], "--lambdas must be at least 1, got 0"),
+        (["--n-lambda", "0"], "--n-lambda must be at least 1, got 0"),
         (["--palette", "nowhere.json"], "nowhere.json: no such file"),
         (["--soup", "nowhere.parquet"], "nowhere.parquet"),
     ],
@@ -229,7 +229,7 @@ def test_palettes_that_do_not_fit_are_reported(scored, tmp_path):
         ("kind,brief", "must ask for at least its levels in every value, got <=, >="),
         ("brief", None),  # of which it asks for at least
     ):
-        command = ("pareto", scored, "--values", values, "--palette", tmp_path / "most.json", "--lambdas", 5)
+        command = ("pareto", scored, "--values", values, "--palette", tmp_path / "most.json", "--n-lambda", 5)
         if says:
             assert says in refused(*command, "--out", tmp_path / "fronts")
         else:

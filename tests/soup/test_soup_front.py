@@ -193,7 +193,7 @@ def test_the_command_and_the_pareto_page(models, tmp_path):
     assert code == 0 and json.loads((tmp_path / "out" / "soups.json").read_text())["chosen"]["palette"] == [1.0, None]
     scored = tmp_path / "out" / "000.parquet"
     code, _, err = run(
-        "pareto", scored, "--soup", tmp_path / "out" / "soups.json", "--lambdas", 20, "--out", tmp_path / "page"
+        "pareto", scored, "--soup", tmp_path / "out" / "soups.json", "--n-lambda", 20, "--out", tmp_path / "page"
     )
     assert code == 0, err
     assert json.loads((tmp_path / "page" / "pareto.json").read_text())["soups"] == actual["levels"]

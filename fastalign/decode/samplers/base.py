@@ -6,16 +6,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
-from fastalign.data.sampling import SamplingSettings, check_knobs
+from fastalign.data.sampling import RequestOptions, SamplingSettings, check
 from fastalign.data.text import Text, check_prompts, template_settings
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.streams import places_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ROWS_AT_ONCE = 256  # on the CPU more rows gain little speed; in batches, each is also what an interrupt can lose
 
@@ -55,21 +58,6 @@ class Request:
         return part
 
 
-class SamplingOptions(TypedDict, total=False):
-    """Options that the functions which draw and then select pass on; see `BaseSampler.sample`."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    stop: str | Sequence[str] | None
-    chat: bool | str
-    batch_size: int | None
-    memory_limit: int | str | None
-    tools: Sequence[Any] | None
-    chat_template_kwargs: Mapping[str, Any] | None
-
-
 class BaseSampler(ABC):
     """Base class of `Sampler`, for models on this machine, and of those for other engines (`samplers.external`).
 
@@ -105,42 +93,7 @@ class BaseSampler(ABC):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **template: Any,
     ) -> Candidates:
-        """All prompts' candidates; arguments as in `iter_batches`, whose parts are joined."""
-        parts = self.iter_batches(
-            prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            stop=stop, seed=seed, first=first, chat=chat, batch_size=batch_size, memory_limit=memory_limit, skip=skip,
-            prompt_ids=prompt_ids, show_progress=show_progress, tools=tools, chat_template_kwargs=chat_template_kwargs,
-            **template,
-        )  # fmt: skip
-        drawn = [part for _, part in parts]
-        if not drawn:
-            raise UserError(f"skip must leave a prompt to sample, got all {len(prompts)}")
-        return Candidates.concat(drawn)
-
-    def iter_batches(
-        self,
-        prompts: Sequence[Any],
-        *,
-        n: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        stop: str | Sequence[str] | None = None,
-        seed: int,
-        first: int = 0,
-        chat: bool | str = "auto",
-        batch_size: int | None = None,
-        memory_limit: int | str | None = None,
-        skip: Collection[int] = (),
-        prompt_ids: Sequence[int] | None = None,
-        show_progress: bool = False,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **template: Any,
-    ) -> Iterator[tuple[list[int], Candidates]]:
-        """Yield (prompt indices, their candidates) by batch, n candidates of up to max_new_tokens tokens per prompt.
+        """Draw n candidates of up to max_new_tokens tokens per prompt.
 
         prompts: strings, or conversations, lists of messages {"role": ..., "content": text or blocks of text}; a last
         message from the assistant is continued. tools: JSON schemas or functions, for the chat template;
@@ -157,18 +110,47 @@ class BaseSampler(ABC):
         candidates from index 4 on are the rest of 8. Raises UserError, one line, on a bad argument or prompt, before
         any work.
         """
-        settings = SamplingSettings(n, max_new_tokens, temperature, top_k, top_p, min_p, stop, seed, first)
-        check_knobs({"batch_size": batch_size, "memory_limit": memory_limit})
+        parts = self.iter_batches(
+            prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            stop=stop, seed=seed, first=first, chat=chat, batch_size=batch_size, memory_limit=memory_limit, skip=skip,
+            prompt_ids=prompt_ids, show_progress=show_progress, tools=tools, chat_template_kwargs=chat_template_kwargs,
+            **template,
+        )  # fmt: skip
+        drawn = [part for _, part in parts]
+        if not drawn:
+            raise UserError(f"skip must leave a prompt to sample, got all {len(prompts)}")
+        return Candidates.concat(drawn)
+
+    def iter_batches(
+        self, prompts: Sequence[Any], **options: Unpack[RequestOptions]
+    ) -> Iterator[tuple[list[int], Candidates]]:
+        """Yield (prompt indices, their candidates) by batch; options: the keyword arguments of `sample`."""
+        request = self.request(prompts, **options)
+        if (limit := options.get("memory_limit")) is not None:
+            longest = max(map(len, request.encoded))
+            request.rows = min(request.rows, self.fitting(limit, longest, request.settings))
+        request.record["batch_size"] = request.rows
+        return self.draw_parts(request)
+
+    def request(self, prompts: Sequence[Any], *, rising: bool = False, **options: Unpack[RequestOptions]) -> Request:
+        """The checked request, for `iter_batches` and for methods that draw in their own way; rising: whether
+        prompt_ids must rise."""
+        settings, chat = check(options), options.get("chat", "auto")
         prompts = check_prompts(prompts, chat)
-        template = self.text.template_options(chat_template_kwargs, tools, template)
-        encoded = self.encode(prompts, chat, max_new_tokens, template)
-        rows = batch_size or self.rows_at_once
-        if memory_limit is not None:
-            rows = min(rows, self.fitting(memory_limit, max(map(len, encoded)), settings))
-        places = places_of(prompt_ids, len(prompts))
-        record = {"model": self.name, **vars(settings), "chat": chat, "batch_size": rows, **template_settings(template)}
+        others = {name: value for name, value in options.items() if name not in RequestOptions.__annotations__}
+        template = self.text.template_options(options.get("chat_template_kwargs"), options.get("tools"), others)
+        record = {"model": self.name, **vars(settings), "chat": chat, **template_settings(template)}
         del record["first"]
-        return self.draw_parts(Request(prompts, encoded, places, settings, rows, record, set(skip), show_progress))
+        return Request(
+            prompts,
+            encoded=self.encode(prompts, chat, settings.max_new_tokens, template),
+            places=places_of(options.get("prompt_ids"), len(prompts), rising=rising),
+            settings=settings,
+            rows=options.get("batch_size") or self.rows_at_once,
+            record=record,
+            skip=set(options.get("skip", ())),
+            show_progress=options.get("show_progress", False),
+        )
 
     @abstractmethod
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:

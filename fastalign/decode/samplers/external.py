@@ -7,13 +7,16 @@ numbers are the engine's own, so a seed reproduces only on the same engine.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastalign._base.errors import UserError
-from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import Text
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.samplers.base import BaseSampler, Request
+
+Answer = tuple[str, list[int], list[float]]  # text, token ids, log-probs of a candidate
 
 
 class External(BaseSampler):
@@ -35,6 +38,27 @@ class External(BaseSampler):
     def model(self) -> Any:
         raise UserError(f"{self.name} runs in another engine: this needs the model itself, loaded by Sampler")
 
+    def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
+        """Each prompt as soon as it is done, short ones first."""
+        from fastalign._base import progress
+
+        settings = request.settings
+        # Of a greedy prompt all candidates are the same, and engines refuse n > 1.
+        count = settings.n if settings.temperature > 0 else 1
+        wanted = sorted(request.wanted, key=lambda i: len(request.encoded[i]))
+        total = len(wanted) * settings.n * settings.max_new_tokens
+        with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
+            done = lambda candidates: advance(candidates * settings.max_new_tokens * settings.n // count)  # noqa: E731
+            for i, drawn in self.answers(request, wanted, count, done):
+                texts, tokens, log_probs = zip(*drawn * (settings.n // count), strict=True)
+                yield [i], request.part([i], [list(texts)], [list(tokens)], [list(log_probs)])
+
+    @abstractmethod
+    def answers(
+        self, request: Request, wanted: Sequence[int], count: int, done: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """Yield (prompt index, its `count` candidates) of the wanted prompts; done: called with each number drawn."""
+
 
 def request_seed(seed: int, place: int, first: int) -> int:
     """The seed of the request for candidates from `first` on of the prompt at `place`, in [0, 2^31): llama.cpp takes 32
@@ -50,15 +74,3 @@ def request_seed(seed: int, place: int, first: int) -> int:
 def split(n: int, at_once: int) -> list[tuple[int, int]]:
     """(first candidate, count) of each request for n candidates, at_once at most."""
     return [(first, min(at_once, n - first)) for first in range(0, n, at_once)]
-
-
-def requested_count(settings: SamplingSettings) -> int:
-    """How many candidates to request from an engine: one if all are the same (engines refuse n > 1 then)."""
-    return settings.n if settings.temperature > 0 else 1
-
-
-def one_prompt(request: Request, i: int, drawn: list[tuple[str, list[int], list[float]]]) -> Candidates:
-    """The Candidates of the prompt at i from (text, token ids, log-probs) of each requested one."""
-    drawn = drawn if len(drawn) == request.settings.n else drawn * request.settings.n
-    texts, tokens, log_probs = ([list(column)] for column in zip(*drawn, strict=True))
-    return request.part([i], texts, tokens, log_probs)

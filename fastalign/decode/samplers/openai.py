@@ -35,9 +35,8 @@ from fastalign._base.errors import UserError
 from fastalign.data.conversations import Conversation
 from fastalign.data.sampling import SamplingSettings
 from fastalign.data.text import cut
-from fastalign.decode.candidates import Candidates
 from fastalign.decode.samplers.base import Request
-from fastalign.decode.samplers.external import External, one_prompt, request_seed, requested_count, split
+from fastalign.decode.samplers.external import Answer, External, request_seed, split
 
 BYTES_PER_TOKEN = 2048  # of an answer, at most: a token's text, its likeliest others, punctuation
 MODELS_BYTES = 1 << 22
@@ -109,15 +108,10 @@ class OpenAISampler(External):
                 raise UserError(f"prompt {i} needs the server's chat template, which chat=False leaves out")
         return list(prompts)
 
-    def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        wanted = sorted(request.wanted, key=lambda i: len(request.encoded[i]))
-        return self._parts(request, wanted) if wanted else iter(())
-
-    def _parts(self, request: Request, wanted: list[int]) -> Iterator[tuple[list[int], Candidates]]:
-        from fastalign._base import progress
-
+    def answers(
+        self, request: Request, wanted: Sequence[int], count: int, done: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
         settings, encoded = request.settings, request.encoded
-        count = requested_count(settings)
         pieces = split(count, request.rows)
         tasks = ((i, first, some) for i in wanted for first, some in pieces)
         received: dict[int, dict[int, list]] = {i: {} for i in wanted}
@@ -136,14 +130,12 @@ class OpenAISampler(External):
                 drawn = [(self._without_special(encoded[i], *one[:2], settings), *one[1:]) for one in drawn]
             return drawn
 
-        total = len(wanted) * settings.n * settings.max_new_tokens
-        with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
-            for (i, first, some), drawn in as_done(work, tasks, min(self.in_flight, len(wanted) * len(pieces))):
-                received[i][first] = drawn
-                advance(some * settings.max_new_tokens * (settings.n // count))
-                if len(received[i]) == len(pieces):
-                    parts = received.pop(i)
-                    yield [i], one_prompt(request, i, [one for start in sorted(parts) for one in parts[start]])
+        for (i, first, some), drawn in as_done(work, tasks, min(self.in_flight, len(wanted) * len(pieces))):
+            received[i][first] = drawn
+            done(some)
+            if len(received[i]) == len(pieces):
+                parts = received.pop(i)
+                yield i, [one for start in sorted(parts) for one in parts[start]]
 
     def _without_special(self, prompt: list[int], text: str, tokens: list[int], settings: SamplingSettings) -> str:
         return self.text.continuation(
@@ -362,8 +354,8 @@ class _Https(_Http1, urllib.request.HTTPSHandler):
         return self.do_open(self._connection, request, context=self._context)
 
 
-def _read(answer: dict, count: int, settings: SamplingSettings, name: str) -> list[tuple[str, list[int], list[float]]]:
-    """(text, token ids, log-probs) of each candidate, with the whole answer checked."""
+def _read(answer: dict, count: int, settings: SamplingSettings, name: str) -> list[Answer]:
+    """Each candidate, with the whole answer checked."""
     try:
         choices = _typed(answer, "choices", list)
         if len(choices) != count:
@@ -394,7 +386,7 @@ def _cannot_be_chance(drawn: list, settings: SamplingSettings) -> bool:
     return (len(drawn) - 1) * most < math.log(1e-12)
 
 
-def _read_choice(choice: Any, settings: SamplingSettings) -> tuple[str, list[int], list[float]]:
+def _read_choice(choice: Any, settings: SamplingSettings) -> Answer:
     if not isinstance(choice, dict):
         raise _Wrong(f"must hold objects as choices, got {type(choice).__name__}")
     if "message" in choice:

