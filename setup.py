@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 OPS = [
-    "gae", "layer", "linear_logprobs", "map_newton", "map_statistics", "own_attention", "resample", "sample_tokens",
+    "gae", "layer", "linear_logprobs", "map_newton", "map_statistics", "resample", "sample_tokens", "shared_attention",
     "soup", "soup_tasks", "token_logprobs", "token_logratios",
 ]  # fmt: skip
 COMMON = ["bindings", "isa", "soup_digest", "soup_files", "soup_io", "soup_task_files", "thread_pool"]

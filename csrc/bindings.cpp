@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,9 +20,9 @@
 #include "linear_logprobs.h"
 #include "map_newton.h"
 #include "map_statistics.h"
-#include "own_attention.h"
 #include "resample.h"
 #include "sample_tokens.h"
+#include "shared_attention.h"
 #include "soup_files.h"
 #include "soup_io.h"
 #include "soup_task_files.h"
@@ -372,35 +373,39 @@ PYBIND11_MODULE(_C, m) {
     if (!FASTALIGN_CALL(sample_tokens, to, p, rows, options, threads)) throw std::bad_alloc();
   });
 
-  m.def("exp_rows", [](const py::object& scores, const py::object& max, const py::object& mass, int64_t rows, int64_t length,
-                       float scaling, int threads) {
-    float *const x = memory_of<float>(scores, rows * length), *const top = memory_of<float>(max, rows);
-    float* const sum = memory_of<float>(mass, rows);
-    py::gil_scoped_release release;
-    FASTALIGN_CALL(exp_rows, x, top, sum, rows, length, scaling, threads);
-  });
-
-  m.def("own_attention",
-        [](const py::object& out, const py::object& keys, const py::object& values, const py::object& query,
-           const py::object& key, const py::object& value, const py::object& prompt_sum, const py::object& prompt_max,
-           const py::object& prompt_mass, const py::object& rows, const py::object& lengths, int64_t kv, int64_t group,
-           int64_t room, int64_t d, int64_t dv, float scaling, int threads) {
-          const int64_t n = Buffer(rows).count, count = Buffer(lengths).count, heads = kv * group;
+  m.def("shared_attention",
+        [](const py::object& out, const py::object& keys, const py::object& values, const py::tuple& query,
+           const py::tuple& key, const py::tuple& value, const py::list& prompts, const py::object& order,
+           const py::object& lengths, int64_t kv, int64_t group, int64_t room, int64_t window, float scaling, float softcap,
+           int threads) {
+          const Rows q = rows_of(query), k = rows_of(key), v = rows_of(value);
+          const int64_t n = Buffer(lengths).count, d = q.vocab, dv = v.vocab, heads = kv * group;
+          require(q.dtype != DType::float64, "attention in float64");
+          require(k.dtype == q.dtype && v.dtype == q.dtype, "queries, keys and values of several types");
+          require(k.vocab == d && q.count == n * heads && k.count == n * kv && v.count == n * kv, "heads of other sizes");
           const int64_t places = kv * room * d > 0 ? Buffer(keys).count / (kv * room * d) : 0;
-          require(places >= count, "more rows than places in the cache");
-          const OwnAttention in = {
-              memory_of<float>(keys, places * kv * room * d), memory_of<float>(values, places * kv * room * dv),
-              memory_of<float>(query, count * heads * d), memory_of<float>(key, count * kv * d),
-              memory_of<float>(value, count * kv * dv), memory_of<float>(prompt_sum, n * heads * dv),
-              memory_of<float>(prompt_max, n * heads), memory_of<float>(prompt_mass, n * heads),
-              memory_of<int64_t>(rows, n), memory_of<int64_t>(lengths, count), n, kv, group, room, d, dv, scaling};
-          float* const to = memory_of<float>(out, count * heads * dv);
+          require(places >= n, "more rows than places in the cache");
+          std::vector<SharedPrompt> shared;
+          int64_t first = 0;
+          for (const auto& item : prompts) {  // (keys, values, length, rows)
+            const auto t = py::reinterpret_borrow<py::tuple>(item);
+            const int64_t length = t[2].cast<int64_t>(), count = t[3].cast<int64_t>();
+            require(length >= 0 && count >= 0, "a negative length");
+            shared.push_back({memory_of(Buffer(t[0]), q.dtype, kv * d * length), memory_of(Buffer(t[1]), q.dtype, kv * length * dv), length,
+                              first, count});
+            first += count;
+          }
+          require(first == n, "rows without a prompt");
+          const SharedAttention in = {memory_of(out, q.dtype, n * heads * dv), memory_of(keys, q.dtype, places * kv * room * d),
+                                      memory_of(values, q.dtype, places * kv * room * dv), q, k, v, shared.data(),
+                                      int64_t(shared.size()), memory_of<int64_t>(order, n), memory_of<int64_t>(lengths, n), kv,
+                                      group, room, d, dv, window, scaling, softcap};
           for (int64_t i = 0; i < n; ++i) {
-            require(0 <= in.rows[i] && in.rows[i] < count, "a row that is not in flight");
-            require(0 <= in.lengths[in.rows[i]] && in.lengths[in.rows[i]] < room, "no room for a new token");
+            require(0 <= in.order[i] && in.order[i] < n, "a row that is not in flight");
+            require(0 <= in.lengths[i] && in.lengths[i] < room, "no room for a new token");
           }
           py::gil_scoped_release release;
-          FASTALIGN_CALL(own_attention, to, in, threads);
+          FASTALIGN_CALL(shared_attention, in, threads);
         });
 
   m.def("rms_norm", [](const py::object& y, const py::object& rstd, const py::object& x, const py::object& weight, int64_t rows,
@@ -421,11 +426,12 @@ PYBIND11_MODULE(_C, m) {
     FASTALIGN_CALL(rms_norm_backward, to, shares, grad, from, scales, by, rows, width, offset, threads);
   });
 
-  m.def("silu_gate", [](const py::object& out, const py::object& gate, const py::object& up, int64_t n, int threads) {
-    float* const to = memory_of<float>(out, n);
-    const float *g = memory_of<float>(gate, n), *u = memory_of<float>(up, n);
+  m.def("silu_gate", [](const py::object& out, const py::tuple& gate, const py::tuple& up, int threads) {
+    const Rows g = rows_of(gate), u = rows_of(up);
+    require(g.dtype == DType::float32 && u.dtype == g.dtype && u.count == g.count && u.vocab == g.vocab, "halves of two shapes");
+    float* const to = memory_of<float>(out, g.count * g.vocab);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(silu_gate, to, g, u, n, threads);
+    FASTALIGN_CALL(silu_gate, to, g, u, threads);
   });
 
   m.def("silu_gate_backward", [](const py::object& dgate, const py::object& dup, const py::object& dout, const py::object& gate,
@@ -436,14 +442,15 @@ PYBIND11_MODULE(_C, m) {
     FASTALIGN_CALL(silu_gate_backward, dg, du, d, g, u, n, threads);
   });
 
-  m.def("rotate", [](const py::object& out, const py::object& x, const py::object& cosine, const py::object& sine,
-                     int64_t tokens, int64_t heads, int64_t d, bool inverse, int threads) {
-    require(d % 2 == 0, "heads of an odd size have no halves");
-    float* const to = memory_of<float>(out, tokens * heads * d);
-    const float* from = memory_of<float>(x, tokens * heads * d);
-    const float *c = memory_of<float>(cosine, tokens * d), *s = memory_of<float>(sine, tokens * d);
+  m.def("rotate", [](const py::object& out, const py::tuple& x, const py::object& cosine, const py::object& sine, int64_t tokens,
+                     int64_t heads, bool inverse, int threads) {
+    const Rows from = rows_of(x);
+    require(from.vocab % 2 == 0, "heads of an odd size have no halves");
+    require(from.dtype == DType::float32 && from.count == tokens * heads, "heads of another number or type");
+    float* const to = memory_of<float>(out, tokens * heads * from.vocab);
+    const float *c = memory_of<float>(cosine, tokens * from.vocab), *s = memory_of<float>(sine, tokens * from.vocab);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(rotate, to, from, c, s, tokens, heads, d, inverse, threads);
+    FASTALIGN_CALL(rotate, to, from, c, s, tokens, heads, inverse, threads);
   });
 
   m.def("gae", [](const py::object& advantages, const py::object& returns, const py::tuple& rewards, const py::tuple& values,

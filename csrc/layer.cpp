@@ -85,11 +85,15 @@ template <typename F> static inline void in_chunks(int64_t size, int threads, F 
   }
 }
 
-void silu_gate(float* out, const float* gate, const float* up, int64_t n, int threads) {
-  in_chunks(n, threads, [&](int64_t i, int64_t m) {
-    const vec<float> g = load_first(gate + i, m);
-    store_first(out + i, g * sigmoid(g) * load_first(up + i, m), m);
-  });
+void silu_gate(float* out, const Rows& gate, const Rows& up, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < gate.count; ++r) {
+    const float *gate_row = gate.row<float>(r), *up_row = up.row<float>(r);
+    in_vectors(gate.vocab, [&](int64_t i, int64_t n) {
+      const vec<float> g = load_first(gate_row + i, n);
+      store_first(out + r * gate.vocab + i, g * sigmoid(g) * load_first(up_row + i, n), n);
+    });
+  }
 }
 
 void silu_gate_backward(float* dgate, float* dup, float* dout, const float* gate, const float* up, int64_t n,
@@ -103,14 +107,14 @@ void silu_gate_backward(float* dgate, float* dup, float* dout, const float* gate
   });
 }
 
-void rotate(float* out, const float* x, const float* cosine, const float* sine, int64_t tokens, int64_t heads,
-            int64_t d, bool inverse, int threads) {
-  const int64_t half = d / 2;
+void rotate(float* out, const Rows& x, const float* cosine, const float* sine, int64_t tokens, int64_t heads, bool inverse,
+            int threads) {
+  const int64_t d = x.vocab, half = d / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < tokens; ++t) {
     const float *c = cosine + t * d, *s = sine + t * d;
     for (int64_t h = 0; h < heads; ++h) {
-      const float* in = x + (t * heads + h) * d;
+      const float* in = x.row<float>(t * heads + h);
       float* to = out + (t * heads + h) * d;
       in_vectors(half, [&](int64_t i, int64_t n) {
         const vec<float> a = load_first(in + i, n), b = load_first(in + half + i, n);

@@ -1,9 +1,10 @@
-// The work between a decoder layer's matrix products: norm, gate and rotation, one pass each. float32, contiguous.
+// The work between a decoder layer's matrix products: norm, gate and rotation, one pass each. float32; what is not given as Rows is contiguous.
 #pragma once
 
 #include <cstdint>
 
 #include "isa.h"
+#include "rows.h"
 
 FASTALIGN_DECLARE(
   // y = (offset + weight) x rstd with rstd = 1 / sqrt(mean(x^2) + eps) of each row; x, y (rows, width), rstd (rows,).
@@ -13,14 +14,14 @@ FASTALIGN_DECLARE(
   void rms_norm_backward(float* dx, float* dweight, const float* dy, const float* x, const float* rstd,
                          const float* weight, int64_t rows, int64_t width, float offset, int threads);
 
-  // out = silu(gate) up, n of each
-  void silu_gate(float* out, const float* gate, const float* up, int64_t n, int threads);
+  // out = silu(gate) up; out contiguous, all three of the same rows
+  void silu_gate(float* out, const Rows& gate, const Rows& up, int threads);
   // From dout: dgate and dup. dout is overwritten with out, which the following product needs again.
   void silu_gate_backward(float* dgate, float* dup, float* dout, const float* gate, const float* up, int64_t n,
                           int threads);
 
-  // Rotates the halves of each head: out (tokens, heads, d) from x of the same shape; cos and sin (tokens, d). inverse:
-  // the transposed map, i.e. the backward pass.
-  void rotate(float* out, const float* x, const float* cosine, const float* sine, int64_t tokens, int64_t heads,
-              int64_t d, bool inverse, int threads);
+  // Rotates the halves of each head: out (tokens, heads, d) from x, tokens * heads rows of d; cos and sin (tokens, d).
+  // inverse: the transposed map, i.e. the backward pass.
+  void rotate(float* out, const Rows& x, const float* cosine, const float* sine, int64_t tokens, int64_t heads, bool inverse,
+              int threads);
 )

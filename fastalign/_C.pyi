@@ -109,34 +109,22 @@ def sample_tokens(
     threads: int,
     /,
 ) -> None: ...
-def exp_rows(
-    scores: Buffer,
-    max: Buffer,
-    mass: Buffer,
-    rows: int,
-    length: int,
-    scaling: float,
-    threads: int,
-    /,
-) -> None: ...
-def own_attention(
+def shared_attention(
     out: Buffer,
     keys: Buffer,
     values: Buffer,
-    query: Buffer,
-    key: Buffer,
-    value: Buffer,
-    prompt_sum: Buffer,
-    prompt_max: Buffer,
-    prompt_mass: Buffer,
-    rows: Buffer,
+    query: Rows,
+    key: Rows,
+    value: Rows,
+    prompts: list[tuple[Buffer, Buffer, int, int]],
+    order: Buffer,
     lengths: Buffer,
     kv: int,
     group: int,
     room: int,
-    d: int,
-    dv: int,
+    window: int,
     scaling: float,
+    softcap: float,
     threads: int,
     /,
 ) -> None: ...
@@ -165,7 +153,7 @@ def rms_norm_backward(
     threads: int,
     /,
 ) -> None: ...
-def silu_gate(out: Buffer, gate: Buffer, up: Buffer, n: int, threads: int, /) -> None: ...
+def silu_gate(out: Buffer, gate: Rows, up: Rows, threads: int, /) -> None: ...
 def silu_gate_backward(
     dgate: Buffer,
     dup: Buffer,
@@ -178,12 +166,11 @@ def silu_gate_backward(
 ) -> None: ...
 def rotate(
     out: Buffer,
-    x: Buffer,
+    x: Rows,
     cosine: Buffer,
     sine: Buffer,
     tokens: int,
     heads: int,
-    d: int,
     inverse: bool,
     threads: int,
     /,

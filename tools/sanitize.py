@@ -145,7 +145,7 @@ def plant(kind: str) -> None:
     if kind == "address":  # 64 elements too many
         native.soup_memory([longer[0]], [longer[1]], [1.0], 1)
     elif kind == "undefined":  # rows times width overflows 64 bits
-        native.exp_rows(buffer(x), buffer(y), buffer(y), 1 << 40, 1 << 40, 1.0, 1)
+        native.rms_norm(buffer(x), buffer(y), buffer(x), buffer(y), 1 << 40, 1 << 40, 1.0, 0.0, 1)
     else:  # two threads write to one address
         ins = torch.randn(1 << 22)
         out = torch.empty_like(ins)

@@ -21,31 +21,37 @@ from fastalign import backend
 from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.data.sampling import SamplingSettings
+from fastalign.decode.plan import planned
+from fastalign.decode.step_layers import StepLayers
 from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
-from fastalign.models.linear_layers import PackedLayers
-from fastalign.models.trial import Probe, attention_set, tried
-from fastalign.ops.buffers import buffer
+from fastalign.models.trial import Probe, tried
+from fastalign.ops.buffers import buffer, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastalign.ops import SampledTokens
 
-NAME = "fastalign_shared_prompt"
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the native attention
 GROW = 32  # tokens by which the room for own keys and values grows
 
 
 @dataclass
 class Prefix:
-    """A prompt's keys and values, per layer (kv heads, P, d), and its last hidden state (H,)."""
+    """A prompt's keys and values, per layer (kv heads, P, d), and its last hidden state (H,). Keys lie transposed."""
 
     length: int
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keep a copy of a layer's keys and values, as matrix products with few queries read them."""
+        self.keys[layer] = keys.transpose(1, 2).contiguous().transpose(1, 2)
+        self.values[layer] = values.contiguous()
 
 
 def supports(model: PreTrainedModel) -> Verdict:
@@ -68,18 +74,13 @@ class SharedPromptEngine:
     rows: int
 
     def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None):
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
         self.model, self.rows, self.prompts = language_model(model), rows, prompts or rows
         self.head: Head = head_of(self.model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
         self.lengths: Tensor = torch.zeros(rows, dtype=torch.int64)  # own tokens whose keys are in the cache
         self.last: Tensor = torch.zeros(rows, dtype=torch.int64)  # the token drawn last, whose keys are not
-        self._packed: PackedLayers | None = None  # from the first step on
+        self._layers: StepLayers | None = None  # from the first step on
         self.keys: dict[int, Tensor] = {}  # layer -> (rows, kv heads, room, d)
         self.values: dict[int, Tensor] = {}
 
@@ -127,9 +128,9 @@ class SharedPromptEngine:
         lengths = self.lengths[:count]
         starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
         step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
-        if self._packed is None and backend.choose(self.device) == "cpu":
-            self._packed = PackedLayers(self.model, self.rows)
-        with self._packed or contextlib.nullcontext():
+        if self._layers is None and backend.choose(self.device) == "cpu":
+            self._layers = StepLayers(self.model, self.head.weight, self.rows)
+        with self._layers or contextlib.nullcontext():
             hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step)
         self.lengths[:count] += 1
         return hidden[:, 0]
@@ -171,7 +172,7 @@ class SharedPromptEngine:
 
     def _run(self, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
         """The last hidden states, with attention computed by `plan`."""
-        with attention_set(self.model, NAME), CompiledLayers.of(self.model):
+        with planned(self.model), CompiledLayers.of(self.model):
             output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -186,7 +187,7 @@ class SharedPromptEngine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) from hidden states (rows, H)."""
-        return self.head.logits(hidden)
+        return self.head.logits(hidden, self._layers and self._layers.head)
 
     def sample(self, hidden: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
         """`ops.sample_tokens` of the logits of hidden states (rows, H); on a GPU without truncation, the logits are
@@ -213,7 +214,7 @@ class _Prefill:
     ) -> Tensor:
         """(1, heads, P, d) from q of that shape and k, v (1, kv heads, P, d)."""
         self.calls += 1
-        self.prefix.keys[layer], self.prefix.values[layer] = k[0].contiguous(), v[0].contiguous()
+        self.prefix.store(layer, k[0], v[0])
         length = q.shape[2]
         mask = None
         if (window is not None and length > window) or softcap is not None:
@@ -242,7 +243,12 @@ class _Step:
         for row, job in enumerate(engine.jobs):
             by_prompt.setdefault(job.prompt, []).append(row)
         self.groups = [(engine.prefixes[p], torch.tensor(rows, device=lengths.device)) for p, rows in by_prompt.items()]
-        self.compiled = lengths.device.type == "cpu" and backend.choose(lengths.device) == "cpu"
+        self.native = lengths.device.type == "cpu" and backend.choose(lengths.device) == "cpu"
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The rows, prompt by prompt."""
+        return torch.cat([rows for _, rows in self.groups])
 
     @cached_property
     def rows(self) -> Tensor:
@@ -250,7 +256,7 @@ class _Step:
 
     @cached_property
     def behind(self) -> Tensor:
-        """-inf after each row's own tokens, including the new one; the compiled path needs no such mask."""
+        """-inf after each row's own tokens, including the new one; the native path needs no such mask."""
         behind = torch.arange(self.longest, device=self.lengths.device)[None] > self.lengths[:, None]
         return torch.zeros(behind.shape, device=behind.device).masked_fill_(behind, float("-inf"))
 
@@ -260,8 +266,8 @@ class _Step:
         """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d)."""
         self.calls += 1
         keys, values = self._room(layer, k, v)
-        if self.compiled and window is None and softcap is None and q.dtype == torch.float32:
-            return self._compiled(layer, q, k, v, keys, values, scaling)
+        if self.native and q.dtype in NATIVE:
+            return self._attend_natively(layer, q, k, v, keys, values, scaling, window, softcap)
         keys[self.rows, :, self.lengths] = k[:, :, 0]
         values[self.rows, :, self.lengths] = v[:, :, 0]
         kv = k.shape[1]
@@ -296,27 +302,23 @@ class _Step:
             out[rows] = theirs + (mine[rows] - theirs) * share
         return out.flatten(1, 2).unsqueeze(2)
 
-    def _compiled(self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """The same with native kernels: two products with the prompt per group, and one pass for each."""
-        (_, heads, _, d), kv, room, width = q.shape, k.shape[1], keys.shape[2], v.shape[-1]
-        q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))  # a fused projection returns views of itself
-        grouped, out = q.view(self.count, kv, heads // kv, d), q.new_empty(self.count, heads, width)
-        for prefix, rows in self.groups:
-            together = grouped.transpose(0, 1)[:, rows].reshape(kv, -1, d)
-            scores = torch.bmm(together, prefix.keys[layer].transpose(1, 2))
-            top, mass = scores.new_empty(2, kv * together.shape[1]).unbind()
-            backend.native.exp_rows(*map(buffer, (scores, top, mass)), len(top), prefix.length, scaling, threads())
-            given = torch.bmm(scores, prefix.values[layer])
-            backend.native.own_attention(
-                *map(buffer, (out, keys, values, q, k, v, given, top, mass, rows, self.lengths)),
-                kv,
-                heads // kv,
-                room,
-                d,
-                width,
-                scaling,
-                threads(),
-            )
+    def _attend_natively(
+        self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float, window: int | None, softcap
+    ) -> Tensor:
+        """The same in one call."""
+        heads, kv = q.shape[1], k.shape[1]
+        out = q.new_empty(self.count, heads, v.shape[-1])
+        (query, _q), (key, _k), (value, _v) = (rows(x[:, :, 0]) for x in (q, k, v))  # and what they point into
+        prompts = [
+            (buffer(prefix.keys[layer].transpose(1, 2)), buffer(prefix.values[layer]), prefix.length, len(of))
+            for prefix, of in self.groups
+        ]
+        backend.native.shared_attention(
+            *map(buffer, (out, keys, values)),
+            *(query, key, value, prompts),
+            *map(buffer, (self.order, self.lengths)),
+            *(kv, heads // kv, keys.shape[2], window or 0, scaling, softcap or 0.0, threads()),
+        )
         return out.unsqueeze(2)
 
     def _room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,28 +345,6 @@ def _part(q, k, v, scaling: float, softcap: float | None, mask) -> tuple[Tensor,
     # A part that sees nothing has weight 0 in the merge: its value is 0, not NaN.
     p = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
     return torch.matmul(p.to(v.dtype), v), lse
-
-
-def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    *,
-    plan: Any,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, with the `plan` of `SharedPromptEngine`: -> (rows, tokens, heads, d)."""
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise UserError("attention sinks and position biases cannot run on the shared-prompt engine")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = plan.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap)
-    return out.transpose(1, 2), None
 
 
 def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:

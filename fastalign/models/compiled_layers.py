@@ -24,7 +24,7 @@ from fastalign import backend
 from fastalign.backend import threads
 from fastalign.models import linear_layers
 from fastalign.ops import products
-from fastalign.ops.buffers import buffer
+from fastalign.ops.buffers import buffer, rows
 from fastalign.ops.once import once_differentiable
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -97,14 +97,14 @@ _known: weakref.WeakKeyDictionary[nn.Module, CompiledLayers] = weakref.WeakKeyDi
 
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return "RMSNorm" in type(module).__name__ and _eps(module) is not None and weight is not None and weight.ndim == 1
+    return "RMSNorm" in type(module).__name__ and eps_of(module) is not None and weight is not None and weight.ndim == 1
 
 
 def _is_mlp(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in MLP) and hasattr(module, "act_fn")
 
 
-def _eps(module: nn.Module) -> float | None:
+def eps_of(module: nn.Module) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
@@ -126,11 +126,11 @@ def _norm_forwards(original: Callable) -> Iterator[Callable]:
 
 def _norm_forward(original: Callable, offset: float) -> Callable:
     def forward(self, hidden_states, *args, **kwargs):
-        if args or kwargs or not _ours(hidden_states, self.weight):
+        if args or kwargs or not runs_natively(hidden_states, self.weight):
             return original(self, hidden_states, *args, **kwargs)
-        y = _RMSNorm.apply(hidden_states, self.weight, _eps(self), offset)
+        y = _RMSNorm.apply(hidden_states, self.weight, eps_of(self), offset)
         if y.requires_grad:
-            y.fastalign_norm = (hidden_states.detach(), self.weight.detach(), _eps(self), offset)  # to recompute it
+            y.fastalign_norm = (hidden_states.detach(), self.weight.detach(), eps_of(self), offset)  # to recompute it
         return y
 
     return forward
@@ -138,13 +138,13 @@ def _norm_forward(original: Callable, offset: float) -> Callable:
 
 def _mlp_forwards(original: Callable) -> Iterator[Callable]:
     def forward(self, x, *args, **kwargs):
-        if args or kwargs or not _ours(x):
+        if args or kwargs or not runs_natively(x):
             return original(self, x, *args, **kwargs)
         gate, up, down = layers = [getattr(self, name) for name in MLP]
-        if all(map(_plain, layers)) and _ours(*(layer.weight for layer in layers)):
+        if all(map(_plain, layers)) and runs_natively(*(layer.weight for layer in layers)):
             return _GatedMLP.apply(x, *(layer.weight for layer in layers))
         g, u = gate(x), up(x)  # respects adapters and hooks
-        return down(_SiluGate.apply(g, u) if _ours(g, u) and g.shape == u.shape else self.act_fn(g) * u)
+        return down(_SiluGate.apply(g, u) if runs_natively(g, u) and g.shape == u.shape else self.act_fn(g) * u)
 
     yield forward
 
@@ -166,13 +166,18 @@ def _agrees(module: nn.Module, forward: Callable) -> bool:
             result = forward(module, x)
     except Exception:  # takes more than one tensor: no compiled form
         return False
+    return agree(expected, result)
+
+
+def agree(expected: object, result: Tensor) -> bool:
+    """Whether both are the same up to float32's rounding."""
     if not isinstance(expected, Tensor) or expected.shape != result.shape:
         return False
     size = expected.abs().amax(-1, keepdim=True)
     return bool(((result - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
 
 
-def _ours(*tensors: Tensor) -> bool:
+def runs_natively(*tensors: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and all(
         type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors
     )
@@ -203,7 +208,7 @@ def _rotation(original: Callable) -> Callable:
     def rotate(q, k, cos, sin, *args, **kwargs):
         batch, _, length, d = q.shape
         same = cos.shape == sin.shape == (batch, length, d) and k.shape[2:] == q.shape[2:]
-        if args or kwargs or not same or cos.requires_grad or not _ours(q, k, cos, sin):
+        if args or kwargs or not same or cos.requires_grad or not runs_natively(q, k, cos, sin):
             return original(q, k, cos, sin, *args, **kwargs)
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
@@ -219,7 +224,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        y, rstd = _normed(x, weight, eps, offset)
+        y, rstd = normed(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y
@@ -237,7 +242,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, None if shares is None else shares.sum(0), None, None
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """(y of x's shape, 1 / sqrt(mean(x²) + eps) of each row)."""
     width = x.shape[-1]
     rows = x.numel() // width
@@ -246,9 +251,10 @@ def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
     return y, rstd
 
 
-def _gate(g: Tensor, u: Tensor) -> Tensor:
-    out = torch.empty_like(g)
-    backend.native.silu_gate(*map(buffer, (out, g, u)), g.numel(), threads())
+def gated(g: Tensor, u: Tensor) -> Tensor:
+    out = g.new_empty(g.shape)
+    (gate, _g), (up, _u) = rows(g), rows(u)  # and what they point into
+    backend.native.silu_gate(buffer(out), gate, up, threads())
     return out
 
 
@@ -266,7 +272,7 @@ class _SiluGate(torch.autograd.Function):
     def forward(ctx, g: Tensor, u: Tensor) -> Tensor:
         g, u = g.contiguous(), u.contiguous()
         ctx.save_for_backward(g, u)
-        return _gate(g, u)
+        return gated(g, u)
 
     @staticmethod
     @once_differentiable
@@ -283,7 +289,7 @@ class _GatedMLP(torch.autograd.Function):
         g, u = products.linear(rows, gate), products.linear(rows, up)
         source, weight, *ctx.norm = getattr(x, "fastalign_norm", (rows, None))
         ctx.save_for_backward(source, weight, g, u, gate, up, down)
-        return products.linear(_gate(g, u), down).view(*x.shape[:-1], len(down))
+        return products.linear(gated(g, u), down).view(*x.shape[:-1], len(down))
 
     @staticmethod
     @once_differentiable
@@ -294,7 +300,7 @@ class _GatedMLP(torch.autograd.Function):
         dg, du = _gate_backward(h, g, u)
         dx, *weights = ctx.needs_input_grad
         if any(weights[:2]):
-            x = source if weight is None else _normed(source.contiguous(), weight.contiguous(), *ctx.norm)[0]
+            x = source if weight is None else normed(source.contiguous(), weight.contiguous(), *ctx.norm)[0]
             rows = x.reshape(-1, x.shape[-1])
         return (
             products.grad_input(dg, gate).add_(products.grad_input(du, up)).view(x_shape) if dx else None,
@@ -311,17 +317,20 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, False)
+        return rotated(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return _rotated(dy, *ctx.saved_tensors, True), None, None
+        return rotated(dy, *ctx.saved_tensors, inverse=True), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """x and the result (B, heads, L, d)."""
     batch, heads, length, d = x.shape
-    x = x.transpose(1, 2).contiguous()  # in the projection's layout: no copy
-    out = torch.empty_like(x)
-    backend.native.rotate(*map(buffer, (out, x, cos, sin)), batch * length, heads, d, inverse, threads())
+    out = x.new_empty(batch, length, heads, d)
+    halves, _x = rows(x.transpose(1, 2))  # and what they point into
+    backend.native.rotate(
+        buffer(out), halves, buffer(cos), buffer(sin), batch * length, heads, inverse, threads()
+    )
     return out.transpose(1, 2)

@@ -34,9 +34,12 @@ class Head(NamedTuple):
         """Keyword arguments of `ops.linear_token_logprobs`."""
         return self._asdict()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) of hidden states (..., H)."""
-        logits = products.linear(hidden, self.weight, self.bias)
+    def logits(self, hidden: Tensor, packed: Tensor | None = None) -> Tensor:
+        """(..., V) of hidden states (..., H); packed: the weight as `products.pack` made it."""
+        if packed is None or hidden.dtype != self.weight.dtype:
+            logits = products.linear(hidden, self.weight, self.bias)
+        else:
+            logits = products.packed_linear(hidden, packed, self.bias)
         if self.adapter is not None:
             a, b, scale = self.adapter
             logits = logits + scale * (hidden @ a.T) @ b.T

@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastalign._base.devices import free_memory
 from fastalign.ops import products
 
 
 def forward(self: nn.Linear, x: Tensor) -> Tensor:
     """In place of nn.Linear's."""
     return products.linear(x, self.weight, self.bias)
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer of torch's own class with torch's own forward."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
 
 
 def replaces(module: nn.Module) -> bool:
@@ -27,23 +32,18 @@ def replaces(module: nn.Module) -> bool:
 def forwards(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Linear, Callable]]:
     """The linear layers among them, each with its new forward; none if torch's own products are fastest here. Layers of
     other classes and those with a forward of their own are left out."""
-    layers = [m for m in modules if type(m) is nn.Linear and "forward" not in vars(m)]
+    layers = list(filter(is_plain, modules))
     if any(map(products.quicker, {layer.weight.dtype for layer in layers})):
         yield from ((layer, types.MethodType(forward, layer)) for layer in layers)
 
 
 class PackedLayers:
-    """Within `with`, the linear layers' products of about `rows` rows, for inference, with weights packed once.
+    """Within `with`, these linear layers' products of about `rows` rows, for inference, with weights packed once, where
+    that is faster."""
 
-    Weights are copied only if that pays and takes at most a quarter of the available memory.
-    """
-
-    def __init__(self, model: nn.Module, rows: int):
-        layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    def __init__(self, linears: Iterable[nn.Linear], rows: int):
         self._packed: list[tuple[nn.Linear, Callable]] = []
-        if sum(layer.weight.nbytes for layer in layers) > free_memory() // 4:
-            return
-        for layer in layers:
+        for layer in linears:
             if (packed := products.pack(layer.weight, rows)) is not None:
                 self._packed.append((layer, functools.partial(_packed_forward, layer, packed)))
 

@@ -48,7 +48,7 @@ def rows(x: Tensor) -> tuple[Rows, Tensor]:
         raise RuntimeError(f"native kernels take CPU tensors, got {_describe(x)}")
     outer_stride, inner, inner_stride = strides
     vocab = x.shape[-1]
-    return (x.data_ptr(), _NAMES[x.dtype], x.numel() // vocab, inner, outer_stride, inner_stride, vocab), x
+    return (x.data_ptr(), _NAMES[x.dtype], x.shape[:-1].numel(), inner, outer_stride, inner_stride, vocab), x
 
 
 class _Names(dict[torch.dtype, str]):

@@ -55,7 +55,7 @@ def pack(weight: Tensor, rows: int) -> Tensor | None:
     plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
     if not plain or not _packs(rows, weight.dtype):
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return _reorder(weight.detach(), rows)
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,6 +115,10 @@ class _Linear(torch.autograd.Function):
             grad_weight(dy, x) if ctx.needs_input_grad[1] else None,
             dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None,
         )
+
+
+def _reorder(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -216,7 +220,7 @@ def _measured(kind: str, rows: int, dtype: torch.dtype) -> dict[str, float]:
     n, k = _WIDTHS
     draw = torch.Generator().manual_seed(0)
     x, dy, w = (torch.randn(shape, generator=draw).to(dtype) for shape in ((rows, k), (rows, n), (n, k)))
-    packed = torch.ops.mkldnn._reorder_linear_weight(w, rows) if kind == "packed" else w
+    packed = _reorder(w, rows) if kind == "packed" else w
     calls: dict[str, Callable[[], Tensor]] = {
         "linear": {"torch": lambda: F.linear(x, w), "onednn": lambda: _onednn(x, w)},
         "packed": {"torch": lambda: F.linear(x, w), "onednn": lambda: _onednn(x, packed)},

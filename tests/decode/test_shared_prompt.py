@@ -124,31 +124,45 @@ def interleaved(q, k, v):
 
 @pytest.mark.parametrize("lay", [lambda *x: x, fused, interleaved])
 @pytest.mark.parametrize(
-    ("heads", "kv", "d", "dv", "own"),
-    [(9, 3, 64, 64, 30), (2, 2, 7, 7, 300), (4, 1, 20, 20, 1), (4, 4, 24, 16, 40), (6, 2, 5, 19, 3)],
+    ("heads", "kv", "d", "dv", "own", "window", "softcap"),
+    [
+        (9, 3, 64, 64, 30, None, None),
+        (2, 2, 7, 7, 300, None, None),
+        (4, 1, 20, 20, 1, None, 2.0),
+        (4, 4, 24, 16, 40, 11, None),
+        (6, 2, 5, 19, 3, 1, None),
+        (100, 2, 80, 80, 5, 150, 30.0),
+    ],
 )
-def test_compiled_step_equals_the_plain_one(heads, kv, d, dv, own, lay):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_attention_equals_the_plain_one(heads, kv, d, dv, own, window, softcap, lay, dtype):
     torch.manual_seed(0)
     jobs = [Job(p, c) for p, c in ((0, 0), (7, 0), (0, 1), (7, 1), (7, 2))]  # rows of prompt 0 are no neighbours
     lengths = torch.tensor([own - 1, 0, own // 2, 0, own - 1])
-    prefixes = {p: Prefix(n, {0: torch.randn(kv, n, d)}, {0: torch.randn(kv, n, dv)}) for p, n in ((0, 33), (7, 1))}
-    q, k, v = (30 * torch.randn(5, h, 1, size) for h, size in ((heads, d), (kv, d), (kv, dv)))
+    lengths_of = {0: 133, 7: 1}
+    stored = {p: (torch.randn(kv, n, d).to(dtype), torch.randn(kv, n, dv).to(dtype)) for p, n in lengths_of.items()}
+    q, k, v = (torch.randn(5, h, 1, size).to(dtype) for h, size in ((heads, d), (kv, d), (kv, dv)))
+    q *= 30 if dtype == torch.float32 else 2
     laid = lay(q, k, v)
     assert all(map(torch.equal, laid, (q, k, v)))
-    own_keys, own_values = torch.randn(5, kv, own + 3, d), torch.randn(5, kv, own + 3, dv)
+    own_keys, own_values = torch.randn(5, kv, own + 3, d).to(dtype), torch.randn(5, kv, own + 3, dv).to(dtype)
+    positions = lengths + torch.tensor([lengths_of[job.prompt] for job in jobs])
     result = []
-    for name in ("cpu", "reference"):
-        engine = SimpleNamespace(
-            jobs=jobs, prefixes=prefixes, rows=5, keys={0: own_keys.clone()}, values={0: own_values.clone()}
-        )
+    for name, wide in (("cpu", dtype), ("reference", torch.float64)):
+        prefixes = {p: Prefix(n) for p, n in lengths_of.items()}
+        for p, tensors in stored.items():
+            prefixes[p].store(0, *(x.to(wide) for x in tensors))
+        keys, values = ({0: x.to(wide, copy=True)} for x in (own_keys, own_values))
+        engine = SimpleNamespace(jobs=jobs, prefixes=prefixes, rows=5, keys=keys, values=values)
         with use_backend(name):
-            step = _Step(engine, 5, own, lengths, lengths + 5)
-            assert step.compiled == (name == "cpu")
-            result.append((step.attend(0, *laid, d**-0.5, None, None), engine.keys[0], engine.values[0]))
+            step = _Step(engine, 5, own, lengths, positions)
+            assert step.native == (name == "cpu")
+            result.append((step.attend(0, *(x.to(wide) for x in laid), d**-0.5, window, softcap), keys[0], values[0]))
     (ours, *caches), (plain, *others) = result
     assert ours.shape == (5, heads, 1, dv)
-    assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
-    assert all(map(torch.equal, caches, others))
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(ours.double(), plain, rtol=max(1e-5, 2 * eps), atol=max(5e-5, eps / 8))
+    assert all(torch.equal(cache.double(), other) for cache, other in zip(caches, others, strict=True))
 
 
 FUSED = {"GPTNeoX": SMALL, "Phi3": SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}, "Persimmon": SMALL}

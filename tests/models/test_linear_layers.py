@@ -8,7 +8,7 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import nn
 
 from fastalign.integrations.transformers import speed_up
-from fastalign.models.linear_layers import PackedLayers
+from fastalign.models.linear_layers import PackedLayers, is_plain
 from fastalign.ops import products
 
 pytestmark = pytest.mark.skipif(not products.available(), reason="torch without oneDNN")
@@ -120,12 +120,10 @@ def test_where_torch_is_faster_nothing_changes(monkeypatch):
     assert speed_up(model).count == 0 and not any("forward" in vars(m) for m in model.modules())
 
 
-@pytest.mark.parametrize("free", [1 << 40, 1000])
-def test_packed_layers_give_the_same_and_take_no_memory_that_is_short(called, monkeypatch, free):
-    monkeypatch.setattr("fastalign.models.linear_layers.free_memory", lambda: free)
+def test_packed_layers_give_the_same(called):
     model = model_of().eval()
     with torch.inference_mode():
         expected = model(IDS).logits
-        with PackedLayers(model, 64):
+        with PackedLayers(filter(is_plain, model.modules()), 64):
             torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    assert bool(called) == (free > 1000) and not any("forward" in vars(m) for m in model.modules())
+    assert called and not any("forward" in vars(m) for m in model.modules())

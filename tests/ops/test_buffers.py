@@ -59,7 +59,8 @@ def integers(*values):
 
 
 # A right call of each kernel that takes buffers: its name, its buffers, and what follows them.
-LOGITS, LABELS = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
+LOGITS, LABELS, HEADS = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3, 4)
+ROWS = (LOGITS, HEADS)  # what is handed over as `rows`
 CALLS = {
     "token_logprobs_forward": ([*map(floats, [3] * 3), None, None, None, None, LOGITS, LABELS], (-100, 1.0, 0.0, 1)),
     "token_logratios_forward": ([*map(floats, [3] * 5), LOGITS, LOGITS, LABELS], (-100, 1.0, 1)),
@@ -67,18 +68,12 @@ CALLS = {
                                 (-100, 1.0, 0.0, 1)),
     "first_bad_label": ([LABELS], (5, -100)),
     "sample_tokens": ([integers(0, 0, 0), floats(3), LOGITS], (1.0, 0, 1.0, 0.0, 0, 0, None, 1, 1)),
-    "exp_rows": ([floats(3, 5), floats(3), floats(3)], (3, 5, 1.0, 1)),
-    "own_attention": (
-        [floats(2, 4, 3), floats(2, 2, 8, 6), floats(2, 2, 8, 3), floats(2, 4, 6), floats(2, 2, 6), floats(2, 2, 3),
-         floats(2, 2, 3), floats(4), floats(4), integers(1), integers(2, 7)],
-        (2, 2, 8, 6, 3, 1.0, 1),
-    ),
     "rms_norm": ([floats(3, 4), floats(3), floats(3, 4), floats(4)], (3, 4, 1e-6, 0.0, 1)),
     "rms_norm_backward": ([floats(3, 4), floats(2, 4), floats(3, 4), floats(3, 4), floats(3), floats(4)],
                           (3, 4, 0.0, 2)),
-    "silu_gate": ([floats(7), floats(7), floats(7)], (7, 1)),
+    "silu_gate": ([floats(3, 5), LOGITS, LOGITS], (1,)),
     "silu_gate_backward": ([*map(floats, [7] * 5)], (7, 1)),
-    "rotate": ([floats(2, 3, 4), floats(2, 3, 4), floats(2, 4), floats(2, 4)], (2, 3, 4, False, 1)),
+    "rotate": ([floats(2, 3, 4), HEADS, floats(2, 4), floats(2, 4)], (2, 3, False, 1)),
     "gae": ([floats(3, 5), floats(3, 5), LOGITS, LOGITS, torch.ones(3, 5, dtype=torch.bool)], (1.0, 1.0, 1)),
     "resample": ([integers(0, 0, 0), LOGITS], (1, 0, None, 0, 1)),
 }  # fmt: skip
@@ -86,7 +81,7 @@ needs_engine = pytest.mark.skipif(backend.native is None, reason="the native ext
 
 
 def call(name, tensors):
-    described = [rows(x)[0] if x is LOGITS else buffer(x) for x in tensors]
+    described = [rows(x)[0] if any(x is y for y in ROWS) else buffer(x) for x in tensors]
     return getattr(backend.native, name)(*described, *CALLS[name][1])
 
 
@@ -96,22 +91,65 @@ def test_a_kernel_takes_buffers_of_its_sizes_and_types_alone(name):
     tensors, _ = CALLS[name]
     call(name, tensors)
     for i, x in enumerate(tensors):
-        if x is None or x is LOGITS:
+        if x is None or any(x is y for y in ROWS):
             continue
         sizes = [] if name == "first_bad_label" else [x.reshape(-1)[:-1]]
-        if i not in (1, 9, 10) or name != "own_attention":  # a cache may have more places, and there may be fewer rows
-            sizes += [] if name == "first_bad_label" else [torch.cat((x.reshape(-1), x.reshape(-1)[:1]))]
+        sizes += [] if name == "first_bad_label" else [torch.cat((x.reshape(-1), x.reshape(-1)[:1]))]
         for wrong in (*sizes, x.to(torch.int32)):
             with pytest.raises(RuntimeError, match="called wrongly"):
                 call(name, [*tensors[:i], wrong, *tensors[i + 1 :]])
 
 
+def attend(**changed):
+    """Two rows of two prompts, kv = 2 heads of 2 queries, d = 6, dv = 3."""
+    own = {
+        "out": floats(2, 4, 3),
+        "keys": floats(2, 2, 8, 6),
+        "values": floats(2, 2, 8, 3),
+        "query": floats(2, 4, 6),
+        "key": floats(2, 2, 6),
+        "value": floats(2, 2, 3),
+        "prompts": [(floats(2, 6, 5), floats(2, 5, 3), 5, 1), (floats(2, 6, 1), floats(2, 1, 3), 1, 1)],
+        "order": integers(1, 0),
+        "lengths": integers(2, 7),
+    }
+    it = own | changed
+    prompts = [(buffer(keys), buffer(values), *sizes) for keys, values, *sizes in it["prompts"]]
+    views = [rows(it[name])[0] for name in ("query", "key", "value")]
+    backend.native.shared_attention(
+        *(buffer(it[name]) for name in ("out", "keys", "values")),
+        *(*views, prompts, buffer(it["order"]), buffer(it["lengths"])),
+        *(2, 2, 8, 0, 1.0, 0.0, 1),
+    )
+
+
 @needs_engine
-@pytest.mark.parametrize(("rows", "lengths"), [((2,), (2, 7)), ((-1,), (2, 7)), ((1,), (2, 8)), ((0,), (-1, 7))])
-def test_attention_stays_within_the_cache(rows, lengths):
-    tensors, _ = CALLS["own_attention"]
-    with pytest.raises(RuntimeError, match=r"not in flight|no room"):
-        call("own_attention", [*tensors[:9], integers(*rows), integers(*lengths)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"order": integers(1, 2)},
+        {"order": integers(1, -1)},
+        {"order": integers(1)},
+        {"lengths": integers(2, 8)},
+        {"lengths": integers(-1, 7)},
+        {"lengths": integers(2)},
+        {"out": floats(2, 4, 4)},
+        {"out": floats(2, 4, 3).to(torch.bfloat16)},
+        {"keys": floats(1, 2, 8, 6)},
+        {"values": floats(2, 2, 7, 3)},
+        {"query": floats(2, 4, 5)},
+        {"query": floats(2, 4, 6).double()},
+        {"key": floats(2, 2, 6).half()},
+        {"value": floats(2, 1, 3)},
+        {"prompts": [(floats(2, 6, 5), floats(2, 5, 3), 5, 1)]},
+        {"prompts": [(floats(2, 6, 5), floats(2, 5, 3), 5, 3), (floats(2, 6, 5), floats(2, 5, 3), 5, -1)]},
+        {"prompts": [(floats(2, 6, 5), floats(2, 5, 3), 6, 2)]},
+    ],
+)
+def test_attention_takes_buffers_of_its_sizes_and_stays_within_the_cache(wrong):
+    attend()
+    with pytest.raises(RuntimeError, match="called wrongly"):
+        attend(**wrong)
 
 
 @needs_engine

@@ -1,0 +1,174 @@
+"""Decoder layers of Llama's form in a decoding step, each as about ten calls: queries, keys and values are one product,
+the gated MLP's halves another, with weights packed once.
+
+A layer is taken only where that gives what its own forward gives; any other keeps its forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastalign import backend
+from fastalign._base.devices import free_memory
+from fastalign.decode.plan import planned
+from fastalign.models.compiled_layers import agree, eps_of, gated, normed, rotated, runs_natively
+from fastalign.models.linear_layers import PackedLayers, is_plain
+from fastalign.ops import products
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
+_HALVES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
+_LINEARS = (*_QKV, _OUT, *_HALVES, _DOWN)
+
+
+class StepLayers:
+    """Within `with`, the model runs steps of one token for each of about `rows` rows, with a `plan` for its attention.
+
+    Packed copies of the weights are made where that is faster and they take no more than a fourth of the memory that
+    is free. head: the packed weight (V, H) of the output embeddings, or None.
+    """
+
+    head: Tensor | None
+
+    def __init__(self, model: PreTrainedModel, head: Tensor, rows: int):
+        with planned(model):
+            taken = {m: attention for m in model.modules() if (attention := _attention_of(m)) is not None}
+        inside = {m for layer in taken for m in layer.modules()}
+        linears = [m for m in model.modules() if is_plain(m)]
+        if sum(m.weight.nbytes for m in linears) + head.nbytes > free_memory() // 4:
+            rows = 1  # nothing is packed
+        self.head = products.pack(head, rows)
+        self._layers = [(layer, _Layer(layer, attention, rows)) for layer, attention in taken.items()]
+        self._others = PackedLayers([m for m in linears if m not in inside], rows)
+
+    def __enter__(self) -> StepLayers:
+        self._others.__enter__()
+        for layer, forward in self._layers:
+            vars(layer)["forward"] = forward
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for layer, _ in self._layers:
+            vars(layer).pop("forward", None)
+        self._others.__exit__(*error)
+
+
+class _Attention(NamedTuple):
+    """What a layer's own forward hands to its attention, beside queries, keys and values."""
+
+    layer: int
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+class _Products:
+    """x Wᵀ + b of several linear layers on the same x, as one product if the weights are packed."""
+
+    def __init__(self, layer: nn.Module, names: Sequence[str], rows: int):
+        self._linears = [layer.get_submodule(name) for name in names]
+        weights, biases = ([getattr(m, name) for m in self._linears] for name in ("weight", "bias"))
+        one_bias = {bias is None for bias in biases}
+        self._packed = products.pack(torch.cat(weights), rows) if len(one_bias) == 1 else None
+        self._bias = torch.cat(biases) if self._packed is not None and biases[0] is not None else None
+        self._sizes = [len(weight) for weight in weights]
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        if self._packed is None:
+            return [products.linear(x, m.weight, m.bias) for m in self._linears]
+        return products.packed_linear(x, self._packed, self._bias).split(self._sizes, -1)
+
+
+class _Layer:
+    """The forward of one layer."""
+
+    def __init__(self, layer: nn.Module, attention: _Attention, rows: int):
+        self._attention, self._width = attention, layer.self_attn.head_dim
+        self._norms = [layer.get_submodule(name) for name in _NORMS]
+        self._qkv, self._halves = (_Products(layer, names, rows) for names in (_QKV, _HALVES))
+        self._out, self._down = (_Products(layer, [name], rows) for name in (_OUT, _DOWN))
+
+    def __call__(
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: Any, **kwargs: object
+    ) -> Tensor:
+        x = hidden_states.flatten(0, 1)
+        before, behind = self._norms
+        cos, sin = (y.contiguous() for y in position_embeddings)
+        q, k, v = (y.unflatten(-1, (1, -1, self._width)).transpose(1, 2) for y in self._qkv(_norm(before, x)))
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        layer, *settings = self._attention
+        (out,) = self._out(plan.attend(layer, q, k, v, *settings).flatten(1))
+        x = out.add_(x)
+        (out,) = self._down(gated(*self._halves(_norm(behind, x))))
+        return out.add_(x).view_as(hidden_states)
+
+
+def _norm(module: nn.Module, x: Tensor) -> Tensor:
+    return normed(x, module.weight, eps_of(module), 0.0)[0]
+
+
+# ---- which layers, and whether theirs is what is done here ----
+
+_seen: weakref.WeakKeyDictionary[nn.Module, _Attention | None] = weakref.WeakKeyDictionary()
+
+
+def _attention_of(layer: nn.Module) -> _Attention | None:
+    """Of a layer that may be taken; None for any other."""
+    parts = dict(layer.named_modules())
+    if not {*_NORMS, *_LINEARS} <= parts.keys() or backend.native is None:
+        return None
+    parameters = {name: p for name, p in layer.named_parameters() if not name.endswith("bias")}
+    if (
+        parameters.keys() != {f"{name}.weight" for name in (*_NORMS, *_LINEARS)}
+        or not all(is_plain(parts[name]) for name in _LINEARS)
+        or any(_watched(part) or "forward" in vars(part) for part in parts.values())
+        or not runs_natively(*layer.parameters())
+        or not all(p.any() for p in parameters.values())  # what is multiplied by 0 is not seen in a trial
+    ):
+        return None
+    if layer not in _seen:
+        _seen[layer] = _try(layer)
+    return _seen[layer]
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class _Recorded:
+    """In place of attention: a function of all that is handed to it, which it keeps."""
+
+    calls: list[_Attention]
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+        self.calls.append(_Attention(layer, *settings))
+        return 0.5 * q + (k - 2 * v).repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+@torch.inference_mode()
+def _try(layer: nn.Module) -> _Attention | None:
+    draw = torch.Generator().manual_seed(0)
+    normal: Callable[..., Tensor] = functools.partial(torch.randn, generator=draw, dtype=torch.float32)
+    theirs, ours = _Recorded(), _Recorded()
+    try:
+        width, d = layer.self_attn.q_proj.in_features, layer.self_attn.head_dim
+        arguments: dict[str, Any] = {"position_embeddings": (normal(3, 1, d), normal(3, 1, d)), "attention_mask": None}
+        x = normal(3, 1, width)
+        expected = type(layer).forward(layer, x, plan=theirs, **arguments)
+        (attention,) = theirs.calls
+        result = _Layer(layer, attention, 1)(x, plan=ours, **arguments)
+    except Exception:  # another signature or shape: not this form
+        return None
+    return attention if agree(expected, result) else None
