@@ -286,20 +286,20 @@ class _Step:
             own_mask[:, None, None].to(q.dtype),
         )
         out = torch.empty_like(mine)
-        for prefix, rows in self.groups:
-            some = q[rows]
+        for prefix, members in self.groups:
+            some = q[members]
             n, _, group, d = some.shape
             together = some.transpose(0, 1).reshape(kv, n * group, d)
             mask = None
             if window is not None:
-                near = torch.arange(prefix.length, device=q.device)[None] > self.positions[rows][:, None] - window
+                near = torch.arange(prefix.length, device=q.device)[None] > self.positions[members][:, None] - window
                 mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill_(~near, float("-inf"))
                 mask = mask.repeat_interleave(group, 0)[None]
             theirs, lse = _part(together, prefix.keys[layer], prefix.values[layer], scaling, softcap, mask)
             theirs = theirs.view(kv, n, group, -1).transpose(0, 1)
             lse = lse.view(kv, n, group).transpose(0, 1)
-            share = torch.sigmoid(mine_lse[rows] - lse).unsqueeze(-1).to(q.dtype)
-            out[rows] = theirs + (mine[rows] - theirs) * share
+            share = torch.sigmoid(mine_lse[members] - lse).unsqueeze(-1).to(q.dtype)
+            out[members] = theirs + (mine[members] - theirs) * share
         return out.flatten(1, 2).unsqueeze(2)
 
     def _attend_natively(

@@ -43,7 +43,7 @@ class StepLayers:
         with planned(model):
             taken = {m: attention for m in model.modules() if (attention := _attention_of(m)) is not None}
         inside = {m for layer in taken for m in layer.modules()}
-        linears = [m for m in model.modules() if is_plain(m)]
+        linears = [m for m in model.modules() if is_plain(m) and m.weight is not head]
         if sum(m.weight.nbytes for m in linears) + head.nbytes > free_memory() // 4:
             rows = 1  # nothing is packed
         self.head = products.pack(head, rows)

@@ -330,7 +330,5 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tenso
     batch, heads, length, d = x.shape
     out = x.new_empty(batch, length, heads, d)
     halves, _x = rows(x.transpose(1, 2))  # and what they point into
-    backend.native.rotate(
-        buffer(out), halves, buffer(cos), buffer(sin), batch * length, heads, inverse, threads()
-    )
+    backend.native.rotate(buffer(out), halves, buffer(cos), buffer(sin), batch * length, heads, inverse, threads())
     return out.transpose(1, 2)
