@@ -74,7 +74,7 @@ class _Attention(NamedTuple):
 class _Products:
     """x Wᵀ + b of several linear layers on the same x, as one product if the weights are packed."""
 
-    def __init__(self, layer: nn.Module, names: Sequence[str], rows: int):
+    def __init__(self, layer: Any, names: Sequence[str], rows: int):
         self._linears = [layer.get_submodule(name) for name in names]
         weights, biases = ([getattr(m, name) for m in self._linears] for name in ("weight", "bias"))
         one_bias = {bias is None for bias in biases}
@@ -91,7 +91,7 @@ class _Products:
 class _Layer:
     """The forward of one layer."""
 
-    def __init__(self, layer: nn.Module, attention: _Attention, rows: int):
+    def __init__(self, layer: Any, attention: _Attention, rows: int):
         self._attention, self._width = attention, layer.self_attn.head_dim
         self._norms = [layer.get_submodule(name) for name in _NORMS]
         self._qkv, self._halves = (_Products(layer, names, rows) for names in (_QKV, _HALVES))
@@ -112,8 +112,9 @@ class _Layer:
         return out.add_(x).view_as(hidden_states)
 
 
-def _norm(module: nn.Module, x: Tensor) -> Tensor:
-    return normed(x, module.weight, eps_of(module), 0.0)[0]
+def _norm(module: Any, x: Tensor) -> Tensor:
+    eps: Any = eps_of(module)  # a number: the layer has been tried
+    return normed(x, module.weight, eps, 0.0)[0]
 
 
 # ---- which layers, and whether theirs is what is done here ----
@@ -158,7 +159,7 @@ class _Recorded:
 
 
 @torch.inference_mode()
-def _try(layer: nn.Module) -> _Attention | None:
+def _try(layer: Any) -> _Attention | None:
     draw = torch.Generator().manual_seed(0)
     normal: Callable[..., Tensor] = functools.partial(torch.randn, generator=draw, dtype=torch.float32)
     theirs, ours = _Recorded(), _Recorded()
