@@ -109,6 +109,14 @@ template <typename T> T* memory_of(const Buffer& buffer, int64_t count) {
   return static_cast<T*>(memory_of(buffer, name_of<T>(), count));
 }
 
+// Of a buffer whose sums are float32.
+DType float_of(const Buffer& buffer) {
+  if (!buffer.dtype) refuse("a buffer is missing");
+  const DType dtype = dtype_of(buffer.dtype);
+  require(dtype != DType::float64, "float64 where a kernel sums in float32");
+  return dtype;
+}
+
 // Also accepts None, for arguments that a kernel can do without.
 void* memory_or_null(const Buffer& buffer, DType dtype, int64_t count) {
   return buffer.dtype ? memory_of(buffer, dtype, count) : nullptr;
@@ -410,10 +418,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("rms_norm", [](const py::object& y, const py::object& rstd, const py::object& x, const py::object& weight, int64_t rows,
                        int64_t width, float eps, float offset, int threads) {
-    float *const to = memory_of<float>(y, rows * width), *const scales = memory_of<float>(rstd, rows);
-    const float *from = memory_of<float>(x, rows * width), *by = memory_of<float>(weight, width);
+    const DType dtype = float_of(Buffer(x));
+    void* const to = memory_of(y, dtype, rows * width);
+    float* const scales = memory_of<float>(rstd, rows);
+    const void *from = memory_of(x, dtype, rows * width), *by = memory_of(weight, dtype, width);
     py::gil_scoped_release release;
-    FASTALIGN_CALL(rms_norm, to, scales, from, by, rows, width, eps, offset, threads);
+    FASTALIGN_CALL(rms_norm, to, scales, from, by, dtype, rows, width, eps, offset, threads);
   });
 
   m.def("rms_norm_backward", [](const py::object& dx, const py::object& dweight, const py::object& dy, const py::object& x,
@@ -428,8 +438,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("silu_gate", [](const py::object& out, const py::tuple& gate, const py::tuple& up, int threads) {
     const Rows g = rows_of(gate), u = rows_of(up);
-    require(g.dtype == DType::float32 && u.dtype == g.dtype && u.count == g.count && u.vocab == g.vocab, "halves of two shapes");
-    float* const to = memory_of<float>(out, g.count * g.vocab);
+    require(g.dtype != DType::float64 && u.dtype == g.dtype && u.count == g.count && u.vocab == g.vocab, "halves of two shapes");
+    void* const to = memory_of(out, g.dtype, g.count * g.vocab);
     py::gil_scoped_release release;
     FASTALIGN_CALL(silu_gate, to, g, u, threads);
   });
@@ -446,9 +456,9 @@ PYBIND11_MODULE(_C, m) {
                      int64_t heads, bool inverse, int threads) {
     const Rows from = rows_of(x);
     require(from.vocab % 2 == 0, "heads of an odd size have no halves");
-    require(from.dtype == DType::float32 && from.count == tokens * heads, "heads of another number or type");
-    float* const to = memory_of<float>(out, tokens * heads * from.vocab);
-    const float *c = memory_of<float>(cosine, tokens * from.vocab), *s = memory_of<float>(sine, tokens * from.vocab);
+    require(from.dtype != DType::float64 && from.count == tokens * heads, "heads of another number or type");
+    void* const to = memory_of(out, from.dtype, tokens * heads * from.vocab);
+    const void *c = memory_of(cosine, from.dtype, tokens * from.vocab), *s = memory_of(sine, from.dtype, tokens * from.vocab);
     py::gil_scoped_release release;
     FASTALIGN_CALL(rotate, to, from, c, s, tokens, heads, inverse, threads);
   });

@@ -20,3 +20,11 @@ enum class DType { float32, float64, bfloat16, float16 };
     case ::fastalign::DType::bfloat16: { using S = ::fastalign::bfloat16; __VA_ARGS__; } break; \
     case ::fastalign::DType::float16: { using S = ::fastalign::float16; __VA_ARGS__; } break; \
   }
+// The same for the types whose sums are float32; others do nothing, and the bindings refuse them.
+#define FASTALIGN_SWITCH_FLOAT(dtype, S, ...)                                               \
+  switch (dtype) {                                                                          \
+    case ::fastalign::DType::float32: { using S = float; __VA_ARGS__; } break;              \
+    case ::fastalign::DType::bfloat16: { using S = ::fastalign::bfloat16; __VA_ARGS__; } break; \
+    case ::fastalign::DType::float16: { using S = ::fastalign::float16; __VA_ARGS__; } break; \
+    case ::fastalign::DType::float64: break;                                                \
+  }

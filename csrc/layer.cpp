@@ -14,23 +14,23 @@ template <typename F> static inline void in_vectors(int64_t size, F f) {
   if (i < size) f(i, size - i);
 }
 
-static inline vec<float> load_first(const float* p, int64_t n) {
-  if (n == kL) return load<float>(p);
+template <typename S> static inline vec<float> load_first(const S* p, int64_t n) {
+  if (n == kL) return Storage<S>::load_wide(p);
   vec<float> x = {};
-  __builtin_memcpy(&x, p, size_t(n) * sizeof(float));
+  for (int64_t i = 0; i < n; ++i) x[i] = Storage<S>::widen(p[i]);
   return x;
 }
 
-static inline void store_first(float* p, vec<float> x, int64_t n) {
-  if (n == kL) return store<float>(p, x);
-  __builtin_memcpy(p, &x, size_t(n) * sizeof(float));
+template <typename S> static inline void store_first(S* p, vec<float> x, int64_t n) {
+  if (n == kL) return Storage<S>::store_narrow(p, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = Storage<S>::narrow(x[i]);
 }
 
-void rms_norm(float* y, float* rstd, const float* x, const float* weight, int64_t rows, int64_t width, float eps,
-              float offset, int threads) {
+template <typename S>
+static void norm(S* y, float* rstd, const S* x, const S* weight, int64_t rows, int64_t width, float eps, float offset, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
-    const float* in = x + r * width;
+    const S* in = x + r * width;
     vec<float> sum = {};
     in_vectors(width, [&](int64_t i, int64_t n) {
       const vec<float> a = load_first(in + i, n);
@@ -42,6 +42,12 @@ void rms_norm(float* y, float* rstd, const float* x, const float* weight, int64_
       store_first(y + r * width + i, load_first(in + i, n) * scale * (load_first(weight + i, n) + offset), n);
     });
   }
+}
+
+void rms_norm(void* y, float* rstd, const void* x, const void* weight, DType dtype, int64_t rows, int64_t width, float eps,
+              float offset, int threads) {
+  FASTALIGN_SWITCH_FLOAT(dtype, S, norm(static_cast<S*>(y), rstd, static_cast<const S*>(x), static_cast<const S*>(weight), rows,
+                                        width, eps, offset, threads))
 }
 
 void rms_norm_backward(float* dx, float* dweight, const float* dy, const float* x, const float* rstd,
@@ -85,15 +91,19 @@ template <typename F> static inline void in_chunks(int64_t size, int threads, F 
   }
 }
 
-void silu_gate(float* out, const Rows& gate, const Rows& up, int threads) {
+template <typename S> static void gated(S* out, const Rows& gate, const Rows& up, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < gate.count; ++r) {
-    const float *gate_row = gate.row<float>(r), *up_row = up.row<float>(r);
+    const S *gate_row = gate.row<S>(r), *up_row = up.row<S>(r);
     in_vectors(gate.vocab, [&](int64_t i, int64_t n) {
       const vec<float> g = load_first(gate_row + i, n);
       store_first(out + r * gate.vocab + i, g * sigmoid(g) * load_first(up_row + i, n), n);
     });
   }
+}
+
+void silu_gate(void* out, const Rows& gate, const Rows& up, int threads) {
+  FASTALIGN_SWITCH_FLOAT(gate.dtype, S, gated(static_cast<S*>(out), gate, up, threads))
 }
 
 void silu_gate_backward(float* dgate, float* dup, float* dout, const float* gate, const float* up, int64_t n,
@@ -107,15 +117,15 @@ void silu_gate_backward(float* dgate, float* dup, float* dout, const float* gate
   });
 }
 
-void rotate(float* out, const Rows& x, const float* cosine, const float* sine, int64_t tokens, int64_t heads, bool inverse,
-            int threads) {
+template <typename S>
+static void turned(S* out, const Rows& x, const S* cosine, const S* sine, int64_t tokens, int64_t heads, bool inverse, int threads) {
   const int64_t d = x.vocab, half = d / 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < tokens; ++t) {
-    const float *c = cosine + t * d, *s = sine + t * d;
+    const S *c = cosine + t * d, *s = sine + t * d;
     for (int64_t h = 0; h < heads; ++h) {
-      const float* in = x.row<float>(t * heads + h);
-      float* to = out + (t * heads + h) * d;
+      const S* in = x.row<S>(t * heads + h);
+      S* to = out + (t * heads + h) * d;
       in_vectors(half, [&](int64_t i, int64_t n) {
         const vec<float> a = load_first(in + i, n), b = load_first(in + half + i, n);
         const vec<float> s1 = load_first(s + i, n), s2 = load_first(s + half + i, n);
@@ -125,6 +135,12 @@ void rotate(float* out, const Rows& x, const float* cosine, const float* sine, i
       });
     }
   }
+}
+
+void rotate(void* out, const Rows& x, const void* cosine, const void* sine, int64_t tokens, int64_t heads, bool inverse,
+            int threads) {
+  FASTALIGN_SWITCH_FLOAT(x.dtype, S, turned(static_cast<S*>(out), x, static_cast<const S*>(cosine), static_cast<const S*>(sine),
+                                            tokens, heads, inverse, threads))
 }
 
 }  // namespace fastalign::FASTALIGN_LEVEL

@@ -255,12 +255,7 @@ template <typename S> static void all(const SharedAttention& in, int threads) {
 }
 
 void shared_attention(const SharedAttention& in, int threads) {
-  switch (in.query.dtype) {
-    case DType::float32: return all<float>(in, threads);
-    case DType::bfloat16: return all<bfloat16>(in, threads);
-    case DType::float16: return all<float16>(in, threads);
-    case DType::float64: return;  // refused by the binding
-  }
+  FASTALIGN_SWITCH_FLOAT(in.query.dtype, S, all<S>(in, threads))
 }
 
 }  // namespace fastalign::FASTALIGN_LEVEL

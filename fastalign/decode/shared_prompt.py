@@ -22,20 +22,19 @@ from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.plan import planned
-from fastalign.decode.step_layers import StepLayers
+from fastalign.decode.step_layers import DTYPES, StepLayers
 from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
 from fastalign.models.head import Head, head_of
 from fastalign.models.identity import Verdict, language_model, passable
 from fastalign.models.trial import Probe, tried
-from fastalign.ops.buffers import buffer, rows
+from fastalign.ops.buffers import Buffer, buffer, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastalign.ops import SampledTokens
 
-NATIVE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the native attention
 GROW = 32  # tokens by which the room for own keys and values grows
 
 
@@ -46,12 +45,15 @@ class Prefix:
     length: int
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    buffers: dict[int, tuple[Buffer, Buffer]] = field(default_factory=dict)  # of both, on a CPU
     hidden: Tensor | None = None
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keep a copy of a layer's keys and values, as matrix products with few queries read them."""
-        self.keys[layer] = keys.transpose(1, 2).contiguous().transpose(1, 2)
-        self.values[layer] = values.contiguous()
+        transposed, self.values[layer] = keys.transpose(1, 2).contiguous(), values.contiguous()
+        self.keys[layer] = transposed.transpose(1, 2)
+        if keys.is_cpu:
+            self.buffers[layer] = buffer(transposed), buffer(self.values[layer])
 
 
 def supports(model: PreTrainedModel) -> Verdict:
@@ -130,8 +132,7 @@ class SharedPromptEngine:
         step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
         if self._layers is None and backend.choose(self.device) == "cpu":
             self._layers = StepLayers(self.model, self.head.weight, self.rows)
-        with self._layers or contextlib.nullcontext():
-            hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step)
+        hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step, self._layers)
         self.lengths[:count] += 1
         return hidden[:, 0]
 
@@ -170,9 +171,14 @@ class SharedPromptEngine:
     def device(self) -> torch.device:
         return self.model.device
 
-    def _run(self, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, plan: Any, layers: StepLayers | None = None) -> Tensor:
         """The last hidden states, with attention computed by `plan`."""
-        with planned(self.model), CompiledLayers.of(self.model):
+        with contextlib.ExitStack() as block:
+            if layers is not None:
+                block.enter_context(layers)
+            if layers is None or not layers.whole:
+                block.enter_context(planned(self.model))
+                block.enter_context(CompiledLayers.of(self.model))
             output = self.model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -266,7 +272,7 @@ class _Step:
         """(rows, heads, 1, d) from q of that shape and the new k, v (rows, kv heads, 1, d)."""
         self.calls += 1
         keys, values = self._room(layer, k, v)
-        if self.native and q.dtype in NATIVE:
+        if self.native and q.dtype in DTYPES:
             return self._attend_natively(layer, q, k, v, keys, values, scaling, window, softcap)
         keys[self.rows, :, self.lengths] = k[:, :, 0]
         values[self.rows, :, self.lengths] = v[:, :, 0]
@@ -309,10 +315,7 @@ class _Step:
         heads, kv = q.shape[1], k.shape[1]
         out = q.new_empty(self.count, heads, v.shape[-1])
         (query, _q), (key, _k), (value, _v) = (rows(x[:, :, 0]) for x in (q, k, v))  # and what they point into
-        prompts = [
-            (buffer(prefix.keys[layer].transpose(1, 2)), buffer(prefix.values[layer]), prefix.length, len(of))
-            for prefix, of in self.groups
-        ]
+        prompts = [(*prefix.buffers[layer], prefix.length, len(of)) for prefix, of in self.groups]
         backend.native.shared_attention(
             *map(buffer, (out, keys, values)),
             *(query, key, value, prompts),

@@ -6,6 +6,7 @@ A layer is taken only where that gives what its own forward gives; any other kee
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from fastalign.ops import products
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the native passes
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
 _HALVES, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
@@ -34,10 +36,12 @@ class StepLayers:
     """Within `with`, the model runs steps of one token for each of about `rows` rows, with a `plan` for its attention.
 
     Packed copies of the weights are made where that is faster and they take no more than a fourth of the memory that
-    is free. head: the packed weight (V, H) of the output embeddings, or None.
+    is free. head: the packed weight (V, H) of the output embeddings, or None. whole: whether all of the model's
+    attention is in the layers that are taken.
     """
 
     head: Tensor | None
+    whole: bool
 
     def __init__(self, model: PreTrainedModel, head: Tensor, rows: int):
         with planned(model):
@@ -48,6 +52,7 @@ class StepLayers:
             rows = 1  # nothing is packed
         self.head = products.pack(head, rows)
         self._layers = [(layer, _Layer(layer, attention, rows)) for layer, attention in taken.items()]
+        self.whole = len(taken) == model.config.get_text_config().num_hidden_layers
         self._others = PackedLayers([m for m in linears if m not in inside], rows)
 
     def __enter__(self) -> StepLayers:
@@ -85,7 +90,7 @@ class _Products:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         if self._packed is None:
             return [products.linear(x, m.weight, m.bias) for m in self._linears]
-        return products.packed_linear(x, self._packed, self._bias).split(self._sizes, -1)
+        return products.packed_linear(x, self._packed, self._bias).split_with_sizes(self._sizes, -1)
 
 
 class _Layer:
@@ -132,7 +137,8 @@ def _attention_of(layer: nn.Module) -> _Attention | None:
         parameters.keys() != {f"{name}.weight" for name in (*_NORMS, *_LINEARS)}
         or not all(is_plain(parts[name]) for name in _LINEARS)
         or any(_watched(part) or "forward" in vars(part) for part in parts.values())
-        or not runs_natively(*layer.parameters())
+        or not runs_natively(*layer.parameters(), dtypes=DTYPES)
+        or len({p.dtype for p in layer.parameters()}) > 1
         or not all(p.any() for p in parameters.values())  # what is multiplied by 0 is not seen in a trial
     ):
         return None
@@ -164,6 +170,8 @@ def _try(layer: Any) -> _Attention | None:
     normal: Callable[..., Tensor] = functools.partial(torch.randn, generator=draw, dtype=torch.float32)
     theirs, ours = _Recorded(), _Recorded()
     try:
+        if next(layer.parameters()).dtype != torch.float32:  # in which the rounding hides nothing
+            layer = copy.deepcopy(layer).float()
         width, d = layer.self_attn.q_proj.in_features, layer.self_attn.head_dim
         arguments: dict[str, Any] = {"position_embeddings": (normal(3, 1, d), normal(3, 1, d)), "attention_mask": None}
         x = normal(3, 1, width)

@@ -15,7 +15,7 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -177,9 +177,9 @@ def agree(expected: object, result: Tensor) -> bool:
     return bool(((result - expected).abs() <= 1e-4 * expected.abs() + 1e-5 * size).all())
 
 
-def runs_natively(*tensors: Tensor) -> bool:
+def runs_natively(*tensors: Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
     return not torch.is_autocast_enabled("cpu") and all(
-        type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors
+        type(x) in (Tensor, nn.Parameter) and x.dtype in dtypes and x.device.type == "cpu" for x in tensors
     )
 
 
@@ -246,7 +246,7 @@ def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor
     """(y of x's shape, 1 / sqrt(mean(x²) + eps) of each row)."""
     width = x.shape[-1]
     rows = x.numel() // width
-    y, rstd = torch.empty_like(x), x.new_empty(rows)
+    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
     backend.native.rms_norm(*map(buffer, (y, rstd, x, weight)), rows, width, eps, offset, threads())
     return y, rstd
 

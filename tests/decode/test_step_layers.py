@@ -25,13 +25,13 @@ LEFT = {
 }
 
 
-def build(family, sizes):
+def build(family, sizes, dtype=torch.float32):
     torch.manual_seed(0)
     family = family.partition(" ")[0]
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
     for p in model.parameters():  # so large that attention is far from flat
         torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.6 if p.ndim == 1 else p.shape[-1] ** -0.5)
-    return model
+    return model.to(dtype)
 
 
 @pytest.fixture(params=["torch", "onednn"])
@@ -83,11 +83,24 @@ def without_attention(model):
     torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
 
 
-def half(model):
+def mixed(model):
     model.model.layers[0].mlp.half()
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, without_attention, half])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", TAKEN)
+def test_half_precision_is_no_further_from_the_truth_than_the_model(family, dtype, provider):
+    model = build(family, TAKEN[family], dtype)
+    assert taken(model) == model.config.num_hidden_layers
+    prompt, tails = [5, 9, 11, 40, 7], [[3, 70, 8, 9, 50, 1], [60, 2, 90, 90, 4, 33]]
+    ours, ids = step_by_step(model, prompt, tails), torch.tensor([prompt + tail for tail in tails])
+    with torch.no_grad():
+        theirs = model(input_ids=ids).logits[:, len(prompt) - 1 :]
+        truth = model.double()(input_ids=ids).logits[:, len(prompt) - 1 :]
+    assert (ours - truth).norm() <= 1.25 * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, without_attention, mixed])
 def test_a_layer_that_somebody_changed_is_left(change):
     model = build("Llama", GROUPED)
     change(model)

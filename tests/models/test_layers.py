@@ -12,7 +12,16 @@ from tiny import tiny_causal_lm
 from turns import on_its_day
 
 from fastalign import backend, use_backend
-from fastalign.models.compiled_layers import CompiledLayers, _GatedMLP, _RMSNorm, _Rotate, _SiluGate
+from fastalign.models.compiled_layers import (
+    CompiledLayers,
+    _GatedMLP,
+    _RMSNorm,
+    _Rotate,
+    _SiluGate,
+    gated,
+    normed,
+    rotated,
+)
 
 pytestmark = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 WIDTHS = [1, 3, 16, 17, 64, 100, 576]
@@ -99,6 +108,23 @@ def test_an_mlp_behind_a_norm_keeps_no_second_copy():
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     owned = {t.untyped_storage().data_ptr() for t in kept if t.shape[-1] == 32 and t.numel() == 7 * 32}
     assert owned == {x.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 16, 33, 64])
+def test_half_precision_is_rounded_once(dtype, width):
+    x, u = (normals(5, width, seed=seed, scale=3.0).to(dtype) for seed in (0, 1))
+    heads = normals(5, 3, 1, 2 * width, seed=2).to(dtype)
+    cos, sin = normals(2, 5, 1, 2 * width, seed=3).to(dtype).unbind()
+    a, b = heads.double().chunk(2, -1)
+    turned = torch.cat((-b, a), -1)
+    for result, truth in (
+        (normed(x, u[0], 1e-6, 1.0)[0], rms(x.double(), u[0].double(), 1e-6, 1.0)),
+        (gated(x, u), F.silu(x.double()) * u.double()),
+        (rotated(heads, cos, sin), heads.double() * cos[:, None].double() + turned * sin[:, None].double()),
+    ):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), truth, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (1, 3, 7, 6), (2, 2, 5, 64), (2, 1, 0, 8)])
