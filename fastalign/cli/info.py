@@ -72,8 +72,8 @@ def _rates() -> dict[str, Any]:
 def _products() -> str:
     if not products.available():
         return "torch's own only: this torch has no oneDNN"
-    if (name := products.forced()) is not None:
-        return f"{name} (FASTALIGN_PRODUCTS)"
+    if products.forced() is not None:
+        return f"{products.choice(torch.float32)} (FASTALIGN_PRODUCTS)"
     rows = max(products.ROWS)
     parts = []
     for dtype in products.DTYPES:

@@ -27,6 +27,7 @@ from fastalign.decode.shared_prompt import GROW, SharedPromptEngine, draw, suppo
 from fastalign.decode.token_loop import Decoder, Job, TokenLoop
 from fastalign.models.spans import rope_group
 from fastalign.models.trial import is_causal, tried, warn_once
+from fastalign.ops import products
 
 # The ways of drawing, in words
 HOW: dict[type[SharedPromptEngine] | type[Rows], str] = {
@@ -85,6 +86,8 @@ class Sampler(BaseSampler):
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
         """On the shared-prompt engine, each prompt as soon as its last candidate ends; for models that cannot run
         there, batch by batch."""
+        if self.model.device.type == "cpu":
+            request.record["products"] = products.choice(self.model.dtype)
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:

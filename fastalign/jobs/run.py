@@ -228,7 +228,12 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write and return the result. Removes checkpoints, and files of an overwritten run that this one did not
         write."""
-        result = {"kind": RESULT, "version": 1, **result, "settings": self.settings}
+        import torch
+
+        from fastalign.ops import products
+
+        used = {"products": products.choice(torch.float32)}
+        result = {"kind": RESULT, "version": 1, **result, **used, "settings": self.settings}
         if not is_main():
             return result
         files = self._files()

@@ -30,6 +30,7 @@ PROVIDERS = ("torch", "onednn")
 KINDS = ("linear", "packed", "grad_input", "grad_weight")
 DTYPES = (torch.float32, torch.bfloat16)  # for which oneDNN is tried
 ROWS = (1, 16, 256)  # measured; a product goes by the nearest at most as large
+_CLASSES = tuple(f"{kind} {rows}" for kind in KINDS for rows in ROWS)
 GAIN = 1.05  # torch's own product is left only for one so much faster,
 SMALL = 10_000_000  # and not for one of fewer multiplications: calling oneDNN's takes ten microseconds longer
 _PLAIN = (Tensor, torch.nn.Parameter)  # not cut over processes, nor traced
@@ -53,7 +54,7 @@ def pack(weight: Tensor, rows: int) -> Tensor | None:
     """A copy of the weight as oneDNN wants it for `packed_linear` with that many rows; None where that is no faster
     than `linear`. For weights that do not change meanwhile."""
     plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
-    if not plain or not _packs(rows, weight.dtype):
+    if not plain or rows < ROWS[1] or chosen("packed", rows, weight.dtype) == "torch":
         return None
     return _reorder(weight.detach(), rows)
 
@@ -128,12 +129,30 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # ---- which provider ----
 
 
-def forced() -> str | None:
-    """The provider that FASTALIGN_PRODUCTS names. Raises UserError for a name that is none."""
-    name = os.environ.get("FASTALIGN_PRODUCTS", "auto")
-    if name not in ("auto", *PROVIDERS):
-        raise UserError(f"FASTALIGN_PRODUCTS must be auto, {' or '.join(PROVIDERS)}, got {name!r}")
-    return None if name == "auto" else name
+def forced() -> frozenset[str] | None:
+    """The kinds of products that oneDNN computes by FASTALIGN_PRODUCTS; None if it leaves the choice to measurements.
+
+    Raises UserError for a value that is none of auto, torch, onednn and what `choice` returns.
+    """
+    return _classes(os.environ.get("FASTALIGN_PRODUCTS", "auto"))
+
+
+@functools.cache
+def _classes(value: str) -> frozenset[str] | None:
+    named = {"auto": None, "torch": frozenset[str](), "onednn": frozenset(_CLASSES)}
+    if value in named:
+        return named[value]
+    classes = frozenset(name.strip() for name in value.split(","))
+    if not classes <= {*_CLASSES}:
+        every = ", ".join(_CLASSES)
+        raise UserError(f"FASTALIGN_PRODUCTS must be auto, torch or onednn, or some of {every}; got {value!r}")
+    return classes
+
+
+def choice(dtype: torch.dtype) -> str:
+    """The choice in force, as FASTALIGN_PRODUCTS takes it: with the same value, another run has the same products."""
+    made = [name for name in _CLASSES if _made(name, dtype)]
+    return {0: "torch", len(_CLASSES): "onednn"}.get(len(made), ",".join(made))
 
 
 @functools.cache
@@ -154,10 +173,7 @@ def rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
 
 def chosen(kind: str, rows: int, dtype: torch.dtype) -> str:
     """The provider of products of this kind, dtype and number of rows."""
-    if dtype not in DTYPES or not available():
-        return "torch"
-    measured = max(least for least in ROWS if least <= max(rows, 1))
-    return forced() or _best(kind, measured, dtype, torch.get_num_threads())
+    return "onednn" if _made(f"{kind} {_measured_rows(rows)}", dtype) else "torch"
 
 
 def quicker(dtype: torch.dtype) -> bool:
@@ -165,14 +181,17 @@ def quicker(dtype: torch.dtype) -> bool:
     return any(chosen("linear", rows, dtype) != "torch" for rows in ROWS)
 
 
-def _packs(rows: int, dtype: torch.dtype) -> bool:
-    if rows < ROWS[1] or not available() or forced() == "torch":
+def _measured_rows(rows: int) -> int:
+    return max(least for least in ROWS if least <= max(rows, 1))
+
+
+def _made(name: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes products of this class, such as "linear 256"."""
+    if dtype not in DTYPES or not available():
         return False
-    if forced() is not None:
-        return True
-    measured = max(least for least in ROWS if least <= rows)
-    rates = [_rates(kind, measured, dtype, torch.get_num_threads()) for kind in ("packed", "linear")]
-    return rates[0]["onednn"] > GAIN * max(rates[1].values())
+    if (classes := forced()) is not None:
+        return name in classes
+    return _faster(name, dtype, torch.get_num_threads())
 
 
 def _may_be_quicker(x: Tensor, weight: Tensor) -> bool:
@@ -194,9 +213,11 @@ def _provider(kind: str, x: Tensor, other: Tensor) -> str:
 
 
 @functools.cache
-def _best(kind: str, rows: int, dtype: torch.dtype, threads: int) -> str:
-    measured = _rates(kind, rows, dtype, threads)
-    return "onednn" if measured["onednn"] > GAIN * measured["torch"] else "torch"
+def _faster(name: str, dtype: torch.dtype, threads: int) -> bool:
+    kind, _, rows = name.partition(" ")
+    rates = _rates(kind, int(rows), dtype, threads)
+    others = _rates("linear", int(rows), dtype, threads).values() if kind == "packed" else [rates["torch"]]
+    return rates["onednn"] > GAIN * max(others)
 
 
 @functools.cache

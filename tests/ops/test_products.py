@@ -122,7 +122,9 @@ def test_small_products_other_dtypes_and_autocast_are_torchs(called, monkeypatch
 
 def test_a_provider_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("FASTALIGN_PRODUCTS", "mkl")
-    with pytest.raises(UserError, match="FASTALIGN_PRODUCTS must be auto, torch or onednn, got 'mkl'"):
+    with pytest.raises(
+        UserError, match=r"FASTALIGN_PRODUCTS must be auto, torch or onednn, or some of linear 1, .*got 'mkl'"
+    ):
         products.forced()
 
 
@@ -146,7 +148,7 @@ def fresh(tmp_path, monkeypatch):
 
 def forget():
     products._rates.cache_clear()
-    products._best.cache_clear()
+    products._faster.cache_clear()
 
 
 def test_the_choice_is_measured_once_on_a_machine(fresh, tmp_path):
@@ -163,6 +165,19 @@ def test_the_choice_is_measured_once_on_a_machine(fresh, tmp_path):
         count = len(fresh)
         assert products.chosen("linear", 300, torch.float32) == "onednn" and len(fresh) == count + 1
         assert json.loads(file.read_text()) == {"linear 256 float32": {"torch": 100.0, "onednn": 200.0}}
+
+
+def test_a_run_can_repeat_the_choice_of_another(fresh, monkeypatch):
+    assert (
+        products.choice(torch.float32) == "linear 1,linear 16,linear 256" and products.choice(torch.float64) == "torch"
+    )
+    count = len(fresh)
+    for value in ("linear 256,packed 16", "torch", "onednn"):
+        monkeypatch.setenv("FASTALIGN_PRODUCTS", value)
+        assert products.choice(torch.float32) == value
+        assert (products.chosen("linear", 1000, torch.float32) == "onednn") == (value != "torch")
+        assert (products.chosen("linear", 20, torch.float32) == "onednn") == (value == "onednn")
+    assert len(fresh) == count
 
 
 def test_without_a_folder_it_is_measured_by_each_process(fresh, tmp_path, monkeypatch):
