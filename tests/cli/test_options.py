@@ -15,7 +15,7 @@ from fastalign.data import hub, prompts
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.decode import Sampler, tilted
 from fastalign.jobs import align, demo, pairs, pareto, ppo, preference, soup_front
-from fastalign.ops.resample import METHODS
+from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
 
 FUNCTIONS = {
@@ -157,7 +157,7 @@ def test_a_former_name_is_accepted_and_not_shown(command, former, today):
 
 
 CHOICES = [
-    (cli.Method, {"resample", *METHODS} - {"multinomial"}),  # two names of one
+    (cli.Method, {"resample", *RESAMPLE_METHODS} - {"multinomial"}),  # two names of one
     (cli.Drawing, ["whole", *tilted.KINDS]),
     (cli.Backend, [*backend.BACKENDS, "vllm"]),
     (train.How, pairs.METHODS),
