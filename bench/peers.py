@@ -37,20 +37,22 @@ def both_passes(forward: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], 
 
 
 def head_products(hidden: Tensor, weight: Tensor, tile: int, kept: int | None) -> Callable[[], None]:
-    """The matrix products of a fused head's two passes, tile by tile: the logits (again, but for `kept` tiles), the
-    gradients of hidden and of weight; the minimum in such tiles. None: for a frozen head, whose logits are computed
-    once and whose gradient is not."""
+    """The matrix products of a fused head's two passes, tile by tile, by the fastest provider: the logits (again, but
+    for `kept` tiles), the gradients of hidden and of weight; the minimum in such tiles. None: for a frozen head, whose
+    logits are computed once and whose gradient is not."""
+    from fastalign.ops import products  # not when an earlier commit is measured
+
     logits_of_tile, grad = torch.empty(len(hidden), tile), torch.zeros_like(hidden)
     grad_weight = torch.zeros_like(weight) if kept is not None else None
 
+    @torch.no_grad()
     def run():
         for step, begin in enumerate(range(0, len(weight), tile)):
             part = weight[begin : begin + tile]
-            logits = logits_of_tile[:, : len(part)]
             for _ in range(1 if kept is None or step < kept else 2):
-                torch.mm(hidden, part.T, out=logits)
-            grad.addmm_(logits, part)
+                logits = products.linear_into(logits_of_tile[:, : len(part)], hidden, part, kept=False)
+            products.add_grad_input(grad, logits, part)
             if grad_weight is not None:
-                torch.mm(logits.T, hidden, out=grad_weight[begin : begin + tile])
+                products.add_grad_weight(grad_weight[begin : begin + tile], logits, hidden, beta=0)
 
     return run
