@@ -139,7 +139,10 @@ def sample(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Candidates per batch.")] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="Memory for keys and values, such as 4GB. It does not limit N, only the speed.")
+        str | None,
+        typer.Option(
+            help="Memory for keys, values and packed weights, such as 4GB. It does not limit N, only the speed."
+        ),
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

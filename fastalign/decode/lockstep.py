@@ -37,7 +37,9 @@ class Lockstep:
         self.drawn: int = 0  # tokens drawn in all
         self.ended: set[Job] = set()
         self.jobs: list[Job] = [Job(prompt, place) for prompt in encoded for place in range(self.settings.n)]
-        self.engine: SharedPromptEngine = SharedPromptEngine(sampler.model, len(self.jobs), prompts=len(encoded))
+        self.engine: SharedPromptEngine = SharedPromptEngine(
+            sampler.model, len(self.jobs), prompts=len(encoded), spare=request.spare
+        )
         self.loop: TokenLoop = sampler.token_loop(self.engine, self.settings, encoded)
         for prompt, ids in encoded.items():
             self.engine.prefill(prompt, ids)
@@ -126,6 +128,7 @@ def flights(sampler: BaseSampler, request: Request, limit: int | None = None) ->
             "cannot run this model; draw whole ones with best_of"
         )
     n, model, encoded = request.settings.n, sampler.model, request.encoded
+    request.spare = None if limit is None else 0  # the limit is for keys and values
     last = -(-request.settings.max_new_tokens // GROW) * GROW
     own = max(n * SharedPromptEngine.row_bytes(model, GROW), SharedPromptEngine.row_bytes(model, last))
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))

@@ -161,15 +161,17 @@ class Sampler(BaseSampler):
         for group, wanted in groups.items():
             yield (UncachedRows if group == "crossing" else kind), wanted
 
-    def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings) -> int:
-        """How many candidates' keys and values fit in that many bytes, together with those of the prompts in flight."""
+    def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings, most: int) -> tuple[int, int]:
+        """How many candidates' keys and values, of `most`, fit in that many bytes, together with those of the prompts
+        in flight; and the bytes left."""
         limit, new = parse_bytes("memory_limit", memory_limit), -(-settings.max_new_tokens // GROW) * GROW
         row, prompt = (SharedPromptEngine.row_bytes(self.model, tokens) for tokens in (new, longest))
         shared = self.path() is SharedPromptEngine
-        fit = int((limit - 2 * prompt) / (row + prompt / settings.n)) if shared else limit // (row + prompt)
+        always, each = (2 * prompt, row + prompt / settings.n) if shared else (0, row + prompt)
+        fit = min(int((limit - always) / each), most)
         if fit < 1:
             raise UserError(f"memory_limit must hold one candidate, {row + 3 * prompt:,} bytes, got {limit:,}")
-        return fit
+        return fit, int(limit - always - fit * each)
 
     def token_loop(
         self,
@@ -190,7 +192,8 @@ class Sampler(BaseSampler):
 
         settings, encoded = request.settings, request.encoded
         n, limit = settings.n, settings.max_new_tokens
-        engine = SharedPromptEngine(self.model, min(request.rows, len(wanted) * n), prompts=-(-request.rows // n) + 1)
+        rows, prompts = min(request.rows, len(wanted) * n), -(-request.rows // n) + 1
+        engine = SharedPromptEngine(self.model, rows, prompts=prompts, spare=request.spare)
         loop = self.token_loop(engine, settings, encoded, request.places)
         left = dict.fromkeys(wanted, n)
         jobs = (Job(i, j) for i in wanted for j in range(n))

@@ -67,7 +67,8 @@ class SharedPromptEngine:
 
     rows: maximum number of candidates in flight; prompts: of prompts, None for any number. Memory beyond the model:
     `row_bytes` for the new tokens of each candidate in flight, and once for each of their prompts; on processors where
-    it is faster, also a copy of the linear layers' weights, if it takes at most a quarter of the available memory.
+    it is faster, also a copy of the linear layers' weights, if it takes at most a quarter of the available memory and
+    `spare` bytes.
     """
 
     model: PreTrainedModel
@@ -75,8 +76,9 @@ class SharedPromptEngine:
 
     rows: int
 
-    def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None):
+    def __init__(self, model: PreTrainedModel, rows: int, prompts: int | None = None, spare: int | None = None):
         self.model, self.rows, self.prompts = language_model(model), rows, prompts or rows
+        self._spare = spare
         self.head: Head = head_of(self.model)
         self.prefixes: dict[int, Prefix] = {}
         self.jobs: list[Job] = []  # of the rows in flight, which are the first len(jobs) of every cache
@@ -131,7 +133,7 @@ class SharedPromptEngine:
         starts = torch.tensor([self.prefixes[job.prompt].length for job in self.jobs])
         step = _Step(self, count, int(lengths.max()) + 1, lengths.to(self.device), (starts + lengths).to(self.device))
         if self._layers is None and backend.choose(self.device) == "cpu":
-            self._layers = StepLayers(self.model, self.head.weight, self.rows)
+            self._layers = StepLayers(self.model, self.head.weight, self.rows, self._spare)
         hidden = self._run(self.last[:count, None], (starts + lengths)[:, None], step, self._layers)
         self.lengths[:count] += 1
         return hidden[:, 0]

@@ -35,20 +35,21 @@ _LINEARS = (*_QKV, _OUT, *_HALVES, _DOWN)
 class StepLayers:
     """Within `with`, the model runs steps of one token for each of about `rows` rows, with a `plan` for its attention.
 
-    Packed copies of the weights are made where that is faster and they take no more than a fourth of the memory that
-    is free. head: the packed weight (V, H) of the output embeddings, or None. whole: whether all of the model's
-    attention is in the layers that are taken.
+    Packed copies of the weights are made where that is faster and they take no more than a quarter of the available
+    memory and `spare` bytes. head: the packed weight (V, H) of the output embeddings, or None. whole: whether all of
+    the model's attention is in the layers that are taken.
     """
 
     head: Tensor | None
     whole: bool
 
-    def __init__(self, model: PreTrainedModel, head: Tensor, rows: int):
+    def __init__(self, model: PreTrainedModel, head: Tensor, rows: int, spare: int | None = None):
         with planned(model):
             taken = {m: attention for m in model.modules() if (attention := _attention_of(m)) is not None}
         inside = {m for layer in taken for m in layer.modules()}
         linears = [m for m in model.modules() if is_plain(m) and m.weight is not head]
-        if sum(m.weight.nbytes for m in linears) + head.nbytes > free_memory() // 4:
+        room = free_memory() // 4 if spare is None else min(spare, free_memory() // 4)
+        if sum(m.weight.nbytes for m in linears) + head.nbytes > room:
             rows = 1  # nothing is packed
         self.head = products.pack(head, rows)
         self._layers = [(layer, _Layer(layer, attention, rows)) for layer, attention in taken.items()]

@@ -28,7 +28,8 @@ class Request:
     """A checked sampling request, for the prompts whose index is not in `skip`.
 
     encoded: each prompt's token ids (for a server with its own tokenizer, the prompt itself). places: each prompt's
-    index in the full set. rows: candidates at once. record: the settings stored in the Candidates.
+    index in the full set. rows: candidates at once. record: the settings stored in the Candidates. spare: bytes that
+    copies of the model's weights may take; None: what is free.
     """
 
     prompts: Sequence[Any]
@@ -39,6 +40,7 @@ class Request:
     record: dict[str, Any]
     skip: set[int]
     show_progress: bool
+    spare: int | None = None
 
     @property
     def wanted(self) -> list[int]:
@@ -102,8 +104,9 @@ class BaseSampler(ABC):
         temperature (0 is greedy), then top_k (0 is off), top_p, min_p truncate as in transformers.
         stop: cut texts before the first of these strings, which may be special tokens that texts do not show; token_ids
         and logprobs keep all drawn tokens, including an end token. chat: "auto" uses the tokenizer's chat template if
-        it has one; False passes prompts unchanged. batch_size: candidates at once. memory_limit: for keys and values,
-        in bytes or as "4GB"; it reduces the number of candidates in flight, not n. skip: indices of prompts already
+        it has one; False passes prompts unchanged. batch_size: candidates at once. memory_limit: for keys and values
+        and, if there is room, packed weights, in bytes or as "4GB"; it reduces the number of candidates in flight, not
+        n. skip: indices of prompts already
         finished; a resumed job draws the same texts for the others as an uninterrupted one. prompt_ids: the prompts'
         indices in the full set, if these are a part of it, so that each gets the same texts as in the full set; default
         0..P-1. first: the index of the first candidate; a candidate is a function of (seed, prompt, index), so 4
@@ -128,7 +131,7 @@ class BaseSampler(ABC):
         request = self.request(prompts, **options)
         if (limit := options.get("memory_limit")) is not None:
             longest = max(map(len, request.encoded))
-            request.rows = min(request.rows, self.fitting(limit, longest, request.settings))
+            request.rows, request.spare = self.fitting(limit, longest, request.settings, request.rows)
         request.record["batch_size"] = request.rows
         return self.draw_parts(request)
 
@@ -156,8 +159,8 @@ class BaseSampler(ABC):
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
         """Yield (prompt indices, their candidates) as they finish; raises remaining errors in the request first."""
 
-    def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings) -> int:
-        """How many candidates fit at once, with prompts of up to `longest` tokens."""
+    def fitting(self, memory_limit: int | str, longest: int, settings: SamplingSettings, most: int) -> tuple[int, int]:
+        """How many candidates fit at once, of `most`, with prompts of up to `longest` tokens; and the bytes left."""
         raise UserError(f"memory_limit is for models that run here; {self.name} sets its own")
 
     def encode(
