@@ -39,29 +39,27 @@ _originals: dict[str, Any] = {}  # name in trl.trainer.utils -> what stood there
 _replacements: dict[str, Any] = {}
 
 
-def install() -> None:
+def install(*, speed_up: bool = False) -> None:
     """Make TRL's trainers in this process use fastalign's head. Calling it again has no effect.
+
+    speed_up: also compute the linear layers of models that trainers prepare from now on by the fastest products of this
+    CPU, as `integrations.transformers.speed_up` does; these models keep it after `uninstall`.
 
     Raises:
         UserError: TRL is not installed, or is an unknown version; nothing is changed then.
     """
-    if _originals:
-        return
     try:
         from trl.trainer import utils
     except ImportError:
         raise UserError("integrations.trl.install() needs trl: pip install 'fastalign[trl]'") from None
-    _check(utils)
-    replacements = {
-        "_ChunkedLogProbFunction": _head(utils._ChunkedLogProbFunction),
-        "_use_triton": _compacts(utils._use_triton),
-        "selective_log_softmax": _selective_log_softmax(utils.selective_log_softmax),
-        "DTensor": _NoDTensor,
-    }
-    for name, replacement in replacements.items():
-        original = getattr(utils, name)
-        _originals[name], _replacements[name] = original, replacement
-        _replace(name, original, replacement)
+    if not _originals:
+        _check(utils)
+        _put(utils, "_ChunkedLogProbFunction", _head(utils._ChunkedLogProbFunction))
+        _put(utils, "_use_triton", _compacts(utils._use_triton))
+        _put(utils, "selective_log_softmax", _selective_log_softmax(utils.selective_log_softmax))
+        _put(utils, "DTensor", _NoDTensor)
+    if speed_up and "add_fused_lm_head" not in _originals:
+        _put(utils, "add_fused_lm_head", _sped_up(utils.add_fused_lm_head))
 
 
 def uninstall() -> None:
@@ -72,9 +70,14 @@ def uninstall() -> None:
     _replacements.clear()
 
 
+def _put(utils: Any, name: str, replacement: Any) -> None:
+    _originals[name], _replacements[name] = getattr(utils, name), replacement
+    _replace(name, _originals[name], replacement)
+
+
 def _replace(name: str, old: Any, new: Any) -> None:
     """Set a function in trl.trainer.utils and, if it is public, in every trl module that imported it by name."""
-    everywhere = name == "selective_log_softmax"
+    everywhere = not name.startswith("_") and name != "DTensor"
     for module_name, module in list(sys.modules.items()):
         ours = module_name == "trl.trainer.utils" or (everywhere and module_name.split(".")[0] == "trl")
         if ours and module is not None and vars(module).get(name) is old:
@@ -129,6 +132,17 @@ def _head(original: Any) -> Any:
             return (result.log_probs, *(getattr(result, name) for name in _OPTIONAL))
 
     return ChunkedLogProbFunction
+
+
+def _sped_up(original: Callable) -> Callable:
+    def add_fused_lm_head(model, *args, **kwargs):
+        """TRL's trainers call it once with each of their models."""
+        from fastalign.models import linear_layers
+
+        original(model, *args, **kwargs)
+        linear_layers.speed_up(model)
+
+    return add_fused_lm_head
 
 
 def _compacts(original: Callable) -> Callable:

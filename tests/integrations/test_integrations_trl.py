@@ -34,6 +34,30 @@ def test_install_and_uninstall_leave_no_trace():
     assert all(getattr(utils, name) is original for name, original in ORIGINALS.items())
 
 
+def test_models_that_trainers_prepare_are_sped_up_on_demand(monkeypatch):
+    from fastalign.models import linear_layers
+    from fastalign.ops import products
+
+    if not products.available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setenv("FASTALIGN_PRODUCTS", "onednn")
+    monkeypatch.setattr(products, "SMALL", 0)
+    head = utils.add_fused_lm_head
+    losses, labels = [], torch.arange(3, 25).view(2, 11)
+    for options in ({}, {"speed_up": True}):
+        adapter.install(**options)  # the second time after the first
+        model = tiny_causal_lm(tiny_tokenizer(), dtype=torch.float32)
+        trl.trainer.dpo_trainer.add_fused_lm_head(model)
+        assert linear_layers.replaces(model.model.layers[0].mlp.up_proj) == bool(options)
+        output = model(input_ids=labels, labels=labels, fused_lm_head=True)
+        (-output.log_probs.mean()).backward()
+        losses.append([output.log_probs, model.model.layers[0].mlp.up_proj.weight.grad])
+    adapter.uninstall()
+    for theirs, ours in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert utils.add_fused_lm_head is trl.trainer.dpo_trainer.add_fused_lm_head is head
+
+
 def test_an_unknown_trl_is_refused(monkeypatch):
     class Other:
         @staticmethod
