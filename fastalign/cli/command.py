@@ -107,7 +107,9 @@ def registrar(app: typer.Typer) -> Registrar:
                 option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
                 guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
             name = function.__name__.rstrip("_").replace("_", "-")
-            today = {parameter: parameter.replace("_", "-") for parameter in signature.parameters} | former
+            plain = [*signature.parameters, *(f"no_{parameter}" for parameter in signature.parameters)]
+            today = {word: word.replace("_", "-") for word in plain}
+            today |= former | {word.replace("-", "_"): now for word, now in former.items()}
             renaming = {"token_normalize_func": lambda word: today.get(word, word)}
             return app.command(name, epilog=f"[bold]Example[/bold]: {example}", context_settings=renaming)(guarded)
 

@@ -351,7 +351,7 @@ def map_(
     )
     from rich.table import Table
 
-    table = Table("value", "λ", "before", "asked for", "reached", box=None, header_style="bold")
+    table = Table("value", "λ", "before", "target", "reached", box=None, header_style="bold")
     columns = zip(
         solution["values"], solution["lambda"], solution["before"], targets(solution), solution["levels"], strict=True
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
@@ -75,6 +75,9 @@ class SamplingSettings:
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> SamplingSettings:
         """The sampling settings among a job's arguments."""
+        lacking = [one.name for one in fields(cls) if one.default is MISSING and one.name not in job]
+        if lacking:
+            raise TypeError(f"missing required keyword arguments: {', '.join(lacking)}")
         return cls(**{one.name: job[one.name] for one in fields(cls) if one.name in job})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 from fastalign.data.sampling import SamplingOptions
+from fastalign.data.text import check_prompts
 from fastalign.decode.best_of import prepared
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.estimates import best_of_curve, estimate
@@ -82,6 +84,10 @@ def adaptive(
     from fastalign.rewards import score
 
     sampler, rewards, names, lam = prepared(sampler, rewards, lam)
+    prompts = check_prompts(prompts, sampling.get("chat", "auto"))
+    for name, value in (("each", each), ("max_n", max_n)):
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise UserError(f"{name} must be an integer, got {value!r}")
     if each < 1 or max_n < each or max_n % each:
         raise UserError(f"max_n must be a multiple of each, got max_n={max_n} and each={each}")
     if not ess >= 1 or not gain >= 0:

@@ -127,6 +127,9 @@ def flights(sampler: BaseSampler, request: Request, limit: int | None = None) ->
             f"{sampler.name}: candidates are dropped and copied half-way on the shared-prompt engine alone, which "
             "cannot run this model; draw whole ones with best_of"
         )
+    for name, given in (("first", request.settings.first), ("skip", request.skip)):
+        if given:
+            raise UserError(f"{name} does not apply here: all candidates of all prompts are drawn together")
     n, model, encoded = request.settings.n, sampler.model, request.encoded
     request.spare = None if limit is None else 0  # the limit is for keys and values
     last = -(-request.settings.max_new_tokens // GROW) * GROW

@@ -85,8 +85,7 @@ def particles(
     ...
 
     checkpoints: ascending numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) ->
-    (B,) the log of the reward-to-go, log E[exp(lambda . R) | text so far] at best; by default lambda . R of the text
-    so far. ess:
+    (B,) the log of the reward-to-go, log E[exp(λ·R) | text so far] at best; by default λ·R of the text so far. ess:
     resample a prompt's particles if the effective sample size is below this share of n. method: any of
     `ops.resample` that draws with replacement. prompt_ids: ascending indices of the prompts in the full set, if these
     are a part of it; they determine the random numbers. The other arguments are those of `best_of`. A copy shares its
@@ -107,10 +106,10 @@ def particles(
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     check_memory_limit(sampling.get("memory_limit"))
-    checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     request = sampler.request(
         prompts, rising=True, n=n, max_new_tokens=max_new_tokens, seed=seed, prompt_ids=prompt_ids, **sampling
     )
+    checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     request.record.update(checkpoints=checkpoints, ess=ess)
     parts, tokens = [], 0
     log_weights, resampled = np.zeros((len(prompts), n)), np.zeros(len(prompts), dtype=np.int64)
@@ -155,7 +154,7 @@ def particles(
 
 def check_memory_limit(limit: Any) -> None:
     if limit is not None:
-        raise UserError("memory_limit is not for particles, all of a prompt's are in flight at once: draw fewer")
+        raise UserError("memory_limit does not apply to particles, which are all in flight at once: draw fewer")
 
 
 class _Run:

@@ -90,12 +90,12 @@ def speculative_rejection(
     sampler, rewards, names, lam = prepared(sampler, rewards, lam)
     if not 0 < keep <= 1:
         raise UserError(f"keep must lie in (0, 1], got {keep}")
-    if checkpoints is None:
-        checkpoints = usual_checkpoints(max_new_tokens)
-    checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     request = sampler.request(
         prompts, rising=True, n=n, max_new_tokens=max_new_tokens, seed=seed, prompt_ids=prompt_ids, **sampling
     )
+    if checkpoints is None:
+        checkpoints = usual_checkpoints(max_new_tokens)
+    checkpoints = checkpoints_of(checkpoints, max_new_tokens)
     given = sampling.get("memory_limit")
     limit = None if given is None else parse_bytes("memory_limit", given)
     request.record.update(checkpoints=checkpoints, keep=keep)

@@ -35,9 +35,7 @@ def check(method: str, *, n: int, ess: float | None, memory_limit: Any) -> None:
     if ess is not None and method != "adaptive":
         raise UserError("ess applies only to --method adaptive: leave it out, or give that method")
     if method == "adaptive" and n % EACH:
-        raise UserError(
-            f"candidates must be a multiple of {EACH} for --method adaptive, the number drawn per round; got {n}"
-        )
+        raise UserError(f"n must be a multiple of {EACH} for --method adaptive, the number drawn per round; got {n}")
     if method == "particles":
         check_memory_limit(memory_limit)
 

@@ -84,7 +84,7 @@ class Worth(NamedTuple):
         drawn = f"{counted(n, 'candidate')} a prompt {'is' if n == 1 else 'are'} worth"
         if low is None:
             return (
-                f"{drawn} at most {_up(high)} effective ones, how few at least {source} cannot tell; "
+                f"{drawn} at most {_up(high)} effective ones ({source} are too few for a lower bound); "
                 f"{TRUSTED_ESS:.0f} need at least {fewest:,}"
             )
         few = ", too few to say better" if high > 10 * low else ""

@@ -40,6 +40,8 @@ class Model:
 
     def __init__(self, name: str, *, dtype: str = "auto", device: str = "auto", backend: str = "auto"):
         self.name: str = f"vllm:{name.removeprefix('vllm:')}" if backend == "vllm" else name
+        if name.startswith("vllm:") and backend not in ("auto", "vllm"):
+            raise UserError(f"backend {backend} is for models that fastalign runs: leave it out for {name}")
         self.loading: dict[str, str] = {"dtype": str(dtype), "device": device, "backend": backend}
         check_loading(str(dtype), device)
 
@@ -97,6 +99,8 @@ def sample(
         "dtype": model.loading["dtype"],
         **{name: value for name, value in job.items() if name not in KNOBS},
     }
+    if (on := model.loading["backend"]) not in ("auto", "vllm"):
+        settings["backend"] = on
     kind, by = "candidates", {}
     if method != "whole":
         if palette is None:
@@ -174,10 +178,10 @@ def sample_more(
         raise UserError(f"{out}: says nothing of how it was sampled, so no more can be added")
     if fingerprint.of_model(had["model"]) != had["model_content"]:
         raise UserError(f"{out} was made with another model at {had['model']}, whose files have changed since")
-    own = ("model", "n", "dtype", "prompts_sha256", "model_content")
+    own = ("model", "n", "dtype", "backend", "prompts_sha256", "model_content")
     job = {name: value for name, value in had.items() if name not in own}
     job |= {"n": more, "first": had["n"]} | {name: value for name, value in knobs.items() if value is not None}
-    model = Model(had["model"], dtype=had["dtype"], device=device)
+    model = Model(had["model"], dtype=had["dtype"], device=device, backend=had.get("backend", "auto"))
 
     def draw(parts: WorkFolder, finished: set[int]) -> None:
         _keep(parts, model.sampler.iter_batches(whole.prompts, skip=finished, show_progress=show_progress, **job))

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastalign._base import fingerprint, progress
 from fastalign._base.errors import UserError
-from fastalign._base.files import check_target, write_json
+from fastalign._base.files import check_input, check_target, write_json
 from fastalign._base.numbers import number
 from fastalign._base.work_folder import sha256
 from fastalign.data import palettes, preferences
@@ -46,7 +46,9 @@ def read_pairs(
         raise UserError("give values, a head for each, or lam or palette, for one head, not both")
     if kind != "scored":
         if lam is not None or palette is not None:
-            raise UserError(f"{data}: lam and palette make pairs from a scored file, this file contains pairs")
+            if Path(data).suffix:  # no data set by name
+                check_input(data)
+            raise UserError(f"give lam or palette with a scored file only: {data} contains pairs")
         loaded = preferences.load(data)
         lacking = [name for name in values or () if not any(name in row for row in loaded)]
         if lacking and not any("value" in row for row in loaded):
@@ -59,7 +61,7 @@ def read_pairs(
     if values is not None:
         return pairs.pairs_by_value(data, values, **making)
     if lam is None:
-        raise UserError(f"{data}: a scored file needs lam or a palette to make pairs from it")
+        raise UserError(f"give lam or palette to make pairs from a scored file, which {data} is")
     return pairs.preference_pairs(data, lam=lam, **making)
 
 

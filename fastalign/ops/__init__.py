@@ -1,4 +1,4 @@
-"""The ops: one file each, compiled on the CPU, differentiable where that means something."""
+"""The ops: one file each, compiled on the CPU, with gradients where they are defined."""
 
 from fastalign.ops.gae import gae
 from fastalign.ops.linear_sample_tokens import linear_sample_tokens

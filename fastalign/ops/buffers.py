@@ -2,7 +2,7 @@
 
 A kernel sees memory, not a tensor: it would silently misread a slice, a transposed tensor or one on a GPU. So an
 unsupported layout raises here, and a size or dtype that does not match the kernel raises in csrc/bindings.cpp. Both are
-bugs of the caller, not a user's mistakes, so they are no UserError.
+bugs of the caller, not a user's mistakes, so they are not UserErrors.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from fastalign.ops.buffers import buffer
 
 
 class WrongType(UserError, TypeError):
-    """A UserError that is a TypeError too: what was passed is of another class or dtype."""
+    """A UserError that is also a TypeError: an argument of another class or dtype."""
 
 
 def tensor(name: str, x: Any, rule: str = "a torch.Tensor", dtype: torch.dtype | str | None = None) -> None:
@@ -34,7 +34,7 @@ def tensors(**named: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, on one line: a number's, a string's or None's text; of all else the class."""
+    """A value for a message, on one line: the text of a number, a string or None; else the class."""
     short = value is None or isinstance(value, str | int | float | np.number)
     return f"{value!r:.80}" if short else type(value).__name__
 
@@ -58,7 +58,7 @@ def among(name: str, value: Any, known: Sequence[str]) -> None:
 
 
 def arrays(**named: Any) -> None:
-    """Each must be numbers that make an array; its shape, and what a DataFrame holds, is for others to check."""
+    """Each must convert to an array of numbers; shapes, and the contents of a DataFrame, are checked elsewhere."""
     for name, x in named.items():
         numeric = getattr(getattr(x, "dtype", None), "kind", None) in ("f", "i", "u", "b")
         if numeric or isinstance(x, Tensor) or hasattr(x, "columns"):

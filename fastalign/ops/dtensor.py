@@ -75,7 +75,7 @@ def _slices(hidden: Tensor, weight: Any, alike: dict[str, Any]) -> dict[str, Any
         if x is not None and not (is_dtensor(x) and x.device_mesh == mesh and x.placements == weight.placements):
             raise UserError(f"{name} must be a DTensor placed as weight is, {weight.placements}")
     vocab, world = weight.shape[0], mesh.size(along[0])
-    chunk = -(-vocab // world)  # as torch.chunk splits, and so Shard
+    chunk = -(-vocab // world)  # as torch.chunk and Shard split
     sizes = [min(max(vocab - rank * chunk, 0), chunk) for rank in range(world)]
     return {"group": mesh.get_group(along[0]), "sizes": sizes}
 

@@ -148,7 +148,7 @@ def _head(name: str, x: Tensor, hidden: Tensor, ndim: int, rule: str) -> None:
 def budget(memory_budget: int | None, weight: Tensor, learns: bool) -> int:
     if memory_budget is not None:
         return memory_budget
-    if weight.dtype == torch.float64:  # for checking, where a second backward pass is to give the same bits
+    if weight.dtype == torch.float64:  # for gradcheck: a second backward pass must give the same bits
         return 0
     return KEPT_BYTES + (weight.numel() * weight.dtype.itemsize if learns else 0)
 
@@ -184,7 +184,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
+        ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for the kept tiles too
         *tensors, ctx.options = inputs
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept, unit = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept, unit)

@@ -79,7 +79,7 @@ class Tiles:
         return self._tile[: count * columns].view(count, columns)
 
     def project(self, rows: slice, w: Tensor, b: Tensor | None, *, place: Tensor | None = None) -> Tensor:
-        """A tile of logits without their bias, (rows, columns): in `place`, or where it stands until the next one."""
+        """A tile of logits without their bias, (rows, columns): in `place`, or in memory reused by the next one."""
         out = self.room(rows, len(w)) if place is None else place
         tile = products.linear_into(out, self.hidden[rows], w, kept=place is not None)
         return tile if b is None else tile.addmm_(self.low[rows], b.t())
@@ -114,7 +114,7 @@ class _Kept:
     def __init__(self, store: Tensor, count: int, weight: Tensor):
         self.width, self.vocab, self.count = tile_width(weight), weight.shape[0], count
         steps = -(-self.vocab // self.width) if store.numel() else 0
-        # `take` changes what the backward pass may find again, and never what it computes: no version is counted.
+        # `take` changes only which tiles are still kept, never the results: autograd's version counter is not needed.
         store = store.data
         self.tiles, self.marks = store[: store.numel() - steps], store[store.numel() - steps :]
 
@@ -126,7 +126,7 @@ class _Kept:
         return self.tiles[begin : begin + columns * self.count].view(self.count, columns)
 
     def take(self, step: int) -> Tensor | None:
-        """Hands the tile over to the caller; a second backward pass through the same graph computes it again."""
+        """Gives the tile to the caller; a second backward pass through the same graph recomputes it."""
         tile = self.place(step)
         if tile is None or not self.marks[step]:
             return None
@@ -204,7 +204,7 @@ def forward(
             )
             if unit:
                 unit.add(tile, rows, w, b_part)
-            del tile  # the next may stand elsewhere
+            del tile  # the next one may be elsewhere
     row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
     log_sum = row_sum.double().log().to(tiles.dtype)
     empty = (row_sum == 0) & (row_max == NEG_INF)
@@ -279,7 +279,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden.dtype)
-    if entropy.shape != labels.shape:  # not asked for
+    if entropy.shape != labels.shape:  # not requested
         entropy = grad_entropy = torch.zeros_like(row_max)
     small = torch.stack([x.reshape(-1).to(dtype) for x in (grad_log_probs, grad_entropy, row_max, row_sum, entropy)])
     scored = labels.reshape(-1) != ignore_index
@@ -291,7 +291,7 @@ def backward(
     tiles = Tiles(hidden, weight, bias, a, b, labels, adapter_scale, (temperature, softcap, logit_scale), index)
     small = small if index is None else small.index_select(1, index)
     kept = _Kept(kept, int(scored.sum()), weight)
-    among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the kept rows that count
+    among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the scored rows among the kept
     grads = _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs)
     if needs[0]:
         grads[0] = _scattered(grads[0].to(hidden.dtype), index, hidden.shape)

@@ -20,7 +20,7 @@ from fastalign.ops.library import Op, define
 from fastalign.ops.sample_tokens import SampledTokens
 from fastalign.ops.sample_tokens import check as check_draw
 
-MIN_TEMPERATURE = 1e-30  # below, logits over the temperature would overflow; the largest logit is all there is anyway
+MIN_TEMPERATURE = 1e-30  # below this, logits / temperature would overflow, and only the largest logit has any mass
 NEG_INF = float("-inf")
 
 

@@ -1,4 +1,4 @@
-"""map_statistics: the moments of the rewards under a tilted distribution, which are all that a solver for λ needs."""
+"""map_statistics: the moments of the rewards under a tilted distribution, all that a solver for λ needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MapStatistics(NamedTuple):
     """What `map_statistics` returns; every field float64, with a leading K where lam is (K, m)."""
 
     log_z: Tensor  # () log Σ w e^s / Σ w
-    mean: Tensor  # (m,) of R - center under the tilted law
+    mean: Tensor  # (m,) of R - center under the tilted distribution
     cov: Tensor  # (m, m)
     ess: Tensor  # () (Σ w e^s)² / Σ (w e^s)²
     max_score: Tensor  # () the largest s of a row with positive weight
@@ -54,8 +54,8 @@ def map_statistics(
         rewards: (n, m) float32 or float64, n, m >= 1; read in place where its rows are contiguous.
         lam: (m,), or (K, m): K distributions from the same read.
         center: (m,), subtracted from the rewards; a center among them preserves the moments' digits. None: 0.
-        log_weights: (n,), log w_i; -inf leaves a row out. None: 0. On a GPU no weight at all, or none in some group,
-            gives NaN, since to raise the host would have to wait.
+        log_weights: (n,), log w_i; -inf leaves a row out. None: 0. On a GPU, no positive weight (in some group) gives
+        NaN, because raising would force a synchronisation.
         groups: (n,) integers. Each field is then the mean over the groups of that group's own.
 
     Returns:
@@ -96,7 +96,7 @@ class MapPass:
         self.center: np.ndarray = np.zeros(m) if center is None else np.ascontiguousarray(center, dtype=np.float64)
         self.order, self.offsets = (None, None) if groups is None else rows_by_group(groups)
         if log_weights is not None:
-            _ = self.log_norm  # which raises where no weight is positive
+            _ = self.log_norm  # raises if no weight is positive
         self.is_native: bool = backend.choose(torch.device("cpu")) == "cpu"
         count = 0 if groups is None else len(self.offsets) - 1
         self.description: tuple[Any, ...] = (rewards, self.center, log_weights, self.order, self.offsets, count)
@@ -134,7 +134,7 @@ class MapPass:
 
 
 def rows_by_group(groups: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """Row numbers sorted by group, None where they are so already; and the offset of each group in them, then n."""
+    """Row numbers sorted by group, None if they already are; and the offset of each group in them, then n."""
     order = None
     if (groups[1:] < groups[:-1]).any():
         order = np.argsort(groups, kind="stable").astype(np.int64, copy=False)

@@ -1,8 +1,7 @@
-"""Gradients that have no gradient of their own: to differentiate them raises, where torch would leave it out of the
-result.
+"""Gradients without a derivative: differentiating them raises, where torch would omit them from the result.
 
-torch's once_differentiable does so only where the gradient that comes in has a tape, which that of a plain sum has not,
-and its fallback for an op without a derivative warns and goes on with a wrong number.
+torch's once_differentiable raises only if the incoming gradient requires grad, which that of a plain sum does not; and
+torch's fallback for an op without a derivative warns and continues with a wrong number.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ from torch import Tensor
 
 
 def once(function: Callable, *args: Any) -> Any:
-    """function(*args), tensors without a derivative: whatever of `args` asks for one is told, when it is asked for.
+    """function(*args), as tensors without a derivative: differentiating them with respect to `args` raises.
 
-    For the backward pass of an autograd.Function in `setup_context` form: under torch.func, too, which always keeps a
-    tape.
+    For the backward pass of an autograd.Function in `setup_context` form; also under torch.func, which always records.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # what is compiled refuses by itself
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled code raises by itself
         return function(*args)
     return _Once.apply(function, *args)
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """The same for the backward pass of a Function that torch.func does not take: a decorator under @staticmethod."""
+    """The same for the backward pass of a Function that torch.func does not support: a decorator under
+    @staticmethod."""
 
     def guarded(ctx: Any, *grads: Tensor) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
-        # It hangs on what was saved and on what went into that, so it is not looked for which tensors have a tape.
+        # It is attached to the saved tensors and their inputs, without looking which of them require grad.
         return _Once.apply(lambda _: backward(ctx, *grads), torch.empty(0, requires_grad=True))
 
     return guarded

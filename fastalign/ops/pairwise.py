@@ -1,7 +1,7 @@
 """The one table of pairwise preference losses: each a formula of two log-ratios and a margin, with its source.
 
 c = log pi(y+|x)/pi0(y+|x) and r = log pi(y-|x)/pi0(y-|x) are the log-ratios of the chosen and the rejected completion,
-`margin` is what separates them (`Margin` says how it is made). Formulas work elementwise on tensors of any shape, are
+`margin` is their difference as defined by `Margin`. Formulas work elementwise on tensors of any shape, are
 written to stay finite wherever their limit is, and are differentiated by autograd: value and gradient have one source.
 The Triton kernel's formulas are traced from this table too (tools/generate_pairwise.py).
 """
@@ -43,7 +43,7 @@ class Options:
 
     @property
     def smooths(self) -> bool:
-        """Formulas ask, for 0 · inf is no zero."""
+        """Formulas check this, because 0 · inf is not 0."""
         return self.label_smoothing != 0
 
     @property
@@ -62,11 +62,11 @@ class PairwiseLoss:
     formula: Callable[[Tensor, Tensor, Tensor, Options], Tensor]
     source: str
     margin: Margin = Margin.DIFFERENCE
-    margin_only: bool = True  # the formula reads nothing but the margin
+    margin_only: bool = True  # the formula depends only on the margin
 
     @property
     def takes_f_divergence(self) -> bool:
-        """f-DPO leaves a term of the prompt that only the difference of one pair's two rewards cancels."""
+        """f-DPO leaves a term of the prompt that cancels only in the difference of one pair's two rewards."""
         return self.margin_only and not self.sorts
 
     @property
@@ -131,7 +131,7 @@ def _apo_down(c, r, margin, o):
 def _discopop(c, r, margin, o):
     """(1 - s) · logistic(x) + s · exp(-x) with s = sigmoid(x / tau); s · exp(-x) is one exponential, not 0 · inf."""
     x = o.beta * margin
-    bounded = x.clamp(min=-1e30)  # -inf less -inf is no number
+    bounded = x.clamp(min=-1e30)  # -inf minus -inf is NaN
     s = bounded / o.discopop_tau
     return (-s).sigmoid() * logistic(x) + torch.exp(F.logsigmoid(s) - bounded)
 
@@ -158,7 +158,7 @@ TABLE: dict[str, PairwiseLoss] = {
 }
 
 
-# Of one pair alone, so that one launch can make it.
+# Computed from one pair alone, so in one launch.
 FUSED = tuple(kind for kind, row in TABLE.items() if not row.sorts)
 
 

@@ -1,9 +1,9 @@
-"""Matrix products on a CPU at the best rate that torch offers: by its own BLAS (MKL on x86), or by oneDNN.
+"""Matrix products on a CPU at the best rate that torch offers: with its own BLAS (MKL on x86) or with oneDNN.
 
-Which is faster depends on the processor, the dtype and the kind of product: MKL uses AVX-512 on Intel's processors
-alone. It is measured at first use, for some milliseconds, and kept in the cache folder by processor, threads and
-torch's version; FASTALIGN_PRODUCTS=torch or onednn decides without measuring. The two sum in different orders, so their
-results differ by rounding.
+Which is faster depends on the processor, the dtype and the kind of product: MKL uses AVX-512 only on Intel processors.
+It is measured at first use, for some milliseconds, and cached on disk by processor, threads and torch's version;
+FASTALIGN_PRODUCTS=torch or onednn decides without measuring. The two sum in different orders, so their results differ
+by rounding.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from fastalign.ops.once import once_differentiable
 PROVIDERS = ("torch", "onednn")
 KINDS = ("linear", "packed", "grad_input", "grad_weight")
 DTYPES = (torch.float32, torch.bfloat16)  # for which oneDNN is tried
-ROWS = (1, 16, 256)  # measured; a product goes by the nearest at most as large
+ROWS = (1, 16, 256)  # measured; a product uses the nearest size up to its own
 _CLASSES = tuple(f"{kind} {rows}" for kind in KINDS for rows in ROWS)
-GAIN = 1.05  # torch's own product is left only for one so much faster,
-SMALL = 10_000_000  # and not for one of fewer multiplications: calling oneDNN's takes ten microseconds longer
-_PLAIN = (Tensor, torch.nn.Parameter)  # not cut over processes, nor traced
-_WIDTHS = 1024, 512  # of the weight that is measured with
-_SECONDS = 0.016  # of measuring, for each kind and number of rows
+GAIN = 1.05  # torch's own product is replaced only by one this much faster,
+SMALL = 10_000_000  # and only from this many multiplications on: a call of oneDNN's takes ten microseconds longer
+_PLAIN = (Tensor, torch.nn.Parameter)  # not sharded over processes, nor traced
+_WIDTHS = 1024, 512  # of the weight in the measurement
+_SECONDS = 0.016  # of measurement, for each kind and number of rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, as `F.linear`: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
 
-    Where oneDNN makes it, differentiable once, each derivative by the provider that is best at it.
+    If oneDNN computes it, differentiable once, each derivative by its fastest provider.
     """
     if _provider("linear", x, weight) == "torch":
         return F.linear(x, weight, bias)
@@ -51,8 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pack(weight: Tensor, rows: int) -> Tensor | None:
-    """A copy of the weight as oneDNN wants it for `packed_linear` with that many rows; None where that is no faster
-    than `linear`. For weights that do not change meanwhile."""
+    """A copy of the weight in oneDNN's layout for `packed_linear` with that many rows; None if that is not faster than
+    `linear`. For weights that do not change meanwhile."""
     plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
     if not plain or rows < ROWS[1] or chosen("packed", rows, weight.dtype) == "torch":
         return None
@@ -76,7 +76,7 @@ def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, *, kept: bool = True) -> Tensor:
-    """x Wᵀ (M, N) in the memory of `out`: x (M, K), weight (N, K). If it need not be kept there, where it is made."""
+    """x Wᵀ (M, N) for x (M, K), weight (N, K): in `out` if `kept`, else in any memory."""
     if _provider("linear", x, weight) == "torch":
         return torch.mm(x, weight.t(), out=out)
     made = _onednn(x, weight)
@@ -92,7 +92,7 @@ def add_grad_input(total: Tensor, dy: Tensor, weight: Tensor) -> None:
 
 
 def add_grad_weight(total: Tensor, dy: Tensor, x: Tensor, *, beta: float = 1.0) -> None:
-    """total (N, K) = beta · total + dYᵀ X; with beta 0, whatever stands in `total`."""
+    """total (N, K) = beta · total + dYᵀ X; with beta 0, `total` is overwritten."""
     if _provider("grad_weight", dy, x.t()) == "torch":
         total.addmm_(dy.t(), x, beta=beta)
     elif beta:
@@ -166,7 +166,7 @@ def available() -> bool:
 
 
 def rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """GFLOP/s of each provider, by kind and number of rows ("linear 256"); measured where that was not done yet."""
+    """GFLOP/s of each provider, by kind and number of rows ("linear 256"); measured if not known yet."""
     every = ((kind, rows) for kind in KINDS for rows in ROWS)
     return {f"{kind} {rows}": _rates(kind, rows, dtype, torch.get_num_threads()) for kind, rows in every}
 
@@ -177,7 +177,7 @@ def chosen(kind: str, rows: int, dtype: torch.dtype) -> str:
 
 
 def quicker(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes a product of this dtype that `linear` makes, of any number of rows."""
+    """Whether `linear` uses oneDNN for this dtype with any number of rows."""
     return any(chosen("linear", rows, dtype) != "torch" for rows in ROWS)
 
 
@@ -208,7 +208,7 @@ def _may_be_quicker(x: Tensor, weight: Tensor) -> bool:
 
 
 def _provider(kind: str, x: Tensor, other: Tensor) -> str:
-    """Of x's product with `other`, as long as the result is wide."""
+    """The provider of x's product with `other`."""
     return chosen(kind, x.numel() // x.shape[-1], x.dtype) if _may_be_quicker(x, other) else "torch"
 
 
@@ -222,7 +222,7 @@ def _faster(name: str, dtype: torch.dtype, threads: int) -> bool:
 
 @functools.cache
 def _rates(kind: str, rows: int, dtype: torch.dtype, threads: int) -> dict[str, float]:
-    """Of the first process that measured, for all: one choice on one machine."""
+    """The rates that the first process measured, for all processes: one choice per machine."""
     name, path = f"{kind} {rows} {str(dtype).removeprefix('torch.')}", _file(threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _rates(kind: str, rows: int, dtype: torch.dtype, threads: int) -> dict[str, 
             if name not in (kept := _kept(path)):
                 write_json(path, kept := kept | {name: _measured(kind, rows, dtype)})
         return kept[name]
-    except OSError:  # no folder to keep it in
+    except OSError:  # no cache folder
         return _measured(kind, rows, dtype)
 
 
@@ -252,7 +252,7 @@ def _measured(kind: str, rows: int, dtype: torch.dtype) -> dict[str, float]:
     for call in calls.values():
         call()
     until = time.perf_counter() + _SECONDS
-    while time.perf_counter() < until:  # in turn: what slows the machine slows both
+    while time.perf_counter() < until:  # in turn, so that a slow moment affects both
         for provider, call in calls.items():
             began = time.perf_counter()
             call()
@@ -279,7 +279,7 @@ def _file(threads: int) -> Path:
 
 @functools.cache
 def _processor() -> str:
-    """Its make and model, as Linux tells them; elsewhere what Python knows."""
+    """The processor's make and model from Linux, else from Python."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

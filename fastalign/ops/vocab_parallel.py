@@ -265,7 +265,7 @@ class _Part(NamedTuple):
 def _agree(check: Callable[[], dict[str, int]], x: Tensor, group: Any, sizes: Sequence[int] | None) -> _Part:
     """Run `check`, which describes this process's arguments, and gather the others' descriptions.
 
-    A process that raised alone would leave the others waiting, so errors are shared with all.
+    If one process raised alone, the others would wait forever, so errors are shared.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise UserError("vocabulary-parallel ops need torch.distributed.init_process_group() first")
@@ -290,7 +290,7 @@ def _agree(check: Callable[[], dict[str, int]], x: Tensor, group: Any, sizes: Se
         raise refused
     for other, theirs in enumerate(everyones):
         if theirs[0] < 0:
-            raise UserError(f"rank {other}'s arguments were refused there")
+            raise UserError(f"the arguments on rank {other} are invalid")
     for (name, _), *each in list(zip(brings.items(), *everyones, strict=False))[1:]:
         if len(set(each)) > 1:
             raise UserError(f"{name} must be the same on every rank, got {each}")
@@ -308,7 +308,7 @@ def _nonempty(x: Any, dim: int = -1) -> Any:
 
 def _combine(own: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, part: _Part, dtype, statistics):
     """Combines each slice's results into those of the whole row; in float64, because there are few rows."""
-    if labels.device.type == "cpu":  # elsewhere it would wait for the device
+    if labels.device.type == "cpu":  # on other devices it would force a synchronisation
         checks.labels_in_range(labels, part.vocab, ignore_index)
     ignored, (_, inside) = labels == ignore_index, part.within(labels, ignore_index, ELSEWHERE)
     if own is None:
@@ -323,7 +323,7 @@ def _combine(own: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, pa
     terms = [mass, (log_probs.double() + log_mass).masked_fill(~inside, 0)]
     if statistics:
         first = inside & is_top1 & (row_max >= top)
-        before = (labels >= part.first + part.size) & (row_max >= top)  # of two largest, the first counts
+        before = (labels >= part.first + part.size) & (row_max >= top)  # of several largest, the first counts
         terms += [
             (mass * (entropy.double() - log_mass)).masked_fill(mass == 0, 0),
             mean_logits.double() * part.size,
@@ -399,7 +399,7 @@ class _VocabParallelLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)  # else zeros are made for the kept tiles too
+        ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for the kept tiles too
         *tensors, ctx.options, ctx.part = inputs
         _, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1, kept = output
         ctx.mark_non_differentiable(row_max, row_sum, mean_logits, log_sum_sq_probs, is_top1, kept)
@@ -423,7 +423,7 @@ class _VocabParallelLinear(torch.autograd.Function):
         else:
             grads = [once(_no_gradient, x, *inputs) if need else None for x, need in zip(inputs, needs, strict=True)]
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        for i in (0, 3):  # hidden and A, to whose gradients every slice adds
+        for i in (0, 3):  # hidden and A, whose gradients are summed over the slices
             if needs[i]:
                 grads[i] = once(_summed, grads[i], ctx.part)
         return *grads, None, None, None

@@ -239,9 +239,9 @@ def test_and_so_in_python(given, lam):
         (f"{REWARD} --data pairs.jsonl --center nan", "--center must be a finite number, got nan"),
         (f"{REWARD} --data pairs.jsonl --held-out nan", "--held-out must be at least 0 and below 1, got nan"),
         (f"{REWARD} --data pairs.jsonl --lam 1",
-         "pairs.jsonl: lam and palette make pairs from a scored file, this file contains pairs"),
+         "give --lam or --palette with a scored file only: pairs.jsonl contains pairs"),
         (f"{REWARD} --data scored.parquet",
-         "scored.parquet: a scored file needs lam or a palette to make pairs from it"),
+         "give --lam or --palette to make pairs from a scored file, which scored.parquet is"),
         (
             f"{REWARD} --data scored.parquet --values length,humor",
             "--values must be rewards that the file carries (length, short), got humor",
@@ -326,6 +326,7 @@ def test_and_so_in_python(given, lam):
             "pairs.jsonl: must have a column 'value', or one for each value, lacks a, b",
         ),
         (f"{REWARD} --data pairs.jsonl --report page.txt", "--report must end in .html, .png or .svg, got 'page.txt'"),
+        (f"{REWARD} --data none.jsonl --lam 1", "none.jsonl: no such file"),
         ("demo --seed -1", "--seed must be an integer, in 0..2^64-1, got -1"),
     ],
 )  # fmt: skip

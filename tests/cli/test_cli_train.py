@@ -129,7 +129,7 @@ def test_dpo_from_a_scored_file_and_its_palette(model, scored, tmp_path):
     text = tokenizer("why the dog 1", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert trained(text, labels=text).loss < before(text, labels=text).loss
-    assert "lam and palette make pairs from a scored file" in refused(
+    assert "give --lam or --palette with a scored file only" in refused(
         "dpo", "--data", "bundled", "--lam", "1", "--model", model, "--out", out
     )
 
@@ -447,7 +447,7 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
         assert "--batch-size must be an integer, at least 1" in refused(*command, pairs, *on, "--batch-size", 0)
         assert "--lora-r must be an integer, at least 1" in refused(*command, pairs, *on, "--lora-r", 0)
         assert "chat needs a chat template" in refused(*command, pairs, *on, "--chat")
-        assert "needs lam or a palette" in refused(*command, scored, *on)
+        assert "give --lam or --palette to make pairs" in refused(*command, scored, *on)
     assert "elephant" in refused(*dpo, pairs, *on, "--loss-type", "elephant")
     assert "rewards that the file carries" in refused(*dpo, scored, *on, "--lam", "humor=1")
     assert "one weight per reward, 2" in refused(*dpo, scored, *on, "--lam", "1")

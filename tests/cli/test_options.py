@@ -124,6 +124,7 @@ FORMER = [
     ("train ppo", "--kl-coef", "--init-kl-coef"),
     ("train ppo", "--data", "--prompts"),
     ("train ppo", "--data_name", "--prompts"),
+    ("train ppo", "--kl_coef", "--init-kl-coef"),
     ("train ppo", "--mini_batch_size", "--mini-batch-size"),
     *(
         (f"train {kind}", former, today)
@@ -171,3 +172,10 @@ def test_choices_are_those_of_python(choices, known):
 
 def test_the_former_engine_is_a_choice_of_backend():
     assert given("sample", "--engine", "fastalign") == given("sample", "--backend", "auto")
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "name"), [("palette-ui", "--no_browser", "browser"), ("sample", "--no_chat", "chat")]
+)
+def test_a_negated_option_may_have_underscores(command, word, name):
+    assert given(command, word)[name] is False and given(command)[name] is True

@@ -91,9 +91,12 @@ def test_mistakes(sampler):
     for more, match in (
         ({"max_n": 20}, "max_n must be a multiple of each, got max_n=20 and each=16"),
         ({"max_n": 0}, "max_n must be a multiple"),
+        ({"each": "4"}, "each must be an integer, got '4'"),
         ({"ess": 0.5}, "ess must be at least 1"),
         ({"ess": 100}, "ess must be at most max_n, 32"),
         ({"lam": [1.0, 1.0]}, "one weight per reward"),
     ):
         with pytest.raises(UserError, match=match):
             adaptive(sampler, PROMPTS, VOWELS, **{"max_n": 32, **JOB, **more})
+    with pytest.raises(UserError, match="prompts must be"):
+        adaptive(sampler, "hello", VOWELS, max_n=32, **JOB)

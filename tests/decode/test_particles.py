@@ -74,6 +74,9 @@ def test_mistakes(sampler):
         ({"ess": 1.5}, r"ess must lie in \[0, 1\]"),
         ({"method": "best"}, "method must be one of systematic, multinomial, stratified, residual"),
         ({"checkpoints": [2, 2]}, "checkpoints must be rising"),
+        ({"first": 2}, "first does not apply here"),
+        ({"skip": [0]}, "skip does not apply here"),
+        ({"max_new_tokens": "4"}, "max_new_tokens must be an integer"),
         ({"promise": lambda prompts, texts: [0.0]}, r"promise must return 3\d finite numbers"),
         ({"promise": lambda prompts, texts: [np.nan] * len(texts)}, "promise must return"),
     ):

@@ -116,6 +116,9 @@ def test_mistakes(sampler):
         ({"checkpoints": [0, 2]}, "checkpoints must be rising"),
         ({"memory_limit": 1000}, "memory_limit must hold 16 candidates of 32 tokens and one of 32"),
         ({"lam": [1.0, 2.0]}, "one weight per reward, 1"),
+        ({"first": 2}, "first does not apply here"),
+        ({"skip": [0]}, "skip does not apply here"),
+        ({"max_new_tokens": "4", "checkpoints": None}, "max_new_tokens must be an integer"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ):
         with pytest.raises(UserError, match=match):

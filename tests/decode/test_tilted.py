@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(job, model, tmp_path):
         ([*job, "--ess", 5], "ess applies only to --method adaptive"),
         ([*job, "--method", "adaptive", "-n", 20], "must be a multiple of 16 for --method adaptive"),
         ([*job, "--method", "adaptive", "--ess", 50], "ess must be at most max_n, 16, got 50"),
-        ([*job, "--method", "particles", "--memory-limit", "1GB"], "--memory-limit is not for particles"),
+        ([*job, "--method", "particles", "--memory-limit", "1GB"], "--memory-limit does not apply to particles"),
         ([*job, "--method", "particles", "--ray", "auto"], "leave out --ray or --method particles"),
     ):
         assert message in refused(*arguments, *out)

@@ -74,8 +74,8 @@ def test_needed_is_where_the_ends_reach():
 @pytest.mark.parametrize(
     ("shape", "lam", "message"),
     [
-        ((1, 64, 1), 1.0, "how few at least 1 prompt × 64 cannot tell"),
-        ((6, 4, 1), 1.0, "how few at least 6 prompts × 4 cannot tell"),
+        ((1, 64, 1), 1.0, "(1 prompt × 64 are too few for a lower bound)"),
+        ((6, 4, 1), 1.0, "(6 prompts × 4 are too few for a lower bound)"),
         ((4, 8, 1), 3.0, "too few to say better"),
         ((12, 64, 1), 0.0, "are worth 1,000 effective ones (95 %, from 12 prompts × 64); 10 need 10"),
     ],
@@ -86,7 +86,7 @@ def test_what_it_cannot_tell_it_does_not_tell(shape, lam, message):
 
 def test_rewards_that_were_all_alike_promise_nothing():
     result = worth(np.zeros((12, 64, 1)), [5.0])
-    assert result.at(1000)[0] is None and "cannot tell" in result.tell(1000)
+    assert result.at(1000)[0] is None and "too few for a lower bound" in result.tell(1000)
 
 
 def test_extreme_scores_stay_finite():

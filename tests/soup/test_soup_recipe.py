@@ -288,6 +288,14 @@ dtype: float32
     assert result.exit_code == 1 and "leave out the models" in result.output
 
 
+def test_names_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for former, now in (("companion: b", {"sidecar_from": "b"}), ("tokenizer: companion", {"tokenizer": "sidecar"})):
+        path.write_text(f"models: [a, b]\nweights: [0.5, 0.5]\n{former}\n")
+        read = soup.read_recipe(path)
+        assert now.items() <= read.items() and "companion" not in {*read, *map(str, read.values())}
+
+
 MISTAKES = [
     ("models: [", "not YAML"),
     ("", "must be a mapping of names to values, got NoneType"),

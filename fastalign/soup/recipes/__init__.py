@@ -54,7 +54,17 @@ def _load(path: Path) -> Any:
     return documents[0] if documents else None
 
 
+def _today(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe with today's names for those of earlier versions."""
+    if recipe.get("tokenizer") == "companion":
+        recipe = {**recipe, "tokenizer": "sidecar"}
+    if "companion" in recipe and "sidecar_from" not in recipe:
+        recipe = {("sidecar_from" if name == "companion" else name): value for name, value in recipe.items()}
+    return recipe
+
+
 def _own(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = _today(recipe)
     known(recipe, _KEYS, "a recipe")
     for key in ("method", "dtype", "sidecar_from", "tokenizer", "chat_template"):
         if recipe.get(key) is not None:
