@@ -327,6 +327,8 @@ def test_and_so_in_python(given, lam):
         ),
         (f"{REWARD} --data pairs.jsonl --report page.txt", "--report must end in .html, .png or .svg, got 'page.txt'"),
         (f"{REWARD} --data none.jsonl --lam 1", "none.jsonl: no such file"),
+        ("sample --prompts prompts.txt --model vllm:m --backend reference",
+         "--backend reference is for models that fastalign runs: leave it out for vllm:m"),
         ("demo --seed -1", "--seed must be an integer, in 0..2^64-1, got -1"),
     ],
 )  # fmt: skip
