@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastalign import backend as backends
 from fastalign._base.errors import UserError
 from fastalign._base.units import parse_bytes
-from fastalign.data.sampling import SamplingSettings
+from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.data.text import Text, embedding_rows
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.rows import Batch, CachedRows, RepeatedRows, Rows, UncachedRows, start, trial
@@ -28,6 +28,9 @@ from fastalign.decode.token_loop import Decoder, Job, TokenLoop
 from fastalign.models.spans import rope_group
 from fastalign.models.trial import is_causal, tried, warn_once
 from fastalign.ops import products
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The ways of drawing, in words
 HOW: dict[type[SharedPromptEngine] | type[Rows], str] = {
@@ -83,11 +86,16 @@ class Sampler(BaseSampler):
         sampler.name = name
         return sampler
 
+    def request(self, prompts: Sequence[Any], *, rising: bool = False, **options: Unpack[RequestOptions]) -> Request:
+        """As in the base class; on a CPU the record also says which products oneDNN computes."""
+        request = super().request(prompts, rising=rising, **options)
+        if self.model.device.type == "cpu":
+            request.record["products"] = products.choice(self.model.dtype)
+        return request
+
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
         """On the shared-prompt engine, each prompt as soon as its last candidate ends; for models that cannot run
         there, batch by batch."""
-        if self.model.device.type == "cpu":
-            request.record["products"] = products.choice(self.model.dtype)
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:
