@@ -83,8 +83,8 @@ class _Products:
     def __init__(self, layer: Any, names: Sequence[str], rows: int):
         self._linears = [layer.get_submodule(name) for name in names]
         weights, biases = ([getattr(m, name) for m in self._linears] for name in ("weight", "bias"))
-        one_bias = {bias is None for bias in biases}
-        self._packed = products.pack(torch.cat(weights), rows) if len(one_bias) == 1 else None
+        together = len({bias is None for bias in biases}) == 1 and products.packs(weights[0], rows)
+        self._packed = products.pack(torch.cat(weights), rows) if together else None
         self._bias = torch.cat(biases) if self._packed is not None and biases[0] is not None else None
         self._sizes = [len(weight) for weight in weights]
 

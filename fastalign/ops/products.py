@@ -50,13 +50,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn(x, weight, bias)
 
 
+def packs(weight: Tensor, rows: int) -> bool:
+    """Whether `pack` returns a copy of such a weight."""
+    plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
+    return plain and rows >= ROWS[1] and chosen("packed", rows, weight.dtype) != "torch"
+
+
 def pack(weight: Tensor, rows: int) -> Tensor | None:
     """A copy of the weight in oneDNN's layout for `packed_linear` with that many rows; None if that is not faster than
     `linear`. For weights that do not change meanwhile."""
-    plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
-    if not plain or rows < ROWS[1] or chosen("packed", rows, weight.dtype) == "torch":
-        return None
-    return _reorder(weight.detach(), rows)
+    return _reorder(weight.detach(), rows) if packs(weight, rows) else None
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
