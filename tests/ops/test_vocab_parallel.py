@@ -226,7 +226,7 @@ def check_refused():
     if rank:  # its own hidden does not fit its slice; the others learn of it
         raises(r"hidden.shape\[-1\] must equal weight.shape\[1\], got 8 and 5", hidden, shard[:, :5], labels)
     else:
-        raises("rank 1's arguments were refused there", hidden, shard, labels)
+        raises("the arguments on rank 1 are invalid", hidden, shard, labels)
     some = (hidden[: 2 - rank], shard, labels[: 2 - rank])
     raises(r"labels.numel\(\) must be the same on every rank, got \[10, 5\]", *some)
     raises(r"sizes must hold the slice of each of 2 ranks", hidden, shard, labels, sizes=(16, 21))
