@@ -14,7 +14,7 @@ from fastalign.decode import Sampler
 from fastalign.integrations.transformers import fused_forward
 from fastalign.models import scoring
 from fastalign.models.packing import enable, is_enabled, pack_pairs
-from fastalign.train.pairs import PairBatch, add_pair_forward
+from fastalign.train.rows import RowBatch, add_row_forward
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
 
 PROMPTS = ["the quick brown fox sat on", "hello, why"]
@@ -86,8 +86,8 @@ def pairs(model, tokenizer) -> float:
     ids, mask, labels = padded(rows)
     expected_by = copy.deepcopy(model)  # without what the path puts on it
     enable(model)
-    add_pair_forward(model)
-    result = model(pairs=PairBatch(ids, mask, labels, pack_pairs(ids, mask)))["log_probs"]
+    add_row_forward(model)
+    result = model(rows=RowBatch(ids, mask, labels, pack_pairs(ids, mask)))["log_probs"]
     return differences(expected_by, rows, labels, result)
 
 

@@ -1,6 +1,6 @@
-"""Pairs of sequences packed in one row without padding; a pair's common prefix is computed once.
+"""Groups of sequences packed in one row without padding; a group's common prefix is computed once.
 
-`pack_pairs` concatenates a batch: each pair's common beginning, the rest of its first sequence, the rest of its second.
+`pack_groups` concatenates a batch: of each group its first sequence, then what follows the common prefix in the others.
 Every token keeps its position and attends to exactly the same tokens as in its own sequence, so hidden states equal
 those of the padded batch. `packed_hidden` runs any transformers causal model on such a row through the attention
 function registered here: a segment attends to itself, and to the prefix that it continues.
@@ -8,6 +8,7 @@ function registered here: a segment attends to itself, and to the prefix that it
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Pack:
 
     input_ids: Tensor  # (1, L) int64
     position_ids: Tensor  # (1, L) int64, each token's position in its own sequence
-    place: Tensor  # (R, T) int64: where in the row each place of the batch is computed; 0 at padding
+    place: Tensor  # (R, T) int64: where in the row each place of the batch is computed; at padding, the token before it
     segments: tuple[Segment, ...]  # in order, without gaps
     calls: int = 0  # calls of the attention function; without any, the model was not packed
     _masks: dict = field(default_factory=dict)
@@ -61,46 +62,49 @@ class Pack:
         return self._masks[key]
 
 
-def pack_pairs(input_ids: Tensor, attention_mask: Tensor) -> Pack:
-    """Pack the pairs (b, b + B) of a padded batch of 2B rows, with each pair's longest common prefix only once.
+def pack_groups(input_ids: Tensor, attention_mask: Tensor, groups: Iterable[Sequence[int]]) -> Pack:
+    """Pack a padded batch, with the longest common prefix of each group of rows only once.
 
-    input_ids, attention_mask: (2B, T), padded on either side.
+    input_ids, attention_mask: (R, T), padded anywhere. groups: their rows' numbers; each row is in one group.
     """
-    count, device = len(input_ids) // 2, input_ids.device
-    keep = attention_mask.bool().cpu()
+    device, keep = input_ids.device, attention_mask.bool().cpu()
     rows = [ids[mask] for ids, mask in zip(input_ids.cpu(), keep, strict=True)]
     tokens, positions, segments = [], [], []
     place = torch.zeros(input_ids.shape, dtype=torch.int64)
-    base = 0
-    for b in range(count):
-        first, second = rows[b], rows[b + count]
-        shared = _common(first, second)
-        rest = len(second) - shared
-        tokens += [first, second[shared:]]
-        positions += [torch.arange(len(first)), torch.arange(shared, len(second))]
-        middle, end = base + len(first), base + len(first) + rest
-        if len(first):
-            segments.append(Segment(base, middle, base, base))
-        if rest:
-            segments.append(Segment(middle, end, base, base + shared))
-        place[b, keep[b]] = torch.arange(base, middle)
-        place[b + count, keep[b + count]] = torch.cat((torch.arange(base, base + shared), torch.arange(middle, end)))
-        base = end
+    end = 0
+    for group in groups:
+        base, common = end, _common([rows[r] for r in group])
+        for i, r in enumerate(group):
+            shared = common if i else 0
+            start, end = end, end + len(rows[r]) - shared
+            tokens.append(rows[r][shared:])
+            positions.append(torch.arange(shared, len(rows[r])))
+            place[r, keep[r]] = torch.cat((torch.arange(base, base + shared), torch.arange(start, end)))
+            if end > start:
+                segments.append(Segment(start, end, base, base + shared))
+    kept = torch.where(keep, torch.arange(keep.shape[1]), 0).cummax(1).values  # the last one up to each place
+    place = place.gather(1, kept)
     row, position = torch.cat(tokens)[None], torch.cat(positions)[None]
     return Pack(row.to(device), position.to(device), place.to(device), tuple(segments))
 
 
-def _common(a: Tensor, b: Tensor) -> int:
+def pack_pairs(input_ids: Tensor, attention_mask: Tensor) -> Pack:
+    """Pack the pairs (b, b + B) of a padded batch of 2B rows: see `pack_groups`."""
+    pairs = len(input_ids) // 2
+    return pack_groups(input_ids, attention_mask, [(b, b + pairs) for b in range(pairs)])
+
+
+def _common(rows: Sequence[Tensor]) -> int:
     """The length of the longest common prefix."""
-    n = min(len(a), len(b))
-    apart = (a[:n] != b[:n]).nonzero()
+    n = min(map(len, rows))
+    apart = (torch.stack([row[:n] for row in rows]) != rows[0][:n]).any(0).nonzero()
     return n if len(apart) == 0 else int(apart[0])
 
 
 def can_pack(model: PreTrainedModel) -> Verdict:
-    """Whether packed pairs give the model's own logits, tested by trial: see `fastalign.models`."""
+    """Whether packed rows give the model's own logits, tested by trial: see `fastalign.models`."""
     wrapped = passable(model)
-    return tried(model, "packed pairs", _packed, attends=True) if wrapped else wrapped
+    return tried(model, "packed rows", _packed, attends=True) if wrapped else wrapped
 
 
 def _packed(model: PreTrainedModel, probe: Probe) -> list[Tensor]:

@@ -58,12 +58,13 @@ def score(
     *,
     outputs: tuple[str, ...] = ("log_probs",),
     attention_mask: Tensor | None = None,
+    temperature: float = 1.0,
     return_hidden: bool = False,
 ) -> Scores:
     """Scores of `labels` under a causal model (PEFT-wrapped or not), with its current dropout and gradient settings.
 
-    input_ids, attention_mask: (R, T), padded on either side; no mask: on the right. labels: (R, T - 1): position t
-    scores labels[:, t] as the token after t; -100: not scored. outputs: of `ops.linear_token_logprobs`.
+    input_ids, attention_mask: (R, T), padded anywhere; no mask: on the right. labels: (R, T - 1): position t
+    scores labels[:, t] as the token after t; -100: not scored. outputs, temperature: of `ops.linear_token_logprobs`.
     """
     from fastalign.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
 
@@ -72,11 +73,12 @@ def score(
     run, fused = _way(model, layout.lengths)
     logits_or_hidden, hidden = run(model, layout, return_hidden)
     if fused:
+        head = head_of(language_model(model)).arguments()
         scored = linear_token_logprobs(
-            logits_or_hidden, labels=targets, **head_of(language_model(model)).arguments(), outputs=outputs
+            logits_or_hidden, labels=targets, **head, temperature=temperature, outputs=outputs
         )
     else:
-        scored = token_logprobs(logits_or_hidden, targets, outputs=outputs)
+        scored = token_logprobs(logits_or_hidden, targets, temperature=temperature, outputs=outputs)
     scored = scored._asdict() if isinstance(scored, TokenLogprobs) else {"log_probs": scored}
     return Scores({name: scored[name] for name in outputs}, hidden)
 

@@ -1,7 +1,7 @@
 """Whether a model may use a path is tested, not read from its name: the path's logits are compared with plain
 `model(input_ids)`.
 
-A path is another way to compute the same numbers: the shared-prompt engine, packed pairs, the fused head, a cache. At
+A path is another way to compute the same numbers: the shared-prompt engine, packed rows, the fused head, a cache. At
 its first use it runs a few random tokens (two prompts of different lengths with two continuations each, past the
 attention window). It is used only if it gives the model's own next-token log-probabilities up to the dtype's rounding.
 

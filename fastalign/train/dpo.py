@@ -41,7 +41,8 @@ from fastalign.models.packing import enable, pack_pairs
 from fastalign.models.trial import name_of, warn_once
 from fastalign.train import checks
 from fastalign.train.finite import StopsAtNaN
-from fastalign.train.pairs import PairBatch, add_pair_forward, split, take
+from fastalign.train.pairs import split, take
+from fastalign.train.rows import RowBatch, add_row_forward
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # losses of a batch that are not the mean over its pairs
 CPU_TOKENS = 1024  # enough rows for the full rate of matrix products
@@ -164,7 +165,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
                 raise UserError(f"{rule}, and {self.model.config._name_or_path!r} has other weights than at the start")
             if self._packs:
                 enable(reference)
-            self._let_score_pairs(reference)
+            add_row_forward(language_model(reference))
             self.ref_model: Any = self.accelerator.prepare_model(reference, evaluation_mode=True)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -207,12 +208,9 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         if COUPLED & set(self.loss_types) or self.is_deepspeed_enabled:
             self._limit = None
         for m in models:
-            self._let_score_pairs(m)
+            add_row_forward(language_model(m))
         self._outputs = (*OUTPUTS, "log_sum_sq_probs") if self.use_weighting else OUTPUTS
         self._share, self._sums, self._began = 1.0, None, time.perf_counter()
-
-    def _let_score_pairs(self, model) -> None:
-        add_pair_forward(language_model(model))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._prepare()
@@ -247,7 +245,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         if self._elsewhere or return_outputs:  # logits are requested
             return super()._compute_loss(model, inputs, return_outputs)
         batch = self._batch(inputs)
-        scored = model(pairs=batch, outputs=self._outputs)
+        scored = model(rows=batch, outputs=self._outputs)
         mask = inputs["completion_mask"][:, 1:].bool()
         chosen, rejected = sequence_logps(scored["log_probs"], mask, ld_alpha=self.ld_alpha).chunk(2)
         if self.precompute_ref_logps:
@@ -266,18 +264,18 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             return super().compute_ref_log_probs(model, inputs)
         return self._reference(model, self._batch(inputs), inputs["completion_mask"][:, 1:].bool())
 
-    def _batch(self, inputs) -> PairBatch:
+    def _batch(self, inputs) -> RowBatch:
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         labels = ids.masked_fill(inputs["completion_mask"] == 0, -100)
-        return PairBatch(ids, attention, labels, pack_pairs(ids, attention) if self._packs else None)
+        return RowBatch(ids, attention, labels, pack_pairs(ids, attention) if self._packs else None)
 
-    def _reference(self, model, batch: PairBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _reference(self, model, batch: RowBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
         adapter = contextlib.nullcontext()
         if self.ref_model is None and hasattr(inner := self.accelerator.unwrap_model(self.model), "peft_config"):
             adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), _evaluating(model), checkpointing, adapter, self.accelerator.autocast():
-            log_probs = model(pairs=batch)["log_probs"]
+            log_probs = model(rows=batch)["log_probs"]
         return sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
 
     def _loss(self, scored, mask, chosen, rejected, ref_chosen, ref_rejected, inputs) -> Tensor:

@@ -6,7 +6,8 @@ import transformers
 from small_models import MODELS, WINDOWED, build
 
 from fastalign import UserError
-from fastalign.models.packing import can_pack, enable, pack_pairs, packed_hidden
+from fastalign.models.packing import Segment, can_pack, enable, pack_groups, pack_pairs, packed_hidden
+from fastalign.train.rows import RowBatch, add_row_forward
 
 
 def batch(side="right"):
@@ -68,6 +69,42 @@ def test_left_padding_is_packed_to_the_same_row():
     for pack, side in ((right, "right"), (left, "left")):
         ids, mask = batch(side)
         torch.testing.assert_close(pack.input_ids[0][pack.place][mask.bool()], ids[mask.bool()])
+
+
+def test_padding_anywhere_and_empty_rows():
+    ids = torch.tensor([[0, 5, 6, 0, 7], [5, 6, 0, 8, 9], [0, 0, 5, 6, 7], [0] * 5, [3, 0, 4, 0, 0], [0] * 5])
+    pack = pack_groups(ids, ids != 0, [(1, 0, 2), (3,), (5, 4)])
+    assert pack.input_ids.tolist() == [[5, 6, 8, 9, 7, 7, 3, 4]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 2, 2, 0, 1]]
+    assert pack.segments == (Segment(0, 4, 0, 0), Segment(4, 5, 0, 2), Segment(5, 6, 0, 2), Segment(6, 8, 6, 6))
+    assert torch.equal(pack.input_ids[0][pack.place][ids != 0], ids[ids != 0])
+    assert pack.place[1].tolist() == [0, 1, 1, 2, 3]  # the token before a label, across padding
+
+
+def test_equal_rows_are_computed_once():
+    pack = pack_groups(torch.tensor([[5, 6], [5, 6], [5, 6]]), torch.ones(3, 2), [(0, 1, 2)])
+    assert pack.segments == (Segment(0, 2, 0, 0),)
+    assert pack.place.tolist() == [[0, 1]] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_scored_at_a_temperature(packed):
+    model = build("llama")
+    ids, mask = batch()
+    ids[:, 3:6] = mask[:, 3:6] = 0  # padding in the middle
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    expected = [
+        (model(input_ids=row[keep][None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, row[keep][1:, None])[:, 0]
+        for row, keep in zip(ids, mask.bool(), strict=True)
+    ]
+    enable(model)
+    add_row_forward(model)
+    rows = RowBatch(ids, mask, labels, pack_pairs(ids, mask) if packed else None)
+    result = model(rows=rows, temperature=0.7)["log_probs"]
+    torch.testing.assert_close(result[labels[:, 1:] != -100], torch.cat(expected), rtol=0, atol=1e-5)
+    assert not result[labels[:, 1:] == -100].any()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

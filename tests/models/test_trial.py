@@ -19,7 +19,7 @@ from fastalign.integrations.transformers import fused_forward
 from fastalign.models import compiled_layers as layers
 from fastalign.models import packing, trial
 from fastalign.models.scoring import fused_head, score
-from fastalign.train.pairs import PairBatch, add_pair_forward
+from fastalign.train.rows import RowBatch, add_row_forward
 
 SIZES = dict(
     vocab_size=320,
@@ -170,9 +170,9 @@ def test_a_planted_fault_is_seen_and_no_number_is_wrong(fault, tokenizer, monkey
         torch.testing.assert_close(whole, expected[..., 0], atol=ROUNDING, rtol=0)
     assert packing.enable(model).ok == ("packs" not in where)
     plain = model.forward
-    add_pair_forward(model)
+    add_row_forward(model)
     with torch.no_grad():
-        result = model(pairs=PairBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
+        result = model(rows=RowBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
     model.forward = plain
     assert differences(model, rows, labels, result) < ROUNDING
 

@@ -263,8 +263,8 @@ def test_modpo_margins_and_weights(folder, tmp_path):
     mask = inputs["completion_mask"][:, 1:].bool()
     batch = t._batch(inputs)
     with torch.no_grad():
-        policy = t.model(pairs=batch)["log_probs"].masked_fill(~mask, 0).sum(-1).chunk(2)
-        ref = t.ref_model(pairs=batch)["log_probs"].masked_fill(~mask, 0).sum(-1).chunk(2)
+        policy = t.model(rows=batch)["log_probs"].masked_fill(~mask, 0).sum(-1).chunk(2)
+        ref = t.ref_model(rows=batch)["log_probs"].masked_fill(~mask, 0).sum(-1).chunk(2)
     difference = (policy[0] - ref[0]) - (policy[1] - ref[1])
     margins, weights = (torch.tensor([row[name] for row in data]) for name in ("margin", "weight"))
     expected = -(weights * torch.nn.functional.logsigmoid((0.2 * difference - margins) / 0.5)).mean()

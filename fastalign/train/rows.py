@@ -1,0 +1,64 @@
+"""The forward pass of a trainer: per-token log-probabilities of a batch of sequences, packed if possible."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from fastalign.models.head import head_of
+from fastalign.models.packing import Pack, is_enabled, packed_hidden
+from fastalign.models.scoring import score
+from fastalign.ops import TokenLogprobs, linear_token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RowBatch(NamedTuple):
+    """R sequences, padded anywhere."""
+
+    input_ids: Tensor  # (R, T)
+    attention_mask: Tensor  # (R, T)
+    labels: Tensor  # (R, T): the ids of completion tokens, -100 elsewhere
+    pack: Pack | None  # the same batch as one row, for a model with `packing.enable`; or None
+
+
+def add_row_forward(model: PreTrainedModel) -> None:
+    """Make `model(rows=RowBatch, outputs=..., temperature=...)` score rows; without `rows` its forward is unchanged.
+
+    This is part of the model's forward so that its wrappers (DDP, FSDP, autocast) see the call.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(
+        self,
+        *args,
+        rows: RowBatch | None = None,
+        outputs: tuple[str, ...] = ("log_probs",),
+        temperature: float = 1.0,
+        **kwargs,
+    ):
+        if rows is None:
+            return original(*args, **kwargs)
+        return _score(self, rows, outputs, temperature)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _score(model: PreTrainedModel, rows: RowBatch, outputs: tuple[str, ...], temperature: float) -> dict[str, Tensor]:
+    """Each output (R, T - 1): at t, of token t + 1, 0 outside completions. A dict, because autocast's wrapper can
+    traverse it."""
+    labels = rows.labels[:, 1:]
+    scored = labels != -100
+    options: dict[str, Any] = {"outputs": outputs, "temperature": temperature}
+    if rows.pack is None or not is_enabled(model):
+        fields = score(model, rows.input_ids, labels, attention_mask=rows.attention_mask, **options).outputs
+    else:
+        hidden = packed_hidden(model, rows.pack).index_select(0, rows.pack.place[:, :-1][scored])
+        made = linear_token_logprobs(hidden, labels=labels[scored], **head_of(model).arguments(), **options)
+        fields = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
+    return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in fields.items() if x is not None}
