@@ -1,4 +1,4 @@
-"""A packed row gives the hidden states and gradients of the padded batch, whatever the architecture."""
+"""A packed row gives the log-probabilities and gradients of its sequences alone, whatever the architecture."""
 
 import pytest
 import torch
@@ -10,44 +10,78 @@ from fastalign.models.packing import Segment, can_pack, enable, pack_groups, pac
 from fastalign.train.rows import RowBatch, add_row_forward
 
 
-def batch(side="right"):
+def pairs():
     """Pairs with a shared prompt, with nothing in common, the same twice, one a beginning of the other, one a token."""
     torch.manual_seed(2)
-    prompt, new = torch.randint(3, 97, (7,)), lambda n: torch.randint(3, 97, (n,))
-    same = new(5)
+    prompt, same = new(7), new(5)
     chosen = [torch.cat((prompt, new(3))), new(4), same, torch.cat((same, new(2))), same[:1]]
     rejected = [torch.cat((prompt, new(6))), new(6), same, same, new(9)]
-    rows = chosen + rejected
-    ids, mask = torch.zeros(10, 13, dtype=torch.int64), torch.zeros(10, 13, dtype=torch.int64)
+    return chosen + rejected, [(b, b + 5) for b in range(5)]
+
+
+def completions():
+    """Groups of one to five completions of a prompt: in one of them two are equal, in one another is a single token."""
+    torch.manual_seed(3)
+    rows, groups, same = [], [], new(4)
+    for prompt, ends in (
+        (new(6), [new(3)]),
+        (new(1), [new(5), new(2)]),
+        (new(9), [same, new(6), same]),
+        (new(5), [new(4), new(1), new(7), new(3)]),
+        (new(7), [new(n) for n in (2, 6, 3, 5, 4)]),
+    ):
+        groups.append(range(len(rows), len(rows) + len(ends)))
+        rows += [torch.cat((prompt, end)) for end in ends]
+    return rows, groups
+
+
+def new(n):
+    return torch.randint(3, 97, (n,))
+
+
+def padded(rows, side="right"):
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
     for r, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(13 - len(row), 13)
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[r, at], mask[r, at] = row, 1
     return ids, mask
 
 
+def batch(side="right"):
+    return padded(pairs()[0], side)
+
+
+@pytest.mark.parametrize("rows_of", [pairs, completions])
 @pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
-def test_hidden_states_and_gradients_equal_the_padded_batchs(name):
+def test_log_probs_and_gradients_equal_those_of_each_row_alone(name, rows_of):
     model = build(name)
     assert can_pack(model)
-    ids, mask = batch()
-    keep = mask.bool()
-    expected = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    rows, groups = rows_of()
+    expected = torch.cat([log_probs(model, row) for row in rows])
     g = torch.randn_like(expected)
-    (expected * g)[keep].sum().backward()
+    (expected * g).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     enable(model)
-    pack = pack_pairs(ids, mask)
-    result = packed_hidden(model, pack)
-    assert len(result) == pack.input_ids.shape[1] < int(mask.sum())
-    error = 1e-4 if result.dtype == torch.float32 else 1e-6  # their norms compute in float32
-    result = result[pack.place]
-    torch.testing.assert_close(result[keep], expected[keep], rtol=0, atol=error * float(expected.detach().abs().max()))
-    (result * g)[keep].sum().backward()
+    add_row_forward(model)
+    ids, mask = padded(rows)
+    labels = ids.masked_fill(mask == 0, -100)
+    pack = pack_groups(ids, mask, groups)
+    assert pack.input_ids.shape[1] < int(mask.sum())
+    result = model(rows=RowBatch(ids, mask, labels, pack))["log_probs"][labels[:, 1:] != -100]
+    error = 1e-4 if model.dtype == torch.float32 else 1e-6  # their norms compute in float32
+    torch.testing.assert_close(result, expected, rtol=0, atol=error * float(expected.detach().abs().max()))
+    (result * g).sum().backward()
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for n, gradient in gradients.items():
         grad = dict(model.named_parameters())[n].grad
         torch.testing.assert_close(grad, gradient, msg=n, rtol=0, atol=error * largest)
+
+
+def log_probs(model, row, temperature=1.0):
+    logits = model(input_ids=row[None], use_cache=False).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(-1, row[1:, None])[:, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2 (softcap)", "mistral (window)"])
@@ -95,10 +129,7 @@ def test_rows_are_scored_at_a_temperature(packed):
     ids[:, 3:6] = mask[:, 3:6] = 0  # padding in the middle
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100
-    expected = [
-        (model(input_ids=row[keep][None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, row[keep][1:, None])[:, 0]
-        for row, keep in zip(ids, mask.bool(), strict=True)
-    ]
+    expected = [log_probs(model, row[keep], 0.7) for row, keep in zip(ids, mask.bool(), strict=True)]
     enable(model)
     add_row_forward(model)
     rows = RowBatch(ids, mask, labels, pack_pairs(ids, mask) if packed else None)
