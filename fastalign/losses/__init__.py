@@ -1,5 +1,6 @@
 """Losses: as functions of log-probabilities, and as modules that take hidden states and an lm_head's weight."""
 
+from fastalign.losses.advantages import group_advantages
 from fastalign.losses.linear import (
     LinearCPOLoss,
     LinearDPOLoss,
@@ -12,11 +13,9 @@ from fastalign.losses.linear_policy import LinearGRPOLoss, LinearPPOLoss
 from fastalign.losses.policy import (
     PolicyLoss,
     ValueLoss,
-    group_advantages,
     grpo_loss,
     kl_penalty,
     ppo_loss,
-    rloo_advantages,
     rloo_loss,
     value_loss,
     whiten,
@@ -67,7 +66,6 @@ __all__ = [
     "orpo_loss",
     "plackett_luce_loss",
     "ppo_loss",
-    "rloo_advantages",
     "rloo_loss",
     "sequence_logps",
     "shift_labels",

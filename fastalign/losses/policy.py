@@ -21,8 +21,6 @@ from fastalign.ops.policy import KL, Clip, PolicyRows, Tokens, kl_estimate, poli
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 GRPO_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo")
-# TRL's; prevents division by 0 in a group of equal rewards.
-STD_FLOOR = 1e-4
 
 
 class PolicyLoss(NamedTuple):
@@ -89,51 +87,6 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     variance = apart.square().sum() / (count - 1).clamp(min=1)
     whitened = apart * torch.rsqrt(variance + 1e-8)
     return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0)
-
-
-def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group") -> Tensor:
-    """GRPO's advantages: each reward minus its group's mean, divided by a standard deviation (arXiv 2402.03300, 4.1.2).
-
-    Args:
-        rewards: (P · group_size,), the completions of one prompt consecutively. NaN: not scored; such a completion does
-            not count in its group's statistics and gets 0.
-        group_size: completions per prompt.
-        scale: "group": divide by the group's standard deviation (unbiased) + 1e-4; "batch": by that of all rewards
-            (arXiv 2508.08221); "none": do not divide (Dr. GRPO, arXiv 2503.20783).
-
-    Returns:
-        (P · group_size,) advantages.
-
-    Raises:
-        UserError: another scale, or rewards that do not fill their groups.
-    """
-    if scale not in ("group", "batch", "none"):
-        raise UserError(f"scale must be group, batch or none, got {scale!r}")
-    grouped = _grouped(rewards, group_size)
-    advantages = grouped - grouped.nanmean(-1, keepdim=True)
-    if scale != "none":
-        over = grouped if scale == "group" else grouped.reshape(1, -1)
-        advantages = advantages / (_nan_std(over) + STD_FLOOR)
-    return advantages.nan_to_num(nan=0.0).flatten()
-
-
-def rloo_advantages(rewards: Tensor, group_size: int, *, normalize: bool = False) -> Tensor:
-    """RLOO's advantages: each reward minus the mean of the others in its group (arXiv 2402.14740).
-
-    rewards and group_size as in `group_advantages`; normalize: to mean 0 and standard deviation 1 over the batch. A
-    completion without another scored one in its group gets 0.
-    """
-    grouped = _grouped(rewards, group_size)
-    scored = ~grouped.isnan()
-    others = (scored.sum(-1, keepdim=True) - 1).clamp(min=0)
-    baseline = (grouped.nansum(-1, keepdim=True) - grouped) / others
-    advantages = (grouped - baseline).masked_fill(others == 0, float("nan"))
-    if group_size == 1:
-        return torch.zeros_like(advantages).flatten()
-    if normalize:
-        every = advantages.reshape(1, -1)
-        advantages = (advantages - every.nanmean()) / (_nan_std(every) + STD_FLOOR)
-    return advantages.nan_to_num(nan=0.0).flatten()
 
 
 def ppo_loss(
@@ -285,7 +238,8 @@ def rloo_loss(
     """RLOO's loss (arXiv 2402.14740) with PPO's clip on the ratio of whole sequences, as TRL's RLOOTrainer.
 
     The completion is one action: r = exp(Σ_t log-ratio), -min(r A, clip(r) A), mean over rows. Its KL penalty goes
-    into the rewards. Arguments as in `ppo_loss`, advantages (B,) from `rloo_advantages`.
+    into the rewards. Arguments as in `ppo_loss`, advantages (B,) from
+    `group_advantages` with how "rloo".
     """
     batch = _Batch(logprobs, old_logprobs, advantages, mask)
     if batch.advantages.shape[1] != 1:
@@ -475,21 +429,3 @@ def _by_sign(up: Tensor, positive: float, negative: float, like: Tensor) -> Tens
 
 def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
-
-
-def _grouped(rewards: Tensor, group_size: int) -> Tensor:
-    checks.tensor("rewards", rewards, "a tensor of shape (n,)")
-    if rewards.ndim != 1:
-        raise UserError(f"rewards must be a tensor of shape (n,), got {tuple(rewards.shape)}")
-    if not (isinstance(group_size, int) and group_size >= 1 and rewards.shape[0] % group_size == 0):
-        raise UserError(
-            f"group_size must be a positive divisor of {rewards.shape[0]}, the rewards, got {checks.shown(group_size)}"
-        )
-    return wide(rewards.detach()).reshape(-1, group_size)
-
-
-def _nan_std(x: Tensor) -> Tensor:
-    """Unbiased standard deviation over the last dimension, ignoring NaN; 0 for a single number."""
-    count = (~x.isnan()).sum(-1, keepdim=True)
-    apart = x - x.nanmean(-1, keepdim=True)
-    return (apart.square().nansum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

@@ -17,6 +17,7 @@ IDS = torch.zeros(2 * B, T, dtype=torch.int64)
 HIDDEN, WEIGHT = torch.zeros(2 * B, T, 4), torch.zeros(5, 4)
 DESIRABLE = torch.ones(B, dtype=torch.bool)
 PAIRS = [("a", "b"), ("b", "a")]
+R, INF = torch.zeros(1, 2, 3), float("inf")
 TENSOR = "must be a torch.Tensor, got"
 
 
@@ -26,6 +27,10 @@ def ppo(*given, **options):
 
 def grpo(**options):
     return losses.grpo_loss(X, X, A, MASK, **options)
+
+
+def advantages(rewards, **options):
+    return losses.group_advantages(rewards, **options)
 
 
 def dpo(**options):
@@ -100,8 +105,18 @@ CASES = [
     (lambda: grpo(loss_type="cispo", clip_range_high="x"), "clip_range_high must be a number, got 'x'"),
     (lambda: losses.value_loss(X, X, None, MASK), f"returns {TENSOR} NoneType"),
     (lambda: losses.value_loss(X, X, X, MASK, clip_range="x"), "clip_range must be a number, got 'x'"),
-    (lambda: losses.group_advantages(np.zeros(4), 2), "rewards must be a tensor of shape (n,), got ndarray"),
-    (lambda: losses.rloo_advantages(torch.zeros(4), None), "group_size must be a positive divisor of 4"),
+    (lambda: advantages(np.zeros((1, 2, 3))), "rewards must be a tensor of shape (B, G, m), got ndarray"),
+    (lambda: advantages(V), "rewards must be a tensor of shape (B, G, m), got (2,)"),
+    (lambda: advantages(R.masked_fill(R == 0, INF)), "rewards must be finite, or NaN where not scored, got an infini"),
+    (lambda: advantages(R + 3e38), "rewards must be small enough for weighted sums and variances to fit"),
+    (lambda: advantages(1e25 * torch.rand(1, 2, 3)), "rewards must be small enough for weighted sums and"),
+    (lambda: advantages(R, how=None), "how must be one of grpo, batch, dr_grpo, rloo, gdpo, rank, got None"),
+    (lambda: advantages(R, how="sum"), "how must be one of grpo, batch, dr_grpo, rloo, gdpo, rank, got 'sum'"),
+    (lambda: advantages(R, weights=[1.0]), "weights must have shape (3,), one per value, got (1,)"),
+    (lambda: advantages(R, weights=1.0), "weights must have shape (3,), one per value, got ()"),
+    (lambda: advantages(R, weights=[1.0, None, 1.0]), "weights must be finite, got an infinite one or NaN"),
+    (lambda: advantages(R, weights="abc"), "weights must be an array of numbers, got 'abc'"),
+    (lambda: advantages(R, weights=[0.0, 0.0, INF]), "weights must be finite, got an infinite one or NaN"),
     (lambda: losses.bradley_terry_loss(np.zeros(2), V), "chosen_scores must be a floating tensor, got ndarray"),
     (lambda: losses.bradley_terry_loss(V, V, margin="x"), "margin must be a number, got 'x'"),
     (lambda: losses.bradley_terry_loss(V, V, center_coefficient=None), "center_coefficient must be a number, got None"),
