@@ -1,4 +1,4 @@
-"""Trainers on the fused losses: DPO, PPO, reward models. TRL and peft are imported only on use."""
+"""Trainers on the fused losses: DPO, GRPO, PPO, reward models. TRL and peft are imported only on use."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from fastalign._base.lazy import lazy
 
 if TYPE_CHECKING:
     from fastalign.train.dpo import DPOConfig, DPOTrainer
+    from fastalign.train.grpo import GRPOConfig, GRPOTrainer
     from fastalign.train.ppo import PPOConfig, PPOTrainer
     from fastalign.train.reward import RewardConfig, RewardTrainer
     from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
@@ -13,6 +14,8 @@ else:
     _HOMES = {
         "DPOConfig": "dpo",
         "DPOTrainer": "dpo",
+        "GRPOConfig": "grpo",
+        "GRPOTrainer": "grpo",
         "PPOConfig": "ppo",
         "PPOTrainer": "ppo",
         "AutoModelForCausalLMWithValueHead": "value_head",
@@ -25,6 +28,8 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",

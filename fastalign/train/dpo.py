@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +42,9 @@ from fastalign.models.trial import name_of, warn_once
 from fastalign.train import checks
 from fastalign.train.finite import StopsAtNaN
 from fastalign.train.pairs import split, take
-from fastalign.train.rows import RowBatch, add_row_forward
+from fastalign.train.rows import CPU_TOKENS, RowBatch, add_row_forward, evaluating
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # losses of a batch that are not the mean over its pairs
-CPU_TOKENS = 1024  # enough rows for the full rate of matrix products
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
@@ -274,7 +273,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         if self.ref_model is None and hasattr(inner := self.accelerator.unwrap_model(self.model), "peft_config"):
             adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), _evaluating(model), checkpointing, adapter, self.accelerator.autocast():
+        with torch.no_grad(), evaluating(model), checkpointing, adapter, self.accelerator.autocast():
             log_probs = model(rows=batch)["log_probs"]
         return sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
 
@@ -413,18 +412,6 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             for ids in dataset.with_format("numpy")[column]:
                 digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
         return digest.hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Disables dropout; restores every module's mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _whole(args: DPOConfig, train: Any, evaluated: Any) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastalign.models.head import head_of
@@ -15,6 +18,9 @@ from fastalign.ops import TokenLogprobs, linear_token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+CPU_TOKENS = 1024  # in one forward pass: enough rows for the full rate of matrix products
 
 
 class RowBatch(NamedTuple):
@@ -62,3 +68,15 @@ def _score(model: PreTrainedModel, rows: RowBatch, outputs: tuple[str, ...], tem
         made = linear_token_logprobs(hidden, labels=labels[scored], **head_of(model).arguments(), **options)
         fields = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
     return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in fields.items() if x is not None}
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Disables dropout; restores every module's mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

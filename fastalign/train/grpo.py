@@ -1,0 +1,552 @@
+"""GRPOTrainer: group-relative policy optimisation (arXiv 2402.03300), with the arguments, options and logs of TRL's.
+
+Completions come from the shared-prompt engine. A step trains on packed groups: a prompt is run once for its
+completions, forward and backward, and only completion tokens reach the fused head. Rewards stay a vector up to the
+advantage (`losses.group_advantages`). All batches that a step accumulates are trained on together, in parts of bounded
+size whose gradients add up to the step's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+import trl
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+from trl.models.utils import disable_gradient_checkpointing, prepare_fsdp
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import use_adapter
+
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write
+from fastalign.decode.sampler import Sampler
+from fastalign.losses import group_advantages, grpo_loss
+from fastalign.models.identity import language_model, reads_tokens
+from fastalign.models.packing import enable
+from fastalign.models.trial import name_of, warn_once
+from fastalign.train import grpo_rollout as rollout
+from fastalign.train.finite import not_finite, stopped
+from fastalign.train.grpo_config import GRPOConfig, advantage_of, check_args
+from fastalign.train.grpo_data import PromptSampler, PromptStream, Repeats, check_room, encode, with_prompts
+from fastalign.train.grpo_logs import Logs
+from fastalign.train.grpo_model import load, load_options, load_tokenizer, with_adapters
+from fastalign.train.grpo_rewards import RewardFunctions
+from fastalign.train.grpo_rollout import Drawn, Rollout
+from fastalign.train.rows import CPU_TOKENS, add_row_forward, evaluating
+
+__all__ = ["GRPOConfig", "GRPOTrainer"]
+
+TOKEN_TOTAL = ("dapo", "cispo", "vespo")  # loss types divided by the tokens of the whole batch
+ROLLOUTS = "rollouts"  # of a checkpoint between two steps on the same completions
+
+
+class Batch(NamedTuple):
+    """Completions on this process: a generation, or a part of it; tokens: in the loss, of the whole generation on all
+    processes."""
+
+    rollouts: list[Rollout]
+    tokens: int
+
+
+class Scale(NamedTuple):
+    """How the loss of a part adds to the step's: times its share of the `rows`, or divided by `normalizer` tokens."""
+
+    rows: int
+    normalizer: float | None
+    entropy_coef: float = 0.0  # per token
+
+
+class GRPOTrainer(transformers.Trainer):
+    """GRPO with TRL 1.16's constructor, config names and logs (and `tokenizer=` for `processing_class=`), on one
+    reward or several.
+
+    model: a causal language model, with or without PEFT adapters, or a hub name, folder, GGUF file or alias. Data: a
+        column "prompt", of text or messages; other columns are given to the reward functions.
+    reward_funcs: one or several of: a function of TRL's signature (see `train.grpo_rewards`), the name of one of
+        fastalign's rewards, a `rewards.Reward`, a sequence classifier, its folder or hub name.
+    rollout_func: prompts, trainer -> {"prompt_ids", "completion_ids", "logprobs", ...}, in place of the engine.
+
+    An option that is not supported is refused by name. The loss of one step equals TRL's on the same completions. If a
+    reward function raises, the last finished step is saved as a checkpoint first, and resuming gives the losses of an
+    uninterrupted run.
+
+    Raises:
+        UserError: options, data and rewards that break these rules, prompts that leave no room for a completion, scores
+            that are not finite numbers, before an update; a NaN or infinite loss or gradient, before the step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: trl.GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[transformers.TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config: transformers.BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[[list, Any], dict[str, Any]] | None = None,
+        environment_factory: Any = None,
+        *,
+        tokenizer: Any = None,
+    ):
+        if tokenizer is not None:
+            if processing_class is not None:
+                raise UserError("tokenizer and processing_class are the same argument: give one")
+            processing_class = tokenizer
+        for name, given in (("tools", tools), ("environment_factory", environment_factory)):
+            if given:
+                raise UserError(f"{name} is not supported by fastalign's GRPOTrainer; TRL's own takes it")
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = GRPOConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-GRPO")
+        args = copy.copy(args)  # the caller's config is unchanged
+        check_args(args)
+        train_dataset = with_prompts("train_dataset", train_dataset, args)
+        eval_dataset = None if eval_dataset is None else with_prompts("eval_dataset", eval_dataset, args)
+
+        set_seed(args.seed)  # adapters start at random
+        if isinstance(model, str | os.PathLike):
+            model, processing_class = load(model, processing_class, args, quantization_config)
+        elif processing_class is None:
+            processing_class = load_tokenizer(model.config._name_or_path, args)
+        if not hasattr(processing_class, "eos_token_id"):
+            raise UserError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        model = with_adapters(model, peft_config, args)
+        inner = language_model(model)
+        if not (verdict := reads_tokens(model)):
+            raise UserError(f"model cannot be trained here: {verdict.why}; TRL's own GRPOTrainer takes it")
+        if getattr(inner.config.get_text_config(), "output_router_logits", False) and args.router_aux_loss_coef != 0:
+            raise UserError("router_aux_loss_coef must be 0: the auxiliary loss of experts is not supported")
+
+        self.how: str = advantage_of(args)
+        self.rewards: RewardFunctions = RewardFunctions(
+            reward_funcs, reward_processing_classes, load_options(args), args.device
+        )
+        self.reward_func_names: list[str] = self.rewards.names
+        weights = [1.0] * len(self.rewards.names) if args.reward_weights is None else list(args.reward_weights)
+        if len(weights) != len(self.rewards.names):
+            rule = f"reward_weights must have one number per reward, {len(self.rewards.names)}"
+            raise UserError(f"{rule}, got {len(weights)}")
+        self.reward_weights: Tensor = torch.tensor(weights, dtype=torch.float64)
+        self.rollout_func = rollout_func
+        self.num_generations: int = args.num_generations
+        self.num_generations_eval: int = args.num_generations_eval or args.num_generations
+        self.max_completion_length: int = args.max_completion_length
+        self.temperature: float = args.temperature
+        self.beta: float = args.beta
+
+        self._packs = self._prepare(model, getattr(args, "share_prompt", True))
+        # The policy at this moment; with adapters, the policy without them.
+        reference = None if self.beta == 0 or hasattr(model, "peft_config") else copy.deepcopy(model)
+        for data in (train_dataset, eval_dataset):
+            if not hasattr(data, "__len__") and data is not None and not isinstance(data, dict):
+                args.accelerator_config.dispatch_batches = False  # each process takes its slice of the stream
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.ref_model: Any = None if reference is None else self._prepare_reference(reference)
+        if args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+        self.sampler: Sampler = Sampler(model, processing_class)
+        self._ends = {*self.sampler.ends, processing_class.pad_token_id}
+        self._check_prompts("train_dataset", train_dataset)
+        self._logs: Logs = Logs(self.rewards.names, self.reward_weights)
+        self._step = 0  # batches trained on
+        self._generation: Batch | None = None
+        self._window: list[Batch] = []  # since the last step
+        self._finished: tuple[int, Batch | None] = (0, None)  # _step and _generation after the last step
+
+    # Models
+
+    def _prepare(self, model: Any, share_prompt: bool) -> bool:
+        """Let the model score rows; returns whether it runs packed."""
+        packs = share_prompt
+        if packs and not (verdict := enable(model)):
+            packs = False
+            warn_once(model, f"{name_of(model)} is trained on padded rows, not on packed ones: {verdict.why}")
+        add_row_forward(language_model(model))
+        return packs
+
+    def _prepare_reference(self, reference: Any) -> Any:
+        reference.requires_grad_(False).eval()
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: list[str] | None = ["prompt"]
+
+    def get_train_dataloader(self) -> Any:
+        args, dataset = self.args, self.train_dataset
+        if not hasattr(dataset, "__len__"):
+            dataset = PromptStream(
+                dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset, self._repeats()
+            )
+        return self._get_dataloader(
+            dataset=dataset,
+            description="Training",
+            batch_size=self._train_batch_size * args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _repeats(self) -> Repeats:
+        args = self.args
+        prompts = args.generation_batch_size // args.num_generations
+        return Repeats(prompts, args.num_generations, args.num_iterations * args.steps_per_generation)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return PromptSampler(
+            "train_dataset",
+            len(dataset),
+            self._repeats(),
+            seed=self.args.seed,
+            shuffle=self.args.shuffle_dataset,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler:
+        repeats = Repeats(1, self.num_generations_eval)
+        return PromptSampler("eval_dataset", len(eval_dataset), repeats, seed=self.args.seed, whole=False)
+
+    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
+        return encode(self.processing_class, prompts, self.args.chat_template_kwargs or {})
+
+    def _check_prompts(self, name: str, dataset: Any) -> None:
+        """Refuse prompts beyond the context before the first step; a text has at most as many tokens as bytes."""
+        context, new = self.sampler.context, self.max_completion_length
+        if not context or not hasattr(dataset, "__len__"):
+            return
+        if new >= context:
+            raise UserError(f"max_completion_length must be below the model's context of {context}, got {new}")
+        for i in range(len(dataset)):
+            prompt = dataset[i]["prompt"]
+            text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+            if len(text.encode("utf-8", "replace")) + 256 > context - new:  # with room for a template
+                check_room(self._encode([prompt]), new, context, f"{name} row {i}: ")
+
+    # Rollouts
+
+    def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+        """The next batch to train on; completions are drawn when the last ones have been used num_iterations times."""
+        args, size = self.args, self._train_batch_size
+        if self._generation is None or self._step % (args.steps_per_generation * args.num_iterations) == 0:
+            self._generation = self._generate(rows)
+        k = self._step % args.steps_per_generation
+        return Batch(self._generation.rollouts[k * size : (k + 1) * size], self._generation.tokens)
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """call(), of users' functions; if one raises, on any process, the last finished step is saved first."""
+        result = error = None
+        try:
+            result = call()
+        except Exception as raised:
+            error = raised
+        failed = [i for i, message in enumerate(gather_object([error and str(error)])) if message is not None]
+        if not failed:
+            return result
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.is_in_train and self.state.global_step > 0 and not os.path.isdir(folder):
+            self._save_checkpoint(self.model, None)
+        if error is None:
+            raise UserError(f"process {failed[0]} could not score its completions: see its error")
+        raise error
+
+    def _generate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Completions of these rows, which repeat a prompt for each, with rewards, advantages and log-probabilities."""
+        mode, prompts = self._mode, [row["prompt"] for row in rows]
+        drawn, texts, rewards = self._guarded(lambda: self._draw_and_score(rows, prompts))
+        everywhere = torch.tensor(gather_object(rewards.tolist()), dtype=torch.float64)  # of all processes
+        generations = self.num_generations if mode == "train" else self.num_generations_eval
+        grouped = everywhere.view(-1, generations, len(self.rewards.names))
+        advantages = group_advantages(grouped, weights=self.reward_weights, how=self.how)
+        first = self.accelerator.process_index * len(rows)
+        own = advantages.flatten()[first : first + len(rows)].tolist()
+        ended = [ids[-1] in self._ends for ids in drawn.completion_ids]
+        counts = drawn.counts
+        if self.args.mask_truncated_completions:
+            counts = [row if whole else [0] * len(row) for row, whole in zip(counts, ended, strict=True)]
+        rollouts = [
+            Rollout(*one, drawn=None if drawn.log_probs is None else [_number(x) for x in drawn.log_probs[i]])
+            for i, one in enumerate(zip(drawn.prompt_ids, drawn.completion_ids, counts, own, strict=True))
+        ]
+        self._look(rollouts, mode)
+        lengths = [(len(ids), sum(row)) for ids, row in zip(drawn.prompt_ids, drawn.counts, strict=True)]
+        seen = self._logs.lengths(mode, lengths, ended, self.state.num_input_tokens_seen)
+        self.state.num_input_tokens_seen = seen
+        self._logs.rewards(mode, everywhere, advantages)
+        self._logs.texts(prompts, texts, everywhere, advantages)
+        tokens = sum(gather_object([sum(one.tokens for one in rollouts)]))
+        return Batch(rollouts, tokens)
+
+    def _draw(self, prompts: list[Any]) -> Drawn:
+        context, new = self.sampler.context, self.max_completion_length
+        if self.rollout_func is not None:
+            return rollout.by_function(self.rollout_func, prompts, self)
+        prompt_ids = self._encode(prompts)
+        check_room(prompt_ids, new, context)
+        self.sampler.model = model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        draws = self._step // (self.args.steps_per_generation * self.args.num_iterations) if training else 2**32
+        try:
+            return rollout.draw(self.sampler, prompt_ids, self.args, draws, self.accelerator.process_index)
+        finally:
+            model.train(training)
+
+    def _draw_and_score(self, rows: list[dict[str, Any]], prompts: list[Any]) -> tuple[Drawn, list[Any], Tensor]:
+        """Completions, their texts (or messages), and rewards (n, m)."""
+        drawn = self._draw(copy.deepcopy(prompts))
+        texts = self.processing_class.batch_decode(drawn.completion_ids, skip_special_tokens=True)
+        if not isinstance(prompts[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        given = ("prompt", "completion", "completion_ids")
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in given}
+        for name, value in drawn.extra.items():
+            columns[name] = value if isinstance(value, list) and len(value) == len(rows) else [value] * len(rows)
+        logs = {"log_extra": self._logs.log_extra, "log_metric": self._logs.log_metric}
+        scores = self.rewards(prompts, texts, drawn.completion_ids, trainer_state=self.state, **logs, **columns)
+        return drawn, texts, scores
+
+    def _look(self, rollouts: list[Rollout], mode: str) -> None:
+        """Log-probabilities before the step, where the loss needs them: of the policy, of the reference."""
+        args = self.args
+        corrects = getattr(args, "importance_correction", False) and self.rollout_func is not None
+        # A step on completions of its own weights has ratios of 1.
+        later = mode == "train" and args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
+        if later or corrects:
+            settings = rollout.sampling_settings(args, 1, 0)
+            if self.rollout_func is None and not settings.truncates and settings.temperature > 0:
+                for one in rollouts:
+                    one.old = one.drawn
+            else:
+                self._fill("old", rollouts, self.model)
+        if corrects:
+            rollout.importance_weights(rollouts, args)
+        if self.beta != 0:
+            adapter: Any = nullcontext()
+            if self.ref_model is None:
+                inner = self.accelerator.unwrap_model(self.model)
+                adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
+            with adapter:
+                self._fill("ref", rollouts, self.ref_model or self.model)
+
+    @torch.no_grad()
+    def _fill(self, field: str, rollouts: list[Rollout], model: Any) -> None:
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with evaluating(model), checkpointing, self.accelerator.autocast():
+            for part in self._parts([rollouts])[0]:
+                batch = rollout.row_batch(part, self.accelerator.device, pack=self._packs)
+                scored = model(rows=batch, temperature=self.temperature)["log_probs"]
+                for one, scores in zip(part, rollout.lists_of(scored, part), strict=True):
+                    setattr(one, field, scores)
+
+    # Training
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The gradient of all batches of a step is computed with its last one."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        self._window.append(self._batch(inputs))
+        self._step += 1
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.accelerator.device)
+        window, self._window = self._window, []
+        began = time.perf_counter()
+        loss = self._train_on(model, window)
+        cycle = self.args.steps_per_generation * self.args.num_iterations
+        self._finished = (self._step, self._generation if self._step % cycle else None)
+        self._logs.metrics["train"]["step_time"].append(time.perf_counter() - began)
+        return loss
+
+    def _train_on(self, model: Any, window: list[Batch]) -> Tensor:
+        args = self.args
+        jobs = []
+        buckets, scales = self._buckets(window, len(window), len(window) / args.steps_per_generation)
+        for parts, scale in zip(self._parts(buckets), scales, strict=True):
+            jobs += [(part, scale) for part in parts]
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, (part, scale) in enumerate(jobs):
+            with nullcontext() if i == len(jobs) - 1 else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._loss(model, part, scale)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if not math.isfinite(value := total.item()):
+            self._stop("loss", value)
+        self._logs.step("train")
+        return total
+
+    def _buckets(
+        self, window: list[Batch], batches: int, generations: float
+    ) -> tuple[list[list[Rollout]], list[Scale]]:
+        """The rollouts of a step that have one scale, which parts may mix: all, unless the loss is over each batch's
+        own tokens."""
+        args, rows = self.args, sum(len(batch) for batch, _ in window)
+        if args.loss_type == "bnpo" or args.entropy_coef or len({tokens for _, tokens in window}) > 1:
+            merged = window
+        else:
+            merged = [Batch([one for batch, _ in window for one in batch], window[0].tokens)]
+        scales = []
+        for batch, tokens in merged:
+            own = max(sum(one.tokens for one in batch), 1) * batches
+            normalizer = None
+            if args.loss_type == "bnpo":
+                normalizer = own
+            elif args.loss_type in TOKEN_TOTAL:
+                normalizer = max(tokens, 1) / self.accelerator.num_processes * generations
+            scales.append(Scale(rows, normalizer, args.entropy_coef / own))
+        return [batch for batch, _ in merged], scales
+
+    def _parts(self, buckets: list[list[Rollout]]) -> list[list[list[Rollout]]]:
+        """Each bucket in parts; a sharded model must run equally often on every process."""
+        args = self.args
+        limit = getattr(args, "max_packed_tokens", None)
+        if limit is None:
+            longest = max(len(one.prompt) + len(one.completion) for bucket in buckets for one in bucket)
+            limit = CPU_TOKENS if self.accelerator.device.type == "cpu" else longest * self._train_batch_size
+        least = [1] * len(buckets)
+        if self._is_sharded():
+            own = [len(rollout.parts(bucket, limit, share=self._packs)) for bucket in buckets]
+            least = [max(counts) for counts in zip(*gather_object([own]), strict=True)]
+        return [
+            rollout.parts(bucket, limit, share=self._packs, at_least=n)
+            for bucket, n in zip(buckets, least, strict=True)
+        ]
+
+    def _loss(self, model: Any, part: list[Rollout], scale: Scale) -> Tensor:
+        args, device = self.args, self.accelerator.device
+        batch = rollout.row_batch(part, device, pack=self._packs)
+        scored = model(rows=batch, outputs=("log_probs", "entropy"), temperature=self.temperature)
+        log_probs, entropy, mask = scored["log_probs"], scored["entropy"], batch.labels[:, 1:] != -100
+        old, ref, drawn, weight = (rollout.beside(part, name, device) for name in ("old", "ref", "drawn", "weight"))
+        advantages = torch.tensor([one.advantage for one in part], dtype=torch.float32, device=device)
+        if args.off_policy_mask_threshold is not None:
+            before = old if drawn is None or self.rollout_func is None else drawn
+            before = log_probs.detach() if before is None else before
+            kept = rollout.on_policy(log_probs.detach(), before, mask, args.off_policy_mask_threshold)
+            advantages = torch.where((advantages >= 0) | kept, advantages, 0)
+        share = len(part) / scale.rows if scale.normalizer is None else 1.0
+        kind = "dapo" if args.loss_type == "bnpo" else args.loss_type
+        loss = grpo_loss(
+            log_probs,
+            old,
+            advantages if weight is None else advantages[:, None] * weight,
+            mask,
+            loss_type=kind,
+            importance=args.importance_sampling_level,
+            clip_range=args.epsilon,
+            clip_range_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            dual_clip=args.delta,
+            ref_logprobs=ref,
+            kl_coef=self.beta,
+            kl_bias_correction=args.use_bias_correction_kl and self.beta != 0,
+            entropy=entropy,
+            entropy_coef=scale.entropy_coef * float(mask.sum()) / share,
+            normalizer=scale.normalizer,
+            max_length=self.max_completion_length if kind == "dr_grpo" else None,
+            sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+            vespo_positive=(args.vespo_k_pos, args.vespo_lambda_pos),
+            vespo_negative=(args.vespo_k_neg, args.vespo_lambda_neg),
+        )
+        self._logs.part(loss, args.loss_type, args.importance_sampling_level, int(mask.sum()), len(part))
+        return loss.loss * share
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not_finite(norm, self.accelerator):
+            self._stop("gradient's norm", float(norm))
+        return norm
+
+    def _stop(self, what: str, value: float) -> None:
+        folder = self.args.output_dir
+        kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        raise UserError(stopped(self.state.global_step + 1, what, value, [], kept))
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The loss of completions drawn for a batch of evaluation prompts; their rewards are logged."""
+        generation = self._generate(inputs)
+        buckets, scales = self._buckets([generation], 1, 1.0)
+        total = torch.zeros((), device=self.accelerator.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for parts, scale in zip(self._parts(buckets), scales, strict=True):
+                for part in parts:
+                    total += self._loss(model, part, scale)
+        self._logs.step("eval")
+        return total, None, None
+
+    # Logs and checkpoints
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(self._logs.means(self._mode))  # in place: `evaluate` returns them
+        super().log(logs, start_time)
+        if self.args.log_completions and self.is_world_process_zero():
+            self._logs.write(self.args.output_dir, self.state.global_step)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        step, generation = self._finished
+        kept = generation and {"rollouts": [asdict(one) for one in generation.rollouts], "tokens": generation.tokens}
+        content = {"step": step, "generation": kept}
+        with atomic_write(os.path.join(folder, self._rollouts_file())) as beside:
+            beside.write_text(json.dumps(content), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._step, self._generation, self._window = 0, None, []
+        if checkpoint is not None:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            path = os.path.join(checkpoint, self._rollouts_file())
+            if os.path.isfile(path):
+                with open(path, encoding="utf-8") as file:
+                    content = json.load(file)
+                self._step = content["step"]
+                if (kept := content["generation"]) is not None:
+                    self._generation = Batch([Rollout(**one) for one in kept["rollouts"]], kept["tokens"])
+        self._finished = (self._step, self._generation)
+
+    def _rollouts_file(self) -> str:
+        return f"{ROLLOUTS}_{self.accelerator.process_index}.json"
+
+
+def _number(x: Any) -> float:
+    """A sampler's log-probability; None, where a server gives none, is NaN."""
+    return math.nan if x is None else float(x)

@@ -1,0 +1,140 @@
+"""What GRPO logs, under TRL's names: means over all processes and over the steps since the last log."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from fastalign._base.files import atomic_write
+from fastalign.losses.policy import PolicyLoss
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+class Logs:
+    """metrics: mode -> name -> the values since the last log."""
+
+    metrics: dict[str, dict[str, list[float]]]
+
+    def __init__(self, names: Sequence[str], weights: Tensor):
+        """names, weights: of the rewards."""
+        self.names, self.weights = names, weights
+        self.metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._sums: dict[str, list[float]] = {}  # name -> [sum, count], of the present step
+        self._reported: dict[str, list[float]] = defaultdict(list)
+        self._extra: dict[str, list[Any]] = defaultdict(list)
+        self._table: dict[str, list[Any]] = {}  # the latest completions
+        self._began, self._tokens = time.perf_counter(), 0  # since the last log
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """For reward functions: a column of the completions' table."""
+        self._extra[column].extend(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """For reward functions: a number to log."""
+        self._reported[name].append(float(value))
+
+    def lengths(self, mode: str, lengths: list[tuple[int, int]], ended: list[bool], seen: float) -> float:
+        """lengths: tokens of each prompt and completion. Returns the tokens seen in training, given those before."""
+        rows = gather_object([(*pair, end) for pair, end in zip(lengths, ended, strict=True)])
+        every, whole = [n for _, n, _ in rows], [n for _, n, end in rows if end] or [0]
+        metrics = self.metrics[mode]
+        if mode == "train":
+            tokens = sum(prompt + n for prompt, n, _ in rows)
+            seen, self._tokens = seen + tokens, self._tokens + tokens
+        metrics["num_tokens"] = [float(seen)]
+        for name, values in (("", every), ("_terminated", whole)):
+            metrics[f"completions/mean{name}_length"].append(sum(values) / len(values))
+            metrics[f"completions/min{name}_length"].append(float(min(values)))
+            metrics[f"completions/max{name}_length"].append(float(max(values)))
+        metrics["completions/clipped_ratio"].append(sum(not end for _, _, end in rows) / len(rows))
+        return seen
+
+    def rewards(self, mode: str, rewards: Tensor, advantages: Tensor) -> None:
+        """rewards (n, m), advantages (B, G), both of all processes."""
+        metrics = self.metrics[mode]
+        for name, column in zip(self.names, rewards.unbind(1), strict=True):
+            scored = column[~column.isnan()]
+            metrics[f"rewards/{name}/mean"].append(_mean(scored))
+            metrics[f"rewards/{name}/std"].append(_std(scored))
+        total = (rewards * self.weights).nansum(1)[~rewards.isnan().all(1)]
+        metrics["reward"].append(_mean(total))
+        metrics["reward_std"].append(_std(total))
+        metrics["frac_reward_zero_std"].append(float((advantages == 0).all(1).double().mean()))
+        reported, self._reported = self._reported, defaultdict(list)
+        parts = gather_object([dict(reported)])
+        for name in sorted({name for part in parts for name in part}):
+            values = [value for part in parts for value in part.get(name, [])]
+            metrics[name].append(sum(values) / len(values))
+
+    def texts(self, prompts: list, texts: list, rewards: Tensor, advantages: Tensor) -> None:
+        extra, self._extra = gather_object([dict(self._extra)]), defaultdict(list)
+        table = {"prompt": gather_object(prompts), "completion": gather_object(texts)}
+        table |= dict(zip(self.names, rewards.T.tolist(), strict=True))
+        for name in sorted({name for part in extra for name in part}):
+            column = [value for part in extra for value in part.get(name, [None] * len(prompts))]
+            if len(column) == len(table["prompt"]):
+                table[name] = column
+        self._table = {**table, "advantage": advantages.flatten().tolist()}
+
+    def part(self, loss: PolicyLoss, loss_type: str, level: str, tokens: int, rows: int) -> None:
+        """The means of a part of a step."""
+        ratios = tokens if level == "token" else rows
+        means: dict[str, tuple[Tensor | None, int]] = {"entropy": (loss.entropy, tokens), "kl": (loss.kl, tokens)}
+        if loss_type in CLIPPED:
+            means["clip_ratio/low_mean"] = (loss.clip_low, ratios)
+            means["clip_ratio/high_mean"] = (loss.clip_high, ratios)
+            means["clip_ratio/region_mean"] = (loss.clip_low + loss.clip_high, ratios)
+        elif loss_type == "cispo":
+            means["cispo_clip_ratio"] = (loss.clip_high, ratios)
+        for name, (mean, count) in means.items():
+            if mean is not None:
+                total = self._sums.setdefault(name, [0.0, 0.0])
+                total[0], total[1] = total[0] + float(mean) * count, total[1] + count
+
+    def step(self, mode: str) -> None:
+        """Ends a step: its sums over all processes become means."""
+        sums, self._sums = self._sums, {}
+        parts = gather_object([sums])
+        for name in sums:
+            total, count = (sum(part[name][k] for part in parts) for k in (0, 1))
+            self.metrics[mode][name].append(total / max(count, 1.0))
+
+    def means(self, mode: str) -> dict[str, Any]:
+        """Those since the last call; None where nothing was scored."""
+        result: dict[str, Any] = {}
+        metrics, self.metrics[mode] = self.metrics[mode], defaultdict(list)
+        if mode == "train":
+            now = time.perf_counter()
+            metrics["tokens_per_second"] = [self._tokens / (now - self._began)]
+            self._began, self._tokens = now, 0
+        for name, values in metrics.items():
+            known = [value for value in values if not math.isnan(value)]
+            result[name if mode == "train" else f"eval_{name}"] = sum(known) / len(known) if known else None
+        return result
+
+    def write(self, folder: str, step: int) -> None:
+        """The latest completions as <folder>/completions/completions_<step>.parquet, as TRL."""
+        import pyarrow
+        import pyarrow.parquet
+
+        path = os.path.join(folder, "completions", f"completions_{step:05d}.parquet")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        table = {"step": [step] * len(self._table["prompt"]), **self._table}
+        with atomic_write(path) as beside:
+            pyarrow.parquet.write_table(pyarrow.table(table), beside)
+
+
+def _mean(x: Tensor) -> float:
+    return float(x.mean()) if len(x) else math.nan
+
+
+def _std(x: Tensor) -> float:
+    return math.nan if not len(x) else float(x.std()) if len(x) > 1 else 0.0

@@ -1,0 +1,175 @@
+"""Rollouts of GRPO: completions drawn for groups of prompts, and their split into parts of bounded size."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign._base.errors import UserError
+from fastalign.models.packing import pack_groups
+from fastalign.train.grpo_config import sampling_settings
+from fastalign.train.rows import RowBatch
+
+
+@dataclass
+class Rollout:
+    """One completion, with what its loss needs; lists have one entry per completion token."""
+
+    prompt: list[int]
+    completion: list[int]
+    counts: list[int]  # 0: not in the loss (an environment's token, or of a truncated completion)
+    advantage: float = 0.0
+    old: list[float] | None = None  # log-probabilities under the policy at the time of drawing
+    ref: list[float] | None = None  # under the reference
+    drawn: list[float] | None = None  # under the sampler, as it drew them
+    weight: list[float] | None = None  # importance weights
+
+    @property
+    def tokens(self) -> int:
+        """In the loss."""
+        return sum(self.counts)
+
+
+class Drawn:
+    """What the sampler or a `rollout_func` gave for a list of prompts."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    log_probs: list[list[float]] | None
+    counts: list[list[int]]  # see Rollout
+    extra: dict[str, Any]  # columns for the reward functions
+
+    def __init__(self, prompt_ids, completion_ids, log_probs=None, counts=None, extra=None):
+        self.prompt_ids, self.completion_ids, self.log_probs = prompt_ids, completion_ids, log_probs
+        self.counts = [[1] * len(ids) for ids in completion_ids] if counts is None else counts
+        self.extra = extra or {}
+
+
+def draw(sampler: Any, prompt_ids: list[list[int]], args: Any, step: int, process: int) -> Drawn:
+    """One completion per prompt; equal prompts that follow each other are a group, whose prompt is run once.
+
+    step, process: with args.seed, they determine the random numbers.
+    """
+    groups = [list(group) for _, group in itertools.groupby(range(len(prompt_ids)), lambda i: prompt_ids[i])]
+    completions: list[list[int]] = [[]] * len(prompt_ids)
+    log_probs: list[list[float]] = [[]] * len(prompt_ids)
+    for k, size in enumerate(sorted({len(group) for group in groups})):  # usually one
+        alike = [group for group in groups if len(group) == size]
+        seed = int(np.random.SeedSequence([args.seed, step, process, k]).generate_state(1, np.uint64)[0])
+        ids, scores = sampler.draw([prompt_ids[group[0]] for group in alike], sampling_settings(args, size, seed))
+        for group, group_ids, group_scores in zip(alike, ids, scores, strict=True):
+            for i, one, its_scores in zip(group, group_ids, group_scores, strict=True):
+                completions[i], log_probs[i] = one, its_scores
+    return Drawn(prompt_ids, completions, log_probs)
+
+
+def by_function(rollout_func: Any, prompts: list, trainer: Any) -> Drawn:
+    """The result of a user's `rollout_func`, checked; as TRL has it, with "env_mask" for tokens of an environment."""
+    output = dict(rollout_func(prompts, trainer))
+    missing = [name for name in ("prompt_ids", "completion_ids", "logprobs") if name not in output]
+    if missing:
+        raise UserError(f"rollout_func must return prompt_ids, completion_ids and logprobs, lacks {', '.join(missing)}")
+    lists = {name: output.pop(name) for name in ("prompt_ids", "completion_ids", "logprobs")}
+    lists["env_mask"] = output.pop("env_mask", None)
+    for name, rows in lists.items():
+        if rows is not None and len(rows) != len(prompts):
+            rule = f"rollout_func must return one {name} entry per prompt given, {len(prompts)}"
+            raise UserError(f"{rule}, got {len(rows)}")
+    prompt_ids, completion_ids = (
+        [list(map(int, row)) for row in lists[name]] for name in ("prompt_ids", "completion_ids")
+    )
+    for name in ("logprobs", "env_mask"):
+        for i, row in enumerate(lists[name] or ()):
+            if len(row) != len(completion_ids[i]):
+                rule = f"rollout_func must return a {name} entry per completion token"
+                raise UserError(f"{rule}, {len(completion_ids[i])} for completion {i}, got {len(row)}")
+    if any(not ids for ids in (*prompt_ids, *completion_ids)):
+        raise UserError("rollout_func must return prompts and completions of at least one token")
+    return Drawn(prompt_ids, completion_ids, lists["logprobs"], lists["env_mask"], output)
+
+
+def importance_weights(rollouts: Sequence[Rollout], args: Any) -> None:
+    """Each token's (or sequence's) probability under the policy over that under the sampler, cut or masked as TRL does
+    for vLLM; an unknown probability counts as equal."""
+    low = -math.inf if args.vllm_importance_sampling_clip_min is None else args.vllm_importance_sampling_clip_min
+    high = math.inf if args.vllm_importance_sampling_clip_max is None else args.vllm_importance_sampling_clip_max
+    level, _, way = args.vllm_importance_sampling_mode.partition("_")
+    if level not in ("token", "sequence") or way not in ("truncate", "mask"):
+        rule = "vllm_importance_sampling_mode must be token_truncate, token_mask, sequence_truncate or sequence_mask"
+        raise UserError(f"{rule}, got {args.vllm_importance_sampling_mode!r}")
+    for one in rollouts:
+        if one.old is None or one.drawn is None:
+            raise UserError(
+                "importance_correction needs the sampler's log-probabilities: rollout_func gave no logprobs"
+            )
+        apart = torch.tensor(one.old, dtype=torch.float64) - torch.tensor(one.drawn, dtype=torch.float64)
+        apart = apart.nan_to_num(nan=0.0) * torch.tensor(one.counts)
+        ratio = (apart.sum().expand_as(apart) if level == "sequence" else apart).exp()
+        inside = (ratio >= low) & (ratio <= high)
+        one.weight = (ratio.clamp(low, high) if way == "truncate" else ratio * inside).tolist()
+
+
+def on_policy(log_probs: Tensor, before: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """(R,) bool: rows whose mean log-ratio to the policy that drew them is at most the threshold (arXiv 2512.02556)."""
+    apart = ((before - log_probs).nan_to_num(nan=0.0) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return apart <= threshold
+
+
+def parts(rollouts: Sequence[Rollout], limit: int | None, *, share: bool, at_least: int = 1) -> list[list[Rollout]]:
+    """The rollouts in order, in parts of at most `limit` tokens (a single one may have more); at least `at_least` parts
+    if there are that many rollouts. share: the prompt of neighbours counts once."""
+    result: list[list[Rollout]] = []
+    size = 0
+    for rollout in rollouts:
+        new = not (share and result and result[-1][-1].prompt == rollout.prompt)
+        tokens = len(rollout.completion) + len(rollout.prompt) * new
+        if not result or (limit is not None and size + tokens > limit):
+            result.append([])
+            size, tokens = 0, len(rollout.completion) + len(rollout.prompt)
+        result[-1].append(rollout)
+        size += tokens
+    while len(result) < min(at_least, len(rollouts)):
+        i = max(range(len(result)), key=lambda i: len(result[i]))
+        half = len(result[i]) // 2
+        result[i : i + 1] = [result[i][:half], result[i][half:]]
+    return result
+
+
+def row_batch(rollouts: Sequence[Rollout], device: torch.device, *, pack: bool) -> RowBatch:
+    """(R, T): prompt, completion, padding; labels are the completion tokens in the loss."""
+    rows = [[*rollout.prompt, *rollout.completion] for rollout in rollouts]
+    ids = _padded(rows, 0, torch.int64)
+    attention = _padded([[1] * len(row) for row in rows], 0, torch.int64)
+    counted = _padded([[0] * len(r.prompt) + r.counts for r in rollouts], 0, torch.bool)
+    labels = ids.masked_fill(~counted, -100)
+    ids, attention, labels = (x.to(device) for x in (ids, attention, labels))
+    groups = [list(group) for _, group in itertools.groupby(range(len(rows)), lambda i: rollouts[i].prompt)]
+    return RowBatch(ids, attention, labels, pack_groups(ids, attention, groups) if pack else None)
+
+
+def beside(rollouts: Sequence[Rollout], name: str, device: torch.device) -> Tensor | None:
+    """A field of the rollouts as (R, T - 1), where position t belongs to token t + 1; None where they have none."""
+    lists = [getattr(rollout, name) for rollout in rollouts]
+    if any(one is None for one in lists):
+        return None
+    rows = [[0.0] * (len(rollout.prompt) - 1) + one for rollout, one in zip(rollouts, lists, strict=True)]
+    return _padded(rows, 0.0, torch.float32).to(device)
+
+
+def lists_of(scored: Tensor, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
+    """The reverse of `beside`."""
+    for row, rollout in zip(scored.float().tolist(), rollouts, strict=True):
+        first = len(rollout.prompt) - 1
+        yield row[first : first + len(rollout.completion)]
+
+
+def _padded(rows: list[list], value: Any, dtype: torch.dtype) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=dtype)
