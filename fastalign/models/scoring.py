@@ -96,7 +96,6 @@ Run = Callable[[Any, Layout, bool], tuple[Tensor, Tensor | None]]
 def _way(model: Any, lengths: list[int], *, quiet: bool = False) -> tuple[Run, bool]:
     """The correct path for rows of these lengths, and whether it gives hidden states."""
     head = fused_head(model)
-    lengths = [n for n in lengths if n] or [1]
     together = same_law(language_model(model).config.get_text_config(decoder=True), lengths)
     if head.ok and together:
         return _hidden, True

@@ -40,11 +40,11 @@ def _ropes(config: Any) -> list[tuple[str, dict]]:
 
 
 def same_law(config: Any, lengths: list[int]) -> bool:
-    """Whether texts of these lengths may share a batch without changing each other's results."""
+    """Whether texts of these lengths may share a batch without changing each other's results; empty ones always may."""
     change = rope_change(config)
-    if change is None or max(lengths) <= change:
+    if change is None or max(lengths, default=0) <= change:
         return True
-    return not rope_is_dynamic(config) and min(lengths) > change
+    return not rope_is_dynamic(config) and min(filter(None, lengths)) > change
 
 
 def rope_group(config: Any, prompt: int, new: int) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastalign.models.head import head_of
 from fastalign.models.packing import Pack, is_enabled, packed_hidden
 from fastalign.models.scoring import score
+from fastalign.models.spans import same_law
 from fastalign.ops import TokenLogprobs, linear_token_logprobs
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def _score(model: PreTrainedModel, rows: RowBatch, outputs: tuple[str, ...], tem
     labels = rows.labels[:, 1:]
     scored = labels != -100
     options: dict[str, Any] = {"outputs": outputs, "temperature": temperature}
-    if rows.pack is None or not is_enabled(model):
+    together = same_law(model.config.get_text_config(decoder=True), rows.attention_mask.sum(1).tolist())
+    if rows.pack is None or not is_enabled(model) or not together:
         fields = score(model, rows.input_ids, labels, attention_mask=rows.attention_mask, **options).outputs
     else:
         hidden = packed_hidden(model, rows.pack).index_select(0, rows.pack.place[:, :-1][scored])

@@ -461,12 +461,20 @@ def test_a_text_s_law_does_not_depend_on_its_neighbours(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_scores_of_rows_on_both_sides_of_a_rope_s_change(kind):
+@pytest.mark.parametrize("packed", [False, True])
+def test_scores_of_rows_on_both_sides_of_a_rope_s_change(kind, packed):
     model = stretched(kind, 12)
     rows = [(tokens(3, 1), tokens(4, 2)), (tokens(12, 3), tokens(6, 4))]
     ids, mask, labels = padded(rows)
     with torch.no_grad():
-        result = score(model, ids, labels[:, 1:], attention_mask=mask).outputs["log_probs"].split([4, 6])
+        if packed:
+            assert packing.enable(model)
+            add_row_forward(model)
+            result = model(rows=RowBatch(ids, mask, labels, packing.pack_pairs(ids, mask)))["log_probs"]
+            result = result[labels[:, 1:] != -100]
+        else:
+            result = score(model, ids, labels[:, 1:], attention_mask=mask).outputs["log_probs"]
+    result = result.split([4, 6])
     for (prompt, tail), ours in zip(rows, result, strict=True):
         model = stretched(kind, 12)  # a dynamic rope remembers what it ran
         with torch.no_grad():
