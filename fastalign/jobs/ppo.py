@@ -47,6 +47,18 @@ def read_values(names: Sequence[Any]) -> list[Any]:
     return result
 
 
+def read_lam(lam: Sequence[float] | Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """The weights of these values, in order, given in order or by name. Raises UserError."""
+    if isinstance(lam, Mapping):
+        if set(lam) != set(names):
+            raise UserError(f"lam must weigh each of {', '.join(names)} once, got {', '.join(lam)}")
+        lam = [lam[name] for name in names]
+    checked = weights(lam, len(names), ", ".join(names))
+    if not checked.any():
+        raise UserError("lam must not be all zero: there would be nothing to learn")
+    return checked.tolist()
+
+
 def train_ppo(
     model: str,
     prompts: Sequence[str] | Callable[[], Sequence[str]],
@@ -110,13 +122,7 @@ def train_ppo(
         raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
     scorers = read_values(values)
     names = [reward.name for reward in scorers]
-    if isinstance(lam, Mapping):
-        if set(lam) != set(names):
-            raise UserError(f"lam must weigh each of {', '.join(names)} once, got {', '.join(lam)}")
-        lam = [lam[name] for name in names]
-    lam = weights(lam, len(names), ", ".join(names))
-    if not lam.any():
-        raise UserError("lam must not be all zero: there would be nothing to learn")
+    lam = np.array(read_lam(lam, names))
     if mini_batch_size is None:
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
@@ -169,8 +175,8 @@ def train_ppo(
 
 
 def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Each value at the beginning and at the end of a run: the mean over a tenth of the steps, and its standard
-    error."""
+    """Each value at the beginning and at the end of a run: the mean over a tenth of the steps, and its standard error;
+    the KL at the end, and the speed, where the rows have them."""
     k = max(1, len(rows) // 10)
 
     def mean(part: Sequence[dict[str, Any]], name: str) -> list[float | None]:
@@ -179,11 +185,11 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
         return [float(x.mean()), float(standard_error(x)) if len(x) > 1 else None]
 
     table = {name: {"first": mean(rows[:k], name), "last": mean(rows[-k:], name)} for name in names}
-    return {
-        "values": table,
-        "kl": float(np.mean([row["kl"] for row in rows[-k:]])),
-        "tokens_per_second": float(np.mean([row["tokens_per_second"] for row in rows])),
-    }
+    result: dict[str, Any] = {"values": table}
+    for name, part in (("kl", rows[-k:]), ("tokens_per_second", rows)):
+        if all(row.get(name) is not None for row in part):
+            result[name] = float(np.mean([row[name] for row in part]))
+    return result
 
 
 def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tokens: int, save_steps: int) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign._base import fingerprint, progress
+from fastalign._base import fingerprint
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input, check_target, write_json
 from fastalign._base.numbers import number
 from fastalign._base.work_folder import sha256
 from fastalign.data import palettes, preferences
 from fastalign.data.preferences import PreferencePairs
-from fastalign.jobs import pairs
+from fastalign.jobs import pairs, trainers
 from fastalign.jobs import run as runs
 
 
@@ -136,7 +136,7 @@ def train_dpo(
         precompute = precompute_ref or (adapters is None and fingerprint.base_of(Path(model).expanduser()) is not None)
         with runs.one_line():
             args = DPOConfig(
-                **_arguments(run, save_steps, log_steps),
+                **trainers.arguments(run, save_steps, log_steps),
                 beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute or None,
             )  # fmt: skip
             make = lambda callback: DPOTrainer(  # noqa: E731
@@ -147,7 +147,9 @@ def train_dpo(
                 peft_config=adapters,
                 callbacks=[callback],
             )
-        trainer, speed = _train(run, "dpo", make, ("loss", "rewards/accuracies"), show_progress)
+        trainer, speed = trainers.train(
+            run, "dpo", make, {"loss": "loss", "accuracy": "rewards/accuracies"}, show_progress
+        )
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
     names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
     return _finish(run, trainer, pairs, len(pairs), speed, names)
@@ -227,7 +229,7 @@ def train_reward(
         train, test = every.split(held_out, seed=seed) if held_out else (every, None)
         with runs.one_line():
             args = RewardConfig(
-                **_arguments(run, save_steps, log_steps),
+                **trainers.arguments(run, save_steps, log_steps),
                 values=None if values is None else list(values), max_length=max_length,
                 center_rewards_coefficient=center or None, per_device_eval_batch_size=2 * batch_size,
             )  # fmt: skip
@@ -239,7 +241,7 @@ def train_reward(
                 peft_config=adapters,
                 callbacks=[callback],
             )
-        trainer, speed = _train(run, "reward", make, ("loss", "accuracy"), show_progress)
+        trainer, speed = trainers.train(run, "reward", make, {"loss": "loss", "accuracy": "accuracy"}, show_progress)
         more: dict[str, Any] = {}
         measured = None if test is None else trainer.report(test.to_dataset(), settings=settings)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
@@ -253,70 +255,6 @@ def train_reward(
                     more["report"] = _digests(pages)
     names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
     return _finish(run, trainer, pairs, len(train), speed, names, more)
-
-
-def _arguments(run: runs.Run, save_steps: int, log_steps: int) -> dict[str, Any]:
-    """The arguments of transformers' Trainer that DPO and reward training share."""
-    import torch
-
-    settings, gpu = run.settings, torch.cuda.is_available()
-    board = runs.board()
-    if board:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.out / "runs")  # the only way to tell transformers
-    return {
-        "output_dir": str(run.checkpoints), "learning_rate": settings["learning_rate"],
-        "num_train_epochs": settings["epochs"], "max_steps": settings["max_steps"] or -1,
-        "per_device_train_batch_size": settings["batch_size"],
-        "gradient_accumulation_steps": settings["gradient_accumulation_steps"],
-        "seed": settings["seed"], "data_seed": settings["seed"],
-        # Otherwise accelerate treats processes without a GPU as unrelated.
-        "use_cpu": not torch.accelerator.is_available(),
-        "bf16": gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": gpu, "dataloader_pin_memory": gpu,
-        "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1, "logging_steps": log_steps,
-        "logging_first_step": True, "disable_tqdm": True, "report_to": board or "none",
-    }  # fmt: skip
-
-
-def _train(run, name: str, make, shown: tuple[str, ...], show: bool):
-    """Make the trainer and run it, from its newest checkpoint if there is one; returns (trainer, tokens per second)."""
-    from transformers import PrinterCallback, TrainerState
-
-    from fastalign.jobs.stopping import Stopping
-
-    checkpoint = newest_checkpoint(run.checkpoints) if run.resumes else None
-    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
-    stopping = Stopping()
-    callback = runs.follow(run, stopping, shown)
-    with runs.one_line():
-        trainer = make(callback)
-    run.begin(step)
-    trainer.remove_callback(PrinterCallback)
-    total = _steps(trainer)
-    if step >= total:  # interrupted after its last step; transformers would train one more
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        return trainer, 0.0
-    show = show and runs.is_main()
-    with stopping, progress.bar(name, total=total, unit="steps", done=step, show=show) as advance:
-        callback.trainer, callback.advance = trainer, advance
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stopping.requested(trainer.accelerator):
-        stopping.end()
-    return trainer, callback.tokens_per_second
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest complete checkpoint; transformers writes trainer_state.json last."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _steps(trainer) -> int:
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    per_epoch = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
-    return max(1, -(-int(per_epoch * args.num_train_epochs * 1000) // 1000))
 
 
 def _finish(

@@ -31,7 +31,7 @@ from fastalign._base.files import atomic_write, check_folder, nearest_folder, re
 from fastalign._base.units import size
 
 if TYPE_CHECKING:
-    from fastalign.jobs.stopping import Stopping
+    pass
 
 KIND, RESULT = "training_run", "training_result"
 _RECORDS = ("run.json", "log.jsonl", "result.json")
@@ -328,58 +328,6 @@ def board() -> str | None:
 
     installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
     return "tensorboard" if installed else None
-
-
-def follow(run: Run, stopping: Stopping, shown: tuple[str, ...] = ("loss",)) -> Any:
-    """A callback for transformers' Trainer: writes its logs to the run's log and the progress line, and stops on
-    request.
-
-    Set `trainer` and `advance` (of a `progress.bar`) once they exist. shown: which logged figures the line shows.
-    Checkpoints store the figures since the last log, so that a resumed run logs the same.
-    """
-    from transformers import TrainerCallback
-
-    class Follow(TrainerCallback):
-        trainer: Any = None
-        advance: Any = None
-        stopped = False
-        tokens_per_second = 0.0
-
-        def on_train_begin(self, args, state, control, **_):
-            self.began = time.perf_counter()
-            kept = self._since_log(args, state)
-            if kept.is_file():
-                since = json.loads(kept.read_text(encoding="utf-8"))
-                self.trainer._tr_loss.fill_(since["loss"])
-                self.trainer._globalstep_last_logged = since["logged"]
-                self.trainer._metrics["train"].update(since["metrics"])
-
-        def on_step_end(self, args, state, control, **_):
-            seconds = time.perf_counter() - self.began
-            self.tokens_per_second = self.trainer._total_train_tokens / max(seconds, 1e-9)
-            self.advance(1)
-            if stopping.requested(self.trainer.accelerator):
-                self.stopped = control.should_save = control.should_training_stop = True
-
-        def on_log(self, args, state, control, logs=None, **_):
-            logs = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-            if self.stopped and "loss" not in logs:  # TRL's summary of a whole run
-                return
-            if state.is_world_process_zero:
-                run.log({"step": state.global_step, **logs})
-            if "loss" in logs:
-                figures = "  ".join(f"{name} {logs[name]:.4f}" for name in shown if name in logs)
-                self.advance(0, f"{self.tokens_per_second:,.0f} tokens/s  {figures}")
-
-        def on_save(self, args, state, control, **_):
-            loss, logged = self.trainer._tr_loss.item(), self.trainer._globalstep_last_logged
-            since = {"loss": loss, "logged": logged, "metrics": dict(self.trainer._metrics["train"])}
-            self._since_log(args, state).write_text(json.dumps(since), encoding="utf-8")
-
-        def _since_log(self, args, state) -> Path:
-            return run.checkpoints / f"checkpoint-{state.global_step}" / f"since_log_{args.process_index}.json"
-
-    return Follow()
 
 
 @contextmanager

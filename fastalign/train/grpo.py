@@ -44,6 +44,7 @@ from fastalign.train.grpo_model import load, load_options, load_tokenizer, with_
 from fastalign.train.grpo_rewards import RewardFunctions
 from fastalign.train.grpo_rollout import Drawn, Rollout
 from fastalign.train.rows import CPU_TOKENS, add_row_forward, evaluating
+from fastalign.train.sharded import inside, is_sharded, whole_layers
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
@@ -198,9 +199,6 @@ class GRPOTrainer(transformers.Trainer):
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled
-
     # Data
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -249,7 +247,9 @@ class GRPOTrainer(transformers.Trainer):
         if not context or not hasattr(dataset, "__len__"):
             return
         if new >= context:
-            raise UserError(f"max_completion_length must be below the model's context of {context}, got {new}")
+            raise UserError(
+                f"a completion of {new} tokens must leave room for a prompt in the model's context of {context}"
+            )
         for i in range(len(dataset)):
             prompt = dataset[i]["prompt"]
             text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
@@ -317,10 +317,15 @@ class GRPOTrainer(transformers.Trainer):
         prompt_ids = self._encode(prompts)
         check_room(prompt_ids, new, context)
         self.sampler.model = model = self.accelerator.unwrap_model(self.model)
-        training = model.training
+        training, process = model.training, self.accelerator.process_index
         draws = self._step // (self.args.steps_per_generation * self.args.num_iterations) if training else 2**32
+
+        def draw() -> Drawn:
+            with whole_layers(model) if is_sharded(model) else nullcontext():
+                return rollout.draw(self.sampler, prompt_ids, self.args, draws, process)
+
         try:
-            return rollout.draw(self.sampler, prompt_ids, self.args, draws, self.accelerator.process_index)
+            return inside(self.model, model, draw)
         finally:
             model.train(training)
 
@@ -437,7 +442,7 @@ class GRPOTrainer(transformers.Trainer):
             longest = max(len(one.prompt) + len(one.completion) for bucket in buckets for one in bucket)
             limit = CPU_TOKENS if self.accelerator.device.type == "cpu" else longest * self._train_batch_size
         least = [1] * len(buckets)
-        if self._is_sharded():
+        if is_sharded(self.model):
             own = [len(rollout.parts(bucket, limit, share=self._packs)) for bucket in buckets]
             least = [max(counts) for counts in zip(*gather_object([own]), strict=True)]
         return [
@@ -509,6 +514,14 @@ class GRPOTrainer(transformers.Trainer):
         return total, None, None
 
     # Logs and checkpoints
+
+    @property
+    def _metrics(self) -> dict[str, dict[str, list[float]]]:  # TRL's name
+        return self._logs.metrics
+
+    @property
+    def _total_train_tokens(self) -> int:  # TRL's name
+        return int(self.state.num_input_tokens_seen)
 
     @property
     def _mode(self) -> str:

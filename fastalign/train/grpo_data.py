@@ -93,7 +93,7 @@ def check_room(prompt_ids: Sequence[list[int]], new: int, context: int, where: s
     """Raises UserError for a prompt that leaves no room for `new` tokens in the model's context (0: unlimited)."""
     for ids in prompt_ids:
         if context and len(ids) + new > context:
-            size = f"{counted(len(ids), 'token')} + max_completion_length {new} exceed the model's context of {context}"
+            size = f"{counted(len(ids), 'token')} and a completion of {new} exceed the model's context of {context}"
             raise UserError(f"{where}a prompt is too long: {size}")
 
 

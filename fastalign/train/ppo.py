@@ -32,7 +32,7 @@ from fastalign.train.finite import not_finite, stopped
 from fastalign.train.kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
 from fastalign.train.ppo_config import PPOConfig
 from fastalign.train.ppo_data import PromptLoader, lists, used_columns
-from fastalign.train.ppo_sharded import inside, is_sharded, whole_head, whole_layers
+from fastalign.train.sharded import inside, is_sharded, whole_head, whole_layers
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead, create_reference_model, upload
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,7 +34,8 @@ class RowBatch(NamedTuple):
 
 
 def add_row_forward(model: PreTrainedModel) -> None:
-    """Make `model(rows=RowBatch, outputs=..., temperature=...)` score rows; without `rows` its forward is unchanged.
+    """Make `model(rows=RowBatch, outputs=..., temperature=...)` score rows, and `model(call=f)` call f within its forward
+    pass (see `sharded.inside`); its forward is otherwise unchanged.
 
     This is part of the model's forward so that its wrappers (DDP, FSDP, autocast) see the call.
     """
@@ -47,8 +48,11 @@ def add_row_forward(model: PreTrainedModel) -> None:
         rows: RowBatch | None = None,
         outputs: tuple[str, ...] = ("log_probs",),
         temperature: float = 1.0,
+        call: Callable[[], Any] | None = None,
         **kwargs,
     ):
+        if call is not None:
+            return call()
         if rows is None:
             return original(*args, **kwargs)
         return _score(self, rows, outputs, temperature)

@@ -227,6 +227,38 @@ def test_ppo_follows_its_weights(model, tmp_path):
     assert last["1,0"] - last["0,1"] > 2, last
 
 
+GRPO = ["--num-generations", 2, "--batch-size", 4, "--max-new-tokens", 6, "--learning-rate", "1e-3"]
+
+
+def test_grpo_on_two_values(model, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(PROMPTS))
+    code, stdout, err = fastalign(
+        "grpo", "--values", "long,brief", "--lam", "long=1,brief=0.25", "--model", model, "--prompts", prompts, "--out",
+        out, *GRPO, "--advantage", "gdpo", "--beta", "0.1", "--epochs", 2,
+    )  # fmt: skip
+    assert code == 0 and "long" in stdout and "KL" in stdout and "tokens/s" in err
+    rows = [row for row in log(out) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(PROMPTS) + 1))
+    for row in rows:
+        long, brief = row["rewards/long/mean"], row["rewards/brief/mean"]
+        assert long == -brief and row["reward"] == pytest.approx(0.75 * long, rel=1e-5)
+    result = json.loads((out / "result.json").read_text())
+    assert result["values"]["long"]["first"][0] == rows[0]["rewards/long/mean"] and result["steps"] == len(rows)
+    load_causal_lm(out)
+    assert not (out / "checkpoints").exists()
+
+
+def test_grpo_lora_palette_and_chat(chat_model, tmp_path):
+    palette, out = tmp_path / "palette.json", tmp_path / "out"
+    palette.write_text(json.dumps({"kind": "palette", "values": ["brief", "long"], "lambda": [0.5, 1.5]}))
+    given = ["--palette", palette, "--model", chat_model, "--out", out, *GRPO, "--limit", 4, "--lora-r", 2]
+    code, _, _ = fastalign("grpo", *given)
+    assert code == 0 and (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert log(out)[0]["reward"] == pytest.approx(log(out)[0]["rewards/long/mean"], rel=1e-5)
+    load_causal_lm(out)
+
+
 def test_ppo_lora_palette_and_chat(chat_model, tmp_path):
     palette, out = tmp_path / "palette.json", tmp_path / "out"
     palette.write_text(json.dumps({"kind": "palette", "values": ["brief", "long"], "lambda": [0.5, 1.5]}))
@@ -310,7 +342,7 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=on_its_day(f"killed: train {kind}")) for kind in ("dpo", "ppo")]
+    "kind", [pytest.param(kind, marks=on_its_day(f"killed: train {kind}")) for kind in ("dpo", "ppo", "grpo")]
 )
 def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path):
     """SIGKILL in the middle; --resume gives the same losses and the same weights."""
@@ -331,8 +363,9 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
             2,
         ]
     else:
-        requested = ["ppo", "--values", "readability,diversity", "--lam", "1,1", "--model", model, *PPO, "--limit", 12,
-                 "--epochs", 4, "--save-steps", 2]  # fmt: skip
+        requested = [kind, "--values", "readability,diversity", "--lam", "1,1", "--model", model, "--save-steps", 2]
+        more = [*PPO, "--limit", 12, "--epochs", 4] if kind == "ppo" else [*GRPO, "--limit", 8, "--epochs", 3]
+        requested += more if kind == "ppo" else [*more, "--num-iterations", 3, "--max-steps", 12]
     assert fastalign(*requested, "--out", tmp_path / "whole")[0] == 0
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -351,7 +384,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path
     assert (out / "checkpoints").is_dir() and not (out / "model.safetensors").exists()
     assert "was made with seed=0, this run has 1" in refused(*requested, "--out", out, "--seed", 1)
     assert fastalign(*requested, "--out", out, "--resume")[0] == 0
-    key = "loss" if kind == "dpo" else "score"
+    key = "score" if kind == "ppo" else "loss"
     result, expected = (
         [(row["step"], row[key]) for row in log(folder) if key in row] for folder in (out, tmp_path / "whole")
     )
@@ -377,11 +410,12 @@ def adapter(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-r", 2]], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo"])
 def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, tmp_path):
     given = {
         "dpo": ["--data", pairs, "--batch-size", 2],
         "ppo": ["--values", "readability", "--lam", 1, *PPO, "--limit", 12],
+        "grpo": ["--values", "readability", "--lam", 1, *GRPO, "--limit", 12, "--beta", 0.1],
     }[kind]
     steps = [*given, *lora, "--model", adapter, "--max-steps", 2]
     code, _, err = fastalign(kind, *steps, "--learning-rate", "1e-12", "--out", tmp_path / "still")
@@ -391,16 +425,17 @@ def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, tmp
     for name, x in before.items():
         torch.testing.assert_close(still[name], x, rtol=1e-5, atol=1e-6)
     first = log(tmp_path / "still")[0]
-    assert abs(first["kl"] if kind == "ppo" else first["loss"] - np.log(2)) < 1e-3  # from what was given
+    assert abs(first["loss"] - np.log(2) if kind == "dpo" else first["kl"]) < 1e-3  # from what was given
     assert fastalign(kind, *steps, "--learning-rate", "1e-2", "--out", tmp_path / "out")[0] == 0
     after = load_causal_lm(tmp_path / "out")[0].state_dict()
     assert sum(not torch.equal(after[name], x) for name, x in before.items()) > 3
     assert not (tmp_path / "out" / "adapter").exists()  # it would be one of a model without a name
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo"])
 def test_a_disk_without_room_for_the_model_is_reported_first(kind, model, pairs, tmp_path, monkeypatch):
-    given = {"dpo": ["--data", pairs], "ppo": ["--values", "readability", "--lam", 1, *PPO]}[kind]
+    value = ["--values", "readability", "--lam", 1]
+    given = {"dpo": ["--data", pairs], "ppo": [*value, *PPO], "grpo": [*value, *GRPO]}[kind]
     usage = type(runs.shutil.disk_usage("/"))(10**9, 10**9 - 5, 5)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
     line = refused(kind, *given, "--model", model, "--out", tmp_path / "out")
@@ -429,7 +464,7 @@ main()
 def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     out = ["--out", tmp_path / "x"]
     on = ["--model", model, *out]
-    dpo, ppo, reward = (["dpo", "--data"], ["ppo", *on], ["reward", "--data"])
+    dpo, ppo, grpo, reward = (["dpo", "--data"], ["ppo", *on], ["grpo", *on], ["reward", "--data"])
     empty, long = tmp_path / "empty.jsonl", tmp_path / "long.jsonl"
     empty.write_text('{"prompt": "a", "chosen": "b", "rejected": ""}')
     long.write_text(json.dumps({"prompt": "hello " * 50, "chosen": "b", "rejected": "c"}))
@@ -459,20 +494,29 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "must have a column 'value', or one for each value, lacks a, b" in refused(
         *reward, pairs, *on, "--values", "a,b"
     )
-    assert "unknown reward 'elephant'" in refused(*ppo, "--values", "elephant", "--lam", "1")
-    assert "lam must have one weight per reward, 2 (long, brief)" in refused(
-        *ppo, "--values", "long,brief", "--lam", "1"
-    )
-    assert "lam must weigh each of long once" in refused(*ppo, "--values", "long", "--lam", "brief=1")
-    assert "lam must not be all zero" in refused(*ppo, "--values", "long", "--lam", "0")
-    assert "give --lam" in refused(*ppo, "--values", "long")
-    assert "give --values" in refused(*ppo, "--lam", "1")
+    for command in (ppo, grpo):
+        assert "unknown reward 'elephant'" in refused(*command, "--values", "elephant", "--lam", "1")
+        assert "lam must have one weight per reward, 2 (long, brief)" in refused(
+            *command, "--values", "long,brief", "--lam", "1"
+        )
+        assert "lam must weigh each of long once" in refused(*command, "--values", "long", "--lam", "brief=1")
+        assert "lam must not be all zero" in refused(*command, "--values", "long", "--lam", "0")
+        assert "give --lam" in refused(*command, "--values", "long")
+        assert "give --values" in refused(*command, "--lam", "1")
     requested = [*ppo, "--values", "long", "--lam", "1"]
     assert "multiple of --mini-batch-size" in refused(*requested, "--batch-size", 4, "--mini-batch-size", 3)
     assert "dataset must have at least --batch-size" in refused(*requested, "--limit", 2, "--batch-size", 4)
     assert "must fit the model's 256 tokens" in refused(*requested, "--max-new-tokens", 300)
     assert "no such prompt file" in refused(*requested, "--data", tmp_path / "none.txt")
     assert "limit must be at least 1" in refused(*requested, "--limit", 0)
+    asked = [*grpo, "--values", "long", "--lam", "1"]
+    assert "--num-generations must be at least 2 and divide the 4 completions" in refused(
+        *asked, "--batch-size", 4, "--num-generations", 3
+    )
+    assert "must leave room for a prompt in the model's context of 256" in refused(*asked, "--max-new-tokens", 300)
+    assert "advantage must be one of" in refused(*asked, "--advantage", "elephant")
+    assert "--loss-type must be one of" in refused(*asked, "--loss-type", "elephant")
+    assert "--beta must be at least 0" in refused(*asked, "--beta", -1)
     assert "must be a folder, this is a file" in refused(
         "ppo", "--model", model, "--out", pairs, "--values", "long", "--lam", "1"
     )
@@ -484,7 +528,7 @@ def _json(folder):
     return path
 
 
-@pytest.mark.parametrize("command", ["dpo", "ppo", "reward"])
+@pytest.mark.parametrize("command", ["dpo", "grpo", "ppo", "reward"])
 def test_help_has_an_example(command):
     code, out, _ = fastalign(command, "--help")
     assert code == 0 and f"Example: fastalign train {command}" in out

@@ -96,6 +96,7 @@ COMMANDS = {  # that read a palette file, each with what of it it needs
     "sample": ("kl",),
     "sample --method": ("lambda",),
     "train dpo": ("lambda",),
+    "train grpo": ("lambda",),
     "train ppo": ("lambda",),
     "soup-front": ("palette", "sense"),
 }
@@ -145,6 +146,9 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
                     "--out", out,
                 ),
                 "train dpo": ("train", "dpo", "--model", model, "--data", file, *given, "--out", out),
+                "train grpo": (
+                    "train", "grpo", "--model", model, "--prompts", "bundled", *given, "--out", out,
+                ),
                 "train ppo": (
                     "train", "ppo", "--model", model, "--data", "bundled", *given, "--out", out,
                 ),

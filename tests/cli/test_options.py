@@ -14,7 +14,7 @@ from fastalign.cli.main import app
 from fastalign.data import hub, prompts
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.decode import Sampler, tilted
-from fastalign.jobs import align, demo, pairs, pareto, ppo, preference, soup_front
+from fastalign.jobs import align, demo, grpo, pairs, pareto, ppo, preference, soup_front
 from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
 
@@ -32,6 +32,7 @@ FUNCTIONS = {
     "bench": [bench.run],
     "info": [info.show_model],
     "train dpo": [preference.train_dpo, preference.read_pairs],
+    "train grpo": [grpo.train_grpo, hub.load_prompts],
     "train ppo": [ppo.train_ppo, hub.load_prompts],
     "train reward": [preference.train_reward, preference.read_pairs],
 }
@@ -43,7 +44,11 @@ OTHER_NAMES = {  # repeatable options are singular, or set one value of a dictio
     ("palette-ui", "allowed_host"): "allowed_hosts",
     ("soup", "set_"): "parameters",
 }
-OTHER_DEFAULTS = {("sample", "chat"): "on is 'auto'", ("train ppo", "prompts"): "a function has none"}
+OTHER_DEFAULTS = {
+    ("sample", "chat"): "on is 'auto'",
+    ("train grpo", "prompts"): "a function has none",
+    ("train ppo", "prompts"): "a function has none",
+}
 COMMAND_LINE_ONLY = {
     ("sample", "server"): "a part of the model's name: URL#model",
     ("sample", "pilot"): "another function: `decode.pilot`",
@@ -54,6 +59,7 @@ COMMAND_LINE_ONLY = {
     ("soup", "grid"): "another function: `soup.simplex_grid`, whose result is `weights`",
     ("soup", "extract"): "another function: `soup.extract_adapter`",
     ("soup", "dry_run"): "another function: `soup.plan.make`",
+    ("train grpo", "palette"): "a function takes the values and the λ in it",
     ("train ppo", "palette"): "a function takes the values and the λ in it",
     ("soup-front", "grid"): "another function: `soup.simplex_grid`, whose result is `rho`",
 }
