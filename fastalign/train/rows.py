@@ -34,8 +34,8 @@ class RowBatch(NamedTuple):
 
 
 def add_row_forward(model: PreTrainedModel) -> None:
-    """Make `model(rows=RowBatch, outputs=..., temperature=...)` score rows, and `model(call=f)` call f within its forward
-    pass (see `sharded.inside`); its forward is otherwise unchanged.
+    """Make `model(rows=RowBatch, outputs=..., temperature=...)` score rows, and `model(call=f)` call f within its
+    forward pass, as `sharded.inside` does; else it is unchanged.
 
     This is part of the model's forward so that its wrappers (DDP, FSDP, autocast) see the call.
     """
