@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from fastalign._base.errors import UserError
 
@@ -37,7 +37,7 @@ try:
     _use_openmp_of_torch()
     from fastalign import _C as native
 except ImportError:
-    native = None
+    native = cast(Any, None)  # ops reach it only if `choose` says so
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 BUILD_COMMAND = "pip install -e ."

@@ -105,11 +105,11 @@ def registrar(app: typer.Typer) -> Registrar:
 
             if signature.return_annotation is not None:
                 option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
-                guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+                vars(guarded)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), option])
             name = function.__name__.rstrip("_").replace("_", "-")
             plain = [*signature.parameters, *(f"no_{parameter}" for parameter in signature.parameters)]
             today = {word: word.replace("_", "-") for word in plain}
-            today |= former | {word.replace("-", "_"): now for word, now in former.items()}
+            today |= {**former, **{word.replace("-", "_"): now for word, now in former.items()}}
             renaming = {"token_normalize_func": lambda word: today.get(word, word)}
             return app.command(name, epilog=f"[bold]Example[/bold]: {example}", context_settings=renaming)(guarded)
 
@@ -182,7 +182,9 @@ def given(context: typer.Context) -> dict[str, str]:
     """The parameters given on the command line, by their option names."""
     options = {one.name: one.opts[0] for one in context.command.params if one.name}
     return {
-        name: option for name, option in options.items() if context.get_parameter_source(name).name == "COMMANDLINE"
+        name: option
+        for name, option in options.items()
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
     }
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastalign
-from fastalign import backend, kernels, rewards
+from fastalign import backend, rewards
+from fastalign.kernels import names as kernel_names
 from fastalign.ops import products
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def show(console: Console) -> None:
         table.add_row("CPU kernels", ", ".join(_cpu_kernels()))
     table.add_row("products", _products())
     table.add_row("GPU backend", _gpu())
-    table.add_row("GPU kernels", ", ".join(kernels.names()) or "none in this version")
+    table.add_row("GPU kernels", ", ".join(kernel_names()) or "none in this version")
     console.print(table)
     console.print("\n[bold]optional packages[/bold]")
     packages = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -99,7 +100,7 @@ def about() -> dict[str, Any]:
         "products": _rates(),
         "backend": backend.forced(),
         "gpu": _gpu(),
-        "gpu_kernels": list(kernels.names()),
+        "gpu_kernels": list(kernel_names()),
         "packages": {name: _version(name) for name in OPTIONAL},
         "rewards": {name: what._asdict() for name, what in rewards.available().items()},
     }

@@ -201,11 +201,11 @@ def sample(
     from fastalign.data import sampling
     from fastalign.jobs import align as pipeline
 
+    knobs: dict[str, Any] = {"batch_size": batch_size, "memory_limit": memory_limit}
     if more is not None:
         kept = ("out", "more", "resume", "overwrite", "device", *sampling.KNOBS, "as_json")
         if others := [option for name, option in given(context).items() if name not in kept]:
             raise UserError(f"--more goes by the file's own model, prompts and settings: leave out {', '.join(others)}")
-        knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
         candidates = pipeline.sample_more(
             out, more, device=device, **knobs, resume=resume, overwrite=overwrite, show_progress=True
         )
@@ -224,7 +224,6 @@ def sample(
     }
     if template := named_values("chat-template-arg", chat_template_arg or []):
         drawing["chat_template_kwargs"] = template  # so that the settings of runs without them do not change
-    knobs = {"batch_size": batch_size, "memory_limit": memory_limit}
     sampling.check({"n": n, **drawing, **knobs})
     sampling.check_ray(ray, workers, worker_cpus, worker_gpus)
     if pilot and palette is None:
@@ -233,8 +232,8 @@ def sample(
     texts = sources.load(prompts, column=column, limit=limit)
     if palette is not None:
         _console().print(pipeline.predicted_need(palette, n, prompts=len(texts)))
-    if pilot:
-        _console().print(pipeline.pilot(source, texts, palette, n, **drawing))
+        if pilot:
+            _console().print(pipeline.pilot(source, texts, palette, n, **drawing))
     candidates = pipeline.sample(
         source, texts, out, n=n, method=method.value, palette=palette, ess=ess, resume=resume, overwrite=overwrite,
         ray=ray, workers=workers, worker_cpus=worker_cpus, worker_gpus=worker_gpus, show_progress=True, **drawing,

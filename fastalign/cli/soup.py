@@ -21,7 +21,7 @@ class _Command(TyperCommand):
     def format_help(self, *args: Any) -> None:
         from fastalign.soup import METHODS
 
-        options = {one.name: one for one in self.params}
+        options: dict[str | None, Any] = {one.name: one for one in self.params}
         options["method"].metavar = f"[{'|'.join(METHODS)}]"
         taken = [f"{one.name} ({', '.join(one.parameters)})" for one in METHODS.values() if one.parameters]
         options["set_"].help += f" Parameters by method: {', '.join(taken)}."
@@ -154,10 +154,10 @@ def soup(
         raise UserError("give --weights, one for each model, or --grid, not both")
     if weights is None and grid is None and (adapters or method == "linear"):
         raise UserError("give --weights, one for each model, or --grid")
-    rows = simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
-    if adapters and base is None:
-        return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
+    rows: Any = simplex_grid(len(models), grid) if grid is not None else weights and numbers("weights", weights)
     if adapters:
+        if base is None:
+            return cli_lora.mix(models, rows, out, rank=rank, dtype=dtype, force=force, overwrite=overwrite)
         from fastalign.soup.lora import apply
 
         made = apply.plan(base, models, rows, out, dtype=dtype, force=force, **sizes)

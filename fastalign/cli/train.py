@@ -341,7 +341,7 @@ def _prompts(prompts: str, chat: bool | None, **options: Any) -> tuple[bool | No
 def _print_values(result: dict[str, Any]) -> None:
     steps = max(1, result["steps"] // 10)  # steps at each end
     for name, row in result["values"].items():
-        before, after = (plus_minus(*row[end], steps, unit="step") for end in ("first", "last"))
+        before, after = (plus_minus(mean, error, steps, unit="step") for mean, error in (row["first"], row["last"]))
         console().print(f"  {name:<12} {before}  →  {after}")
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def check(row: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def check_lengths(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, source: str = "pairs") -> None:
+def check_lengths(pairs: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int, source: str = "pairs") -> None:
     """Raise UserError for the first pair whose prompt alone, tokenized, fills `max_length` tokens."""
     if max_length < 2:
         raise UserError(f"max_length must be at least 2, one token of prompt and one of completion, got {max_length}")

@@ -158,9 +158,15 @@ def _row(part: Candidates, row: int) -> Candidates:
 
 def _joined(parts: list[Candidates], prompt: int, max_n: int) -> Candidates:
     """One prompt's rounds joined."""
+
+    def row(name: str) -> list[list[Any]]:
+        return [[one for part in parts for one in getattr(part, name)[0]]]
+
     return Candidates(
         parts[0].prompts,
-        *([[one for part in parts for one in getattr(part, name)[0]]] for name in ("texts", "token_ids", "logprobs")),
+        row("texts"),
+        row("token_ids"),
+        row("logprobs"),
         rewards={name: np.concatenate([part.rewards[name] for part in parts], axis=1) for name in parts[0].rewards},
         settings={**parts[0].settings, "n": max_n},
         prompt_ids=np.array([prompt], dtype=np.int64),

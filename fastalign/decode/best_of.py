@@ -91,8 +91,8 @@ def prepared(
 def chosen(candidates: Candidates, names: Sequence[str], lam: np.ndarray, *, method: str, k: int, seed: int) -> BestOf:
     """The selection of `best_of` from scored candidates."""
     array = candidates.reward_array(names)
-    picked = candidates.take(select(array, lam, k=k, method=method, seed=seed))
-    indices = picked.picked[:, 0]
+    picks = select(array, lam, k=k, method=method, seed=seed)
+    picked, indices = candidates.take(picks), picks[:, 0]
     if method == "best":
         values = best_of_curve(array, lam, [array.shape[1]]).values[0]
     else:

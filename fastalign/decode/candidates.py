@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Candidates:
     logprobs: list[list[list[float]]]
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    prompt_ids: np.ndarray | None = None
+    prompt_ids: np.ndarray = field(default=cast(Any, None))  # None becomes 0..P-1
     picked: np.ndarray | None = None
     log_weights: np.ndarray | None = None
 
@@ -125,7 +125,7 @@ class Candidates:
         if self.prompts != more.prompts:
             raise UserError("more must have the same prompts in the same order")
         grids = ("texts", "token_ids", "logprobs")
-        both = {
+        both: dict[str, Any] = {
             name: [[*a, *b] for a, b in zip(getattr(self, name), getattr(more, name), strict=True)] for name in grids
         }
         return Candidates(self.prompts, **both, prompt_ids=self.prompt_ids)
@@ -198,7 +198,10 @@ class Candidates:
 
         names = list(parts[0].rewards)
         return Candidates(
-            *(merged(name) for name in ("prompts", "texts", "token_ids", "logprobs")),
+            merged("prompts"),
+            merged("texts"),
+            merged("token_ids"),
+            merged("logprobs"),
             rewards={name: np.concatenate([part.rewards[name] for part in parts])[order] for name in names},
             settings=parts[0].settings,
             prompt_ids=ids[order],
@@ -226,7 +229,7 @@ class Candidates:
             columns[_CONVERSATION] = pa.array([isinstance(prompt, Conversation) for prompt in self.pairs()[0]])
         if self.picked is not None:
             columns["draw"] = pa.array(numbers)
-        if self.kind == "weighted":
+        elif self.log_weights is not None:
             columns["log_weight"] = pa.array(self.log_weights.reshape(-1), pa.float64())
         for name, values in self.rewards.items():
             columns[_REWARD + name] = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
@@ -289,7 +292,7 @@ class Candidates:
             flat = table[name].to_pylist()
             return [flat[i : i + shape[1]] for i in range(0, len(flat), shape[1])]
 
-        prompts = grid("prompt")
+        prompts: list[Any] = grid("prompt")
         mixed = [int(i) for i, row in zip(ids, prompts, strict=True) if len(set(row)) > 1]
         if mixed:
             raise UserError(f"{path}: prompt_id {mixed[0]} has more than one prompt")

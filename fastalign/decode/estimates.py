@@ -57,7 +57,9 @@ class Estimate(NamedTuple):
         return self.values - half, self.values + half
 
 
-def estimate(rewards: np.ndarray, lam: np.ndarray | Sequence[Sequence[float]], *, warn: bool = True) -> Estimate:
+def estimate(
+    rewards: np.ndarray, lam: np.ndarray | Sequence[float] | Sequence[Sequence[float]], *, warn: bool = True
+) -> Estimate:
     """Realised values, divergence and effective sample size at every λ of a grid, from one set of candidates.
 
     rewards (P, N, m) finite; lam (m,) or (K, m). `values` has the same mean as `select(rewards, lam)`, over its draw

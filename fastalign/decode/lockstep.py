@@ -76,8 +76,8 @@ class Lockstep:
         """Make each of these a copy of another, which is not itself replaced; the copy continues with its own random
         stream."""
         for job, of in ancestors.items():
-            for drawn in (self.loop.ids, self.loop.log_probs):
-                drawn[job] = list(drawn[of])
+            self.loop.ids[job] = list(self.loop.ids[of])
+            self.loop.log_probs[job] = list(self.loop.log_probs[of])
             (self.ended.add if of in self.ended else self.ended.discard)(job)
         rows = {job: row for row, job in enumerate(self.engine.jobs)}
         sources = {job: rows[ancestors.get(job, job)] for job in self.jobs if ancestors.get(job, job) in rows}
@@ -89,8 +89,8 @@ class Lockstep:
                 places[rows[job]] = job
             else:
                 others.append(job)
-        places = [others.pop() if job is None else job for job in places]
-        self.engine.rearrange([sources[job] for job in places], places)
+        filled = [others.pop() if job is None else job for job in places]
+        self.engine.rearrange([sources[job] for job in filled], filled)
 
     def text(self, job: Job) -> str:
         return self.sampler.text.continuation(self.encoded[job.prompt], self.loop.ids[job], self.settings.stop)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Prefix:
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     buffers: dict[int, tuple[Buffer, Buffer]] = field(default_factory=dict)  # of both, on a CPU
-    hidden: Tensor | None = None
+    hidden: Tensor = field(init=False)  # once it has run
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Keep a copy of a layer's keys and values, as matrix products with few queries read them."""
@@ -195,7 +195,7 @@ class SharedPromptEngine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) from hidden states (rows, H)."""
-        return self.head.logits(hidden, self._layers and self._layers.head)
+        return self.head.logits(hidden, None if self._layers is None else self._layers.head)
 
     def sample(self, hidden: Tensor, settings: SamplingSettings, *, rows: Tensor) -> SampledTokens:
         """`ops.sample_tokens` of the logits of hidden states (rows, H); on a GPU without truncation, the logits are
@@ -319,11 +319,9 @@ class _Step:
         (query, _q), (key, _k), (value, _v) = (rows(x[:, :, 0]) for x in (q, k, v))  # and what they point into
         prompts = [(*prefix.buffers[layer], prefix.length, len(of)) for prefix, of in self.groups]
         backend.native.shared_attention(
-            *map(buffer, (out, keys, values)),
-            *(query, key, value, prompts),
-            *map(buffer, (self.order, self.lengths)),
-            *(kv, heads // kv, keys.shape[2], window or 0, scaling, softcap or 0.0, threads()),
-        )
+            buffer(out), buffer(keys), buffer(values), query, key, value, prompts, buffer(self.order),
+            buffer(self.lengths), kv, heads // kv, keys.shape[2], window or 0, scaling, softcap or 0.0, threads(),
+        )  # fmt: skip
         return out.unsqueeze(2)
 
     def _room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,7 +376,7 @@ def draw(
 
     prompts: token ids; counts: candidates per prompt, after which its keys and values are released.
     """
-    engine, left = loop.decoder, dict(counts)
+    engine, left = cast(SharedPromptEngine, loop.decoder), dict(counts)
     waiting = next(jobs, None)
     while waiting is not None or engine.jobs:
         new: list[Job] = []

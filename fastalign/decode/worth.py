@@ -114,7 +114,7 @@ class Worth(NamedTuple):
             }
             made = cls(int(content["prompts"]), int(content["candidates"]), **rows)
             bad = made.n is None or made.n.ndim != 1 or not len(made.n) or (np.diff(made.n) <= 0).any() or made.n[0] < 1
-            ends = [made.relative_std, made.high, made.high_error] + (
+            ends: list[Any] = [made.relative_std, made.high, made.high_error] + (
                 [] if made.low is None else [made.low, made.low_error]
             )
             bad = bad or made.prompts < 1 or any(row is None or row.shape != made.n.shape for row in ends)
@@ -137,7 +137,9 @@ class Worth(NamedTuple):
             return t * np.hypot(error, each / math.sqrt(prompts or self.prompts))
 
         high = np.minimum(self.high + wide(self.high_error), np.log(self.n))
-        return None if self.low is None else np.maximum(self.low - wide(self.low_error), 0.0), high
+        if self.low is None or self.low_error is None:
+            return None, high
+        return np.maximum(self.low - wide(self.low_error), 0.0), high
 
     def _reaches(self, end: np.ndarray, ess: float) -> int | None:
         """The first n at which this bound reaches ess."""

@@ -220,7 +220,7 @@ def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool
                 kept = []
         elif resume:
             outputs.say(f"{out}: nothing to resume, this run begins")
-        parts.begin(parts.job if kept else settings, anew=not kept)
+        parts.begin(parts.job if kept and parts.job else settings, anew=not kept)
         yield parts
         parts.remove()
 
@@ -324,14 +324,14 @@ def solve_palette(
     grid = whole.reward_array(names)
     flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
     groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
-    if palette is None:
-        target, sense = quantile_palette(flat, quantile), [">="] * len(names)
-    else:
+    if palette is not None:
         target, sense = parse_palette(palette, names, flat)
+    elif quantile is not None:
+        target, sense = quantile_palette(flat, quantile), [">="] * len(names)
     solution = first = solve(flat, target, groups=groups, sense=sense)
     before = flat.mean(axis=0, dtype=np.float64)
     solved_for = target
-    if not first.feasible:
+    if first.nearest is not None:  # infeasible
         solved_for = before + INWARD * (first.nearest - before)
         solution = solve(flat, solved_for, groups=groups, sense=sense)
     result = {
@@ -340,8 +340,8 @@ def solve_palette(
         "values": names,
         "palette": target.tolist(),
         "feasible": bool(first.feasible),
-        "nearest": None if first.feasible else first.nearest.tolist(),
-        "scaling": None if first.feasible else float(first.scaling),
+        "nearest": None if first.nearest is None else first.nearest.tolist(),
+        "scaling": None if first.scaling is None else float(first.scaling),
         "sense": sense,
         "free": _free(target, sense, flat),
         "solved_for": solved_for.tolist(),
@@ -411,13 +411,14 @@ def select(
     return picked
 
 
-def _weights_of(path: str | Path, whole: Candidates, solution: dict[str, Any]) -> np.ndarray:
+def _weights_of(path: str | Path, whole: Candidates, solution: Mapping[str, Any]) -> np.ndarray:
     """(P, N) log weights of a file of particles, which must have been drawn by this palette's λ."""
     drawn = whole.settings.get("sampling", {})
     if (drawn.get("values"), drawn.get("lambda")) != (solution["values"], solution["lambda"]):
         raise UserError(
             f"{path}: its particles were drawn by another palette's λ, {drawn.get('lambda')}; give that palette"
         )
+    assert whole.log_weights is not None  # of particles
     return whole.log_weights
 
 
@@ -589,6 +590,7 @@ def evaluate(
 
     whole = Candidates.from_parquet(scored, kind="scored")
     picked = Candidates.from_parquet(selected, kind="selected")
+    assert picked.picked is not None  # of this kind
     solution = palettes.read(palette, "palette", "lambda", "levels", "kl", "ess", "feasible")
     palettes.check_carried(palette, solution, whole.rewards)
     if picked.prompts != whole.prompts:

@@ -96,7 +96,7 @@ def run(
     with hold(out, writes=out) as parts:
         if kept := parts.whole():
             outputs.check_same(out, parts.job, settings, knobs=(*KNOBS, "device"), otherwise="or another folder")
-        parts.begin(parts.job if kept else settings)
+        parts.begin(parts.job if kept and parts.job else settings)
         done = {int(i) for path in kept for i in Candidates.from_parquet(path).prompt_ids}
         draw(
             job,
@@ -204,7 +204,8 @@ class _Worker:
     """
 
     def __init__(self, job: dict[str, Any], rewards: list[Any], selection: dict[str, Any] | None):
-        self.job, self.rewards, self.selection, self.sampler = dict(job), rewards, selection, None
+        self.job, self.rewards, self.selection = dict(job), rewards, selection
+        self.sampler: Any = None  # loaded by the first block
         self.loading = {name: self.job.pop(name) for name in LOADING if name in self.job}
         self.model = self.job.pop("model")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,10 +338,9 @@ def quiet() -> Iterator[None]:
 
     from fastalign._base.quiet import quiet_unless_terminal
 
-    try:
-        import datasets
-    except ImportError:  # PPO needs none
-        datasets = None
+    datasets: Any = None
+    with suppress(ImportError):  # PPO needs none
+        datasets = importlib.import_module("datasets")
     silence = datasets is not None and not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     level = logging.get_verbosity()
     if silence:

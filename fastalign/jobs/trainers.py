@@ -55,7 +55,7 @@ def train(run: Run, name: str, make: Callable[[Any], Any], shown: Mapping[str, s
     run.begin(step)
     trainer.remove_callback(PrinterCallback)
     total = _steps(trainer)
-    if step >= total:  # interrupted after its last step; transformers would train one more
+    if checkpoint is not None and step >= total:  # interrupted after its last step; transformers would train one more
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return trainer, 0.0

@@ -26,7 +26,7 @@ from fastalign.losses.preference import (
     sequence_logps,
     wpo_weights,
 )
-from fastalign.ops import TokenLogprobs, checks, linear_token_logprobs
+from fastalign.ops import checks, linear_token_logprobs
 from fastalign.ops.fused import on_triton
 from fastalign.ops.head import Adapter
 from fastalign.ops.pairwise import FUSED
@@ -83,7 +83,7 @@ class LinearLoss(nn.Module):
         bias: Tensor | None,
         adapter: Adapter | None,
         outputs: tuple[str, ...] = (),
-    ) -> TokenLogprobs:
+    ) -> dict[str, Tensor]:
         """log_probs, `outputs`, and the statistics if token metrics are requested, each (R, T)."""
         checks.tensors(hidden=hidden, weight=weight, labels=labels)
         if hidden.ndim != 3 or labels.shape != hidden.shape[:-1]:
@@ -94,36 +94,33 @@ class LinearLoss(nn.Module):
         wanted = ("log_probs", *outputs, *(STATISTICS if self.token_metrics else ()))
         options = self.head | self.backward_options
         result = linear_token_logprobs(hidden, weight, labels, bias=bias, adapter=adapter, outputs=wanted, **options)
-        return result if isinstance(result, TokenLogprobs) else TokenLogprobs(log_probs=result)
+        return {"log_probs": result} if isinstance(result, Tensor) else {name: getattr(result, name) for name in wanted}
 
     def _reference(
-        self, labels: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
-    ) -> Tensor | None:
-        """The reference model's log_probs (R, T) from its own hidden states and head, or None if there are none."""
-        if ref_hidden is None:
-            return None
+        self, labels: Tensor, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
+    ) -> Tensor:
+        """The reference model's log_probs (R, T) from its own hidden states and head."""
         if ref_weight is None:
             raise UserError("ref_weight must be given with ref_hidden: the reference model's own lm_head, got None")
         checks.tensors(ref_hidden=ref_hidden, ref_weight=ref_weight)
         if ref_bias is not None:
             checks.tensor("ref_bias", ref_bias)
-        inputs = (x if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
-        ref_hidden, ref_weight, ref_bias = inputs
-        return linear_token_logprobs(ref_hidden, ref_weight, labels, bias=ref_bias, **self.head)
+            ref_bias = ref_bias.detach()
+        return linear_token_logprobs(ref_hidden.detach(), ref_weight.detach(), labels, bias=ref_bias, **self.head)
 
     def _mask(self, labels: Tensor) -> Tensor:
         return labels != self.head["ignore_index"]
 
-    def _token_metrics(self, scored: TokenLogprobs, mask: Tensor, is_chosen: Tensor) -> dict[str, Tensor]:
+    def _token_metrics(self, scored: dict[str, Tensor], mask: Tensor, is_chosen: Tensor) -> dict[str, Tensor]:
         """Means over completion tokens; is_chosen (R,) says which rows are the chosen ones."""
         if not self.token_metrics:
             return {}
         chosen, rejected = mask & is_chosen.unsqueeze(-1), mask & ~is_chosen.unsqueeze(-1)
         return {
-            "entropy": _mean_over(scored.entropy, mask),
-            "logits/chosen": _mean_over(scored.mean_logits, chosen),
-            "logits/rejected": _mean_over(scored.mean_logits, rejected),
-            "mean_token_accuracy": _mean_over(scored.is_top1, chosen),
+            "entropy": _mean_over(scored["entropy"], mask),
+            "logits/chosen": _mean_over(scored["mean_logits"], chosen),
+            "logits/rejected": _mean_over(scored["mean_logits"], rejected),
+            "mean_token_accuracy": _mean_over(scored["is_top1"], chosen),
         }
 
     def extra_repr(self) -> str:
@@ -141,7 +138,7 @@ class _LinearPairLoss(LinearLoss):
         bias: Tensor | None,
         adapter: Adapter | None,
         outputs: tuple[str, ...] = (),
-    ) -> TokenLogprobs:
+    ) -> dict[str, Tensor]:
         checks.tensors(hidden=hidden, weight=weight, labels=labels)
         if labels.ndim and labels.shape[0] % 2:
             raise UserError(f"hidden must have an even number of rows, chosen then rejected, got {labels.shape[0]}")
@@ -149,7 +146,7 @@ class _LinearPairLoss(LinearLoss):
 
     def _pair_metrics(
         self,
-        scored: TokenLogprobs,
+        scored: dict[str, Tensor],
         mask: Tensor,
         chosen_rewards: Tensor,
         rejected_rewards: Tensor,
@@ -257,20 +254,20 @@ class LinearDPOLoss(_LinearPairLoss):
         outputs = ("log_sum_sq_probs",) if self.use_weighting else ()
         scored = self._project_pairs(hidden, weight, labels, bias, adapter, outputs)
         mask = self._mask(labels)
-        ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
-        if self._fuses(scored.log_probs):
+        log_probs, ref_log_probs = scored["log_probs"], None
+        if ref_hidden is not None:
+            ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
+        if self._fuses(log_probs):
             ref = torch.cat(ref_logps) if ref_logps is not None else ref_log_probs
             names = ("beta", "loss_type", "label_smoothing", "discopop_tau")
-            losses, *figures = pairwise_loss(
-                scored.log_probs, ref, mask, **{name: self.options[name] for name in names}
-            )
+            losses, *figures = pairwise_loss(log_probs, ref, mask, **{name: self.options[name] for name in names})
             return losses.mean(), self._pair_metrics(scored, mask, *figures)
-        chosen, rejected = sequence_logps(scored.log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+        chosen, rejected = sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         if ref_log_probs is not None:
             ref_logps = sequence_logps(ref_log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         chosen_lengths, rejected_lengths = mask.sum(-1).chunk(2)
         half = len(labels) // 2
-        plain = None if self.ld_alpha is None else sequence_logps(scored.log_probs[:half], mask[:half])
+        plain = None if self.ld_alpha is None else sequence_logps(log_probs[:half], mask[:half])
         losses, chosen_rewards, rejected_rewards = dpo_loss(
             chosen,
             rejected,
@@ -278,7 +275,7 @@ class LinearDPOLoss(_LinearPairLoss):
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             sft_logps=plain,
-            weights=wpo_weights(scored.log_probs, scored.log_sum_sq_probs, mask) if self.use_weighting else None,
+            weights=wpo_weights(log_probs, scored["log_sum_sq_probs"], mask) if self.use_weighting else None,
             **self.options,
         )
         return losses.mean(), self._pair_metrics(scored, mask, chosen_rewards, rejected_rewards, chosen, rejected)
@@ -349,13 +346,13 @@ class LinearCPOLoss(_LinearPairLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Arguments as in `LinearDPOLoss`, without a reference; metrics also "nll_loss" if it is used."""
         scored = self._project_pairs(hidden, weight, labels, bias, adapter)
-        mask = self._mask(labels)
+        log_probs, mask = scored["log_probs"], self._mask(labels)
         average = self.options["loss_type"] in ("ipo", "simpo")
-        chosen, rejected = sequence_logps(scored.log_probs, mask, average=average).chunk(2)
+        chosen, rejected = sequence_logps(log_probs, mask, average=average).chunk(2)
         half = len(labels) // 2
-        nll = None if self.options["cpo_alpha"] == 0 else -_mean_over(scored.log_probs[:half], mask[:half], grad=True)
-        losses, *rewards = cpo_loss(chosen, rejected, chosen_nll=nll, **self.options)
-        metrics = self._pair_metrics(scored, mask, *rewards, chosen, rejected)
+        nll = None if self.options["cpo_alpha"] == 0 else -_mean_over(log_probs[:half], mask[:half], grad=True)
+        losses, better, worse = cpo_loss(chosen, rejected, chosen_nll=nll, **self.options)
+        metrics = self._pair_metrics(scored, mask, better, worse, chosen, rejected)
         return losses.mean(), metrics if nll is None else metrics | {"nll_loss": nll.detach()}
 
     if TYPE_CHECKING:
@@ -440,11 +437,11 @@ class LinearORPOLoss(_LinearPairLoss):
                 )
             projected = torch.cat((nll_labels, labels[half:]))
         scored = self._project_pairs(hidden, weight, projected, bias, adapter)
-        mask = self._mask(labels)
-        chosen, rejected = sequence_logps(scored.log_probs, mask, average=True).chunk(2)
-        nll = -_mean_over(scored.log_probs[:half], self._mask(projected)[:half], grad=True)
-        losses, *rewards, log_odds = orpo_loss(chosen, rejected, beta=self.beta, chosen_nll=nll)
-        metrics = self._pair_metrics(scored, mask, *rewards, chosen, rejected)
+        log_probs, mask = scored["log_probs"], self._mask(labels)
+        chosen, rejected = sequence_logps(log_probs, mask, average=True).chunk(2)
+        nll = -_mean_over(log_probs[:half], self._mask(projected)[:half], grad=True)
+        losses, better, worse, log_odds = orpo_loss(chosen, rejected, beta=self.beta, chosen_nll=nll)
+        metrics = self._pair_metrics(scored, mask, better, worse, chosen, rejected)
         metrics |= {
             "nll_loss": nll.detach(),
             "log_odds_ratio": nn.functional.logsigmoid(log_odds).mean(),
@@ -527,10 +524,9 @@ class LinearKTOLoss(LinearLoss):
         checks.tensor("desirable", desirable)
         scored = self._project(hidden, weight, labels, bias, adapter)
         mask = self._mask(labels)
-        logps = sequence_logps(scored.log_probs, mask)
-        ref_log_probs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
-        if ref_log_probs is not None:
-            ref_logps = sequence_logps(ref_log_probs, mask)
+        logps = sequence_logps(scored["log_probs"], mask)
+        if ref_hidden is not None:
+            ref_logps = sequence_logps(self._reference(labels, ref_hidden, ref_weight, ref_bias), mask)
         if self.options["loss_type"] != "kto":
             kl = 0.0
         elif kl is None:

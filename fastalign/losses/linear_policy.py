@@ -71,9 +71,9 @@ class _LinearPolicyLoss(LinearLoss):
         scored = self._project(hidden, weight, labels, bias, adapter, ("entropy",) if in_loss else ())
         if ref_hidden is not None:
             ref_logprobs = self._reference(labels, ref_hidden, ref_weight, ref_bias)
-        entropy = scored.entropy
+        entropy = scored.get("entropy")
         result = self._loss(
-            scored.log_probs,
+            scored["log_probs"],
             old_logprobs,
             advantages,
             self._mask(labels),

@@ -204,7 +204,7 @@ def grpo_loss(
     batch = _Batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
     kl = batch.penalty(kl_coef, kl_estimator, kl_bias_correction)
     importance = "token" if importance == "token" else "mean"
-    if loss_type == "cispo":
+    if loss_type == "cispo" and clip_range_high is not None:
         checks.numbers(clip_range_high=clip_range_high)
         rows = batch.capped(importance, clip_range_high, kl)
     elif loss_type == "sapo":
@@ -221,7 +221,7 @@ def grpo_loss(
         "sapo": "seq_mean_token_mean",
         "luspo": "seq_mean_token_sum",
     }.get(loss_type, "token_mean")
-    if loss_type == "dr_grpo":
+    if loss_type == "dr_grpo" and max_length is not None:
         normalizer = max(len(logprobs), 1) * max_length
     return batch.finish(rows, importance, entropy_coef, how, normalizer)
 

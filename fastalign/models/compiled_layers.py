@@ -16,6 +16,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class CompiledLayers:
         return _known[model]
 
     def __init__(self, model: nn.Module):
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)  # it lives wherever the block is entered
         self._forwards: list[tuple[nn.Module, Callable]] = []
         self._rotations: list[tuple[types.ModuleType, Callable, Callable]] = []  # the model's, then ours
         self._linears: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Linear]
@@ -60,8 +61,8 @@ class CompiledLayers:
             kind = (type(module), _settings(module), *(p.shape for p in module.parameters()))
             if kind not in tried:
                 tried[kind] = next((f for f in candidates(type(module).forward) if _agrees(module, f)), None)
-            if tried[kind] is not None:
-                self._forwards.append((module, types.MethodType(tried[kind], module)))
+            if (forward := tried[kind]) is not None:
+                self._forwards.append((module, types.MethodType(forward, module)))
         for place in {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "q_proj")}:
             original = getattr(place, ROTATION, None)
             if original is not None and _rotates_halves(original):
@@ -237,8 +238,9 @@ class _RMSNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         shares = x.new_empty(count, width) if ctx.needs_input_grad[1] else None
         backend.native.rms_norm_backward(
-            *map(buffer, (dx, shares, dy, x, rstd, weight)), len(rstd), width, ctx.offset, count
-        )
+            buffer(dx), buffer(shares), buffer(dy), buffer(x), buffer(rstd), buffer(weight), len(rstd), width,
+            ctx.offset, count,
+        )  # fmt: skip
         return dx, None if shares is None else shares.sum(0), None, None
 
 
@@ -247,7 +249,7 @@ def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor
     width = x.shape[-1]
     rows = x.numel() // width
     y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
-    backend.native.rms_norm(*map(buffer, (y, rstd, x, weight)), rows, width, eps, offset, threads())
+    backend.native.rms_norm(buffer(y), buffer(rstd), buffer(x), buffer(weight), rows, width, eps, offset, threads())
     return y, rstd
 
 
@@ -261,7 +263,7 @@ def gated(g: Tensor, u: Tensor) -> Tensor:
 def _gate_backward(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(dg, du); dh is overwritten with the gate's output."""
     dg, du = torch.empty_like(g), torch.empty_like(u)
-    backend.native.silu_gate_backward(*map(buffer, (dg, du, dh, g, u)), g.numel(), threads())
+    backend.native.silu_gate_backward(buffer(dg), buffer(du), buffer(dh), buffer(g), buffer(u), g.numel(), threads())
     return dg, du
 
 
@@ -322,7 +324,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return rotated(dy, *ctx.saved_tensors, inverse=True), None, None
+        cos, sin = ctx.saved_tensors
+        return rotated(dy, cos, sin, inverse=True), None, None
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:

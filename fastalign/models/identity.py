@@ -115,13 +115,14 @@ def reads_tokens(model: Any) -> Verdict:
     return Verdict(True)
 
 
-def _class_of(module: nn.Module) -> type:
+def _class_of(module: nn.Module) -> type[nn.Module]:
     """Its class, without the wrapper class of a sharding library."""
-    return _unsharded(type(module))
+    cls: Any = type(module)  # mypy takes no class for Hashable
+    return _unsharded(cls)
 
 
 @functools.lru_cache(maxsize=4096)
-def _unsharded(cls: type) -> type:
+def _unsharded(cls: type) -> Any:
     return next(c for c in cls.__mro__ if not c.__name__.startswith("FSDP"))
 
 
@@ -152,7 +153,7 @@ def _adapter_state(module: nn.Module) -> tuple:
 def _settings(module: nn.Module) -> tuple:
     """A module's own attributes that are numbers, strings or functions: its scaling, its epsilon, whether it is
     causal."""
-    settings = []
+    settings: list[tuple[Any, ...]] = []
     for name, value in vars(module).items():
         if name[:1] == "_" or name in _PASSING or name == "forward":
             continue

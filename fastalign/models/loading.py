@@ -100,7 +100,7 @@ def _check_whole(model: PreTrainedModel, missing: set[str], name: str | os.PathL
 
 
 def _load_adapter(
-    config: Path, dtype: torch.dtype, device: torch.device
+    config: Path, dtype: str | torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model named by a peft adapter's folder, with the adapter, and the folder's own tokenizer if it has
     one."""

@@ -86,7 +86,8 @@ def score(
 def describe(model: Any) -> str:
     """How the model is scored: for `fastalign info`."""
     run, _ = _way(model, [1], quiet=True)
-    return {_hidden: "fused head", _logits: "full logits", _alone: "full logits, row by row"}[run]
+    names: dict[Run, str] = {_hidden: "fused head", _logits: "full logits", _alone: "full logits, row by row"}
+    return names[run]
 
 
 # Runs a layout: -> (hidden states or logits (n, ...) of the scored positions, hidden states (n, H) if requested)
@@ -134,7 +135,8 @@ def _alone(model: Any, layout: Layout, return_hidden: bool) -> tuple[Tensor, Ten
         one = Layout(layout.input_ids[r : r + 1, :length], [length], layout.row[mine] * 0, layout.column[mine])
         logits, last = _logits(model, one, return_hidden)
         rows.append(logits)
-        hidden.append(last)
+        if last is not None:
+            hidden.append(last)
     return torch.cat(rows), torch.cat(hidden) if return_hidden else None
 
 

@@ -30,9 +30,11 @@ def gathered(x: Any) -> Any:
 
 
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, adapter: head.Adapter | None, **options: Any
+    hidden: Tensor, weight: Any, labels: Tensor, *, bias: Any, adapter: tuple[Any, Any, float] | None, **options: Any
 ) -> Tensor | TokenLogprobs:
     """See `ops.linear_token_logprobs` on DTensors."""
+    a: Any
+    b: Any
     a, b, scale = (None, None, 1.0) if adapter is None else adapter
     slices = None
     if is_dtensor(hidden):
@@ -42,7 +44,8 @@ def linear_token_logprobs(
         weight, bias, a, b = (gathered(x) for x in (weight, bias, a, b))
         function = head.token_logprobs
     else:
-        weight, bias, b = (x if x is None else x.to_local() for x in (weight, bias, b))
+        weight = weight.to_local()
+        bias, b = (x if x is None else x.to_local() for x in (bias, b))
         function, options = vocab_parallel_linear_token_logprobs, {**options, **slices}
     return function(hidden, weight, _local(labels, "labels"), bias=bias, adapter=adapter and (a, b, scale), **options)
 
@@ -59,7 +62,7 @@ def _local(x: Any, name: str) -> Any:
     return x.to_local()
 
 
-def _slices(hidden: Tensor, weight: Any, alike: dict[str, Any]) -> dict[str, Any] | None:
+def _slices(hidden: Any, weight: Any, alike: dict[str, Any]) -> dict[str, Any] | None:
     """The group over which the head's rows are split, and the split; None if they are not split over one group."""
     from torch.distributed.tensor import Shard
 

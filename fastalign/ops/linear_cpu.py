@@ -82,7 +82,7 @@ class Tiles:
         """A tile of logits without their bias, (rows, columns): in `place`, or in memory reused by the next one."""
         out = self.room(rows, len(w)) if place is None else place
         tile = products.linear_into(out, self.hidden[rows], w, kept=place is not None)
-        return tile if b is None else tile.addmm_(self.low[rows], b.t())
+        return tile if b is None or self.low is None else tile.addmm_(self.low[rows], b.t())
 
     def describe(self, tile: Tensor, rows: slice, first: int) -> tuple[Any, ...]:
         """For the kernel: the tile, and its offsets in the rows and in the vocabulary."""
@@ -189,7 +189,7 @@ def forward(
     kept = _Kept(store, tiles.count, weight)
     stats = torch.zeros(7, tiles.count, dtype=tiles.dtype)
     stats[0] = stats[6] = NEG_INF
-    unit = _UnitGradient(tiles, a, adapter_scale) if unit else None
+    gradient = _UnitGradient(tiles, a, adapter_scale) if unit else None
     for step, (first, _, w, b_part) in enumerate(tiles.columns()):
         place = kept.place(step)
         kept.marks[step : step + 1] = 0 if place is None else 1
@@ -199,11 +199,11 @@ def forward(
                 tiles.describe(tile, rows, first),
                 buffer(stats),
                 statistics,
-                unit and buffer(unit.rescale[: len(tile)]),
+                None if gradient is None else buffer(gradient.rescale[: len(tile)]),
                 threads(),
             )
-            if unit:
-                unit.add(tile, rows, w, b_part)
+            if gradient is not None:
+                gradient.add(tile, rows, w, b_part)
             del tile  # the next one may be elsewhere
     row_max, row_sum, label_logit, weighted, squares, total, before = stats.unbind()
     log_sum = row_sum.double().log().to(tiles.dtype)
@@ -220,9 +220,9 @@ def forward(
     if not statistics:
         nothing = results[0].new_empty(*labels.shape, 0)
         results += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
-    if unit:
-        unit = _scattered(unit.finish(stats, empty), index, hidden.shape)
-    return (*results, store, hidden.new_empty(0, dtype=tiles.dtype) if unit is None else unit)
+    if gradient is None:
+        return (*results, store, hidden.new_empty(0, dtype=tiles.dtype))
+    return (*results, store, _scattered(gradient.finish(stats, empty), index, hidden.shape))
 
 
 class _UnitGradient:
@@ -293,10 +293,10 @@ def backward(
     kept = _Kept(kept, int(scored.sum()), weight)
     among = None if tiles.count == kept.count else alive[scored].nonzero().flatten()  # the scored rows among the kept
     grads = _gradients(tiles, small, kept, among, a, adapter_scale, grad_filter, needs)
-    if needs[0]:
+    if grads[0] is not None:
         grads[0] = _scattered(grads[0].to(hidden.dtype), index, hidden.shape)
     pairs = zip(grads, (hidden, weight, bias, a, b), strict=True)
-    return tuple(hidden.new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in pairs)
+    return tuple(hidden.new_empty(0) if grad is None or x is None else grad.to(x.dtype) for grad, x in pairs)
 
 
 def _gradients(
@@ -313,9 +313,9 @@ def _gradients(
     to_hidden, to_weight, to_bias, to_a, to_b = needs
     dtype, count, filtered = tiles.dtype, tiles.count, grad_filter > 0
     d_hidden = torch.zeros(count, tiles.weight.shape[1], dtype=dtype) if to_hidden else None
-    d_low = torch.zeros(count, a.shape[0], dtype=dtype) if to_a or (to_hidden and a is not None) else None
+    d_low = torch.zeros(count, a.shape[0], dtype=dtype) if a is not None and (to_a or to_hidden) else None
     d_weight = _HeadGradient(tiles, tiles.weight) if to_weight else None
-    d_b = _HeadGradient(tiles, tiles.b) if to_b else None
+    d_b = _HeadGradient(tiles, tiles.b) if to_b and tiles.b is not None else None
     d_bias = torch.zeros(tiles.vocab, dtype=dtype) if to_bias else None
     for step, (first, end, w, b_part) in enumerate(tiles.columns()):
         taken = kept.take(step)
@@ -336,12 +336,12 @@ def _gradients(
                 columns = columns if 2 * len(columns) <= end - first else None  # else the copies cost what they save
                 tile = tile if columns is None else tile.index_select(1, columns)
             for total, head in ((d_hidden, w), (d_low, b_part)):
-                if total is not None:
+                if total is not None and head is not None:
                     products.add_grad_input(
                         total[rows], tile, head if columns is None else head.index_select(0, columns)
                     )
             for total, x in ((d_weight, tiles.hidden), (d_b, tiles.low)):
-                if total is not None:
+                if total is not None and x is not None:
                     total.add(tile, x[rows], columns, first, end, fresh=rows.start == 0)
             if d_bias is not None:
                 part, sums = d_bias[first:end], tile.sum(0)
@@ -353,13 +353,14 @@ def _gradients(
             if total is not None:
                 total.close(first, end)
     d_a = None
-    if d_low is not None:
+    if d_low is not None and a is not None:
         d_low *= adapter_scale
-        if to_hidden:
+        if d_hidden is not None:
             d_hidden.addmm_(d_low, a.to(dtype))
         if to_a:
             d_a = d_low.T @ tiles.hidden
-    return [d_hidden, d_weight and d_weight.grad, d_bias, d_a, d_b and d_b.grad]
+    d_head = [None if total is None else total.grad for total in (d_weight, d_b)]
+    return [d_hidden, d_head[0], d_bias, d_a, d_head[1]]
 
 
 class _HeadGradient:

@@ -65,15 +65,16 @@ def linear_sample_tokens(
     check_draw(hidden, temperature, 0, 1.0, 0.0, offset, rows)
     checks.seed(seed)
     a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
-    tensors = [None if x is None else x.detach() for x in (hidden, weight, bias, a, b)]
+    hidden, weight = hidden.detach(), weight.detach()
+    bias, a, b = (None if x is None else x.detach() for x in (bias, a, b))
     options = (float(temperature), softcap, float(logit_scale), checks.as_signed(seed), offset, rows)
     if backend.choose(hidden.device) == "reference":
-        given = None if a is None else (*tensors[3:], adapter_scale)
+        given = None if a is None or b is None else (a, b, adapter_scale)
         with torch.autocast(hidden.device.type, enabled=False):
-            return SampledTokens(*reference.linear_sample_tokens(*tensors[:3], *options, given))
+            return SampledTokens(*reference.linear_sample_tokens(hidden, weight, bias, *options, given))
     temperature = max(float(temperature), MIN_TEMPERATURE) if temperature else 0.0
     options = (temperature, float(softcap or 0.0), *options[2:])
-    return SampledTokens(*sample_op(*tensors, float(adapter_scale), *options))
+    return SampledTokens(*sample_op(hidden, weight, bias, a, b, float(adapter_scale), *options))
 
 
 def _sample_cpu(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logit_scale, seed, offset, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from math import log
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ class MapPass:
         if log_weights is not None:
             _ = self.log_norm  # raises if no weight is positive
         self.is_native: bool = backend.choose(torch.device("cpu")) == "cpu"
-        count = 0 if groups is None else len(self.offsets) - 1
+        count = 0 if self.offsets is None else len(self.offsets) - 1
         self.description: tuple[Any, ...] = (rewards, self.center, log_weights, self.order, self.offsets, count)
 
     def __call__(self, lam: np.ndarray) -> ArrayStatistics:
@@ -113,7 +114,7 @@ class MapPass:
 
     def _reference(self, lam: np.ndarray) -> ArrayStatistics:
         given = (self.rewards, lam, self.center, self.log_weights, self.groups)
-        tensors = (None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given)
+        tensors: Iterator[Any] = (None if x is None else torch.as_tensor(np.ascontiguousarray(x)) for x in given)
         moments = reference.map_statistics(*tensors)
         return ArrayStatistics(**{name: x.numpy() for name, x in moments.items()})
 
@@ -122,8 +123,8 @@ class MapPass:
         """log Σ w, with groups its mean over them."""
         n = len(self.rewards)
         if self.log_weights is None:
-            return log(n) if self.groups is None else float(np.log(np.diff(self.offsets)).mean())
-        starts = [0] if self.groups is None else self.offsets[:-1]
+            return log(n) if self.offsets is None else float(np.log(np.diff(self.offsets)).mean())
+        starts = [0] if self.offsets is None else self.offsets[:-1]
         ordered = self.log_weights if self.order is None else self.log_weights[self.order]
         largest = np.maximum.reduceat(ordered, starts)
         if not (largest > -np.inf).all():

@@ -215,7 +215,7 @@ def vocab_parallel_linear_token_logprobs(
                 softcap,
                 logit_scale,
                 ignore_index,
-                adapter and (a, whole_b, adapter_scale),
+                None if a is None or whole_b is None else (a, whole_b, adapter_scale),
             )
     else:
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
@@ -283,9 +283,9 @@ def _agree(check: Callable[[], dict[str, int]], x: Tensor, group: Any, sizes: Se
     except (UserError, TypeError) as error:
         refused = error
     mine = torch.tensor(list(brings.values()) + [-1] * (3 - len(brings)), device=getattr(x, "device", "cpu"))
-    everyones = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyones, mine, group=group)
-    everyones = torch.stack(everyones).tolist()
+    gathered = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(gathered, mine, group=group)
+    everyones = torch.stack(gathered).tolist()
     if refused is not None:
         raise refused
     for other, theirs in enumerate(everyones):

@@ -82,7 +82,9 @@ def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.n
         targets[name] = (">=" if sense == "=" else sense, what)
     rest = targets.pop("rest", None)
     missing = [name for name in names if name not in targets]
-    if missing and rest is None:
+    if rest is not None:
+        targets |= dict.fromkeys(missing, rest)
+    elif missing:
         raise UserError(
             f"palette must name each of {', '.join(names)} once, got {', '.join(targets)}: add {', '.join(missing)} or "
             "rest=mean"
@@ -91,7 +93,7 @@ def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.n
     mean, deviation = _moments(rewards)
     levels, senses = np.empty(len(names)), []
     for j, name in enumerate(names):
-        sense, what = targets.get(name, rest)
+        sense, what = targets[name]
         levels[j] = _level(what, sense, rewards, j, mean[j], deviation[j])
         senses.append(sense)
     return levels, senses

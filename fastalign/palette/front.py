@@ -248,7 +248,7 @@ def palette_path(
     palette = one_palette(palette, len(tilts.mean))
     options: dict[str, Any] = {"groups": groups, "weights": weights, "sense": sense}
     whole = solve(rewards, palette, **options)
-    limit = 1.0 if whole.feasible else float(whole.scaling)
+    limit = 1.0 if whole.scaling is None else float(whole.scaling)
     t = np.linspace(0.0, 1.0 if whole.feasible else INWARD * limit, steps)
     palettes = tilts.mean + t[:, None] * (palette - tilts.mean)
     solution = solve(rewards, palettes[1:], **options)

@@ -31,6 +31,7 @@ def minimise(problem: Problem, start: np.ndarray | None, measured: bool) -> Mini
     start: (K, m) initial λ, or None. measured: whether the problem's units are known. Returns None if they must be
         measured.
     """
+    assert isinstance(problem.run, ArrayPass)  # which `serves` says
     count, m = problem.palettes.shape
     if not measured:
         problem.scale = np.empty(m)

@@ -73,7 +73,7 @@ class ArrayPass(MapPass):
                 # In the rewards' own precision, so that float32 subtracts exactly what float64 adds back.
                 center = (self.some.sum(axis=0) / len(self.some)).astype(rewards.dtype)
         super().__init__(rewards, center=center, log_weights=log_weights, groups=groups)
-        self.rows, self.group_count = len(rewards), 0 if groups is None else len(self.offsets) - 1
+        self.rows, self.group_count = len(rewards), 0 if self.offsets is None else len(self.offsets) - 1
 
     @property
     def eps(self) -> float:
@@ -199,13 +199,16 @@ class ChunkedPass:
         self.center, self.size, self.eps, self.total = self.sample.center, self.sample.size, self.sample.eps, np.nan
 
     def __call__(self, lam: np.ndarray) -> ArrayStatistics:
-        merged = None
+        merged: tuple[ArrayStatistics, float] | None = None
         for rewards, log_weights, groups in self.source:
             if log_weights is not None and not self.grouped and not (log_weights > -np.inf).any():
                 continue
             run = ArrayPass(rewards, center=self.center, log_weights=log_weights, groups=groups)
-            moments = run(lam), run.total
-            merged = moments if merged is None else merge(*zip(merged, moments, strict=True), self.grouped)
+            mine = run(lam)
+            if merged is None:
+                merged = mine, run.total
+            else:
+                merged = merge([merged[0], mine], [merged[1], run.total], self.grouped)
         if merged is None:
             raise UserError("weights must be positive in at least one row, got none")
         moments, self.total = merged
@@ -293,7 +296,7 @@ class ShardedPass:
 
         share = max(1, rows // dist.get_world_size(self.group))
         own = self.own.part(share) if self.own.rows >= share else None
-        if not self._gather(np.array([own is not None])).all():  # every rank takes the same branch
+        if not self._gather(np.array([own is not None])).all() or own is None:  # every rank takes the same branch
             return None
         return ShardedPass(own, self.group, self.grouped)
 

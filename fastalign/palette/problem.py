@@ -62,7 +62,8 @@ class Problem:
             first = run(np.zeros((1, m)) if guess is None else np.vstack([np.zeros((1, m)), guess]))
             self._measure(first)
             minima = native.minimise(self, start, measured=True) if compiled else self._minimise(first, guess)
-        self.minima = minima
+        assert minima is not None  # of a measured problem
+        self.minima: newton.Minima = minima
 
     def _start_on_part(self) -> np.ndarray | None:
         """(K, m) λ solved on a part of the rows; None if there are too few rows for that to pay."""
@@ -84,7 +85,7 @@ class Problem:
         self.steep = False
         # A constant reward cannot be moved: λ stays 0, and its level must already meet the target.
         miss = self._miss((self.run.center + self.mean - self.palettes) / self.scale)
-        self.short = (self.constant & (miss > 4 * self.run.eps + self.tol)).any(axis=1)
+        self.short = np.any(self.constant & (miss > 4 * self.run.eps + self.tol), axis=1)
 
     def _units(self, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The unit of each reward, (m,): its standard deviation under p0; and whether it is constant.
@@ -199,12 +200,14 @@ class Problem:
         """Moves each non-unique minimum to the one of least norm; returns (K,) whether it is unique."""
         minima, unique = self.minima, np.ones(len(solved), dtype=bool)
         directions = flat_directions(self.cov / (self.scale * self.scale[:, None]), self.constant)
+        if directions is None:
+            return unique
         lower, upper = self._bounds()
-        for k in np.flatnonzero(solved) if directions is not None else ():
+        for k in np.flatnonzero(solved):
             mu, unique[k] = least_norm(minima.mu[k], minima.gradient[k], directions, lower, upper, self.constant)
             if mu is None:
                 continue
-            again = self._evaluate([k], mu[None])[0]
+            again = self._evaluate([int(k)], mu[None])[0]
             minima.passes[k] += 1
             left = residual(again.mu, again.gradient, lower, upper)
             if left <= max(self.tol, minima.residual[k]):

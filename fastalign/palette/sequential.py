@@ -57,7 +57,7 @@ def solve_in_turn(
                 weights=tilted,
                 sense={1: ">=", -1: "<=", 0: "=="}[int(sign[j])],
             )
-            if not solution.feasible:
+            if solution.nearest is not None:  # infeasible
                 raise UserError(f"value {j} alone cannot reach {palette[j]:.6g}, at best {solution.nearest[0]:.6g}")
             lam[j] = solution.lam[0]
         path.append(lam.copy())

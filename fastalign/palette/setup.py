@@ -44,6 +44,7 @@ def set_up(
     except (UserError, TypeError, FileNotFoundError) as error:
         failed = str(error)
     together(failed, process_group)
+    assert own_setup is not None  # otherwise `together` has raised
     own, palettes, sign = own_setup
     grouped = groups is not None or (isinstance(rewards, ParquetRewards) and rewards.grouped)
     return ShardedPass(own, process_group, grouped), palettes, sign
@@ -70,12 +71,16 @@ def pass_over(rewards: Rewards, groups: Array | None, weights: Array | None) -> 
         if groups is not None or weights is not None:
             raise UserError("groups and weights must be names of columns given to ParquetRewards, got arrays")
         return ChunkedPass(rewards)
-    on_gpu = isinstance(rewards, torch.Tensor) and rewards.is_cuda and rewards.ndim == 2 and rewards.numel() > 0
-    rewards = _on_device(rewards.detach()) if on_gpu else as_rewards(rewards)
-    n = len(rewards)
+    kind: type[DevicePass | ArrayPass]
+    given: Any
+    if isinstance(rewards, torch.Tensor) and rewards.is_cuda and rewards.ndim == 2 and rewards.numel() > 0:
+        kind, given = DevicePass, _on_device(rewards.detach())
+    else:
+        kind, given = ArrayPass, as_rewards(rewards)
+    n = len(given)
     groups = None if groups is None else as_groups(groups, n)
     log_weights = None if weights is None else log_of(as_weights(weights, n))
-    return (DevicePass if on_gpu else ArrayPass)(rewards, log_weights=log_weights, groups=groups)
+    return kind(given, log_weights=log_weights, groups=groups)
 
 
 def _on_device(rewards: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class PaletteSolution:
     iterations: np.int64 | np.ndarray
     nearest: np.ndarray | None
     certificate: np.ndarray | None
-    scaling: Any
+    scaling: np.float64 | np.ndarray | None
     duality_gap: np.float64 | np.ndarray
     nearly_infeasible: np.bool_ | np.ndarray
     unique: np.bool_ | np.ndarray
@@ -122,7 +122,7 @@ class PaletteSolution:
             palettes, values = np.shape(self.lam)
             feasible = int(np.sum(self.feasible))
             return f"PaletteSolution: {counted(palettes, 'palette')} of {counted(values, 'value')}, {feasible} feasible"
-        if not self.feasible:
+        if self.scaling is not None:
             return f"PaletteSolution: infeasible, {float(self.scaling):.1%} of the way can be reached"
         near = ", nearly infeasible" if self.nearly_infeasible else ""
         kl, ess = float(self.kl), float(self.ess)

@@ -175,7 +175,7 @@ def held_out(
             return {"groups": None if groups is None else units[rows], "weights": weights[rows]}
 
         solution = solve(rewards[train], palette, sense=sense, **part(train))
-        if not solution.feasible:
+        if solution.scaling is not None:  # infeasible
             feasible = False
             before = np.average(rewards[train], axis=0, weights=weights[train])
             inside = before + INWARD * solution.scaling * (palette - before)

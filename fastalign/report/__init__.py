@@ -121,7 +121,7 @@ class Report:
     rewards: np.ndarray = field(repr=False)
     realised_rewards: np.ndarray = field(repr=False)
     weights: np.ndarray = field(repr=False)
-    duals: tuple[Dual, ...] = field(repr=False)  # the per-prompt and the joint form; none of a single prompt
+    duals: tuple[Dual, Dual] | tuple[()] = field(repr=False)  # per prompt and joint; none of a single prompt
 
     @property
     def lone(self) -> str:

@@ -52,7 +52,7 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
     duals = []
     for form, groups, samples in (("per_prompt", np.repeat(np.arange(p), n), n), ("joint", None, p * n)):
         solution = solve(flat, palette, groups=groups, sense=sense)
-        if not solution.feasible:
+        if solution.scaling is not None:  # infeasible
             duals.append(Dual(form, False, float(solution.scaling), samples))
             continue
         scores = rewards.astype(np.float64) @ solution.lam
@@ -79,12 +79,12 @@ def both(rewards: np.ndarray, palette: np.ndarray, sense: Sequence[str] | str = 
     return duals[0], duals[1]
 
 
-def table(values: Sequence[str], targets: Sequence[str], std: np.ndarray, duals: tuple[Dual, Dual]) -> str:
+def table(values: Sequence[str], targets: Sequence[str], std: Sequence[float], duals: tuple[Dual, Dual]) -> str:
     """An HTML table: one row per value with its target, then the cost."""
     within, at_once = duals
 
     def cells(dual: Dual, j: int, *columns: str) -> str:
-        if not dual.feasible:
+        if dual.lam is None:
             return "<td>–</td>" * (1 + len(columns))
         shown = (f"{getattr(dual, name)[j]:.{decimals(std[j])}f}" for name in columns)
         return f"<td>{dual.lam[j]:.3g}</td>" + "".join(f"<td>{x}</td>" for x in shown)

@@ -116,8 +116,9 @@ def _facts(report: Report) -> str:
 def _duals(report: Report) -> list[str]:
     if not report.duals:
         return []
-    columns = zip(*((v.name, v.wish, v.std) for v in report.values), strict=True)
-    return ["<h2>Both duals at this palette</h2>", duals.table(*columns, report.duals), duals.NOTE]
+    names, wishes = [v.name for v in report.values], [v.wish for v in report.values]
+    table = duals.table(names, wishes, [v.std for v in report.values], report.duals)
+    return ["<h2>Both duals at this palette</h2>", table, duals.NOTE]
 
 
 def _draws(report: Report) -> str:

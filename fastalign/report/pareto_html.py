@@ -97,7 +97,7 @@ def _duals(study: Study) -> list[str]:
     parts = ["<h2>Both duals at each palette</h2>"]
     for name, pair in study.duals.items():
         targets = [f"{c:.{decimals(s)}f}" for c, s in zip(study.palettes[name].palette, study.std, strict=True)]
-        table = duals.table(study.values, targets, study.std, pair)
+        table = duals.table(study.values, targets, study.std.tolist(), pair)
         parts += [f"<h3>{escape(name)}</h3>", table]
     return [*parts, duals.NOTE]
 

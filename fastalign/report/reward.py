@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -126,7 +127,7 @@ class RewardReport:
         return page.document(title, body, self.to_json())
 
 
-def written(path: str | Path) -> list[Path]:
+def written(path: str | os.PathLike[str]) -> list[Path]:
     """The files that `RewardReport.write` writes. Raises UserError for any other suffix."""
     path = Path(path)
     if path.suffix.lower() == ".html":

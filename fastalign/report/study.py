@@ -153,7 +153,7 @@ class Study:
             samples=self.samples,
             trusted=TRUSTED_ESS,
             fronts={kl: (x.kl, x.ess) for kl, x in self.fronts.items()},
-            chosen=tuple(np.array([getattr(end, name) for end in ends.values()]) for name in ("kl", "ess"))
+            chosen=(np.array([end.kl for end in ends.values()]), np.array([end.ess for end in ends.values()]))
             if ends
             else None,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -58,7 +58,7 @@ def show(report: Report, console: Console, *, examples: int = 3) -> None:
 
 
 def _sides(examples: list[Example], width: int) -> Panel:
-    parts = []
+    parts: list[RenderableType] = []
     for example in examples:
         sides = Table.grid(expand=True, padding=(0, 2))
         sides.add_column(ratio=1)

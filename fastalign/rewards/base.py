@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,11 +30,12 @@ def is_reward(item: object) -> bool:
     return isinstance(item, Reward) and callable(item) and not isinstance(item, type)
 
 
-def with_conversations(prompts: Sequence[str | Sequence[dict[str, Any]]]) -> Sequence[str]:
+def with_conversations(prompts: Sequence[str | Sequence[dict[str, Any]]]) -> list[str]:
     """The prompts, with lists of messages converted to Conversations. Raises UserError."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        return prompts  # `check_texts` reports it
-    return [as_prompt(p, f"prompts[{i}]") if isinstance(p, list) else p for i, p in enumerate(prompts)]
+        return cast(Any, prompts)  # `check_texts` reports it
+    given: Sequence[Any] = prompts
+    return [as_prompt(p, f"prompts[{i}]") if isinstance(p, list) else p for i, p in enumerate(given)]
 
 
 def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:

@@ -111,8 +111,9 @@ def from_heads(
         raise UserError(f"names must name each of the model's {outputs} outputs once, got {', '.join(names)}")
     heads: list[SequenceReward] = []
     for name in names:
-        heads.append(_Head(name, model, tokenizer, lambda logits: logits, text, batch_size, max_length, cache_size))
-        heads[-1].heads = heads
+        head = _Head(name, model, tokenizer, lambda logits: logits, text, batch_size, max_length, cache_size)
+        head.heads = heads
+        heads.append(head)
     return heads
 
 
@@ -154,15 +155,15 @@ class SequenceReward(CachedReward):
         self._read = read
 
     def _segments(self, prompt: str, response: str) -> str | tuple[str, str]:
+        if callable(self.text):
+            return self.text(prompt, response)
         if self.text == "response":
             return response
         if self.text == "pair":
             return prompt, response
         if self.text == "plain":
             return plain_text(prompt + response, self.tokenizer)
-        if self.text == "chat":
-            return self._tokens.render(prompt, f"reward {self.name!r}: a prompt", reply=response)
-        return self.text(prompt, response)
+        return self._tokens.render(prompt, f"reward {self.name!r}: a prompt", reply=response)
 
     def _encode(self, segments: str | tuple[str, str]) -> tuple[list[int], list[int] | None]:
         """Token ids of one text, never empty, and its segment ids if the model takes them."""
@@ -188,8 +189,8 @@ class SequenceReward(CachedReward):
                 "input_ids": pad(ids, pad_id or 0, device),
                 "attention_mask": pad([[1] * len(row) for row in ids], 0, device),
             }
-            if rows[indices[0]][1]:
-                inputs["token_type_ids"] = pad([rows[index][1] for index in indices], 0, device)
+            if kinds := [segments for index in indices if (segments := rows[index][1])]:
+                inputs["token_type_ids"] = pad(kinds, 0, device)
             with evaluating(self.model):
                 yield indices, self._read(self.model(**inputs).logits.float()).cpu().numpy()
 

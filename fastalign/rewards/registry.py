@@ -69,7 +69,7 @@ def register(
     _instances.pop(name, None)
 
 
-def _maker(name: str, reward: Callable[..., object]) -> Callable[..., Reward]:
+def _maker(name: str, reward: Any) -> Callable[..., Reward]:
     """The factory for a registered object."""
     if is_reward(reward) and _takes_texts(reward):
         return _without_options(name, reward)
@@ -102,7 +102,7 @@ def _takes_texts(reward: Callable[..., object]) -> bool:
     return True
 
 
-def _made(name: str, made: object) -> Reward:
+def _made(name: str, made: Any) -> Reward:
     """A factory's result, as a reward."""
     if not callable(made) or isinstance(made, type) or not _takes_texts(made):
         came = f"one with the parameters {inspect.signature(made)}" if inspect.isroutine(made) else type(made).__name__
@@ -188,11 +188,10 @@ def score(
     """
     prompts = with_conversations(prompts)
     check_texts(prompts, responses)
-    if isinstance(names, str) or is_reward(names):
-        names = [names]
-    if len(names) == 0:
+    listed: Any = [names] if isinstance(names, str) or is_reward(names) else names
+    if len(listed) == 0:
         raise UserError("names must hold at least one reward, got none")
-    rewards = [_resolve(index, item) for index, item in enumerate(names)]
+    rewards = [_resolve(index, item) for index, item in enumerate(listed)]
     spoken = [as_text(prompt) for prompt in prompts]
     matrix = np.empty((len(prompts), len(rewards)), dtype=np.float32)
     for column, reward in enumerate(rewards):

@@ -168,7 +168,7 @@ def _equal(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
 
 
 def common_names(
-    models: Sequence[Collection[str]], labels: Sequence[str], same: Callable[[Any, str, str], bool]
+    models: Sequence[Checkpoint | Collection[str]], labels: Sequence[str], same: Callable[[Any, str, str], bool]
 ) -> list[str]:
     """Tensors of all models, in the first one's order. One model may store a tensor under two names (tied embeddings),
     another under one; same: whether a model's two names refer to one tensor. Raises UserError if any other tensor is

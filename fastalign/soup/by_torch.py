@@ -138,7 +138,7 @@ class _Run:
                 bad = [~x.double().isfinite() for x in outs]
             _count(self.seen.outputs, bad, number, first)
         for k, out in enumerate(outs):
-            data, offset = memoryview(out.view(-1).view(torch.uint8).numpy()), first * self.dtype.itemsize
+            data, offset = out.view(-1).view(torch.uint8).numpy().data, first * self.dtype.itemsize
             _write(of.out_files[k], data, of.out_offsets[k] + offset, number, k)
 
 

@@ -104,7 +104,7 @@ class Tensor(NamedTuple):
     nbytes: int
 
     @property
-    def count(self) -> int:
+    def numel(self) -> int:
         return math.prod(self.shape)
 
 
@@ -311,13 +311,10 @@ def _sharded(name: str, folder: Path, index: Path) -> Checkpoint:
     checkpoint = _checkpoint(name, folder, [read_header(folder / file) for file in names])
     lacking = next((tensor for tensor in weight_map if tensor not in checkpoint), None)
     unknown = next((tensor for tensor in checkpoint if tensor not in weight_map), None)
-    if lacking is not None or unknown is not None:
-        what = (
-            f"names {_short(lacking)!r}, which no file holds"
-            if lacking
-            else f"lacks {_short(unknown)!r}, which a file holds"
-        )
-        raise bad(f"it {what}")
+    if lacking is not None:
+        raise bad(f"it names {_short(lacking)!r}, which no file holds")
+    if unknown is not None:
+        raise bad(f"it lacks {_short(unknown)!r}, which a file holds")
     moved = next((tensor for tensor in checkpoint if weight_map[tensor] != names[checkpoint.where[tensor]]), None)
     if moved is not None:
         raise bad(f"it looks for {_short(moved)!r} in {weight_map[moved]}, {names[checkpoint.where[moved]]} holds it")
@@ -485,12 +482,12 @@ def mapped_file(file: File) -> dict[str, torch.Tensor]:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     for name, tensor in file.tensors.items():
         dtype = in_torch(tensor.dtype)
-        if tensor.count == 0:
+        if tensor.numel == 0:
             tensors[name] = torch.empty(tensor.shape, dtype=dtype)
         elif tensor.offset % dtype.itemsize:  # the format allows it, torch does not
             data = bytearray(memory[tensor.offset : tensor.offset + tensor.nbytes])
             tensors[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
         else:
-            flat = torch.frombuffer(memory, dtype=dtype, count=tensor.count, offset=tensor.offset)
+            flat = torch.frombuffer(memory, dtype=dtype, count=tensor.numel, offset=tensor.offset)
             tensors[name] = flat.view(tensor.shape)
     return tensors

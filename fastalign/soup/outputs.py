@@ -193,14 +193,14 @@ class _Writer:
         steps = ((name, of.dtype, self.step_of(name)) for name, of in self.shard.tensors.items() if of.nbytes)
         for (kind, dtype), group in itertools.groupby(steps, key=lambda one: (type(one[2]), one[1])):
             if kind is list:
-                self.sums((self.segment(name, weights) for name, _, weights in group), dtype)
+                self.sums((self.segment(name, step) for name, _, step in group if isinstance(step, list)), dtype)
                 continue
             for name, _, step in group:
                 if step is None:
                     self.copy(name)
-                elif kind is Tasks:
+                elif isinstance(step, Tasks):
                     self.run([self.segment(name, [])], dtype, step)
-                else:
+                elif callable(step):
                     self.blocks(name, step)
 
     def step_of(self, name: str) -> Step | None:
@@ -308,4 +308,4 @@ class _Writer:
 def bytes_of(block: torch.Tensor) -> memoryview:
     import torch
 
-    return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+    return block.contiguous().view(-1).view(torch.uint8).numpy().data

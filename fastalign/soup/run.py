@@ -219,24 +219,24 @@ def estimate(plan: Plan) -> Estimate | None:
         name: tensor for shard in plan.layout for name, tensor in shard.tensors.items() if tensor.dtype in FLOATS
     }
     there = tensors.keys() - (plan.embeddings.names if plan.embeddings else set())
-    name = max(there, key=lambda one: tensors[one].count, default=None)
-    if name is None or tensors[name].count == 0:
+    name = max(there, key=lambda one: tensors[one].numel, default=None)
+    if name is None or tensors[name].numel == 0:
         return None
     tensor, outputs = tensors[name], len(plan.weights)
     width = sum(SIZES[one[name].dtype] for one in plan.inputs) + SIZES[tensor.dtype] * outputs
     row = tensor.shape[-1] if tensor.shape else 1
-    n = min(tensor.count, max(1, _SAMPLE // width // row) * row)
+    n = min(tensor.numel, max(1, _SAMPLE // width // row) * row)
     began = time.perf_counter()
     step = plan.step_of(name)
     if callable(step):
         for _ in step():
             pass
-        each, moved = (time.perf_counter() - began) / tensor.count, tensor.count * width
+        each, moved = (time.perf_counter() - began) / tensor.numel, tensor.numel * width
     else:
         prepared = time.perf_counter() - began
         moved, took = n * width, _time_of(plan, name, step, n, tensor.dtype)
-        each = prepared / tensor.count + took / n
-    seconds = each * sum(one.count for one in tensors.values())
+        each = prepared / tensor.numel + took / n
+    seconds = each * sum(one.numel for one in tensors.values())
     return Estimate(seconds, (plan.read_bytes + plan.written_bytes) / seconds, moved)
 
 
@@ -249,7 +249,7 @@ def _time_of(plan: Plan, name: str, step: list[float] | Tasks, n: int, dtype: st
         part = plan.segment(name, inputs, [out.fileno()] * outputs, offsets, weights)._replace(n=n)
         began = time.perf_counter()
         if isinstance(step, Tasks):
-            merge_tasks(part, _shortened(step, n, plan.inputs[0][name].count), dtype, **options)
+            merge_tasks(part, _shortened(step, n, plan.inputs[0][name].numel), dtype, **options)
         else:
             weighted_sums([part], dtype, **options)
         os.fsync(out.fileno())

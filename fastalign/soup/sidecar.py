@@ -117,7 +117,7 @@ def sidecar_of(
             folder,
             union=tokenizer == "union",
             multiple=multiple or 1,
-            base=preferred and models_of([preferred])[0].name,
+            base=None if preferred is None else models_of([preferred])[0].name,
         )
         for name, change in _changes(chosen, lead, vocabulary).items():
             changes[name] = changes.get(name, {}) | change
@@ -151,9 +151,10 @@ def _changes(chosen: Checkpoint, lead: Checkpoint, vocabulary: Vocabulary) -> di
         }
         if name == "config.json":
             text = config.get("text_config")
-            nested = "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text
-            size = {"vocab_size": vocabulary.rows}
-            changes[name] |= {"text_config": text | size} if nested else size
+            size: dict[str, Any] = {"vocab_size": vocabulary.rows}
+            if "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text:
+                size = {"text_config": text | size}
+            changes[name] |= size
     return changes
 
 

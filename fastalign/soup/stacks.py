@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fastalign._base.errors import UserError
 from fastalign.soup.architecture import LAYER_COUNTS, config_of
@@ -70,7 +70,7 @@ def open_model(model: Model) -> Checkpoint:
     from the last one's. Raises like open_checkpoint, and UserError if a model has no such layers.
     """
     if not isinstance(model, list | tuple):
-        return open_checkpoint(model)
+        return open_checkpoint(cast("str | os.PathLike[str]", model))
     if not model or not all(isinstance(piece, list | tuple) and len(piece) == 3 for piece in model):
         raise UserError(f"a stack must be a list of (model, first layer, last layer + 1), got {model!r:.80}")
     opened = {os.fspath(name): open_checkpoint(name) for name, _, _ in model}
@@ -151,7 +151,7 @@ def config_changes(model: Checkpoint) -> Mapping[str, Any]:
         if key in LAYER_COUNTS:
             changes[key] = sum(piece.last - piece.first for piece in model.pieces)
         elif "layer" in key and isinstance(value, list):
-            lists = [config.get(key) for config in configs]
+            lists: list[Any] = [config.get(key) for config in configs]
             if all(isinstance(x, list) and len(x) == _stated_count(one) for x, one in zip(lists, configs, strict=True)):
                 changes[key] = [
                     x

@@ -32,7 +32,7 @@ def segment_of(inputs: Sequence[Checkpoint], name: str, files: Mapping[Path, int
     """A whole tensor of the inputs; files: their open files. Outputs are omitted."""
     tensors = [one[name] for one in inputs]
     return Segment(
-        tensors[0].count,
+        tensors[0].numel,
         tuple(of.dtype for of in tensors),
         tuple(files[one.path_of(name)] for one in inputs),
         tuple(of.offset for of in tensors),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def weighted_sums(segments: Sequence[Segment], out_type: str, *, chunk: int, thr
         from fastalign.soup import by_torch
 
         return by_torch.weighted_sums(segments, out_type, chunk)
-    coded = [(s.n, [code(t) for t in s.in_types], *s[2:]) for s in segments]
+    coded: list[Any] = [(s.n, [code(t) for t in s.in_types], *s[2:]) for s in segments]
     return _seen(*backend.native.soup_files(coded, code(out_type), chunk, threads, flushes()))
 
 
@@ -146,9 +146,9 @@ def dots(segment: Segment, *, centered: bool = False, threads: int) -> np.ndarra
         return by_torch.dots(segment, MOST_CHUNK, centered=centered)
     m = len(segment.in_files)
     coded = (segment.n, [code(t) for t in segment.in_types], *segment[2:])
-    failed, *what, products = backend.native.soup_dots(coded, centered, MOST_CHUNK, threads)
+    failed, writing, error, number, file, products = backend.native.soup_dots(coded, centered, MOST_CHUNK, threads)
     if failed:
-        raise StreamError(*what)
+        raise StreamError(writing, error, number, file)
     return np.array(products).reshape(m, m)
 
 

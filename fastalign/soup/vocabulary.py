@@ -81,7 +81,7 @@ def vocabulary_of(
 def embeddings_of(model: Checkpoint) -> list[str]:
     """The names of the tensors that have one row per token. Raises UserError if they cannot be determined."""
     names = [name for name in model if name.endswith(ROWS)]
-    inputs = [name for name in names if name.endswith(tuple(f"{one}.weight" for one in _INPUTS)) and model[name].count]
+    inputs = [name for name in names if name.endswith(tuple(f"{one}.weight" for one in _INPUTS)) and model[name].numel]
     if not inputs:
         raise UserError(f"{model.name}: no tensor has a name of input embeddings (*.{', *.'.join(_INPUTS)})")
     rows, *width = model[inputs[0]].shape
@@ -235,8 +235,9 @@ def in_order_of(
                 made.append(None)
                 continue
             shape = (vocabulary.rows, *one[name].shape[1:])
-            made.append(Tensor(dtype, shape, ends[i], math.prod(shape) * SIZES[dtype]))
-            ends[i] += made[-1].nbytes
+            table = Tensor(dtype, shape, ends[i], math.prod(shape) * SIZES[dtype])
+            made.append(table)
+            ends[i] += table.nbytes
         base = next((i for i, owner in enumerate(owners) if owner.name == vocabulary.base), None)
         tables.append(_Table(name, numbers, made, base))
     files = tuple(folder / f"rows-{i}.bin" if end else None for i, end in enumerate(ends))
@@ -244,11 +245,11 @@ def in_order_of(
     for table in tables:
         for numbers_of_input in table.numbers:
             basis.update(numbers_of_input.tobytes())
-    made = tuple(
+    outputs = tuple(
         _with(one, [(table.name, table.made[i]) for table in tables], files[i], vocabulary.rows)
         for i, one in enumerate(inputs)
     )
-    return made, Embeddings(tuple(inputs), files, tuple(tables), basis.hexdigest())
+    return outputs, Embeddings(tuple(inputs), files, tuple(tables), basis.hexdigest())
 
 
 def _owners(model: Checkpoint) -> list[Checkpoint]:

@@ -135,10 +135,10 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
             if isinstance(name, str | os.PathLike):
                 check_language_model(name)
         checks.vocabularies(model, ref_model, processing_class)
-        if not 0 < getattr(args, "modpo_weight", 1.0) <= 1:
-            raise UserError(f"modpo_weight must be in (0, 1], got {args.modpo_weight!r}")
+        if not 0 < (weight := getattr(args, "modpo_weight", 1.0)) <= 1:
+            raise UserError(f"modpo_weight must be in (0, 1], got {weight!r}")
         self._ready = self._lazy_reference = False
-        if getattr(args, "precompute_ref_log_probs", False) is None:
+        if args is not None and getattr(args, "precompute_ref_log_probs", False) is None:
             peft = peft_config is not None or hasattr(model, "peft_config")
             self._lazy_reference = ref_model is None and not peft and _whole(args, train_dataset, eval_dataset)
             args = copy.copy(args)  # the caller's config is unchanged
@@ -209,7 +209,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         for m in models:
             add_row_forward(language_model(m))
         self._outputs = (*OUTPUTS, "log_sum_sq_probs") if self.use_weighting else OUTPUTS
-        self._share, self._sums, self._began = 1.0, None, time.perf_counter()
+        self._share, self._began = 1.0, time.perf_counter()
+        self._sums: Tensor | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._prepare()
@@ -220,7 +221,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         tokens = inputs["attention_mask"].sum(-1).view(2, -1).sum(0)
         if self._packs:  # the prompt once
             tokens -= (inputs["attention_mask"] - inputs["completion_mask"])[:pairs].sum(-1)
-        groups, total = split(pairs, tokens, self._limit), 0.0
+        groups = split(pairs, tokens, self._limit)
+        total: Any = 0.0
         for group in groups:
             self._share = (group.stop - group.start) / pairs
             last = group is groups[-1]
@@ -275,7 +277,8 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), evaluating(model), checkpointing, adapter, self.accelerator.autocast():
             log_probs = model(rows=batch)["log_probs"]
-        return sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+        chosen, rejected = sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
+        return chosen, rejected
 
     def _loss(self, scored, mask, chosen, rejected, ref_chosen, ref_rejected, inputs) -> Tensor:
         half = len(mask) // 2

@@ -98,6 +98,7 @@ class PPOTrainer:
         self.config = config = PPOConfig() if config is None else config
         self.tokenizer: Any = processing_class if tokenizer is None else tokenizer
         ppo_checks.arguments(config, model, ref_model, self.tokenizer, lr_scheduler, optimizer, training_data_collator)
+        assert model is not None  # checked
         # Otherwise accelerate treats processes without a GPU as unrelated.
         settings = {"cpu": not torch.accelerator.is_available(), **config.accelerator_kwargs}
         try:
@@ -186,7 +187,7 @@ class PPOTrainer:
         reference).
         """
         single = isinstance(query_tensor, Tensor)
-        if single and query_tensor.ndim != 1:
+        if isinstance(query_tensor, Tensor) and query_tensor.ndim != 1:
             raise UserError(
                 f"query_tensor must be a tensor (tokens,) or a list of such, got {tuple(query_tensor.shape)}"
             )
@@ -198,7 +199,7 @@ class PPOTrainer:
         options |= {"remove_padding": remove_padding and not single, **generation_config}
 
         def draw(wrapped: Any, model: Any) -> Any:
-            queries = [query_tensor] if single else list(query_tensor)
+            queries = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
             with whole_layers(wrapped):
                 responses = ppo_rollout.generate(model, self.tokenizer, queries, **options)
             return responses[0].unsqueeze(0) if single else responses
@@ -273,7 +274,7 @@ class PPOTrainer:
                 "it is trained (another temperature, top_k, top_p?)",
                 stacklevel=2,
             )
-        self.kl_ctl.update(stats["objective/kl"], config.global_batch_size)
+        self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -310,7 +311,7 @@ class PPOTrainer:
             return
         rewards = ppo_batch.scalars(rewards, len(rewards), self.current_device)
         rewards = self.accelerator.gather(rewards).float()
-        logs = {k: v for k, v in stats.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        logs: dict[str, Any] = {k: v for k, v in stats.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         logs["env/reward_mean"] = float(rewards.mean())
         logs["env/reward_std"] = float(rewards.std()) if len(rewards) > 1 else 0.0
         if self.config.log_with == "wandb":
@@ -354,7 +355,9 @@ class PPOTrainer:
             "dataloader": None if self.dataloader is None else self.dataloader.state_dict(),
             "lr_scheduler": None if self.lr_scheduler is None else ppo_checkpoint.plain(self.lr_scheduler.state_dict()),
         }
-        kept = ppo_checkpoint.save(path, self.current_step, self.policy, self._raw_optimizer, state, self.accelerator)
+        kept = ppo_checkpoint.save(
+            os.fspath(path), self.current_step, self.policy, self._raw_optimizer, state, self.accelerator
+        )
         self._checkpoint = str(kept)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -362,7 +365,7 @@ class PPOTrainer:
 
         `current_step` is the number of finished steps; `dataloader` first yields the rest of the interrupted epoch.
         """
-        state = ppo_checkpoint.load(path, self.policy, self._raw_optimizer, self.accelerator)
+        state = ppo_checkpoint.load(os.fspath(path), self.policy, self._raw_optimizer, self.accelerator)
         self.current_step, self.kl_ctl.value, self._checkpoint = state["step"], state["kl_coef"], str(path)
         vars(self.running).update(state["running"])
         if self.dataloader is not None and state["dataloader"] is not None:
@@ -416,7 +419,7 @@ class PPOTrainer:
             head = whole_head(self.policy) if exact else None
             with self._reference() as (wrapped, reference):
                 theirs = wrapped(ids, **options)
-                if exact:
+                if head is not None:
                     at, per_token = labels != -100, exact_kl(mine.hidden, head, theirs.hidden, whole_head(reference))
                     kl = per_token.new_zeros(at.shape).masked_scatter(at, per_token)
                 else:
@@ -424,7 +427,8 @@ class PPOTrainer:
             width = rollouts.labels.shape[1] - labels.shape[1]
             parts = (mine.log_probs, mine.values, theirs.log_probs, kl)
             batches.append([torch.nn.functional.pad(x, (0, width)) for x in parts])
-        return tuple(torch.cat(x) for x in zip(*batches, strict=True))
+        log_probs, values, theirs, kl = (torch.cat(x) for x in zip(*batches, strict=True))
+        return log_probs, values, theirs, kl
 
     def _optimize(self, rollouts: ppo_batch.Rollouts, old: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """ppo_epochs passes of optimiser steps. Returns the means of the statistics, and the ratios of all tokens."""
@@ -445,7 +449,8 @@ class PPOTrainer:
         processes = self.accelerator.num_processes
         tokens = (rollouts.labels[indices] != -100).sum()
         every = float(self.accelerator.reduce(tokens.clone(), "sum") if processes > 1 else tokens)
-        sums, ratios = 0, []
+        sums: Any = 0
+        ratios = []
         parts = indices.split(self.config.mini_batch_size)
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastalign.models.head import Head
 from fastalign.train.value_head import AutoModelForCausalLMWithValueHead
@@ -40,7 +39,7 @@ def whole_layers(model: Any):
 def whole_head(model: AutoModelForCausalLMWithValueHead) -> Head:
     """The last forward pass's head, as plain tensors without gradient."""
 
-    def whole(x: Tensor | None) -> Tensor | None:
+    def whole(x: Any) -> Any:
         return x if x is None else (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()
 
     head = model.head

@@ -210,14 +210,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         result = (logits, getattr(output, "loss", None), self.v_head(output.hidden_states[-1]))
         return (*result, cache_of(output)) if return_past_key_values else result
 
-    def _score(self, input_ids: Tensor, labels: Tensor, return_hidden: bool, inputs: dict) -> Scored:
+    def _score(self, input_ids: Any, labels: Tensor, return_hidden: bool, inputs: dict) -> Scored:
         at = labels != -100
         scored, hidden = score(
             self.causal_lm, input_ids, labels, outputs=("log_probs", "entropy"), return_hidden=True, **inputs
         )
         both = (scored["log_probs"], scored["entropy"], self.v_head(hidden))
-        scattered = [torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in both]
-        return Scored(*scattered, hidden if return_hidden else None)
+        log_probs, entropy, values = (
+            torch.zeros(at.shape, dtype=x.dtype, device=x.device).masked_scatter(at, x) for x in both
+        )
+        return Scored(log_probs, entropy, values, hidden if return_hidden else None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate."""

@@ -56,7 +56,7 @@ def test_a_file_is_read_as_safetensors_reads_it(tmp_path):
     data = path.read_bytes()
     for name, tensor in tensors.items():
         where = result.tensors[name]
-        assert where.shape == tuple(tensor.shape) and where.count == tensor.numel()
+        assert where.shape == tuple(tensor.shape) and where.numel == tensor.numel()
         kept = data[where.offset : where.offset + where.nbytes]
         assert kept == tensor.numpy().tobytes()
 

@@ -182,7 +182,7 @@ def as_done(
     does not wait for answers.
     """
     tasks, lock, stop = iter(tasks), threading.Lock(), threading.Event()
-    done: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Any, Any, BaseException | None] | None] = queue.SimpleQueue()
 
     def run() -> None:
         while not stop.is_set():
@@ -331,7 +331,7 @@ class _Deadline:
 
 
 class _Http1(urllib.request.HTTPHandler):
-    kind = http.client.HTTPConnection
+    kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
 
     def __init__(self, deadline: _Deadline):
         super().__init__()
@@ -399,6 +399,8 @@ def _read_choice(choice: Any, settings: SamplingSettings) -> Answer:
     scores = choice.get("logprobs") or {}
     if not isinstance(scores, dict):
         raise _Wrong(f"must hold logprobs as an object, got {type(scores).__name__}")
+    logprobs: list[Any]
+    tokens: list[Any]
     if scores.get("content") is not None:  # of chats, and of llama.cpp throughout
         rows = [row for row in _typed(scores, "content", list) if isinstance(row, dict)]
         logprobs, tokens = [row.get("logprob") for row in rows], [row.get("id") for row in rows]

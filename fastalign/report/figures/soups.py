@@ -82,7 +82,7 @@ def soups(
                 )
             if predicted is not None:
                 axes.plot(predicted[i], predicted[j], linestyle="none", zorder=5, **style.MARKERS["predicted"])
-            if measured is not None:
+            if measured is not None and measured_stderr is not None:
                 bars = np.nan_to_num(measured_stderr)
                 axes.errorbar(
                     measured[i],

@@ -87,7 +87,7 @@ class Session:
             began = time.perf_counter()
             solution = solve(self.flat, palette, groups=groups, sense=sense)
             beyond = None
-            if not solution.feasible:
+            if solution.nearest is not None and solution.scaling is not None:  # infeasible
                 scaled = self.mean + INWARD * solution.scaling * (palette - self.mean)
                 nearest = self.mean + INWARD * (solution.nearest - self.mean)
                 beyond = {

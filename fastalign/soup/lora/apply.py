@@ -221,7 +221,7 @@ def _blocks(
     """The changed tensor for each of K rows of weights, some of its rows at a time."""
     before = model[name]
     height = before.shape[0] if before.shape else 1
-    shape = height, before.count // height
+    shape = height, before.numel // height
     whole = [
         (i, one.whole[key].reshape(shape))
         for i, one in enumerate(adapters)

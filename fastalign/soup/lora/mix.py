@@ -123,7 +123,8 @@ def _mixed(
             continue
         a, b = pair
         if rank is not None and rank < len(a):
-            small_a, small_b, *norms[module] = compressed(a, b, rank)
+            small_a, small_b, kept, norm = compressed(a, b, rank)
+            norms[module] = kept, norm
             a, b = small_a.to(a.dtype), small_b.to(b.dtype)
         else:
             norm = float(torch.sum((b.double().T @ b.double()) * (a.double() @ a.double().T)))
@@ -176,6 +177,6 @@ def _whole(adapters: Sequence[Adapter], row: np.ndarray) -> dict[str, Tensor]:
                 f"{base_name(key)} is stored whole (modules_to_save or bias): without the base model it can be mixed "
                 "only where all adapters store it and the weights sum to 1; give base to merge them onto it"
             )
-        exact = sum(float(rho) * tensor.double() for rho, tensor in zip(row, tensors, strict=True))
+        exact: Any = sum(float(rho) * tensor.double() for rho, tensor in zip(row, tensors, strict=True))
         mixed[key] = exact.to(tensors[0].dtype)
     return mixed

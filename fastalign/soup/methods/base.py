@@ -220,11 +220,11 @@ class ByTensor(Method):
         return whole_tensor(job, name, lambda base, models: [self.merge(base, models, job.values_of(name))])
 
 
-def whole_tensor(job: Job, name: str, merge: Callable[[Tensor | None, list[Tensor]], list[Tensor]]) -> Blocks:
+def whole_tensor(job: Job, name: str, merge: Callable[[Any, list[Tensor]], list[Tensor]]) -> Blocks:
     """Computes a whole tensor at once; merge: from the base and the models to K outputs, in float32 or float64."""
 
     def blocks() -> Iterator[list[Tensor]]:
-        if job.models[0][name].count:
+        if job.models[0][name].numel:
             shape = job.models[0][name].shape
             base, models, dtype = inputs_as(job, name, [b"".join(read_bytes(one, name)) for one in job.inputs])
             made = merge(None if base is None else base.view(shape), [one.view(shape) for one in models])

@@ -3,7 +3,7 @@ summed; steps.py describes the terms, by_torch.py defines them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fastalign._base.errors import UserError
@@ -54,18 +54,17 @@ class Sparse(Method):
             own = {key: value[i] for key, value in values.items() if isinstance(value, list)}
             if own["density"] >= 1:
                 choices.append(Choice())
-            elif own["density"] <= 0 or tensor.count == 0:
+            elif own["density"] <= 0 or tensor.numel == 0:
                 choices.append(Choice("band"))  # nothing
             else:
-                choices.append(self.choice(name, tensor.count, stream_of(name, i), rescale=values["rescale"], **own))
+                choices.append(self.choice(name, tensor.numel, stream_of(name, i), rescale=values["rescale"], **own))
         weights = tuple(tuple(row) for row in job.weights_of(name).tolist())
         row = tensor.shape[-1] if tensor.shape else 1
         seed = values.get("seed", 0)
         return Tasks(tuple(choices), weights, values["lambda"], self.elect, values["normalize"], seed, row)
 
-    def choice(self, name: str, n: int, stream: int, **options: Any) -> Choice:
-        """Which of a task vector's n elements are kept, for a density within (0, 1)."""
-        raise NotImplementedError
+    # (name, n, stream, **options): which of a task vector's n elements are kept, for a density within (0, 1)
+    choice: Callable[..., Choice]
 
 
 class Ties(Sparse):

@@ -254,6 +254,7 @@ class ModelStock(OnSphere):
         readers = [read_bytes(one, name, rows * row * SIZES[one[name].dtype]) for one in job.inputs]
         for data in itertools.zip_longest(*readers):
             base, models, dtype = inputs_as(job, name, data)
+            assert base is not None  # the method needs one
             made = self.by_rows(base.view(-1, row), [model.view(-1, row) for model in models], floor)
             yield mix_tensors([made], [[1.0]], dtype)
 

@@ -102,7 +102,10 @@ def translate(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return together(lambda one, _: one.shared(name))
 
     def each(name: str) -> list[Setting]:
-        return [together(lambda one, places, i=i: one.of_model(name, places[i])) for i in range(len(merged[0]))]
+        def at(i: int) -> Setting:
+            return together(lambda one, places: one.of_model(name, places[i]))
+
+        return [at(i) for i in range(len(merged[0]))]
 
     def same(name: str, of: Callable[[_Parameters, str], Any]) -> Any:
         values = {of(one, name) for one in parameters_of}
@@ -342,7 +345,7 @@ def _run(sources: Sequence[Any], outer: list[Any], *, sliced: bool) -> Run:
             raise UserError(f"parameters must map names to values, got {reprlib.repr(scope)}")
     if len(set(run.models)) != len(run.models):
         raise UserError("a model may occur only once")
-    if sliced and len({last - first for first, last in run.ranges}) > 1:
+    if len({last - first for first, last in filter(None, run.ranges)}) > 1:
         raise UserError("layer_range must have as many layers for every model of a slice")
     return run
 
@@ -357,7 +360,7 @@ def _whole(value: Any) -> Any:
 def stack_of(runs: Sequence[Run], places: Sequence[int]) -> str | list[tuple[str, int, int]]:
     """The stack of one position's models over all slices; without layer ranges, the model itself."""
     pieces = [(run.models[i], run.ranges[i]) for run, i in zip(runs, places, strict=True)]
-    return pieces[0][0] if pieces[0][1] is None else [(model, *layers) for model, layers in pieces]
+    return pieces[0][0] if pieces[0][1] is None else [(model, *layers) for model, layers in pieces if layers]
 
 
 def model_named(value: Any, where: str) -> str:
