@@ -149,7 +149,7 @@ def draw(model: str, rewards: np.ndarray, values: list[str], folder: Path) -> No
     """The λ region and the fronts of one model, as the paper's figures have them: all samples tilted together."""
     requested = [values.index(name) for name in ASKED]
     palettes = {f"HHH-{q}": quantile_palette(rewards, q / 100, values=requested) for q in QUANTILES}
-    figures = study(values, rewards[None], joint=True, palettes=palettes, n_lambda=600).figures(
+    figures = study(values, rewards[None], joint=True, palettes=palettes, n_lam=600).figures(
         list(combinations(requested, 2))
     )
     for name in ("front", "region", "ess"):

@@ -20,7 +20,7 @@ def _fastalign(models, rows, method, density, out, flush):
     options = {"base": models[0], "parameters": {"density": density}} if method == "ties" else {}
 
     def work():
-        soup.merge(models[bool(options) :], rows, out, method=method, sync=flush, progress=False, **options)
+        soup.merge(models[bool(options) :], rows, out, method=method, sync=flush, show_progress=False, **options)
 
     return work
 

@@ -130,7 +130,7 @@ def worker(inputs: list[str], out: str) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    soup.merge(inputs, [0.5, 0.5], out, progress=False)
+    soup.merge(inputs, [0.5, 0.5], out, show_progress=False)
     print(time.perf_counter() - began)
 
 

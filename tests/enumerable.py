@@ -1,4 +1,4 @@
-"""A model so small that every text it can write is enumerated: p0 and p_lambda exactly."""
+"""A model so small that every text it can write is enumerated: p0 and p_λ exactly."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def ours(recipe: dict, out: Path) -> str | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe))
     try:
-        soup.merge(**soup.read_recipe(path), out=out, progress=False)
+        soup.merge(**soup.read_recipe(path), out=out, show_progress=False)
     except UserError as error:
         return str(error).removeprefix(f"{path}: ")
     return None

@@ -163,7 +163,7 @@ def attempt(path: Path, scratch: Path, number: int, draw: random.Random) -> str:
             os.truncate(path, size - 1 - size // 3)
         for one in made:
             try:
-                soup.execute(one, progress=False)
+                soup.execute(one, show_progress=False)
             except (UserError, OSError) as error:
                 told(error)
                 refused += 1

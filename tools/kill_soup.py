@@ -48,7 +48,7 @@ def make_models(root: Path) -> None:
 def linear(root: Path, out: Path) -> None:
     from fastalign import soup
 
-    soup.merge([root / "0.safetensors", root / "1.safetensors"], ROWS, out, max_shard_size=SHARD, progress=False)
+    soup.merge([root / "0.safetensors", root / "1.safetensors"], ROWS, out, max_shard_size=SHARD, show_progress=False)
 
 
 def ties(root: Path, out: Path) -> None:
@@ -56,21 +56,21 @@ def ties(root: Path, out: Path) -> None:
 
     base, tuned = root / "0.safetensors", root / "1.safetensors"
     options = {"method": "ties", "parameters": {"density": 0.3, "normalize": False}}
-    soup.merge([tuned], [[1.0], [0.5]], out, base=base, max_shard_size=SHARD, progress=False, **options)
+    soup.merge([tuned], [[1.0], [0.5]], out, base=base, max_shard_size=SHARD, show_progress=False, **options)
 
 
 def stack(root: Path, out: Path) -> None:
     from fastalign import soup
 
     pieces = [(root / "0.safetensors", 0, 80), (root / "1.safetensors", 40, 120)]
-    soup.merge([pieces], [[1.0], [0.5]], out, normalize=False, max_shard_size=SHARD, progress=False)
+    soup.merge([pieces], [[1.0], [0.5]], out, normalize=False, max_shard_size=SHARD, show_progress=False)
 
 
 def lora(root: Path, out: Path) -> None:
     from fastalign import soup
 
     base, adapter = root / "0.safetensors", root / "adapter"
-    soup.apply_adapters(base, [adapter], [[1.0], [-0.5]], out, max_shard_size=SHARD, progress=False)
+    soup.apply_adapters(base, [adapter], [[1.0], [-0.5]], out, max_shard_size=SHARD, show_progress=False)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     for seed, name in enumerate(MODELS):
         tiny_folder(folder / name, seed=seed, chat=True)
     for name in ("polite", "brief"):
-        extract_adapter(folder / "tuned", folder / "model", folder / name, rank=2 + len(name) % 3, progress=False)
+        extract_adapter(folder / "tuned", folder / "model", folder / name, rank=2 + len(name) % 3, show_progress=False)
     (folder / "soup.yaml").write_text(
         "merge_method: linear\n"
         "models:\n"

@@ -377,7 +377,10 @@ def map_(
     return solution
 
 
-@command("fastalign pareto scored.parquet --quantile 0.6,0.7,0.8 --out fronts", former={"lambdas": "n-lambda"})
+@command(
+    "fastalign pareto scored.parquet --quantile 0.6,0.7,0.8 --out fronts",
+    former={"lambdas": "n-lam", "n-lambda": "n-lam"},
+)
 def pareto(
     scored: Scored,
     out: Annotated[
@@ -398,7 +401,7 @@ def pareto(
     ] = None,
     values: Values = None,
     joint: Joint = False,
-    n_lambda: Annotated[int, typer.Option(help="Number of random λ.")] = 1000,
+    n_lam: Annotated[int, typer.Option(help="Number of random λ.")] = 1000,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> Result:
@@ -413,7 +416,7 @@ def pareto(
         soups=soup or [],
         values=_names("values", values) if values is not None else None,
         joint=joint,
-        n_lambda=n_lambda,
+        n_lam=n_lam,
         seed=seed,
         overwrite=overwrite,
     )
@@ -429,7 +432,7 @@ def pareto(
         console.print(
             f"{name}: {verdict}; KL {way.policies.kl[-1]:.2f} nats, effective sample size {way.policies.ess[-1]:.1f}"
         )
-    console.print(f"{study.region.desirable.mean():.1%} of {n_lambda:,} random λ leave no value below the model's mean")
+    console.print(f"{study.region.desirable.mean():.1%} of {n_lam:,} random λ leave no value below the model's mean")
     console.print(f"{out / 'pareto.html'}")
     return read_json(out / "pareto.json")
 

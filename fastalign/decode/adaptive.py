@@ -76,7 +76,7 @@ def adaptive(
     same seed.
 
     Bias: stopping depends on the rewards, so a prompt whose first candidates score alike stops before a rare good one
-    appears. `resample` is then further from p_lambda, and means over the candidates are further from those under p0,
+    appears. `resample` is then further from p_λ, and means over the candidates are further from those under p0,
     than with a fixed n of the same average size. Use a fixed n for unbiased estimates.
 
     Raises UserError (one line) on bad arguments.
@@ -194,7 +194,7 @@ def pilot(
     seed: int,
     **sampling: Unpack[SamplingOptions],
 ) -> Pilot:
-    """Draw n candidates for 8 prompts spread over the set, and estimate how many p_lambda needs (`worth`).
+    """Draw n candidates for 8 prompts spread over the set, and estimate how many p_λ needs (`worth`).
 
     sampling: as in `best_of`. Its random numbers are independent of those of a run with the same seed.
     """

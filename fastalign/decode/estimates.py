@@ -124,7 +124,7 @@ class BestOfCurve(NamedTuple):
 
 
 def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> BestOfCurve:
-    """Unbiased estimates of the mean of best-of-k by λᵀR for every k up to N, from the same N candidates.
+    """Unbiased estimates of the mean of best-of-k by λ·R for every k up to N, from the same N candidates.
 
     The average over all subsets of k of the N: the i-th smallest is the best of C(i-1, k-1) of the C(N, k).
     Candidates of equal score share equally.

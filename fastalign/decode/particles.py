@@ -1,10 +1,10 @@
-"""Resampling half-way: particles that approach p_lambda(y|x), proportional to p0(y|x) exp(lambda . R(x, y)), token by
+"""Resampling half-way: particles that approach p_λ(y|x), proportional to p0(y|x) exp(λ·R(x, y)), token by
 token.
 
 Sequential Monte Carlo with twisted targets (Doucet & Johansen 2009; for language models Zhao et al., arXiv
 2404.17546): at each checkpoint a particle's weight is multiplied by the ratio of its current to its previous promise,
 the estimated reward-to-go of its text. If weights have become uneven, the particles are resampled, so that drawing
-continues from promising beginnings. The last weight replaces all promises with exp(lambda . R), so the weighted
+continues from promising beginnings. The last weight replaces all promises with exp(λ·R), so the weighted
 particles are correct for any promise.
 """
 
@@ -39,7 +39,7 @@ class Particles:
     m).
 
     log_weights (P, n) float64: exp of them, averaged over a prompt's particles with any f(y), estimates Z E_lambda f
-    without bias; Z = E_p0 exp(lambda . R). effective_sample_size (P,) of the weights; copies of one particle are not
+    without bias; Z = E_p0 exp(λ·R). effective_sample_size (P,) of the weights; copies of one particle are not
     independent, so it means less than in `best_of`. values (m,): mean over prompts of the weighted mean rewards.
     candidates: the particles. resampled (P,): how often. tokens: total number drawn.
     """
@@ -81,7 +81,7 @@ def particles(
     show_progress: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Particles:
-    """Draw from p_lambda with n particles per prompt; p0 is the model's distribution with the given temperature, top_p
+    """Draw from p_λ with n particles per prompt; p0 is the model's distribution with the given temperature, top_p
     ...
 
     checkpoints: ascending numbers of new tokens at which particles may be resampled. promise(prompts, texts so far) ->
@@ -208,7 +208,7 @@ class _Run:
         return below
 
     def finish(self) -> np.ndarray:
-        """Replace all promises with exp(lambda . R); returns the rewards (jobs, m)."""
+        """Replace all promises with exp(λ·R); returns the rewards (jobs, m)."""
         array = self.flight.score(self.rewards, self.flight.jobs)
         self.log_weights += (array @ self.lam).reshape(self.shape) - self.promised
         return array

@@ -1,6 +1,6 @@
-"""Choose among candidates under p_lambda(y|x), proportional to p0(y|x) exp(lambda . R(x, y)).
+"""Choose among candidates under p_λ(y|x), proportional to p0(y|x) exp(λ·R(x, y)).
 
-The candidates are draws from p0, so their self-normalised importance weights are exp(lambda . R) alone
+The candidates are draws from p0, so their self-normalised importance weights are exp(λ·R) alone
 (MAP, arXiv 2410.19198, section 3; sampling-importance-resampling, Rubin 1987).
 """
 
@@ -16,7 +16,7 @@ def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "r
     """Select k of the N candidates of each of P prompts -> (P, k) int64 indices.
 
     rewards: (P, N, m) finite; lam: (m,). method: "resample" (exact draws with replacement: soft best-of-N; for
-    temperature t use lam / t), "best" (the k largest lambda . R, each once), or any method of `ops.resample`, of which
+    temperature t use lam / t), "best" (the k largest λ·R, each once), or any method of `ops.resample`, of which
     gumbel_top_k draws from the weights without replacement. Raises UserError on wrong shapes and on NaN.
     """
     from fastalign import ops
@@ -32,7 +32,7 @@ def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "r
 
 
 def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
-    """(sum w)^2 / sum w^2 with w = exp(lambda . R), in 1..N (Kong 1992).
+    """(sum w)^2 / sum w^2 with w = exp(λ·R), in 1..N (Kong 1992).
 
     rewards (P, N, m) -> (P,) float64; (N, m) -> a scalar.
     """
@@ -42,7 +42,7 @@ def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
 
 
 def log_weights_of(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
-    """lambda . R in float64: (P, N, m) -> (P, N), (N, m) -> (N,)."""
+    """λ·R in float64: (P, N, m) -> (P, N), (N, m) -> (N,)."""
     from fastalign.ops import checks
 
     checks.arrays(rewards=rewards, lam=lam)

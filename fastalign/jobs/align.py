@@ -213,7 +213,7 @@ def _parts(out: Path, settings: dict[str, Any], *, overwrite: bool, resume: bool
         if kept:
             try:
                 outputs.check_same(parts.path, parts.job, settings, knobs=KNOBS)
-                outputs.say(f"{out}: going on from the {len(kept)} batches that an interrupted run finished")
+                outputs.say(f"{out}: resuming from the {len(kept)} batches that an interrupted run finished")
             except UserError:
                 if not overwrite:
                     raise

@@ -27,21 +27,21 @@ def preference_pairs(
     pairs_per_prompt: int = 1,
     seed: int,
 ) -> PreferencePairs:
-    """Preference pairs from scored candidates of the same prompt, ordered by p_lambda(y|x).
+    """Preference pairs from scored candidates of the same prompt, ordered by p_λ(y|x).
 
     Args:
         scored: a scored file of `fastalign score`, or its Candidates.
         lam: a weight per reward, by name, or in the order of the file's rewards. With the lam of `fastalign map`, a
             policy trained on the pairs moves towards the palette.
-        how: "best_worst": the candidate of the i-th largest lam · R against that of the i-th smallest, i up to
-            `pairs_per_prompt` and at most N // 2. "sampled": chosen drawn from p_lambda (`ops.resample` on lam · R),
-            rejected from p0 (uniformly); draws are not reordered, so chosen may have the lower lam · R.
+        how: "best_worst": the candidate of the i-th largest λ·R against that of the i-th smallest, i up to
+            `pairs_per_prompt` and at most N // 2. "sampled": chosen drawn from p_λ (`ops.resample` on λ·R),
+            rejected from p0 (uniformly); draws are not reordered, so chosen may have the lower λ·R.
         pairs_per_prompt: maximum per prompt.
         seed: of the draws.
 
     Returns:
-        PreferencePairs with columns prompt, chosen, rejected, and chosen_score and rejected_score, their lam · R.
-        dropped counts "ties" (pairs of equal lam · R or of the same text), "pairs with an empty text" and "prompts with
+        PreferencePairs with columns prompt, chosen, rejected, and chosen_score and rejected_score, their λ·R.
+        dropped counts "ties" (pairs of equal λ·R or of the same text), "pairs with an empty text" and "prompts with
         one candidate".
 
     Raises:

@@ -12,12 +12,14 @@ import numpy as np
 from fastalign._base import outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
+from fastalign._base.former import renamed
 from fastalign.data import palettes as palette_files
 from fastalign.decode.candidates import Candidates
 from fastalign.palette.front import palette_path
 from fastalign.report.study import L1_MAX, Study, flat, groups_of, palette_figures, study
 
 
+@renamed(n_lambda="n_lam")
 def write(
     scored: str | Path,
     out: str | Path,
@@ -27,7 +29,7 @@ def write(
     soups: Sequence[str | Path] = (),
     values: Sequence[str] | None = None,
     joint: bool = False,
-    n_lambda: int = 1000,
+    n_lam: int = 1000,
     l1_max: float = L1_MAX,
     seed: int = 0,
     overwrite: bool = False,
@@ -45,15 +47,15 @@ def write(
 
     if seed < 0:
         raise UserError(f"seed must be at least 0, got {seed}")
-    if n_lambda < 1:
-        raise UserError(f"n_lambda must be at least 1, got {n_lambda}")
+    if n_lam < 1:
+        raise UserError(f"n_lam must be at least 1, got {n_lam}")
     for q in quantiles:
         check_quantile("quantile", q)
     out = Path(out)
     inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
     inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
     settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
-    job = outputs.Job("pareto", inputs, settings | {"lambdas": n_lambda, "l1_max": l1_max, "seed": seed})
+    job = outputs.Job("pareto", inputs, settings | {"lambdas": n_lam, "l1_max": l1_max, "seed": seed})
     written: dict[str, Any] = {"files": [out / "pareto.html"], "figures": out}
     if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
         return None
@@ -82,7 +84,7 @@ def write(
         soups=np.array(list(merged.values())) if merged else None,
         soup_names=list(merged),
         joint=joint,
-        n_lambda=n_lambda,
+        n_lam=n_lam,
         l1_max=l1_max,
         seed=seed,
     )

@@ -1,4 +1,4 @@
-"""PPO on several values at once: every rollout is scored with every reward, and the policy is trained on λ · R."""
+"""PPO on several values at once: every rollout is scored with every reward, and the policy is trained on λ·R."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def train_ppo(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Train a model by PPO on λ · R of its own responses, into the folder `out`; see `jobs.run`.
+    """Train a model by PPO on λ·R of its own responses, into the folder `out`; see `jobs.run`.
 
     Args:
         prompts: the prompts, or a function that reads them, called once the other arguments are checked; each epoch
@@ -100,7 +100,7 @@ def train_ppo(
 
     Returns:
         The content of <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
-        standard error, and the KL. <out>/log.jsonl has one line per step: the mean of every value, of λ · R, the KL to
+        standard error, and the KL. <out>/log.jsonl has one line per step: the mean of every value, of λ·R, the KL to
         the model before training, losses, tokens per second.
 
     Raises:
@@ -276,7 +276,7 @@ def _tensors(scores: np.ndarray) -> list:
 
 
 def _over_processes(trainer, scores: np.ndarray, combined: np.ndarray, tokens: int) -> tuple[list[float], int]:
-    """Means of the m values and of λ · R over all processes' rollouts, and the number of their tokens."""
+    """Means of the m values and of λ·R over all processes' rollouts, and the number of their tokens."""
     import torch
 
     sums = np.concatenate([scores.sum(0, dtype=np.float64), [combined.sum(), len(scores), tokens]])

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastalign._base import outputs
 from fastalign._base.errors import UserError
+from fastalign._base.former import renamed
 from fastalign._base.units import counted
 from fastalign.data import palettes
 from fastalign.soup.front import Choice, SoupFront, choose
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fastalign.palette.inputs import Array
 
 
+@renamed(progress="show_progress")
 def study(
     models: Sequence[str | os.PathLike[str]],
     rho: Array,
@@ -39,7 +41,7 @@ def study(
     dtype: Any = "auto",
     device: Any = "auto",
     overwrite: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
     **sampling: Unpack[SamplingOptions],
 ) -> SoupFront:
     """`walk`, then `choose` for a palette (d,), and measure the chosen ρ with the next seed. Writes soups.json and
@@ -52,7 +54,7 @@ def study(
     from fastalign.report import figures as plots
 
     settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "base": base, "dtype": dtype}
-    settings |= {"device": device, "progress": progress, **sampling}
+    settings |= {"device": device, "show_progress": show_progress, **sampling}
     first = Walk(models, rho, prompts, rewards, seed=seed, **settings)
     with making(out, [*models, base], first.job, overwrite=overwrite) as files:
         had = None if overwrite else _had(Path(out) / RECORD)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.former import renamed
 from fastalign._base.units import counted
 from fastalign.ops import checks
 from fastalign.palette.feasibility import INWARD
@@ -257,9 +258,10 @@ def palette_path(
     return Way(palette, t[known], palettes[known], tilts.at(lam[known]), limit)
 
 
+@renamed(n_lambda="n_lam")
 def feasible_region(
     rewards: Rewards,
-    n_lambda: int,
+    n_lam: int,
     l1_max: float,
     seed: int,
     *,
@@ -272,21 +274,21 @@ def feasible_region(
     not depend on the values' units. The share that is desirable is then a share of that region's volume. As in MAP
     (arXiv 2410.19198, section 4), which draws λ in the rewards' own units.
     """
-    return region_of(Tilts(rewards, groups=groups, weights=weights), n_lambda, l1_max, seed)
+    return region_of(Tilts(rewards, groups=groups, weights=weights), n_lam, l1_max, seed)
 
 
-def region_of(tilts: Tilts, n_lambda: int, l1_max: float, seed: int) -> Region:
+def region_of(tilts: Tilts, n_lam: int, l1_max: float, seed: int) -> Region:
     """`feasible_region` of samples that are already set up."""
-    checks.integer("n_lambda", n_lambda)
+    checks.integer("n_lam", n_lam)
     checks.integer("seed", seed, 0)
     checks.numbers(l1_max=l1_max)
-    if n_lambda < 1:
-        raise UserError(f"n_lambda must be at least 1, got {n_lambda!r}")
+    if n_lam < 1:
+        raise UserError(f"n_lam must be at least 1, got {n_lam!r}")
     if not 0 < l1_max < np.inf:
         raise UserError(f"l1_max must be positive and finite, got {l1_max!r}")
     m = len(tilts.mean)
     # m + 1 shares of 1 without the last: uniform over the corner below the simplex.
-    shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lambda)[:, :m]
+    shares = np.random.default_rng(seed).dirichlet(np.ones(m + 1), size=n_lam)[:, :m]
     policies = tilts.at(l1_max * shares / tilts.scale)
     desirable = np.asarray((policies.levels >= tilts.mean - 1e-12 * tilts.scale).all(axis=1))
     return Region(policies, desirable, tilts.mean)

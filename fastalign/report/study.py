@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.former import renamed
 from fastalign._base.units import counted
 from fastalign.decode.estimates import TRUSTED_ESS, best_of_curve, best_of_n_kl
 from fastalign.palette.front import Policies, Region, Tilts, Way, front_of, palette_path, region_of, spread_directions
@@ -200,6 +201,7 @@ class Study:
         )
 
 
+@renamed(n_lambda="n_lam")
 def study(
     values: Sequence[str],
     rewards: np.ndarray,
@@ -208,7 +210,7 @@ def study(
     soups: np.ndarray | None = None,
     soup_names: Sequence[str] | None = None,
     joint: bool = False,
-    n_lambda: int = 1000,
+    n_lam: int = 1000,
     l1_max: float = L1_MAX,
     seed: int = 0,
 ) -> Study:
@@ -216,7 +218,7 @@ def study(
 
     values: m names. rewards: (P, N, m), finite. palettes: levels (m,) to reach, by name. soups: (S, m), levels of other
     models, such as merged ones; soup_names: S, default their indices. joint: over all candidates at once, which also
-    reweights the prompts. n_lambda, l1_max, seed: for the random λ, see `palette.feasible_region`. Raises UserError if
+    reweights the prompts. n_lam, l1_max, seed: for the random λ, see `palette.feasible_region`. Raises UserError if
     shapes do not match or a number is not finite.
     """
     rewards = np.asarray(rewards)
@@ -253,7 +255,7 @@ def study(
         values=list(values), rewards=rewards, joint=joint, before=tilts.mean,
         std=np.where(tilts.constant, 0.0, tilts.scale), ks=ks, directions=directions,
         fronts={kl: front_of(tilts, kl, directions) for kl in budgets}, limit=limit,
-        region=region_of(tilts, n_lambda, l1_max, seed), l1_max=l1_max, beta=beta,
+        region=region_of(tilts, n_lam, l1_max, seed), l1_max=l1_max, beta=beta,
         scalarised=tilts.at(_simplex(directions) / beta / tilts.scale),
         best_of=_best_of(rewards, directions / tilts.scale, ks) if several else {},
         palettes={name: palette_path(rows, c, groups=groups) for name, c in (palettes or {}).items()},

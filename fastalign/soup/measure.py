@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastalign._base import outputs
-from fastalign._base import progress as bars
+from fastalign._base import outputs, progress
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_folder
+from fastalign._base.former import renamed
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.decode.candidates import Candidates
 from fastalign.soup.architecture import same_model
@@ -125,6 +125,7 @@ def making(
 # ---- the walk ----
 
 
+@renamed(progress="show_progress")
 def walk(
     models: Sequence[str | os.PathLike[str]],
     rho: ArrayLike,
@@ -139,7 +140,7 @@ def walk(
     dtype: Any = "auto",
     device: Any = "auto",
     overwrite: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
     **sampling: Unpack[SamplingOptions],
 ) -> SoupFront:
     """Measure the soups of `models` at each row of `rho`: one live model is set to each in turn, sampled and scored.
@@ -158,7 +159,7 @@ def walk(
     """
     job = Walk(
         models, rho, prompts, rewards, n=n, max_new_tokens=max_new_tokens, seed=seed, base=base, dtype=dtype,
-        device=device, progress=progress, **sampling,
+        device=device, show_progress=show_progress, **sampling,
     )  # fmt: skip
     with making(out, [*models, base], job.job, overwrite=overwrite) as files:
         return job.into(files)
@@ -182,7 +183,7 @@ class Walk:
         base: str | os.PathLike[str] | None,
         dtype: Any = "auto",
         device: Any = "auto",
-        progress: bool = True,
+        show_progress: bool = True,
         **sampling: Unpack[SamplingOptions],
     ):
         self._models, self._base, self._prompts = models, base, prompts
@@ -201,7 +202,7 @@ class Walk:
             identities = [one.identity for one in opened]
             identities.append(identity_of(open_checkpoint(base)))
         self._sampling: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, **sampling}
-        self._loading, self._progress = {"dtype": dtype, "device": device}, progress
+        self._loading, self._show = {"dtype": dtype, "device": device}, show_progress
         prompts_sha256 = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
         made_with = {
             "models": identities,
@@ -224,7 +225,7 @@ class Walk:
             (f"{under}{k:03d}.parquet", self._made_with | {"rho": row.tolist()}) for k, row in enumerate(self._rows)
         ]
         there = [files.measured(name, wanted) for name, wanted in files_wanted]  # check all before measuring any
-        with bars.bar("soups", total=len(files_wanted), unit="soups", show=self._progress) as advance:
+        with progress.bar("soups", total=len(files_wanted), unit="soups", show=self._show) as advance:
             for row, (name, wanted), scored in zip(self._rows, files_wanted, there, strict=True):
                 if scored is None:
                     if live is None:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastalign import backend
-from fastalign._base import files
-from fastalign._base import progress as bars
+from fastalign._base import files, progress
 from fastalign._base.errors import printable
+from fastalign._base.former import renamed
 from fastalign._base.units import size
 from fastalign.soup.checkpoint import FLOATS, SIZES, allow_open_files, opened, unchanged
 from fastalign.soup.outputs import already_made, chunk_of, growing, recorded
@@ -46,6 +46,7 @@ class Merged(NamedTuple):
     not_finite: str = ""
 
 
+@renamed(progress="show_progress")
 def merge(
     models: Sequence[Model],
     weights: ArrayLike | Sequence[float | Mapping[str, Any]] | None,
@@ -66,7 +67,7 @@ def merge(
     sync: bool = True,
     strict: bool = False,
     overwrite: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> Merged:
     """Merge checkpoints of one architecture into one soup, or into many with a single read.
 
@@ -128,26 +129,27 @@ def merge(
         normalize=normalize, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force,
     )  # fmt: skip
     for note in made.notes:
-        warnings.warn(printable(note), stacklevel=2)
-    return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, progress=progress))
+        warnings.warn(printable(note), stacklevel=3)
+    return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, show_progress=show_progress))
 
 
 def warned(merged: Merged) -> Merged:
     """Warns Python callers of a merge about non-finite numbers."""
     if merged.not_finite:
-        warnings.warn(printable(f"{merged.out}: {merged.not_finite}"), stacklevel=3)
+        warnings.warn(printable(f"{merged.out}: {merged.not_finite}"), stacklevel=4)
     return merged
 
 
+@renamed(progress="show_progress")
 def execute(
-    plan: Plan, *, sync: bool = True, strict: bool = False, overwrite: bool = False, progress: bool = True
+    plan: Plan, *, sync: bool = True, strict: bool = False, overwrite: bool = False, show_progress: bool = True
 ) -> Merged:
     """Run a plan, or the rest of it. sync, strict, overwrite: see `merge`."""
     with nullcontext() if sync else files.unflushed():
-        return _execute(plan, strict, overwrite, progress)
+        return _execute(plan, strict, overwrite, show_progress)
 
 
-def _execute(plan: Plan, strict: bool, overwrite: bool, progress: bool) -> Merged:
+def _execute(plan: Plan, strict: bool, overwrite: bool, show_progress: bool) -> Merged:
     began = time.perf_counter()
     chunk_of(plan)  # first, to report a memory limit that is too low
     count, seen, resumed, read, written = len(plan.weights), NotFinite(), 0, 0, 0
@@ -162,7 +164,7 @@ def _execute(plan: Plan, strict: bool, overwrite: bool, progress: bool) -> Merge
             unchanged(plan.sources)
         total = plan.read_bytes + plan.written_bytes
         with (
-            bars.bar("merge", total=total // 10**6, unit="MB", show=progress) as advance,
+            progress.bar("merge", total=total // 10**6, unit="MB", show=show_progress) as advance,
             opened(plan.inputs if outputs.todo else ()) as inputs,
         ):
             moved = _Megabytes(advance)

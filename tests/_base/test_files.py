@@ -124,7 +124,7 @@ def model(folder, **files):
 
 
 def merge_of(*models, **options):
-    return soup.merge(models, [1 / len(models)] * len(models), models[0].parent / "out", progress=False, **options)
+    return soup.merge(models, [1 / len(models)] * len(models), models[0].parent / "out", show_progress=False, **options)
 
 
 @pytest.mark.parametrize("make", [fifo, device, local_socket])
@@ -141,7 +141,7 @@ def test_what_is_no_file_in_a_models_folder_is_not_opened(make, name, tmp_path, 
     if name == "model.safetensors":
         for given in (one, one / name):
             with pytest.raises((UserError, OSError)) as caught:
-                soup.merge([given], [1.0], tmp_path / "out", progress=False)
+                soup.merge([given], [1.0], tmp_path / "out", show_progress=False)
             assert "\n" not in str(caught.value) and str(one) in str(caught.value)
     else:
         merge_of(one)
@@ -171,13 +171,13 @@ def test_snapshots_of_the_hubs_cache_link_to_their_blobs(tmp_path):
     for i, path in enumerate(sorted(one.iterdir())):
         path.rename(home / "blobs" / str(i))
         path.symlink_to(f"../../blobs/{i}")
-    soup.merge([one], [1.0], tmp_path / "out", progress=False)
+    soup.merge([one], [1.0], tmp_path / "out", show_progress=False)
     assert (tmp_path / "out" / "config.json").is_file()
     (one / "config.json").unlink()
     (tmp_path / "secret").write_text("{}")
     (one / "config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="outside its folder"):
-        soup.merge([one], [1.0], tmp_path / "again", progress=False)
+        soup.merge([one], [1.0], tmp_path / "again", show_progress=False)
 
 
 def test_json_that_is_nested_deeply_is_one_line(tmp_path):

@@ -133,7 +133,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
         SharedPromptEngine, "prefill", lambda self, prompt, ids: again.append(prompt) or prefill(self, prompt, ids)
     )
     code, _, err = fastalign(*sampling)
-    assert code == 0 and f"{out}: going on from the {finished} batches" in err
+    assert code == 0 and f"{out}: resuming from the {finished} batches" in err
     assert len(again) == len(expected.prompts) - finished  # what was finished is not drawn again
     result = Candidates.from_parquet(out)
     assert result.texts == expected.texts
@@ -289,7 +289,7 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
         assert fastalign("sample", "--out", out, "--more", 6, "--batch-size", 16)[0] == 130
     assert Candidates.from_parquet(out).texts == first.texts
     code, shown, err = fastalign("sample", "--out", out, "--more", 6)
-    assert code == 0 and "going on from" in err and "6 prompts × 14 candidates" in shown
+    assert code == 0 and "resuming from" in err and "6 prompts × 14 candidates" in shown
     added = Candidates.from_parquet(out)
     assert added.texts == whole.texts and added.settings == whole.settings
     assert "already there" in fastalign(*sampling, "-n", 14)[2]
@@ -348,7 +348,7 @@ def test_a_stopped_run_resumes_in_less_memory(sampling, tmp_path, monkeypatch, s
         patch.setattr(Candidates, "to_parquet", killed)
         assert fastalign(*sampling)[0] == 130
     code, _, err = fastalign(*sampling, *knobs)
-    assert code == 0 and "going on from the 2 batches" in err, err
+    assert code == 0 and "resuming from the 2 batches" in err, err
     whole, result = (Candidates.from_parquet(tmp_path / name) for name in ("whole.parquet", "candidates.parquet"))
     assert result.texts == whole.texts and result.settings["sampling"] == whole.settings["sampling"]
     assert "already there" in fastalign(*sampling)[2]

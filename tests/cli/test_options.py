@@ -126,7 +126,9 @@ def test_the_options_that_are_passed_on_are_those_of_sample():
 
 FORMER = [
     ("sample", "--engine", "--backend"),
-    ("pareto", "--lambdas", "--n-lambda"),
+    ("pareto", "--lambdas", "--n-lam"),
+    ("pareto", "--n-lambda", "--n-lam"),
+    ("pareto", "--n_lambda", "--n-lam"),
     ("train ppo", "--kl-coef", "--init-kl-coef"),
     ("train ppo", "--data", "--prompts"),
     ("train ppo", "--data_name", "--prompts"),

@@ -480,7 +480,7 @@ def test_an_interrupted_overwriting_leaves_the_old_output_and_mixes_nothing(work
     assert "out was made with seed=0, this run has 1" in refused(*new)
     assert "out.parts was made with seed=1, this run has 0" in refused("sample", "--more", 1, "--out", "out")
     code, _, err = fastalign(*new, "--overwrite")
-    assert code == 0 and "going on from the 2 batches" in err
+    assert code == 0 and "resuming from the 2 batches" in err
     assert texts() == other and not Path("out.parts").exists()
 
 

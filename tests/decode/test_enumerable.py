@@ -1,4 +1,4 @@
-"""Every way of decoding against the exact p0 and p_lambda of a model whose texts are all enumerated."""
+"""Every way of decoding against the exact p0 and p_λ of a model whose texts are all enumerated."""
 
 import enumerable
 import numpy as np
@@ -23,7 +23,7 @@ def sampler():
 
 @pytest.fixture(scope="module")
 def exact(sampler):
-    """Sequences -> place, p0 (S,), rewards (S,), p_lambda (S,), Z."""
+    """Sequences -> place, p0 (S,), rewards (S,), p_λ (S,), Z."""
     sequences, p0 = enumerable.law(sampler.model)
     assert len(sequences) == 341 and p0.sum() == pytest.approx(1, abs=1e-6)
     r = np.array([worth(sampler.tokenizer.decode(ids)) for ids in sequences])
@@ -58,7 +58,7 @@ def test_draws_follow_p0(exact, drawn):
 
 
 def test_resampled_draws_approach_p_lambda_as_theory_says(exact, drawn):
-    """The law of one of N resampled, its own randomness averaged out, is p_lambda (1 + (rho - w / Z) / N) to first
+    """The law of one of N resampled, its own randomness averaged out, is p_λ (1 + (rho - w / Z) / N) to first
     order, rho = E w^2 / Z^2: the bias of a self-normalised estimate. Given its reward a text follows p0 whatever N
     is, so that the total variation between the laws of texts is that between those of rewards."""
     place, p0, r, p_lam, z = exact
@@ -142,7 +142,7 @@ def test_any_promise_is_taken_back(sampler, exact, promise):
 
 
 def test_the_best_promise_makes_particles_exact(sampler, exact):
-    """log E[exp(lam r) | so far]: every particle then has the weight Z, and the texts follow p_lambda itself."""
+    """log E[exp(lam r) | so far]: every particle then has the weight Z, and the texts follow p_λ itself."""
     place, p0, r, p_lam, _ = exact
     sequences = list(place)
 

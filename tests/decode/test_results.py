@@ -44,7 +44,7 @@ def test_what_is_drawn(sampler, draw, more, shown):
         (lambda: palette.kl_front(FLAT, kl=0.1), "Policies: "),
         (lambda: palette.feasible_region(FLAT, 20, 3.0, 0), "Region: 20 λ, "),
         (lambda: palette.palette_path(FLAT, [0.1, 0.1]), "Way: 41 steps to a palette of 2 values, "),
-        (lambda: study(["a", "b"], R, n_lambda=10), "Study: a, b of 6 prompts × 8, 0 palettes, 0 soups"),
+        (lambda: study(["a", "b"], R, n_lam=10), "Study: a, b of 6 prompts × 8, 0 palettes, 0 soups"),
         (
             lambda: soup.SoupFront(["a", "b"], ["x", "y"], np.eye(2), R[:2], np.ones(2), 4),
             "SoupFront: 2 soups of x, y by a, b, 8 prompts × 4",

@@ -206,7 +206,7 @@ def test_directions():
         (lambda r: front_towards(r, r.mean(axis=0) + 1, np.inf), "kl must be positive and finite, got inf"),
         (lambda r: palette_path(r, r.mean(axis=0), steps=1), "steps must be at least 2, got 1"),
         (lambda r: palette_path(r, [1.0]), "palette must have one level for each of the 2 rewards, got 1"),
-        (lambda r: feasible_region(r, 0, 1.0, 0), "n_lambda must be at least 1, got 0"),
+        (lambda r: feasible_region(r, 0, 1.0, 0), "n_lam must be at least 1, got 0"),
         (lambda r: feasible_region(r, 5, np.inf, 0), "l1_max must be positive and finite, got inf"),
     ],
 )

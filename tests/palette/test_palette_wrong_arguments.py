@@ -37,7 +37,7 @@ CASES = [
     (lambda: front.spread_directions(-1), "m must be an integer, at least 1, got -1"),
     (lambda: front.spread_directions(2, None), "count must be an integer, got None"),
     (lambda: front.feasible_region(R, 10, 1.0, -1), "seed must be an integer, at least 0, got -1"),
-    (lambda: front.feasible_region(R, None, 1.0, 0), "n_lambda must be an integer, got None"),
+    (lambda: front.feasible_region(R, None, 1.0, 0), "n_lam must be an integer, got None"),
     (lambda: front.feasible_region(R, 10, "x", 0), "l1_max must be a number, got 'x'"),
     (lambda: front.kl_front(R, None), "kl must be a number, got None"),
     (lambda: front.kl_front(R, 0.1, "x"), "directions must be an array of numbers, got 'x'"),

@@ -69,7 +69,7 @@ def test_the_pareto_command(scored, tmp_path):
     assert [p["name"] for p in result["palettes"]] == ["q55", "q60", "far"]
     # Every λ in the file realises what the file says, by another part of the program.
     grid = Candidates.from_parquet(scored).reward_array()
-    assert study(result["values"], grid, n_lambda=80).to_json()["region"] == result["region"]  # a seed reproduces
+    assert study(result["values"], grid, n_lam=80).to_json()["region"] == result["region"]  # a seed reproduces
     for points in (*result["fronts"], result["scalarised"], result["region"], *result["palettes"]):
         estimated = estimate(grid, points["lambda"], warn=False)
         np.testing.assert_allclose(estimated.values, points["levels"], rtol=1e-6, atol=1e-8)
@@ -110,7 +110,7 @@ def test_studies_of_every_size_draw(shape, joint):
     if shape == (3, 16, 3):
         x[..., 1] = 0.25  # a constant value
     palettes = {"a $": quantile_palette(x.reshape(-1, shape[2]), 0.6), "b": x.max(axis=(0, 1)) + 1}
-    result = study(NAMES[: shape[2]], x, joint=joint, palettes=palettes, n_lambda=30, soups=x[0, :1])
+    result = study(NAMES[: shape[2]], x, joint=joint, palettes=palettes, n_lam=30, soups=x[0, :1])
     figures = result.figures()
     expected = {"ess", "path", "histograms"} | ({"front", "region"} if shape[2] > 1 else set())
     expected |= {"front3d", "radar"} if shape[2] > 2 else set()
@@ -141,7 +141,7 @@ def test_merged_models_have_their_names(tmp_path):
 
 def test_of_many_merged_models_those_furthest_out_are_named():
     levels = np.random.default_rng(0).normal(size=(66, 2))
-    result = study(["a", "b"], rewards(5, 8, 2), soups=levels, soup_names=[f"s{k}" for k in range(66)], n_lambda=20)
+    result = study(["a", "b"], rewards(5, 8, 2), soups=levels, soup_names=[f"s{k}" for k in range(66)], n_lam=20)
     lines = [text.get_text() for text in result.figures()["front"].axes[0].texts]
     assert sorted(lines) == sorted({f"s{k}" for k in (*levels.argmin(axis=0), *levels.argmax(axis=0))})
 
@@ -169,7 +169,7 @@ def test_two_palettes_of_one_name_are_both_marked(scored, tmp_path):
 
 
 def test_no_palettes_and_no_soups_is_fine():
-    result = study(NAMES[:2], rewards(5, 16, 2), n_lambda=20)
+    result = study(NAMES[:2], rewards(5, 16, 2), n_lam=20)
     assert set(result.figures()) == {"front", "region", "ess"} and result.to_json()["palettes"] == []
 
 

@@ -72,11 +72,11 @@ def test_the_pareto_page_shows_both_for_each_palette():
     x = rewards(6, 16, 2)
     flat = x.reshape(-1, 2)
     requested = {"a <b>": quantile_palette(flat, 0.6), "far": x.max(axis=(0, 1)) - 0.05}
-    result = study(NAMES[:2], x, palettes=requested, n_lambda=20)
+    result = study(NAMES[:2], x, palettes=requested, n_lam=20)
     text = pareto_page(result, {})
     assert text.count("<table class='duals'>") == 2 and "<h3>a &lt;b&gt;</h3>" in text and "<b></h3>" not in text
     assert "of the way" in text
     rows = result.to_json()["palettes"][0]["duals"]
     assert [row["form"] for row in rows] == ["per_prompt", "joint"]
     assert rows[0]["kl"] == pytest.approx(result.palettes["a <b>"].policies.kl[-1], rel=1e-5)
-    assert study(NAMES[:2], x[:1], palettes=requested, n_lambda=20).duals == {}
+    assert study(NAMES[:2], x[:1], palettes=requested, n_lam=20).duals == {}

@@ -531,14 +531,14 @@ def peak_kb():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 
 small, large, adapter, out = sys.argv[1:]
-soup.merge([small, small], [0.5, 0.5], out + "/small", progress=False)
+soup.merge([small, small], [0.5, 0.5], out + "/small", show_progress=False)
 soup.mix([small, small], [0.5, 0.5])
-soup.apply_adapters(small, [adapter + "-small"], [0.5], out + "/small-lora", progress=False)
+soup.apply_adapters(small, [adapter + "-small"], [0.5], out + "/small-lora", show_progress=False)
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
 before = peak_kb()
 for method in ("linear", "slerp"):
-    soup.merge([large, large], [0.5, 0.5], out + "/" + method, method=method, memory_limit="2MB", progress=False)
-soup.apply_adapters(large, [adapter], [0.5], out + "/lora", memory_limit="2MB", progress=False)
+    soup.merge([large, large], [0.5, 0.5], out + "/" + method, method=method, memory_limit="2MB", show_progress=False)
+soup.apply_adapters(large, [adapter], [0.5], out + "/lora", memory_limit="2MB", show_progress=False)
 print(peak_kb() - before)
 """
 
@@ -562,9 +562,9 @@ import resource, sys
 from fastalign import soup
 out, *models = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 400))
-soup.merge(models, soup.simplex_grid(2, 101), out, progress=False)
+soup.merge(models, soup.simplex_grid(2, 101), out, show_progress=False)
 try:
-    soup.merge(models, soup.simplex_grid(2, 501), out + "2", progress=False)
+    soup.merge(models, soup.simplex_grid(2, 501), out + "2", show_progress=False)
 except ValueError as error:
     print(error)
 """
@@ -586,8 +586,8 @@ from fastalign import soup
 from fastalign.soup import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
 try:
-    soup.merge(sys.argv[2:], [0.5, 0.5], sys.argv[1], max_shard_size="4MB", progress=False)
-    soup.merge(sys.argv[2:], [0.5, 0.5], sys.argv[1] + "2", max_shard_size="7MB", progress=False)
+    soup.merge(sys.argv[2:], [0.5, 0.5], sys.argv[1], max_shard_size="4MB", show_progress=False)
+    soup.merge(sys.argv[2:], [0.5, 0.5], sys.argv[1] + "2", max_shard_size="7MB", show_progress=False)
 except OSError as error:
     print(error.errno, error.filename)
 """
@@ -628,15 +628,15 @@ write_adapter(disk / "adapter", {"l0": (torch.randn(2, 100), torch.randn(100, 2)
 wide = {f"l{j}": (torch.randn(100, 100), torch.randn(100, 100), False) for j in range(2)}
 write_adapter(disk / "wide", wide, {}, {})
 models = sorted(disk.glob("*.safetensors"))
-soup.merge(models, [0.5, 0.5], disk / "done", progress=False)
+soup.merge(models, [0.5, 0.5], disk / "done", show_progress=False)
 kept = files(disk)
 sys.modules["fastalign.soup.outputs"].Outputs.check_space = lambda _: None  # the disk fills after the check
 for call in (
-    lambda out: soup.merge(models, [[0.5, 0.5], [1, 0]], out, max_shard_size="500kB", progress=False),
+    lambda out: soup.merge(models, [[0.5, 0.5], [1, 0]], out, max_shard_size="500kB", show_progress=False),
     lambda out: soup.apply_adapters(
-        models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", progress=False
+        models[0], [disk / "adapter"], [[1], [2]], out, max_shard_size="500kB", show_progress=False
     ),
-    lambda out: soup.merge_adapters([disk / "wide"] * 2, [[1, 1]] * 12, out, progress=False),
+    lambda out: soup.merge_adapters([disk / "wide"] * 2, [[1, 1]] * 12, out, show_progress=False),
 ):
     try:
         call(disk / "new")
@@ -651,7 +651,7 @@ for call in (
         shutil.rmtree(disk / "done")
         print("went on after", call(disk / "new").resumed)
         shutil.rmtree(disk / "new")
-        soup.merge(models, [0.5, 0.5], disk / "done", progress=False)
+        soup.merge(models, [0.5, 0.5], disk / "done", show_progress=False)
 """
 
 

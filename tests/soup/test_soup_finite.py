@@ -46,7 +46,7 @@ def files(folder, dtype, bad, size=70_000):
 def merged(*arguments, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = soup.merge(*arguments, progress=False, **options)
+        result = soup.merge(*arguments, show_progress=False, **options)
     lines = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
     assert lines == ([f"{result.out}: {result.not_finite}"] if result.not_finite else [])
     record = json.loads((result.out / "soup.json").read_text())
@@ -69,12 +69,12 @@ def test_what_is_not_finite_in_an_input(dtype, options, tmp_path):
     assert record["inputs"][str(models[1])] == named[str(models[1])] and not record["outputs"]
     assert f"{len(bad) - 1} numbers of {models[1]} are NaN or infinite (first in w0)" in result.not_finite
     with pytest.raises(UserError, match=r"^strict: .* are NaN or infinite") as caught:
-        soup.merge(models, weights, tmp_path / "strict", strict=True, progress=False, **options)
+        soup.merge(models, weights, tmp_path / "strict", strict=True, show_progress=False, **options)
     assert "\n" not in str(caught.value) and not (tmp_path / "strict").exists()
     with pytest.raises(UserError, match=r"^strict: "):  # what an earlier run counted is known when it is gone on with
-        soup.merge(models, weights, tmp_path / "strict", strict=True, progress=False, **options)
+        soup.merge(models, weights, tmp_path / "strict", strict=True, show_progress=False, **options)
     with pytest.raises(UserError, match=r"^strict: "):
-        soup.merge(models, weights, tmp_path / "out", strict=True, progress=False, **options)
+        soup.merge(models, weights, tmp_path / "out", strict=True, show_progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_the_outputs_type_cannot_hold(out_type, most, beyond, method, tmp_p
         assert record is None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(warnings, "warn", lambda *_, **__: pytest.fail("warned"))
-            soup.merge(given, weights, tmp_path / "strictly", dtype=out_type, strict=True, progress=False)
+            soup.merge(given, weights, tmp_path / "strictly", dtype=out_type, strict=True, show_progress=False)
     models = files(
         tmp_path,
         torch.float64,
@@ -108,7 +108,14 @@ def test_what_the_outputs_type_cannot_hold(out_type, most, beyond, method, tmp_p
     assert result.not_finite == "2 numbers of the output are beyond its type's range (first in w1)"
     with pytest.raises(UserError, match=r"^strict: 2 numbers of the output are beyond its type's range"):
         soup.merge(
-            given, weights, tmp_path / "strict", dtype=out_type, method=method, strict=True, progress=False, **options
+            given,
+            weights,
+            tmp_path / "strict",
+            dtype=out_type,
+            method=method,
+            strict=True,
+            show_progress=False,
+            **options,
         )
 
 
@@ -128,7 +135,7 @@ def test_an_adapter_merged_onto_its_base(tmp_path):
     factors = {name: (torch.full((1, 4), 100.0), torch.full((4, 1), 100.0), False) for name in ("a", "b")}
     write_adapter(tmp_path / "adapter", factors, {}, {})
     result = soup.apply_adapters(
-        tmp_path / "base.safetensors", [tmp_path / "adapter"], [1.0], tmp_path / "out", progress=False
+        tmp_path / "base.safetensors", [tmp_path / "adapter"], [1.0], tmp_path / "out", show_progress=False
     )
     record = json.loads((tmp_path / "out" / "soup.json").read_text())["not_finite"]
     assert record == {

@@ -16,7 +16,7 @@ from fastalign.jobs import soup_front
 from fastalign.rewards import registry
 
 PROMPTS = ["tell me a story", "the cat", "why", "hello world"]
-DRAW = {"n": 3, "max_new_tokens": 4, "seed": 0, "progress": False}
+DRAW = {"n": 3, "max_new_tokens": 4, "seed": 0, "show_progress": False}
 
 
 @pytest.fixture(scope="module", autouse=True)

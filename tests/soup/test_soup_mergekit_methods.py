@@ -131,7 +131,7 @@ def test_by_merge_by_recipe_and_by_command(case, native, files, tmp_path, monkey
     method, base = case.partition(",")[0], files[0] if with_base else None
     weights = [0.3, 0.9] if method == "nuslerp" else None
     soup.merge(
-        files[1 : 1 + m], weights, tmp_path / "out", method=method, base=base, parameters=options, progress=False
+        files[1 : 1 + m], weights, tmp_path / "out", method=method, base=base, parameters=options, show_progress=False
     )
     result, start, models = (
         loaded(tmp_path / "out" / "model.safetensors"),
@@ -154,7 +154,7 @@ def test_by_merge_by_recipe_and_by_command(case, native, files, tmp_path, monkey
     import yaml
 
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    soup.merge(**soup.read_recipe(tmp_path / "recipe.yml"), out=tmp_path / "by_recipe", progress=False)
+    soup.merge(**soup.read_recipe(tmp_path / "recipe.yml"), out=tmp_path / "by_recipe", show_progress=False)
     requested = ["soup", *map(str, files[1 : 1 + m]), "--method", method, "--out", str(tmp_path / "by_command")]
     requested += ["--weights", "0.3,0.9"] if weights else []
     requested += ["--base", str(base)] if with_base else []
@@ -182,20 +182,22 @@ def test_by_merge_by_recipe_and_by_command(case, native, files, tmp_path, monkey
 )
 def test_what_they_do_not_take(method, options, message, files, tmp_path):
     m = 2 if method in ("nuslerp", "sce", "ram") else 1
-    given = {"base": files[0], "weights": None, "method": method, "progress": False} | options
+    given = {"base": files[0], "weights": None, "method": method, "show_progress": False} | options
     weights = given.pop("weights")
     with pytest.raises(UserError, match=message):
         soup.merge(files[1 : 1 + m], weights, tmp_path / "out", **given)
     for wrong in ({"nearswap": 2, "arcee_fusion": 2, "nuslerp": 3}.get(method),):
         if wrong:
             with pytest.raises(UserError, match="takes"):
-                soup.merge(files[1 : 1 + wrong], None, tmp_path / "out", method=method, base=files[0], progress=False)
+                soup.merge(
+                    files[1 : 1 + wrong], None, tmp_path / "out", method=method, base=files[0], show_progress=False
+                )
 
 
 def test_several_outputs_of_nuslerp(files, tmp_path):
     """Rows of weights: each output is what its row alone makes."""
     rows = [[0.5, 0.5], [1.0, 0.0]]
-    options = {"method": "nuslerp", "parameters": {"nuslerp_flatten": False}, "progress": False}
+    options = {"method": "nuslerp", "parameters": {"nuslerp_flatten": False}, "show_progress": False}
     soup.merge(files[1:3], rows, tmp_path / "out", **options)
     for k, row in enumerate(rows):
         alone = soup.merge(files[1:3], row, tmp_path / f"alone{k}", **options).out

@@ -45,7 +45,7 @@ def tensors(files, *which, half=False):
 def made(files, out, weights, *, which=(1, 2, 3), base=True, half=False, **options):
     if base:
         options["base"] = paths(files, 0, half=half)[0]
-    soup.merge(paths(files, *which, half=half), weights, out, progress=False, **options)
+    soup.merge(paths(files, *which, half=half), weights, out, show_progress=False, **options)
     return load_file(out / "model.safetensors")
 
 
@@ -120,7 +120,7 @@ def test_what_goes_by_chance_is_the_same_however_it_is_cut_and_right_on_average(
         base=files / "0.safetensors",
         max_shard_size="20kB",
         memory_limit="1MB",
-        progress=False,
+        show_progress=False,
         **options,
     )
     again = {}
@@ -258,7 +258,7 @@ def test_checkpoints_with_nothing_to_mix(tmp_path):
         save_file({"ids": torch.arange(3)}, tmp_path / f"{i}.safetensors")
     pair = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
     for i, options in enumerate([{"weights": [0.5, 0.5]}, {"weights": None, "method": "karcher"}]):
-        soup.merge(pair, **options, out=tmp_path / f"out{i}", progress=False)
+        soup.merge(pair, **options, out=tmp_path / f"out{i}", show_progress=False)
         assert torch.equal(load_file(tmp_path / f"out{i}" / "model.safetensors")["ids"], torch.arange(3))
     assert "nothing is mixed" in estimated(plans.make(pair, [0.5, 0.5], tmp_path / "dry"))
 

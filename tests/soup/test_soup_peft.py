@@ -92,7 +92,7 @@ def test_merged_mixed_and_taken_out_as_peft_has_it(kind, targets, bases, tmp_pat
     first, second = (adapter(base, tmp_path / f"a{i}", targets, i) for i in range(2))
     plain, wanted = logits(load(base)), by_peft(base, first)
     assert (wanted - plain).abs().max() > 0.05
-    soup.apply_adapters(base, [first], [1.0], tmp_path / "merged", progress=False)
+    soup.apply_adapters(base, [first], [1.0], tmp_path / "merged", show_progress=False)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted, rtol=1e-4, atol=1e-5)
 
     from peft import PeftModel
@@ -100,13 +100,13 @@ def test_merged_mixed_and_taken_out_as_peft_has_it(kind, targets, bases, tmp_pat
     both = PeftModel.from_pretrained(load(base), first, adapter_name="x")
     both.load_adapter(second, adapter_name="y")
     both.merge_adapter(["x", "y"])
-    mixed = soup.merge_adapters([first, second], [1.0, 1.0], tmp_path / "mixed", progress=False)[0].out
+    mixed = soup.merge_adapters([first, second], [1.0, 1.0], tmp_path / "mixed", show_progress=False)[0].out
     torch.testing.assert_close(by_peft(base, mixed), logits(both), rtol=1e-4, atol=1e-5)
-    soup.apply_adapters(base, [first, second], [1.0, 1.0], tmp_path / "both", progress=False)
+    soup.apply_adapters(base, [first, second], [1.0, 1.0], tmp_path / "both", show_progress=False)
     torch.testing.assert_close(logits(load(tmp_path / "both")), logits(both), rtol=1e-4, atol=1e-5)
     if targets[0] in ("wte", "embed_tokens"):  # embeddings are not taken out
         return
-    soup.extract_adapter(tmp_path / "merged", base, tmp_path / "out", rank=3, targets=targets, progress=False)
+    soup.extract_adapter(tmp_path / "merged", base, tmp_path / "out", rank=3, targets=targets, show_progress=False)
     torch.testing.assert_close(by_peft(base, tmp_path / "out"), wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -118,7 +118,7 @@ def test_an_adapter_with_whole_modules_scales_and_patterns(bases, tmp_path):
         "alpha_pattern": {"c_fc": 2},
     }
     made = adapter(bases["gpt2"], tmp_path / "a", ["c_proj", "c_fc"], **options)
-    soup.apply_adapters(bases["gpt2"], [made], [1.0], tmp_path / "merged", progress=False)
+    soup.apply_adapters(bases["gpt2"], [made], [1.0], tmp_path / "merged", show_progress=False)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), by_peft(bases["gpt2"], made), rtol=1e-4, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_tied_embeddings_are_refused(message, targets, tmp_path):
     )
     made = adapter(tmp_path / "base", tmp_path / "a", targets)
     with pytest.raises(UserError, match="ties to its other embedding") as caught:
-        soup.apply_adapters(tmp_path / "base", [made], [1.0], tmp_path / "out", progress=False)
+        soup.apply_adapters(tmp_path / "base", [made], [1.0], tmp_path / "out", show_progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
@@ -150,12 +150,12 @@ def test_a_square_weight_of_a_class_that_is_not_known(bases, tmp_path):
     with pytest.raises(
         UserError, match=r"transformers does not know: whether .* or its transpose cannot be determined"
     ):
-        soup.apply_adapters(base, [made], [1.0], tmp_path / "out", progress=False)
+        soup.apply_adapters(base, [made], [1.0], tmp_path / "out", show_progress=False)
     mixed = adapter(bases["gpt2"], tmp_path / "mixed", ["c_attn", "c_proj", "lm_head"])
     # The head's; c_attn's shape shows the others'.
     assert not json.loads((mixed / CONFIG).read_text())["fan_in_fan_out"]
     with pytest.raises(UserError, match="cannot be determined"):
-        soup.apply_adapters(base, [mixed], [1.0], tmp_path / "out", progress=False)
+        soup.apply_adapters(base, [mixed], [1.0], tmp_path / "out", show_progress=False)
 
 
 def test_adapters_whose_flags_differ_are_mixed_module_by_module(bases, tmp_path):
@@ -163,8 +163,8 @@ def test_adapters_whose_flags_differ_are_mixed_module_by_module(bases, tmp_path)
     base = bases["gpt2"]
     made = [adapter(base, tmp_path / "a", ["c_proj"]), adapter(base, tmp_path / "b", ["c_proj", "lm_head"], 1)]
     assert [json.loads((one / CONFIG).read_text())["fan_in_fan_out"] for one in made] == [True, False]
-    mixed = soup.merge_adapters(made, [1.0, 1.0], tmp_path / "mixed", progress=False)[0].out
-    soup.apply_adapters(base, made, [1.0, 1.0], tmp_path / "both", progress=False)
+    mixed = soup.merge_adapters(made, [1.0, 1.0], tmp_path / "mixed", show_progress=False)[0].out
+    soup.apply_adapters(base, made, [1.0, 1.0], tmp_path / "both", show_progress=False)
     torch.testing.assert_close(logits(load(tmp_path / "both")), by_peft(base, mixed), rtol=1e-4, atol=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_a_vocabulary_cut_with_the_heads_bias(bases, tmp_path):
         filled(MODELS["phi"](vocab_size=len(tokenizer) + 8), seed=i).save_pretrained(tmp_path / f"m{i}")
         tokenizer.save_pretrained(tmp_path / f"m{i}")
     models = [tmp_path / "m0", tmp_path / "m1"]
-    soup.merge(models, [0.0, 1.0], tmp_path / "out", tokenizer="sidecar", progress=False)
+    soup.merge(models, [0.0, 1.0], tmp_path / "out", tokenizer="sidecar", show_progress=False)
     cut, whole = load(tmp_path / "out"), load(models[1])
     assert cut.lm_head.bias.shape == (len(tokenizer),)
     torch.testing.assert_close(logits(cut), logits(whole)[..., : len(tokenizer)])
@@ -188,7 +188,7 @@ def test_remote_code_and_templates_come_along(bases, tmp_path):
         (one / "modeling_ours.py").write_text("from .parts_ours import *\n")
         (one / "parts_ours.py").write_text("")
         (one / "chat_template.jinja").write_text("{{ messages }}")
-    soup.merge(models, [0.5, 0.5], tmp_path / "out", progress=False)
+    soup.merge(models, [0.5, 0.5], tmp_path / "out", show_progress=False)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"modeling_ours.py", "parts_ours.py", "chat_template.jinja", "config.json"}
 
@@ -199,8 +199,8 @@ def test_an_adapters_own_template_is_not_lost_in_silence(bases, tmp_path):
     for folder, template in ((base, "{{ messages }}"), (made, "{{ messages }} ")):
         (folder / "chat_template.jinja").write_text(template)
     with pytest.warns(UserWarning, match=r"its chat_template.jinja differs from .*'s, and the output gets the base's"):
-        soup.apply_adapters(base, [made], [1.0], tmp_path / "out", progress=False)
+        soup.apply_adapters(base, [made], [1.0], tmp_path / "out", show_progress=False)
     (made / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: pytest.fail("warned"))
-        soup.apply_adapters(base, [made], [1.0], tmp_path / "again", progress=False)
+        soup.apply_adapters(base, [made], [1.0], tmp_path / "again", show_progress=False)

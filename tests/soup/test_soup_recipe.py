@@ -36,7 +36,7 @@ def run(models, tmp_path, text, out="out"):
         text = text.replace("{" + one + "}", str(models / f"{one}.safetensors"))
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    soup.merge(**soup.read_recipe(path), out=tmp_path / out, progress=False)
+    soup.merge(**soup.read_recipe(path), out=tmp_path / out, show_progress=False)
     return load_file(tmp_path / out / "model.safetensors")
 
 
@@ -162,7 +162,7 @@ def test_ties_with_and_without_division(models, tmp_path):
         method="ties",
         base=models / "A.safetensors",
         parameters={"density": 0.5, "normalize": False},
-        progress=False,
+        show_progress=False,
     )
     same = load_file(wanted.out / "model.safetensors")
     assert all(torch.equal(result[name], same[name]) for name in NAMES)
@@ -210,7 +210,7 @@ def test_what_mergekit_leaves_out_it_takes_as_such(models, tmp_path, method, ext
     result = run(models, tmp_path, head + each + shared)
     paths = [models / f"{one}.safetensors" for one in "BC"]
     done = soup.merge(
-        paths, [0.5, 0.5], tmp_path / "same", method=method, base=models / "A.safetensors", progress=False, **same
+        paths, [0.5, 0.5], tmp_path / "same", method=method, base=models / "A.safetensors", show_progress=False, **same
     )
     wanted = load_file(done.out / "model.safetensors")
     assert all(torch.equal(result[name], wanted[name]) for name in NAMES)
@@ -229,7 +229,7 @@ def test_parameters_of_other_methods_are_passed_over(models, tmp_path):
         method="model_stock",
         base=models / "A.safetensors",
         parameters={"floor": 1e-6},
-        progress=False,
+        show_progress=False,
     )
     assert all(torch.equal(result[name], x) for name, x in load_file(done.out / "model.safetensors").items())
 
@@ -247,7 +247,7 @@ def test_means_on_the_sphere(models, tmp_path):
     }
     for i, (text, options) in enumerate(cases.items()):
         result = run(models, tmp_path, listed + text, f"out{i}")
-        done = soup.merge(paths, None, tmp_path / f"same{i}", progress=False, **options)
+        done = soup.merge(paths, None, tmp_path / f"same{i}", show_progress=False, **options)
         for name, wanted in load_file(done.out / "model.safetensors").items():
             close(result[name], wanted)
 
@@ -270,7 +270,7 @@ dtype: float32
         method="ties",
         base=models / "A.safetensors",
         dtype="float32",
-        progress=False,
+        show_progress=False,
         parameters={"density": [{"*mlp*": [0.2, 0.8], "*": 0.5}, 0.3], "lambda": 0.5, "normalize": False},
     )
     wanted = load_file(same.out / "model.safetensors")

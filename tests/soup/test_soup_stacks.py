@@ -37,7 +37,7 @@ def test_a_stack_has_the_layers_asked_for_and_loads(models, tmp_path):
         config = json.loads((target / "config.json").read_text()) | {"some_layer_kinds": kinds, "rows": [1, 2]}
         (target / "config.json").write_text(json.dumps(config))
     made = soup.merge(
-        [[(a, 0, 2), (b, 1, 2), (a, 1, 2)]], [1.0], tmp_path / "out", max_shard_size="30kB", progress=False
+        [[(a, 0, 2), (b, 1, 2), (a, 1, 2)]], [1.0], tmp_path / "out", max_shard_size="30kB", show_progress=False
     )
     result = {}
     for path in made.out.glob("*.safetensors"):
@@ -65,7 +65,7 @@ def test_a_stack_has_the_layers_asked_for_and_loads(models, tmp_path):
 
 
 def test_the_ends_come_from_the_lowest_and_the_highest_model(models, tmp_path):
-    made = soup.merge([[(models[0], 0, 1), (models[1], 0, 2)]], [1.0], tmp_path / "out", progress=False)
+    made = soup.merge([[(models[0], 0, 1), (models[1], 0, 2)]], [1.0], tmp_path / "out", show_progress=False)
     result, a, b = weights(made.out), weights(models[0]), weights(models[1])
     assert torch.equal(result["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
     assert torch.equal(result["model.norm.weight"], b["model.norm.weight"])
@@ -80,14 +80,14 @@ models:
   - {{model: [{{model: {a}, layers: [0, 2]}}, {{model: {b}, layers: [0, 1]}}], weight: 0.25}}
   - {{model: [{{model: {c}, layers: [1, 2]}}, {{model: {c}, layers: [0, 2]}}], weight: 0.75}}
 """)
-    result = weights(soup.merge(**soup.read_recipe(recipe), out=tmp_path / "out", progress=False).out)
+    result = weights(soup.merge(**soup.read_recipe(recipe), out=tmp_path / "out", show_progress=False).out)
     x, y, z = map(weights, models)
     name = "model.layers.2.self_attn.q_proj.weight"
     torch.testing.assert_close(result[name], 0.25 * y[layer(name, 0)] + 0.75 * z[layer(name, 1)])
     name = "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(result[name], 0.25 * x[name] + 0.75 * z[layer(name, 1)])
-    plain = soup.merge([a, c], [0.5, 0.5], tmp_path / "plain", progress=False)
-    whole = soup.merge([[(a, 0, 2)], c], [0.5, 0.5], tmp_path / "whole", progress=False)
+    plain = soup.merge([a, c], [0.5, 0.5], tmp_path / "plain", show_progress=False)
+    whole = soup.merge([[(a, 0, 2)], c], [0.5, 0.5], tmp_path / "whole", show_progress=False)
     assert (plain.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
 
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_stacked(models, tmp_path):
 
     def refused(stack, part, **more):
         with pytest.raises(UserError) as caught:
-            soup.merge([stack], [1.0], tmp_path / "no", progress=False, **more)
+            soup.merge([stack], [1.0], tmp_path / "no", show_progress=False, **more)
         assert part in str(caught.value) and "\n" not in str(caught.value)
 
     refused([(a, 0, 3)], "layers 0 to 3 requested, but it has 0 to 2")
@@ -120,7 +120,7 @@ def test_what_cannot_be_stacked(models, tmp_path):
     refused(
         [(odd, 0, 1), (tmp_path / "copy.safetensors", 0, 1)], "thing: cannot tell whether it comes before the layers"
     )
-    assert soup.merge([[(odd, 0, 1), (odd, 0, 1)]], [1.0], tmp_path / "twice", progress=False).models == 1
+    assert soup.merge([[(odd, 0, 1), (odd, 0, 1)]], [1.0], tmp_path / "twice", show_progress=False).models == 1
     wider = tmp_path / "wider"
     shutil.copytree(b, wider)
     config = json.loads((wider / "config.json").read_text()) | {"num_attention_heads": 8}
@@ -147,14 +147,14 @@ def test_embeddings_are_cut_to_the_tokenizers_tokens(models, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pair = [padded(model, tmp_path / model.name, 7) for model in models[:2]]
-    plain = soup.merge(models[:2], [0.5, 0.5], tmp_path / "plain", progress=False).out
-    out = soup.merge(pair, [0.5, 0.5], tmp_path / "out", tokenizer="sidecar", progress=False).out
+    plain = soup.merge(models[:2], [0.5, 0.5], tmp_path / "plain", show_progress=False).out
+    out = soup.merge(pair, [0.5, 0.5], tmp_path / "out", tokenizer="sidecar", show_progress=False).out
     assert all(torch.equal(x, weights(plain)[name]) for name, x in weights(out).items())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == len(tokenizer)
-    kept = soup.merge(pair, [0.5, 0.5], tmp_path / "kept", progress=False).out
+    kept = soup.merge(pair, [0.5, 0.5], tmp_path / "kept", show_progress=False).out
     assert weights(kept)["lm_head.weight"].shape[0] == len(tokenizer) + 7
-    other = soup.merge(pair, [0.5, 0.5], tmp_path / "other", tokenizer=str(models[2]), progress=False).out
+    other = soup.merge(pair, [0.5, 0.5], tmp_path / "other", tokenizer=str(models[2]), show_progress=False).out
     assert AutoTokenizer.from_pretrained(other).chat_template is None  # model 2 has none
     assert (other / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
@@ -163,7 +163,7 @@ def test_chat_templates(models, tmp_path):
     from transformers import AutoTokenizer
 
     def template(out, which, asked):
-        made = soup.merge([models[i] for i in which], None, tmp_path / out, chat_template=asked, progress=False)
+        made = soup.merge([models[i] for i in which], None, tmp_path / out, chat_template=asked, show_progress=False)
         return AutoTokenizer.from_pretrained(made.out).chat_template
 
     own = AutoTokenizer.from_pretrained(models[0]).chat_template
@@ -177,7 +177,7 @@ def test_chat_templates(models, tmp_path):
 def test_sidecars_that_are_refused(models, tmp_path):
     def refused(part, **more):
         with pytest.raises(UserError) as caught:
-            soup.merge(models[:2], [0.5, 0.5], tmp_path / "no", progress=False, **more)
+            soup.merge(models[:2], [0.5, 0.5], tmp_path / "no", show_progress=False, **more)
         assert part in str(caught.value) and "\n" not in str(caught.value)
 
     rule = "sidecar_from must be first, one of the models, or base where there is one"
@@ -196,14 +196,14 @@ def test_sidecars_that_are_refused(models, tmp_path):
     save_file(weights_of, other / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
-    cut = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "cut", tokenizer="sidecar", progress=False).out
-    same = soup.merge(models[:2], [0.5, 0.5], tmp_path / "same", progress=False).out
+    cut = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "cut", tokenizer="sidecar", show_progress=False).out
+    same = soup.merge(models[:2], [0.5, 0.5], tmp_path / "same", show_progress=False).out
     assert all(torch.equal(x, weights(same)[name]) for name, x in weights(cut).items())
-    joined = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "joined", tokenizer="union", progress=False).out
+    joined = soup.merge([models[0], other], [0.5, 0.5], tmp_path / "joined", tokenizer="union", show_progress=False).out
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         wanted = torch.cat([weights(same)[name], torch.ones(1, 32)])
         assert torch.equal(weights(joined)[name], wanted)
-    second = soup.merge(models[:2], [0.5, 0.5], tmp_path / "second", sidecar_from=str(models[1]), progress=False)
+    second = soup.merge(models[:2], [0.5, 0.5], tmp_path / "second", sidecar_from=str(models[1]), show_progress=False)
     assert (second.out / "config.json").is_file()
 
 
@@ -215,7 +215,7 @@ def test_model_stock_row_by_row(tmp_path):
     for i, one in enumerate(kept):
         save_file(one, tmp_path / f"{i}.safetensors")
     paths = [tmp_path / f"{i}.safetensors" for i in range(4)]
-    options = {"method": "model_stock", "base": paths[0], "parameters": {"filter_wise": True}, "progress": False}
+    options = {"method": "model_stock", "base": paths[0], "parameters": {"filter_wise": True}, "show_progress": False}
     result = weights(soup.merge(paths[1:], None, tmp_path / "out", **options).out)
     cut = weights(soup.merge(paths[1:], None, tmp_path / "cut", memory_limit="9kB", **options).out)
     for name, x in base.items():

@@ -101,7 +101,7 @@ def merged(tmp_path, recipe, out="out"):
     (tmp_path / "r.yml").write_text(json.dumps(recipe))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = soup.merge(**soup.read_recipe(tmp_path / "r.yml"), out=tmp_path / out, progress=False)
+        made = soup.merge(**soup.read_recipe(tmp_path / "r.yml"), out=tmp_path / out, show_progress=False)
     assert not [path.name for path in made.out.iterdir() if path.suffix not in (".json", ".safetensors", ".jinja")]
     return made.out
 
@@ -241,7 +241,7 @@ def retyped(source, target, dtype):
 def quietly(*arguments, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return soup.merge(*arguments, progress=False, **options).out
+        return soup.merge(*arguments, show_progress=False, **options).out
 
 
 def test_types_and_blocks(pair, tmp_path, monkeypatch):
@@ -355,7 +355,7 @@ def test_what_cannot_be_joined(pair, tmp_path):
         sources = ", ".join(f"{{model: {one}, layer_range: [0, 1]}}" for one in pair)
         path.write_text(f"merge_method: karcher\nslices: [{{sources: [{sources}]}}]\n{block}\n")
         with pytest.raises(UserError, match=part):
-            soup.merge(**soup.read_recipe(path), out=tmp_path / "no", progress=False)
+            soup.merge(**soup.read_recipe(path), out=tmp_path / "no", show_progress=False)
 
 
 def test_a_model_without_a_tokenizer_has_the_first_ones(pair, tmp_path):

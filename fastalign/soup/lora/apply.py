@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastalign
 from fastalign._base.errors import UserError
+from fastalign._base.former import renamed
 from fastalign._base.units import parse_bytes
 from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
 from fastalign.soup.checkpoint import (
@@ -39,6 +40,7 @@ from fastalign.soup.vocabulary import EMBEDDINGS
 _BLOCK = 32_000_000  # bytes of rows at once, within the memory limit
 
 
+@renamed(progress="show_progress")
 def apply_adapters(
     base: str | os.PathLike[str],
     adapters: Sequence[str | os.PathLike[str]],
@@ -52,7 +54,7 @@ def apply_adapters(
     sync: bool = True,
     strict: bool = False,
     overwrite: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> Merged:
     """Write the base model plus Σ ρ_i s_i B_i A_i, as `merge` writes a soup: streamed, atomic, resumable.
 
@@ -69,8 +71,8 @@ def apply_adapters(
         base, adapters, weights, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, force=force
     )
     for note in made.notes:
-        warnings.warn(note, stacklevel=2)
-    return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, progress=progress))
+        warnings.warn(note, stacklevel=3)
+    return warned(execute(made, sync=sync, strict=strict, overwrite=overwrite, show_progress=show_progress))
 
 
 def plan(

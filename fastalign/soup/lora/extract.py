@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign._base import progress as bars
+from fastalign._base import progress
 from fastalign._base.errors import UserError
+from fastalign._base.former import renamed
 from fastalign._base.outputs import Job
 from fastalign.soup.architecture import config_of, is_tied, is_transposed, same_model
 from fastalign.soup.checkpoint import FLOATS, Checkpoint, in_torch, mapped, open_checkpoint, parse_dtype
@@ -33,6 +34,7 @@ class Extracted(NamedTuple):
     left_out: list[str]
 
 
+@renamed(progress="show_progress")
 def extract_adapter(
     tuned: str | os.PathLike[str],
     base: str | os.PathLike[str],
@@ -44,7 +46,7 @@ def extract_adapter(
     dtype: str | torch.dtype | None = None,
     force: bool = False,
     overwrite: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> Extracted:
     """Write the adapter, in peft's format, whose update is nearest to tuned - base in the Frobenius norm, module by
     module.
@@ -87,7 +89,7 @@ def extract_adapter(
         raise UserError(f"{tied} is tied to the embedding in {models[1].name}: an adapter cannot change it alone")
     new, old = (mapped(model) for model in models)
     factors, norms, left_out, rest = {}, {}, [], 0.0
-    with bars.bar("extract", total=len(names), unit="tensors", show=progress) as advance:
+    with progress.bar("extract", total=len(names), unit="tensors", show=show_progress) as advance:
         for name in names:
             exact = wide(new[name], old[name])
             difference = new[name].to(exact) - old[name].to(exact)

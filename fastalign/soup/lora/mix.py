@@ -17,8 +17,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastalign._base import progress as bars
+from fastalign._base import progress
 from fastalign._base.errors import UserError
+from fastalign._base.former import renamed
 from fastalign._base.outputs import Job
 from fastalign.soup.checkpoint import in_torch, parse_dtype
 from fastalign.soup.lora import (
@@ -37,6 +38,7 @@ from fastalign.soup.sidecar import stays_within
 _KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
 
+@renamed(progress="show_progress")
 def merge_adapters(
     adapters: Sequence[str | os.PathLike[str]],
     weights: ArrayLike,
@@ -46,7 +48,7 @@ def merge_adapters(
     dtype: str | torch.dtype | None = None,
     force: bool = False,
     overwrite: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> list[MadeAdapter]:
     """The soup Σ ρ_i s_i B_i A_i of LoRA adapters, as one adapter in peft's format.
 
@@ -81,7 +83,7 @@ def merge_adapters(
     made = []
     total = len(rows) * len(modules_of(opened))
     with (
-        bars.bar("adapters", total=total, unit="modules", show=progress) as advance,
+        progress.bar("adapters", total=total, unit="modules", show=show_progress) as advance,
         making(target, job, overwrite=overwrite) as (beside, stored_too),
     ):
         for k, row in enumerate(rows):
