@@ -5,8 +5,9 @@ and SIGTERM."""
 class UserError(ValueError):
     """A mistake in what the user passed; the command line prints its message and no traceback."""
 
-    def __init__(self, message: object = ""):
-        super().__init__(printable(str(message)))
+    # Not at its making: torch.compile can trace no `__init__` here, and would show its own complaint, not the message.
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Terminated(KeyboardInterrupt):

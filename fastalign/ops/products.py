@@ -29,8 +29,8 @@ from fastalign.ops.once import once_differentiable
 PROVIDERS = ("torch", "onednn")
 KINDS = ("linear", "packed", "grad_input", "grad_weight")
 DTYPES = (torch.float32, torch.bfloat16)  # for which oneDNN is tried
-ROWS = (1, 16, 256)  # measured; a product uses the nearest size up to its own
-_CLASSES = tuple(f"{kind} {rows}" for kind in KINDS for rows in ROWS)
+ROWS = (1, 16, 256)  # measured; a product uses the nearest size up to its own; for one row no weight is packed
+_CLASSES = tuple(f"{kind} {rows}" for kind in KINDS for rows in ROWS if (kind, rows) != ("packed", 1))
 GAIN = 1.05  # torch's own product is replaced only by one this much faster,
 SMALL = 10_000_000  # and only from this many multiplications on: a call of oneDNN's takes ten microseconds longer
 _PLAIN = (Tensor, torch.nn.Parameter)  # not sharded over processes, nor traced
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packs(weight: Tensor, rows: int) -> bool:
     """Whether `pack` returns a copy of such a weight."""
     plain = weight.device.type == "cpu" and type(weight) in _PLAIN and weight.dtype in DTYPES and weight.numel() > 0
-    return plain and rows >= ROWS[1] and chosen("packed", rows, weight.dtype) != "torch"
+    return plain and chosen("packed", rows, weight.dtype) != "torch"
 
 
 def pack(weight: Tensor, rows: int) -> Tensor | None:
@@ -170,8 +170,8 @@ def available() -> bool:
 
 def rates(dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """GFLOP/s of each provider, by kind and number of rows ("linear 256"); measured if not known yet."""
-    every = ((kind, rows) for kind in KINDS for rows in ROWS)
-    return {f"{kind} {rows}": _rates(kind, rows, dtype, torch.get_num_threads()) for kind, rows in every}
+    every = (name.split() for name in _CLASSES)
+    return {f"{kind} {rows}": _rates(kind, int(rows), dtype, torch.get_num_threads()) for kind, rows in every}
 
 
 def chosen(kind: str, rows: int, dtype: torch.dtype) -> str:
@@ -190,7 +190,7 @@ def _measured_rows(rows: int) -> int:
 
 def _made(name: str, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes products of this class, such as "linear 256"."""
-    if dtype not in DTYPES or not available():
+    if name not in _CLASSES or dtype not in DTYPES or not available():
         return False
     if (classes := forced()) is not None:
         return name in classes

@@ -661,6 +661,12 @@ def assert_compiles(f, x, both=True):
         torch.testing.assert_close(torch.compile(torch.func.grad(f), fullgraph=True, backend="aot_eager")(x), y.grad)
 
 
+def test_a_mistake_is_named_under_compile():
+    loss = torch.compile(lambda *x: dpo_loss(*x, loss_type="ipo").losses, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="chosen_lengths must be given for loss_type 'ipo'"):
+        loss(*torch.zeros(4, 2))
+
+
 @pytest.mark.parametrize("name", ["cpo", "alphapo", "simpo", "orpo", "kto", "wpo"])
 def test_the_others_compile_whole_and_under_func_grad(name):
     log_probs, mask, ref = random_pairs(torch.float32)
