@@ -456,7 +456,7 @@ class GRPOTrainer(transformers.Trainer):
         scored = model(rows=batch, outputs=("log_probs", "entropy"), temperature=self.temperature)
         log_probs, entropy, mask = scored["log_probs"], scored["entropy"], batch.labels[:, 1:] != -100
         old, ref, drawn, weight = (rollout.beside(part, name, device) for name in ("old", "ref", "drawn", "weight"))
-        advantages = torch.tensor([one.advantage for one in part], dtype=torch.float32, device=device)
+        advantages = torch.tensor([one.advantage for one in part], dtype=log_probs.dtype, device=device)
         if args.off_policy_mask_threshold is not None:
             before = old if drawn is None or self.rollout_func is None else drawn
             before = log_probs.detach() if before is None else before
