@@ -105,6 +105,28 @@ def test_every_step_equals_trls(folder, tmp_path, options):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("given", ["new", "trained"])
+def test_lora_takes_its_reference_from_the_model_without_it(folder, tmp_path, given):
+    """New adapters: the model without them. Those that the model came with: a frozen copy of them."""
+    peft = pytest.importorskip("peft")
+    curves = []
+    for cls in (trl.GRPOTrainer, GRPOTrainer):
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=given == "new")
+        options = {"more": {"rollout_func": completions_of}, "beta": 0.1, "learning_rate": 1e-2}
+        if given == "trained":
+            torch.manual_seed(1)
+            options["model"] = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
+        else:
+            options["more"]["peft_config"] = lora
+        t = trainer(cls, folder, tmp_path, **options)
+        assert t.ref_model is None
+        t.train()
+        curves.append([(row["loss"], row["kl"]) for row in logs(t)])
+    assert curves[0][0][1] == pytest.approx(0, abs=1e-6) and curves[0][-1][1] > 1e-4
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
 def test_old_log_probabilities_are_the_draws(folder, tmp_path):
     """Two passes over the same completions: with what the sampler recorded, and with a forward pass instead."""
     curves = []
