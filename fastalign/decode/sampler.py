@@ -40,6 +40,9 @@ HOW: dict[type[SharedPromptEngine] | type[Rows], str] = {
     UncachedRows: "without a cache, each text run whole for each token",
 }
 
+# Prompts' indices, their token ids and the log-probabilities, [prompt][candidate] each
+Drawn = tuple[list[int], list[list[list[int]]], list[list[list[float]]]]
+
 _CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call it
 
 
@@ -96,6 +99,17 @@ class Sampler(BaseSampler):
     def draw_parts(self, request: Request) -> Iterator[tuple[list[int], Candidates]]:
         """On the shared-prompt engine, each prompt as soon as its last candidate ends; for models that cannot run
         there, batch by batch."""
+        return self._with_texts(self._drawn(request), request)
+
+    def _with_texts(self, drawn: Iterator[Drawn], request: Request) -> Iterator[tuple[list[int], Candidates]]:
+        for indices, ids, log_probs in drawn:
+            texts = [
+                [self.text.continuation(request.encoded[i], row, request.settings.stop) for row in candidates]
+                for i, candidates in zip(indices, ids, strict=True)
+            ]
+            yield indices, request.part(indices, texts, ids, log_probs)
+
+    def _drawn(self, request: Request) -> Iterator[Drawn]:
         parts = []
         for kind, wanted in self._by_path(request.encoded, request.settings.max_new_tokens):
             if kind is SharedPromptEngine:
@@ -111,7 +125,7 @@ class Sampler(BaseSampler):
                     parts.append(self._by_batches(kind, batches, request))
         return self._joined(parts)
 
-    def _joined(self, parts: list[Iterator[tuple[list[int], Candidates]]]) -> Iterator[tuple[list[int], Candidates]]:
+    def _joined(self, parts: list[Iterator[Drawn]]) -> Iterator[Drawn]:
         for part in parts:
             self.model.eval()  # without dropout, in case it was trained since
             yield from part
@@ -119,20 +133,19 @@ class Sampler(BaseSampler):
     def draw(
         self, encoded: Sequence[list[int]], settings: SamplingSettings
     ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Token ids and log-probabilities, [prompt][candidate] each, for prompts given as token ids: in batches,
-        without texts."""
-        self.model.eval()
+        """Token ids and log-probabilities, [prompt][candidate] each, for prompts given as token ids: all at once, as
+        `sample` draws them, without texts."""
+        places, rows = range(len(encoded)), len(encoded) * settings.n
+        request = Request(encoded, encoded, places, settings, rows, record={}, skip=set(), show_progress=False)
         drawn: dict[int, tuple[list, list]] = {}
-        for kind, wanted in self._by_path(encoded, settings.max_new_tokens, shared=False):
-            for batch in _by_length(wanted, encoded, len(wanted), mixed=kind.pads):
-                prompts = {i: encoded[i] for i in batch}
-                drawn |= self._by_rows(kind, prompts, None, settings, len(batch) * settings.n, lambda count: None)
-        ids, log_probs = zip(*(drawn[i] for i in range(len(encoded))), strict=True)
+        for indices, ids, log_probs in self._drawn(request):
+            drawn |= zip(indices, zip(ids, log_probs, strict=True), strict=True)
+        ids, log_probs = zip(*(drawn[i] for i in places), strict=True)
         return list(ids), list(log_probs)
 
-    def path(self, *, shared: bool = True) -> type[SharedPromptEngine] | type[Rows]:
-        """How candidates are drawn: the first of the shared-prompt engine (if `shared`), a copied cache, one run per
-        candidate, and no cache, that gives the model's own logits.
+    def path(self) -> type[SharedPromptEngine] | type[Rows]:
+        """How candidates are drawn: the first of the shared-prompt engine, a copied cache, one run per candidate, and
+        no cache, that gives the model's own logits.
 
         Raises UserError if its tokens cannot be drawn one by one.
         """
@@ -140,27 +153,22 @@ class Sampler(BaseSampler):
             verdict = is_causal(self.model)
             if not verdict.ok:
                 raise UserError(f"{self.name} cannot be sampled token by token: {verdict.why}")
-            first = "a cache that can be copied"
-            if shared:
-                first, verdict = "the shared-prompt engine", supports(self.model)
-                if verdict.ok:
-                    return SharedPromptEngine
+            verdict = supports(self.model)
+            if verdict.ok:
+                return SharedPromptEngine
             why = verdict.why
             for kind in (CachedRows, RepeatedRows, UncachedRows):
                 verdict = tried(self.model, kind.__name__, trial(kind))
                 why = why or verdict.why
                 if verdict.ok:
-                    if shared or kind is not CachedRows:
-                        warn_once(self.model, f"{self.name} is sampled {HOW[kind]}, not on {first}: {why}")
+                    warn_once(self.model, f"{self.name} is sampled {HOW[kind]}, not on the shared-prompt engine: {why}")
                     return kind
         raise UserError(f"{self.name} cannot be sampled: even without a cache {verdict.why}")
 
-    def _by_path(
-        self, encoded: Sequence[list[int]], new: int, *, shared: bool = True
-    ) -> Iterator[tuple[Any, list[int]]]:
+    def _by_path(self, encoded: Sequence[list[int]], new: int) -> Iterator[tuple[Any, list[int]]]:
         """Each way of drawing with its prompts, short ones first. Texts during which the RoPE changes run without a
         cache."""
-        kind, config = self.path(shared=shared), self._config
+        kind, config = self.path(), self._config
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         groups: dict[str, list[int]] = {}
         for i in order:
@@ -195,7 +203,7 @@ class Sampler(BaseSampler):
 
         return TokenLoop(decoder, settings, self.ends, stopped, places=places, name=self.name, backend=self.backend)
 
-    def _on_shared_prompt(self, wanted: list[int], request: Request) -> Iterator[tuple[list[int], Candidates]]:
+    def _on_shared_prompt(self, wanted: list[int], request: Request) -> Iterator[Drawn]:
         from fastalign._base import progress
 
         settings, encoded = request.settings, request.encoded
@@ -212,12 +220,9 @@ class Sampler(BaseSampler):
                     left[job.prompt] -= 1
                 for i in dict.fromkeys(job.prompt for job in ended if not left[job.prompt]):
                     ids, log_probs = map(list, zip(*(loop.pop(Job(i, j)) for j in range(n)), strict=True))
-                    texts = [self.text.continuation(encoded[i], row, settings.stop) for row in ids]
-                    yield [i], request.part([i], [texts], [ids], [log_probs])
+                    yield [i], [ids], [log_probs]
 
-    def _by_batches(
-        self, kind: type[Rows], batches: list[list[int]], request: Request
-    ) -> Iterator[tuple[list[int], Candidates]]:
+    def _by_batches(self, kind: type[Rows], batches: list[list[int]], request: Request) -> Iterator[Drawn]:
         from fastalign._base import progress
 
         settings, encoded = request.settings, request.encoded
@@ -227,12 +232,7 @@ class Sampler(BaseSampler):
                 prompts = {i: encoded[i] for i in batch}
                 drawn = self._by_rows(kind, prompts, request.places, settings, request.rows, advance)
                 indices = [i for i in batch if i not in request.skip]
-                ids, log_probs = ([drawn[i][part] for i in indices] for part in (0, 1))
-                texts = [
-                    [self.text.continuation(encoded[i], row, settings.stop) for row in candidates]
-                    for i, candidates in zip(indices, ids, strict=True)
-                ]
-                yield indices, request.part(indices, texts, ids, log_probs)
+                yield indices, [drawn[i][0] for i in indices], [drawn[i][1] for i in indices]
 
     @torch.inference_mode()
     def _by_rows(
