@@ -41,8 +41,7 @@ class Lockstep:
             sampler.model, len(self.jobs), prompts=len(encoded), spare=request.spare
         )
         self.loop: TokenLoop = sampler.token_loop(self.engine, self.settings, encoded)
-        for prompt, ids in encoded.items():
-            self.engine.prefill(prompt, ids)
+        self.engine.prefill(encoded)
 
     @property
     def live(self) -> list[Job]:

@@ -8,6 +8,7 @@ from the same prompt or another, so that every row of every product is live.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fastalign.ops import SampledTokens
 
 GROW = 32  # tokens by which the room for own keys and values grows
+PREFILL = 1024  # tokens of several prompts that run together
 
 
 @dataclass
@@ -98,12 +100,16 @@ class SharedPromptEngine:
         return 2 * config.num_hidden_layers * heads * size * tokens * model.dtype.itemsize
 
     @torch.inference_mode()
-    def prefill(self, prompt: int, ids: Sequence[int]) -> None:
-        """Run a prompt and keep its keys and values."""
-        prefix = Prefix(len(ids))
-        hidden = self._run(torch.tensor([ids]), torch.arange(len(ids))[None], _Prefill(prefix))
-        prefix.hidden = hidden[0, -1].clone()
-        self.prefixes[prompt] = prefix
+    def prefill(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """Run prompts, given as token ids, and keep their keys and values. Several run as one text, without padding."""
+        for part in _parts(prompts):
+            prefixes = {prompt: Prefix(len(ids)) for prompt, ids in part.items()}
+            plan = _Prefill(list(prefixes.values()))
+            ids = torch.tensor([list(itertools.chain.from_iterable(part.values()))])
+            hidden = self._run(ids, torch.cat([torch.arange(length) for length in plan.lengths])[None], plan)
+            for prefix, states in zip(prefixes.values(), hidden[0].split(plan.lengths), strict=True):
+                prefix.hidden = states[-1].clone()
+            self.prefixes |= prefixes
 
     def forget(self, prompt: int) -> None:
         del self.prefixes[prompt]
@@ -212,17 +218,22 @@ class SharedPromptEngine:
 
 
 class _Prefill:
-    """Plain causal attention that stores its keys and values."""
+    """Plain causal attention, within each prompt, that stores its keys and values."""
 
-    def __init__(self, prefix: Prefix):
-        self.prefix, self.calls = prefix, 0
+    def __init__(self, prefixes: list[Prefix]):
+        self.prefixes, self.calls = prefixes, 0
+        self.lengths = [prefix.length for prefix in prefixes]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
-    ) -> Tensor:
-        """(1, heads, P, d) from q of that shape and k, v (1, kv heads, P, d)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+        """(1, heads, tokens, d) from q of that shape and k, v (1, kv heads, tokens, d)."""
         self.calls += 1
-        self.prefix.store(layer, k[0], v[0])
+        prompts = zip(self.prefixes, *(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([self._within(prefix, layer, *qkv, *settings) for prefix, *qkv in prompts], 2)
+
+    def _within(
+        self, prefix: Prefix, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
+    ) -> Tensor:
+        prefix.store(layer, k[0], v[0])
         length = q.shape[2]
         mask = None
         if (window is not None and length > window) or softcap is not None:
@@ -356,8 +367,7 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
     tails = {Job(p, c): tail for p, both in enumerate(probe.tails) for c, tail in enumerate(both)}
     engine = SharedPromptEngine(model, len(tails))
     collected: dict[Job, list[Tensor]] = {job: [] for job in tails}
-    for p, prompt in enumerate(probe.prompts):
-        engine.prefill(p, prompt)
+    engine.prefill(dict(enumerate(probe.prompts)))
     hidden = engine.admit(list(tails))
     for step in range(max(map(len, tails.values()))):
         for job, row in zip(engine.jobs, engine.head.logits(hidden), strict=True):
@@ -367,6 +377,18 @@ def _forced(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
         if engine.jobs:
             hidden = engine.step()
     return [torch.stack(rows) for rows in collected.values()]
+
+
+def _parts(prompts: Mapping[int, Sequence[int]]) -> Iterator[dict[int, Sequence[int]]]:
+    """The prompts in parts of up to `PREFILL` tokens, or of one prompt."""
+    part: dict[int, Sequence[int]] = {}
+    for prompt, ids in prompts.items():
+        if part and sum(map(len, part.values())) + len(ids) > PREFILL:
+            yield part
+            part = {}
+        part[prompt] = ids
+    if part:
+        yield part
 
 
 def draw(
@@ -380,13 +402,15 @@ def draw(
     waiting = next(jobs, None)
     while waiting is not None or engine.jobs:
         new: list[Job] = []
+        fresh: dict[int, Sequence[int]] = {}
         while waiting is not None and len(new) < engine.free:
-            if waiting.prompt not in engine.prefixes:
-                if len(engine.prefixes) >= engine.prompts:
+            if waiting.prompt not in engine.prefixes and waiting.prompt not in fresh:
+                if len(engine.prefixes) + len(fresh) >= engine.prompts:
                     break
-                engine.prefill(waiting.prompt, prompts[waiting.prompt])
+                fresh[waiting.prompt] = prompts[waiting.prompt]
             new.append(waiting)
             waiting = next(jobs, None)
+        engine.prefill(fresh)
         ended = loop.step(new)
         for job in ended:
             left[job.prompt] -= 1

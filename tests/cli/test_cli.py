@@ -116,11 +116,11 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     out.unlink()
     drawn, prefill = [], SharedPromptEngine.prefill
 
-    def interrupted(self, prompt, ids):
-        if len(drawn) == 5:  # of six: some are finished by then
+    def interrupted(self, prompts):
+        if len(drawn) + len(prompts) > 5:  # of six: some are finished by then
             raise KeyboardInterrupt
-        drawn.append(prompt)
-        return prefill(self, prompt, ids)
+        drawn.extend(prompts)
+        return prefill(self, prompts)
 
     monkeypatch.setattr(SharedPromptEngine, "prefill", interrupted)
     code, _, err = fastalign(*sampling)
@@ -130,7 +130,7 @@ def test_an_interrupted_run_keeps_its_batches_and_resumes_to_the_same_file(sampl
     assert "was made with seed=0, this run has 1" in refused(*sampling, "--seed", 1)
     again = []
     monkeypatch.setattr(
-        SharedPromptEngine, "prefill", lambda self, prompt, ids: again.append(prompt) or prefill(self, prompt, ids)
+        SharedPromptEngine, "prefill", lambda self, prompts: again.extend(prompts) or prefill(self, prompts)
     )
     code, _, err = fastalign(*sampling)
     assert code == 0 and f"{out}: resuming from the {finished} batches" in err
@@ -279,11 +279,11 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
         patch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(True))
         prefill, drawn = SharedPromptEngine.prefill, []
 
-        def interrupted(self, prompt, ids):
-            if len(drawn) == 5:
+        def interrupted(self, prompts):
+            if len(drawn) + len(prompts) > 5:
                 raise KeyboardInterrupt
-            drawn.append(prompt)
-            return prefill(self, prompt, ids)
+            drawn.extend(prompts)
+            return prefill(self, prompts)
 
         patch.setattr(SharedPromptEngine, "prefill", interrupted)
         assert fastalign("sample", "--out", out, "--more", 6, "--batch-size", 16)[0] == 130

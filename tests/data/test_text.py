@@ -122,7 +122,7 @@ def test_the_sampler_stops_at_a_special_token(path):
     tokenizer = marked()
     model = tiny_causal_lm(tokenizer, scale=2.0)
     sampler = Sampler(model, tokenizer)
-    sampler.path = lambda **_: path
+    sampler.path = lambda: path
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     with torch.no_grad():  # likely enough to come
         model.lm_head.weight[end] += 3 * model.lm_head.weight.std()

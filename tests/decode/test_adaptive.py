@@ -27,7 +27,7 @@ def sampler():
 @pytest.mark.parametrize("method", ["resample", "best"])
 def test_each_prompt_stops_at_the_first_round_that_suffices(sampler, method, shares, monkeypatch):
     if not shares:
-        monkeypatch.setattr(sampler, "path", lambda **_: CachedRows)
+        monkeypatch.setattr(sampler, "path", lambda: CachedRows)
     lam = [0.6, 0.02]
     result = adaptive(
         sampler, PROMPTS, [VOWELS, LENGTH], lam=lam, method=method, ess=14, gain=0.4, each=8, max_n=64, **JOB

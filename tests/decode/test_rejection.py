@@ -127,6 +127,6 @@ def test_mistakes(sampler):
 
 def test_a_model_that_the_engine_cannot_run_is_reported():
     sampler = enumerable.sampler()
-    sampler.path = lambda **_: CachedRows
+    sampler.path = lambda: CachedRows
     with pytest.raises(UserError, match=r"shared-prompt engine alone.*best_of"):
         speculative_rejection(sampler, ["x"], LENGTH, checkpoints=[2], **JOB)

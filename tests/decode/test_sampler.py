@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign._base.errors import UserError
+from fastalign.data.sampling import SamplingSettings
 from fastalign.decode import Candidates, Sampler
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
 from fastalign.decode.shared_prompt import SharedPromptEngine
@@ -38,7 +39,7 @@ PATHS = {
 def on(path, sampler):
     """On another path than the shared-prompt engine, as for a model that it cannot run."""
     assert sampler.path() is SharedPromptEngine
-    sampler.path = lambda **_: PATHS[path]
+    sampler.path = lambda: PATHS[path]
     return sampler
 
 
@@ -111,6 +112,12 @@ def test_padding_compaction_and_ends_change_no_token(ending):
     whole = ending.sample(PROMPTS, batch_size=64, **SHORT)
     assert ending.sample(PROMPTS, batch_size=1, **SHORT).token_ids == whole.token_ids
     assert len({len(ids) for row in whole.token_ids for ids in row}) > 3
+
+
+def test_draw_gives_what_sample_gives(sampler):
+    drawn = sampler.sample(PROMPTS, **SHORT)
+    ids, log_probs = sampler.draw(sampler.encode(PROMPTS, "auto", 12), SamplingSettings(**SHORT))
+    assert ids == drawn.token_ids and log_probs == drawn.logprobs
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.6, 0), (1.7, 5)])

@@ -62,6 +62,22 @@ def test_the_same_tokens_as_a_plain_loop(name):
     assert max(len(logprobs) for _, logprobs in result.values()) > 1
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2 (softcap)", *WINDOWED])
+@pytest.mark.parametrize("tokens", [1, 8, 1024])
+def test_prompts_that_run_together_do_not_see_each_other(name, tokens, monkeypatch):
+    monkeypatch.setattr("fastalign.decode.shared_prompt.PREFILL", tokens)
+    model = build(name)
+    together, alone = SharedPromptEngine(model, 3), SharedPromptEngine(model, 3)
+    together.prefill(PROMPTS)
+    for prompt, ids in PROMPTS.items():
+        alone.prefill({prompt: ids})
+        result, expected = together.prefixes[prompt], alone.prefixes[prompt]
+        assert result.length == len(ids)
+        torch.testing.assert_close(result.hidden, expected.hidden)
+        torch.testing.assert_close(result.keys, expected.keys)
+        torch.testing.assert_close(result.values, expected.values)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 def test_rows_in_flight_change_nothing(rows):
     model = build("llama")
@@ -93,7 +109,7 @@ def test_first_tokens_follow_the_models_law():
     prompt = PROMPTS[4]
     p = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
     engine = SharedPromptEngine(model, 4000)
-    engine.prefill(0, prompt)
+    engine.prefill({0: prompt})
     logits = engine.logits(engine.admit([Job(0, c) for c in range(4000)]))
     ids = sample_tokens(logits, seed=5).ids
     count = torch.bincount(ids, minlength=97).double()

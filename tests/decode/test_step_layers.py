@@ -49,7 +49,7 @@ def taken(model, rows=64):
 def step_by_step(model, prompt, tails):
     """(tails, T, V): the engine's logits behind the prompt, with 64 places for rows."""
     engine = SharedPromptEngine(model, 64)
-    engine.prefill(0, prompt)
+    engine.prefill({0: prompt})
     logits = [engine.logits(engine.admit([Job(0, c) for c in range(len(tails))]))]
     for ids in torch.tensor(tails).t():
         engine.place(0, ids)

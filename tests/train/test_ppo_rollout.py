@@ -8,6 +8,8 @@ from ppo_setup import lora, policy, trainer
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 from fastalign import UserError
+from fastalign.decode.shared_prompt import SharedPromptEngine
+from fastalign.models.identity import Verdict
 from fastalign.train import ppo_rollout
 from fastalign.train.ppo_rollout import LengthSampler, generate
 
@@ -62,6 +64,17 @@ def test_plain_sampling_runs_on_the_sampler_and_the_rest_in_transformers(monkeyp
     model.generation_config.repetition_penalty = 1.3  # the model's own configuration counts too
     generate(model, tokenizer, QUERIES, **classic)
     assert used == ["_by_transformers"]
+
+
+def test_queries_are_prefilled_together_on_the_shared_prompt_engine(monkeypatch):
+    model, tokenizer, seen = tiny_causal_lm(tiny_tokenizer()), tiny_tokenizer(), []
+    monkeypatch.setattr("fastalign.decode.sampler.supports", lambda model: Verdict(True))  # its trial has prompts too
+    prefill = SharedPromptEngine.prefill
+    monkeypatch.setattr(
+        SharedPromptEngine, "prefill", lambda self, prompts: seen.append(len(prompts)) or prefill(self, prompts)
+    )
+    generate(model, tokenizer, QUERIES, do_sample=True, max_new_tokens=3)
+    assert seen[0] == len(QUERIES)
 
 
 def test_draws_follow_torchs_seed():
