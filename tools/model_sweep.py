@@ -27,7 +27,7 @@ is refused with one line. fastalign does not read this table: it tests each path
 {summary}
 
 | model | sampled on | scored on | pairs | sampling, float32 | sampling, float64 | fused_forward \
-| pairs (DPO) | PPO | log_likelihood |
+| training | PPO | log_likelihood |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 

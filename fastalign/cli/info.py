@@ -140,7 +140,7 @@ def paths(sampler: Any) -> list[tuple[str, str, str]]:
         rows.append(("sampling", "refused", str(refusal)))
     rows.append(("scoring (PPO, log_likelihood)", scoring.describe(model), scoring.fused_head(model).why))
     packs = can_pack(model)
-    rows.append(("pairs (DPO)", "packed, each prompt processed once" if packs else "padded", packs.why))
+    rows.append(("training", "packed, each prompt processed once" if packs else "padded", packs.why))
     rows.append(("compiled layers", f"{len(CompiledLayers.of(inner))} modules", ""))
     return rows
 

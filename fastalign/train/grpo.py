@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -154,9 +155,11 @@ class GRPOTrainer(transformers.Trainer):
         self.temperature: float = args.temperature
         self.beta: float = args.beta
 
-        self._packs = self._prepare(model, getattr(args, "share_prompt", True))
         # The policy at this moment; with adapters, the policy without them.
         reference = None if self.beta == 0 or hasattr(model, "peft_config") else copy.deepcopy(model)
+        self._packs = self._prepare(model, getattr(args, "share_prompt", True))
+        if reference is not None:
+            self._prepare(reference, self._packs)
         for data in (train_dataset, eval_dataset):
             if not hasattr(data, "__len__") and data is not None and not isinstance(data, dict):
                 args.accelerator_config.dispatch_batches = False  # each process takes its slice of the stream
@@ -277,7 +280,8 @@ class GRPOTrainer(transformers.Trainer):
         if not failed:
             return result
         folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if self.is_in_train and self.state.global_step > 0 and not os.path.isdir(folder):
+        saved = any(gather_object([os.path.isdir(folder)]))
+        if self.is_in_train and self.state.global_step > 0 and not saved:
             self._save_checkpoint(self.model, None)
         if error is None:
             raise UserError(f"process {failed[0]} could not score its completions: see its error")
@@ -289,6 +293,9 @@ class GRPOTrainer(transformers.Trainer):
         drawn, texts, rewards = self._guarded(lambda: self._draw_and_score(rows, prompts))
         everywhere = torch.tensor(gather_object(rewards.tolist()), dtype=torch.float64)  # of all processes
         generations = self.num_generations if mode == "train" else self.num_generations_eval
+        if len(everywhere) % generations:
+            rule = f"a batch must be a multiple of num_generations_eval = {generations} completions over all processes"
+            raise UserError(f"{rule}, got {len(everywhere)}: set per_device_eval_batch_size")
         grouped = everywhere.view(-1, generations, len(self.rewards.names))
         advantages = group_advantages(grouped, weights=self.reward_weights, how=self.how)
         first = self.accelerator.process_index * len(rows)
@@ -318,7 +325,9 @@ class GRPOTrainer(transformers.Trainer):
         check_room(prompt_ids, new, context)
         self.sampler.model = model = self.accelerator.unwrap_model(self.model)
         training, process = model.training, self.accelerator.process_index
-        draws = self._step // (self.args.steps_per_generation * self.args.num_iterations) if training else 2**32
+        draws = self._step // (self.args.steps_per_generation * self.args.num_iterations)
+        if not training:  # the same whenever these prompts are evaluated
+            draws = 2**32 + zlib.crc32(repr(prompt_ids).encode())
 
         def draw() -> Drawn:
             with whole_layers(model) if is_sharded(model) else nullcontext():
@@ -377,6 +386,16 @@ class GRPOTrainer(transformers.Trainer):
                     setattr(one, field, scores)
 
     # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        self._step, self._generation, self._window, self._finished = 0, None, [], (0, None)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The gradient of all batches of a step is computed with its last one."""
@@ -544,7 +563,6 @@ class GRPOTrainer(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._step, self._generation, self._window = 0, None, []
         if checkpoint is not None:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             path = os.path.join(checkpoint, self._rollouts_file())

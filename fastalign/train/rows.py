@@ -40,6 +40,7 @@ def add_row_forward(model: PreTrainedModel) -> None:
     This is part of the model's forward so that its wrappers (DDP, FSDP, autocast) see the call.
     """
     original = model.forward
+    function = getattr(original, "__func__", None)  # unbound: a copy of the model has its own
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(
@@ -54,7 +55,7 @@ def add_row_forward(model: PreTrainedModel) -> None:
         if call is not None:
             return call()
         if rows is None:
-            return original(*args, **kwargs)
+            return original(*args, **kwargs) if function is None else function(self, *args, **kwargs)
         return _score(self, rows, outputs, temperature)
 
     model.forward = types.MethodType(forward, model)

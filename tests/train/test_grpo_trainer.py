@@ -1,6 +1,7 @@
 """GRPOTrainer against TRL's on the same completions: the same losses, metrics and weights; what it adds; what it
 refuses."""
 
+import copy
 import random
 
 import pytest
@@ -10,7 +11,9 @@ from datasets import Dataset
 from tiny import tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from fastalign import UserError
 from fastalign.train import GRPOConfig, GRPOTrainer
+from fastalign.train.rows import add_row_forward
 
 WORDS = "the quick brown fox jumps over a lazy dog near some quiet river bank".split()
 STEPS = 3
@@ -271,3 +274,31 @@ def test_one_update_equals_a_plain_float64_reference(folder, tmp_path, how):
     assert logs(t)[0]["loss"] == pytest.approx(float(loss), abs=1e-6)
     for (name, ours), p in zip(t.model.named_parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(p.data - ours.data, p.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_copy_of_a_model_that_scores_rows_runs_its_own_weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for _ in range(2):  # as for two trainers, one after the other
+        add_row_forward(model)
+    twin = copy.deepcopy(model)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        for p in model.parameters():
+            p.zero_()
+        torch.testing.assert_close(twin(ids).logits, expected)
+
+
+def test_training_twice_begins_again(folder, tmp_path):
+    t = trainer(GRPOTrainer, folder, tmp_path, max_steps=2, num_iterations=2, learning_rate=0.0)
+    curves = []
+    for _ in range(2):
+        t.train()
+        curves.append([row["loss"] for row in logs(t)])
+    assert curves[0] == curves[1]
+
+
+def test_an_evaluation_batch_has_whole_groups(folder, tmp_path):
+    t = trainer(GRPOTrainer, folder, tmp_path, per_device_eval_batch_size=6)
+    with pytest.raises(UserError, match=r"a multiple of num_generations_eval = 4 .* got 6: set per_device_eval_batch"):
+        t.evaluate(Dataset.from_list(prompts(3)))
