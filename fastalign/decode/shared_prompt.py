@@ -228,7 +228,8 @@ class _Prefill:
         """(1, heads, tokens, d) from q of that shape and k, v (1, kv heads, tokens, d)."""
         self.calls += 1
         prompts = zip(self.prefixes, *(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([self._within(prefix, layer, *qkv, *settings) for prefix, *qkv in prompts], 2)
+        parts = [self._within(prefix, layer, *qkv, *settings).transpose(1, 2) for prefix, *qkv in prompts]
+        return torch.cat(parts, 1).transpose(1, 2)  # token by token in memory: some models view it so
 
     def _within(
         self, prefix: Prefix, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
