@@ -210,7 +210,7 @@ def test_histograms_without_draws_show_the_policys_mean():
         (["--quantile", "0.5,x"], "quantile must be numbers, comma-separated, got '0.5,x'"),
         (["--quantile", "1.5"], "--quantile must lie between 0 and 1, got 1.5"),
         (["--values", "kind,odd"], "one at least, got odd"),
-        (["--n-lambda", "0"], "--n-lambda must be at least 1, got 0"),
+        (["--n-lambda", "0"], "--n-lam must be at least 1, got 0"),
         (["--palette", "nowhere.json"], "nowhere.json: no such file"),
         (["--soup", "nowhere.parquet"], "nowhere.parquet"),
     ],
