@@ -274,7 +274,7 @@ def test_and_so_in_python(given, lam):
             "`fastalign select`, `eval`, `pareto`, `sample` and `train`, as --palette",
         ),
         ("pareto scored.parquet --quantile 0.5,2", "--quantile must lie between 0 and 1, got 2.0"),
-        ("pareto scored.parquet --n-lambda 0", "--n-lambda must be at least 1, got 0"),
+        ("pareto scored.parquet --n-lambda 0", "--n-lam must be at least 1, got 0"),
         ("soup model model --weights 0.5,,0.5", "--weights must be numbers, comma-separated, got '0.5,,0.5'"),
         ("soup model model --weights nan,1", "--weights must be finite numbers, got [nan, 1.0]"),
         ("soup model --extract --base model", "give --rank, or --energy, the share of the difference to keep"),
