@@ -19,6 +19,7 @@ from fastalign.decode.sampler import Sampler
 from fastalign.decode.samplers.base import BaseSampler, Request
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine
 from fastalign.decode.token_loop import Job, TokenLoop
+from fastalign.models.spans import rope_group
 from fastalign.rewards import score
 
 
@@ -119,7 +120,7 @@ def flights(sampler: BaseSampler, request: Request, limit: int | None = None) ->
     candidates, and whose keys and values fit in `limit` bytes, with room for all candidates' first tokens or for one
     candidate's last; at least one.
 
-    Raises UserError if the shared-prompt engine cannot run the model, or if one prompt does not fit.
+    Raises UserError if the shared-prompt engine cannot run the model or a prompt of its, or if one does not fit.
     """
     if not isinstance(sampler, Sampler) or sampler.path() is not SharedPromptEngine:
         raise UserError(
@@ -133,6 +134,13 @@ def flights(sampler: BaseSampler, request: Request, limit: int | None = None) ->
     request.spare = None if limit is None else 0  # the limit is for keys and values
     last = -(-request.settings.max_new_tokens // GROW) * GROW
     own = max(n * SharedPromptEngine.row_bytes(model, GROW), SharedPromptEngine.row_bytes(model, last))
+    config = model.config.get_text_config(decoder=True)
+    laws = [rope_group(config, len(ids), request.settings.max_new_tokens) for ids in encoded]
+    if "crossing" in laws:
+        raise UserError(
+            f"prompt {laws.index('crossing')}: the model's RoPE changes during its continuation, and half-drawn "
+            "candidates need a cache; draw whole ones with best_of"
+        )
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     groups: list[list[int]] = []
     size = 0
@@ -141,7 +149,8 @@ def flights(sampler: BaseSampler, request: Request, limit: int | None = None) ->
         if limit is not None and more > limit:
             rule = f"memory_limit must hold {n} candidates of {GROW} tokens and one of {last}, {more:,} bytes"
             raise UserError(f"{rule}, got {limit:,}")
-        if groups and (limit is None or size + more <= limit) and (len(groups[-1]) + 1) * n <= request.rows:
+        fits = (limit is None or size + more <= limit) and groups and (len(groups[-1]) + 1) * n <= request.rows
+        if fits and laws[groups[-1][0]] == laws[i]:
             groups[-1].append(i)
             size += more
         else:

@@ -10,9 +10,9 @@ from model_paths import PROMPTS, ROUNDING, differences, padded, rows_of, sampled
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 import fastalign.decode.shared_prompt as shared_prompt
-from fastalign import models
+from fastalign import models, rewards
 from fastalign._base.errors import UserError
-from fastalign.decode import Sampler
+from fastalign.decode import Sampler, speculative_rejection
 from fastalign.decode.rows import CachedRows, RepeatedRows, UncachedRows
 from fastalign.decode.shared_prompt import SharedPromptEngine, supports
 from fastalign.integrations.transformers import fused_forward
@@ -458,6 +458,20 @@ def test_a_text_s_law_does_not_depend_on_its_neighbours(tokenizer):
                 with torch.no_grad():
                     expected = model(input_ids=row, use_cache=False).logits[0, -1].double().log_softmax(-1)[token]
                 assert abs(float(expected) - log_prob) < 1e-4, (length, step)
+
+
+def test_half_drawn_candidates_of_short_and_long_prompts_are_those_of_each_alone(tokenizer):
+    """The same with candidates in lockstep; a text that crosses over is refused."""
+    sampler = Sampler(stretched("longrope", 16), tokenizer)
+    size = rewards.from_function(lambda prompts, texts: [len(text) for text in texts], "size")
+    job = dict(n=3, max_new_tokens=6, seed=0, chat=False)
+    made = sampler.sample(["why", LONG], **job).logprobs
+    both = speculative_rejection(sampler, ["why", LONG], [size], lam=[1.0], checkpoints=[2], keep=1.0, **job)
+    for ours, alone in zip(both.candidates.logprobs, made, strict=True):
+        for a, b in zip(ours, alone, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+    with pytest.raises(UserError, match="prompt 1: the model's RoPE changes during its continuation"):
+        speculative_rejection(sampler, ["why", "the cat sat on the big red"], [size], lam=[1.0], **job)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
