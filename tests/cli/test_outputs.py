@@ -76,9 +76,9 @@ COMMANDS = {
     "train reward": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN, "--held-out", 0], ["--seed", 1],
                      "model.safetensors"),
     "train grpo": (
-        ["--model", "model0", "--prompts", "bundled", "--values", "diversity", "--lam", 1, "--limit", 4, "--batch-size", 2,
-         "--num-generations", 2, "--max-new-tokens", 2, "--max-steps", 1], ["--seed", 1], "model.safetensors",
-    ),  # fmt: skip
+        ["--model", "model0", "--prompts", "bundled", "--values", "diversity", "--lam", 1, "--limit", 4,
+         "--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 2, "--max-steps", 1], ["--seed", 1], "model.safetensors",
+    ),
     "train ppo": (
         ["--model", "model0", "--data", "prompts.txt", "--values", "diversity", "--lam", 1, *TRAIN, "--max-new-tokens",
          3],
