@@ -77,7 +77,8 @@ COMMANDS = {
                      "model.safetensors"),
     "train grpo": (
         ["--model", "model0", "--prompts", "bundled", "--values", "diversity", "--lam", 1, "--limit", 4,
-         "--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 2, "--max-steps", 1], ["--seed", 1], "model.safetensors",
+         "--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 2, "--max-steps", 1],
+        ["--seed", 1], "model.safetensors",
     ),
     "train ppo": (
         ["--model", "model0", "--data", "prompts.txt", "--values", "diversity", "--lam", 1, *TRAIN, "--max-new-tokens",
