@@ -33,7 +33,7 @@ def line(benchmark: dict) -> str:
     for peer, ratio in result["ratio"].items():
         bar = result["bars"].get(peer)
         message = "" if bar is None else f" (bar {bar:.3g}{'' if ratio['p50'] >= bar else ', MISSED'})"
-        low, middle, high = (_figures(ratio[name]) for name in ("p20", "p50", "p80"))
+        low, middle, high = (figures(ratio[name]) for name in ("p20", "p50", "p80"))
         parts.append(f"{middle} × {peer} [{low}–{high}]{message}")
     parts += [f"floor {_ms(result['floor'])}"] if "floor" in result else []
     parts += [result["check"]] if "check" in result else []
@@ -62,7 +62,7 @@ def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
             machines += [place] * (place not in machines)
             memory = [result["peak_mb"].get(name) for name in (peer, "fastalign")]
             cells = [benchmark["group"], title(benchmark), peer]
-            low, middle, high = (_figures(ratio[name]) for name in ("p20", "p50", "p80"))
+            low, middle, high = (figures(ratio[name]) for name in ("p20", "p50", "p80"))
             cells += [f"**{middle} ×** ({low}–{high})"]
             cells += ["" if bar is None else f"{bar:.3g}{'' if ratio['p50'] >= bar else ', missed'}"]
             cells += [_ms(benchmark["stats"]["median"]), floor]
@@ -79,10 +79,10 @@ def title(benchmark: dict) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{_figures(1e3 * seconds)} ms"
+    return f"{figures(1e3 * seconds)} ms"
 
 
-def _figures(x: float) -> str:
+def figures(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 from commands import fastalign, refused
+from fastalign.bench.tables import figures
 from tiny import tiny_folder
 from turns import on_its_day
 from typer.testing import CliRunner
@@ -230,7 +231,7 @@ def test_bench_writes_results_and_a_table(tmp_path, monkeypatch):
     assert fastalign("bench", "gae and 64", "--out", tmp_path)[0] == 0
     (result,) = json.loads((tmp_path / "bench.json").read_text())["benchmarks"]
     ratio = result["extra_info"]["ratio"]["Python loop over time"]["p50"]
-    assert result["stats"]["median"] > 0 and f"**{ratio:,.0f} ×**" in (tmp_path / "table.md").read_text()
+    assert result["stats"]["median"] > 0 and f"**{figures(ratio)} ×**" in (tmp_path / "table.md").read_text()
     assert "exists; --overwrite measures again" in refused("bench", "gae", "--out", tmp_path)
     monkeypatch.setattr("fastalign.cli.bench.find_spec", lambda name: None)
     assert "pip install 'fastalign[bench]'" in refused("bench", "--out", tmp_path / "other")
