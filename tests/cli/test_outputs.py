@@ -76,8 +76,8 @@ COMMANDS = {
     "train reward": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN, "--held-out", 0], ["--seed", 1],
                      "model.safetensors"),
     "train grpo": (
-        ["--model", "model0", "--prompts", "bundled", "--values", "diversity", "--lam", 1, "--limit", 4,
-         "--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 2, "--max-steps", 1],
+        ["--model", "model0", "--prompts", "prompts.txt", "--values", "readability", "--lam", 1, *TRAIN,
+         "--num-generations", 2, "--max-new-tokens", 8, "--learning-rate", 0.01],
         ["--seed", 1], "model.safetensors",
     ),
     "train ppo": (
