@@ -19,7 +19,7 @@ TURNS = (
         "killed: train dpo", "killed: train ppo", "killed: train grpo", "killed: DPOTrainer", "killed: PPOTrainer",
         "killed: soup",
     ),
-    ("ranks: train dpo", "ranks: DDP", "ranks: FSDP2", "ranks: PPO", "ranks: GRPO"),
+    ("ranks: train dpo", "ranks: DDP", "ranks: FSDP2", "ranks: PPO"),
     ("script: DPO", "script: GRPO"),
     ("signal: SIGINT", "signal: SIGTERM"),
     ("levels: losses", "levels: draws", "levels: layers and soups", "levels: palettes"),

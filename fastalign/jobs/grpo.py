@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign.data.dialogues import HUMAN
 from fastalign.jobs import run as runs
 from fastalign.jobs import trainers
-from fastalign.jobs.ppo import read_lam, read_values, summary
+from fastalign.jobs.ppo import inputs_of, read_lam, read_values, summary
 
 
 def train_grpo(
@@ -97,9 +96,7 @@ def train_grpo(
         "max_steps": max_steps, "max_new_tokens": max_new_tokens, "temperature": temperature, "beta": beta,
         "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
-    inputs = [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
-    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs)
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs_of(model, values))
     if run.result is not None:
         return run.result
     with runs.quiet(), run:

@@ -47,6 +47,12 @@ def read_values(names: Sequence[Any]) -> list[Any]:
     return result
 
 
+def inputs_of(model: str, values: Sequence[Any]) -> list[str]:
+    """The model, and the reward models among the values: what a run must not write into."""
+    folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
+    return [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
+
+
 def read_lam(lam: Sequence[float] | Mapping[str, float], names: Sequence[str]) -> list[float]:
     """The weights of these values, in order, given in order or by name. Raises UserError."""
     if isinstance(lam, Mapping):
@@ -153,9 +159,7 @@ def train_ppo(
         "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,
         "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
-    inputs = [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
-    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs)
+    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs_of(model, values))
     if run.result is not None:
         return run.result
     with runs.quiet(), run:

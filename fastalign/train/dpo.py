@@ -23,9 +23,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import use_adapter
 
 import fastalign
 from fastalign._base import progress
@@ -42,7 +40,8 @@ from fastalign.models.trial import name_of, warn_once
 from fastalign.train import checks
 from fastalign.train.finite import StopsAtNaN
 from fastalign.train.pairs import split, take
-from fastalign.train.rows import CPU_TOKENS, RowBatch, add_row_forward, evaluating
+from fastalign.train.passes import reference_adapter, unchanged
+from fastalign.train.rows import CPU_TOKENS, RowBatch, add_row_forward
 
 COUPLED = {"aot", "aot_unpaired", "sft"}  # losses of a batch that are not the mean over its pairs
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -271,11 +270,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         return RowBatch(ids, attention, labels, pack_pairs(ids, attention) if self._packs else None)
 
     def _reference(self, model, batch: RowBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
-        adapter = contextlib.nullcontext()
-        if self.ref_model is None and hasattr(inner := self.accelerator.unwrap_model(self.model), "peft_config"):
-            adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), evaluating(model), checkpointing, adapter, self.accelerator.autocast():
+        with reference_adapter(self), unchanged(self, model):
             log_probs = model(rows=batch)["log_probs"]
         chosen, rejected = sequence_logps(log_probs, mask, ld_alpha=self.ld_alpha).chunk(2)
         return chosen, rejected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
@@ -39,9 +39,14 @@ class StopsAtNaN(_Trainer):
 
     def _stop(self, what: str, value: float, *batches: dict[str, Any]) -> None:
         rows = sorted({row for batch in batches for row in rows_of(self.train_dataset, batch["input_ids"])})
-        folder = self.args.output_dir
-        kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        raise UserError(stopped(self.state.global_step + 1, what, value, rows, kept))
+        stop(self, what, value, rows)
+
+
+def stop(trainer: _Trainer, what: str, value: float, rows: list[int]) -> NoReturn:
+    """Ends the training of a transformers Trainer."""
+    folder = trainer.args.output_dir
+    kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    raise UserError(stopped(trainer.state.global_step + 1, what, value, rows, kept))
 
 
 def not_finite(norm: Tensor | float | None, accelerator: Any) -> bool:

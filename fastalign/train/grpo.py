@@ -9,6 +9,7 @@ size whose gradients add up to the step's.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -24,10 +25,8 @@ import transformers
 import trl
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
-from trl.models.utils import disable_gradient_checkpointing, prepare_fsdp
+from trl.models.utils import prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import use_adapter
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
@@ -37,14 +36,15 @@ from fastalign.models.identity import language_model, reads_tokens
 from fastalign.models.packing import enable
 from fastalign.models.trial import name_of, warn_once
 from fastalign.train import grpo_rollout as rollout
-from fastalign.train.finite import not_finite, stopped
+from fastalign.train.finite import not_finite, stop
 from fastalign.train.grpo_config import GRPOConfig, advantage_of, check_args
 from fastalign.train.grpo_data import PromptSampler, PromptStream, Repeats, check_room, encode, with_prompts
 from fastalign.train.grpo_logs import Logs
 from fastalign.train.grpo_model import load, load_options, load_tokenizer, with_adapters
 from fastalign.train.grpo_rewards import RewardFunctions
 from fastalign.train.grpo_rollout import Drawn, Rollout
-from fastalign.train.rows import CPU_TOKENS, add_row_forward, evaluating
+from fastalign.train.passes import reference_adapter, unchanged
+from fastalign.train.rows import CPU_TOKENS, add_row_forward
 from fastalign.train.sharded import inside, is_sharded, whole_layers
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -179,7 +179,7 @@ class GRPOTrainer(transformers.Trainer):
         self.sampler: Sampler = Sampler(model, processing_class)
         self._ends = {*self.sampler.ends, processing_class.pad_token_id}
         self._check_prompts("train_dataset", train_dataset)
-        self._logs: Logs = Logs(self.rewards.names, self.reward_weights)
+        self._logs: Logs = Logs(self.rewards.names, self.reward_weights, self.args.log_completions)
         self._step = 0  # batches trained on
         self._generation: Batch | None = None
         self._window: list[Batch] = []  # since the last step
@@ -253,8 +253,9 @@ class GRPOTrainer(transformers.Trainer):
             raise UserError(
                 f"a completion of {new} tokens must leave room for a prompt in the model's context of {context}"
             )
-        for i in range(len(dataset)):
-            prompt = dataset[i]["prompt"]
+        rows = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
+        for i, row in enumerate(rows):
+            prompt = row["prompt"]
             text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
             if len(text.encode("utf-8", "replace")) + 256 > context - new:  # with room for a template
                 check_room(self._encode([prompt]), new, context, f"{name} row {i}: ")
@@ -313,15 +314,18 @@ class GRPOTrainer(transformers.Trainer):
         seen = self._logs.lengths(mode, lengths, ended, self.state.num_input_tokens_seen)
         self.state.num_input_tokens_seen = seen
         self._logs.rewards(mode, everywhere, advantages)
-        self._logs.texts(prompts, texts, everywhere, advantages)
+        if self.args.log_completions:
+            self._logs.texts(prompts, texts, everywhere, advantages)
         tokens = sum(gather_object([sum(one.tokens for one in rollouts)]))
         return Batch(rollouts, tokens)
 
     def _draw(self, prompts: list[Any]) -> Drawn:
         context, new = self.sampler.context, self.max_completion_length
         if self.rollout_func is not None:
-            return rollout.by_function(self.rollout_func, prompts, self)
-        prompt_ids = self._encode(prompts)
+            return rollout.by_function(self.rollout_func, copy.deepcopy(prompts), self)
+        groups = [(prompt, len(list(group))) for prompt, group in itertools.groupby(prompts)]
+        encoded = self._encode([prompt for prompt, _ in groups])
+        prompt_ids = [ids for ids, (_, size) in zip(encoded, groups, strict=True) for _ in range(size)]
         check_room(prompt_ids, new, context)
         self.sampler.model = model = self.accelerator.unwrap_model(self.model)
         training, process = model.training, self.accelerator.process_index
@@ -340,7 +344,7 @@ class GRPOTrainer(transformers.Trainer):
 
     def _draw_and_score(self, rows: list[dict[str, Any]], prompts: list[Any]) -> tuple[Drawn, list[Any], Tensor]:
         """Completions, their texts (or messages), and rewards (n, m)."""
-        drawn = self._draw(copy.deepcopy(prompts))
+        drawn = self._draw(prompts)
         texts = self.processing_class.batch_decode(drawn.completion_ids, skip_special_tokens=True)
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
@@ -368,17 +372,11 @@ class GRPOTrainer(transformers.Trainer):
         if corrects:
             rollout.importance_weights(rollouts, args)
         if self.beta != 0:
-            adapter: Any = nullcontext()
-            if self.ref_model is None:
-                inner = self.accelerator.unwrap_model(self.model)
-                adapter = use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
-            with adapter:
+            with reference_adapter(self):
                 self._fill("ref", rollouts, self.ref_model or self.model)
 
-    @torch.no_grad()
     def _fill(self, field: str, rollouts: list[Rollout], model: Any) -> None:
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with evaluating(model), checkpointing, self.accelerator.autocast():
+        with unchanged(self, model):
             for part in self._parts([rollouts])[0]:
                 batch = rollout.row_batch(part, self.accelerator.device, pack=self._packs)
                 scored = model(rows=batch, temperature=self.temperature)["log_probs"]
@@ -428,7 +426,7 @@ class GRPOTrainer(transformers.Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         if not math.isfinite(value := total.item()):
-            self._stop("loss", value)
+            stop(self, "loss", value, [])
         self._logs.step("train")
         return total
 
@@ -457,9 +455,11 @@ class GRPOTrainer(transformers.Trainer):
         """Each bucket in parts; a sharded model must run equally often on every process."""
         args = self.args
         limit = getattr(args, "max_packed_tokens", None)
-        if limit is None:
+        if limit is None and self.accelerator.device.type == "cpu":
+            limit = CPU_TOKENS
+        elif limit is None:
             longest = max(len(one.prompt) + len(one.completion) for bucket in buckets for one in bucket)
-            limit = CPU_TOKENS if self.accelerator.device.type == "cpu" else longest * self._train_batch_size
+            limit = longest * self._train_batch_size
         least = [1] * len(buckets)
         if is_sharded(self.model):
             own = [len(rollout.parts(bucket, limit, share=self._packs)) for bucket in buckets]
@@ -474,11 +474,11 @@ class GRPOTrainer(transformers.Trainer):
         batch = rollout.row_batch(part, device, pack=self._packs)
         scored = model(rows=batch, outputs=("log_probs", "entropy"), temperature=self.temperature)
         log_probs, entropy, mask = scored["log_probs"], scored["entropy"], batch.labels[:, 1:] != -100
-        old, ref, drawn, weight = (rollout.beside(part, name, device) for name in ("old", "ref", "drawn", "weight"))
+        old, ref, weight = (rollout.beside(part, name, device) for name in ("old", "ref", "weight"))
         advantages = torch.tensor([one.advantage for one in part], dtype=log_probs.dtype, device=device)
         if args.off_policy_mask_threshold is not None:
-            before = old if drawn is None or self.rollout_func is None else drawn
-            before = log_probs.detach() if before is None else before
+            drawn = None if self.rollout_func is None else rollout.beside(part, "drawn", device)
+            before = next((x for x in (drawn, old) if x is not None), log_probs.detach())
             kept = rollout.on_policy(log_probs.detach(), before, mask, args.off_policy_mask_threshold)
             advantages = torch.where((advantages >= 0) | kept, advantages, 0)
         share = len(part) / scale.rows if scale.normalizer is None else 1.0
@@ -510,13 +510,8 @@ class GRPOTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if not_finite(norm, self.accelerator):
-            self._stop("gradient's norm", float(norm))
+            stop(self, "gradient's norm", float(norm), [])
         return norm
-
-    def _stop(self, what: str, value: float) -> None:
-        folder = self.args.output_dir
-        kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        raise UserError(stopped(self.state.global_step + 1, what, value, [], kept))
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -23,9 +23,9 @@ class Logs:
 
     metrics: dict[str, dict[str, list[float]]]
 
-    def __init__(self, names: Sequence[str], weights: Tensor):
-        """names, weights: of the rewards."""
-        self.names, self.weights = names, weights
+    def __init__(self, names: Sequence[str], weights: Tensor, completions: bool):
+        """names, weights: of the rewards; completions: whether their table will be written."""
+        self.names, self.weights, self.completions = names, weights, completions
         self.metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count], of the present step
         self._reported: dict[str, list[float]] = defaultdict(list)
@@ -35,7 +35,8 @@ class Logs:
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """For reward functions: a column of the completions' table."""
-        self._extra[column].extend(values)
+        if self.completions:
+            self._extra[column].extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
         """For reward functions: a number to log."""

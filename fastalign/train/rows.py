@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastalign.models.head import head_of
@@ -75,15 +73,3 @@ def _score(model: PreTrainedModel, rows: RowBatch, outputs: tuple[str, ...], tem
         made = linear_token_logprobs(hidden, labels=labels[scored], **head_of(model).arguments(), **options)
         fields = made._asdict() if isinstance(made, TokenLogprobs) else {"log_probs": made}
     return {name: x.new_zeros(scored.shape).masked_scatter(scored, x) for name, x in fields.items() if x is not None}
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Disables dropout; restores every module's mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

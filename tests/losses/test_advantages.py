@@ -1,83 +1,18 @@
 """Group advantages against plain loops, TRL's formulas and numbers worked by hand."""
 
 import math
-import statistics
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_advantages import plain_advantages
 
 from fastalign.losses import group_advantages
 
 NAN = float("nan")
 HOWS = ("grpo", "batch", "dr_grpo", "rloo", "gdpo", "rank")
-FLOOR = 1e-4
 DOUBLE = {"dtype": torch.float64}
-
-
-def mean(x):
-    return sum(x) / len(x)
-
-
-def deviation(x):
-    return statistics.stdev(x) if len(x) > 1 and len(set(x)) > 1 else 0.0
-
-
-def normalised(group):
-    """Of each completion's reward for one value, NaN kept."""
-    scored = [x for x in group if not math.isnan(x)]
-    if len(set(scored)) < 2:
-        return [0 * x for x in group]
-    return [(x - mean(scored)) / (deviation(scored) + FLOOR) for x in group]
-
-
-def ranked(group):
-    scored = sorted(x for x in group if not math.isnan(x))
-    if len(set(scored)) < 2:
-        return [0 * x for x in group]
-    ranks = {x: mean([i for i, y in enumerate(scored) if y == x]) for x in scored}
-    return [2 * ranks[x] / (len(scored) - 1) - 1 if x in ranks else NAN for x in group]
-
-
-def reference(rewards, weights, how):
-    """(B, G, m) nested lists -> (B, G), number by number."""
-
-    def summed(rows):
-        return [
-            NAN
-            if all(map(math.isnan, row))
-            else sum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r))
-            for row in rows
-        ]
-
-    if how in ("gdpo", "rank"):
-        of_value = normalised if how == "gdpo" else ranked
-        rewards = [
-            [list(row) for row in zip(*(of_value(list(column)) for column in zip(*group, strict=True)), strict=True)]
-            for group in rewards
-        ]
-    groups = [summed(group) for group in rewards]
-    every = [x for group in groups for x in group if not math.isnan(x)]
-    result = []
-    for group in groups:
-        scored = [x for x in group if not math.isnan(x)]
-        row = []
-        for i, x in enumerate(group):
-            if math.isnan(x):
-                row.append(0.0)
-            elif how == "rank":
-                row.append(x)
-            elif how == "gdpo":
-                row.append((x - mean(every)) / (deviation(every) + FLOOR))
-            elif how == "rloo":
-                others = [y for j, y in enumerate(group) if j != i and not math.isnan(y)]
-                row.append(x - mean(others) if others else 0.0)
-            else:
-                over = {"grpo": deviation(scored) + FLOOR, "batch": deviation(every) + FLOOR, "dr_grpo": 1.0}[how]
-                row.append((x - mean(scored)) / over)
-        result.append(row)
-    return result
 
 
 def trl(rewards, weights, how):
@@ -118,7 +53,7 @@ def test_equals_the_loops(how, data):
     rewards = torch.tensor(data.draw(st.lists(number, min_size=size, max_size=size)), **DOUBLE).view(shape)
     weights = data.draw(st.lists(st.sampled_from([-1.5, 0.0, 0.5, 1.0]), min_size=shape[2], max_size=shape[2]))
     result = group_advantages(rewards, weights=weights, how=how)
-    expected = torch.tensor(reference(rewards.tolist(), weights, how), **DOUBLE)
+    expected = torch.tensor(plain_advantages(rewards.tolist(), weights, how), **DOUBLE)
     torch.testing.assert_close(result, expected, rtol=1e-7, atol=1e-9)
 
 

@@ -2,12 +2,14 @@
 refuses."""
 
 import copy
+import math
 import random
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
+from plain_advantages import plain_advantages
 from tiny import tiny_folder, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -204,47 +206,6 @@ def test_a_reward_that_raises_loses_nothing(folder, tmp_path):
     assert [row["loss"] for row in logs(second)] == pytest.approx([row["loss"] for row in logs(whole)], abs=1e-5)
 
 
-def plain_advantages(rewards, how):
-    """Python loops over (prompts, completions, values) of floats; None: not scored."""
-
-    def mean(x):
-        return sum(x) / len(x)
-
-    def deviation(x):
-        return (sum((y - mean(x)) ** 2 for y in x) / (len(x) - 1)) ** 0.5 if len(x) > 1 else 0.0
-
-    def ranks(x):
-        return [(sum(z < y for z in x) - sum(z > y for z in x)) / (len(x) - 1) for y in x]
-
-    groups = []
-    for group in rewards:
-        if how in ("gdpo", "rank"):
-            columns = []
-            for value in zip(*group, strict=True):
-                known = [x for x in value if x is not None]
-                if how == "gdpo":
-                    new = [(x - mean(known)) / (deviation(known) + 1e-4) for x in known]
-                else:
-                    new = ranks(known)
-                new = iter(new)
-                columns.append([0.0 if x is None else next(new) for x in value])
-            groups.append([sum(row) for row in zip(*columns, strict=True)])
-        else:
-            groups.append([sum(x for x in row if x is not None) for row in group])
-    every = [x for group in groups for x in group]
-    if how == "gdpo":
-        return [(x - mean(every)) / (deviation(every) + 1e-4) for x in every]
-    if how == "rank":
-        return every
-    result = []
-    for group in groups:
-        for i, x in enumerate(group):
-            others = [*group[:i], *group[i + 1 :]]
-            by = {"grpo": deviation(group) + 1e-4, "batch": deviation(every) + 1e-4}.get(how, 1.0)
-            result.append((x - mean(others if how == "rloo" else group)) / by)
-    return result
-
-
 @pytest.mark.parametrize("how", ["grpo", "batch", "dr_grpo", "rloo", "gdpo", "rank"])
 def test_one_update_equals_a_plain_float64_reference(folder, tmp_path, how):
     seen = {}
@@ -262,8 +223,10 @@ def test_one_update_equals_a_plain_float64_reference(folder, tmp_path, how):
         max_packed_tokens=50,
     )  # fmt: skip
     t.train()
-    scores = [[*row] for row in zip(seen["length"], seen["vowels"], strict=True)]
-    advantages = plain_advantages([scores[i : i + 4] for i in range(0, len(scores), 4)], how)
+    said = ([math.nan if x is None else x for x in seen[name]] for name in ("length", "vowels"))
+    scores = list(zip(*said, strict=True))
+    groups = plain_advantages([scores[i : i + 4] for i in range(0, len(scores), 4)], [1.0, 1.0], how)
+    advantages = [x for group in groups for x in group]
     loss, tokens = 0.0, sum(map(len, seen["ids"]))
     for prompt, ids, advantage in zip(seen["prompts"], seen["ids"], advantages, strict=True):
         first = t.processing_class(prompt)["input_ids"]
