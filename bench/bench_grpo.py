@@ -1,7 +1,7 @@
 """GRPO on SmolLM2-135M: fastalign's GRPOTrainer against TRL's, each in its own process, on the same prompts.
 
 One step on the CPU in float32: completions of a fixed length are drawn for each prompt, scored by a function, and
-trained on once, all in one batch. Time is from the trainer's construction to the end of training; memory is the peak of
+trained on once, at most 32 at a time. Time is from the trainer's construction to the end of training; memory is the peak of
 the process. Loss and gradient norm of a small step on given completions must agree first.
 """
 

@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+AT_ONCE = 32  # completions: 128 take TRL more than 24 GB
+
 
 def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
     """options: prompts, words (of each), completions (per prompt), new (tokens)."""
@@ -38,14 +40,15 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": scores}
 
     def step(count: int, completions: int, **more: Any) -> Any:
+        rows, at_once = count * completions, min(count * completions, AT_ONCE)
         args = config(
             output_dir=folder, report_to=[], max_steps=1, logging_steps=1,
-            per_device_train_batch_size=count * completions, num_generations=completions,
+            per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once, num_generations=completions,
             max_completion_length=options["new"], use_cpu=True, bf16=False, gradient_checkpointing=False,
             save_strategy="no", learning_rate=1e-6, seed=0, disable_tqdm=True,
         )  # fmt: skip
-        rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts[:count]])
-        trainer = trainer_class(model, lengths, args, train_dataset=rows, processing_class=tokenizer, **more)
+        data = Dataset.from_list([{"prompt": prompt} for prompt in prompts[:count]])
+        trainer = trainer_class(model, lengths, args, train_dataset=data, processing_class=tokenizer, **more)
         trainer.train()
         return next(row for row in trainer.state.log_history if "loss" in row)
 

@@ -1,9 +1,10 @@
-"""Kills merges at random moments and runs them again: each time the result must be the same, byte for byte.
+"""Kills merges and runs them again: each time the result must be the same, byte for byte.
 
     python tools/kill_soup.py [--kills 200] [--seed 0]
 
 Makes two models of 12 MB and a LoRA adapter, and merges them into two outputs each: by weighted sums, by TIES, as a
-stack of layers of both, and the adapter into the first model. After every SIGKILL each file with a shard's name must be
+stack of layers of both, and the adapter into the first model. Every other merge is killed at a random moment, the rest
+once a random number of shards is finished. After every SIGKILL each file with a shard's name must be
 complete, and a folder with the output's name must be complete. A process that never uses its threads forks the merges,
 so that each starts at once.
 """
@@ -103,16 +104,27 @@ def whole(merge, root: Path, out: Path) -> float:
     return time.perf_counter() - began
 
 
+def wait_for(folder: Path, shards: int, seconds: float) -> None:
+    """Return once the folder has that many finished shards, or after that time."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end and len(list(folder.rglob("*.safetensors"))) < shards:
+        time.sleep(0)
+
+
 def kill(merge, root: Path, kills: int, draw: random.Random) -> dict:
     """Kill `kills` merges and return counts. Raises AssertionError if a file that should be complete is not."""
     name = merge.__name__
     out, beside = root / f"{name}-out", root / f".{name}-out.soup"
     takes = whole(merge, root, root / name)
     wanted = files(root / name)
+    count = sum(path.endswith(".safetensors") for path in wanted)
     seen = {"killed": 0, "finished": 0, "partial": 0, "shards": []}
     while seen["killed"] < kills:
         pid = start(merge, root, out)
-        time.sleep(draw.random() * takes)
+        if seen["killed"] % 2:
+            wait_for(beside, draw.randrange(1, count), takes)
+        else:
+            time.sleep(draw.random() * takes)
         os.kill(pid, signal.SIGKILL)
         seen["killed"] += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         shards = list(beside.rglob("*.safetensors"))
