@@ -1,8 +1,8 @@
 """GRPO on SmolLM2-135M: fastalign's GRPOTrainer against TRL's, each in its own process, on the same prompts.
 
 One step on the CPU in float32: completions of a fixed length are drawn for each prompt, scored by a function, and
-trained on once, at most 32 at a time. Time is from the trainer's construction to the end of training; memory is the peak of
-the process. Loss and gradient norm of a small step on given completions must agree first.
+trained on once, at most 32 at a time. Time is from the trainer's construction to the end of training; memory is the
+peak of the process. Loss and gradient norm of a small step on given completions must agree first.
 """
 
 from __future__ import annotations

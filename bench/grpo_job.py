@@ -43,9 +43,9 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
         rows, at_once = count * completions, min(count * completions, AT_ONCE)
         args = config(
             output_dir=folder, report_to=[], max_steps=1, logging_steps=1,
-            per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once, num_generations=completions,
-            max_completion_length=options["new"], use_cpu=True, bf16=False, gradient_checkpointing=False,
-            save_strategy="no", learning_rate=1e-6, seed=0, disable_tqdm=True,
+            per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once,
+            num_generations=completions, max_completion_length=options["new"], use_cpu=True, bf16=False,
+            gradient_checkpointing=False, save_strategy="no", learning_rate=1e-6, seed=0, disable_tqdm=True,
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": prompt} for prompt in prompts[:count]])
         trainer = trainer_class(model, lengths, args, train_dataset=data, processing_class=tokenizer, **more)

@@ -163,6 +163,16 @@ def read_json(path: str | os.PathLike[str], *, kind: str | None = None) -> Any:
     return value
 
 
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """The "kind" of a JSON file of ours; None for any other file."""
+    try:
+        value = read_json(path)
+    except (UserError, OSError, UnicodeDecodeError):
+        return None
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 @contextmanager
 def unflushed() -> Iterator[None]:
     """Disables flushing within it; the operating system writes the data later."""

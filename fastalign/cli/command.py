@@ -35,7 +35,8 @@ UNWRAPPED = 400  # columns, so that output without a terminal is not wrapped
 JSON = ("map_", "eval_")  # the commands whose output is JSON
 OUTPUTS = ("out", "html", "figures", "plot", "report")  # the parameters that name output files
 PLACES = ("model", "models", "base", "prompts", "data")  # string parameters that may be paths
-FOLDERS = ("dpo", "ppo", "reward", "soup", "soup_front")  # the commands whose output is a folder of their own
+# The commands whose output is a folder of their own.
+FOLDERS = ("align", "distill", "dpo", "grpo", "ppo", "reward", "soup", "soup_front")
 INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Result = Mapping[str, Any]  # what a command returns and --json prints

@@ -15,6 +15,7 @@ from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.files import STDOUT, read_json
 from fastalign._base.units import counted
+from fastalign.cli import align as cli_align
 from fastalign.cli import soup as cli_soup
 from fastalign.cli import soup_front as cli_soup_front
 from fastalign.cli import train as cli_train
@@ -97,6 +98,9 @@ def demo(
     from fastalign.jobs.demo import run
 
     run(out, quick=quick, resume=resume, overwrite=overwrite, seed=seed, console=_console(markup=True))
+
+
+cli_align.add_to(app)
 
 
 @command(

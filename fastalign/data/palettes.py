@@ -77,6 +77,16 @@ def targets(solution: Mapping[str, Any]) -> list[str]:
     return ["free" if nothing or level is None else f"{sense} {level:.4f}" for level, sense, nothing in rows]
 
 
+def in_words(solution: Mapping[str, Any]) -> str:
+    """The file's targets, in the format of `palette.parse_palette`."""
+    free = solution.get("free") or [False] * len(solution["values"])
+    rows = zip(solution["values"], solution["sense"], solution["palette"], free, strict=True)
+    return ",".join(
+        f"{name}>=free" if nothing or level is None else f"{name}{sense}{level!r}"
+        for name, sense, level, nothing in rows
+    )
+
+
 def _row(where: str, row: Any, name: str, count: int) -> None:
     if not isinstance(row, list) or len(row) != count:
         raise UserError(f"{where} must be a list of {count}, one for each value, got {row!r:.60}")

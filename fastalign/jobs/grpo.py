@@ -42,6 +42,7 @@ def train_grpo(
     resume: bool = False,
     overwrite: bool = False,
     show_progress: bool = False,
+    until: Callable[[float, float], bool] | None = None,
 ) -> dict[str, Any]:
     """Train a model by GRPO on λ · R of groups of its own completions, into the folder `out`; see `jobs.run`.
 
@@ -55,7 +56,7 @@ def train_grpo(
         beta: weight of the KL penalty towards the model before training.
         chat: apply the chat template; None: if there is one and no prompt is a dialogue in text.
         lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
-        resume, overwrite: see `jobs.run.Run`.
+        resume, overwrite: see `jobs.run.Run`. until: see `trainers.train`.
 
     Returns:
         The content of <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
@@ -103,7 +104,7 @@ def train_grpo(
         from fastalign.train import GRPOConfig, GRPOTrainer
 
         loaded, tokenizer = runs.load_policy(model, dtype, run.out)
-        rows = _rows(prompts, tokenizer, chat)
+        rows = prompt_rows(prompts, tokenizer, chat)
         with runs.one_line():
             args = GRPOConfig(
                 **trainers.arguments(run, save_steps, log_steps),
@@ -115,9 +116,11 @@ def train_grpo(
                 loaded, scorers, args, rows, processing_class=tokenizer, peft_config=adapters, callbacks=[callback]
             )
         shown = {name: f"rewards/{name}/mean" for name in names} | {"KL": "kl", "loss": "loss"}
-        trainer, speed = trainers.train(run, "grpo", make, shown, show_progress)
+        trainer, speed = trainers.train(run, "grpo", make, shown, show_progress, until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
-    result = {"steps": trainer.state.global_step, "tokens_per_second": speed}
+    result = {
+        "steps": trainer.state.global_step, "tokens": trainer._total_train_tokens, "tokens_per_second": speed
+    }  # fmt: skip
     logged = [row for row in trainer.state.log_history if "reward" in row]  # not where completions are used again
     if runs.is_main() and logged:
         means = [
@@ -127,7 +130,7 @@ def train_grpo(
     return run.finish(result)
 
 
-def _rows(prompts: Sequence[str], tokenizer: Any, chat: bool | None) -> Any:
+def prompt_rows(prompts: Sequence[str], tokenizer: Any, chat: bool | None) -> Any:
     """The prompts as TRL has them: messages where the chat template applies."""
     from datasets import Dataset
 

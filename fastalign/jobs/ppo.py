@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,27 @@ from fastalign._base.numbers import weights
 from fastalign.data.dialogues import HUMAN
 from fastalign.data.text import Text
 from fastalign.jobs import run as runs
+
+
+class Steer(Protocol):
+    """Weights of the values that move with what the policy reaches. settings: JSON values that determine it.
+
+    weights: from prompts and scores (n, m) of a step, those to train it by; may set the trainer's KL coefficient.
+    result: what it adds to the run's. save, load: beside the newest of the checkpoints in `folder`.
+    """
+
+    settings: Any
+
+    def weights(self, trainer: Any, prompts: Sequence[str], scores: np.ndarray) -> np.ndarray: ...
+
+    @property
+    def holds(self) -> bool: ...
+
+    def result(self) -> dict[str, Any]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 def read_values(names: Sequence[Any]) -> list[Any]:
@@ -90,6 +111,8 @@ def train_ppo(
     resume: bool = False,
     overwrite: bool = False,
     show_progress: bool = False,
+    steer: Steer | None = None,
+    until: Callable[[float, float], bool] | None = None,
 ) -> dict[str, Any]:
     """Train a model by PPO on λ·R of its own responses, into the folder `out`; see `jobs.run`.
 
@@ -102,7 +125,8 @@ def train_ppo(
             that the coefficient is adapted to, starting from init_kl_coef.
         chat: apply the chat template; None: if there is one and no prompt is a dialogue in text.
         lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
-        resume, overwrite: see `jobs.run.Run`.
+        resume, overwrite: see `jobs.run.Run`. steer: moves the weights and the KL coefficient after every step, and
+            begins at lam. until: as in `trainers.train`.
 
     Returns:
         The content of <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
@@ -143,6 +167,7 @@ def train_ppo(
         gradient_accumulation_steps=gradient_accumulation_steps,
         ppo_epochs=ppo_epochs,
         init_kl_coef=init_kl_coef,
+        adap_kl_ctrl=steer is None,
         target=kl_target,
         seed=seed,
         log_with=runs.board(),
@@ -158,6 +183,7 @@ def train_ppo(
         "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
         "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,
         "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
+        **({} if steer is None else {"steered": steer.settings}),
     }  # fmt: skip
     run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs_of(model, values))
     if run.result is not None:
@@ -166,13 +192,19 @@ def train_ppo(
         trainer = _trainer(config, model, run.out, adapters, prompts, chat, dtype, max_new_tokens)
         if run.resumes:
             trainer.load_checkpoint(run.checkpoints)
+            if steer is not None:
+                steer.load(run.checkpoints)
         run.begin(trainer.current_step)
         total = epochs * len(trainer.dataloader) if max_steps is None else max_steps
         done, show = trainer.current_step, show_progress and runs.is_main()
         with Stopping() as stopping, progress.bar("ppo", total=total, unit="steps", done=done, show=show) as advance:
-            _loop(trainer, scorers, lam, run, advance, stopping, total, max_new_tokens, save_steps)
+            tokens = _loop(
+                trainer, scorers, lam, run, advance, stopping, total, max_new_tokens, save_steps, steer, until
+            )
         _save(trainer, run)
-    result = {"steps": trainer.current_step}
+    result = {"steps": trainer.current_step, "tokens": tokens}
+    if steer is not None:
+        result |= steer.result()
     if runs.is_main():
         result |= summary(_logged(run), names)
     return run.finish(result)
@@ -196,9 +228,13 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
     return result
 
 
-def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tokens: int, save_steps: int) -> None:
+def _loop(
+    trainer, scorers, lam, run, advance, stopping, total: int, max_new_tokens: int, save_steps: int, steer, until
+) -> int:
+    """Train until the end; returns the tokens seen."""
     from fastalign import rewards
 
+    started, tokens = time.perf_counter(), 0
     names, text = [reward.name for reward in scorers], Text(trainer.tokenizer)
     drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
     while trainer.current_step < total:
@@ -209,11 +245,13 @@ def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tok
             pairs = zip(queries, responses, strict=True)
             batch["response"] = [text.continuation(query.tolist(), response.tolist()) for query, response in pairs]
             scores = rewards.score(scorers, batch["query"], batch["response"])  # (n, m)
+            if steer is not None:
+                lam = steer.weights(trainer, batch["query"], scores)
             combined = scores.astype(np.float64) @ lam
             stats = trainer.step(queries, responses, _tensors(combined))
             seconds = time.perf_counter() - began
             means, count = _over_processes(trainer, scores, combined, sum(map(len, queries)) + sum(map(len, responses)))
-            step = trainer.current_step
+            step, tokens = trainer.current_step, tokens + count
             values = dict(zip(names, means[:-1], strict=True))
             run.log(
                 {
@@ -239,10 +277,14 @@ def _loop(trainer, scorers, lam, run, advance, stopping, total: int, max_new_tok
             stopped = stopping.requested(trainer.accelerator)
             if stopped or (step % save_steps == 0 and step < total):
                 trainer.save_checkpoint(run.checkpoints)
+                if steer is not None:
+                    steer.save(run.checkpoints)
             if stopped:
                 stopping.end()
-            if step >= total:
-                return
+            spent = until is not None and until(time.perf_counter() - started, tokens)
+            if step >= total or spent or (steer is not None and steer.holds):
+                return tokens
+    return tokens
 
 
 def _trainer(

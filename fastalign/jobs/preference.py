@@ -88,6 +88,7 @@ def train_dpo(
     resume: bool = False,
     overwrite: bool = False,
     show_progress: bool = False,
+    until: Callable[[float, float], bool] | None = None,
 ) -> dict[str, Any]:
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `jobs.run`.
 
@@ -97,7 +98,7 @@ def train_dpo(
     every pair will be used; if every pair will, this is done anyway.
     chat: pairs of text become messages; None: if the tokenizer has a chat template, unless the pairs' candidates were
     sampled without it. epochs, max_steps: if given, max_steps takes precedence.
-    resume, overwrite: see `jobs.run.Run`.
+    resume, overwrite: see `jobs.run.Run`. until: see `trainers.train`.
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
     """
     from fastalign.losses.preference import LOSS_TYPES
@@ -148,7 +149,7 @@ def train_dpo(
                 callbacks=[callback],
             )
         trainer, speed = trainers.train(
-            run, "dpo", make, {"loss": "loss", "accuracy": "rewards/accuracies"}, show_progress
+            run, "dpo", make, {"loss": "loss", "accuracy": "rewards/accuracies"}, show_progress, until
         )
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
     names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
@@ -268,6 +269,7 @@ def _finish(
         "pairs": count,
         "dropped": pairs.dropped,
         **last,
+        "tokens": trainer._total_train_tokens,
         "tokens_per_second": speed,
         **(more or {}),
     }

@@ -39,9 +39,17 @@ def arguments(run: Run, save_steps: int, log_steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(run: Run, name: str, make: Callable[[Any], Any], shown: Mapping[str, str], show: bool) -> tuple[Any, float]:
+def train(
+    run: Run,
+    name: str,
+    make: Callable[[Any], Any],
+    shown: Mapping[str, str],
+    show: bool,
+    until: Callable[[float, float], bool] | None = None,
+) -> tuple[Any, float]:
     """Make the trainer, given a callback, and run it, from its newest checkpoint if there is one; returns (trainer,
-    tokens per second). shown: label -> logged figure, in the progress line."""
+    tokens per second). shown: label -> logged figure, in the progress line. until: of seconds and tokens; training ends
+    with the step after which it holds."""
     from transformers import PrinterCallback, TrainerState
 
     from fastalign.jobs.stopping import Stopping
@@ -49,7 +57,7 @@ def train(run: Run, name: str, make: Callable[[Any], Any], shown: Mapping[str, s
     checkpoint = newest_checkpoint(run.checkpoints) if run.resumes else None
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] if checkpoint else 0
     stopping = Stopping()
-    callback = _follow(run, stopping, shown)
+    callback = _follow(run, stopping, shown, until)
     with runs.one_line():
         trainer = make(callback)
     run.begin(step)
@@ -82,7 +90,9 @@ def _steps(trainer: Any) -> int:
     return max(1, -(-int(per_epoch * args.num_train_epochs * 1000) // 1000))
 
 
-def _follow(run: Run, stopping: Stopping, shown: Mapping[str, str]) -> Any:
+def _follow(
+    run: Run, stopping: Stopping, shown: Mapping[str, str], until: Callable[[float, float], bool] | None
+) -> Any:
     """A callback for transformers' Trainer: writes its logs to the run's log and the progress line, and stops on
     request.
 
@@ -110,6 +120,8 @@ def _follow(run: Run, stopping: Stopping, shown: Mapping[str, str]) -> Any:
             seconds = time.perf_counter() - self.began
             self.tokens_per_second = self.trainer._total_train_tokens / max(seconds, 1e-9)
             self.advance(1)
+            if until is not None and until(seconds, self.trainer._total_train_tokens):
+                control.should_training_stop = True
             if stopping.requested(self.trainer.accelerator):
                 self.stopped = control.should_save = control.should_training_stop = True
 

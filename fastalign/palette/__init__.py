@@ -2,7 +2,6 @@
 
 from fastalign.palette.ask import (
     lambda_of_rlhf,
-    parse_palette,
     raised_palette,
     rlhf_of_lambda,
     single_value_palette,
@@ -23,6 +22,7 @@ from fastalign.palette.sequential import solve_in_turn
 from fastalign.palette.solve import PaletteSolution, solve
 from fastalign.palette.sources import ParquetRewards
 from fastalign.palette.uncertainty import bootstrap, held_out, standard_errors
+from fastalign.palette.words import parse_palette
 
 __all__ = [
     "PaletteSolution", "ParquetRewards", "Policies", "Region", "Way", "bootstrap", "feasible_region", "front_towards",

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign.palette.inputs import Array, as_rewards, reject_nonfinite
-from fastalign.palette.quantile import quantile_palette
 
 UNITS = ("deviations", "absolute", "relative")
-_TERM = re.compile(r"\s*([^<>=]+?)\s*(==|>=|<=|=)\s*([^<>=]+?)\s*")
-_FROM_MEAN = re.compile(r"mean\s*([+-]\s*[0-9.eE+-]+?)\s*(sd|%|)")
 
 
 def raised_palette(rewards: Array, amounts: Array | Mapping[int, float], *, unit: str = "deviations") -> np.ndarray:
@@ -24,7 +19,7 @@ def raised_palette(rewards: Array, amounts: Array | Mapping[int, float], *, unit
     each reward (raise by one standard deviation: 1), "absolute", or "relative" to the mean's size (0.1: by 10 %).
     Returns (m,) float64. Raises UserError on an unknown unit or column, and NaN or infinite rewards.
     """
-    mean, deviation = _moments(rewards)
+    mean, deviation = moments(rewards)
     if unit not in UNITS:
         raise UserError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if isinstance(amounts, dict):
@@ -47,58 +42,6 @@ def single_value_palette(rewards: Array, value: int, level: float) -> np.ndarray
     return palette
 
 
-def parse_palette(text: str, names: Sequence[str], rewards: Array) -> tuple[np.ndarray, list[str]]:
-    """A palette in words: the levels (m,), and "==", ">=" or "<=" for each of `names`.
-
-    text: bare numbers in the order of `names`, or terms `name=what`, comma-separated, each name once, where "=" means
-    at least, "==" exactly, "<=" at most. what: a number, mean, mean+1sd, mean-0.2, mean+10%, q80 (the 80 % quantile,
-    or the mean where that is higher) or free (no target). `rest=what` sets all names not given.
-    rewards: (n, m), whose columns are `names`. Raises UserError, in one line, on text that it cannot parse.
-    """
-    fields = [field.strip() for field in text.split(",") if field.strip()]
-    if "=" not in text and Path(text).suffix == ".json":
-        raise UserError(
-            f"palette must be levels, such as {names[0]}=mean+1sd, got the file {text}: palette files go to "
-            "`fastalign select`, `eval`, `pareto`, `sample` and `train`, as --palette"
-        )
-    if not any("=" in field for field in fields):
-        try:
-            levels = [float(field) for field in fields]
-        except ValueError:
-            raise UserError(f"palette must be numbers or name=number, comma-separated, got {text!r}") from None
-        if len(levels) != len(names):
-            raise UserError(f"palette must have {len(names)} levels ({', '.join(names)}), got {len(levels)}")
-        return np.array(levels), [">="] * len(names)
-    targets: dict[str, tuple[str, str]] = {}
-    for field in fields:
-        term = _TERM.fullmatch(field)
-        if term is None:
-            raise UserError(f"palette must be numbers or name=number, comma-separated, got {text!r}")
-        name, sense, what = term.groups()
-        if name in targets or (name not in names and name != "rest"):
-            raise UserError(
-                f"palette must name each of {', '.join(names)} once, got {name!r}{' again' * (name in targets)}"
-            )
-        targets[name] = (">=" if sense == "=" else sense, what)
-    rest = targets.pop("rest", None)
-    missing = [name for name in names if name not in targets]
-    if rest is not None:
-        targets |= dict.fromkeys(missing, rest)
-    elif missing:
-        raise UserError(
-            f"palette must name each of {', '.join(names)} once, got {', '.join(targets)}: add {', '.join(missing)} or "
-            "rest=mean"
-        )
-    rewards = as_rewards(rewards)
-    mean, deviation = _moments(rewards)
-    levels, senses = np.empty(len(names)), []
-    for j, name in enumerate(names):
-        sense, what = targets[name]
-        levels[j] = _level(what, sense, rewards, j, mean[j], deviation[j])
-        senses.append(sense)
-    return levels, senses
-
-
 def lambda_of_rlhf(beta: float, weights: Array) -> np.ndarray:
     """λ = w / β: max_p E_p[w·R] − β KL(p ‖ p0) is solved by p ∝ p0 exp(w·R / β)."""
     if not beta > 0:
@@ -115,29 +58,7 @@ def rlhf_of_lambda(lam: Array) -> tuple[float, np.ndarray]:
     return 1.0 / total, lam / total
 
 
-def _level(what: str, sense: str, rewards: np.ndarray, j: int, mean: float, deviation: float) -> float:
-    if what == "mean":
-        return float(mean)
-    if what == "free":
-        if sense == "==":
-            raise UserError("palette must have a level after ==, got free")
-        return float(rewards[:, j].min() if sense == ">=" else rewards[:, j].max())
-    if re.fullmatch(r"q[0-9.]+", what):
-        percent = float(what[1:]) if what.count(".") < 2 else np.nan
-        if not 0 <= percent <= 100:
-            raise UserError(f"palette must ask for quantiles from q0 to q100, got {what!r}")
-        return float(quantile_palette(rewards[:, j : j + 1], percent / 100)[0])
-    moved = _FROM_MEAN.fullmatch(what)
-    try:
-        if moved is None:
-            return float(what)
-        amount = float(moved[1].replace(" ", ""))
-    except ValueError:
-        raise UserError(f"palette must be numbers, mean, mean+1sd, mean+10%, q80 or free, got {what!r}") from None
-    return float(mean + amount * {"sd": deviation, "%": abs(mean) / 100, "": 1.0}[moved[2]])
-
-
-def _moments(rewards) -> tuple[np.ndarray, np.ndarray]:
+def moments(rewards) -> tuple[np.ndarray, np.ndarray]:
     rewards = as_rewards(rewards)
     with np.errstate(all="ignore"):
         mean, deviation = rewards.mean(axis=0, dtype=np.float64), rewards.std(axis=0, dtype=np.float64)

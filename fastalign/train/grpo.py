@@ -297,19 +297,24 @@ class GRPOTrainer(transformers.Trainer):
         if len(everywhere) % generations:
             rule = f"a batch must be a multiple of num_generations_eval = {generations} completions over all processes"
             raise UserError(f"{rule}, got {len(everywhere)}: set per_device_eval_batch_size")
-        grouped = everywhere.view(-1, generations, len(self.rewards.names))
-        advantages = group_advantages(grouped, weights=self.reward_weights, how=self.how)
-        first = self.accelerator.process_index * len(rows)
-        own = advantages.flatten()[first : first + len(rows)].tolist()
         ended = [ids[-1] in self._ends for ids in drawn.completion_ids]
         counts = drawn.counts
         if self.args.mask_truncated_completions:
             counts = [row if whole else [0] * len(row) for row, whole in zip(counts, ended, strict=True)]
         rollouts = [
             Rollout(*one, drawn=None if drawn.log_probs is None else [_number(x) for x in drawn.log_probs[i]])
-            for i, one in enumerate(zip(drawn.prompt_ids, drawn.completion_ids, counts, own, strict=True))
+            for i, one in enumerate(zip(drawn.prompt_ids, drawn.completion_ids, counts, strict=True))
         ]
         self._look(rollouts, mode)
+        log_ratios = None
+        if getattr(self.args, "kl_in_reward", False):
+            own = [sum(one.old or ()) - sum(one.ref or ()) for one in rollouts]
+            log_ratios = torch.tensor(gather_object(own), dtype=torch.float64).view(-1, generations)
+        grouped = everywhere.view(-1, generations, len(self.rewards.names))
+        advantages = self._advantages(gather_object(prompts)[::generations], grouped, log_ratios)
+        first = self.accelerator.process_index * len(rows)
+        for one, advantage in zip(rollouts, advantages.flatten()[first : first + len(rows)].tolist(), strict=True):
+            one.advantage = advantage
         lengths = [(len(ids), sum(row)) for ids, row in zip(drawn.prompt_ids, drawn.counts, strict=True)]
         seen = self._logs.lengths(mode, lengths, ended, self.state.num_input_tokens_seen)
         self.state.num_input_tokens_seen = seen
@@ -318,6 +323,15 @@ class GRPOTrainer(transformers.Trainer):
             self._logs.texts(prompts, texts, everywhere, advantages)
         tokens = sum(gather_object([sum(one.tokens for one in rollouts)]))
         return Batch(rollouts, tokens)
+
+    def _advantages(self, prompts: list[Any], rewards: Tensor, log_ratios: Tensor | None) -> Tensor:
+        """(B, G) from B prompts and rewards (B, G, m), of all processes; log_ratios (B, G): of each completion's
+        probabilities under the policy and the reference, where the KL is part of the reward."""
+        weights = self.reward_weights
+        if log_ratios is not None:
+            rewards = torch.cat((rewards, log_ratios[..., None]), 2)
+            weights = torch.cat((weights, torch.tensor([-self.beta], dtype=weights.dtype)))
+        return group_advantages(rewards, weights=weights, how=self.how)
 
     def _draw(self, prompts: list[Any]) -> Drawn:
         context, new = self.sampler.context, self.max_completion_length
@@ -362,7 +376,7 @@ class GRPOTrainer(transformers.Trainer):
         corrects = getattr(args, "importance_correction", False) and self.rollout_func is not None
         # A step on completions of its own weights has ratios of 1.
         later = mode == "train" and args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
-        if later or corrects:
+        if later or corrects or getattr(args, "kl_in_reward", False):
             settings = rollout.sampling_settings(args, 1, 0)
             if self.rollout_func is None and not settings.truncates and settings.temperature > 0:
                 for one in rollouts:
@@ -494,7 +508,7 @@ class GRPOTrainer(transformers.Trainer):
             clip_range_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
             dual_clip=args.delta,
             ref_logprobs=ref,
-            kl_coef=self.beta,
+            kl_coef=0.0 if getattr(args, "kl_in_reward", False) else self.beta,
             kl_bias_correction=args.use_bias_correction_kl and self.beta != 0,
             entropy=entropy,
             entropy_coef=scale.entropy_coef * float(mask.sum()) / share,

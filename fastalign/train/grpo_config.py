@@ -42,6 +42,9 @@ class GRPOConfig(trl.GRPOConfig):
         "gdpo" or "rank". None: what multi_objective_aggregation and scale_rewards say.
     importance_correction: weigh tokens by the ratio of their probabilities under the model and under the sampler, for
         completions of a `rollout_func`; how is set by TRL's vllm_importance_sampling_mode, _clip_min and _clip_max.
+    kl_in_reward: subtract beta times a completion's log-ratio to the reference from its weighted rewards, as RLOO does
+        (arXiv 2402.14740), in place of a penalty per token in the loss. With advantage "rloo" the optimum is then the
+        model times exp(λ·R / beta).
     share_prompt: process the prompt of a group once, and no padding. Results are the same.
     max_packed_tokens: tokens per forward pass. None: 1,024 on a CPU, else what a padded batch of
         per_device_train_batch_size completions would have.
@@ -50,6 +53,9 @@ class GRPOConfig(trl.GRPOConfig):
     advantage: str | None = field(default=None, metadata={"help": "How rewards become advantages."})
     importance_correction: bool = field(
         default=False, metadata={"help": "Correct for a rollout_func's sampler by importance weights."}
+    )
+    kl_in_reward: bool = field(
+        default=False, metadata={"help": "Subtract beta times the log-ratio to the reference from the rewards."}
     )
     share_prompt: bool = field(default=True, metadata={"help": "Process the prompt of a group once."})
     max_packed_tokens: int | None = field(
@@ -104,6 +110,8 @@ def check_args(args: trl.GRPOConfig) -> None:
     sampling_settings(args, args.num_generations, 0)
     if args.sync_ref_model and args.beta == 0:
         raise UserError("sync_ref_model needs a reference: beta must not be 0")
+    if getattr(args, "kl_in_reward", False) and args.beta == 0:
+        raise UserError("kl_in_reward needs a reference: beta must not be 0")
     if args.loss_type == "vespo" and getattr(args, "importance_correction", False):
         raise UserError("importance_correction is not supported with loss_type 'vespo'")
 

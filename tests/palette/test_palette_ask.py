@@ -57,6 +57,51 @@ def test_palettes_in_words():
     levels, senses = parse("humor=1.5,rest<=free")
     np.testing.assert_allclose(levels, [1.5, *rewards.max(axis=0)[1:]])
     np.testing.assert_allclose(parse("humor=1.5,rest=free")[0], single_value_palette(rewards, 0, 1.5))
+    levels, senses = parse("humor>=base+0.5sd, helpful<=+10%, harmless>=base")
+    np.testing.assert_allclose(levels, mean + [0.5 * deviation[0], 0.1 * abs(mean[1]), 0])
+    assert senses == [">=", "<=", ">="]
+    np.testing.assert_allclose(parse("humor=-0.5sd,rest=base-1e-1")[0], mean - [0.5 * deviation[0], 0.1, 0.1])
+    levels, senses = parse_palette("harmless==0.3", NAMES, rewards, rest="free")
+    np.testing.assert_allclose(levels, [*rewards.min(axis=0)[:2], 0.3])
+    assert senses == [">=", ">=", "=="]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("palette.json", '{"humor": ">=base+0.5sd", "helpful": "<= 0.2", "harmless": "base"}'),
+        ("palette.yaml", "humor: base+0.5sd\nhelpful: <= 0.2\nharmless: '>= base'\n"),
+        ("palette.yml", "- humor>=base+0.5sd\n- helpful<=0.2\n- harmless>=base\n"),
+        (None, {"humor": "base+0.5sd", "helpful": "<=0.2", "harmless": "mean"}),
+    ],
+)
+def test_palettes_in_files_and_mappings(tmp_path, name, content):
+    rewards = samples(400, 3)
+    if name is not None:
+        (tmp_path / name).write_text(content)
+        content = str(tmp_path / name)
+    levels, senses = parse_palette(content, NAMES, rewards)
+    mean, deviation = rewards.mean(axis=0), rewards.std(axis=0)
+    np.testing.assert_allclose(levels, [mean[0] + 0.5 * deviation[0], 0.2, mean[2]])
+    assert senses == [">=", "<=", ">="]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[1, 2]", "must map each value to its level"),
+        ("{}", "must map each value to its level"),
+        ('{"humor": [1]}', "must map each value to its level"),
+        ('{"humor": "', "cannot be read as YAML"),
+        ('{"humour": 1}', "name each of humor, helpful, harmless once, got 'humour'"),
+        ('{"kind": "palette", "values": []}', "palette files go to"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, content, message):
+    path = tmp_path / "palette.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse_palette(str(path), NAMES, samples(50, 3))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +112,10 @@ def test_palettes_in_words():
         ("humor=1", "name each of humor, helpful, harmless once, got humor: add helpful, harmless or rest=mean"),
         ("humour=1,rest=mean", "name each of humor, helpful, harmless once, got 'humour'"),
         ("humor=1,humor=2,rest=mean", "got 'humor' again"),
+        ("humor>=0.6,humor<=0.5,rest=mean", "bounds that one level can meet, got humor >= 0.6 and humor <= 0.5"),
+        ("humor==0.6,humor==base,rest=mean", "bounds that one level can meet, got humor == 0.6 and humor == base"),
+        ("humor>=0.6,humor>=base,rest=mean", "got 'humor' again"),
+        ("missing.json", "no such file"),
         ("humor=lots,rest=mean", r"must be numbers, mean, mean\+1sd, mean\+10%, q80 or free, got 'lots'"),
         ("humor=mean+1e,rest=mean", "got 'mean\\+1e'"),
         ("humor==free,rest=mean", "must have a level after =="),
@@ -76,7 +125,7 @@ def test_palettes_in_words():
     ],
 )
 def test_mistakes_in_words(text, message):
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises((UserError, FileNotFoundError), match=message) as caught:
         parse_palette(text, NAMES, samples(50, 3))
     assert "\n" not in str(caught.value)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastalign.decode import Estimate, Worth
     from fastalign.report import Report
 
+SIDE = {">=": 1, "<=": -1, "==": 0}  # where levels may lie
 GRID_LIMIT = 10_000  # points of `evaluate_grid`
 
 
@@ -50,6 +51,10 @@ class Model:
         from fastalign.decode import Sampler
 
         return Sampler.from_pretrained(self.name, **self.loading)
+
+    def release(self) -> None:
+        """Give its memory back; the next use loads it again."""
+        vars(self).pop("sampler", None)
 
 
 def sample(
@@ -289,6 +294,8 @@ def solve_palette(
     quantile: float | None = None,
     values: Sequence[str] | None = None,
     joint: bool = False,
+    rest: str | None = None,
+    margin: float = 0.0,
     plot: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -297,10 +304,13 @@ def solve_palette(
     palette (see `palette.parse_palette`) or quantile (of each value, over all candidates). values: which rewards;
     default all.
     joint: the dual log Z(λ) over all samples, which also reweights the prompts, instead of the per-prompt dual, which
-    `select` realises. If the palette is infeasible, the file says so and contains the nearest reachable one, and λ is
-    for a point just inside that ("solved_for").
+    `select` realises. rest: what values not given are to reach, as in `palette.parse_palette`. margin: λ is for a point
+    ("solved_for") beyond the palette by as many standard errors over the prompts, if that can be reached, so that other
+    prompts reach the palette too.
+    If the palette is infeasible, the file says so and contains the nearest reachable one and the certificate, and λ is
+    for a point just inside that one.
     """
-    from fastalign.decode import worth
+    from fastalign.decode import estimate, worth
     from fastalign.palette import parse_palette, quantile_palette, solve
     from fastalign.palette.feasibility import INWARD
     from fastalign.palette.quantile import check_quantile
@@ -314,6 +324,8 @@ def solve_palette(
         "quantile": quantile,
         "values": None if values is None else list(values),
         "joint": joint,
+        **({} if rest is None else {"rest": rest}),
+        **({} if not margin else {"margin": margin}),
     }
     job = outputs.Job("map", {"scored": scored}, settings)
     plot = None if plot is None else Path(plot)
@@ -325,15 +337,23 @@ def solve_palette(
     flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
     groups = None if joint else np.repeat(np.arange(len(grid)), grid.shape[1])
     if palette is not None:
-        target, sense = parse_palette(palette, names, flat)
+        target, sense = parse_palette(palette, names, flat, rest=rest)
     elif quantile is not None:
         target, sense = quantile_palette(flat, quantile), [">="] * len(names)
     solution = first = solve(flat, target, groups=groups, sense=sense)
     before = flat.mean(axis=0, dtype=np.float64)
-    solved_for = target
+    solved_for, free = target, _free(target, sense, flat)
     if first.nearest is not None:  # infeasible
         solved_for = before + INWARD * (first.nearest - before)
         solution = solve(flat, solved_for, groups=groups, sense=sense)
+    elif margin:
+        side = np.array([0 if nothing else SIDE[each] for nothing, each in zip(free, sense, strict=True)])
+        step = margin * side * np.nan_to_num(estimate(grid, first.lam, warn=False).stderr[0])
+        for share in (1.0, 0.5, 0.25):
+            further = solve(flat, target + share * step, groups=groups, sense=sense)
+            if further.feasible and not further.nearly_infeasible:
+                solution, solved_for = further, target + share * step
+                break
     result = {
         "kind": "palette",
         "version": 1,
@@ -342,8 +362,9 @@ def solve_palette(
         "feasible": bool(first.feasible),
         "nearest": None if first.nearest is None else first.nearest.tolist(),
         "scaling": None if first.scaling is None else float(first.scaling),
+        "certificate": _certificate(first, grid),
         "sense": sense,
-        "free": _free(target, sense, flat),
+        "free": free,
         "solved_for": solved_for.tolist(),
         "lambda": solution.lam.tolist(),
         "before": before.tolist(),
@@ -365,6 +386,16 @@ def solve_palette(
 
             plot_palette(scored, result, plot)
     return result
+
+
+def _certificate(solution: Any, grid: np.ndarray) -> dict[str, Any] | None:
+    """Of an infeasible palette: weights w and a bound with Σ w·level ≤ bound < Σ w·palette for every reweighting of the
+    candidates (P, N, m), if it is proved."""
+    if solution.certificate is None or not np.isfinite(solution.certificate).all():
+        return None
+    w = np.asarray(solution.certificate, dtype=np.float64)
+    bound = (grid.astype(np.float64) @ w).max(axis=1).mean()
+    return {"weights": w.tolist(), "bound": float(bound)}
 
 
 def _free(target: np.ndarray, sense: Sequence[str], flat: np.ndarray) -> list[bool]:

@@ -1,0 +1,469 @@
+"""`fastalign align`: a palette in; texts, or a model, out that hold it on prompts they have not seen, and the proof.
+
+The prompts are split. On one half candidates are drawn, scored and reweighted: is the palette within reach, at which
+KL, with how many candidates? Then texts are drawn by that λ (`decode`), or a model is trained to it (`methods`); the
+other half, never used before, shows what came of it. Each stage reads the files of the stages before it and writes its
+own, so that an interrupted job goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastalign._base import fingerprint, outputs
+from fastalign._base.errors import UserError
+from fastalign._base.files import atomic_write, kind_of
+from fastalign.data import palettes
+from fastalign.data.sampling import SamplingSettings
+from fastalign.decode.candidates import Candidates
+from fastalign.jobs.align import divergence, methods, steps
+from fastalign.jobs.align.budget import Budget
+from fastalign.jobs.align.folder import Folder
+from fastalign.jobs.align.split import split
+from fastalign.report import proof
+
+HOW = ("auto", "decode", *methods.TRAINED)
+PILOT = 4  # candidates of each prompt that show what one costs
+MARGIN = 1.0  # standard errors beyond the palette for which λ is solved, so that other prompts reach it too
+BASE_DRAWS = 8  # of each held-out prompt from the base model, where a model is trained
+DRAWS = 4  # of each held-out prompt from that model
+SAMPLING_SHARE = 0.5  # of the budget, where a model is trained
+MUCH = 8  # times the candidates asked for: `auto` decodes with as many, before it trains
+
+
+def align(
+    model: str,
+    prompts: Sequence[Any],
+    rewards: Sequence[str],
+    palette: str,
+    out: str | os.PathLike[str],
+    *,
+    how: str | Callable[[Job, Path, Budget], float] = "auto",
+    candidates: int = 32,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    heldout: float = 0.5,
+    texts_per_prompt: int | None = None,
+    budget: str | None = None,
+    learning_rate: float | None = None,
+    lora_r: int | None = None,
+    rounds: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_infeasible: bool = False,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Align a model with a palette, in the folder `out`, and prove it on held-out prompts.
+
+    Args:
+        model: as for `steps.sample`. prompts: at least two different ones. rewards: names, at least one.
+        palette: in words (`palette.parse_palette`) or a palette file of `fastalign map`, for its targets; a reward
+            that it does not name has no target.
+        how: "decode": texts drawn from p_λ among the candidates. A trained model: "distill", "dpo", "grpo", "ppo"; see
+            `methods`. "auto": decode if enough candidates can be had, else grpo. Or a function of your own (job,
+            folder for the model, what is left of the budget) that trains a model and returns how many tokens it took.
+        candidates: per prompt. heldout: the share of prompts held out. texts_per_prompt: of the result; default 1, for
+            a trained model 4.
+        budget: "20m", "90s", "1h" or "200000t" (tokens) in all; fewer candidates, and a shorter training, where it
+            binds. learning_rate, lora_r: of the training; default: that of its method, all weights.
+        rounds: train so many times, each from the model of the round before and with its candidates; levels and KL are
+            always measured against the base.
+        allow_infeasible: go on to a palette just inside the nearest one that can be reached.
+        resume, overwrite: see `folder.Folder`.
+
+    Returns:
+        The content of <out>/align.json; "feasible" is False if no reweighting of the candidates reaches the palette.
+        Beside it: report.html, palette.json, the candidates, texts.jsonl, and model/ with its README.md.
+
+    Raises:
+        UserError: one line, as far as possible before anything is drawn.
+    """
+    names, trainer = list(rewards), how if callable(how) else None
+    how = getattr(how, "__name__", "own") if callable(how) else how
+    words = in_words(palette, names)
+    _check(names, words, "decode" if trainer else how, texts_per_prompt, learning_rate, lora_r, rounds)
+    allowed = Budget.parse(budget)
+    SamplingSettings(candidates, max_new_tokens, temperature, top_p=top_p, seed=seed)
+    train, held = split(prompts, heldout, seed)
+    if trainer or how in methods.TRAINED:
+        methods.check(model, temperature, top_p)
+    settings = {
+        "model": model, "prompts": list(prompts), "rewards": names, "palette": words, "how": how,
+        "candidates": candidates, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+        "heldout": heldout, "texts_per_prompt": texts_per_prompt, "budget": budget, "learning_rate": learning_rate,
+        "lora_r": lora_r, "rounds": rounds, "dtype": dtype, "seed": seed, "allow_infeasible": allow_infeasible,
+        "model_content": fingerprint.of_model(model),
+    }  # fmt: skip
+    folder = Folder(out, settings, resume=resume, overwrite=overwrite)
+    if folder.result is not None:
+        return folder.result
+    job = Job(folder, allowed, steps.Model(model, dtype=dtype, device=device), trainer, overwrite, show_progress)
+    with folder:
+        return job.run([prompts[i] for i in train], [prompts[i] for i in held])
+
+
+def in_words(palette: str, names: Sequence[str]) -> str:
+    """The palette as terms; of a file of `fastalign map`, its targets."""
+    from fastalign.palette.words import read_terms
+
+    path = Path(palette).expanduser()
+    if "=" not in palette and path.suffix.lower() == ".json" and kind_of(path) == "palette":
+        return palettes.in_words(palettes.read(path, "palette", "sense"))
+    terms = read_terms(palette if "=" in palette else os.path.expanduser(palette), names)
+    if isinstance(terms, np.ndarray):
+        terms = [(name, ">=", str(level)) for name, level in zip(names, terms.tolist(), strict=True)]
+    return ", ".join(f"{name}{sense}{what}" for name, sense, what in terms)
+
+
+def _check(
+    names: Sequence[str], palette: str, how: str, texts: int | None, rate: float | None, r: int | None, rounds: int
+) -> None:
+    from fastalign.jobs import run as runs
+    from fastalign.palette import parse_palette
+    from fastalign.rewards import check_names
+
+    if not names:
+        raise UserError("rewards must name at least one reward, got none")
+    check_names(names)
+    if how not in HOW:
+        raise UserError(f"how must be one of {', '.join(HOW)}, got {how!r}")
+    parse_palette(palette, names, np.zeros((1, len(names))), rest="free")  # its words; levels come later
+    if texts is not None:
+        runs.check_counts(texts_per_prompt=texts)
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"learning_rate must be positive and finite, got {rate}")
+    runs.lora(r, "CAUSAL_LM")
+    runs.check_counts(rounds=rounds)
+    if rounds > 1 and how in ("auto", "decode"):
+        raise UserError(f"rounds must be 1 for how {how}: only a trained model begins another, got {rounds}")
+
+
+class Job:
+    """One job in its folder. `run` is all of it."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        budget: Budget,
+        model: steps.Model,
+        trainer: Callable[[Job, Path, Budget], float] | None,
+        overwrite: bool,
+        show_progress: bool,
+    ):
+        self.folder, self.budget, self.model, self.trainer = folder, budget, model, trainer
+        self.overwrite, self.show_progress = overwrite, show_progress
+        self.settings: dict[str, Any] = folder.settings
+        self.names: list[str] = self.settings["rewards"]
+        self.how: str = self.settings["how"]
+        self.n: int = self.settings["candidates"]
+        self.seed: int = self.settings["seed"]
+        self.source: steps.Model = model  # of the round: what is trained, and draws its candidates
+        self.rounds_left = 1
+        self.part = "train"  # the folder of the round's candidates
+        self.words: str = self.settings["palette"]
+        self.solution: dict[str, Any] = {}  # of `steps.solve_palette`
+        self.lam: dict[str, float] = {}  # the solution's, or the steered one
+
+    def run(self, train: list[Any], held: list[Any]) -> dict[str, Any]:
+        self.train, self.held = train, held
+        self.n = self.folder.decided("candidates", self._candidates)
+        scored = self._solve(self.n)
+        if not self.solution["feasible"] and not self.settings["allow_infeasible"]:
+            return self._impossible(scored)
+        self.how = self.folder.decided("how", self._cheapest)
+        if self.how == "decode":
+            self.n = self.folder.decided("decoded candidates", lambda: self.n)
+            self._solve(self.n)
+            return self._decode()
+        return self._train()
+
+    def _solve(self, n: int) -> Candidates:
+        scored = self.candidates(self.part, self.train, n)
+        self.solution = steps.solve_palette(
+            self.folder.part(self.part) / "scored.parquet",
+            self.palette,
+            palette=self.words,
+            values=self.names,
+            rest="free",
+            margin=MARGIN,
+            overwrite=True,
+        )
+        self.lam = dict(zip(self.names, self.solution["lambda"], strict=True))
+        return scored
+
+    @property
+    def palette(self) -> Path:
+        return (
+            self.folder.out / "palette.json" if self.part == "train" else self.folder.part(self.part) / "palette.json"
+        )
+
+    @property
+    def scored(self) -> Path:
+        """The round's candidates."""
+        return self.folder.part(self.part) / "scored.parquet"
+
+    # Candidates
+
+    def candidates(self, part: str, prompts: list[Any], n: int) -> Candidates:
+        """n scored candidates of each prompt, in the folder's `part`: the held-out ones from the base model."""
+        place, model = self.folder.part(part), self.model if part == "heldout" else self.source
+        with self.folder.stage(f"{part}: sample") as stage:
+            drawn = self._drawn(place / "candidates.parquet", model, prompts, n, self._seed(part))
+            stage["tokens"] = divergence.count(drawn)
+        with self.folder.stage(f"{part}: score"):
+            return steps.score(
+                place / "candidates.parquet",
+                self.names,
+                place / "scored.parquet",
+                show_progress=self.show_progress,
+            )
+
+    def _drawn(self, path: Path, model: steps.Model, prompts: list[Any], n: int, seed: int) -> Candidates:
+        had = outputs.recorded(path, "sampling")
+        if had is not None and had["n"] >= n:
+            return Candidates.from_parquet(path)
+        if had is not None:
+            path.with_name("scored.parquet").unlink(missing_ok=True)
+            return steps.sample_more(path, n - had["n"], show_progress=self.show_progress)
+        names = ("max_new_tokens", "temperature", "top_p")
+        drawing = {name: self.settings[name] for name in names}
+        return steps.sample(model, prompts, path, n=n, seed=seed, show_progress=self.show_progress, **drawing)
+
+    def _seed(self, part: str) -> int:
+        """Apart for each part: prompts of the same number would share their random numbers."""
+        return int(np.random.SeedSequence([self.seed, zlib.crc32(part.encode())]).generate_state(1, np.uint64)[0]) >> 1
+
+    def _candidates(self) -> int:
+        """As many candidates as asked for, or as the budget allows, by what a few of them cost."""
+        if not self.budget.limited or self.n <= PILOT:
+            return self.n
+        self.candidates("train", self.train, PILOT)
+        share = 1.0 if self.how in ("auto", "decode") else SAMPLING_SHARE
+        prompts = len(self.train) + (len(self.held) if self.how in ("auto", "decode") else 0)
+        spent = self.folder.spent()
+        each = [x / (PILOT * len(self.train)) * prompts for x in spent]
+        affordable = min(
+            share * total / cost if cost else math.inf for total, cost in zip(self.budget, each, strict=True)
+        )
+        if affordable < 2:
+            raise UserError(
+                f"budget must allow at least 2 candidates of each of {prompts} prompts: {self.budget} are too few, "
+                f"each costs about {each[0]:.1f} s and {each[1]:,.0f} tokens"
+            )
+        if affordable < self.n:
+            outputs.say(f"{int(affordable)} candidates per prompt, not {self.n}: the budget is {self.budget}")
+        return max(PILOT, min(self.n, int(affordable)))
+
+    def _cheapest(self) -> str:
+        """`how`; for "auto" what the candidates say can hold: decoding, with up to `MUCH` times as many, or grpo."""
+        if self.how != "auto":
+            return self.how
+        fewest, most = steps.worth_of(self.solution).needed()
+        need = most or fewest
+        if need <= self.n:
+            return "decode"
+        seconds, tokens = self.folder.spent()
+        double = (len(self.train) + len(self.held)) / len(self.train)
+        fits = all(
+            spent / self.n * need * double <= total for spent, total in zip((seconds, tokens), self.budget, strict=True)
+        )
+        if need <= MUCH * self.n and fits:
+            self.folder.decided("decoded candidates", lambda: need)
+            return "decode"
+        try:
+            methods.check(self.model.name, self.settings["temperature"], self.settings["top_p"])
+        except UserError as refused:
+            outputs.say(f"decoding, though {need:,} candidates per prompt would be needed: {refused}")
+            return "decode"
+        outputs.say(f"training by grpo: decoding would need {need:,} candidates per prompt")
+        return "grpo"
+
+    # Results
+
+    def _decode(self) -> dict[str, Any]:
+        k = self.settings["texts_per_prompt"] or 1
+        chosen = {}
+        for part, prompts in (("train", self.train), ("heldout", self.held)):
+            self.candidates(part, prompts, self.n)
+            place = self.folder.part(part)
+            chosen[part] = steps.select(
+                place / "scored.parquet",
+                self.palette,
+                place / "selected.parquet",
+                k=k,
+                seed=self._seed(part),
+                overwrite=True,
+            )
+        whole = Candidates.from_parquet(self.folder.part("heldout") / "scored.parquet")
+        grid = whole.reward_array(self.names)
+        weights = grid.astype(np.float64) @ np.array(self.solution["lambda"])
+        measured, error = divergence.of_weights(weights)
+        shares = np.exp(weights - weights.max(axis=1, keepdims=True))
+        ess = (shares.sum(axis=1) ** 2 / (shares**2).sum(axis=1)).mean()
+        picked = chosen["heldout"]
+        self._texts(chosen)
+        kl = {"predicted": self.solution["kl"], "measured": measured, "se": error}
+        base, after = (
+            divergence.perplexity(
+                float(sum(sum(text) for row in part.logprobs for text in row)), divergence.count(part)
+            )
+            for part in (whole, picked)
+        )
+        content, rows = self._measured(whole, picked, kl, float(ess), {"base": base, "result": after})
+        return self._finish(content, whole, picked, rows)
+
+    def _train(self) -> dict[str, Any]:
+        base = self.candidates("heldout", self.held, min(self.n, max(BASE_DRAWS, self._draws)))
+        rounds, gains = self.settings["rounds"], []
+        for r in range(1, rounds + 1):
+            made = self.folder.out / ("model" if r == rounds else f"round-{r}/model")
+            self.rounds_left = rounds - r + 1
+            if r > 1:
+                self._next(r)
+            methods.train(self, made)
+            content, rows, result = self.prove(made, base, "result" if r == rounds else f"round-{r}")
+            gains.append({"round": r, "values": content["values"], "lam": self.lam, "kl": content["kl"]})
+            self.source = steps.Model(str(made), **{name: self.model.loading[name] for name in ("dtype", "device")})
+        if rounds > 1:
+            content["rounds"] = gains
+        return self._finish(content, base, result, rows)
+
+    def _next(self, r: int) -> None:
+        """Round r: candidates of the model of the round before, for the same levels."""
+        if r == 2:  # levels relative to the base stay where they are
+            self.words = palettes.in_words({**self.solution, "values": self.names})
+        self.part = f"round-{r}"
+        self._solve(self.n)
+
+    @property
+    def _draws(self) -> int:
+        return self.settings["texts_per_prompt"] or DRAWS
+
+    def prove(
+        self, made: Path, base: Candidates, name: str = "result"
+    ) -> tuple[dict[str, Any], list[proof.Level], Candidates]:
+        """Measure the model in the folder `made` on held-out prompts: the content of align.json, its rows, the texts.
+
+        base: their candidates from the base model. name: of the files.
+        """
+        place = self.folder.part("heldout")
+        tuned = steps.Model(str(made), **{name: self.model.loading[name] for name in ("dtype", "device")})
+        with self.folder.stage("proof: sample") as stage:
+            drawn = self._drawn(place / f"{name}.parquet", tuned, self.held, self._draws, self._seed("result"))
+            stage["tokens"] = divergence.count(drawn)
+        with self.folder.stage("proof: score"):
+            result = steps.score(
+                place / f"{name}.parquet",
+                self.names,
+                place / f"{name}_scored.parquet",
+                show_progress=self.show_progress,
+            )
+            sampler = self.model.sampler
+            prompts = sampler.text.encode(self.held)
+            before = divergence.log_likelihoods(sampler.model, prompts, result.token_ids)
+            after = divergence.log_likelihoods(tuned.sampler.model, prompts, result.token_ids)
+            plain = divergence.log_likelihoods(sampler.model, prompts, base.token_ids)
+        measured, error = divergence.mean_and_error((after - before).mean(axis=1))
+        self._texts({"heldout": result})
+        perplexities = {
+            "base": divergence.perplexity(float(plain.sum()), divergence.count(base)),
+            "result": divergence.perplexity(float(before.sum()), divergence.count(result)),
+        }
+        kl = {"predicted": self.solution["kl"], "measured": measured, "se": error}
+        content, rows = self._measured(base, result, kl, self.solution["ess"], perplexities)
+        return content, rows, result
+
+    def _texts(self, parts: dict[str, Candidates]) -> None:
+        with atomic_write(self.folder.out / "texts.jsonl") as beside, open(beside, "w", encoding="utf-8") as file:
+            for part, picked in parts.items():
+                for i, prompt in enumerate(picked.prompts):
+                    for j, text in enumerate(picked.texts[i]):
+                        scores = {name: float(picked.rewards[name][i, j]) for name in self.names}
+                        said = getattr(prompt, "messages", prompt)
+                        row = {"prompt": said, "completion": text, "rewards": scores, "split": part}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def asked(self, rewards: np.ndarray) -> tuple[list[float | None], list[str]]:
+        """The levels asked for, None for none, and their senses; relative ones from these rewards (P, N, m)."""
+        from fastalign.palette import parse_palette
+
+        flat = rewards.reshape(-1, rewards.shape[-1])
+        levels, senses = parse_palette(self.settings["palette"], self.names, flat, rest="free")
+        free = self.solution["free"]
+        return [None if nothing else float(x) for x, nothing in zip(levels, free, strict=True)], senses
+
+    def _measured(
+        self, base: Candidates, result: Candidates, kl: dict[str, Any], ess: float, perplexity: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[proof.Level]]:
+        before, after = base.reward_array(self.names), result.reward_array(self.names)
+        asked, senses = self.asked(before)
+        rows = proof.levels(self.names, asked, senses, base=before, predicted=self.solution["levels"], realised=after)
+        fell = [row.name for row in rows if row.fell]
+        measured = {"lam": self.lam, "kl": kl, "ess": ess, "perplexity": perplexity, "fell": fell}
+        return self._content(rows) | measured, rows
+
+    def _finish(
+        self, content: dict[str, Any], base: Candidates, result: Candidates | None, rows: list[proof.Level]
+    ) -> dict[str, Any]:
+        from fastalign.report import proof_page
+
+        if (model := self.folder.out / "model").is_dir():
+            methods.write_card(model, content, self.settings)
+        whole = self.folder.with_cost(content)
+        page = self.folder.out / "report.html"
+        proof_page.write(page, whole, base=base, result=result, rows=rows, settings=self.settings)
+        return self.folder.finish(whole)
+
+    def _impossible(self, base: Candidates) -> dict[str, Any]:
+        grid = base.reward_array(self.names)
+        asked, senses = self.asked(grid)
+        rows = proof.impossible(self.names, asked, senses, grid)
+        nearest, certificate = self.solution["nearest"], self.solution["certificate"]
+        if certificate is not None:
+            certificate = {
+                "weights": dict(zip(self.names, certificate["weights"], strict=True)),
+                "bound": certificate["bound"],
+                "text": _certificate(self.names, certificate, asked),
+            }
+        content = self._content(rows) | {
+            "nearest": dict(zip(self.names, nearest, strict=True)),
+            "certificate": certificate,
+        }
+        return self._finish(content, base, None, rows)
+
+    def _content(self, rows: Sequence[proof.Level]) -> dict[str, Any]:
+        return {
+            "how": self.how,
+            "feasible": bool(self.solution["feasible"]),
+            "headline": proof.headline(rows),
+            "values": {row.name: row.to_json() for row in rows},
+            "lam": None,
+            "kl": {"predicted": None, "measured": None, "se": None},
+            "ess": None,
+            "n": self.n,
+            "train_prompts": len(self.train),
+            "heldout_prompts": len(self.held),
+            "nearest": None,
+            "certificate": None,
+        }
+
+
+def _certificate(names: Sequence[str], certificate: dict[str, Any], asked: Sequence[float | None]) -> str:
+    terms = [
+        (w, name, x) for w, name, x in zip(certificate["weights"], names, asked, strict=True) if w and x is not None
+    ]
+    left = " + ".join(f"{w:.4g}·{name}" for w, name, _ in terms).replace("+ -", "- ")
+    wanted = sum(w * x for w, _, x in terms)
+    return f"{left} is at most {certificate['bound']:.6g} for every choice among the candidates; asked: {wanted:.6g}"

@@ -1,0 +1,27 @@
+"""Prompts in two parts: λ and models are made on one, the result is measured on the other."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from fastalign._base.errors import UserError
+from fastalign._base.units import counted
+
+
+def split(prompts: Sequence[str], heldout: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the prompts to train on and of the held-out ones, in their order; equal prompts are on one side.
+
+    heldout: the share held out. Raises UserError, one line, if either part would be empty.
+    """
+    if not (isinstance(heldout, int | float) and 0 < heldout < 1):
+        raise UserError(f"heldout must be a share between 0 and 1: the palette is proved on it, got {heldout!r}")
+    different = sorted(set(prompts))
+    if len(different) < 2:
+        alike = "1 prompt" if len(prompts) == 1 else f"{counted(len(prompts), 'prompt')}, all alike"
+        raise UserError(f"prompts must be two different ones at least, one of them held out, got {alike}")
+    random.Random(seed).shuffle(different)
+    count = min(max(1, round(heldout * len(different))), len(different) - 1)
+    held = set(different[:count])
+    sides = [prompt in held for prompt in prompts]
+    return [i for i, side in enumerate(sides) if not side], [i for i, side in enumerate(sides) if side]

@@ -1,0 +1,136 @@
+"""λ steered by the levels that a policy itself reaches.
+
+The weights of a palette minimise the dual g(λ) = E_x log Z(x, λ) − λ·c (`palette.solve`), whose gradient is the levels
+of p_λ less the palette c and whose Hessian is the covariance of the rewards under p_λ, within prompts. A policy trained
+on λ·R less its KL to the base approaches p_λ, so its own completions measure both. After every batch λ makes a damped
+Newton step; what candidates of the base promised is corrected by what the policy does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastalign._base.errors import UserError
+
+STATE = "steering.json"  # of a checkpoint
+RIDGE = 1e-3  # of each value's variance
+
+
+class Rule(NamedTuple):
+    """The step: λ ← λ + rate · H⁻¹ (c − levels), with levels and H exponentially averaged over about `memory` batches.
+
+    limit: the largest step, in standard deviations of λ·R. hold: λ has arrived if every level has kept its bound, by
+    more than its standard error, over this many batches; 0: never.
+    """
+
+    rate: float = 0.1
+    memory: float = 6.0
+    limit: float = 0.5
+    hold: int = 8
+
+
+DEFAULT = Rule()
+
+
+class Steering:
+    """Moves `lam` (m,) towards a palette.
+
+    palette: (m,) levels; sense: ">=", "<=" or "==" for each; free: (m,) whether a value has no target. lam: where to
+    begin. rule: see `Rule`.
+    """
+
+    lam: np.ndarray
+
+    def __init__(
+        self,
+        palette: Sequence[float],
+        sense: Sequence[str],
+        lam: Sequence[float],
+        *,
+        free: Sequence[bool] | None = None,
+        rule: Rule = DEFAULT,
+    ):
+        self.palette = np.asarray(palette, dtype=np.float64)
+        self.side = np.array([{">=": 1.0, "<=": -1.0, "==": 0.0}[each] for each in sense])
+        self.free = np.zeros(len(self.palette), dtype=bool) if free is None else np.asarray(free, dtype=bool)
+        self.lam = np.array(lam, dtype=np.float64)
+        if not self.palette.shape == self.side.shape == self.lam.shape == self.free.shape:
+            raise UserError(f"lam must have one weight per level, {len(self.palette)}, got {self.lam.shape}")
+        self.rule = rule
+        self._count = 0.0  # of batches in the averages
+        self._levels = np.zeros_like(self.lam)
+        self._covariance = np.zeros((len(self.lam), len(self.lam)))
+        self._recent: list[list[float]] = []  # levels of the last `hold` batches
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(m,) the averaged levels; NaN before the first batch."""
+        return self._levels / self._count if self._count else np.full_like(self.lam, np.nan)
+
+    def update(self, levels: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+        """One step from a batch's levels (m,) and its covariance (m, m) within prompts; returns the new λ."""
+        keep = 1.0 - 1.0 / self.rule.memory
+        self._count = keep * self._count + 1.0
+        self._levels = keep * self._levels + levels
+        self._covariance = keep * self._covariance + covariance
+        self._recent = [*self._recent, np.asarray(levels, dtype=np.float64).tolist()][-max(self.rule.hold, 1) :]
+        gap = self.palette - self.levels
+        hessian = self._covariance / self._count
+        moved = ~self.free & ~((self.lam == 0.0) & (gap * self.side < 0.0))  # a slack bound keeps λ = 0
+        step = np.zeros_like(self.lam)
+        if moved.any():
+            inner = hessian[np.ix_(moved, moved)]
+            inner = inner + np.diag(RIDGE * np.diag(inner) + np.finfo(np.float64).tiny)
+            step[moved] = self.rule.rate * np.linalg.solve(inner, gap[moved])
+        size = float(np.sqrt(max(step @ hessian @ step, 0.0)))
+        lam = self.lam + step * min(1.0, self.rule.limit / size if size > 0 else 1.0)
+        self.lam = np.where(self.side > 0, np.maximum(lam, 0.0), np.where(self.side < 0, np.minimum(lam, 0.0), lam))
+        return self.lam
+
+    @property
+    def holds(self) -> bool:
+        """Whether every level has kept its bound over the last `hold` batches, by more than its standard error."""
+        if not 0 < self.rule.hold <= len(self._recent):
+            return False
+        recent = np.array(self._recent)
+        error = recent.std(axis=0, ddof=1) / np.sqrt(len(recent))
+        gap = (recent.mean(axis=0) - self.palette) * self.side
+        kept = np.where(self.side == 0, np.abs(recent.mean(axis=0) - self.palette) <= error, gap >= error)
+        return bool((kept | self.free).all())
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON values."""
+        return {
+            "lam": self.lam.tolist(), "count": self._count, "levels": self._levels.tolist(),
+            "covariance": self._covariance.tolist(), "recent": self._recent,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.lam, self._count = np.array(state["lam"]), float(state["count"])
+        self._levels, self._covariance = np.array(state["levels"]), np.array(state["covariance"])
+        self._recent = [list(row) for row in state["recent"]]
+
+
+def key_of(prompt: Any) -> str:
+    """Of a prompt, text or messages, in `Baselines`."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+
+
+class Baselines(NamedTuple):
+    """Levels of the base model, prompt by prompt: few prompts a batch would else say more of themselves than of the
+    policy.
+
+    of: `key_of` a prompt -> (m,), its mean over candidates; mean: (m,), over all prompts.
+    """
+
+    of: Mapping[str, np.ndarray]
+    mean: np.ndarray
+
+    def levels(self, prompts: Sequence[str], rewards: np.ndarray) -> np.ndarray:
+        """(m,): the policy's levels over all prompts, from rewards (B, G, m) of some."""
+        own = np.array([self.of.get(prompt, self.mean) for prompt in prompts])
+        return self.mean + (np.nanmean(rewards, axis=1) - own).mean(axis=0)

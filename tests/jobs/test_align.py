@@ -1,0 +1,234 @@
+"""`fastalign align` on tiny models: what it decides, proves and writes, whatever stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import fastalign, refused
+from tiny import tiny_folder
+
+from fastalign import UserError
+from fastalign.decode import Candidates
+from fastalign.jobs.align.budget import Budget
+from fastalign.jobs.align.split import split
+from fastalign.report import proof
+
+VALUES = "diversity,readability"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("align")
+    tiny_folder(root / "model", scale=2.0)
+    words = ("cat", "dog", "fox", "house", "story", "review", "hat", "mat")
+    (root / "prompts.txt").write_text(
+        "".join(f"tell me a {size} {word}\n" for word in words for size in ("big", "red"))
+    )
+    return root
+
+
+def job(place, out, palette, *more, how="decode", candidates=24):
+    options = ["--model", place / "model", "--prompts", place / "prompts.txt", "--rewards", VALUES]
+    return ["align", *options, "--palette", palette, "--max-new-tokens", 6, "--candidates", candidates, "--how", how,
+            "--out", out, *more]  # fmt: skip
+
+
+def test_decode_holds_a_palette_on_prompts_it_has_not_seen(place, tmp_path):
+    out = tmp_path / "out"
+    code, said, err = fastalign(*job(place, out, "diversity>=base+0.3sd, readability>=base"))
+    assert code == 0, err
+    result = json.loads((out / "align.json").read_text())
+    assert (result["kind"], result["version"], result["how"], result["feasible"]) == ("align", 1, "decode", True)
+    assert list(result["values"]) == ["diversity", "readability"] == list(result["lam"])
+    assert (result["train_prompts"], result["heldout_prompts"], result["n"]) == (8, 8, 24)
+    assert result["cost"]["tokens"] > 0 and result["cost"]["seconds"] > 0
+    assert result["nearest"] is None and result["certificate"] is None
+    assert 0 < result["kl"]["measured"] <= np.log(24) and result["kl"]["se"] > 0 and 1 <= result["ess"] <= 24
+
+    rows = [json.loads(line) for line in (out / "texts.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and {row["split"] for row in rows} == {"train", "heldout"}
+    held = [row for row in rows if row["split"] == "heldout"]
+    assert not {row["prompt"] for row in held} & {row["prompt"] for row in rows if row["split"] == "train"}
+    for name, value in result["values"].items():
+        scores = np.array([row["rewards"][name] for row in held])
+        assert value["realised"] == pytest.approx(scores.mean(), rel=1e-6)
+        assert value["se"] == pytest.approx(scores.std(ddof=1) / np.sqrt(8), rel=1e-6)
+        assert value["verdict"] == proof.judge(value["op"], value["asked"], value["realised"], value["se"], 1.0)
+        assert name in said and value["verdict"] in said
+    base = Candidates.from_parquet(out / "heldout" / "scored.parquet").reward_array(["diversity", "readability"])
+    assert result["values"]["readability"]["asked"] == pytest.approx(base[..., 1].mean())  # its own prompts' base
+    assert result["values"]["readability"]["base"] == pytest.approx(base[..., 1].mean())
+    page = (out / "report.html").read_text()
+    assert result["headline"] in page and "<svg" in page
+
+    again, said, err = fastalign(*job(place, out, "diversity>=base+0.3sd, readability>=base"))
+    assert again == 0 and "already there" in err
+    assert "palette=" in refused(*job(place, out, "diversity>=base+0.4sd, readability>=base"))
+    code, _, err = fastalign(*job(place, out, "diversity>=base+0.2sd", "--overwrite", "--json"))
+    assert code == 0, err
+    result = json.loads((out / "align.json").read_text())
+    free = result["values"]["readability"]
+    assert free["asked"] is None and free["op"] is None and free["verdict"] == "not asked"
+
+
+def test_an_impossible_palette_is_proved_so(place, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = fastalign(*job(place, out, "diversity>=0.5, readability>=1e6"))
+    assert code == 3
+    result = json.loads((out / "align.json").read_text())
+    assert not result["feasible"] and {x["verdict"] for x in result["values"].values()} == {"impossible"}
+    grid = Candidates.from_parquet(out / "train" / "scored.parquet").reward_array(["diversity", "readability"])
+    proved = result["certificate"]
+    w = np.array([proved["weights"][name] for name in result["values"]])
+    asked = np.array([x["asked"] for x in result["values"].values()])
+    assert (grid.astype(np.float64) @ w).max(axis=1).mean() == pytest.approx(proved["bound"]) and proved[
+        "bound"
+    ] < w @ asked
+    assert (
+        "readability" in proved["text"] and proved["text"] in said and set(result["nearest"]) == set(result["values"])
+    )
+    assert (out / "report.html").is_file() and not (out / "texts.jsonl").exists()
+    code, _, _ = fastalign(*job(place, tmp_path / "near", "diversity>=0.5, readability>=1e6", "--allow-infeasible"))
+    result = json.loads((tmp_path / "near" / "align.json").read_text())
+    assert code == 0 and not result["feasible"]
+    assert result["values"]["readability"]["verdict"].startswith("missed by")
+
+
+MISTAKES = {
+    "a palette without rewards": (["--palette", "humour>=1"], "must name each of diversity, readability once"),
+    "nothing in the palette": (["--palette", ""], "--palette must"),
+    "bounds that contradict": (["--palette", "diversity>=0.6,diversity<=0.5"], "bounds that one level can meet"),
+    "an unknown reward": (["--rewards", "humour"], "unknown reward 'humour'"),
+    "nothing held out": (["--heldout", "0"], "--heldout must be a share between 0 and 1"),
+    "everything held out": (["--heldout", "1"], "--heldout must be a share between 0 and 1"),
+    "one prompt": (["--limit", "1"], "two different ones at least, one of them held out, got 1 prompt"),
+    "no budget": (["--budget", "20"], "--budget must be a time or tokens"),
+    "a small budget": (["--budget", "10t"], "--budget must allow at least 2 candidates"),
+    "no candidates": (["--candidates", "0"], "must be an integer, at least 1"),
+    "truncated and trained": (["--how", "grpo", "--top-p", "0.9"], "--how must be decode"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(place, tmp_path, mistake):
+    more, message = MISTAKES[mistake]
+    out = tmp_path / "out"
+    line = refused(*job(place, out, "diversity>=base", *more))
+    assert message in line, line
+    assert not (out / "align.json").exists()
+
+
+def test_prompts_all_alike(place, tmp_path):
+    (tmp_path / "alike.txt").write_text("tell me a story\n" * 4)
+    line = refused(*job(place, tmp_path / "out", "diversity>=base", "--prompts", tmp_path / "alike.txt"))
+    assert "got 4 prompts, all alike" in line
+
+
+def test_equal_prompts_are_on_one_side():
+    prompts = ["a", "b", "c", "a", "b", "c", "d"]
+    for seed in range(8):
+        train, held = split(prompts, 0.5, seed)
+        assert sorted([*train, *held]) == list(range(7))
+        assert not {prompts[i] for i in train} & {prompts[i] for i in held}
+    assert [len(side) for side in split(list("abcdefghij"), 0.2, 0)] == [8, 2]
+    assert [len(side) for side in split(["a", "b"], 0.01, 0)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("20m", (1200, np.inf)), ("90s", (90, np.inf)), ("1h", (3600, np.inf)), ("1.5m", (90, np.inf)),
+     ("200000t", (np.inf, 200000)), (None, (np.inf, np.inf))],
+)  # fmt: skip
+def test_budgets(text, budget):
+    assert tuple(Budget.parse(text)) == budget
+
+
+@pytest.mark.parametrize("text", ["", "20", "m", "-1m", "0s", "1d", "1e3t", "20 minutes"])
+def test_budgets_that_mean_nothing(text):
+    with pytest.raises(UserError, match="budget must be a time or tokens"):
+        Budget.parse(text)
+
+
+def test_a_budget_of_tokens_bounds_the_candidates(place, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = fastalign(*job(place, out, "diversity>=base", "--budget", "1000t"))
+    result = json.loads((out / "align.json").read_text())
+    assert code == 0 and 4 <= result["n"] < 24 and "the budget is 1,000 tokens" in err
+    assert result["cost"]["tokens"] <= 1000
+
+
+def test_a_killed_job_goes_on(place, tmp_path):
+    """Killed at each of its stages; the same command ends with what an uninterrupted one has."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = job(place, whole, "diversity>=base+0.2sd")
+    assert fastalign(*command)[0] == 0
+    kill = (
+        "import os, signal, sys\n"
+        "from fastalign.jobs.align import steps\n"
+        "name = sys.argv.pop(1)\n"
+        "def stop(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "setattr(steps, name, stop)\n"
+        "from fastalign.cli.main import main\n"
+        "main()\n"
+    )
+    command[command.index(whole)] = out
+    for stage in ("score", "solve_palette", "select"):
+        done = subprocess.run([sys.executable, "-c", kill, stage, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (out / "align.json").exists()
+    code, _, err = fastalign(*command, "--resume")
+    assert code == 0 and "resuming an interrupted run" in err
+    ours, wanted = (json.loads((folder / "align.json").read_text()) for folder in (out, whole))
+    assert ours["cost"].pop("seconds") > 0 and wanted["cost"].pop("seconds") > 0
+    assert ours == wanted
+    assert (out / "texts.jsonl").read_text() == (whole / "texts.jsonl").read_text()
+    assert "nothing to resume" in refused(*job(place, tmp_path / "new", "diversity>=base", "--resume"))
+
+
+def test_more_candidates_where_these_are_too_few(place, tmp_path):
+    """auto adds candidates that a strong palette needs."""
+    out = tmp_path / "out"
+    code, _, err = fastalign(*job(place, out, "diversity>=base+0.9sd", how="auto", candidates=8))
+    result = json.loads((out / "align.json").read_text())
+    assert code in (0, 3), err
+    if result["feasible"] and result["how"] == "decode":
+        assert Candidates.from_parquet(out / "heldout" / "scored.parquet").n == result["n"] >= 8
+
+
+def test_an_output_in_use_or_of_somebody_else(place, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert "was not made by `fastalign align`" in refused(*job(place, out, "diversity>=base"))
+    assert "is an input" in refused(*job(place, place / "model", "diversity>=base"))
+    code, _, err = fastalign(*job(place, out, "diversity>=base", "--overwrite"))
+    assert code == 0 and (out / "mine.txt").read_text() == "mine", err
+    import fcntl
+
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert "another run is writing it" in refused(*job(place, out, "diversity>=base+0.1sd", "--overwrite"))
+    os.close(held)
+
+
+def test_a_value_nobody_asked_about_that_fell_is_named():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(30, 8, 2))
+    after = base[:, :4] + [0.5, -2.0]
+    rows = proof.levels(["a", "b"], [0.0, None], [">=", ">="], base=base, predicted=[0.5, 0.0], realised=after)
+    assert [row.fell for row in rows] == [False, True] and rows[0].verdict == "met"
+
+
+@pytest.mark.parametrize(
+    ("op", "asked", "realised", "se", "verdict"),
+    [(">=", 1.0, 1.0, 0.1, "met"), (">=", 1.0, 0.81, 0.1, "met within error"), (">=", 1.0, 0.79, 0.1, "missed by 0.21"),
+     ("<=", 1.0, 0.5, 0.1, "met"), ("<=", 1.0, 1.3, 0.1, "missed by 0.3"), ("==", 1.0, 1.15, 0.1, "met within error"),
+     ("==", 1.0, 0.7, 0.1, "missed by 0.3"), (">=", 1.0, 0.99, None, "missed by 0.01"),
+     (None, None, 5.0, 0.1, "not asked")],
+)  # fmt: skip
+def test_verdicts(op, asked, realised, se, verdict):
+    assert proof.judge(op, asked, realised, se, 1.0) == verdict
