@@ -16,10 +16,10 @@ DAY = int(os.environ.setdefault("FASTALIGN_TEST_DAY", str(int(time.time() // 864
 TURNS = (
     ("compile_gate", "bytes_moved", "sanitize", "clang", "readme", "ray", "bench"),
     (
-        "killed: train dpo", "killed: train ppo", "killed: train grpo", "killed: DPOTrainer", "killed: PPOTrainer",
-        "killed: soup",
+        "killed: train dpo", "killed: train ppo", "killed: train grpo", "killed: train distill", "killed: DPOTrainer",
+        "killed: PPOTrainer", "killed: soup",
     ),
-    ("ranks: train dpo", "ranks: DDP", "ranks: FSDP2", "ranks: PPO"),
+    ("ranks: train dpo", "ranks: train distill", "ranks: DDP", "ranks: FSDP2", "ranks: PPO"),
     ("script: DPO", "script: GRPO"),
     ("signal: SIGINT", "signal: SIGTERM"),
     ("levels: losses", "levels: draws", "levels: layers and soups", "levels: palettes"),

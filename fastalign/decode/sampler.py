@@ -25,7 +25,7 @@ from fastalign.decode.rows import Batch, CachedRows, RepeatedRows, Rows, Uncache
 from fastalign.decode.samplers.base import BaseSampler, Request
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine, draw, supports
 from fastalign.decode.token_loop import Decoder, Job, TokenLoop
-from fastalign.models.spans import rope_group
+from fastalign.models.spans import context_of, rope_group
 from fastalign.models.trial import is_causal, tried, warn_once
 from fastalign.ops import products
 
@@ -43,8 +43,6 @@ HOW: dict[type[SharedPromptEngine] | type[Rows], str] = {
 # Prompts' indices, their token ids and the log-probabilities, [prompt][candidate] each
 Drawn = tuple[list[int], list[list[list[int]]], list[list[list[float]]]]
 
-_CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call it
-
 
 class Sampler(BaseSampler):
     """A model with its tokenizer, ready to sample; backend: the ops' backend, as in `use_backend`."""
@@ -61,8 +59,7 @@ class Sampler(BaseSampler):
         ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
         self.ends: list[int] = sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None})
         self._config = model.config.get_text_config(decoder=True)
-        lengths = (getattr(self._config, name, None) or 0 for name in _CONTEXT)  # some write "none" as -1
-        self.context: int = next((length for length in lengths if length > 0), 0)
+        self.context: int = context_of(self._config)
         self.text: Text = Text(tokenizer, rows=embedding_rows(model))
 
     @classmethod

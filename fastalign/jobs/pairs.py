@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def preference_pairs(
     if not (isinstance(pairs_per_prompt, int) and pairs_per_prompt >= 1):
         raise UserError(f"pairs_per_prompt must be an integer, at least 1, got {pairs_per_prompt!r}")
     whole = scored if isinstance(scored, Candidates) else Candidates.from_parquet(scored, kind="scored")
-    names, lam = _weights(lam, list(whole.rewards))
+    names, lam = weights_by_name(lam, list(whole.rewards))
     grid = whole.reward_array(names).astype(np.float64)
     if not np.isfinite(grid).all():
         raise UserError("rewards must be finite to make pairs of, got NaN or infinity")
@@ -156,7 +158,8 @@ def _pick(scores: np.ndarray, how: str, k: int, seed: int) -> tuple[np.ndarray, 
     return chosen, rejected
 
 
-def _weights(lam, names: list[str]) -> tuple[list[str], np.ndarray]:
+def weights_by_name(lam: Any, names: list[str]) -> tuple[list[str], np.ndarray]:
+    """The rewards that lam weighs, and its weights: by name, or in the order of `names`. Raises UserError."""
     if isinstance(lam, Mapping):
         unknown = [name for name in lam if name not in names]
         if unknown or not lam:
@@ -165,3 +168,17 @@ def _weights(lam, names: list[str]) -> tuple[list[str], np.ndarray]:
             )
         names, lam = list(lam), list(lam.values())
     return names, weights(lam, len(names), ", ".join(names))
+
+
+def parquet_kind(data: str | os.PathLike[str]) -> str | None:
+    """The "kind" that fastalign recorded in a Parquet file; None for others."""
+    path = Path(data).expanduser()
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}")).get("kind")
+    except (pa.ArrowException, OSError, ValueError, AttributeError):
+        return None  # the reader reports it

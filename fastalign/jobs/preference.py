@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def read_pairs(
     of a scored file, whose names become the pairs' column "value". Raises UserError for a scored file without any of
     these, or λ without a scored file.
     """
-    kind = _parquet_kind(data)
+    kind = pairs.parquet_kind(data)
     if kind in ("candidates", "selected"):
         raise UserError(f"{data}: must hold pairs or be a fastalign scored file, got kind {kind!r}")
     runs.check_counts(pairs_per_prompt=pairs_per_prompt)
@@ -307,20 +306,6 @@ def _tokenizer(model: str):
 
 def _digests(pages: Sequence[Path]) -> dict[str, str]:
     return {page.name: sha256(page) for page in pages if page.is_file()}
-
-
-def _parquet_kind(data: str | os.PathLike[str]) -> str | None:
-    """The "kind" that fastalign recorded in a Parquet file; None for others."""
-    path = Path(data).expanduser()
-    if path.suffix.lower() != ".parquet" or not path.is_file():
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}")).get("kind")
-    except (pa.ArrowException, OSError, ValueError, AttributeError):
-        return None  # the reader reports it
 
 
 def _positive(**numbers: float) -> None:

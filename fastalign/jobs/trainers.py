@@ -108,7 +108,7 @@ def _follow(
         tokens_per_second = 0.0
 
         def on_train_begin(self, args, state, control, **_):
-            self.began = time.perf_counter()
+            self.began, self.tokens = time.perf_counter(), self.trainer._total_train_tokens
             kept = self._since_log(args, state)
             if kept.is_file():
                 since = json.loads(kept.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def _follow(
 
         def on_step_end(self, args, state, control, **_):
             seconds = time.perf_counter() - self.began
-            self.tokens_per_second = self.trainer._total_train_tokens / max(seconds, 1e-9)
+            self.tokens_per_second = (self.trainer._total_train_tokens - self.tokens) / max(seconds, 1e-9)
             self.advance(1)
             if until is not None and until(seconds, self.trainer._total_train_tokens):
                 control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""Lengths at which a model's computation changes: attention windows, and RoPE scaling."""
+"""Lengths at which a model's computation changes: its context, attention windows, and RoPE scaling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+CONTEXT = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # what configurations call it
 NARROW = 6  # tokens: less than the rows of a trial have
+
+
+def context_of(config: Any) -> int:
+    """The maximum number of tokens of a text; 0: not limited."""
+    lengths = (getattr(config, name, None) or 0 for name in CONTEXT)  # some write "none" as -1
+    return next((length for length in lengths if length > 0), 0)
 
 
 def rope_change(config: Any) -> int | None:

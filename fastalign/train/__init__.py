@@ -1,10 +1,11 @@
-"""Trainers on the fused losses: DPO, GRPO, PPO, reward models. TRL and peft are imported only on use."""
+"""Trainers on the fused losses: DPO, GRPO, PPO, distillation, reward models. TRL and peft are imported only on use."""
 
 from typing import TYPE_CHECKING
 
 from fastalign._base.lazy import lazy
 
 if TYPE_CHECKING:
+    from fastalign.train.distill import DistillConfig, DistillTrainer
     from fastalign.train.dpo import DPOConfig, DPOTrainer
     from fastalign.train.grpo import GRPOConfig, GRPOTrainer
     from fastalign.train.ppo import PPOConfig, PPOTrainer
@@ -14,6 +15,8 @@ else:
     _HOMES = {
         "DPOConfig": "dpo",
         "DPOTrainer": "dpo",
+        "DistillConfig": "distill",
+        "DistillTrainer": "distill",
         "GRPOConfig": "grpo",
         "GRPOTrainer": "grpo",
         "PPOConfig": "ppo",
@@ -28,6 +31,8 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "DPOConfig",
     "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "PPOConfig",

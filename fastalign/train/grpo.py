@@ -33,19 +33,18 @@ from fastalign._base.files import atomic_write
 from fastalign.decode.sampler import Sampler
 from fastalign.losses import group_advantages, grpo_loss
 from fastalign.models.identity import language_model, reads_tokens
-from fastalign.models.packing import enable
-from fastalign.models.trial import name_of, warn_once
 from fastalign.train import grpo_rollout as rollout
-from fastalign.train.finite import not_finite, stop
+from fastalign.train.encoding import encode
 from fastalign.train.grpo_config import GRPOConfig, advantage_of, check_args
-from fastalign.train.grpo_data import PromptSampler, PromptStream, Repeats, check_room, encode, with_prompts
+from fastalign.train.grpo_data import PromptSampler, PromptStream, Repeats, check_room, with_prompts
 from fastalign.train.grpo_logs import Logs
-from fastalign.train.grpo_model import load, load_options, load_tokenizer, with_adapters
 from fastalign.train.grpo_rewards import RewardFunctions
 from fastalign.train.grpo_rollout import Drawn, Rollout
+from fastalign.train.in_parts import TrainsInParts
+from fastalign.train.parts import row_batch
 from fastalign.train.passes import reference_adapter, unchanged
-from fastalign.train.rows import CPU_TOKENS, add_row_forward
 from fastalign.train.sharded import inside, is_sharded, whole_layers
+from fastalign.train.trained_model import check_tokenizer, load, load_options, load_tokenizer, with_adapters
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
@@ -69,7 +68,7 @@ class Scale(NamedTuple):
     entropy_coef: float = 0.0  # per token
 
 
-class GRPOTrainer(transformers.Trainer):
+class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
     """GRPO with TRL 1.16's constructor, config names and logs (and `tokenizer=` for `processing_class=`), on one
     reward or several.
 
@@ -127,11 +126,8 @@ class GRPOTrainer(transformers.Trainer):
             model, processing_class = load(model, processing_class, args, quantization_config)
         elif processing_class is None:
             processing_class = load_tokenizer(model.config._name_or_path, args)
-        if not hasattr(processing_class, "eos_token_id"):
-            raise UserError(f"processing_class must be a tokenizer, got {type(processing_class).__name__}")
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
-        model = with_adapters(model, peft_config, args)
+        check_tokenizer(processing_class)
+        model = with_adapters(model, peft_config, args, reference=args.beta != 0)
         inner = language_model(model)
         if not (verdict := reads_tokens(model)):
             raise UserError(f"model cannot be trained here: {verdict.why}; TRL's own GRPOTrainer takes it")
@@ -182,19 +178,7 @@ class GRPOTrainer(transformers.Trainer):
         self._logs: Logs = Logs(self.rewards.names, self.reward_weights, self.args.log_completions)
         self._step = 0  # batches trained on
         self._generation: Batch | None = None
-        self._window: list[Batch] = []  # since the last step
         self._finished: tuple[int, Batch | None] = (0, None)  # _step and _generation after the last step
-
-    # Models
-
-    def _prepare(self, model: Any, share_prompt: bool) -> bool:
-        """Let the model score rows; returns whether it runs packed."""
-        packs = share_prompt
-        if packs and not (verdict := enable(model)):
-            packs = False
-            warn_once(model, f"{name_of(model)} is trained on padded rows, not on packed ones: {verdict.why}")
-        add_row_forward(language_model(model))
-        return packs
 
     def _prepare_reference(self, reference: Any) -> Any:
         reference.requires_grad_(False).eval()
@@ -268,6 +252,7 @@ class GRPOTrainer(transformers.Trainer):
         if self._generation is None or self._step % (args.steps_per_generation * args.num_iterations) == 0:
             self._generation = self._generate(rows)
         k = self._step % args.steps_per_generation
+        self._step += 1
         return Batch(self._generation.rollouts[k * size : (k + 1) * size], self._generation.tokens)
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
@@ -392,7 +377,7 @@ class GRPOTrainer(transformers.Trainer):
     def _fill(self, field: str, rollouts: list[Rollout], model: Any) -> None:
         with unchanged(self, model):
             for part in self._parts([rollouts])[0]:
-                batch = rollout.row_batch(part, self.accelerator.device, pack=self._packs)
+                batch = row_batch(part, self.accelerator.device, pack=self._packs)
                 scored = model(rows=batch, temperature=self.temperature)["log_probs"]
                 for one, scores in zip(part, rollout.lists_of(scored, part), strict=True):
                     setattr(one, field, scores)
@@ -406,43 +391,17 @@ class GRPOTrainer(transformers.Trainer):
         ignore_keys_for_eval: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        self._step, self._generation, self._window, self._finished = 0, None, [], (0, None)
+        self._step, self._generation, self._finished = 0, None, (0, None)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The gradient of all batches of a step is computed with its last one."""
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
-        self._window.append(self._batch(inputs))
-        self._step += 1
-        if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.accelerator.device)
-        window, self._window = self._window, []
-        began = time.perf_counter()
-        loss = self._train_on(model, window)
-        cycle = self.args.steps_per_generation * self.args.num_iterations
+    def _train_on(self, model: Any, window: list[Batch]) -> Tensor:
+        args, began = self.args, time.perf_counter()
+        loss = self._backward(model, *self._buckets(window, len(window), len(window) / args.steps_per_generation))
+        self._logs.step("train")
+        cycle = args.steps_per_generation * args.num_iterations
         self._finished = (self._step, self._generation if self._step % cycle else None)
         self._logs.metrics["train"]["step_time"].append(time.perf_counter() - began)
         return loss
-
-    def _train_on(self, model: Any, window: list[Batch]) -> Tensor:
-        args = self.args
-        jobs = []
-        buckets, scales = self._buckets(window, len(window), len(window) / args.steps_per_generation)
-        for parts, scale in zip(self._parts(buckets), scales, strict=True):
-            jobs += [(part, scale) for part in parts]
-        total = torch.zeros((), device=self.accelerator.device)
-        for i, (part, scale) in enumerate(jobs):
-            with nullcontext() if i == len(jobs) - 1 else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = self._loss(model, part, scale)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        if not math.isfinite(value := total.item()):
-            stop(self, "loss", value, [])
-        self._logs.step("train")
-        return total
 
     def _buckets(
         self, window: list[Batch], batches: int, generations: float
@@ -465,27 +424,9 @@ class GRPOTrainer(transformers.Trainer):
             scales.append(Scale(rows, normalizer, args.entropy_coef / own))
         return [batch for batch, _ in merged], scales
 
-    def _parts(self, buckets: list[list[Rollout]]) -> list[list[list[Rollout]]]:
-        """Each bucket in parts; a sharded model must run equally often on every process."""
-        args = self.args
-        limit = getattr(args, "max_packed_tokens", None)
-        if limit is None and self.accelerator.device.type == "cpu":
-            limit = CPU_TOKENS
-        elif limit is None:
-            longest = max(len(one.prompt) + len(one.completion) for bucket in buckets for one in bucket)
-            limit = longest * self._train_batch_size
-        least = [1] * len(buckets)
-        if is_sharded(self.model):
-            own = [len(rollout.parts(bucket, limit, share=self._packs)) for bucket in buckets]
-            least = [max(counts) for counts in zip(*gather_object([own]), strict=True)]
-        return [
-            rollout.parts(bucket, limit, share=self._packs, at_least=n)
-            for bucket, n in zip(buckets, least, strict=True)
-        ]
-
     def _loss(self, model: Any, part: list[Rollout], scale: Scale) -> Tensor:
         args, device = self.args, self.accelerator.device
-        batch = rollout.row_batch(part, device, pack=self._packs)
+        batch = row_batch(part, device, pack=self._packs)
         scored = model(rows=batch, outputs=("log_probs", "entropy"), temperature=self.temperature)
         log_probs, entropy, mask = scored["log_probs"], scored["entropy"], batch.labels[:, 1:] != -100
         old, ref, weight = (rollout.beside(part, name, device) for name in ("old", "ref", "weight"))
@@ -521,23 +462,12 @@ class GRPOTrainer(transformers.Trainer):
         self._logs.part(loss, args.loss_type, args.importance_sampling_level, int(mask.sum()), len(part))
         return loss.loss * share
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not_finite(norm, self.accelerator):
-            stop(self, "gradient's norm", float(norm), [])
-        return norm
-
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """The loss of completions drawn for a batch of evaluation prompts; their rewards are logged."""
         generation = self._generate(inputs)
-        buckets, scales = self._buckets([generation], 1, 1.0)
-        total = torch.zeros((), device=self.accelerator.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for parts, scale in zip(self._parts(buckets), scales, strict=True):
-                for part in parts:
-                    total += self._loss(model, part, scale)
+        total = self._evaluated(model, *self._buckets([generation], 1, 1.0))
         self._logs.step("eval")
         return total, None, None
 
@@ -546,10 +476,6 @@ class GRPOTrainer(transformers.Trainer):
     @property
     def _metrics(self) -> dict[str, dict[str, list[float]]]:  # TRL's name
         return self._logs.metrics
-
-    @property
-    def _total_train_tokens(self) -> int:  # TRL's name
-        return int(self.state.num_input_tokens_seen)
 
     @property
     def _mode(self) -> str:

@@ -75,20 +75,6 @@ class PromptStream(torch.utils.data.IterableDataset):
             yield from self.repeats.of(batch)
 
 
-def encode(tokenizer: Any, prompts: Sequence[Any], options: dict[str, Any]) -> list[list[int]]:
-    """Token ids, as TRL has them: messages by the chat template with these options, text as it is."""
-    if isinstance(prompts[0], str):
-        ids = tokenizer(text=list(prompts))["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **options
-        )["input_ids"]
-    for prompt, row in zip(prompts, ids, strict=True):
-        if not row:
-            raise UserError(f"prompt must have at least one token, got {prompt!r}")
-    return [list(row) for row in ids]
-
-
 def check_room(prompt_ids: Sequence[list[int]], new: int, context: int, where: str = "") -> None:
     """Raises UserError for a prompt that leaves no room for `new` tokens in the model's context (0: unlimited)."""
     for ids in prompt_ids:

@@ -1,4 +1,4 @@
-"""Rollouts of GRPO: completions drawn for groups of prompts, and their split into parts of bounded size."""
+"""Rollouts of GRPO: completions drawn for groups of prompts, with what their loss needs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign.models.packing import pack_groups
 from fastalign.train.grpo_config import sampling_settings
-from fastalign.train.rows import RowBatch
+from fastalign.train.parts import padded
 
 
 @dataclass
@@ -122,45 +121,13 @@ def on_policy(log_probs: Tensor, before: Tensor, mask: Tensor, threshold: float)
     return apart <= threshold
 
 
-def parts(rollouts: Sequence[Rollout], limit: int | None, *, share: bool, at_least: int = 1) -> list[list[Rollout]]:
-    """The rollouts in order, in parts of at most `limit` tokens (a single one may have more); at least `at_least` parts
-    if there are that many rollouts. share: the prompt of neighbours counts once."""
-    result: list[list[Rollout]] = []
-    size = 0
-    for rollout in rollouts:
-        new = not (share and result and result[-1][-1].prompt == rollout.prompt)
-        tokens = len(rollout.completion) + len(rollout.prompt) * new
-        if not result or (limit is not None and size + tokens > limit):
-            result.append([])
-            size, tokens = 0, len(rollout.completion) + len(rollout.prompt)
-        result[-1].append(rollout)
-        size += tokens
-    while len(result) < min(at_least, len(rollouts)):
-        i = max(range(len(result)), key=lambda i: len(result[i]))
-        half = len(result[i]) // 2
-        result[i : i + 1] = [result[i][:half], result[i][half:]]
-    return result
-
-
-def row_batch(rollouts: Sequence[Rollout], device: torch.device, *, pack: bool) -> RowBatch:
-    """(R, T): prompt, completion, padding; labels are the completion tokens in the loss."""
-    rows = [[*rollout.prompt, *rollout.completion] for rollout in rollouts]
-    ids = _padded(rows, 0, torch.int64)
-    attention = _padded([[1] * len(row) for row in rows], 0, torch.int64)
-    counted = _padded([[0] * len(r.prompt) + r.counts for r in rollouts], 0, torch.bool)
-    labels = ids.masked_fill(~counted, -100)
-    ids, attention, labels = (x.to(device) for x in (ids, attention, labels))
-    groups = [list(group) for _, group in itertools.groupby(range(len(rows)), lambda i: rollouts[i].prompt)]
-    return RowBatch(ids, attention, labels, pack_groups(ids, attention, groups) if pack else None)
-
-
 def beside(rollouts: Sequence[Rollout], name: str, device: torch.device) -> Tensor | None:
     """A field of the rollouts as (R, T - 1), where position t belongs to token t + 1; None where they have none."""
     lists = [getattr(rollout, name) for rollout in rollouts]
     if any(one is None for one in lists):
         return None
     rows = [[0.0] * (len(rollout.prompt) - 1) + one for rollout, one in zip(rollouts, lists, strict=True)]
-    return _padded(rows, 0.0, torch.float32).to(device)
+    return padded(rows, 0.0, torch.float32).to(device)
 
 
 def lists_of(scored: Tensor, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
@@ -168,8 +135,3 @@ def lists_of(scored: Tensor, rollouts: Sequence[Rollout]) -> Iterator[list[float
     for row, rollout in zip(scored.float().tolist(), rollouts, strict=True):
         first = len(rollout.prompt) - 1
         yield row[first : first + len(rollout.completion)]
-
-
-def _padded(rows: list[list], value: Any, dtype: torch.dtype) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=dtype)

@@ -1,5 +1,5 @@
-"""`fastalign train dpo | ppo | reward` as a user types them, on tiny models; resumption, and one line for each
-mistake."""
+"""`fastalign train distill | dpo | grpo | ppo | reward` as a user types them, on tiny models; resumption, and one line
+for each mistake."""
 
 import importlib.util
 import json
@@ -78,6 +78,22 @@ def scored(tmp_path_factory):
     path = tmp_path_factory.mktemp("scored") / "scored.parquet"
     whole.to_parquet(path)
     return path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def drawn(model, tmp_path_factory):
+    """Candidates of the model itself, with rewards."""
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    few = ["-n", 4, "--max-new-tokens", 6]
+    run("sample", "--model", model, "--prompts", folder / "prompts.txt", *few, "--out", folder / "c.parquet")
+    run("score", folder / "c.parquet", "--rewards", "diversity,readability", "--out", folder / "s.parquet")
+    return folder / "s.parquet"
 
 
 @pytest.fixture
@@ -184,6 +200,70 @@ def test_reward_with_several_heads_and_lora(chat_model, tmp_path):
     assert np.isfinite(rewards.score(heads, PROMPTS, PROMPTS)).all()
     with pytest.raises(UserError, match="has no head 'other', it has kind, brief"):
         several_values.read_values([f"{out}#other"])
+
+
+def loss_of(scored, lam):
+    """-Σ w log p0 of a scored file's candidates by what their sampler recorded, the mean over the prompts."""
+    whole = Candidates.from_parquet(scored, kind="scored")
+    weights = np.exp(whole.reward_array(list(lam)) @ np.array(list(lam.values())))
+    log_probs = np.array([[sum(one) for one in row] for row in whole.logprobs])
+    return float(-(weights / weights.sum(1, keepdims=True) * log_probs).sum(1).mean())
+
+
+def test_distill_a_scored_file_and_its_palette(model, drawn, tmp_path):
+    palette, out = tmp_path / "palette.json", tmp_path / "out"
+    palette.write_text(json.dumps({"kind": "palette", "values": ["diversity"], "lambda": [3.0]}))
+    given = ["distill", drawn, "--palette", palette, "--model", model, "--out", out]
+    code, stdout, err = fastalign(*given, "--batch-size", 8, "--epochs", 6, "--learning-rate", "1e-2")
+    assert code == 0 and "6 steps on 32 candidates of 8 prompts, ESS " in stdout and "tokens/s" in err
+    rows = [row for row in log(out) if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(loss_of(drawn, {"diversity": 3.0}), rel=1e-4)
+    assert rows[-1]["loss"] < rows[0]["loss"] and 1 <= rows[0]["ess"] <= 4 and rows[0]["num_tokens"] > 32
+    result = json.loads((out / "result.json").read_text())
+    assert result["loss"]["first"][0] == rows[0]["loss"] and result["loss"]["last"][0] == rows[-1]["loss"]
+    assert result["ess"] == pytest.approx(rows[0]["ess"]) and result["settings"]["learning_rate"] == 0.01
+    load_causal_lm(out)
+    assert not (out / "checkpoints").exists() and "another model" not in err
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-r", 2]], ids=["whole", "lora"])
+@pytest.mark.parametrize("chat", [[], ["--no-chat"]], ids=["template", "text"])
+def test_distilling_begins_where_the_candidates_were_drawn(chat_model, chat, lora, tmp_path):
+    """The prompts are those that the sampler saw, of text and of messages, with the chat template or without it."""
+    prompts, scored, out = tmp_path / "prompts.jsonl", tmp_path / "s.parquet", tmp_path / "out"
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in PROMPTS[:4]))
+    if not chat:
+        messages = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the"}]  # to be continued
+        with prompts.open("a") as file:
+            file.write("\n" + json.dumps({"prompt": messages}))
+    few = ["--model", chat_model, "--prompts", prompts, "-n", 3, "--max-new-tokens", 6]
+    run("sample", *few, *chat, "--out", tmp_path / "c.parquet")
+    run("score", tmp_path / "c.parquet", "--rewards", "diversity", "--out", scored)
+    given = ["distill", scored, "--lam", 2, "--model", chat_model, "--out", out, "--batch-size", 8, *lora]
+    assert fastalign(*given)[0] == 0
+    first = log(out)[0]
+    assert first["loss"] == pytest.approx(loss_of(scored, {"diversity": 2.0}), rel=1e-4)
+    assert first["learning_rate"] == (1e-4 if lora else 1e-5)
+
+
+def test_distill_rows_of_a_file(chat_model, tmp_path):
+    """Texts, with weights; the same prompts as messages."""
+    rows = [{"prompt": text, "completions": [" yes", " no"], "weights": [2, 1]} for text in PROMPTS[:4]]
+    said = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    losses = []
+    for name, content in (("text", rows), ("messages", said)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+        out = tmp_path / name
+        code, stdout, err = fastalign("distill", tmp_path / f"{name}.jsonl", "--model", chat_model, "--out", out)
+        assert code == 0 and "1 step on 8 candidates of 4 prompts, ESS 1.8" in stdout and "another model" not in err
+        losses.append(log(out)[0]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_candidates_of_another_model_are_said_to_be(chat_model, drawn, tmp_path):
+    given = ["distill", drawn, "--lam", "diversity=1", "--model", chat_model, "--out", tmp_path / "out"]
+    code, _, err = fastalign(*given)
+    assert code == 0 and f"{drawn}: its candidates were drawn from another model, " in err
 
 
 PPO = ["--batch-size", 4, "--max-new-tokens", 6, "--learning-rate", "1e-3"]
@@ -312,10 +392,13 @@ def same(a, b):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@on_its_day("ranks: train dpo")
-def test_two_processes_train_as_one(model, pairs, tmp_path):
-    """torchrun of the command: the log of one process with the same pairs a step."""
-    requested = ["dpo", "--data", pairs, "--model", model, "--learning-rate", "1e-2", "--max-steps", 3]
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=on_its_day(f"ranks: train {kind}")) for kind in ("dpo", "distill")]
+)
+def test_two_processes_train_as_one(kind, model, pairs, drawn, tmp_path):
+    """torchrun of the command: the log of one process with the same pairs, or prompts, a step."""
+    given = {"dpo": ["dpo", "--data", pairs], "distill": ["distill", drawn, "--lam", "diversity=1"]}[kind]
+    requested = [*given, "--model", model, "--learning-rate", "1e-2", "--max-steps", 3]
     assert fastalign(*requested, "--batch-size", 4, "--out", tmp_path / "one")[0] == 0
     torchrun = [
         sys.executable,
@@ -336,32 +419,21 @@ def test_two_processes_train_as_one(model, pairs, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
-    for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+    for name in ("loss", "grad_norm", "num_tokens", "rewards/margins" if kind == "dpo" else "ess"):
         expected = [row[name] for row in one if name in row]
         assert len(expected) == 3 and [row[name] for row in two if name in row] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=on_its_day(f"killed: train {kind}")) for kind in ("dpo", "ppo", "grpo")]
+    "kind",
+    [pytest.param(kind, marks=on_its_day(f"killed: train {kind}")) for kind in ("dpo", "ppo", "grpo", "distill")],
 )
-def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, tmp_path):
+def test_killed_and_resumed_is_the_run_that_was_not(kind, model, pairs, drawn, tmp_path):
     """SIGKILL in the middle; --resume gives the same losses and the same weights."""
-    if kind == "dpo":
-        requested = [
-            "dpo",
-            "--data",
-            pairs,
-            "--model",
-            model,
-            "--learning-rate",
-            "1e-2",
-            "--batch-size",
-            2,
-            "--epochs",
-            3,
-            "--save-steps",
-            2,
-        ]
+    if kind in ("dpo", "distill"):
+        given = {"dpo": ["dpo", "--data", pairs], "distill": ["distill", drawn, "--lam", "diversity=1"]}[kind]
+        requested = [*given, "--model", model, "--learning-rate", "1e-2", "--batch-size", 2, "--epochs", 3]
+        requested += ["--save-steps", 2]
     else:
         requested = [kind, "--values", "readability,diversity", "--lam", "1,1", "--model", model, "--save-steps", 2]
         more = [*PPO, "--limit", 12, "--epochs", 4] if kind == "ppo" else [*GRPO, "--limit", 8, "--epochs", 3]
@@ -410,9 +482,10 @@ def adapter(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-r", 2]], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo"])
-def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, tmp_path):
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo", "distill"])
+def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, drawn, tmp_path):
     given = {
+        "distill": [drawn, "--lam", "diversity=1", "--batch-size", 4],
         "dpo": ["--data", pairs, "--batch-size", 2],
         "ppo": ["--values", "readability", "--lam", 1, *PPO, "--limit", 12],
         "grpo": ["--values", "readability", "--lam", 1, *GRPO, "--limit", 12, "--beta", 0.1],
@@ -425,17 +498,19 @@ def test_an_adapter_is_merged_and_trained(kind, lora, adapter, model, pairs, tmp
     for name, x in before.items():
         torch.testing.assert_close(still[name], x, rtol=1e-5, atol=1e-6)
     first = log(tmp_path / "still")[0]
-    assert abs(first["loss"] - np.log(2) if kind == "dpo" else first["kl"]) < 1e-3  # from what was given
+    if kind != "distill":
+        assert abs(first["loss"] - np.log(2) if kind == "dpo" else first["kl"]) < 1e-3  # from what was given
     assert fastalign(kind, *steps, "--learning-rate", "1e-2", "--out", tmp_path / "out")[0] == 0
     after = load_causal_lm(tmp_path / "out")[0].state_dict()
     assert sum(not torch.equal(after[name], x) for name, x in before.items()) > 3
     assert not (tmp_path / "out" / "adapter").exists()  # it would be one of a model without a name
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo"])
-def test_a_disk_without_room_for_the_model_is_reported_first(kind, model, pairs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["dpo", "ppo", "grpo", "distill"])
+def test_a_disk_without_room_for_the_model_is_reported_first(kind, model, pairs, drawn, tmp_path, monkeypatch):
     value = ["--values", "readability", "--lam", 1]
-    given = {"dpo": ["--data", pairs], "ppo": [*value, *PPO], "grpo": [*value, *GRPO]}[kind]
+    given = {"dpo": ["--data", pairs], "ppo": [*value, *PPO], "grpo": [*value, *GRPO]}
+    given = (given | {"distill": [drawn, "--lam", "diversity=1"]})[kind]
     usage = type(runs.shutil.disk_usage("/"))(10**9, 10**9 - 5, 5)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
     line = refused(kind, *given, "--model", model, "--out", tmp_path / "out")
@@ -522,13 +597,46 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     )
 
 
+def test_mistakes_of_distill_are_one_line(model, scored, drawn, pairs, tmp_path):
+    given = ["--model", model, "--out", tmp_path / "x"]
+    rows = tmp_path / "rows.jsonl"
+
+    def says(row, message, *more):
+        rows.write_text(json.dumps({"prompt": "a", "completions": [" b"]}) + "\n" + json.dumps(row))
+        assert message in refused("distill", rows, *given, *more)
+
+    says(
+        {"prompt": "a", "completions": ["b"], "weights": [-1]}, f"{rows}: row 1: weights[0] must be at least 0, got -1"
+    )
+    says({"prompt": "a", "completions": []}, f"{rows}: row 1: completions must be a list of at least one candidate")
+    says({"prompt": "hi " * 300, "completions": ["b"]}, "row 1: prompt and completion must fit the model's 256 tokens")
+    says({"prompt": "a", "completions": ["b"]}, "give --lam or --palette with a scored file only", "--lam", 1)
+    says({"prompt": "a", "completions": ["b"]}, "chat needs a chat template", "--chat")
+    says({"prompt": [{"role": "user", "content": "a"}], "completion_ids": [[5]]}, "needs a chat template")
+    assert "row 0: must have a prompt or prompt_ids, and" in refused("distill", pairs, *given)
+    assert "no such file of rows" in refused("distill", tmp_path / "none.jsonl", *given)
+    assert "give --lam or --palette to weigh the candidates" in refused("distill", drawn, *given)
+    assert "give either --values and --lam, or --palette" in refused(
+        "distill", drawn, *given, "--lam", "1,1", "--palette", _json(tmp_path)
+    )
+    assert "one weight per reward, 2 (diversity, readability)" in refused("distill", drawn, *given, "--lam", 1)
+    assert "one weight per reward, 1 (diversity)" in refused(
+        "distill", drawn, *given, "--values", "diversity", "--lam", "1,1"
+    )
+    assert "must be rewards of the candidates" in refused("distill", drawn, *given, "--values", "humor", "--lam", "1")
+    assert "completion_ids[0] must have at least one token" in refused("distill", scored, *given, "--lam", "1,1")
+    assert "--learning-rate must be positive" in refused("distill", drawn, *given, "--lam", "1,1", "--learning-rate", 0)
+    assert "--batch-size must be an integer" in refused("distill", drawn, *given, "--lam", "1,1", "--batch-size", 0)
+    assert not (tmp_path / "x").exists()
+
+
 def _json(folder):
     path = folder / "other.json"
     path.write_text('{"kind": "report"}')
     return path
 
 
-@pytest.mark.parametrize("command", ["dpo", "grpo", "ppo", "reward"])
+@pytest.mark.parametrize("command", ["distill", "dpo", "grpo", "ppo", "reward"])
 def test_help_has_an_example(command):
     code, out, _ = fastalign(command, "--help")
     assert code == 0 and f"Example: fastalign train {command}" in out

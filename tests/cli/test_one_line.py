@@ -95,6 +95,7 @@ COMMANDS = {  # that read a palette file, each with what of it it needs
     "pareto": ("palette", "sense"),
     "sample": ("kl",),
     "sample --method": ("lambda",),
+    "train distill": ("lambda",),
     "train dpo": ("lambda",),
     "train grpo": ("lambda",),
     "train ppo": ("lambda",),
@@ -145,6 +146,7 @@ def test_every_command_names_a_palette_file_that_is_not_right(made, tmp_path, co
                     "sample", "--model", model, "--prompts", "bundled", "-n", 16, *given, "--method", "adaptive",
                     "--out", out,
                 ),
+                "train distill": ("train", "distill", file, "--model", model, *given, "--out", out),
                 "train dpo": ("train", "dpo", "--model", model, "--data", file, *given, "--out", out),
                 "train grpo": (
                     "train", "grpo", "--model", model, "--prompts", "bundled", *given, "--out", out,

@@ -1,4 +1,4 @@
-"""The models of a GRPO run: loading by name, adapters, tokenizer."""
+"""The model that a trainer trains: loading by name, adapters, tokenizer."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import Any
 
 import torch
 import transformers
-import trl
 
 from fastalign._base.errors import UserError
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 from fastalign.models.loading import check_language_model, resolve
 
 
-def load_options(args: trl.GRPOConfig) -> dict[str, Any]:
-    options = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+def load_options(args: Any) -> dict[str, Any]:
+    """args: a config with `model_init_kwargs` and `trust_remote_code`, as TRL's have them; also below."""
+    options = dict(args.model_init_kwargs or {})
     options.setdefault("trust_remote_code", args.trust_remote_code)
     return options
 
 
-def load(
-    name: str | os.PathLike[str], tokenizer: Any, args: trl.GRPOConfig, quantization_config: Any
-) -> tuple[Any, Any]:
+def load(name: str | os.PathLike[str], tokenizer: Any, args: Any, quantization_config: Any = None) -> tuple[Any, Any]:
     """The named model, in float32 unless model_init_kwargs says otherwise, and its tokenizer."""
     check_language_model(name)
     options = {"dtype": torch.float32, **load_options(args)}
@@ -34,16 +32,24 @@ def load(
     return model, load_tokenizer(folder, args) if tokenizer is None else tokenizer
 
 
-def load_tokenizer(name: str, args: trl.GRPOConfig) -> Any:
-    revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+def load_tokenizer(name: str, args: Any) -> Any:
+    revision = (args.model_init_kwargs or {}).get("revision")
     with one_line_errors(name or "processing_class"):
         return transformers.AutoTokenizer.from_pretrained(
             name, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
         )
 
 
-def with_adapters(model: Any, peft_config: Any, args: trl.GRPOConfig) -> Any:
-    """The model with new adapters, if given; adapters that it came with get a frozen copy, the reference."""
+def check_tokenizer(tokenizer: Any) -> None:
+    """Checks that it is a tokenizer; one without a padding token gets its end token."""
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise UserError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def with_adapters(model: Any, peft_config: Any, args: Any, *, reference: bool = False) -> Any:
+    """The model with new adapters, if given. reference: adapters that it came with get a frozen copy, "ref"."""
     has = hasattr(model, "peft_config")
     if peft_config is not None:
         if has:
@@ -51,7 +57,7 @@ def with_adapters(model: Any, peft_config: Any, args: trl.GRPOConfig) -> Any:
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
-    elif has and args.beta != 0:
+    elif has and reference:
         model.add_adapter("ref", model.peft_config["default"])
         for name, parameter in model.named_parameters():
             if ".default." in name:
