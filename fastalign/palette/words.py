@@ -101,6 +101,22 @@ def read_terms(text: str | Mapping[str, Any], names: Sequence[str]) -> list[tupl
     return [(name, ">=" if sense == "=" else sense, what) for name, sense, what in found]
 
 
+def absolute(text: str | Mapping[str, Any], names: Sequence[str]) -> set[str]:
+    """The names for which a palette in words has a number, not a level relative to the base."""
+    terms = read_terms(text, names)
+    if isinstance(terms, np.ndarray):
+        return set(names)
+    return {name for name, _, what in terms if _is_number(what)}
+
+
+def _is_number(what: str) -> bool:
+    try:
+        float(what)
+    except ValueError:
+        return False
+    return True
+
+
 def _read(path: str, names: Sequence[str]) -> str | Mapping[str, Any]:
     check_input(path)
     if kind_of(path) == "palette":

@@ -15,10 +15,12 @@ from fastalign.data import hub, prompts
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.decode import Sampler, tilted
 from fastalign.jobs import align, demo, grpo, pairs, pareto, ppo, preference, soup_front
+from fastalign.jobs.align import job as align_job
 from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
 
 FUNCTIONS = {
+    "align": [align_job.align, prompts.load],
     "demo": [demo.run],
     "sample": [align.sample, align.sample_more, Sampler.sample, Sampler.from_pretrained, prompts.load],
     "score": [align.score],

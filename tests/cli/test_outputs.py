@@ -57,6 +57,11 @@ def work(made, tmp_path, monkeypatch):
 
 # command: its arguments (bare names are its inputs), other settings, the file that its output is or holds
 COMMANDS = {
+    "align": (
+        ["--model", "model0", "--prompts", "prompts.txt", "--rewards", "diversity,readability", "--palette",
+         "readability>=base", "--how", "decode", *SMALL],
+        ["--seed", 1], "align.json",
+    ),
     "sample": (["--model", "model0", "--prompts", "prompts.txt", *SMALL], ["--seed", 1], ""),
     "sample --method rejection": (
         ["--model", "model0", "--prompts", "prompts.txt", *SMALL, "--palette", "palette.json"], ["--seed", 1], "",

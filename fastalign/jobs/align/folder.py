@@ -53,8 +53,10 @@ class Folder:
         elif resume and not outputs.ask(f"{out}: there is nothing to resume; begin a run?"):
             raise UserError(f"{out}: there is nothing to resume; leave out --resume to begin")
         self._lock: int | None = None
+        self._new: list[Path] = []  # folders made for it
 
     def __enter__(self) -> Folder:
+        self._new = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -74,7 +76,7 @@ class Folder:
             error.args = (f"{self.out}: stopped; the same command goes on from what is finished",)
         if error is not None and not self._made():
             self._ledger.unlink(missing_ok=True)
-            for folder in (*(self.out / name for name in PARTS), self.out):
+            for folder in (*(self.out / name for name in PARTS), *self._new):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 

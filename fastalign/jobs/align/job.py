@@ -222,6 +222,8 @@ class Job:
         with self.folder.stage(f"{part}: sample") as stage:
             drawn = self._drawn(place / "candidates.parquet", model, prompts, n, self._seed(part))
             stage["tokens"] = divergence.count(drawn)
+        if (place / "scored.parquet").is_file():
+            return Candidates.from_parquet(place / "scored.parquet", kind="scored")
         with self.folder.stage(f"{part}: score"):
             return steps.score(
                 place / "candidates.parquet",
@@ -395,21 +397,27 @@ class Job:
                         row = {"prompt": said, "completion": text, "rewards": scores, "split": part}
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def asked(self, rewards: np.ndarray) -> tuple[list[float | None], list[str]]:
-        """The levels asked for, None for none, and their senses; relative ones from these rewards (P, N, m)."""
+    def asked(self, rewards: np.ndarray) -> tuple[list[float | None], list[str], list[float]]:
+        """The levels asked for (None: free), their senses, and the levels predicted, for prompts whose candidates from
+        the base model have these rewards (P, N, m): what is relative to the base is so to that of these prompts."""
         from fastalign.palette import parse_palette
+        from fastalign.palette.words import absolute
 
         flat = rewards.reshape(-1, rewards.shape[-1])
         levels, senses = parse_palette(self.settings["palette"], self.names, flat, rest="free")
+        fixed = absolute(self.settings["palette"], self.names)
+        gain = np.subtract(self.solution["levels"], self.solution["before"]).tolist()
+        rows = zip(self.names, flat.mean(axis=0, dtype=np.float64).tolist(), gain, self.solution["levels"], strict=True)
+        predicted = [level if name in fixed else base + more for name, base, more, level in rows]
         free = self.solution["free"]
-        return [None if nothing else float(x) for x, nothing in zip(levels, free, strict=True)], senses
+        return [None if nothing else float(x) for x, nothing in zip(levels, free, strict=True)], senses, predicted
 
     def _measured(
         self, base: Candidates, result: Candidates, kl: dict[str, Any], ess: float, perplexity: dict[str, Any]
     ) -> tuple[dict[str, Any], list[proof.Level]]:
         before, after = base.reward_array(self.names), result.reward_array(self.names)
-        asked, senses = self.asked(before)
-        rows = proof.levels(self.names, asked, senses, base=before, predicted=self.solution["levels"], realised=after)
+        asked, senses, predicted = self.asked(before)
+        rows = proof.levels(self.names, asked, senses, base=before, predicted=predicted, realised=after)
         fell = [row.name for row in rows if row.fell]
         measured = {"lam": self.lam, "kl": kl, "ess": ess, "perplexity": perplexity, "fell": fell}
         return self._content(rows) | measured, rows
@@ -428,7 +436,7 @@ class Job:
 
     def _impossible(self, base: Candidates) -> dict[str, Any]:
         grid = base.reward_array(self.names)
-        asked, senses = self.asked(grid)
+        asked, senses, _ = self.asked(grid)
         rows = proof.impossible(self.names, asked, senses, grid)
         nearest, certificate = self.solution["nearest"], self.solution["certificate"]
         if certificate is not None:
