@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.train.grpo import GRPOTrainer
-from fastalign.train.steering import STATE, Baselines, Steering, key_of
+from fastalign.train.steering import STATE, Baselines, Steering, key_of, slope_of, within
 
 
 class SteeredGRPOTrainer(GRPOTrainer):
@@ -33,15 +33,14 @@ class SteeredGRPOTrainer(GRPOTrainer):
     def _advantages(self, prompts: list[Any], rewards: Tensor, log_ratios: Tensor | None) -> Tensor:
         advantages = super()._advantages(prompts, rewards, log_ratios)
         if self._mode == "train":
-            self._steer(prompts, rewards.numpy())
+            assert log_ratios is not None  # with kl_in_reward
+            self._steer(prompts, rewards.numpy(), log_ratios.numpy())
         return advantages
 
-    def _steer(self, prompts: list[Any], rewards: np.ndarray) -> None:
+    def _steer(self, prompts: list[Any], rewards: np.ndarray, log_ratios: np.ndarray) -> None:
         levels = self.baselines.levels([key_of(prompt) for prompt in prompts], rewards)
-        apart = rewards - np.nanmean(rewards, axis=1, keepdims=True)
-        flat = np.nan_to_num(apart.reshape(-1, apart.shape[-1]))
-        degrees = rewards.shape[0] * (rewards.shape[1] - 1)
-        lam = self.steering.update(levels, flat.T @ flat / max(degrees, 1))
+        apart, degrees = within(rewards), rewards.shape[0] * (rewards.shape[1] - 1)
+        lam = self.steering.update(levels, apart.T @ apart / max(degrees, 1), slope_of(rewards, log_ratios))
         self.reward_weights.copy_(torch.from_numpy(lam))
         for j, name in enumerate(self.rewards.names):
             self._logs.metrics["train"][f"lam/{name}"].append(float(lam[j]))

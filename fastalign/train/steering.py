@@ -2,8 +2,10 @@
 
 The weights of a palette minimise the dual g(λ) = E_x log Z(x, λ) − λ·c (`palette.solve`), whose gradient is the levels
 of p_λ less the palette c and whose Hessian is the covariance of the rewards under p_λ, within prompts. A policy trained
-on λ·R less its KL to the base approaches p_λ, so its own completions measure both. After every batch λ makes a damped
-Newton step; what candidates of the base promised is corrected by what the policy does.
+on λ·R less its KL to the base approaches p_λ, so its own completions measure both. It lags behind, however: its levels
+are those of another λ', which its completions tell too, as the slope of log π/p0 over the rewards. So after every batch
+λ makes a damped step towards the minimum of the dual's quadratic model at λ'; what candidates of the base promised is
+corrected by what the policy does, and a policy that learns slowly does not drive λ up.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ RIDGE = 1e-3  # of each value's variance
 
 
 class Rule(NamedTuple):
-    """The step: λ ← λ + rate · H⁻¹ (c − levels), with levels and H exponentially averaged over about `memory` batches.
+    """The step: λ ← λ + rate · (λ' + H⁻¹ (c − levels) − λ), subject to λ's signs, with λ', levels and H exponentially
+    averaged over about `memory` batches.
 
     limit: the largest step, in standard deviations of λ·R. hold: λ has arrived if every level has kept its bound, by
     more than its standard error, over this many batches; 0: never.
     """
 
-    rate: float = 0.1
+    rate: float = 0.2
     memory: float = 6.0
     limit: float = 0.5
     hold: int = 8
@@ -64,6 +67,7 @@ class Steering:
         self._count = 0.0  # of batches in the averages
         self._levels = np.zeros_like(self.lam)
         self._covariance = np.zeros((len(self.lam), len(self.lam)))
+        self._slope = np.zeros_like(self.lam)
         self._recent: list[list[float]] = []  # levels of the last `hold` batches
 
     @property
@@ -71,25 +75,37 @@ class Steering:
         """(m,) the averaged levels; NaN before the first batch."""
         return self._levels / self._count if self._count else np.full_like(self.lam, np.nan)
 
-    def update(self, levels: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-        """One step from a batch's levels (m,) and its covariance (m, m) within prompts; returns the new λ."""
+    def update(self, levels: np.ndarray, covariance: np.ndarray, slope: np.ndarray | None = None) -> np.ndarray:
+        """One step from a batch's levels (m,), its covariance (m, m) within prompts, and the λ' (m,) that the policy
+        has reached (see `slope_of`; None: this λ); returns the new λ."""
         keep = 1.0 - 1.0 / self.rule.memory
         self._count = keep * self._count + 1.0
         self._levels = keep * self._levels + levels
         self._covariance = keep * self._covariance + covariance
+        self._slope = keep * self._slope + (self.lam if slope is None else slope)
         self._recent = [*self._recent, np.asarray(levels, dtype=np.float64).tolist()][-max(self.rule.hold, 1) :]
-        gap = self.palette - self.levels
         hessian = self._covariance / self._count
-        moved = ~self.free & ~((self.lam == 0.0) & (gap * self.side < 0.0))  # a slack bound keeps λ = 0
-        step = np.zeros_like(self.lam)
-        if moved.any():
-            inner = hessian[np.ix_(moved, moved)]
-            inner = inner + np.diag(RIDGE * np.diag(inner) + np.finfo(np.float64).tiny)
-            step[moved] = self.rule.rate * np.linalg.solve(inner, gap[moved])
+        step = self.rule.rate * (self._minimum(self._slope / self._count, hessian) - self.lam)
         size = float(np.sqrt(max(step @ hessian @ step, 0.0)))
-        lam = self.lam + step * min(1.0, self.rule.limit / size if size > 0 else 1.0)
-        self.lam = np.where(self.side > 0, np.maximum(lam, 0.0), np.where(self.side < 0, np.minimum(lam, 0.0), lam))
+        self.lam = self.lam + step * min(1.0, self.rule.limit / size if size > 0 else 1.0)
         return self.lam
+
+    def _minimum(self, reached: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+        """Of the dual's quadratic model at λ' over the λ of the right signs: values at their bound are fixed at 0, one
+        after the other."""
+        gap = self.palette - self.levels
+        ridged = hessian + np.diag(RIDGE * np.diag(hessian) + np.finfo(np.float64).tiny)
+        fixed = self.free.copy()
+        while not fixed.all():
+            lam, moved = np.zeros_like(self.lam), ~fixed
+            right = gap[moved] + hessian[np.ix_(moved, fixed)] @ reached[fixed]
+            lam[moved] = reached[moved] + np.linalg.solve(ridged[np.ix_(moved, moved)], right)
+            wrong = moved & (lam * self.side < 0.0)
+            if not wrong.any():
+                return lam
+            units = np.abs(lam) * np.sqrt(np.diag(ridged))
+            fixed[np.argmax(np.where(wrong, units, -1.0))] = True
+        return np.zeros_like(self.lam)
 
     @property
     def holds(self) -> bool:
@@ -106,13 +122,28 @@ class Steering:
         """What a resumed run needs, as JSON values."""
         return {
             "lam": self.lam.tolist(), "count": self._count, "levels": self._levels.tolist(),
-            "covariance": self._covariance.tolist(), "recent": self._recent,
+            "covariance": self._covariance.tolist(), "slope": self._slope.tolist(), "recent": self._recent,
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.lam, self._count = np.array(state["lam"]), float(state["count"])
         self._levels, self._covariance = np.array(state["levels"]), np.array(state["covariance"])
+        self._slope = np.array(state["slope"])
         self._recent = [list(row) for row in state["recent"]]
+
+
+def slope_of(rewards: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+    """λ' (m,): the regression of log π/p0 (B, G) on rewards (B, G, m) within prompts; λ itself for a policy that is
+    p_λ. NaN counts as the mean."""
+    flat = within(rewards)
+    apart = (log_ratios - log_ratios.mean(axis=1, keepdims=True)).ravel()
+    return np.linalg.lstsq(flat, apart, rcond=RIDGE)[0]
+
+
+def within(rewards: np.ndarray) -> np.ndarray:
+    """(B · G, m): the distances from the prompt's mean; 0 for NaN."""
+    apart = rewards - np.nanmean(rewards, axis=1, keepdims=True)
+    return np.nan_to_num(apart.reshape(-1, apart.shape[-1]))
 
 
 def key_of(prompt: Any) -> str:

@@ -13,6 +13,7 @@ from tiny import tiny_folder
 
 from fastalign import UserError
 from fastalign.decode import Candidates
+from fastalign.jobs.align import job as align
 from fastalign.jobs.align.budget import Budget
 from fastalign.jobs.align.split import split
 from fastalign.report import proof
@@ -232,3 +233,56 @@ def test_a_value_nobody_asked_about_that_fell_is_named():
 )  # fmt: skip
 def test_verdicts(op, asked, realised, se, verdict):
     assert proof.judge(op, asked, realised, se, 1.0) == verdict
+
+
+@pytest.mark.parametrize("how", ["dpo", "grpo", "ppo"])
+def test_a_model_is_trained_and_proved(place, tmp_path, how):
+    out = tmp_path / "out"
+    command = job(
+        place, out, "diversity>=base+0.2sd, readability>=base", "--budget", "9000t", "--learning-rate", 1e-3, how=how
+    )
+    code, _, err = fastalign(*command)
+    assert code == 0, err
+    result = json.loads((out / "align.json").read_text())
+    assert result["how"] == how and result["cost"]["tokens"] > 3000
+    assert result["kl"]["measured"] != 0 and all(np.isfinite(list(result["lam"].values())))
+    rows = [json.loads(line) for line in (out / "texts.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 * 4 and {row["split"] for row in rows} == {"heldout"}
+    card = (out / "model" / "README.md").read_text()
+    assert "diversity>=base+0.2sd" in card and result["headline"] in card and f"--how {how}" in card
+    from transformers import AutoModelForCausalLM
+
+    tuned, base = (AutoModelForCausalLM.from_pretrained(path) for path in (out / "model", place / "model"))
+    assert any(not a.equal(b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
+    again, _, err = fastalign(*command)
+    assert again == 0 and "already there" in err
+
+
+def test_a_training_of_ones_own_is_proved_the_same_way(place, tmp_path):
+    def copied(job, out, left):
+        """Trains nothing: levels and KL of the base."""
+        import shutil
+
+        shutil.copytree(job.source.name, out)
+        return 0
+
+    prompts = (place / "prompts.txt").read_text().splitlines()
+    result = align.align(
+        str(place / "model"), prompts, ["diversity"], "diversity>=-100", tmp_path / "out", how=copied, candidates=8,
+        max_new_tokens=6, texts_per_prompt=8,
+    )  # fmt: skip
+    assert result["how"] == "copied" and result["kl"]["measured"] == pytest.approx(0, abs=1e-5)
+    assert result["values"]["diversity"]["verdict"] == "met"
+
+
+def test_rounds_go_on_from_the_model_before(place, tmp_path):
+    out = tmp_path / "out"
+    more = ["--rounds", 2, "--budget", "12000t", "--learning-rate", 1e-3]
+    code, _, err = fastalign(*job(place, out, "diversity>=base+0.2sd", *more, how="grpo"))
+    assert code == 0, err
+    result = json.loads((out / "align.json").read_text())
+    assert [row["round"] for row in result["rounds"]] == [1, 2]
+    assert result["rounds"][1]["kl"] == result["kl"] and (out / "round-1" / "model" / "config.json").is_file()
+    second = json.loads((out / "round-2" / "palette.json").read_text())
+    assert second["palette"][0] == json.loads((out / "palette.json").read_text())["palette"][0]
+    assert "rounds must be 1 for how decode" in refused(*job(place, tmp_path / "x", "diversity>=base", "--rounds", 2))

@@ -11,7 +11,7 @@ from enumerable import law, sampler
 from fastalign import UserError
 from fastalign.losses import group_advantages
 from fastalign.palette import solve
-from fastalign.train.steering import Baselines, Rule, Steering
+from fastalign.train.steering import Baselines, Rule, Steering, slope_of
 
 
 def problem(seed=0, outcomes=60, values=3):
@@ -67,15 +67,19 @@ def test_a_policy_that_learns_by_gradient_ends_within_one_percent():
     mean, covariance = moments(p, rewards)
     palette = mean + 0.6 * np.sqrt(np.diag(covariance)) * [1, 1, 0]
     wanted = solve(rewards, palette, weights=p)
-    steering = Steering(palette, [">="] * 3, np.zeros(3), rule=Rule(rate=0.05))
+    steering = Steering(palette, [">="] * 3, np.zeros(3), rule=Rule())
     logits = np.log(p)
-    for _ in range(2000):
+    for i in range(1000):
         for _ in range(3):
             q = np.exp(logits - logits.max())
             q /= q.sum()
             gain = rewards @ steering.lam - (np.log(q) - np.log(p))
-            logits = logits + 0.3 * (gain - q @ gain)  # natural gradient
-        steering.update(*moments(q, rewards))
+            logits = logits + 0.02 * (gain - q @ gain)  # natural gradient
+        apart = rewards - q @ rewards
+        slope = np.linalg.solve(apart.T @ (q[:, None] * apart), apart.T @ (q * np.log(q / p)))
+        steering.update(*moments(q, rewards), slope)
+        if i == 20:
+            assert (np.abs(steering.lam) < 2 * np.abs(wanted.lam).max()).all()  # a policy that lags drives none up
     np.testing.assert_allclose(steering.lam, wanted.lam, rtol=1e-2, atol=1e-2 * np.abs(wanted.lam).max())
     np.testing.assert_allclose(np.abs(q - tilted(p, rewards, wanted.lam)).sum(), 0, atol=1e-2)
 
@@ -103,6 +107,13 @@ def test_it_holds_only_when_every_level_does():
     assert not steering.holds  # one of the last four is
     steering.update(np.array([1.5, -0.4]), np.eye(2))
     assert steering.holds
+
+
+def test_the_slope_of_p_lambda_is_lam():
+    rng = np.random.default_rng(0)
+    rewards, lam = rng.normal(size=(5, 8, 3)) * [1, 10, 0.1], np.array([0.5, -0.02, 3.0])
+    of_prompt = rng.normal(size=(5, 1))  # log Z
+    np.testing.assert_allclose(slope_of(rewards, rewards @ lam - of_prompt), lam)
 
 
 def test_a_constant_value_moves_nothing():

@@ -90,7 +90,7 @@ def grpo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
     from fastalign.jobs.align.steered import train_grpo
 
     scored = Candidates.from_parquet(job.scored, kind="scored")
-    options = _options(job, 1e-5, 2e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
+    options = _options(job, 2e-5, 4e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
     options["steered"] = steered
     result = train_grpo(job.source.name, scored, job.names, job.solution, out, **options)
     job.lam = result["lambda"]
