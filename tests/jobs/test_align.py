@@ -235,7 +235,7 @@ def test_verdicts(op, asked, realised, se, verdict):
     assert proof.judge(op, asked, realised, se, 1.0) == verdict
 
 
-@pytest.mark.parametrize("how", ["dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("how", ["distill", "dpo", "grpo", "ppo"])
 def test_a_model_is_trained_and_proved(place, tmp_path, how):
     out = tmp_path / "out"
     command = job(

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.decode.candidates import Candidates
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from fastalign.jobs.align.job import Job
 
 PROOF_SHARE = 1.5  # of what the proof's draws cost, kept back for it
+EPOCHS = 2.0  # of distill
 LEAST_SHARE = 0.1  # of the budget that must be left for training
 
 
@@ -52,26 +51,16 @@ def train(job: Job, out: Path) -> None:
                 "more, or fewer candidates"
             )
         left = Budget(*(x / job.rounds_left for x in rest))
-    if job.how != "distill":
-        job.source.release()
+    job.source.release()
     with job.folder.stage("train" if job.part == "train" else f"{job.part}: train") as stage:
         stage["tokens"] = (job.trainer or METHODS[job.how])(job, out, left)
 
 
 def distill(job: Job, out: Path, left: Budget) -> float:
-    from fastalign.jobs.distill import train_distill
+    from fastalign.jobs.distill import read_rows, train_distill
 
-    scored = Candidates.from_parquet(job.scored, kind="scored")
-    weights = np.exp(_log_weights(scored, job))
-    encoded = job.source.sampler.text.encode(scored.prompts)
-    job.source.release()
-    rows = [
-        {"prompt_ids": prompt, "completion_ids": ids, "weights": row.tolist()}
-        for prompt, ids, row in zip(encoded, scored.token_ids, weights, strict=True)
-    ]
-    result = train_distill(
-        job.source.name, rows, out, **_options(job, 1e-5, 2e-4), batch_size=8, epochs=2.0, until=left.spent
-    )
+    rows = read_rows(job.scored, lam=job.lam)
+    result = train_distill(job.source.name, rows, out, **_options(job, 1e-5, 1e-4), epochs=EPOCHS, until=left.spent)
     return result["tokens"]
 
 
@@ -112,12 +101,6 @@ METHODS: Mapping[str, Callable[[Any, Path, Budget], float]] = {
     "distill": distill, "dpo": dpo, "grpo": grpo, "ppo": ppo,
 }  # fmt: skip
 TRAINED = tuple(METHODS)
-
-
-def _log_weights(scored: Candidates, job: Job) -> np.ndarray:
-    """(P, N), the largest of a prompt 0."""
-    scores = scored.reward_array(job.names).astype(np.float64) @ np.array(job.solution["lambda"])
-    return scores - scores.max(axis=1, keepdims=True)
 
 
 def _options(job: Job, learning_rate: float, adapters: float) -> dict[str, Any]:
