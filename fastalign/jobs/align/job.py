@@ -272,7 +272,9 @@ class Job:
         """`how`; for "auto" what the candidates say can hold: decoding, with up to `MUCH` times as many, or grpo."""
         if self.how != "auto":
             return self.how
-        fewest, most = steps.worth_of(self.solution).needed()
+        worth = steps.worth_of(self.solution)
+        assert worth is not None  # of a solution just made
+        fewest, most = worth.needed()
         need = most or fewest
         if need <= self.n:
             return "decode"
