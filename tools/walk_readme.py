@@ -29,7 +29,12 @@ MORE = {
     "train ppo": "--max-steps 1 --max-new-tokens 8 --batch-size 4",
     "train reward": "--max-steps 2",
 }
-TINY = {"align": "--limit 8 --candidates 4", "train ppo": "--limit 4", "sample": "--limit 8", "soup-front": "--limit 4 -n 2 --max-new-tokens 4"}
+TINY = {
+    "align": "--limit 8 --candidates 4",
+    "train ppo": "--limit 4",
+    "sample": "--limit 8",
+    "soup-front": "--limit 4 -n 2 --max-new-tokens 4",
+}
 GIVEN = """
 import torch
 import fastalign

@@ -152,7 +152,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         self.beta: float = args.beta
 
         # The policy at this moment; with adapters, the policy without them.
-        reference = None if self.beta == 0 or hasattr(model, "peft_config") else copy.deepcopy(model)
+        reference = self._reference_of(model)
         self._packs = self._prepare(model, getattr(args, "share_prompt", True))
         if reference is not None:
             self._prepare(reference, self._packs)
@@ -179,6 +179,10 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         self._step = 0  # batches trained on
         self._generation: Batch | None = None
         self._finished: tuple[int, Batch | None] = (0, None)  # _step and _generation after the last step
+
+    def _reference_of(self, model: Any) -> Any:
+        """A model of its own for the reference; None where there is none, or the policy without its adapters."""
+        return None if self.beta == 0 or hasattr(model, "peft_config") else copy.deepcopy(model)
 
     def _prepare_reference(self, reference: Any) -> Any:
         reference.requires_grad_(False).eval()

@@ -21,14 +21,20 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     Its config must have kl_in_reward, beta 1 and advantage "rloo": then the optimum at each λ is p_λ. Training ends
     when every level holds. The λ and the levels of each step are logged as lam/NAME and level/NAME.
+
+    reference: the base model, where the policy does not begin there.
     """
 
-    def __init__(self, *args: Any, steering: Steering, baselines: Baselines, **kwargs: Any):
+    def __init__(self, *args: Any, steering: Steering, baselines: Baselines, reference: Any = None, **kwargs: Any):
+        self._given_reference = reference
         super().__init__(*args, **kwargs)
         if not (self.args.kl_in_reward and self.args.beta == 1 and self.how == "rloo"):
             raise UserError("a steered GRPOTrainer needs kl_in_reward=True, beta=1.0 and advantage='rloo'")
         self.steering, self.baselines = steering, baselines
         self.reward_weights.copy_(torch.from_numpy(steering.lam))
+
+    def _reference_of(self, model: Any) -> Any:
+        return super()._reference_of(model) if self._given_reference is None else self._given_reference
 
     def _advantages(self, prompts: list[Any], rewards: Tensor, log_ratios: Tensor | None) -> Tensor:
         advantages = super()._advantages(prompts, rewards, log_ratios)

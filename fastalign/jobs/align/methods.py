@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,14 +77,18 @@ def dpo(job: Job, out: Path, left: Budget) -> float:
 
 
 def grpo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
+    """Begins where distillation ends, in half of the time."""
     from fastalign.jobs.align.steered import train_grpo
 
+    began, warm = time.perf_counter(), job.folder.part(job.part) / "distilled"
+    tokens = distill(job, warm, Budget(*(x / 2 for x in left)))
+    left = left.less(time.perf_counter() - began, tokens)
     scored = Candidates.from_parquet(job.scored, kind="scored")
-    options = _options(job, 2e-5, 4e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
-    options["steered"] = steered
-    result = train_grpo(job.source.name, scored, job.names, job.solution, out, **options)
+    options = _options(job, 1e-5, 1e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
+    more = {"reference": job.source.name, "steered": steered}
+    result = train_grpo(str(warm), scored, job.names, job.solution, out, **options, **more)
     job.lam = result["lambda"]
-    return result["tokens"]
+    return tokens + result["tokens"]
 
 
 def ppo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:

@@ -34,6 +34,7 @@ def train_grpo(
     lora_r: int | None = None,
     dtype: str = "auto",
     seed: int = 0,
+    reference: str | None = None,
     steered: bool = True,
     max_steps: int = STEPS,
     save_steps: int = 10,
@@ -44,15 +45,16 @@ def train_grpo(
     """Train a model to a palette by GRPO, from its own scored candidates; see `train.steering`.
 
     solution: of `steps.solve_palette`; λ begins at its "lambda" and is steered to its "solved_for", or stays where it
-    began. until: see `trainers.train`. Returns what is in <out>/result.json, with the last "lambda" and the "tokens".
+    began. reference: the base, where `model` is already trained. until: see `trainers.train`. Returns what is in
+    <out>/result.json, with the last "lambda" and the "tokens".
     """
     from fastalign.train.grpo_config import GRPOConfig
     from fastalign.train.steered_grpo import SteeredGRPOTrainer
 
     settings = {
         "command": "align grpo", "model": model, "values": list(names), "solution": dict(solution),
-        "prompts": runs.rows_hash(scored.prompts), "learning_rate": learning_rate, "max_new_tokens": max_new_tokens,
-        "lora_r": lora_r, "dtype": dtype, "seed": seed, "steered": steered, "max_steps": max_steps, "epochs": 1.0,
+        "reference": reference, "prompts": runs.rows_hash(scored.prompts), "learning_rate": learning_rate,
+        "max_new_tokens": max_new_tokens, "lora_r": lora_r, "dtype": dtype, "seed": seed, "steered": steered, "max_steps": max_steps, "epochs": 1.0,
         "batch_size": PROMPTS * GENERATIONS, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "CAUSAL_LM")
@@ -62,6 +64,7 @@ def train_grpo(
     steering = begin(solution, steered)
     with runs.quiet(), run:
         loaded, tokenizer = runs.load_policy(model, dtype, run.out)
+        base = None if reference is None else runs.load_policy(reference, dtype, run.out)[0]
         rows = prompt_rows(scored.prompts, tokenizer, None)
         prompts = min(PROMPTS, len(rows))
         with runs.one_line():
@@ -77,6 +80,7 @@ def train_grpo(
             make = lambda callback: SteeredGRPOTrainer(  # noqa: E731
                 loaded, ppo.read_values(names), args, rows, processing_class=tokenizer, peft_config=adapters,
                 callbacks=[callback], steering=steering, baselines=baselines(scored, names, rows["prompt"]),
+                reference=base,
             )  # fmt: skip
         shown = {name: f"level/{name}" for name in names} | {"KL": "kl"}
         trainer, speed = trainers.train(run, "grpo", make, shown, show_progress, until)
