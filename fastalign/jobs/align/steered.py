@@ -54,8 +54,8 @@ def train_grpo(
     settings = {
         "command": "align grpo", "model": model, "values": list(names), "solution": dict(solution),
         "reference": reference, "prompts": runs.rows_hash(scored.prompts), "learning_rate": learning_rate,
-        "max_new_tokens": max_new_tokens, "lora_r": lora_r, "dtype": dtype, "seed": seed, "steered": steered, "max_steps": max_steps, "epochs": 1.0,
-        "batch_size": PROMPTS * GENERATIONS, "gradient_accumulation_steps": 1,
+        "max_new_tokens": max_new_tokens, "lora_r": lora_r, "dtype": dtype, "seed": seed, "steered": steered,
+        "max_steps": max_steps, "epochs": 1.0, "batch_size": PROMPTS * GENERATIONS, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "CAUSAL_LM")
     run = runs.Run(out, settings, resume=False, overwrite=overwrite, inputs=[model])
