@@ -34,7 +34,7 @@ def texts() -> tuple:
 
 @pytest.mark.parametrize(
     ("n", "bar"),
-    [pytest.param(n, bar, id=f"one prompt of 265 tokens, {NEW} new, N = {n}") for n, bar in ((64, 8), (256, 12))],
+    [pytest.param(n, bar, id=f"one prompt of 265 tokens, {NEW} new, N = {n}") for n, bar in ((64, 12), (256, 20))],
 )
 def test_one_prompt(compare, n, bar):
     _, one, _ = texts()

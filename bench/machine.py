@@ -43,6 +43,26 @@ def machine() -> dict[str, Any]:
 
 
 @functools.cache
+def generation() -> str | None:
+    """ "zen4" or "zen5" of AMD's processors with AVX-512, whose oneDNN and MKL differ by a factor; None: another one."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            first = file.read().partition("\n\n")[0]
+    except OSError:
+        return None
+    fields = dict(line.split("\t", 1) for line in first.splitlines() if "\t" in line)
+    fields = {name.strip(): value.strip(": \t") for name, value in fields.items()}
+    if fields.get("vendor_id") != "AuthenticAMD" or "avx512f" not in fields.get("flags", ""):
+        return None
+    return {"25": "zen4", "26": "zen5"}.get(fields.get("cpu family", ""))
+
+
+def bar(elsewhere: float | None, *, zen4: float | None = None, zen5: float | None = None) -> float | None:
+    """The ratio to reach on this processor."""
+    return {"zen4": zen4, "zen5": zen5}.get(generation() or "") or elsewhere
+
+
+@functools.cache
 def read_bandwidth() -> float:
     """Bytes per second of a sum over 256 MB with torch's threads: the best of seven."""
     data, times = torch.ones(1 << 26), []
