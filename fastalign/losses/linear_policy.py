@@ -193,6 +193,6 @@ class LinearGRPOLoss(_LinearPolicyLoss):
 
 
 def _metrics(result: PolicyLoss) -> dict[str, Tensor]:
-    names = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean"}
+    names = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "weight": "vespo/phi_seq_mean"}
     fields = result._asdict()
-    return {names.get(name, name): x for name, x in fields.items() if name != "loss" and x is not None}
+    return {names.get(name, name): x for name, x in fields.items() if name not in ("loss", "rows") and x is not None}

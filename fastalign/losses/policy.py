@@ -24,7 +24,7 @@ GRPO_LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", 
 
 
 class PolicyLoss(NamedTuple):
-    """What the policy losses return. `loss` alone carries a gradient; all are 0-dimensional."""
+    """What the policy losses return. `loss` alone carries a gradient; all but `rows` are 0-dimensional."""
 
     loss: Tensor  # policy_loss + kl_coef · the KL term - entropy_coef · entropy
     policy_loss: Tensor
@@ -34,6 +34,8 @@ class PolicyLoss(NamedTuple):
     ratio: Tensor  # mean of the importance ratio
     clip_low: Tensor  # share of ratios below the clip range with a negative advantage
     clip_high: Tensor  # share of ratios above it with a positive one
+    rows: PolicyRows  # the sums per row of which these are made
+    weight: Tensor | None = None  # "vespo": mean of φ(w) over rows
 
 
 class ValueLoss(NamedTuple):
@@ -303,6 +305,7 @@ class _Batch:
             check_beside(name, x, logprobs)
         self.old_logprobs, self.ref_logprobs, self.entropy = given.values()
         self.advantages = self._advantages(advantages)
+        self.weight: Tensor | None = None
 
     def _advantages(self, x: Tensor) -> Tensor:
         """(B, 1) or (B, T)."""
@@ -364,6 +367,7 @@ class _Batch:
         k, rate = (_by_sign(up, p, n, tokens.advantages) for p, n in zip(positive, negative, strict=True))
         rate = rate.clamp(min=1e-4)
         weight = (rate + k * log_w - rate * log_w.exp()).exp()
+        self.weight = weight.mean()
         losses = -weight * tokens.advantages * tokens.logprobs
         return tokens.rows(losses, log_ratio, None, self.ref_logprobs, self.entropy, kl)
 
@@ -394,6 +398,8 @@ class _Batch:
             ratio=rows.ratio.sum() / ratios,
             clip_low=rows.clip_low.sum() / clips,
             clip_high=rows.clip_high.sum() / clips,
+            rows=rows._replace(objective=rows.objective.detach(), entropy=rows.entropy.detach()),
+            weight=self.weight,
         )
 
 

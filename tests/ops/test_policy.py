@@ -554,7 +554,7 @@ def test_the_ops_on_the_cpu_are_the_plain_formulas():
 def test_figures_of_an_empty_batch_are_zero(each_backend):
     p = problem()
     result = ppo_loss(p.logprobs, p.old, p.advantages, torch.zeros(6, 9), ref_logprobs=p.ref, entropy=p.entropy)
-    assert all(x == 0 for x in result)
+    assert all(x == 0 for x in result if isinstance(x, torch.Tensor))
     none = ppo_loss(p.logprobs[:0], p.old[:0], p.advantages[:0], p.mask[:0])
     assert none.loss == 0
 
