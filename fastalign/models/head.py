@@ -94,7 +94,6 @@ def _lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
         raise UserError(f"an adapter on the head must be a plain LoRA, {name!r} is one of its variants")
     if layer.lora_B[name].bias is not None:
         raise UserError(f"an adapter on the head must be a LoRA without a bias, {name!r} has one")
-    dropout = layer.lora_dropout[name]
-    if layer.training and not isinstance(dropout, torch.nn.Identity):
+    if layer.training and getattr(layer.lora_dropout[name], "p", 0) > 0:
         raise UserError(f"an adapter on the head must have no dropout while it trains, {name!r} has")
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])

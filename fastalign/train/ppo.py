@@ -28,6 +28,7 @@ from fastalign._base.errors import UserError
 from fastalign.losses import ppo_loss, value_loss, whiten
 from fastalign.ops import gae
 from fastalign.train import ppo_batch, ppo_checkpoint, ppo_checks, ppo_rollout, ppo_stats
+from fastalign.train.dropout import disable_dropout
 from fastalign.train.finite import not_finite, stopped
 from fastalign.train.kl import AdaptiveKLController, FixedKLController, exact_kl, token_penalty
 from fastalign.train.ppo_config import PPOConfig
@@ -125,7 +126,7 @@ class PPOTrainer:
             if self.is_peft_model and hasattr(model.causal_lm, "enable_input_require_grads"):
                 model.causal_lm.enable_input_require_grads()
         if config.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         if optimizer is None:
             optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
         self.model, self.optimizer = self._prepare(model, optimizer)
@@ -548,9 +549,3 @@ def _with_head(reference: Any) -> Any:
     if isinstance(reference, AutoModelForCausalLMWithValueHead):
         return reference
     return AutoModelForCausalLMWithValueHead(reference)
-
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
