@@ -102,9 +102,8 @@ def train_grpo(
         return run.result
     with runs.quiet(), run:
         from fastalign.train import GRPOConfig, GRPOTrainer
+        from fastalign.train.grpo_options import check_args
 
-        loaded, tokenizer = runs.load_policy(model, dtype, run.out)
-        rows = prompt_rows(prompts, tokenizer, chat)
         with runs.one_line():
             args = GRPOConfig(
                 **trainers.arguments(run, save_steps, log_steps),
@@ -112,9 +111,12 @@ def train_grpo(
                 num_iterations=num_iterations, max_completion_length=max_new_tokens, temperature=temperature, beta=beta,
                 reward_weights=weights,
             )  # fmt: skip
-            make = lambda callback: GRPOTrainer(  # noqa: E731
-                loaded, scorers, args, rows, processing_class=tokenizer, peft_config=adapters, callbacks=[callback]
-            )
+            check_args(args)
+        loaded, tokenizer = runs.load_policy(model, dtype, run.out)
+        rows = prompt_rows(prompts, tokenizer, chat)
+        make = lambda callback: GRPOTrainer(  # noqa: E731
+            loaded, scorers, args, rows, processing_class=tokenizer, peft_config=adapters, callbacks=[callback]
+        )
         shown = {name: f"rewards/{name}/mean" for name in names} | {"KL": "kl", "loss": "loss"}
         trainer, speed = trainers.train(run, "grpo", make, shown, show_progress, until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import os
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,35 +29,29 @@ from trl.models.utils import prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
 from fastalign.decode.sampler import Sampler
 from fastalign.losses import group_advantages, grpo_loss
 from fastalign.models.identity import language_model, reads_tokens
+from fastalign.train import checks, grpo_checkpoint, grpo_checks
 from fastalign.train import grpo_rollout as rollout
-from fastalign.train.encoding import encode
-from fastalign.train.grpo_config import GRPOConfig, advantage_of, check_args
-from fastalign.train.grpo_data import PromptSampler, PromptStream, Repeats, check_room, with_prompts
+from fastalign.train.dropout import disable_dropout
+from fastalign.train.grpo_checkpoint import Finished
+from fastalign.train.grpo_config import GRPOConfig
+from fastalign.train.grpo_data import PromptSampler, PromptStream, Repeats, is_stream
 from fastalign.train.grpo_logs import Logs
-from fastalign.train.grpo_rewards import RewardFunctions
-from fastalign.train.grpo_rollout import Drawn, Rollout
+from fastalign.train.grpo_options import advantage_of, check_args, sampling_settings
+from fastalign.train.grpo_prompts import Prompts, with_prompts
+from fastalign.train.grpo_rewards import RewardFunctions, check_columns
+from fastalign.train.grpo_rollout import Batch, Drawn, Rollout
 from fastalign.train.in_parts import TrainsInParts
 from fastalign.train.parts import row_batch
 from fastalign.train.passes import reference_adapter, unchanged
-from fastalign.train.sharded import inside, is_sharded, whole_layers
+from fastalign.train.sharded import inside, is_sharded, reshard, whole_layers
 from fastalign.train.trained_model import check_tokenizer, load, load_options, load_tokenizer, with_adapters
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
 TOKEN_TOTAL = ("dapo", "cispo", "vespo")  # loss types divided by the tokens of the whole batch
-ROLLOUTS = "rollouts"  # of a checkpoint between two steps on the same completions
-
-
-class Batch(NamedTuple):
-    """Completions on this process: a generation, or a part of it; tokens: in the loss, of the whole generation on all
-    processes."""
-
-    rollouts: list[Rollout]
-    tokens: int
 
 
 class Scale(NamedTuple):
@@ -113,9 +107,10 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         for name, given in (("tools", tools), ("environment_factory", environment_factory)):
             if given:
                 raise UserError(f"{name} is not supported by fastalign's GRPOTrainer; TRL's own takes it")
+        grpo_checks.arguments(model, args, callbacks, optimizers, quantization_config, peft_config, rollout_func)
         if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-            args = GRPOConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-GRPO")
+            name = model if isinstance(model, str | os.PathLike) else getattr(model.config, "_name_or_path", "")
+            args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
         args = copy.copy(args)  # the caller's config is unchanged
         check_args(args)
         train_dataset = with_prompts("train_dataset", train_dataset, args)
@@ -127,6 +122,8 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         elif processing_class is None:
             processing_class = load_tokenizer(model.config._name_or_path, args)
         check_tokenizer(processing_class)
+        checks.vocabularies(model, None, processing_class)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # before the model is sharded
         model = with_adapters(model, peft_config, args, reference=args.beta != 0)
         inner = language_model(model)
         if not (verdict := reads_tokens(model)):
@@ -151,14 +148,18 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         self.temperature: float = args.temperature
         self.beta: float = args.beta
 
-        # The policy at this moment; with adapters, the policy without them.
-        reference = self._reference_of(model)
+        if args.disable_dropout:
+            disable_dropout(model)
+        if args.sync_ref_model and hasattr(model, "peft_config"):
+            raise UserError("sync_ref_model must be False for a model with adapters: its reference is the model itself")
+        reference = self._reference_of(model)  # the policy at this moment
         self._packs = self._prepare(model, getattr(args, "share_prompt", True))
         if reference is not None:
             self._prepare(reference, self._packs)
-        for data in (train_dataset, eval_dataset):
-            if not hasattr(data, "__len__") and data is not None and not isinstance(data, dict):
-                args.accelerator_config.dispatch_batches = False  # each process takes its slice of the stream
+        if is_stream(train_dataset) or is_stream(eval_dataset):
+            args.accelerator_config = copy.copy(args.accelerator_config)
+            args.accelerator_config.dispatch_batches = False  # each process takes its slice of the stream
+            args.dataloader_num_workers = 0  # each would read the whole stream
         super().__init__(
             model=model,
             args=args,
@@ -169,16 +170,28 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.args.n_gpu > 1:
+            raise UserError("one process must use one GPU: start several by torchrun, or set CUDA_VISIBLE_DEVICES")
         self.ref_model: Any = None if reference is None else self._prepare_reference(reference)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         self.sampler: Sampler = Sampler(model, processing_class)
         self._ends = {*self.sampler.ends, processing_class.pad_token_id}
-        self._check_prompts("train_dataset", train_dataset)
+        self._vocabulary: int = vocabulary
+        self._prompts: Prompts = Prompts(
+            processing_class,
+            args.chat_template_kwargs or {},
+            sampling_settings(args, 1, 0).max_new_tokens,
+            self.sampler.context,
+            drawn=rollout_func is None,
+        )
+        self._prompts.check("train_dataset", train_dataset)
+        self._prompts.check("eval_dataset", eval_dataset)
         self._logs: Logs = Logs(self.rewards.names, self.reward_weights, self.args.log_completions)
         self._step = 0  # batches trained on
         self._generation: Batch | None = None
-        self._finished: tuple[int, Batch | None] = (0, None)  # _step and _generation after the last step
+        self._finished: Finished = Finished()
+        self._seconds = 0.0  # of the present step
 
     def _reference_of(self, model: Any) -> Any:
         """A model of its own for the reference; None where there is none, or the policy without its adapters."""
@@ -186,6 +199,11 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
 
     def _prepare_reference(self, reference: Any) -> Any:
         reference.requires_grad_(False).eval()
+        if getattr(self.accelerator, "is_fsdp2", False):
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            # Layer by layer, with the weights that the main process loaded.
+            return fsdp2_prepare_model(self.accelerator, reference)
         if self.is_fsdp_enabled:
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
@@ -197,10 +215,8 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         args, dataset = self.args, self.train_dataset
-        if not hasattr(dataset, "__len__"):
-            dataset = PromptStream(
-                dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset, self._repeats()
-            )
+        if is_stream(dataset):
+            dataset = PromptStream(dataset, self._repeats(), args.seed if args.shuffle_dataset else None)
         return self._get_dataloader(
             dataset=dataset,
             description="Training",
@@ -229,24 +245,15 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         repeats = Repeats(1, self.num_generations_eval)
         return PromptSampler("eval_dataset", len(eval_dataset), repeats, seed=self.args.seed, whole=False)
 
-    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
-        return encode(self.processing_class, prompts, self.args.chat_template_kwargs or {})
-
-    def _check_prompts(self, name: str, dataset: Any) -> None:
-        """Refuse prompts beyond the context before the first step; a text has at most as many tokens as bytes."""
-        context, new = self.sampler.context, self.max_completion_length
-        if not context or not hasattr(dataset, "__len__"):
-            return
-        if new >= context:
-            raise UserError(
-                f"a completion of {new} tokens must leave room for a prompt in the model's context of {context}"
-            )
-        rows = dataset.select_columns("prompt") if hasattr(dataset, "select_columns") else dataset
-        for i, row in enumerate(rows):
-            prompt = row["prompt"]
-            text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
-            if len(text.encode("utf-8", "replace")) + 256 > context - new:  # with room for a template
-                check_room(self._encode([prompt]), new, context, f"{name} row {i}: ")
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        if is_stream(data):
+            self.accelerator.dataloader_config.dispatch_batches = False
+            eval_dataset = PromptStream(data, Repeats(1, self.num_generations_eval), self.args.seed)
+        # Its own counts prompts, not their completions, and leaves some of the last batch out of the mean loss.
+        self.gather_function = self.accelerator.gather
+        return super().get_eval_dataloader(eval_dataset)
 
     # Rollouts
 
@@ -269,17 +276,20 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         failed = [i for i, message in enumerate(gather_object([error and str(error)])) if message is not None]
         if not failed:
             return result
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        saved = any(gather_object([os.path.isdir(folder)]))
+        state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "trainer_state.json"
+        saved = any(gather_object([state.is_file()]))
         if self.is_in_train and self.state.global_step > 0 and not saved:
+            self.state.num_input_tokens_seen = self._finished.seen
+            self._logs.rewind()
             self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
         if error is None:
-            raise UserError(f"process {failed[0]} could not score its completions: see its error")
+            raise UserError(f"process {failed[0]} could not draw or score its completions: see its error")
         raise error
 
     def _generate(self, rows: list[dict[str, Any]]) -> Batch:
         """Completions of these rows, which repeat a prompt for each, with rewards, advantages and log-probabilities."""
-        mode, prompts = self._mode, [row["prompt"] for row in rows]
+        mode, prompts = self._mode, [row.get("prompt") for row in rows]
         drawn, texts, rewards = self._guarded(lambda: self._draw_and_score(rows, prompts))
         everywhere = torch.tensor(gather_object(rewards.tolist()), dtype=torch.float64)  # of all processes
         generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -323,13 +333,12 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         return group_advantages(rewards, weights=weights, how=self.how)
 
     def _draw(self, prompts: list[Any]) -> Drawn:
-        context, new = self.sampler.context, self.max_completion_length
         if self.rollout_func is not None:
-            return rollout.by_function(self.rollout_func, copy.deepcopy(prompts), self)
+            return rollout.by_function(self.rollout_func, copy.deepcopy(prompts), self, self._vocabulary)
         groups = [(prompt, len(list(group))) for prompt, group in itertools.groupby(prompts)]
-        encoded = self._encode([prompt for prompt, _ in groups])
+        # Before a sharded model runs, which needs all processes.
+        encoded = self._guarded(lambda: self._prompts.encode([prompt for prompt, _ in groups]))
         prompt_ids = [ids for ids, (_, size) in zip(encoded, groups, strict=True) for _ in range(size)]
-        check_room(prompt_ids, new, context)
         self.sampler.model = model = self.accelerator.unwrap_model(self.model)
         training, process = model.training, self.accelerator.process_index
         draws = self._step // (self.args.steps_per_generation * self.args.num_iterations)
@@ -347,6 +356,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
 
     def _draw_and_score(self, rows: list[dict[str, Any]], prompts: list[Any]) -> tuple[Drawn, list[Any], Tensor]:
         """Completions, their texts (or messages), and rewards (n, m)."""
+        check_columns("the data", rows[0])  # a stream's columns are known only now
         drawn = self._draw(prompts)
         texts = self.processing_class.batch_decode(drawn.completion_ids, skip_special_tokens=True)
         if not isinstance(prompts[0], str):
@@ -366,17 +376,20 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         # A step on completions of its own weights has ratios of 1.
         later = mode == "train" and args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
         if later or corrects or getattr(args, "kl_in_reward", False):
-            settings = rollout.sampling_settings(args, 1, 0)
-            if self.rollout_func is None and not settings.truncates and settings.temperature > 0:
+            settings = sampling_settings(args, 1, 0)
+            if self.rollout_func is None and not settings.truncates and settings.temperature == self.temperature:
                 for one in rollouts:
                     one.old = one.drawn
             else:
                 self._fill("old", rollouts, self.model)
         if corrects:
             rollout.importance_weights(rollouts, args)
+            self._logs.sampling(mode, rollouts, args.vllm_importance_sampling_mode.partition("_")[0])
         if self.beta != 0:
             with reference_adapter(self):
                 self._fill("ref", rollouts, self.ref_model or self.model)
+            if self.ref_model is not None:
+                reshard(self.ref_model)  # as `sync_ref_model` and checkpoints find its weights
 
     def _fill(self, field: str, rollouts: list[Rollout], model: Any) -> None:
         with unchanged(self, model):
@@ -395,16 +408,26 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         ignore_keys_for_eval: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        self._step, self._generation, self._finished = 0, None, (0, None)
+        self._step, self._generation, self._finished, self._seconds = 0, None, Finished(), 0.0
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        began = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._seconds += time.perf_counter() - began
+        if not self._window:  # the step is done
+            self._logs.metrics["train"]["step_time"].append(self._seconds)
+            self._logs.mark()
+            self._seconds = 0.0
+        return loss
+
     def _train_on(self, model: Any, window: list[Batch]) -> Tensor:
-        args, began = self.args, time.perf_counter()
+        args = self.args
         loss = self._backward(model, *self._buckets(window, len(window), len(window) / args.steps_per_generation))
-        self._logs.step("train")
+        self._logs.step("train", float(loss), args.entropy_coef)
         cycle = args.steps_per_generation * args.num_iterations
-        self._finished = (self._step, self._generation if self._step % cycle else None)
-        self._logs.metrics["train"]["step_time"].append(time.perf_counter() - began)
+        generation = self._generation if self._step % cycle else None
+        self._finished = Finished(self._step, generation, self.state.num_input_tokens_seen)
         return loss
 
     def _buckets(
@@ -441,6 +464,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
             kept = rollout.on_policy(log_probs.detach(), before, mask, args.off_policy_mask_threshold)
             advantages = torch.where((advantages >= 0) | kept, advantages, 0)
         share = len(part) / scale.rows if scale.normalizer is None else 1.0
+        coef = scale.entropy_coef * float(mask.sum())
         kind = "dapo" if args.loss_type == "bnpo" else args.loss_type
         loss = grpo_loss(
             log_probs,
@@ -456,14 +480,15 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
             kl_coef=0.0 if getattr(args, "kl_in_reward", False) else self.beta,
             kl_bias_correction=args.use_bias_correction_kl and self.beta != 0,
             entropy=entropy,
-            entropy_coef=scale.entropy_coef * float(mask.sum()) / share,
+            entropy_coef=coef / share,
             normalizer=scale.normalizer,
             max_length=self.max_completion_length if kind == "dr_grpo" else None,
             sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
             vespo_positive=(args.vespo_k_pos, args.vespo_lambda_pos),
             vespo_negative=(args.vespo_k_neg, args.vespo_lambda_neg),
         )
-        self._logs.part(loss, args.loss_type, args.importance_sampling_level, int(mask.sum()), len(part))
+        bonus = 0.0 if loss.entropy is None or coef == 0 else coef * float(loss.entropy)
+        self._logs.part(loss, args.loss_type, args.importance_sampling_level, int(mask.sum()), len(part), bonus)
         return loss.loss * share
 
     def prediction_step(
@@ -472,7 +497,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         """The loss of completions drawn for a batch of evaluation prompts; their rewards are logged."""
         generation = self._generate(inputs)
         total = self._evaluated(model, *self._buckets([generation], 1, 1.0))
-        self._logs.step("eval")
+        self._logs.step("eval", float(total), self.args.entropy_coef)
         return total, None, None
 
     # Logs and checkpoints
@@ -492,29 +517,30 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
             self._logs.write(self.args.output_dir, self.state.global_step)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        step, generation = self._finished
-        kept = generation and {"rollouts": [asdict(one) for one in generation.rollouts], "tokens": generation.tokens}
-        content = {"step": step, "generation": kept}
-        with atomic_write(os.path.join(folder, self._rollouts_file())) as beside:
-            beside.write_text(json.dumps(content), encoding="utf-8")
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        process = self.accelerator.process_index
+        grpo_checkpoint.save(folder, process, self._finished)
+        if self.args.sync_ref_model and (process == 0 or is_sharded(self.ref_model)):
+            grpo_checkpoint.save_reference(folder, process, self.accelerator.unwrap_model(self.ref_model))
+        super()._save_checkpoint(model, trial)  # trainer_state.json comes last: the checkpoint is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
-            path = os.path.join(checkpoint, self._rollouts_file())
-            if os.path.isfile(path):
-                with open(path, encoding="utf-8") as file:
-                    content = json.load(file)
-                self._step = content["step"]
-                if (kept := content["generation"]) is not None:
-                    self._generation = Batch([Rollout(**one) for one in kept["rollouts"]], kept["tokens"])
-        self._finished = (self._step, self._generation)
-
-    def _rollouts_file(self) -> str:
-        return f"{ROLLOUTS}_{self.accelerator.process_index}.json"
+        if checkpoint is None:
+            return
+        folder, process, seen = Path(checkpoint), self.accelerator.process_index, self.state.num_input_tokens_seen
+        saved = grpo_checkpoint.load(folder, process, seen)
+        rows = self._train_batch_size * self.args.steps_per_generation
+        fits = saved is not None and (saved.generation is None or len(saved.generation.rollouts) == rows)
+        everywhere = all(gather_object([fits]))
+        if saved is None or not everywhere:  # a checkpoint of TRL's trainer, or of another number of processes
+            saved = Finished(self.state.global_step * self.args.gradient_accumulation_steps, seen=seen)
+        self._finished, self._step, self._generation = saved, saved.step, saved.generation
+        if self.args.sync_ref_model:
+            part = process if is_sharded(self.ref_model) else 0
+            if not grpo_checkpoint.load_reference(folder, part, self.accelerator.unwrap_model(self.ref_model)):
+                warnings.warn(f"{folder} has no reference: sync_ref_model starts from the model given", stacklevel=2)
 
 
 def _number(x: Any) -> float:

@@ -4,14 +4,12 @@ batch for every step that trains on them."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import trl
 
 from fastalign._base.errors import UserError
-from fastalign._base.units import counted
 
 
 class Repeats(NamedTuple):
@@ -63,39 +61,20 @@ class PromptSampler(torch.utils.data.Sampler[int]):
         return self.count * self.repeats.completions * self.repeats.batches
 
 
-class PromptStream(torch.utils.data.IterableDataset):
-    """The same for a data set without a length, in its own order."""
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set, or a part of a dictionary of them, has no length."""
+    parts = dataset.values() if isinstance(dataset, dict) else [] if dataset is None else [dataset]
+    return any(not hasattr(part, "__len__") for part in parts)
 
-    def __init__(self, rows: Any, repeats: Repeats):
-        self.rows, self.repeats = rows, repeats
+
+class PromptStream(torch.utils.data.IterableDataset):
+    """The same for a data set without a length: in its own order, or shuffled by `seed` as far as it can be."""
+
+    def __init__(self, rows: Any, repeats: Repeats, seed: int | None):
+        shuffles = seed is not None and hasattr(rows, "shuffle")
+        self.rows, self.repeats = rows.shuffle(seed=seed) if shuffles else rows, repeats
 
     def __iter__(self) -> Iterator[Any]:
         rows = iter(self.rows)
         while len(batch := list(itertools.islice(rows, self.repeats.prompts))) == self.repeats.prompts:
             yield from self.repeats.of(batch)
-
-
-def check_room(prompt_ids: Sequence[list[int]], new: int, context: int, where: str = "") -> None:
-    """Raises UserError for a prompt that leaves no room for `new` tokens in the model's context (0: unlimited)."""
-    for ids in prompt_ids:
-        if context and len(ids) + new > context:
-            size = f"{counted(len(ids), 'token')} and a completion of {new} exceed the model's context of {context}"
-            raise UserError(f"{where}a prompt is too long: {size}")
-
-
-def with_prompts(name: str, dataset: Any, args: trl.GRPOConfig) -> Any:
-    """Checks that a data set has prompts."""
-    if isinstance(dataset, dict):
-        return {key: with_prompts(f"{name}[{key!r}]", part, args) for key, part in dataset.items()}
-    if dataset is None or isinstance(dataset, str):
-        raise UserError(f"{name} must be a data set with a column prompt, got {dataset!r}")
-    if not hasattr(dataset, "__len__"):
-        if name == "train_dataset" and args.max_steps <= 0:
-            raise UserError(f"max_steps must be set: {name} has no length")
-        return dataset
-    if not len(dataset):
-        raise UserError(f"{name} must have at least one prompt, got none")
-    columns = list(dataset[0])
-    if "prompt" not in columns:
-        raise UserError(f"{name} must have a column prompt, got {', '.join(columns)}")
-    return dataset

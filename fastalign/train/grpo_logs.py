@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fastalign._base.files import atomic_write
 from fastalign.losses.policy import PolicyLoss
+from fastalign.train.grpo_options import CLIPPED
+from fastalign.train.grpo_rollout import Rollout
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}  # over the completions of a step
 
 
 class Logs:
@@ -27,7 +29,10 @@ class Logs:
         """names, weights: of the rewards; completions: whether their table will be written."""
         self.names, self.weights, self.completions = names, weights, completions
         self.metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._marked: dict[str, int] = {}  # name -> values at `mark`
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count], of the present step
+        self._shares: dict[str, list[float]] = {}  # name -> each completion's, of the present step
+        self._bonus = 0.0  # in the loss of the present step
         self._reported: dict[str, list[float]] = defaultdict(list)
         self._extra: dict[str, list[Any]] = defaultdict(list)
         self._table: dict[str, list[Any]] = {}  # the latest completions
@@ -85,36 +90,84 @@ class Logs:
                 table[name] = column
         self._table = {**table, "advantage": advantages.flatten().tolist()}
 
-    def part(self, loss: PolicyLoss, loss_type: str, level: str, tokens: int, rows: int) -> None:
-        """The means of a part of a step."""
+    def sampling(self, mode: str, rollouts: Sequence[Rollout], level: str) -> None:
+        """How far the sampler's log-probabilities are from the policy's, and the importance weights."""
+        apart: list[float] = []
+        weights: list[float] = []
+        for one in rollouts:
+            assert one.old and one.drawn and one.weight  # of `importance_weights`
+            kept = [i for i, counts in enumerate(one.counts) if counts]
+            apart += [x for i in kept if not math.isnan(x := abs(one.old[i] - one.drawn[i]))]
+            weights += one.weight[:1] if level == "sequence" else [one.weight[i] for i in kept]
+        apart, weights = (
+            [x for part in parts for x in part] or [0.0]
+            for parts in zip(*gather_object([(apart, weights)]), strict=True)
+        )
+        metrics = self.metrics[mode]
+        metrics["sampling/sampling_logp_difference/mean"].append(sum(apart) / len(apart))
+        metrics["sampling/sampling_logp_difference/max"].append(max(apart))
+        metrics["sampling/importance_sampling_ratio/min"].append(min(weights))
+        metrics["sampling/importance_sampling_ratio/mean"].append(sum(weights) / len(weights))
+        metrics["sampling/importance_sampling_ratio/max"].append(max(weights))
+
+    def part(self, loss: PolicyLoss, loss_type: str, level: str, tokens: int, rows: int, bonus: float) -> None:
+        """The means of a part of a step; bonus: the entropy bonus in the step's loss."""
+        self._bonus += bonus
         ratios = tokens if level == "token" else rows
         means: dict[str, tuple[Tensor | None, int]] = {"entropy": (loss.entropy, tokens), "kl": (loss.kl, tokens)}
         if loss_type in CLIPPED:
             means["clip_ratio/low_mean"] = (loss.clip_low, ratios)
             means["clip_ratio/high_mean"] = (loss.clip_high, ratios)
             means["clip_ratio/region_mean"] = (loss.clip_low + loss.clip_high, ratios)
+            for name, clipped in zip(EXTREMES, (loss.rows.clip_low, loss.rows.clip_high), strict=True):
+                shares = clipped / loss.rows.tokens if level == "token" else clipped.clamp(max=1)
+                self._shares.setdefault(name, []).extend(x for x in shares.tolist() if not math.isnan(x))
         elif loss_type == "cispo":
             means["cispo_clip_ratio"] = (loss.clip_high, ratios)
+        elif loss_type == "vespo":
+            means["vespo/phi_seq_mean"] = (loss.weight, rows)
         for name, (mean, count) in means.items():
             if mean is not None:
-                total = self._sums.setdefault(name, [0.0, 0.0])
-                total[0], total[1] = total[0] + float(mean) * count, total[1] + count
+                self._add(name, float(mean) * count, count)
 
-    def step(self, mode: str) -> None:
+    def _add(self, name: str, total: float, count: float) -> None:
+        """To a mean over the present step."""
+        sums = self._sums.setdefault(name, [0.0, 0.0])
+        sums[0], sums[1] = sums[0] + total, sums[1] + count
+
+    def step(self, mode: str, loss: float, entropy_coef: float) -> None:
         """Ends a step: its sums over all processes become means."""
-        sums, self._sums = self._sums, {}
-        parts = gather_object([sums])
-        for name in sums:
-            total, count = (sum(part[name][k] for part in parts) for k in (0, 1))
+        if entropy_coef:
+            self._add("policy_loss", loss + self._bonus, 1)
+        if entropy_coef and mode == "train":
+            self.metrics[mode]["entropy_coef"].append(entropy_coef)
+        parts = gather_object([(self._sums, self._shares)])
+        for name in self._sums:
+            total, count = (sum(sums[name][k] for sums, _ in parts) for k in (0, 1))
             self.metrics[mode][name].append(total / max(count, 1.0))
+        for name in self._shares:
+            every = [x for _, shares in parts for x in shares[name]]
+            self.metrics[mode][name].append(EXTREMES[name](every, default=math.nan))
+        self._sums, self._shares, self._bonus = {}, {}, 0.0
+
+    def mark(self) -> None:
+        """Ends a training step with all that it logs."""
+        self._marked = {name: len(values) for name, values in self.metrics["train"].items()}
+
+    def rewind(self) -> None:
+        """Forgets what was logged since `mark`: of a step that does not end."""
+        kept = {name: self.metrics["train"][name][:count] for name, count in self._marked.items()}
+        self.metrics["train"] = defaultdict(list, kept)
+        self._reported, self._extra = defaultdict(list), defaultdict(list)
 
     def means(self, mode: str) -> dict[str, Any]:
         """Those since the last call; None where nothing was scored."""
         result: dict[str, Any] = {}
         metrics, self.metrics[mode] = self.metrics[mode], defaultdict(list)
         if mode == "train":
-            now = time.perf_counter()
-            metrics["tokens_per_second"] = [self._tokens / (now - self._began)]
+            now, self._marked = time.perf_counter(), {}
+            if self._tokens:  # not where completions are used again, nor in the summary of the run
+                metrics["tokens_per_second"] = [self._tokens / (now - self._began)]
             self._began, self._tokens = now, 0
         for name, values in metrics.items():
             known = [value for value in values if not math.isnan(value)]

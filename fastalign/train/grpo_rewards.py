@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 
 ROWS_AT_ONCE = 32  # of a classifier
+OWN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")  # what the trainer gives functions
 
 
 class RewardFunction(NamedTuple):
@@ -77,6 +78,13 @@ class RewardFunctions:
             return await asyncio.gather(*coroutines)
 
         return self._thread.submit(self._loop.run_until_complete, together()).result()
+
+
+def check_columns(name: str, columns: Iterable[str]) -> None:
+    """Raises UserError for a column under a name of OWN, which the functions could not be given."""
+    for column in columns:
+        if column in OWN:
+            raise UserError(f"{name} must have no column {column}, reward functions get the trainer's own: rename it")
 
 
 def _functions(reward: Any, tokenizer: Any, load_options: dict[str, Any], device: torch.device) -> list[RewardFunction]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign.train.grpo_config import sampling_settings
+from fastalign.ops.checks import shown
+from fastalign.train.grpo_options import sampling_settings
+from fastalign.train.grpo_rewards import check_columns
 from fastalign.train.parts import padded
 
 
@@ -34,6 +37,14 @@ class Rollout:
     def tokens(self) -> int:
         """In the loss."""
         return sum(self.counts)
+
+
+class Batch(NamedTuple):
+    """Completions on this process: a generation, or a part of it; tokens: in the loss, of the whole generation on all
+    processes."""
+
+    rollouts: list[Rollout]
+    tokens: int
 
 
 class Drawn:
@@ -69,29 +80,45 @@ def draw(sampler: Any, prompt_ids: list[list[int]], args: Any, step: int, proces
     return Drawn(prompt_ids, completions, log_probs)
 
 
-def by_function(rollout_func: Any, prompts: list, trainer: Any) -> Drawn:
+def by_function(rollout_func: Any, prompts: list, trainer: Any, vocabulary: int) -> Drawn:
     """The result of a user's `rollout_func`, checked; as TRL has it, with "env_mask" for tokens of an environment."""
-    output = dict(rollout_func(prompts, trainer))
-    missing = [name for name in ("prompt_ids", "completion_ids", "logprobs") if name not in output]
-    if missing:
-        raise UserError(f"rollout_func must return prompt_ids, completion_ids and logprobs, lacks {', '.join(missing)}")
-    lists = {name: output.pop(name) for name in ("prompt_ids", "completion_ids", "logprobs")}
+    output = rollout_func(prompts, trainer)
+    names = ("prompt_ids", "completion_ids", "logprobs")
+    if not isinstance(output, Mapping):
+        raise UserError(f"rollout_func must return a dictionary of {', '.join(names)}, got {shown(output)}")
+    output = dict(output)
+    if missing := [name for name in names if name not in output]:
+        raise UserError(f"rollout_func must return {', '.join(names)}, lacks {', '.join(missing)}")
+    lists = {name: output.pop(name) for name in names}
     lists["env_mask"] = output.pop("env_mask", None)
+    check_columns("rollout_func's result", output)
     for name, rows in lists.items():
         if rows is not None and len(rows) != len(prompts):
             rule = f"rollout_func must return one {name} entry per prompt given, {len(prompts)}"
             raise UserError(f"{rule}, got {len(rows)}")
-    prompt_ids, completion_ids = (
-        [list(map(int, row)) for row in lists[name]] for name in ("prompt_ids", "completion_ids")
-    )
+    prompt_ids, completion_ids = (_ids(name, lists[name], vocabulary) for name in ("prompt_ids", "completion_ids"))
     for name in ("logprobs", "env_mask"):
         for i, row in enumerate(lists[name] or ()):
             if len(row) != len(completion_ids[i]):
                 rule = f"rollout_func must return a {name} entry per completion token"
                 raise UserError(f"{rule}, {len(completion_ids[i])} for completion {i}, got {len(row)}")
-    if any(not ids for ids in (*prompt_ids, *completion_ids)):
-        raise UserError("rollout_func must return prompts and completions of at least one token")
     return Drawn(prompt_ids, completion_ids, lists["logprobs"], lists["env_mask"], output)
+
+
+def _ids(name: str, rows: Any, vocabulary: int) -> list[list[int]]:
+    result = []
+    for i, row in enumerate(rows or ()):
+        try:
+            ids = [operator.index(token) for token in row]
+        except TypeError:
+            raise UserError(f"rollout_func must return lists of token ids, got {shown(row)} in {name}[{i}]") from None
+        if not ids:
+            raise UserError("rollout_func must return prompts and completions of at least one token")
+        if wrong := [token for token in ids if not 0 <= token < vocabulary]:
+            rule = f"rollout_func must return ids of the model's vocabulary, 0 to {vocabulary - 1}"
+            raise UserError(f"{rule}, got {wrong[0]} in {name}[{i}]")
+        result.append(ids)
+    return result
 
 
 def importance_weights(rollouts: Sequence[Rollout], args: Any) -> None:
@@ -100,9 +127,6 @@ def importance_weights(rollouts: Sequence[Rollout], args: Any) -> None:
     low = -math.inf if args.vllm_importance_sampling_clip_min is None else args.vllm_importance_sampling_clip_min
     high = math.inf if args.vllm_importance_sampling_clip_max is None else args.vllm_importance_sampling_clip_max
     level, _, way = args.vllm_importance_sampling_mode.partition("_")
-    if level not in ("token", "sequence") or way not in ("truncate", "mask"):
-        rule = "vllm_importance_sampling_mode must be token_truncate, token_mask, sequence_truncate or sequence_mask"
-        raise UserError(f"{rule}, got {args.vllm_importance_sampling_mode!r}")
     for one in rollouts:
         if one.old is None or one.drawn is None:
             raise UserError(

@@ -80,7 +80,7 @@ class TrainsInParts(_Trainer):
                     loss = self._loss(model, part, scale)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        if not math.isfinite(value := total.item()):
+        if not math.isfinite(value := sum(gather_object([total.item()]))):
             stop(self, "loss", value, [])
         return total
 

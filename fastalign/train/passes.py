@@ -10,6 +10,8 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+REFERENCE = "ref"  # the name of the adapters' frozen copy, as TRL's
+
 
 @contextmanager
 def unchanged(trainer: Any, model: torch.nn.Module) -> Iterator[None]:
@@ -24,7 +26,7 @@ def reference_adapter(trainer: Any) -> AbstractContextManager:
     inner = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.ref_model is not None or not hasattr(inner, "peft_config"):
         return nullcontext()
-    return use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None)
+    return use_adapter(inner, adapter_name=REFERENCE if REFERENCE in inner.peft_config else None)
 
 
 @contextmanager

@@ -21,6 +21,15 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Shards the weights again that FSDP2 leaves gathered after a forward pass without a backward one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 @contextmanager
 def whole_layers(model: Any):
     """Layers sharded by FSDP2 stay gathered from one forward pass to the next, so that no process waits for another."""

@@ -11,6 +11,7 @@ import transformers
 from fastalign._base.errors import UserError
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 from fastalign.models.loading import check_language_model, resolve
+from fastalign.train.passes import REFERENCE
 
 
 def load_options(args: Any) -> dict[str, Any]:
@@ -58,10 +59,22 @@ def with_adapters(model: Any, peft_config: Any, args: Any, *, reference: bool = 
 
         model = get_peft_model(model, peft_config)
     elif has and reference:
-        model.add_adapter("ref", model.peft_config["default"])
-        for name, parameter in model.named_parameters():
-            if ".default." in name:
-                model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+        _add_reference(model)
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
+
+
+def _add_reference(model: Any) -> None:
+    """The adapter "ref": a copy of the active one, in place of an earlier trainer's."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    name = model.active_adapter
+    if not isinstance(name, str) or name == REFERENCE:
+        rule = f"model must have one active adapter, of another name than {REFERENCE!r}"
+        raise UserError(f"{rule}, got {name if isinstance(name, str) else ', '.join(name)}")
+    if REFERENCE in model.peft_config:
+        model.delete_adapter(REFERENCE)
+    model.add_adapter(REFERENCE, model.peft_config[name])
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=name), adapter_name=REFERENCE)
+    model.set_adapter(name)

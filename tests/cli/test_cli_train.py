@@ -325,6 +325,7 @@ def test_grpo_on_two_values(model, tmp_path):
         assert long == -brief and row["reward"] == pytest.approx(0.75 * long, rel=1e-5)
     result = json.loads((out / "result.json").read_text())
     assert result["values"]["long"]["first"][0] == rows[0]["rewards/long/mean"] and result["steps"] == len(rows)
+    assert result["tokens_per_second"] > 0 and all(row.get("tokens_per_second", 1) > 0 for row in log(out))
     load_causal_lm(out)
     assert not (out / "checkpoints").exists()
 
