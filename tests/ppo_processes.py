@@ -114,7 +114,7 @@ def main(out: Path) -> None:
     dist.destroy_process_group()
 
 
-def shard_by_accelerate():
+def shard_by_accelerate(**options):
     """Have `Accelerator.prepare` shard with FSDP2. It offers that on GPUs alone, so its state is told after the
     fact."""
     from accelerate import FullyShardedDataParallelPlugin
@@ -124,7 +124,7 @@ def shard_by_accelerate():
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True, **options
     )
 
 

@@ -19,7 +19,7 @@ TURNS = (
         "killed: train dpo", "killed: train ppo", "killed: train grpo", "killed: train distill", "killed: DPOTrainer",
         "killed: PPOTrainer", "killed: soup",
     ),
-    ("ranks: train dpo", "ranks: train distill", "ranks: DDP", "ranks: FSDP2", "ranks: PPO"),
+    ("ranks: train dpo", "ranks: train distill", "ranks: DDP", "ranks: FSDP2", "ranks: PPO", "ranks: GRPO"),
     ("script: DPO", "script: GRPO"),
     ("signal: SIGINT", "signal: SIGTERM"),
     ("levels: losses", "levels: draws", "levels: layers and soups", "levels: palettes"),
