@@ -132,7 +132,7 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         batch = row_batch(part, self.accelerator.device, pack=self._packs)
         log_probs = model(rows=batch)["log_probs"].sum(1)
         weights = torch.tensor([one.weight for one in part], dtype=log_probs.dtype, device=log_probs.device)
-        return -scale * (weights @ log_probs)
+        return -scale * (weights * log_probs).sum()  # not weights @ log_probs, which autocast would round
 
     def prediction_step(
         self, model: Any, inputs: list[Row], prediction_loss_only: bool, ignore_keys: list[str] | None = None

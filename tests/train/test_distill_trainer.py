@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign import UserError
 from fastalign.train import DistillConfig, DistillTrainer
+from fastalign.train.distill import Candidate
 from fastalign.train.distill_data import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,6 +158,19 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
     second.train(resume_from_checkpoint=True)
     for name in ("loss", "num_tokens"):
         assert [row[name] for row in logs(second)] == pytest.approx([row[name] for row in logs(whole)], abs=1e-5)
+
+
+def test_mixed_precision_does_not_round_the_weights(tmp_path):
+    t = trainer(tiny_causal_lm(dtype=torch.float32, scale=3.0), tmp_path, bf16=True)
+    log_probs, part = (
+        torch.tensor([[-3.1415, -2.7182], [-1.4142, 0.0]]),
+        [Candidate([5], [6, 7], w) for w in (0.3, 0.7)],
+    )
+    with t.compute_loss_context_manager():
+        loss = t._loss(lambda rows: {"log_probs": log_probs}, part, 1.0)
+    assert loss.item() == pytest.approx(0.3 * (3.1415 + 2.7182) + 0.7 * 1.4142, rel=1e-6)
+    t.train()
+    assert logs(t)[0]["loss"] > 0
 
 
 def test_evaluation_and_adapters(tmp_path):
