@@ -14,7 +14,7 @@ from fastalign.cli.main import app
 from fastalign.data import hub, prompts
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.decode import Sampler, tilted
-from fastalign.jobs import align, demo, grpo, pairs, pareto, ppo, preference, soup_front
+from fastalign.jobs import align, demo, distill, grpo, pairs, pareto, ppo, preference, soup_front
 from fastalign.jobs.align import job as align_job
 from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
@@ -33,6 +33,7 @@ FUNCTIONS = {
     "soup-front": [soup_front.study, Sampler.sample, prompts.load],
     "bench": [bench.run],
     "info": [info.show_model],
+    "train distill": [distill.train_distill, distill.read_rows],
     "train dpo": [preference.train_dpo, preference.read_pairs],
     "train grpo": [grpo.train_grpo, hub.load_prompts],
     "train ppo": [ppo.train_ppo, hub.load_prompts],

@@ -35,7 +35,8 @@ def made(tmp_path_factory):
     rng = np.random.default_rng(0)
     texts = [[f"{text} {j}" for j in range(12)] for text in TEXTS]
     empty = [[[] for _ in row] for row in texts]
-    candidates = Candidates(TEXTS, texts, empty, empty)
+    tokens = [[[5 + i, 6 + j] for j in range(12)] for i in range(len(TEXTS))]
+    candidates = Candidates(TEXTS, texts, tokens, empty)
     candidates.to_parquet(root / "candidates.parquet")
     scored = candidates.with_rewards(["diversity", "readability"], rng.normal(size=(72, 2)))
     scored.to_parquet(root / "scored.parquet")
@@ -76,6 +77,10 @@ COMMANDS = {
     "soup-front": (
         ["model0", "model1", "--prompts", "prompts.txt", "--rewards", "diversity,readability", "--grid", 2, *SMALL],
         ["--seed", 1], "soups.json",
+    ),
+    "train distill": (
+        ["scored.parquet", "--palette", "palette.json", "--model", "model0", *TRAIN, "--learning-rate", 0.01],
+        ["--seed", 1], "model.safetensors",
     ),
     "train dpo": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN], ["--seed", 1], "model.safetensors"),
     "train reward": (["--model", "model0", "--data", "pairs.jsonl", *TRAIN, "--held-out", 0], ["--seed", 1],

@@ -162,10 +162,8 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
 
 def test_mixed_precision_does_not_round_the_weights(tmp_path):
     t = trainer(tiny_causal_lm(dtype=torch.float32, scale=3.0), tmp_path, bf16=True)
-    log_probs, part = (
-        torch.tensor([[-3.1415, -2.7182], [-1.4142, 0.0]]),
-        [Candidate([5], [6, 7], w) for w in (0.3, 0.7)],
-    )
+    log_probs = torch.tensor([[-3.1415, -2.7182], [-1.4142, 0.0]])
+    part = [Candidate([5], [6, 7], w) for w in (0.3, 0.7)]
     with t.compute_loss_context_manager():
         loss = t._loss(lambda rows: {"log_probs": log_probs}, part, 1.0)
     assert loss.item() == pytest.approx(0.3 * (3.1415 + 2.7182) + 0.7 * 1.4142, rel=1e-6)
