@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def generation() -> str | None:
-    """ "zen4" or "zen5" of AMD's processors with AVX-512, whose oneDNN and MKL differ by a factor; None: another one."""
+    """ "zen4" or "zen5" of AMD's processors, on which oneDNN and MKL differ by a factor; None: another one."""
     try:
         with open("/proc/cpuinfo") as file:
             first = file.read().partition("\n\n")[0]

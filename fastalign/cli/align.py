@@ -90,6 +90,9 @@ def align(
         bool,
         typer.Option("--allow-infeasible", help="Go on to a palette near one that is proved impossible; exit with 0."),
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the trained model and its card to this repository of the hub.")
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> Result:
@@ -124,6 +127,7 @@ def align(
         resume=resume,
         overwrite=overwrite,
         allow_infeasible=allow_infeasible,
+        push_to_hub=push_to_hub,
         show_progress=True,
     )
     show(result, console(), out / "report.html")

@@ -28,6 +28,9 @@ _LEVELS = (
     "errors each way; predicted is what the weights λ reach on the other prompts."
 )
 _HISTOGRAMS = "Every answer of the base model (grey), and the aligned ones (green)."
+_ROUNDS = (
+    "Each value's gain over the base, in standard deviations, by the KL of the round's model; dashed: what is asked."
+)
 _WEIGHTED = "Blue: the same answers under the policy p<sub>λ</sub>."
 
 
@@ -67,6 +70,7 @@ def page(
         _notes(content, rows),
         _facts(content),
         *_figures(shown, base, result, content),
+        *_rounds(rows, content),
         *_examples(base, result, rows, content),
         "<h2>Settings</h2>",
         _settings(settings),
@@ -160,6 +164,45 @@ def _figures(
         "<h2>Distributions on held-out prompts</h2>",
         figure_of("histograms", drawn, _HISTOGRAMS if weights is None else f"{_HISTOGRAMS} {_WEIGHTED}"),
     ]
+
+
+def _rounds(rows: Sequence[Level], content: Mapping[str, Any]) -> list[str]:
+    """What each round of training gained, where there were several."""
+    rounds = content.get("rounds")
+    if not rounds:
+        return []
+
+    def cell(row: Level, x: Mapping[str, Any]) -> str:
+        error = "" if x["se"] is None else f" <span class='se'>± {row.show(x['se'])}</span>"
+        return f"<td>{row.show(x['realised'])}{error}</td>"
+
+    head = "".join(f"<th>{escape(clean(row.name))}</th>" for row in rows)
+    base = "".join(f"<td>{row.show(row.base)}</td>" for row in rows)
+    lines = [f"<tr><td>base</td>{base}<td>0</td></tr>"]
+    for one in rounds:
+        cells = "".join(cell(row, one["values"][row.name]) for row in rows)
+        lines.append(f"<tr><td>round {one['round']}</td>{cells}<td>{one['kl']['measured']:.2f}</td></tr>")
+    table = f"<thead><tr><th></th>{head}<th>KL to the base, nats</th></tr></thead><tbody>{''.join(lines)}</tbody>"
+    return [
+        "<h2>What each round gained</h2>",
+        f"<div class='scroll'><table>{table}</table></div>",
+        *_curve(rows, rounds),
+    ]
+
+
+def _curve(rows: Sequence[Level], rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    from fastalign.report import figures as plots
+
+    gains = [
+        [0.0, *((one["values"][row.name]["realised"] - row.base) / (row.std or 1.0) for one in rounds)] for row in rows
+    ]
+    kl = [0.0, *(one["kl"]["measured"] for one in rounds)]
+    asked = [None if row.asked is None else (row.asked - row.base) / (row.std or 1.0) for row in rows]
+    try:
+        figure = plots.rounds([clean(row.name) for row in rows], kl, gains, asked)
+    except UserError:  # without matplotlib
+        return []
+    return [figure_of("rounds", {"rounds": svg_of(figure, "rounds")}, _ROUNDS)]
 
 
 def _examples(

@@ -109,6 +109,7 @@ MISTAKES = {
     "one prompt": (["--limit", "1"], "two different ones at least, one of them held out, got 1 prompt"),
     "no budget": (["--budget", "20"], "--budget must be a time or tokens"),
     "a small budget": (["--budget", "10t"], "--budget must allow at least 2 candidates"),
+    "texts pushed": (["--push-to-hub", "me/mine"], "--push-to-hub needs a trained model, and how is decode"),
     "no candidates": (["--candidates", "0"], "must be an integer, at least 1"),
     "truncated and trained": (["--how", "grpo", "--top-p", "0.9"], "--how must be decode"),
 }  # fmt: skip
@@ -285,4 +286,34 @@ def test_rounds_go_on_from_the_model_before(place, tmp_path):
     assert result["rounds"][1]["kl"] == result["kl"] and (out / "round-1" / "model" / "config.json").is_file()
     second = json.loads((out / "round-2" / "palette.json").read_text())
     assert second["palette"][0] == json.loads((out / "palette.json").read_text())["palette"][0]
+    page = (out / "report.html").read_text()
+    assert "What each round gained" in page and page.count("<svg") == 3
     assert "rounds must be 1 for how decode" in refused(*job(place, tmp_path / "x", "diversity>=base", "--rounds", 2))
+
+
+def test_a_trained_model_is_pushed_by_transformers_own_calls(place, tmp_path, monkeypatch):
+    """Also by the same command again, where the first could not."""
+    from huggingface_hub import ModelCard
+    from transformers import PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    pushed = []
+
+    def to(kind):
+        return lambda self, repository, *_, **__: pushed.append((kind, repository))
+
+    def offline(*_, **__):
+        raise ConnectionError("no way there\nat all")
+
+    command = job(
+        place, tmp_path / "out", "diversity>=base", "--budget", "6000t", "--push-to-hub", "me/mine", how="distill"
+    )
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", offline)
+    code, _, err = fastalign(*command)
+    assert code == 1 and err.splitlines()[-1].endswith("cannot be pushed there: no way there")
+    assert (tmp_path / "out" / "align.json").is_file()
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", to("model"))
+    monkeypatch.setattr(PreTrainedTokenizerBase, "push_to_hub", to("tokenizer"))
+    monkeypatch.setattr(ModelCard, "push_to_hub", to("card"))
+    assert fastalign(*command)[0] == 0
+    assert pushed == [("model", "me/mine"), ("tokenizer", "me/mine"), ("card", "me/mine")]

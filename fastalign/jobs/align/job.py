@@ -63,6 +63,7 @@ def align(
     resume: bool = False,
     overwrite: bool = False,
     allow_infeasible: bool = False,
+    push_to_hub: str | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Align a model with a palette, in the folder `out`, and prove it on held-out prompts.
@@ -81,6 +82,7 @@ def align(
         rounds: train so many times, each from the model of the round before and with its candidates; levels and KL are
             always measured against the base.
         allow_infeasible: go on to a palette just inside the nearest one that can be reached.
+        push_to_hub: a repository on the Hugging Face hub that gets the trained model and its card.
         resume, overwrite: see `folder.Folder`.
 
     Returns:
@@ -106,12 +108,17 @@ def align(
         "lora_r": lora_r, "rounds": rounds, "dtype": dtype, "seed": seed, "allow_infeasible": allow_infeasible,
         "model_content": fingerprint.of_model(model),
     }  # fmt: skip
+    if push_to_hub is not None and how == "decode":
+        raise UserError(f"push_to_hub needs a trained model, and how is decode: got {push_to_hub!r}")
     folder = Folder(out, settings, resume=resume, overwrite=overwrite)
-    if folder.result is not None:
-        return folder.result
-    job = Job(folder, allowed, steps.Model(model, dtype=dtype, device=device), trainer, overwrite, show_progress)
-    with folder:
-        return job.run([prompts[i] for i in train], [prompts[i] for i in held])
+    result = folder.result
+    if result is None:
+        job = Job(folder, allowed, steps.Model(model, dtype=dtype, device=device), trainer, overwrite, show_progress)
+        with folder:
+            result = job.run([prompts[i] for i in train], [prompts[i] for i in held])
+    if push_to_hub is not None and (folder.out / "model").is_dir():
+        methods.push(folder.out / "model", push_to_hub)
+    return result
 
 
 def in_words(palette: str, names: Sequence[str]) -> str:

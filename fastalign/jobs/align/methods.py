@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastalign._base import outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.decode.candidates import Candidates
@@ -155,6 +156,21 @@ the rewards named above; single answers vary, and other prompts may differ.
 """
     with atomic_write(out / "README.md") as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def push(model: Path, repository: str) -> None:
+    """Upload a model's folder by transformers' own calls. Raises UserError, one line."""
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        AutoModelForCausalLM.from_pretrained(model).push_to_hub(repository)
+        AutoTokenizer.from_pretrained(model).push_to_hub(repository)
+        ModelCard.load(model / "README.md").push_to_hub(repository)
+    except Exception as error:  # the hub's, requests' and the system's
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repository}: {model} cannot be pushed there: {first}") from None
+    outputs.say(f"{model}: pushed to {repository}")
 
 
 def _fell(content: Mapping[str, Any]) -> str:

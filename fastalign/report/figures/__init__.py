@@ -5,6 +5,7 @@ Every function returns a matplotlib Figure without a window or global state; `sa
 
 from fastalign.report.figures.fronts import Shown, front_in_three, fronts
 from fastalign.report.figures.lam import path, region, samples_left
+from fastalign.report.figures.rounds import rounds
 from fastalign.report.figures.soups import soups
 from fastalign.report.figures.style import BEFORE, GRID, INK, MUTED, PAPER, PREDICTED, REALISED, TARGET, save, write
 from fastalign.report.figures.tradeoff import MAX_PAIRS, pairs, pareto
@@ -12,6 +13,7 @@ from fastalign.report.figures.values import histograms, levels, radar
 
 __all__ = [
     "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "TARGET", "Shown",
-    "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path", "radar", "region", "samples_left",
+    "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path", "radar", "region", "rounds",
+    "samples_left",
     "save", "soups", "write",
 ]  # fmt: skip
