@@ -26,7 +26,7 @@ def show(result: Mapping[str, Any], console: Console, page: Path) -> None:
     console.print(result["headline"])
     if (kl := result["kl"])["measured"] is not None:
         console.print(
-            f"{result['how']}: KL {kl['measured']:.3f} nats measured, {kl['predicted']:.3f} predicted; "
+            f"{result['how']}: KL {round(kl['measured'], 3) + 0.0:.3f} nats measured, {kl['predicted']:.3f} predicted; "
             f"{result['heldout_prompts']} held-out prompts, {result['train_prompts']} to learn from"
         )
     for name in result.get("fell", ()):

@@ -164,6 +164,15 @@ def test_a_budget_of_tokens_bounds_the_candidates(place, tmp_path):
     assert result["cost"]["tokens"] <= 1000
 
 
+def test_more_budget_goes_on_with_what_too_little_left(place, tmp_path):
+    out = tmp_path / "out"
+    assert "at least 2 candidates" in refused(*job(place, out, "diversity>=base", "--budget", "10t"))
+    assert "palette=" in refused(*job(place, out, "diversity>=base+0.1sd", "--budget", "1000t"))
+    code, _, err = fastalign(*job(place, out, "diversity>=base", "--budget", "1000t"))
+    assert code == 0 and "resuming" in err
+    assert "budget='1000t'" in refused(*job(place, out, "diversity>=base", "--budget", "2000t"))  # it has ended
+
+
 def test_a_killed_job_goes_on(place, tmp_path):
     """Killed at each of its stages; the same command ends with what an uninterrupted one has."""
     whole, out = tmp_path / "whole", tmp_path / "out"

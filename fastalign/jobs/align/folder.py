@@ -38,10 +38,13 @@ class Folder:
         if had is None and self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
             raise UserError(f"{out}: exists, and was not made by `fastalign align`; --overwrite writes into it")
         if had is not None and not overwrite:
-            outputs.check_same(out, had.get("settings"), self.settings)
+            knobs = () if self.align.is_file() else ("budget",)  # more may be given to go on
+            outputs.check_same(out, had.get("settings"), self.settings, knobs=knobs)
         self._anew = overwrite
         self._content: dict[str, Any] = (
-            had if had is not None and not overwrite else {"kind": KIND, "settings": self.settings, "stages": {}}
+            {**had, "settings": self.settings}
+            if had is not None and not overwrite
+            else {"kind": KIND, "settings": self.settings, "stages": {}}
         )
         self.result: dict[str, Any] | None = None
         if had is not None and not overwrite:

@@ -258,14 +258,17 @@ class Job:
         """As many candidates as asked for, or as the budget allows, by what a few of them cost."""
         if not self.budget.limited or self.n <= PILOT:
             return self.n
+        with self.folder.stage("load"):
+            _ = self.model.sampler
         self.candidates("train", self.train, PILOT)
         share = 1.0 if self.how in ("auto", "decode") else SAMPLING_SHARE
         prompts = len(self.train) + (len(self.held) if self.how in ("auto", "decode") else 0)
-        spent = self.folder.spent()
+        spent = [
+            sum(x) for x in zip(*(self.folder.spent(f"train: {what}") for what in ("sample", "score")), strict=True)
+        ]
         each = [x / (PILOT * len(self.train)) * prompts for x in spent]
-        affordable = min(
-            share * total / cost if cost else math.inf for total, cost in zip(self.budget, each, strict=True)
-        )
+        left = self.budget.less(*self.folder.spent("load"))
+        affordable = min(share * total / cost if cost else math.inf for total, cost in zip(left, each, strict=True))
         if affordable < 2:
             raise UserError(
                 f"budget must allow at least 2 candidates of each of {prompts} prompts: {self.budget} are too few, "
