@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from fastalign.bench.machine import machine
 
-from fastalign import rewards
 from fastalign._base.files import write_json
 from fastalign.data import prompts
-from fastalign.decode import Candidates, Sampler, estimate
-from fastalign.jobs.align import methods
+from fastalign.decode import Candidates, estimate
+from fastalign.jobs.align import methods, steps
 from fastalign.jobs.align.budget import Budget
 from fastalign.jobs.align.job import Job, align
 from fastalign.jobs.align.split import split
@@ -31,8 +30,8 @@ from fastalign.report.proof import MISSED
 
 HERE = Path(__file__).parent
 NAMES = ("positive", "harmless", "coherence")
-TOKENS = 32
-CANDIDATES = 64
+TOKENS = 24
+CANDIDATES = 48
 ESS = (10.0, 24.0)  # of the pool's candidates, at the palettes' λ
 
 
@@ -73,15 +72,11 @@ def main() -> None:
 
 def drawn(path: Path) -> Candidates:
     """The pool, scored."""
-    if path.exists():
-        return Candidates.from_parquet(path)
     lines = (HERE / "align_prompts.jsonl").read_text(encoding="utf-8").splitlines()
     every = [*prompts.bundled(), *(json.loads(line)["prompt"] for line in lines)]
-    sampler = Sampler.from_pretrained(MODEL, dtype="float32")
-    whole = sampler.sample(every, n=CANDIDATES, max_new_tokens=TOKENS, seed=0, show_progress=True)
-    whole = whole.with_rewards(NAMES, rewards.score(list(NAMES), *whole.pairs(), show_progress=True))
-    whole.to_parquet(path)
-    return whole
+    options: dict[str, Any] = {"n": CANDIDATES, "max_new_tokens": TOKENS, "seed": 0, "dtype": "float32"}
+    steps.sample(MODEL, every, path, **options, show_progress=True)
+    return steps.score(path, NAMES, path.with_name("scored.parquet"), show_progress=True)
 
 
 def palette(pool: Candidates, i: int) -> str:
