@@ -26,6 +26,7 @@ SMALL = {"-n 32": "-n 8", "--max-new-tokens 32": "--max-new-tokens 8", "--grid 1
 MORE = {
     "train distill": "--max-steps 2",
     "train dpo": "--max-steps 2",
+    "train grpo": "--max-steps 1 --max-new-tokens 8 --batch-size 8",
     "train ppo": "--max-steps 1 --max-new-tokens 8 --batch-size 4",
     "train reward": "--max-steps 2",
 }
