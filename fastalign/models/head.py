@@ -51,7 +51,8 @@ class Head(NamedTuple):
 def head_of(model: PreTrainedModel) -> Head:
     """Read the head of a causal model: its weight and bias, and the logit transforms in its configuration.
 
-    Raises UserError if the model has no output embeddings, or an adapter on them other than one plain LoRA.
+    Raises UserError if the model has no output embeddings, or more of them than weight and bias, or an adapter on them
+    other than one plain LoRA.
     """
     layer = model.get_output_embeddings()
     if layer is None:
@@ -61,6 +62,8 @@ def head_of(model: PreTrainedModel) -> Head:
         adapter, layer = _lora(layer), layer.base_layer
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise UserError(f"model must have a linear head, {type(model).__name__}'s is a {type(layer).__name__}")
+    if more := sorted({*layer._parameters} - {"weight", "bias"}):
+        raise UserError(f"model must have a linear head, {type(model).__name__}'s has a {more[0]} too")
     config = model.config.get_text_config()
     softcap = next((value for name in _SOFTCAPS if (value := getattr(config, name, None)) is not None), None)
     return Head(layer.weight, getattr(layer, "bias", None), softcap, _scale(config), adapter)

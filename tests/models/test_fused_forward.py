@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import MODELS, build
 
+from fastalign import UserError
 from fastalign.integrations.transformers import fused_forward, head_of
 from fastalign.ops import token_logprobs
 
@@ -33,6 +34,14 @@ def test_equals_the_models_own_logits_and_gradients(name):
     torch.testing.assert_close(result, expected, **close)
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(dict(model.named_parameters())[parameter].grad, gradient, msg=parameter, **close)
+
+
+def test_a_head_with_more_weights_than_a_linear_one_is_refused():
+    """Equal at first, but its scale would not be trained."""
+    model = build("llama")
+    model.lm_head.logit_scale = torch.nn.Parameter(torch.ones(97))
+    with pytest.raises(UserError, match="must have a linear head, LlamaForCausalLM's has a logit_scale too"):
+        head_of(model)
 
 
 def test_unshifted_labels_and_other_outputs():
