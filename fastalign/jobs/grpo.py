@@ -89,6 +89,8 @@ def train_grpo(
     weights = read_lam(lam, names)
     adapters = runs.lora(lora_r, "CAUSAL_LM")
     prompts = prompts() if callable(prompts) else prompts
+    if len(prompts) < (least := step // num_generations):
+        raise UserError(f"prompts must be at least {least}, for the {step} completions of a step, got {len(prompts)}")
     settings = {
         "command": "grpo", "model": model, "values": names, "lambda": weights, "prompts": runs.rows_hash(prompts),
         "advantage": advantage, "loss_type": loss_type, "learning_rate": learning_rate,

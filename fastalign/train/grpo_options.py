@@ -33,7 +33,7 @@ _INERT = {
     "entropy_target",
 }  # fmt: skip
 _FOR_VLLM = "vllm_"
-_DRAWING = {"temperature", "top_k", "top_p", "min_p", "max_new_tokens"}
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
 _IMPORTANCE = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types with PPO's clip
 
@@ -87,9 +87,9 @@ _VALUES = {
 
 def check_args(args: trl.GRPOConfig) -> None:
     """Raises UserError, one line, for an option that is not supported, and for values that are not valid."""
-    _check_supported(args)
     check_counts(args)
     _check(args, _VALUES)
+    _check_supported(args)
     known = [name for name in GRPO_LOSS_TYPES if name != "gspo"]  # TRL's name for it is importance_sampling_level
     checks.among("loss_type", args.loss_type, known)
     checks.among("importance_sampling_level", args.importance_sampling_level, ("token", "sequence"))
@@ -151,9 +151,10 @@ def _check_supported(args: trl.GRPOConfig) -> None:
         if one.name in common | _SUPPORTED | _INERT or one.name.startswith(_FOR_VLLM):
             continue
         value = getattr(args, one.name)
-        if one.name == "generation_kwargs" and set(value or {}) <= _DRAWING:
-            continue
-        if value != one.default:
+        if one.name == "generation_kwargs":
+            if unknown := [name for name in value or () if name not in _DRAWING]:
+                raise UserError(f"generation_kwargs may have {', '.join(_DRAWING)}, got {unknown[0]}")
+        elif value != one.default:
             _refuse(one.name, value, one.default)
     for name in ("use_liger_kernel", "deepspeed"):
         if value := getattr(args, name, None):

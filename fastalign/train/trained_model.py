@@ -34,8 +34,10 @@ def load(name: str | os.PathLike[str], tokenizer: Any, args: Any, quantization_c
 
 
 def load_tokenizer(name: str, args: Any) -> Any:
+    if not name:
+        raise UserError("processing_class must be given for a model that was not loaded by name, got None")
     revision = (args.model_init_kwargs or {}).get("revision")
-    with one_line_errors(name or "processing_class"):
+    with one_line_errors(name):
         return transformers.AutoTokenizer.from_pretrained(
             name, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
         )

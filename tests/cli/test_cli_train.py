@@ -589,6 +589,10 @@ def test_mistakes_are_one_line(model, chat_model, scored, pairs, tmp_path):
     assert "--num-generations must be at least 2 and divide the 4 completions" in refused(
         *asked, "--batch-size", 4, "--num-generations", 3
     )
+    assert "--prompts must be at least 2, for the 4 completions of a step, got 1" in refused(
+        *asked, "--batch-size", 4, "--num-generations", 2, "--limit", 1
+    )
+    assert "--temperature must be a positive finite number, got 0.0" in refused(*asked, "--temperature", 0)
     assert "must leave room for a prompt in the model's context of 256" in refused(*asked, "--max-new-tokens", 300)
     assert "advantage must be one of" in refused(*asked, "--advantage", "elephant")
     assert "--loss-type must be one of" in refused(*asked, "--loss-type", "elephant")

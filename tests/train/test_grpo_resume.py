@@ -5,7 +5,7 @@ import torch
 import trl
 from grpo_setup import completions_of, length, logs, trainer
 from tiny import tiny_folder
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastalign.train import GRPOTrainer
 
@@ -80,13 +80,21 @@ def test_a_reward_that_raises_loses_nothing(folder, tmp_path, options, at):
     common = CONSTANT | {"save_strategy": "steps", "save_steps": 100} | options
     whole = trainer(GRPOTrainer, folder, tmp_path / "whole", rewards=[length], **common)
     whole.train()
-    first = trainer(GRPOTrainer, folder, tmp_path / "part", rewards=[fails], **common)
+    saved = []
+
+    class Saves(TrainerCallback):
+        def on_save(self, args, state, control, **others):
+            saved.append((state.global_step, len(first._metrics["train"]["reward"])))
+
+    more = {"callbacks": [Saves()]}
+    first = trainer(GRPOTrainer, folder, tmp_path / "part", rewards=[fails], more=more, **common)
     with pytest.raises(ZeroDivisionError, match="the reward's own"):
         first.train()
     assert (tmp_path / "part" / "checkpoint-4").is_dir() and calls[-1] == 4
     second = trainer(GRPOTrainer, folder, tmp_path / "part", rewards=[fails], **common)
     second.train(resume_from_checkpoint=True)
     each = options.get("gradient_accumulation_steps", 1)
+    assert saved == [(4, 0)]  # what the unfinished step logged is not kept
     assert calls[at:] == [step for step in (4, 5) for _ in range(each)]
     assert losses(second) == pytest.approx(losses(whole), abs=1e-5)
     assert second.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
