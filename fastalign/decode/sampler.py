@@ -26,7 +26,7 @@ from fastalign.decode.samplers.base import BaseSampler, Request
 from fastalign.decode.shared_prompt import GROW, SharedPromptEngine, draw, supports
 from fastalign.decode.token_loop import Decoder, Job, TokenLoop
 from fastalign.models.spans import context_of, rope_group
-from fastalign.models.trial import is_causal, tried, warn_once
+from fastalign.models.trial import is_causal, one_truth, tried, warn_once
 from fastalign.ops import products
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Sampler(BaseSampler):
 
         Raises UserError if its tokens cannot be drawn one by one.
         """
-        with self._backend():
+        with self._backend(), one_truth():
             verdict = is_causal(self.model)
             if not verdict.ok:
                 raise UserError(f"{self.name} cannot be sampled token by token: {verdict.why}")

@@ -69,9 +69,9 @@ def _is_window(name: str, picks: bool) -> bool:
 
 
 @contextmanager
-def narrowed(model: Any, *, picks: bool = False) -> Iterator[None]:
+def narrowed(model: Any, *, picks: bool = False) -> Iterator[frozenset[str]]:
     """Within the block, narrows the model's attention windows (picks: and the number of tokens its indexer picks) so
-    that a few tokens exceed them."""
+    that a few tokens exceed them; yields what is narrowed."""
     undo = []
 
     def put(owner: Any, name: str, value: int) -> None:
@@ -84,7 +84,7 @@ def narrowed(model: Any, *, picks: bool = False) -> Iterator[None]:
             for name, value in list(vars(owner).items()):
                 if type(value) is int and value > NARROW and _is_window(name, picks):
                     put(owner, name, NARROW)
-        yield
+        yield frozenset(name for _, name, _ in undo)
     finally:
         for owner, name, value in reversed(undo):
             setattr(owner, name, value)

@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,7 +65,19 @@ class _Truth:
 _kept: dict[tuple, Verdict] = {}
 # Verdicts, and their numbers of uses.
 _flat: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Verdict | None, int]]] = weakref.WeakKeyDictionary()
+_truths: ContextVar[dict[tuple[int, frozenset[str]], _Truth] | None] = ContextVar("truths", default=None)
 _warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def one_truth() -> Iterator[None]:
+    """Within the block, the trials of a model share its plain logits: its weights must not change there."""
+    kept = _truths.get()
+    token = _truths.set({} if kept is None else kept)
+    try:
+        yield
+    finally:
+        _truths.reset(token)
 
 
 def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdict:
@@ -81,8 +94,8 @@ def tried(model: Any, name: str, path: Path, *, attends: bool = False) -> Verdic
     verdict, uses = untold.get(key, (None, 0))
     untold[key] = verdict, uses + 1
     if verdict is None or not uses & (uses - 1):  # at its first, second, third, fifth, ninth ... use
-        with _at_rest(model), narrowed(language_model(model), picks=attends):
-            truth = _truth(model)
+        with _at_rest(model), narrowed(language_model(model), picks=attends) as narrow:
+            truth = _known_truth(model, narrow)
             verdict = _compare(path, model, truth)
         untold[key] = verdict, uses + 1
         if truth.telling and is_plain(model):
@@ -95,8 +108,8 @@ def is_causal(model: Any) -> Verdict:
     key = ("causal", *identity(model))
     if key in _kept:
         return _kept[key]
-    with _at_rest(model), narrowed(language_model(model)):
-        truth = _truth(model)
+    with _at_rest(model), narrowed(language_model(model)) as narrow:
+        truth = _known_truth(model, narrow)
     ok = truth.causal <= 1
     verdict = Verdict(ok, "" if ok else "the logits of a token change with the tokens that follow it")
     if (truth.telling or not ok) and is_plain(model):
@@ -129,6 +142,15 @@ def _at_rest(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _known_truth(model: Any, narrow: frozenset[str]) -> _Truth:
+    kept = _truths.get()
+    if kept is None:
+        return _truth(model)
+    if (id(model), narrow) not in kept:
+        kept[id(model), narrow] = _truth(model)
+    return kept[id(model), narrow]
 
 
 def _truth(model: Any) -> _Truth:

@@ -32,6 +32,7 @@ from fastalign._base.errors import UserError
 from fastalign.decode.sampler import Sampler
 from fastalign.losses import group_advantages, grpo_loss
 from fastalign.models.identity import language_model, reads_tokens
+from fastalign.models.trial import one_truth
 from fastalign.train import checks, grpo_checkpoint, grpo_checks
 from fastalign.train import grpo_rollout as rollout
 from fastalign.train.dropout import disable_dropout
@@ -153,7 +154,10 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         if args.sync_ref_model and hasattr(model, "peft_config"):
             raise UserError("sync_ref_model must be False for a model with adapters: its reference is the model itself")
         reference = self._reference_of(model)  # the policy at this moment
-        self._packs = self._prepare(model, getattr(args, "share_prompt", True))
+        with one_truth():
+            self._packs = self._prepare(model, getattr(args, "share_prompt", True))
+            if rollout_func is None and inner.device.type == args.device.type:
+                Sampler(model, processing_class).path()  # refuses, before training, a model that cannot be drawn from
         if reference is not None:
             self._prepare(reference, self._packs)
         if is_stream(train_dataset) or is_stream(eval_dataset):

@@ -619,3 +619,20 @@ def test_a_class_of_the_users_own_runs_by_its_own_forward():
         wanted = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(fused_forward(model, ids, input_ids=ids).double(), wanted, atol=1e-5, rtol=0)
     assert Sampler(model, tokenizer).path() is not SharedPromptEngine
+
+
+def test_trials_within_one_truth_run_the_plain_model_once(monkeypatch):
+    """And give the verdicts that they give alone."""
+    model = tiny_causal_lm(tiny_tokenizer(), dtype=torch.float32)
+    monkeypatch.setattr(trial, "_kept", {})
+    alone = [Sampler(model, tiny_tokenizer()).path(), bool(packing.can_pack(model))]
+    runs = []
+    truth = trial._truth
+    monkeypatch.setattr(trial, "_truth", lambda model: runs.append(model) or truth(model))
+    monkeypatch.setattr(trial, "_kept", {})
+    with trial.one_truth():
+        together = [Sampler(model, tiny_tokenizer()).path(), bool(packing.can_pack(model))]
+    assert together == alone and len(runs) == 1
+    monkeypatch.setattr(trial, "_kept", {})
+    packing.can_pack(model)
+    assert len(runs) == 2
