@@ -35,6 +35,8 @@ def weights_of(row: Mapping[str, Any], where: str) -> np.ndarray:
     Checks all of the row that can be checked without a tokenizer. where: its name in errors, "train_dataset row 3".
     Raises UserError.
     """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: must be an object with the columns {', '.join(COLUMNS)}, got {row!r:.60}")
     given = {name: row[name] for name in COLUMNS if row.get(name) is not None}  # data sets pad with None
     candidates = [name for name in ("completions", "completion_ids") if name in given]
     if len({"prompt", "prompt_ids"} & given.keys()) != 1 or len(candidates) != 1:
@@ -71,7 +73,7 @@ def weights_of(row: Mapping[str, Any], where: str) -> np.ndarray:
 
 @dataclass
 class Encoder:
-    """Makes rows of a data set's rows.
+    """Encodes a data set's rows.
 
     options: of the chat template. vocabulary: entries of the model's embedding; context: the longest text, in tokens.
     None and 0: not known.

@@ -252,6 +252,11 @@ def test_data_sets_have_rows_and_a_length(data, tmp_path):
         trainer(tiny_causal_lm(), tmp_path, data)
 
 
+def test_a_row_is_an_object(tmp_path):
+    with pytest.raises(UserError, match=r"row 1: must be an object with the columns prompt, .* got 'the cat'"):
+        trainer(tiny_causal_lm(), tmp_path, [GOOD, "the cat"])
+
+
 def test_a_model_by_name_and_its_tokenizer(tmp_path):
     folder = tiny_folder(tmp_path / "model", chat=True, scale=3.0)
     t = DistillTrainer(str(folder), DistillConfig(str(tmp_path), use_cpu=True, report_to=[]), [GOOD])
