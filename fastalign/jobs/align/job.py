@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def align(
     model: str,
     prompts: Sequence[Any],
     rewards: Sequence[str],
-    palette: str,
+    palette: str | Mapping[str, Any],
     out: str | os.PathLike[str],
     *,
     how: str | Callable[[Job, Path, Budget], float] = "auto",
@@ -95,7 +95,7 @@ def align(
     names, trainer = list(rewards), how if callable(how) else None
     how = getattr(how, "__name__", "own") if callable(how) else how
     words = in_words(palette, names)
-    _check(names, words, "decode" if trainer else how, texts_per_prompt, learning_rate, lora_r, rounds)
+    _check(names, words, methods.TRAINED[0] if trainer else how, texts_per_prompt, learning_rate, lora_r, rounds)
     allowed = Budget.parse(budget)
     SamplingSettings(candidates, max_new_tokens, temperature, top_p=top_p, seed=seed)
     train, held = split(prompts, heldout, seed)
@@ -121,14 +121,15 @@ def align(
     return result
 
 
-def in_words(palette: str, names: Sequence[str]) -> str:
+def in_words(palette: str | Mapping[str, Any], names: Sequence[str]) -> str:
     """The palette as terms; of a file of `fastalign map`, its targets."""
     from fastalign.palette.words import read_terms
 
-    path = Path(palette).expanduser()
-    if "=" not in palette and path.suffix.lower() == ".json" and kind_of(path) == "palette":
-        return palettes.in_words(palettes.read(path, "palette", "sense"))
-    terms = read_terms(palette if "=" in palette else os.path.expanduser(palette), names)
+    if isinstance(palette, str) and "=" not in palette:
+        palette = os.path.expanduser(palette)
+        if palette.lower().endswith(".json") and kind_of(palette) == "palette":
+            return palettes.in_words(palettes.read(palette, "palette", "sense"))
+    terms = read_terms(palette, names)
     if isinstance(terms, np.ndarray):
         terms = [(name, ">=", str(level)) for name, level in zip(names, terms.tolist(), strict=True)]
     return ", ".join(f"{name}{sense}{what}" for name, sense, what in terms)
