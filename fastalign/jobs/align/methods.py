@@ -86,7 +86,7 @@ def grpo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
     left = left.less(time.perf_counter() - began, tokens)
     scored = Candidates.from_parquet(job.scored, kind="scored")
     options = _options(job, 1e-5, 1e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
-    more = {"reference": job.source.name, "steered": steered}
+    more: dict[str, Any] = {"reference": job.source.name, "steered": steered}
     result = train_grpo(str(warm), scored, job.names, job.solution, out, **options, **more)
     job.lam = result["lambda"]
     return tokens + result["tokens"]
