@@ -1,5 +1,7 @@
 """A GRPO run that was stopped goes on as if it had not been."""
 
+import json
+
 import pytest
 import torch
 import trl
@@ -117,3 +119,21 @@ def test_without_its_reference_a_checkpoint_says_so(folder, tmp_path):
     trainer(GRPOTrainer, folder, tmp_path, **common | {"max_steps": 3}).train()
     with pytest.warns(UserWarning, match="checkpoint-3 has no reference: sync_ref_model starts from the model"):
         trainer(GRPOTrainer, folder, tmp_path, sync_ref_model=True, **common).train(resume_from_checkpoint=True)
+
+
+def test_completions_of_another_number_of_processes_are_drawn_again(folder, tmp_path):
+    steps = []
+
+    def score(completions, trainer_state, **others):
+        steps.append(trainer_state.global_step)
+        return length(completions)
+
+    common = CONSTANT | SAVES | {"num_iterations": 2}
+    trainer(GRPOTrainer, folder, tmp_path, rewards=[score], **common | {"max_steps": 3}).train()
+    path = tmp_path / "checkpoint-3" / "rollouts_0.json"
+    kept = json.loads(path.read_text())
+    kept["generation"]["rollouts"] = kept["generation"]["rollouts"][:4]  # one of two processes
+    path.write_text(json.dumps(kept))
+    run = trainer(GRPOTrainer, folder, tmp_path, rewards=[score], **common)
+    run.train(resume_from_checkpoint=True)
+    assert steps == [0, 2, 3, 4] and len(losses(run)) == 6
