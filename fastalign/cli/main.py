@@ -32,6 +32,8 @@ from fastalign.cli.options import (
     MaxNewTokens,
     N,
     Overwrite,
+    PromptColumn,
+    ResponseColumn,
     Resume,
     Rewards,
     Seed,
@@ -81,7 +83,13 @@ class Backend(str, Enum):
     vllm = "vllm"
 
 
-Scored = Annotated[Path, typer.Argument(help="A scored Parquet file, written by `fastalign score`.")]
+Scored = Annotated[
+    Path,
+    typer.Argument(
+        help="A scored Parquet file, written by `fastalign score`; or prompts, responses and numbers of another "
+        "program (Parquet, JSONL, JSON, CSV)."
+    ),
+]
 
 
 @command("fastalign demo --out out/demo")
@@ -289,9 +297,17 @@ def _source(model: str | None, server: str | None, backend: Backend) -> str:
 
 @command("fastalign score candidates.parquet --rewards positive,harmless,coherence --out scored.parquet")
 def score(
-    candidates: Annotated[Path, typer.Argument(help="A candidates file, written by `fastalign sample`.")],
+    candidates: Annotated[
+        Path,
+        typer.Argument(
+            help="A candidates file, written by `fastalign sample`; or prompts and responses of another program "
+            "(Parquet, JSONL, JSON, CSV)."
+        ),
+    ],
     rewards: Rewards,
     out: Annotated[Path, typer.Option(help="Output file for the scored candidates (Parquet).")],
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Score every candidate with one or more rewards."""
@@ -301,7 +317,8 @@ def score(
     check_names(names)
     from fastalign.jobs import align as pipeline
 
-    scored = pipeline.score(candidates, names, out, overwrite=overwrite, show_progress=True)
+    columns: dict[str, Any] = {"prompt_column": prompt_column, "response_column": response_column}
+    scored = pipeline.score(candidates, names, out, **columns, overwrite=overwrite, show_progress=True)
     console = _console()
     console.print(f"{out}: {_size(scored)}")
     summary = {}
@@ -336,6 +353,8 @@ def map_(
     allow_infeasible: Annotated[
         bool, typer.Option("--allow-infeasible", help="Exit with 0 instead of 3 if the palette is proved infeasible.")
     ] = False,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Solve for the weights λ that realise a palette, or prove that none can (exit code 3)."""
@@ -349,6 +368,8 @@ def map_(
         quantile=quantile,
         values=_names("values", values) if values is not None else None,
         joint=joint,
+        prompt_column=prompt_column,
+        response_column=response_column,
         plot=plot,
         overwrite=overwrite,
     )
@@ -407,6 +428,8 @@ def pareto(
     joint: Joint = False,
     n_lam: Annotated[int, typer.Option(help="Number of random λ.")] = 1000,
     seed: Seed = 0,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Show what these candidates allow: exact fronts, random λ, paths to palettes, best-of-N and merged models."""
@@ -422,6 +445,8 @@ def pareto(
         joint=joint,
         n_lam=n_lam,
         seed=seed,
+        prompt_column=prompt_column,
+        response_column=response_column,
         overwrite=overwrite,
     )
     console = _console()
@@ -456,14 +481,18 @@ def palette_ui(
             "repeatable."
         ),
     ] = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
 ) -> None:
     """Open a local page with one slider per value that shows λ, what it reaches, and the texts it selects."""
     from fastalign.data.conversations import transcript
-    from fastalign.decode import Candidates
+    from fastalign.decode import elsewhere
     from fastalign.report import ui
 
-    whole = Candidates.from_parquet(scored, kind="scored")
-    names = _names("values", values) if values is not None else list(whole.rewards)
+    names = _names("values", values) if values is not None else None
+    columns = elsewhere.Columns(prompt_column, response_column, names)
+    whole = elsewhere.read(scored, kind="scored", columns=columns)
+    names = names or list(whole.rewards)
     prompts = [transcript(prompt) for prompt in whole.prompts]
     session = ui.Session(names, whole.reward_array(names), prompts, whole.texts, str(scored))
     ui.serve(
@@ -485,6 +514,8 @@ def select(
         Method, typer.Option(help="resample draws from p_λ; best takes the largest λ·R.")
     ] = Method.resample,
     seed: Seed = 0,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Resample the candidates under p_λ, or take the best."""
@@ -492,14 +523,17 @@ def select(
 
     from fastalign.jobs import align as pipeline
 
-    selected = pipeline.select(scored, palette, out, k=k, method=method.value, seed=seed, overwrite=overwrite)
+    columns: dict[str, Any] = {"prompt_column": prompt_column, "response_column": response_column}
+    selected = pipeline.select(
+        scored, palette, out, k=k, method=method.value, seed=seed, **columns, overwrite=overwrite
+    )
     console = _console()
     console.print(f"{out}: {counted(len(selected.prompts), 'prompt')} × {selected.n} selected")
     selection = selected.settings["selection"]
     if selection.get("feasible") is False:
         console.print(f"{palette}: infeasible; its λ is for a point just inside what can be reached", style="yellow")
     estimate, result = (
-        pipeline.expected(scored, selection),
+        pipeline.expected(scored, selection, **columns),
         {"out": str(out), "prompts": len(selected.prompts), "k": selected.n},
     )
     if method is Method.best:
@@ -540,22 +574,27 @@ def eval_(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page with figures.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Write each figure to this folder (SVG and PNG).")] = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Compare the selected texts with the palette: before, target, predicted, realised. Or evaluate a grid of λ."""
     from fastalign.jobs import align as pipeline
 
+    columns: dict[str, Any] = {"prompt_column": prompt_column, "response_column": response_column}
     if lam_grid is not None:
         if selected or palette or html or figures:
             raise UserError(
                 "--lam-grid needs the scored file alone: leave out --selected, --palette, --html, --figures"
             )
-        result = pipeline.evaluate_grid(scored, lam_grid, out, overwrite=overwrite)
+        result = pipeline.evaluate_grid(scored, lam_grid, out, **columns, overwrite=overwrite)
         _show_grid(result, _console(out=out))
         return result
     if selected is None or palette is None:
         raise UserError("give --selected and --palette, or --lam-grid")
-    result = pipeline.evaluate(scored, selected, palette, out, html=html, figures=figures, overwrite=overwrite)
+    result = pipeline.evaluate(
+        scored, selected, palette, out, html=html, figures=figures, **columns, overwrite=overwrite
+    )
     result.print(_console(out=out))
     return result.to_json()
 

@@ -30,3 +30,7 @@ N = Annotated[int, typer.Option("-n", "--candidates", help="Candidates per promp
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens per candidate.")]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
+PromptColumn = Annotated[
+    str | None, typer.Option(help="Column with the prompts, in a file of candidates of another program.")
+]
+ResponseColumn = Annotated[str | None, typer.Option(help="Column with the responses, in such a file.")]

@@ -14,6 +14,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.former import renamed
 from fastalign.data import palettes as palette_files
+from fastalign.decode import elsewhere
 from fastalign.decode.candidates import Candidates
 from fastalign.palette.front import palette_path
 from fastalign.report.study import L1_MAX, Study, flat, groups_of, palette_figures, study
@@ -32,15 +33,17 @@ def write(
     n_lam: int = 1000,
     l1_max: float = L1_MAX,
     seed: int = 0,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     overwrite: bool = False,
 ) -> Study | None:
     """The study of a scored file into the folder `out`: pareto.json, pareto.html, and each figure as SVG and PNG.
 
     palettes: palette files of these values and possibly others. quantiles: palettes at these quantiles of each value.
-    soups:
-    scored files of other models' candidates, each a point at its mean rewards, or soups.json files of `soup.walk`.
-    values: which rewards; default all. Returns None if the folder already contains this study. Raises UserError if it
-    contains another one, unless `overwrite` is set.
+    soups: scored files of other models' candidates, each a point at its mean rewards, or soups.json files of
+    `soup.walk`. values: which rewards; default all. prompt_column, response_column: see `decode.elsewhere`.
+    Returns None if the folder already contains this study. Raises UserError if it contains another one, unless
+    `overwrite` is set.
     """
     from fastalign.palette.quantile import check_quantile, quantile_palette
     from fastalign.report.pareto_html import page
@@ -54,12 +57,14 @@ def write(
     out = Path(out)
     inputs = {"scored": scored, **{f"palette {i}": path for i, path in enumerate(palettes)}}
     inputs |= {f"soup {i}": path for i, path in enumerate(soups)}
-    settings = {"quantiles": list(quantiles), "values": None if values is None else list(values), "joint": joint}
+    columns = elsewhere.Columns(prompt_column, response_column, values)
+    settings: dict[str, Any] = {"quantiles": list(quantiles), "values": None if values is None else list(values)}
+    settings |= {"joint": joint, **columns.named()}
     job = outputs.Job("pareto", inputs, settings | {"lambdas": n_lam, "l1_max": l1_max, "seed": seed})
     written: dict[str, Any] = {"files": [out / "pareto.html"], "figures": out}
     if (record := outputs.claim(out / "pareto.json", job, overwrite=overwrite, **written)) is None:
         return None
-    whole = Candidates.from_parquet(scored, kind="scored")
+    whole = elsewhere.read(scored, kind="scored", columns=columns)
     names = list(values or whole.rewards)
     rewards = whole.reward_array(names)
     targets = {f"q{100 * q:g}": quantile_palette(rewards.reshape(-1, len(names)), q) for q in quantiles}
@@ -123,10 +128,10 @@ def _unlike(taken: Mapping[str, Any], path: str | Path, name: str = "") -> str:
     return next(x for x in itertools.chain((plain, longer), numbered) if x not in taken)
 
 
-def plot_palette(scored: str | Path, solution: Mapping[str, Any], folder: str | Path) -> None:
-    """Write `palette_figures` of a palette file's content to a folder, for the dual that it was solved with."""
+def plot_palette(rewards: np.ndarray, solution: Mapping[str, Any], folder: str | Path) -> None:
+    """Write `palette_figures` of a palette file's content to a folder, for the dual that it was solved with; rewards
+    (P, N, m)."""
     names, joint = solution["values"], solution["dual"] == "joint"
-    rewards = Candidates.from_parquet(scored, kind="scored").reward_array(names)
     groups = groups_of(rewards, joint)
     rows = flat(rewards)
     way = palette_path(rows, solution["palette"], groups=groups, sense=solution["sense"])

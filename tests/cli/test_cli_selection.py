@@ -119,3 +119,43 @@ def test_mistakes(scored, palette, tmp_path):
     ):
         assert match in refused("eval", scored, "--lam-grid", text, *out)
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_candidates_of_another_program_go_through_every_command(tmp_path, form):
+    rows = [
+        {"question": f"why {i}", "answer": f"because {j}" * (1 + j % 3), "helpful": 0.1 * ((i + 2 * j) % 7), "row": j}
+        for i in range(6)
+        for j in range(12)
+    ]
+    path = tmp_path / f"theirs.{form}"
+    if form == "csv":
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        path.write_text("\n".join(lines))
+    elif form == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    columns = ["--prompt-column", "question", "--response-column", "answer"]
+    code, _, err = fastalign("map", path, *columns, "--palette", "helpful=base+0.3sd", "--out", tmp_path / "p.json")
+    assert code == 0, err
+    solution = json.loads((tmp_path / "p.json").read_text())
+    assert solution["values"] == ["helpful"] and solution["levels"][0] == pytest.approx(solution["palette"][0])
+    palette, selected = ["--palette", tmp_path / "p.json"], tmp_path / "selected.parquet"
+    assert fastalign("select", path, *columns, *palette, "--out", selected)[0] == 0
+    picked = Candidates.from_parquet(selected, kind="selected")
+    assert picked.prompts[0] == "why 0" and picked.texts[0][0].startswith("because")
+    more = ["--selected", selected, *palette]
+    assert fastalign("eval", path, *columns, *more, "--out", tmp_path / "eval.json")[0] == 0
+    assert fastalign("eval", path, *columns, "--lam-grid", "helpful=0:1:2", "--out", tmp_path / "grid.json")[0] == 0
+    assert fastalign("pareto", path, *columns, "--n-lam", 5, "--out", tmp_path / "fronts")[0] == 0
+    assert fastalign("score", path, *columns, "--rewards", "diversity", "--out", tmp_path / "s.parquet")[0] == 0
+    assert list(Candidates.from_parquet(tmp_path / "s.parquet", kind="scored").rewards) == ["helpful", "diversity"]
+    line = refused("map", path, "--prompt-column", "q", "--palette", "0", "--out", tmp_path / "q.json")
+    assert f"{path}: has no column 'q', it has question, answer, helpful, row: --prompt-column names another" in line
+    assert "values must be columns of numbers (helpful), got harmless" in refused(
+        "map", path, "--values", "harmless", "--palette", "0", "--out", tmp_path / "q.json"
+    )

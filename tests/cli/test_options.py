@@ -58,6 +58,8 @@ COMMAND_LINE_ONLY = {
     ("map", "allow_infeasible"): "the exit code",
     ("palette-ui", "scored"): "a function takes the session of it",
     ("palette-ui", "values"): "a function takes the session of them",
+    ("palette-ui", "prompt_column"): "a function takes the session of it",
+    ("palette-ui", "response_column"): "a function takes the session of it",
     ("soup", "recipe"): "another function: `soup.read_recipe`",
     ("soup", "grid"): "another function: `soup.simplex_grid`, whose result is `weights`",
     ("soup", "extract"): "another function: `soup.extract_adapter`",

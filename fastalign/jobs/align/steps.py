@@ -24,6 +24,7 @@ from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.data import palettes
 from fastalign.data.conversations import transcript
 from fastalign.data.sampling import KNOBS, SamplingOptions, check, check_knobs, check_more, check_ray
+from fastalign.decode import elsewhere
 from fastalign.decode.candidates import Candidates
 
 if TYPE_CHECKING:
@@ -265,17 +266,23 @@ def score(
     rewards: Sequence[str],
     out: str | Path,
     *,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Candidates:
-    """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept)."""
+    """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept).
+
+    prompt_column, response_column: of a file of another program, here and below; see `decode.elsewhere`.
+    """
     names = list(rewards)
-    job = outputs.Job("score", {"candidates": candidates}, {"rewards": names})
+    columns = elsewhere.Columns(prompt_column, response_column)
+    job = outputs.Job("score", {"candidates": candidates}, {"rewards": names, **columns.named()})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return Candidates.from_parquet(out, kind="scored")
     from fastalign.rewards import score
 
-    whole = Candidates.from_parquet(candidates, kind=("candidates", "scored"))
+    whole = elsewhere.read(candidates, kind=("candidates", "scored"), columns=columns)
     with _held(out):
         if outputs.claim(out, job, overwrite=overwrite) is None:  # made since
             return Candidates.from_parquet(out, kind="scored")
@@ -296,6 +303,8 @@ def solve_palette(
     joint: bool = False,
     rest: str | None = None,
     margin: float = 0.0,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     plot: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -319,6 +328,7 @@ def solve_palette(
         raise UserError("give either palette or quantile")
     if quantile is not None:
         check_quantile("quantile", quantile)
+    columns = elsewhere.Columns(prompt_column, response_column)
     settings = {
         "palette": palette,
         "quantile": quantile,
@@ -326,12 +336,13 @@ def solve_palette(
         "joint": joint,
         **({} if rest is None else {"rest": rest}),
         **({} if not margin else {"margin": margin}),
+        **columns.named(),
     }
     job = outputs.Job("map", {"scored": scored}, settings)
     plot = None if plot is None else Path(plot)
     if (record := outputs.claim(out, job, overwrite=overwrite, figures=plot)) is None:
         return palettes.read(out, *palettes.WHOLE)
-    whole = Candidates.from_parquet(scored, kind="scored")
+    whole = elsewhere.read(scored, kind="scored", columns=columns._replace(values=values))
     names = list(values or whole.rewards)
     grid = whole.reward_array(names)
     flat = np.ascontiguousarray(grid.reshape(-1, len(names)))
@@ -384,7 +395,7 @@ def solve_palette(
         if plot is not None:
             from fastalign.jobs.pareto import plot_palette
 
-            plot_palette(scored, result, plot)
+            plot_palette(grid, result, plot)
     return result
 
 
@@ -414,15 +425,19 @@ def select(
     k: int = 1,
     method: str = "resample",
     seed: int,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     overwrite: bool = False,
 ) -> Candidates:
     """Select k candidates per prompt under p_λ and write them to `out`; for particles, by their weights."""
-    job = outputs.Job("select", {"scored": scored, "palette": palette}, {"k": k, "method": method, "seed": seed})
+    columns = elsewhere.Columns(prompt_column, response_column)
+    settings = {"k": k, "method": method, "seed": seed, **columns.named()}
+    job = outputs.Job("select", {"scored": scored, "palette": palette}, settings)
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return Candidates.from_parquet(out, kind="selected")
     from fastalign.decode import select
 
-    whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
+    whole = elsewhere.read(scored, kind=("scored", "weighted"), columns=columns)
     solution = palettes.read(palette, "lambda")
     palettes.check_carried(palette, solution, whole.rewards)
     grid, lam = whole.reward_array(solution["values"]), np.array(solution["lambda"])
@@ -504,7 +519,13 @@ def pilot(
     return f"pilot: {result.worth.tell(n, prompts=len(prompts))}"
 
 
-def expected(scored: str | Path, solution: Mapping[str, Any]) -> Estimate:
+def expected(
+    scored: str | Path,
+    solution: Mapping[str, Any],
+    *,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+) -> Estimate:
     """The expected result of resampling with λ: an `Estimate` with one row. solution: the "values" and "lambda" of a
     palette file, or of a selected file's settings["selection"].
 
@@ -512,7 +533,8 @@ def expected(scored: str | Path, solution: Mapping[str, Any]) -> Estimate:
     """
     from fastalign.decode import estimate
 
-    whole = Candidates.from_parquet(scored, kind=("scored", "weighted"))
+    columns = elsewhere.Columns(prompt_column, response_column)
+    whole = elsewhere.read(scored, kind=("scored", "weighted"), columns=columns)
     grid = whole.reward_array(solution["values"])
     if whole.log_weights is None:
         return estimate(grid, solution["lambda"], warn=False)
@@ -552,16 +574,25 @@ def read_grid(text: str, names: Sequence[str]) -> np.ndarray:
     return np.stack([column.ravel() for column in columns], axis=1)
 
 
-def evaluate_grid(scored: str | Path, lam_grid: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def evaluate_grid(
+    scored: str | Path,
+    lam_grid: str,
+    out: str | Path,
+    *,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Write realised values with 95 % intervals, KL and effective sample size for each λ of a grid (`read_grid`) to a
     JSON file."""
-    job = outputs.Job("eval", {"scored": scored}, {"lam_grid": lam_grid})
+    columns = elsewhere.Columns(prompt_column, response_column)
+    job = outputs.Job("eval", {"scored": scored}, {"lam_grid": lam_grid, **columns.named()})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return read_json(out, kind="lam_grid")
     from fastalign.decode import estimate
     from fastalign.decode.estimates import TRUSTED_ESS
 
-    whole = Candidates.from_parquet(scored, kind="scored")
+    whole = elsewhere.read(scored, kind="scored", columns=columns)
     names = list(whole.rewards)
     estimates = estimate(whole.reward_array(names), read_grid(lam_grid, names), warn=False)
     low, high = estimates.interval(0.95)
@@ -604,6 +635,8 @@ def evaluate(
     html: str | Path | None = None,
     figures: str | Path | None = None,
     settings: dict[str, Any] | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Compare the selected texts with the palette: a JSON file at `out`, a page at `html`; returns the Report.
@@ -611,7 +644,8 @@ def evaluate(
     figures: a folder for each figure as SVG and PNG.
     settings: additional rows for the report's table of settings.
     """
-    job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette})
+    columns = elsewhere.Columns(prompt_column, response_column)
+    job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette}, columns.named())
     beside: dict[str, Any] = {
         "files": [] if html is None else [Path(html)],
         "figures": None if figures is None else Path(figures),
@@ -619,7 +653,7 @@ def evaluate(
     record = outputs.claim(out, job, overwrite=overwrite, **beside)
     from fastalign import report
 
-    whole = Candidates.from_parquet(scored, kind="scored")
+    whole = elsewhere.read(scored, kind="scored", columns=columns)
     picked = Candidates.from_parquet(selected, kind="selected")
     assert picked.picked is not None  # of this kind
     solution = palettes.read(palette, "palette", "lambda", "levels", "kl", "ess", "feasible")
