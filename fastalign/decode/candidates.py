@@ -92,10 +92,21 @@ class Candidates:
 
         Raises UserError if pandas is not installed.
         """
-        pd = pandas()
+        return pandas().DataFrame(self._table(prompts, candidates))
+
+    def to_dataset(self) -> Any:
+        """A `datasets.Dataset` with the rows and columns of `to_pandas`. Raises UserError if datasets is not
+        installed."""
+        try:
+            from datasets import Dataset
+        except ImportError:
+            raise UserError("to_dataset needs the package datasets: pip install datasets") from None
+        return Dataset.from_dict(self._table())
+
+    def _table(self, prompts: int | None = None, candidates: int | None = None) -> dict[str, list[Any]]:
         rows, columns = range(len(self.prompts))[:prompts], range(self.n)[:candidates]
         places = [(i, j) for i in rows for j in columns]
-        table = {
+        table: dict[str, list[Any]] = {
             "prompt_id": [int(self.prompt_ids[i]) for i, _ in places],
             "candidate_id": [j if self.picked is None else int(self.picked[i, j]) for i, j in places],
             "prompt": [str(self.prompts[i]) for i, _ in places],
@@ -107,7 +118,7 @@ class Candidates:
             table["log_weight"] = [float(self.log_weights[i, j]) for i, j in places]
         for name, values in self.rewards.items():
             table[name if name not in table else _REWARD + name] = [float(values[i, j]) for i, j in places]
-        return pd.DataFrame(table)
+        return table
 
     @property
     def n(self) -> int:

@@ -114,6 +114,8 @@ def test_our_own_file_whose_note_was_lost(tmp_path):
     pd.read_parquet(tmp_path / "a.parquet").to_parquet(tmp_path / "b.parquet")
     same(read(tmp_path / "b.parquet", kind="scored"))
     same(from_rows(whole.to_pandas()))
+    pytest.importorskip("datasets")
+    same(from_rows(whole.to_dataset()))
 
 
 def test_uneven_prompts_are_cut_and_said_so():
