@@ -10,7 +10,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.numbers import number
+from fastalign.data import published
 from fastalign.data import rows as sources
 from fastalign.data.conversations import check_messages, text_of
 from fastalign.data.dialogues import with_prompt
 from fastalign.data.hub import HH_RLHF, hub_name
+from fastalign.data.published import Form
 
 COLUMNS = ("prompt", "chosen", "rejected")
 # Columns of numbers, and the rules of `numbers.number`.
@@ -93,13 +95,21 @@ class PreferencePairs:
         return train, test
 
 
-def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: str | None = None) -> PreferencePairs:
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    on_bad: str | None = None,
+    values: Sequence[str] | None = None,
+) -> PreferencePairs:
     """Pairs from "bundled", a .jsonl, .json, .csv or .parquet file, or a data set's hub name.
 
     Rows have columns prompt, chosen and rejected. Completions of messages may begin with a text prompt
     (HuggingFaceH4/ultrafeedback_binarized). Without a prompt column both completions are whole conversations with a
     common beginning: lists of messages, or the text of hh-rlhf ("\\n\\nHuman: ... \\n\\nAssistant: ..."; hub names
     "hh-rlhf" and "Anthropic/hh-rlhf").
+    PKU-SafeRLHF, UltraFeedback, HelpSteer, SHP and Nectar are read as they are published (`data.published`), with a
+    column "value" where they have several; values: which of them, default all.
     on_bad: "raise" a UserError for the first invalid row, or "drop" such rows, with a warning that counts them; None:
         drop for a hub data set, which the user cannot fix, raise for a file.
     Raises FileNotFoundError or UserError: one line with the row's number (from 0) and what is wrong with it.
@@ -112,6 +122,11 @@ def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: 
     full = hub_name(name)
     raw = sources.read(full, split=split, what="pairs")
     drop = on_bad == "drop" or (on_bad is None and not Path(name).expanduser().is_file())
+    ties, form = 0, published.form_of(raw[0])
+    if form is not None and {"chosen", "rejected"} <= raw[0].keys():
+        form = None
+    if form is not None:
+        raw, ties = _published(name, form, raw, values)
     missing = [column for column in ("chosen", "rejected") if column not in raw[0]]
     if missing:
         have = ", ".join(map(str, raw[0])) or "none"
@@ -133,7 +148,33 @@ def load(name_or_path: str | os.PathLike[str], *, split: str = "train", on_bad: 
         raise UserError(f"{name}: no row is a preference pair ({first})")
     if bad:
         warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
-    return PreferencePairs(pairs, {"rows that are not pairs": bad} if bad else {}, _settings(Path(name).expanduser()))
+    dropped = {"ties": ties, "rows that are not pairs": bad}
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    settings = _settings(Path(name).expanduser())
+    if form is not None:
+        settings["published"] = {"name": form.name, "values": list(form.values)}
+    return PreferencePairs(pairs, dropped, settings)
+
+
+def _published(
+    name: str, form: Form, rows: Sequence[Mapping[str, Any]], values: Sequence[str] | None
+) -> tuple[list[dict[str, Any]], int]:
+    """The pairs of a published form's rows, and the number of ties."""
+    for value in values or ():
+        if value not in form.values:
+            raise UserError(f"{name}: the values of {form.name} are {', '.join(form.values)}, it has no {value}")
+    try:
+        made = list(form.pairs(rows))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{name}: has the columns of {form.name}, but not its form ({error})") from None
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    pairs = [pair for pair in made if pair is not None and (values is None or pair["value"] in values)]
+    if len(form.values) == 1:
+        pairs = [{column: x for column, x in pair.items() if column != "value"} for pair in pairs]
+    if not pairs:
+        raise UserError(f"{name}: no row of it prefers one response to another")
+    return pairs, sum(pair is None for pair in made)
 
 
 def check(row: Mapping[str, Any]) -> dict[str, Any]:

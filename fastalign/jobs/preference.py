@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign._base import fingerprint
+from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input, check_target, write_json
 from fastalign._base.numbers import number
@@ -52,7 +52,7 @@ def read_pairs(
         lacking = [name for name in values or () if not any(name in row for row in loaded)]
         if lacking and not any("value" in row for row in loaded):
             raise UserError(f"{data}: must have a column 'value', or one for each value, lacks {', '.join(lacking)}")
-        return loaded
+        return _of_published(str(data), loaded, values)
     if palette is not None:
         solution = palettes.read(palette, "lambda")
         lam = dict(zip(solution["values"], solution["lambda"], strict=True))
@@ -62,6 +62,26 @@ def read_pairs(
     if lam is None:
         raise UserError(f"give lam or palette to make pairs from a scored file, which {data} is")
     return pairs.preference_pairs(data, lam=lam, **making)
+
+
+def _of_published(data: str, loaded: PreferencePairs, values: Sequence[str] | None) -> PreferencePairs:
+    """Of data as they are published, the pairs of these values; of the first one if none are named."""
+    form = loaded.settings.get("published")
+    if form is None or len(form["values"]) < 2:
+        return loaded
+    if values is None:
+        first, *others = form["values"]
+        outputs.say(f"{data}: {form['name']}: pairs of {first}; it has {', '.join(others)} too")
+        rows = [{name: x for name, x in row.items() if name != "value"} for row in loaded if row["value"] == first]
+    else:
+        for value in values:
+            if value not in form["values"]:
+                known = ", ".join(form["values"])
+                raise UserError(f"{data}: the values of {form['name']} are {known}, it has no {value}")
+        rows = [row for row in loaded if row["value"] in values]
+    if not rows:
+        raise UserError(f"{data}: no row prefers one response to another in {', '.join(values or [first])}")
+    return PreferencePairs(rows, loaded.dropped, loaded.settings)
 
 
 def train_dpo(

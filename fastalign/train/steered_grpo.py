@@ -59,10 +59,10 @@ class SteeredGRPOTrainer(GRPOTrainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with atomic_write(os.path.join(folder, STATE)) as beside:
+        with atomic_write(os.path.join(folder, STATE)) as beside:  # makes the folder
             beside.write_text(json.dumps(self.steering.state()), encoding="utf-8")
+        super()._save_checkpoint(model, trial)  # trainer_state.json comes last: the checkpoint is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

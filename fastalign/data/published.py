@@ -1,0 +1,150 @@
+"""Preference data in the forms in which well-known data sets are published, as pairs of each of their values.
+
+- PKU-SafeRLHF: two responses, of which one is better and one is safer.
+- UltraFeedback: an instruction with completions, rated by aspect and overall.
+- HelpSteer and HelpSteer2: responses to equal prompts, rated by aspect; HelpSteer3: two responses and a preference.
+- SHP: a post with two comments, of which one is preferred. Nectar: a prompt with ranked answers.
+
+Of rated responses a pair is the best against the worst. A ranking of K answers becomes its K(K-1)/2 pairs with a weight
+that adds up to 1. The first value of each form is what most people mean by "preferred".
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastalign._base.errors import UserError
+from fastalign._base.numbers import number
+
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+ULTRAFEEDBACK = ("overall", "instruction_following", "honesty", "truthfulness", "helpfulness")
+_TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")  # between the turns of HelpSteer's prompts
+Row = Mapping[str, Any]
+Pair = dict[str, Any]
+
+
+class Form(NamedTuple):
+    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value";
+    None in place of one that is a tie."""
+
+    name: str
+    columns: frozenset[str]
+    values: tuple[str, ...]
+    pairs: Callable[[Sequence[Row]], Iterator[Pair | None]]
+
+
+def form_of(row: Row) -> Form | None:
+    """The published form that a data set with such rows has; None: another one."""
+    return next((form for form in FORMS if form.columns <= row.keys()), None)
+
+
+def _pku(rows: Sequence[Row]) -> Iterator[Pair | None]:
+    for i, row in enumerate(rows):
+        for value in ("better", "safer"):
+            at = row.get(f"{value}_response_id")
+            if at not in (0, 1, "0", "1"):
+                raise UserError(f"row {i}: {value}_response_id must be 0 or 1, got {at!r}")
+            both = [row["response_0"], row["response_1"]]
+            yield _pair(row["prompt"], both[int(at)], both[1 - int(at)], value)
+
+
+def _ultrafeedback(rows: Sequence[Row]) -> Iterator[Pair | None]:
+    for row in rows:
+        answers = list(row["completions"])
+        for value in ULTRAFEEDBACK:
+            ratings = [_ultrafeedback_rating(answer, value) for answer in answers]
+            scored = [(x, answer["response"]) for x, answer in zip(ratings, answers, strict=True) if x is not None]
+            yield _best_worst(row["instruction"], scored, value)
+
+
+def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
+    if value == "overall":
+        x = answer.get("overall_score")
+    else:
+        x = ((answer.get("annotations") or {}).get(value) or {}).get("Rating")
+    try:
+        return float(x)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # "N/A"
+        return None
+
+
+def _helpsteer(rows: Sequence[Row]) -> Iterator[Pair | None]:
+    talks = any(_TURN.search(str(row["prompt"])) for row in rows)
+    for prompt, group in itertools.groupby(enumerate(rows), key=lambda one: one[1]["prompt"]):
+        several = list(group)
+        for value in HELPSTEER:
+            rated = [(i, row) for i, row in several if row.get(value) is not None]
+            scored = [(number(f"row {i}: {value}", row[value]), row["response"]) for i, row in rated]
+            pair = _best_worst(prompt, scored, value)
+            yield _as_messages(pair) if talks and pair is not None else pair
+
+
+def _helpsteer3(rows: Sequence[Row]) -> Iterator[Pair | None]:
+    for i, row in enumerate(rows):
+        preference = number(f"row {i}: overall_preference", row["overall_preference"])
+        both = [[{"role": "assistant", "content": row[name]}] for name in ("response1", "response2")]
+        better = int(preference > 0)
+        prompt = [dict(message) for message in row["context"]]
+        yield _pair(prompt, both[better], both[1 - better], "overall") if preference else None
+
+
+def _shp(rows: Sequence[Row]) -> Iterator[Pair | None]:
+    for i, row in enumerate(rows):
+        if row["labels"] not in (0, 1, "0", "1"):
+            raise UserError(f"row {i}: labels must be 0 or 1, got {row['labels']!r}")
+        both = [row["human_ref_B"], row["human_ref_A"]]
+        first = int(row["labels"])
+        yield _pair(row["history"], both[first], both[1 - first], "preferred")
+
+
+def _nectar(rows: Sequence[Row]) -> Iterator[Pair | None]:
+    for i, row in enumerate(rows):
+        answers = sorted(row["answers"], key=lambda answer: number(f"row {i}: rank", answer["rank"]))
+        pairs = [
+            _pair(row["prompt"], better["answer"], worse["answer"], "rank")
+            for better, worse in itertools.combinations(answers, 2)
+            if better["rank"] != worse["rank"]
+        ]
+        known = [pair for pair in pairs if pair is not None]
+        yield from ({**pair, "weight": 1 / len(known)} for pair in known)
+        if not known:
+            yield None
+
+
+def _pair(prompt: Any, chosen: Any, rejected: Any, value: str) -> Pair | None:
+    if chosen == rejected:
+        return None
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "value": value}
+
+
+def _best_worst(prompt: Any, scored: Sequence[tuple[float, str]], value: str) -> Pair | None:
+    if not scored:
+        return None
+    best, worst = max(scored, key=lambda one: one[0]), min(scored, key=lambda one: one[0])
+    return None if best[0] == worst[0] else _pair(prompt, best[1], worst[1], value)
+
+
+def _as_messages(pair: Pair) -> Pair:
+    """HelpSteer's turns as messages."""
+    turns = _TURN.split(pair["prompt"])
+    roles = ["user", *(role.lower() for role in turns[1::2])]
+    prompt = [
+        {"role": role, "content": text.strip()} for role, text in zip(roles, turns[::2], strict=True) if text.strip()
+    ]
+    sides = {name: [{"role": "assistant", "content": pair[name]}] for name in ("chosen", "rejected")}
+    return {**pair, "prompt": prompt, **sides}
+
+
+FORMS = (
+    Form("PKU-SafeRLHF", frozenset({"prompt", "response_0", "response_1", "better_response_id", "safer_response_id"}),
+         ("better", "safer"), _pku),
+    Form("UltraFeedback", frozenset({"instruction", "completions"}), ULTRAFEEDBACK, _ultrafeedback),
+    Form("HelpSteer3", frozenset({"context", "response1", "response2", "overall_preference"}), ("overall",),
+         _helpsteer3),
+    Form("HelpSteer", frozenset({"prompt", "response", *HELPSTEER}), HELPSTEER, _helpsteer),
+    Form("SHP", frozenset({"history", "human_ref_A", "human_ref_B", "labels"}), ("preferred",), _shp),
+    Form("Nectar", frozenset({"prompt", "answers"}), ("rank",), _nectar),
+)  # fmt: skip
