@@ -321,6 +321,7 @@ def solve_palette(
     """
     from fastalign.decode import estimate, worth
     from fastalign.palette import parse_palette, quantile_palette, solve
+    from fastalign.palette.agreement import alike
     from fastalign.palette.feasibility import INWARD
     from fastalign.palette.quantile import check_quantile
 
@@ -354,6 +355,9 @@ def solve_palette(
     solution = first = solve(flat, target, groups=groups, sense=sense)
     before = flat.mean(axis=0, dtype=np.float64)
     solved_for, free = target, _free(target, sense, flat)
+    asked = [j for j, nothing in enumerate(free) if not nothing]
+    for line in alike([names[j] for j in asked], grid[..., asked]):
+        outputs.say(line)
     if first.nearest is not None:  # infeasible
         solved_for = before + INWARD * (first.nearest - before)
         solution = solve(flat, solved_for, groups=groups, sense=sense)
