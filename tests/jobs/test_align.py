@@ -338,3 +338,9 @@ def test_a_trained_model_is_pushed_by_transformers_own_calls(place, tmp_path, mo
     monkeypatch.setattr(ModelCard, "push_to_hub", to("card"))
     assert fastalign(*command)[0] == 0
     assert pushed == [("model", "me/mine"), ("tokenizer", "me/mine"), ("card", "me/mine")]
+
+
+def test_the_lightest_candidates_are_left_out():
+    assert align.methods.without_least([0.5, 0.004, 0.495, 0.001]) == [0.5, 0.0, 0.495, 0.0]
+    assert align.methods.without_least([1.0, 1.0, 1.0]) == [1.0, 1.0, 1.0]
+    assert align.methods.without_least([1e-9]) == [1e-9]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROOF_SHARE = 1.5  # of what the proof's draws cost, kept back for it
 EPOCHS = 2.0  # of distill
+LIGHT = 0.01  # of a prompt's weight, on the candidates that distill leaves out
 LEAST_SHARE = 0.1  # of the budget that must be left for training
 
 
@@ -62,8 +63,23 @@ def distill(job: Job, out: Path, left: Budget) -> float:
     from fastalign.jobs.distill import read_rows, train_distill
 
     rows = read_rows(job.scored, lam=job.lam)
+    for row in rows:
+        row["weights"] = without_least(row["weights"])
     result = train_distill(job.source.name, rows, out, **_options(job, 1e-5, 1e-4), epochs=EPOCHS, until=left.spent)
     return result["tokens"]
+
+
+def without_least(weights: Sequence[float], share: float = LIGHT) -> list[float]:
+    """The weights with the smallest of them, that `share` of their sum in all, set to 0: a candidate of weight 0 costs
+    nothing."""
+    order = sorted(range(len(weights)), key=lambda j: weights[j])
+    left, result = share * sum(weights), list(weights)
+    for j in order:
+        left -= weights[j]
+        if left < 0:
+            break
+        result[j] = 0.0
+    return result
 
 
 def dpo(job: Job, out: Path, left: Budget) -> float:
