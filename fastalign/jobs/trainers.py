@@ -66,6 +66,8 @@ def train(
     if checkpoint is not None and step >= total:  # interrupted after its last step; transformers would train one more
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        callback.trainer = trainer
+        callback.restore(trainer.args, trainer.state)
         return trainer, 0.0
     show = show and runs.is_main()
     with stopping, progress.bar(name, total=total, unit="steps", done=step, show=show) as advance:
@@ -108,13 +110,18 @@ def _follow(
         tokens_per_second = 0.0
 
         def on_train_begin(self, args, state, control, **_):
+            self.restore(args, state)
             self.began, self.tokens = time.perf_counter(), self.trainer._total_train_tokens
+
+        def restore(self, args, state):
             kept = self._since_log(args, state)
             if kept.is_file():
                 since = json.loads(kept.read_text(encoding="utf-8"))
                 self.trainer._tr_loss.fill_(since["loss"])
                 self.trainer._globalstep_last_logged = since["logged"]
                 self.trainer._metrics["train"].update(since["metrics"])
+                if "_total_train_tokens" in vars(self.trainer):  # TRL's own, which its checkpoints do not keep
+                    self.trainer._total_train_tokens = since.get("tokens", 0)
 
         def on_step_end(self, args, state, control, **_):
             seconds = time.perf_counter() - self.began
@@ -138,6 +145,7 @@ def _follow(
         def on_save(self, args, state, control, **_):
             loss, logged = self.trainer._tr_loss.item(), self.trainer._globalstep_last_logged
             since = {"loss": loss, "logged": logged, "metrics": dict(self.trainer._metrics["train"])}
+            since["tokens"] = self.trainer._total_train_tokens
             self._since_log(args, state).write_text(json.dumps(since), encoding="utf-8")
 
         def _since_log(self, args, state) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ def parse_palette(
     """
     terms = read_terms(text, names)
     if isinstance(terms, np.ndarray):
-        return terms, [">="] * len(names)
+        return _finite(terms), [">="] * len(names)
     rewards = as_rewards(rewards)
     mean, deviation = moments(rewards)
 
@@ -70,7 +71,7 @@ def parse_palette(
         )
     wishes = {name: targets.get(name, others) or (">=", FREE) for name in names}
     senses = [wishes[name][0] for name in names]
-    return np.array([level(name, *wishes[name]) for name in names]), senses
+    return _finite([level(name, *wishes[name]) for name in names]), senses
 
 
 def read_terms(text: str | Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, str]] | np.ndarray:
@@ -103,10 +104,27 @@ def read_terms(text: str | Mapping[str, Any], names: Sequence[str]) -> list[tupl
 
 def absolute(text: str | Mapping[str, Any], names: Sequence[str]) -> set[str]:
     """The names for which a palette in words has a number, not a level relative to the base."""
+    return {name for name, what in _whats(text, names).items() if _is_number(what)}
+
+
+def free(text: str | Mapping[str, Any], names: Sequence[str]) -> set[str]:
+    """The names for which a palette in words, whose rest is free, asks for nothing."""
+    return {name for name, what in _whats(text, names).items() if what == FREE}
+
+
+def _whats(text: str | Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     terms = read_terms(text, names)
     if isinstance(terms, np.ndarray):
-        return set(names)
-    return {name for name, _, what in terms if _is_number(what)}
+        return dict(zip(names, map(str, terms), strict=True))
+    given = {name: what for name, _, what in terms}
+    return {name: given.get(name, given.get("rest", FREE)) for name in names}
+
+
+def _finite(levels: Sequence[float] | np.ndarray) -> np.ndarray:
+    for level in levels:
+        if not math.isfinite(level):
+            raise UserError(f"palette must be finite, got {level}")
+    return np.asarray(levels)
 
 
 def _is_number(what: str) -> bool:

@@ -103,13 +103,15 @@ def test_an_impossible_palette_is_proved_so(place, tmp_path):
 MISTAKES = {
     "a palette without rewards": (["--palette", "humour>=1"], "must name each of diversity, readability once"),
     "nothing in the palette": (["--palette", ""], "--palette must"),
+    "a level without end": (["--palette", "diversity>=nan"], "--palette must be finite, got nan"),
+    "a small budget for few candidates": (["--budget", "1t", "--candidates", "3"], "at least 3 candidates"),
     "bounds that contradict": (["--palette", "diversity>=0.6,diversity<=0.5"], "bounds that one level can meet"),
     "an unknown reward": (["--rewards", "humour"], "unknown reward 'humour'"),
     "nothing held out": (["--heldout", "0"], "--heldout must be a share between 0 and 1"),
     "everything held out": (["--heldout", "1"], "--heldout must be a share between 0 and 1"),
     "one prompt": (["--limit", "1"], "two different ones at least, one of them held out, got 1 prompt"),
     "no budget": (["--budget", "20"], "--budget must be a time or tokens"),
-    "a small budget": (["--budget", "10t"], "--budget must allow at least 2 candidates"),
+    "a small budget": (["--budget", "10t"], "--budget must allow at least 4 candidates"),
     "texts pushed": (["--push-to-hub", "me/mine"], "--push-to-hub needs a trained model, and how is decode"),
     "no candidates": (["--candidates", "0"], "must be an integer, at least 1"),
     "truncated and trained": (["--how", "grpo", "--top-p", "0.9"], "--how must be decode"),
@@ -166,7 +168,7 @@ def test_a_budget_of_tokens_bounds_the_candidates(place, tmp_path):
 
 def test_more_budget_goes_on_with_what_too_little_left(place, tmp_path):
     out = tmp_path / "out"
-    assert "at least 2 candidates" in refused(*job(place, out, "diversity>=base", "--budget", "10t"))
+    assert "at least 4 candidates" in refused(*job(place, out, "diversity>=base", "--budget", "10t"))
     assert "palette=" in refused(*job(place, out, "diversity>=base+0.1sd", "--budget", "1000t"))
     code, _, err = fastalign(*job(place, out, "diversity>=base", "--budget", "1000t"))
     assert code == 0 and "resuming" in err
@@ -280,6 +282,34 @@ def test_a_model_is_trained_and_proved(place, tmp_path, how):
     assert any(not a.equal(b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
     again, _, err = fastalign(*command)
     assert again == 0 and "already there" in err
+
+
+def test_a_training_stopped_under_a_budget_goes_on_as_if_it_had_not_been(place, tmp_path, monkeypatch):
+    """It keeps back what the proof costs, and ends at the same step."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = job(place, whole, "diversity>=base+0.2sd", "--budget", "9000t", "--learning-rate", 1e-3, how="grpo")
+    assert fastalign(*command)[0] == 0
+    command[command.index(whole)] = out
+    calls, spent = [], Budget.spent
+
+    def stops(self, *of):
+        calls.append(of)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return spent(self, *of)
+
+    monkeypatch.setattr(Budget, "spent", stops)
+    assert fastalign(*command)[0] == 130
+    monkeypatch.setattr(Budget, "spent", spent)
+    assert fastalign(*command)[0] == 0
+    ours, wanted = (json.loads((folder / "align.json").read_text()) for folder in (out, whole))
+    assert ours.pop("cost")["tokens"] == wanted.pop("cost")["tokens"] <= 9000 and ours == wanted
+
+
+def test_a_level_at_the_end_of_the_candidates_is_still_asked(place, tmp_path):
+    assert fastalign(*job(place, tmp_path / "out", "diversity>=0, readability<=1"))[0] == 0
+    result = json.loads((tmp_path / "out" / "align.json").read_text())
+    assert [x["verdict"] for x in result["values"].values()] == ["met", "met"]
 
 
 def test_a_training_of_ones_own_is_proved_the_same_way(place, tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, kind_of
+from fastalign._base.units import counted
 from fastalign.data import palettes
 from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.candidates import Candidates
@@ -257,27 +258,29 @@ class Job:
 
     def _candidates(self) -> int:
         """As many candidates as asked for, or as the budget allows, by what a few of them cost."""
-        if not self.budget.limited or self.n <= PILOT:
+        if not self.budget.limited:
             return self.n
+        pilot = min(PILOT, self.n)
         with self.folder.stage("load"):
             _ = self.model.sampler
-        self.candidates("train", self.train, PILOT)
+        self.candidates("train", self.train, pilot)
         share = 1.0 if self.how in ("auto", "decode") else SAMPLING_SHARE
         prompts = len(self.train) + (len(self.held) if self.how in ("auto", "decode") else 0)
         spent = [
             sum(x) for x in zip(*(self.folder.spent(f"train: {what}") for what in ("sample", "score")), strict=True)
         ]
-        each = [x / (PILOT * len(self.train)) * prompts for x in spent]
+        each = [x / (pilot * len(self.train)) * prompts for x in spent]
         left = self.budget.less(*self.folder.spent("load"))
         affordable = min(share * total / cost if cost else math.inf for total, cost in zip(left, each, strict=True))
-        if affordable < 2:
+        if affordable < pilot:
             raise UserError(
-                f"budget must allow at least 2 candidates of each of {prompts} prompts: {self.budget} are too few, "
+                f"budget must allow at least {counted(pilot, 'candidate')} of each of {prompts} prompts: "
+                f"{self.budget} are too few, "
                 f"each costs about {each[0]:.1f} s and {each[1]:,.0f} tokens"
             )
         if affordable < self.n:
             outputs.say(f"{int(affordable)} candidates per prompt, not {self.n}: the budget is {self.budget}")
-        return max(PILOT, min(self.n, int(affordable)))
+        return min(self.n, int(affordable))
 
     def _cheapest(self) -> str:
         """`how`; for "auto" what the candidates say can hold: decoding, with up to `MUCH` times as many, or grpo."""
@@ -414,16 +417,16 @@ class Job:
         """The levels asked for (None: free), their senses, and the levels predicted, for prompts whose candidates from
         the base model have these rewards (P, N, m): what is relative to the base is so to that of these prompts."""
         from fastalign.palette import parse_palette
-        from fastalign.palette.words import absolute
+        from fastalign.palette.words import absolute, free
 
         flat = rewards.reshape(-1, rewards.shape[-1])
         levels, senses = parse_palette(self.settings["palette"], self.names, flat, rest="free")
-        fixed = absolute(self.settings["palette"], self.names)
+        fixed, nothing = (group(self.settings["palette"], self.names) for group in (absolute, free))
         gain = np.subtract(self.solution["levels"], self.solution["before"]).tolist()
         rows = zip(self.names, flat.mean(axis=0, dtype=np.float64).tolist(), gain, self.solution["levels"], strict=True)
         predicted = [level if name in fixed else base + more for name, base, more, level in rows]
-        free = self.solution["free"]
-        return [None if nothing else float(x) for x, nothing in zip(levels, free, strict=True)], senses, predicted
+        asked = [None if name in nothing else float(x) for name, x in zip(self.names, levels, strict=True)]
+        return asked, senses, predicted
 
     def _measured(
         self, base: Candidates, result: Candidates, kl: dict[str, Any], ess: float, perplexity: dict[str, Any]

@@ -43,19 +43,20 @@ def check(model: str, temperature: float, top_p: float) -> None:
 def train(job: Job, out: Path) -> None:
     """Train by the job's method, or by a function of the user's with the same arguments. Raises UserError if the budget
     leaves no time for it."""
+    name = "train" if job.part == "train" else f"{job.part}: train"
     left = job.folder.left(job.budget)
-    if job.budget.limited and not job.folder.spent("train")[0]:
+    if job.budget.limited:
         proof = [x * PROOF_SHARE for x in job.folder.spent("heldout: sample")]
         rest = left.less(*proof)
         share = min(x / whole for x, whole in zip(rest, job.budget, strict=True) if whole < float("inf"))
-        if share < LEAST_SHARE:
+        if share < LEAST_SHARE and not job.folder.spent(name)[0]:
             raise UserError(
                 f"budget must leave time to train: of {job.budget} sampling took all but {max(share, 0.0):.0%}; give "
                 "more, or fewer candidates"
             )
         left = Budget(*(x / job.rounds_left for x in rest))
     job.source.release()
-    with job.folder.stage("train" if job.part == "train" else f"{job.part}: train") as stage:
+    with job.folder.stage(name) as stage:
         stage["tokens"] = (job.trainer or METHODS[job.how])(job, out, left)
 
 
