@@ -67,7 +67,7 @@ def train(
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         callback.trainer = trainer
-        callback.restore(trainer.args, trainer.state)
+        callback.restore_tokens(trainer.args, trainer.state)
         return trainer, 0.0
     show = show and runs.is_main()
     with stopping, progress.bar(name, total=total, unit="steps", done=step, show=show) as advance:
@@ -110,18 +110,20 @@ def _follow(
         tokens_per_second = 0.0
 
         def on_train_begin(self, args, state, control, **_):
-            self.restore(args, state)
+            self.restore_tokens(args, state)
             self.began, self.tokens = time.perf_counter(), self.trainer._total_train_tokens
-
-        def restore(self, args, state):
-            kept = self._since_log(args, state)
-            if kept.is_file():
-                since = json.loads(kept.read_text(encoding="utf-8"))
+            if since := self._kept(args, state):
                 self.trainer._tr_loss.fill_(since["loss"])
                 self.trainer._globalstep_last_logged = since["logged"]
                 self.trainer._metrics["train"].update(since["metrics"])
-                if "_total_train_tokens" in vars(self.trainer):  # TRL's own, which its checkpoints do not keep
-                    self.trainer._total_train_tokens = since.get("tokens", 0)
+
+        def restore_tokens(self, args, state):
+            if "_total_train_tokens" in vars(self.trainer):  # TRL's own, which its checkpoints do not keep
+                self.trainer._total_train_tokens = self._kept(args, state).get("tokens", 0)
+
+        def _kept(self, args, state) -> dict[str, Any]:
+            kept = self._since_log(args, state)
+            return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
 
         def on_step_end(self, args, state, control, **_):
             seconds = time.perf_counter() - self.began
