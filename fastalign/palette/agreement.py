@@ -31,6 +31,8 @@ def correlations(rewards: np.ndarray) -> np.ndarray:
 
 def alike(names: Sequence[str], rewards: np.ndarray) -> list[str]:
     """One line for each two values that measure the same thing, or its opposite."""
+    if len(names) < 2:
+        return []
     table = correlations(rewards)
     return [
         f"{names[i]} and {names[j]} are {'one value' if table[i, j] > 0 else 'opposites'}: their correlation within "

@@ -203,7 +203,7 @@ def test_mistakes_are_one_line(sampling, scored, model, tmp_path):
     assert "--quantile must lie between 0 and 1" in refused("map", scored, "--quantile", 1.5, *out)
     assert "rewards of the candidates" in refused("map", scored, "--quantile", 0.5, "--values", "humor", *out)
     assert "must be a fastalign scored file" in refused("map", tmp_path / "candidates.parquet", "--quantile", 0.5, *out)
-    assert "not a Parquet file" in refused("map", empty, "--quantile", 0.5, *out)
+    assert "contains no candidates" in refused("map", empty, "--quantile", 0.5, *out)
     assert "must be a fastalign palette file" in refused("select", scored, "--palette", _json(tmp_path), *out)
     whole = Candidates.from_parquet(scored)
     whole.rewards["diversity"] = np.full_like(whole.rewards["diversity"], np.nan)

@@ -7,7 +7,7 @@ import pytest
 from commands import fastalign, refused
 from tiny import tiny_folder
 
-from fastalign import rewards
+from fastalign import UserError, rewards
 from fastalign.decode import Candidates, Sampler, adaptive, particles, speculative_rejection, tilted
 from fastalign.jobs import align as pipeline
 from fastalign.rewards import registry
@@ -159,5 +159,5 @@ def test_mistakes_are_one_line(job, model, tmp_path):
     ):
         assert message in refused(*arguments, *out)
         assert not (tmp_path / "out.parquet").exists()
-    with pytest.raises(pipeline.UserError, match="prompt_ids must be rising"):
+    with pytest.raises(UserError, match="prompt_ids must be rising"):
         particles(Sampler.from_pretrained(model), TEXTS[:2], VALUES, n=2, checkpoints=[], prompt_ids=[3, 1], **SAME)
