@@ -9,7 +9,6 @@ from tiny import tiny_folder
 
 from fastalign import UserError, rewards
 from fastalign.decode import Candidates, Sampler, adaptive, particles, speculative_rejection, tilted
-from fastalign.jobs import align as pipeline
 from fastalign.rewards import registry
 
 VALUES, LAM = ["vowels", "length"], [1.0, 0.2]
