@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 import fastalign
-from fastalign._base import outputs, progress
+from fastalign._base import outputs, progress, references
 from fastalign._base.errors import Terminated, UserError, printable
 from fastalign._base.files import STDOUT
 
@@ -163,6 +163,7 @@ def _protect(command: str, arguments: Mapping[str, Any]) -> None:
     flat = [one for value in given for one in (value if isinstance(value, list) else [value])]
     texts = [str(one) for one in flat if isinstance(one, str | Path)]
     named = [part.removeprefix("vllm:").partition("#")[0] for text in texts for part in {text, *text.split(",")}]
+    named += [path for text in texts for path in references.local_inputs(text)]
     written = {name: arguments[name] for name in OUTPUTS if arguments.get(name) is not None}
     for name, path in written.items():
         if str(path) == STDOUT and (name != "out" or command not in JSON):
@@ -191,7 +192,7 @@ def given(context: typer.Context) -> dict[str, str]:
 
 def names(option: str, text: str) -> list[str]:
     """Comma-separated names, at least one."""
-    if not (result := [name.strip() for name in text.split(",") if name.strip()]):
+    if not (result := references.split(text)):
         raise UserError(f"{option} must be names, comma-separated, at least one, got {text!r}")
     return result
 

@@ -311,14 +311,14 @@ def score(
     overwrite: Overwrite = False,
 ) -> Result:
     """Score every candidate with one or more rewards."""
-    from fastalign.rewards import check_names
+    from fastalign.rewards import references
 
-    names = _names("rewards", rewards)
-    check_names(names)
+    listed = _names("rewards", rewards)
+    names = references.names(listed)
     from fastalign.jobs import align as pipeline
 
     columns: dict[str, Any] = {"prompt_column": prompt_column, "response_column": response_column}
-    scored = pipeline.score(candidates, names, out, **columns, overwrite=overwrite, show_progress=True)
+    scored = pipeline.score(candidates, listed, out, **columns, overwrite=overwrite, show_progress=True)
     console = _console()
     console.print(f"{out}: {_size(scored)}")
     summary = {}

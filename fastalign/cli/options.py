@@ -21,7 +21,13 @@ Model = Annotated[str, typer.Option(help=MODEL)]
 Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1 ...")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first LIMIT prompts.")]
-Rewards = Annotated[str, typer.Option(help="Comma-separated reward names; `fastalign info` lists them.")]
+Rewards = Annotated[
+    str,
+    typer.Option(
+        help="Rewards, comma-separated: names (`fastalign info` lists them), my_rewards.py:function, module:function, "
+        "hf:model#label; options in brackets, NAME=REFERENCE to name a column."
+    ),
+]
 Values = Annotated[str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")]
 Joint = Annotated[
     bool, typer.Option("--joint", help="Use the joint dual over all samples, which also reweights the prompts.")

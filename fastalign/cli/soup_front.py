@@ -62,7 +62,7 @@ def soup_front(
 
     from fastalign.data import prompts as sources
     from fastalign.data import sampling
-    from fastalign.rewards import check_names
+    from fastalign.rewards import references
 
     drawing: dict[str, Any] = {
         "n": n,
@@ -73,8 +73,8 @@ def soup_front(
     }
     sampling.check(drawing)
     check_loading(dtype, device)
-    values = names("rewards", rewards)
-    check_names(values)
+    given = names("rewards", rewards)
+    values = references.names(given)
     from fastalign.jobs import soup_front as job
     from fastalign.soup import simplex_grid
 
@@ -83,7 +83,7 @@ def soup_front(
         models,
         simplex_grid(len(models), grid),
         sources.load(prompts, limit=limit),
-        values,
+        given,
         out,
         palette=target,
         base=base,

@@ -59,7 +59,7 @@ def best_of(
 ) -> BestOf:
     """Draw n candidates per prompt, score them, and select k.
 
-    sampler: a Sampler or a model's name. rewards: one or several names or Reward objects.
+    sampler: a Sampler or a model's name. rewards: one or several references (`rewards.parse`) or Reward objects.
     lam: (m,) weights, 1 each by default. method: "best" takes the largest lam . R; "resample" draws from p0 exp(lam .
     R) among the n (soft best-of-n; for temperature t use lam / t), as does any method of `select`, with or without
     replacement. If n is too small for that, a warning says how many are needed (`estimate`).
@@ -80,11 +80,13 @@ def prepared(
     sampler: BaseSampler | str, rewards: Any, lam: Sequence[float] | None
 ) -> tuple[BaseSampler, list[Any], list[str], np.ndarray]:
     """(Sampler, list of rewards, their names, lam (m,) float64) from the arguments of `best_of`."""
-    rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    from fastalign.rewards.references import load
+
+    rewards = load(rewards if isinstance(rewards, (list, tuple)) else [rewards])
     lam = np.ones(len(rewards)) if lam is None else weights(lam, len(rewards))
     if not rewards:
         raise UserError("rewards must be one or more, got none")
-    names = [reward if isinstance(reward, str) else reward.name for reward in rewards]
+    names = [reward.name for reward in rewards]
     return Sampler.from_pretrained(sampler) if isinstance(sampler, str) else sampler, rewards, names, lam
 
 

@@ -11,7 +11,7 @@ from fastalign._base.errors import UserError
 from fastalign.data.dialogues import HUMAN
 from fastalign.jobs import run as runs
 from fastalign.jobs import trainers
-from fastalign.jobs.ppo import inputs_of, read_lam, read_values, summary
+from fastalign.jobs.ppo import inputs_of, read_lam, read_values, recorded, summary
 
 
 def train_grpo(
@@ -92,7 +92,8 @@ def train_grpo(
     if len(prompts) < (least := step // num_generations):
         raise UserError(f"prompts must be at least {least}, for the {step} completions of a step, got {len(prompts)}")
     settings = {
-        "command": "grpo", "model": model, "values": names, "lambda": weights, "prompts": runs.rows_hash(prompts),
+        "command": "grpo", "model": model, "values": recorded(values), "lambda": weights,
+        "prompts": runs.rows_hash(prompts),
         "advantage": advantage, "loss_type": loss_type, "learning_rate": learning_rate,
         "num_generations": num_generations, "batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps, "num_iterations": num_iterations, "epochs": epochs,

@@ -40,38 +40,26 @@ class Steer(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def read_values(names: Sequence[Any]) -> list[Any]:
-    """Rewards by registered name, as objects, or from a reward model's folder: one reward per head.
+def read_values(values: Sequence[Any]) -> list[Any]:
+    """Rewards by reference (`rewards.parse`) or as objects; a reward model's folder gives one reward per head.
 
-    "folder#head" selects one head. Raises UserError for a name that is neither.
+    Raises UserError, one line.
     """
-    from fastalign import rewards
+    from fastalign.rewards.references import load
 
-    result: list[Any] = []
-    for name in names:
-        folder, mark, head = str(name).partition("#")
-        if not isinstance(name, str):
-            result.append(name)
-        elif name in rewards.available():
-            result.append(rewards.get(name))
-        elif (Path(folder).expanduser() / "config.json").is_file():
-            heads = rewards.from_heads(folder)
-            known = [h.name for h in heads]
-            if mark and head not in known:
-                raise UserError(f"{folder}: has no head {head!r}, it has {', '.join(known)}")
-            result += [h for h in heads if not mark or h.name == head]
-        else:
-            result.append(rewards.get(name))  # lists the known names
-    names = [reward.name for reward in result]
-    if len(set(names)) < len(names):
-        raise UserError(f"values must be different, got {', '.join(names)}")
-    return result
+    return list(load(values))
 
 
 def inputs_of(model: str, values: Sequence[Any]) -> list[str]:
-    """The model, and the reward models among the values: what a run must not write into."""
-    folders = [str(value).partition("#")[0] for value in values if isinstance(value, str)]
-    return [model, *(folder for folder in folders if Path(folder).expanduser().is_dir())]
+    """The model, and the files and reward models among the values: what a run must not write into."""
+    from fastalign.rewards.references import contents
+
+    return [model, *contents(values)]
+
+
+def recorded(values: Sequence[Any]) -> list[str]:
+    """The values as a run's settings have them: references, and objects by their names."""
+    return [value if isinstance(value, str) else value.name for value in values]
 
 
 def read_lam(lam: Sequence[float] | Mapping[str, float], names: Sequence[str]) -> list[float]:
@@ -178,7 +166,8 @@ def train_ppo(
     if chat is None and any(HUMAN in prompt for prompt in prompts):
         chat = False
     settings = {
-        "command": "ppo", "model": model, "values": names, "lambda": lam.tolist(), "prompts": runs.rows_hash(prompts),
+        "command": "ppo", "model": model, "values": recorded(values), "lambda": lam.tolist(),
+        "prompts": runs.rows_hash(prompts),
         "learning_rate": learning_rate, "batch_size": batch_size, "mini_batch_size": mini_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
         "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,

@@ -233,11 +233,13 @@ class _Worker:
 
     def _part(self, places: list[int], prompts: list[str]) -> Candidates:
         from fastalign.rewards import score
+        from fastalign.rewards.references import load
 
         part = self.sampler.sample(prompts, prompt_ids=places, **self.job)
         if not self.rewards:
             return part
-        names = [reward if isinstance(reward, str) else reward.name for reward in self.rewards]
+        self.rewards = load(self.rewards)  # once: they are rewards from then on
+        names = [reward.name for reward in self.rewards]
         part = part.with_rewards(names, score(self.rewards, *part.pairs()))
         if self.selection is None:
             return part

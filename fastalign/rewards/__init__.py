@@ -10,7 +10,9 @@ from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
 from fastalign.rewards.log_likelihood import LogLikelihood
 from fastalign.rewards.positive import Positive
-from fastalign.rewards.registry import available, check_names, get, register, score
+from fastalign.rewards.references import check_names, parse
+from fastalign.rewards.registry import available, get, register
+from fastalign.rewards.scoring import score
 from fastalign.rewards.words import Diversity, Readability
 
 Perplexity = LogLikelihood  # the old name
@@ -31,6 +33,7 @@ __all__ = [
     "from_heads",
     "from_pairwise",
     "get",
+    "parse",
     "register",
     "score",
 ]

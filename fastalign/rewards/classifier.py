@@ -117,6 +117,28 @@ def from_heads(
     return heads
 
 
+def from_reference(model: str, label: str | None, *, name: str, **options: Any) -> SequenceReward:
+    """The reward of a hub name or folder, and a label, as in "hf:MODEL#LABEL".
+
+    A model with one output gives its score, one with several the log-probability of the label, and one that
+    `train.RewardTrainer` saved the score of that head. options: those of `from_classifier`. Raises UserError, one line,
+    without the label of a model with several.
+    """
+    opened, tokenizer = _open(model, options.pop("tokenizer", None))
+    labels = [str(one) for one in opened.config.id2label.values()]
+    if label is None and len(labels) > 1:
+        raise UserError(f"hf:{model}: has several labels, name one as hf:{model}#LABEL: {', '.join(labels)}")
+    if label is not None and label.lower() not in [one.lower() for one in labels]:
+        raise UserError(f"hf:{model}: has no label {label!r}, it has {', '.join(labels)}")
+    if len(labels) == 1:
+        return from_pairwise(opened, tokenizer, name=name, **options)
+    assert label is not None
+    if hasattr(opened.config, NOTE):
+        names = [name if one.lower() == label.lower() else one for one in labels]
+        return from_heads(opened, tokenizer, names=names, **options)[names.index(name)]
+    return from_classifier(opened, label, tokenizer, name=name, **options)
+
+
 class SequenceReward(CachedReward):
     """A sequence classifier as a reward; made by `from_classifier` and `from_pairwise`."""
 

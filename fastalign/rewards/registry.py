@@ -1,21 +1,21 @@
-"""Rewards by name, and the matrix of scores for which a palette is solved."""
+"""Rewards by name: the built-in ones, those that `register` adds, and those of installed packages."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastalign._base import progress
 from fastalign._base.errors import UserError
-from fastalign.data.conversations import as_text
-from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts, is_reward, with_conversations
+from fastalign._base.references import COLUMN, FORMS
+from fastalign.rewards.base import Reward, is_reward
 from fastalign.rewards.function import from_function
+
+GROUP = "fastalign.rewards"  # entry points of installed packages: a name, and what `register` takes
 
 
 class RewardInfo(NamedTuple):
@@ -32,7 +32,6 @@ class _Entry(NamedTuple):
     package: str | None
 
 
-_NAME = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # what --rewards, --palette and --lam can parse
 _entries: dict[str, _Entry] = {}
 _instances: dict[str, Reward] = {}
 _OLD_NAMES = {"perplexity": "log_likelihood"}  # old names still work, with a note
@@ -57,10 +56,10 @@ def register(
     without a default, a factory none. Raises UserError if the name is taken and `replace` is False, for a name that
     cannot be used on the command line, and for a callable that is neither.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "rest":
+    if not isinstance(name, str) or not COLUMN.fullmatch(name) or name == "rest":
         rule = "name must be a word without blanks, commas, brackets and = < > : \" ', and not 'rest'"
         raise UserError(f"{rule}, got {name!r}")
-    make = _maker(name, reward)
+    make = maker(name, reward)
     if name in _OLD_NAMES:
         raise UserError(f"name {name!r} is the old name of the reward {_OLD_NAMES[name]!r}; choose another")
     if name in _entries and not replace:
@@ -69,8 +68,8 @@ def register(
     _instances.pop(name, None)
 
 
-def _maker(name: str, reward: Any) -> Callable[..., Reward]:
-    """The factory for a registered object."""
+def maker(name: str, reward: Any) -> Callable[..., Reward]:
+    """The factory for what `register` takes. Raises UserError or TypeError for anything else."""
     if is_reward(reward) and _takes_texts(reward):
         return _without_options(name, reward)
     rule = "reward must be a function of (prompts, responses), a factory that needs no argument, or a reward"
@@ -102,14 +101,18 @@ def _takes_texts(reward: Callable[..., object]) -> bool:
     return True
 
 
-def _made(name: str, made: Any) -> Reward:
+def made(name: str, result: Any) -> Reward:
     """A factory's result, as a reward."""
-    if not callable(made) or isinstance(made, type) or not _takes_texts(made):
-        came = f"one with the parameters {inspect.signature(made)}" if inspect.isroutine(made) else type(made).__name__
+    if not callable(result) or isinstance(result, type) or not _takes_texts(result):
+        came = (
+            f"one with the parameters {inspect.signature(result)}"
+            if inspect.isroutine(result)
+            else type(result).__name__
+        )
         raise UserError(
             f"the factory of reward {name!r} must return a reward or a function of (prompts, responses), got {came}"
         )
-    return made if is_reward(made) else from_function(made, name)
+    return result if is_reward(result) else from_function(result, name)
 
 
 def _without_options(name: str, reward: Reward) -> Callable[..., Reward]:
@@ -121,24 +124,33 @@ def _without_options(name: str, reward: Reward) -> Callable[..., Reward]:
     return make
 
 
+@functools.cache
+def _installed() -> dict[str, EntryPoint]:
+    return {one.name: one for one in entry_points(group=GROUP) if COLUMN.fullmatch(one.name)}
+
+
 def available() -> dict[str, RewardInfo]:
-    """The registered names, each with its description, the package it needs and whether that is installed."""
-    return {
+    """The names, each with its description, the package it needs and whether that is installed."""
+    own = {
         name: RewardInfo(
             entry.description, entry.package, entry.package is None or find_spec(entry.package) is not None
         )
         for name, entry in _entries.items()
     }
+    others = {name: RewardInfo(f"from {one.value}", None, True) for name, one in _installed().items()}
+    return {**others, **own} if others else own
 
 
-def check_names(names: Sequence[str | Reward]) -> None:
-    """Raise UserError, listing the names, for a name without a registered reward; creates nothing."""
-    for name in names:
-        if isinstance(name, str) and _OLD_NAMES.get(name, name) not in _entries:
-            raise UserError(f"unknown reward {name!r}; available: {', '.join(_entries)}")
-    strings = [name for name in names if isinstance(name, str)]
-    if len({*strings}) < len(strings):
-        raise UserError(f"rewards must be different, got {', '.join(strings)}")
+def known(name: str) -> bool:
+    """Whether `get` has a reward of that name, an old name included; loads nothing."""
+    return _OLD_NAMES.get(name, name) in _entries or name in _installed()
+
+
+def check_known(name: str) -> None:
+    """Raise UserError, listing the names, for a name without a reward."""
+    if not known(name):
+        listed = ", ".join(dict.fromkeys([*_entries, *_installed()]))
+        raise UserError(f"unknown reward {name!r}; available: {listed}, {FORMS}")
 
 
 def get(name: str, **options: Any) -> Reward:
@@ -148,14 +160,24 @@ def get(name: str, **options: Any) -> Reward:
     its class, such as `get("log_likelihood", model="./mine")`) a new one is created. Raises UserError, listing the
     names, if there is none.
     """
-    check_names([name])
-    entry = _entries[_current(name)]
+    check_known(name)
+    entry = _entries.get(_current(name)) or _from_package(name)
     if not options and name in _instances:
         return _instances[name]
-    made = _made(name, entry.make(**options, **({"name": name} if name in _OLD_NAMES else {})))
+    reward = made(name, entry.make(**options, **({"name": name} if name in _OLD_NAMES else {})))
     if not options:
-        _instances[name] = made
-    return made
+        _instances[name] = reward
+    return reward
+
+
+def _from_package(name: str) -> _Entry:
+    """Load an entry point and register it."""
+    one = _installed()[name]
+    try:
+        register(name, one.load(), description=f"from {one.value}")
+    except Exception as error:  # whatever the package's own code raises
+        raise UserError(f"reward {name!r} cannot be loaded from {one.value}: {error}") from error
+    return _entries[name]
 
 
 def _current(name: str) -> str:
@@ -169,54 +191,3 @@ def _current(name: str) -> str:
         stacklevel=3,
     )
     return _OLD_NAMES[name]
-
-
-def score(
-    names: str | Reward | Sequence[str | Reward],
-    prompts: list[str],
-    responses: list[str],
-    *,
-    show_progress: bool = False,
-) -> np.ndarray:
-    """Scores of n (prompt, response) pairs by m rewards, given by name or as objects: float32 (n, m).
-
-    prompts: strings, or conversations (lists of messages). Language models and classifiers that read chats receive
-    whole conversations; other rewards the text of the last user turn.
-
-    Raises UserError or TypeError, in one line, for an unknown name, a missing package, lists of unequal length, a
-    result of the wrong shape, and for a score that is NaN or infinite (with the reward and the index of the pair).
-    """
-    prompts = with_conversations(prompts)
-    check_texts(prompts, responses)
-    listed: Any = [names] if isinstance(names, str) or is_reward(names) else names
-    if len(listed) == 0:
-        raise UserError("names must hold at least one reward, got none")
-    rewards = [_resolve(index, item) for index, item in enumerate(listed)]
-    spoken = [as_text(prompt) for prompt in prompts]
-    matrix = np.empty((len(prompts), len(rewards)), dtype=np.float32)
-    for column, reward in enumerate(rewards):
-        with progress.bar(f"scoring {reward.name}", total=len(prompts), unit="texts", show=show_progress) as advance:
-            if isinstance(reward, CachedReward):
-                values = reward(prompts, responses, advance=advance)
-            else:
-                values = reward(prompts if getattr(reward, "reads_messages", False) else spoken, responses)
-                advance(len(prompts))
-        matrix[:, column] = as_scores(reward.name, values, len(prompts))
-        bad = np.flatnonzero(~np.isfinite(matrix[:, column]))
-        if bad.size:
-            raise UserError(
-                f"reward {reward.name!r} must return finite scores, got {matrix[bad[0], column]} at index {bad[0]} "
-                f"({bad.size} of {len(prompts)} not finite)"
-            )
-    return matrix
-
-
-def _resolve(index: int, item: str | Reward) -> Reward:
-    if isinstance(item, str):
-        return get(item)
-    if is_reward(item):
-        return item
-    raise TypeError(
-        f"names[{index}] must be a registered name or a reward (callable, with a .name; see rewards.from_function), "
-        f"got {type(item).__name__}"
-    )

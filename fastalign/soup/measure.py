@@ -189,9 +189,11 @@ class Walk:
         self._models, self._base, self._prompts = models, base, prompts
         self._rows = weight_rows(rho, len(models))
         self._rewards = [rewards] if isinstance(rewards, str) else list(rewards)
-        self._names = names = [reward if isinstance(reward, str) else reward.name for reward in self._rewards]
-        if not names or len(set(names)) < len(names):
-            raise UserError(f"rewards must be one at least, each once, got {', '.join(names) or 'none'}")
+        from fastalign.rewards import references
+
+        self._names = references.names(self._rewards)
+        if not self._names:
+            raise UserError("rewards must be one at least, got none")
         if base is None:
             linear_rows(self._rows, None)
             checkpoints = [open_checkpoint(model) for model in models]
@@ -207,7 +209,8 @@ class Walk:
         made_with = {
             "models": identities,
             "dtype": str(dtype),
-            "rewards": names,
+            "rewards": [reward if isinstance(reward, str) else reward.name for reward in self._rewards],
+            **({"contents": contents} if (contents := references.contents(self._rewards)) else {}),
             "prompts_sha256": prompts_sha256,
             **self._sampling,
         }
@@ -219,6 +222,7 @@ class Walk:
         from fastalign.decode import Sampler
         from fastalign.models.loading import load_causal_lm
         from fastalign.rewards import score
+        from fastalign.rewards.references import load
 
         live, grids, names = None, [], self._names
         files_wanted = [
@@ -230,10 +234,11 @@ class Walk:
                 if scored is None:
                     if live is None:
                         first = self._models[0] if self._base is None else self._base
+                        rewards = load(self._rewards)
                         live, tokenizer = load_causal_lm(first, **self._loading)
                     _set(live, self._models, row, self._base)
                     scored = Sampler(live, tokenizer).sample(self._prompts, **self._sampling)
-                    scored = scored.with_rewards(names, score(self._rewards, *scored.pairs()))
+                    scored = scored.with_rewards(names, score(rewards, *scored.pairs()))
                     scored.settings["soup"] = wanted
                     with files.making(name) as path:
                         scored.to_parquet(path)

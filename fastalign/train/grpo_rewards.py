@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign._base import references
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
+from fastalign.rewards import registry
 
 ROWS_AT_ONCE = 32  # of a classifier
 OWN = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")  # what the trainer gives functions
@@ -93,8 +95,8 @@ def _functions(reward: Any, tokenizer: Any, load_options: dict[str, Any], device
     from fastalign.rewards.base import is_reward
 
     if isinstance(reward, str):
-        if reward in rewards.available():
-            return [_of_reward(rewards.get(reward))]
+        if _is_reference(reward):
+            return [_of_reward(rewards.parse(reward))]
         folder = Path(reward).expanduser()
         if not folder.is_dir() and reward.count("/") != 1:
             rewards.get(reward)  # raises, and lists the known names
@@ -111,6 +113,12 @@ def _functions(reward: Any, tokenizer: Any, load_options: dict[str, Any], device
     if is_reward(reward) and not _takes(reward, "completions"):
         return [_of_reward(reward)]
     return [RewardFunction(_name_of(reward), reward)]
+
+
+def _is_reference(text: str) -> bool:
+    """Whether it names one of fastalign's rewards; a folder or a hub name is a classifier's, as TRL has it."""
+    one = references.read(text)
+    return one.kind != "name" or one.alias is not None or registry.known(one.place)
 
 
 def _takes(function: Any, argument: str) -> bool:

@@ -30,6 +30,7 @@ from fastalign.jobs.align.budget import Budget
 from fastalign.jobs.align.folder import Folder
 from fastalign.jobs.align.split import split
 from fastalign.report import proof
+from fastalign.rewards import references
 
 HOW = ("auto", "decode", *methods.TRAINED)
 PILOT = 4  # candidates of each prompt that show what one costs
@@ -70,7 +71,8 @@ def align(
     """Align a model with a palette, in the folder `out`, and prove it on held-out prompts.
 
     Args:
-        model: as for `steps.sample`. prompts: at least two different ones. rewards: names, at least one.
+        model: as for `steps.sample`. prompts: at least two different ones. rewards: names or
+            references (`rewards.parse`).
         palette: in words (`palette.parse_palette`) or a palette file of `fastalign map`, for its targets; a reward
             that it does not name has no target.
         how: "decode": texts drawn from p_λ among the candidates. A trained model: "distill", "dpo", "grpo", "ppo"; see
@@ -93,7 +95,7 @@ def align(
     Raises:
         UserError: one line, as far as possible before anything is drawn.
     """
-    names, trainer = list(rewards), how if callable(how) else None
+    names, trainer = references.names(rewards), how if callable(how) else None
     how = getattr(how, "__name__", "own") if callable(how) else how
     words = in_words(palette, names)
     _check(names, words, methods.TRAINED[0] if trainer else how, texts_per_prompt, learning_rate, lora_r, rounds)
@@ -103,7 +105,7 @@ def align(
     if trainer or how in methods.TRAINED:
         methods.check(model, temperature, top_p)
     settings = {
-        "model": model, "prompts": list(prompts), "rewards": names, "palette": words, "how": how,
+        "model": model, "prompts": list(prompts), "rewards": list(rewards), "palette": words, "how": how,
         "candidates": candidates, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         "heldout": heldout, "texts_per_prompt": texts_per_prompt, "budget": budget, "learning_rate": learning_rate,
         "lora_r": lora_r, "rounds": rounds, "dtype": dtype, "seed": seed, "allow_infeasible": allow_infeasible,
@@ -111,6 +113,8 @@ def align(
     }  # fmt: skip
     if push_to_hub is not None and how == "decode":
         raise UserError(f"push_to_hub needs a trained model, and how is decode: got {push_to_hub!r}")
+    if contents := references.contents(rewards):
+        settings["contents"] = contents
     folder = Folder(out, settings, resume=resume, overwrite=overwrite)
     result = folder.result
     if result is None:
@@ -141,11 +145,9 @@ def _check(
 ) -> None:
     from fastalign.jobs import run as runs
     from fastalign.palette import parse_palette
-    from fastalign.rewards import check_names
 
     if not names:
         raise UserError("rewards must name at least one reward, got none")
-    check_names(names)
     if how not in HOW:
         raise UserError(f"how must be one of {', '.join(HOW)}, got {how!r}")
     parse_palette(palette, names, np.zeros((1, len(names))), rest="free")  # its words; levels come later
@@ -174,7 +176,8 @@ class Job:
         self.folder, self.budget, self.model, self.trainer = folder, budget, model, trainer
         self.overwrite, self.show_progress = overwrite, show_progress
         self.settings: dict[str, Any] = folder.settings
-        self.names: list[str] = self.settings["rewards"]
+        self.rewards: list[str] = self.settings["rewards"]  # references
+        self.names: list[str] = references.names(self.rewards)
         self.how: str = self.settings["how"]
         self.n: int = self.settings["candidates"]
         self.seed: int = self.settings["seed"]
@@ -236,7 +239,7 @@ class Job:
         with self.folder.stage(f"{part}: score"):
             return steps.score(
                 place / "candidates.parquet",
-                self.names,
+                self.rewards,
                 place / "scored.parquet",
                 show_progress=self.show_progress,
             )
@@ -384,7 +387,7 @@ class Job:
         with self.folder.stage("proof: score"):
             result = steps.score(
                 place / f"{name}.parquet",
-                self.names,
+                self.rewards,
                 place / f"{name}_scored.parquet",
                 show_progress=self.show_progress,
             )

@@ -104,7 +104,7 @@ def grpo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
     scored = Candidates.from_parquet(job.scored, kind="scored")
     options = _options(job, 1e-5, 1e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
     more: dict[str, Any] = {"reference": job.source.name, "steered": steered}
-    result = train_grpo(str(warm), scored, job.names, job.solution, out, **options, **more)
+    result = train_grpo(str(warm), scored, job.rewards, job.solution, out, **options, **more)
     job.lam = result["lambda"]
     return tokens + result["tokens"]
 
@@ -115,7 +115,7 @@ def ppo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
     scored = Candidates.from_parquet(job.scored, kind="scored")
     options = _options(job, 1.41e-5, 2e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
     options["steered"] = steered
-    result = train_ppo(job.source.name, scored, job.names, job.solution, out, **options)
+    result = train_ppo(job.source.name, scored, job.rewards, job.solution, out, **options)
     job.lam = result["lambda"]
     return result["tokens"]
 

@@ -13,6 +13,7 @@ from fastalign.decode.candidates import Candidates
 from fastalign.jobs import ppo, trainers
 from fastalign.jobs import run as runs
 from fastalign.jobs.grpo import prompt_rows
+from fastalign.rewards import references
 from fastalign.train.ppo_checkpoint import newest
 from fastalign.train.steering import STATE, Baselines, Rule, Steering, key_of
 
@@ -25,7 +26,7 @@ LEAST_LAM = 1e-6
 def train_grpo(
     model: str,
     scored: Candidates,
-    names: Sequence[str],
+    rewards: Sequence[str],
     solution: Mapping[str, Any],
     out: Path,
     *,
@@ -51,14 +52,15 @@ def train_grpo(
     from fastalign.train.grpo_config import GRPOConfig
     from fastalign.train.steered_grpo import SteeredGRPOTrainer
 
+    names = references.names(rewards)
     settings = {
-        "command": "align grpo", "model": model, "values": list(names), "solution": dict(solution),
+        "command": "align grpo", "model": model, "values": list(rewards), "solution": dict(solution),
         "reference": reference, "prompts": runs.rows_hash(scored.prompts), "learning_rate": learning_rate,
         "max_new_tokens": max_new_tokens, "lora_r": lora_r, "dtype": dtype, "seed": seed, "steered": steered,
         "max_steps": max_steps, "epochs": 1.0, "batch_size": PROMPTS * GENERATIONS, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     adapters = runs.lora(lora_r, "CAUSAL_LM")
-    run = runs.Run(out, settings, resume=False, overwrite=overwrite, inputs=[model])
+    run = runs.Run(out, settings, resume=False, overwrite=overwrite, inputs=ppo.inputs_of(model, rewards))
     if run.result is not None:
         return run.result
     steering = begin(solution, steered)
@@ -78,7 +80,7 @@ def train_grpo(
                 kl_in_reward=True, max_completion_length=max_new_tokens,
             )  # fmt: skip
             make = lambda callback: SteeredGRPOTrainer(  # noqa: E731
-                loaded, ppo.read_values(names), args, rows, processing_class=tokenizer, peft_config=adapters,
+                loaded, ppo.read_values(rewards), args, rows, processing_class=tokenizer, peft_config=adapters,
                 callbacks=[callback], steering=steering, baselines=baselines(scored, names, rows["prompt"]),
                 reference=base,
             )  # fmt: skip
@@ -94,7 +96,7 @@ def train_grpo(
 def train_ppo(
     model: str,
     scored: Candidates,
-    names: Sequence[str],
+    rewards: Sequence[str],
     solution: Mapping[str, Any],
     out: Path,
     *,
@@ -104,13 +106,13 @@ def train_ppo(
     **options: Any,
 ) -> dict[str, Any]:
     """As `train_grpo`, by PPO; options: of `jobs.ppo.train_ppo`."""
-    steering = begin(solution, steered)
+    steering, names = begin(solution, steered), references.names(rewards)
     lam = np.abs(steering.lam).sum()
     steer = PPOSteer(names, steering, baselines(scored, names, scored.prompts), solution)
     return ppo.train_ppo(
         model,
         scored.prompts,
-        names,
+        rewards,
         (steering.lam / lam if lam else np.ones(len(names))).tolist(),
         out,
         max_new_tokens=max_new_tokens,

@@ -271,13 +271,17 @@ def score(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Candidates:
-    """Score every candidate with the named rewards into a scored file at `out` (rewards already there are kept).
+    """Score every candidate into a scored file at `out` (rewards already there are kept).
 
+    rewards: names or references (`rewards.parse`); a local file that one names is an input of the job.
     prompt_column, response_column: of a file of another program, here and below; see `decode.elsewhere`.
     """
-    names = list(rewards)
+    from fastalign.rewards import references
+
+    names, given = references.names(rewards), list(rewards)
     columns = elsewhere.Columns(prompt_column, response_column)
-    job = outputs.Job("score", {"candidates": candidates}, {"rewards": names, **columns.named()})
+    inputs = {"candidates": candidates, **{path: path for path in references.contents(given)}}
+    job = outputs.Job("score", inputs, {"rewards": given, **columns.named()})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
         return Candidates.from_parquet(out, kind="scored")
     from fastalign.rewards import score
@@ -286,7 +290,7 @@ def score(
     with _held(out):
         if outputs.claim(out, job, overwrite=overwrite) is None:  # made since
             return Candidates.from_parquet(out, kind="scored")
-        values = score(names, *whole.pairs(), show_progress=show_progress)
+        values = score(given, *whole.pairs(), show_progress=show_progress)
         whole = whole.with_rewards(names, values)
         whole.settings["made"] = record
         whole.to_parquet(out)

@@ -1,0 +1,109 @@
+"""The syntax of a reference to a reward, as in --rewards: [name=]reference[options in brackets].
+
+    positive                          a registered reward
+    ./reward#helpful                  a folder of `train.RewardTrainer`, and one of its heads
+    my_rewards.py:short               a function, class or object of a file; package.module:short of a module
+    hf:unitary/toxic-bert#toxic       a sequence classifier of the hub or in a folder, and its label
+
+It only reads the text: what is named need not exist, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastalign._base.errors import UserError
+
+FORMS = "FILE.py:FUNCTION, MODULE:FUNCTION, or hf:MODEL#LABEL"
+COLUMN = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # the names that --rewards, --palette and --lam can parse
+_ALIAS = re.compile(r"""\s*([^\s,=<>:()\[\]{}"'/#]+)\s*=\s*(.+)""", re.DOTALL)
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+class Reference(NamedTuple):
+    """What a reference says. kind: "name" (of a registered reward, or a folder), "file", "module" or "hf".
+
+    place: the name, folder, file, module or model; part: the head, function or label.
+    """
+
+    text: str
+    alias: str | None
+    kind: str
+    place: str
+    part: str | None
+    options: dict[str, Any]
+
+    @property
+    def local(self) -> str | None:
+        """The file or folder that it names, if there is one."""
+        path = os.path.expanduser(self.place)
+        return path if self.kind in ("name", "file", "hf") and os.path.exists(path) else None
+
+
+def split(text: str) -> list[str]:
+    """The fields between commas, those within brackets apart; without blanks around them."""
+    fields, depth = [""], 0
+    for character in text:
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if character == "," and depth <= 0:
+            fields.append("")
+        else:
+            fields[-1] += character
+    return [field.strip() for field in fields if field.strip()]
+
+
+def read(text: str) -> Reference:
+    """Parse one reference. Raises UserError, one line, if it is none."""
+    alias, body = None, text.strip()
+    if (named := _ALIAS.fullmatch(body)) and not os.path.exists(os.path.expanduser(body.partition("#")[0])):
+        alias, body = named[1], named[2].strip()
+    options = {}
+    if body.endswith("]"):
+        body, _, inside = body[:-1].partition("[")
+        options = _options(text, inside)
+    elif "[" in body:
+        raise UserError(f"reward {text!r} must end with its options, as in NAME[option=value]")
+    if body.startswith("hf:"):
+        place, mark, part = body.removeprefix("hf:").partition("#")
+        found = Reference(text, alias, "hf", place, part if mark else None, options)
+    else:
+        place, colon, part = body.rpartition(":")
+        kind = "file" if place.endswith(".py") else "module" if _MODULE.fullmatch(place) else ""
+        if colon and kind:
+            found = Reference(text, alias, kind, place, part, options)
+        else:
+            place, mark, part = body.partition("#")
+            found = Reference(text, alias, "name", place, part if mark else None, options)
+    if not found.place or found.part == "":
+        raise UserError(f"reward {text!r} must be a name, {FORMS}")
+    return found
+
+
+def _options(text: str, inside: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for field in split(inside):
+        name, mark, value = field.partition("=")
+        if not mark or not name.strip().isidentifier() or name.strip() in options:
+            raise UserError(f"reward {text!r}: its options must be name=value, each name once, got {field!r}")
+        try:
+            options[name.strip()] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name.strip()] = value.strip()
+    return options
+
+
+def local_inputs(text: str) -> list[str]:
+    """The files and folders that a text names, if it is a list of references; else nothing."""
+    result = []
+    for field in split(text):
+        try:
+            one = read(field)
+        except UserError:
+            continue
+        named = [one.local, *(os.path.expanduser(value) for value in one.options.values() if isinstance(value, str))]
+        result += [path for path in named if path is not None and Path(path).exists()]
+    return result
