@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
                 soup.SoupFront.read(tmp_path / "bad.json")
     with pytest.raises(UserError, match="must sum to 1"):
         soup.walk(models, [[0.5, 0.4, 0]], PROMPTS, ["length"], tmp_path / "out", **DRAW)
-    with pytest.raises(UserError, match="each once"):
+    with pytest.raises(UserError, match="must be different"):
         soup.walk(models, [[1, 0, 0]], PROMPTS, ["length", "length"], tmp_path / "out", **DRAW)
     assert not (tmp_path / "out").exists()
 
