@@ -33,6 +33,11 @@ def log_likelihoods(model: Any, prompts: Sequence[Sequence[int]], token_ids: Seq
     return totals.reshape(len(prompts), -1)
 
 
+def drawn(candidates: Candidates) -> np.ndarray:
+    """(P, k) float64: the log-probability of each text under the model that drew it, as the sampler recorded it."""
+    return np.array([[sum(text) for text in row] for row in candidates.logprobs], dtype=np.float64)
+
+
 def of_weights(log_weights: np.ndarray) -> tuple[float, float | None]:
     """KL of drawing one of N candidates with these log weights (P, N) from drawing one uniformly, in nats: the mean
     over prompts, and its standard error."""

@@ -337,9 +337,7 @@ class Job:
         self._texts(chosen)
         kl = {"predicted": self.solution["kl"], "measured": measured, "se": error}
         base, after = (
-            divergence.perplexity(
-                float(sum(sum(text) for row in part.logprobs for text in row)), divergence.count(part)
-            )
+            divergence.perplexity(float(divergence.drawn(part).sum()), divergence.count(part))
             for part in (whole, picked)
         )
         content, rows = self._measured(whole, picked, kl, float(ess), {"base": base, "result": after})
@@ -394,8 +392,7 @@ class Job:
             sampler = self.model.sampler
             prompts = sampler.text.encode(self.held)
             before = divergence.log_likelihoods(sampler.model, prompts, result.token_ids)
-            after = divergence.log_likelihoods(tuned.sampler.model, prompts, result.token_ids)
-            plain = divergence.log_likelihoods(sampler.model, prompts, base.token_ids)
+            after, plain = divergence.drawn(result), divergence.drawn(base)
         measured, error = divergence.mean_and_error((after - before).mean(axis=1))
         self._texts({"heldout": result})
         perplexities = {
