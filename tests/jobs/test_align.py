@@ -113,7 +113,7 @@ MISTAKES = {
     "no budget": (["--budget", "20"], "--budget must be a time or tokens"),
     "a small budget": (["--budget", "10t"], "--budget must allow at least 4 candidates"),
     "texts pushed": (["--push-to-hub", "me/mine"], "--push-to-hub needs a trained model, and how is decode"),
-    "no candidates": (["--candidates", "0"], "must be an integer, at least 1"),
+    "no candidates": (["--candidates", "0"], "-n must be an integer, at least 1, got 0"),
     "truncated and trained": (["--how", "grpo", "--top-p", "0.9"], "--how must be decode"),
 }  # fmt: skip
 
@@ -125,6 +125,16 @@ def test_mistakes(place, tmp_path, mistake):
     line = refused(*job(place, out, "diversity>=base", *more))
     assert message in line, line
     assert not (out / "align.json").exists()
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_is_drawn_from(place, tmp_path):
+    """By its place in the file, on whichever side it lies."""
+    for at in (0, 3, 5):
+        rows = [f"tell me {i}" for i in range(6)]
+        rows[at] = "cat " * 400
+        (tmp_path / "long.txt").write_text("\n".join(rows))
+        line = refused(*job(place, tmp_path / "out", "diversity>=base", "--prompts", tmp_path / "long.txt"))
+        assert f"prompt {at} is too long" in line and not (tmp_path / "out").exists()
 
 
 def test_prompts_all_alike(place, tmp_path):

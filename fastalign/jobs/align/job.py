@@ -98,7 +98,16 @@ def align(
     names, trainer = references.names(rewards), how if callable(how) else None
     how = getattr(how, "__name__", "own") if callable(how) else how
     words = in_words(palette, names)
-    _check(names, words, methods.TRAINED[0] if trainer else how, texts_per_prompt, learning_rate, lora_r, rounds)
+    _check(
+        names,
+        words,
+        methods.TRAINED[0] if trainer else how,
+        texts_per_prompt,
+        learning_rate,
+        lora_r,
+        rounds,
+        candidates,
+    )
     allowed = Budget.parse(budget)
     SamplingSettings(candidates, max_new_tokens, temperature, top_p=top_p, seed=seed)
     train, held = split(prompts, heldout, seed)
@@ -120,7 +129,7 @@ def align(
     if result is None:
         job = Job(folder, allowed, steps.Model(model, dtype=dtype, device=device), trainer, overwrite, show_progress)
         with folder:
-            result = job.run([prompts[i] for i in train], [prompts[i] for i in held])
+            result = job.run(prompts, train, held)
     if push_to_hub is not None and (folder.out / "model").is_dir():
         methods.push(folder.out / "model", push_to_hub)
     return result
@@ -141,7 +150,14 @@ def in_words(palette: str | Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _check(
-    names: Sequence[str], palette: str, how: str, texts: int | None, rate: float | None, r: int | None, rounds: int
+    names: Sequence[str],
+    palette: str,
+    how: str,
+    texts: int | None,
+    rate: float | None,
+    r: int | None,
+    rounds: int,
+    candidates: int,
 ) -> None:
     from fastalign.jobs import run as runs
     from fastalign.palette import parse_palette
@@ -156,7 +172,7 @@ def _check(
     if rate is not None and not 0 < rate < math.inf:
         raise UserError(f"learning_rate must be positive and finite, got {rate}")
     runs.lora(r, "CAUSAL_LM")
-    runs.check_counts(rounds=rounds)
+    runs.check_counts(rounds=rounds, candidates=candidates)
     if rounds > 1 and how in ("auto", "decode"):
         raise UserError(f"rounds must be 1 for how {how}: only a trained model begins another, got {rounds}")
 
@@ -188,8 +204,12 @@ class Job:
         self.solution: dict[str, Any] = {}  # of `steps.solve_palette`
         self.lam: dict[str, float] = {}  # the solution's, or the steered one
 
-    def run(self, train: list[Any], held: list[Any]) -> dict[str, Any]:
-        self.train, self.held = train, held
+    def run(self, prompts: Sequence[Any], train: Sequence[int], held: Sequence[int]) -> dict[str, Any]:
+        """train, held: indices of the prompts of both parts."""
+        self.train, self.held = [prompts[i] for i in train], [prompts[i] for i in held]
+        if not (self.folder.out / "train" / "candidates.parquet").exists():
+            with self.folder.stage("load"):  # refuses a prompt that is too long, before any is drawn from
+                self.model.sampler.encode(prompts, "auto", self.settings["max_new_tokens"])
         self.n = self.folder.decided("candidates", self._candidates)
         scored = self._solve(self.n)
         if not self.solution["feasible"] and not self.settings["allow_infeasible"]:
@@ -264,8 +284,6 @@ class Job:
         if not self.budget.limited:
             return self.n
         pilot = min(PILOT, self.n)
-        with self.folder.stage("load"):
-            _ = self.model.sampler
         self.candidates("train", self.train, pilot)
         share = 1.0 if self.how in ("auto", "decode") else SAMPLING_SHARE
         prompts = len(self.train) + (len(self.held) if self.how in ("auto", "decode") else 0)
@@ -485,9 +503,9 @@ class Job:
 
 
 def _certificate(names: Sequence[str], certificate: dict[str, Any], asked: Sequence[float | None]) -> str:
-    terms = [
-        (w, name, x) for w, name, x in zip(certificate["weights"], names, asked, strict=True) if w and x is not None
-    ]
+    least = 1e-9 * max(map(abs, certificate["weights"]))  # smaller ones are rounding
+    rows = zip(certificate["weights"], names, asked, strict=True)
+    terms = [(w, name, x) for w, name, x in rows if abs(w) > least and x is not None]
     left = " + ".join(f"{w:.4g}·{name}" for w, name, _ in terms).replace("+ -", "- ")
     wanted = sum(w * x for w, _, x in terms)
     return f"{left} is at most {certificate['bound']:.6g} for every choice among the candidates; asked: {wanted:.6g}"
