@@ -14,15 +14,15 @@ from fastalign.bench.worker import Worker
 pytestmark = pytest.mark.training
 TRL = "TRL GRPOTrainer"
 CASES = {  # options and bar
-    "4 prompts of 96 words × 8, 24 tokens": (
+    "4 prompts of 96 words x 8, 24 tokens": (
         {"prompts": 4, "words": 96, "completions": 8, "new": 24},
         bar(3.5, zen5=6.0),
     ),
-    "8 prompts of 96 words × 16, 32 tokens": (
+    "8 prompts of 96 words x 16, 32 tokens": (
         {"prompts": 8, "words": 96, "completions": 16, "new": 32},
         bar(3.6, zen5=6.5),
     ),
-    "2 prompts of 400 words × 16, 24 tokens": (
+    "2 prompts of 400 words x 16, 24 tokens": (
         {"prompts": 2, "words": 400, "completions": 16, "new": 24},
         bar(6.5, zen5=11.0),
     ),
