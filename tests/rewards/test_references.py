@@ -154,7 +154,8 @@ def test_mistakes_that_the_scores_show(classifiers, reference, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_rewards_of_one_name(here):
+def test_rewards_of_one_name(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
     with pytest.raises(UserError, match="must be different, got short, short: give one another name"):
         rewards.check_names(["mine.py:short", "mine:short"])
 
