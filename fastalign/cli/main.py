@@ -267,9 +267,8 @@ def sample(
 
 
 def _drawn(out: Path, candidates) -> Result:
-    tokens = sum(len(ids) for row in candidates.token_ids for ids in row)
-    _console().print(f"{out}: {_size(candidates)}, {counted(tokens, 'token')}")
-    return {"out": str(out), "prompts": len(candidates.prompts), "n": candidates.n, "tokens": tokens}
+    _console().print(f"{out}: {_size(candidates)}, {counted(candidates.tokens, 'token')}")
+    return {"out": str(out), "prompts": len(candidates.prompts), "n": candidates.n, "tokens": candidates.tokens}
 
 
 def _advise(console, worth, n: int) -> None:

@@ -126,6 +126,11 @@ class Candidates:
         return len(self.texts[0]) if self.texts else 0
 
     @property
+    def tokens(self) -> int:
+        """Of all candidates, end tokens included."""
+        return sum(len(ids) for row in self.token_ids for ids in row)
+
+    @property
     def kind(self) -> str:
         if self.picked is not None:
             return "selected"

@@ -87,15 +87,13 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
     )
     values = _values(where, table, have, {prompt, response}, columns.values)
     texts: dict[str, list[str]] = {}
-    prompts: dict[str, Any] = {}
     scores: dict[str, dict[str, list[float]]] = {}
     for i, row in enumerate(table):
-        asked = _prompt(f"{where}: row {i}: {prompt}", row)(prompt)
+        asked = _prompt(f"{where}: row {i}: {prompt}", row, prompt)
         answers = _texts(f"{where}: row {i}: {response}", row.get(response))
         mine = scores.setdefault(asked, {name: [] for name in values})
         for name in values:
             mine[name] += _numbers(f"{where}: row {i}: {name}", row.get(name), len(answers))
-        prompts.setdefault(asked, asked)
         texts.setdefault(asked, []).extend(answers)
     n = min(map(len, texts.values()))
     most = max(map(len, texts.values()))
@@ -106,7 +104,7 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
         name.removeprefix(_REWARD): np.array([scores[asked][name][:n] for asked in texts], dtype=np.float64)
         for name in values
     }
-    return Candidates(list(prompts.values()), [row[:n] for row in texts.values()], empty, empty, rewards=rewards)
+    return Candidates(list(texts), [row[:n] for row in texts.values()], empty, empty, rewards=rewards)
 
 
 def _is_ours(path: Path) -> bool:
@@ -194,16 +192,13 @@ def _numbers(where: str, x: Any, count: int) -> list[float]:
     return several
 
 
-def _prompt(where: str, row: Mapping[str, Any]) -> Any:
-    def of(column: str) -> str:
-        x = row.get(column)
-        if isinstance(x, np.ndarray):
-            x = x.tolist()
-        if isinstance(x, str) and row.get("is_conversation") in (True, "True", "true"):
-            return Conversation.parse(x)
-        return as_prompt(x, where)
-
-    return of
+def _prompt(where: str, row: Mapping[str, Any], column: str) -> str:
+    x = row.get(column)
+    if isinstance(x, np.ndarray):
+        x = x.tolist()
+    if isinstance(x, str) and row.get("is_conversation") in (True, "True", "true"):
+        return Conversation.parse(x)
+    return as_prompt(x, where)
 
 
 def _texts(where: str, x: Any) -> list[str]:

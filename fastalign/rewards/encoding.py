@@ -32,6 +32,26 @@ def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, left
     return out.to(device)
 
 
+def log_likelihoods(
+    model: Any, contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices, (k,) float64): the log-probability in nats of each target, token ids, after its context, batch by
+    batch; neither is empty."""
+    import torch
+
+    from fastalign.models.scoring import score
+
+    rows = [[*context, *target] for context, target in zip(contexts, targets, strict=True)]
+    for batch in length_batches([len(row) for row in rows], batch_size):
+        ids = pad([rows[i] for i in batch], 0, model.device)
+        labels = pad([[-100] * (len(contexts[i]) - 1) + list(targets[i]) for i in batch], -100, model.device)
+        with evaluating(model):
+            log_probs = score(model, ids, labels).outputs["log_probs"]
+            counts = (labels != -100).sum(dim=1).tolist()
+            totals = torch.stack([part.double().sum() for part in log_probs.split(counts)])
+        yield batch, totals
+
+
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """The model's maximum number of tokens, from its tokenizer or its configuration; None if neither says."""
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]

@@ -12,7 +12,7 @@ from fastalign._base.errors import UserError
 from fastalign.data.conversations import transcript
 from fastalign.data.text import Text, embedding_rows
 from fastalign.rewards.base import CachedReward
-from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
+from fastalign.rewards.encoding import check_count, context_length, log_likelihoods
 
 
 class LogLikelihood(CachedReward):
@@ -78,10 +78,6 @@ class LogLikelihood(CachedReward):
         return None if isinstance(self._model, str) else self._model
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        import torch
-
-        from fastalign.models.scoring import score
-
         model, tokenizer = self._load()
         limit = self.max_length or context_length(model.config, tokenizer)
         distinct = sorted(set(prompts))
@@ -94,17 +90,6 @@ class LogLikelihood(CachedReward):
             yield empty, np.full(len(empty), -math.log(model.config.get_text_config().vocab_size))
         full = [index for index, row in enumerate(targets) if row]
         contexts = [of_prompt[prompts[index]][-(limit - len(targets[index])) if limit else 0 :] for index in full]
-        rows = [context + targets[index] for context, index in zip(contexts, full, strict=True)]
-        for batch in length_batches([len(row) for row in rows], self.batch_size):
-            indices = [full[index] for index in batch]
-            ids = pad([rows[index] for index in batch], 0, model.device)
-            labels = pad(
-                [[-100] * (len(rows[i]) - len(targets[full[i]]) - 1) + targets[full[i]] for i in batch],
-                -100,
-                model.device,
-            )
-            with evaluating(model):
-                log_probs = score(model, ids, labels).outputs["log_probs"]
-                counts = (labels != -100).sum(dim=1)
-                total = torch.stack([part.double().sum() for part in log_probs.split(counts.tolist())])
-            yield indices, (total / counts).cpu().numpy()
+        scored = [targets[index] for index in full]
+        for batch, totals in log_likelihoods(model, contexts, scored, self.batch_size):
+            yield [full[i] for i in batch], totals.cpu().numpy() / [len(scored[i]) for i in batch]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
+from fastalign._base.files import read_json, write_json
 from fastalign.train.grpo import GRPOTrainer
 from fastalign.train.steering import STATE, Baselines, Steering, key_of, slope_of, within
 
@@ -60,14 +59,12 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with atomic_write(os.path.join(folder, STATE)) as beside:  # makes the folder
-            beside.write_text(json.dumps(self.steering.state()), encoding="utf-8")
+        write_json(os.path.join(folder, STATE), self.steering.state())  # makes the folder
         super()._save_checkpoint(model, trial)  # trainer_state.json comes last: the checkpoint is complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         path = os.path.join(checkpoint, STATE) if checkpoint is not None else ""
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                self.steering.restore(json.load(file))
+            self.steering.restore(read_json(path))
             self.reward_weights.copy_(torch.from_numpy(self.steering.lam))

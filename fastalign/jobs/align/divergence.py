@@ -10,27 +10,19 @@ import numpy as np
 
 from fastalign._base.error_bars import standard_error
 from fastalign.decode.candidates import Candidates
+from fastalign.rewards import encoding
 
 BATCH_SIZE = 16
 
 
-def log_likelihoods(model: Any, prompts: Sequence[Sequence[int]], token_ids: Sequence[Sequence[Sequence[int]]]) -> Any:
+def log_likelihoods(model: Any, prompts: Sequence[list[int]], token_ids: Sequence[list[list[int]]]) -> np.ndarray:
     """(P, k) float64: the log-probability in nats of each text given its prompt; all by token ids."""
-    import torch
-
-    from fastalign.models.scoring import score
-    from fastalign.rewards.encoding import evaluating, length_batches, pad
-
-    rows = [(list(prompt), list(text)) for prompt, texts in zip(prompts, token_ids, strict=True) for text in texts]
-    totals = np.zeros(len(rows))
-    for batch in length_batches([len(prompt) + len(text) for prompt, text in rows], BATCH_SIZE):
-        ids = pad([[*rows[i][0], *rows[i][1]] for i in batch], 0, model.device)
-        labels = pad([[-100] * (len(rows[i][0]) - 1) + rows[i][1] for i in batch], -100, model.device)
-        with evaluating(model):
-            log_probs = score(model, ids, labels).outputs["log_probs"]
-        counts = (labels != -100).sum(dim=1).tolist()
-        totals[batch] = torch.stack([part.double().sum() for part in log_probs.split(counts)]).cpu().numpy()
-    return totals.reshape(len(prompts), -1)
+    contexts = [prompt for prompt, texts in zip(prompts, token_ids, strict=True) for _ in texts]
+    texts = [text for row in token_ids for text in row]
+    result = np.zeros(len(texts))
+    for batch, totals in encoding.log_likelihoods(model, contexts, texts, BATCH_SIZE):
+        result[batch] = totals.cpu().numpy()
+    return result.reshape(len(prompts), -1)
 
 
 def drawn(candidates: Candidates) -> np.ndarray:
@@ -54,7 +46,3 @@ def mean_and_error(per_prompt: np.ndarray) -> tuple[float, float | None]:
 
 def perplexity(log_likelihood: float, tokens: int) -> float | None:
     return math.exp(min(-log_likelihood / tokens, 700.0)) if tokens else None
-
-
-def count(candidates: Candidates) -> int:
-    return sum(len(ids) for row in candidates.token_ids for ids in row)

@@ -25,6 +25,7 @@ from fastalign._base.units import counted
 from fastalign.data import palettes
 from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.candidates import Candidates
+from fastalign.decode.select import effective_sample_size, log_weights_of
 from fastalign.jobs.align import divergence, methods, steps
 from fastalign.jobs.align.budget import Budget
 from fastalign.jobs.align.folder import Folder
@@ -253,7 +254,7 @@ class Job:
         place, model = self.folder.part(part), self.model if part == "heldout" else self.source
         with self.folder.stage(f"{part}: sample") as stage:
             drawn = self._drawn(place / "candidates.parquet", model, prompts, n, self._seed(part))
-            stage["tokens"] = divergence.count(drawn)
+            stage["tokens"] = drawn.tokens
         if (place / "scored.parquet").is_file():
             return Candidates.from_parquet(place / "scored.parquet", kind="scored")
         with self.folder.stage(f"{part}: score"):
@@ -347,16 +348,14 @@ class Job:
             )
         whole = Candidates.from_parquet(self.folder.part("heldout") / "scored.parquet")
         grid = whole.reward_array(self.names)
-        weights = grid.astype(np.float64) @ np.array(self.solution["lambda"])
-        measured, error = divergence.of_weights(weights)
-        shares = np.exp(weights - weights.max(axis=1, keepdims=True))
-        ess = (shares.sum(axis=1) ** 2 / (shares**2).sum(axis=1)).mean()
+        lam = np.array(self.solution["lambda"])
+        measured, error = divergence.of_weights(log_weights_of(grid, lam))
+        ess = effective_sample_size(grid, lam).mean()
         picked = chosen["heldout"]
         self._texts(chosen)
         kl = {"predicted": self.solution["kl"], "measured": measured, "se": error}
         base, after = (
-            divergence.perplexity(float(divergence.drawn(part).sum()), divergence.count(part))
-            for part in (whole, picked)
+            divergence.perplexity(float(divergence.drawn(part).sum()), part.tokens) for part in (whole, picked)
         )
         content, rows = self._measured(whole, picked, kl, float(ess), {"base": base, "result": after})
         return self._finish(content, whole, picked, rows)
@@ -399,7 +398,7 @@ class Job:
         tuned = steps.Model(str(made), **{name: self.model.loading[name] for name in ("dtype", "device")})
         with self.folder.stage("proof: sample") as stage:
             drawn = self._drawn(place / f"{name}.parquet", tuned, self.held, self._draws, self._seed("result"))
-            stage["tokens"] = divergence.count(drawn)
+            stage["tokens"] = drawn.tokens
         with self.folder.stage("proof: score"):
             result = steps.score(
                 place / f"{name}.parquet",
@@ -414,8 +413,8 @@ class Job:
         measured, error = divergence.mean_and_error((after - before).mean(axis=1))
         self._texts({"heldout": result})
         perplexities = {
-            "base": divergence.perplexity(float(plain.sum()), divergence.count(base)),
-            "result": divergence.perplexity(float(before.sum()), divergence.count(result)),
+            "base": divergence.perplexity(float(plain.sum()), base.tokens),
+            "result": divergence.perplexity(float(before.sum()), result.tokens),
         }
         kl = {"predicted": self.solution["kl"], "measured": measured, "se": error}
         content, rows = self._measured(base, result, kl, self.solution["ess"], perplexities)
