@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
 from fastalign._base.units import counted
 from fastalign.data.conversations import transcript
 from fastalign.report import clean
@@ -34,22 +32,6 @@ _ROUNDS = (
 _WEIGHTED = "Blue: the same answers under the policy p<sub>λ</sub>."
 
 
-def write(
-    path: str | os.PathLike[str],
-    content: Mapping[str, Any],
-    *,
-    base: Candidates,
-    result: Candidates | None,
-    rows: Sequence[Level],
-    settings: Mapping[str, Any],
-) -> None:
-    """Write the page. content: of align.json; base, result: scored texts of the same prompts, from the base model and
-    aligned; result is None for a palette that cannot be reached. Without matplotlib the page has no figure."""
-    text = page(content, base=base, result=result, rows=rows, settings=settings)
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
 def page(
     content: Mapping[str, Any],
     *,
@@ -58,6 +40,8 @@ def page(
     rows: Sequence[Level],
     settings: Mapping[str, Any],
 ) -> str:
+    """The page as text. content: of align.json; base, result: scored texts of the same prompts, from the base model and
+    aligned; result is None for a palette that cannot be reached. Without matplotlib the page has no figure."""
     shown = [row for row in rows if row.realised is not None]
     missed = any(row.verdict.startswith(MISSED) for row in rows) or not shown
     prompts = counted(content["heldout_prompts"], "held-out prompt")

@@ -463,8 +463,9 @@ class Job:
         if (model := self.folder.out / "model").is_dir():
             methods.write_card(model, content, self.settings)
         whole = self.folder.with_cost(content)
-        page = self.folder.out / "report.html"
-        proof_page.write(page, whole, base=base, result=result, rows=rows, settings=self.settings)
+        page = proof_page.page(whole, base=base, result=result, rows=rows, settings=self.settings)
+        with atomic_write(self.folder.out / "report.html") as beside:
+            beside.write_text(page, encoding="utf-8")
         return self.folder.finish(whole)
 
     def _impossible(self, base: Candidates) -> dict[str, Any]:
