@@ -7,11 +7,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-AT_ONCE = 32  # completions: 128 take TRL more than 24 GB
 
 
 def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
-    """options: prompts, words (of each), completions (per prompt), new (tokens)."""
+    """options: prompts, words (of each), completions (per prompt), new (tokens), at_once (completions trained on)."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=folder, TRL_EXPERIMENTAL_SILENCE="1")
     from fastalign.bench.dpo_job import peak_mb
 
@@ -40,7 +39,7 @@ def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": scores}
 
     def step(count: int, completions: int, **more: Any) -> Any:
-        rows, at_once = count * completions, min(count * completions, AT_ONCE)
+        rows, at_once = count * completions, min(count * completions, options["at_once"])
         args = config(
             output_dir=folder, report_to=[], max_steps=1, logging_steps=1,
             per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once,

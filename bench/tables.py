@@ -33,8 +33,7 @@ def line(benchmark: dict) -> str:
     for peer, ratio in result["ratio"].items():
         bar = result["bars"].get(peer)
         message = "" if bar is None else f" (bar {bar:.3g}{'' if ratio['p50'] >= bar else ', MISSED'})"
-        low, middle, high = (figures(ratio[name]) for name in ("p20", "p50", "p80"))
-        parts.append(f"{middle} × {peer} [{low}–{high}]{message}")
+        parts.append(f"{figures(ratio['p50'])} × {peer} [{spread(result, ratio)}]{message}")
     parts += [f"floor {_ms(result['floor'])}"] if "floor" in result else []
     parts += [result["check"]] if "check" in result else []
     return ", ".join(parts)
@@ -62,8 +61,7 @@ def table(benchmarks: list[dict], *, headline: bool = False) -> list[str]:
             machines += [place] * (place not in machines)
             memory = [result["peak_mb"].get(name) for name in (peer, "fastalign")]
             cells = [benchmark["group"], title(benchmark), peer]
-            low, middle, high = (figures(ratio[name]) for name in ("p20", "p50", "p80"))
-            cells += [f"**{middle} ×** ({low}–{high})"]
+            cells += [f"**{figures(ratio['p50'])} ×** ({spread(result, ratio)})"]
             cells += ["" if bar is None else f"{bar:.3g}{'' if ratio['p50'] >= bar else ', missed'}"]
             cells += [_ms(benchmark["stats"]["median"]), floor]
             cells += ["" if None in memory else f"{memory[0]:,.0f} → {memory[1]:,.0f} MB"]
@@ -76,6 +74,11 @@ def title(benchmark: dict) -> str:
     """The parameters in brackets after the test's name, or that name."""
     name, _, case = benchmark["name"].removesuffix("]").partition("[")
     return (case or name.removeprefix("test_").replace("_", " ")).replace(" x ", " × ")
+
+
+def spread(result: dict, ratio: dict[str, float]) -> str:
+    """Within which the middle three fifths of the rounds' ratios lie."""
+    return "one round" if result["rounds"] == 1 else f"{figures(ratio['p20'])}–{figures(ratio['p80'])}"
 
 
 def _ms(seconds: float) -> str:
