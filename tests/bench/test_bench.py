@@ -97,8 +97,8 @@ def test_every_op_has_its_benchmark():
 
 def row(name, ratio, date="2026-01-01", bar=2.0):
     stats = {"median": 1e-3, "data": [1e-3]}
-    result = {"processor": "P", "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "peak_mb": {}}
-    result |= {"rounds": 1, "ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
+    result = {"processor": "P", "threads": 2, "isa": "avx2", "versions": {"torch": "2"}, "date": date, "rounds": 3}
+    result |= {"peak_mb": {}, "ratio": {"peer": dict.fromkeys(("p20", "p50", "p80"), ratio)}, "bars": {"peer": bar}}
     return {"group": "x", "name": f"test_x[{name}]", "fullname": name, "extra_info": result, "stats": stats}
 
 
