@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 
-
 def job(kind: str, options: dict, folder: str) -> Callable[[], dict]:
     """options: prompts, words (of each), completions (per prompt), new (tokens), at_once (completions trained on)."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=folder, TRL_EXPERIMENTAL_SILENCE="1")
