@@ -19,9 +19,10 @@ from protocol_server import ProtocolServer, draw
 from scipy.stats import chisquare
 from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
+from fastalign._base import http
 from fastalign._base.errors import UserError
+from fastalign._base.in_flight import as_done
 from fastalign.decode import Candidates, Sampler, best_of
-from fastalign.decode.samplers import openai
 from fastalign.decode.samplers.openai import OpenAISampler
 from fastalign.decode.samplers.vllm import VLLMSampler
 from fastalign.jobs import align as pipeline
@@ -48,7 +49,7 @@ def server(model, tokenizer):
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(openai, "WAIT", 0.001)
+    monkeypatch.setattr(http, "WAIT", 0.001)
 
 
 class StandIn:
@@ -446,7 +447,7 @@ def test_no_task_is_begun_after_an_error_however_late_it_is_read():
         yield "never"
         idle.set()
 
-    results = openai.as_done(work, tasks(), threads=1)
+    results = as_done(work, tasks(), threads=1)
     assert next(results) == ("good", "GOOD")
     assert not idle.wait(0.2)  # the reader is elsewhere, and the thread has had time to go on
     with pytest.raises(UserError, match="refused"):
