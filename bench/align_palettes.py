@@ -3,7 +3,7 @@ results/align_palettes.json and its figure.
 
 SmolLM2-135M, three values, 200 prompts of which half are held out, another half for every palette. Palettes are drawn
 inside of what reweighting reaches, with ten effective candidates per prompt or more. All of them are decoded; the first
-few are trained as well, by each method in the same time: distill, grpo with λ steered, grpo with the λ of the
+few are trained as well, by each method on the same budget: distill, grpo with λ steered, grpo with the λ of the
 candidates, and TRL's way, equal weights. Candidates are drawn once. Resumable: what is finished is read.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
     for i, words in enumerate(palettes[: options.trained]):
         for method in options.methods.split(","):
             out = options.work / f"{method.replace(' ', '-')}-{i}"
-            more: dict[str, Any] = {"budget": f"{options.minutes}m", "learning_rate": options.learning_rate}
+            more: dict[str, Any] = {"budget": options.budget, "learning_rate": options.learning_rate}
             rows.append(row(method, i, words, run(pool, words, out, i, how=TRAINED[method], **more)))
             write(options, rows)
 
@@ -126,7 +126,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         ]
         for method in ("decode", *TRAINED)
     }
-    settings = {"minutes": options.minutes, "candidates": CANDIDATES, "tokens": TOKENS, "values": NAMES}
+    settings = {"budget": options.budget, "candidates": CANDIDATES, "tokens": TOKENS, "values": NAMES}
     write_json(options.out, {"machine": machine(), "settings": settings, "met": hits, "rows": rows})
     plot(rows, options.out.with_suffix(".png"))
 
@@ -156,7 +156,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--palettes", type=int, default=30)
     parser.add_argument("--trained", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--budget", default="10m", help="of each training, as in `fastalign align`")
     parser.add_argument("--learning-rate", type=float, default=None)
     parser.add_argument("--methods", default=",".join(TRAINED))
     parser.add_argument("--work", type=Path, default=Path("out/align_palettes"))

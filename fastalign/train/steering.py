@@ -46,6 +46,9 @@ class Steering:
     begin. rule: see `Rule`.
     """
 
+    palette: np.ndarray
+    side: np.ndarray
+    free: np.ndarray
     lam: np.ndarray
 
     def __init__(

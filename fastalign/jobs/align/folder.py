@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ class Folder:
         for folder in (*PARTS, "round-[0-9]*"):
             for path in [*self.out.glob(f"{folder}/*.parquet"), *self.out.glob(f"{folder}/palette.json")]:
                 path.unlink()
+            for path in self.out.glob(f"{folder}/distilled-[0-9]"):
+                shutil.rmtree(path)
 
     def part(self, name: str) -> Path:
         folder = self.out / name

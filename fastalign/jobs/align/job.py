@@ -181,6 +181,16 @@ def _check(
 class Job:
     """One job in its folder. `run` is all of it."""
 
+    folder: Folder
+    budget: Budget
+    model: steps.Model
+    trainer: Callable[[Job, Path, Budget], float] | None
+    overwrite: bool
+    show_progress: bool
+    rounds_left: int
+    train: list[Any]
+    held: list[Any]
+
     def __init__(
         self,
         folder: Folder,
@@ -253,7 +263,7 @@ class Job:
         """n scored candidates of each prompt, in the folder's `part`: the held-out ones from the base model."""
         place, model = self.folder.part(part), self.model if part == "heldout" else self.source
         with self.folder.stage(f"{part}: sample") as stage:
-            drawn = self._drawn(place / "candidates.parquet", model, prompts, n, self._seed(part))
+            drawn = self.drawn(place / "candidates.parquet", model, prompts, n, self.seed_of(part))
             stage["tokens"] = drawn.tokens
         if (place / "scored.parquet").is_file():
             return Candidates.from_parquet(place / "scored.parquet", kind="scored")
@@ -265,7 +275,8 @@ class Job:
                 show_progress=self.show_progress,
             )
 
-    def _drawn(self, path: Path, model: steps.Model, prompts: list[Any], n: int, seed: int) -> Candidates:
+    def drawn(self, path: Path, model: steps.Model, prompts: list[Any], n: int, seed: int) -> Candidates:
+        """n candidates of each prompt, in the file `path`; only those that it lacks are drawn."""
         had = outputs.recorded(path, "sampling")
         if had is not None and had["n"] >= n:
             return Candidates.from_parquet(path)
@@ -276,7 +287,7 @@ class Job:
         drawing = {name: self.settings[name] for name in names}
         return steps.sample(model, prompts, path, n=n, seed=seed, show_progress=self.show_progress, **drawing)
 
-    def _seed(self, part: str) -> int:
+    def seed_of(self, part: str) -> int:
         """Apart for each part: prompts of the same number would share their random numbers."""
         return int(np.random.SeedSequence([self.seed, zlib.crc32(part.encode())]).generate_state(1, np.uint64)[0]) >> 1
 
@@ -285,13 +296,13 @@ class Job:
         if not self.budget.limited:
             return self.n
         pilot = min(PILOT, self.n)
-        self.candidates("train", self.train, pilot)
+        had = self.candidates("train", self.train, pilot).n
         share = 1.0 if self.how in ("auto", "decode") else SAMPLING_SHARE
         prompts = len(self.train) + (len(self.held) if self.how in ("auto", "decode") else 0)
         spent = [
             sum(x) for x in zip(*(self.folder.spent(f"train: {what}") for what in ("sample", "score")), strict=True)
         ]
-        each = [x / (pilot * len(self.train)) * prompts for x in spent]
+        each = [x / (had * len(self.train)) * prompts for x in spent]
         left = self.budget.less(*self.folder.spent("load"))
         affordable = min(share * total / cost if cost else math.inf for total, cost in zip(left, each, strict=True))
         if affordable < pilot:
@@ -343,7 +354,7 @@ class Job:
                 self.palette,
                 place / "selected.parquet",
                 k=k,
-                seed=self._seed(part),
+                seed=self.seed_of(part),
                 overwrite=True,
             )
         whole = Candidates.from_parquet(self.folder.part("heldout") / "scored.parquet")
@@ -397,7 +408,7 @@ class Job:
         place = self.folder.part("heldout")
         tuned = steps.Model(str(made), **{name: self.model.loading[name] for name in ("dtype", "device")})
         with self.folder.stage("proof: sample") as stage:
-            drawn = self._drawn(place / f"{name}.parquet", tuned, self.held, self._draws, self._seed("result"))
+            drawn = self.drawn(place / f"{name}.parquet", tuned, self.held, self._draws, self.seed_of("result"))
             stage["tokens"] = drawn.tokens
         with self.folder.stage("proof: score"):
             result = steps.score(

@@ -1,6 +1,7 @@
 """Models trained to a palette, each from the candidates of the training half, into the folder's `model`.
 
-- distill: weighted maximum likelihood of the candidates under p_λ, every one of them with its weight.
+- distill: weighted maximum likelihood of the candidates under p_λ, each with its weight; λ goes further where the
+  model's own levels fall short.
 - dpo: pairs with a chosen text drawn from p_λ and a rejected one from p0.
 - grpo, ppo: reinforcement learning on λ·R less the KL to the base, whose optimum is p_λ; λ is steered by the levels
   that the policy itself reaches.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from fastalign.jobs.align.job import Job
 
 PROOF_SHARE = 1.5  # of what the proof's draws cost, kept back for it
-EPOCHS = 2.0  # of distill
-LIGHT = 0.01  # of a prompt's weight, on the candidates that distill leaves out
 LEAST_SHARE = 0.1  # of the budget that must be left for training
 
 
@@ -61,26 +60,9 @@ def train(job: Job, out: Path) -> None:
 
 
 def distill(job: Job, out: Path, left: Budget) -> float:
-    from fastalign.jobs.distill import read_rows, train_distill
+    from fastalign.jobs.align.distilled import distill as steered
 
-    rows = read_rows(job.scored, lam=job.lam)
-    for row in rows:
-        row["weights"] = without_least(row["weights"])
-    result = train_distill(job.source.name, rows, out, **_options(job, 1e-5, 1e-4), epochs=EPOCHS, until=left.spent)
-    return result["tokens"]
-
-
-def without_least(weights: Sequence[float], share: float = LIGHT) -> list[float]:
-    """The weights with the smallest of them, that `share` of their sum in all, set to 0: a candidate of weight 0 costs
-    nothing."""
-    order = sorted(range(len(weights)), key=lambda j: weights[j])
-    left, result = share * sum(weights), list(weights)
-    for j in order:
-        left -= weights[j]
-        if left < 0:
-            break
-        result[j] = 0.0
-    return result
+    return steered(job, out, left, _options(job, 1e-4, 1e-3))
 
 
 def dpo(job: Job, out: Path, left: Budget) -> float:
@@ -95,14 +77,15 @@ def dpo(job: Job, out: Path, left: Budget) -> float:
 
 
 def grpo(job: Job, out: Path, left: Budget, *, steered: bool = True) -> float:
-    """Begins where distillation ends, in half of the time."""
+    """Begins where one pass of distillation ends, in at most half of the time."""
+    from fastalign.jobs.align.distilled import distill as one_pass
     from fastalign.jobs.align.steered import train_grpo
 
     began, warm = time.perf_counter(), job.folder.part(job.part) / "distilled"
-    tokens = distill(job, warm, Budget(*(x / 2 for x in left)))
+    tokens = one_pass(job, warm, Budget(*(x / 2 for x in left)), _options(job, 1e-4, 1e-3), passes=1)
     left = left.less(time.perf_counter() - began, tokens)
     scored = Candidates.from_parquet(job.scored, kind="scored")
-    options = _options(job, 1e-5, 1e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
+    options = _options(job, 3e-5, 3e-4) | {"max_new_tokens": job.settings["max_new_tokens"], "until": left.spent}
     more: dict[str, Any] = {"reference": job.source.name, "steered": steered}
     result = train_grpo(str(warm), scored, job.rewards, job.solution, out, **options, **more)
     job.lam = result["lambda"]
