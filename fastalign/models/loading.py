@@ -70,6 +70,18 @@ def check_language_model(name_or_path: str | os.PathLike[str]) -> None:
         _check_head(config, name_or_path)
 
 
+def width_of(name_or_path: str | os.PathLike[str]) -> int:
+    """The size of a language model's hidden states, by its configuration alone."""
+    from transformers import AutoConfig
+
+    name = os.fspath(name_or_path)
+    if (adapter := Path(name).expanduser() / "adapter_config.json").is_file():
+        name = _base_of(adapter)
+    with one_line_errors(name_or_path):
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        return config.get_text_config(decoder=True).hidden_size
+
+
 def _check_kind(architectures: Sequence[str] | None, name: str | os.PathLike[str]) -> None:
     """Rejects classifiers: transformers would load their body with a random head."""
     kind = next(iter(architectures or []), "")

@@ -13,7 +13,7 @@ from tiny import tiny_causal_lm, tiny_folder, tiny_tokenizer
 
 from fastalign._base.errors import UserError
 from fastalign.models import gguf
-from fastalign.models.loading import load_causal_lm, resolve
+from fastalign.models.loading import load_causal_lm, resolve, width_of
 
 
 @pytest.fixture
@@ -88,6 +88,11 @@ def test_folder_gives_model_and_tokenizer(folder):
     assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == 0
     wanted = tiny_causal_lm(tiny_tokenizer(), dtype=torch.float32).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_width_is_in_the_configuration(tmp_path, kind):
+    assert width_of(tiny_folder(tmp_path / "tiny", kind=kind)) == 32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16", torch.bfloat16])

@@ -20,12 +20,14 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign.decode.candidates import Candidates
 from fastalign.jobs.align.budget import Budget
+from fastalign.models.loading import width_of
 
 if TYPE_CHECKING:
     from fastalign.jobs.align.job import Job
 
 PROOF_SHARE = 1.5  # of what the proof's draws cost, kept back for it
 LEAST_SHARE = 0.1  # of the budget that must be left for training
+WIDTH = 576  # up to which the learning rates below hold; as 1 / width beyond (arXiv 2203.03466, of Adam)
 
 
 def check(model: str, temperature: float, top_p: float) -> None:
@@ -110,10 +112,11 @@ TRAINED = tuple(METHODS)
 
 
 def _options(job: Job, learning_rate: float, adapters: float) -> dict[str, Any]:
-    """What every training has in common. adapters: the learning rate of LoRA."""
+    """What every training has in common. learning_rate: of all weights; adapters: of LoRA."""
     r = job.settings["lora_r"]
+    rate = (learning_rate if r is None else adapters) * min(1.0, WIDTH / width_of(job.model.name))
     return {
-        "learning_rate": job.settings["learning_rate"] or (learning_rate if r is None else adapters),
+        "learning_rate": job.settings["learning_rate"] or rate,
         "lora_r": r,
         "dtype": job.settings["dtype"],
         "seed": job.seed,
