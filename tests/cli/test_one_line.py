@@ -255,7 +255,7 @@ def test_rewards_of_a_file_are_finite(tmp_path, value, command):
 
 
 def test_extras_are_quoted_for_every_shell_wherever_they_are_named():
-    text = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("fastalign/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    text = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("fastalign/**/*.py"), *ROOT.glob("tests/**/*.py")]
     bare = [
         f"{path.name}: {line.strip()}"
         for path in text

@@ -1,4 +1,4 @@
-"""Both duals side by side: the example of docs/palette_duals.md, and that the reports show what was solved."""
+"""Both duals side by side: the example of docs/mathematics/duals.md, and that the reports show what was solved."""
 
 import re
 
