@@ -255,7 +255,8 @@ def test_rewards_of_a_file_are_finite(tmp_path, value, command):
 
 
 def test_extras_are_quoted_for_every_shell_wherever_they_are_named():
-    text = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("fastalign/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    patterns = ("*.md", "docs/**/*.md", "fastalign/**/*.py", "tests/**/*.py")
+    text = [path for pattern in patterns for path in ROOT.glob(pattern)]
     bare = [
         f"{path.name}: {line.strip()}"
         for path in text
