@@ -113,7 +113,7 @@ def test_the_errors_are_the_codes():
         assert any(one.fullmatch(line) for one in known), line
 
 
-@on_its_day("site")
+@on_its_day("readme")
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
