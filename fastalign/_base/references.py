@@ -4,6 +4,8 @@
     ./reward#helpful                  a folder of `train.RewardTrainer`, and one of its heads
     my_rewards.py:short               a function, class or object of a file; package.module:short of a module
     hf:unitary/toxic-bert#toxic       a sequence classifier of the hub or in a folder, and its label
+    server:http://host:8000#model     a reward model on a server, and its name there
+    judge:rubric.yaml#helpful         a language model that rates by a rubric, and one of its values
 
 It only reads the text: what is named need not exist, and nothing heavy is imported.
 """
@@ -18,16 +20,19 @@ from typing import Any, NamedTuple
 
 from fastalign._base.errors import UserError
 
-FORMS = "FILE.py:FUNCTION, MODULE:FUNCTION, or hf:MODEL#LABEL"
+FORMS = "FILE.py:FUNCTION, MODULE:FUNCTION, hf:MODEL#LABEL, server:URL#MODEL, or judge:FILE.yaml"
 COLUMN = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # the names that --rewards, --palette and --lam can parse
 _ALIAS = re.compile(r"""\s*([^\s,=<>:()\[\]{}"'/#]+)\s*=\s*(.+)""", re.DOTALL)
+_PREFIXED = re.compile(r"(hf|server|judge):(.*)", re.DOTALL)
+_INSIDE = re.compile(r"(?<!/)\[")  # where options begin; http://[::1] is an address
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class Reference(NamedTuple):
-    """What a reference says. kind: "name" (of a registered reward, or a folder), "file", "module" or "hf".
+    """What a reference says. kind: "name" (of a registered reward, or a folder), "file", "module", "hf", "server" or
+    "judge".
 
-    place: the name, folder, file, module or model; part: the head, function or label.
+    place: the name, folder, file, module, model or address; part: the head, function, label, model or value.
     """
 
     text: str
@@ -41,7 +46,7 @@ class Reference(NamedTuple):
     def local(self) -> str | None:
         """The file or folder that it names, if there is one."""
         path = os.path.expanduser(self.place)
-        return path if self.kind in ("name", "file", "hf") and os.path.exists(path) else None
+        return path if self.kind not in ("module", "server") and os.path.exists(path) else None
 
 
 def split(text: str) -> list[str]:
@@ -61,15 +66,13 @@ def read(text: str) -> Reference:
     alias, body = None, text.strip()
     if (named := _ALIAS.fullmatch(body)) and not os.path.exists(os.path.expanduser(body.partition("#")[0])):
         alias, body = named[1], named[2].strip()
-    options = {}
-    if body.endswith("]"):
-        body, _, inside = body[:-1].partition("[")
-        options = _options(text, inside)
-    elif "[" in body:
+    body, *inside = _INSIDE.split(body, maxsplit=1)
+    if inside and not inside[0].endswith("]"):
         raise UserError(f"reward {text!r} must end with its options, as in NAME[option=value]")
-    if body.startswith("hf:"):
-        place, mark, part = body.removeprefix("hf:").partition("#")
-        found = Reference(text, alias, "hf", place, part if mark else None, options)
+    options = _options(text, inside[0][:-1]) if inside else {}
+    if prefixed := _PREFIXED.fullmatch(body):
+        place, mark, part = prefixed[2].partition("#")
+        found = Reference(text, alias, prefixed[1], place, part if mark else None, options)
     else:
         place, colon, part = body.rpartition(":")
         kind = "file" if place.endswith(".py") else "module" if _MODULE.fullmatch(place) else ""

@@ -155,6 +155,14 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which itself is not loaded. Raises FileNotFoundError or UserError, one line."""
+    from transformers import AutoTokenizer
+
+    with one_line_errors(name_or_path):
+        return AutoTokenizer.from_pretrained(resolve(name_or_path), trust_remote_code=False)
+
+
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
     """The local folder or hub name that transformers can load for `name_or_path` (a GGUF file is converted).
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastalign._base import fingerprint
 from fastalign._base.errors import UserError
@@ -16,12 +16,16 @@ from fastalign._base.work_folder import sha256
 from fastalign.rewards import own, registry
 from fastalign.rewards.base import Reward, is_reward
 
+if TYPE_CHECKING:
+    from fastalign.rewards.judge import Judge
+
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def parse(reference: str) -> Reward:
     """The one reward of a reference, loaded; `_base.references` has the forms: "positive", "log_likelihood[model=./m]",
-    "my_rewards.py:short", "package.module:short", "hf:MODEL#LABEL", "FOLDER#HEAD", "short=my_rewards.py:short".
+    "my_rewards.py:short", "package.module:short", "hf:MODEL#LABEL", "server:URL#MODEL", "judge:FILE.yaml#VALUE",
+    "FOLDER#HEAD", "short=my_rewards.py:short".
 
     Raises UserError, one line, for one that names nothing, and for a model of several labels or heads without one.
     """
@@ -74,7 +78,8 @@ def names(references: Sequence[str | Reward]) -> list[str]:
 def contents(references: Sequence[Any]) -> dict[str, str]:
     """The local files and folders that references name, each with a hash of its content."""
     paths = [path for one in references if isinstance(one, str) for path in local_inputs(one)]
-    return {path: sha256(Path(path)) if Path(path).suffix == ".py" else fingerprint.of_model(path) for path in paths}
+    texts = (".py", ".yaml", ".yml")
+    return {path: sha256(Path(path)) if Path(path).suffix in texts else fingerprint.of_model(path) for path in paths}
 
 
 def _is_longer(reference: str | Reward) -> bool:
@@ -90,6 +95,10 @@ def _names(one: Reference) -> list[str]:
     elif one.kind == "hf":
         if _config(one) is None and not _HUB.fullmatch(one.place):
             raise UserError(f"{one.text}: must be a model's name on the hub, or its folder, got {one.place!r}")
+    elif one.kind == "server":
+        return [_from_server(one).name]
+    elif one.kind == "judge":
+        return _heads(one, _judge(one).names)
     elif not registry.known(one.place) and (config := _config(one)) is not None:
         return _heads(one, [str(label) for label in (config.get("id2label") or {"0": "LABEL_0"}).values()])
     else:
@@ -97,10 +106,13 @@ def _names(one: Reference) -> list[str]:
         if one.part is not None:
             raise UserError(f"{one.text}: {one.place} is a registered reward, which has no head {one.part!r}")
         return [one.alias or one.place]
-    name = one.alias or one.part or Path(one.place).name
+    return [_usable(one, one.alias or one.part or Path(one.place).name)]
+
+
+def _usable(one: Reference, name: str) -> str:
     if not COLUMN.fullmatch(name) or name == "rest":
         raise UserError(f"{one.text}: {name!r} cannot be a reward's name, give one as in NAME=REFERENCE")
-    return [name]
+    return name
 
 
 def _config(one: Reference) -> dict[str, Any] | None:
@@ -137,6 +149,11 @@ def _load(one: Reference) -> list[Reward]:
             return [own.from_module(one.place, one.part or "", column, one.options)]
         if one.kind == "hf":
             return [from_reference(one.place, one.part, name=column, **one.options)]
+        if one.kind == "server":
+            return [_from_server(one)]
+        if one.kind == "judge":
+            heads = [head for head in _judge(one).rewards if one.part in (None, head.name)]
+            return [_renamed(head, one.alias) for head in heads]
         if not registry.known(one.place):
             heads = [head for head in from_heads(one.place, **one.options) if one.part in (None, head.name)]
             for head in heads if one.alias else ():
@@ -144,9 +161,37 @@ def _load(one: Reference) -> list[Reward]:
             return [*heads]
         return [_renamed(registry.get(one.place, **one.options), one.alias)]
     except TypeError as error:
-        if one.options and "argument" in str(error):
-            raise UserError(f"{one.text}: its options cannot be used: {error}") from None
-        raise
+        raise _unknown_option(one, error) from None
+
+
+def _from_server(one: Reference) -> Reward:
+    """Its reward; nothing is asked yet. It is named by its label or its model, without the owner."""
+    from fastalign.rewards.server import ServerReward
+
+    label = one.options.get("label")
+    name = one.alias or (label if isinstance(label, str) else Path(one.part or "server").name)
+    try:
+        return ServerReward(one.place, one.part, name=_usable(one, name), **one.options)
+    except TypeError as error:
+        raise _unknown_option(one, error) from None
+    except UserError as error:
+        raise UserError(f"{one.text}: {error}") from None
+
+
+def _judge(one: Reference) -> Judge:
+    """Its judge; nothing is asked yet."""
+    from fastalign.rewards.judge import Judge
+
+    try:
+        return Judge(one.place, **one.options)
+    except TypeError as error:
+        raise _unknown_option(one, error) from None
+
+
+def _unknown_option(one: Reference, error: TypeError) -> Exception:
+    if one.options and "argument" in str(error):
+        return UserError(f"{one.text}: its options cannot be used: {error}")
+    return error
 
 
 def _renamed(reward: Reward, alias: str | None) -> Reward:

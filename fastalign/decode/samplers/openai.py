@@ -56,7 +56,9 @@ class OpenAISampler(External):
     ):
         check_at_least_1(in_flight=in_flight, timeout=timeout, tries=tries)
         if isinstance(tokenizer, str):
-            tokenizer = _load_tokenizer(tokenizer)
+            from fastalign.models.loading import load_tokenizer
+
+            tokenizer = load_tokenizer(tokenizer)
         self._http = Http(checked_url(url), checked_key(api_key), timeout=timeout, tries=tries)
         self.served: str = model or self._http.only_model()
         self.in_flight = in_flight
@@ -224,13 +226,3 @@ def _typed(value: dict, name: str, kind: type) -> Any:
     if not isinstance(value.get(name), kind):
         raise _Wrong(f"must hold {name!r}, a {kind.__name__}, got {type(value.get(name)).__name__}")
     return value[name]
-
-
-def _load_tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    from fastalign._base.quiet import one_line_errors
-    from fastalign.models.loading import resolve
-
-    with one_line_errors(name):
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
