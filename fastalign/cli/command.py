@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 import fastalign
-from fastalign._base import outputs, progress, references
+from fastalign._base import outputs, progress, references, spending
 from fastalign._base.errors import Terminated, UserError, printable
 from fastalign._base.files import STDOUT
 
@@ -79,6 +79,7 @@ def registrar(app: typer.Typer) -> Registrar:
                     with (
                         _terminable(),
                         outputs.reporting_to(_say, _ask),
+                        spending.shown(),
                         nullcontext() if serves else progress.at_work(name),
                     ):
                         result = function(*args, **kwargs)

@@ -25,7 +25,7 @@ Rewards = Annotated[
     str,
     typer.Option(
         help="Rewards, comma-separated: names (`fastalign info` lists them), my_rewards.py:function, module:function, "
-        "hf:model#label; options in brackets, NAME=REFERENCE to name a column."
+        "hf:model#label, server:URL#model, judge:rubric.yaml; options in brackets, NAME=REFERENCE to name a column."
     ),
 ]
 Values = Annotated[str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")]

@@ -8,11 +8,13 @@ from fastalign.rewards.classifier import from_classifier, from_heads, from_pairw
 from fastalign.rewards.coherence import Coherence
 from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
+from fastalign.rewards.judge import Judge
 from fastalign.rewards.log_likelihood import LogLikelihood
 from fastalign.rewards.positive import Positive
 from fastalign.rewards.references import check_names, parse
 from fastalign.rewards.registry import available, get, register
 from fastalign.rewards.scoring import score
+from fastalign.rewards.server import ServerReward
 from fastalign.rewards.words import Diversity, Readability
 
 Perplexity = LogLikelihood  # the old name
@@ -21,11 +23,13 @@ __all__ = [
     "Coherence",
     "Diversity",
     "Harmless",
+    "Judge",
     "LogLikelihood",
     "Perplexity",
     "Positive",
     "Readability",
     "Reward",
+    "ServerReward",
     "available",
     "check_names",
     "from_classifier",

@@ -23,7 +23,8 @@ class OwnReward:
     """A reward under another name, whose exceptions become one line that says where it was raised."""
 
     def __init__(self, reward: Reward, name: str):
-        self.reward, self.name = reward, name
+        self.reward: Reward = reward
+        self.name: str = name
         self.reads_messages: bool = getattr(reward, "reads_messages", False)
 
     def __call__(self, prompts: list[str], responses: list[str]) -> np.ndarray:

@@ -77,9 +77,14 @@ def names(references: Sequence[str | Reward]) -> list[str]:
 
 def contents(references: Sequence[Any]) -> dict[str, str]:
     """The local files and folders that references name, each with a hash of its content."""
-    paths = [path for one in references if isinstance(one, str) for path in local_inputs(one)]
-    texts = (".py", ".yaml", ".yml")
-    return {path: sha256(Path(path)) if Path(path).suffix in texts else fingerprint.of_model(path) for path in paths}
+    texts = [one for one in references if isinstance(one, str)]
+    paths = [path for text in texts for path in local_inputs(text)]
+    paths += [path for one in map(read, texts) if one.kind == "judge" and (path := _judge(one).rubric.compare)]
+    return {path: sha256(Path(path)) if _is_text(path) else fingerprint.of_model(path) for path in paths}
+
+
+def _is_text(path: str) -> bool:
+    return Path(path).is_file() and Path(path).suffix != ".gguf"
 
 
 def _is_longer(reference: str | Reward) -> bool:

@@ -1,9 +1,9 @@
 """Reward models that a server runs: vLLM's /classify, /score and /pooling, and SGLang's /classify.
 
 What is sent for prompt x and response y:
-    /classify, /pooling   one chat a request, {"messages": [..., x, y]}, which the server puts in its chat template. With
-                          a tokenizer, the chat as text, and with text="response" y alone: many a request, as {"input":
-                          [...]} to vLLM and {"text": [...]} to SGLang, which writes no template itself
+    /classify, /pooling   one chat a request, {"messages": [..., x, y]}, to which the server applies its chat template.
+                          With a tokenizer the chat as text, and with text="response" y alone: many a request, as
+                          {"input": [...]} to vLLM and {"text": [...]} to SGLang, which applies no template itself
     /score                {"text_1": [x, ...], "text_2": [y, ...]}: x is the text of the last user turn
 vLLM is asked for one output as it is (use_activation=false), as `from_pairwise` reads it, and to cut texts that are
 longer than the model's context. Of several outputs `label` is the one that is read: as log p(label) from the
@@ -107,11 +107,14 @@ class ServerReward(CachedReward):
         check_at_least_1(in_flight=in_flight, timeout=timeout, tries=tries)
         base = checked_url(url).removesuffix("/v1")
         self._http = Http(base, checked_key(api_key), timeout=timeout, tries=tries)
-        self.model, self.endpoint, self.label, self.text = model, endpoint, label, text
+        self.model: str | None = model
+        self.endpoint: str | None = endpoint
+        self.label: int | str | None = label
+        self.text: str = text
         self.batch_size: int = check_count("batch_size", batch_size)
         self.in_flight: int = check_count("in_flight", in_flight)
         self.uses_prompt: bool = text != "response"
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self._writer: Any = None  # `data.text.Text` of the tokenizer, once it is loaded
         self._found: _Model | None = None
 
@@ -167,12 +170,10 @@ class ServerReward(CachedReward):
             if self.endpoint is None:
                 self._announce(dialect)
             return _Model(dialect, raw, label, len(row), {**asked, "probe": known})
-        hint = (
-            ""
-            if self.tokenizer is not None or self.text == "response"
-            else " (tokenizer=MODEL sends chats as text, endpoint=score pairs)"
-        )
-        raise UserError(f"{self._http.base}: no reward model answers: {'; '.join(refusals)}{hint}")
+        reasons = "; ".join(refusals)
+        if self._plain_form() == "messages":
+            reasons += " (tokenizer=MODEL sends chats as text, endpoint=score pairs)"
+        raise UserError(f"{self._http.base}: no reward model answers: {reasons}")
 
     def _plain_form(self) -> str:
         return "messages" if self.text == "chat" and self.tokenizer is None else "input"
