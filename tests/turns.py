@@ -20,7 +20,7 @@ TURNS = (
         "killed: PPOTrainer", "killed: soup",
     ),
     ("ranks: train dpo", "ranks: train distill", "ranks: DDP", "ranks: FSDP2", "ranks: PPO", "ranks: GRPO"),
-    ("script: DPO", "script: GRPO"),
+    ("script: DPO", "script: GRPO", "wheel"),
     ("signal: SIGINT", "signal: SIGTERM"),
     ("levels: losses", "levels: draws", "levels: layers and soups", "levels: palettes"),
 )  # fmt: skip

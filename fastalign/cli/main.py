@@ -46,7 +46,6 @@ app: typer.Typer = typer.Typer(
     name="fastalign",
     help="Align language models to several human values: sample, score, solve for a palette, select, train, report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -670,9 +669,21 @@ def info(
     return about()
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fastalign import __version__
+
+        print(f"fastalign {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
-    """A callback, so that a single command stays a command of the group."""
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Show the version and exit.", callback=_show_version)
+    ] = False,
+) -> None:
+    """A callback also where there is a single command, which stays a command of the group."""
 
 
 def _only(name: str | None) -> typer.Typer:
