@@ -3,6 +3,7 @@ current, and the site builds."""
 
 import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def test_what_does_not_exist_is_caught(tmp_path, text, wrong):
 def test_blocks_run_in_an_empty_folder(page):
     """On tiny models, other pages each day; `python tools/walk_docs.py` runs all with the real one."""
     command = [sys.executable, "-W", "ignore", ROOT / "tools" / "walk_docs.py", "--tiny", page]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert done.stdout.count("ok ") >= 1
 
