@@ -80,13 +80,14 @@ def prepared(
     sampler: BaseSampler | str, rewards: Any, lam: Sequence[float] | None
 ) -> tuple[BaseSampler, list[Any], list[str], np.ndarray]:
     """(Sampler, list of rewards, their names, lam (m,) float64) from the arguments of `best_of`."""
-    from fastalign.rewards.references import load
+    from fastalign.rewards.references import load, reach
 
     rewards = load(rewards if isinstance(rewards, (list, tuple)) else [rewards])
     lam = np.ones(len(rewards)) if lam is None else weights(lam, len(rewards))
     if not rewards:
         raise UserError("rewards must be one or more, got none")
     names = [reward.name for reward in rewards]
+    reach(rewards)
     return Sampler.from_pretrained(sampler) if isinstance(sampler, str) else sampler, rewards, names, lam
 
 

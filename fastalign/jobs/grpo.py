@@ -84,6 +84,8 @@ def train_grpo(
     if not (isinstance(num_generations, int) and num_generations >= 2 and step % num_generations == 0):
         rule = f"num_generations must be at least 2 and divide the {step} completions of a step"
         raise UserError(f"{rule}, batch_size · gradient_accumulation_steps, got {num_generations!r}")
+    from fastalign.rewards import references
+
     scorers = read_values(values)
     names = [reward.name for reward in scorers]
     weights = read_lam(lam, names)
@@ -103,6 +105,7 @@ def train_grpo(
     run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs_of(model, values))
     if run.result is not None:
         return run.result
+    references.reach(scorers)
     with runs.quiet(), run:
         from fastalign.train import GRPOConfig, GRPOTrainer
         from fastalign.train.grpo_options import check_args

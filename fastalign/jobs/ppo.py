@@ -145,6 +145,7 @@ def train_ppo(
         share = max(1, batch_size // gradient_accumulation_steps)
         mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
     from fastalign.jobs.stopping import Stopping
+    from fastalign.rewards import references
     from fastalign.train import PPOConfig
 
     config = PPOConfig(
@@ -177,6 +178,7 @@ def train_ppo(
     run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs_of(model, values))
     if run.result is not None:
         return run.result
+    references.reach(scorers)
     with runs.quiet(), run:
         trainer = _trainer(config, model, run.out, adapters, prompts, chat, dtype, max_new_tokens)
         if run.resumes:

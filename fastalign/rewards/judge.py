@@ -12,7 +12,7 @@ import numpy as np
 
 from fastalign._base import spending
 from fastalign._base.errors import UserError
-from fastalign._base.http import Http, Refused, checked_key, checked_url
+from fastalign._base.http import MODELS_BYTES, Http, Refused, checked_key, checked_url
 from fastalign._base.in_flight import as_done
 from fastalign._base.spending import Spending
 from fastalign.rewards import ratings
@@ -66,6 +66,17 @@ class Judge:
         """The values' names."""
         return list(self.rubric.values)
 
+    def reach(self) -> None:
+        """Ask which models there are. Raises UserError, one line, if the server does not answer, or refuses the key."""
+        try:
+            if self._model is None:
+                self._model = self._http.only_model()
+            else:
+                self._http.ask("/models", None, MODELS_BYTES, threading.Event())
+        except Refused as refused:
+            if self._model is None or refused.code in (401, 403):  # not every service lists its models
+                raise
+
     def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, dict[str, float]]]:
         """Each pair's index and its number for each value, in the order in which they are known."""
         if self.rubric.compare:
@@ -73,7 +84,7 @@ class Judge:
             if lacking is not None:
                 raise UserError(f"{self.rubric.compare}: has no response to the prompt {lacking!r:.80}")
         if self._model is None:
-            self._model = self._http.only_model()
+            self.reach()
         orders = 2 if self.rubric.compare else 1
         with kept() as store:
             given: list[list[dict[str, float]]] = [[] for _ in prompts]
@@ -158,6 +169,10 @@ class JudgeReward(CachedReward):
         super().__init__(value)
         self.judge: Judge = judge
         self.value: str = value
+
+    def reach(self) -> None:
+        """See `Judge.reach`."""
+        self.judge.reach()
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         for i, rated in self.judge.rate(prompts, responses):

@@ -75,6 +75,14 @@ def names(references: Sequence[str | Reward]) -> list[str]:
     return result
 
 
+def reach(references: Sequence[str | Reward]) -> None:
+    """Raise UserError, one line, unless the servers behind rewards answer; before a long job draws what they score."""
+    served = [one for one in references if not isinstance(one, str) or read(one).kind in ("server", "judge")]
+    for reward in load(served):
+        if (reaching := getattr(reward, "reach", None)) is not None:
+            reaching()
+
+
 def contents(references: Sequence[Any]) -> dict[str, str]:
     """The local files and folders that references name, each with a hash of its content."""
     texts = [one for one in references if isinstance(one, str)]

@@ -118,6 +118,11 @@ class ServerReward(CachedReward):
         self._writer: Any = None  # `data.text.Text` of the tokenizer, once it is loaded
         self._found: _Model | None = None
 
+    def reach(self) -> None:
+        """Ask for the score of a fixed text. Raises UserError, one line, if there is none."""
+        with kept() as store:
+            self._found = self._found or self._find(store)
+
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         with kept() as store:
             self._found = found = self._found or self._find(store)

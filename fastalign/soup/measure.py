@@ -222,7 +222,7 @@ class Walk:
         from fastalign.decode import Sampler
         from fastalign.models.loading import load_causal_lm
         from fastalign.rewards import score
-        from fastalign.rewards.references import load
+        from fastalign.rewards.references import load, reach
 
         live, grids, names = None, [], self._names
         files_wanted = [
@@ -235,6 +235,7 @@ class Walk:
                     if live is None:
                         first = self._models[0] if self._base is None else self._base
                         rewards = load(self._rewards)
+                        reach(rewards)
                         live, tokenizer = load_causal_lm(first, **self._loading)
                     _set(live, self._models, row, self._base)
                     scored = Sampler(live, tokenizer).sample(self._prompts, **self._sampling)

@@ -93,10 +93,11 @@ def _functions(reward: Any, tokenizer: Any, load_options: dict[str, Any], device
     """One per value: a reward model of several values has one for each."""
     from fastalign import rewards
     from fastalign.rewards.base import is_reward
+    from fastalign.rewards.references import load
 
     if isinstance(reward, str):
         if _is_reference(reward):
-            return [_of_reward(rewards.parse(reward))]
+            return [_of_reward(one) for one in load([reward])]
         folder = Path(reward).expanduser()
         if not folder.is_dir() and reward.count("/") != 1:
             rewards.get(reward)  # raises, and lists the known names

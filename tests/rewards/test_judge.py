@@ -12,12 +12,15 @@ import pytest
 import yaml
 from commands import fastalign, refused
 from loopback import LoopbackServer
+from test_server_rewards import RewardModels
+from tiny import tiny_folder
 
 from fastalign import UserError, rewards
 from fastalign._base import http
 from fastalign.data.conversations import Conversation
-from fastalign.decode import Candidates
+from fastalign.decode import Candidates, best_of
 from fastalign.rewards import Judge, ratings
+from fastalign.train.grpo_rewards import RewardFunctions
 
 KIND = Conversation([{"role": "system", "content": "be kind"}, {"role": "user", "content": "how"}])
 PROMPTS, TEXTS = ["why", KIND], ["one", "three"]
@@ -285,3 +288,47 @@ def test_the_command_resumes_after_a_kill_and_shows_the_cost(tmp_path):
         total = sum(count.values())
         assert fastalign(*command[:4], "--out", "again.parquet")[0] == 0
         assert sum(count.values()) == total
+
+
+def test_align_grpo_and_best_of(tmp_path):
+    tiny_folder(tmp_path / "model", scale=2.0)
+    lines = [f"tell me a {size} {word}\n" for word in ("cat", "dog", "fox", "hat") for size in ("big", "red")]
+    (tmp_path / "prompts.txt").write_text("".join(lines))
+
+    def says(text, body):
+        return f"helpful: {1 + len(text) % 5}\nbrief: {1 + len(text) % 3}", None
+
+    with Chat(says) as server, RewardModels() as models:
+        with open("rubric.yaml", "w") as file:
+            yaml.dump(rubric(server), file, sort_keys=False)
+        given = ["--model", "model", "--prompts", "prompts.txt", "--max-new-tokens", 4]
+        references = f"judge:rubric.yaml,rm=server:{models.url}#rm"
+        align = ["align", *given, "--rewards", references, "--palette", "helpful>=base,rest=free", "--how", "decode"]
+        code, _, err = fastalign(*align, "--candidates", 8, "--out", "aligned")
+        assert code == 0, err
+        values = json.loads((tmp_path / "aligned" / "align.json").read_text())["values"]
+        assert list(values) == ["helpful", "brief", "rm"]
+        grpo = ["train", "grpo", *given, "--values", references, "--lam", "helpful=1,brief=0,rm=1", "--out", "trained"]
+        code, _, err = fastalign(*grpo, "--num-generations", 2, "--batch-size", 4, "--max-steps", 1)
+        assert code == 0, err
+        assert list(json.loads((tmp_path / "trained" / "result.json").read_text())["values"]) == list(values)
+        assert RewardFunctions(["judge:rubric.yaml"], None, {}, None).names == ["helpful", "brief"]
+        chosen = best_of("model", ["why"], references.split(","), n=4, lam=[1, 0, 0], max_new_tokens=4, seed=0)
+        assert len(chosen.texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("x=server:http://127.0.0.1:9[tries=1]", "http://127.0.0.1:9/v1/models gave no answer: Connection refused"),
+        ("x=judge:rubric.yaml#helpful", "http://127.0.0.1:9/v1/models gave no answer: Connection refused"),
+    ],
+)
+def test_a_server_that_is_not_there_is_told_before_anything_is_drawn(tmp_path, reference, message):
+    with open("rubric.yaml", "w") as file:
+        yaml.dump({"url": "http://127.0.0.1:9/v1", "model": "m", "tries": 1, "values": {"helpful": "Well?"}}, file)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    command = ["align", "--model", "no/such", "--prompts", "prompts.txt", "--rewards", reference, "--out", "aligned"]
+    assert message in refused(*command, "--palette", "x>=base", "--how", "decode")
+    with pytest.raises(UserError, match="gave no answer: Connection refused"):
+        best_of("no/such", ["why"], reference, n=2, max_new_tokens=4, seed=0)

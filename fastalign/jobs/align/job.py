@@ -219,6 +219,7 @@ class Job:
         """train, held: indices of the prompts of both parts."""
         self.train, self.held = [prompts[i] for i in train], [prompts[i] for i in held]
         if not (self.folder.out / "train" / "candidates.parquet").exists():
+            references.reach(self.rewards)
             with self.folder.stage("load"):  # refuses a prompt that is too long, before any is drawn from
                 self.model.sampler.encode(prompts, "auto", self.settings["max_new_tokens"])
         self.n = self.folder.decided("candidates", self._candidates)
