@@ -12,6 +12,7 @@ import fastalign
 from fastalign import backend, rewards
 from fastalign.kernels import names as kernel_names
 from fastalign.ops import products
+from fastalign.rewards.presets import PRESETS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,8 +60,11 @@ def show(console: Console) -> None:
     console.print("\n[bold]rewards[/bold]")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, what in rewards.available().items():
+        if name in PRESETS:
+            continue
         table.add_row(f"  {name}", what.description if what.installed else f"[dim]needs {what.package}[/dim]")
     console.print(table)
+    console.print(f"  and {len(PRESETS)} presets of the literature: fastalign rewards")
 
 
 def _rates() -> dict[str, Any]:

@@ -24,8 +24,9 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first LIMIT prompt
 Rewards = Annotated[
     str,
     typer.Option(
-        help="Rewards, comma-separated: names (`fastalign info` lists them), my_rewards.py:function, module:function, "
-        "hf:model#label, server:URL#model, judge:rubric.yaml; options in brackets, NAME=REFERENCE to name a column."
+        help="Rewards, comma-separated: names (`fastalign rewards` lists them), my_rewards.py:function, "
+        "module:function, hf:model#label, server:URL#model, judge:rubric.yaml; options in brackets, NAME=REFERENCE to "
+        "name a column."
     ),
 ]
 Values = Annotated[str | None, typer.Option(help="Rewards to use, comma-separated; default: all in the file.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -28,6 +29,13 @@ class Reward(Protocol):
 def is_reward(item: object) -> bool:
     """Whether it is a reward, and not a reward class."""
     return isinstance(item, Reward) and callable(item) and not isinstance(item, type)
+
+
+def named(reward: Reward, name: str) -> Reward:
+    """A copy of the reward under another name, with the same model and cache."""
+    reward = copy.copy(reward)
+    reward.name = name
+    return reward
 
 
 def with_conversations(prompts: Sequence[str | Sequence[dict[str, Any]]]) -> list[str]:

@@ -51,7 +51,7 @@ def from_classifier(
     """
     from torch.nn.functional import logsigmoid
 
-    model, tokenizer = _open(model, tokenizer)
+    model, tokenizer = open_classifier(model, tokenizer)
     outputs = model.config.num_labels
     if outputs < 2:
         raise UserError(f"model must have at least 2 labels, got {outputs}; a single score is for from_pairwise")
@@ -81,7 +81,7 @@ def from_pairwise(
     else through the chat template if its tokenizer has one). Raises UserError, in one line, unless the model has
     exactly one output.
     """
-    model, tokenizer = _open(model, tokenizer)
+    model, tokenizer = open_classifier(model, tokenizer)
     if (count := model.config.num_labels) != 1:
         other = "for one of several heads there is from_heads, for labels from_classifier"
         raise UserError(f"model must have 1 output, got {count}; {other}")
@@ -104,15 +104,31 @@ def from_heads(
     configuration (its `id2label`). Other arguments as in `from_pairwise`. The heads share the model and its results: a
     text scored by one head is cached for the others, up to `cache_size`.
     """
-    model, tokenizer = _open(model, tokenizer)
+    model, tokenizer = open_classifier(model, tokenizer)
     outputs = model.config.num_labels
     names = [str(model.config.id2label[i]) for i in range(outputs)] if names is None else list(names)
     if len(names) != outputs or len(set(names)) != outputs:
         raise UserError(f"names must name each of the model's {outputs} outputs once, got {', '.join(names)}")
-    heads: list[SequenceReward] = []
-    for name in names:
-        head = _Head(name, model, tokenizer, lambda logits: logits, text, batch_size, max_length, cache_size)
-        head.heads = heads
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "cache_size": cache_size}
+    return [*shared_heads(names, model, tokenizer, lambda logits: logits, text, **options)]
+
+
+def shared_heads(
+    names: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    read: Callable[[torch.Tensor], torch.Tensor],
+    text: TextForm,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    cache_size: int = 65536,
+) -> list[HeadReward]:
+    """One reward per column of `read(logits)`, which share the model and its results."""
+    heads: list[HeadReward] = []
+    for column, name in enumerate(names):
+        head = HeadReward(name, model, tokenizer, read, text, batch_size, max_length, cache_size)
+        head.heads, head.column = heads, column
         heads.append(head)
     return heads
 
@@ -124,7 +140,7 @@ def from_reference(model: str, label: str | None, *, name: str, **options: Any) 
     `train.RewardTrainer` saved the score of that head. options: those of `from_classifier`. Raises UserError, one line,
     without the label of a model with several.
     """
-    opened, tokenizer = _open(model, options.pop("tokenizer", None))
+    opened, tokenizer = open_classifier(model, options.pop("tokenizer", None))
     labels = [str(one) for one in opened.config.id2label.values()]
     if label is None and len(labels) > 1:
         raise UserError(f"hf:{model}: has several labels, name one as hf:{model}#LABEL: {', '.join(labels)}")
@@ -217,19 +233,19 @@ class SequenceReward(CachedReward):
                 yield indices, self._read(self.model(**inputs).logits.float()).cpu().numpy()
 
 
-class _Head(SequenceReward):
+class HeadReward(SequenceReward):
     """One output of a model with several; it shares the others' results with them."""
 
-    heads: list[SequenceReward]
+    heads: list[HeadReward]
+    column: int
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        own = self.heads.index(self)
         for indices, scores in super()._score(prompts, responses):
             for column, head in enumerate(self.heads):
-                if column != own:
+                if column != self.column:
                     for index, value in zip(indices, scores[:, column], strict=True):
                         head.remember((prompts[index], responses[index]), float(value))
-            yield indices, scores[:, own]
+            yield indices, scores[:, self.column]
 
 
 def plain_text(text: str, tokenizer: Any) -> str:
@@ -238,9 +254,9 @@ def plain_text(text: str, tokenizer: Any) -> str:
     return text if text.endswith(end) else text + end
 
 
-def _open(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def open_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The model and its tokenizer, loaded if given by name (safetensors only, without the checkpoint's own code)."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
     from fastalign.models.loading import resolve
@@ -250,15 +266,26 @@ def _open(model: Any, tokenizer: Any) -> tuple[Any, Any]:
             raise UserError("tokenizer must be given with a model object, got None")
         return model, tokenizer
     folder = resolve(model)
+    if tokenizer is None:
+        tokenizer = open_tokenizer(model)
     with quiet_unless_terminal(), one_line_errors(model):
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
     if missing:  # transformers would fill it with random numbers
         raise UserError(f"{model}: must be a sequence classifier, there is no {missing[0]} in it")
     return loaded, tokenizer
+
+
+def open_tokenizer(model: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a hub name or folder. Raises UserError, one line."""
+    from transformers import AutoTokenizer
+
+    from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
+    from fastalign.models.loading import resolve
+
+    with quiet_unless_terminal(), one_line_errors(model):
+        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=False)
 
 
 def _label_index(id2label: dict[int, str], outputs: int, label: str | int) -> int:

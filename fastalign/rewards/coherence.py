@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastalign._base.errors import UserError
 from fastalign.data.text import Text
 from fastalign.rewards.base import CachedReward
-from fastalign.rewards.encoding import check_count, evaluating, length_batches, pad
+from fastalign.rewards.encoding import check_count, context_length, evaluating, length_batches, pad
 from fastalign.rewards.packages import require
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_TOKENS = 256  # what the embedding model was trained for (its sentence_bert_config.json)
 
@@ -26,6 +30,7 @@ class Coherence(CachedReward):
 
     def __init__(self, name: str = "coherence", *, device: str = "auto", batch_size: int = 64, cache_size: int = 65536):
         super().__init__(name, cache_size=cache_size)
+        self.max_tokens: int = _MAX_TOKENS
         self.device = device
         self.batch_size: int = check_count("batch_size", batch_size)
 
@@ -38,31 +43,34 @@ class Coherence(CachedReward):
 
         from fastalign._base.quiet import quiet_unless_terminal
 
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = package.get_model_path()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with quiet_unless_terminal():
             model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        return model.to(device).eval(), tokenizer
+        return model.to(self._device()).eval(), tokenizer
+
+    def _device(self) -> str:
+        import torch
+
+        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     def _embed(self, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield (indices, unit vectors (len(indices), 384)) batch by batch."""
         model, tokenizer = self._encoder
         token_ids = Text(tokenizer).tokens(
-            texts, f"reward {self.name!r}: text", truncation=True, max_length=_MAX_TOKENS
+            texts, f"reward {self.name!r}: text", truncation=True, max_length=self.max_tokens
         )
         for indices in length_batches([len(row) for row in token_ids], self.batch_size):
             rows = [token_ids[index] for index in indices]
             mask = pad([[1] * len(row) for row in rows], 0, model.device)
             with evaluating(model):
-                hidden = model(
-                    input_ids=pad(rows, tokenizer.pad_token_id, model.device), attention_mask=mask
-                ).last_hidden_state
-                # The direction of the sum is that of the mean.
-                total = (hidden * mask.unsqueeze(-1)).sum(dim=1)
-                yield indices, (total / total.norm(dim=1, keepdim=True)).cpu().numpy()
+                output = model(input_ids=pad(rows, tokenizer.pad_token_id, model.device), attention_mask=mask)
+                pooled = self._pool(output, mask)
+                yield indices, (pooled / pooled.norm(dim=1, keepdim=True)).cpu().numpy()
+
+    def _pool(self, output: Any, mask: torch.Tensor) -> torch.Tensor:
+        """The direction of each text, (rows, size)."""
+        return (output.last_hidden_state * mask.unsqueeze(-1)).sum(dim=1)  # of the sum it is that of the mean
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         full = [index for index in range(len(responses)) if prompts[index].strip() and responses[index].strip()]
@@ -79,3 +87,32 @@ class Coherence(CachedReward):
             indices = [full[index] for index in batch]
             against = np.stack([of_prompt[prompts[index]] for index in indices])
             yield indices, np.clip((vectors * against).sum(axis=1), -1.0, 1.0)
+
+
+class PooledCoherence(Coherence):
+    """Cosine between the pooled outputs of prompt and response of any encoder with a pooler, a hub name or folder; MAP
+    (arXiv 2410.19198) takes SimCSE's (arXiv 2104.08821). Texts are truncated at the encoder's context."""
+
+    def __init__(self, name: str, *, model: str, device: str = "auto", batch_size: int = 64, cache_size: int = 65536):
+        super().__init__(name, device=device, batch_size=batch_size, cache_size=cache_size)
+        self.model = model
+
+    @cached_property
+    def _encoder(self):
+        from transformers import AutoModel
+
+        from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
+        from fastalign.models.loading import resolve
+        from fastalign.rewards.classifier import open_tokenizer
+
+        tokenizer = open_tokenizer(self.model)
+        with quiet_unless_terminal(), one_line_errors(self.model):
+            options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+            model, info = AutoModel.from_pretrained(resolve(self.model), **options)
+        if info["missing_keys"] or getattr(model, "pooler", None) is None:
+            raise UserError(f"{self.model}: must be an encoder with a pooler")
+        self.max_tokens = context_length(model.config, tokenizer) or _MAX_TOKENS
+        return model.to(self._device()).eval(), tokenizer
+
+    def _pool(self, output: Any, mask: torch.Tensor) -> torch.Tensor:
+        return output.pooler_output

@@ -22,6 +22,9 @@ from fastalign.rewards.registry import made, maker
 class OwnReward:
     """A reward under another name, whose exceptions become one line that says where it was raised."""
 
+    reward: Reward
+    name: str
+
     def __init__(self, reward: Reward, name: str):
         self.reward: Reward = reward
         self.name: str = name

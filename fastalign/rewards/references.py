@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.references import COLUMN, Reference, local_inputs, read
 from fastalign._base.work_folder import sha256
 from fastalign.rewards import own, registry
-from fastalign.rewards.base import Reward, is_reward
+from fastalign.rewards.base import Reward, is_reward, named
 
 if TYPE_CHECKING:
     from fastalign.rewards.judge import Judge
@@ -118,7 +117,7 @@ def _names(one: Reference) -> list[str]:
         registry.check_known(one.place)
         if one.part is not None:
             raise UserError(f"{one.text}: {one.place} is a registered reward, which has no head {one.part!r}")
-        return [one.alias or one.place]
+        return [one.alias or registry.column(one.place)]
     return [_usable(one, one.alias or one.part or Path(one.place).name)]
 
 
@@ -166,13 +165,14 @@ def _load(one: Reference) -> list[Reward]:
             return [_from_server(one)]
         if one.kind == "judge":
             heads = [head for head in _judge(one).rewards if one.part in (None, head.name)]
-            return [_renamed(head, one.alias) for head in heads]
+            return [head if one.alias is None else named(head, one.alias) for head in heads]
         if not registry.known(one.place):
             heads = [head for head in from_heads(one.place, **one.options) if one.part in (None, head.name)]
             for head in heads if one.alias else ():
                 head.name = column
             return [*heads]
-        return [_renamed(registry.get(one.place, **one.options), one.alias)]
+        reward = registry.get(one.place, **one.options)
+        return [reward if one.alias is None else named(reward, one.alias)]
     except TypeError as error:
         raise _unknown_option(one, error) from None
 
@@ -205,12 +205,3 @@ def _unknown_option(one: Reference, error: TypeError) -> Exception:
     if one.options and "argument" in str(error):
         return UserError(f"{one.text}: its options cannot be used: {error}")
     return error
-
-
-def _renamed(reward: Reward, alias: str | None) -> Reward:
-    """The reward, or a copy of that name with the same cache and model."""
-    if alias is None:
-        return reward
-    reward = copy.copy(reward)
-    reward.name = alias
-    return reward

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from fastalign._base.errors import UserError
 from fastalign._base.references import COLUMN, FORMS
-from fastalign.rewards.base import Reward, is_reward
+from fastalign.rewards.base import Reward, is_reward, named
 from fastalign.rewards.function import from_function
+from fastalign.rewards.presets import PRESETS
 
 GROUP = "fastalign.rewards"  # entry points of installed packages: a name, and what `register` takes
 
@@ -62,7 +63,7 @@ def register(
     make = maker(name, reward)
     if name in _OLD_NAMES:
         raise UserError(f"name {name!r} is the old name of the reward {_OLD_NAMES[name]!r}; choose another")
-    if name in _entries and not replace:
+    if (name in _entries or name in PRESETS) and not replace:
         raise UserError(f"name {name!r} is already a registered reward; pass replace=True to replace it")
     _entries[name] = _Entry(make, description, package)
     _instances.pop(name, None)
@@ -130,7 +131,8 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def available() -> dict[str, RewardInfo]:
-    """The names, each with its description, the package it needs and whether that is installed."""
+    """The names, each with its description, the package it needs and whether that is installed; the presets of the
+    literature, such as "map/humor", at the end."""
     own = {
         name: RewardInfo(
             entry.description, entry.package, entry.package is None or find_spec(entry.package) is not None
@@ -138,19 +140,26 @@ def available() -> dict[str, RewardInfo]:
         for name, entry in _entries.items()
     }
     others = {name: RewardInfo(f"from {one.value}", None, True) for name, one in _installed().items()}
-    return {**others, **own} if others else own
+    presets = {name: RewardInfo(f"{one.what}, {one.model} ({one.source})", None, True) for name, one in PRESETS.items()}
+    return {**others, **own, **{name: one for name, one in presets.items() if name not in own}}
 
 
 def known(name: str) -> bool:
     """Whether `get` has a reward of that name, an old name included; loads nothing."""
-    return _OLD_NAMES.get(name, name) in _entries or name in _installed()
+    return _OLD_NAMES.get(name, name) in _entries or name in _installed() or name in PRESETS
+
+
+def column(name: str) -> str:
+    """The name among values of what is registered under `name`: itself, or a preset's column."""
+    return PRESETS[name].column if name in PRESETS and name not in _entries else name
 
 
 def check_known(name: str) -> None:
     """Raise UserError, listing the names, for a name without a reward."""
     if not known(name):
         listed = ", ".join(dict.fromkeys([*_entries, *_installed()]))
-        raise UserError(f"unknown reward {name!r}; available: {listed}, {FORMS}")
+        presets = "presets (`fastalign rewards` lists them)"
+        raise UserError(f"unknown reward {name!r}; available: {listed}, {presets}, {FORMS}")
 
 
 def get(name: str, **options: Any) -> Reward:
@@ -161,13 +170,22 @@ def get(name: str, **options: Any) -> Reward:
     names, if there is none.
     """
     check_known(name)
-    entry = _entries.get(_current(name)) or _from_package(name)
+    entry = _entries.get(_current(name)) or (_of_preset(name) if name in PRESETS else _from_package(name))
     if not options and name in _instances:
         return _instances[name]
     reward = made(name, entry.make(**options, **({"name": name} if name in _OLD_NAMES else {})))
     if not options:
         _instances[name] = reward
     return reward
+
+
+def _of_preset(name: str) -> _Entry:
+    from fastalign.rewards import published
+
+    preset = PRESETS[name]
+    if preset.head == "reward":
+        return _Entry(lambda **options: named(get(preset.model, **options), preset.column), preset.what, None)
+    return _Entry(functools.partial(published.make, preset), preset.what, None)
 
 
 def _from_package(name: str) -> _Entry:
