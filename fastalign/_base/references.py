@@ -6,6 +6,7 @@
     hf:unitary/toxic-bert#toxic       a sequence classifier of the hub or in a folder, and its label
     server:http://host:8000#model     a reward model on a server, and its name there
     judge:rubric.yaml#helpful         a language model that rates by a rubric, and one of its values
+    worst[hf:a,hf:b]                  several as one: mean, worst, lcb[..., c=1] or rank[..., base=FILE] of references
 
 It only reads the text: what is named need not exist, and nothing heavy is imported.
 """
@@ -22,6 +23,7 @@ from fastalign._base.errors import UserError
 
 FORMS = "FILE.py:FUNCTION, MODULE:FUNCTION, hf:MODEL#LABEL, server:URL#MODEL, or judge:FILE.yaml"
 COLUMN = re.compile(r"""[^\s,=<>:()\[\]{}"']+""")  # the names that --rewards, --palette and --lam can parse
+ENSEMBLES = ("mean", "worst", "lcb", "rank")
 _ALIAS = re.compile(r"""\s*([^\s,=<>:()\[\]{}"'/#]+)\s*=\s*(.+)""", re.DOTALL)
 _PREFIXED = re.compile(r"(hf|server|judge):(.*)", re.DOTALL)
 _INSIDE = re.compile(r"(?<!/)\[")  # where options begin; http://[::1] is an address
@@ -29,10 +31,11 @@ _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class Reference(NamedTuple):
-    """What a reference says. kind: "name" (of a registered reward, or a folder), "file", "module", "hf", "server" or
-    "judge".
+    """What a reference says. kind: "name" (of a registered reward, or a folder), "file", "module", "hf", "server",
+    "judge" or "ensemble".
 
     place: the name, folder, file, module, model or address; part: the head, function, label, model or value.
+    members: an ensemble's references.
     """
 
     text: str
@@ -41,12 +44,13 @@ class Reference(NamedTuple):
     place: str
     part: str | None
     options: dict[str, Any]
+    members: tuple[str, ...] = ()
 
     @property
     def local(self) -> str | None:
         """The file or folder that it names, if there is one."""
         path = os.path.expanduser(self.place)
-        return path if self.kind not in ("module", "server") and os.path.exists(path) else None
+        return path if self.kind not in ("module", "server", "ensemble") and os.path.exists(path) else None
 
 
 def split(text: str) -> list[str]:
@@ -69,6 +73,8 @@ def read(text: str) -> Reference:
     body, *inside = _INSIDE.split(body, maxsplit=1)
     if inside and not inside[0].endswith("]"):
         raise UserError(f"reward {text!r} must end with its options, as in NAME[option=value]")
+    if inside and body.strip() in ENSEMBLES:
+        return _ensemble(text, alias, body.strip(), inside[0][:-1])
     options = _options(text, inside[0][:-1]) if inside else {}
     if prefixed := _PREFIXED.fullmatch(body):
         place, mark, part = prefixed[2].partition("#")
@@ -84,6 +90,15 @@ def read(text: str) -> Reference:
     if not found.place or found.part == "":
         raise UserError(f"reward {text!r} must be a name, {FORMS}")
     return found
+
+
+def _ensemble(text: str, alias: str | None, how: str, inside: str) -> Reference:
+    fields = split(inside)
+    settings = [field for field in fields if re.match(r"(c|base)\s*=", field)]
+    members = tuple(field for field in fields if field not in settings)
+    if not members:
+        raise UserError(f"reward {text!r} must hold references, as in {how}[positive,harmless]")
+    return Reference(text, alias, "ensemble", how, None, _options(text, ",".join(settings)), members)
 
 
 def _options(text: str, inside: str) -> dict[str, Any]:
@@ -109,4 +124,5 @@ def local_inputs(text: str) -> list[str]:
             continue
         named = [one.local, *(os.path.expanduser(value) for value in one.options.values() if isinstance(value, str))]
         result += [path for path in named if path is not None and Path(path).exists()]
+        result += [path for member in one.members for path in local_inputs(member)]
     return result

@@ -6,6 +6,7 @@
 from fastalign.rewards.base import Reward
 from fastalign.rewards.classifier import from_classifier, from_heads, from_pairwise
 from fastalign.rewards.coherence import Coherence
+from fastalign.rewards.ensemble import ensemble
 from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
 from fastalign.rewards.judge import Judge
@@ -32,6 +33,7 @@ __all__ = [
     "ServerReward",
     "available",
     "check_names",
+    "ensemble",
     "from_classifier",
     "from_function",
     "from_heads",

@@ -72,6 +72,26 @@ def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
     return scores
 
 
+def evaluate(
+    reward: Reward, prompts: list[str], responses: list[str], advance: Callable[[int], None] = lambda count: None
+) -> np.ndarray:
+    """A reward's scores of n texts, float32 (n,); each reward gets conversations in the form that it reads. Raises
+    UserError or TypeError, one line, for another shape and for scores that are not finite."""
+    if isinstance(reward, CachedReward):
+        values: ArrayLike = reward(prompts, responses, advance=advance)
+    else:
+        whole = getattr(reward, "reads_messages", False)
+        values = reward(prompts if whole else [as_text(prompt) for prompt in prompts], responses)
+        advance(len(prompts))
+    scores = as_scores(reward.name, values, len(prompts))
+    if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+        raise UserError(
+            f"reward {reward.name!r} must return finite scores, got {scores[bad[0]]} at index {bad[0]} "
+            f"({bad.size} of {len(prompts)} not finite)"
+        )
+    return scores
+
+
 class CachedReward:
     """Base of the built-in rewards: a subclass implements `_score`; this class provides `__call__`.
 

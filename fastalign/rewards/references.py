@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fastalign._base.references import COLUMN, Reference, local_inputs, read
 from fastalign._base.work_folder import sha256
 from fastalign.rewards import own, registry
 from fastalign.rewards.base import Reward, is_reward, named
+from fastalign.rewards.ensemble import ensemble
 
 if TYPE_CHECKING:
     from fastalign.rewards.judge import Judge
@@ -24,7 +25,7 @@ _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def parse(reference: str) -> Reward:
     """The one reward of a reference, loaded; `_base.references` has the forms: "positive", "log_likelihood[model=./m]",
     "my_rewards.py:short", "package.module:short", "hf:MODEL#LABEL", "server:URL#MODEL", "judge:FILE.yaml#VALUE",
-    "FOLDER#HEAD", "short=my_rewards.py:short".
+    "FOLDER#HEAD", "worst[A,B]", "short=my_rewards.py:short".
 
     Raises UserError, one line, for one that names nothing, and for a model of several labels or heads without one.
     """
@@ -86,8 +87,14 @@ def contents(references: Sequence[Any]) -> dict[str, str]:
     """The local files and folders that references name, each with a hash of its content."""
     texts = [one for one in references if isinstance(one, str)]
     paths = [path for text in texts for path in local_inputs(text)]
-    paths += [path for one in map(read, texts) if one.kind == "judge" and (path := _judge(one).rubric.compare)]
+    paths += [path for one in _singles(texts) if one.kind == "judge" and (path := _judge(one).rubric.compare)]
     return {path: sha256(Path(path)) if _is_text(path) else fingerprint.of_model(path) for path in paths}
+
+
+def _singles(references: Sequence[str]) -> Iterator[Reference]:
+    """The references, those of ensembles in their place."""
+    for one in map(read, references):
+        yield from _singles(one.members) if one.kind == "ensemble" else [one]
 
 
 def _is_text(path: str) -> bool:
@@ -100,6 +107,10 @@ def _is_longer(reference: str | Reward) -> bool:
 
 def _names(one: Reference) -> list[str]:
     """The names that a reference stands for, after what can be checked cheaply."""
+    if one.kind == "ensemble":
+        for member in one.members:
+            _names(read(member))
+        return [one.alias or one.place]
     if one.kind == "file":
         own.check_file(one.place, one.part or "")
     elif one.kind == "module":
@@ -155,6 +166,9 @@ def _load(one: Reference) -> list[Reward]:
 
     column = one.alias or one.part or Path(one.place).name
     try:
+        if one.kind == "ensemble":
+            members = [reward for member in one.members for reward in _load(read(member))]
+            return [ensemble(members, one.place, name=one.alias, **one.options)]
         if one.kind == "file":
             return [own.from_file(one.place, one.part or "", column, one.options)]
         if one.kind == "module":

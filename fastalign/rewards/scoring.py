@@ -9,8 +9,7 @@ import numpy as np
 
 from fastalign._base import progress
 from fastalign._base.errors import UserError
-from fastalign.data.conversations import as_text
-from fastalign.rewards.base import CachedReward, Reward, as_scores, check_texts, is_reward, with_conversations
+from fastalign.rewards.base import Reward, check_texts, evaluate, is_reward, with_conversations
 from fastalign.rewards.references import load
 
 
@@ -35,20 +34,8 @@ def score(
     if len(listed) == 0:
         raise UserError("names must hold at least one reward, got none")
     rewards = load(listed)
-    spoken = [as_text(prompt) for prompt in prompts]
     matrix = np.empty((len(prompts), len(rewards)), dtype=np.float32)
     for column, reward in enumerate(rewards):
         with progress.bar(f"scoring {reward.name}", total=len(prompts), unit="texts", show=show_progress) as advance:
-            if isinstance(reward, CachedReward):
-                values = reward(prompts, responses, advance=advance)
-            else:
-                values = reward(prompts if getattr(reward, "reads_messages", False) else spoken, responses)
-                advance(len(prompts))
-        matrix[:, column] = as_scores(reward.name, values, len(prompts))
-        bad = np.flatnonzero(~np.isfinite(matrix[:, column]))
-        if bad.size:
-            raise UserError(
-                f"reward {reward.name!r} must return finite scores, got {matrix[bad[0], column]} at index {bad[0]} "
-                f"({bad.size} of {len(prompts)} not finite)"
-            )
+            matrix[:, column] = evaluate(reward, prompts, responses, advance)
     return matrix
