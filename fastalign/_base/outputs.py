@@ -158,7 +158,8 @@ def check_same(
         return
     if name in FINGERPRINTS:
         raise UserError(
-            f"{where} was made with a model whose files have changed since: use those to resume, {otherwise}"
+            f"{where} was made with files of a model or reward that have changed since: use those to resume, "
+            f"{otherwise}"
         )
     made = f"{name}={had.get(name)!r}, this run has {wanted.get(name)!r}"
     raise UserError(f"{where} was made with {made}: use the same settings to resume, {otherwise}")

@@ -67,6 +67,13 @@ def align(
             "candidates can be had, else grpo."
         ),
     ] = How.auto,
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            help="Rewards that the proof measures too, and nothing is optimised for: one that falls shows "
+            "over-optimisation. As --rewards."
+        ),
+    ] = None,
     candidates: N = 32,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 1.0,
@@ -111,6 +118,7 @@ def align(
         palette,
         out,
         how=how.value,
+        watch=names("watch", watch) if watch is not None else (),
         candidates=candidates,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

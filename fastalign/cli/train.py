@@ -53,7 +53,7 @@ SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 LogSteps = Annotated[int, typer.Option(help="Steps between log lines.")]
 Values = Annotated[
     str | None,
-    typer.Option(help="Rewards (`fastalign info` lists them) or folders of reward models, comma-separated."),
+    typer.Option(help="Rewards (`fastalign rewards` lists them) or folders of reward models, comma-separated."),
 ]
 Lam = Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5.")]
 FromPalette = Annotated[Path | None, typer.Option(help="Take values and λ from this file of `fastalign map` instead.")]

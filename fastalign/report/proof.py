@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastalign._base.error_bars import standard_error
 from fastalign._base.units import decimals
 
 MET, WITHIN, MISSED, IMPOSSIBLE, FREE = "met", "met within error", "missed by", "impossible", "not asked"
+WATCHED = "watched"  # a reward that was no part of what was optimised
 ERRORS = 2.0  # standard errors within which a level counts as met
 
 
@@ -72,10 +73,12 @@ def levels(
     ops: Sequence[str],
     *,
     base: np.ndarray,
-    predicted: Sequence[float],
+    predicted: Sequence[float | None],
     realised: np.ndarray,
+    watched: Collection[str] = (),
 ) -> list[Level]:
-    """The rows, from rewards on the held-out prompts: base (P, N, m) of the base model, realised (P, k, m)."""
+    """The rows, from rewards on the held-out prompts: base (P, N, m) of the base model, realised (P, k, m). watched:
+    names of rewards that were not optimised, for which nothing is predicted."""
     before, after = base.mean(axis=1, dtype=np.float64), realised.mean(axis=1, dtype=np.float64)
     se, change = standard_error(after), standard_error(after - before)
     rows = []
@@ -88,12 +91,12 @@ def levels(
                 asked=asked[j],
                 op=None if asked[j] is None else ops[j],
                 base=float(before[:, j].mean()),
-                predicted=float(predicted[j]),
+                predicted=predicted[j],
                 realised=level,
                 se=error,
                 change_se=_number(change[j]),
                 std=std,
-                verdict=judge(ops[j], asked[j], level, error, std),
+                verdict=WATCHED if name in watched else judge(ops[j], asked[j], level, error, std),
             )
         )
     return rows

@@ -14,13 +14,13 @@ from fastalign.data.conversations import transcript
 from fastalign.report import clean
 from fastalign.report.html import flat
 from fastalign.report.page import document, figure_of, svg_of
-from fastalign.report.proof import FREE, MET, MISSED, WITHIN, Level
+from fastalign.report.proof import FREE, MET, MISSED, WATCHED, WITHIN, Level
 
 if TYPE_CHECKING:
     from fastalign.decode import Candidates
 
 EXAMPLES = 6
-_CLASSES = {MET: "met", WITHIN: "within", FREE: ""}
+_CLASSES = {MET: "met", WITHIN: "within", FREE: "", WATCHED: ""}
 _LEVELS = (
     "Each value's mean over the held-out prompts, in units that compare across values. The bar is three standard "
     "errors each way; predicted is what the weights λ reach on the other prompts."
@@ -28,6 +28,10 @@ _LEVELS = (
 _HISTOGRAMS = "Every answer of the base model (grey), and the aligned ones (green)."
 _ROUNDS = (
     "Each value's gain over the base, in standard deviations, by the KL of the round's model; dashed: what is asked."
+)
+_AGREEMENT = (
+    "Correlations of the values among the base model's answers to one prompt. Two near 1 measure the same thing; two "
+    "below 0 pull against each other."
 )
 _WEIGHTED = "Blue: the same answers under the policy p<sub>λ</sub>."
 
@@ -54,6 +58,7 @@ def page(
         _notes(content, rows),
         _facts(content),
         *_figures(shown, base, result, content),
+        *agreement(base, [row.name for row in rows]),
         *_rounds(rows, content),
         *_examples(base, result, rows, content),
         "<h2>Settings</h2>",
@@ -82,8 +87,7 @@ def _table(rows: Sequence[Level]) -> str:
 
 def _notes(content: Mapping[str, Any], rows: Sequence[Level]) -> str:
     notes = [
-        f"Nobody asked about <b>{escape(clean(row.name))}</b>, and it fell by more than its error: "
-        f"{row.show(row.base)} → {row.show(row.realised)}."
+        f"{_unasked(row)} fell by more than its error: {row.show(row.base)} → {row.show(row.realised)}."
         for row in rows
         if row.fell
     ]
@@ -93,6 +97,13 @@ def _notes(content: Mapping[str, Any], rows: Sequence[Level]) -> str:
         levels = ", ".join(f"{escape(clean(row.name))} {row.show(nearest[row.name])}" for row in rows)
         notes.append(f"The nearest levels that can be reached: {levels}.")
     return "<ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def _unasked(row: Level) -> str:
+    name = f"<b>{escape(clean(row.name))}</b>"
+    if row.verdict == WATCHED:
+        return f"What was asked for may be over-optimised: {name}, which was watched and not optimised,"
+    return f"Nobody asked about {name}, and it"
 
 
 def _facts(content: Mapping[str, Any]) -> str:
@@ -133,7 +144,9 @@ def _figures(
     before, after = (one.reward_array(names).reshape(-1, len(names)).astype(np.float64) for one in (base, result))
     weights = None
     if content["how"] == "decode":
-        scores = base.reward_array(names).astype(np.float64) @ np.array([content["lam"][name] for name in names])
+        scores = base.reward_array(names).astype(np.float64) @ np.array(
+            [content["lam"].get(name, 0.0) for name in names]
+        )
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights = (weights / weights.sum(axis=1, keepdims=True)).ravel()
     shown = [clean(name) for name in names]
@@ -148,6 +161,23 @@ def _figures(
         "<h2>Distributions on held-out prompts</h2>",
         figure_of("histograms", drawn, _HISTOGRAMS if weights is None else f"{_HISTOGRAMS} {_WEIGHTED}"),
     ]
+
+
+def agreement(base: Candidates, names: Sequence[str]) -> list[str]:
+    """The correlations of the values of scored candidates, drawn, and those that are one value."""
+    from fastalign.palette.agreement import alike, correlations
+    from fastalign.report import figures as plots
+
+    if len(names) < 2:
+        return []
+    grid, shown = base.reward_array(list(names)), [clean(name) for name in names]
+    try:
+        figure = plots.agreement(shown, correlations(grid))
+    except UserError:  # without matplotlib
+        return []
+    notes = "".join(f"<p class='note'>{escape(line)}.</p>" for line in alike(shown, grid))
+    drawn = {"agreement": svg_of(figure, "agreement")}
+    return ["<h2>Do the values agree?</h2>", figure_of("agreement", drawn, _AGREEMENT), notes]
 
 
 def _rounds(rows: Sequence[Level], content: Mapping[str, Any]) -> list[str]:

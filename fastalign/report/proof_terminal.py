@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.report.proof import IMPOSSIBLE, MISSED
+from fastalign.report.proof import IMPOSSIBLE, MISSED, WATCHED
 
 
 def show(result: Mapping[str, Any], console: Console, page: Path) -> None:
@@ -30,7 +30,9 @@ def show(result: Mapping[str, Any], console: Console, page: Path) -> None:
             f"{result['heldout_prompts']} held-out prompts, {result['train_prompts']} to learn from"
         )
     for name in result.get("fell", ()):
-        console.print(f"nobody asked about {name}, and it fell by more than its error", style="yellow")
+        watched = result["values"][name]["verdict"] == WATCHED
+        said = f"watched, not optimised: {name}" if watched else f"nobody asked about {name}, and it"
+        console.print(f"{said} fell by more than its error", style="yellow")
     if result["certificate"] is not None:
         console.print(result["certificate"]["text"], style="yellow")
     if result["nearest"] is not None:

@@ -261,6 +261,33 @@ def test_a_value_nobody_asked_about_that_fell_is_named():
     assert [row.fell for row in rows] == [False, True] and rows[0].verdict == "met"
 
 
+@pytest.mark.parametrize("how", ["decode", "dpo"])
+def test_a_reward_is_watched_and_not_optimised(place, tmp_path, how):
+    own = "def brief(prompts, responses):\n    return [-float(len(text)) for text in responses]\n"
+    (tmp_path / "mine.py").write_text(own)
+    more = ["--watch", f"{tmp_path / 'mine.py'}:brief", "--budget", "9000t", "--learning-rate", 1e-3]
+    out = tmp_path / "out"
+    command = job(place, out, "diversity>=base+0.3sd", *more, how=how)
+    code, said, err = fastalign(*command)
+    assert code == 0, err
+    result = json.loads((out / "align.json").read_text())
+    assert list(result["lam"]) == ["diversity", "readability"]
+    brief = result["values"]["brief"]
+    assert brief["verdict"] == "watched" and brief["asked"] is None and brief["predicted"] is None
+    scored = Candidates.from_parquet(out / "heldout" / "scored.parquet")
+    assert brief["base"] == pytest.approx(scored.rewards["brief"].mean())
+    assert "brief" not in Candidates.from_parquet(out / "train" / "scored.parquet").rewards
+    page = (out / "report.html").read_text()
+    assert "Do the values agree?" in page and "agreement-" in page and "watched" in said
+    if "brief" in result["fell"]:
+        assert "may be over-optimised" in page and "watched, not optimised: brief fell" in said
+    again, _, err = fastalign(*command)
+    assert again == 0 and "already there" in err
+    (tmp_path / "mine.py").write_text(own + "\n")
+    assert "files of a model or reward that have changed since" in refused(*command)
+    assert "rewards must be different" in refused(*command, "--watch", "diversity")
+
+
 @pytest.mark.parametrize(
     ("op", "asked", "realised", "se", "verdict"),
     [(">=", 1.0, 1.0, 0.1, "met"), (">=", 1.0, 0.81, 0.1, "met within error"), (">=", 1.0, 0.79, 0.1, "missed by 0.21"),
@@ -351,7 +378,7 @@ def test_rounds_go_on_from_the_model_before(place, tmp_path):
     second = json.loads((out / "round-2" / "palette.json").read_text())
     assert second["palette"][0] == json.loads((out / "palette.json").read_text())["palette"][0]
     page = (out / "report.html").read_text()
-    assert "What each round gained" in page and page.count("<svg") == 3
+    assert "What each round gained" in page and page.count("<svg") == 4
     assert "rounds must be 1 for how decode" in refused(*job(place, tmp_path / "x", "diversity>=base", "--rounds", 2))
 
 

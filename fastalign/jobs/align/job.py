@@ -50,6 +50,7 @@ def align(
     out: str | os.PathLike[str],
     *,
     how: str | Callable[[Job, Path, Budget], float] = "auto",
+    watch: Sequence[str] = (),
     candidates: int = 32,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -79,6 +80,8 @@ def align(
         how: "decode": texts drawn from p_λ among the candidates. A trained model: "distill", "dpo", "grpo", "ppo"; see
             `methods`. "auto": decode if enough candidates can be had, else grpo. Or a function of your own (job,
             folder for the model, what is left of the budget) that trains a model and returns how many tokens it took.
+        watch: rewards that the proof measures too, and nothing is optimised for: one that falls while those asked for
+            rise says that these are over-optimised (arXiv 2210.10760).
         candidates: per prompt. heldout: the share of prompts held out. texts_per_prompt: of the result; default 1, for
             a trained model 4.
         budget: "20m", "90s", "1h" or "200000t" (tokens) in all; fewer candidates, and a shorter training, where it
@@ -97,6 +100,7 @@ def align(
         UserError: one line, as far as possible before anything is drawn.
     """
     names, trainer = references.names(rewards), how if callable(how) else None
+    references.check_names([*rewards, *watch])
     how = getattr(how, "__name__", "own") if callable(how) else how
     words = in_words(palette, names)
     _check(
@@ -123,7 +127,9 @@ def align(
     }  # fmt: skip
     if push_to_hub is not None and how == "decode":
         raise UserError(f"push_to_hub needs a trained model, and how is decode: got {push_to_hub!r}")
-    if contents := references.contents(rewards):
+    if watch:
+        settings["watch"] = list(watch)
+    if contents := references.contents([*rewards, *watch]):
         settings["contents"] = contents
     folder = Folder(out, settings, resume=resume, overwrite=overwrite)
     result = folder.result
@@ -205,6 +211,8 @@ class Job:
         self.settings: dict[str, Any] = folder.settings
         self.rewards: list[str] = self.settings["rewards"]  # references
         self.names: list[str] = references.names(self.rewards)
+        self.watch: list[str] = self.settings.get("watch", [])  # references
+        self.watched: list[str] = references.names(self.watch)
         self.how: str = self.settings["how"]
         self.n: int = self.settings["candidates"]
         self.seed: int = self.settings["seed"]
@@ -271,7 +279,7 @@ class Job:
         with self.folder.stage(f"{part}: score"):
             return steps.score(
                 place / "candidates.parquet",
-                self.rewards,
+                [*self.rewards, *(self.watch if part == "heldout" else [])],
                 place / "scored.parquet",
                 show_progress=self.show_progress,
             )
@@ -414,7 +422,7 @@ class Job:
         with self.folder.stage("proof: score"):
             result = steps.score(
                 place / f"{name}.parquet",
-                self.rewards,
+                [*self.rewards, *self.watch],
                 place / f"{name}_scored.parquet",
                 show_progress=self.show_progress,
             )
@@ -460,9 +468,13 @@ class Job:
     def _measured(
         self, base: Candidates, result: Candidates, kl: dict[str, Any], ess: float, perplexity: dict[str, Any]
     ) -> tuple[dict[str, Any], list[proof.Level]]:
-        before, after = base.reward_array(self.names), result.reward_array(self.names)
-        asked, senses, predicted = self.asked(before)
-        rows = proof.levels(self.names, asked, senses, base=before, predicted=predicted, realised=after)
+        names, more = [*self.names, *self.watched], len(self.watched)
+        before, after = base.reward_array(names), result.reward_array(names)
+        asked, senses, predicted = self.asked(before[..., : len(self.names)])
+        rows = proof.levels(
+            names, [*asked, *[None] * more], [*senses, *[">="] * more], base=before, realised=after,
+            predicted=[*predicted, *[None] * more], watched=self.watched,
+        )  # fmt: skip
         fell = [row.name for row in rows if row.fell]
         measured = {"lam": self.lam, "kl": kl, "ess": ess, "perplexity": perplexity, "fell": fell}
         return self._content(rows) | measured, rows

@@ -3,6 +3,7 @@
 Every function returns a matplotlib Figure without a window or global state; `save` writes it.
 """
 
+from fastalign.report.figures.agreement import agreement
 from fastalign.report.figures.fronts import Shown, front_in_three, fronts
 from fastalign.report.figures.lam import path, region, samples_left
 from fastalign.report.figures.rounds import rounds
@@ -13,7 +14,6 @@ from fastalign.report.figures.values import histograms, levels, radar
 
 __all__ = [
     "BEFORE", "GRID", "INK", "MAX_PAIRS", "MUTED", "PAPER", "PREDICTED", "REALISED", "TARGET", "Shown",
-    "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path", "radar", "region", "rounds",
-    "samples_left",
-    "save", "soups", "write",
+    "agreement", "front_in_three", "fronts", "histograms", "levels", "pairs", "pareto", "path", "radar", "region",
+    "rounds", "samples_left", "save", "soups", "write",
 ]  # fmt: skip
