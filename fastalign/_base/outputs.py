@@ -158,7 +158,7 @@ def check_same(
         return
     if name in FINGERPRINTS:
         raise UserError(
-            f"{where} was made with files of a model or reward that have changed since: use those to resume, "
+            f"{where} was made with a model or reward whose files have changed since: use those to resume, "
             f"{otherwise}"
         )
     made = f"{name}={had.get(name)!r}, this run has {wanted.get(name)!r}"

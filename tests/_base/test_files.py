@@ -292,7 +292,7 @@ def test_parts_of_another_model_under_the_same_path_are_refused(models, tmp_path
     parts = interrupted(here, out, monkeypatch)
     assert list(parts.glob("part-*"))
     shutil.copy(models / "b" / "model.safetensors", here)
-    with pytest.raises(UserError, match=f"^{parts} was made with files of a model or reward that have changed since"):
+    with pytest.raises(UserError, match=f"^{parts} was made with a model or reward whose files have changed since"):
         pipeline.sample(str(here), PROMPTS, out, resume=True, **OPTIONS)
     moved = here.rename(tmp_path / "moved")  # the same model in another place is the same model
     shutil.copy(models / "a" / "model.safetensors", moved)

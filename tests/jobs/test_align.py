@@ -284,7 +284,7 @@ def test_a_reward_is_watched_and_not_optimised(place, tmp_path, how):
     again, _, err = fastalign(*command)
     assert again == 0 and "already there" in err
     (tmp_path / "mine.py").write_text(own + "\n")
-    assert "files of a model or reward that have changed since" in refused(*command)
+    assert "a model or reward whose files have changed since" in refused(*command)
     assert "rewards must be different" in refused(*command, "--watch", "diversity")
 
 
