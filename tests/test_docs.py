@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from turns import by_the_day, on_its_day
 
+import fastalign
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]
@@ -91,6 +93,13 @@ def test_blocks_run_in_an_empty_folder(page):
 def test_the_page_of_commands_is_current():
     written = tool("write_commands")
     assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python tools/write_commands.py"
+
+
+@pytest.mark.parametrize("package", ["palette", "decode", "rewards", "soup", "losses", "ops", "train"])
+def test_every_public_name_is_in_the_reference(package):
+    page = (DOCS / "reference" / f"{package}.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: .*\.(\w+)$", page, re.M))
+    assert {*getattr(fastalign, package).__all__} - {"METHODS", "Perplexity"} == shown
 
 
 def messages():

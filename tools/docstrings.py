@@ -9,7 +9,8 @@ from typing import Any
 import griffe
 
 EXAMPLE = re.compile(r"^( *)>>> ")
-FIELD = re.compile(r"^([A-Za-z_]\w*(?: \([^)]*\))?): (?=\S)")
+FIELD = re.compile(r"^(\w+(?:, \w+)*(?: \([^)]*\))?): (?=\S)")
+SECTION = re.compile(r"^(Args|Returns|Raises):$")
 
 
 class Examples(griffe.Extension):
@@ -19,18 +20,22 @@ class Examples(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    """Paragraphs with `>>>` become blocks of code, from there on; of the others, lines `name: what` a list."""
+    """Examples become blocks of code; of the other lines, those that begin `name: ` a list, and `Args:` a heading."""
     result = []
     for block in re.split(r"\n{2,}", textwrap.dedent(text)):
         lines = block.splitlines()
         start = next((i for i, line in enumerate(lines) if EXAMPLE.match(line)), len(lines))
         if start:
-            result.append("\n".join(map(_listed, lines[:start])).replace("][", "]\\["))  # shapes are no links
+            result.append(_prose(lines[:start]))
         if lines[start:]:
             code = textwrap.dedent("\n".join(lines[start:]))
             result.append(f"```pycon\n{code}\n```")
     return "\n\n".join(result)
 
 
-def _listed(line: str) -> str:
-    return FIELD.sub(r"- **\1**: ", line)
+def _prose(lines: list[str]) -> str:
+    if heading := SECTION.match(lines[0]):
+        inner = textwrap.dedent("\n".join(lines[1:])).splitlines()
+        return f"**{heading[1]}**\n\n{_prose(inner)}" if inner else f"**{heading[1]}**"
+    listed = [FIELD.sub(r"\n- **\1**: ", line) if i else FIELD.sub(r"- **\1**: ", line) for i, line in enumerate(lines)]
+    return "\n".join(listed).replace("][", "]\\[")  # shapes are no links

@@ -23,6 +23,10 @@ def bundled(k: int | None = None) -> list[str]:
     """The bundled prompts: 64 of 8 kinds (reviews, advice, stories, provocations, ...).
 
     With k: a fixed subset spread evenly over the kinds (16 has two of each).
+
+    >>> from fastalign.data import prompts
+    >>> len(prompts.bundled()), prompts.bundled(1)
+    (64, ['Write a short review of a restaurant where the soup arrived cold.'])
     """
     by_kind: dict[str, list[str]] = {}
     for line in _BUNDLED.read_text(encoding="utf-8").splitlines():

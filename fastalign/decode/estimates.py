@@ -67,6 +67,15 @@ def estimate(
     1/ess; unless warn is False, a warning says where the mean ess is below 10 (`Estimate.doubt`).
 
     Raises UserError on wrong shapes and numbers that are not finite.
+
+    >>> import numpy as np
+    >>> from fastalign import decode
+    >>> rewards = np.random.default_rng(0).normal(size=(20, 50, 1))
+    >>> found = decode.estimate(rewards, [[0.0], [1.0]])
+    >>> found.values.round(2).tolist(), found.kl.round(2)
+    ([[-0.05], [0.85]], array([0.  , 0.44]))
+    >>> found
+    Estimate: 2 λ of 1 value over 20 prompts, effective sample size 23.5 to 50.0 of 50
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim != 3:
@@ -97,6 +106,10 @@ def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
     Importance sampling needs at least of order e^KL draws (Chatterjee, Diaconis, arXiv 1511.01437): N draws have an
     effective sample size of at most N e^-KL, and less for heavier-tailed weights. Given candidates, `worth` estimates
     how many are needed.
+
+    >>> from fastalign import decode
+    >>> decode.needed(2.0), decode.needed(2.0, ess=1)
+    (74, 8)
     """
     if not kl >= 0:
         raise UserError(f"kl must be at least 0, got {kl!r}")
@@ -105,7 +118,12 @@ def needed(kl: float, ess: float = TRUSTED_ESS) -> int:
 
 def best_of_n_kl(n: int) -> float:
     """log n - (n - 1)/n, nats: the KL from p0 of best-of-n, exact without ties and an upper bound with them (arXiv
-    2401.01879)."""
+    2401.01879).
+
+    >>> from fastalign import decode
+    >>> round(decode.best_of_n_kl(16), 4)
+    1.8351
+    """
     if n < 1:
         raise UserError(f"n must be at least 1, got {n!r}")
     return math.log(n) - (n - 1) / n
@@ -130,6 +148,12 @@ def best_of_curve(rewards: np.ndarray, lam: np.ndarray, ks: Sequence[int]) -> Be
     Candidates of equal score share equally.
 
     rewards (P, N, m); lam (m,); ks in 1..N.
+
+    >>> import numpy as np
+    >>> from fastalign import decode
+    >>> rewards = np.array([[[1.0], [2.0], [6.0]]])
+    >>> decode.best_of_curve(rewards, np.array([1.0]), [1, 2, 3]).values.round(3).tolist()
+    [[3.0], [4.667], [6.0]]
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     scores = np.atleast_2d(log_weights_of(rewards, lam))

@@ -18,6 +18,14 @@ def select(rewards: np.ndarray, lam: np.ndarray, *, k: int = 1, method: str = "r
     rewards: (P, N, m) finite; lam: (m,). method: "resample" (exact draws with replacement: soft best-of-N; for
     temperature t use lam / t), "best" (the k largest λ·R, each once), or any method of `ops.resample`, of which
     gumbel_top_k draws from the weights without replacement. Raises UserError on wrong shapes and on NaN.
+
+    >>> import numpy as np
+    >>> from fastalign import decode
+    >>> rewards = np.array([[[0.0], [1.0], [5.0]]])  # one prompt, three candidates, one value
+    >>> decode.select(rewards, [1.0], method="best", k=2, seed=0)
+    array([[2, 1]])
+    >>> decode.select(rewards, [50.0], seed=0)
+    array([[2]])
     """
     from fastalign import ops
     from fastalign.ops import checks
@@ -35,6 +43,12 @@ def effective_sample_size(rewards: np.ndarray, lam: np.ndarray) -> np.ndarray:
     """(sum w)^2 / sum w^2 with w = exp(λ·R), in 1..N (Kong 1992).
 
     rewards (P, N, m) -> (P,) float64; (N, m) -> a scalar.
+
+    >>> import numpy as np
+    >>> from fastalign import decode
+    >>> rewards = np.array([[[0.0], [1.0], [5.0]]])
+    >>> decode.effective_sample_size(rewards, [0.0]), decode.effective_sample_size(rewards, [5.0]).round(3)
+    (array([3.]), array([1.]))
     """
     scores = log_weights_of(rewards, lam)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -159,6 +159,12 @@ def worth(rewards: np.ndarray, lam: np.ndarray | Sequence[float]) -> Worth:
     """The effective sample size under λ of any number of candidates of such prompts. rewards (P, n, m), lam (m,).
 
     Raises UserError on wrong shapes and numbers that are not finite.
+
+    >>> import numpy as np
+    >>> from fastalign import decode
+    >>> rewards = np.random.default_rng(0).normal(size=(20, 64, 1))
+    >>> decode.worth(rewards, [1.0])
+    Worth: 64 candidates a prompt are worth 24–32 effective ones (95 %, from 20 prompts × 64); 10 need 17–23
     """
     lam = np.asarray(lam, dtype=np.float64)
     scores = np.atleast_2d(log_weights_of(rewards, lam))

@@ -46,6 +46,14 @@ def group_advantages(rewards: Tensor, *, weights: Tensor | Sequence[float] | Non
 
     Raises:
         UserError, TypeError: another shape or `how`; infinite rewards or weights, or so large that results overflow.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> rewards = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 100.0], [1.0, 100.0]]])  # (1, 4, 2)
+    >>> losses.group_advantages(rewards, how="grpo").round(decimals=2)  # the second value drowns the first
+    tensor([[-0.8700, -0.8600,  0.8600,  0.8700]])
+    >>> losses.group_advantages(rewards, how="gdpo").round(decimals=1) + 0
+    tensor([[-1.2000,  0.0000,  0.0000,  1.2000]])
     """
     checks.tensor("rewards", rewards, "a tensor of shape (B, G, m)")
     if rewards.ndim != 3:

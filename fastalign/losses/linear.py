@@ -39,6 +39,11 @@ def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: in
     """Labels for the hidden states of `input_ids`: position t gets token t + 1 if that belongs to the completion.
 
     input_ids, completion_mask (R, T) -> (R, T) int64; the last position, which predicts nothing, is ignored.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> losses.shift_labels(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]]))
+    tensor([[   6,    7, -100]])
     """
     checks.tensors(input_ids=input_ids, completion_mask=completion_mask)
     if input_ids.shape != completion_mask.shape or input_ids.ndim != 2:

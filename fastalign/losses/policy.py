@@ -79,6 +79,11 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     Returns:
         Like x, float32 or float64. A single valid token, or equal ones, have no deviation: 0 (or the mean, if it is
         kept).
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> losses.whiten(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[True, True, True]])).round(decimals=3)
+    tensor([[-1.,  0.,  1.]])
     """
     checks.tensor("x", x)
     x = wide(x)
@@ -131,6 +136,12 @@ def ppo_loss(
 
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> x = torch.zeros(1, 2)
+    >>> losses.ppo_loss(x, x, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)).loss
+    tensor(-2.)
     """
     batch = _Batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
     kl = batch.penalty(kl_coef, kl_estimator)

@@ -170,6 +170,13 @@ def dpo_loss(
 
     Raises:
         UserError, TypeError: a shape or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-12.0])
+    >>> loss, better, worse = losses.dpo_loss(chosen, rejected, chosen - 1, rejected, beta=0.1)
+    >>> loss, better, worse
+    (tensor([0.6444]), tensor([0.1000]), tensor([0.]))
     """
     kinds, factors = _loss_types(loss_type, loss_weights)
     for name, x in (("beta", beta), ("discopop_tau", discopop_tau)):
@@ -335,6 +342,11 @@ def simpo_loss(
 
     policy_chosen_logps, policy_rejected_logps: (B,) log-probabilities averaged over tokens. alpha: AlphaPO's reward
     shape (arXiv 2501.03884), 0 for off. Raises UserError, TypeError on shapes and options that break these rules.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> losses.simpo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]), beta=2.0, gamma=0.5)
+    PreferenceLoss(losses=tensor([0.2014]), chosen_rewards=tensor([-2.]), rejected_rewards=tensor([-4.]))
     """
     checks.numbers(gamma=gamma)
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "simpo_gamma": gamma, "alpha": alpha}

@@ -36,6 +36,11 @@ def bradley_terry_loss(
 
     Raises:
         UserError, TypeError: shapes that differ, or scores that are not floating-point tensors.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> losses.bradley_terry_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]))
+    tensor(0.5032)
     """
     chosen, rejected = _scores("chosen_scores", chosen_scores), _scores("rejected_scores", rejected_scores)
     if chosen.shape != rejected.shape:
@@ -75,6 +80,11 @@ def plackett_luce_loss(scores: Tensor, ranking: Tensor, mask: Tensor | None = No
 
     Raises:
         UserError, TypeError: a shape or dtype that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import losses
+    >>> losses.plackett_luce_loss(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0, 1, 2]]))
+    tensor(0.7209)
     """
     scores = _scores("scores", scores)
     checks.tensor("ranking", ranking, "an int64 tensor", torch.int64)

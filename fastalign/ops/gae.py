@@ -36,6 +36,13 @@ def gae(
 
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import ops
+    >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3)
+    >>> advantages, returns = ops.gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), lam=0.5)
+    >>> advantages
+    tensor([[0.2500, 0.5000, 1.0000]])
     """
     checks.logits("rewards", rewards)
     checks.logits("values", values)

@@ -64,6 +64,12 @@ def map_statistics(
 
     Raises:
         UserError, TypeError: a shape or dtype that breaks these rules; no row with positive weight in some group.
+
+    >>> import torch
+    >>> from fastalign import ops
+    >>> found = ops.map_statistics(torch.tensor([[1.0], [0.0]]), torch.tensor([0.0]))
+    >>> found.mean, found.cov
+    (tensor([0.5000], dtype=torch.float64), tensor([[0.2500]], dtype=torch.float64))
     """
     _check(rewards, lam, center, log_weights, groups)
     if backend.choose(rewards.device) == "reference":

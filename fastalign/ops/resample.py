@@ -42,6 +42,14 @@ def resample(
 
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import ops
+    >>> log_weights = torch.tensor([[0.0, 0.0, 9.0]])
+    >>> ops.resample(log_weights, 1, method="best", seed=0)
+    tensor([[2]])
+    >>> ops.resample(log_weights, 3, method="gumbel_top_k", seed=0).sort().values  # each once
+    tensor([[0, 1, 2]])
     """
     _check(log_weights, k, method, mask)
     checks.seed(seed)

@@ -64,6 +64,12 @@ def sample_tokens(
 
     Raises:
         UserError, TypeError: a shape, dtype, device or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import ops
+    >>> ids, log_probs = ops.sample_tokens(torch.tensor([[0.0, 0.0, -torch.inf]]), temperature=0.8, seed=0)
+    >>> ids.item() < 2, log_probs.round(decimals=4)
+    (True, tensor([-0.6931]))
     """
     check(logits, temperature, top_k, top_p, min_p, offset, rows)
     checks.seed(seed)

@@ -86,6 +86,14 @@ def token_logprobs(
 
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import ops
+    >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+    >>> ops.token_logprobs(logits, torch.tensor([2, -100]))  # log ¼; ignored
+    tensor([-1.3863,  0.0000])
+    >>> ops.token_logprobs(logits, torch.tensor([2, 0]), outputs=("log_probs", "is_top1")).is_top1
+    tensor([False,  True])
     """
     checks.logits("logits", logits)
     checks.labels("logits", logits, labels)

@@ -35,6 +35,11 @@ def token_logratios(
 
     Raises:
         UserError, TypeError: a shape, dtype, device, label or option that breaks these rules.
+
+    >>> import torch
+    >>> from fastalign import ops
+    >>> ops.token_logratios(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([0])).round(decimals=4)
+    tensor([0.3799])
     """
     checks.logits("policy_logits", policy_logits)
     checks.logits("ref_logits", ref_logits)

@@ -115,6 +115,15 @@ def kl_front(
     samples remain (without groups: the whole set's). directions (K, m) >= 0, in units of the rewards' standard
     deviations σ; None: `spread_directions(m)`. If that limit is reached below `kl`, the policy is the limit and its KL
     is smaller. λ is solved to a KL within 1e-10 of `kl`, with the same reads for all directions.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.random.default_rng(0).normal(size=(1000, 2))
+    >>> front = palette.kl_front(rewards, 0.5, [[1, 0], [0, 1]])
+    >>> front.kl.round(6)
+    array([0.5, 0.5])
+    >>> front.levels.argmax(axis=1)  # the first goes furthest in the first value
+    array([0, 1])
     """
     return front_of(Tilts(rewards, groups=groups, weights=weights), kl, directions)
 
@@ -240,6 +249,13 @@ def palette_path(
     palettes, one solve.
 
     rewards, groups, weights, sense: as in `palette.solve`.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.array([[1.0], [0.0], [0.0], [0.0]])
+    >>> way = palette.palette_path(rewards, [0.5], steps=3)
+    >>> way.palettes[:, 0], way.policies.kl.round(4)
+    (array([0.25 , 0.375, 0.5  ]), array([0.    , 0.0381, 0.1438]))
     """
     checks.integer("steps", steps)
     if not steps >= 2:
@@ -273,6 +289,13 @@ def feasible_region(
     λ is uniform over {λ ≥ 0, Σ λ_j σ_j ≤ l1_max}, with σ_j the standard deviation of reward j, so that the draw does
     not depend on the values' units. The share that is desirable is then a share of that region's volume. As in MAP
     (arXiv 2410.19198, section 4), which draws λ in the rewards' own units.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.random.default_rng(0).normal(size=(1000, 2))
+    >>> region = palette.feasible_region(rewards, 100, 1.0, seed=0)
+    >>> region.policies.levels.shape
+    (100, 2)
     """
     return region_of(Tilts(rewards, groups=groups, weights=weights), n_lam, l1_max, seed)
 
@@ -299,6 +322,12 @@ def spread_directions(m: int, count: int = 60, *, columns: Sequence[int] | None 
 
     For two values evenly spaced by angle; for three on a triangular lattice with at least `count` points, row by row;
     for more the axes and then random directions, always the same.
+
+    >>> from fastalign import palette
+    >>> palette.spread_directions(2, 3).round(3)
+    array([[1.   , 0.   ],
+           [0.707, 0.707],
+           [0.   , 1.   ]])
     """
     checks.integer("m", m, 1)
     checks.integer("count", count)

@@ -21,6 +21,10 @@ def pareto_front(points: Array) -> np.ndarray:
 
     points: (n, d), n >= 0, d >= 1. Equal points do not dominate each other: all copies are kept.
     O(n log n) for d <= 3; beyond, n times the size of the front at worst. Raises UserError on NaN or infinity.
+
+    >>> from fastalign import palette
+    >>> palette.pareto_front([[1, 3], [2, 2], [1, 2], [3, 1]])
+    array([0, 1, 3])
     """
     points = _checked(points)
     n, d = points.shape
@@ -39,6 +43,10 @@ def hypervolume(points: Array, reference: Array) -> float:
     points: (n, d), n >= 0. reference: (d,). A point that does not exceed it in every coordinate adds nothing.
     Exact: a sweep in two dimensions, above that each point's exclusive volume by one dimension less (While, Bradstreet
     & Barone 2012); hundreds of points take seconds from d = 6 on. Raises UserError on NaN or infinity.
+
+    >>> from fastalign import palette
+    >>> palette.hypervolume([[1, 3], [2, 2]], [0, 0])
+    5.0
     """
     points = _checked(points)
     checks.arrays(reference=reference)

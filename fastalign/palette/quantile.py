@@ -18,6 +18,14 @@ def quantile_palette(rewards: Array, q: float, *, values: Sequence[int] | None =
     With the humor, helpful and harmless columns this is HHH-q of the MAP paper (arXiv 2410.19198, section 4). Each
     quantile can be reached on its own, but all together possibly not; `solve` decides that. Raises UserError on a q
     outside [0, 1], a column that does not exist, and NaN or infinite rewards.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.array([[0.0, 4.0], [1.0, 5.0], [2.0, 9.0]])
+    >>> palette.quantile_palette(rewards, 0.75)
+    array([1.5, 7. ])
+    >>> palette.quantile_palette(rewards, 0.75, values=[0])
+    array([1.5, 6. ])
     """
     rewards = as_rewards(rewards)
     check_quantile("q", q)

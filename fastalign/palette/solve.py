@@ -176,6 +176,17 @@ def solve(
 
     Raises UserError or TypeError, in one line, on NaN or infinite rewards, empty or mismatched shapes, weights that are
     negative or sum to zero (in any group).
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> coin = np.array([[1.0], [0.0], [0.0], [0.0]])  # one good answer of four
+    >>> solution = palette.solve(coin, [0.5])
+    >>> solution.lam.round(4)  # log 3
+    array([1.0986])
+    >>> bool(solution.feasible), round(float(solution.kl), 4)
+    (True, 0.1438)
+    >>> palette.solve(coin, [1.2]).nearest
+    array([1.])
     """
     own = (rewards, weights) if process_group is None else ((), None)  # a single rank must not stop
     check_arguments(own[0], palette, own[1], sense, tol=tol, lam_max=lam_max)

@@ -64,6 +64,13 @@ def standard_errors(
     Var λ = C⁻¹ V C⁻¹, V = Σ p_i² (R_i − E_λ R)(R_i − E_λ R)ᵀ; V is also the variance of the levels at fixed λ, which to
     first order is the error of the policy's levels (White 1982). With groups the prompts are the random sample: V is
     the covariance of the groups' levels divided by the number of groups. NaN for a single group or sample.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.random.default_rng(0).normal(size=(1000, 1))
+    >>> solution = palette.solve(rewards, [0.5])
+    >>> palette.standard_errors(rewards, solution.lam).lam.round(3)
+    array([0.043])
     """
     check_arguments(rewards, (), weights)
     checks.arrays(lam=lam)
@@ -153,6 +160,12 @@ def held_out(
 
     Folds are random sets of rows (with groups: of whole groups). A training part that cannot reach the palette is
     solved for its nearest reachable one, just inside.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.random.default_rng(0).normal(size=(1000, 1))
+    >>> palette.held_out(rewards, [0.5], seed=0).met
+    array([ True])
     """
     check_arguments(rewards, palette, weights, sense)
     checks.integer("seed", seed, 0)

@@ -39,6 +39,12 @@ def parse_palette(
     the argument `rest`.
     rewards: (n, m), whose columns are `names`. Raises UserError, in one line, on text that it cannot parse and on
     bounds that contradict each other.
+
+    >>> import numpy as np
+    >>> from fastalign import palette
+    >>> rewards = np.array([[0.0, 4.0], [2.0, 8.0]])
+    >>> palette.parse_palette("good>=base+0.5sd, long<=7", ["good", "long"], rewards)
+    (array([1.5, 7. ]), ['>=', '<='])
     """
     terms = read_terms(text, names)
     if isinstance(terms, np.ndarray):

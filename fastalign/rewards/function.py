@@ -29,6 +29,11 @@ class FunctionReward:
 def from_function(fn: Callable[[list[str], list[str]], Sequence[float]], name: str) -> Reward:
     """A reward from `fn(prompts, responses) -> n numbers`, higher is better. Called once per call, never cached. For a
     prompt that is a conversation, fn receives the text of the last user turn.
+
+    >>> from fastalign import rewards
+    >>> length = rewards.from_function(lambda prompts, responses: [len(text) for text in responses], "length")
+    >>> length(["Hello"], ["Hi"])
+    array([2.], dtype=float32)
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of (prompts, responses), got {type(fn).__name__}")

@@ -27,6 +27,10 @@ def score(
 
     Raises UserError or TypeError, in one line, for an unknown name, a missing package, lists of unequal length, a
     result of the wrong shape, and for a score that is NaN or infinite (with the reward and the index of the pair).
+
+    >>> from fastalign import rewards
+    >>> rewards.score(["diversity"], ["Hello"], ["One of many answers."]).shape
+    (1, 1)
     """
     prompts = with_conversations(prompts)
     check_texts(prompts, responses)

@@ -67,6 +67,12 @@ def mix(
     Integer and boolean tensors must be equal, and are taken from the first model.
     NaN and infinities in a model, and numbers outside the result type's range, are counted and give a warning; strict:
     an error. Raises UserError if names, shapes or kinds of tensors differ.
+
+    >>> import torch
+    >>> from fastalign import soup
+    >>> a, b = {"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([1.0, 4.0])}
+    >>> soup.mix([a, b], [0.5, 0.5])
+    {'w': tensor([0.5000, 3.0000])}
     """
     states, rows, labels = _prepare(models, weights, normalize)
     seen, several = NotFinite(), np.ndim(weights) == 2
@@ -98,6 +104,13 @@ def interpolate(
     model: of the same architecture, its own dtypes and device; none of `others` may share its memory, since it is
     overwritten. others: m modules, state dicts or checkpoints; weights: (m,). strict: as in `mix`; everything is then
     summed twice. Raises UserError, with the model unchanged, if names or shapes differ.
+
+    >>> import torch
+    >>> from fastalign import soup
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> a, b = {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)}
+    >>> soup.interpolate(model, [a, b], [0.25, 0.75]).weight.item()
+    0.75
     """
     states, rows, labels = _prepare(others, weights, normalize)
     if np.ndim(weights) != 1:

@@ -226,7 +226,12 @@ class Weights:
 
 def simplex_grid(m: int, points: int) -> np.ndarray:
     """All weights of m models that sum to 1, in steps of 1 / (points - 1): (K, m), the first model's weight
-    descending."""
+    descending.
+
+    >>> from fastalign import soup
+    >>> soup.simplex_grid(2, 3).tolist()
+    [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    """
     if not (isinstance(m, int) and m >= 1):
         raise UserError(f"m must be an integer, at least 1, got {m!r}")
     if not (isinstance(points, int) and points >= 2):
