@@ -99,7 +99,9 @@ def test_the_page_of_commands_is_current():
 def test_every_public_name_is_in_the_reference(package):
     page = (DOCS / "reference" / f"{package}.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"^::: .*\.(\w+)$", page, re.M))
-    assert {*getattr(fastalign, package).__all__} - {"METHODS", "Perplexity"} == shown
+    assert {*getattr(fastalign, package).__all__} - {"METHODS", "Perplexity"} == shown, (
+        "the page has a line `::: module.name` each"
+    )
 
 
 def messages():

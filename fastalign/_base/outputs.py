@@ -158,8 +158,7 @@ def check_same(
         return
     if name in FINGERPRINTS:
         raise UserError(
-            f"{where} was made with a model or reward whose files have changed since: use those to resume, "
-            f"{otherwise}"
+            f"{where} was made with a model or reward whose files have changed since: use those to resume, {otherwise}"
         )
     made = f"{name}={had.get(name)!r}, this run has {wanted.get(name)!r}"
     raise UserError(f"{where} was made with {made}: use the same settings to resume, {otherwise}")
