@@ -68,10 +68,13 @@ class Report:
     tensor_core: str
     load_bits: int
     warps: int
+    fused: bool  # multiply-adds
 
     def faults(self) -> list[str]:
         where = f"{self.op}: {self.kernel} ({self.case}) on {self.device}"
         result = []
+        if not self.fused:
+            result.append(f"{where} is compiled without fused multiply-adds")
         if self.spills:
             result.append(f"{where} spills {self.spills} bytes of registers")
         if self.shared > DEVICES[self.device].shared:
@@ -119,7 +122,16 @@ def inspect(op: str, case: str, kernel, device: str) -> Report:
     """Read the compiled kernel."""
     read = _nvidia if DEVICES[device].target.backend == "cuda" else _amd
     metadata = kernel.metadata
-    return Report(op, case, metadata.name, device, shared=metadata.shared, warps=metadata.num_warps, **read(kernel))
+    return Report(
+        op,
+        case,
+        metadata.name,
+        device,
+        shared=metadata.shared,
+        warps=metadata.num_warps,
+        fused=metadata.enable_fp_fusion,
+        **read(kernel),
+    )
 
 
 def _nvidia(kernel) -> dict:

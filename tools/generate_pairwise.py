@@ -34,7 +34,7 @@ by c, by r and by the margin. SMOOTHS: label_smoothing is not 0.
 import triton
 import triton.language as tl
 
-from fastalign.kernels._elementary import log_sigmoid
+from fastalign.kernels._elementary import exp, log_sigmoid
 '''
 
 INPUTS = ("c", "r", "margin")
@@ -127,7 +127,7 @@ MEANING = {
     ATEN.div.Tensor: div,
     ATEN.reciprocal.default: lambda x: div(1.0, x),
     ATEN.pow.Tensor_Scalar: power,
-    ATEN.exp.default: lambda x: ("tl.exp({})", x),
+    ATEN.exp.default: lambda x: ("exp({})", x),
     ATEN.sigmoid.default: lambda x: ("tl.sigmoid({})", x),
     ATEN.sigmoid_backward.default: lambda g, s: mul(g, mul(s, ("1 - {}", s))),
     ATEN.log_sigmoid_forward.default: lambda x: (("log_sigmoid({})", x), None),

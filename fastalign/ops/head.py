@@ -11,7 +11,7 @@ and only scaled later.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def token_logprobs(
             )
     else:
         a, b, adapter_scale = (None, None, 1.0) if adapter is None else adapter
-        inputs = (hidden, weight, bias, a, b)
+        inputs = as_autocast(hidden.device, hidden, weight, bias, a, b)
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
         head_learns = learns[1] or learns[2] or learns[3] or learns[4]
         options = HeadOptions(
@@ -88,6 +88,15 @@ def token_logprobs(
     if tuple(outputs) == ("log_probs",):
         return fields["log_probs"]
     return TokenLogprobs(**{name: fields[name] for name in outputs})
+
+
+def as_autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Float32 tensors in autocast's type where it is on for a GPU, as F.linear takes them: in float32 the tensor cores
+    would stand still. On a CPU tensors stay as they are."""
+    if device.type in ("cpu", "meta") or not torch.is_autocast_enabled(device.type):
+        return tensors
+    narrow = torch.get_autocast_dtype(device.type)
+    return tuple(x.to(narrow) if x is not None and x.dtype == torch.float32 else x for x in tensors)
 
 
 def check(

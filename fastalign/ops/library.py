@@ -8,11 +8,13 @@ calls the second op through `once`, because autograd may be recording there (fun
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from fastalign import backend
+from fastalign._base.errors import UserError
 
 Op = Callable[..., Any]
 
@@ -42,7 +44,8 @@ def define(
     def launch(*args):
         from fastalign import kernels
 
-        return kernels.launcher(triton)(*args)
+        with on_the_device_of(*args):
+            return kernels.launcher(triton)(*args)
 
     def on_cpu(*args):
         if check is not None:
@@ -68,6 +71,17 @@ def define(
     if vmap_in_turn:
         torch.library.register_vmap(f"fastalign::{name}", _each_in_turn(op), lib=_library)
     return op
+
+
+def on_the_device_of(*args: Any) -> AbstractContextManager[Any]:
+    """Makes the first tensor's GPU the current one: Triton launches on that, whatever the tensors'.
+
+    Raises UserError if they lie on several devices.
+    """
+    devices = list(dict.fromkeys(x.device for x in args if isinstance(x, torch.Tensor)))
+    if len(devices) > 1:
+        raise UserError(f"tensors must be on one device, got {' and '.join(map(str, devices))}")
+    return torch.cuda.device(devices[0]) if devices and devices[0].type == "cuda" else nullcontext()
 
 
 def _one_more_dimension(op: Op) -> Op:

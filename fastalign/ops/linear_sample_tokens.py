@@ -15,6 +15,7 @@ from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.ops import checks, linear_cpu
 from fastalign.ops.buffers import buffer
+from fastalign.ops.head import as_autocast
 from fastalign.ops.head import check as check_head
 from fastalign.ops.library import Op, define
 from fastalign.ops.sample_tokens import SampledTokens
@@ -74,6 +75,7 @@ def linear_sample_tokens(
             return SampledTokens(*reference.linear_sample_tokens(hidden, weight, bias, *options, given))
     temperature = max(float(temperature), MIN_TEMPERATURE) if temperature else 0.0
     options = (temperature, float(softcap or 0.0), *options[2:])
+    hidden, weight, bias, a, b = as_autocast(hidden.device, hidden, weight, bias, a, b)
     return SampledTokens(*sample_op(hidden, weight, bias, a, b, float(adapter_scale), *options))
 
 

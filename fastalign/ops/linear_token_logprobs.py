@@ -49,8 +49,9 @@ def linear_token_logprobs(
     """`token_logprobs` of logit_scale · (hidden Wᵀ + bias), a language model's head, without holding the logits.
 
     Only positions whose label is not ignored are projected. Products and sums are float32 (float64 for float64) in
-    every dtype and under autocast; bfloat16 and float16 weights are widened a tile at a time. On a GPU, where hidden
-    and weight are of one narrow dtype, so are a tile's gradients and an adapter's low-rank activations, once each.
+    every dtype; bfloat16 and float16 weights are widened a tile at a time. On a GPU, where hidden and weight are of one
+    narrow dtype, so are a tile's gradients and an adapter's low-rank activations, once each; autocast makes float32
+    tensors its own type there, as for a linear layer, and changes nothing on the CPU.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64, any strides.

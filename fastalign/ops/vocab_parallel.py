@@ -218,6 +218,7 @@ def vocab_parallel_linear_token_logprobs(
                 None if a is None or whole_b is None else (a, whole_b, adapter_scale),
             )
     else:
+        hidden, weight_shard, bias, a, b = head.as_autocast(hidden.device, hidden, weight_shard, bias, a, b)
         learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (weight_shard, bias, a, b)]
         kept = any(learns) and chosen == "cpu"
         options = HeadOptions(

@@ -13,6 +13,7 @@ fastest: those that run at the same time read the same block of the weight.
 
 import triton
 import triton.language as tl
+from fastalign.kernels._elementary import exp
 from fastalign.kernels._softmax import (
     add_logits,
     add_statistics,
@@ -66,7 +67,7 @@ def add_product(
         else:
             x = tl.load(a[:, None] + (k * a_step)[None, :], mask=k[None, :] < width, other=0)
             y = tl.load(b[None, :] + (k * b_step)[:, None], mask=k[:, None] < width, other=0)
-        acc = tl.dot(x.to(DOT), y.to(DOT), acc, input_precision="ieee", out_dtype=COMPUTE)
+        acc = tl.dot(x.to(DOT), y.to(DOT), acc, out_dtype=COMPUTE)
     return acc
 
 
@@ -211,7 +212,7 @@ def forward_tiles(
             largest, total, label_z, weighted, squares, plain, before, z, within(label, begin, end), inside,
             STATISTICS, BLOCK_N,
         )  # fmt: skip
-        e = tl.exp(z - largest[:, None]) * tl.full((), exps_scale, COMPUTE)
+        e = exp(z - largest[:, None]) * tl.full((), exps_scale, COMPUTE)
         if SOFTCAP:
             y = z / scale
             e *= tl.where(inside, 1 - y * y, 0)
@@ -273,7 +274,7 @@ def merge_tiles(
         carried += tl.sum(tl.where(s[:, None] == 0, tops, 0), 0)
         top = tl.maximum(largest, tl.max(tops, 0))
         drop, drops = largest - top, tops - top[None, :]
-        scale, scales = tl.exp(drop), tl.exp(drops)
+        scale, scales = exp(drop), exp(drops)
         if STATISTICS:
             weights = tl.load(of + 3 * kind, mask=here, other=0) + not_too_low(drops) * totals
             weighted = scale * (weighted + not_too_low(drop) * total) + tl.sum(scales * weights, 0)
@@ -286,7 +287,7 @@ def merge_tiles(
         largest = top
     if rescale is not None:
         to = partial + r
-        tl.store(rescale + r, tl.exp(carried - largest), mask=scored)
+        tl.store(rescale + r, exp(carried - largest), mask=scored)
         tl.store(to, largest, mask=scored)
         tl.store(to + kind, total, mask=scored)
         tl.store(to + 2 * kind, label_z, mask=scored)
@@ -353,7 +354,7 @@ def gradient_tiles(
         x, hit, grad, grad_entropy, largest, total, entropy, cap, scale, tl.full((), slope, COMPUTE), SOFTCAP, ENTROPY
     )
     if FILTER:
-        e = tl.exp(transform(x, cap, scale, SOFTCAP) - largest)
+        e = exp(transform(x, cap, scale, SOFTCAP) - largest)
         found = tl.where((e < tl.full((), grad_filter, COMPUTE) * total) & (hit == 0), 0, found)
     inside = c < (last - start).to(tl.int32)
     found = tl.where(valid[:, None] & inside[None, :], found, 0)  # the products read whole tiles

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from fastalign.kernels._products import TYPES
+from fastalign.kernels._products import TYPES, options
 from fastalign.kernels._softmax import compute_type, transform_factors
 from torch import Tensor
 from triton.runtime import driver
@@ -96,7 +96,7 @@ class Head:
             "DOT": TYPES[self.dot], "COMPUTE": compute_type(self.compute), "EVEN": self.width % self.blocks.width == 0,
             "BLOCK_M": self.blocks.rows, "BLOCK_N": self.blocks.columns, "BLOCK_K": self.blocks.width,
             "BLOCK_R": min(self.blocks.width, max(16, triton.next_power_of_2(rank))),
-            "num_warps": self.blocks.warps, "num_stages": self.blocks.stages,
+            "num_warps": self.blocks.warps, "num_stages": self.blocks.stages, **options(self.dot, self.hidden.device),
         }  # fmt: skip
 
     def part(self) -> int:

@@ -11,7 +11,7 @@ by c, by r and by the margin. SMOOTHS: label_smoothing is not 0.
 import triton
 import triton.language as tl
 
-from fastalign.kernels._elementary import log_sigmoid
+from fastalign.kernels._elementary import exp, log_sigmoid
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def discopop(c, r, margin, beta, label_smoothing, log_kept, log_flipped, discopo
     x3 = tl.where(x1 < -1e+30, -1e+30, x1)
     x4 = x3 / discopop_tau
     x5 = tl.sigmoid(-x4)
-    x6 = tl.exp(log_sigmoid(x4) - x3)
+    x6 = exp(log_sigmoid(x4) - x3)
     loss = -x2 * x5 + x6
     by_margin = (-x5 * tl.sigmoid(-x1) + tl.where(x1 >= (-1e+30), -x6 + (x6 * x5 + x2 * (x5 * (1 - x5))) / discopop_tau, 0.0)) * beta
     return loss, 0.0, 0.0, by_margin

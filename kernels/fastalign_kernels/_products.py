@@ -5,18 +5,28 @@ tile that are all 0, and join parts of an online softmax on the way. Its blocks 
 that its loop has no branch and the loads run ahead.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._elementary import exp
 from fastalign.kernels._head import in_groups
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
+from triton.runtime import driver
 
 TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
+}
+WHOLE_SUMS = {
+    "fp32_precision": "ieee",
+    "allow_bf16_reduced_precision_reduction": False,
+    "allow_fp16_reduced_precision_reduction": False,
 }
 ADDS_IN_PLACE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)  # float32 += bfloat16 @ bfloat16
 
@@ -50,12 +60,12 @@ def product_tiles(
         x = tl.load(a + m[:, None] * a_row + k[None, :] * a_step)
         if tops is not None:
             drop = tl.load(tops + listed * tops_row + m_read) - now
-            x = x.to(COMPUTE) * tl.exp(drop)[:, None]
+            x = x.to(COMPUTE) * exp(drop)[:, None]
         at = tl.minimum(k, stop - 1)
         if b_index is not None:
             at = tl.load(b_index + at)
         y = tl.load(b + at[:, None] * b_row + n_read[None, :] * b_step)
-        acc = tl.dot(x.to(DOT), y.to(DOT), acc, input_precision="ieee", out_dtype=COMPUTE)
+        acc = tl.dot(x.to(DOT), y.to(DOT), acc, out_dtype=COMPUTE)
     to = out + m_read[:, None] * out_row + n[None, :]
     keep = (m < rows)[:, None] if EVEN else (m < rows)[:, None] & (n < columns)[None, :]
     if unscale is not None:
@@ -66,6 +76,14 @@ def product_tiles(
             old *= tl.load(rescale + m_read)[:, None]
         acc += old
     tl.store(to, acc.to(out.dtype.element_ty), mask=keep)
+
+
+def options(dot: torch.dtype, device: torch.device) -> dict:
+    """How kernels with products of that type are compiled. Float32 as the sum of three TF32 products, which NVIDIA's
+    tensor cores take and which lose no more than float32's own rounding."""
+    target = None if device.type == "cpu" else driver.active.get_current_target()
+    exact = target is not None and target.backend == "cuda" and dot == torch.float32
+    return {"enable_fp_fusion": True, "default_dot_input_precision": "tf32x3" if exact else "ieee"}
 
 
 def alive_lists(alive: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,10 +126,25 @@ def product(
         *a.stride(), *b.stride(),
         ADD=add, DOT=TYPES[dot], COMPUTE=compute_type(dot), EVEN=columns % block_n == 0,
         BLOCK_M=sizes[0], BLOCK_N=block_n, BLOCK_K=block_k, LISTED=sizes[1],
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        num_warps=blocks.warps, num_stages=blocks.stages, **options(dot, out.device),
     )  # fmt: skip
 
 
+@contextmanager
+def whole_sums() -> Iterator[None]:
+    """The library's products in full float32, with partial sums of narrow ones in float32: whatever the user allows."""
+    switches, before = torch.backends.cuda.matmul, {}
+    for name, value in WHOLE_SUMS.items():
+        before[name] = getattr(switches, name)
+        setattr(switches, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(switches, name, value)
+
+
+@whole_sums()
 def library_add(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in total's type, by the vendor's library; a and b may be narrower, of one type."""
     if a.dtype == total.dtype:
@@ -124,6 +157,7 @@ def library_add(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
+@whole_sums()
 def library_product(out: Tensor, a: Tensor, b: Tensor, unscale: Tensor | None) -> None:
     """out = a @ b · unscale, summed in float32 (float64), rounded once."""
     if a.dtype == out.dtype and unscale is None and (a.device.type != "cpu" or out.dtype.itemsize > 2):

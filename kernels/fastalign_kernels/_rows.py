@@ -49,7 +49,7 @@ def lanes_and_options(length: int, dtype: torch.dtype, device: torch.device) -> 
     vector = VECTOR_BYTES // dtype.itemsize
     lanes = min(THREADS * vector, triton.next_power_of_2(length))
     target = None if device.type == "cpu" else driver.active.get_current_target()
-    options = {"num_warps": max(lanes // (vector * (target.warp_size if target else 32)), 1)}
+    options = {"enable_fp_fusion": True, "num_warps": max(lanes // (vector * (target.warp_size if target else 32)), 1)}
     if target and target.backend == "hip":
         options["allow_flush_denorm"] = True
     return lanes, options

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._elementary import exp
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
@@ -37,7 +38,7 @@ def transform_factors(
 def tanh(x):
     """No libdevice; never overflows; for small x the series, since 1 - exp(-2x) loses its digits there."""
     size = tl.abs(x)
-    e = tl.exp(-2 * size)
+    e = exp(-2 * size)
     y = (1 - e) / (1 + e)
     if x.dtype == tl.float32:
         square = size * size
@@ -78,7 +79,7 @@ def not_too_low(d):
 def add_logits(largest, total, z, AXIS: tl.constexpr):
     """The state (largest, total = Σ exp(z - largest)) after the logits z; padding is -inf."""
     top = tl.maximum(largest, tl.max(z, AXIS))
-    total = total * tl.exp(largest - top) + tl.sum(tl.exp(z - tl.expand_dims(top, AXIS)), AXIS)
+    total = total * exp(largest - top) + tl.sum(exp(z - tl.expand_dims(top, AXIS)), AXIS)
     return top, total
 
 
@@ -87,9 +88,9 @@ def add_statistics(largest, total, weighted, squares, plain, z, valid, AXIS: tl.
     """The same with weighted = Σ e (z - largest), squares = Σ e² and plain = Σ z; valid: not padding."""
     top = tl.maximum(largest, tl.max(z, AXIS))
     drop = largest - top
-    scale = tl.exp(drop)
+    scale = exp(drop)
     d = z - tl.expand_dims(top, AXIS)
-    e = tl.exp(d)
+    e = exp(d)
     weighted = scale * (weighted + not_too_low(drop) * total) + tl.sum(e * not_too_low(d), AXIS)
     squares = scale * scale * squares + tl.sum(e * e, AXIS)
     total = scale * total + tl.sum(e, AXIS)
@@ -101,7 +102,7 @@ def add_statistics(largest, total, weighted, squares, plain, z, valid, AXIS: tl.
 def merge(largest, total, AXIS: tl.constexpr):
     """One state of the many along AXIS."""
     top = tl.max(largest, AXIS)
-    return top, tl.sum(total * tl.exp(largest - tl.expand_dims(top, AXIS)), AXIS)
+    return top, tl.sum(total * exp(largest - tl.expand_dims(top, AXIS)), AXIS)
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def merge_statistics(largest, total, weighted, squares, plain, AXIS: tl.constexp
     """The same with the statistics."""
     top = tl.max(largest, AXIS)
     drop = largest - tl.expand_dims(top, AXIS)
-    scale = tl.exp(drop)
+    scale = exp(drop)
     weighted = tl.sum(scale * (weighted + not_too_low(drop) * total), AXIS)
     squares = tl.sum(scale * scale * squares, AXIS)
     return top, tl.sum(scale * total, AXIS), weighted, squares, tl.sum(plain, AXIS)
@@ -155,7 +156,7 @@ def logit_gradient(
     if SOFTCAP:
         x = tanh(x * to_cap)
     d = x * to_z - largest
-    p = tl.exp(d) * (1 / total)
+    p = exp(d) * (1 / total)
     found = grad * (tl.where(hit, 1, 0) - p)
     if ENTROPY:
         found -= grad_entropy * p * (not_too_low(d) - tl.log(total) + entropy)

@@ -54,6 +54,7 @@ def sum_gradient(rows, mask, scales, weights, dtype):
         *(0 if x is None else x.stride(0) for x in (mask, weights)),
         COMPUTE=compute(scales if rows is None else rows),
         BLOCK=block,
+        enable_fp_fusion=True,
         num_warps=8 if block > 2048 else 4,
     )
     return out

@@ -104,6 +104,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     block = min(BLOCK, triton.next_power_of_2(length))
     _gae[(rewards.numel() // length,)](
         rewards, values, mask, advantages, returns, length, *reward_rows, *value_rows, *mask_rows, gamma, gamma * lam,
-        COMPUTE=compute_type(rewards.dtype), BLOCK=block, num_warps=max(block // PLACES_PER_WARP, 1),
+        COMPUTE=compute_type(rewards.dtype), BLOCK=block,
+        enable_fp_fusion=True, num_warps=max(block // PLACES_PER_WARP, 1),
     )  # fmt: skip
     return advantages, returns

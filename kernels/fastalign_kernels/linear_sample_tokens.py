@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastalign.kernels import _head
+from fastalign.kernels._elementary import exp
 from fastalign.kernels._first_beyond import first_beyond
 from fastalign.kernels._head_layout import Head, plain
 from fastalign.kernels._philox import row_uniform
@@ -36,7 +37,7 @@ def _draw(
     tops = tl.load(here, mask=s < blocks, other=float("-inf"))
     sums = tl.load(here + blocks.to(tl.int64) * rows, mask=s < blocks, other=0)
     top = tl.max(tops)
-    masses = sums.to(tl.float64) * tl.exp((tops - top).to(tl.float64))
+    masses = sums.to(tl.float64) * exp((tops - top).to(tl.float64))
     total = tl.sum(masses)
     sound = (total > 0) & (total < float("inf"))  # neither is so with NaN or +inf in the row; 0 where all is -inf
     target = row_uniform(seed, streams, row, offset, ROWS) * total
@@ -69,7 +70,7 @@ def _draw(
         found = tl.min(tl.where(z == about, tl.arange(0, BLOCK_N), BLOCK_N - 1))
         log_prob = tl.zeros((), tl.float64)
     else:
-        weights = tl.exp((z - about).to(tl.float64))
+        weights = exp((z - about).to(tl.float64))
         # The block's mass now is not to the last digit what it was: the target keeps its share of it.
         mass = tl.sum(tl.where(s == block, masses, 0))
         found, _ = first_beyond(weights, target / tl.where(mass > 0, mass, 1) * tl.sum(weights), BLOCK_N)
@@ -101,7 +102,8 @@ def sample(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logi
     _draw[(head.rows,)](
         ids, log_probs, partial, streams=None if rows is None else rows.contiguous(), rows=head.rows, vocab=head.vocab,
         blocks=blocks, seed=seed, offset=offset, GREEDY=greedy, ROWS=0 if rows is None else rows.ndim,
-        BLOCKS=triton.next_power_of_2(blocks), BLOCK_N=head.blocks.columns, BLOCK_K=128, num_warps=4,
+        BLOCKS=triton.next_power_of_2(blocks), BLOCK_N=head.blocks.columns, BLOCK_K=128,
+        enable_fp_fusion=True, num_warps=4,
         **{name: given[name] for name in names},
     )  # fmt: skip
     return ids, log_probs

@@ -85,7 +85,7 @@ def _merge(head, results, rescale, partial, used, statistics) -> None:
     _head.merge_tiles[(triton.cdiv(head.rows, block_m),)](
         *results, rescale, partial, head.labels, head.position, head.count, head.rows, partial.shape[1], used,
         head.vocab, STATISTICS=statistics, COMPUTE=compute_type(head.compute), BLOCK_M=block_m,
-        BLOCK_S=min(64, triton.next_power_of_2(used)), num_warps=4,
+        BLOCK_S=min(64, triton.next_power_of_2(used)), enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def _unit_gradient(head: Head, unit: Tensor, statistics: bool) -> Tensor:
     _head.unit_rows[(triton.cdiv(head.rows, 8), triton.cdiv(head.width, block_n))](
         unit, total, head.weight, head.labels, head.position, head.count, largest, sums, label_z, head.rows, head.vocab,
         head.width, *head.weight.stride(), scale, head.to_cap, head.to_z, head.slope,
-        SOFTCAP=head.softcap, COMPUTE=compute_type(head.compute), BLOCK_M=8, BLOCK_N=block_n, num_warps=4,
+        SOFTCAP=head.softcap, COMPUTE=compute_type(head.compute), BLOCK_M=8, BLOCK_N=block_n,
+        enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
     return partial
 

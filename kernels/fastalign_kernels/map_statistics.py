@@ -17,6 +17,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._elementary import exp
 from fastalign.kernels._softmax import lowest
 from torch import Tensor
 
@@ -84,13 +85,13 @@ def _sum_rows(
             w = tl.load(log_weights + row, mask=inside, other=float("-inf")).to(tl.float64)
             score = tl.where(w > float("-inf"), score, float("-inf"))
             raised = tl.maximum(weight_shift, w)
-            weight_total = weight_total * tl.exp(weight_shift - raised) + tl.exp(w - raised)
+            weight_total = weight_total * exp(weight_shift - raised) + exp(w - raised)
             weight_shift = raised
         top = tl.maximum(top, score)
         if log_weights is not None:
             score = tl.where(w > float("-inf"), score + w, float("-inf"))
         raised = tl.maximum(shift, score)
-        scale, e = tl.exp(shift - raised), tl.exp(score - raised)
+        scale, e = exp(shift - raised), exp(score - raised)
         shift = raised
         total = total * scale + e
         squares = squares * scale * scale + e * e
@@ -100,7 +101,7 @@ def _sum_rows(
     # The lanes of each λ become one.
     lanes = tl.reshape(shift, (ROWS, LAMBDAS))
     shift = tl.max(lanes, 0)
-    scale = tl.exp(lanes - shift[None, :])
+    scale = exp(lanes - shift[None, :])
     total = tl.sum(tl.reshape(total, (ROWS, LAMBDAS)) * scale, 0)
     squares = tl.sum(tl.reshape(squares, (ROWS, LAMBDAS)) * scale * scale, 0)
     top = tl.max(tl.reshape(top, (ROWS, LAMBDAS)), 0)
@@ -109,7 +110,7 @@ def _sum_rows(
     second = tl.sum(tl.reshape(second * scale[:, None, None], (ROWS, LAMBDAS, OWN, WIDTH)), 0)
     lanes = tl.reshape(weight_shift, (ROWS, LAMBDAS))
     weight_shift = tl.max(lanes, 0)
-    weight_total = tl.sum(tl.reshape(weight_total, (ROWS, LAMBDAS)) * tl.exp(lanes - weight_shift[None, :]), 0)
+    weight_total = tl.sum(tl.reshape(weight_total, (ROWS, LAMBDAS)) * exp(lanes - weight_shift[None, :]), 0)
     return shift, top, total, squares, weight_shift, weight_total, first, second
 
 
@@ -224,12 +225,12 @@ def _merge(
         p = start + tl.arange(0, TILE)[:, None] + one
         at = partials + (p.to(tl.int64) * count + k) * SIZE
         there = p < programs
-        scale = tl.exp(tl.load(at, mask=there, other=float("-inf")) - shift[None, :])
+        scale = exp(tl.load(at, mask=there, other=float("-inf")) - shift[None, :])
         top = tl.maximum(top, tl.load(at + 1, mask=there, other=float("-inf")))
         total += scale * tl.load(at + 2, mask=there, other=0.0)
         squares += scale * scale * tl.load(at + 3, mask=there, other=0.0)
         if WEIGHTED:
-            drop = tl.exp(tl.load(at + 4, mask=there, other=float("-inf")) - weight_shift[None, :])
+            drop = exp(tl.load(at + 4, mask=there, other=float("-inf")) - weight_shift[None, :])
             weight_total += drop * tl.load(at + 5, mask=there, other=0.0)
         first += scale * tl.load(at + SCALARS + tl.arange(0, WIDTH)[None, :], mask=there, other=0.0)
         matrix = tl.expand_dims(at, 2) + SCALARS + WIDTH + _matrix(first_own, WIDTH, OWN, WIDTH)
@@ -348,7 +349,7 @@ def statistics(
         sums = rewards.new_empty(programs, count, 3 + m + m * m, dtype=torch.float64)
         _by_group[(programs, *blocks)](
             sums, rewards, order, offsets, found, lam, center, log_weights, m, count, programs, *rewards.stride(),
-            **shape, num_warps=WARPS,
+            **shape, enable_fp_fusion=True, num_warps=WARPS,
         )  # fmt: skip
         log_z, ess, top, mean, cov = (sums.sum(0) / found).split([1, 1, 1, m, m * m], 1)
         return tuple(x.reshape(to.shape).clone() for x, to in zip((log_z, mean, cov, ess, top), out, strict=True))
@@ -357,11 +358,12 @@ def statistics(
     sums = rewards.new_empty(programs, count, size, dtype=torch.float64)
     _joint[(programs, *blocks)](
         sums, rewards, lam, center, log_weights, n, m, count, each, *rewards.stride(),
-        SIZE=size, SCALARS=SCALARS, **shape, num_warps=WARPS,
+        SIZE=size, SCALARS=SCALARS, **shape, enable_fp_fusion=True, num_warps=WARPS,
     )  # fmt: skip
     _merge[(count, width // own)](
         sums, *out, programs, m, count, math.log(n),
-        WEIGHTED=log_weights is not None, SIZE=size, SCALARS=SCALARS, TILE=lanes, OWN=own, WIDTH=width, num_warps=WARPS,
+        WEIGHTED=log_weights is not None, SIZE=size, SCALARS=SCALARS, TILE=lanes, OWN=own, WIDTH=width,
+        enable_fp_fusion=True, num_warps=WARPS,
     )  # fmt: skip
     return out
 

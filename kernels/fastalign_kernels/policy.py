@@ -12,7 +12,7 @@ Bytes: every input once, padding too (a load that asks the mask first is narrow 
 
 import triton
 import triton.language as tl
-from fastalign.kernels._elementary import exp_excess, expm1
+from fastalign.kernels._elementary import exp, exp_excess, expm1
 from fastalign.kernels._sum_gradient import compute, contiguous_rows, valid_part
 
 from fastalign import empty
@@ -61,7 +61,7 @@ def _policy(
             estimate, by_kl = _kl(d, KL)
         slope = by_kl
         if IMPORTANCE == "token":
-            r = tl.exp(log_ratio)
+            r = exp(log_ratio)
             loss, slope = _clipped(log_ratio, advantage, low, high, cap)
             if KL_TIMES_RATIO:
                 estimate *= r
@@ -90,7 +90,7 @@ def _policy(
         if IMPORTANCE == "mean":
             divisor = tl.maximum(tokens, 1.0)
         log_ratio = tl.sum(log_ratios) / divisor
-        r = tl.exp(log_ratio)
+        r = exp(log_ratio)
         gain, gain_slope = _clipped(log_ratio, tl.sum(gains), low, high, cap)
         cost, cost_slope = _clipped(log_ratio, tl.sum(costs), low, high, cap)
         policy, share, scale = gain + cost, gain_slope + cost_slope, kl_coef
@@ -126,7 +126,7 @@ def _clipped(log_ratio, advantage, low, high, cap):
     least = tl.where(advantage >= 0, float("-inf"), low)
     most = tl.where(advantage >= 0, high, cap)
     held = tl.where(log_ratio > most, most, tl.where(log_ratio < least, least, log_ratio))  # NaN stays NaN
-    loss = -tl.exp(held) * advantage
+    loss = -exp(held) * advantage
     return loss, tl.where((log_ratio >= least) & (log_ratio <= most), loss, 0)
 
 
@@ -224,4 +224,4 @@ def _rows(*tensors):
 
 def _blocks(length):
     block = min(BLOCK, triton.next_power_of_2(max(length, 1)))
-    return {"BLOCK": block, "num_warps": max(block // PER_WARP, 1)}
+    return {"BLOCK": block, "enable_fp_fusion": True, "num_warps": max(block // PER_WARP, 1)}

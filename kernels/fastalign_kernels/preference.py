@@ -128,6 +128,7 @@ def forward(log_probs, ref_log_probs, mask, loss_type, beta, label_smoothing, di
         beta, label_smoothing, math.log1p(-label_smoothing), math.log(label_smoothing) if label_smoothing else 0.0,
         discopop_tau,
         FORMULA=FORMULAS[loss_type], SMOOTHS=label_smoothing != 0, PER_TOKEN=loss_type in PER_TOKEN,
-        REFERENCE_TOKENS=per_token, COMPUTE=compute(out[0]), BLOCK=block, num_warps=max(block // PER_WARP, 1),
+        REFERENCE_TOKENS=per_token, COMPUTE=compute(out[0]), BLOCK=block,
+        enable_fp_fusion=True, num_warps=max(block // PER_WARP, 1),
     )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._elementary import exp
 from fastalign.kernels._philox import philox_uniform
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def _sum_blocks(
     top = tl.where(tl.max((x != x).to(tl.int32)) > 0, float("nan"), tl.max(x))
     tl.store(tile_tops + program, top)
     if SUMS:
-        weights = tl.exp(x - tl.where(top == float("-inf"), 0, top))
+        weights = exp(x - tl.where(top == float("-inf"), 0, top))
         tl.store(sums + program * (TILE // BLOCK) + block, tl.sum(weights, 1))
 
 
@@ -115,7 +116,7 @@ def _cumulate(
             x = tl.load(sums + block, mask=valid, other=0)
             if FIRST:
                 about = tl.load(tile_tops + program * tiles + block // PER_TILE, mask=valid, other=float("-inf"))
-                x *= tl.exp(about - top)
+                x *= exp(about - top)
             cumulative = tl.where(x > 0, before + tl.cumsum(x, 0), before)
             cumulative = tl.associative_scan(cumulative, 0, _larger)
             tl.store(sums + block, cumulative, mask=valid)
@@ -155,7 +156,7 @@ def _sum_shares(
     block = tile * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
     at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     x = _load(log_weights, mask, row, at, at < n, row_stride, stride, mask_row_stride, mask_stride, MASKED)
-    weights = tl.exp(x - tl.load(tops + row))
+    weights = exp(x - tl.load(tops + row))
     copies, rest = _split(weights, k / tl.load(cumulative + row * blocks + blocks - 1))
     tl.store(sums + row * 2 * blocks + block, tl.sum(copies, 1))
     tl.store(sums + (row * 2 + 1) * blocks + block, tl.sum(rest, 1))
@@ -232,7 +233,7 @@ def _draw(
     at = block[:, None] * BLOCK + lane
     x = _load(log_weights, mask, row, at, at < n, row_stride, stride, mask_row_stride, mask_stride, MASKED)
     top = tl.load(tops + row)
-    weights = tl.exp(x - top)
+    weights = exp(x - top)
     if METHOD == "residual":
         copies, rest = _split(weights, k / total)
         weights = tl.where(whole[:, None], copies, rest)
@@ -323,7 +324,17 @@ def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed
     masked = mask is not None
 
     _sum_blocks[(prompts * tiles,)](
-        sums, tile_tops, *source, tiles, *strides, MASKED=masked, SUMS=draws, TILE=tile, BLOCK=BLOCK, num_warps=warps
+        sums,
+        tile_tops,
+        *source,
+        tiles,
+        *strides,
+        MASKED=masked,
+        SUMS=draws,
+        TILE=tile,
+        BLOCK=BLOCK,
+        enable_fp_fusion=True,
+        num_warps=warps,
     )
     width = min(WIDTH, triton.next_power_of_2(blocks))
     _cumulate[(prompts,)](
@@ -336,6 +347,7 @@ def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed
         SUMS=draws,
         PER_TILE=tile // BLOCK,
         WIDTH=width,
+        enable_fp_fusion=True,
         num_warps=max(width // 256, 1),
     )
     if not draws:
@@ -344,7 +356,18 @@ def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed
     if name == "residual":
         shares = torch.empty(prompts, 2, blocks, **like)
         _sum_shares[(prompts * tiles,)](
-            shares, sums, tops, *source, k, tiles, *strides, MASKED=masked, TILE=tile, BLOCK=BLOCK, num_warps=warps
+            shares,
+            sums,
+            tops,
+            *source,
+            k,
+            tiles,
+            *strides,
+            MASKED=masked,
+            TILE=tile,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
+            num_warps=warps,
         )
         _cumulate[(prompts * 2,)](
             shares,
@@ -356,13 +379,15 @@ def resample(log_weights: Tensor, k: int, method: int, mask: Tensor | None, seed
             SUMS=True,
             PER_TILE=1,
             WIDTH=width,
+            enable_fp_fusion=True,
             num_warps=max(width // 256, 1),
         )
     several = min(DRAWS, triton.next_power_of_2(k))
     programs = triton.cdiv(k, several)
     _draw[(prompts * programs,)](
         ids, sums, shares, tops, *source, k, programs, blocks, *strides, seed,
-        METHOD=name, MASKED=masked, BLOCK=BLOCK, DRAWS=several, num_warps=max(several * BLOCK // 512, 1),
+        METHOD=name, MASKED=masked, BLOCK=BLOCK, DRAWS=several,
+        enable_fp_fusion=True, num_warps=max(several * BLOCK // 512, 1),
     )  # fmt: skip
     return ids
 
@@ -379,7 +404,7 @@ def _largest(ids, tops, source, tiles, strides, seed, perturbed, masked, tile, w
         best_ids = ids.new_empty(prompts, tiles * keep)
         _winners[(prompts * tiles,)](
             best, best_ids, keys, found, tops, log_weights, mask, n, keep, tiles, *strides, seed,
-            FIRST=first, PERTURBED=perturbed, MASKED=masked, TILE=tile, num_warps=2 * warps,
+            FIRST=first, PERTURBED=perturbed, MASKED=masked, TILE=tile, enable_fp_fusion=True, num_warps=2 * warps,
         )  # fmt: skip
         keys, found, first = best, best_ids, False
         n = tiles * keep

@@ -18,6 +18,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastalign.kernels._elementary import exp
 from fastalign.kernels._first_beyond import first_beyond
 from fastalign.kernels._philox import row_uniform
 from fastalign.kernels._softmax import compute_type, lowest
@@ -65,7 +66,7 @@ def _summarize(
     top = tl.where(tl.max((x != x).to(tl.int32)) > 0, float("nan"), top)
     tl.store(tops + program, top)
     if SUMS:
-        mass = tl.sum(tl.exp((x - tl.where(top == float("-inf"), 0, top)) * tl.full((), scale, COMPUTE)))
+        mass = tl.sum(exp((x - tl.where(top == float("-inf"), 0, top)) * tl.full((), scale, COMPUTE)))
         tl.store(masses + program, mass)
 
 
@@ -84,7 +85,7 @@ def _row_masses(masses, each, top, scale, row, tiles, TILES: tl.constexpr):
     """The masses of the tiles about the row's largest logit, float64."""
     tile = tl.arange(0, TILES)
     mass = tl.load(masses + row * tiles + tile, mask=(tile < tiles) & (each > float("-inf")), other=0)
-    return mass.to(tl.float64) * tl.exp((each - top) * scale).to(tl.float64)
+    return mass.to(tl.float64) * exp((each - top) * scale).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])
@@ -127,8 +128,8 @@ def _draw(
     else:
         # exp about the same shift as when it was summed, so that what had mass has it again.
         about = tl.max(x)
-        weights = tl.exp((x - about) * scale).to(tl.float64)
-        found, _ = first_beyond(weights, (target - before) / tl.exp((about - top) * scale).to(tl.float64), TILE)
+        weights = exp((x - about) * scale).to(tl.float64)
+        found, _ = first_beyond(weights, (target - before) / exp((about - top) * scale).to(tl.float64), TILE)
         drawn = tl.max(tl.where(place == found, x, float("-inf")))
         log_prob = ((drawn - top) * scale).to(tl.float64) - tl.log(total)
     tl.store(ids + row, tl.where(sound, tile.to(tl.int64) * TILE + found, -1))
@@ -204,7 +205,7 @@ def _border(
             x, _ = _load(logits, listed, start, count, vocab, stride, COMPUTE, GROUP, BLOCK)
             from_it = _keys(x, EMPTY)[:, None] >= tried
             if MASS:
-                sums += tl.where(from_it, tl.exp((x - top) * scale)[:, None], 0)
+                sums += tl.where(from_it, exp((x - top) * scale)[:, None], 0)
             else:
                 sums += from_it.to(tl.int32)
         total = tl.sum(sums.to(tl.float64), 0)
@@ -234,7 +235,7 @@ def _at_border(
     ties = tl.zeros((BLOCK,), tl.int32)
     for start in tl.range(0, count, BLOCK):
         x, _ = _load(logits, listed, start, count, vocab, stride, COMPUTE, GROUP, BLOCK)
-        key, mass = _keys(x, EMPTY), tl.exp((x - top) * scale)
+        key, mass = _keys(x, EMPTY), exp((x - top) * scale)
         above += tl.where(key > border, mass, 0)
         tie = tl.where(key == border, mass, tie)
         ties += (key == border).to(tl.int32)
@@ -249,7 +250,7 @@ def _weights(x, at, top, scale, border, first_tie, least, TIES: tl.constexpr, EM
         found = tl.where(key == border, 1, 0).to(x.dtype)
     else:
         d = (x - top) * scale
-        found = tl.where(((key > border) | ((key == border) & (at >= first_tie))) & (d >= least), tl.exp(d), 0)
+        found = tl.where(((key > border) | ((key == border) & (at >= first_tie))) & (d >= least), exp(d), 0)
     return found
 
 
@@ -402,14 +403,15 @@ def sample(
     _summarize[(count * tiles,)](
         tops, masses, group_tops, logits, vocab, tiles, *logits.stride(), scale,
         SUMS=not greedy and not (top_k > 0) and (by_mass or not filtered), GROUPS=filtered, COMPUTE=compute,
-        TILE=TILE, GROUP=GROUP, num_warps=4,
+        TILE=TILE, GROUP=GROUP, enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
     rows, streams = (ids, 0) if rows is None else (rows.contiguous(), rows.ndim)
     tiles_wide = triton.next_power_of_2(tiles)
     if not filtered:
         _draw[(count,)](
             ids, log_probs, tops, masses, logits, rows, vocab, tiles, *logits.stride(), scale, seed, offset,
-            GREEDY=greedy, ROWS=streams, COMPUTE=compute, TILES=tiles_wide, TILE=TILE, num_warps=4,
+            GREEDY=greedy, ROWS=streams, COMPUTE=compute, TILES=tiles_wide, TILE=TILE,
+            enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
         return ids, log_probs
     block = BLOCK // 2 if compute == tl.float64 else BLOCK
@@ -419,6 +421,7 @@ def sample(
         math.log(min_p) - 2 * near if by_least else -math.inf,
         seed, offset, TOP_K=top_k > 0, TOP_P=by_mass, MIN_P=by_least, ROWS=streams,
         EMPTY=EMPTY_BITS.get(logits.dtype, 0), COMPUTE=compute, TILES=tiles_wide, GROUP=GROUP, BLOCK=block,
-        BLOCKS=triton.next_power_of_2(triton.cdiv(groups * GROUP, block)), DIGITS=DIGITS, num_warps=16,
+        BLOCKS=triton.next_power_of_2(triton.cdiv(groups * GROUP, block)), DIGITS=DIGITS,
+        enable_fp_fusion=True, num_warps=16,
     )  # fmt: skip
     return ids, log_probs

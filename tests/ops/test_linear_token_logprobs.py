@@ -433,7 +433,7 @@ def test_grad_filter_drops_what_is_small(each_backend, monkeypatch):
     assert (grads[1][2500:].abs().sum(-1) == 0).float().mean() > 0.9
     tiny = torch.autograd.grad(linear_token_logprobs(a, b, labels, bias=c, grad_filter=1e-30).sum(), (a, b, c))
     for x, y in zip(tiny, torch.autograd.grad(exact.sum(), (a, b, c)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=3e-6)
 
 
 @given(
