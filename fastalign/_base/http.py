@@ -61,7 +61,12 @@ class Http:
 
     def only_model(self, path: str = "/models") -> str:
         """The name of the one model that the server lists. Raises UserError, one line, if it lists another number."""
-        rows = self.ask(path, None, MODELS_BYTES, threading.Event()).get("data")
+        try:
+            rows = self.ask(path, None, MODELS_BYTES, threading.Event()).get("data")
+        except Refused as refused:
+            if refused.code != 404:
+                raise
+            raise Refused(f"{refused}; name the model, as {self.base}#MODEL", 404) from None
         served = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         if len(served) != 1 or not isinstance(served[0], str):
             some = ", ".join(str(name) for name in served[:8]) or "none"

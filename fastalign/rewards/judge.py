@@ -132,7 +132,8 @@ class Judge:
         body = self._body(prompt, response, order, draw)
         for again in range(ASKS):
             if again:
-                body |= {"temperature": max(body.get("temperature", 0.0), WARM), "seed": draw + again * 1_000_003}
+                other = {"temperature": max(body.get("temperature", 0.0), WARM), "seed": draw + again * 1_000_003}
+                body |= {name: value for name, value in other.items() if name in body}
             answer = self._answer(body, stop)
             choices = answer.get("choices")
             choice = choices[0] if isinstance(choices, list) and choices else None

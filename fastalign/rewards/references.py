@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign._base import fingerprint
 from fastalign._base.errors import UserError
+from fastalign._base.http import checked_url
 from fastalign._base.references import COLUMN, Reference, local_inputs, read
 from fastalign._base.work_folder import sha256
 from fastalign.rewards import own, registry
@@ -195,6 +196,9 @@ def _from_server(one: Reference) -> Reward:
     """Its reward; nothing is asked yet. It is named by its label or its model, without the owner."""
     from fastalign.rewards.server import ServerReward
 
+    checked_url(one.place)  # before a message could repeat a password in it
+    if "api_key" in one.options:
+        raise UserError("api_key must not stand in a reward's reference, which outputs record: set $OPENAI_API_KEY")
     label = one.options.get("label")
     name = one.alias or (label if isinstance(label, str) else Path(one.part or "server").name)
     try:
@@ -202,7 +206,7 @@ def _from_server(one: Reference) -> Reward:
     except TypeError as error:
         raise _unknown_option(one, error) from None
     except UserError as error:
-        raise UserError(f"{one.text}: {error}") from None
+        raise UserError(f"reward {name!r}: {error}") from None
 
 
 def _judge(one: Reference) -> Judge:

@@ -4,7 +4,7 @@
     model: Qwen/Qwen3-8B            # may be left out if the server has one
     values:
       helpful: Does it do what was asked, completely and correctly?
-      brief: {description: Is it as short as the task allows?, scale: [1, 3]}
+      brief: {description: "Is it as short as the task allows?", scale: [1, 3]}
     scale: [1, 5]                   # of the values that have none of their own: whole numbers
     draws: 1                        # calls per text, whose ratings are averaged
     temperature: 0                  # default: 0 for one draw, 1 for several
@@ -29,7 +29,7 @@ from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
-from fastalign._base.http import checked_url
+from fastalign._base.http import checked_url, line
 from fastalign._base.references import COLUMN
 from fastalign.data import rows
 from fastalign.data.conversations import as_prompt, transcript
@@ -145,7 +145,7 @@ def read(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Rubric:
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: cannot be read as YAML: {line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{name}: must have the fields url and values, such as helpful: Does it do what was asked?")
     return check(place.name, {**content, **options}, where=name, folder=place.parent)

@@ -97,9 +97,7 @@ class ServerReward(CachedReward):
         if text not in FORMS:
             raise UserError(f"text must be one of {', '.join(FORMS)}, got {text!r}")
         if endpoint == "score" and (text == "response" or tokenizer is not None):
-            raise UserError(
-                "endpoint='score' reads prompt and response as a pair: text and tokenizer are for the others"
-            )
+            raise UserError("endpoint='score' reads both as a pair: text and tokenizer are for the others")
         if isinstance(label, bool) or not (label is None or isinstance(label, (int, str))):
             raise UserError(f"label must be an index or a name, got {label!r}")
         if isinstance(label, str) and not isinstance(tokenizer, str):
@@ -165,11 +163,9 @@ class ServerReward(CachedReward):
                     continue
                 break  # it is there, and does not take chats: to send it something else is the user's decision
             label = self._label(row, dialect)
-            asked = {"url": self._http.base, "model": model, "dialect": list(dialect), "raw": raw}
+            asked = {"url": self._http.base, "model": model, "dialect": dialect, "raw": raw, "text": self.text}
             known = store.get(key_of(asked))
-            if not (
-                isinstance(known, list) and len(known) == len(row) and np.allclose(known, row, rtol=SAME, atol=SAME)
-            ):
+            if known is None or len(known) != len(row) or not np.allclose(known, row, rtol=SAME, atol=SAME):
                 store.put({key_of(asked): row})
                 known = row
             if self.endpoint is None:

@@ -220,9 +220,13 @@ def test_names_without_asking(reference, name):
     [
         ("server:", "must be a name, FILE.py:FUNCTION"),
         ("server:host:8000", "a server's address must look like http://host:port/v1, got 'host:8000'"),
-        ("server:http://me:secret@host", "without user, password or query"),
-        ("server:http://host[endpoint=rank]", "endpoint must be one of classify, score, pooling, got 'rank'"),
-        ("server:http://host[endpoint=score,text=response]", "endpoint='score' reads prompt and response as a pair"),
+        ("server:http://me:secret@host#a b[wrong=1]", "without user, password or query"),
+        ("server:http://host[api_key=secret]", "api_key must not stand in a reward's reference"),
+        (
+            "server:http://host[endpoint=rank]",
+            "reward 'server': endpoint must be one of classify, score, pooling, got 'rank'",
+        ),
+        ("server:http://host[endpoint=score,text=response]", "endpoint='score' reads both as a pair"),
         ("server:http://host[label=toxic]", "label must be an index: a name needs tokenizer=MODEL, got 'toxic'"),
         ("server:http://host[batch_size=0]", "batch_size must be an int >= 1, got 0"),
         ("server:http://host[tries=none]", "tries must be at least 1, got none"),
@@ -233,7 +237,7 @@ def test_names_without_asking(reference, name):
 def test_mistakes_that_are_told_before_anything_is_asked(reference, message):
     with pytest.raises(UserError) as caught:
         rewards.check_names([reference])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_the_store_cannot_be_used(tmp_path, monkeypatch):
