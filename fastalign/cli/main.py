@@ -16,6 +16,7 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import STDOUT, read_json
 from fastalign._base.units import counted
 from fastalign.cli import align as cli_align
+from fastalign.cli import reward_bench as cli_reward_bench
 from fastalign.cli import rewards as cli_rewards
 from fastalign.cli import soup as cli_soup
 from fastalign.cli import soup_front as cli_soup_front
@@ -631,6 +632,7 @@ def _show_grid(grid: dict, console) -> None:
 cli_soup.add_to(app)
 cli_soup_front.add_to(app)
 cli_rewards.add_to(app)
+cli_reward_bench.add_to(app)
 
 
 @command("fastalign bench losses --out bench-results")

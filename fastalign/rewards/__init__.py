@@ -9,6 +9,7 @@ from fastalign.rewards.coherence import Coherence
 from fastalign.rewards.ensemble import ensemble
 from fastalign.rewards.function import from_function
 from fastalign.rewards.harmless import Harmless
+from fastalign.rewards.implicit import Implicit
 from fastalign.rewards.judge import Judge
 from fastalign.rewards.log_likelihood import LogLikelihood
 from fastalign.rewards.positive import Positive
@@ -24,6 +25,7 @@ __all__ = [
     "Coherence",
     "Diversity",
     "Harmless",
+    "Implicit",
     "Judge",
     "LogLikelihood",
     "Perplexity",
@@ -65,3 +67,4 @@ register(
 )
 register("diversity", Diversity, description="distinct 2-, 3- and 4-grams of the response, in [0, 1)")
 register("readability", Readability, description="Flesch reading ease of the response / 100, in [0, 1]")
+register("implicit", Implicit, description="DPO's β log p/p0 of implicit[model=TUNED,reference=BASE,beta=0.1], nats")

@@ -118,7 +118,8 @@ class CachedReward:
         """The model, once it is loaded."""
         return None
 
-    def _model_state(self) -> Any:
+    def model_state(self) -> Any:
+        """What its cache is valid for: the state of the model's weights; None before it is loaded."""
         model = self._live_model()
         if model is None:
             return None
@@ -140,7 +141,7 @@ class CachedReward:
         advance = advance or (lambda count: None)
         keys = list(zip(prompts if self.uses_prompt else [""] * len(responses), responses, strict=True))
         # Trained since then, or adapters switched.
-        if self._scored_by is not None and self._scored_by != self._model_state():
+        if self._scored_by is not None and self._scored_by != self.model_state():
             self.clear_cache()
         scores = {}  # this call's scores, in case the cache is smaller than the call
         for key in dict.fromkeys(keys):
@@ -154,7 +155,7 @@ class CachedReward:
                 for index, value in zip(indices, values, strict=True):
                     scores[missing[index]] = self.remember(missing[index], float(value))
                 advance(len(indices))
-        self._scored_by = self._model_state()
+        self._scored_by = self.model_state()
         return np.fromiter((scores[key] for key in keys), dtype=np.float32, count=len(keys))
 
     def remember(self, key: tuple[str, str], value: float) -> float:

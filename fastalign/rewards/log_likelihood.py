@@ -78,6 +78,23 @@ class LogLikelihood(CachedReward):
         return None if isinstance(self._model, str) else self._model
 
     def _score(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        left = set(range(len(responses)))
+        for indices, totals, counts in self._totals(prompts, responses):
+            left -= set(indices)
+            yield indices, totals / counts
+        if left:
+            model, _ = self._load()
+            yield sorted(left), np.full(len(left), -math.log(model.config.get_text_config().vocab_size))
+
+    def totals(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        """The log-probability of each whole response, nats, float64 (n,); 0 for an empty one."""
+        result = np.zeros(len(responses))
+        for indices, totals, _ in self._totals(prompts, responses):
+            result[indices] = totals
+        return result
+
+    def _totals(self, prompts: list[str], responses: list[str]) -> Iterator[tuple[list[int], np.ndarray, list[int]]]:
+        """Yield (indices, log-probabilities, numbers of tokens) of the responses that have tokens, batch by batch."""
         model, tokenizer = self._load()
         limit = self.max_length or context_length(model.config, tokenizer)
         distinct = sorted(set(prompts))
@@ -85,11 +102,8 @@ class LogLikelihood(CachedReward):
         of_prompt = dict(zip(distinct, self._prompt_ids(distinct, text), strict=True))
         rows = text.continuations(responses, f"reward {self.name!r}: response")
         targets = [row[: limit and limit - 1] for row in rows]
-        empty = [index for index, row in enumerate(targets) if not row]
-        if empty:
-            yield empty, np.full(len(empty), -math.log(model.config.get_text_config().vocab_size))
         full = [index for index, row in enumerate(targets) if row]
         contexts = [of_prompt[prompts[index]][-(limit - len(targets[index])) if limit else 0 :] for index in full]
         scored = [targets[index] for index in full]
         for batch, totals in log_likelihoods(model, contexts, scored, self.batch_size):
-            yield [full[i] for i in batch], totals.cpu().numpy() / [len(scored[i]) for i in batch]
+            yield [full[i] for i in batch], totals.cpu().numpy(), [len(scored[i]) for i in batch]

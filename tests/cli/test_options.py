@@ -14,7 +14,7 @@ from fastalign.cli.main import app
 from fastalign.data import hub, prompts
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.decode import Sampler, tilted
-from fastalign.jobs import align, demo, distill, grpo, pairs, pareto, ppo, preference, soup_front
+from fastalign.jobs import align, demo, distill, grpo, pairs, pareto, ppo, preference, reward_bench, soup_front
 from fastalign.jobs.align import job as align_job
 from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
@@ -34,6 +34,7 @@ FUNCTIONS = {
     "bench": [bench.run],
     "info": [info.show_model],
     "rewards": [],
+    "reward-bench": [reward_bench.reward_bench],
     "train distill": [distill.train_distill, distill.read_rows],
     "train dpo": [preference.train_dpo, preference.read_pairs],
     "train grpo": [grpo.train_grpo, hub.load_prompts],

@@ -72,6 +72,7 @@ COMMANDS = {
     "select": (["scored.parquet", "--palette", "palette.json"], ["--seed", 1], ""),
     "eval": (["scored.parquet", "--selected", "selected.parquet", "--palette", "palette.json"], None, ""),
     "eval --lam-grid diversity=0:1:3": (["scored.parquet"], ["--lam-grid", "diversity=0:2:3"], ""),
+    "reward-bench": (["pairs.jsonl", "--rewards", "diversity"], ["--rewards", "readability"], ""),
     "pareto": (["scored.parquet", "--n-lambda", 20], ["--n-lambda", 21], "pareto.json"),
     "soup": (["model0", "model1", "--weights", "0.5,0.5"], ["--weights", "0.4,0.6"], "model.safetensors"),
     "soup-front": (
