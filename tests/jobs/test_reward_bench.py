@@ -66,7 +66,7 @@ def test_a_file_in_reward_bench_2s_form(here):
     error = sum(abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in set(bins)) / len(bins)
     assert value["pairs"]["calibration_error"] == pytest.approx(error)
     assert "mean of subsets" in said and "calibration error" in said and "<svg" in (here / "page.html").read_text()
-    assert "already there" in fastalign(*command)[2]
+    assert "already there" in fastalign(*command, "--report", "page.html")[2]
 
 
 def test_every_head_of_a_reward_model(here):
