@@ -92,7 +92,8 @@ class Judge:
             for i, pair in enumerate(zip(prompts, responses, strict=True)):
                 for order in range(orders):
                     for draw in range(self.rubric.draws):
-                        key = key_of([self._http.base, self._body(*pair, order, draw), self.rubric.marks(order)])
+                        body = self._body(*pair, order, draw)
+                        key = key_of([self._http.base, body, self.rubric.marks(order), draw])
                         if (had := store.get(key)) is None:
                             missing.append((i, order, draw, key))
                         else:
@@ -151,7 +152,7 @@ class Judge:
         try:
             answer = self._http.ask("/chat/completions", body, BYTES, stop)
         except Refused as refused:
-            if not (refused.code in (400, 422) and self._logprobs and "logprob" in str(refused).lower()):
+            if not (refused.code in (400, 422) and "logprobs" in body and "logprob" in str(refused).lower()):
                 raise
             self._logprobs = False  # it gives none: the marks that it writes are what there is
             return self._answer(body, stop)

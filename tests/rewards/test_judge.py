@@ -125,6 +125,15 @@ def test_draws_are_averaged_and_differ_by_their_seeds():
         assert {body["temperature"] for _, _, body in server.seen} == {1.0} and 1 <= server.most <= 2
 
 
+def test_draws_of_a_server_without_seeds_are_kept_apart():
+    answers = iter("1234")
+    with Chat(lambda text, body: (f"helpful: {next(answers)}\nbrief: 1", None)) as server:
+        for _ in range(2):
+            judge = Judge(rubric(server, draws=3, extra={"seed": None}))
+            assert rewards.score(judge.rewards, ["p"], ["r"]).tolist() == [[2, 1]]
+        assert len(server.seen) == 3
+
+
 def test_nothing_is_asked_twice_and_another_rubric_is_asked_anew():
     with Chat() as server:
         for draws, calls in ((1, 2), (1, 2), (3, 8), (3, 8)):
@@ -169,11 +178,19 @@ def test_answers_that_cannot_be_read_are_asked_for_again():
 
 def test_a_server_without_log_probabilities_is_asked_without():
     with Chat() as server:
-        server.faults = [(400, {}, b'{"error": {"message": "logprobs are not supported"}}')]
-        rewards.score(Judge(rubric(server, in_flight=1)).rewards, PROMPTS, TEXTS)
-        assert ["logprobs" in body for _, _, body in server.seen] == [True, False, False]
+        true, both = server.complete, threading.Barrier(2, timeout=10)  # two requests are refused at once
+
+        def complete(path, body):
+            if "logprobs" not in body:
+                return true(path, body)
+            both.wait()
+            return 400, {"error": {"message": "logprobs are not supported"}}
+
+        server.complete = complete
+        rewards.score(Judge(rubric(server, in_flight=2)).rewards, PROMPTS, TEXTS)
+        assert ["logprobs" in body for _, _, body in server.seen] == [True, True, False, False]
         rewards.score(Judge(rubric(server)).rewards, PROMPTS, TEXTS)
-        assert len(server.seen) == 3
+        assert len(server.seen) == 4
 
 
 @pytest.mark.parametrize(
