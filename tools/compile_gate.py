@@ -5,7 +5,9 @@ result.
 
 A kernel is launched on "meta" tensors with a driver that only names the target, so exactly what the launcher would
 launch is compiled: the same specialisation, block sizes, warps and stages. Fails, naming the kernel, on
+    what does not compile;
     a register spill, in the SASS (a store to or load from local memory) or in AMD's metadata;
+    products of the tensor cores that ptxas had to serialise (its warnings C7510 and C7515);
     shared memory beyond what one block of the device may have.
 The table has registers, shared memory, tensor-core instructions and the widest global load of each.
 """
@@ -51,6 +53,7 @@ DEVICES = {
     "sm_90": Device(GPUTarget("cuda", 90, 32), 227 << 10),
     "sm_100": Device(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 << 10),
+    "gfx950": Device(GPUTarget("hip", "gfx950", 64), 160 << 10),
 }
 
 
@@ -69,10 +72,13 @@ class Report:
     load_bits: int
     warps: int
     fused: bool  # multiply-adds
+    serialised: str  # the assembler's warning
 
     def faults(self) -> list[str]:
         where = f"{self.op}: {self.kernel} ({self.case}) on {self.device}"
         result = []
+        if self.serialised:
+            result.append(f"{where} waits for each product of the tensor cores: {self.serialised}")
         if not self.fused:
             result.append(f"{where} is compiled without fused multiply-adds")
         if self.spills:
@@ -151,7 +157,30 @@ def _nvidia(kernel) -> dict:
             name for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "IMMA", "DMMA") if re.search(rf"\b{name}\b", sass)
         ),
         "load_bits": max([*widths, bulk], default=0),
+        "serialised": _serialised(kernel),
     }
+
+
+def _serialised(kernel) -> str:
+    """The assembler's warning that it serialises asynchronous products, if there is one."""
+    ptx = kernel.asm["ptx"]
+    if "wgmma" not in ptx:
+        return ""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [
+            Path(nvidia.__file__).parent / "bin" / "ptxas",
+            f"--gpu-name={target[1]}",
+            "-o",
+            os.devnull,
+            file.name,
+        ]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = re.search(r"C75(10|15).*", said)
+    return found[0][:120] if found else ""
 
 
 def _amd(kernel) -> dict:
@@ -166,6 +195,7 @@ def _amd(kernel) -> dict:
         "spills": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
         "tensor_core": "MFMA" if "v_mfma" in text else "",
         "load_bits": max((32 * int(width or 1) for width in loads), default=0),
+        "serialised": "",
     }
 
 
@@ -174,24 +204,30 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
 
 
-def reports(ops: list[str], turns: list[str] | None, device: str) -> list[Report]:
-    """Every kernel of every case of the ops (default: all) on one device, each distinct compilation once.
+def reports(ops: list[str], turns: list[str] | None, device: str) -> tuple[list[Report], list[str]]:
+    """Every kernel of every case of the ops (default: all) on one device, each distinct compilation once; and what does
+    not compile.
 
     turns: every fourth case, different ones each day, is compiled for one of these devices in turn; None: every case
     for every device.
     """
     from fastalign.bench.gpu_common import cases
 
-    result, seen = [], set()
+    result, broken, seen = [], [], set()
     today = int(time.time() // 86400) % 4
     for i, (op, case) in enumerate(cases()):
         if (ops and op not in ops) or (turns and (i % 4 != today or turns[i // 4 % len(turns)] != device)):
             continue
-        for kernel in launched(case.build("meta", False).run, device):
+        try:
+            found = launched(case.build("meta", False).run, device)
+        except Exception as error:  # the compiler's own, of any kind
+            broken.append(f"{op}: {case.name} on {device} does not compile: {type(error).__name__}: {error}")
+            continue
+        for kernel in found:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 result.append(inspect(op, case.name, kernel, device))
-    return result
+    return result, broken
 
 
 def table(found: list[Report]) -> str:
@@ -228,7 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(options.target)), mp_context=spawn) as pool:
         turns = options.target if options.in_turn else None
         for part in pool.map(partial(reports, options.ops, turns), options.target):
-            for report in part:
+            found, broken = part
+            faults += broken
+            for report in found:
                 result.append(report)
                 faults += report.faults()
                 print(

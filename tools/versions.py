@@ -38,7 +38,8 @@ TITLES = {
     "install": "TRL's trainers on our head", "dpo": "DPO", "grpo": "GRPO", "distill": "distillation",
     "reward": "reward models", "ppo": "PPO", "sampler": "sampling", "soup": "soups", "heads": "fused heads",
 }  # fmt: skip
-LIST = "import importlib.metadata as m, json, platform; print(json.dumps({n: m.version(n) for n in %r} | {'python': platform.python_version()}))"
+LIST = """import importlib.metadata as m, json, platform
+print(json.dumps({n: m.version(n) for n in %r} | {"python": platform.python_version()}))"""
 
 
 def main() -> None:
@@ -95,9 +96,9 @@ def page(results: dict) -> str:
     head = ["combination", *SHOWN, *TITLES.values(), "tried on"]
     lines = [
         "# Versions", "",
-        "What runs with which versions of other packages: `python tools/versions.py` makes an environment for each row, installs the wheel",
-        "and runs every seam once on tiny models. ✓ runs; – does not, as told below the table. Other versions are likely to work; these are",
-        "the ones that were tried.", "",
+        "What runs with which versions of other packages: `python tools/versions.py` makes an environment for each",
+        "row, installs the wheel and runs every seam once on tiny models. ✓ runs; – does not, as told below the table.",
+        "Other versions are likely to work; these were tried.", "",
         f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}",
     ]  # fmt: skip
     notes = []

@@ -117,8 +117,8 @@ def reward(folder: Path) -> None:
 
     _, tokenizer = tiny(folder / "base")
     trainer = RewardTrainer(
-        str(folder / "base"), args=RewardConfig(str(folder / "out"), **ARGUMENTS), train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
+        str(folder / "base"), args=RewardConfig(str(folder / "out"), **ARGUMENTS),
+        train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer,
     )  # fmt: skip
     moved(trainer, trainer.model)
 

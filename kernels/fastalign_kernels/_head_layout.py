@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from fastalign.kernels._products import TYPES, options
+from fastalign.kernels._products import TYPES, on_nvidia, options
 from fastalign.kernels._softmax import compute_type, transform_factors
 from torch import Tensor
 from triton.runtime import driver
@@ -153,6 +153,11 @@ def architecture(device: torch.device) -> int:
 def entropy_fits(device: torch.device) -> bool:
     """Whether what an entropy and its gradient take fits the registers beside a tile of 128 columns."""
     return device.type == "cpu" or architecture(device) == 90
+
+
+def adapter_fits(device: torch.device) -> bool:
+    """Whether the product with an adapter fits there too."""
+    return device.type == "cpu" or on_nvidia(device)
 
 
 def row_places(x: Tensor) -> tuple[Tensor, int]:

@@ -78,11 +78,14 @@ def product_tiles(
     tl.store(to, acc.to(out.dtype.element_ty), mask=keep)
 
 
+def on_nvidia(device: torch.device) -> bool:
+    return device.type != "cpu" and driver.active.get_current_target().backend == "cuda"
+
+
 def options(dot: torch.dtype, device: torch.device) -> dict:
     """How kernels with products of that type are compiled. Float32 as the sum of three TF32 products, which NVIDIA's
     tensor cores take and which lose no more than float32's own rounding."""
-    target = None if device.type == "cpu" else driver.active.get_current_target()
-    exact = target is not None and target.backend == "cuda" and dot == torch.float32
+    exact = dot == torch.float32 and on_nvidia(device)
     return {"enable_fp_fusion": True, "default_dot_input_precision": "tf32x3" if exact else "ieee"}
 
 
@@ -126,7 +129,9 @@ def product(
         *a.stride(), *b.stride(),
         ADD=add, DOT=TYPES[dot], COMPUTE=compute_type(dot), EVEN=columns % block_n == 0,
         BLOCK_M=sizes[0], BLOCK_N=block_n, BLOCK_K=block_k, LISTED=sizes[1],
-        num_warps=blocks.warps, num_stages=blocks.stages, **options(dot, out.device),
+        # Three stages break Triton 3.9's compiler for gfx950.
+        num_warps=blocks.warps, num_stages=blocks.stages if on_nvidia(out.device) else min(blocks.stages, 2),
+        **options(dot, out.device),
     )  # fmt: skip
 
 

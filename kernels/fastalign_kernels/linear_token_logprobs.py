@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 from fastalign.kernels import _head
-from fastalign.kernels._head_layout import Head, entropy_fits, plain
+from fastalign.kernels._head_layout import Head, adapter_fits, entropy_fits, plain
 from fastalign.kernels._products import alive_lists, library_add, library_product, product
 from fastalign.kernels._softmax import compute_type
 from torch import Tensor
@@ -59,7 +59,9 @@ def forward(
     head = Head(
         hidden, weight, bias, a, b, labels, adapter_scale, labels != ignore_index, temperature, softcap, logit_scale
     )
-    if statistics and (unit or not entropy_fits(hidden.device)):
+    if (statistics and (unit or not entropy_fits(hidden.device))) or (
+        a is not None and not adapter_fits(hidden.device)
+    ):
         head.use_narrow()
     elif not statistics and not unit:
         head.use_tall()

@@ -34,7 +34,8 @@ def product(a, b, c, K, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr):
 def launch(N, STEP, warps, stages):
     a, b = (torch.empty(size, 4096, device="meta", dtype=torch.bfloat16) for size in (128, N))
     c = torch.empty(128, N, device="meta")
-    product[(1,)](a, b, c, 4096, M=128, N=N, STEP=STEP, num_warps=warps, num_stages=stages)
+    product[(1,)](a, b, c, 4096, M=128, N=N, STEP=STEP, num_warps=warps, num_stages=stages,
+                  enable_fp_fusion=True)
 
 found = dict()
 for name, shape in (("good", (64, 32, 4, 2)), ("spills", (256, 64, 1, 2)), ("shared", (256, 128, 8, 4))):
@@ -56,7 +57,7 @@ def gate(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-DEVICES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DEVICES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
 
 @pytest.mark.parametrize("device", DEVICES)
