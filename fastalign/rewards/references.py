@@ -15,7 +15,7 @@ from fastalign._base.references import COLUMN, Reference, local_inputs, read
 from fastalign._base.work_folder import sha256
 from fastalign.rewards import own, registry
 from fastalign.rewards.base import Reward, is_reward, named
-from fastalign.rewards.ensemble import ensemble
+from fastalign.rewards.ensemble import Ensemble, ensemble
 
 if TYPE_CHECKING:
     from fastalign.rewards.judge import Judge
@@ -78,10 +78,14 @@ def names(references: Sequence[str | Reward]) -> list[str]:
 
 def reach(references: Sequence[str | Reward]) -> None:
     """Raise UserError, one line, unless the servers behind rewards answer; before a long job draws what they score."""
-    served = [one for one in references if not isinstance(one, str) or read(one).kind in ("server", "judge")]
-    for reward in load(served):
-        if (reaching := getattr(reward, "reach", None)) is not None:
-            reaching()
+    rewards = [one for one in references if not isinstance(one, str)]
+    named_ones = _singles([one for one in references if isinstance(one, str)])
+    rewards += [reward for one in named_ones if one.kind in ("server", "judge") for reward in _load(one)]
+    for reward in rewards:
+        if isinstance(reward, Ensemble):
+            reach(reward.rewards)
+        elif (ask := getattr(reward, "reach", None)) is not None:
+            ask()
 
 
 def contents(references: Sequence[Any]) -> dict[str, str]:
