@@ -33,6 +33,8 @@ def of_model(name: str | os.PathLike[str]) -> str:
 def _of_one(path: Path, name: str | os.PathLike[str]) -> str:
     if not path.exists():
         return f"{name}@{_commit(os.fspath(name))}"
+    if path.is_file() and path.suffix not in (*_WEIGHTS, *_REST):
+        return sha256(path)
     return of_files(path.iterdir() if path.is_dir() else [path])
 
 

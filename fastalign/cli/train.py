@@ -14,7 +14,17 @@ from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 from fastalign.cli.command import Registrar, Result, console, names, registrar
-from fastalign.cli.options import Dtype, Limit, MaxNewTokens, Model, Overwrite, Resume, Seed
+from fastalign.cli.options import (
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Model,
+    Overwrite,
+    PromptColumn,
+    ResponseColumn,
+    Resume,
+    Seed,
+)
 
 app: typer.Typer = typer.Typer(
     help="Train towards a palette: on weighted candidates, DPO on preference pairs, GRPO, PPO on λ·R, reward models. "
@@ -56,7 +66,13 @@ Values = Annotated[
     typer.Option(help="Rewards (`fastalign rewards` lists them) or folders of reward models, comma-separated."),
 ]
 Lam = Annotated[str | None, typer.Option(help="One weight per value: 1.0,0.5 or positive=1,harmless=0.5.")]
-FromPalette = Annotated[Path | None, typer.Option(help="Take values and λ from this file of `fastalign map` instead.")]
+FromPalette = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take λ from this file of `fastalign map`, and its values too, unless --values says what their "
+        "names stand for."
+    ),
+]
 Prompts = Annotated[
     str,
     typer.Option(
@@ -94,6 +110,8 @@ def dpo(
     palette: PairsPalette = None,
     how: PairsHow = How.best_worst,
     pairs_per_prompt: PairsPerPrompt = 1,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     learning_rate: LearningRate = 5e-6,
     batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 4,
     gradient_accumulation_steps: Accumulation = 1,
@@ -126,7 +144,14 @@ def dpo(
     @functools.cache
     def pairs():
         return jobs.read_pairs(
-            data, lam=weights, palette=palette, how=how.value, pairs_per_prompt=pairs_per_prompt, seed=seed
+            data,
+            lam=weights,
+            palette=palette,
+            how=how.value,
+            pairs_per_prompt=pairs_per_prompt,
+            seed=seed,
+            prompt_column=prompt_column,
+            response_column=response_column,
         )
 
     result = jobs.train_dpo(
@@ -156,6 +181,8 @@ def distill(
     ] = None,
     lam: PairsLam = None,
     palette: PairsPalette = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Learning rate of the optimiser; default: 1e-5, or 1e-4 with --lora-r.")
     ] = None,
@@ -181,7 +208,12 @@ def distill(
     _needs_trl()
     weights, chosen = _lam(lam), None if values is None else names("values", values)
     result = jobs.train_distill(
-        model, functools.partial(jobs.read_rows, data, lam=weights, palette=palette, values=chosen), out,
+        model,
+        functools.partial(
+            jobs.read_rows, data, lam=weights, palette=palette, values=chosen, prompt_column=prompt_column,
+            response_column=response_column,
+        ),
+        out,
         learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
         epochs=epochs, max_steps=max_steps, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps,
         log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
@@ -330,6 +362,8 @@ def reward(
     palette: PairsPalette = None,
     how: PairsHow = How.best_worst,
     pairs_per_prompt: PairsPerPrompt = 1,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
     held_out: Annotated[float, typer.Option(help="Share of the prompts held out for evaluation.")] = 0.1,
     report: Annotated[
         Path | None, typer.Option(help="Write the evaluation as a page (.html) or as figures (.png, .svg).")
@@ -366,6 +400,8 @@ def reward(
             how=how.value,
             pairs_per_prompt=pairs_per_prompt,
             seed=seed,
+            prompt_column=prompt_column,
+            response_column=response_column,
         )
 
     result = jobs.train_reward(
@@ -431,12 +467,14 @@ def _lam(text: str | None) -> list[float] | dict[str, float] | None:
 def _values_and_lam(values: str | None, lam: str | None, palette: Path | None):
     weights = _lam(lam)
     if palette is not None:
-        if values is not None or weights is not None:
-            raise UserError("give either values and lam, or palette")
+        if weights is not None:
+            raise UserError("give either lam, or palette")
         from fastalign.data import palettes
 
         solution = palettes.read(palette, "lambda")
-        return solution["values"], solution["lambda"]
+        if values is None:
+            return solution["values"], solution["lambda"]
+        return names("values", values), dict(zip(solution["values"], solution["lambda"], strict=True))
     if weights is None:
         raise UserError("give lam, a weight for each value, or palette")
     if values is None:

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from fastalign._base import outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write
 from fastalign._base.numbers import number
+from fastalign._base.units import counted
 from fastalign.data import published
 from fastalign.data import rows as sources
 from fastalign.data.conversations import check_messages, text_of
@@ -148,12 +150,22 @@ def load(
         raise UserError(f"{name}: no row is a preference pair ({first})")
     if bad:
         warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
+    if (count := _repeats(pairs)) > 0:
+        outputs.say(f"{name}: {count:,} of {len(pairs):,} pairs are there more than once; they are kept")
+    if ties:
+        outputs.say(f"{name}: {counted(ties, 'tie')} left out")
     dropped = {"ties": ties, "rows that are not pairs": bad}
     dropped = {reason: count for reason, count in dropped.items() if count}
     settings = _settings(Path(name).expanduser())
     if form is not None:
         settings["published"] = {"name": form.name, "values": list(form.values)}
     return PreferencePairs(pairs, dropped, settings)
+
+
+def _repeats(pairs: Sequence[Mapping[str, Any]]) -> int:
+    """How many pairs are there already, with the same texts and value."""
+    kept = (*COLUMNS, "value")
+    return len(pairs) - len({json.dumps([pair.get(name) for name in kept], sort_keys=True) for pair in pairs})
 
 
 def _published(

@@ -37,17 +37,22 @@ def read_rows(
     lam: Sequence[float] | Mapping[str, float] | None = None,
     palette: str | os.PathLike[str] | None = None,
     values: Sequence[str] | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
 ) -> DistillRows:
     """Rows from `data`: those of a file as `train.DistillTrainer` takes them, or the candidates of a scored file, with
     the weights exp(λ · R).
 
     palette: a palette file as `fastalign map` writes it, for its λ. lam: a weight per reward, by name, or in the order
-    of `values`, by default all rewards of the file. Raises UserError for a scored file without any of these, or λ
-    without a scored file.
+    of `values`, by default all rewards of the file. prompt_column, response_column: of scored candidates of another
+    program, which are read as a scored file where they, lam or palette are given. Raises UserError for a scored file
+    without any of these, or λ without a scored file.
     """
     if palette is not None and not (lam is None and values is None):
         raise UserError("give either values and lam, or palette")
-    if pairs.parquet_kind(data) is None:
+    asked = any(x is not None for x in (lam, palette, prompt_column, response_column))
+    scored = pairs.scored_of(data, prompt_column=prompt_column, response_column=response_column) if asked else None
+    if scored is None and pairs.parquet_kind(data) is None:
         if not (palette is None and lam is None and values is None):
             if Path(data).suffix:  # no data set by name
                 check_input(data)
@@ -57,7 +62,7 @@ def read_rows(
         return rows
     from fastalign.decode import Candidates
 
-    whole = Candidates.from_parquet(data, kind="scored")
+    whole = Candidates.from_parquet(data, kind="scored") if scored is None else scored
     if palette is not None:
         solution = palettes.read(palette, "lambda")
         palettes.check_carried(palette, solution, whole.rewards)
@@ -67,9 +72,11 @@ def read_rows(
     names, lam = pairs.weights_by_name(lam, list(whole.rewards) if values is None else list(values))
     scores = whole.reward_array(names).astype(np.float64) @ lam  # (P, N)
     weights = np.exp(scores - scores.max(1, keepdims=True))
+    theirs = pairs.parquet_kind(data) is None  # texts without token ids
+    name, candidates = ("completions", whole.texts) if theirs else ("completion_ids", whole.token_ids)
     rows = DistillRows(
-        {"prompt": prompt, "completion_ids": ids, "weights": row.tolist()}
-        for prompt, ids, row in zip(whole.prompts, whole.token_ids, weights, strict=True)
+        {"prompt": prompt, name: several, "weights": row.tolist()}
+        for prompt, several, row in zip(whole.prompts, candidates, weights, strict=True)
     )
     rows.source, rows.sampling = str(data), whole.settings.get("sampling", {})
     return rows

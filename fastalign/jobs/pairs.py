@@ -12,6 +12,8 @@ import numpy as np
 
 from fastalign._base.errors import UserError
 from fastalign._base.numbers import weights
+from fastalign.data import published
+from fastalign.data import rows as sources
 from fastalign.data.conversations import EXTRAS, Conversation
 from fastalign.data.preferences import PreferencePairs
 
@@ -168,6 +170,29 @@ def weights_by_name(lam: Any, names: list[str]) -> tuple[list[str], np.ndarray]:
             )
         names, lam = list(lam), list(lam.values())
     return names, weights(lam, len(names), ", ".join(names))
+
+
+def scored_of(
+    data: str | os.PathLike[str], *, prompt_column: str | None = None, response_column: str | None = None
+) -> Candidates | None:
+    """The scored candidates of a file, of fastalign's or of another program (`decode.elsewhere`); None for a file of
+    pairs or of weighted rows, and for a data set by name. Raises UserError."""
+    from fastalign.decode import Candidates, elsewhere
+
+    path, kind = Path(data).expanduser(), parquet_kind(data)
+    columns = elsewhere.Columns(prompt_column, response_column)
+    if kind == "scored":
+        return Candidates.from_parquet(path, kind="scored")
+    if kind is not None or not path.is_file() or path.suffix.lower() not in sources.SUFFIXES:
+        return None
+    first = sources.read(path, what="candidates")[0]
+    others = {"chosen", "rejected", "weights"} & first.keys() or published.form_of(first)
+    if columns.named():
+        return elsewhere.read(path, kind="scored", columns=columns)
+    if others:
+        return None
+    found = elsewhere.read(path, kind=("candidates", "scored"))
+    return found if found.rewards else None
 
 
 def parquet_kind(data: str | os.PathLike[str]) -> str | None:

@@ -27,13 +27,16 @@ def read_pairs(
     how: str = "best_worst",
     pairs_per_prompt: int = 1,
     seed: int = 0,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
 ) -> PreferencePairs:
     """Pairs from `data`: read from a file of pairs, or made from a scored file, by λ or separately by each of some
     values.
 
     lam: see `pairs.preference_pairs`. palette: a palette file as `fastalign map` writes it, for its λ. values: rewards
-    of a scored file, whose names become the pairs' column "value". Raises UserError for a scored file without any of
-    these, or λ without a scored file.
+    of a scored file, whose names become the pairs' column "value". prompt_column, response_column: of scored candidates
+    of another program, which are read as a scored file where they, lam, palette or values are given. Raises UserError
+    for a scored file without any of these, or λ without a scored file.
     """
     kind = pairs.parquet_kind(data)
     if kind in ("candidates", "selected"):
@@ -41,9 +44,11 @@ def read_pairs(
     runs.check_counts(pairs_per_prompt=pairs_per_prompt)
     if lam is not None and palette is not None:
         raise UserError("give either lam or palette")
-    if values is not None and kind == "scored" and (lam is not None or palette is not None):
+    asked = any(x is not None for x in (lam, palette, values, prompt_column, response_column))
+    scored = pairs.scored_of(data, prompt_column=prompt_column, response_column=response_column) if asked else None
+    if values is not None and scored is not None and (lam is not None or palette is not None):
         raise UserError("give values, a head for each, or lam or palette, for one head, not both")
-    if kind != "scored":
+    if scored is None and kind != "scored":
         if lam is not None or palette is not None:
             if Path(data).suffix:  # no data set by name
                 check_input(data)
@@ -58,10 +63,10 @@ def read_pairs(
         lam = dict(zip(solution["values"], solution["lambda"], strict=True))
     making: dict[str, Any] = {"how": how, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
     if values is not None:
-        return pairs.pairs_by_value(data, values, **making)
+        return pairs.pairs_by_value(scored or data, values, **making)
     if lam is None:
         raise UserError(f"give lam or palette to make pairs from a scored file, which {data} is")
-    return pairs.preference_pairs(data, lam=lam, **making)
+    return pairs.preference_pairs(scored or data, lam=lam, **making)
 
 
 def _of_published(data: str, loaded: PreferencePairs, values: Sequence[str] | None) -> PreferencePairs:

@@ -36,6 +36,7 @@ from fastalign.decode.candidates import Candidates
 from fastalign.decode.samplers.base import ROWS_AT_ONCE
 from fastalign.decode.samplers.external import request_seed
 from fastalign.decode.select import select
+from fastalign.rewards import references
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,6 +92,8 @@ def run(
     settings |= {"rewards": names, "selection": selection}
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     settings["model_content"] = fingerprint.of_model(model)
+    if found := references.contents(rewards):
+        settings["contents"] = found
     settings = json.loads(json.dumps(settings, default=str))
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold(out, writes=out) as parts:

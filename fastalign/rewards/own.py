@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import sys
 import traceback
 from importlib import import_module, util
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,9 +63,9 @@ def check_file(file: str, attribute: str) -> None:
 
 
 def check_module(module: str) -> None:
-    """Raise UserError unless the module's package is installed; nothing is imported."""
+    """Raise UserError unless the module's package is installed or in the current folder; nothing is imported."""
     top = module.partition(".")[0]
-    if top not in sys.modules and util.find_spec(top) is None:
+    if top not in sys.modules and util.find_spec(top) is None and not _is_here(top):
         raise UserError(f"{module}: no such module; a file is named with its ending, {module.replace('.', '/')}.py")
 
 
@@ -87,12 +89,19 @@ def from_file(file: str, attribute: str, name: str, options: dict[str, Any]) -> 
 def from_module(module: str, attribute: str, name: str, options: dict[str, Any]) -> Reward:
     """The reward that an importable module defines. Raises UserError, one line."""
     check_module(module)
+    top = module.partition(".")[0]
+    if top not in sys.modules and util.find_spec(top) is None:
+        sys.path.append(os.getcwd())  # as `python -m` has it, but last: no installed module is replaced
     try:
         return _of(import_module(module), module, attribute, name, options)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{module}: {_told(error)}") from error
+
+
+def _is_here(top: str) -> bool:
+    return PathFinder.find_spec(top, [os.getcwd()]) is not None
 
 
 def _of(module: ModuleType, where: str, attribute: str, name: str, options: dict[str, Any]) -> Reward:

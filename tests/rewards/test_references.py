@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -89,6 +90,15 @@ def test_the_users_own_code(here, monkeypatch, reference, name, scores):
     monkeypatch.syspath_prepend(here)
     assert rewards.parse(reference).name == name
     np.testing.assert_array_equal(rewards.score(reference, PROMPTS, TEXTS)[:, 0], scores)
+
+
+def test_a_module_of_the_current_folder(here, monkeypatch):
+    """The command `fastalign`, unlike python -m, does not have it on its path."""
+    (here / "lies_here.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(here))])
+    np.testing.assert_array_equal(rewards.score("lies_here:short", PROMPTS, TEXTS)[:, 0], [-3, -5])
+    assert sys.path[-1] == str(here)
+    del sys.modules["lies_here"]
 
 
 def test_another_name_leaves_the_registered_reward_as_it_is():
