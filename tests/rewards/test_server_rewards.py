@@ -263,7 +263,8 @@ def test_the_command(tmp_path, monkeypatch):
         )
 
 
-def test_a_killed_command_asks_nothing_twice(tmp_path):
+def test_a_killed_command_asks_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     texts = [f"{'x' * i}" for i in range(1, 101)]
     empty = [[[]] * 100]
     Candidates(["p"], [texts], empty, empty).to_parquet(tmp_path / "c.parquet")
@@ -277,11 +278,9 @@ def test_a_killed_command_asks_nothing_twice(tmp_path):
             return true(path, body)
 
         server.complete = complete
-        command = [sys.executable, "-m", "fastalign", "score", "c.parquet", "--out", "s.parquet", "--rewards"]
-        command.append(f"server:{server.url}[in_flight=4]")
-        running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        assert running.wait() == -9
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        command = ["score", "c.parquet", "--out", "s.parquet", "--rewards", f"server:{server.url}[in_flight=4]"]
+        running = subprocess.Popen([sys.executable, "-m", "fastalign", *command], stderr=subprocess.DEVNULL)
+        assert running.wait() == -9 and fastalign(*command)[0] == 0
         asked = [json.dumps(body["messages"]) for _, _, body in server.seen]
         assert len(set(asked)) == 101 and len(asked) <= 101 + 1 + 4  # the fixed text again, and those on their way
         scored = Candidates.from_parquet(tmp_path / "s.parquet", kind="scored")
