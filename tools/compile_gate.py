@@ -26,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before any kernel is imported
@@ -168,19 +169,21 @@ def _serialised(kernel) -> str:
         return ""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [
-            Path(nvidia.__file__).parent / "bin" / "ptxas",
-            f"--gpu-name={target[1]}",
-            "-o",
-            os.devnull,
-            file.name,
-        ]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    found = re.search(r"C75(10|15).*", said)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        arch = int(re.sub(r"\D", "", target[1]))
+        command = [ptxas_of(arch), f"--gpu-name={target[1]}", source, "-o", f"{source}.o"]
+        said = subprocess.run(command, capture_output=True, text=True)
+    if said.returncode:
+        return f"ptxas: {said.stderr.strip()[:120]}"
+    found = re.search(r"C75(10|15).*", said.stderr)
     return found[0][:120] if found else ""
+
+
+def ptxas_of(arch: int) -> str:
+    """The assembler that Triton takes; before 3.6 there was one for all."""
+    return (nvidia.get_ptxas(arch) if signature(nvidia.get_ptxas).parameters else nvidia.get_ptxas()).path
 
 
 def _amd(kernel) -> dict:
