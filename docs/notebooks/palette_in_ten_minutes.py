@@ -31,7 +31,7 @@ scored = candidates.with_rewards(values, rewards.score(values, *candidates.pairs
 R = scored.reward_array()  # (P, N, m)
 P, N, m = R.shape
 flat, groups = R.reshape(-1, m), np.repeat(np.arange(P), N)
-print(dict(zip(values, flat.mean(0).round(3).tolist())))
+print(dict(zip(values, flat.mean(0).astype(float).round(3).tolist())))
 
 # %% [markdown]
 # ## 3. A palette, in words

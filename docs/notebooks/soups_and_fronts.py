@@ -73,7 +73,7 @@ for rho in soup.simplex_grid(2, 3):
     soup.interpolate(mixed, parts, rho)
     drawn = decode.Sampler(mixed, tokenizer).sample(questions, n=16, max_new_tokens=32, seed=1)
     points.append(rewards.score(values, *drawn.pairs()).mean(0))
-    print("ρ", np.round(rho, 2), "->", dict(zip(values, points[-1].round(3).tolist())))
+    print("ρ", np.round(rho, 2), "->", dict(zip(values, points[-1].astype(float).round(3).tolist())))
 
 # %%
 print("soups that no other soup beats:", palette.pareto_front(np.array(points)))
