@@ -90,6 +90,7 @@ def sample(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logi
     greedy = temperature == 0
     temperature = 1.0 if greedy else temperature
     head = Head(hidden, weight, bias, a, b, labels, adapter_scale, labels < 0, temperature, softcap, logit_scale)
+    head.use_tall()
     blocks = triton.cdiv(head.vocab, head.blocks.columns)
     partial = hidden.new_empty((_head.KINDS, blocks, head.rows), dtype=head.compute)
     given = head.arguments()
