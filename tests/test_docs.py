@@ -95,6 +95,11 @@ def test_the_page_of_commands_is_current():
     assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python tools/write_commands.py"
 
 
+def test_the_table_of_presets_is_current():
+    written = tool("write_presets")
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python tools/write_presets.py"
+
+
 @pytest.mark.parametrize("package", ["palette", "decode", "rewards", "soup", "losses", "ops", "train"])
 def test_every_public_name_is_in_the_reference(package):
     page = (DOCS / "reference" / f"{package}.md").read_text(encoding="utf-8")
