@@ -55,8 +55,8 @@ def map_statistics(
         rewards: (n, m) float32 or float64, n, m >= 1; read in place where its rows are contiguous.
         lam: (m,), or (K, m): K distributions from the same read.
         center: (m,), subtracted from the rewards; a center among them preserves the moments' digits. None: 0.
-        log_weights: (n,), log w_i; -inf leaves a row out. None: 0. On a GPU, no positive weight (in some group), +inf or
-        NaN give NaN, because raising would force a synchronisation.
+        log_weights: (n,), log w_i; -inf leaves a row out. None: 0. On a GPU, +inf, NaN or no positive weight (in some
+        group) give NaN, because raising would force a synchronisation.
         groups: (n,) integers. Each field is then the mean over the groups of that group's own.
 
     Returns:
