@@ -1,10 +1,11 @@
 """The GPU kernels on a real GPU: correctness, speed, share of the hardware's limits, and comparison with peers.
 
-    python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N]
+    python bench/gpu.py [OP ...] [--out FOLDER] [--rounds N] [--minutes M]
 
 Every case is first checked against the float64 reference; then ours and the installed peers are timed in turn
-with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md, which
-name the device, driver and versions. Without a GPU it says so and exits 0.
+with the device's own events (a cache-sized buffer is cleared before each call). Writes gpu.json and gpu.md after each
+case, which name the device, driver and versions; a run on the same goes on where the last one ended. The first case of
+every op comes first, the head's before all. Without a GPU it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,29 +38,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help="kernels to measure; all by default")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder of the results")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each, in turn")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after that time")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("no GPU here (torch.cuda.is_available() is False): nothing measured")
         return 0
-    wanted = [(op, case) for op, case in cases() if not options.ops or op in options.ops]
+    wanted = in_order([(op, case) for op, case in cases() if not options.ops or op in options.ops])
     if not wanted:
         parser.error(f"no kernel is named {', '.join(options.ops)}")
-    ceilings = {"bytes_per_s": copy_rate(), "flops_per_s": product_rate()}
-    results, wrong = [], []
+    began, where = time.monotonic(), machine()
+    everything = earlier(options.out / "gpu.json", where) or {
+        "machine": where,
+        "ceilings": {"bytes_per_s": copy_rate(), "flops_per_s": product_rate()},
+        "results": [],
+    }
+    results = everything["results"]
+    done = {(one["op"], one["name"]) for one in results}
     for op, case in wanted:
-        result = {"op": op, **measure(case, options.rounds, ceilings)}
-        results.append(result)
-        if result["error"]:
-            wrong.append(f"{op}: {case.name}: {result['error']}")
-        print(line(result), flush=True)
-    everything = {"machine": machine(), "ceilings": ceilings, "results": results}
-    write_json(options.out / "gpu.json", everything)
-    with atomic_write(options.out / "gpu.md") as path:
-        path.write_text(table(everything))
+        if (op, case.name) in done or time.monotonic() - began > 60 * options.minutes:
+            continue
+        results.append({"op": op, **measure(case, options.rounds, everything["ceilings"])})
+        print(line(results[-1]), flush=True)
+        write_json(options.out / "gpu.json", everything)
+        with atomic_write(options.out / "gpu.md") as path:
+            path.write_text(table(everything))
+    wrong = [f"{one['op']}: {one['name']}: {one['error']}" for one in results if one["error"]]
     print(f"{options.out / 'gpu.md'}: {len(results)} cases, {len(wrong)} wrong")
     for text in wrong:
         print(text, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def in_order(wanted: list[tuple[str, KernelCase]]) -> list[tuple[str, KernelCase]]:
+    """Every op's first case, the head's before all, then every op's second, ..."""
+    counts: dict[str, int] = {}
+    places = []
+    for op, case in wanted:
+        counts[op] = counts.get(op, -1) + 1
+        places.append((counts[op], op != "linear_token_logprobs", len(places), op, case))
+    return [(op, case) for *_, op, case in sorted(places, key=lambda place: place[:3])]
+
+
+def earlier(path: Path, where: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of a run on the same device and versions, without the cases that went wrong."""
+    had = json.loads(path.read_text()) if path.is_file() else None
+    if had is None or {**had["machine"], "date": None} != {**where, "date": None}:
+        return None
+    return had | {"results": [one for one in had["results"] if not one["error"]]}
 
 
 def measure(case: KernelCase, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def cases() -> Iterator[KernelCase]:
     published = {
         Setting(): first,
         Setting(tokens=16_384, width=2048, vocab=248_320): "≤ 90 ms and 3.1 GB (CCE 92.6 ms)",
-        Setting(vocab=131_072, statistics=True, backward=False): "Liger's CuTe kernel 50.2 ms",
+        Setting(vocab=131_072, statistics=True): "Liger's CuTe kernel 50.2 ms",
     }
     more = [
         Setting(backward=False),
@@ -212,30 +212,34 @@ def _peers(setting: Setting, hidden: Tensor, weight: Tensor, labels: Tensor, gra
         "torch.compile": whole(torch.compile(plain)),
     }
     if find_spec("trl"):
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
         requested = ("entropy",) if setting.statistics else ()
 
         def trl(x, w):
+            from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
             return ChunkedLogProbFunction.apply(x, w, None, labels, 1.0, 8192, None, 1.0, requested)[
                 : 1 + len(requested)
             ]
 
         result["TRL"] = whole(trl)
     if find_spec("liger_kernel") and not setting.statistics:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        def liger(x, w):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            return (liger_fused_linear_cross_entropy(x, w, labels).expand(len(labels)),)
 
         # It computes gradients only for a loss with equal weights: its time is compared, not its numbers.
-        result["Liger-Kernel (equal weights)"] = whole(
-            lambda x, w: (liger_fused_linear_cross_entropy(x, w, labels).expand(len(labels)),)
-        )
+        result["Liger-Kernel (equal weights)"] = whole(liger)
     if find_spec("cut_cross_entropy") and not setting.statistics:
-        from cut_cross_entropy import linear_cross_entropy
 
-        result["Cut Cross-Entropy"] = whole(lambda x, w: (-linear_cross_entropy(x, w, labels, reduction="none"),))
-        result["Cut Cross-Entropy, exact"] = whole(
-            lambda x, w: (-linear_cross_entropy(x, w, labels, reduction="none", filter_eps=None),)
-        )
+        def cut(x, w, **options):
+            from cut_cross_entropy import linear_cross_entropy
+
+            return (-linear_cross_entropy(x, w, labels, reduction="none", **options),)
+
+        result["Cut Cross-Entropy"] = whole(cut)
+        result["Cut Cross-Entropy, exact"] = whole(partial(cut, filter_eps=None))
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 from fastalign.bench.gpu_common import KernelCase, Work
@@ -102,18 +103,18 @@ def peers(logits, options):
 
 
 def flashinfer(logits, options):
-    try:
-        from flashinfer import sampling
-    except ImportError:
+    known = ((), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p"))
+    if find_spec("flashinfer") is None or tuple(options) not in known:
         return {}
-    draws = {
-        frozenset(): lambda p: sampling.sampling_from_probs(p),
-        frozenset({"top_k"}): lambda p: sampling.top_k_sampling_from_probs(p, options["top_k"]),
-        frozenset({"top_p"}): lambda p: sampling.top_p_sampling_from_probs(p, options["top_p"]),
-        frozenset({"min_p"}): lambda p: sampling.min_p_sampling_from_probs(p, options["min_p"]),
-        frozenset({"top_k", "top_p"}): lambda p: sampling.top_k_top_p_sampling_from_probs(
-            p, options["top_k"], options["top_p"], filter_apply_order="top_k_first"
-        ),
-    }
-    draw = draws.get(frozenset(options))
-    return {"flashinfer": lambda: draw(logits.float().softmax(-1))} if draw else {}
+    values = tuple(options.values())
+
+    def draw():
+        from flashinfer import sampling
+
+        p = logits.float().softmax(-1)
+        if not values:
+            return sampling.sampling_from_probs(p)
+        more = {"filter_apply_order": "top_k_first"} if len(values) > 1 else {}
+        return getattr(sampling, f"{'_'.join(options)}_sampling_from_probs")(p, *values, **more)
+
+    return {"flashinfer": draw}

@@ -128,20 +128,31 @@ def _peers(logits: Tensor, labels: Tensor, softcap: float, statistics: bool) -> 
 
     result = {"torch": plain, "torch.compile": torch.compile(plain)}
     if find_spec("trl"):
-        from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
 
-        score = selective_log_softmax_and_entropy if statistics else selective_log_softmax
-        result["TRL"] = lambda x: score(x, labels)
+        def trl(x):
+            from trl.trainer import utils
+
+            return (utils.selective_log_softmax_and_entropy if statistics else utils.selective_log_softmax)(x, labels)
+
+        result["TRL"] = trl
     if find_spec("flash_attn") and not statistics:
-        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
-        result["Flash-Attention"] = lambda x: -cross_entropy_loss(x, labels)[0]
+        def flash_attention(x):
+            from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+            return -cross_entropy_loss(x, labels)[0]
+
+        result["Flash-Attention"] = flash_attention
     if find_spec("liger_kernel") and not statistics:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-
         # It writes the gradient over the logits in the same launch, so it gets its own copy.
         own = logits.clone()
-        result["Liger-Kernel (with gradient)"] = lambda x: -liger_cross_entropy(own, labels, reduction="none")
+
+        def liger(_):
+            from liger_kernel.transformers.functional import liger_cross_entropy
+
+            return -liger_cross_entropy(own, labels, reduction="none")
+
+        result["Liger-Kernel (with gradient)"] = liger
     return {name: partial(call, logits) for name, call in result.items()}
 
 

@@ -61,7 +61,11 @@ def _peers(policy: Tensor, ref: Tensor, labels: Tensor) -> dict[str, Callable]:
 
     result = {"torch": plain, "torch.compile": torch.compile(plain)}
     if find_spec("trl"):
-        from trl.trainer.utils import selective_log_softmax
 
-        result["TRL"] = lambda: selective_log_softmax(policy, labels) - selective_log_softmax(ref, labels)
+        def trl():
+            from trl.trainer.utils import selective_log_softmax
+
+            return selective_log_softmax(policy, labels) - selective_log_softmax(ref, labels)
+
+        result["TRL"] = trl
     return result

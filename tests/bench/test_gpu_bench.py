@@ -1,6 +1,7 @@
 """bench/gpu.py where there is no GPU: it says so; its table says what it would have measured on."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,17 @@ def test_the_table_names_device_driver_and_versions_and_shows_what_failed(gpu):
     assert "failed: ImportError: x" in text and "WRONG: AssertionError: off by 1" in text
     assert all(word in text for word in ("D1", "driver 9.9", "torch 2", "3.00 TB/s", "800 TFLOP/s"))
     assert "WRONG" in gpu.line(bad) and "2.50 × peer" in gpu.line(good)
+
+
+def test_the_most_important_cases_come_first_and_a_run_on_the_same_goes_on(gpu, tmp_path):
+    order = [op for op, _ in gpu.in_order(list(gpu.cases()))]
+    ops = list(dict.fromkeys(order))
+    assert order[0] == "linear_token_logprobs" and order[: len(ops)] == ops
+    assert sorted(order) == sorted(op for op, _ in gpu.cases())
+    where = {"device": "D1", "driver": "9.9", "versions": {"torch": "2"}, "date": "d"}
+    path = tmp_path / "gpu.json"
+    assert gpu.earlier(path, where) is None
+    results = [{"op": "gae", "name": "a", "error": ""}, {"op": "gae", "name": "b", "error": "off"}]
+    path.write_text(json.dumps({"machine": where, "ceilings": {}, "results": results}))
+    assert gpu.earlier(path, where | {"date": "e"})["results"] == results[:1]
+    assert gpu.earlier(path, where | {"driver": "10"}) is None
