@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastalign._base.errors import UserError
+from fastalign._base.numbers import number
 from fastalign.data import rows
 from fastalign.rewards.base import Reward, evaluate
 
@@ -101,11 +102,14 @@ def _levels(file: str, rewards: Sequence[Reward]) -> np.ndarray:
     for one in rewards:
         known = next((name for name in (f"reward:{one.name}", one.name) if name in table[0]), None)
         if known is not None:
-            columns.append([row[known] for row in table])
+            columns.append([number(f"{file}: row {i}: {known}", row.get(known)) for i, row in enumerate(table)])
             continue
         response = next((name for name in ("text", "response", "completion") if name in table[0]), None)
         if "prompt" not in table[0] or response is None:
             have = ", ".join(table[0])
             raise UserError(f"{file}: must have the column {one.name}, or prompt and text, it has {have}")
-        columns.append(evaluate(one, [row["prompt"] for row in table], [row[response] for row in table]))
+        prompts, texts = ([row.get(name) for row in table] for name in ("prompt", response))
+        if any(row.get("is_conversation") for row in table) or not all(isinstance(x, str) for x in [*prompts, *texts]):
+            raise UserError(f"{file}: must have the column {one.name} (`fastalign score`), or a text a row to score")
+        columns.append(evaluate(one, prompts, texts))
     return np.array(columns, dtype=np.float64).T

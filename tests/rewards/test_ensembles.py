@@ -69,11 +69,15 @@ def test_in_python():
         ("lcb[diversity]", "lcb must be of two rewards at least, got 1"),
         ("lcb[diversity,readability,c=-1]", "c must be a number >= 0, got -1"),
         ("rank[diversity]", "rank needs base, a file of candidates"),
+        ("mean[diversity,base=lists.jsonl]", "must have the column diversity (`fastalign score`), or a text a row"),
+        ("mean[diversity,base=words.jsonl]", "words.jsonl: row 0: diversity must be a number, got 'much'"),
         ("mean[diversity,base=none.parquet]", "none.parquet: no such file of candidates"),
         ("mean[diversity,base=base.parquet]", "reward 'diversity' is 0 for every text of base"),
     ],
 )
 def test_mistakes(here, reference, message):
+    (here / "lists.jsonl").write_text('{"prompt": "p", "text": ["a", "b"]}')
+    (here / "words.jsonl").write_text('{"prompt": "p", "text": "a", "diversity": "much"}')
     with pytest.raises((UserError, FileNotFoundError)) as caught:
         rewards.score(reference, PROMPTS, TEXTS)
     assert message in str(caught.value) and "\n" not in str(caught.value)
