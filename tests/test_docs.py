@@ -17,7 +17,8 @@ import fastalign
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "bench").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES += [*sorted(DOCS.rglob("*.md")), *sorted(DOCS.rglob("*.py")), *sorted((ROOT / "bench").glob("*.md"))]
 LINK = re.compile(r"\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]+))?\)")
 
 
