@@ -6,7 +6,7 @@ for CPU tensors only (tensors on other devices use TRL's own code):
         test that decides whether prompt and padding positions are left out of the projection: now they are;
     trl.trainer.utils.selective_log_softmax, for the trainers that still build full logits (CPO, ORPO, ...; OnlineDPO
         writes its log-softmax inside a method and runs as it did).
-If FSDP2 shards the head on its own, the first function gets it as a DTensor, on every device: TRL 1.16 gathers it with
+If FSDP2 shards the head on its own, the first function gets it as a DTensor, on every device: TRL gathers it with
 `full_tensor()`, whose gradient is not reduced over the processes; here it is averaged, as FSDP's are.
 """
 
@@ -15,24 +15,16 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from fastalign._base.errors import UserError
 
-# What `_ChunkedLogProbFunction.forward` must take after ctx: the contract this adapter was written against.
-_SIGNATURE = (
-    "hidden",
-    "weight",
-    "bias",
-    "targets",
-    "temperature",
-    "chunk_size",
-    "final_logit_softcapping",
-    "logit_scale",
-    "outputs",
-)
-_NAMES = ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax", "DTensor")
+# What `_ChunkedLogProbFunction.forward` must take after ctx and the hidden states: the seam that is known. TRL 1.13 and
+# 1.14 have no `outputs` and always give the entropy.
+_SIGNATURE = ("weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
+_TESTED = ((1, 13), (1, 16))  # the oldest and the newest TRL that tools/versions.py has tried
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _originals: dict[str, Any] = {}  # name in trl.trainer.utils -> what stood there
@@ -53,11 +45,13 @@ def install(*, speed_up: bool = False) -> None:
     except ImportError:
         raise UserError("integrations.trl.install() needs trl: pip install 'fastalign[trl]'") from None
     if not _originals:
-        _check(utils)
-        _put(utils, "_ChunkedLogProbFunction", _head(utils._ChunkedLogProbFunction))
-        _put(utils, "_use_triton", _compacts(utils._use_triton))
+        has_outputs = _check(utils)
+        _put(utils, "_ChunkedLogProbFunction", _head(utils._ChunkedLogProbFunction, has_outputs))
         _put(utils, "selective_log_softmax", _selective_log_softmax(utils.selective_log_softmax))
-        _put(utils, "DTensor", _NoDTensor)
+        if hasattr(utils, "_use_triton"):
+            _put(utils, "_use_triton", _compacts(utils._use_triton))
+        if hasattr(utils, "DTensor"):
+            _put(utils, "DTensor", _NoDTensor)
     if speed_up and "add_fused_lm_head" not in _originals:
         _put(utils, "add_fused_lm_head", _sped_up(utils.add_fused_lm_head))
 
@@ -84,36 +78,45 @@ def _replace(name: str, old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
-def _check(utils: Any) -> None:
+def _check(utils: Any) -> bool:
+    """Whether TRL asks its head for outputs by name. Raises UserError unless both functions are there, the first in a
+    form that is known; warns of a TRL that was not tried."""
     version = importlib.metadata.version("trl")
-    missing = [name for name in _NAMES if not hasattr(utils, name)]
-    if missing:
-        raise UserError(f"integrations.trl supports trl 1.16; trl {version} has no trl.trainer.utils.{missing[0]}")
-    came = tuple(inspect.signature(utils._ChunkedLogProbFunction.forward).parameters)[1:]
-    if came != _SIGNATURE:
-        raise UserError(
-            f"integrations.trl supports trl 1.16; in trl {version} _ChunkedLogProbFunction takes ({', '.join(came)})"
-        )
+    known = "integrations.trl supports trl 1.13 to 1.16"
+    for name in ("_ChunkedLogProbFunction", "selective_log_softmax"):
+        if not hasattr(utils, name):
+            raise UserError(f"{known}; trl {version} has no trl.trainer.utils.{name}")
+    head = utils._ChunkedLogProbFunction
+    came = (*_SIGNATURE, "outputs") if head is None else tuple(inspect.signature(head.forward).parameters)[2:]
+    if came not in (_SIGNATURE, (*_SIGNATURE, "outputs")):
+        raise UserError(f"{known}; in trl {version} _ChunkedLogProbFunction takes ({', '.join(came)})")
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not _TESTED[0] <= number <= _TESTED[1]:
+        warnings.warn(f"trl {version} was not tried with this fastalign; {known}", stacklevel=3)
+    return len(came) > len(_SIGNATURE)
 
 
 class _NoDTensor:
     """Replaces the class for which TRL gathers a weight. No weight is of this class: the head below gathers."""
 
 
-def _head(original: Any) -> Any:
+def _head(original: Any, has_outputs: bool) -> Any:
+    """original: None where TRL's kernels cannot be imported."""
+
     class ChunkedLogProbFunction:
         """Replaces TRL's autograd function: `apply` with the same arguments and results."""
 
         @staticmethod
         def apply(
-            hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=_OPTIONAL
+            hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=("entropy",)
         ):
             from fastalign.ops import dtensor
 
             weight, bias = dtensor.gathered(weight), dtensor.gathered(bias)
             if hidden.device.type != "cpu":
+                more = (outputs,) if has_outputs else ()
                 return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, *more
                 )
             from fastalign.ops import linear_token_logprobs
 
@@ -129,7 +132,8 @@ def _head(original: Any) -> Any:
             )
             if not isinstance(result, tuple):  # a single output comes as a tensor
                 return result, None, None, None, None
-            return (result.log_probs, *(getattr(result, name) for name in _OPTIONAL))
+            names = _OPTIONAL if has_outputs else outputs
+            return (result.log_probs, *(getattr(result, name) for name in names))
 
     return ChunkedLogProbFunction
 
@@ -154,13 +158,16 @@ def _compacts(original: Callable) -> Callable:
 
 
 def _selective_log_softmax(original: Callable) -> Callable:
+    taken = inspect.signature(original).parameters  # TRL 1.13 has no options
+
     def selective_log_softmax(logits, index, temperature: float = 1.0, row_mask=None):
         from fastalign._base.dtypes import DTYPES
         from fastalign.ops import token_logprobs
 
         ours = logits.device.type == "cpu" and logits.dtype in DTYPES and index.shape == logits.shape[:-1]
         if not ours or temperature <= 0:
-            return original(logits, index, temperature, row_mask)
+            more = {"temperature": temperature, "row_mask": row_mask}
+            return original(logits, index, **{name: value for name, value in more.items() if name in taken})
         labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
         return token_logprobs(logits, labels, temperature=temperature).to(logits.dtype)
 

@@ -158,7 +158,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
                 trl.trainer.utils.get_config_model_id(self.model.config),
                 **{"dtype": self.model.dtype, **(self.args.model_init_kwargs or {})},
             )
-            if trl.trainer.utils.hash_module(reference) != self._precompute_model_hash:
+            if trl.trainer.utils.hash_module(reference) != self._reference_hash:
                 rule = "eval_dataset must be given to the trainer, or ref_model: the policy has changed"
                 raise UserError(f"{rule}, and {self.model.config._name_or_path!r} has other weights than at the start")
             if self._packs:
@@ -384,6 +384,13 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         chosen, rejected = torch.cat(batches).unbind(1)
         return {"ref_chosen_logps": chosen.contiguous(), "ref_rejected_logps": rejected.contiguous()}
 
+    @property
+    def _reference_hash(self) -> str:
+        """Of the reference's weights when training began; TRL before 1.14 does not keep it."""
+        if not hasattr(self, "_precompute_model_hash"):
+            self._precompute_model_hash: Any = trl.trainer.utils.hash_module(self.ref_model or self.model)
+        return self._precompute_model_hash
+
     def _content(self, dataset) -> str | None:
         """A hash of everything that the reference's log-probabilities depend on; None if a hook may change them."""
         self._prepare()
@@ -394,7 +401,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         content = [
             fastalign.__version__,
             transformers.__version__,
-            self._precompute_model_hash,
+            self._reference_hash,
             model_record,
             self.accelerator.mixed_precision,
             self.ref_model is None,

@@ -15,7 +15,8 @@ from fastalign.integrations import trl as adapter
 trl = pytest.importorskip("trl")
 from trl.trainer import utils  # noqa: E402
 
-ORIGINALS = {name: getattr(utils, name) for name in adapter._NAMES}
+NAMES = ("_ChunkedLogProbFunction", "_use_triton", "selective_log_softmax", "DTensor")
+ORIGINALS = {name: getattr(utils, name) for name in NAMES}
 
 
 @pytest.fixture
@@ -64,12 +65,46 @@ def test_an_unknown_trl_is_refused(monkeypatch):
         def forward(ctx, hidden, weight, targets): ...
 
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Other)
-    with pytest.raises(UserError, match=r"supports trl 1.16; in trl .* takes \(hidden, weight, targets\)"):
+    with pytest.raises(UserError, match=r"supports trl 1.13 to 1.16; in trl .* takes \(weight, targets\)"):
         adapter.install()
     monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
     with pytest.raises(UserError, match=r"has no trl\.trainer\.utils\._ChunkedLogProbFunction"):
         adapter.install()
     assert utils.selective_log_softmax is ORIGINALS["selective_log_softmax"]
+
+
+def test_the_seam_of_an_older_trl(monkeypatch):
+    """TRL 1.13: no outputs, the entropy always; options of neither function; no test for Triton, no DTensor."""
+
+    class Older(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None,
+            logit_scale=1.0,
+        ): ...  # fmt: skip
+
+    for name in ("_use_triton", "DTensor"):
+        monkeypatch.delattr(utils, name)
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Older)
+    monkeypatch.setattr(utils, "selective_log_softmax", lambda logits, index: "TRL's own")
+    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: "1.13.0")
+    adapter.install()
+    try:
+        hidden, weight, labels = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+        log_probs, entropy = utils._ChunkedLogProbFunction.apply(hidden, weight, None, labels, 0.7, 256)
+        p = (hidden @ weight.T / 0.7).log_softmax(-1)
+        torch.testing.assert_close(log_probs, p.gather(1, labels[:, None]).squeeze(1))
+        torch.testing.assert_close(entropy, -(p.exp() * p).sum(-1))
+        assert utils.selective_log_softmax(p.half()[:, :0], torch.zeros(5, 2, dtype=torch.int64)) == "TRL's own"
+    finally:
+        adapter.uninstall()
+
+
+def test_an_untried_trl_is_told(monkeypatch):
+    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: "1.99.0")
+    with pytest.warns(UserWarning, match=r"trl 1.99.0 was not tried .* supports trl 1.13 to 1.16"):
+        adapter.install()
+    adapter.uninstall()
 
 
 OPTIONS = [(), ("entropy",), ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")]
