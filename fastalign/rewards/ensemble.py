@@ -108,7 +108,8 @@ def _levels(file: str, rewards: Sequence[Reward]) -> np.ndarray:
         if "prompt" not in table[0] or response is None:
             have = ", ".join(table[0])
             raise UserError(f"{file}: must have the column {one.name}, or prompt and text, it has {have}")
-        prompts, texts = ([row.get(name) for row in table] for name in ("prompt", response))
+        prompts: list[Any] = [row.get("prompt") for row in table]
+        texts: list[Any] = [row.get(response) for row in table]
         if any(row.get("is_conversation") for row in table) or not all(isinstance(x, str) for x in [*prompts, *texts]):
             raise UserError(f"{file}: must have the column {one.name} (`fastalign score`), or a text a row to score")
         columns.append(evaluate(one, prompts, texts))
