@@ -144,6 +144,11 @@ def check(block: Block) -> None:
         import yaml
 
         yaml.safe_load(block.text)
+    elif block.kind == "toml":
+        if sys.version_info >= (3, 11):
+            import tomllib
+
+            tomllib.loads(block.text)
     elif block.kind != "text":
         raise Failed(f"a block of kind {block.kind!r}")
 
