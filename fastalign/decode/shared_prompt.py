@@ -23,6 +23,7 @@ from fastalign._base.errors import UserError
 from fastalign.backend import threads
 from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.plan import planned
+from fastalign.decode.stacked_attention import Rows, Stack, attend
 from fastalign.decode.step_layers import DTYPES, StepLayers
 from fastalign.decode.token_loop import Job, TokenLoop
 from fastalign.models.compiled_layers import CompiledLayers
@@ -89,6 +90,7 @@ class SharedPromptEngine:
         self._layers: StepLayers | None = None  # from the first step on
         self.keys: dict[int, Tensor] = {}  # layer -> (rows, kv heads, room, d)
         self.values: dict[int, Tensor] = {}
+        self.stack: Stack | None = None  # of the prompts, where the native attention does not run
 
     @staticmethod
     def row_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -113,6 +115,8 @@ class SharedPromptEngine:
 
     def forget(self, prompt: int) -> None:
         del self.prefixes[prompt]
+        if not self.prefixes:
+            self.stack = None
 
     @property
     def free(self) -> int:
@@ -259,11 +263,15 @@ class _Step:
     def __init__(self, engine: SharedPromptEngine, count: int, longest: int, lengths: Tensor, positions: Tensor):
         self.engine, self.count, self.longest, self.calls = engine, count, longest, 0
         self.lengths, self.positions = lengths, positions
-        by_prompt: dict[int, list[int]] = {}
-        for row, job in enumerate(engine.jobs):
-            by_prompt.setdefault(job.prompt, []).append(row)
-        self.groups = [(engine.prefixes[p], torch.tensor(rows, device=lengths.device)) for p, rows in by_prompt.items()]
         self.native = lengths.device.type == "cpu" and backend.choose(lengths.device) == "cpu"
+
+    @cached_property
+    def groups(self) -> list[tuple[Prefix, Tensor]]:
+        """Each prompt with its rows."""
+        by_prompt: dict[int, list[int]] = {}
+        for row, job in enumerate(self.engine.jobs):
+            by_prompt.setdefault(job.prompt, []).append(row)
+        return [(self.engine.prefixes[prompt], torch.tensor(rows)) for prompt, rows in by_prompt.items()]
 
     @cached_property
     def order(self) -> Tensor:
@@ -275,10 +283,17 @@ class _Step:
         return torch.arange(self.count, device=self.lengths.device)
 
     @cached_property
-    def behind(self) -> Tensor:
-        """-inf after each row's own tokens, including the new one; the native path needs no such mask."""
-        behind = torch.arange(self.longest, device=self.lengths.device)[None] > self.lengths[:, None]
-        return torch.zeros(behind.shape, device=behind.device).masked_fill_(behind, float("-inf"))
+    def stack(self) -> Stack:
+        """The engine's, made anew where a prompt has come."""
+        engine = self.engine
+        if engine.stack is None or not {job.prompt for job in engine.jobs} <= engine.stack.index.keys():
+            engine.stack = Stack(engine.prefixes)
+        return engine.stack
+
+    @cached_property
+    def grouped(self) -> Rows:
+        prompts = [self.stack.index[job.prompt] for job in self.engine.jobs]
+        return Rows(prompts, self.positions - self.lengths, self.lengths, self.longest, self.stack)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap
@@ -290,37 +305,8 @@ class _Step:
             return self._attend_natively(layer, q, k, v, keys, values, scaling, window, softcap)
         keys[self.rows, :, self.lengths] = k[:, :, 0]
         values[self.rows, :, self.lengths] = v[:, :, 0]
-        kv = k.shape[1]
-        q = q[:, :, 0].unflatten(1, (kv, -1))  # (rows, kv, group, d)
-        own_mask = self.behind
-        if window is not None and self.longest > window:
-            far = torch.arange(self.longest, device=q.device)[None] <= self.lengths[:, None] - window
-            own_mask = own_mask.masked_fill(far, float("-inf"))
-        used = slice(0, self.longest)
-        mine, mine_lse = _part(
-            q,
-            keys[: self.count, :, used],
-            values[: self.count, :, used],
-            scaling,
-            softcap,
-            own_mask[:, None, None].to(q.dtype),
-        )
-        out = torch.empty_like(mine)
-        for prefix, members in self.groups:
-            some = q[members]
-            n, _, group, d = some.shape
-            together = some.transpose(0, 1).reshape(kv, n * group, d)
-            mask = None
-            if window is not None:
-                near = torch.arange(prefix.length, device=q.device)[None] > self.positions[members][:, None] - window
-                mask = torch.zeros(near.shape, dtype=q.dtype, device=q.device).masked_fill_(~near, float("-inf"))
-                mask = mask.repeat_interleave(group, 0)[None]
-            theirs, lse = _part(together, prefix.keys[layer], prefix.values[layer], scaling, softcap, mask)
-            theirs = theirs.view(kv, n, group, -1).transpose(0, 1)
-            lse = lse.view(kv, n, group).transpose(0, 1)
-            share = torch.sigmoid(mine_lse[members] - lse).unsqueeze(-1).to(q.dtype)
-            out[members] = theirs + (mine[members] - theirs) * share
-        return out.flatten(1, 2).unsqueeze(2)
+        own = keys[: self.count, :, : self.longest], values[: self.count, :, : self.longest]
+        return attend(q[:, :, 0], self.stack.layer(layer), own, self.grouped, scaling, window, softcap).unsqueeze(2)
 
     def _attend_natively(
         self, layer: int, q, k, v, keys: Tensor, values: Tensor, scaling: float, window: int | None, softcap

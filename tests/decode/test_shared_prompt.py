@@ -7,6 +7,7 @@ import torch
 import transformers
 from scipy.stats import chisquare
 from small_models import MODELS, SMALL, WINDOWED, build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign.backend import use_backend
 from fastalign.data.sampling import SamplingSettings
@@ -169,7 +170,7 @@ def test_native_attention_equals_the_plain_one(heads, kv, d, dv, own, window, so
         for p, tensors in stored.items():
             prefixes[p].store(0, *(x.to(wide) for x in tensors))
         keys, values = ({0: x.to(wide, copy=True)} for x in (own_keys, own_values))
-        engine = SimpleNamespace(jobs=jobs, prefixes=prefixes, rows=5, keys=keys, values=values)
+        engine = SimpleNamespace(jobs=jobs, prefixes=prefixes, rows=5, keys=keys, values=values, stack=None)
         with use_backend(name):
             step = _Step(engine, 5, own, lengths, positions)
             assert step.native == (name == "cpu")
@@ -200,3 +201,36 @@ def test_one_projection_of_queries_keys_and_values_in_float32(family):
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         expected = logits.double().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
         assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+VIEWS = """view _unsafe_view expand slice select unsqueeze squeeze transpose t permute split split_with_sizes unbind
+alias detach as_strided empty empty_like new_empty lift_fresh unflatten _reshape_alias""".split()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would each be a kernel on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_step_takes_as_many_launches_whatever_the_number_of_prompts():
+    counts, layers = {}, 4
+    config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": layers, "num_key_value_heads": 2})
+    model = transformers.LlamaForCausalLM(config).eval()
+    with use_backend("reference"):
+        for prompts, each in ((1, 64), (8, 8), (64, 1), (64, 4)):
+            engine = SharedPromptEngine(model, prompts * each)
+            engine.prefill({p: list(range(3, 8 + p % 5)) for p in range(prompts)})
+            engine.admit([Job(p, c) for c in range(each) for p in range(prompts)])
+            for _ in range(2):  # the first builds the stack
+                engine.place(0, torch.zeros(prompts * each, dtype=torch.int64))
+                with Launches() as launches:
+                    engine.step()
+            counts[prompts, each] = launches.count
+    assert len(set(counts.values())) == 1, counts
+    assert counts[64, 1] <= 75 * layers, counts
