@@ -7,6 +7,7 @@ of the same job reuses it; another job is refused before anything is read or com
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -218,8 +219,8 @@ def _with_base(path: Any) -> list[Any]:
 
 @contextmanager
 def reporting_to(line: Callable[[str], None], ask: Callable[[str], bool] | None = None) -> Iterator[None]:
-    """Within it, `say` calls `line` and `ask` calls the given function: commands show messages that Python callers do
-    not see."""
+    """Within it, `say` calls `line` and `ask` calls the given function: commands show messages that Python callers get
+    by `logging`, under the name fastalign."""
     tokens = _SAY.set(line), _ASK.set(ask)
     try:
         yield
@@ -231,6 +232,8 @@ def reporting_to(line: Callable[[str], None], ask: Callable[[str], bool] | None 
 def say(line: str) -> None:
     if (to := _SAY.get()) is not None:
         to(line)
+    else:
+        logging.getLogger("fastalign").info(line)
 
 
 def ask(question: str) -> bool:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 FIRST, EVERY = 5.0, 30.0  # without a terminal: seconds to the first line, and between lines
@@ -15,6 +16,7 @@ NEWS = 10.0  # in place of EVERY, if a step has extra text
 TICK = 0.5
 
 _open: list[Work] = []  # without a terminal; the outermost first
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 @dataclass(eq=False)
@@ -63,7 +65,7 @@ def bar(
     terminal, quick work shows nothing unless it has extra text: that is printed at once, every 10 seconds and at the
     end.
     """
-    if not show:
+    if not show or _hidden.get():
         yield lambda count=1, said=None: None
     elif sys.stderr.isatty():
         with _drawn(description, total, unit, done) as advance:
@@ -72,6 +74,16 @@ def bar(
         work = Work(description, total, unit, done)
         with _shown(work):
             yield lambda count=1, said=None: _advance(work, count, said)
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Within it nothing is shown."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 @contextmanager

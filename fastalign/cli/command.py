@@ -41,6 +41,7 @@ INFEASIBLE = 3
 _AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 Result = Mapping[str, Any]  # what a command returns and --json prints
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results, and nothing else, as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show results and errors alone, no progress and no notes.")]
 
 
 Command = Callable[..., Any]
@@ -68,7 +69,7 @@ def registrar(app: typer.Typer) -> Registrar:
             signature = inspect.signature(function, eval_str=True)
 
             @functools.wraps(function)
-            def guarded(*args, as_json: bool = False, **kwargs):
+            def guarded(*args, as_json: bool = False, quiet: bool = False, **kwargs):
                 token = _AS_JSON.set(as_json)
                 try:
                     kwargs = {name: _at_home(name, value) for name, value in kwargs.items()}
@@ -78,9 +79,9 @@ def registrar(app: typer.Typer) -> Registrar:
                         raise UserError("give --out - or --json, not both: each writes JSON to stdout")
                     with (
                         _terminable(),
-                        outputs.reporting_to(_say, _ask),
-                        spending.shown(),
-                        nullcontext() if serves else progress.at_work(name),
+                        outputs.reporting_to(_not_said if quiet else _say, _ask),
+                        nullcontext() if quiet else spending.shown(),
+                        progress.hidden() if quiet else nullcontext() if serves else progress.at_work(name),
                     ):
                         result = function(*args, **kwargs)
                     if as_json:
@@ -105,9 +106,12 @@ def registrar(app: typer.Typer) -> Registrar:
                 finally:
                     _AS_JSON.reset(token)
 
-            if signature.return_annotation is not None:
-                option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
-                vars(guarded)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), option])
+            more = {"quiet": Quiet} | ({"as_json": AsJson} if signature.return_annotation is not None else {})
+            added = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+                for name, kind in more.items()
+            ]
+            vars(guarded)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *added])
             name = function.__name__.rstrip("_").replace("_", "-")
             plain = [*signature.parameters, *(f"no_{parameter}" for parameter in signature.parameters)]
             today = {word: word.replace("_", "-") for word in plain}
@@ -279,6 +283,10 @@ def _ask(question: str) -> bool:
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # under torchrun, only the first process prints
         print(f"fastalign: {line}", file=sys.stderr, flush=True)
+
+
+def _not_said(line: str) -> None:
+    pass
 
 
 def _fail(message: str, code: int = 1) -> None:

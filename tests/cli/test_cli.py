@@ -298,9 +298,27 @@ def test_more_candidates_are_those_of_a_larger_run(sampling, tmp_path, monkeypat
     assert "no such file" in refused("sample", "--out", tmp_path / "none", "--more", 2)
 
 
+def test_quiet_shows_results_and_errors_alone(tmp_path):
+    rows = [{"prompt": f"p{i}", "response": f"r{j}", "a": i + j, "b": j * j} for i in range(4) for j in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["map", tmp_path / "rows.jsonl", "--quantile", 0.6, "--out", tmp_path / "p.json"]
+    code, shown, err = fastalign(*command, "--quiet")
+    assert code == 0 and "a" in shown and err == ""
+    assert "already there" in fastalign(*command)[2] and fastalign(*command, "--quiet")[2] == ""
+    assert "quantile must be" in refused(*command[:-1], tmp_path / "q.json", "--quantile", 2, "--quiet")
+
+
+def test_python_callers_get_the_notes_by_logging(tmp_path, caplog):
+    from fastalign._base import outputs
+
+    with caplog.at_level("INFO", logger="fastalign"):
+        outputs.say("a note")
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [("fastalign", "a note")]
+
+
 def test_more_is_refused_beside_what_it_does_not_go_by(tmp_path):
     """Every option but those of where, how fast and how it is told."""
-    kept = {"out", "more", "resume", "overwrite", "device", "batch_size", "memory_limit", "as_json", "help"}
+    kept = {"out", "more", "resume", "overwrite", "device", "batch_size", "memory_limit", "as_json", "quiet", "help"}
     words = {"method": "rejection", "backend": "vllm", "palette": "p.json", "chat_template_arg": "a=b"}
     command = typer.main.get_group(app).commands["sample"]
     options = {one.name: one for one in command.params}

@@ -86,7 +86,7 @@ def parameters(name):
     """(name, option as shown, default) of each parameter of a command."""
     shown = {one.name: one.opts[0] for one in COMMANDS[name].params}
     for one in inspect.signature(COMMANDS[name].callback).parameters.values():
-        if one.name not in ("context", "as_json"):
+        if one.name not in ("context", "as_json", "quiet"):
             default = one.default.value if isinstance(one.default, Enum) else one.default
             yield one.name, shown[one.name], default
 
