@@ -305,7 +305,7 @@ def test_quiet_shows_results_and_errors_alone(tmp_path):
     code, shown, err = fastalign(*command, "--quiet")
     assert code == 0 and "a" in shown and err == ""
     assert "already there" in fastalign(*command)[2] and fastalign(*command, "--quiet")[2] == ""
-    assert "quantile must be" in refused(*command[:-1], tmp_path / "q.json", "--quantile", 2, "--quiet")
+    assert "quantile must lie between" in refused(*command[:-1], tmp_path / "q.json", "--quantile", 2, "--quiet")
 
 
 def test_python_callers_get_the_notes_by_logging(tmp_path, caplog):
