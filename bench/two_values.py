@@ -2,7 +2,7 @@
 figure.
 
 SmolLM2-135M is trained on brevity, minus the characters of a completion (tens), and on VADER's positiveness (below 1),
-which a shorter text has less room for: by the sum normalised in its group ("grpo") and by each value normalised before
+which a shorter text has less room for and which is given three times the weight: by the sum normalised in its group ("grpo") and by each value normalised before
 the sum ("gdpo"), three seeds each. Resumable: a finished run is read.
 """
 
@@ -24,6 +24,7 @@ from fastalign.jobs.demo import MODEL
 HERE = Path(__file__).parent
 ADVANTAGES = ("grpo", "gdpo")
 VALUES = ("brevity", "positive")
+WEIGHTS = (1.0, 3.0)
 SEEDS = 3
 TOKENS = 24
 
@@ -60,7 +61,7 @@ def train(advantage: str, seed: int, steps: int, learning_rate: float) -> dict[s
     rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts.bundled()]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            folder, advantage=advantage, learning_rate=learning_rate, lr_scheduler_type="constant", num_generations=8,
+            folder, advantage=advantage, learning_rate=learning_rate, lr_scheduler_type="constant", num_generations=8, reward_weights=list(WEIGHTS),
             per_device_train_batch_size=32, max_completion_length=TOKENS, max_steps=steps, logging_steps=1,
             save_strategy="no", report_to=[], use_cpu=True, bf16=False, seed=seed, gradient_checkpointing=False,
         )  # fmt: skip
