@@ -2,8 +2,8 @@
 figure.
 
 SmolLM2-135M is trained on brevity, minus the characters of a completion (tens), and on VADER's positiveness (below 1),
-which a shorter text has less room for and which is given three times the weight: by the sum normalised in its group ("grpo") and by each value normalised before
-the sum ("gdpo"), three seeds each. Resumable: a finished run is read.
+which a shorter text has less room for and which is given three times the weight: by the sum normalised in its group
+("grpo") and by each value normalised before the sum ("gdpo"), three seeds each. Resumable: a finished run is read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def train(advantage: str, seed: int, steps: int, learning_rate: float) -> dict[s
     rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts.bundled()]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            folder, advantage=advantage, learning_rate=learning_rate, lr_scheduler_type="constant", num_generations=8, reward_weights=list(WEIGHTS),
+            folder, advantage=advantage, learning_rate=learning_rate, lr_scheduler_type="constant",
+            num_generations=8, reward_weights=list(WEIGHTS),
             per_device_train_batch_size=32, max_completion_length=TOKENS, max_steps=steps, logging_steps=1,
             save_strategy="no", report_to=[], use_cpu=True, bf16=False, seed=seed, gradient_checkpointing=False,
         )  # fmt: skip
