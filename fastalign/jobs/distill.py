@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,11 @@ from fastalign.data.text import Text
 from fastalign.jobs import pairs, trainers
 from fastalign.jobs import run as runs
 from fastalign.jobs.ppo import summary
+from fastalign.jobs.settings import DistillOptions, DistillSettings
 from fastalign.train.distill_data import weights_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DistillRows(list[dict[str, Any]]):
@@ -86,33 +90,14 @@ def train_distill(
     model: str,
     rows: Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]],
     out: str | os.PathLike[str],
-    *,
-    learning_rate: float | None = None,
-    batch_size: int = 8,
-    gradient_accumulation_steps: int = 1,
-    epochs: float = 1.0,
-    max_steps: int | None = None,
-    lora_r: int | None = None,
-    chat: bool | None = None,
-    dtype: str = "auto",
-    seed: int = 0,
-    save_steps: int = 100,
-    log_steps: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-    show_progress: bool = False,
-    until: Callable[[float, float], bool] | None = None,
+    **options: Unpack[DistillOptions],
 ) -> dict[str, Any]:
     """Train a model on weighted candidates by `train.DistillTrainer`, into the folder `out`; see `jobs.run`.
 
     Args:
         rows: rows of `train.DistillTrainer`, or a function that reads them (`read_rows`), called once the other
             arguments are checked.
-        learning_rate: None: 1e-5, or 1e-4 for adapters. batch_size: prompts, each with all its candidates.
-        chat: apply the chat template to prompts; None: as the candidates were drawn if that is known, else if there is
-            one and no prompt is a dialogue in text.
-        epochs, max_steps: if given, max_steps takes precedence. lora_r: train adapters of that rank, merged at the end.
-        save_steps: steps between checkpoints. resume, overwrite: see `jobs.run.Run`. until: see `trainers.train`.
+        options: see `DistillSettings`.
 
     Returns:
         The content of <out>/result.json: steps; the loss over the first and the last tenth of the steps, each with its
@@ -122,45 +107,30 @@ def train_distill(
     Raises:
         UserError: one line, before anything is trained.
     """
-    runs.check_counts(
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        max_steps=max_steps,
-        seed=seed,
-        save_steps=save_steps,
-        log_steps=log_steps,
-    )
-    if learning_rate is None:
-        learning_rate = 1e-5 if lora_r is None else 1e-4
-    for name, value in (("learning_rate", learning_rate), ("epochs", epochs)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} must be positive and finite, got {value}")
-    adapters = runs.lora(lora_r, "CAUSAL_LM")
+    settings = DistillSettings(**options)
+    adapters = runs.lora(settings.lora_r, "CAUSAL_LM")
     rows = rows() if callable(rows) else rows
     source, sampling = getattr(rows, "source", "rows"), getattr(rows, "sampling", {})
     if not rows:
         raise UserError(f"{source}: must have at least one row, got none")
     weights = [weights_of(row, f"{source}: row {i}") for i, row in enumerate(rows)]
-    settings = {
-        "command": "distill", "model": model, "rows": runs.rows_hash(rows), "learning_rate": learning_rate,
-        "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs,
-        "max_steps": max_steps, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
-    }  # fmt: skip
-    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    record = settings.record(command="distill", model=model, rows=runs.rows_hash(rows))
+    run = runs.Run(out, record, resume=settings.resume, overwrite=settings.overwrite, inputs=[model])
     if run.result is not None:
         return run.result
     _say_which_model(source, sampling, model)
     with runs.quiet(), run:
         from fastalign.train import DistillConfig, DistillTrainer
 
-        loaded, tokenizer = runs.load_policy(model, dtype, run.out)
-        encoded = _with_prompt_ids(rows, source, tokenizer, chat, sampling)
+        loaded, tokenizer = runs.load_policy(model, settings.dtype, run.out)
+        encoded = _with_prompt_ids(rows, source, tokenizer, settings.chat, sampling)
         with runs.one_line():
-            args = DistillConfig(**trainers.arguments(run, save_steps, log_steps))
+            args = DistillConfig(**trainers.arguments(run, settings.save_steps, settings.log_steps))
             make = lambda callback: DistillTrainer(  # noqa: E731
                 loaded, args, encoded, processing_class=tokenizer, peft_config=adapters, callbacks=[callback]
             )
-        trainer, speed = trainers.train(run, "distill", make, {"loss": "loss", "ESS": "ess"}, show_progress, until)
+        shown = {"loss": "loss", "ESS": "ess"}
+        trainer, speed = trainers.train(run, "distill", make, shown, settings.show_progress, settings.until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
     result = {
         "steps": trainer.state.global_step,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from fastalign._base.numbers import weights
 from fastalign.data.dialogues import HUMAN
 from fastalign.data.text import Text
 from fastalign.jobs import run as runs
+from fastalign.jobs.settings import PPOOptions, PPOSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Steer(Protocol):
@@ -81,40 +86,16 @@ def train_ppo(
     lam: Sequence[float] | Mapping[str, float],
     out: str | os.PathLike[str],
     *,
-    learning_rate: float = 1.41e-5,
-    batch_size: int = 32,
-    mini_batch_size: int | None = None,
-    gradient_accumulation_steps: int = 1,
-    epochs: int = 1,
-    max_steps: int | None = None,
-    ppo_epochs: int = 4,
-    max_new_tokens: int = 32,
-    init_kl_coef: float = 0.2,
-    kl_target: float = 6.0,
-    lora_r: int | None = None,
-    chat: bool | None = None,
-    dtype: str = "auto",
-    seed: int = 0,
-    save_steps: int = 25,
-    resume: bool = False,
-    overwrite: bool = False,
-    show_progress: bool = False,
     steer: Steer | None = None,
-    until: Callable[[float, float], bool] | None = None,
+    **options: Unpack[PPOOptions],
 ) -> dict[str, Any]:
     """Train a model by PPO on λ·R of its own responses, into the folder `out`; see `jobs.run`.
 
     Args:
-        prompts: the prompts, or a function that reads them, called once the other arguments are checked; each epoch
-        goes through all of them, in batches of `batch_size`.
+        prompts: the prompts, or a function that reads them, called once the other arguments are checked.
         values: m rewards, see `read_values`. lam: a weight for each, in order or by name.
-        mini_batch_size: rollouts at once in an optimiser step; None: batch_size / gradient_accumulation_steps, at
-            most 8. epochs, max_steps: if given, max_steps takes precedence. kl_target: the KL per response, in nats,
-            that the coefficient is adapted to, starting from init_kl_coef.
-        chat: apply the chat template; None: if there is one and no prompt is a dialogue in text.
-        lora_r: train adapters of that rank, merged at the end. save_steps: steps between checkpoints.
-        resume, overwrite: see `jobs.run.Run`. steer: moves the weights and the KL coefficient after every step, and
-            begins at lam. until: as in `trainers.train`.
+        steer: moves the weights and the KL coefficient after every step, and begins at lam.
+        options: see `PPOSettings`.
 
     Returns:
         The content of <out>/result.json: each value's mean over the first and the last tenth of the steps, with its
@@ -124,74 +105,50 @@ def train_ppo(
     Raises:
         UserError: one line, before anything is trained.
     """
-    runs.check_counts(
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        epochs=epochs,
-        max_steps=max_steps,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        save_steps=save_steps,
-    )
-    for name, value in (("learning_rate", learning_rate), ("kl_target", kl_target)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} must be positive and finite, got {value}")
-    if not 0 <= init_kl_coef < float("inf"):
-        raise UserError(f"init_kl_coef must be at least 0 and finite, got {init_kl_coef}")
+    settings = PPOSettings(**options)
     scorers = read_values(values)
     names = [reward.name for reward in scorers]
     lam = np.array(read_lam(lam, names))
-    if mini_batch_size is None:
-        share = max(1, batch_size // gradient_accumulation_steps)
-        mini_batch_size = next(size for size in range(min(8, share), 0, -1) if share % size == 0)
     from fastalign.jobs.stopping import Stopping
     from fastalign.rewards import references
     from fastalign.train import PPOConfig
 
+    same = (
+        "learning_rate", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "init_kl_coef",
+        "seed",
+    )  # fmt: skip
     config = PPOConfig(
         model_name=model,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        mini_batch_size=mini_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        ppo_epochs=ppo_epochs,
-        init_kl_coef=init_kl_coef,
+        **{name: getattr(settings, name) for name in same},
         adap_kl_ctrl=steer is None,
-        target=kl_target,
-        seed=seed,
+        target=settings.kl_target,
         log_with=runs.board(),
         project_kwargs={"project_dir": str(out), "logging_dir": str(Path(out) / "runs")},
     )
-    adapters = runs.lora(lora_r, "CAUSAL_LM")
+    adapters = runs.lora(settings.lora_r, "CAUSAL_LM")
     prompts = prompts() if callable(prompts) else prompts
-    if chat is None and any(HUMAN in prompt for prompt in prompts):
-        chat = False
-    settings = {
-        "command": "ppo", "model": model, "values": recorded(values), "lambda": lam.tolist(),
-        "prompts": runs.rows_hash(prompts),
-        "learning_rate": learning_rate, "batch_size": batch_size, "mini_batch_size": mini_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
-        "ppo_epochs": ppo_epochs, "max_new_tokens": max_new_tokens, "init_kl_coef": init_kl_coef,
-        "kl_target": kl_target, "lora_r": lora_r, "chat": chat, "dtype": dtype, "seed": seed,
-        **({} if steer is None else {"steered": steer.settings}),
-    }  # fmt: skip
-    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=inputs_of(model, values))
+    if settings.chat is None and any(HUMAN in prompt for prompt in prompts):
+        settings = replace(settings, chat=False)
+    of = {"values": recorded(values), "lambda": lam.tolist(), "prompts": runs.rows_hash(prompts)}
+    if steer is not None:
+        of["steered"] = steer.settings
+    record = settings.record(command="ppo", model=model, **of)
+    inputs = inputs_of(model, values)
+    run = runs.Run(out, record, resume=settings.resume, overwrite=settings.overwrite, inputs=inputs)
     if run.result is not None:
         return run.result
     references.reach(scorers)
     with runs.quiet(), run:
-        trainer = _trainer(config, model, run.out, adapters, prompts, chat, dtype, max_new_tokens)
+        trainer = _trainer(config, run.out, adapters, prompts, settings)
         if run.resumes:
             trainer.load_checkpoint(run.checkpoints)
             if steer is not None:
                 steer.load(run.checkpoints)
         run.begin(trainer.current_step)
-        total = epochs * len(trainer.dataloader) if max_steps is None else max_steps
-        done, show = trainer.current_step, show_progress and runs.is_main()
+        total = settings.max_steps or settings.epochs * len(trainer.dataloader)
+        done, show = trainer.current_step, settings.show_progress and runs.is_main()
         with Stopping() as stopping, progress.bar("ppo", total=total, unit="steps", done=done, show=show) as advance:
-            tokens = _loop(
-                trainer, scorers, lam, run, advance, stopping, total, max_new_tokens, save_steps, steer, until
-            )
+            tokens = _loop(trainer, scorers, lam, run, settings, advance, stopping, total, steer)
         _save(trainer, run)
     result = {"steps": trainer.current_step, "tokens": tokens}
     if steer is not None:
@@ -219,15 +176,14 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
     return result
 
 
-def _loop(
-    trainer, scorers, lam, run, advance, stopping, total: int, max_new_tokens: int, save_steps: int, steer, until
-) -> int:
+def _loop(trainer, scorers, lam, run, settings: PPOSettings, advance, stopping, total: int, steer) -> int:
     """Train until the end; returns the tokens seen."""
     from fastalign import rewards
 
     started, tokens = time.perf_counter(), 0
     names, text = [reward.name for reward in scorers], Text(trainer.tokenizer)
-    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    until, save_steps, drawing["max_new_tokens"] = settings.until, settings.save_steps, settings.max_new_tokens
     while trainer.current_step < total:
         for batch in trainer.dataloader:
             began = time.perf_counter()
@@ -278,21 +234,19 @@ def _loop(
     return tokens
 
 
-def _trainer(
-    config, model: str, out: Path, adapters, prompts: Sequence[str], chat: bool | None, dtype: str, max_new_tokens: int
-):
+def _trainer(config, out: Path, adapters, prompts: Sequence[str], settings: PPOSettings):
     import torch
 
     from fastalign.rewards.encoding import context_length
     from fastalign.train import AutoModelForCausalLMWithValueHead, PPOTrainer
 
-    loaded, tokenizer = runs.load_policy(model, dtype, out)
-    rows = prompt_rows(prompts, tokenizer, chat)
-    limit = context_length(loaded.config, tokenizer)
+    loaded, tokenizer = runs.load_policy(config.model_name, settings.dtype, out)
+    rows = prompt_rows(prompts, tokenizer, settings.chat)
+    limit, new = context_length(loaded.config, tokenizer), settings.max_new_tokens
     for i, row in enumerate(rows):
-        if limit is not None and len(row["input_ids"]) + max_new_tokens > limit:
+        if limit is not None and len(row["input_ids"]) + new > limit:
             rule = f"prompt and max_new_tokens must fit the model's {limit} tokens"
-            raise UserError(f"prompts: row {i}: {rule}, got {len(row['input_ids'])} + {max_new_tokens}")
+            raise UserError(f"prompts: row {i}: {rule}, got {len(row['input_ids'])} + {new}")
     torch.manual_seed(config.seed)  # the value head is new
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(loaded, peft_config=adapters)
     return PPOTrainer(config, policy, None, tokenizer, dataset=rows)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastalign._base import fingerprint, outputs
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input, check_target, write_json
-from fastalign._base.numbers import number
 from fastalign._base.work_folder import sha256
 from fastalign.data import palettes, preferences
 from fastalign.data.preferences import PreferencePairs
 from fastalign.jobs import pairs, trainers
 from fastalign.jobs import run as runs
+from fastalign.jobs.settings import DPOOptions, DPOSettings, RewardOptions, RewardSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def read_pairs(
@@ -93,76 +96,34 @@ def train_dpo(
     model: str,
     pairs: PreferencePairs | Callable[[], PreferencePairs],
     out: str | os.PathLike[str],
-    *,
-    learning_rate: float = 5e-6,
-    batch_size: int = 4,
-    gradient_accumulation_steps: int = 1,
-    epochs: float = 1.0,
-    max_steps: int | None = None,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    lora_r: int | None = None,
-    max_length: int = 1024,
-    precompute_ref: bool = False,
-    chat: bool | None = None,
-    dtype: str = "auto",
-    seed: int = 0,
-    save_steps: int = 100,
-    log_steps: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-    show_progress: bool = False,
-    until: Callable[[float, float], bool] | None = None,
+    **options: Unpack[DPOOptions],
 ) -> dict[str, Any]:
     """Train a model on preference pairs by DPO or one of its family into the folder `out`; see `jobs.run`.
 
-    pairs: the pairs, or a function that reads them, called once the other arguments are checked.
-    loss_type: one of TRL's, or several separated by commas. lora_r: train adapters of that rank, merged at the end.
-    precompute_ref: compute the reference's log-probabilities once, before training, and cache them on disk, even if not
-    every pair will be used; if every pair will, this is done anyway.
-    chat: pairs of text become messages; None: if the tokenizer has a chat template, unless the pairs' candidates were
-    sampled without it. epochs, max_steps: if given, max_steps takes precedence.
-    resume, overwrite: see `jobs.run.Run`. until: see `trainers.train`.
+    pairs: the pairs, or a function that reads them, called once the other arguments are checked. options: see
+    `DPOSettings`.
     Returns what is in <out>/result.json: steps, the last logged loss, accuracy and margin, tokens per second.
     """
-    from fastalign.losses.preference import LOSS_TYPES
-
-    _positive(learning_rate=learning_rate, beta=beta, epochs=epochs, max_length=max_length)
-    types = [name.strip() for name in loss_type.split(",") if name.strip()]
-    if wrong := [name for name in types if name not in LOSS_TYPES] or ([] if types else ["none"]):
-        raise UserError(f"loss_type must be of {', '.join(LOSS_TYPES)}, at least one, got {wrong[0]}")
-    runs.check_counts(
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        save_steps=save_steps,
-        log_steps=log_steps,
-        max_steps=max_steps,
-        seed=seed,
-    )
-
+    settings = DPOSettings(**options)
     pairs = pairs() if callable(pairs) else pairs
-    settings = {
-        "command": "dpo", "model": model, "pairs": runs.rows_hash(pairs), "learning_rate": learning_rate,
-        "batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs,
-        "max_steps": max_steps, "beta": beta, "loss_type": loss_type, "lora_r": lora_r, "max_length": max_length,
-        "chat": chat, "dtype": dtype, "seed": seed,
-    }  # fmt: skip
-    adapters = runs.lora(lora_r, "CAUSAL_LM")
-    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    adapters = runs.lora(settings.lora_r, "CAUSAL_LM")
+    record = settings.record(command="dpo", model=model, pairs=runs.rows_hash(pairs))
+    run = runs.Run(out, record, resume=settings.resume, overwrite=settings.overwrite, inputs=[model])
     if run.result is not None:
         return run.result
     with runs.quiet(), run:
-        loaded, tokenizer = runs.load_policy(model, dtype, run.out)
-        rows = _as_trained(pairs, tokenizer, chat)
-        preferences.check_lengths(rows, tokenizer, max_length)
+        loaded, tokenizer = runs.load_policy(model, settings.dtype, run.out)
+        rows = _as_trained(pairs, tokenizer, settings.chat)
+        preferences.check_lengths(rows, tokenizer, settings.max_length)
         from fastalign.train import DPOConfig, DPOTrainer
 
         # Otherwise TRL may load the reference by the model's name, and a merged model has none.
-        precompute = precompute_ref or (adapters is None and fingerprint.base_of(Path(model).expanduser()) is not None)
+        merged = adapters is None and fingerprint.base_of(Path(model).expanduser()) is not None
         with runs.one_line():
             args = DPOConfig(
-                **trainers.arguments(run, save_steps, log_steps),
-                beta=beta, loss_type=types, max_length=max_length, precompute_ref_log_probs=precompute or None,
+                **trainers.arguments(run, settings.save_steps, settings.log_steps),
+                beta=settings.beta, loss_type=settings.loss_types, max_length=settings.max_length,
+                precompute_ref_log_probs=settings.precompute_ref or merged or None,
             )  # fmt: skip
             make = lambda callback: DPOTrainer(  # noqa: E731
                 loaded,
@@ -172,11 +133,10 @@ def train_dpo(
                 peft_config=adapters,
                 callbacks=[callback],
             )
-        trainer, speed = trainers.train(
-            run, "dpo", make, {"loss": "loss", "accuracy": "rewards/accuracies"}, show_progress, until
-        )
+        shown = {"loss": "loss", "accuracy": "rewards/accuracies"}
+        trainer, speed = trainers.train(run, "dpo", make, shown, settings.show_progress, settings.until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
-    names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    names = shown | {"margin": "rewards/margins"}
     return _finish(run, trainer, pairs, len(pairs), speed, names)
 
 
@@ -184,79 +144,43 @@ def train_reward(
     model: str,
     pairs: PreferencePairs | Callable[[], PreferencePairs],
     out: str | os.PathLike[str],
-    *,
-    values: Sequence[str] | None = None,
-    held_out: float = 0.1,
-    report: str | os.PathLike[str] | None = None,
-    learning_rate: float = 1e-5,
-    batch_size: int = 8,
-    gradient_accumulation_steps: int = 1,
-    epochs: float = 1.0,
-    max_steps: int | None = None,
-    center: float = 0.0,
-    lora_r: int | None = None,
-    max_length: int = 1024,
-    chat: bool | None = None,
-    seed: int = 0,
-    save_steps: int = 100,
-    log_steps: int = 1,
-    resume: bool = False,
-    overwrite: bool = False,
-    show_progress: bool = False,
+    **options: Unpack[RewardOptions],
 ) -> dict[str, Any]:
     """Train a Bradley–Terry reward model into the folder `out`, and evaluate it on held-out prompts.
 
-    values: names of several heads, see `RewardConfig`. held_out: the share of prompts kept for the evaluation; 0: none.
-    report: a page (.html) or figures (.png, .svg) of it. center: see `bradley_terry_loss`. The rest as in `train_dpo`.
+    pairs: as in `train_dpo`. options: see `RewardSettings`.
     Returns what is in <out>/result.json; <out>/report.json has the calibration table.
     """
-    _positive(learning_rate=learning_rate, epochs=epochs, max_length=max_length)
-    runs.check_counts(
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        save_steps=save_steps,
-        log_steps=log_steps,
-        max_steps=max_steps,
-        seed=seed,
-    )
-    number("center", center, least=0.0)
-    if not 0 <= held_out < 1:
-        raise UserError(f"held_out must be at least 0 and below 1, got {held_out}")
-    if report is not None and not held_out:
-        raise UserError("report needs held-out pairs, got held_out 0")
+    settings = RewardSettings(**options)
+    report = settings.report
     from fastalign.report.reward import written
 
     pages = [] if report is None else written(report)
     for page in pages:
         check_target(page)
     pairs = pairs() if callable(pairs) else pairs
-    settings = {
-        "command": "reward", "model": model, "pairs": runs.rows_hash(pairs), "values": values, "held_out": held_out,
-        "learning_rate": learning_rate, "batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps, "epochs": epochs, "max_steps": max_steps,
-        "center": center, "lora_r": lora_r, "max_length": max_length, "chat": chat, "seed": seed,
-    }  # fmt: skip
-    adapters = runs.lora(lora_r, "SEQ_CLS")
-    run = runs.Run(out, settings, resume=resume, overwrite=overwrite, inputs=[model])
+    adapters = runs.lora(settings.lora_r, "SEQ_CLS")
+    record = settings.record(command="reward", model=model, pairs=runs.rows_hash(pairs))
+    run = runs.Run(out, record, resume=settings.resume, overwrite=settings.overwrite, inputs=[model])
     if run.result is not None:
         if pages and run.result.get("report") != _digests(pages):
             raise UserError(f"report is written when a run ends, and that in {out} has ended: --overwrite trains again")
         return run.result
     for page in pages:
-        if page.exists() and not overwrite:
+        if page.exists() and not settings.overwrite:
             raise UserError(f"{page}: exists; --overwrite replaces it")
     with runs.quiet(), run:
         from fastalign.train import RewardConfig, RewardTrainer
 
         tokenizer = _tokenizer(model)
-        every = PreferencePairs(_as_trained(pairs, tokenizer, chat))
-        preferences.check_lengths(every, tokenizer, max_length)
-        train, test = every.split(held_out, seed=seed) if held_out else (every, None)
+        every = PreferencePairs(_as_trained(pairs, tokenizer, settings.chat))
+        preferences.check_lengths(every, tokenizer, settings.max_length)
+        train, test = every.split(settings.held_out, seed=settings.seed) if settings.held_out else (every, None)
         with runs.one_line():
             args = RewardConfig(
-                **trainers.arguments(run, save_steps, log_steps),
-                values=None if values is None else list(values), max_length=max_length,
-                center_rewards_coefficient=center or None, per_device_eval_batch_size=2 * batch_size,
+                **trainers.arguments(run, settings.save_steps, settings.log_steps),
+                values=None if settings.values is None else list(settings.values), max_length=settings.max_length,
+                center_rewards_coefficient=settings.center or None, per_device_eval_batch_size=2 * settings.batch_size,
             )  # fmt: skip
             make = lambda callback: RewardTrainer(  # noqa: E731
                 model,
@@ -266,9 +190,10 @@ def train_reward(
                 peft_config=adapters,
                 callbacks=[callback],
             )
-        trainer, speed = trainers.train(run, "reward", make, {"loss": "loss", "accuracy": "accuracy"}, show_progress)
+        shown = {"loss": "loss", "accuracy": "accuracy"}
+        trainer, speed = trainers.train(run, "reward", make, shown, settings.show_progress, settings.until)
         more: dict[str, Any] = {}
-        measured = None if test is None else trainer.report(test.to_dataset(), settings=settings)
+        measured = None if test is None else trainer.report(test.to_dataset(), settings=record)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
         if measured is not None:
             heads = measured.to_json()["values"]
@@ -278,8 +203,7 @@ def train_reward(
                 if report is not None:
                     measured.write(report)
                     more["report"] = _digests(pages)
-    names = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
-    return _finish(run, trainer, pairs, len(train), speed, names, more)
+    return _finish(run, trainer, pairs, len(train), speed, shown | {"margin": "margin"}, more)
 
 
 def _finish(
@@ -331,9 +255,3 @@ def _tokenizer(model: str):
 
 def _digests(pages: Sequence[Path]) -> dict[str, str]:
     return {page.name: sha256(page) for page in pages if page.is_file()}
-
-
-def _positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} must be positive, got {value}")

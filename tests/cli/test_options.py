@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import fields
 from enum import Enum
+from typing import get_type_hints
 
 import pytest
 import typer
@@ -15,6 +16,7 @@ from fastalign.data import hub, prompts
 from fastalign.data.sampling import RequestOptions, SamplingSettings
 from fastalign.decode import Sampler, tilted
 from fastalign.jobs import align, demo, distill, grpo, pairs, pareto, ppo, preference, reward_bench, soup_front
+from fastalign.jobs import settings as jobs
 from fastalign.jobs.align import job as align_job
 from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
@@ -35,11 +37,11 @@ FUNCTIONS = {
     "info": [info.show_model],
     "rewards": [],
     "reward-bench": [reward_bench.reward_bench],
-    "train distill": [distill.train_distill, distill.read_rows],
-    "train dpo": [preference.train_dpo, preference.read_pairs],
-    "train grpo": [grpo.train_grpo, hub.load_prompts],
-    "train ppo": [ppo.train_ppo, hub.load_prompts],
-    "train reward": [preference.train_reward, preference.read_pairs],
+    "train distill": [distill.train_distill, jobs.DistillSettings, distill.read_rows],
+    "train dpo": [preference.train_dpo, jobs.DPOSettings, preference.read_pairs],
+    "train grpo": [grpo.train_grpo, jobs.GRPOSettings, hub.load_prompts],
+    "train ppo": [ppo.train_ppo, jobs.PPOSettings, hub.load_prompts],
+    "train reward": [preference.train_reward, jobs.RewardSettings, preference.read_pairs],
 }
 OTHER_NAMES = {  # repeatable options are singular, or set one value of a dictionary
     ("sample", "chat_template_arg"): "chat_template_kwargs",
@@ -130,6 +132,13 @@ def test_the_options_that_are_passed_on_are_those_of_sample():
     assert {one.name for one in taken if one.default is inspect.Parameter.empty} - {"self", "prompts", "template"} == (
         RequestOptions.__required_keys__
     )
+
+
+@pytest.mark.parametrize("job", ["Distill", "DPO", "GRPO", "PPO", "Reward"])
+def test_the_keywords_of_a_training_job_are_its_settings(job):
+    keywords = get_type_hints(getattr(jobs, f"{job}Options"))
+    assert keywords == {name: get_type_hints(getattr(jobs, f"{job}Settings"))[name] for name in keywords}
+    assert keywords.keys() == {one.name for one in fields(getattr(jobs, f"{job}Settings"))}
 
 
 FORMER = [
