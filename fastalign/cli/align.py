@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastalign.cli.command import Result, console, names, registrar
-from fastalign.cli.options import (
-    Device,
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    Model,
-    N,
-    Overwrite,
-    Resume,
-    Rewards,
-    Seed,
-    Temperature,
-    TopP,
-)
+from fastalign.cli.options import Limit, Model, Rewards, takes
+from fastalign.jobs.settings import AlignSettings
 
 
 class How(str, Enum):
@@ -43,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
     )(align)
 
 
+@takes(AlignSettings)
 def align(
     model: Model,
     prompts: Annotated[
@@ -74,34 +63,9 @@ def align(
             "over-optimisation. As --rewards."
         ),
     ] = None,
-    candidates: N = 32,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 1.0,
-    top_p: TopP = 1.0,
-    heldout: Annotated[float, typer.Option(help="Share of the prompts held out, on which the result is proved.")] = 0.5,
-    texts_per_prompt: Annotated[
-        int | None, typer.Option(help="Texts of the result per prompt; default 1, of a trained model 4.")
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Time or tokens for all of it: 20m, 90s, 1h or 200000t.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the training; default: its method's own.")] = None,
-    lora_r: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank, merged at the end.")] = None,
-    rounds: Annotated[
-        int, typer.Option(help="Train so many times, each from the model and the candidates of the round before.")
-    ] = 1,
     limit: Limit = None,
     column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Seed = 0,
-    allow_infeasible: Annotated[
-        bool,
-        typer.Option("--allow-infeasible", help="Go on to a palette near one that is proved impossible; exit with 0."),
-    ] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the trained model and its card to this repository of the hub.")
-    ] = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    **options: Any,
 ) -> Result:
     """A palette in; texts or a model out that hold it on prompts they have not seen, with the proof.
 
@@ -119,23 +83,7 @@ def align(
         out,
         how=how.value,
         watch=names("watch", watch) if watch is not None else (),
-        candidates=candidates,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        heldout=heldout,
-        texts_per_prompt=texts_per_prompt,
-        budget=budget,
-        learning_rate=learning_rate,
-        lora_r=lora_r,
-        rounds=rounds,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        allow_infeasible=allow_infeasible,
-        push_to_hub=push_to_hub,
+        **options,
         show_progress=True,
     )
     show(result, console(), out / "report.html")

@@ -46,7 +46,10 @@ PromptColumn = Annotated[
     str | None, typer.Option(help="Column with the prompts, in a file of candidates of another program.")
 ]
 ResponseColumn = Annotated[str | None, typer.Option(help="Column with the responses, in such a file.")]
-SHARED = {"max_new_tokens": MaxNewTokens, "dtype": Dtype, "seed": Seed, "resume": Resume, "overwrite": Overwrite}
+SHARED = {
+    "candidates": N, "max_new_tokens": MaxNewTokens, "temperature": Temperature, "top_p": TopP, "dtype": Dtype,
+    "device": Device, "seed": Seed, "resume": Resume, "overwrite": Overwrite,
+}  # fmt: skip
 
 
 def takes(settings: type) -> Callable[[Command], Command]:

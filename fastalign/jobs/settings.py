@@ -1,4 +1,4 @@
-"""The options of the training jobs: keywords in Python, options on the command line, and what a resumed run must match.
+"""The options of the jobs that train: keywords in Python, options on the command line, what a resumed run must match.
 
 A field's annotation is the help of its option. `cli.options` has that of options which other commands have too.
 """
@@ -14,7 +14,8 @@ from fastalign._base.errors import UserError
 from fastalign.jobs.run import check_counts
 
 KNOBS = (  # what is trained does not depend on them
-    "save_steps", "log_steps", "resume", "overwrite", "show_progress", "until", "precompute_ref", "report"
+    "save_steps", "log_steps", "resume", "overwrite", "show_progress", "until", "precompute_ref", "report",
+    "device", "push_to_hub",
 )  # fmt: skip
 _COUNTS = (
     "batch_size", "gradient_accumulation_steps", "num_iterations", "max_steps", "max_new_tokens", "seed", "save_steps",
@@ -25,7 +26,16 @@ SaveSteps = Annotated[int, "Steps between checkpoints."]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class Settings:
+    """Of a job."""
+
+    def record(self, **more: Any) -> dict[str, Any]:
+        """With `more`, what a run must have the same to resume."""
+        return more | {one.name: getattr(self, one.name) for one in fields(self) if one.name not in KNOBS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Settings):
     """Checked settings of every training job. Raises UserError.
 
     epochs, max_steps: if given, max_steps takes precedence. resume, overwrite: see `jobs.run.Run`. until: see
@@ -57,10 +67,6 @@ class TrainingSettings:
     def _check_not_negative(self, name: str) -> None:
         if not 0 <= getattr(self, name) < float("inf"):
             raise UserError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
-
-    def record(self, **more: Any) -> dict[str, Any]:
-        """With `more`, what a run must have the same to resume."""
-        return more | {one.name: getattr(self, one.name) for one in fields(self) if one.name not in KNOBS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +220,66 @@ class PPOSettings(TrainingSettings):
             object.__setattr__(self, "mini_batch_size", size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignSettings(Settings):
+    """Checked settings of `jobs.align.job.align`. Raises UserError.
+
+    how: "decode": texts drawn from p_λ among the candidates. A trained model: "distill", "dpo", "grpo", "ppo"; see
+        `align.methods`. "auto": decode if enough candidates can be had, else grpo. Or a function of your own (job,
+        folder for the model, what is left of the budget) that trains a model and returns how many tokens it took.
+    watch: rewards that the proof measures too, and nothing is optimised for: one that falls while those asked for rise
+        says that these are over-optimised (arXiv 2210.10760).
+    candidates: per prompt. budget: fewer candidates, and a shorter training, where it binds. lora_r: None: all weights.
+    rounds: levels and KL are always measured against the base. allow_infeasible: go on to a palette just inside the
+        nearest one that can be reached. resume, overwrite: see `align.folder.Folder`.
+    """
+
+    how: str | Callable[[Any, Any, Any], float] = "auto"
+    watch: Sequence[str] = ()
+    candidates: int = 32
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    heldout: Annotated[float, "Share of the prompts held out, on which the result is proved."] = 0.5
+    texts_per_prompt: Annotated[int | None, "Texts of the result per prompt; default 1, of a trained model 4."] = None
+    budget: Annotated[str | None, "Time or tokens for all of it: 20m, 90s, 1h or 200000t."] = None
+    learning_rate: Annotated[float | None, "Of the training; default: its method's own."] = None
+    lora_r: Annotated[int | None, "Train LoRA adapters of this rank, merged at the end."] = None
+    rounds: Annotated[int, "Train so many times, each from the model and the candidates of the round before."] = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    allow_infeasible: Annotated[bool, "Go on to a palette near one that is proved impossible; exit with 0."] = False
+    push_to_hub: Annotated[str | None, "Upload the trained model and its card to this repository of the hub."] = None
+    resume: bool = False
+    overwrite: bool = False
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        from fastalign.data.sampling import SamplingSettings
+
+        if self.texts_per_prompt is not None:
+            check_counts(texts_per_prompt=self.texts_per_prompt)
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        check_counts(rounds=self.rounds, candidates=self.candidates)
+        if self.rounds > 1 and self.how in ("auto", "decode"):
+            raise UserError(
+                f"rounds must be 1 for how {self.how}: only a trained model begins another, got {self.rounds}"
+            )
+        SamplingSettings(self.candidates, self.max_new_tokens, self.temperature, top_p=self.top_p, seed=self.seed)
+        if self.push_to_hub is not None and self.how == "decode":
+            raise UserError(f"push_to_hub needs a trained model, and how is decode: got {self.push_to_hub!r}")
+
+    def record(self, **more: Any) -> dict[str, Any]:
+        made = super().record(**more)
+        if callable(self.how):
+            made["how"] = getattr(self.how, "__name__", "own")
+        if not self.watch:
+            del made["watch"]  # earlier versions had none
+        return made
+
+
 class TrainingOptions(TypedDict, total=False):
     """The keywords of every training job, which `TrainingSettings` describes."""
 
@@ -280,3 +346,26 @@ class PPOOptions(TrainingOptions, total=False):
     init_kl_coef: float
     kl_target: float
     dtype: str
+
+
+class AlignOptions(TypedDict, total=False):
+    how: str | Callable[[Any, Any, Any], float]
+    watch: Sequence[str]
+    candidates: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    heldout: float
+    texts_per_prompt: int | None
+    budget: str | None
+    learning_rate: float | None
+    lora_r: int | None
+    rounds: int
+    dtype: str
+    device: str
+    seed: int
+    allow_infeasible: bool
+    push_to_hub: str | None
+    resume: bool
+    overwrite: bool
+    show_progress: bool

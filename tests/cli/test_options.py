@@ -22,7 +22,7 @@ from fastalign.reference import RESAMPLE_METHODS
 from fastalign.report import ui
 
 FUNCTIONS = {
-    "align": [align_job.align, prompts.load],
+    "align": [align_job.align, jobs.AlignSettings, prompts.load],
     "demo": [demo.run],
     "sample": [align.sample, align.sample_more, Sampler.sample, Sampler.from_pretrained, prompts.load],
     "score": [align.score],
@@ -134,8 +134,8 @@ def test_the_options_that_are_passed_on_are_those_of_sample():
     )
 
 
-@pytest.mark.parametrize("job", ["Distill", "DPO", "GRPO", "PPO", "Reward"])
-def test_the_keywords_of_a_training_job_are_its_settings(job):
+@pytest.mark.parametrize("job", ["Align", "Distill", "DPO", "GRPO", "PPO", "Reward"])
+def test_the_keywords_of_a_job_are_its_settings(job):
     keywords = get_type_hints(getattr(jobs, f"{job}Options"))
     assert keywords == {name: get_type_hints(getattr(jobs, f"{job}Settings"))[name] for name in keywords}
     assert keywords.keys() == {one.name for one in fields(getattr(jobs, f"{job}Settings"))}

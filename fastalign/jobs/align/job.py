@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,15 +23,19 @@ from fastalign._base.errors import UserError
 from fastalign._base.files import atomic_write, kind_of
 from fastalign._base.units import counted
 from fastalign.data import palettes
-from fastalign.data.sampling import SamplingSettings
 from fastalign.decode.candidates import Candidates
 from fastalign.decode.select import effective_sample_size, log_weights_of
+from fastalign.jobs import run as runs
 from fastalign.jobs.align import divergence, methods, steps
 from fastalign.jobs.align.budget import Budget
 from fastalign.jobs.align.folder import Folder
 from fastalign.jobs.align.split import split
+from fastalign.jobs.settings import AlignOptions, AlignSettings
 from fastalign.report import proof
 from fastalign.rewards import references
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 HOW = ("auto", "decode", *methods.TRAINED)
 PILOT = 4  # candidates of each prompt that show what one costs
@@ -48,49 +52,16 @@ def align(
     rewards: Sequence[str],
     palette: str | Mapping[str, Any],
     out: str | os.PathLike[str],
-    *,
-    how: str | Callable[[Job, Path, Budget], float] = "auto",
-    watch: Sequence[str] = (),
-    candidates: int = 32,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    heldout: float = 0.5,
-    texts_per_prompt: int | None = None,
-    budget: str | None = None,
-    learning_rate: float | None = None,
-    lora_r: int | None = None,
-    rounds: int = 1,
-    dtype: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    allow_infeasible: bool = False,
-    push_to_hub: str | None = None,
-    show_progress: bool = False,
+    **options: Unpack[AlignOptions],
 ) -> dict[str, Any]:
     """Align a model with a palette, in the folder `out`, and prove it on held-out prompts.
 
     Args:
-        model: as for `steps.sample`. prompts: at least two different ones. rewards: names or
-            references (`rewards.parse`).
+        model: as for `steps.sample`. prompts: at least two different ones. rewards: names or references
+            (`rewards.parse`).
         palette: in words (`palette.parse_palette`) or a palette file of `fastalign map`, for its targets; a reward
             that it does not name has no target.
-        how: "decode": texts drawn from p_λ among the candidates. A trained model: "distill", "dpo", "grpo", "ppo"; see
-            `methods`. "auto": decode if enough candidates can be had, else grpo. Or a function of your own (job,
-            folder for the model, what is left of the budget) that trains a model and returns how many tokens it took.
-        watch: rewards that the proof measures too, and nothing is optimised for: one that falls while those asked for
-            rise says that these are over-optimised (arXiv 2210.10760).
-        candidates: per prompt. heldout: the share of prompts held out. texts_per_prompt: of the result; default 1, for
-            a trained model 4.
-        budget: "20m", "90s", "1h" or "200000t" (tokens) in all; fewer candidates, and a shorter training, where it
-            binds. learning_rate, lora_r: of the training; default: that of its method, all weights.
-        rounds: train so many times, each from the model of the round before and with its candidates; levels and KL are
-            always measured against the base.
-        allow_infeasible: go on to a palette just inside the nearest one that can be reached.
-        push_to_hub: a repository on the Hugging Face hub that gets the trained model and its card.
-        resume, overwrite: see `folder.Folder`.
+        options: see `AlignSettings`.
 
     Returns:
         The content of <out>/align.json; "feasible" is False if no reweighting of the candidates reaches the palette.
@@ -99,46 +70,37 @@ def align(
     Raises:
         UserError: one line, as far as possible before anything is drawn.
     """
-    names, trainer = references.names(rewards), how if callable(how) else None
-    references.check_names([*rewards, *watch])
-    how = getattr(how, "__name__", "own") if callable(how) else how
+    from fastalign.palette import parse_palette
+
+    settings = AlignSettings(**options)
+    names, every = references.names(rewards), [*rewards, *settings.watch]
+    references.check_names(every)
     words = in_words(palette, names)
-    _check(
-        names,
-        words,
-        methods.TRAINED[0] if trainer else how,
-        texts_per_prompt,
-        learning_rate,
-        lora_r,
-        rounds,
-        candidates,
-    )
-    allowed = Budget.parse(budget)
-    SamplingSettings(candidates, max_new_tokens, temperature, top_p=top_p, seed=seed)
-    train, held = split(prompts, heldout, seed)
-    if trainer or how in methods.TRAINED:
-        methods.check(model, temperature, top_p)
-    settings = {
-        "model": model, "prompts": list(prompts), "rewards": list(rewards), "palette": words, "how": how,
-        "candidates": candidates, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-        "heldout": heldout, "texts_per_prompt": texts_per_prompt, "budget": budget, "learning_rate": learning_rate,
-        "lora_r": lora_r, "rounds": rounds, "dtype": dtype, "seed": seed, "allow_infeasible": allow_infeasible,
-        "model_content": fingerprint.of_model(model),
-    }  # fmt: skip
-    if push_to_hub is not None and how == "decode":
-        raise UserError(f"push_to_hub needs a trained model, and how is decode: got {push_to_hub!r}")
-    if watch:
-        settings["watch"] = list(watch)
-    if contents := references.contents([*rewards, *watch]):
-        settings["contents"] = contents
-    folder = Folder(out, settings, resume=resume, overwrite=overwrite)
+    if not names:
+        raise UserError("rewards must name at least one reward, got none")
+    trained = callable(settings.how) or settings.how in methods.TRAINED
+    if not trained and settings.how not in HOW:
+        raise UserError(f"how must be one of {', '.join(HOW)}, got {settings.how!r}")
+    parse_palette(words, names, np.zeros((1, len(names))), rest="free")  # its words; levels come later
+    runs.lora(settings.lora_r, "CAUSAL_LM")
+    budget = Budget.parse(settings.budget)
+    train, held = split(prompts, settings.heldout, settings.seed)
+    if trained:
+        methods.check(model, settings.temperature, settings.top_p)
+    record = settings.record(
+        model=model, prompts=list(prompts), rewards=list(rewards), palette=words,
+        model_content=fingerprint.of_model(model),
+    )  # fmt: skip
+    if contents := references.contents(every):
+        record["contents"] = contents
+    folder = Folder(out, record, resume=settings.resume, overwrite=settings.overwrite)
     result = folder.result
     if result is None:
-        job = Job(folder, allowed, steps.Model(model, dtype=dtype, device=device), trainer, overwrite, show_progress)
+        job = Job(folder, budget, steps.Model(model, dtype=settings.dtype, device=settings.device), settings)
         with folder:
             result = job.run(prompts, train, held)
-    if push_to_hub is not None and (folder.out / "model").is_dir():
-        methods.push(folder.out / "model", push_to_hub)
+    if settings.push_to_hub is not None and (folder.out / "model").is_dir():
+        methods.push(folder.out / "model", settings.push_to_hub)
     return result
 
 
@@ -156,34 +118,6 @@ def in_words(palette: str | Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name}{sense}{what}" for name, sense, what in terms)
 
 
-def _check(
-    names: Sequence[str],
-    palette: str,
-    how: str,
-    texts: int | None,
-    rate: float | None,
-    r: int | None,
-    rounds: int,
-    candidates: int,
-) -> None:
-    from fastalign.jobs import run as runs
-    from fastalign.palette import parse_palette
-
-    if not names:
-        raise UserError("rewards must name at least one reward, got none")
-    if how not in HOW:
-        raise UserError(f"how must be one of {', '.join(HOW)}, got {how!r}")
-    parse_palette(palette, names, np.zeros((1, len(names))), rest="free")  # its words; levels come later
-    if texts is not None:
-        runs.check_counts(texts_per_prompt=texts)
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError(f"learning_rate must be positive and finite, got {rate}")
-    runs.lora(r, "CAUSAL_LM")
-    runs.check_counts(rounds=rounds, candidates=candidates)
-    if rounds > 1 and how in ("auto", "decode"):
-        raise UserError(f"rounds must be 1 for how {how}: only a trained model begins another, got {rounds}")
-
-
 class Job:
     """One job in its folder. `run` is all of it."""
 
@@ -197,17 +131,10 @@ class Job:
     train: list[Any]
     held: list[Any]
 
-    def __init__(
-        self,
-        folder: Folder,
-        budget: Budget,
-        model: steps.Model,
-        trainer: Callable[[Job, Path, Budget], float] | None,
-        overwrite: bool,
-        show_progress: bool,
-    ):
-        self.folder, self.budget, self.model, self.trainer = folder, budget, model, trainer
-        self.overwrite, self.show_progress = overwrite, show_progress
+    def __init__(self, folder: Folder, budget: Budget, model: steps.Model, settings: AlignSettings):
+        self.folder, self.budget, self.model = folder, budget, model
+        self.trainer = settings.how if callable(settings.how) else None
+        self.overwrite, self.show_progress = settings.overwrite, settings.show_progress
         self.settings: dict[str, Any] = folder.settings
         self.rewards: list[str] = self.settings["rewards"]  # references
         self.names: list[str] = references.names(self.rewards)
