@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,7 @@ def train_distill(
         encoded = _with_prompt_ids(rows, source, tokenizer, settings.chat, sampling)
         with runs.one_line():
             args = DistillConfig(**trainers.arguments(run, settings.save_steps, settings.log_steps))
-            make = lambda callback: DistillTrainer(  # noqa: E731
-                loaded, args, encoded, processing_class=tokenizer, peft_config=adapters, callbacks=[callback]
-            )
+        make = partial(DistillTrainer, loaded, args, encoded, processing_class=tokenizer, peft_config=adapters)
         shown = {"loss": "loss", "ESS": "ess"}
         trainer, speed = trainers.train(run, "distill", make, shown, settings.show_progress, settings.until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastalign._base.errors import UserError
@@ -72,9 +73,7 @@ def train_grpo(
             check_args(args)
         loaded, tokenizer = runs.load_policy(model, settings.dtype, run.out)
         rows = prompt_rows(prompts, tokenizer, settings.chat)
-        make = lambda callback: GRPOTrainer(  # noqa: E731
-            loaded, scorers, args, rows, processing_class=tokenizer, peft_config=adapters, callbacks=[callback]
-        )
+        make = partial(GRPOTrainer, loaded, scorers, args, rows, processing_class=tokenizer, peft_config=adapters)
         shown = {name: f"rewards/{name}/mean" for name in names} | {"KL": "kl", "loss": "loss"}
         trainer, speed = trainers.train(run, "grpo", make, shown, settings.show_progress, settings.until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,14 +126,10 @@ def train_dpo(
                 beta=settings.beta, loss_type=settings.loss_types, max_length=settings.max_length,
                 precompute_ref_log_probs=settings.precompute_ref or merged or None,
             )  # fmt: skip
-            make = lambda callback: DPOTrainer(  # noqa: E731
-                loaded,
-                args=args,
-                train_dataset=_dataset(rows),
-                processing_class=tokenizer,
-                peft_config=adapters,
-                callbacks=[callback],
-            )
+            dataset = PreferencePairs(rows).to_dataset()
+        make = partial(
+            DPOTrainer, loaded, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=adapters
+        )
         shown = {"loss": "loss", "accuracy": "rewards/accuracies"}
         trainer, speed = trainers.train(run, "dpo", make, shown, settings.show_progress, settings.until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
@@ -182,14 +179,10 @@ def train_reward(
                 values=None if settings.values is None else list(settings.values), max_length=settings.max_length,
                 center_rewards_coefficient=settings.center or None, per_device_eval_batch_size=2 * settings.batch_size,
             )  # fmt: skip
-            make = lambda callback: RewardTrainer(  # noqa: E731
-                model,
-                args,
-                train_dataset=train.to_dataset(),
-                processing_class=tokenizer,
-                peft_config=adapters,
-                callbacks=[callback],
-            )
+            dataset = train.to_dataset()
+        make = partial(
+            RewardTrainer, model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=adapters
+        )
         shown = {"loss": "loss", "accuracy": "accuracy"}
         trainer, speed = trainers.train(run, "reward", make, shown, settings.show_progress, settings.until)
         more: dict[str, Any] = {}
@@ -236,10 +229,6 @@ def _as_trained(pairs: PreferencePairs, tokenizer, chat: bool | None) -> list[di
     dropped = ("chosen_score", "rejected_score")
     rows = [{k: v for k, v in row.items() if k not in dropped} for row in pairs]
     return [preferences.as_chat(row) for row in rows] if chat else rows
-
-
-def _dataset(rows: list[dict[str, Any]]):
-    return PreferencePairs(rows).to_dataset()
 
 
 def _tokenizer(model: str):

@@ -42,12 +42,12 @@ def arguments(run: Run, save_steps: int, log_steps: int) -> dict[str, Any]:
 def train(
     run: Run,
     name: str,
-    make: Callable[[Any], Any],
+    make: Callable[..., Any],
     shown: Mapping[str, str],
     show: bool,
     until: Callable[[float, float], bool] | None = None,
 ) -> tuple[Any, float]:
-    """Make the trainer, given a callback, and run it, from its newest checkpoint if there is one; returns (trainer,
+    """Make the trainer, given its callbacks, and run it, from its newest checkpoint if there is one; returns (trainer,
     tokens per second). shown: label -> logged figure, in the progress line. until: of seconds and tokens; training ends
     with the step after which it holds."""
     from transformers import PrinterCallback, TrainerState
@@ -59,7 +59,7 @@ def train(
     stopping = Stopping()
     callback = _follow(run, stopping, shown, until)
     with runs.one_line():
-        trainer = make(callback)
+        trainer = make(callbacks=[callback])
     run.begin(step)
     trainer.remove_callback(PrinterCallback)
     total = _steps(trainer)

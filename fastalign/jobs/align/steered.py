@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def train_grpo(
                 **arguments, advantage="rloo", loss_type="dr_grpo", num_generations=GENERATIONS, beta=1.0,
                 kl_in_reward=True, max_completion_length=max_new_tokens,
             )  # fmt: skip
-            make = lambda callback: SteeredGRPOTrainer(  # noqa: E731
-                loaded, ppo.read_values(rewards), args, rows, processing_class=tokenizer, peft_config=adapters,
-                callbacks=[callback], steering=steering, baselines=baselines(scored, names, rows["prompt"]),
+            make = partial(
+                SteeredGRPOTrainer, loaded, ppo.read_values(rewards), args, rows, processing_class=tokenizer,
+                peft_config=adapters, steering=steering, baselines=baselines(scored, names, rows["prompt"]),
                 reference=base,
             )  # fmt: skip
         shown = {name: f"level/{name}" for name in names} | {"KL": "kl"}
