@@ -104,7 +104,7 @@ def load(
     on_bad: str | None = None,
     values: Sequence[str] | None = None,
 ) -> PreferencePairs:
-    """Pairs from "bundled", a .jsonl, .json, .csv or .parquet file, or a data set's hub name.
+    """Pairs from "bundled", a .jsonl, .json, .csv, .parquet or .arrow file, or a data set's hub name.
 
     Rows have columns prompt, chosen and rejected. Completions of messages may begin with a text prompt
     (HuggingFaceH4/ultrafeedback_binarized). Without a prompt column both completions are whole conversations with a
@@ -136,6 +136,9 @@ def load(
     pairs: list[dict[str, Any]] = []
     bad, first = 0, ""
     for i, row in enumerate(raw):
+        if row.get("chosen") is not None and row["chosen"] == row.get("rejected"):  # hh-rlhf has some
+            ties, first = ties + 1, first or f"row {i}: chosen and rejected must differ, got the same text twice"
+            continue
         try:
             given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row
             pair = check(with_prompt(given))

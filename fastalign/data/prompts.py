@@ -15,7 +15,7 @@ from fastalign.data.conversations import EXTRAS, Conversation, check_utf8
 from fastalign.data.dialogues import prompt_of
 
 COLUMNS = ("prompt", "messages", "text")
-SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow", ".feather")
 _BUNDLED = Path(__file__).parent / "prompts.jsonl"
 
 

@@ -73,8 +73,10 @@ def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
 
 def _helpsteer(rows: Sequence[Row]) -> Iterator[Pair | None]:
     talks = any(_TURN.search(str(row["prompt"])) for row in rows)
-    for prompt, group in itertools.groupby(enumerate(rows), key=lambda one: one[1]["prompt"]):
-        several = list(group)
+    groups: dict[str, list[tuple[int, Row]]] = {}  # also of a file whose rows were shuffled
+    for i, row in enumerate(rows):
+        groups.setdefault(row["prompt"], []).append((i, row))
+    for prompt, several in groups.items():
         for value in HELPSTEER:
             rated = [(i, row) for i, row in several if row.get(value) is not None]
             scored = [(number(f"row {i}: {value}", row[value]), row["response"]) for i, row in rated]

@@ -1,4 +1,4 @@
-"""Rows of a data set: a local JSONL, JSON, CSV or Parquet file, or a data set's hub name, as a list of objects."""
+"""Rows of a data set: a local JSONL, JSON, CSV, Parquet or Arrow file, or a hub name, as a list of objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 
 
 def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: str = "data") -> list[dict[str, Any]]:
@@ -72,6 +72,8 @@ def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path, columns)
+    if suffix in (".arrow", ".feather"):
+        return _arrow(path, columns)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -99,6 +101,25 @@ def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> li
         # ValueError: bytes that are not text, dates beyond the calendar.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
+
+
+def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> list[dict[str, Any]]:
+    """Arrow's file format (Feather), or its stream, in which datasets keeps its files."""
+    import pyarrow as pa
+
+    try:
+        with pa.OSFile(str(path)) as file:
+            try:
+                table = pa.ipc.open_file(file).read_all()
+            except pa.ArrowInvalid:
+                file.seek(0)
+                table = pa.ipc.open_stream(file).read_all()
+            return (table.select(columns(table.column_names)) if columns else table).to_pylist()
+    except UserError:  # from `columns`
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not an Arrow file that can be read ({reason})") from None
 
 
 def _csv(path: Path, text: str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ RESPONSES = (
 # Numbers that are no scores, of our own files and of others'.
 _NO_VALUES = {
     "prompt_id", "candidate_id", "draw", "tokens", "logprob", "log_weight", "is_conversation", "id", "index", "idx",
-    "seed", "row", "Unnamed: 0", "__index_level_0__",
+    "seed", "row", "", "Unnamed: 0", "__index_level_0__",  # the last three: an index of pandas
 }  # fmt: skip
 _REWARD = "reward:"  # how our own files name them
 
@@ -62,8 +62,7 @@ def read(
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     path = Path(path)
     check_input(path)
-    suffix = path.suffix.lower()
-    if _is_ours(path) or suffix not in sources.SUFFIXES:
+    if _is_ours(path):
         return Candidates.from_parquet(path, kind=kinds)
     found = from_rows(sources.read(path, what="candidates"), columns, where=str(path))
     if not found.rewards and "candidates" not in kinds:
@@ -108,12 +107,13 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether it is a Parquet file with fastalign's own note."""
+    """Whether it is a Parquet file, whatever its name ends in, with fastalign's own note."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.suffix.lower() != ".parquet":
-        return False
+    with open(path, "rb") as file:
+        if file.read(4) != b"PAR1" and path.suffix.lower() != ".parquet":
+            return False
     try:
         return b"fastalign" in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):
@@ -152,18 +152,29 @@ def _column(where: str, have: Sequence[str], given: str | None, usual: Sequence[
 def _values(
     where: str, table: Sequence[Mapping[str, Any]], have: Sequence[str], taken: set[str], given: Sequence[str] | None
 ) -> list[str]:
-    """The columns of scores."""
-    numbers = [
-        name
-        for name in have
-        if name not in taken | _NO_VALUES
-        and not name.endswith("_id")
-        and all(_is_number(x) for row in table for x in _listed(row.get(name)))
-    ]
+    """The columns of scores. One that lacks some of its numbers is an error if it was asked for, else told."""
+    numbers: list[str] = []
+    holes: dict[str, str] = {}
+    for name in have:
+        if name in taken | _NO_VALUES or name.endswith("_id"):
+            continue
+        cells = [(i, x) for i, row in enumerate(table) for x in _listed(row.get(name))]
+        there = [(i, x) for i, x in cells if x is not None and x != ""]
+        if not all(_is_number(x) for _, x in there):
+            continue
+        if len(there) == len(cells):
+            numbers.append(name)
+        elif there:
+            at = next(i for i, x in cells if x is None or x == "")
+            holes[name.removeprefix(_REWARD)] = f"{where}: row {at}: {name} has no number"
     if given is None:
+        for hole in holes.values():
+            outputs.say(f"{hole}: the column is not read as a value")
         return [name for name in numbers if name not in ("token_ids", "logprobs")]
     known = {name.removeprefix(_REWARD): name for name in numbers}
     for name in given:
+        if name in holes:
+            raise UserError(holes[name])
         if name not in known:
             raise UserError(f"{where}: values must be columns of numbers ({', '.join(known) or 'none'}), got {name}")
     return [known[name] for name in given]

@@ -61,11 +61,16 @@ def check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
 
 
 def as_scores(name: str, values: ArrayLike, count: int) -> np.ndarray:
-    """A reward's result as float32 (count,); raises TypeError or UserError, naming the reward, if it is anything
-    else."""
+    """A reward's result, tensors of any device and dtype included, as float32 (count,); raises TypeError or UserError,
+    naming the reward, if it is anything else."""
+    if hasattr(values, "detach"):  # torch's, perhaps with a gradient, in bfloat16 or on a GPU
+        values = values.detach().float().cpu().numpy()
     try:
-        scores = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):  # infinite then, which `evaluate` tells
+            scores = np.asarray(values, dtype=np.float32)
+        if values is None:
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a list of tensors with gradients
         raise TypeError(f"reward {name!r} must return {count} numbers, got {type(values).__name__}") from None
     if scores.shape != (count,):
         raise UserError(f"reward {name!r} must return shape ({count},), got {scores.shape}")

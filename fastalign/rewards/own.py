@@ -37,11 +37,15 @@ class OwnReward:
         if not self.reads_messages:
             prompts = [as_text(prompt) for prompt in prompts]
         try:
-            return as_scores(self.name, self.reward(prompts, responses), len(prompts))
+            values = self.reward(prompts, responses)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in a script would end the command without a word
             raise UserError(f"reward {self.name!r}: {_told(error)}") from error
+        try:
+            return as_scores(self.name, values, len(prompts))
+        except TypeError as error:
+            raise UserError(str(error)) from None
 
 
 def check_file(file: str, attribute: str) -> None:
@@ -80,7 +84,7 @@ def from_file(file: str, attribute: str, name: str, options: dict[str, Any]) -> 
     sys.modules[private] = module  # dataclasses and pickling look there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[private]
         raise UserError(f"{file}: {_told(error)}") from error
     return _of(module, file, attribute, name, options)
@@ -96,7 +100,7 @@ def from_module(module: str, attribute: str, name: str, options: dict[str, Any])
         return _of(import_module(module), module, attribute, name, options)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{module}: {_told(error)}") from error
 
 
@@ -120,7 +124,7 @@ def _missing(where: str, attribute: str, there: list[str]) -> UserError:
     return UserError(f"{where}: defines no {attribute}; it has {listed}")
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The error, and the line of the user's code that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f" ({Path(frame.filename).name}, line {frame.lineno})"

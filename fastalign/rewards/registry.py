@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -157,9 +158,13 @@ def column(name: str) -> str:
 def check_known(name: str) -> None:
     """Raise UserError, listing the names, for a name without a reward."""
     if not known(name):
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"{name}: no such folder of a reward model")
         listed = ", ".join(dict.fromkeys([*_entries, *_installed()]))
+        near = get_close_matches(name, [*_entries, *_installed(), *PRESETS], n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
         presets = "presets (`fastalign rewards` lists them)"
-        raise UserError(f"unknown reward {name!r}; available: {listed}, {presets}, {FORMS}")
+        raise UserError(f"unknown reward {name!r}; available: {listed}, {presets}, {FORMS}{meant}")
 
 
 def get(name: str, **options: Any) -> Reward:

@@ -40,6 +40,11 @@ def test_bundled_subset_size_is_checked(k):
 def write(path, rows, column):
     if path.suffix == ".parquet":
         pq.write_table(pa.table({"other": ["x"] * len(rows), column: rows}), path)
+    elif path.suffix in (".arrow", ".feather"):
+        table = pa.table({"other": ["x"] * len(rows), column: rows})
+        make = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as file, make(file, table.schema) as writer:
+            writer.write_table(table)
     elif path.suffix == ".csv":
         cells = "".join('x,"' + row.replace('"', '""') + '"\n' for row in rows)
         path.write_text(f"other,{column}\n{cells}", encoding="utf-8")
@@ -87,7 +92,7 @@ def test_blank_prompt_is_named(tmp_path, suffix):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [s for s in prompts.SUFFIXES if s != ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
 def test_empty_file(tmp_path, suffix):
     (tmp_path / f"p{suffix}").write_text("")
     with pytest.raises(UserError, match="contains no prompts"):

@@ -54,6 +54,10 @@ NECTAR = [
 ]
 
 
+HH = {"chosen": "\n\nHuman: how\n\nAssistant: a", "rejected": "\n\nHuman: how\n\nAssistant: b"}
+SHUFFLED = [HELPSTEER[0], HELPSTEER[2], HELPSTEER[1]]
+
+
 def written(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -127,3 +131,13 @@ def test_training_takes_the_first_value_unless_others_are_named(tmp_path):
     assert sides(read_pairs(path, values=["safer"]), "value") == [("b", "a", "safer"), ("d", "c", "safer")]
     with pytest.raises(UserError, match="the values of PKU-SafeRLHF are better, safer, it has no helpful"):
         read_pairs(path, values=["helpful"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "ties"),
+    [([HH, {**HH, "rejected": HH["chosen"]}], 1, 1), (SHUFFLED, 2, 8)],
+    ids=["hh-rlhf with a row that is a tie", "HelpSteer, shuffled"],
+)
+def test_rows_as_they_come(tmp_path, rows, count, ties):
+    pairs = preferences.load(written(tmp_path / "data.jsonl", rows))
+    assert (len(pairs), pairs.dropped["ties"]) == (count, ties)

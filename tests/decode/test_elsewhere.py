@@ -36,6 +36,14 @@ def written(path, rows):
 
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".feather":
+        import pyarrow.feather
+
+        pyarrow.feather.write_feather(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
     elif path.suffix == ".csv":
         import csv
 
@@ -49,7 +57,7 @@ def written(path, rows):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather"])
 @pytest.mark.parametrize("form", ["a row per response", "a row per prompt"])
 def test_files(tmp_path, suffix, form):
     if (suffix, form) == (".csv", "a row per prompt"):
@@ -157,3 +165,28 @@ def test_files_without_scores(tmp_path):
         read(path, kind="scored")
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.jsonl", kind="scored")
+
+
+def test_an_index_of_pandas_is_no_value(tmp_path):
+    same(read(written(tmp_path / "c.csv", [{"": i, **row} for i, row in enumerate(FLAT)]), kind="scored"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_column_with_holes_is_told(tmp_path, suffix):
+    from fastalign._base import outputs
+
+    said = []
+    path = written(tmp_path / f"c{suffix}", [*FLAT[:4], {**FLAT[4], "good": None}, FLAT[5]])
+    with outputs.reporting_to(said.append):
+        same(read(path, kind="scored"), ("short",))
+    assert said == [f"{path}: row 4: good has no number: the column is not read as a value"]
+    with pytest.raises(UserError, match="row 4: good has no number"):
+        read(path, kind="scored", columns=Columns(values=["good"]))
+
+
+def test_files_of_ours_are_known_by_their_content(tmp_path):
+    from_rows(FLAT).to_parquet(tmp_path / "c.csv")
+    same(read(tmp_path / "c.csv", kind=("candidates", "scored")))
+    (tmp_path / "c.tsv").write_text("prompt\tresponse\n")
+    with pytest.raises(UserError, match=r"c.tsv: candidates must be a .jsonl, .* file, got .tsv"):
+        read(tmp_path / "c.tsv", kind="candidates")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_mistakes_that_are_told_before_anything_is_loaded(here, reference, messa
     [
         ("mine.py:few", "reward 'few' must return shape (2,), got (1,)"),
         ("mine.py:hole", "reward 'hole' must return finite scores, got nan at index 0"),
-        ("mine.py:words", "reward 'words': TypeError: reward 'words' must return 2 numbers"),
+        ("mine.py:words", "reward 'words' must return 2 numbers, got list"),
         ("mine.py:broken", "reward 'broken': ZeroDivisionError: division by zero (mine.py, line 17)"),
         ("mine.py:three", "mine.py:three: reward must be a function of (prompts, responses)"),
         ("fails.py:short", "fails.py: OSError: no disk (fails.py, line 3)"),
@@ -218,3 +219,36 @@ def test_align_and_grpo(here):
     assert list(result["values"]) == ["short"] and result["settings"]["values"] == ["mine.py:short"]
     digest = json.loads((here / "trained" / "run.json").read_text())["settings"]["contents"]["mine.py"]
     assert len(digest) == len(hashlib.sha256().hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ("return torch.ones(len(responses), dtype=torch.bfloat16)", 1.0),
+        ("return torch.ones(len(responses), requires_grad=True)", 1.0),
+        ("return None", "reward 'f' must return 2 numbers, got NoneType"),
+        ("return [torch.ones((), requires_grad=True) for _ in responses]", "must return 2 numbers, got list"),
+        ("raise SystemExit(3)", "reward 'f': SystemExit: 3 (f.py, line 4)"),
+    ],
+)
+def test_what_a_function_may_return(tmp_path, monkeypatch, body, wanted):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.py").write_text(f"import torch\n\ndef f(prompts, responses):\n    {body}\n")
+    if wanted == 1.0:
+        np.testing.assert_array_equal(rewards.score("f.py:f", PROMPTS, TEXTS)[:, 0], [1.0, 1.0])
+    else:
+        with pytest.raises(UserError, match=re.escape(wanted)):
+            rewards.score("f.py:f", PROMPTS, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("postive", "did you mean positive?"),
+        ("map/humour", "did you mean map/humor?"),
+        ("./no_such#head", "./no_such: no such folder of a reward model"),
+    ],
+)
+def test_a_misspelt_name_is_told_with_the_right_one(reference, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        rewards.check_names([reference])

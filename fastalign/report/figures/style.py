@@ -3,6 +3,7 @@ written."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,9 @@ def write(figure: Figure, target: Any, kind: str) -> None:
 
     # Without a date and with a fixed salt for its ids, an unchanged figure is an unchanged file.
     metadata = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "fastalign"}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "fastalign"}), warnings.catch_warnings():
+        # An SVG names its letters, so the viewer's own fonts draw those that matplotlib's lack.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure.savefig(target, format=kind, metadata=metadata)
 
 
