@@ -447,7 +447,7 @@ def test_a_level_out_of_the_candidates_reach_is_asked_as_far_as_they_go():
 
 def test_passes_of_distillation_go_on_after_the_last_measured_one(place, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    command = job(place, whole, "diversity>=base+0.7sd", "--learning-rate", 1e-3, how="distill")
+    command = job(place, whole, "diversity>=base+0.7sd", "--learning-rate", 1e-3, how="distill", candidates=10)
     assert fastalign(*command)[0] == 0
     passes = json.loads((whole / "job.json").read_text())["decided"]["train: distilled"]["passes"]
     assert passes > 1 and not list(whole.glob("train/distilled-[0-9]"))[1:]
