@@ -112,6 +112,7 @@ class SharedPromptEngine:
             for prefix, states in zip(prefixes.values(), hidden[0].split(plan.lengths), strict=True):
                 prefix.hidden = states[-1].clone()
             self.prefixes |= prefixes
+        self.stack = None
 
     def forget(self, prompt: int) -> None:
         del self.prefixes[prompt]
@@ -284,9 +285,9 @@ class _Step:
 
     @cached_property
     def stack(self) -> Stack:
-        """The engine's, made anew where a prompt has come."""
+        """The engine's, made anew once prompts have come."""
         engine = self.engine
-        if engine.stack is None or not {job.prompt for job in engine.jobs} <= engine.stack.index.keys():
+        if engine.stack is None:
             engine.stack = Stack(engine.prefixes)
         return engine.stack
 

@@ -29,6 +29,13 @@ SaveSteps = Annotated[int, "Steps between checkpoints."]
 class Settings:
     """Of a job."""
 
+    rule: ClassVar[str] = "positive and finite"
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} must be {self.rule}, got {getattr(self, name)}")
+
     def record(self, **more: Any) -> dict[str, Any]:
         """With `more`, what a run must have the same to resume."""
         return more | {one.name: getattr(self, one.name) for one in fields(self) if one.name not in KNOBS}
@@ -53,16 +60,10 @@ class TrainingSettings(Settings):
     overwrite: bool = False
     show_progress: bool = False
     until: Callable[[float, float], bool] | None = None
-    rule: ClassVar[str] = "positive and finite"
 
     def __post_init__(self) -> None:
         check_counts(**{name: count for name, count in vars(self).items() if name in _COUNTS})
         self._check_positive("learning_rate", "epochs")
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be {self.rule}, got {getattr(self, name)}")
 
     def _check_not_negative(self, name: str) -> None:
         if not 0 <= getattr(self, name) < float("inf"):
@@ -260,8 +261,8 @@ class AlignSettings(Settings):
 
         if self.texts_per_prompt is not None:
             check_counts(texts_per_prompt=self.texts_per_prompt)
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if self.learning_rate is not None:
+            self._check_positive("learning_rate")
         check_counts(rounds=self.rounds, candidates=self.candidates)
         if self.rounds > 1 and self.how in ("auto", "decode"):
             raise UserError(

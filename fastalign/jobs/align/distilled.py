@@ -95,16 +95,13 @@ class Aim:
     def further(self, levels: np.ndarray) -> None:
         """Aim further by what these levels lack; never at less than the palette."""
         from fastalign.palette import solve
-        from fastalign.palette.feasibility import INWARD
 
         aim = self._levels + self._palette - levels
         aim = np.where(self._side * (aim - self._palette) < 0, self._palette, aim)
         self._levels = np.where(self._free, self._palette, aim)
         found = solve(self._flat, self._levels, groups=self._groups, sense=self._sense)
         if found.nearest is not None:
-            before = self._flat.mean(axis=0, dtype=np.float64)
-            self._levels = before + INWARD * (found.nearest - before)
-            found = solve(self._flat, self._levels, groups=self._groups, sense=self._sense)
+            found, self._levels = steps.just_inside(found.nearest, self._flat, self._groups, self._sense)
         self.lam = found.lam
 
 
@@ -136,8 +133,7 @@ def _train(job: Job, source: str, made: Path, left: Budget, options: Mapping[str
 def _measure(job: Job, made: Path, scored: Path) -> float:
     """Write the model's samples of the training prompts, with their scores."""
     drawn = made.with_name(f"{made.name}.parquet")
-    loading = {name: job.model.loading[name] for name in ("dtype", "device")}
-    tokens = job.drawn(drawn, steps.Model(str(made), **loading), job.train, DRAWS, job.seed_of(drawn.name)).tokens
+    tokens = job.drawn(drawn, job.model.at(made), job.train, DRAWS, job.seed_of(drawn.name)).tokens
     steps.score(drawn, job.rewards, scored, show_progress=job.show_progress)
     return tokens
 

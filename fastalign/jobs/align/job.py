@@ -318,7 +318,7 @@ class Job:
             methods.train(self, made)
             content, rows, result = self.prove(made, base, "result" if r == rounds else f"round-{r}")
             gains.append({"round": r, "values": content["values"], "lam": self.lam, "kl": content["kl"]})
-            self.source = steps.Model(str(made), **{name: self.model.loading[name] for name in ("dtype", "device")})
+            self.source = self.model.at(made)
         if rounds > 1:
             content["rounds"] = gains
         return self._finish(content, base, result, rows)
@@ -342,7 +342,7 @@ class Job:
         base: their candidates from the base model. name: of the files.
         """
         place = self.folder.part("heldout")
-        tuned = steps.Model(str(made), **{name: self.model.loading[name] for name in ("dtype", "device")})
+        tuned = self.model.at(made)
         with self.folder.stage("proof: sample") as stage:
             drawn = self.drawn(place / f"{name}.parquet", tuned, self.held, self._draws, self.seed_of("result"))
             stage["tokens"] = drawn.tokens

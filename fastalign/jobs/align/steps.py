@@ -53,6 +53,10 @@ class Model:
 
         return Sampler.from_pretrained(self.name, **self.loading)
 
+    def at(self, folder: str | Path) -> Model:
+        """Another model, in a folder, loaded in the same way."""
+        return Model(str(folder), dtype=self.loading["dtype"], device=self.loading["device"])
+
     def release(self) -> None:
         """Give its memory back; the next use loads it again."""
         vars(self).pop("sampler", None)
@@ -326,7 +330,6 @@ def solve_palette(
     from fastalign.decode import estimate, worth
     from fastalign.palette import parse_palette, quantile_palette, solve
     from fastalign.palette.agreement import alike
-    from fastalign.palette.feasibility import INWARD
     from fastalign.palette.quantile import check_quantile
 
     if (palette is None) == (quantile is None):
@@ -363,8 +366,7 @@ def solve_palette(
     for line in alike([names[j] for j in asked], grid[..., asked]):
         outputs.say(line)
     if first.nearest is not None:  # infeasible
-        solved_for = before + INWARD * (first.nearest - before)
-        solution = solve(flat, solved_for, groups=groups, sense=sense)
+        solution, solved_for = just_inside(first.nearest, flat, groups, sense)
     elif margin:
         side = np.array([0 if nothing else SIDE[each] for nothing, each in zip(free, sense, strict=True)])
         step = margin * side * np.nan_to_num(estimate(grid, first.lam, warn=False).stderr[0])
@@ -405,6 +407,19 @@ def solve_palette(
 
             plot_palette(grid, result, plot)
     return result
+
+
+def just_inside(
+    nearest: np.ndarray, flat: np.ndarray, groups: np.ndarray | None, sense: Sequence[str]
+) -> tuple[Any, np.ndarray]:
+    """The solution for a point just inside the nearest one (m,) that the rewards `flat` (n, m) can reach, and that
+    point."""
+    from fastalign.palette import solve
+    from fastalign.palette.feasibility import INWARD
+
+    before = flat.mean(axis=0, dtype=np.float64)
+    levels = before + INWARD * (nearest - before)
+    return solve(flat, levels, groups=groups, sense=sense), levels
 
 
 def _certificate(solution: Any, grid: np.ndarray) -> dict[str, Any] | None:
