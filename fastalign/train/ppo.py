@@ -128,7 +128,8 @@ class PPOTrainer:
         if config.disable_dropout:
             disable_dropout(model)
         if optimizer is None:
-            optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
         self.model, self.optimizer = self._prepare(model, optimizer)
         self.policy: AutoModelForCausalLMWithValueHead = self.accelerator.unwrap_model(self.model)
         self.ref_model: Any = None if ref_model is None else self._prepare_reference(ref_model)
