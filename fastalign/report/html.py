@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from fastalign._base.units import counted
-from fastalign.report import Example, Report, Value, clean, duals
+from fastalign.report import Example, Report, Value, agreement, clean, duals
 from fastalign.report.page import document, figure_of, svg_of
 
 _VERDICTS = {"met": "met", "within error": "met within error", "short": "short", "above": "above"}
@@ -55,6 +55,7 @@ def page(report: Report) -> str:
     body += [
         "<h2>Trade-offs</h2>",
         figure_of("pareto", figures, _CAPTIONS["pareto" if m > 1 else "pareto_one"]),
+        *agreement.section([value.name for value in report.values], report.rewards),
         "<h2>Texts before and after</h2>",
         "<p class='sub'>Before: each prompt's first candidate, a plain draw from the model. After: the first chosen "
         "text.</p>",

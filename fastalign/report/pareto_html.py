@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastalign._base.units import counted, decimals
 from fastalign.decode.worth import TRUSTED_ESS, words, worth
-from fastalign.report import duals
+from fastalign.report import agreement, duals
 from fastalign.report.page import document, figure_of, svg_of
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def page(study: Study, figures: Mapping[str, Any]) -> str:
             f"<h2>{_TITLES[name].format(**fill)}</h2>",
             figure_of(name, {name: svg_of(figure, name)}, _CAPTIONS[name].format(**fill)),
         ]
+    body += agreement.section(study.values, study.rewards)
     return document(title, body, study.to_json())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from fastalign._base.errors import UserError
 from fastalign._base.units import counted
 from fastalign.data.conversations import transcript
-from fastalign.report import clean
+from fastalign.report import agreement, clean
 from fastalign.report.html import flat
 from fastalign.report.page import document, figure_of, svg_of
 from fastalign.report.proof import FREE, MET, MISSED, WATCHED, WITHIN, Level
@@ -29,10 +29,6 @@ _HISTOGRAMS = "Every answer of the base model (grey), and the aligned ones (gree
 _ROUNDS = (
     "Each value's gain over the base, in standard deviations, by the KL of the round's model; dashed: what is asked."
 )
-_AGREEMENT = (
-    "Correlations of the values among the base model's answers to one prompt. Two near 1 measure the same thing; two "
-    "below 0 pull against each other."
-)
 _WEIGHTED = "Blue: the same answers under the policy p<sub>λ</sub>."
 
 
@@ -48,7 +44,7 @@ def page(
     aligned; result is None for a palette that cannot be reached. Without matplotlib the page has no figure."""
     shown = [row for row in rows if row.realised is not None]
     missed = any(row.verdict.startswith(MISSED) for row in rows) or not shown
-    prompts = counted(content["heldout_prompts"], "held-out prompt")
+    prompts, names = counted(content["heldout_prompts"], "held-out prompt"), [row.name for row in rows]
     body = [
         f"<h1>{escape(clean(str(settings['model'])))} aligned with a palette</h1>"
         f"<p class='sub'>{escape(clean(str(settings['palette'])))}: by {content['how']}, on {prompts}, after "
@@ -58,7 +54,7 @@ def page(
         _notes(content, rows),
         _facts(content),
         *_figures(shown, base, result, content),
-        *agreement(base, [row.name for row in rows]),
+        *agreement.section(names, base.reward_array(names), "base model's answers"),
         *_rounds(rows, content),
         *_examples(base, result, rows, content),
         "<h2>Settings</h2>",
@@ -161,23 +157,6 @@ def _figures(
         "<h2>Distributions on held-out prompts</h2>",
         figure_of("histograms", drawn, _HISTOGRAMS if weights is None else f"{_HISTOGRAMS} {_WEIGHTED}"),
     ]
-
-
-def agreement(base: Candidates, names: Sequence[str]) -> list[str]:
-    """The correlations of the values of scored candidates, drawn, and those that are one value."""
-    from fastalign.palette.agreement import alike, correlations
-    from fastalign.report import figures as plots
-
-    if len(names) < 2:
-        return []
-    grid, shown = base.reward_array(list(names)), [clean(name) for name in names]
-    try:
-        figure = plots.agreement(shown, correlations(grid))
-    except UserError:  # without matplotlib
-        return []
-    notes = "".join(f"<p class='note'>{escape(line)}.</p>" for line in alike(shown, grid))
-    drawn = {"agreement": svg_of(figure, "agreement")}
-    return ["<h2>Do the values agree?</h2>", figure_of("agreement", drawn, _AGREEMENT), notes]
 
 
 def _rounds(rows: Sequence[Level], content: Mapping[str, Any]) -> list[str]:
