@@ -14,6 +14,7 @@ import torch
 
 from fastalign._base.devices import DTYPES, check_loading
 from fastalign._base.errors import UserError
+from fastalign._base.hub import check_reachable
 from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
 from fastalign.models import gguf
 
@@ -38,7 +39,7 @@ def load_causal_lm(
     Raises FileNotFoundError or UserError, one line each.
     """
     check_loading(dtype, device)
-    device = _device(device)
+    device = chosen_device(device)
     dtype = _dtype(dtype, device)
     if (adapter := Path(os.fspath(name_or_path)).expanduser() / "adapter_config.json").is_file():
         return _load_adapter(adapter, dtype, device)
@@ -166,7 +167,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
     """The local folder or hub name that transformers can load for `name_or_path` (a GGUF file is converted).
 
-    Raises FileNotFoundError or UserError (one line) if a local path does not exist or contains no model.
+    Raises FileNotFoundError or UserError (one line) if a local path does not exist or contains no model, and if a hub
+    name cannot be asked for.
     """
     name = os.fspath(name_or_path)
     if not name.strip():
@@ -184,6 +186,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
         raise UserError(f"{name}: a model must be a folder, a *.gguf file or a hub name, this is another kind of file")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such model folder")
+    check_reachable(name)
     return name
 
 
@@ -197,9 +200,14 @@ def _shipped_gguf(alias: str) -> Path:
     return files[0]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def chosen_device(device: str | torch.device = "auto") -> torch.device:
+    """The device of that name; "auto": this process's CUDA or ROCm device if there is one (under torchrun that of its
+    local rank), else the CPU. Raises UserError for CUDA where there is none."""
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda") if rank is None else torch.device("cuda", int(rank) % torch.cuda.device_count())
     chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} was requested, but torch finds no CUDA or ROCm device")

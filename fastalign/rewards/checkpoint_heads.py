@@ -104,11 +104,12 @@ class Mlp(nn.Module):
 
 
 def open_model(model: str, head: str, tokenizer: Any) -> Any:
-    """The body of a hub name or folder `WithHead` "gated" or "mlp". Raises UserError, one line."""
+    """The body of a hub name or folder `WithHead` "gated" or "mlp", on CUDA if there is any. Raises UserError, one
+    line."""
     from transformers import AutoConfig, AutoModel
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
-    from fastalign.models.loading import resolve
+    from fastalign.models.loading import chosen_device, resolve
 
     folder = resolve(model)
     kind = "ArmoRM's or QRM's" if head == "gated" else "GRM's"
@@ -118,10 +119,10 @@ def open_model(model: str, head: str, tokenizer: Any) -> Any:
         tensors = _tensors(folder, ("regression_layer.", "reward_transform_matrix", "gating.", "v_head."))
     try:
         if head == "mlp":
-            return WithHead(body, Mlp(tensors)).to(body.device).eval()
+            return WithHead(body, Mlp(tensors)).to(chosen_device()).eval()
         pattern = tokenizer(_ANSWER, add_special_tokens=False)["input_ids"]
         gate = Gated(tensors, pattern, float(getattr(config, "gating_temperature", 10)))
-        return WithHead(body, gate).to(body.device).eval()
+        return WithHead(body, gate).to(chosen_device()).eval()
     except (KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"{model}: must be a checkpoint with {kind} head, it lacks or misshapes {error}") from None
 

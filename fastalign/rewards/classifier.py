@@ -255,11 +255,12 @@ def plain_text(text: str, tokenizer: Any) -> str:
 
 
 def open_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The model and its tokenizer, loaded if given by name (safetensors only, without the checkpoint's own code)."""
+    """The model and its tokenizer, loaded if given by name (safetensors only, without the checkpoint's own code), on
+    CUDA if there is any."""
     from transformers import AutoModelForSequenceClassification
 
     from fastalign._base.quiet import one_line_errors, quiet_unless_terminal
-    from fastalign.models.loading import resolve
+    from fastalign.models.loading import chosen_device, resolve
 
     if not isinstance(model, (str, os.PathLike)):
         if tokenizer is None:
@@ -274,7 +275,7 @@ def open_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
     if missing:  # transformers would fill it with random numbers
         raise UserError(f"{model}: must be a sequence classifier, there is no {missing[0]} in it")
-    return loaded, tokenizer
+    return loaded.to(chosen_device()), tokenizer
 
 
 def open_tokenizer(model: str | os.PathLike[str]) -> Any:

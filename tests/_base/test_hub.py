@@ -1,0 +1,48 @@
+"""A hub name without a network is one line within seconds, not a minute of attempts."""
+
+import threading
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from fastalign import UserError
+from fastalign._base import hub
+from fastalign.models.loading import resolve
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda *_, **__: threading.Event().wait(5), "no answer within 0.2 seconds"),
+        (OSError("[Errno -3] Temporary failure in name resolution"), "Temporary failure in name resolution"),
+    ],
+    ids=["silence", "no network"],
+)
+def test_no_answer(monkeypatch, answer, why):
+    def ask(*given, **options):
+        if isinstance(answer, Exception):
+            raise answer
+        answer()
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        resolve("m/typo")
+    assert time.monotonic() - began < 2
+    assert str(caught.value).startswith("m/typo: no such local folder, and the hub cannot be reached: ")
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_any_answer_is_the_loader_s_to_tell(monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **_: asked.append(url))
+    assert resolve("m/typo") == "m/typo" and "m/typo" in asked[0]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("m/typo") == "m/typo" and len(asked) == 1
