@@ -24,7 +24,8 @@ def page() -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in PRESETS.values():
-        model = f"`{one.model}`" if one.head == "reward" else f"[{one.model}](https://huggingface.co/{one.model})"
+        model = f"[{one.model}](https://huggingface.co/{one.model})"
+        model = {"reward": f"`{one.model}`", "service": one.model}.get(one.head, model)
         reads = f"pair, `{one.text!r}`" if "{" in one.text else one.text
         score = f"{'-' if one.direction < 0 else ''}{one.head}"
         lines.append(f"| `{one.name}` | {model} | {one.output} | {reads} | {score} | {one.licence} | {one.source} |")

@@ -44,18 +44,28 @@ class Refused(UserError):
 
 
 class Http:
-    """One server. base: the address before each path. key: of the header Authorization; it is in no message. timeout:
-    seconds for a complete answer. tries: number of attempts after a busy or failing server (429, 5xx), a lost
-    connection or a timeout. per_minute: requests that may begin in a minute, evenly spaced; None: any number.
+    """One server. base: the address before each path. key: of the header Authorization, or, as it is, of another
+    `header`; it is in no message. timeout: seconds for a complete answer. tries: number of attempts after a busy or
+    failing server (429, 5xx), a lost connection or a timeout. per_minute: requests that may begin in a minute, evenly
+    spaced; None: any number.
     """
 
     def __init__(
-        self, base: str, key: str | None = None, *, timeout: float, tries: int, per_minute: float | None = None
+        self,
+        base: str,
+        key: str | None = None,
+        *,
+        header: str = "Authorization",
+        timeout: float,
+        tries: int,
+        per_minute: float | None = None,
     ):
         self.base, self.timeout, self.tries, self._key = base, timeout, tries, key
         # Answers are small, and a compressed one could be of any size.
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
-        self.headers: dict[str, str] = headers | ({"Authorization": f"Bearer {key}"} if key else {})
+        if key:
+            headers[header] = f"Bearer {key}" if header == "Authorization" else key
+        self.headers: dict[str, str] = headers
         self._pace = _Pace(per_minute)
         self._clients: dict[int, httpx.AsyncClient] = {}  # by process
 

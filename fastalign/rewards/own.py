@@ -73,6 +73,16 @@ def check_module(module: str) -> None:
         raise UserError(f"{module}: no such module; a file is named with its ending, {module.replace('.', '/')}.py")
 
 
+def source_of(module: str) -> str | None:
+    """The file of a module's source, found without importing anything; None for one that has none."""
+    spec = None
+    for i in range(len(parts := module.split("."))):
+        where = [*sys.path, os.getcwd()] if spec is None else spec.submodule_search_locations
+        if where is None or (spec := PathFinder.find_spec(".".join(parts[: i + 1]), where)) is None:
+            return None
+    return spec.origin if spec is not None and spec.origin and Path(spec.origin).is_file() else None
+
+
 def from_file(file: str, attribute: str, name: str, options: dict[str, Any]) -> Reward:
     """The reward that a Python file defines, which is run for it. Raises UserError, one line."""
     check_file(file, attribute)

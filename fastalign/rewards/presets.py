@@ -16,10 +16,10 @@ UNKNOWN = "see the model's page"
 class Preset:
     """One reward of the literature.
 
-    model: its name on the hub; for head "reward" a registered reward.
+    model: its name on the hub; for head "reward" a registered reward; for head "service" that of the service.
     head: "logit" (one output of a sequence classifier, as it is), "probability" (its sigmoid), "gated" (ArmoRM's
         mixture of attributes: "score", or one attribute), "mlp" (GRM's value head), "cosine" (of pooled embeddings of
-        prompt and response) or "reward".
+        prompt and response), "reward" or "service" (a probability that a service on the web gives).
     output: the label or index of the output that is read.
     text: what the model reads: "response", "chat" (the tokenizer's template), "pair" (prompt and response as two
         segments), or the first of two segments, with {prompt} in it; the second is the response.
@@ -61,6 +61,7 @@ ARMORM = (
     "prometheus-score", "argilla-overall_quality", "argilla-judge_lm", "code-complexity", "code-style",
     "code-explanation", "code-instruction-following", "code-readability",
 )  # fmt: skip
+PERSPECTIVE = ("TOXICITY", "SEVERE_TOXICITY", "IDENTITY_ATTACK", "INSULT", "PROFANITY", "THREAT")
 _GRM = "GRM, arXiv 2406.10216"
 
 _TABLE = [
@@ -75,6 +76,9 @@ _TABLE = [
              f"probability of {label}", "Jigsaw's challenge of 2018", "Apache-2.0", -1) for label in _TOXICITY),
     *(Preset(f"detoxify/{name}", "unitary/toxic-bert", "probability", label, "response",
              f"probability of {name}", "Detoxify 'original'", "Apache-2.0", -1) for label, name in _TOXICITY.items()),
+    *(Preset(f"perspective/{name.lower()}", "Perspective API", "service", name, "response",
+             f"probability of {name.lower()}", "Perspective API, to end in 2026", "the service's terms", -1)
+      for name in PERSPECTIVE),
     *(Preset(f"rm/skywork-v2-{short}", f"Skywork/Skywork-Reward-V2-{size}", "logit", 0, "chat", "overall preference",
              "Skywork-Reward-V2, arXiv 2507.01352", "Apache-2.0" if "qwen" in short else UNKNOWN)
       for short, size in _SKYWORK.items()),

@@ -16,6 +16,7 @@ from fastalign._base.work_folder import sha256
 from fastalign.rewards import own, registry
 from fastalign.rewards.base import Reward, is_reward, named
 from fastalign.rewards.ensemble import Ensemble, ensemble
+from fastalign.rewards.presets import PRESETS
 
 if TYPE_CHECKING:
     from fastalign.rewards.judge import Judge
@@ -80,7 +81,7 @@ def reach(references: Sequence[str | Reward]) -> None:
     """Raise UserError, one line, unless the servers behind rewards answer; before a long job draws what they score."""
     rewards = [one for one in references if not isinstance(one, str)]
     named_ones = _singles([one for one in references if isinstance(one, str)])
-    rewards += [reward for one in named_ones if one.kind in ("server", "judge") for reward in _load(one)]
+    rewards += [reward for one in named_ones if _is_remote(one) for reward in _load(one)]
     for reward in rewards:
         if isinstance(reward, Ensemble):
             reach(reward.rewards)
@@ -88,11 +89,20 @@ def reach(references: Sequence[str | Reward]) -> None:
             ask()
 
 
+def _is_remote(one: Reference) -> bool:
+    service = one.kind == "name" and one.place in PRESETS and PRESETS[one.place].head == "service"
+    return service or one.kind in ("server", "judge")
+
+
 def contents(references: Sequence[Any]) -> dict[str, str]:
-    """The local files and folders that references name, each with a hash of its content."""
+    """The local files and folders that references name, and the sources of modules, each with a hash of its content."""
     texts = [one for one in references if isinstance(one, str)]
     paths = [path for text in texts for path in local_inputs(text)]
-    paths += [path for one in _singles(texts) if one.kind == "judge" and (path := _judge(one).rubric.compare)]
+    for one in _singles(texts):
+        if one.kind == "judge" and (compared := _judge(one).rubric.compare):
+            paths.append(compared)
+        elif one.kind == "module" and (source := own.source_of(one.place)):
+            paths.append(source)
     return {path: sha256(Path(path)) if _is_text(path) else fingerprint.of_model(path) for path in paths}
 
 

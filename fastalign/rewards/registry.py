@@ -49,7 +49,7 @@ def register(
 ) -> None:
     """Register a reward for `get(name)`, `score([name], ...)` and the commands. It is one of
 
-        fn(prompts, responses) -> n numbers     a function, as for `from_function`
+        fn(prompts, responses) -> n numbers     a function, as for `from_function`; its further parameters are options
         factory()                               a class, or a function that needs no argument: makes a reward or such a
                                                 function at first use; `factory(**options)` where `get` is given options
         a reward                                an object with a `name`, called with (prompts, responses)
@@ -85,10 +85,11 @@ def maker(name: str, reward: Any) -> Callable[..., Reward]:
     except ValueError:  # of some that are written in C
         raise UserError(f"{rule}, and the parameters of {reward!r} are unknown: wrap it in a def") from None
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    texts = [p for p in needed if p.kind is not p.KEYWORD_ONLY]
     if not needed and (is_class or not any(p.kind is p.VAR_POSITIONAL for p in parameters)):
         return reward
-    if not is_class and _takes_texts(reward) and len(needed) == 2:
-        return _without_options(name, from_function(reward, name))
+    if not is_class and len(texts) == 2:
+        return _with_options(name, reward)
     raise UserError(f"{rule}, got one with the parameters {inspect.signature(reward)}")
 
 
@@ -115,6 +116,23 @@ def made(name: str, result: Any) -> Reward:
             f"the factory of reward {name!r} must return a reward or a function of (prompts, responses), got {came}"
         )
     return result if is_reward(result) else from_function(result, name)
+
+
+def _with_options(name: str, fn: Callable[..., Any]) -> Callable[..., Reward]:
+    """Of a function of two texts, whose other parameters are its options."""
+    others = list(inspect.signature(fn).parameters.values())[2:]
+    free = any(p.kind is p.VAR_KEYWORD for p in others)
+    known = {p.name: p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+    def make(**options: Any) -> Reward:
+        listed = ", ".join(known) or "none"
+        if not free and (unknown := [option for option in options if option not in known]):
+            raise UserError(f"reward {name!r} has no option {unknown[0]!r}; it has {listed}")
+        if missing := [option for option, p in known.items() if p.default is p.empty and option not in options]:
+            raise UserError(f"reward {name!r} needs its option {missing[0]!r}, as in [{missing[0]}=value]")
+        return from_function(functools.partial(fn, **options) if options else fn, name)
+
+    return make
 
 
 def _without_options(name: str, reward: Reward) -> Callable[..., Reward]:
@@ -190,6 +208,10 @@ def _of_preset(name: str) -> _Entry:
     preset = PRESETS[name]
     if preset.head == "reward":
         return _Entry(lambda **options: named(get(preset.model, **options), preset.column), preset.what, None)
+    if preset.head == "service":
+        from fastalign.rewards.perspective import Perspective
+
+        return _Entry(functools.partial(Perspective, preset.column, str(preset.output)), preset.what, None)
     return _Entry(functools.partial(published.make, preset), preset.what, None)
 
 

@@ -224,7 +224,7 @@ def real(*given):
 
 def test_names():
     assert all(name.count("/") == 1 for name in PRESETS) and set(PRESETS) < set(rewards.available())
-    assert len({preset.column for preset in PRESETS.values()}) >= len(PRESETS) - 4  # four labels are in two groups
+    assert len({preset.column for preset in PRESETS.values()}) >= len(PRESETS) - 9  # labels that several groups have
     rewards.check_names(["map/humor", "funny=map/humor", "rm/armorm"])
     with pytest.raises(UserError, match="already a registered reward"):
         rewards.register("map/humor", lambda prompts, responses: [0.0])

@@ -15,6 +15,7 @@ from tiny import tiny_folder
 from fastalign import UserError, rewards
 from fastalign._base import references
 from fastalign.decode import Candidates
+from fastalign.rewards import own
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,6 +24,15 @@ import numpy as np
 
 def short(prompts, responses):
     return [-float(len(text)) for text in responses]
+
+def near(prompts, responses, target=3, *, scale=1.0):
+    return [-scale * abs(len(text) - target) for text in responses]
+
+def held(prompts, responses, *, word):
+    return [float(word in text) for text in responses]
+
+def any_of(prompts, responses, **options):
+    return [float(len(options))] * len(responses)
 
 def few(prompts, responses):
     return [1.0]
@@ -84,6 +94,12 @@ def test_a_list_is_split_outside_of_brackets():
         ("mine.py:Longest", "Longest", [3, 5]),
         ("mine.py:Longest[scale=2]", "Longest", [6, 10]),
         ("mine.py:longest", "longest", [3, 5]),
+        ("mine.py:near", "near", [0, -2]),
+        ("mine.py:near[target=5,scale=2]", "near", [-4, 0]),
+        ("five=mine.py:near[target=5]", "five", [-2, 0]),
+        ("mine.py:held[word=thr]", "held", [0, 1]),
+        ("mine.py:any_of[a=1,b=x]", "any_of", [2, 2]),
+        ("mine:near[target=4]", "near", [-1, -1]),
         ("mine:short", "short", [-3, -5]),
     ],
 )
@@ -126,7 +142,10 @@ def test_classifiers(classifiers):
     [
         ("nope", "unknown reward 'nope'; available: positive"),
         ("none.py:short", "none.py: no such file"),
-        ("mine.py:long", "mine.py: defines no long; it has short, few, hole, words, broken, three, Longest"),
+        (
+            "mine.py:long",
+            "mine.py: defines no long; it has short, near, held, any_of, few, hole, words, broken, three, Longest",
+        ),
         ("bad.py:short", "bad.py: cannot be parsed as Python"),
         ("no_such_package.x:f", "no_such_package.x: no such module"),
         ("mine.py:", "must be a name, FILE.py:FUNCTION"),
@@ -150,7 +169,10 @@ def test_mistakes_that_are_told_before_anything_is_loaded(here, reference, messa
         ("mine.py:few", "reward 'few' must return shape (2,), got (1,)"),
         ("mine.py:hole", "reward 'hole' must return finite scores, got nan at index 0"),
         ("mine.py:words", "reward 'words' must return 2 numbers, got list"),
-        ("mine.py:broken", "reward 'broken': ZeroDivisionError: division by zero (mine.py, line 17)"),
+        ("mine.py:broken", "reward 'broken': ZeroDivisionError: division by zero (mine.py, line 26)"),
+        ("mine.py:near[goal=5]", "mine.py:near: reward 'near' has no option 'goal'; it has target, scale"),
+        ("mine.py:short[scale=2]", "mine.py:short: reward 'short' has no option 'scale'; it has none"),
+        ("mine.py:held", "mine.py:held: reward 'held' needs its option 'word', as in [word=value]"),
         ("mine.py:three", "mine.py:three: reward must be a function of (prompts, responses)"),
         ("fails.py:short", "fails.py: OSError: no disk (fails.py, line 3)"),
         ("hf:three", "hf:three: has several labels, name one as hf:three#LABEL: toxic, rude, very bad"),
@@ -201,6 +223,22 @@ def test_score(here):
     assert "mine.py: is an input" in refused(*command, "mine.py", "--overwrite")
     (here / "mine.py").write_text(OWN + "\n")
     assert "s.parquet: exists, made of other inputs" in refused(*command, "s.parquet")
+
+
+@pytest.mark.parametrize("module", ["lone_module", "a_package.inner.deep"])
+def test_the_source_of_a_module_is_an_input(here, monkeypatch, module):
+    source = here.joinpath(*module.split(".")).with_suffix(".py")
+    for folder in [one for one in source.parents if here in one.parents]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").write_text("")
+    source.write_text(OWN)
+    empty = [[[], []]]
+    Candidates(["p"], [TEXTS], empty, empty).to_parquet(here / "c.parquet")
+    command = ["score", "c.parquet", "--rewards", f"{module}:short", "--out", "s.parquet"]
+    assert fastalign(*command)[0] == 0 and "already there" in fastalign(*command)[2]
+    assert own.source_of(module) == str(source) and own.source_of("numpy.no_such") is None
+    source.write_text(OWN.replace("-float", "-2.0 * float"))
+    assert "s.parquet: exists, made of other inputs" in refused(*command)
 
 
 def test_align_and_grpo(here):
