@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from fastalign._base.errors import UserError
 
 STDOUT = "-"  # as the path of a JSON file
+JSON, HTML = (".json",), (".html", ".htm")  # endings
 _FLUSHES: ContextVar[bool] = ContextVar("flushes", default=True)
 
 
@@ -88,6 +89,14 @@ def check_target(path: str | os.PathLike[str]) -> None:
     if status is not None and not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: must be a file or absent, it is {_kind(status)}")
     _check_writable(path, Path(os.path.realpath(path)).parent)
+
+
+def check_ending(name: str, path: str | os.PathLike[str], endings: Sequence[str]) -> None:
+    """Raise UserError, one line, for an output whose name says another format than those that are written. name: of the
+    argument. A path without an ending says none."""
+    ending = Path(path).suffix.lower()
+    if ending and ending not in endings:
+        raise UserError(f"{name} must end in {' or '.join(endings)}, got {os.fspath(path)!r}")
 
 
 def check_input(path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """Protects existing files from a command's outputs: an input is never replaced, other results only on request.
 
-A finished output contains a record of its job (`Job.record`: JSON under "made", Parquet in its metadata). A second run
+A finished output contains a record of its job (`Job.record`: JSON under "made", tables in their note). A second run
 of the same job reuses it; another job is refused before anything is read or computed.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastalign._base import fingerprint
+from fastalign._base import fingerprint, tables
 from fastalign._base.errors import UserError
 from fastalign._base.files import STDOUT, check_folder, check_target, write_json
 from fastalign._base.work_folder import sha256
@@ -166,19 +166,14 @@ def check_same(
 
 
 def recorded(path: str | os.PathLike[str], key: str = "made") -> dict[str, Any] | None:
-    """The record of its job in a JSON or Parquet file, under `key`; None if there is no file or no record."""
+    """The record of its job in a JSON, Parquet or Arrow file, under `key`; None if there is no file or no record."""
     path = Path(path)
     if not path.is_file():
         return None
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
-        if head == b"PAR1":
-            import pyarrow.parquet as pq
-
-            content = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
-        else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            is_table = file.read(4) in (b"PAR1", b"ARRO")
+        content = tables.note(path) if is_table else json.loads(path.read_text(encoding="utf-8"))
         made = content.get(key)
     except Exception:  # a file of any other kind: it is not ours
         return None
@@ -247,4 +242,6 @@ def _digest(path: str | os.PathLike[str]) -> str:
 
 
 def _not_this_commands(path: str | os.PathLike[str]) -> UserError:
+    if Path(path).suffix.lower() in (".csv", ".jsonl"):
+        return UserError(f"{path}: exists, and such a file does not say how it was made; --overwrite replaces it")
     return UserError(f"{path}: exists, and is not this command's; --overwrite replaces it")

@@ -37,7 +37,8 @@ def align(
     prompts: Annotated[
         str,
         typer.Option(
-            help="'bundled', a .jsonl, .json, .csv, .txt or .parquet file, or a hub data set; half is held out."
+            help="'bundled', a .jsonl, .json, .csv, .txt, .parquet, .arrow or .feather file, or a hub data set; half "
+            "is held out."
         ),
     ],
     rewards: Rewards,

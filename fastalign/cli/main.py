@@ -57,6 +57,7 @@ app.add_typer(cli_train.app, name="train")
 command: Registrar = registrar(app)
 
 
+TABLES = ".parquet or .arrow, which keep how it was made, .csv or .jsonl"
 GRID_ROWS = 60  # of `eval --lam-grid`, on the terminal
 
 
@@ -87,8 +88,8 @@ class Backend(str, Enum):
 Scored = Annotated[
     Path,
     typer.Argument(
-        help="A scored Parquet file, written by `fastalign score`; or prompts, responses and numbers of another "
-        "program (Parquet, JSONL, JSON, CSV)."
+        help="A scored file, written by `fastalign score`; or prompts, responses and numbers of another program "
+        "(Parquet, Arrow, Feather, JSONL, JSON, CSV)."
     ),
 ]
 
@@ -118,11 +119,12 @@ cli_align.add_to(app)
 )
 def sample(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Output file for the candidates (Parquet).")],
+    out: Annotated[Path, typer.Option(help=f"Output file for the candidates: {TABLES}.")],
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="'bundled', a .jsonl, .json, .csv, .txt or .parquet file, or a hub data set; texts or conversations."
+            help="'bundled', a .jsonl, .json, .csv, .txt, .parquet, .arrow or .feather file, or a hub data set; texts "
+            "or conversations."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
@@ -301,11 +303,11 @@ def score(
         Path,
         typer.Argument(
             help="A candidates file, written by `fastalign sample`; or prompts and responses of another program "
-            "(Parquet, JSONL, JSON, CSV)."
+            "(Parquet, Arrow, Feather, JSONL, JSON, CSV)."
         ),
     ],
     rewards: Rewards,
-    out: Annotated[Path, typer.Option(help="Output file for the scored candidates (Parquet).")],
+    out: Annotated[Path, typer.Option(help=f"Output file for the scored candidates: {TABLES}.")],
     prompt_column: PromptColumn = None,
     response_column: ResponseColumn = None,
     overwrite: Overwrite = False,
@@ -508,7 +510,7 @@ def palette_ui(
 def select(
     scored: Scored,
     palette: Annotated[Path, typer.Option(help="A palette file, written by `fastalign map`.")],
-    out: Annotated[Path, typer.Option(help="Output file for the selected texts (Parquet).")],
+    out: Annotated[Path, typer.Option(help=f"Output file for the selected texts: {TABLES}.")],
     k: Annotated[int, typer.Option(help="Texts per prompt.")] = 1,
     method: Annotated[
         Method, typer.Option(help="resample draws from p_λ; best takes the largest λ·R.")

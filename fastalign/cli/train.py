@@ -55,7 +55,8 @@ FromPalette = Annotated[
 Prompts = Annotated[
     str,
     typer.Option(
-        help="'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt or .parquet file, or a hub name.",
+        help="'bundled', 'imdb', 'Anthropic/hh-rlhf', a .jsonl, .json, .csv, .txt, .parquet, .arrow or .feather file, "
+        "or a hub name.",
     ),
 ]
 Column = Annotated[str | None, typer.Option(help="Column with the prompts; default: prompt, else text.")]
@@ -64,8 +65,8 @@ Words = Annotated[int | None, typer.Option(help="Use only the first WORDS words 
 Pairs = Annotated[
     str,
     typer.Option(
-        help="Preference pairs: .jsonl, .json, .csv, .parquet, 'bundled' or a hub name such as Anthropic/hh-rlhf; or a "
-        "scored file."
+        help="Preference pairs: .jsonl, .json, .csv, .parquet, .arrow, .feather, 'bundled' or a hub name such as "
+        "Anthropic/hh-rlhf; or a scored file."
     ),
 ]
 PairsLam = Annotated[
@@ -113,8 +114,8 @@ def distill(
     data: Annotated[
         str,
         typer.Argument(
-            help="A scored Parquet file, or rows with prompt, completions (or completion_ids) and weights: a .jsonl, "
-            ".json or .parquet file."
+            help="A scored file, or rows with prompt, completions (or completion_ids) and weights: a .jsonl, .json, "
+            ".parquet, .arrow or .feather file."
         ),
     ],
     model: Model,

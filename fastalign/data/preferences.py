@@ -10,6 +10,7 @@ import json
 import os
 import random
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from fastalign._base import outputs
+from fastalign._base import outputs, tables
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write
 from fastalign._base.numbers import number
 from fastalign._base.units import counted
 from fastalign.data import published
@@ -27,7 +27,7 @@ from fastalign.data import rows as sources
 from fastalign.data.conversations import check_messages, text_of
 from fastalign.data.dialogues import with_prompt
 from fastalign.data.hub import HH_RLHF, hub_name
-from fastalign.data.published import Form
+from fastalign.data.published import Form, NoPair
 
 COLUMNS = ("prompt", "chosen", "rejected")
 # Columns of numbers, and the rules of `numbers.number`.
@@ -66,12 +66,9 @@ class PreferencePairs:
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write the pairs atomically; `load` reads them back."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        metadata = json.dumps({**self.settings, "kind": "pairs", "dropped": self.dropped}, ensure_ascii=False)
-        table = pa.Table.from_pylist(self._even()).replace_schema_metadata({b"fastalign": metadata.encode()})
-        with atomic_write(path) as beside:
-            pq.write_table(table, beside, compression="zstd")
+        note = {**self.settings, "kind": "pairs", "dropped": self.dropped}
+        tables.write(path, pa.Table.from_pylist(self._even()), note)
 
     def _even(self) -> list[dict[str, Any]]:
         """The rows, each with all columns that occur in any of them."""
@@ -104,7 +101,7 @@ def load(
     on_bad: str | None = None,
     values: Sequence[str] | None = None,
 ) -> PreferencePairs:
-    """Pairs from "bundled", a .jsonl, .json, .csv, .parquet or .arrow file, or a data set's hub name.
+    """Pairs from "bundled", a .jsonl, .json, .csv, .parquet, .arrow or .feather file, or a data set's hub name.
 
     Rows have columns prompt, chosen and rejected. Completions of messages may begin with a text prompt
     (HuggingFaceH4/ultrafeedback_binarized). Without a prompt column both completions are whole conversations with a
@@ -124,11 +121,11 @@ def load(
     full = hub_name(name)
     raw = sources.read(full, split=split, what="pairs")
     drop = on_bad == "drop" or (on_bad is None and not Path(name).expanduser().is_file())
-    ties, form = 0, published.form_of(raw[0])
+    dropped, form = Counter[str](), published.form_of(raw[0])
     if form is not None and {"chosen", "rejected"} <= raw[0].keys():
         form = None
     if form is not None:
-        raw, ties = _published(name, form, raw, values)
+        raw, dropped = _published(name, form, raw, values)
     missing = [column for column in ("chosen", "rejected") if column not in raw[0]]
     if missing:
         have = ", ".join(map(str, raw[0])) or "none"
@@ -137,7 +134,8 @@ def load(
     bad, first = 0, ""
     for i, row in enumerate(raw):
         if row.get("chosen") is not None and row["chosen"] == row.get("rejected"):  # hh-rlhf has some
-            ties, first = ties + 1, first or f"row {i}: chosen and rejected must differ, got the same text twice"
+            dropped[published.TIES] += 1
+            first = first or f"row {i}: chosen and rejected must differ, got the same text twice"
             continue
         try:
             given = {k: v for k, v in row.items() if k != "prompt"} if name in HH_RLHF else row
@@ -155,14 +153,17 @@ def load(
         warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
     if (count := _repeats(pairs)) > 0:
         outputs.say(f"{name}: {count:,} of {len(pairs):,} pairs are there more than once; they are kept")
-    if ties:
+    if ties := dropped[published.TIES]:
         outputs.say(f"{name}: {counted(ties, 'tie')} left out")
-    dropped = {"ties": ties, "rows that are not pairs": bad}
-    dropped = {reason: count for reason, count in dropped.items() if count}
+    if lone := dropped[published.LONE]:
+        outputs.say(f"{name}: {counted(lone, 'prompt')} left out, of one response each, which makes no pair")
+    if unrated := dropped[published.UNRATED]:
+        outputs.say(f"{name}: {counted(unrated, 'comparison')} left out, of fewer than two ratings")
+    dropped["rows that are not pairs"] = bad
     settings = _settings(Path(name).expanduser())
     if form is not None:
         settings["published"] = {"name": form.name, "values": list(form.values)}
-    return PreferencePairs(pairs, dropped, settings)
+    return PreferencePairs(pairs, {reason: count for reason, count in dropped.items() if count}, settings)
 
 
 def _repeats(pairs: Sequence[Mapping[str, Any]]) -> int:
@@ -173,8 +174,8 @@ def _repeats(pairs: Sequence[Mapping[str, Any]]) -> int:
 
 def _published(
     name: str, form: Form, rows: Sequence[Mapping[str, Any]], values: Sequence[str] | None
-) -> tuple[list[dict[str, Any]], int]:
-    """The pairs of a published form's rows, and the number of ties."""
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The pairs of a published form's rows, of these values, and what gave none, by reason."""
     for value in values or ():
         if value not in form.values:
             raise UserError(f"{name}: the values of {form.name} are {', '.join(form.values)}, it has no {value}")
@@ -184,12 +185,15 @@ def _published(
         raise UserError(f"{name}: has the columns of {form.name}, but not its form ({error})") from None
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    pairs = [pair for pair in made if pair is not None and (values is None or pair["value"] in values)]
+    pairs = [pair for pair in made if isinstance(pair, dict) and (values is None or pair["value"] in values)]
+    dropped = Counter(
+        one.reason for one in made if isinstance(one, NoPair) and (values is None or one.value in (None, *values))
+    )
     if len(form.values) == 1:
         pairs = [{column: x for column, x in pair.items() if column != "value"} for pair in pairs]
     if not pairs:
         raise UserError(f"{name}: no row of it prefers one response to another")
-    return pairs, sum(pair is None for pair in made)
+    return pairs, dropped
 
 
 def check(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,17 +329,6 @@ def _prompt_ids(prompt: str | list[dict[str, str]], tokenizer) -> list[int]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings recorded in a Parquet file of pairs that fastalign wrote."""
-    if path.suffix.lower() != ".parquet" or not path.is_file():
-        return {}
-    import pyarrow.parquet as pq
-
-    try:
-        settings = json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}"))
-    except ValueError:
-        return {}
-    return (
-        {key: value for key, value in settings.items() if key not in ("kind", "dropped")}
-        if isinstance(settings, dict)
-        else {}
-    )
+    """The settings noted in a file of pairs that fastalign wrote."""
+    settings = tables.note(path) if path.is_file() else {}
+    return {key: value for key, value in settings.items() if key not in ("kind", "dropped")}

@@ -43,7 +43,7 @@ def bundled(k: int | None = None) -> list[str]:
 def load(
     name_or_path: str | os.PathLike[str], *, column: str | None = None, split: str = "train", limit: int | None = None
 ) -> list[str]:
-    """Prompts from "bundled", a .jsonl, .json, .csv, .txt or .parquet file, or a data set's hub name.
+    """Prompts from "bundled", a file with one of SUFFIXES, or a data set's hub name.
 
     column: the column with the prompts; by default "prompt", else "messages", else "text", else the common beginning of
     "chosen" and "rejected". A .txt file has one prompt per line, a .json file a list of strings or of objects; for

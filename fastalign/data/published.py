@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastalign._base.errors import UserError
@@ -24,16 +24,23 @@ ULTRAFEEDBACK = ("overall", "instruction_following", "honesty", "truthfulness", 
 _TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")  # between the turns of HelpSteer's prompts
 Row = Mapping[str, Any]
 Pair = dict[str, Any]
+TIES, LONE, UNRATED = "ties", "prompts with one response", "comparisons with fewer than two ratings"
+
+
+class NoPair(NamedTuple):
+    """In place of a pair: why there is none, and of which value; None: of any."""
+
+    reason: str
+    value: str | None
 
 
 class Form(NamedTuple):
-    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value";
-    None in place of one that is a tie."""
+    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value"."""
 
     name: str
     columns: frozenset[str]
     values: tuple[str, ...]
-    pairs: Callable[[Sequence[Row]], Iterator[Pair | None]]
+    pairs: Callable[[Iterable[Row]], Iterator[Pair | NoPair]]
 
 
 def form_of(row: Row) -> Form | None:
@@ -41,7 +48,7 @@ def form_of(row: Row) -> Form | None:
     return next((form for form in FORMS if form.columns <= row.keys()), None)
 
 
-def _pku(rows: Sequence[Row]) -> Iterator[Pair | None]:
+def _pku(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         for value in ("better", "safer"):
             at = row.get(f"{value}_response_id")
@@ -51,9 +58,12 @@ def _pku(rows: Sequence[Row]) -> Iterator[Pair | None]:
             yield _pair(row["prompt"], both[int(at)], both[1 - int(at)], value)
 
 
-def _ultrafeedback(rows: Sequence[Row]) -> Iterator[Pair | None]:
+def _ultrafeedback(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
     for row in rows:
         answers = list(row["completions"])
+        if len(answers) < 2:
+            yield NoPair(LONE, None)
+            continue
         for value in ULTRAFEEDBACK:
             ratings = [_ultrafeedback_rating(answer, value) for answer in answers]
             scored = [(x, answer["response"]) for x, answer in zip(ratings, answers, strict=True) if x is not None]
@@ -71,29 +81,32 @@ def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
         return None
 
 
-def _helpsteer(rows: Sequence[Row]) -> Iterator[Pair | None]:
-    talks = any(_TURN.search(str(row["prompt"])) for row in rows)
+def _helpsteer(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
     groups: dict[str, list[tuple[int, Row]]] = {}  # also of a file whose rows were shuffled
     for i, row in enumerate(rows):
         groups.setdefault(row["prompt"], []).append((i, row))
+    talks = any(_TURN.search(str(prompt)) for prompt in groups)
     for prompt, several in groups.items():
+        if len(several) < 2:
+            yield NoPair(LONE, None)
+            continue
         for value in HELPSTEER:
             rated = [(i, row) for i, row in several if row.get(value) is not None]
             scored = [(number(f"row {i}: {value}", row[value]), row["response"]) for i, row in rated]
             pair = _best_worst(prompt, scored, value)
-            yield _as_messages(pair) if talks and pair is not None else pair
+            yield _as_messages(pair) if talks and isinstance(pair, dict) else pair
 
 
-def _helpsteer3(rows: Sequence[Row]) -> Iterator[Pair | None]:
+def _helpsteer3(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         preference = number(f"row {i}: overall_preference", row["overall_preference"])
         both = [[{"role": "assistant", "content": row[name]}] for name in ("response1", "response2")]
         better = int(preference > 0)
         prompt = [dict(message) for message in row["context"]]
-        yield _pair(prompt, both[better], both[1 - better], "overall") if preference else None
+        yield _pair(prompt, both[better], both[1 - better], "overall") if preference else NoPair(TIES, "overall")
 
 
-def _shp(rows: Sequence[Row]) -> Iterator[Pair | None]:
+def _shp(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         if row["labels"] not in (0, 1, "0", "1"):
             raise UserError(f"row {i}: labels must be 0 or 1, got {row['labels']!r}")
@@ -102,7 +115,7 @@ def _shp(rows: Sequence[Row]) -> Iterator[Pair | None]:
         yield _pair(row["history"], both[first], both[1 - first], "preferred")
 
 
-def _nectar(rows: Sequence[Row]) -> Iterator[Pair | None]:
+def _nectar(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         answers = sorted(row["answers"], key=lambda answer: number(f"row {i}: rank", answer["rank"]))
         pairs = [
@@ -110,23 +123,23 @@ def _nectar(rows: Sequence[Row]) -> Iterator[Pair | None]:
             for better, worse in itertools.combinations(answers, 2)
             if better["rank"] != worse["rank"]
         ]
-        known = [pair for pair in pairs if pair is not None]
+        known = [pair for pair in pairs if isinstance(pair, dict)]
         yield from ({**pair, "weight": 1 / len(known)} for pair in known)
         if not known:
-            yield None
+            yield NoPair(TIES if len(answers) > 1 else LONE, "rank")
 
 
-def _pair(prompt: Any, chosen: Any, rejected: Any, value: str) -> Pair | None:
+def _pair(prompt: Any, chosen: Any, rejected: Any, value: str) -> Pair | NoPair:
     if chosen == rejected:
-        return None
+        return NoPair(TIES, value)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "value": value}
 
 
-def _best_worst(prompt: Any, scored: Sequence[tuple[float, str]], value: str) -> Pair | None:
-    if not scored:
-        return None
+def _best_worst(prompt: Any, scored: Sequence[tuple[float, str]], value: str) -> Pair | NoPair:
+    if len(scored) < 2:
+        return NoPair(UNRATED, value)
     best, worst = max(scored, key=lambda one: one[0]), min(scored, key=lambda one: one[0])
-    return None if best[0] == worst[0] else _pair(prompt, best[1], worst[1], value)
+    return NoPair(TIES, value) if best[0] == worst[0] else _pair(prompt, best[1], worst[1], value)
 
 
 def _as_messages(pair: Pair) -> Pair:

@@ -1,4 +1,5 @@
-"""The candidates of a set of prompts, N each, with tokens, log-probabilities and rewards; and their Parquet files.
+"""The candidates of a set of prompts, N each, with tokens, log-probabilities and rewards; and their files, Parquet or
+Arrow.
 
 One row per candidate. Kinds of file, each of the first three a superset of the one before:
     candidates  prompt_id, candidate_id, prompt, text, token_ids, logprobs
@@ -7,7 +8,8 @@ One row per candidate. Kinds of file, each of the first three a superset of the 
     weighted    scored + log_weight (float64): particles, which are not plain draws; exp of it, averaged over a prompt's
                 particles with any f(y), estimates Z E_λ f
 If prompts are conversations, a column is_conversation (bool) says in which rows "prompt" is their JSON.
-The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}.
+The schema's metadata carries b"fastalign" = JSON {"kind": ..., settings...}. CSV and JSON Lines hold what
+`Candidates.to_pandas` gives, and are read back as anybody's (`decode.elsewhere`).
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from fastalign._base import tables
 from fastalign._base.errors import UserError
-from fastalign._base.files import atomic_write, check_input
+from fastalign._base.files import check_input
 from fastalign._base.lazy import pandas
 from fastalign._base.units import counted
 from fastalign.data.conversations import Conversation, as_prompt
@@ -88,7 +91,7 @@ class Candidates:
     def to_pandas(self, *, prompts: int | None = None, candidates: int | None = None) -> Any:
         """A pandas DataFrame with one row per candidate (of the first `prompts` prompts and `candidates` candidates):
         prompt_id, candidate_id, prompt, text, tokens, logprob (of the text, in nats) and a column for each reward, by
-        its name.
+        its name; and is_conversation, if some prompts are conversations.
 
         Raises UserError if pandas is not installed.
         """
@@ -114,6 +117,8 @@ class Candidates:
             "tokens": [len(self.token_ids[i][j]) for i, j in places],
             "logprob": [float(np.sum(self.logprobs[i][j])) for i, j in places],
         }
+        if spoken := self._spoken():
+            table[_CONVERSATION] = [spoken[i] for i, _ in places]
         if self.log_weights is not None:
             table["log_weight"] = [float(self.log_weights[i, j]) for i, j in places]
         for name, values in self.rewards.items():
@@ -225,10 +230,20 @@ class Candidates:
             log_weights=stacked("log_weights"),
         )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file in the format that its name's ending says (`_base.tables`), completely or not at all.
+
+        Raises UserError for another ending, and for weighted candidates in a format that would lose what they are.
+        """
+        tables.check_ending(path, noted=self.kind == "weighted")
+        if tables.keeps_note(path):
+            self.to_parquet(path)
+        else:
+            tables.write_plain(path, self._table())
+
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write a file of this `kind`, completely or not at all."""
+        """Write a file of this `kind`, completely or not at all: Parquet, or Arrow if its name ends so."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         count, n = len(self.prompts), self.n
         numbers = np.tile(np.arange(n, dtype=np.int32), count)
@@ -241,22 +256,24 @@ class Candidates:
             "token_ids": pa.array([ids for row in self.token_ids for ids in row], pa.list_(pa.int32())),
             "logprobs": pa.array([values for row in self.logprobs for values in row], pa.list_(pa.float32())),
         }
-        if any(isinstance(prompt, Conversation) for prompt in self.prompts):
-            columns[_CONVERSATION] = pa.array([isinstance(prompt, Conversation) for prompt in self.pairs()[0]])
+        if spoken := self._spoken():
+            columns[_CONVERSATION] = pa.array(np.repeat(spoken, n))
         if self.picked is not None:
             columns["draw"] = pa.array(numbers)
         elif self.log_weights is not None:
             columns["log_weight"] = pa.array(self.log_weights.reshape(-1), pa.float64())
         for name, values in self.rewards.items():
             columns[_REWARD + name] = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
-        metadata = json.dumps({**self.settings, "kind": self.kind}, ensure_ascii=False)
-        table = pa.table(columns).replace_schema_metadata({b"fastalign": metadata.encode()})
-        with atomic_write(path) as beside:
-            pq.write_table(table, beside, compression="zstd")
+        tables.write(path, pa.table(columns), {**self.settings, "kind": self.kind})
+
+    def _spoken(self) -> list[bool]:
+        """Which prompts are conversations; empty if none is."""
+        spoken = [isinstance(prompt, Conversation) for prompt in self.prompts]
+        return spoken if any(spoken) else []
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str], *, kind: str | Sequence[str] | None = None) -> Candidates:
-        """Read a file of any kind; with `kind`, it must be of that kind (or one of them).
+        """Read a Parquet or Arrow file of any kind; with `kind`, it must be of that kind (or one of them).
 
         Raises FileNotFoundError or UserError: one line that names the file and what is wrong with it.
         """
@@ -354,15 +371,8 @@ def _as_float32(name: str, values: Any) -> np.ndarray:
 
 
 def _read_table(path: Path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     check_input(path)
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
+    table = tables.read(path)
     try:
         settings = json.loads((table.schema.metadata or {}).get(b"fastalign", b"null"))
     except ValueError:

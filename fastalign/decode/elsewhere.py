@@ -1,7 +1,7 @@
 """Candidates made elsewhere: prompts with responses, and perhaps scores, in files and tables of other programs.
 
-One row per response, or one per prompt with lists of responses and scores. Parquet, JSONL, JSON and CSV files; tables
-of pandas, polars and datasets; the outputs of vLLM ("outputs" with "text") and of OpenAI's batches ("choices").
+One row per response, or one per prompt with lists of responses and scores. Parquet, Arrow, JSONL, JSON and CSV files;
+tables of pandas, polars and datasets; the outputs of vLLM ("outputs" with "text") and of OpenAI's batches ("choices").
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastalign._base import outputs
+from fastalign._base import outputs, tables
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 from fastalign.data import rows as sources
@@ -62,7 +62,7 @@ def read(
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     path = Path(path)
     check_input(path)
-    if _is_ours(path):
+    if tables.has_note(path):
         return Candidates.from_parquet(path, kind=kinds)
     found = from_rows(sources.read(path, what="candidates"), columns, where=str(path))
     if not found.rewards and "candidates" not in kinds:
@@ -104,20 +104,6 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
         for name in values
     }
     return Candidates(list(texts), [row[:n] for row in texts.values()], empty, empty, rewards=rewards)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether it is a Parquet file, whatever its name ends in, with fastalign's own note."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with open(path, "rb") as file:
-        if file.read(4) != b"PAR1" and path.suffix.lower() != ".parquet":
-            return False
-    try:
-        return b"fastalign" in (pq.read_schema(path).metadata or {})
-    except (pa.ArrowException, OSError):
-        return True  # whose reader says what is wrong with it
 
 
 def _objects(rows: Any, where: str) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def read_rows(
         raise UserError("give either values and lam, or palette")
     asked = any(x is not None for x in (lam, palette, prompt_column, response_column))
     scored = pairs.scored_of(data, prompt_column=prompt_column, response_column=response_column) if asked else None
-    if scored is None and pairs.parquet_kind(data) is None:
+    if scored is None and pairs.noted_kind(data) is None:
         if not (palette is None and lam is None and values is None):
             if Path(data).suffix:  # no data set by name
                 check_input(data)
@@ -77,7 +77,7 @@ def read_rows(
     names, lam = pairs.weights_by_name(lam, list(whole.rewards) if values is None else list(values))
     scores = whole.reward_array(names).astype(np.float64) @ lam  # (P, N)
     weights = np.exp(scores - scores.max(1, keepdims=True))
-    theirs = pairs.parquet_kind(data) is None  # texts without token ids
+    theirs = pairs.noted_kind(data) is None  # texts without token ids
     name, candidates = ("completions", whole.texts) if theirs else ("completion_ids", whole.token_ids)
     rows = DistillRows(
         {"prompt": prompt, name: several, "weights": row.tolist()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastalign._base import tables
 from fastalign._base.errors import UserError
 from fastalign._base.numbers import weights
 from fastalign.data import published
@@ -179,7 +179,7 @@ def scored_of(
     pairs or of weighted rows, and for a data set by name. Raises UserError."""
     from fastalign.decode import Candidates, elsewhere
 
-    path, kind = Path(data).expanduser(), parquet_kind(data)
+    path, kind = Path(data).expanduser(), noted_kind(data)
     columns = elsewhere.Columns(prompt_column, response_column)
     if kind == "scored":
         return Candidates.from_parquet(path, kind="scored")
@@ -195,15 +195,7 @@ def scored_of(
     return found if found.rewards else None
 
 
-def parquet_kind(data: str | os.PathLike[str]) -> str | None:
-    """The "kind" that fastalign recorded in a Parquet file; None for others."""
+def noted_kind(data: str | os.PathLike[str]) -> str | None:
+    """The "kind" that fastalign noted in a Parquet or Arrow file; None for others."""
     path = Path(data).expanduser()
-    if path.suffix.lower() != ".parquet" or not path.is_file():
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return json.loads((pq.read_schema(path).metadata or {}).get(b"fastalign", b"{}")).get("kind")
-    except (pa.ArrowException, OSError, ValueError, AttributeError):
-        return None  # the reader reports it
+    return tables.note(path).get("kind") if path.is_file() else None

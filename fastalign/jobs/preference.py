@@ -42,7 +42,7 @@ def read_pairs(
     of another program, which are read as a scored file where they, lam, palette or values are given. Raises UserError
     for a scored file without any of these, or λ without a scored file.
     """
-    kind = pairs.parquet_kind(data)
+    kind = pairs.noted_kind(data)
     if kind in ("candidates", "selected"):
         raise UserError(f"{data}: must hold pairs or be a fastalign scored file, got kind {kind!r}")
     runs.check_counts(pairs_per_prompt=pairs_per_prompt)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastalign._base import outputs
 from fastalign._base.errors import UserError
-from fastalign._base.files import read_json
+from fastalign._base.files import JSON, check_ending, read_json
 from fastalign.data import rows as sources
 from fastalign.report.best_of import Question
 from fastalign.rewards import references
@@ -36,6 +36,7 @@ def reward_bench(
     from fastalign.report.reward import written
 
     names, given = references.names(rewards), list(rewards)
+    check_ending("out", out, JSON)
     pages = written(report) if report is not None else []
     inputs = {"data": data, **{path: path for path in references.contents(given)}}
     job = outputs.Job("reward-bench", inputs, {"rewards": given, "split": split})

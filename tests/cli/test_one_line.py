@@ -249,7 +249,7 @@ def test_rewards_of_a_file_are_finite(tmp_path, value, command):
         "select": ("--palette", tmp_path / "p.json"),
         "score": ("--rewards", "diversity"),
     }
-    result = run(command, file, *more[command], "--out", tmp_path / "out.parquet")
+    result = run(command, file, *more[command], "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "row 2" in result.stderr and "reward:a" in result.stderr and result.stderr.count("\n") == 1
 

@@ -6,6 +6,7 @@ import pytest
 
 from fastalign import UserError
 from fastalign.data import preferences
+from fastalign.data.published import LONE, TIES, UNRATED
 
 PKU = [
     {"prompt": "how", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1,
@@ -68,19 +69,19 @@ def sides(pairs, *more):
 
 
 @pytest.mark.parametrize(
-    ("rows", "more", "wanted", "ties"),
+    ("rows", "more", "wanted", "dropped"),
     [
-        (PKU, ["value"], [("a", "b", "better"), ("b", "a", "safer"), ("d", "c", "better"), ("d", "c", "safer")], 0),
-        (ULTRAFEEDBACK, ["value"], [("b", "c", "overall"), ("c", "a", "honesty")], 3),
-        (HELPSTEER, ["value"], [("a", "b", "helpfulness"), ("b", "a", "verbosity")], 8),
-        (SHP, [], [("a", "b"), ("d", "c")], 0),
-        (NECTAR, ["weight"], [("a", "b", 1 / 3), ("a", "c", 1 / 3), ("b", "c", 1 / 3)], 0),
+        (PKU, ["value"], [("a", "b", "better"), ("b", "a", "safer"), ("d", "c", "better"), ("d", "c", "safer")], {}),
+        (ULTRAFEEDBACK, ["value"], [("b", "c", "overall"), ("c", "a", "honesty")], {TIES: 1, UNRATED: 2}),
+        (HELPSTEER, ["value"], [("a", "b", "helpfulness"), ("b", "a", "verbosity")], {TIES: 3, LONE: 1}),
+        (SHP, [], [("a", "b"), ("d", "c")], {}),
+        (NECTAR, ["weight"], [("a", "b", 1 / 3), ("a", "c", 1 / 3), ("b", "c", 1 / 3)], {}),
     ],
     ids=["PKU-SafeRLHF", "UltraFeedback", "HelpSteer2", "SHP", "Nectar"],
 )
-def test_forms(tmp_path, rows, more, wanted, ties):
+def test_forms(tmp_path, rows, more, wanted, dropped):
     pairs = preferences.load(written(tmp_path / "data.jsonl", rows))
-    assert sides(pairs, *more) == wanted and pairs.dropped.get("ties", 0) == ties
+    assert sides(pairs, *more) == wanted and pairs.dropped == dropped
 
 
 def test_messages_of_helpsteer(tmp_path):
@@ -100,6 +101,8 @@ def test_messages_of_helpsteer(tmp_path):
 def test_values_can_be_chosen(tmp_path):
     path = written(tmp_path / "data.jsonl", PKU)
     assert sides(preferences.load(path, values=["safer"]), "value") == [("b", "a", "safer"), ("d", "c", "safer")]
+    rated = preferences.load(written(tmp_path / "rated.jsonl", HELPSTEER), values=["helpfulness"])
+    assert sides(rated) == [("a", "b")] and rated.dropped == {LONE: 1}  # the ties are those of other values
     with pytest.raises(UserError, match="the values of PKU-SafeRLHF are better, safer, it has no helpful"):
         preferences.load(path, values=["helpful"])
 
@@ -111,7 +114,7 @@ def test_values_can_be_chosen(tmp_path):
         ([{**SHP[0], "labels": None}], "row 0: labels must be 0 or 1, got None"),
         ([{**ULTRAFEEDBACK[0], "completions": ["a", "b"]}], "has the columns of UltraFeedback, but not its form"),
         ([HELPSTEER3[1]], "no row of it prefers one response to another"),
-        ([{**HELPSTEER[0], "helpfulness": "lots"}], "row 0: helpfulness must be a"),
+        ([{**HELPSTEER[0], "helpfulness": "lots"}, HELPSTEER[1]], "row 0: helpfulness must be a"),
     ],
 )
 def test_mistakes(tmp_path, rows, message):
@@ -135,7 +138,7 @@ def test_training_takes_the_first_value_unless_others_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "count", "ties"),
-    [([HH, {**HH, "rejected": HH["chosen"]}], 1, 1), (SHUFFLED, 2, 8)],
+    [([HH, {**HH, "rejected": HH["chosen"]}], 1, 1), (SHUFFLED, 2, 3)],
     ids=["hh-rlhf with a row that is a tie", "HelpSteer, shuffled"],
 )
 def test_rows_as_they_come(tmp_path, rows, count, ties):

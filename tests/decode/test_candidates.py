@@ -56,13 +56,14 @@ PICKS = np.array([[3, 3], [0, 2], [1, 0]])
         ("candidates", make(1, 1)),
     ],
 )
-def test_round_trip(tmp_path, kind, candidates):
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_round_trip(tmp_path, kind, candidates, suffix):
     assert candidates.kind == kind
-    path = tmp_path / "c.parquet"
-    candidates.to_parquet(path)
+    path = tmp_path / f"c{suffix}"
+    candidates.save(path)
     assert_same(Candidates.from_parquet(path), candidates)
     assert_same(Candidates.from_parquet(path, kind=(kind, "scored")), candidates)
-    assert [file.name for file in tmp_path.iterdir()] == ["c.parquet"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @settings(max_examples=30, deadline=None)

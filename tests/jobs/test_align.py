@@ -145,12 +145,23 @@ def test_prompts_all_alike(place, tmp_path):
     assert "got 4 prompts, all alike" in line
 
 
-def test_equal_prompts_are_on_one_side():
+def test_repeated_prompts_are_told(place, tmp_path):
+    (tmp_path / "twice.txt").write_text("tell me a story\ntell me a joke\n" * 2)
+    given = ["--prompts", tmp_path / "twice.txt"]
+    code, _, err = fastalign(*job(place, tmp_path / "out", "diversity>=base", *given, candidates=8))
+    assert code == 0 and "2 of 4 prompts repeat others, and are left out" in err
+    result = json.loads((tmp_path / "out" / "align.json").read_text())
+    assert (result["train_prompts"], result["heldout_prompts"]) == (1, 1)
+    code, _, err = fastalign("sample", "--model", place / "model", *given, "-n", 2, "--max-new-tokens", 2, "--out",
+                             tmp_path / "c.parquet")  # fmt: skip
+    assert code == 0 and "2 of 4 prompts repeat others, and are drawn for again" in err
+
+
+def test_equal_prompts_are_used_once():
     prompts = ["a", "b", "c", "a", "b", "c", "d"]
     for seed in range(8):
         train, held = split(prompts, 0.5, seed)
-        assert sorted([*train, *held]) == list(range(7))
-        assert not {prompts[i] for i in train} & {prompts[i] for i in held}
+        assert sorted([*train, *held]) == [0, 1, 2, 6]  # each prompt once
     assert [len(side) for side in split(list("abcdefghij"), 0.2, 0)] == [8, 2]
     assert [len(side) for side in split(["a", "b"], 0.01, 0)] == [1, 1]
 

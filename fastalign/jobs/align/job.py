@@ -85,6 +85,8 @@ def align(
     runs.lora(settings.lora_r, "CAUSAL_LM")
     budget = Budget.parse(settings.budget)
     train, held = split(prompts, settings.heldout, settings.seed)
+    if repeated := len(prompts) - len(train) - len(held):
+        outputs.say(f"{repeated:,} of {counted(len(prompts), 'prompt')} repeat others, and are left out")
     if trained:
         methods.check(model, settings.temperature, settings.top_p)
     record = settings.record(

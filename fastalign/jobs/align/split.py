@@ -10,7 +10,8 @@ from fastalign._base.units import counted
 
 
 def split(prompts: Sequence[str], heldout: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the prompts to train on and of the held-out ones, in their order; equal prompts are on one side.
+    """Indices of the prompts to train on and of the held-out ones, in their order. Of equal prompts only the first is
+    in either, so that the proof counts none twice.
 
     heldout: the share held out. Raises UserError, one line, if either part would be empty.
     """
@@ -23,5 +24,5 @@ def split(prompts: Sequence[str], heldout: float, seed: int) -> tuple[list[int],
     random.Random(seed).shuffle(different)
     count = min(max(1, round(heldout * len(different))), len(different) - 1)
     held = set(different[:count])
-    sides = [prompt in held for prompt in prompts]
-    return [i for i, side in enumerate(sides) if not side], [i for i, side in enumerate(sides) if side]
+    first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+    return sorted(i for prompt, i in first.items() if prompt not in held), sorted(first[prompt] for prompt in held)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastalign._base import fingerprint, outputs
+from fastalign._base import fingerprint, outputs, tables
 from fastalign._base.devices import check_loading
 from fastalign._base.errors import UserError
-from fastalign._base.files import check_target, read_json, write_json
+from fastalign._base.files import HTML, JSON, check_ending, check_target, read_json, write_json
+from fastalign._base.units import counted
 from fastalign._base.work_folder import WorkFolder, hold, sha256
 from fastalign.data import palettes
 from fastalign.data.conversations import transcript
@@ -123,12 +124,16 @@ def sample(
         settings |= {"method": method, "values": by["values"], "lambda": by["lam"], "ess": ess}
     elif ess is not None:
         raise UserError("ess applies only to --method adaptive: give that method")
+    tables.check_ending(out, noted=kind == "weighted")
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     settings["model_content"] = fingerprint.of_model(model.name)
     check_target(out)
     outputs.not_an_input(out, [model.name, palette])
     if not overwrite and _there(out, settings):
         return Candidates.from_parquet(out)
+
+    if repeated := len(prompts) - len(set(prompts)):
+        outputs.say(f"{repeated:,} of {counted(len(prompts), 'prompt')} repeat others, and are drawn for again")
 
     def draw(parts: WorkFolder, finished: set[int]) -> None:
         if ray is not None:
@@ -157,7 +162,7 @@ def sample(
             return Candidates.from_parquet(out)
         whole = joined(_drawn(parts, len(prompts), kind, draw))
         whole.settings["sampling"] = settings
-        whole.to_parquet(out)
+        whole.save(out)
     return whole
 
 
@@ -182,6 +187,7 @@ def sample_more(
     out, knobs = Path(out), {"batch_size": batch_size, "memory_limit": memory_limit}
     check_more(more)
     check_knobs(knobs)
+    tables.check_ending(out, noted=True)
     whole = Candidates.from_parquet(out, kind="candidates")
     had = whole.settings.get("sampling")
     if had is None or not {"model", "model_content", "n", "dtype", "max_new_tokens", "seed"} <= had.keys():
@@ -202,7 +208,7 @@ def sample_more(
         added = Candidates.concat(_drawn(parts, len(whole.prompts), "candidates", draw))
         both = whole.joined(added)
         both.settings = {**whole.settings, "n": had["n"] + more, "sampling": {**had, "n": had["n"] + more}}
-        both.to_parquet(out)
+        both.save(out)
     return both
 
 
@@ -283,6 +289,7 @@ def score(
     from fastalign.rewards import references
 
     names, given = references.names(rewards), list(rewards)
+    tables.check_ending(out)
     columns = elsewhere.Columns(prompt_column, response_column)
     inputs = {"candidates": candidates, **{path: path for path in references.contents(given)}}
     job = outputs.Job("score", inputs, {"rewards": given, **columns.named()})
@@ -297,7 +304,7 @@ def score(
         values = score(given, *whole.pairs(), show_progress=show_progress)
         whole = whole.with_rewards(names, values)
         whole.settings["made"] = record
-        whole.to_parquet(out)
+        whole.save(out)
     return whole
 
 
@@ -336,6 +343,7 @@ def solve_palette(
         raise UserError("give either palette or quantile")
     if quantile is not None:
         check_quantile("quantile", quantile)
+    check_ending("out", out, JSON)
     columns = elsewhere.Columns(prompt_column, response_column)
     settings = {
         "palette": palette,
@@ -453,6 +461,7 @@ def select(
     overwrite: bool = False,
 ) -> Candidates:
     """Select k candidates per prompt under p_λ and write them to `out`; for particles, by their weights."""
+    tables.check_ending(out)
     columns = elsewhere.Columns(prompt_column, response_column)
     settings = {"k": k, "method": method, "seed": seed, **columns.named()}
     job = outputs.Job("select", {"scored": scored, "palette": palette}, settings)
@@ -476,7 +485,7 @@ def select(
         "feasible": solution.get("feasible") is not False,
     }
     picked.settings["made"] = record
-    picked.to_parquet(out)
+    picked.save(out)
     return picked
 
 
@@ -608,6 +617,7 @@ def evaluate_grid(
 ) -> dict[str, Any]:
     """Write realised values with 95 % intervals, KL and effective sample size for each λ of a grid (`read_grid`) to a
     JSON file."""
+    check_ending("out", out, JSON)
     columns = elsewhere.Columns(prompt_column, response_column)
     job = outputs.Job("eval", {"scored": scored}, {"lam_grid": lam_grid, **columns.named()})
     if (record := outputs.claim(out, job, overwrite=overwrite)) is None:
@@ -667,6 +677,12 @@ def evaluate(
     figures: a folder for each figure as SVG and PNG.
     settings: additional rows for the report's table of settings.
     """
+    check_ending("out", out, JSON)
+    if html is not None:
+        check_ending("html", html, HTML)
+    if not tables.keeps_note(selected):
+        rule = "must be a Parquet or Arrow file of `fastalign select`, which says which candidates were selected"
+        raise UserError(f"{selected}: {rule}; a {Path(selected).suffix} file does not")
     columns = elsewhere.Columns(prompt_column, response_column)
     job = outputs.Job("eval", {"scored": scored, "selected": selected, "palette": palette}, columns.named())
     beside: dict[str, Any] = {
