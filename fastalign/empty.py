@@ -7,15 +7,17 @@ from torch import Tensor
 
 from fastalign._base.dtypes import compute_dtype
 
+# Which statistics of the softmax a pass over the logits makes; 0: none.
+ENTROPY, ALL = 1, 2
 
-def token_logprobs(logits: Tensor, labels: Tensor, *, statistics: bool) -> tuple[Tensor, ...]:
-    """log_probs, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1; the last four (..., 0) where there
-    are to be no statistics."""
-    dtype = compute_dtype(logits.dtype)
-    always = [logits.new_empty(labels.shape, dtype=dtype) for _ in range(3)]
-    shape = labels.shape if statistics else (*labels.shape, 0)
-    optional = [logits.new_empty(shape, dtype=dtype) for _ in range(3)]
-    return (*always, *optional, logits.new_empty(shape, dtype=torch.bool))
+
+def token_logprobs(logits: Tensor, labels: Tensor, *, statistics: int) -> tuple[Tensor, ...]:
+    """log_probs, row_max, row_sum, entropy, mean_logits, log_sum_sq_probs, is_top1; of the last four (..., 0) those
+    that are not among the statistics."""
+    given, dtype = (labels.shape, (*labels.shape, 0)), compute_dtype(logits.dtype)
+    shapes = [given[0]] * 3 + [given[statistics < ENTROPY]] + [given[statistics < ALL]] * 2
+    made = [logits.new_empty(shape, dtype=dtype) for shape in shapes]
+    return (*made, logits.new_empty(shapes[-1], dtype=torch.bool))
 
 
 def token_logratios(policy_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -25,7 +27,7 @@ def token_logratios(policy_logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]
 
 
 def linear_token_logprobs(
-    hidden: Tensor, labels: Tensor, *, statistics: bool, unit: bool, kept: int = 0
+    hidden: Tensor, labels: Tensor, *, statistics: int, unit: bool, kept: int = 0
 ) -> tuple[Tensor, ...]:
     """As token_logprobs; then `kept` elements of tiles, and hidden's gradient if it is made at once."""
     gradient = hidden.new_empty(hidden.shape if unit else 0, dtype=compute_dtype(hidden.dtype))

@@ -23,7 +23,7 @@ from fastalign.ops import checks, linear_cpu
 from fastalign.ops.library import Op, define
 from fastalign.ops.linear_cpu import kept_size
 from fastalign.ops.once import once
-from fastalign.ops.token_logprobs import OUTPUTS, Options, TokenLogprobs
+from fastalign.ops.token_logprobs import OUTPUTS, Options, TokenLogprobs, statistics_for
 
 Adapter: TypeAlias = "tuple[Tensor, Tensor, float]"  # A (r, H), B (V, r), scale
 KEPT_BYTES = 40 << 20  # of tiles, beyond the size of the weight's gradient
@@ -76,7 +76,7 @@ def token_logprobs(
             float(softcap or 0.0),
             float(logit_scale),
             ignore_index,
-            statistics=tuple(outputs) != ("log_probs",),
+            statistics=statistics_for(outputs),
             unit=learns[0] and not head_learns,
             memory_budget=budget(memory_budget, weight, learns[1]) if head_learns and chosen == "cpu" else 0,
             grad_filter=float(grad_filter or 0.0),
@@ -170,7 +170,7 @@ class HeadOptions(NamedTuple):
     softcap: float
     logit_scale: float
     ignore_index: int
-    statistics: bool  # whether to compute them
+    statistics: int  # which to compute: 0, empty.ENTROPY, empty.ALL
     unit: bool  # whether to compute hidden's gradient in the forward pass
     memory_budget: int  # bytes for tiles
     grad_filter: float
@@ -223,7 +223,7 @@ def _forward_fake(
     softcap: float,
     logit_scale: float,
     ignore_index: int,
-    statistics: bool,
+    statistics: int,
     unit: bool,
     memory_budget: int,
 ) -> tuple[Tensor, ...]:
@@ -267,7 +267,7 @@ _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Te
 _OPTIONS = "float adapter_scale, float temperature, float softcap, float logit_scale, int ignore_index"
 
 forward_op: Op = define(
-    f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, bool statistics, bool unit, int memory_budget) "
+    f"linear_token_logprobs_forward({_TENSORS}, {_OPTIONS}, int statistics, bool unit, int memory_budget) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     linear_cpu.forward,
     _forward_fake,

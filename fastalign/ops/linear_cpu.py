@@ -14,6 +14,7 @@ from torch import Tensor
 from fastalign import backend
 from fastalign._base.dtypes import compute_dtype
 from fastalign.backend import threads
+from fastalign.empty import ALL
 from fastalign.ops import products
 from fastalign.ops.buffers import buffer
 
@@ -179,7 +180,7 @@ def forward(
     softcap: float,
     logit_scale: float,
     ignore_index: int,
-    statistics: bool,
+    statistics: int,
     unit: bool,
     memory_budget: int,
 ) -> tuple[Tensor, ...]:
@@ -198,7 +199,7 @@ def forward(
             backend.native.head_forward(
                 tiles.describe(tile, rows, first),
                 buffer(stats),
-                statistics,
+                statistics > 0,
                 None if gradient is None else buffer(gradient.rescale[: len(tile)]),
                 threads(),
             )
@@ -210,16 +211,18 @@ def forward(
     empty = (row_sum == 0) & (row_max == NEG_INF)
     results = [((label_logit - row_max) - log_sum).masked_fill(empty, 0), row_max.clone(), row_sum.clone()]
     if statistics:
+        results.append((log_sum - weighted / row_sum).masked_fill(empty, 0))
+    if statistics == ALL:
         results += [
-            (log_sum - weighted / row_sum).masked_fill(empty, 0),
             total / weight.shape[0],
             (squares.double().log().to(tiles.dtype) - 2 * log_sum).masked_fill(empty, 0),
             (label_logit >= row_max) & (label_logit > before) & ~empty & ~row_sum.isnan(),
         ]
     results = [_scattered(x, index, labels.shape) for x in results]
-    if not statistics:
-        nothing = results[0].new_empty(*labels.shape, 0)
-        results += [nothing, nothing.clone(), nothing.clone(), nothing.bool()]
+    nothing = results[0].new_empty(*labels.shape, 0)
+    results += [nothing.clone() for _ in range(6 - len(results))]
+    if statistics != ALL:
+        results.append(nothing.bool())
     if gradient is None:
         return (*results, store, hidden.new_empty(0, dtype=tiles.dtype))
     return (*results, store, _scattered(gradient.finish(stats, empty), index, hidden.shape))

@@ -107,7 +107,7 @@ def token_logprobs(
         fields = reference.token_logprobs(logits, labels, temperature, softcap, ignore_index)
     else:
         options = RowOptions(
-            float(temperature), float(softcap or 0.0), ignore_index, statistics=tuple(outputs) != ("log_probs",)
+            float(temperature), float(softcap or 0.0), ignore_index, statistics=statistics_for(outputs)
         )
         log_probs, _, _, entropy, mean_logits, log_sum_sq_probs, is_top1 = _TokenLogprobs.apply(logits, labels, options)
         fields = dict(zip(OUTPUTS, (log_probs, entropy, mean_logits, log_sum_sq_probs, is_top1), strict=True))
@@ -116,13 +116,19 @@ def token_logprobs(
     return TokenLogprobs(**{name: fields[name] for name in outputs})
 
 
+def statistics_for(outputs: tuple[str, ...]) -> int:
+    """Which statistics a pass that is to give `outputs` makes: 0, empty.ENTROPY or empty.ALL."""
+    wanted = {*outputs} - {"log_probs"}
+    return empty.ALL if wanted - {"entropy"} else empty.ENTROPY if wanted else 0
+
+
 class RowOptions(NamedTuple):
     """What the two ops take besides tensors, in their order; softcap 0 for none."""
 
     temperature: float
     softcap: float
     ignore_index: int
-    statistics: bool
+    statistics: int  # 0: none; empty.ENTROPY, empty.ALL
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -151,7 +157,10 @@ def _forward_cpu(logits, labels, temperature, softcap, ignore_index, statistics)
     described, kept = rows(logits)
     labels = labels.contiguous()
     out = empty.token_logprobs(logits, labels, statistics=statistics)
-    made = [buffer(x) if x.shape == labels.shape else None for x in out]
+    whole = out  # the compiled pass makes all statistics or none
+    if statistics == empty.ENTROPY:
+        whole = (*out[:4], *empty.token_logprobs(logits, labels, statistics=empty.ALL)[4:])
+    made = [buffer(x) if x.shape == labels.shape else None for x in whole]
     backend.native.token_logprobs_forward(
         *made, described, buffer(labels), ignore_index, temperature, softcap, threads()
     )
@@ -204,7 +213,7 @@ def _backward_fake(
 
 forward_op: Op = define(
     "token_logprobs_forward(Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
-    "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     lambda logits, labels, *options: empty.token_logprobs(logits, labels, statistics=options[-1]),
     triton="token_logprobs.forward",
@@ -216,7 +225,7 @@ forward_op: Op = define(
 backward_op: Op = define(
     "token_logprobs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor row_max, Tensor row_sum, "
     "Tensor entropy, Tensor logits, Tensor labels, float temperature, float softcap, int ignore_index, "
-    "bool statistics) -> Tensor",
+    "int statistics) -> Tensor",
     _backward_cpu,
     _backward_fake,
     triton="token_logprobs.backward",

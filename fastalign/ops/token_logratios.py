@@ -54,7 +54,7 @@ def token_logratios(
     if backend.choose(policy_logits.device) == "reference":
         checks.labels_in_range(labels, policy_logits.shape[-1], ignore_index)
         return reference.token_logratios(policy_logits, ref_logits, labels, temperature, ignore_index)
-    options = RowOptions(float(temperature), 0.0, ignore_index, statistics=False)
+    options = RowOptions(float(temperature), 0.0, ignore_index, statistics=0)
     return _TokenLogratios.apply(policy_logits, ref_logits, labels, options)[0]
 
 

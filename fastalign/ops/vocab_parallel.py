@@ -19,12 +19,13 @@ from torch import Tensor
 from fastalign import backend, reference
 from fastalign._base.dtypes import compute_dtype
 from fastalign._base.errors import UserError
+from fastalign.empty import ALL
 from fastalign.ops import checks, head
 from fastalign.ops.head import HeadOptions, LinearOptions
 from fastalign.ops.head import backward_op as head_backward
 from fastalign.ops.head import forward_op as head_forward
 from fastalign.ops.once import once
-from fastalign.ops.token_logprobs import OUTPUTS, LogProbs, More, Options, RowOptions, TokenLogprobs
+from fastalign.ops.token_logprobs import OUTPUTS, LogProbs, More, Options, RowOptions, TokenLogprobs, statistics_for
 from fastalign.ops.token_logprobs import backward_op as rows_backward
 from fastalign.ops.token_logprobs import forward_op as rows_forward
 
@@ -109,7 +110,7 @@ def vocab_parallel_token_logprobs(
         fields = reference.token_logprobs(_whole(logits_shard, part, -1), labels, temperature, softcap, ignore_index)
     else:
         options = RowOptions(
-            float(temperature), float(softcap or 0.0), ignore_index, statistics=tuple(outputs) != ("log_probs",)
+            float(temperature), float(softcap or 0.0), ignore_index, statistics=statistics_for(outputs)
         )
         fields = _named(*_VocabParallelTokens.apply(logits_shard, labels, options, part))
     return _selected(fields, outputs)
@@ -227,7 +228,7 @@ def vocab_parallel_linear_token_logprobs(
             float(softcap or 0.0),
             float(logit_scale),
             ignore_index,
-            statistics=tuple(outputs) != ("log_probs",),
+            statistics=statistics_for(outputs),
             unit=False,
             memory_budget=head.budget(memory_budget, weight_shard, learns[0]) if kept else 0,
             grad_filter=float(grad_filter or 0.0),
@@ -323,10 +324,11 @@ def _combine(own: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, pa
     mass = log_mass.exp()
     terms = [mass, (log_probs.double() + log_mass).masked_fill(~inside, 0)]
     if statistics:
+        terms.append((mass * (entropy.double() - log_mass)).masked_fill(mass == 0, 0))
+    if statistics == ALL:
         first = inside & is_top1 & (row_max >= top)
         before = (labels >= part.first + part.size) & (row_max >= top)  # of several largest, the first counts
         terms += [
-            (mass * (entropy.double() - log_mass)).masked_fill(mass == 0, 0),
             mean_logits.double() * part.size,
             (2 * log_mass + log_sum_sq_probs.double()).exp(),
             (before | (inside & ~first)).double(),
@@ -338,12 +340,14 @@ def _combine(own: Sequence[Tensor] | None, labels: Tensor, ignore_index: int, pa
     skip = ignored | (row_sum == 0)
     nowhere = ((labels < 0) | (labels >= part.vocab)) & ~ignored
     out = [(label_logit - log_sum).masked_fill(nowhere, float("nan")).masked_fill(skip, 0), top, row_sum]
-    if not statistics:
-        empty = out[0].new_empty(*labels.shape, 0)
-        return *(x.to(dtype) for x in (*out, empty, empty.clone(), empty.clone())), empty.bool()
-    weighted, total, squares, beaten = rest
+    if statistics:
+        out.append((log_sum + rest[0] / row_sum).masked_fill(skip, 0))
+    if statistics != ALL:
+        nothing = out[0].new_empty(*labels.shape, 0)
+        out += [nothing.clone() for _ in range(6 - len(out))]
+        return *(x.to(dtype) for x in out), nothing.bool()
+    _, total, squares, beaten = rest
     out += [
-        (log_sum + weighted / row_sum).masked_fill(skip, 0),
         (total / part.vocab).masked_fill(ignored, 0),
         (squares.log() - 2 * log_sum).masked_fill(skip, 0),
     ]

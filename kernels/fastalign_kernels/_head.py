@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from fastalign.kernels._elementary import exp
 from fastalign.kernels._softmax import (
+    ALL,
     add_logits,
     add_statistics,
     entropy_of,
@@ -27,7 +28,8 @@ from fastalign.kernels._softmax import (
 )
 
 KINDS = 3  # of a partial state: largest, total, label's logit
-KINDS_ALL = 7  # and weighted, squares, plain, largest before the label
+KINDS_ENTROPY = 4  # and weighted
+KINDS_ALL = 7  # and squares, plain, largest before the label
 
 
 @triton.jit
@@ -137,12 +139,13 @@ def add_tile(
     if tl.max(((label >= 0) & (label < BLOCK_N)).to(tl.int32), 0) > 0:  # seldom: a row's label lies in one block of all
         c = tl.arange(0, BLOCK_N)[None, :]
         label_z += tl.sum(tl.where(c == label[:, None], z, 0), 1)
-        if STATISTICS:
+        if STATISTICS == ALL:
             before = tl.maximum(before, tl.max(tl.where(c < label[:, None], z, float("-inf")), 1))
-    if STATISTICS:
+    if STATISTICS == ALL:
         before = tl.where(label >= BLOCK_N, tl.maximum(before, tl.max(z, 1)), before)
+    if STATISTICS:
         largest, total, weighted, squares, plain = add_statistics(
-            largest, total, weighted, squares, plain, z, inside, 1
+            largest, total, weighted, squares, plain, z, inside, STATISTICS == ALL, 1
         )
     else:
         largest, total = add_logits(largest, total, z, 1)
@@ -225,6 +228,7 @@ def forward_tiles(
     tl.store(to + 2 * kind, label_z, mask=valid)
     if STATISTICS:
         tl.store(to + 3 * kind, weighted, mask=valid)
+    if STATISTICS == ALL:
         tl.store(to + 4 * kind, squares, mask=valid)
         tl.store(to + 5 * kind, plain, mask=valid)
         tl.store(to + 6 * kind, before, mask=valid)
@@ -278,6 +282,7 @@ def merge_tiles(
         if STATISTICS:
             weights = tl.load(of + 3 * kind, mask=here, other=0) + not_too_low(drops) * totals
             weighted = scale * (weighted + not_too_low(drop) * total) + tl.sum(scales * weights, 0)
+        if STATISTICS == ALL:
             more = tl.load(of + 4 * kind, mask=here, other=0)
             squares = scale * scale * squares + tl.sum(scales * scales * more, 0)
             plain += tl.sum(tl.load(of + 5 * kind, mask=here, other=0), 0)
@@ -293,6 +298,7 @@ def merge_tiles(
         tl.store(to + 2 * kind, label_z, mask=scored)
         if STATISTICS:
             tl.store(to + 3 * kind, weighted, mask=scored)
+        if STATISTICS == ALL:
             tl.store(to + 4 * kind, squares, mask=scored)
             tl.store(to + 5 * kind, plain, mask=scored)
             tl.store(to + 6 * kind, before, mask=scored)
@@ -306,6 +312,7 @@ def merge_tiles(
         tl.store(row_sum + at, tl.where(scored, total, 0), mask=known)
         if STATISTICS:
             tl.store(entropy + at, tl.where(scored, entropy_of(total, weighted), 0), mask=known)
+        if STATISTICS == ALL:
             mean = plain / vocab.to(COMPUTE) + (total - total)  # NaN where the row is
             tl.store(mean_logits + at, tl.where(scored, mean, 0), mask=known)
             tl.store(log_sum_sq_probs + at, tl.where(scored, log_sum_sq_probs_of(total, squares), 0), mask=known)

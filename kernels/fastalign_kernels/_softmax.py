@@ -16,6 +16,10 @@ import triton
 import triton.language as tl
 from fastalign.kernels._elementary import exp
 
+from fastalign import empty
+
+ALL = tl.constexpr(empty.ALL)  # what STATISTICS is compared with; any above 0 ask for the entropy
+
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """What a kernel accumulates in, for the constexpr COMPUTE: float64 for float64, float32 for the rest."""
@@ -84,17 +88,18 @@ def add_logits(largest, total, z, AXIS: tl.constexpr):
 
 
 @triton.jit
-def add_statistics(largest, total, weighted, squares, plain, z, valid, AXIS: tl.constexpr):
-    """The same with weighted = Σ e (z - largest), squares = Σ e² and plain = Σ z; valid: not padding."""
+def add_statistics(largest, total, weighted, squares, plain, z, valid, ALL: tl.constexpr, AXIS: tl.constexpr):
+    """The same with weighted = Σ e (z - largest), and with ALL squares = Σ e² and plain = Σ z; valid: not padding."""
     top = tl.maximum(largest, tl.max(z, AXIS))
     drop = largest - top
     scale = exp(drop)
     d = z - tl.expand_dims(top, AXIS)
     e = exp(d)
     weighted = scale * (weighted + not_too_low(drop) * total) + tl.sum(e * not_too_low(d), AXIS)
-    squares = scale * scale * squares + tl.sum(e * e, AXIS)
     total = scale * total + tl.sum(e, AXIS)
-    plain += tl.sum(tl.where(valid, z, 0), AXIS)
+    if ALL:
+        squares = scale * scale * squares + tl.sum(e * e, AXIS)
+        plain += tl.sum(tl.where(valid, z, 0), AXIS)
     return top, total, weighted, squares, plain
 
 
@@ -106,14 +111,15 @@ def merge(largest, total, AXIS: tl.constexpr):
 
 
 @triton.jit
-def merge_statistics(largest, total, weighted, squares, plain, AXIS: tl.constexpr):
+def merge_statistics(largest, total, weighted, squares, plain, ALL: tl.constexpr, AXIS: tl.constexpr):
     """The same with the statistics."""
     top = tl.max(largest, AXIS)
     drop = largest - tl.expand_dims(top, AXIS)
     scale = exp(drop)
     weighted = tl.sum(scale * (weighted + not_too_low(drop) * total), AXIS)
-    squares = tl.sum(scale * scale * squares, AXIS)
-    return top, tl.sum(scale * total, AXIS), weighted, squares, tl.sum(plain, AXIS)
+    squares = tl.sum(scale * scale * squares, AXIS) if ALL else 0.0
+    plain = tl.sum(plain, AXIS) if ALL else 0.0
+    return top, tl.sum(scale * total, AXIS), weighted, squares, plain
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastalign import empty
 
-BLOCK = 1024
-PLACES_PER_WARP = 128  # 16 bytes of float32 a thread
+BLOCK_BYTES = 4096  # of rewards
+WARP_BYTES = 512  # 16 a thread
 
 
 @triton.jit
@@ -69,9 +69,10 @@ def _gae(
     returns += row.to(tl.int64) * length
     next_value = tl.full((), 0, COMPUTE)
     next_advantage = next_value
-    for start in tl.range((length - 1) // BLOCK * BLOCK, -1, -BLOCK):
+    blocks = tl.cdiv(length, BLOCK)
+    for done in tl.range(0, blocks):  # counted upwards: of a range with a negative step no alignment is known
         place = tl.arange(0, BLOCK)
-        t = start + place
+        t = (blocks - 1 - done) * BLOCK + place
         inside = t < length
         at = t.to(tl.int64)
         valid = tl.load(mask + at * mask_column_stride, mask=inside, other=0) != 0
@@ -101,10 +102,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages, returns = empty.gae(rewards)
     length = rewards.shape[-1]
     (rewards, reward_rows), (values, value_rows), (mask, mask_rows) = (rows_of(x) for x in (rewards, values, mask))
-    block = min(BLOCK, triton.next_power_of_2(length))
+    block = min(BLOCK_BYTES // rewards.itemsize, triton.next_power_of_2(length))
     _gae[(rewards.numel() // length,)](
         rewards, values, mask, advantages, returns, length, *reward_rows, *value_rows, *mask_rows, gamma, gamma * lam,
         COMPUTE=compute_type(rewards.dtype), BLOCK=block,
-        enable_fp_fusion=True, num_warps=max(block // PLACES_PER_WARP, 1),
+        enable_fp_fusion=True, num_warps=max(block * rewards.itemsize // WARP_BYTES, 1),
     )  # fmt: skip
     return advantages, returns

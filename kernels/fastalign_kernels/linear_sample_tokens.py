@@ -96,7 +96,7 @@ def sample(hidden, weight, bias, a, b, adapter_scale, temperature, softcap, logi
     given = head.arguments()
     _head.forward_tiles[(head.row_blocks * blocks,)](
         partial, None, slots=blocks, slot=0, first=0, last=head.vocab, blocks=1, splits=blocks, exps_row=0,
-        exps_scale=1.0, STATISTICS=False, **given,
+        exps_scale=1.0, STATISTICS=0, **given,
     )  # fmt: skip
     names = ("hidden", "weight", "bias", "low", "b", "place", "width", "rank", "hidden_row", "hidden_step")
     names += ("weight_row", "weight_step", "b_row", "b_step", "to_cap", "to_z", "SOFTCAP", "COMPUTE")

@@ -72,14 +72,17 @@ def forward(
         blocks = triton.cdiv(head.vocab, head.blocks.columns)
         each = min(max(blocks * head.row_blocks // PROGRAMS, 1), SPLIT)
         splits = triton.cdiv(blocks, each)
-        kinds = _head.KINDS_ALL if statistics else _head.KINDS
-        partial = hidden.new_empty((kinds, splits, head.rows), dtype=head.compute)
+        partial = hidden.new_empty((_kinds(statistics), splits, head.rows), dtype=head.compute)
         _head.forward_tiles[(head.row_blocks * splits,)](
             partial, None, slots=splits, slot=0, first=0, last=head.vocab, blocks=each, splits=splits, exps_row=0,
             exps_scale=1.0, STATISTICS=statistics, **head.arguments(),
         )  # fmt: skip
     _merge(head, results, None, partial, 1 if unit else partial.shape[1], statistics)
     return found
+
+
+def _kinds(statistics: int) -> int:
+    return {0: _head.KINDS, empty.ENTROPY: _head.KINDS_ENTROPY, empty.ALL: _head.KINDS_ALL}[statistics]
 
 
 def _merge(head, results, rescale, partial, used, statistics) -> None:
@@ -91,14 +94,14 @@ def _merge(head, results, rescale, partial, used, statistics) -> None:
     )  # fmt: skip
 
 
-def _unit_gradient(head: Head, unit: Tensor, statistics: bool) -> Tensor:
+def _unit_gradient(head: Head, unit: Tensor, statistics: int) -> Tensor:
     """Fills `unit`; returns the state of each row, in slot 0 of what it returns."""
     new, part = head.weight.new_empty, head.part()
     slots = 1 + part // head.blocks.columns
-    partial = new((_head.KINDS_ALL if statistics else _head.KINDS, slots, head.rows), dtype=head.compute)
+    partial = new((_kinds(statistics), slots, head.rows), dtype=head.compute)
     partial[:, 0] = 0
     partial[0, 0] = torch.finfo(head.compute).min
-    if statistics:
+    if statistics == empty.ALL:
         partial[-1, 0] = float("-inf")
     exps, rescale = head.workspace(), new(head.rows, dtype=head.compute)
     scale = EXPS_SCALE.get(head.dot, 1.0)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from fastalign.kernels import _softmax as softmax
 from fastalign.kernels._rows import lanes_and_options, row_start, rows_of
+from fastalign.kernels._softmax import ALL
 from torch import Tensor
 
 from fastalign import empty
@@ -55,12 +56,13 @@ def _add_tile(
     else:
         valid = True
         z = softmax.transform(tl.load(at).to(COMPUTE), to_cap, to_z, SOFTCAP)
-    if STATISTICS:
+    if STATISTICS == ALL:
         if (start <= label) & (label < start + TILES * LANES):
             here = tl.max(tl.max(tl.where(column < label, z, float("-inf")), 0), 0)
             before = tl.maximum(here, tl.max(tl.where(total == 0, float("-inf"), largest), 0))
+    if STATISTICS:
         largest, total, weighted, squares, plain = softmax.add_statistics(
-            largest, total, weighted, squares, plain, z, valid, 0
+            largest, total, weighted, squares, plain, z, valid, STATISTICS == ALL, 0
         )
     else:
         largest, total = softmax.add_logits(largest, total, z, 0)
@@ -102,7 +104,9 @@ def row_state(
             SOFTCAP, STATISTICS, COMPUTE, 1, LANES, True,
         )  # fmt: skip
     if STATISTICS:
-        largest, total, weighted, squares, plain = softmax.merge_statistics(largest, total, weighted, squares, plain, 0)
+        largest, total, weighted, squares, plain = softmax.merge_statistics(
+            largest, total, weighted, squares, plain, STATISTICS == ALL, 0
+        )
     else:
         largest, total = softmax.merge(largest, total, 0)
     # An unknown label makes the row NaN: to raise, the host would have to wait.
@@ -154,6 +158,7 @@ def _forward(
     store_state(maxima, totals, row, largest, total, ignored)
     if STATISTICS:
         tl.store(entropies + row, softmax.entropy_of(total, weighted))
+    if STATISTICS == ALL:
         tl.store(means + row, plain / vocab)
         tl.store(log_squares + row, softmax.log_sum_sq_probs_of(total, squares))
         tl.store(top1 + row, (total > 0) & (label_z >= largest) & (label_z > before))
@@ -193,14 +198,14 @@ def _backward(
 
 
 def forward(
-    logits: Tensor, labels: Tensor, temperature: float, softcap: float, ignore_index: int, statistics: bool
+    logits: Tensor, labels: Tensor, temperature: float, softcap: float, ignore_index: int, statistics: int
 ) -> tuple[Tensor, ...]:
     vocab = logits.shape[-1]
     out = empty.token_logprobs(logits, labels, statistics=statistics)
     logits, rows = rows_of(logits)
     lanes, options = lanes_and_options(vocab, logits.dtype, logits.device)
     # Three more sums a lane, of eight lanes a thread, leave registers for half as many loads.
-    tiles = TILES // 2 if statistics and logits.dtype.itemsize == 2 else TILES
+    tiles = TILES // 2 if statistics == empty.ALL and logits.dtype.itemsize == 2 else TILES
     to_cap, to_z, _ = softmax.transform_factors(temperature, softcap)
     _forward[(labels.numel(),)](
         logits, labels.contiguous(), *out, vocab, *rows, ignore_index, to_cap, to_z,
@@ -221,7 +226,7 @@ def backward(
     temperature: float,
     softcap: float,
     ignore_index: int,
-    statistics: bool,
+    statistics: int,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -238,7 +243,7 @@ def backward(
     to_cap, to_z, slope = softmax.transform_factors(temperature, softcap)
     _backward[(labels.numel() * blocks,)](
         to, *small, logits, labels.contiguous(), vocab, blocks, *rows, *grad_rows, ignore_index, to_cap, to_z, slope,
-        SOFTCAP=softcap != 0, STATISTICS=statistics, COMPUTE=softmax.compute_type(logits.dtype),
+        SOFTCAP=softcap != 0, STATISTICS=statistics > 0, COMPUTE=softmax.compute_type(logits.dtype),
         BLOCK=block, **options,
     )  # fmt: skip
     return grad if to is grad else grad.copy_(to)

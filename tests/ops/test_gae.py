@@ -118,7 +118,7 @@ def test_masked_places_are_never_used(each_backend):
 @pytest.mark.parametrize("length", [16, 32, 57])
 def test_rows_of_many_blocks(monkeypatch, length, kind):
     """The Triton kernel in the interpreter, what is carried from one block to the one before it."""
-    monkeypatch.setattr(pytest.importorskip("fastalign.kernels.gae"), "BLOCK", 16)
+    monkeypatch.setattr(pytest.importorskip("fastalign.kernels.gae"), "BLOCK_BYTES", 64)
     rewards, values = problem((3, length))
     mask = masks((3, length))[kind]
     mask[1, length // 2 - 8 : length // 2 + 16] = False  # a whole block

@@ -9,7 +9,7 @@ from numerics import HAIR, assert_as_good_as_torch
 from torch.utils.checkpoint import checkpoint
 
 import fastalign
-from fastalign import UserError, reference
+from fastalign import UserError, empty, reference
 from fastalign.ops import checks, linear_token_logprobs, token_logprobs
 from fastalign.ops.head import backward_op, forward_op
 from fastalign.ops.token_logprobs import OUTPUTS
@@ -195,7 +195,7 @@ def test_only_requested_gradients_are_made(each_backend, small_tiles):
         assert [x.grad is not None for x in alone] == [i == j for j in range(5)]
         torch.testing.assert_close(alone[i].grad, everything[i].grad, rtol=1e-5, atol=1e-5)
     options = (0.5, 1.0, 0.0, 1.0, -100)
-    log_probs, row_max, row_sum, entropy, *_, kept, unit = forward_op(*tensors, labels, *options, False, False, 0)
+    log_probs, row_max, row_sum, entropy, *_, kept, unit = forward_op(*tensors, labels, *options, 0, False, 0)
     given = (log_probs, log_probs, row_max, row_sum, entropy, kept, unit)
     result = backward_op(*given, *tensors, labels, *options, 0.0, [False, False, True, False, False])
     assert [x.numel() for x in result] == [0, 0, 90, 0, 0]
@@ -255,6 +255,23 @@ def test_nothing_to_score(each_backend, labels, frozen):
     assert result.log_probs.shape == labels.shape and not result.log_probs.any() and not result.is_top1.any()
     assert a.grad.shape == hidden.shape and not a.grad.any()
     assert frozen or (b.grad.shape == weight.shape and not b.grad.any())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_entropy_alone_is_as_among_all_statistics(each_backend, small_tiles, frozen):
+    hidden, weight, _, labels = problem(((9,), 8, 200), scale=3.0)
+    results = []
+    for outputs in (("log_probs", "entropy"), OUTPUTS):
+        a, b = leaves(hidden, weight)
+        b.requires_grad_(not frozen)
+        result = linear_token_logprobs(a, b, labels, outputs=outputs)
+        (result.log_probs.sum() + result.entropy.sum()).backward()
+        results.append((result.log_probs.detach(), result.entropy.detach(), a.grad))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert result.mean_logits is not None
+    if each_backend != "reference":
+        made = forward_op(hidden, weight, None, None, None, labels, 1.0, 1.0, 0.0, 1.0, -100, empty.ENTROPY, frozen, 0)
+        assert [x.shape == labels.shape for x in made[:7]] == [True] * 4 + [False] * 3
 
 
 def test_another_ignore_index(each_backend):
@@ -579,7 +596,7 @@ def test_compiles_with_every_option():
 
 
 @pytest.mark.parametrize("unit", [False, True])
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [0, empty.ENTROPY, empty.ALL])
 def test_opcheck(each_backend, statistics, unit):
     if each_backend == "reference":
         pytest.skip("it is no op")

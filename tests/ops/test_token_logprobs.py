@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import HAIR, assert_as_good_as_torch
 
-from fastalign import UserError, reference, use_backend
+from fastalign import UserError, empty, reference, use_backend
 from fastalign.ops import token_logprobs
 from fastalign.ops.token_logprobs import OUTPUTS, backward_op, forward_op
 
@@ -216,7 +216,7 @@ def test_func_grad_vmap_and_compile():
         torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(logits, labels)
 
 
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [0, empty.ENTROPY, empty.ALL])
 def test_opcheck(statistics):
     logits, labels = problem((3, 17), torch.float32)
     arguments = (logits, labels, 0.9, 0.0, -100, statistics)
@@ -308,7 +308,7 @@ def test_lowest_logit_of_all_can_be_the_first(in_small_blocks):
     torch.testing.assert_close(result.entropy, torch.full((2,), 100.0).log())
 
 
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [0, empty.ENTROPY, empty.ALL])
 def test_gradient_in_the_logits_place(in_small_blocks, statistics):
     from fastalign.kernels import token_logprobs as kernel
 
