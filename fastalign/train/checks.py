@@ -86,6 +86,13 @@ def room(name: str, before: Any, after: Any, max_length: int | None) -> None:
     )
 
 
+def one_tokenizer(processing_class: Any, tokenizer: Any) -> Any:
+    """The trainer's tokenizer, given under TRL's name for it or under the older one; None: by neither."""
+    if None not in (processing_class, tokenizer):
+        raise UserError("tokenizer and processing_class are the same argument: give one")
+    return processing_class if tokenizer is None else tokenizer
+
+
 def vocabularies(model: Any, ref_model: Any, tokenizer: Any) -> None:
     """Checks that models and tokenizer match; those given by name are left to the trainer."""
     sizes = [

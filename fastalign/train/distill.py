@@ -24,6 +24,7 @@ from fastalign._base.errors import UserError
 from fastalign.data.text import embedding_rows
 from fastalign.models.identity import reads_tokens
 from fastalign.models.spans import context_of
+from fastalign.train import checks
 from fastalign.train.distill_config import DistillConfig, check_args
 from fastalign.train.distill_data import COLUMNS, Encoder, Row
 from fastalign.train.in_parts import TrainsInParts
@@ -77,10 +78,7 @@ class DistillTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         *,
         tokenizer: Any = None,
     ):
-        if tokenizer is not None:
-            if processing_class is not None:
-                raise UserError("tokenizer and processing_class are the same argument: give one")
-            processing_class = tokenizer
+        processing_class = checks.one_tokenizer(processing_class, tokenizer)
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = DistillConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-Distill")

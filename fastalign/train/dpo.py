@@ -122,10 +122,7 @@ class DPOTrainer(StopsAtNaN, trl.DPOTrainer):  # type: ignore[misc]
         *,
         tokenizer: Any = None,
     ):
-        if tokenizer is not None:
-            if processing_class is not None:
-                raise UserError("tokenizer and processing_class are the same argument: give one")
-            processing_class = tokenizer
+        processing_class = checks.one_tokenizer(processing_class, tokenizer)
         if train_dataset is not None:
             train_dataset = checks.pairs("train_dataset", train_dataset)
         if eval_dataset is not None:

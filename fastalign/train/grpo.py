@@ -101,10 +101,7 @@ class GRPOTrainer(TrainsInParts, transformers.Trainer):  # type: ignore[misc]
         *,
         tokenizer: Any = None,
     ):
-        if tokenizer is not None:
-            if processing_class is not None:
-                raise UserError("tokenizer and processing_class are the same argument: give one")
-            processing_class = tokenizer
+        processing_class = checks.one_tokenizer(processing_class, tokenizer)
         for name, given in (("tools", tools), ("environment_factory", environment_factory)):
             if given:
                 raise UserError(f"{name} is not supported by fastalign's GRPOTrainer; TRL's own takes it")

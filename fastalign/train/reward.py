@@ -96,10 +96,7 @@ class RewardTrainer(StopsAtNaN, trl.RewardTrainer):
         *,
         tokenizer: Any = None,
     ):
-        if tokenizer is not None:
-            if processing_class is not None:
-                raise UserError("tokenizer and processing_class are the same argument: give one")
-            processing_class = tokenizer
+        processing_class = checks.one_tokenizer(processing_class, tokenizer)
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = RewardConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-Reward")

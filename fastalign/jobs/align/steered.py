@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,13 @@ from fastalign.decode.candidates import Candidates
 from fastalign.jobs import ppo, trainers
 from fastalign.jobs import run as runs
 from fastalign.jobs.grpo import prompt_rows
+from fastalign.jobs.settings import GRPOOptions, GRPOSettings
 from fastalign.rewards import references
 from fastalign.train.ppo_checkpoint import newest
 from fastalign.train.steering import STATE, Baselines, Rule, Steering, key_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PROMPTS, GENERATIONS = 8, 8  # of a step of GRPO
 RESPONSES = 32  # of a step of PPO
@@ -31,54 +35,42 @@ def train_grpo(
     solution: Mapping[str, Any],
     out: Path,
     *,
-    learning_rate: float,
-    max_new_tokens: int,
-    lora_r: int | None = None,
-    dtype: str = "auto",
-    seed: int = 0,
     reference: str | None = None,
     steered: bool = True,
-    max_steps: int = STEPS,
-    save_steps: int = 10,
-    overwrite: bool = False,
-    show_progress: bool = False,
-    until: Callable[[float, float], bool] | None = None,
+    **options: Unpack[GRPOOptions],
 ) -> dict[str, Any]:
     """Train a model to a palette by GRPO, from its own scored candidates; see `train.steering`.
 
     solution: of `steps.solve_palette`; λ begins at its "lambda" and is steered to its "solved_for", or stays where it
-    began. reference: the base, where `model` is already trained. until: see `trainers.train`. Returns what is in
+    began. reference: the base, where `model` is already trained. options: of `jobs.grpo.train_grpo`. Returns what is in
     <out>/result.json, with the last "lambda" and the "tokens".
     """
     from fastalign.train.grpo_config import GRPOConfig
     from fastalign.train.steered_grpo import SteeredGRPOTrainer
 
     names = references.names(rewards)
-    settings = {
-        "command": "align grpo", "model": model, "values": list(rewards), "solution": dict(solution),
-        "reference": reference, "prompts": runs.rows_hash(scored.prompts), "learning_rate": learning_rate,
-        "max_new_tokens": max_new_tokens, "lora_r": lora_r, "dtype": dtype, "seed": seed, "steered": steered,
-        "max_steps": max_steps, "epochs": 1.0, "batch_size": PROMPTS * GENERATIONS, "gradient_accumulation_steps": 1,
-    }  # fmt: skip
-    adapters = runs.lora(lora_r, "CAUSAL_LM")
-    run = runs.Run(out, settings, resume=False, overwrite=overwrite, inputs=ppo.inputs_of(model, rewards))
+    size = min(PROMPTS, len(scored.prompts)) * GENERATIONS
+    step: GRPOOptions = {"batch_size": size, "num_generations": GENERATIONS, "max_steps": STEPS, "save_steps": 10}
+    fixed: GRPOOptions = {"advantage": "rloo", "loss_type": "dr_grpo", "beta": 1.0}
+    settings = GRPOSettings(**(step | options | fixed))
+    of = {"values": list(rewards), "solution": dict(solution), "reference": reference, "steered": steered}
+    of["prompts"] = runs.rows_hash(scored.prompts)
+    record = settings.record(command="align grpo", model=model, **of)
+    adapters = runs.lora(settings.lora_r, "CAUSAL_LM")
+    run = runs.Run(out, record, resume=False, overwrite=settings.overwrite, inputs=ppo.inputs_of(model, rewards))
     if run.result is not None:
         return run.result
     steering = begin(solution, steered)
     with runs.quiet(), run:
-        loaded, tokenizer = runs.load_policy(model, dtype, run.out)
-        base = None if reference is None else runs.load_policy(reference, dtype, run.out)[0]
+        loaded, tokenizer = runs.load_policy(model, settings.dtype, run.out)
+        base = None if reference is None else runs.load_policy(reference, settings.dtype, run.out)[0]
         rows = prompt_rows(scored.prompts, tokenizer, None)
-        prompts = min(PROMPTS, len(rows))
         with runs.one_line():
-            arguments = trainers.arguments(run, save_steps, 1) | {
-                "per_device_train_batch_size": prompts * GENERATIONS,
-                "lr_scheduler_type": "constant_with_warmup",
-                "warmup_steps": 3,
-            }
             args = GRPOConfig(
-                **arguments, advantage="rloo", loss_type="dr_grpo", num_generations=GENERATIONS, beta=1.0,
-                kl_in_reward=True, max_completion_length=max_new_tokens,
+                **trainers.arguments(run, settings.save_steps, settings.log_steps),
+                lr_scheduler_type="constant_with_warmup", warmup_steps=3, advantage=settings.advantage,
+                loss_type=settings.loss_type, num_generations=settings.num_generations, beta=settings.beta,
+                kl_in_reward=True, max_completion_length=settings.max_new_tokens,
             )  # fmt: skip
             make = partial(
                 SteeredGRPOTrainer, loaded, ppo.read_values(rewards), args, rows, processing_class=tokenizer,
@@ -86,7 +78,7 @@ def train_grpo(
                 reference=base,
             )  # fmt: skip
         shown = {name: f"level/{name}" for name in names} | {"KL": "kl"}
-        trainer, speed = trainers.train(run, "grpo", make, shown, show_progress, until)
+        trainer, speed = trainers.train(run, "grpo", make, shown, settings.show_progress, settings.until)
         runs.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.out)
     return run.finish({
         "steps": trainer.state.global_step, "tokens_per_second": speed, "tokens": trainer._total_train_tokens,
