@@ -268,12 +268,16 @@ def test_register_takes_functions_factories_and_rewards(registry, reward):
     assert rewards.get("longer") is rewards.get("longer")
 
 
-def test_options_go_to_a_factory_only(registry):
+def test_options_go_to_a_factory_or_a_function(registry):
     rewards.register("made", Longer)
     assert rewards.get("made", unit=2)([""], ["four"])[0] == 2
     rewards.register("plain", longer)
-    with pytest.raises(UserError, match="'plain' was registered as it is and takes no options, got unit"):
-        rewards.get("plain", unit=2)
+    assert rewards.get("plain", unit=2)([""], ["four"])[0] == 2
+    with pytest.raises(UserError, match="reward 'plain' has no option 'units'; it has unit"):
+        rewards.get("plain", units=2)
+    rewards.register("ready", Longer())
+    with pytest.raises(UserError, match="'ready' was registered as it is and takes no options, got unit"):
+        rewards.get("ready", unit=2)
 
 
 @pytest.mark.parametrize(
