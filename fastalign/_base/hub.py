@@ -9,14 +9,15 @@ from fastalign._base.errors import UserError
 SECONDS = 5.0  # to wait for an answer
 
 
-def check_reachable(model: str) -> None:
-    """Raise UserError, one line, within seconds, if a model is not in the hub's cache and the hub gives no answer. Any
-    answer will do: the loader says what it means."""
+def check_reachable(name: str, file: str, *, dataset: bool = False, hint: str) -> None:
+    """Raise UserError, one line, within seconds, if a file of a model or data set is not in the hub's cache and the hub
+    gives no answer. Any answer will do: the loader says what it means. hint: what else the name may have meant."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
+    kind = "dataset" if dataset else "model"
     try:
-        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(model, "config.json"), str):
+        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
             return
     except ValueError:  # no name of the hub
         return
@@ -24,7 +25,7 @@ def check_reachable(model: str) -> None:
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=SECONDS)
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=SECONDS)
         except HfHubHTTPError:
             pass
         except Exception as error:  # httpx's or requests', by the library's version
@@ -36,4 +37,4 @@ def check_reachable(model: str) -> None:
     asking.join(SECONDS)
     if asking.is_alive() or failed:
         why = failed[0] if failed else f"no answer within {SECONDS:g} seconds"
-        raise UserError(f"{model}: no such local folder, and the hub cannot be reached: {why}")
+        raise UserError(f"{name}: {hint}, and the hub cannot be reached: {why}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
+from fastalign._base.hub import check_reachable
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 
@@ -57,6 +58,8 @@ def from_hub(name: str, *, split: str, what: str) -> Any:
     except ImportError:
         rule = "and a hub name needs the package 'datasets': pip install 'fastalign[trl]'"
         raise UserError(f"{name}: no such file of {what}, {rule}") from None
+    if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        check_reachable(name, "README.md", dataset=True, hint=f"no such file of {what}")
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # each builder has its own errors

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from fastalign import UserError
 from fastalign._base import hub
+from fastalign.data import rows
 from fastalign.models.loading import resolve
 
 
@@ -38,11 +39,17 @@ def test_no_answer(monkeypatch, answer, why):
     assert time.monotonic() - began < 2
     assert str(caught.value).startswith("m/typo: no such local folder, and the hub cannot be reached: ")
     assert why in str(caught.value) and "\n" not in str(caught.value)
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="d/typo: no such file of pairs, and the hub cannot be reached: "):
+        rows.from_hub("d/typo", split="train", what="pairs")
 
 
 def test_any_answer_is_the_loader_s_to_tell(monkeypatch):
+    pytest.importorskip("datasets")
     asked = []
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, **_: asked.append(url))
     assert resolve("m/typo") == "m/typo" and "m/typo" in asked[0]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: name)
+    assert rows.from_hub("d/typo", split="train", what="pairs") == "d/typo" and "datasets/d/typo" in asked.pop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve("m/typo") == "m/typo" and len(asked) == 1
