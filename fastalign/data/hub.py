@@ -55,7 +55,7 @@ def load_prompts(
         if words is not None:
             raise UserError(f"{name}: words must be left out for dialogues, whose prompt ends with a turn, got {words}")
         result = []
-        for i, row in enumerate(rows.read(hub_name(name), split=split, what="dialogues")):
+        for i, row in enumerate(rows.stream(hub_name(name), split=split, what="dialogues")):
             try:
                 prompt = prompt_of(row)
                 result.append(prompt if isinstance(prompt, str) else Conversation(prompt))
@@ -79,7 +79,7 @@ def _has_dialogues(name: str, split: str) -> bool:
     if not path.is_file() or path.suffix.lower() not in rows.SUFFIXES:
         return False
     try:
-        first = rows.read(path, split=split, what="prompts")[0]
+        first = rows.stream(path, split=split, what="prompts").first()
     except UserError:  # a list of strings, or invalid: `prompts.load` reports it
         return False
     return "chosen" in first and not any(column in first for column in prompts.COLUMNS)

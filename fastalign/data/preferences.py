@@ -6,6 +6,7 @@ A pair is an object with "prompt", "chosen" and "rejected", all strings or all l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -119,19 +120,19 @@ def load(
     if name == "bundled":
         return bundled()
     full = hub_name(name)
-    raw = sources.read(full, split=split, what="pairs")
+    source = sources.stream(full, split=split, what="pairs")
+    raw, sample = cast(Iterable[Mapping[str, Any]], source), source.first()
     drop = on_bad == "drop" or (on_bad is None and not Path(name).expanduser().is_file())
-    dropped, form = Counter[str](), published.form_of(raw[0])
-    if form is not None and {"chosen", "rejected"} <= raw[0].keys():
+    dropped, form = Counter[str](), published.form_of(sample)
+    if form is not None and {"chosen", "rejected"} <= sample.keys():
         form = None
     if form is not None:
-        raw, dropped = _published(name, form, raw, values)
-    missing = [column for column in ("chosen", "rejected") if column not in raw[0]]
-    if missing:
-        have = ", ".join(map(str, raw[0])) or "none"
+        raw, dropped = _published(name, form, source, values)
+    elif missing := [column for column in ("chosen", "rejected") if column not in sample]:
+        have = ", ".join(map(str, sample)) or "none"
         raise UserError(f"{name}: must have columns prompt, chosen and rejected, lacks {missing[0]!r}, got {have}")
     pairs: list[dict[str, Any]] = []
-    bad, first = 0, ""
+    bad, first, i = 0, "", -1
     for i, row in enumerate(raw):
         if row.get("chosen") is not None and row["chosen"] == row.get("rejected"):  # hh-rlhf has some
             dropped[published.TIES] += 1
@@ -150,7 +151,7 @@ def load(
     if not pairs:
         raise UserError(f"{name}: no row is a preference pair ({first})")
     if bad:
-        warnings.warn(f"{name}: {bad} of {len(raw)} rows dropped, the first {first}", stacklevel=2)
+        warnings.warn(f"{name}: {bad} of {i + 1} rows dropped, the first {first}", stacklevel=2)
     if (count := _repeats(pairs)) > 0:
         outputs.say(f"{name}: {count:,} of {len(pairs):,} pairs are there more than once; they are kept")
     if ties := dropped[published.TIES]:
@@ -168,23 +169,21 @@ def load(
 
 def _repeats(pairs: Sequence[Mapping[str, Any]]) -> int:
     """How many pairs are there already, with the same texts and value."""
-    kept = (*COLUMNS, "value")
-    return len(pairs) - len({json.dumps([pair.get(name) for name in kept], sort_keys=True) for pair in pairs})
+    texts = (json.dumps([pair.get(name) for name in (*COLUMNS, "value")], sort_keys=True) for pair in pairs)
+    return len(pairs) - len({hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts})
 
 
 def _published(
-    name: str, form: Form, rows: Sequence[Mapping[str, Any]], values: Sequence[str] | None
+    name: str, form: Form, rows: Iterable[Mapping[str, Any]], values: Sequence[str] | None
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """The pairs of a published form's rows, of these values, and what gave none, by reason."""
     for value in values or ():
         if value not in form.values:
             raise UserError(f"{name}: the values of {form.name} are {', '.join(form.values)}, it has no {value}")
     try:
-        made = list(form.pairs(rows))
+        made = list(form.pairs(rows, name))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: has the columns of {form.name}, but not its form ({error})") from None
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
     pairs = [pair for pair in made if isinstance(pair, dict) and (values is None or pair["value"] in values)]
     dropped = Counter(
         one.reason for one in made if isinstance(one, NoPair) and (values is None or one.value in (None, *values))

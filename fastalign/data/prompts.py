@@ -73,7 +73,7 @@ def load(
             raise FileNotFoundError(f"{name}: no such prompt file")
         rows = sources.from_hub(name, split=split, what="prompts")
         wanted = _columns(name, rows.column_names, column)
-        rows = list(rows.select_columns(wanted))
+        rows = rows.select_columns(wanted)
     elif suffix not in SUFFIXES:
         raise UserError(f"{name}: prompts must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
     elif suffix == ".txt":
@@ -84,9 +84,10 @@ def load(
     else:
         sources.no_split(name, split)
         rows = sources.local(path, lambda columns: _columns(name, columns, column))
-    if not rows:
+    found = [_prompt(name, i, row, column) for i, row in enumerate(rows)]
+    if not found:
         raise UserError(f"{name}: contains no prompts")
-    return [_prompt(name, i, row, column) for i, row in enumerate(rows)][:limit]
+    return found[:limit]
 
 
 def check_limit(limit: int | None) -> None:

@@ -35,12 +35,13 @@ class NoPair(NamedTuple):
 
 
 class Form(NamedTuple):
-    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value"."""
+    """columns: by which it is known. values: of its pairs. pairs: those of a data set's rows, with a column "value";
+    its name is for UserErrors."""
 
     name: str
     columns: frozenset[str]
     values: tuple[str, ...]
-    pairs: Callable[[Iterable[Row]], Iterator[Pair | NoPair]]
+    pairs: Callable[[Iterable[Row], str], Iterator[Pair | NoPair]]
 
 
 def form_of(row: Row) -> Form | None:
@@ -48,17 +49,17 @@ def form_of(row: Row) -> Form | None:
     return next((form for form in FORMS if form.columns <= row.keys()), None)
 
 
-def _pku(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
+def _pku(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         for value in ("better", "safer"):
             at = row.get(f"{value}_response_id")
             if at not in (0, 1, "0", "1"):
-                raise UserError(f"row {i}: {value}_response_id must be 0 or 1, got {at!r}")
+                raise UserError(f"{where}: row {i}: {value}_response_id must be 0 or 1, got {at!r}")
             both = [row["response_0"], row["response_1"]]
             yield _pair(row["prompt"], both[int(at)], both[1 - int(at)], value)
 
 
-def _ultrafeedback(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
+def _ultrafeedback(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for row in rows:
         answers = list(row["completions"])
         if len(answers) < 2:
@@ -81,7 +82,7 @@ def _ultrafeedback_rating(answer: Row, value: str) -> float | None:
         return None
 
 
-def _helpsteer(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
+def _helpsteer(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     groups: dict[str, list[tuple[int, Row]]] = {}  # also of a file whose rows were shuffled
     for i, row in enumerate(rows):
         groups.setdefault(row["prompt"], []).append((i, row))
@@ -92,32 +93,32 @@ def _helpsteer(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
             continue
         for value in HELPSTEER:
             rated = [(i, row) for i, row in several if row.get(value) is not None]
-            scored = [(number(f"row {i}: {value}", row[value]), row["response"]) for i, row in rated]
+            scored = [(number(f"{where}: row {i}: {value}", row[value]), row["response"]) for i, row in rated]
             pair = _best_worst(prompt, scored, value)
             yield _as_messages(pair) if talks and isinstance(pair, dict) else pair
 
 
-def _helpsteer3(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
+def _helpsteer3(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
-        preference = number(f"row {i}: overall_preference", row["overall_preference"])
+        preference = number(f"{where}: row {i}: overall_preference", row["overall_preference"])
         both = [[{"role": "assistant", "content": row[name]}] for name in ("response1", "response2")]
         better = int(preference > 0)
         prompt = [dict(message) for message in row["context"]]
         yield _pair(prompt, both[better], both[1 - better], "overall") if preference else NoPair(TIES, "overall")
 
 
-def _shp(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
+def _shp(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
         if row["labels"] not in (0, 1, "0", "1"):
-            raise UserError(f"row {i}: labels must be 0 or 1, got {row['labels']!r}")
+            raise UserError(f"{where}: row {i}: labels must be 0 or 1, got {row['labels']!r}")
         both = [row["human_ref_B"], row["human_ref_A"]]
         first = int(row["labels"])
         yield _pair(row["history"], both[first], both[1 - first], "preferred")
 
 
-def _nectar(rows: Iterable[Row]) -> Iterator[Pair | NoPair]:
+def _nectar(rows: Iterable[Row], where: str) -> Iterator[Pair | NoPair]:
     for i, row in enumerate(rows):
-        answers = sorted(row["answers"], key=lambda answer: number(f"row {i}: rank", answer["rank"]))
+        answers = sorted(row["answers"], key=lambda answer: number(f"{where}: row {i}: rank", answer["rank"]))
         pairs = [
             _pair(row["prompt"], better["answer"], worse["answer"], "rank")
             for better, worse in itertools.combinations(answers, 2)

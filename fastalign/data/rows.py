@@ -1,24 +1,55 @@
-"""Rows of a data set: a local JSONL, JSON, CSV, Parquet or Arrow file, or a hub name, as a list of objects."""
+"""Rows of a data set, one after the other: a local JSONL, JSON, CSV, Parquet or Arrow file, or a hub name."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastalign._base.errors import UserError
 from fastalign._base.files import check_input
 from fastalign._base.hub import check_reachable
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
+BATCH = 1024  # rows of a table that are held at once
+
+
+class Rows:
+    """Rows of a file or of a data set of the hub, as objects, read anew by each loop over them and never all held.
+
+    A loop raises UserError, one line, for a row that is no object, and if there is none.
+    """
+
+    name: str
+    what: str
+
+    def __init__(self, name: str, what: str, begin: Callable[[], Iterator[Any]]):
+        self.name, self.what, self._begin = name, what, begin
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        i = -1
+        for i, row in enumerate(self._begin()):
+            if not isinstance(row, dict):
+                raise UserError(f"{self.name}: row {i} must be an object, got {type(row).__name__}")
+            yield row
+        if i < 0:
+            raise UserError(f"{self.name}: contains no {self.what}")
+
+    def first(self) -> dict[str, Any]:
+        return next(iter(self))
 
 
 def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: str = "data") -> list[dict[str, Any]]:
-    """The rows of a file of rows, or of a split of a hub data set; at least one.
+    """All rows that `stream` gives, at least one."""
+    return list(stream(name_or_path, split=split, what=what))
+
+
+def stream(name_or_path: str | os.PathLike[str], *, split: str = "train", what: str = "data") -> Rows:
+    """The rows of a file of rows, or of a split of a hub data set.
 
     what: its name in messages ("pairs"). Raises FileNotFoundError or UserError, one line that names the file.
     """
@@ -32,17 +63,11 @@ def read(name_or_path: str | os.PathLike[str], *, split: str = "train", what: st
         if suffix not in SUFFIXES:
             raise UserError(f"{name}: {what} must be a {', '.join(SUFFIXES)} file, got {suffix or 'no suffix'}")
         no_split(name, split)
-        rows = local(path)
-    elif suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or not name.strip():
+        return Rows(name, what, lambda: local(path))
+    if suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or not name.strip():
         raise FileNotFoundError(f"{name}: no such file of {what}")
-    else:
-        rows = [dict(row) for row in from_hub(name, split=split, what=what)]
-    if not rows:
-        raise UserError(f"{name}: contains no {what}")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{name}: row {i} must be an object, got {type(row).__name__}")
-    return rows
+    data = from_hub(name, split=split, what=what)
+    return Rows(name, what, lambda: map(dict, data))
 
 
 def no_split(source: str, split: str) -> None:
@@ -67,8 +92,9 @@ def from_hub(name: str, *, split: str, what: str) -> Any:
         raise UserError(f"{name}: no such file of {what}, and not available from the hub: {reason}") from None
 
 
-def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -> list[Any]:
-    """The rows of a file with one of SUFFIXES: objects, or whatever a JSON file has instead.
+def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -> Iterator[Any]:
+    """The rows of a file with one of SUFFIXES, one after the other (only of .json it holds all): objects, or whatever a
+    JSON file has instead.
 
     columns: which of the existing columns to read, if the format allows skipping others. Raises UserError, one line.
     """
@@ -77,64 +103,86 @@ def local(path: Path, columns: Callable[[list[str]], list[str]] | None = None) -
         return _parquet(path, columns)
     if suffix in (".arrow", ".feather"):
         return _arrow(path, columns)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8") from None
-    if suffix == ".csv":
-        return _csv(path, text)
-    if suffix == ".json":
-        rows = _parse(path, text, "") if text.strip() else []
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: a .json file must hold a list, got {type(rows).__name__}")
-        return rows
-    return [_parse(path, line, f" line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return {".csv": _csv, ".json": _json}.get(suffix, _jsonl)(path)
 
 
-def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> list[dict[str, Any]]:
-    import pyarrow as pa
+def _parquet(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    try:
+    with _table_errors(path, "a Parquet"):
         file = pq.ParquetFile(path)
-        return file.read(columns and columns(file.schema_arrow.names)).to_pylist()
+        for batch in file.iter_batches(BATCH, columns=columns and columns(file.schema_arrow.names)):
+            yield from batch.to_pylist()
+
+
+def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> Iterator[dict[str, Any]]:
+    """Arrow's file format (Feather), or its stream, in which datasets keeps its files."""
+    import pyarrow as pa
+
+    with _table_errors(path, "an Arrow"), pa.memory_map(str(path)) as file:
+        try:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            file.seek(0)
+            batches = reader = pa.ipc.open_stream(file)
+        wanted = columns and columns(reader.schema.names)
+        for batch in batches:
+            batch = batch.select(wanted) if wanted else batch
+            for start in range(0, batch.num_rows, BATCH):
+                yield from batch.slice(start, BATCH).to_pylist()
+
+
+@contextmanager
+def _table_errors(path: Path, kind: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except UserError:  # from `columns`
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         # ValueError: bytes that are not text, dates beyond the calendar.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({reason})") from None
+        raise UserError(f"{path}: not {kind} file that can be read ({reason})") from None
 
 
-def _arrow(path: Path, columns: Callable[[list[str]], list[str]] | None) -> list[dict[str, Any]]:
-    """Arrow's file format (Feather), or its stream, in which datasets keeps its files."""
-    import pyarrow as pa
-
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        with pa.OSFile(str(path)) as file:
-            try:
-                table = pa.ipc.open_file(file).read_all()
-            except pa.ArrowInvalid:
-                file.seek(0)
-                table = pa.ipc.open_stream(file).read_all()
-            return (table.select(columns(table.column_names)) if columns else table).to_pylist()
-    except UserError:  # from `columns`
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not an Arrow file that can be read ({reason})") from None
+        with open(path, encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
 
 
-def _csv(path: Path, text: str) -> list[dict[str, Any]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the library's own limit is 131,072 characters
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV file ({error})") from None
-    for i, row in enumerate(rows):
-        if None in row:
-            raise UserError(f"{path}: row {i} has more cells than the header has columns")
-    return rows
+def _jsonl(path: Path) -> Iterator[Any]:
+    with _opened(path) as file:
+        for i, line in enumerate(file, 1):
+            if line.strip():
+                yield _parse(path, line, f" line {i}")
+
+
+def _json(path: Path) -> Iterator[Any]:
+    with _opened(path) as file:
+        text = file.read()
+    rows = _parse(path, text, "") if text.strip() else []
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a .json file must hold a list, got {type(rows).__name__}")
+    yield from rows
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    limit = max(csv.field_size_limit(), path.stat().st_size)  # the library's own limit is 131,072 characters
+    csv.field_size_limit(limit)
+    with _opened(path) as file:
+        try:
+            for i, row in enumerate(csv.DictReader(file)):
+                if None in row:
+                    raise UserError(f"{path}: row {i} has more cells than the header has columns")
+                yield row
+        except csv.Error as error:
+            raise UserError(f"{path}: not a CSV file ({error})") from None
 
 
 def _parse(path: Path, text: str, where: str) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def read(
     check_input(path)
     if tables.has_note(path):
         return Candidates.from_parquet(path, kind=kinds)
-    found = from_rows(sources.read(path, what="candidates"), columns, where=str(path))
+    found = from_rows(sources.stream(path, what="candidates"), columns, where=str(path))
     if not found.rewards and "candidates" not in kinds:
         raise UserError(
             f"{path}: must have a column of numbers for each value, got none; `fastalign score {path}` adds rewards"
@@ -78,21 +79,23 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
     Prompts with more responses than the others lose the last ones, which is said. where: its name in errors. Raises
     UserError, one line.
     """
-    table = _objects(rows, where)
-    have = list(dict.fromkeys(name for row in table for name in row))
+    table = _again(rows, where)
+    seen = _survey(table, where)
+    have = list(seen)
     prompt = _column(where, have, columns.prompt, PROMPTS, "prompt", "prompts")
     response = _column(
         where, [name for name in have if name != prompt], columns.response, RESPONSES, "response", "responses"
     )
-    values = _values(where, table, have, {prompt, response}, columns.values)
+    values = _values(where, seen, {prompt, response}, columns.values)
     texts: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, dict[str, array[float]]] = {}
     for i, row in enumerate(table):
         asked = _prompt(f"{where}: row {i}: {prompt}", row, prompt)
         answers = _texts(f"{where}: row {i}: {response}", row.get(response))
-        mine = scores.setdefault(asked, {name: [] for name in values})
+        if (mine := scores.get(asked)) is None:
+            mine = scores[asked] = {name: array("d") for name in values}
         for name in values:
-            mine[name] += _numbers(f"{where}: row {i}: {name}", row.get(name), len(answers))
+            mine[name].extend(_numbers(f"{where}: row {i}: {name}", row.get(name), len(answers)))
         texts.setdefault(asked, []).extend(answers)
     n = min(map(len, texts.values()))
     most = max(map(len, texts.values()))
@@ -106,20 +109,60 @@ def from_rows(rows: Any, columns: Columns = Columns(), *, where: str = "rows") -
     return Candidates(list(texts), [row[:n] for row in texts.values()], empty, empty, rewards=rewards)
 
 
-def _objects(rows: Any, where: str) -> list[dict[str, Any]]:
+def _again(rows: Any, where: str) -> Iterable[Any]:
+    """The rows of a list or table, which can be looped over again."""
     if hasattr(rows, "to_dicts"):  # polars
-        rows = rows.to_dicts()
-    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
-        rows = rows.to_dict("records")
+        return rows.to_dicts()
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
+        return rows.to_dict("records")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise UserError(f"{where} must be a list of objects or a table, got {type(rows).__name__}")
-    table = list(rows)
+    return list(rows) if isinstance(rows, Iterator) else rows
+
+
+class _Column:
+    """What is known of a column's cells after the rows so far."""
+
+    def __init__(self) -> None:
+        self.rows = 0  # up to the last that has it
+        self.numbers = True  # and nothing else
+        self.some = False  # is any there
+        self.hole: int | None = None  # the first row without a number
+
+    def see(self, i: int, x: Any) -> None:
+        if not self.numbers:
+            return
+        self.end(i)
+        self.rows = i + 1
+        for cell in _listed(x):
+            if cell is None or cell == "":
+                self.hole = i if self.hole is None else self.hole
+            elif _is_number(cell):
+                self.some = True
+            else:
+                self.numbers = False
+
+    def end(self, rows: int) -> None:
+        """No row has it between the last and this one."""
+        if self.rows < rows and self.hole is None:
+            self.hole = self.rows
+
+
+def _survey(table: Iterable[Any], where: str) -> dict[str, _Column]:
+    """The columns of a table, in the order in which they come."""
+    seen: dict[str, _Column] = {}
+    count = 0
     for i, row in enumerate(table):
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: row {i} must be an object, got {type(row).__name__}")
-    if not table:
+        for name, x in row.items():
+            (seen.get(name) or seen.setdefault(name, _Column())).see(i, x)
+        count = i + 1
+    if not count:
         raise UserError(f"{where}: contains no candidates")
-    return [dict(row) for row in table]
+    for column in seen.values():
+        column.end(count)
+    return seen
 
 
 def _column(where: str, have: Sequence[str], given: str | None, usual: Sequence[str], what: str, several: str) -> str:
@@ -135,24 +178,15 @@ def _column(where: str, have: Sequence[str], given: str | None, usual: Sequence[
     return name
 
 
-def _values(
-    where: str, table: Sequence[Mapping[str, Any]], have: Sequence[str], taken: set[str], given: Sequence[str] | None
-) -> list[str]:
+def _values(where: str, seen: Mapping[str, _Column], taken: set[str], given: Sequence[str] | None) -> list[str]:
     """The columns of scores. One that lacks some of its numbers is an error if it was asked for, else told."""
-    numbers: list[str] = []
-    holes: dict[str, str] = {}
-    for name in have:
-        if name in taken | _NO_VALUES or name.endswith("_id"):
-            continue
-        cells = [(i, x) for i, row in enumerate(table) for x in _listed(row.get(name))]
-        there = [(i, x) for i, x in cells if x is not None and x != ""]
-        if not all(_is_number(x) for _, x in there):
-            continue
-        if len(there) == len(cells):
-            numbers.append(name)
-        elif there:
-            at = next(i for i, x in cells if x is None or x == "")
-            holes[name.removeprefix(_REWARD)] = f"{where}: row {at}: {name} has no number"
+    own = {name: x for name, x in seen.items() if not (name in taken | _NO_VALUES or name.endswith("_id"))}
+    numbers = [name for name, x in own.items() if x.numbers and x.some and x.hole is None]
+    holes = {
+        name.removeprefix(_REWARD): f"{where}: row {x.hole}: {name} has no number"
+        for name, x in own.items()
+        if x.numbers and x.some and x.hole is not None
+    }
     if given is None:
         for hole in holes.values():
             outputs.say(f"{hole}: the column is not read as a value")

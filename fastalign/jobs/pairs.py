@@ -185,7 +185,7 @@ def scored_of(
         return Candidates.from_parquet(path, kind="scored")
     if kind is not None or not path.is_file() or path.suffix.lower() not in sources.SUFFIXES:
         return None
-    first = sources.read(path, what="candidates")[0]
+    first = sources.stream(path, what="candidates").first()
     others = {"chosen", "rejected", "weights"} & first.keys() or published.form_of(first)
     if columns.named():
         return elsewhere.read(path, kind="scored", columns=columns)

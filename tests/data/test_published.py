@@ -115,12 +115,13 @@ def test_values_can_be_chosen(tmp_path):
         ([{**ULTRAFEEDBACK[0], "completions": ["a", "b"]}], "has the columns of UltraFeedback, but not its form"),
         ([HELPSTEER3[1]], "no row of it prefers one response to another"),
         ([{**HELPSTEER[0], "helpfulness": "lots"}, HELPSTEER[1]], "row 0: helpfulness must be a"),
+        ([*SHP, "x"], "row 2 must be an object, got str"),
     ],
 )
 def test_mistakes(tmp_path, rows, message):
     with pytest.raises(UserError, match=message) as caught:
         preferences.load(written(tmp_path / "data.jsonl", rows))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).count("data.jsonl") == 1
 
 
 def test_training_takes_the_first_value_unless_others_are_named(tmp_path):
